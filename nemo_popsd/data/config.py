@@ -1,0 +1,101 @@
+"""Configuration of the training and validation rows and of the four contexts made from each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_popsd.errors import UserError
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(
+            "configuration", got=f"{name}={value!r}", need=f"one of {', '.join(allowed)}", mend=f"set {name}"
+        )
+
+
+@dataclass(kw_only=True)
+class ColumnsConfig:
+    """Which column of the file holds which field of a record."""
+
+    id: str | None = None
+    """Column with a unique row id; null numbers the rows by their line."""
+    question: str = "question"
+    """Column with the problem statement."""
+    reference: str = "reference"
+    """Column with the reference solution that the privileged teacher sees."""
+    answer: str | None = None
+    """Column with the final answer, for evaluation; null takes it from the reference by `answer_pattern`."""
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One data set: a JSONL or Parquet file, a saved `datasets` directory, or `nemo_popsd:NAME` for an embedded one."""
+
+    path: str = ""
+    """File, directory, or `nemo_popsd:tiny_train` / `nemo_popsd:tiny_validation`; empty means none."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """Column mapping."""
+    answer_pattern: str | None = None
+    """Regular expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`)."""
+    limit: int | None = None
+    """Read only the first `limit` rows."""
+
+
+@dataclass(kw_only=True)
+class TemplatesConfig:
+    """User-turn texts. `{question}`, `{reference}` and `{question_block}` are replaced; other braces are literal.
+
+    The privileged teacher's and the reference-only teacher's turns are the same `teacher` body; they differ by
+    `question_block` alone, which is empty for the reference-only teacher.
+    """
+
+    student: str = "Problem: {question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    """What the student (and the frozen base) sees."""
+    question_block: str = "Problem: {question}\n\n"
+    """The only difference between the two teachers' prompts."""
+    teacher: str = (
+        "{question_block}Here is a reference solution:\n"
+        "=== Reference Solution Begin ===\n{reference}\n=== Reference Solution End ===\n\n"
+        "After understanding the reference solution, derive the answer independently, in your own words. "
+        "Please reason step by step, and put your final answer within \\boxed{}."
+    )
+    """Body shared by both teachers; must not refer to a problem that the reference-only teacher cannot see."""
+    system: str | None = None
+    """System turn shared by all four contexts; null means none."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Rows, templates, limits, and what happens to rows that do not fit."""
+
+    train: SourceConfig = field(default_factory=SourceConfig)
+    """Rows to train on (question and reference)."""
+    validation: SourceConfig = field(default_factory=SourceConfig)
+    """Held-out rows with answers, for evaluation."""
+    templates: TemplatesConfig = field(default_factory=TemplatesConfig)
+    """The user turns of the contexts."""
+    enable_thinking: bool = True
+    """Passed to the chat template; templates that ignore it are reported."""
+    max_prompt_tokens: int = 2048
+    """Longest student prompt, chat template included. Longer rows follow `overlong_rows`: a question is never cut."""
+    max_reference_tokens: int = 8192
+    """Longest reference text in tokens. Longer ones follow `long_references`."""
+    long_references: str = "truncate"
+    """`truncate` (at the end, identically in both teacher contexts, counted), `drop`, or `error`."""
+    overlong_rows: str = "drop"
+    """Rows whose prompt exceeds `max_prompt_tokens`: `drop` (counted) or `error`."""
+    malformed_rows: str = "error"
+    """Rows that cannot be read or lack a question or reference: `error` (file, line, reason) or `skip` (counted)."""
+    shuffle: bool = True
+    """Visit training rows in an order drawn from the seed, anew each epoch."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))
+        _one_of("data.overlong_rows", self.overlong_rows, ("drop", "error"))
+        _one_of("data.malformed_rows", self.malformed_rows, ("error", "skip"))
+        for name in ("max_prompt_tokens", "max_reference_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    "configuration", got=f"data.{name}={getattr(self, name)}", need="at least 1", mend=f"set data.{name}"
+                )

@@ -1,0 +1,25 @@
+"""The one error that users see for what they can cause, and mend, themselves."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input, configuration, data or checkpoint, told in the form "got X, need Y, set Z".
+
+    Raised before expensive work starts. The command line prints it without a traceback and exits
+    with status 2; everything else that escapes is a defect of ours and keeps its traceback.
+
+    Args:
+        what: what was being done or read, e.g. ``"configuration conf/tiny.yaml"`` or
+            ``"data/train.jsonl:17"``.
+        got: what was found.
+        need: what would be accepted.
+        mend: which setting or file to change.
+    """
+
+    def __init__(self, what: str, *, got: object, need: str, mend: str) -> None:
+        self.what = what
+        self.got = got
+        self.need = need
+        self.mend = mend
+        super().__init__(f"{what}: got {got}; need {need}; {mend}")
