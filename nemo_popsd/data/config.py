@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_popsd.errors import UserError
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(
-            "configuration", got=f"{name}={value!r}", need=f"one of {', '.join(allowed)}", mend=f"set {name}"
-        )
+from nemo_popsd.config.checks import at_least, one_of
 
 
 @dataclass(kw_only=True)
@@ -91,11 +84,8 @@ class DataConfig:
     """Visit training rows in an order drawn from the seed, anew each epoch."""
 
     def __post_init__(self) -> None:
-        _one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))
-        _one_of("data.overlong_rows", self.overlong_rows, ("drop", "error"))
-        _one_of("data.malformed_rows", self.malformed_rows, ("error", "skip"))
-        for name in ("max_prompt_tokens", "max_reference_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    "configuration", got=f"data.{name}={getattr(self, name)}", need="at least 1", mend=f"set data.{name}"
-                )
+        one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))
+        one_of("data.overlong_rows", self.overlong_rows, ("drop", "error"))
+        one_of("data.malformed_rows", self.malformed_rows, ("error", "skip"))
+        at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
+        at_least("data.max_reference_tokens", self.max_reference_tokens, 1)
