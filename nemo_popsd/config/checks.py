@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from nemo_popsd.errors import UserError
@@ -41,3 +42,15 @@ def fraction(name: str, value: float | None, *, allow_zero: bool = True, allow_o
     if not (above_lower and below_upper):
         interval = f"{'[' if allow_zero else '('}0, 1{']' if allow_one else ')'}"
         raise _refuse(name, value, f"a number in {interval}")
+
+
+def pattern(name: str, value: str | None) -> None:
+    """Refuse a regular expression that does not compile or has other than one group. None passes."""
+    if value is None:
+        return
+    try:
+        groups = re.compile(value).groups
+    except re.error as error:
+        raise _refuse(name, value, f"a regular expression ({error})") from None
+    if groups != 1:
+        raise _refuse(name, value, f"a regular expression with one group, this one has {groups}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_popsd.config.checks import at_least, one_of
+from nemo_popsd.config.checks import at_least, one_of, pattern
 
 
 @dataclass(kw_only=True)
@@ -15,10 +15,10 @@ class ColumnsConfig:
     """Column with a unique row id; null numbers the rows by their line."""
     question: str = "question"
     """Column with the problem statement."""
-    reference: str = "reference"
-    """Column with the reference solution that the privileged teacher sees."""
+    reference: str | None = "reference"
+    """Column with the reference solution that the privileged teacher sees; null (evaluation only) means none."""
     answer: str | None = None
-    """Column with the final answer, for evaluation; null takes it from the reference by `answer_pattern`."""
+    """Column with the final answer, for evaluation; null takes it from the reference by the source's pattern."""
 
 
 @dataclass(kw_only=True)
@@ -30,9 +30,13 @@ class SourceConfig:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """Column mapping."""
     answer_pattern: str | None = None
-    """Regular expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`)."""
+    """Expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`)."""
     limit: int | None = None
     """Read only the first `limit` rows."""
+
+    def __post_init__(self) -> None:
+        pattern("answer_pattern", self.answer_pattern)
+        at_least("limit", self.limit, 1)
 
 
 @dataclass(kw_only=True)

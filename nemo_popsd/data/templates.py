@@ -1,0 +1,105 @@
+"""The user turns of the three distinct prompts, by plain replacement of named placeholders.
+
+`{question}`, `{reference}` and `{question_block}` are placeholders; every other brace is literal, so
+`\\boxed{}` needs no escaping. Replacement is one pass: text that was put in is never searched again, so a
+question that quotes "{reference}" stays a question.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nemo_popsd.data.config import TemplatesConfig
+from nemo_popsd.errors import UserError
+
+_PLACEHOLDER = re.compile(r"\{(question|reference|question_block)\}")
+
+# Words by which the shared teacher body would point at a problem that the reference-only teacher cannot see.
+_NOUN = r"(?:problem|question|exercise|task)"
+_POINTS_AT_PROBLEM = re.compile(
+    rf"\b(?:above|preceding|previous|following|given)\s+{_NOUN}\b|\b{_NOUN}\s+(?:above|below|given|stated)\b",
+    re.IGNORECASE,
+)
+
+# template -> (placeholders it must hold, placeholders it may hold)
+_RULES: dict[str, tuple[set[str], set[str]]] = {
+    "student": ({"question"}, {"question"}),
+    "question_block": ({"question"}, {"question"}),
+    "teacher": ({"question_block", "reference"}, {"question_block", "reference"}),
+    "system": (set(), set()),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UserTurns:
+    """User-turn texts of one row: the two teachers' turns differ by the question block alone."""
+
+    student: str
+    privileged: str
+    reference: str
+
+
+def placeholders(template: str) -> list[str]:
+    """Names of the placeholders in `template`, in order, with repetitions."""
+    return _PLACEHOLDER.findall(template)
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace the placeholders of `template` in one pass; `values` must name every one that occurs."""
+    return _PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
+
+
+def check_templates(templates: TemplatesConfig) -> None:
+    """Refuse templates that lack a placeholder, hold a foreign one, or point at an unseen problem.
+
+    Raises:
+        UserError: names the template and the placeholder or the words.
+    """
+    for name, (required, allowed) in _RULES.items():
+        template: str | None = getattr(templates, name)
+        if template is None:
+            continue
+        found = set(placeholders(template))
+        setting = f"data.templates.{name}"
+        for missing in sorted(required - found):
+            raise UserError(
+                "templates",
+                got=f"{setting} without {{{missing}}}",
+                need=f"the placeholder {{{missing}}}",
+                mend=f"set {setting}",
+            )
+        for foreign in sorted(found - allowed):
+            raise UserError(
+                "templates",
+                got=f"{setting} with {{{foreign}}}",
+                need=f"only {_braced(allowed)} there",
+                mend=f"set {setting}",
+            )
+    pointing = _POINTS_AT_PROBLEM.search(_PLACEHOLDER.sub(" ", templates.teacher))
+    if pointing is not None:
+        raise UserError(
+            "templates",
+            got=f"data.templates.teacher with the words {pointing.group()!r}",
+            need="a body that does not refer to the problem, which the reference-only teacher does not see",
+            mend="move those words into data.templates.question_block",
+        )
+
+
+def user_turns(templates: TemplatesConfig, *, question: str, reference: str) -> UserTurns:
+    """The three user turns of one row; the reference-only turn is the teacher's with an empty question block."""
+    block = fill(templates.question_block, question=question)
+    return UserTurns(
+        student=student_turn(templates, question=question),
+        privileged=fill(templates.teacher, question_block=block, reference=reference),
+        reference=fill(templates.teacher, question_block="", reference=reference),
+    )
+
+
+def student_turn(templates: TemplatesConfig, *, question: str) -> str:
+    """The user turn of the student and of the frozen base."""
+    return fill(templates.student, question=question)
+
+
+def _braced(names: set[str]) -> str:
+    return " and ".join(f"{{{name}}}" for name in sorted(names)) or "no placeholder"
