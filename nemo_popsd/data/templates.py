@@ -1,7 +1,7 @@
-"""The user turns of the three distinct prompts, by plain replacement of named placeholders.
+r"""The user turns of the three distinct prompts, by plain replacement of named placeholders.
 
 `{question}`, `{reference}` and `{question_block}` are placeholders; every other brace is literal, so
-`\\boxed{}` needs no escaping. Replacement is one pass: text that was put in is never searched again, so a
+`\boxed{}` needs no escaping. Replacement is one pass: text that was put in is never searched again, so a
 question that quotes "{reference}" stays a question.
 """
 
@@ -16,7 +16,7 @@ from nemo_popsd.errors import UserError
 _PLACEHOLDER = re.compile(r"\{(question|reference|question_block)\}")
 
 # Words by which the shared teacher body would point at a problem that the reference-only teacher cannot see.
-_NOUN = r"(?:problem|question|exercise|task)"
+_NOUN = r"(?:problem|question|exercise)"
 _POINTS_AT_PROBLEM = re.compile(
     rf"\b(?:above|preceding|previous|following|given)\s+{_NOUN}\b|\b{_NOUN}\s+(?:above|below|given|stated)\b",
     re.IGNORECASE,

@@ -1,0 +1,140 @@
+"""The chat template as seen by the contexts: rendering, tokenising, and the assistant prefix it ends in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from nemo_popsd.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class Encoded(NamedTuple):
+    """Token ids of one text, and for each token the index of the first character it comes from."""
+
+    ids: list[int]
+    starts: list[int]
+
+
+class ChatFormat:
+    """One tokenizer's chat template with one system turn and one `enable_thinking`.
+
+    Attributes:
+        assistant_prefix: the text in which every prompt must end: what `add_generation_prompt` adds or, for
+            templates that do not heed it, whatever follows the user's text.
+        ignores_thinking: the template renders alike with `enable_thinking` on and off.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str | None, enable_thinking: bool) -> None:
+        """Read the template's behaviour off two probe conversations.
+
+        Raises:
+            UserError: no chat template, one that cannot be rendered (with this system turn) or that has no
+                assistant prefix, or a tokenizer without character offsets.
+        """
+        if not tokenizer.chat_template:
+            raise UserError(
+                "tokenizer",
+                got=f"{tokenizer.name_or_path or type(tokenizer).__name__} without a chat template",
+                need="a chat template",
+                mend="add chat_template to its tokenizer_config.json",
+            )
+        if not tokenizer.is_fast:
+            raise UserError(
+                "tokenizer",
+                got=f"{type(tokenizer).__name__}, which has no character offsets",
+                need="a fast tokenizer",
+                mend="add tokenizer.json to the model's directory",
+            )
+        self._tokenizer = tokenizer
+        self._system = system
+        self.enable_thinking = enable_thinking
+        self.assistant_prefix = self._find_assistant_prefix()
+        self.ignores_thinking = self._render("?", True, thinking=True) == self._render("?", True, thinking=False)
+        if self.ignores_thinking:
+            logger.warning(
+                "the chat template ignores enable_thinking (set to %s); every prompt ends in %r",
+                str(enable_thinking).lower(),
+                self.assistant_prefix,
+            )
+        # Text of a row must not open or close a turn. The tokens for thinking are no such tokens in Qwen3 and
+        # R1 tokenizers, so references that quote a thought pass.
+        self._control_tokens = [token for token in tokenizer.all_special_tokens if token.strip()]
+
+    def render(self, user_turn: str) -> str:
+        """Prompt text: system turn if any, the user turn, and the assistant prefix."""
+        return self._render(user_turn, True, thinking=self.enable_thinking)
+
+    def control_token_in(self, text: str) -> str | None:
+        """The first of the tokenizer's special tokens that is spelled out in `text`, or None."""
+        return next((token for token in self._control_tokens if token in text), None)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokenise `texts` in one batch. No BOS is added, since the chat template has its own; nothing is cut."""
+        if not texts:
+            return []
+        batch = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        return [
+            Encoded(ids, [start for start, _ in offsets])
+            for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+        ]
+
+    def prefix_ids(self, text: str, encoded: Encoded) -> list[int] | None:
+        """Ids of the tokens of `text` that lie within its assistant prefix; None if it does not end in the prefix.
+
+        A token that straddles the prefix's start belongs to the user's text and is left out.
+        """
+        if not text.endswith(self.assistant_prefix):
+            return None
+        begin = len(text) - len(self.assistant_prefix)
+        return [token for token, start in zip(encoded.ids, encoded.starts, strict=True) if start >= begin]
+
+    def _find_assistant_prefix(self) -> str:
+        probes = ("first probe 1", "second probe 2")
+        added = []
+        for probe in probes:
+            opened, closed = (self._render(probe, flag, thinking=self.enable_thinking) for flag in (True, False))
+            added.append(opened[len(closed) :] if opened.startswith(closed) else "")
+        if added[0] and added[0] == added[1]:
+            return added[0]
+        after = [self._render(probe, True, thinking=self.enable_thinking).rpartition(probe)[2] for probe in probes]
+        if after[0] and after[0] == after[1]:
+            return after[0]
+        raise UserError(
+            "chat template",
+            got=f"prompts that end in {after[0]!r} and {after[1]!r}",
+            need="one assistant prefix in which every prompt ends",
+            mend="use a chat template that heeds add_generation_prompt",
+        )
+
+    def _render(self, user_turn: str, add_generation_prompt: bool, *, thinking: bool) -> str:
+        import jinja2
+
+        messages = [{"role": "user", "content": user_turn}]
+        if self._system is not None:
+            messages.insert(0, {"role": "system", "content": self._system})
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
+            )
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise UserError(
+                "chat template",
+                got=f"{type(error).__name__}: {error}",
+                need="a template that renders a user turn" + ("" if self._system is None else " after a system turn"),
+                mend="mend the template" + ("" if self._system is None else " or set data.templates.system=null"),
+            ) from None
+        return str(rendered)

@@ -1,0 +1,274 @@
+"""From a record to the token ids of its three distinct prompts.
+
+| context | user turn | used by |
+|---|---|---|
+| student | question | the live student and the frozen base, and the rollout engine |
+| privileged | question and reference | the privileged teacher |
+| reference | reference, no question | the reference-only teacher |
+
+All end in the same assistant prefix, so that the same response ids continue each of them
+(`nemo_popsd.data.alignment`). Only the reference is ever shortened, before it enters both teachers' turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from nemo_popsd.data.chat import ChatFormat
+from nemo_popsd.data.config import DataConfig
+from nemo_popsd.data.records import Record
+from nemo_popsd.data.templates import check_templates, placeholders, student_turn, user_turns
+from nemo_popsd.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH = 64  # Texts tokenised per call: enough to occupy the cores, few enough to hold long offsets in memory.
+_MOST_TOKENS_PER_CHARACTER = 4  # A byte-level tokenizer makes at most one token of each UTF-8 byte.
+_MERGE_SLACK = 16  # Tokens by which joining pieces of text may exceed the sum of the pieces.
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Token ids of one row's prompts, none of them empty, each ending in the assistant prefix."""
+
+    student: list[int]
+    """Question; shared by student and base."""
+    privileged: list[int]
+    """Question and reference."""
+    reference: list[int]
+    """Reference alone."""
+    reference_text: str
+    """The reference as both teachers see it."""
+    reference_truncated: bool
+    """Whether that is less than the record's reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class FittedRow:
+    """A record that keeps to the limits, with the reference text that both teachers will see."""
+
+    record: Record
+    reference_text: str | None
+    reference_truncated: bool
+    student_length: int
+
+
+class Misfit(StrEnum):
+    """Why a row is left out."""
+
+    MALFORMED = "malformed"
+    LONG_REFERENCE = "long reference"
+    OVERLONG = "overlong prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """A record that is left out, under settings that say to leave such rows out."""
+
+    record: Record
+    why: Misfit
+    detail: str
+
+
+class ContextBuilder:
+    """Makes the contexts of records, for one tokenizer and one data configuration.
+
+    Attributes:
+        assistant_prefix: the text in which every prompt ends.
+        template_ignores_thinking: `enable_thinking` changes nothing (also logged once, as a warning).
+        longest_context: a bound on the length in tokens of any prompt made here, reference included. Adding
+            the response limit gives the sequence length that training must allow for.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        """Check the templates and the chat template; nothing is tokenised yet but probes.
+
+        Raises:
+            UserError: from `check_templates` and `ChatFormat`.
+        """
+        check_templates(config.templates)
+        self._config = config
+        self._chat = ChatFormat(tokenizer, system=config.templates.system, enable_thinking=config.enable_thinking)
+        self.assistant_prefix = self._chat.assistant_prefix
+        self.template_ignores_thinking = self._chat.ignores_thinking
+        self.longest_context = self._longest_context()
+
+    def fit(self, records: Sequence[Record], *, with_reference: bool = True) -> list[FittedRow | RejectedRow]:
+        """Measure `records` and shorten their references, in order. One tokenisation of all long references.
+
+        Args:
+            records: rows as read.
+            with_reference: False leaves references unread, as evaluation does.
+
+        Raises:
+            UserError: naming the row, for a misfit whose setting says `error`, a missing reference, or a
+                student prompt that does not end in the assistant prefix.
+        """
+        rows: list[FittedRow | RejectedRow] = []
+        for begin in range(0, len(records), _BATCH):
+            batch = records[begin : begin + _BATCH]
+            prompts = self._chat.encode([self._student_text(record) for record in batch])
+            references: list[tuple[str | None, int]] = [(None, 0)] * len(batch)
+            if with_reference:
+                references[:] = self._shorten([_reference_of(record) for record in batch])
+            for record, prompt, (reference, tokens) in zip(batch, prompts, references, strict=True):
+                rows.append(self._judge(record, len(prompt.ids), reference, tokens))
+        return rows
+
+    def contexts(self, row: FittedRow) -> Contexts:
+        """Token ids of one fitted row.
+
+        Raises:
+            UserError: naming the row, when the prompts do not end in the same assistant prefix, the chat
+                template altered the question or the reference, or `longest_context` does not hold.
+        """
+        record, reference = row.record, row.reference_text
+        if reference is None:
+            raise _missing_reference(record)
+        turns = user_turns(self._config.templates, question=record.question, reference=reference)
+        texts = [self._chat.render(turn) for turn in (turns.student, turns.privileged, turns.reference)]
+        _require_verbatim(record, "question", record.question, texts[:2])
+        _require_verbatim(record, "reference", reference, texts[1:])
+        encoded = self._chat.encode(texts)
+        tails = [self._chat.prefix_ids(text, prompt) for text, prompt in zip(texts, encoded, strict=True)]
+        if not tails[0] or any(tail != tails[0] for tail in tails):
+            raise self._prefix_mismatch(record, texts, tails)
+        longest = max(len(prompt.ids) for prompt in encoded)
+        if longest > self.longest_context:
+            raise UserError(
+                f"row {record.id}",
+                got=f"a context of {longest} tokens",
+                need=f"at most {self.longest_context}, the bound announced for these templates and limits",
+                mend="leave the row out",
+            )
+        return Contexts(
+            student=encoded[0].ids,
+            privileged=encoded[1].ids,
+            reference=encoded[2].ids,
+            reference_text=reference,
+            reference_truncated=row.reference_truncated,
+        )
+
+    def build(self, record: Record) -> Contexts:
+        """Contexts of one record: `fit`, then `contexts`.
+
+        Raises:
+            UserError: as those two, and for a row that the settings leave out.
+        """
+        row = self.fit([record])[0]
+        if isinstance(row, RejectedRow):
+            raise UserError(f"row {record.id}", got=row.detail, need="a row within the limits", mend="leave it out")
+        return self.contexts(row)
+
+    def student_prompt(self, record: Record) -> list[int]:
+        """Token ids of the student's prompt alone, as evaluation needs it; limits are left to `fit`."""
+        return self._chat.encode([self._student_text(record)])[0].ids
+
+    def _student_text(self, record: Record) -> str:
+        text = self._chat.render(student_turn(self._config.templates, question=record.question))
+        _require_verbatim(record, "question", record.question, [text])
+        if not text.endswith(self.assistant_prefix):
+            raise self._prefix_mismatch(record, [text], [])
+        return text
+
+    def _shorten(self, references: Sequence[str]) -> list[tuple[str, int]]:
+        """For each text: what is left of it within the limit, and its own tokens (0: too few to need counting)."""
+        limit = self._config.max_reference_tokens
+        suspects = [i for i, text in enumerate(references) if len(text) * _MOST_TOKENS_PER_CHARACTER > limit]
+        shortened = [(text, 0) for text in references]
+        for index, encoded in zip(suspects, self._chat.encode([references[i] for i in suspects]), strict=True):
+            text = references[index]
+            tokens = len(encoded.ids)
+            while len(encoded.ids) > limit:
+                # The first token left out may begin inside the last character: that character goes with it. The
+                # rest can, rarely, tokenise into more than `limit` again.
+                text = text[: min(encoded.starts[limit], len(text) - 1)]
+                encoded = self._chat.encode([text])[0]
+            shortened[index] = (text, tokens)
+        return shortened
+
+    def _judge(self, record: Record, length: int, reference: str | None, tokens: int) -> FittedRow | RejectedRow:
+        config = self._config
+        control = self._chat.control_token_in(f"{record.question}\n{reference or ''}")
+        if control is not None:
+            detail = f"the control token {control} in its text"
+            return self._reject(record, Misfit.MALFORMED, detail, "malformed_rows", config.malformed_rows)
+        if tokens > config.max_reference_tokens and config.long_references != "truncate":
+            detail = (
+                f"a reference of {tokens} tokens, more than data.max_reference_tokens={config.max_reference_tokens}"
+            )
+            return self._reject(record, Misfit.LONG_REFERENCE, detail, "long_references", config.long_references)
+        if length > config.max_prompt_tokens:
+            detail = f"a prompt of {length} tokens, more than data.max_prompt_tokens={config.max_prompt_tokens}"
+            return self._reject(record, Misfit.OVERLONG, detail, "overlong_rows", config.overlong_rows)
+        truncated = tokens > config.max_reference_tokens
+        if truncated and not (reference or "").strip():
+            raise UserError(
+                f"row {record.id}",
+                got=f"nothing left of the reference at data.max_reference_tokens={config.max_reference_tokens}",
+                need="room for at least a few words",
+                mend="set data.max_reference_tokens higher",
+            )
+        return FittedRow(record, reference, truncated, length)
+
+    def _reject(self, record: Record, why: Misfit, detail: str, setting: str, policy: str) -> RejectedRow:
+        if policy == "error":
+            other = "skip" if why is Misfit.MALFORMED else "drop"
+            raise UserError(
+                f"row {record.id}",
+                got=detail,
+                need="a row within the limits, without control tokens",
+                mend=f"mend the row, raise the limit, or set data.{setting}={other}",
+            )
+        return RejectedRow(record, why, f"row {record.id}: {detail}")
+
+    def _longest_context(self) -> int:
+        """The tokens of the empty templates plus the most that question and reference can add."""
+        templates, config = self._config.templates, self._config
+        turns = user_turns(templates, question="", reference="")
+        empty = self._chat.encode([self._chat.render(text) for text in (turns.student, turns.privileged)])
+        empty_student, empty_privileged = (len(encoded.ids) for encoded in empty)
+        body = placeholders(templates.teacher)
+        questions = body.count("question_block") * placeholders(templates.question_block).count("question")
+        longest_question = max(0, config.max_prompt_tokens - empty_student)
+        added = questions * longest_question + body.count("reference") * config.max_reference_tokens
+        return max(config.max_prompt_tokens, empty_privileged + added) + _MERGE_SLACK
+
+    def _prefix_mismatch(self, record: Record, texts: Sequence[str], tails: Sequence[list[int] | None]) -> UserError:
+        shown = len(self.assistant_prefix) + 20
+        names = ("student", "privileged", "reference")
+        ends = "; ".join(f"{name} prompt ends in {text[-shown:]!r}" for name, text in zip(names, texts, strict=False))
+        if tails and all(tail is not None for tail in tails):
+            ends += f" (token ids {', '.join(map(str, tails))})"
+        return UserError(
+            f"row {record.id}",
+            got=ends,
+            need=f"the same assistant prefix {self.assistant_prefix!r} in every prompt",
+            mend="mend the chat template, or end data.templates.student and data.templates.teacher alike",
+        )
+
+
+def _reference_of(record: Record) -> str:
+    if record.reference is None:
+        raise _missing_reference(record)
+    return record.reference
+
+
+def _missing_reference(record: Record) -> UserError:
+    return UserError(
+        f"row {record.id}", got="no reference", need="a reference solution", mend="mend the row or columns.reference"
+    )
+
+
+def _require_verbatim(record: Record, what: str, part: str, texts: Sequence[str]) -> None:
+    if any(part.strip() not in text for text in texts):
+        raise UserError(
+            f"row {record.id}",
+            got=f"a rendered prompt without the {what} as it stands in the row",
+            need=f"a chat template that leaves the user's text alone, so that all contexts share the {what}",
+            mend="mend the chat template",
+        )

@@ -1,0 +1,124 @@
+"""Prepared rows for training, and prompts with answers for evaluation.
+
+All rows are read, checked and measured at once, before any model is loaded. The long token ids are made when a
+row is visited: 20,000 rows with long references would take gigabytes of Python integers on every rank, while
+one row takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.utils.data import Dataset
+
+from nemo_popsd.data.config import DataConfig, SourceConfig
+from nemo_popsd.data.contexts import ContextBuilder, Contexts, FittedRow, Misfit
+from nemo_popsd.data.records import Record
+from nemo_popsd.data.report import DataReport
+from nemo_popsd.data.sources import read_records
+from nemo_popsd.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One training row as a step sees it."""
+
+    record: Record
+    contexts: Contexts
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPrompt:
+    """One evaluation row: the student's prompt, and a record whose `answer` is not None."""
+
+    record: Record
+    prompt: list[int]
+
+
+class PromptDataset(Dataset[PromptRow]):
+    """Fitted rows by index, in file order; the contexts are made on access and are the same each time."""
+
+    def __init__(self, rows: Sequence[FittedRow], builder: ContextBuilder) -> None:
+        self._rows = list(rows)
+        self.builder = builder
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> PromptRow:
+        row = self._rows[index]
+        return PromptRow(row.record, self.builder.contexts(row))
+
+
+def build_dataset(
+    config: DataConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PromptDataset, DataReport]:
+    """Read, check and measure the rows of `source`; the report is logged as one line.
+
+    Every rank calls this with the same arguments and gets the same rows in the same order; no collectives.
+
+    Raises:
+        UserError: from reading, from the templates, from a row under an `error` setting, or when no row is left.
+    """
+    builder = ContextBuilder(tokenizer, config)
+    rows, report = _fitted_rows(config, source, builder, evaluation=False)
+    dataset = PromptDataset(rows, builder)
+    # One row in full, so that a chat template with a fault of its own is refused here and not in the first step.
+    dataset[0]
+    return dataset, report
+
+
+def build_evaluation_prompts(
+    config: DataConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[EvaluationPrompt], DataReport]:
+    """Read rows with answers and make the student's prompts; references are not needed and not looked at.
+
+    Raises:
+        UserError: as `build_dataset`, and for a row without a final answer (per `malformed_rows`).
+    """
+    builder = ContextBuilder(tokenizer, config)
+    rows, report = _fitted_rows(config, source, builder, evaluation=True)
+    return [EvaluationPrompt(row.record, builder.student_prompt(row.record)) for row in rows], report
+
+
+def _fitted_rows(
+    config: DataConfig, source: SourceConfig, builder: ContextBuilder, *, evaluation: bool
+) -> tuple[list[FittedRow], DataReport]:
+    records, report = read_records(
+        source,
+        setting="data.validation" if source is config.validation else "data.train",
+        malformed_rows=config.malformed_rows,
+        need_reference=not evaluation,
+        need_answer=evaluation,
+    )
+    report.template_ignores_thinking = builder.template_ignores_thinking
+    rows: list[FittedRow] = []
+    for row in builder.fit(records, with_reference=not evaluation):
+        if isinstance(row, FittedRow):
+            rows.append(row)
+            report.references_truncated += row.reference_truncated
+            report.longest_prompt = max(report.longest_prompt, row.student_length)
+        elif row.why is Misfit.MALFORMED:
+            report.skip(row.detail)
+        elif row.why is Misfit.LONG_REFERENCE:
+            report.long_references_dropped += 1
+        else:
+            report.overlong_dropped += 1
+    report.rows_kept = len(rows)
+    logger.info("%s", report)
+    if not rows:
+        raise UserError(
+            "data",
+            got=str(report),
+            need="at least one row that fits",
+            mend="set data.max_prompt_tokens or data.max_reference_tokens higher",
+        )
+    return rows, report

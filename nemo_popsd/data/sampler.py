@@ -1,0 +1,109 @@
+"""Which rows each step visits: a function of (seed, step) alone, so that a resumed run continues exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from torch.utils.data import Sampler
+
+from nemo_popsd.errors import UserError
+
+T = TypeVar("T")
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batch sampler: for each step, the row indices of this data-parallel rank. It never ends.
+
+    The epochs' orders are laid end to end, and step s (from 0) takes places [s·B, (s+1)·B) of that line, with
+    B = prompts_per_step: every row is visited once per epoch, and a step may reach into the next epoch. Rank r of
+    D takes the r-th contiguous B/D of them, so the global batch is the same at any D.
+
+    Iterating starts at `start_step`, however far an earlier iterator (or a loader that reads ahead) has come:
+    the only state is the number of steps done, which the training loop keeps.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        prompts_per_step: int,
+        seed: int,
+        shuffle: bool = True,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        """Fix the order.
+
+        Args:
+            rows: size of the data set.
+            prompts_per_step: rows of the global batch, over all data-parallel ranks.
+            seed: draws the order of each epoch.
+            shuffle: False visits the rows in file order in every epoch.
+            dp_rank: this rank's index among the data-parallel ranks.
+            dp_size: number of data-parallel ranks.
+            start_step: steps already done.
+
+        Raises:
+            UserError: `prompts_per_step` is not a positive multiple of `dp_size`, or there are no rows.
+        """
+        if rows < 1:
+            raise UserError("data", got="no rows", need="at least one", mend="set data.train.path")
+        if prompts_per_step < 1 or prompts_per_step % dp_size:
+            raise UserError(
+                "batch",
+                got=f"prompts_per_step={prompts_per_step} on {dp_size} data-parallel ranks",
+                need=f"a positive multiple of {dp_size}",
+                mend="set prompts_per_step, or the parallel sizes",
+            )
+        if not 0 <= dp_rank < dp_size or start_step < 0:
+            raise ValueError(f"dp_rank={dp_rank} of dp_size={dp_size}, start_step={start_step}")
+        self.rows = rows
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+        self.shuffle = shuffle
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.start_step = start_step
+        self._order: tuple[int, list[int]] | None = None
+
+    def global_batch(self, step: int) -> list[int]:
+        """Row indices of all ranks at `step`, in rank order."""
+        batch: list[int] = []
+        place = step * self.prompts_per_step
+        while len(batch) < self.prompts_per_step:
+            epoch, offset = divmod(place + len(batch), self.rows)
+            batch += self._epoch_order(epoch)[offset : offset + self.prompts_per_step - len(batch)]
+        return batch
+
+    def local_batch(self, step: int) -> list[int]:
+        """Row indices of this rank at `step`."""
+        share = self.prompts_per_step // self.dp_size
+        return self.global_batch(step)[self.dp_rank * share : (self.dp_rank + 1) * share]
+
+    def epoch(self, step: int) -> int:
+        """The epoch, counted from 0, to which the first row of `step` belongs."""
+        return step * self.prompts_per_step // self.rows
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start_step
+        while True:
+            yield self.local_batch(step)
+            step += 1
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            order = list(range(self.rows))
+            if self.shuffle:
+                # Seeding by text goes through SHA-512: the order of two epochs or seeds is unrelated, and it does
+                # not depend on the platform or on the state of any other generator.
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+def collate(rows: Sequence[T]) -> list[T]:
+    """The batch is the list of its rows; padding or packing is the trainer's affair."""
+    return list(rows)
