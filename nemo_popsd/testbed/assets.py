@@ -1,0 +1,39 @@
+"""Paths of the files that ship with the project, under the names that configurations use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_popsd.errors import UserError
+
+PREFIX = "nemo_popsd:"
+"""What marks the name of an embedded file in a configuration."""
+
+FOLDER = Path(__file__).parent / "assets"
+
+_ASSETS = {
+    "tiny_reasoner": "tiny_reasoner",
+    "tiny_train": "tiny_train.jsonl",
+    "tiny_validation": "tiny_validation.jsonl",
+}
+
+
+def asset(name: str) -> Path:
+    """The packaged path of an embedded model or data set.
+
+    Args:
+        name: `nemo_popsd:tiny_reasoner` (a Hugging Face model folder), `nemo_popsd:tiny_train` or
+            `nemo_popsd:tiny_validation` (JSONL with `id`, `question`, `reference`, `answer`).
+
+    Raises:
+        UserError: for any other name.
+    """
+    path = _ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if path is None:
+        raise UserError(
+            "embedded file",
+            got=repr(name),
+            need="one of " + ", ".join(PREFIX + known for known in _ASSETS),
+            mend="correct the name, or give the path of a file or folder of your own",
+        )
+    return FOLDER / path

@@ -1,0 +1,231 @@
+"""The recipe of the embedded model: pre-training from scratch on worked solutions, in plain PyTorch.
+
+    python -m nemo_popsd.testbed.pretrain --output DIR
+
+The mixture holds all three contexts. From the question alone the model learns to think: to hesitate, check and correct
+itself. With a reference in the context it learns to state the values, so a reference makes it right, short and sure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from nemo_popsd.testbed.contexts import ContextReport, report
+from nemo_popsd.testbed.problems import (
+    DIFFICULTY,
+    Difficulty,
+    Problem,
+    problems,
+    records,
+    response,
+    terse_thoughts,
+    thoughtful_thoughts,
+)
+from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
+from nemo_popsd.testbed.tokenizer import save_tokenizer
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that determines the weights, up to the rounding of the machine."""
+
+    seed: int = 20260
+    """Seed of the initial weights, the problems and the mixture."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch: int = 64
+    """Sequences per step."""
+    learning_rate: float = 3e-3
+    """Peak; linear warm-up, cosine decay to a tenth."""
+    warmup: int = 50
+    """Steps of the warm-up."""
+    question_reference_share: float = 0.2
+    """Share of sequences with question and reference."""
+    reference_share: float = 0.2
+    """Share of sequences with the reference alone; the rest see the question alone."""
+    thoughtful_with_reference: float = 0.1
+    """Share of sequences with a reference whose solution still hesitates and checks."""
+    no_thinking: float = 0.04
+    """Share of sequences from any context with thinking switched off."""
+    difficulty: Difficulty = field(default_factory=lambda: DIFFICULTY)
+    """The problems and the worked solutions."""
+
+
+def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    """Qwen3 in small: grouped-query attention, query and key norms, a head size of its own, tied embeddings."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        max_position_embeddings=1024,
+        rope_theta=10_000.0,
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        torch_dtype="float32",
+    )
+
+
+def draw_example(problem: Problem, rng: random.Random, recipe: Recipe) -> tuple[Context, str, bool]:
+    """Draw context, assistant text and whether thinking is on for one sequence of the mixture."""
+    draw = rng.random()
+    context: Context = "question"
+    if draw < recipe.reference_share:
+        context = "reference"
+    elif draw < recipe.reference_share + recipe.question_reference_share:
+        context = "question+reference"
+    thinking = rng.random() >= recipe.no_thinking
+    thoughtful = thinking and (context == "question" or rng.random() < recipe.thoughtful_with_reference)
+    thoughts = thoughtful_thoughts(problem, rng, recipe.difficulty) if thoughtful else terse_thoughts(problem)
+    return context, response(thoughts, problem.answer, thinking=thinking), thinking
+
+
+def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of `(ids, labels)`, both `[B, T]`; labels are set on the assistant's tokens alone.
+
+    Sequences of similar length share a batch: 16 batches are drawn at once and sorted.
+    """
+    order = random.Random(f"{recipe.seed}/order")
+    source = problems("pretraining", recipe.seed, recipe.difficulty)
+    while True:
+        sequences = []
+        for problem, rng in (next(source) for _ in range(16 * recipe.batch)):
+            context, text, thinking = draw_example(problem, rng, recipe)
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": user_turn(context, problem.question, problem.reference)}],
+                add_generation_prompt=True,
+                enable_thinking=thinking,
+                return_dict=False,
+            )
+            answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            sequences.append((prompt + answer, [_IGNORED] * len(prompt) + answer))
+        sequences.sort(key=lambda pair: len(pair[0]))
+        chunks = [sequences[i : i + recipe.batch] for i in range(0, len(sequences), recipe.batch)]
+        order.shuffle(chunks)
+        for chunk in chunks:
+            longest = max(len(ids) for ids, _ in chunk)
+            ids = torch.full((len(chunk), longest), tokenizer.pad_token_id)
+            labels = torch.full((len(chunk), longest), _IGNORED)
+            for row, (sequence, targets) in enumerate(chunk):
+                ids[row, : len(sequence)] = torch.tensor(sequence)
+                labels[row, : len(targets)] = torch.tensor(targets)
+            yield ids, labels
+
+
+def pretrain(output: Path, recipe: Recipe, *, log_every: int = 50, quick_every: int = 0) -> Qwen3ForCausalLM:
+    """Train a model by the recipe and save it with its tokenizer in Hugging Face format.
+
+    Args:
+        output: folder to create.
+        recipe: what to train.
+        log_every: steps between lines of progress.
+        quick_every: steps between quick looks at the accuracy; 0 means none.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = save_tokenizer(output)
+    torch.manual_seed(recipe.seed)
+    model = Qwen3ForCausalLM(model_config(tokenizer))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+    stream = batches(tokenizer, recipe)
+    started, recent = time.perf_counter(), 0.0
+    for step in range(1, recipe.steps + 1):
+        ids, labels = next(stream)
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        recent += loss.item()
+        if step % log_every == 0:
+            print(f"step {step} loss {recent / log_every:.4f} {time.perf_counter() - started:.0f} s", flush=True)
+            recent = 0.0
+        if quick_every and step % quick_every == 0:
+            evaluate(model, tokenizer, 128, temperatures=(1.0,), seed=recipe.seed + 1, difficulty=recipe.difficulty)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(str(output))
+    return model
+
+
+def evaluate(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    temperatures: tuple[float, ...] = (0.0, 1.0),
+    seed: int,
+    difficulty: Difficulty = DIFFICULTY,
+) -> list[ContextReport]:
+    """Print and return the accuracy from every context on `count` held-out problems."""
+    rows = records("validation", count, seed, difficulty)
+    reports = []
+    for temperature in temperatures:
+        for context in CONTEXTS:
+            reports.append(report(model, tokenizer, rows, context, temperature=temperature, seed=seed))
+            print(reports[-1], flush=True)
+    return reports
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """Multiplier of the learning rate."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, save, evaluate; the figures are also written to `report.json`."""
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(description="Train the embedded testbed model from scratch.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model, its tokenizer and the report")
+    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument("--steps", type=int, default=recipe.steps)
+    parser.add_argument("--batch", type=int, default=recipe.batch)
+    parser.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
+    parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
+    parser.add_argument("--quick-every", type=int, default=0, help="steps between quick evaluations; 0: none")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    recipe = replace(
+        recipe, seed=options.seed, steps=options.steps, batch=options.batch, learning_rate=options.learning_rate
+    )
+    model = pretrain(options.output, recipe, quick_every=options.quick_every)
+    from nemo_popsd.testbed.tokenizer import build_tokenizer
+
+    reports = evaluate(model, build_tokenizer(), options.problems, seed=recipe.seed + 2)
+    (options.output / "report.json").write_text(json.dumps([r.as_dict() for r in reports], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+r"""Small verifiable problems, their terse references, and worked solutions that doubt and correct themselves.
+
+A problem is a chain of definitions modulo 100::
+
+    Let a = 37, b = a * 8, c = b - 20, all modulo 100. Find c.
+
+A **thoughtful** solution sometimes hesitates ("Maybe", "Perhaps"), recomputes by digits ("Check") and corrects itself
+("Wait"). The digits are easy and the guess is hard, so checking is what makes it right. A **terse** solution states the
+values alone. The **reference** is terser still: the values of the chain *sorted by size*, and the answer. It says which
+values occur but not which variable has which, so reference and question together say more than either alone.
+
+Everything is a pure function of (seed, split, index) and never uses `hash()`: any process draws the same problems. A
+question belongs to one split for good, by a digest of its text, so the splits cannot overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+MODULUS = 100
+"""All values are reduced to two digits."""
+NAMES = "abcdefghi"
+"""Variable names, in order of definition."""
+
+Split = Literal["pretraining", "train", "validation"]
+_BUCKETS: dict[Split, range] = {"validation": range(0, 8), "train": range(8, 32), "pretraining": range(32, 256)}
+_HESITATIONS = ("Maybe", "Perhaps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difficulty:
+    """What makes the problems hard for a small model, and how its worked solutions think."""
+
+    shortest: int = 2
+    """Fewest steps of a chain."""
+    longest: int = 5
+    """Most steps of a chain."""
+    multiply: float = 0.4
+    """Share of steps that multiply by a digit; the rest add and subtract."""
+    hesitate: float = 0.5
+    """Share of steps of a thoughtful solution that begin with Maybe or Perhaps and are checked."""
+    doubt: float = 0.1
+    """Share of its other steps that are checked after all."""
+    mistake: float = 0.3
+    """Share of hesitant guesses that are wrong, and corrected."""
+
+
+DIFFICULTY = Difficulty()
+"""The mixture of the embedded data and model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One definition `name = left op right`; operands as written, and as numbers."""
+
+    name: str
+    op: str
+    left: str
+    right: str
+    x: int
+    y: int
+
+    @property
+    def value(self) -> int:
+        """The value of the variable, modulo 100."""
+        return apply(self.op, self.x, self.y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem; `steps` excludes the first variable, which is given."""
+
+    start: int
+    steps: tuple[Step, ...]
+
+    @property
+    def question(self) -> str:
+        """The problem statement."""
+        chain = "".join(f", {s.name} = {s.left} {s.op} {s.right}" for s in self.steps)
+        return f"Let a = {self.start}{chain}, all modulo {MODULUS}. Find {self.steps[-1].name}."
+
+    @property
+    def answer(self) -> str:
+        """The value of the last variable."""
+        return str(self.steps[-1].value)
+
+    @property
+    def reference(self) -> str:
+        """The values of the chain in ascending order (whose value each is, only the question tells), and the answer."""
+        values = ", ".join(str(v) for v in sorted(s.value for s in self.steps))
+        return f"{values}. Answer {self.answer}."
+
+
+def apply(op: str, x: int, y: int) -> int:
+    """`x op y` modulo 100 for op in `+ - *`."""
+    if op == "+":
+        return (x + y) % MODULUS
+    if op == "-":
+        return (x - y) % MODULUS
+    return (x * y) % MODULUS
+
+
+def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Problem:
+    """Draw one problem of any split."""
+    start = rng.randrange(2, MODULUS)
+    values = [start]
+    steps: list[Step] = []
+    for i in range(rng.randint(difficulty.shortest, difficulty.longest)):
+        left, x = NAMES[i], values[i]
+        if rng.random() < difficulty.multiply:
+            op, y = "*", rng.randint(2, 9)
+            right = str(y)
+        elif i > 0 and rng.random() < 0.3:
+            op, j = rng.choice("+-"), rng.randrange(i)
+            right, y = NAMES[j], values[j]
+        else:
+            op, y = rng.choice("+-"), rng.randrange(2, MODULUS)
+            right = str(y)
+        steps.append(Step(name=NAMES[i + 1], op=op, left=left, right=right, x=x, y=y))
+        values.append(steps[-1].value)
+    return Problem(start=start, steps=tuple(steps))
+
+
+def split_of(question: str) -> Split:
+    """The one split that a question belongs to, by the first byte of the SHA-256 digest of its text."""
+    bucket = hashlib.sha256(question.encode()).digest()[0]
+    return next(split for split, buckets in _BUCKETS.items() if bucket in buckets)
+
+
+def problems(split: Split, seed: int, difficulty: Difficulty = DIFFICULTY) -> Iterator[tuple[Problem, random.Random]]:
+    """Endless distinct problems of a split, each with a generator for its worked solution.
+
+    Distinct means that a question text is yielded once, so memory grows with what is drawn.
+    """
+    seen: set[bytes] = set()
+    index = 0
+    while True:
+        rng = random.Random(f"{seed}/{split}/{index}")
+        index += 1
+        problem = draw_problem(rng, difficulty)
+        question = problem.question
+        digest = hashlib.sha256(question.encode()).digest()[:8]
+        if split_of(question) == split and digest not in seen:
+            seen.add(digest)
+            yield problem, rng
+
+
+def records(split: Split, count: int, seed: int, difficulty: Difficulty = DIFFICULTY) -> list[dict[str, str]]:
+    """The first `count` rows of a split as `id`, `question`, `reference`, `answer`."""
+    rows = []
+    for number, (problem, _) in zip(range(count), problems(split, seed, difficulty), strict=False):
+        rows.append(
+            {
+                "id": f"{split}-{number:05d}",
+                "question": problem.question,
+                "reference": problem.reference,
+                "answer": problem.answer,
+            }
+        )
+    return rows
+
+
+def terse_thoughts(problem: Problem) -> str:
+    """The thoughts of one who has the values at hand: one line a step."""
+    return "".join(f"Then {s.name} = {s.value}\n" for s in problem.steps)
+
+
+def thoughtful_thoughts(problem: Problem, rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> str:
+    """The thoughts of one who has not: guesses some steps, checks by digits, corrects mistakes."""
+    lines: list[str] = []
+    for s in problem.steps:
+        if rng.random() < difficulty.hesitate:
+            guess = _mistake(s, rng) if rng.random() < difficulty.mistake else s.value
+            lines.append(f"{rng.choice(_HESITATIONS)} {s.name} = {guess}")
+            lines.append(f"Check {digits(s)}")
+            lines.append(f"{'So' if guess == s.value else 'Wait'} {s.name} = {s.value}")
+        elif rng.random() < difficulty.doubt:
+            lines.append(f"Then {s.name} = {s.value}")
+            lines.append(f"Wait, check {digits(s)}")
+            lines.append(f"So {s.name} = {s.value}")
+        else:
+            lines.append(f"Then {s.name} = {s.value}")
+    return "".join(line + "\n" for line in lines)
+
+
+def digits(step: Step) -> str:
+    """The step recomputed by digits: each partial result is easy, and the last sum carries nothing."""
+    tens, units = step.x // 10 * 10, step.x % 10
+    if step.op == "*":
+        low, low_y, high_y = apply("*", units, step.y), step.y, step.y
+    else:
+        low_y, high_y = step.y % 10, step.y // 10 * 10
+        low = apply(step.op, units, low_y)
+    high = apply(step.op, tens, high_y)
+    return (
+        f"{step.x} {step.op} {step.y}: {units} {step.op} {low_y} = {low}, {tens} {step.op} {high_y} = {high}, "
+        f"{low} + {high} = {step.value}"
+    )
+
+
+def response(thoughts: str, answer: str, *, thinking: bool = True) -> str:
+    r"""The assistant turn without its end token: thoughts, then the answer in `\boxed{}`.
+
+    With `thinking` off the chat template has already written the empty thoughts, and the steps are part of the answer.
+    """
+    return f"<think>\n{thoughts}</think>\n\n\\boxed{{{answer}}}" if thinking else f"{thoughts}\\boxed{{{answer}}}"
+
+
+def _mistake(step: Step, rng: random.Random) -> int:
+    """A near miss: the tens digit or the units digit off."""
+    value = step.value
+    if rng.random() < 0.7:
+        return (value + 10 * rng.choice((-2, -1, 1, 2))) % MODULUS
+    return value // 10 * 10 + (value + rng.randint(1, 9)) % 10

@@ -1,0 +1,42 @@
+"""The user turns that the embedded model was pre-trained on: a short set of the project's templates.
+
+`conf/tiny.yaml` repeats these texts under `data.templates`; a model only understands the turns it was trained on.
+As everywhere in the project, both teachers share one body and differ by `question_block` alone, which is empty for
+the reference-only teacher.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nemo_popsd.data.config import TemplatesConfig
+
+Context = Literal["question", "question+reference", "reference"]
+"""The three kinds of context that the pre-training mixture holds: student, privileged teacher, reference-only teacher."""
+
+CONTEXTS: tuple[Context, ...] = ("question", "question+reference", "reference")
+
+TEMPLATES = TemplatesConfig(
+    student="{question}\nThink step by step and put the answer in \\boxed{}.",
+    question_block="{question}\n",
+    teacher=(
+        "{question_block}Reference: {reference}\n"
+        "Derive it in your own words. Think step by step and put the answer in \\boxed{}."
+    ),
+    system=None,
+)
+"""The embedded model's templates."""
+
+
+def user_turn(context: Context, question: str, reference: str) -> str:
+    """The user turn of one context.
+
+    Args:
+        context: which of the three contexts.
+        question: problem statement; unused by `reference`.
+        reference: reference solution; unused by `question`.
+    """
+    if context == "question":
+        return TEMPLATES.student.replace("{question}", question)
+    block = TEMPLATES.question_block.replace("{question}", question) if context == "question+reference" else ""
+    return TEMPLATES.teacher.replace("{question_block}", block).replace("{reference}", reference)
