@@ -1,0 +1,1 @@
+"""Present so that the repository root is on the path (through `tests/__init__.py`) whichever test is collected."""

@@ -1,0 +1,260 @@
+"""Run one function on several ranks, each a process of its own in a gloo group, and collect what the ranks return.
+
+    def worker(rank, world_size, scale):          # module level, so that it can be pickled by name
+        total = torch.full((1,), scale * rank)
+        torch.distributed.all_reduce(total)
+        return total
+
+    results = run_ranks(worker, 2, 10.0)          # [tensor([10.]), tensor([10.])]
+
+How it works
+    * Ranks are forked from one server process that has imported torch, megatron.core and hypothesis once per test
+      session (`tests/preloaded.py`); a rank then starts in tenths of a second. The server imports and nothing more:
+      it has a single thread and no process group, so forking it is safe.
+    * The parent hosts the TCPStore on a port the kernel picks: no race for a port.
+    * Arguments and results travel as plain pickles through a pipe: no shared memory that must outlive the rank.
+    * A rank that has returned stays alive until all have: none sees a peer's connection close in mid-collective.
+    * Every rank is a session of its own and is killed as such, with whatever it started; a rank also watches the test
+      process and ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[1]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_HOST = "127.0.0.1"
+_EXIT_GRACE_SECONDS = 10.0
+_STACK_DUMP_SECONDS = 0.5
+_FAILURE_GRACE_SECONDS = 0.3
+
+
+def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Call ``worker(rank, world_size, *args)`` on every rank and return the results, by rank.
+
+    In each rank the default process group (gloo) is initialised, torch uses one thread, the environment is the
+    caller's plus RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and the working
+    directory is the caller's.
+
+    Args:
+        worker: a module-level function; so are callables among `args`.
+        world_size: number of ranks.
+        args: picklable; tensors on the CPU are fine.
+        timeout: seconds for the whole run.
+
+    Raises:
+        AssertionError: a rank failed (the message holds the first failing rank and its traceback) or the time was up
+            (the message names the ranks still running and shows their stacks). All ranks are dead by then.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore(_HOST, 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    payload = pickle.dumps((worker, args))
+    deadline = time.monotonic() + timeout
+    _start_fork_server()
+    processes: list[Any] = []
+    pipes: list[connection.Connection] = []
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        stack_files = [os.path.join(folder, f"rank{rank}.txt") for rank in range(world_size)]
+        try:
+            for rank in range(world_size):
+                ours, theirs = _CONTEXT.Pipe()
+                environment = {
+                    **os.environ,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                    "MASTER_ADDR": _HOST,
+                    "MASTER_PORT": str(store.port),
+                }
+                process = _CONTEXT.Process(
+                    target=_rank_main,
+                    args=(payload, rank, world_size, environment, timeout, stack_files[rank], theirs),
+                    name=f"rank{rank}",
+                )
+                process.start()
+                theirs.close()
+                processes.append(process)
+                pipes.append(ours)
+            results = _collect(processes, pipes, deadline, timeout, stack_files)
+            for pipe in pipes:
+                with contextlib.suppress(OSError):
+                    pipe.send_bytes(b"done")
+            for process in processes:
+                process.join(_EXIT_GRACE_SECONDS)
+            return results
+        finally:
+            for process in processes:
+                _kill(process)
+            for pipe in pipes:
+                pipe.close()
+
+
+def _start_fork_server() -> None:
+    """Start the server, or do nothing where it runs already (it serves the whole test session)."""
+    _CONTEXT.set_forkserver_preload(["tests.preloaded"])
+    # One thread each: the server must have no thread pool when it forks.
+    overlay = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    with _environment(overlay):
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _environment(overlay: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in overlay}
+    os.environ.update(overlay)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _collect(
+    processes: list[Any],
+    pipes: list[connection.Connection],
+    deadline: float,
+    timeout: float,
+    stack_files: list[str],
+) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [rank for rank in range(len(pipes)) if rank not in results]
+        ready = connection.wait([pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            stacks = _dump_stacks(processes, stack_files, waiting)
+            raise AssertionError(f"timed out after {timeout:g} s; ranks still running: {waiting}\n{stacks}")
+        failed = _receive(processes, pipes, [rank for rank in waiting if pipes[rank] in ready], results)
+        if failed:
+            time.sleep(_FAILURE_GRACE_SECONDS)  # the effect of a failure on a peer may have been faster than its cause
+            rest = [rank for rank in waiting if rank not in results and pipes[rank] not in ready]
+            late = connection.wait([pipes[rank] for rank in rest], 0.0)
+            failed += _receive(processes, pipes, [rank for rank in rest if pipes[rank] in late], results)
+            _, rank, text = min(failed)
+            raise AssertionError(f"rank {rank} of {len(pipes)} failed first:\n{text}")
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _receive(
+    processes: list[Any], pipes: list[connection.Connection], ranks: list[int], results: dict[int, Any]
+) -> list[tuple[float, int, str]]:
+    """Put what `ranks` sent into `results`; return the failures as (moment, rank, text)."""
+    failures: list[tuple[float, int, str]] = []
+    for rank in ranks:
+        try:
+            succeeded, moment, content = pickle.loads(pipes[rank].recv_bytes())
+        except (EOFError, OSError):  # died without a word: rather the cause of a peer's error than its effect
+            processes[rank].join(_EXIT_GRACE_SECONDS)
+            failures.append((0.0, rank, f"the process died with exit code {processes[rank].exitcode}"))
+            continue
+        if succeeded:
+            results[rank] = content
+        else:
+            failures.append((moment, rank, content))
+    return failures
+
+
+def _dump_stacks(processes: list[Any], stack_files: list[str], ranks: list[int]) -> str:
+    for rank in ranks:
+        with contextlib.suppress(OSError):  # the file exists once the rank can handle the signal
+            if os.path.exists(stack_files[rank]):
+                os.kill(processes[rank].pid, signal.SIGUSR1)
+    time.sleep(_STACK_DUMP_SECONDS)
+    parts = []
+    for rank in ranks:
+        path = Path(stack_files[rank])
+        parts.append(f"--- rank {rank}\n{path.read_text() if path.exists() else 'still starting'}")
+    return "\n".join(parts)
+
+
+def _kill(process: Any) -> None:
+    if process.pid is None:
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # also what the rank itself started, even after its own exit
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    process.join(_EXIT_GRACE_SECONDS)
+
+
+def _rank_main(
+    payload: bytes,
+    rank: int,
+    world_size: int,
+    environment: dict[str, str],
+    timeout: float,
+    stack_file: str,
+    pipe: connection.Connection,
+) -> None:
+    os.setsid()
+    _die_with_parent()
+    os.environ.clear()
+    os.environ.update(environment)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with open(stack_file, "w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        try:
+            content = _call_worker(payload, rank, world_size, timeout)
+            message = pickle.dumps((True, time.monotonic(), content))
+        except BaseException:
+            message = pickle.dumps((False, time.monotonic(), traceback.format_exc()))
+        pipe.send_bytes(message)
+        with contextlib.suppress(EOFError, OSError):
+            pipe.recv_bytes()  # all ranks have returned, or the parent is gone
+        faulthandler.unregister(signal.SIGUSR1)
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _call_worker(payload: bytes, rank: int, world_size: int, timeout: float) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=timeout)
+    store = dist.TCPStore(
+        _HOST, int(os.environ["MASTER_PORT"]), None, is_master=False, wait_for_workers=False, timeout=limit
+    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    worker, args = pickle.loads(payload)
+    return worker(rank, world_size, *args)
+
+
+def _die_with_parent() -> None:
+    """End this rank, and what it started, as soon as the test process is gone, however that went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
