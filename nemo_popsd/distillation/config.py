@@ -1,0 +1,67 @@
+"""Configuration of the target and of the divergence that the student minimises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_popsd.config.checks import above, at_least, fraction, one_of
+
+
+@dataclass(kw_only=True)
+class TargetConfig:
+    """The target distribution: one member of the log-linear family (section "target" of the README)."""
+
+    family: str = "purified"
+    """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582) or `student_pmi` (PMI on the
+    live student, an ablation)."""
+    beta: float = 1.0
+    """Strength of the anchor, for `purified` and `student_pmi`: the PMI is divided by it, after the tanh."""
+    cap: float | None = 10.0
+    """Bound c of the soft cap c·tanh(Δ/c), for `purified` and `student_pmi`; null means none."""
+    weight: float = 0.5
+    """Weight of the privileged teacher in `beta_opsd`."""
+    temperature: float = 1.0
+    """Softmax temperature of every distribution in the loss; has nothing to do with rollout sampling."""
+
+    def __post_init__(self) -> None:
+        one_of("distillation.target.family", self.family, ("purified", "opsd", "beta_opsd", "student_pmi"))
+        above("distillation.target.beta", self.beta, 0)
+        above("distillation.target.cap", self.cap, 0)
+        fraction("distillation.target.weight", self.weight)
+        above("distillation.target.temperature", self.temperature, 0)
+
+
+@dataclass(kw_only=True)
+class DivergenceConfig:
+    """The divergence between student and target."""
+
+    kind: str = "jsd"
+    """`jsd`, `forward_kl` (KL(target ‖ student)) or `reverse_kl` (KL(student ‖ target))."""
+    weight: float = 0.5
+    """Weight of the target in the mixture of the JSD. The paper does not state it; 0.5 is ours."""
+
+    def __post_init__(self) -> None:
+        one_of("distillation.divergence.kind", self.kind, ("jsd", "forward_kl", "reverse_kl"))
+        fraction("distillation.divergence.weight", self.weight, allow_zero=False, allow_one=False)
+
+
+@dataclass(kw_only=True)
+class DistillationConfig:
+    """What is distilled, and how tokens are averaged."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """The target distribution."""
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    """The divergence."""
+    loss_mean: str = "sequence"
+    """`sequence`: mean over tokens of each response, then over responses (the paper's). `token`: over all tokens of
+    the global batch (official OPSD's)."""
+    chunk_tokens: int = 1024
+    """Response tokens whose logits exist at one time, on each tensor-parallel rank."""
+    diagnosed_tokens: int = 256
+    """Tokens per step and data-parallel rank on which Δ norms and cosines are measured; 0 measures none."""
+
+    def __post_init__(self) -> None:
+        one_of("distillation.loss_mean", self.loss_mean, ("sequence", "token"))
+        at_least("distillation.chunk_tokens", self.chunk_tokens, 1)
+        at_least("distillation.diagnosed_tokens", self.diagnosed_tokens, 0)

@@ -1,0 +1,102 @@
+"""Configuration of the student, its parallel layout and its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_popsd.config.checks import above, at_least, fraction, one_of
+from nemo_popsd.errors import UserError
+
+
+@dataclass(kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters on the usual linears (Megatron-Bridge's LoRA)."""
+
+    rank: int = 64
+    """Rank of the update (the paper's)."""
+    alpha: float = 128
+    """The update is scaled by alpha / rank. Ours; the paper does not state it."""
+    dropout: float = 0.0
+    """Dropout before the adapter. Must be 0: with dropout the student would not equal the base at the start."""
+    targets: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+    """Megatron's linears that get an adapter: q, k, v; o; gate, up; down."""
+
+    def __post_init__(self) -> None:
+        at_least("student.lora.rank", self.rank, 1)
+        above("student.lora.alpha", self.alpha, 0)
+        if self.dropout != 0:
+            raise UserError(
+                "configuration",
+                got=f"student.lora.dropout={self.dropout}",
+                need="0: the branches are compared under the same weights",
+                mend="set student.lora.dropout=0",
+            )
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    """The model that is trained; its initial weights are the frozen base."""
+
+    source: str = ""
+    """A Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), or `nemo_popsd:tiny_reasoner`."""
+    precision: str = "bf16"
+    """`bf16` (gradients and optimizer in fp32) or `fp32`."""
+    adaptation: str = "lora"
+    """`lora`: adapters are trained, the base is the same weights with the adapters off. `full`: all weights are
+    trained, the base is a frozen copy."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters, when `adaptation` is `lora`."""
+    recompute: bool = False
+    """Gradient checkpointing: recompute each layer in the backward pass."""
+
+    def __post_init__(self) -> None:
+        one_of("student.precision", self.precision, ("bf16", "fp32"))
+        one_of("student.adaptation", self.adaptation, ("lora", "full"))
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model is laid out over ranks. Data parallelism takes what is left of the world."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+
+    def __post_init__(self) -> None:
+        at_least("parallel.tensor", self.tensor, 1)
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Megatron's Adam, its schedule and clipping."""
+
+    lr: float = 5e-6
+    """Peak learning rate (the paper's)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay: str = "constant"
+    """`constant`, `linear` or `cosine`, from the warm-up's end to `training.steps`."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    distributed: bool = False
+    """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+
+    def __post_init__(self) -> None:
+        above("optimizer.lr", self.lr, 0)
+        at_least("optimizer.min_lr", self.min_lr, 0)
+        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        one_of("optimizer.decay", self.decay, ("constant", "linear", "cosine"))
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
+        fraction("optimizer.beta1", self.beta1, allow_one=False)
+        fraction("optimizer.beta2", self.beta2, allow_one=False)
+        above("optimizer.eps", self.eps, 0)
+        at_least("optimizer.clip_grad", self.clip_grad, 0)

@@ -1,0 +1,152 @@
+"""Norm and core attention of the local layer spec: what Transformer Engine does on a GPU, in plain torch.
+
+Used where there is no Transformer Engine (see `nemo_popsd.megatron.spec`). megatron-core's own local
+versions do not serve: its torch norm refuses sequence parallelism (torch_norm.py:32) and its
+`DotProductAttention` refuses packed sequences and context parallelism.
+
+Shapes: s sequence, b batch, t packed tokens, n query heads and g key-value heads of this tensor-parallel
+rank, d head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class LocalRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm over the last dimension, marked for sequence parallelism.
+
+    Under sequence parallelism each rank normalises its own tokens, so the weight's gradient is this
+    rank's part; Megatron's `finalize_model_grads` sums parameters marked ``sequence_parallel``.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
+            raise ValueError(
+                f"got normalization={config.normalization!r} with "
+                f"layernorm_zero_centered_gamma={config.layernorm_zero_centered_gamma}; the local layer spec needs "
+                "RMSNorm without zero-centred weights; use the Transformer Engine spec (a GPU)"
+            )
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LocalCoreAttention(MegatronModule):
+    """Causal attention of one tensor-parallel rank's heads: padded, cached, packed, context-parallel.
+
+    - *Padded* batches are padded on the right: causality alone keeps padding out of every real token.
+    - *Cached* decoding: Megatron passes all keys so far and ``AttnMaskType.no_mask`` for the new query.
+    - *Packed* (thd): tokens attend within their own sequence, bounded by ``cu_seqlens_q``.
+    - *Context parallel*: every sequence is cut into 2·cp chunks and rank r holds chunks r and
+      2·cp−1−r. Keys and values are gathered over the group (one all-gather each, one reduce-scatter each
+      in the backward; b·s·g·d elements), queries stay.
+
+    Dropout, sliding windows and attention biases are refused rather than ignored.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout or config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError(
+                f"got attention_dropout={dropout}, window_size={config.window_size}, "
+                f"softmax_type={config.softmax_type!r}; the local core attention needs 0, None and 'vanilla'; "
+                "use the Transformer Engine spec (a GPU)"
+            )
+        assert pg_collection is not None
+        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            query: [s, b, n, d], or [t, n, d] when packed; this rank's chunks under context parallelism.
+            key: [s_k, b, g, d] or [t, g, d]; s_k > s when keys are cached.
+            value: as `key`.
+            attention_mask: ignored: every sequence is causal.
+            attn_mask_type: ``no_mask`` for a cached decoding step of one token.
+            attention_bias: must be None.
+            packed_seq_params: with ``qkv_format="thd"``, the bounds of the sequences.
+
+        Returns:
+            [s, b, n·d], or [t, n·d] when packed.
+        """
+        assert attention_bias is None
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            bounds = packed_seq_params.cu_seqlens_q_padded
+            bounds = packed_seq_params.cu_seqlens_q if bounds is None else bounds
+            share = 1 if self.cp_group is None else self.cp_group.size()
+            lengths = (torch.diff(bounds) // share).tolist()
+            parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(*part, causal=True) for part in parts]).squeeze(1)
+        return self._attend(query, key, value, causal=attn_mask_type != AttnMaskType.no_mask)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+        """[s, b, n, d], [s_k, b, g, d], [s_k, b, g, d] -> [s, b, n·d]; one sequence length for the batch."""
+        mask = None
+        if self.cp_group is not None and causal:
+            mask = zigzag_positions(query.shape[0], self.cp_group.size(), self.cp_group.rank(), query.device)
+            key, value = (self._gather_context(x) for x in (key, value))
+            mask = mask[:, None] >= torch.arange(key.shape[0], device=key.device)[None, :]
+        elif causal and query.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"got {query.shape[0]} queries for {key.shape[0]} keys; a cached step takes one token at a time"
+            )
+        q_bnsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context_bnsd = scaled_dot_product_attention(
+            q_bnsd,
+            k_bgsd,
+            v_bgsd,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q_bnsd.shape[1] != k_bgsd.shape[1],
+        )
+        return context_bnsd.permute(2, 0, 1, 3).flatten(2)
+
+    def _gather_context(self, x: Tensor) -> Tensor:
+        """[s/cp, b, g, d] of every rank, put into the sequence's order: [s, b, g, d]."""
+        assert self.cp_group is not None
+        size = self.cp_group.size()
+        gathered = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
+        positions = [zigzag_positions(x.shape[0], size, rank, x.device) for rank in range(size)]
+        return gathered[torch.argsort(torch.cat(positions))]
+
+
+def zigzag_positions(local_length: int, size: int, rank: int, device: torch.device) -> Tensor:
+    """Positions in the whole sequence of the tokens that context-parallel rank `rank` of `size` holds: [s/cp].
+
+    The sequence is cut into 2·size chunks; rank r holds chunks r and 2·size−1−r, which balances causal work.
+    """
+    chunk = local_length // 2
+    first = torch.arange(rank * chunk, (rank + 1) * chunk, device=device)
+    last = torch.arange((2 * size - 1 - rank) * chunk, (2 * size - rank) * chunk, device=device)
+    return torch.cat([first, last])

@@ -1,0 +1,60 @@
+"""The one choice of layers: Transformer Engine on a GPU, our local norm and core attention elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from nemo_popsd.megatron.layers import LocalCoreAttention, LocalRMSNorm
+
+
+def choose_layer_spec(provider: Any) -> None:
+    """Sets the provider's layer spec and the fusions that go with it.
+
+    With CUDA nothing changes: Megatron-Bridge's providers choose Transformer Engine themselves. The names of
+    the parameters in a distributed checkpoint are the same either way: the local spec maps its separate norms
+    (``input_layernorm.weight``) to Transformer Engine's fused ones (``linear_qkv.layer_norm_weight``).
+
+    Args:
+        provider: a Megatron-Bridge ``GPTModelProvider`` (a ``TransformerConfig``); changed in place.
+    """
+    if torch.cuda.is_available():
+        return
+    provider.transformer_layer_spec = local_layer_spec
+    for fusion in (
+        "apply_rope_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "cross_entropy_loss_fusion",
+        "gradient_accumulation_fusion",
+        "masked_softmax_fusion",
+        "moe_permute_fusion",
+        "persist_layer_norm",
+    ):
+        setattr(provider, fusion, False)
+
+
+def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """megatron-core's local decoder layers of this pipeline stage with `LocalRMSNorm` and `LocalCoreAttention`."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=provider.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=provider.qk_layernorm,
+        normalization=provider.normalization,
+    )
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
+    attention.core_attention = LocalCoreAttention
+    for owner, names in (
+        (layer, ("input_layernorm", "pre_mlp_layernorm")),
+        (attention, ("q_layernorm", "k_layernorm")),
+    ):
+        for name in names:
+            if getattr(owner, name) not in (None, IdentityOp):
+                setattr(owner, name, LocalRMSNorm)
+    layers = get_num_layers_to_build(provider, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LocalRMSNorm)

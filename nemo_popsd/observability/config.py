@@ -1,0 +1,34 @@
+"""Configuration of where metrics go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_popsd.config.checks import one_of
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Weights & Biases; needs the extra `nemo_popsd[wandb]`."""
+
+    enabled: bool = False
+    """Log to W&B."""
+    project: str = "nemo_popsd"
+    """Project."""
+    mode: str = "online"
+    """`online` or `offline`."""
+
+    def __post_init__(self) -> None:
+        one_of("observability.wandb.mode", self.mode, ("online", "offline"))
+
+
+@dataclass(kw_only=True)
+class ObservabilityConfig:
+    """Where metrics go, besides the terminal. `metrics.jsonl` is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to `<output>/tensorboard`."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+    progress_bar: bool = True
+    """Show a progress bar on rank 0."""

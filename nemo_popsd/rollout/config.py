@@ -1,0 +1,30 @@
+"""Configuration of on-policy rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_popsd.config.checks import above, at_least, fraction
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How the student answers the training questions. Defaults are official OPSD's."""
+
+    temperature: float = 1.1
+    """Sampling temperature; 0 is greedy. Has nothing to do with `distillation.target.temperature`."""
+    top_p: float = 0.95
+    """Sample from the smallest set of tokens with at least this mass; 1 keeps all."""
+    top_k: int = 20
+    """Sample from the k most likely tokens; 0 keeps all."""
+    max_response_tokens: int = 1024
+    """Responses are cut here (the paper's limit)."""
+    batch_rows: int = 64
+    """Rows decoded together on each data-parallel rank."""
+
+    def __post_init__(self) -> None:
+        at_least("rollout.temperature", self.temperature, 0)
+        fraction("rollout.top_p", self.top_p, allow_zero=False)
+        at_least("rollout.top_k", self.top_k, 0)
+        above("rollout.max_response_tokens", self.max_response_tokens, 0)
+        above("rollout.batch_rows", self.batch_rows, 0)

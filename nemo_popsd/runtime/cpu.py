@@ -1,0 +1,254 @@
+"""Megatron-core and Megatron-Bridge on a machine without CUDA. With CUDA, `adapt_to_cpu` does nothing.
+
+Both libraries are written for GPUs: they name the device literally, keep random state on it and ask
+for tensor types by their CUDA names. Every adaptation is one entry of `ADAPTATIONS`, with the lines
+(of megatron-core 0.16.1 and megatron-bridge 0.3.1) that need it. An entry that no longer finds what it
+adapts raises, so that an upgrade of a library cannot pass unnoticed.
+
+Nothing of ``torch`` itself is patched. In the listed Megatron modules the *name* ``torch`` is bound to
+a view of torch (`_TorchOnCpu`) whose CUDA calls are answered by the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import inspect
+import logging
+import re
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
+
+
+def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wraps a tensor factory so that ``device="cuda"`` means the CPU."""
+
+    def create(*args: object, **kwargs: object) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class _CudaOnCpu(types.ModuleType):
+    """``torch.cuda`` as Megatron sees it: one device, the CPU, with the CPU's generator."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        self.current_device = lambda: torch.device("cpu")
+        self.synchronize = lambda *_: None
+        self.get_rng_state = lambda *_: torch.get_rng_state()
+        self.manual_seed = torch.manual_seed
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch.cuda, name)
+
+
+class _TorchOnCpu(types.ModuleType):
+    """``torch`` as Megatron sees it: everything is torch's own, but for CUDA devices."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaOnCpu()
+        for name in _FACTORIES:
+            setattr(self, name, _without_cuda(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+
+TORCH_ON_CPU = _TorchOnCpu()
+"""The view that adapted modules hold under the name ``torch``."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One thing that a library does which only a GPU can.
+
+    Attributes:
+        name: what is adapted.
+        needed_by: file and line of the library, and what stands there.
+        apply: makes the change; raises RuntimeError when the library no longer has that line.
+    """
+
+    name: str
+    needed_by: str
+    apply: Callable[[], None]
+
+
+def _rebind_torch(module_name: str) -> Callable[[], None]:
+    def apply() -> None:
+        module = importlib.import_module(module_name)
+        if getattr(module, "torch", None) not in (torch, TORCH_ON_CPU):
+            raise RuntimeError(f"{module_name} no longer holds the name 'torch'; revise nemo_popsd/runtime/cpu.py")
+        module.torch = TORCH_ON_CPU  # type: ignore[attr-defined]
+
+    return apply
+
+
+def _cpu_tensor_types(module_name: str, qualified_name: str) -> Callable[[], None]:
+    """Rewrites ``'torch.cuda.FloatTensor'`` and the like to their CPU names among a function's constants.
+
+    The code object is changed in place, so that every reference to the function sees it.
+    """
+
+    def on_cpu(constant: object) -> object:
+        if isinstance(constant, str) and re.fullmatch(r"torch\.cuda\.\w+Tensor", constant):
+            return constant.replace("torch.cuda.", "torch.")
+        if isinstance(constant, tuple):
+            return tuple(map(on_cpu, constant))
+        return constant
+
+    def apply() -> None:
+        function: Any = importlib.import_module(module_name)
+        for part in qualified_name.split("."):
+            function = getattr(function, part)
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if not re.search(r"torch\.cuda\.\w+Tensor", inspect.getsource(function)):
+            raise RuntimeError(
+                f"{module_name}.{qualified_name} compares no tensor type; revise nemo_popsd/runtime/cpu.py"
+            )
+        function.__code__ = function.__code__.replace(co_consts=tuple(map(on_cpu, function.__code__.co_consts)))
+
+    return apply
+
+
+def _cpu_rng_state() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
+        if not hasattr(random, name):
+            raise RuntimeError(f"megatron.core.tensor_parallel.random has no {name}; revise nemo_popsd/runtime/cpu.py")
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    # random.py:264 warns that the CPU's random state changed within a region: here that is the region's own.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _transformer_engine_names() -> None:
+    """Lets Megatron-Bridge's LoRA import; none of the names can be instantiated.
+
+    Made only after megatron-core was imported, which probes for Transformer Engine at import and must
+    not find any, and taken away again: only the importing modules keep a reference.
+    """
+    importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    if "megatron.bridge.peft.lora" in sys.modules:
+        return
+
+    def refuse(self: object, *_: object, **__: object) -> None:
+        raise RuntimeError("Transformer Engine is not installed on this machine")
+
+    names = ("Linear", "LayerNormLinear")
+    pytorch = types.ModuleType("transformer_engine.pytorch")
+    for name in names:
+        setattr(pytorch, name, type(name, (torch.nn.Module,), {"__init__": refuse}))
+    pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
+    engine = types.ModuleType("transformer_engine")
+    engine.pytorch = pytorch  # type: ignore[attr-defined]
+    # importlib.util.find_spec, which other libraries probe with, refuses a module without a spec.
+    engine.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None)
+    pytorch.__spec__ = importlib.machinery.ModuleSpec("transformer_engine.pytorch", None)
+    sys.modules["transformer_engine"] = engine
+    sys.modules["transformer_engine.pytorch"] = pytorch
+    try:
+        importlib.import_module("megatron.bridge.peft.lora")
+    finally:
+        del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
+    # What probed for Transformer Engine while the stand-in was there must not believe in it
+    # (peft/utils.py:57 would test layers against its classes).
+    for module in [m for name, m in sys.modules.items() if name.startswith("megatron.bridge.")]:
+        if getattr(module, "HAVE_TE", False):
+            module.HAVE_TE = False  # type: ignore[attr-defined]
+
+
+def _contiguous_scatter() -> None:
+    mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
+    stock = mapping.scatter_to_tp_ranks
+    if getattr(stock, "contiguous", False):
+        return
+
+    def scatter_to_tp_ranks(self: object, splits: list[torch.Tensor] | None, *args: object, **kwargs: object) -> object:
+        return stock(self, [s.contiguous() for s in splits] if splits else splits, *args, **kwargs)
+
+    scatter_to_tp_ranks.contiguous = True  # type: ignore[attr-defined]
+    mapping.scatter_to_tp_ranks = scatter_to_tp_ranks
+
+
+_TORCH_MODULES = {
+    "megatron.bridge.models.conversion.param_mapping": "param_mapping.py:986 torch.cuda.current_device()",
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": "rotary_pos_embedding.py:78,162 current_device()",
+    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding": "yarn_rotary_pos_embedding.py:76,122,126",
+    "megatron.core.models.common.language_module.language_module": "language_module.py:244 weight.data.cuda()",
+    "megatron.core.optimizer.clip_grads": 'clip_grads.py:90,103,115,174,207 device="cuda"',
+    "megatron.core.optimizer.distrib_optimizer": "distrib_optimizer.py:791,1077 current_device()",
+    "megatron.core.optimizer.optimizer": 'optimizer.py:473,481,485,907,1141 device="cuda"',
+    "megatron.core.parallel_state": "parallel_state.py:198,931,933 synchronize(), device_ids",
+    "megatron.core.pipeline_parallel.p2p_communication": "p2p_communication.py:190-321 current_device(), 242,398",
+    "megatron.core.pipeline_parallel.schedules": 'schedules.py:596,983,2138 device="cuda"',
+    "megatron.core.tensor_parallel.layers": "layers.py:261,552,873,899,1197,1218 current_device()",
+    "megatron.core.tensor_parallel.mappings": "mappings.py:91,141,148,181,442 current_device()",
+    "megatron.core.tensor_parallel.random": "random.py:235-238,422 torch.cuda.get_rng_state(), manual_seed()",
+    "megatron.core.utils": "utils.py:631 current_device() of GlobalMemoryBuffer",
+    "megatron.core.transformer.attention": "attention.py:430 current_device() of the key and value cache",
+}
+
+ADAPTATIONS: tuple[Adaptation, ...] = (
+    # First: importing anything of Megatron-Bridge needs it.
+    Adaptation(
+        "Transformer Engine's names for the import of LoRA",
+        "megatron/bridge/peft/lora.py:21 and lora_layers.py:20 import transformer_engine.pytorch unconditionally",
+        _transformer_engine_names,
+    ),
+    *(Adaptation(f"torch in {module}", line, _rebind_torch(module)) for module, line in _TORCH_MODULES.items()),
+    Adaptation(
+        "random state of tensor-parallel regions",
+        "random.py:41,72,264 torch.cuda.random.get_rng_state and torch._C._cuda_setRNGState",
+        _cpu_rng_state,
+    ),
+    *(
+        Adaptation(
+            f"tensor types in {function}",
+            f"{lines}: type() is compared with 'torch.cuda.FloatTensor' and the like",
+            _cpu_tensor_types(module, function),
+        )
+        for module, function, lines in (
+            ("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32", "clip_grads.py:167"),
+            (
+                "megatron.core.optimizer.distrib_optimizer",
+                "DistributedOptimizer._build_model_and_main_param_groups",
+                "distrib_optimizer.py:361,420",
+            ),
+            ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.__init__", "distrib_optimizer.py:582"),
+            (
+                "megatron.core.optimizer.optimizer",
+                "Float16OptimizerWithFloat16Params.__init__",
+                "optimizer.py:671,690",
+            ),
+        )
+    ),
+    Adaptation(
+        "contiguous shards in Megatron-Bridge's scatter",
+        "megatron/bridge/models/conversion/param_mapping.py:504 scatters views; gloo sends wrong bytes for them",
+        _contiguous_scatter,
+    ),
+)
+"""Everything that is changed on a machine without CUDA, in the order of application."""
+
+
+def adapt_to_cpu() -> None:
+    """Applies `ADAPTATIONS` when there is no CUDA. Idempotent; imports megatron-core and Megatron-Bridge.
+
+    Raises:
+        RuntimeError: a library no longer has what an adaptation changes.
+    """
+    if torch.cuda.is_available():
+        return
+    for adaptation in ADAPTATIONS:
+        adaptation.apply()
