@@ -1,0 +1,34 @@
+"""The distillation loss: its target, its divergence, exact over a vocabulary in shards. Pure torch, no Megatron.
+
+target.py       what the student is drawn towards: Purified OPSD and its family, by coefficients
+divergence.py   how far it is: JSD, forward KL, reverse KL
+definition.py   the loss, literally, from logits: what everything else is compared with
+hidden.py       the same loss from hidden states, in chunks, with closed-form gradients: what training uses
+closed_form.py  the mathematics of one chunk, in place
+statistics.py   what to watch
+vocabulary.py   which entries of a shard are true vocabulary; the mean row
+collectives.py  all communication, each sum with its adjoint
+"""
+
+from nemo_popsd.distillation.definition import loss_from_logits
+from nemo_popsd.distillation.divergence import Divergence
+from nemo_popsd.distillation.hidden import HiddenLoss, loss_from_hidden
+from nemo_popsd.distillation.statistics import DecompositionStatistics, TokenStatistics, decomposition_statistics
+from nemo_popsd.distillation.target import HiddenPair, LogLinearTarget, PurifiedTarget, Target, hidden_pair
+from nemo_popsd.distillation.vocabulary import mean_row
+
+__all__ = [
+    "DecompositionStatistics",
+    "Divergence",
+    "HiddenLoss",
+    "HiddenPair",
+    "LogLinearTarget",
+    "PurifiedTarget",
+    "Target",
+    "TokenStatistics",
+    "decomposition_statistics",
+    "hidden_pair",
+    "loss_from_hidden",
+    "loss_from_logits",
+    "mean_row",
+]

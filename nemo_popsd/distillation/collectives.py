@@ -1,0 +1,80 @@
+"""Every collective of the distillation losses, over the tensor-parallel group that holds the vocabulary in shards.
+
+A group of None, or of one rank, means that this rank holds the whole vocabulary: nothing is sent.
+
+Under autograd a raw `torch.distributed.all_reduce` is wrong without looking wrong: it alters values where autograd
+sees no operation, so losses agree with the dense result and gradients do not. There are two right adjoints, and which
+one depends on who consumes the sum:
+
+    `sum_for_shards`: the sum goes back into each rank's own shard (a softmax denominator). The ranks' gradients of the
+        sum differ and each is a part of the whole: backward is an all-reduce too.
+    `sum_for_replicas`: the sum is used alike on every rank (a loss). Every rank holds the whole gradient already:
+        backward is the identity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Number of vocabulary shards; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    """Which vocabulary shard this rank holds; 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def reduce_max_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Replace `x` by its maximum over the group. One all-reduce, no gradient: for constants only."""
+    assert not x.requires_grad, "for constants only"
+    if group_size(group) > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+    return x
+
+
+def reduce_sum_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Replace `x` by its sum over the group. One all-reduce, no gradient: for constants only."""
+    assert not x.requires_grad, "for constants only"
+    if group_size(group) > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group)
+    return x
+
+
+class _SumForShards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return reduce_sum_(x.detach().clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return reduce_sum_(gradients[0].detach().clone(), ctx.group), None
+
+
+class _SumForReplicas(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        return reduce_sum_(x.detach().clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def sum_for_shards(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the group, differentiable, for use with sharded tensors: all-reduce forward, all-reduce backward."""
+    result: Tensor = _SumForShards.apply(x, group)
+    return result
+
+
+def sum_for_replicas(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the group, differentiable, for use alike on every rank: all-reduce forward, identity backward."""
+    result: Tensor = _SumForReplicas.apply(x, group)
+    return result

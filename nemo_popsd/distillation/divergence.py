@@ -1,0 +1,72 @@
+"""How far the student p = π_θ is from the target q = P: the three divergences, as formulas under autograd.
+
+    forward_kl:  KL(q ‖ p)
+    reverse_kl:  KL(p ‖ q)
+    jsd:         w·KL(q ‖ m) + (1−w)·KL(p ‖ m),  m = w·q + (1−w)·p
+
+The JSD is the paper's (eq. 18); the weight 0.5 is ours, as the paper does not state it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_popsd.distillation.collectives import sum_for_replicas
+from nemo_popsd.errors import UserError
+
+Kind = Literal["jsd", "forward_kl", "reverse_kl"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence the loss is.
+
+    Raises:
+        UserError: unknown kind, or a weight outside (0, 1), where the JSD is identically 0 at the ends.
+    """
+
+    kind: Kind = "jsd"
+    """jsd, forward_kl (covers the target) or reverse_kl (seeks its modes)."""
+
+    weight: float = 0.5
+    """w of the JSD: the share of the target in the mixture m. The KLs do not use it."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(Kind)
+        if self.kind not in kinds:
+            raise UserError("divergence", got=f"kind={self.kind!r}", need=f"one of {', '.join(kinds)}", mend="set kind")
+        if not 0 < self.weight < 1:
+            raise UserError("divergence", got=f"weight={self.weight!r}", need="a number in (0, 1)", mend="set weight")
+
+
+def divergence_of_log_probs(
+    log_p: Tensor, log_q: Tensor, divergence: Divergence, tp_group: dist.ProcessGroup | None
+) -> Tensor:
+    """The divergence by its formula, differentiable in `log_p`.
+
+    One all-reduce forward (all terms are summed locally first), none backward.
+
+    Args:
+        log_p: student's log-probabilities [N, v], this rank's true vocabulary entries, normalised over the group.
+        log_q: target's log-probabilities [N, v], a constant.
+        divergence: which one.
+        tp_group: the group over which the vocabulary is sharded; None for one shard.
+
+    Returns:
+        [N], replicated over the group.
+    """
+    if divergence.kind == "forward_kl":
+        terms = log_q.exp() * (log_q - log_p)
+    elif divergence.kind == "reverse_kl":
+        terms = log_p.exp() * (log_p - log_q)
+    else:
+        w = divergence.weight
+        log_m = torch.logaddexp(log_q + math.log(w), log_p + math.log1p(-w))
+        terms = w * log_q.exp() * (log_q - log_m) + (1 - w) * log_p.exp() * (log_p - log_m)
+    return sum_for_replicas(terms.sum(-1), tp_group)
