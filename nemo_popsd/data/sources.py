@@ -113,7 +113,7 @@ def resolve_path(path: str, *, setting: str) -> Path:
     if path.startswith(EMBEDDED):
         from nemo_popsd.testbed import asset
 
-        return Path(asset(path.removeprefix(EMBEDDED)))
+        return Path(asset(path))
     resolved = Path(path).expanduser()
     if not resolved.exists():
         raise UserError(
