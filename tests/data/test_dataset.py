@@ -1,0 +1,124 @@
+import logging
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader
+
+from nemo_popsd.data.config import ColumnsConfig, DataConfig, SourceConfig
+from nemo_popsd.data.dataset import build_dataset, build_evaluation_prompts
+from nemo_popsd.data.report import DataReport
+from nemo_popsd.data.sampler import StepSampler, collate
+from nemo_popsd.errors import UserError
+from tests.data import small
+
+MIXED: list[object] = [
+    {"question": "What is 1+1?", "reference": "2"},
+    {"question": "What is 2+2?", "reference": "It is four, " * 10},
+    {"question": "What? " * 50, "reference": "2"},
+    {"question": "What is 3+3?"},
+    {"question": "What is <end>?", "reference": "2"},
+]
+
+
+def config(path: Path, **changes: object) -> DataConfig:
+    return DataConfig(train=SourceConfig(path=str(path)), max_prompt_tokens=200, max_reference_tokens=50, **changes)  # type: ignore[arg-type]
+
+
+def test_every_row_is_kept_or_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = small.write_jsonl(tmp_path / "a.jsonl", MIXED)
+    given = config(path, malformed_rows="skip")
+    with caplog.at_level(logging.INFO):
+        dataset, report = build_dataset(given, given.train, small.tokenizer())
+    assert [dataset[i].record.id for i in range(len(dataset))] == ["a.jsonl:1", "a.jsonl:2"]
+    longest = max(len(dataset[i].contexts.student) for i in range(2))
+    assert report == DataReport(
+        source=str(path),
+        rows_read=5,
+        malformed=2,
+        first_malformed="row 4: no column 'reference', only question",
+        references_truncated=1,
+        overlong_dropped=1,
+        rows_kept=2,
+        longest_prompt=longest,
+    )
+    assert str(report) in caplog.text
+
+
+def test_long_references_are_counted_when_dropped(tmp_path: Path) -> None:
+    given = config(small.write_jsonl(tmp_path / "a.jsonl", MIXED[:3]), long_references="drop")
+    dataset, report = build_dataset(given, given.train, small.tokenizer())
+    assert (len(dataset), report.long_references_dropped, report.references_truncated) == (1, 1, 0)
+
+
+def test_malformed_row_stops_the_build_by_default(tmp_path: Path) -> None:
+    given = config(small.write_jsonl(tmp_path / "a.jsonl", MIXED))
+    with pytest.raises(UserError, match=r"a\.jsonl:4"):
+        build_dataset(given, given.train, small.tokenizer())
+
+
+def test_no_row_that_fits_is_an_error_with_the_counts(tmp_path: Path) -> None:
+    given = config(small.write_jsonl(tmp_path / "a.jsonl", MIXED[2:3]))
+    with pytest.raises(UserError, match=r"0 of 1 rows kept, .*1 dropped for a long prompt"):
+        build_dataset(given, given.train, small.tokenizer())
+
+
+def test_bad_chat_template_is_refused_before_training(tmp_path: Path) -> None:
+    given = config(small.write_jsonl(tmp_path / "a.jsonl", MIXED[:1]))
+    with pytest.raises(UserError, match=r"row a\.jsonl:1: got student prompt ends in"):
+        build_dataset(given, given.train, small.tokenizer(small.FICKLE))
+
+
+def test_access_is_repeatable_and_ends_like_a_list(tmp_path: Path) -> None:
+    given = config(small.write_jsonl(tmp_path / "a.jsonl", small.rows(3)))
+    dataset, _ = build_dataset(given, given.train, small.tokenizer())
+    assert dataset[1] == dataset[1]
+    assert [row.record.id for row in dataset] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_loader_over_the_step_sampler(tmp_path: Path, workers: int) -> None:
+    given = config(small.write_jsonl(tmp_path / "a.jsonl", small.rows(5)))
+    dataset, _ = build_dataset(given, given.train, small.tokenizer())
+    sampler = StepSampler(len(dataset), prompts_per_step=4, seed=3, dp_rank=1, dp_size=2, start_step=2)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+    batch = next(iter(loader))
+    assert [row.record for row in batch] == [dataset[index].record for index in sampler.global_batch(2)[2:]]
+
+
+def test_evaluation_prompts_need_answers_but_no_references(tmp_path: Path) -> None:
+    path = small.write_jsonl(tmp_path / "a.jsonl", [{"question": "Q?", "answer": 33}])
+    given = DataConfig(
+        validation=SourceConfig(path=str(path), columns=ColumnsConfig(reference=None, answer="answer")),
+        enable_thinking=False,
+    )
+    tokenizer = small.tokenizer()
+    prompts, report = build_evaluation_prompts(given, given.validation, tokenizer)
+    assert report.rows_kept == 1
+    assert prompts[0].record.answer == "33"
+    text = tokenizer.decode(prompts[0].prompt)
+    assert text.startswith("<s><user>Problem: Q?\n\n")
+    assert text.endswith("<end><assistant><think></think>")
+
+
+def test_evaluation_prompt_is_the_students_training_prompt(tmp_path: Path) -> None:
+    path = small.write_jsonl(tmp_path / "a.jsonl", small.rows(2))
+    given = DataConfig(train=SourceConfig(path=str(path), columns=ColumnsConfig(answer="answer")))
+    dataset, _ = build_dataset(given, given.train, small.tokenizer())
+    prompts, _ = build_evaluation_prompts(given, given.train, small.tokenizer())
+    assert [row.contexts.student for row in dataset] == [prompt.prompt for prompt in prompts]
+
+
+def test_messages_name_the_validation_settings() -> None:
+    given = DataConfig(validation=SourceConfig(path="absent", answer_pattern="(.)"))
+    with pytest.raises(UserError, match=r"set data\.validation\.path"):
+        build_evaluation_prompts(given, given.validation, small.tokenizer())
+
+
+def test_report_is_one_line() -> None:
+    report = DataReport(source="a.jsonl", template_ignores_thinking=True)
+    report.skip("row 1: bad")
+    report.skip("row 2: worse")
+    assert "\n" not in str(report)
+    assert "2 malformed skipped (first: row 1: bad)" in str(report)
+    assert "ignores enable_thinking" in str(report)
+    assert report.as_dict()["malformed"] == 2

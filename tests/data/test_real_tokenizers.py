@@ -1,0 +1,138 @@
+"""The same promises with the tokenizers and chat templates of Qwen3 and R1-distill, and with GSM8K as it stands.
+
+These files are not part of the repository; each test is skipped where they are absent.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+
+from nemo_popsd.data.config import ColumnsConfig, DataConfig, SourceConfig
+from nemo_popsd.data.contexts import ContextBuilder
+from nemo_popsd.data.dataset import build_dataset, build_evaluation_prompts
+from nemo_popsd.data.records import Record
+from nemo_popsd.data.tokenizer import load_tokenizer, stop_token_ids
+from tests.data.small import record
+
+SHARED = Path(__file__).parents[2] / ".." / "shared"
+QWEN3 = SHARED / "tokenizers" / "qwen3"
+R1 = SHARED / "tokenizers" / "r1-distill-template"
+GSM8K = SHARED / "data" / "gsm8k_train_1k.jsonl"
+
+
+def needs(*paths: Path) -> pytest.MarkDecorator:
+    absent = [path.name for path in paths if not path.exists()]
+    return pytest.mark.skipif(bool(absent), reason=f"absent: {', '.join(absent)}")
+
+
+@pytest.fixture(scope="module")
+def qwen3() -> Any:
+    return load_tokenizer(QWEN3)
+
+
+@pytest.fixture
+def r1() -> Any:
+    """Qwen3's vocabulary with R1's marks and template, as R1-Distill-Qwen has it."""
+    made = load_tokenizer(QWEN3)
+    settings = json.loads((R1 / "tokenizer_config.json").read_text(encoding="utf-8"))
+    marks = [settings["bos_token"], settings["eos_token"], "<｜User｜>", "<｜Assistant｜>"]  # noqa: RUF001
+    made.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks], special_tokens=True)
+    made.bos_token, made.eos_token = settings["bos_token"], settings["eos_token"]
+    made.chat_template = settings["chat_template"]
+    return made
+
+
+def prompts_of(builder: ContextBuilder, row: Record) -> list[list[int]]:
+    contexts = builder.build(row)
+    return [contexts.student, contexts.privileged, contexts.reference]
+
+
+@needs(QWEN3)
+@pytest.mark.parametrize(
+    ("thinking", "prefix"),
+    [(True, "<|im_start|>assistant\n"), (False, "<|im_start|>assistant\n<think>\n\n</think>\n\n")],
+)
+def test_qwen3_prefix(qwen3: Any, thinking: bool, prefix: str) -> None:
+    builder = ContextBuilder(qwen3, DataConfig(enable_thinking=thinking))
+    assert builder.assistant_prefix == prefix
+    assert not builder.template_ignores_thinking
+    expected = qwen3(prefix, add_special_tokens=False)["input_ids"]
+    for ids in prompts_of(builder, record()):
+        assert ids[-len(expected) :] == expected
+
+
+@needs(QWEN3, R1)
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("open_thought", [True, False], ids=["open thought", "assistant mark alone"])
+def test_r1_distill_prefix(r1: Any, thinking: bool, open_thought: bool, caplog: pytest.LogCaptureFixture) -> None:
+    if not open_thought:
+        assert "<think>\\n'" in r1.chat_template
+        r1.chat_template = r1.chat_template.replace("<think>\\n'", "'")
+    builder = ContextBuilder(r1, DataConfig(enable_thinking=thinking))
+    assert builder.assistant_prefix == "<｜Assistant｜>" + ("<think>\n" if open_thought else "")  # noqa: RUF001
+    assert builder.template_ignores_thinking
+    assert "ignores enable_thinking" in caplog.text
+    expected = r1(builder.assistant_prefix, add_special_tokens=False)["input_ids"]
+    for ids in prompts_of(builder, record()):
+        assert ids[-len(expected) :] == expected
+        assert ids.count(r1.bos_token_id) == 1
+        assert ids[0] == r1.bos_token_id
+
+
+@needs(QWEN3)
+def test_qwen3_prompts_equal_those_of_the_tokenizers_own_call(qwen3: Any) -> None:
+    builder = ContextBuilder(qwen3, DataConfig(enable_thinking=False))
+    turn = "Problem: What is 2+3?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    expected = qwen3.apply_chat_template(
+        [{"role": "user", "content": turn}], add_generation_prompt=True, enable_thinking=False
+    )
+    assert prompts_of(builder, record())[0] == expected
+
+
+@needs(QWEN3)
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8, 13, 21, 34])
+def test_qwen3_truncation(qwen3: Any, limit: int) -> None:
+    text = "Let me think: 3·4=12 naïve 汉字漢字 😀😀 so…\n\n\n   the   answer is \\boxed{12}. " * 2
+    builder = ContextBuilder(qwen3, DataConfig(max_reference_tokens=limit))
+    contexts = builder.build(record(reference=text))
+    kept = contexts.reference_text
+    assert text.startswith(kept)
+    assert contexts.reference_truncated
+    assert "\ufffd" not in kept
+    assert max(1, limit - 4) <= len(qwen3(kept, add_special_tokens=False)["input_ids"]) <= limit
+    for ids in (contexts.privileged, contexts.reference):
+        assert f"Begin ===\n{kept}\n=== Reference Solution End" in qwen3.decode(ids)
+
+
+@needs(QWEN3)
+def test_a_reference_may_quote_a_thought(qwen3: Any) -> None:
+    row = record(reference="<think>\nWait, 2+3.\n</think>\n\nIt is 5.")
+    assert ContextBuilder(qwen3, DataConfig()).build(row).reference_text == row.reference
+
+
+@needs(QWEN3, GSM8K)
+def test_gsm8k_as_it_stands(qwen3: Any) -> None:
+    source = SourceConfig(
+        path=str(GSM8K), columns=ColumnsConfig(reference="answer"), answer_pattern=r"####\s*(.+)", limit=100
+    )
+    config = DataConfig(train=source, max_reference_tokens=64)
+    dataset, report = build_dataset(config, source, qwen3)
+    assert report.rows_kept == 100
+    assert 0 < report.references_truncated < 100
+    assert dataset[0].record.answer == "72"
+    assert all(row.record.answer for row in dataset)
+    for row in dataset:
+        teacher, probe = (qwen3.decode(ids) for ids in (row.contexts.privileged, row.contexts.reference))
+        assert teacher.replace(f"Problem: {row.record.question}\n\n", "", 1) == probe
+    prompts, _ = build_evaluation_prompts(config, source, qwen3)
+    assert len(prompts) == 100
+
+
+@needs(QWEN3)
+def test_qwen3_stop_tokens(qwen3: Any) -> None:
+    assert stop_token_ids(qwen3, {"eos_token_id": [151645, 151643]}) == (151643, 151645)
