@@ -1,0 +1,142 @@
+"""Call both forms of the loss on a `Problem` and compare them with the dense one; used in process and on ranks."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from nemo_popsd.distillation import (
+    Divergence,
+    LogLinearTarget,
+    PurifiedTarget,
+    hidden_pair,
+    loss_from_hidden,
+    loss_from_logits,
+)
+from tests.distillation.dense import Problem, dense, make_problem, relative
+
+TARGETS = {
+    "purified": PurifiedTarget(),
+    "purified, cap 2, beta 0.7, temperature 1.3": PurifiedTarget(0.7, 2.0, 1.3),
+    "purified, cap 1, beta 3": PurifiedTarget(3.0, 1.0),
+    "purified, no cap, temperature 0.8": PurifiedTarget(2.0, None, 0.8),
+    "family purified": LogLinearTarget.purified(1.5, 4.0, 1.1),
+    "opsd": LogLinearTarget.opsd(),
+    "beta-opsd, base": LogLinearTarget.beta_opsd(0.3, temperature=1.2),
+    "beta-opsd, student": LogLinearTarget.beta_opsd(0.6, "student"),
+    "contrast": LogLinearTarget.contrast(0.5),
+    "student pmi": LogLinearTarget.live_student_pmi(1.4, 3.0, 0.9),
+    "student pmi, no cap": LogLinearTarget.live_student_pmi(2.0, None),
+    "everything": LogLinearTarget(student=0.2, base=0.5, privileged=0.9, reference=-0.4, temperature=1.1),
+}
+DIVERGENCES = {
+    "jsd": Divergence(),
+    "jsd 0.2": Divergence("jsd", 0.2),
+    "jsd 0.9": Divergence("jsd", 0.9),
+    "forward": Divergence("forward_kl"),
+    "reverse": Divergence("reverse_kl"),
+}
+# (true vocabulary, padded): ragged last shard; nothing padded; a whole shard of padding under TP=2.
+VOCABULARIES = ((29, 32), (32, 32), (13, 32))
+CHUNKS = (1, 3, 7, 100)
+
+
+@dataclass(frozen=True)
+class Errors:
+    case: str
+    loss: float
+    total: float
+    dh: float
+    dw: float
+    padding: float
+
+
+def hidden_loss(problem: Problem, target, divergence, group=None, *, dh: bool = True, dw: bool = True, **settings):
+    """`loss_from_hidden` with the leaves it was given."""
+    hidden = problem.student.clone().requires_grad_(dh)
+    weight = problem.student_weight.clone().requires_grad_(dw)
+    pair = hidden_pair(target, problem.base, problem.privileged, problem.reference)
+    settings = {"token_weights": problem.token_weights, "chunk_tokens": 3, **settings}
+    result = loss_from_hidden(
+        hidden,
+        weight,
+        pair.anchor,
+        pair.shift,
+        problem.teacher_weight,
+        target=target,
+        divergence=divergence,
+        vocab_size=problem.vocab,
+        tp_group=group,
+        **settings,
+    )
+    return result, hidden, weight
+
+
+def logits_loss(problem: Problem, target, divergence, group=None):
+    """`loss_from_logits` on this shard's logits, with the leaf."""
+
+    def frozen(hidden):
+        return hidden @ problem.teacher_weight.T
+
+    student = (problem.student @ problem.student_weight.T).requires_grad_()
+    loss = loss_from_logits(
+        student,
+        frozen(problem.privileged),
+        frozen(problem.reference),
+        frozen(problem.base),
+        target=target,
+        divergence=divergence,
+        vocab_size=problem.vocab,
+        tp_group=group,
+    )
+    return loss, student
+
+
+def all_cases() -> list[tuple[str, str, tuple[int, int], int]]:
+    """Every target with every divergence; vocabularies and chunk sizes take turns."""
+    turns = zip(itertools.cycle(VOCABULARIES), itertools.cycle(CHUNKS), strict=False)
+    return [(t, d, v, c) for (t, d), (v, c) in zip(itertools.product(TARGETS, DIVERGENCES), turns, strict=False)]
+
+
+def compare(case, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, group=None) -> list[Errors]:
+    """Errors of both forms against the dense reference on the same (rounded) inputs."""
+    target_name, divergence_name, (vocab, padded), chunk = case
+    target, divergence = TARGETS[target_name], DIVERGENCES[divergence_name]
+    whole = make_problem(seed, vocab=vocab, padded=padded, sharpness=0.7).to(dtype)
+    want = dense(whole, target, divergence)
+    mine = whole.shard(rank, size)
+    width = mine.student_weight.shape[0]
+    columns = slice(rank * width, (rank + 1) * width)
+    true = min(max(vocab - rank * width, 0), width)
+    total = (want.loss * whole.token_weights.double()).sum()
+    name = f"{target_name} | {divergence_name} | vocab {vocab}/{padded} | chunk {chunk} | {dtype}"
+
+    result, hidden, weight = hidden_loss(mine, target, divergence, group, chunk_tokens=chunk)
+    result.total.backward()
+    from_hidden = Errors(
+        f"hidden | {name}",
+        relative(result.per_token, want.loss),
+        relative(result.total.detach(), total),
+        relative(hidden.grad, want.dh),
+        relative(weight.grad, want.dw[columns]) if true else weight.grad.abs().max().item(),
+        weight.grad[true:].abs().sum().item(),
+    )
+    loss, logits = logits_loss(mine, target, divergence, group)
+    weighted = (loss * mine.token_weights).sum()
+    weighted.backward()
+    from_logits = Errors(
+        f"logits | {name}",
+        relative(loss.detach(), want.loss),
+        relative(weighted.detach(), total),
+        relative(logits.grad, want.dz[:, columns]) if true else logits.grad.abs().max().item(),
+        0.0,
+        logits.grad[:, true:].abs().sum().item(),
+    )
+    assert result.per_token.dtype == loss.dtype == dtype
+    return [from_hidden, from_logits]
+
+
+def worst(errors: list[Errors]) -> float:
+    return max(max(e.loss, e.total, e.dh, e.dw) for e in errors)

@@ -1,0 +1,52 @@
+"""Both forms of the loss against the dense float64 reference: value, dh, dW; whole and in shards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distillation.calls import all_cases, compare, worst
+from tests.harness import run_ranks
+
+LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def check(errors, dtype) -> None:
+    limit = LIMITS[dtype]
+    bad = [e for e in errors if not (max(e.loss, e.total, e.dh, e.dw) <= limit and e.padding == 0)]
+    assert not bad, "\n".join(map(str, bad))
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_one_shard_agrees_with_the_dense_reference(dtype):
+    errors = [e for case in all_cases() for e in compare(case, dtype, seed=11)]
+    check(errors, dtype)
+    print(f"worst relative error {dtype}: {worst(errors):.2e}")
+
+
+def _two_groups(rank: int, world_size: int):
+    """Two tensor-parallel groups of two, each with a problem of its own: the default group would mix them."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = rank // 2
+    return {
+        dtype: [e for case in all_cases() for e in compare(case, dtype, 21 + mine, rank % 2, 2, groups[mine])]
+        for dtype in LIMITS
+    }
+
+
+def test_two_shards_agree_with_the_dense_reference_on_the_given_group():
+    for by_dtype in run_ranks(_two_groups, 4):
+        for dtype, errors in by_dtype.items():
+            check(errors, dtype)
+            print(f"worst relative error {dtype}: {worst(errors):.2e}")
+
+
+def _four_shards(rank: int, world_size: int):
+    cases = all_cases()[::7]
+    return [e for case in cases for e in compare(case, torch.float64, 31, rank, world_size, dist.group.WORLD)]
+
+
+def test_four_shards_agree_with_the_dense_reference():
+    for errors in run_ranks(_four_shards, 4):
+        check(errors, torch.float64)
