@@ -219,21 +219,23 @@ def hidden_pair(
     Raises:
         ValueError: a hidden state that the target needs is missing.
     """
-    terms = {
+    needed = {
         "base_hidden": (target.base, base_hidden),
         "privileged_hidden": (target.privileged, privileged_hidden),
         "reference_hidden": (target.reference, reference_hidden),
     }
-    needed: list[tuple[float, Tensor]] = []
-    for name, (coefficient, hidden) in terms.items():
-        if coefficient != 0:
-            if hidden is None:
-                raise ValueError(f"the target {target} needs {name}; got None")
-            needed.append((coefficient, hidden.detach()))
-    if not uses_shift(target):
-        return HiddenPair(_combine(needed), None)
-    (_, privileged), (_, reference) = needed[-2:]
-    return HiddenPair(_combine(needed[:-2]), _combine([(1.0, privileged), (-1.0, reference)]))
+    for name, (coefficient, hidden) in needed.items():
+        if coefficient != 0 and hidden is None:
+            raise ValueError(f"the target {target} needs {name}; got None")
+    terms = [(coefficient, h.detach()) for coefficient, h in needed.values() if coefficient != 0 and h is not None]
+    if target.privileged == 0 or target.reference != -target.privileged:
+        return HiddenPair(_combine(terms), None)
+    # Formed first, also where it joins the anchor: equal teachers then leave the base exactly as it is.
+    shift = _combine([(1.0, terms[-2][1]), (-1.0, terms[-1][1])])
+    assert shift is not None
+    if uses_shift(target):
+        return HiddenPair(_combine(terms[:-2]), shift)
+    return HiddenPair(_combine([*terms[:-2], (target.privileged, shift)]), None)
 
 
 def _combine(terms: list[tuple[float, Tensor]]) -> Tensor | None:
