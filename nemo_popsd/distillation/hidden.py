@@ -185,6 +185,7 @@ class _HiddenLossFunction(torch.autograd.Function):
                 dh_NH[chunk] = gradient_CV.to(w_VH.dtype) @ w_VH
             if dw_WH is not None:
                 _accumulate(dw_WH[: plan.valid], gradient_CV, h_NH[chunk], w_VH.dtype)
+            del gradient_CV  # or the next chunk would come on top of it
         total = per_token_N.sum() if plan.token_weights is None else (per_token_N * plan.token_weights).sum()
         ctx.save_for_backward(dh_NH, dw_WH)
         ctx.tp_group = plan.tp_group

@@ -1,0 +1,383 @@
+"""What the chunked form promises beside its value: contract, cost in products, collectives and memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_popsd.distillation import (
+    Divergence,
+    LogLinearTarget,
+    PurifiedTarget,
+    hidden_pair,
+    loss_from_hidden,
+    loss_from_logits,
+    mean_row,
+)
+from nemo_popsd.errors import UserError
+from tests.distillation.calls import DIVERGENCES, TARGETS, hidden_loss
+from tests.distillation.dense import dense, make_problem, relative
+from tests.harness import run_ranks
+
+JSD, FORWARD, REVERSE = Divergence(), Divergence("forward_kl"), Divergence("reverse_kl")
+
+
+def with_(problem, **fields):
+    return type(problem)(**{**vars(problem), **fields})
+
+
+# --- Contract ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_room_needs_torch_alone():
+    """Imported in a fresh process, it brings neither Megatron nor NeMo nor anything built on them."""
+    program = (
+        "import sys, nemo_popsd.distillation\n"
+        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "print(sorted(loaded & {'megatron', 'nemo', 'lightning', 'pytorch_lightning', 'transformers', 'omegaconf'}))\n"
+        "print(sorted(n for n in sys.modules if n.startswith('nemo_popsd.') and 'distillation' not in n))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "['nemo_popsd.errors']"]
+
+
+def test_an_upstream_scalar_scales_both_gradients_and_backward_can_run_again():
+    problem = make_problem(1)
+    want = dense(problem, PurifiedTarget(), JSD)
+    result, hidden, weight = hidden_loss(problem, PurifiedTarget(), JSD)
+    (2.5 * result.total).backward(retain_graph=True)
+    assert relative(hidden.grad, 2.5 * want.dh) < 1e-10
+    assert relative(weight.grad, 2.5 * want.dw) < 1e-10
+    (-result.total).backward()
+    assert relative(hidden.grad, 1.5 * want.dh) < 1e-10
+    assert relative(weight.grad, 1.5 * want.dw) < 1e-10
+
+
+def test_the_total_is_the_weighted_sum_and_the_rest_has_no_gradient():
+    problem = make_problem(2)
+    result, _, _ = hidden_loss(problem, PurifiedTarget(), JSD, return_statistics=True)
+    torch.testing.assert_close(result.total, (result.per_token * problem.token_weights).sum())
+    plain, hidden, weight = hidden_loss(problem, PurifiedTarget(), JSD, token_weights=None)
+    torch.testing.assert_close(plain.total, result.per_token.sum())
+    plain.total.backward()
+    want = dense(with_(problem, token_weights=torch.ones(7, dtype=torch.float64)), PurifiedTarget(), JSD)
+    assert relative(hidden.grad, want.dh) < 1e-10
+    assert relative(weight.grad, want.dw) < 1e-10
+    assert result.total.requires_grad
+    for tensor in (result.per_token, *result.statistics):
+        assert not tensor.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        result.per_token.sum().backward()
+
+
+def test_wrong_uses_are_refused_by_name():
+    problem = make_problem(3)
+    with pytest.raises(ValueError, match="token_weights requires grad"):
+        hidden_loss(problem, PurifiedTarget(), JSD, token_weights=torch.ones(7, requires_grad=True))
+    with pytest.raises(ValueError, match=r"token_weights has shape \(6,\)"):
+        hidden_loss(problem, PurifiedTarget(), JSD, token_weights=torch.ones(6))
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        hidden_loss(problem, PurifiedTarget(), JSD, chunk_tokens=0)
+    with pytest.raises(UserError, match="vocab_size=33"):
+        hidden_loss(with_(problem, vocab=33), PurifiedTarget(), JSD)
+    with pytest.raises(ValueError, match="float16"):
+        hidden_loss(problem.to(torch.float16), PurifiedTarget(), JSD)
+    with pytest.raises(ValueError, match="teacher_weight has shape"):
+        hidden_loss(with_(problem, teacher_weight=problem.teacher_weight[:-1]), PurifiedTarget(), JSD)
+    pair = hidden_pair(PurifiedTarget(), problem.base, problem.privileged, problem.reference)
+    for target, message in (
+        (PurifiedTarget(cap=None), "shift_hidden must not be given"),
+        (LogLinearTarget.live_student_pmi(), "anchor_hidden must not be given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss_from_hidden(
+                problem.student,
+                problem.student_weight,
+                *pair,
+                problem.teacher_weight,
+                target=target,
+                divergence=JSD,
+                vocab_size=29,
+            )
+    with pytest.raises(ValueError, match="shift_hidden must be given"):
+        loss_from_hidden(
+            problem.student,
+            problem.student_weight,
+            pair.anchor,
+            None,
+            problem.teacher_weight,
+            target=PurifiedTarget(),
+            divergence=JSD,
+            vocab_size=29,
+        )
+
+
+def test_inputs_are_not_written_to():
+    problem = make_problem(4)
+    before = make_problem(4)
+    for target in TARGETS.values():
+        for divergence in DIVERGENCES.values():
+            result, _, _ = hidden_loss(problem, target, divergence, return_statistics=True)
+            result.total.backward()
+    for name, value in vars(before).items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, getattr(problem, name)), name
+
+
+def test_autocast_does_not_lower_the_precision():
+    problem = make_problem(5).to(torch.float32)
+    want, want_h, want_w = hidden_loss(problem, PurifiedTarget(), JSD)
+    want.total.backward()
+    logits = [x @ problem.teacher_weight.T for x in (problem.privileged, problem.reference, problem.base)]
+    student = problem.student @ problem.student_weight.T
+    settings = {"target": PurifiedTarget(), "divergence": JSD, "vocab_size": 29}
+    plain = loss_from_logits(student, *logits, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, got_h, got_w = hidden_loss(problem, PurifiedTarget(), JSD)
+        got.total.backward()
+        torch.testing.assert_close(loss_from_logits(student, *logits, **settings), plain, rtol=0, atol=0)
+    assert torch.equal(got.per_token, want.per_token)
+    assert torch.equal(got_h.grad, want_h.grad)
+    assert torch.equal(got_w.grad, want_w.grad)
+
+
+def test_bf16_inputs_give_bf16_gradients_and_fp32_losses():
+    problem = make_problem(6, tokens=32, hidden=16, sharpness=0.4).to(torch.bfloat16)
+    problem = with_(problem, token_weights=problem.token_weights.float())
+    for target in (PurifiedTarget(), LogLinearTarget.live_student_pmi(), LogLinearTarget.opsd()):
+        for divergence in DIVERGENCES.values():
+            want = dense(problem, target, divergence)
+            result, hidden, weight = hidden_loss(problem, target, divergence)
+            result.total.backward()
+            assert (result.per_token.dtype, result.total.dtype) == (torch.float32, torch.float32)
+            assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+            assert relative(result.per_token, want.loss) < 3e-2
+            assert relative(hidden.grad, want.dh) < 3e-2
+            assert relative(weight.grad, want.dw) < 3e-2
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_no_tokens_give_a_loss_of_0_with_a_graph(divergence):
+    problem = make_problem(7, tokens=0)
+    result, hidden, weight = hidden_loss(problem, PurifiedTarget(), divergence, return_statistics=True)
+    assert result.total.item() == 0
+    assert result.per_token.shape == (0,)
+    assert result.statistics.forward_kl.shape == (0,)
+    result.total.backward()
+    assert hidden.grad.shape == (0, 8)
+    assert weight.grad.shape == (32, 8)
+    assert weight.grad.count_nonzero() == 0
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations, and follows what is alive: the largest sum of bytes and the largest single tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.alive = 0
+        self.peak = 0
+        self.largest = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count[function.overloadpacket.__name__] += 1
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage())
+        return result
+
+    def _follow(self, storage) -> None:
+        address = storage._cdata
+        if address in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(address)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        self.largest = max(self.largest, size)
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.alive -= size
+
+    @property
+    def products(self) -> int:
+        return self.count["mm"] + self.count["addmm_"] + self.count["addmm"] + self.count["bmm"]
+
+
+@pytest.mark.parametrize(
+    ("target", "forward"),
+    [
+        (PurifiedTarget(), 3),
+        (PurifiedTarget(cap=None), 2),
+        (LogLinearTarget.opsd(), 2),
+        (LogLinearTarget.live_student_pmi(), 2),
+    ],
+    ids=["purified", "no cap", "opsd", "live student"],
+)
+@pytest.mark.parametrize("divergence", [JSD, FORWARD, REVERSE], ids=lambda d: d.kind)
+def test_matrix_products_of_a_chunk_are_those_that_are_needed(target, forward, divergence):
+    """One for each vector of the token, one more for dh, one more for dW; none of these for frozen leaves."""
+    problem = make_problem(8)
+
+    def products(*, dh: bool, dw: bool, grad: bool = True, statistics: bool = False) -> int:
+        with _Operations() as operations, torch.set_grad_enabled(grad):
+            result, hidden, weight = hidden_loss(
+                problem, target, divergence, dh=dh, dw=dw, chunk_tokens=7, return_statistics=statistics
+            )
+            if grad and (dh or dw):
+                result.total.backward()
+                assert (hidden.grad is not None) == dh
+                assert (weight.grad is not None) == dw
+            else:
+                assert not result.total.requires_grad
+        return operations.products
+
+    assert products(dh=True, dw=True) == forward + 2
+    assert products(dh=True, dw=True, statistics=True) == forward + 2
+    assert products(dh=True, dw=False) == forward + 1
+    assert products(dh=False, dw=True) == forward + 1
+    assert products(dh=False, dw=False) == forward
+    assert products(dh=True, dw=True, grad=False) == forward
+
+
+def test_lora_on_the_body_costs_no_memory_for_the_matrix():
+    problem = make_problem(9, tokens=4, hidden=64, vocab=500, padded=512)
+    with _Operations() as operations:
+        result, _, _ = hidden_loss(problem, PurifiedTarget(), JSD, dw=False, chunk_tokens=1)
+        result.total.backward()
+    assert operations.largest < problem.student_weight.untyped_storage().nbytes() + 1
+    with _Operations() as operations:
+        hidden_loss(with_(problem, student_weight=problem.student_weight), PurifiedTarget(), JSD, dw=False)
+    assert operations.count["zeros_like"] == 0
+
+
+@pytest.mark.parametrize(("divergence", "buffers"), [(FORWARD, 3), (REVERSE, 3), (JSD, 4)], ids=lambda x: str(x))
+@pytest.mark.parametrize("statistics", [False, True])
+def test_no_more_than_one_chunk_of_logits_is_alive(divergence, buffers, statistics):
+    """16 chunks: the peak is that of the buffers of one, and no tensor is larger than one of them."""
+    tokens, chunk, vocab = 64, 4, 1000
+    problem = make_problem(10, tokens=tokens, hidden=8, vocab=vocab, padded=1024).to(torch.float32)
+    pair = hidden_pair(PurifiedTarget(), problem.base, problem.privileged, problem.reference)
+    centre = mean_row(problem.teacher_weight, vocab)
+    hidden = problem.student.requires_grad_()
+    weight = problem.student_weight
+    with _Operations() as operations:
+        for tensor in (*pair, hidden, weight, problem.teacher_weight, problem.token_weights, centre):
+            operations._follow(tensor.untyped_storage())
+        before = operations.alive
+        operations.largest = operations.peak = 0
+        result = loss_from_hidden(
+            hidden,
+            weight,
+            *pair,
+            problem.teacher_weight,
+            target=PurifiedTarget(),
+            divergence=divergence,
+            vocab_size=vocab,
+            token_weights=problem.token_weights,
+            chunk_tokens=chunk,
+            centre=centre,
+            return_statistics=statistics,
+        )
+        result.total.backward()
+    one = chunk * vocab * 4
+    small = tokens * (8 + 8 + 16) * 4  # dh, losses, statistics
+    allowed = (4 if statistics else buffers) * one + small
+    print(f"peak {(operations.peak - before) / one:.2f} buffers of one chunk")
+    assert operations.largest <= one
+    assert operations.peak - before <= allowed
+    assert operations.peak - before > 2 * one  # the instrument sees the buffers
+
+
+# --- Collectives ------------------------------------------------------------------------------------------------------
+
+
+def _count_collectives(rank: int, world_size: int):
+    group = dist.new_group([0, 1])
+    calls: list[tuple] = []
+    real = dist.all_reduce
+
+    def counted(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        calls.append((tuple(tensor.shape), group))
+        return real(tensor, op=op, group=group, async_op=async_op)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("only all-reduces are promised")
+
+    dist.all_reduce = counted
+    for name in ("all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "all_to_all", "barrier"):
+        setattr(dist, name, forbidden)
+    found = {}
+    mine = make_problem(12).shard(rank, world_size)
+    centre = mean_row(mine.teacher_weight, mine.vocab, group)
+    found["mean row"] = [shape for shape, _ in calls]
+    for name, divergence in DIVERGENCES.items():
+        for dh in (True, False):
+            for statistics in (False, True):
+                for given in (True, False):
+                    calls.clear()
+                    result, _, _ = hidden_loss(
+                        mine,
+                        PurifiedTarget(),
+                        divergence,
+                        group,
+                        dh=dh,
+                        return_statistics=statistics,
+                        centre=centre if given else None,
+                    )
+                    forward = [shape for shape, _ in calls]
+                    calls_forward = len(calls)
+                    result.total.backward()
+                    found[name, dh, statistics, given] = (forward, [shape for shape, _ in calls[calls_forward:]])
+                    assert all(used is group for _, used in calls)
+    # No tokens: nothing is sent, nothing hangs.
+    calls.clear()
+    result, hidden, _ = hidden_loss(
+        make_problem(13, tokens=0).shard(rank, world_size), PurifiedTarget(), JSD, group, centre=centre
+    )
+    result.total.backward()
+    found["no tokens"] = ([shape for shape, _ in calls], hidden.grad.shape)
+    # A student that equals base and target: exactly 0 in shards too.
+    same = make_problem(14)
+    same = with_(same, base=same.student, reference=same.privileged, student_weight=same.teacher_weight)
+    exact = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for divergence in DIVERGENCES.values():
+            result, hidden, weight = hidden_loss(
+                same.to(dtype).shard(rank, world_size), PurifiedTarget(), divergence, group
+            )
+            result.total.backward()
+            exact.append(result.per_token.count_nonzero() + hidden.grad.count_nonzero() + weight.grad.count_nonzero())
+    found["exact zeros"] = [int(count) for count in exact]
+    return found
+
+
+def test_collectives_are_as_few_and_as_small_as_promised():
+    """Two for each chunk of a KL, three of a JSD; one for w̄ where not given; one for dh in the backward pass."""
+    for found in run_ranks(_count_collectives, 2):
+        assert found.pop("mean row") == [(8,)]
+        assert found.pop("no tokens") == ([], (0, 8))
+        assert found.pop("exact zeros") == [0] * 15
+        for (name, dh, statistics, given), (forward, backward) in found.items():
+            case = (name, dh, statistics, given)
+            if not given:
+                assert forward.pop(0) == (8,), case
+            chunks, per_chunk = 3, 3 if name.startswith("jsd") else 2  # 7 tokens in chunks of 3
+            assert len(forward) == chunks * per_chunk, case
+            for rows, tokens in forward:
+                assert rows <= 6, case
+                assert tokens <= 3, case
+            assert backward == ([(7, 8)] if dh else []), case
