@@ -18,7 +18,8 @@ BODY = (
 THINKING = BODY + "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
 DEAF = BODY + "<think>\n{% endif %}"  # ignores enable_thinking
 # Content decides the assistant prefix: what the contexts must refuse.
-FICKLE = BODY + "{% if 'Reference' in messages[-1]['content'] %}<think>{% endif %}{% endif %}"
+FICKLE_CONDITION = "'Reference' in messages[-1]['content']"
+FICKLE = BODY + "{% if " + FICKLE_CONDITION + " %}<think>{% endif %}{% endif %}"
 # No word of add_generation_prompt, the assistant mark belongs to the user's turn.
 ALWAYS = "<s>{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
 

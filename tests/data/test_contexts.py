@@ -50,11 +50,21 @@ def test_all_prompts_end_in_the_same_assistant_prefix(template: str, thinking: b
     assert ("</think>" in made.assistant_prefix) is (template == small.THINKING and not thinking)
 
 
-@pytest.mark.parametrize("word", ["Reference", "derive", "solution", "Problem"])
-def test_prompts_that_end_differently_are_refused_by_name(word: str) -> None:
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "'Reference' in CONTENT",  # both teachers
+        "'Problem' in CONTENT",  # student and privileged teacher
+        "'Problem' in CONTENT and 'Reference' in CONTENT",  # privileged teacher
+        "'Problem' not in CONTENT and 'Reference' in CONTENT",  # reference-only teacher
+        "'Problem' in CONTENT and 'Reference' not in CONTENT",  # student
+    ],
+)
+def test_prompts_that_end_differently_are_refused_by_name(condition: str) -> None:
     # The template opens a thought in some of the contexts only, according to what the user turn says.
+    template = small.FICKLE.replace(small.FICKLE_CONDITION, condition.replace("CONTENT", "messages[-1]['content']"))
     with pytest.raises(UserError) as caught:
-        builder(small.FICKLE.replace("Reference", word)).build(record(7))
+        builder(template).build(record(7))
     assert caught.value.what == "row row7"
     assert "student prompt ends in" in str(caught.value)
     assert "<assistant><think>" in str(caught.value.got)
@@ -125,6 +135,14 @@ def test_truncation_never_splits_a_character(limit: int) -> None:
     assert contexts.reference_truncated is (expected < 6)
 
 
+def test_truncation_keeps_whole_tokens_up_to_the_limit() -> None:
+    tokenizer = small.tokenizer()
+    tokenizer.add_tokens(["xyz"])
+    made = builder(tokenizer=tokenizer, max_reference_tokens=4)
+    assert made.build(record(reference="xyz" * 10)).reference_text == "xyz" * 4
+    assert made.build(record(reference="a" + "xyz" * 10)).reference_text == "a" + "xyz" * 3
+
+
 def test_a_reference_of_which_nothing_is_left_is_an_error() -> None:
     with pytest.raises(UserError, match="row row1: got nothing left of the reference"):
         builder(max_reference_tokens=2).build(record(reference="😀 and more"))
@@ -187,19 +205,21 @@ def test_many_rows_keep_their_order() -> None:
         assert row.student_length == len(made.student_prompt(given))
 
 
-def test_longest_context_is_a_bound_that_is_nearly_reached() -> None:
-    made = builder(max_prompt_tokens=300, max_reference_tokens=50)
+@pytest.mark.parametrize(
+    "templates",
+    [
+        TemplatesConfig(),
+        TemplatesConfig(teacher="{question_block}{reference} {reference}"),
+        TemplatesConfig(question_block="{question} Again: {question}\n"),
+    ],
+    ids=["default", "reference twice", "question twice"],
+)
+def test_longest_context_is_a_bound_that_is_nearly_reached(templates: TemplatesConfig) -> None:
+    made = builder(templates=templates, max_prompt_tokens=300, max_reference_tokens=50)
     free = 300 - len(made.student_prompt(record(question="x"))) + 1
     contexts = made.build(record(question="y" * free, reference="z" * 80))
     assert len(contexts.student) == 300
     assert made.longest_context - 20 <= len(contexts.privileged) <= made.longest_context
-
-
-def test_longest_context_counts_repeated_placeholders() -> None:
-    templates = TemplatesConfig(teacher="{question_block}{reference} {reference}")
-    made = builder(templates=templates, max_prompt_tokens=300, max_reference_tokens=50)
-    contexts = made.build(record(reference="z" * 50))
-    assert made.longest_context >= len(contexts.privileged) > 100
 
 
 @pytest.mark.parametrize("response", [[], [65], [65, 66, 67]])
