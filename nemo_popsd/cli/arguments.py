@@ -1,0 +1,23 @@
+"""Arguments that several sub-commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the configuration file and its overrides."""
+    parser.add_argument("config", metavar="CONF", help="configuration file, e.g. conf/tiny.yaml")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="setting to change, e.g. training.steps=20 (null, lists [a, b] and quotes as in YAML)",
+    )
+
+
+def world_size() -> int:
+    """Number of ranks of this run, from the launcher's environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,29 @@
+"""`popsd export CHECKPOINT OUTPUT`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a NeMo checkpoint as a Hugging Face directory",
+        description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT, adapters merged.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="NeMo checkpoint of a run")
+    parser.add_argument("output", metavar="OUTPUT", help="directory to write")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check both paths, then convert."""
+    from nemo_popsd.config.consistency import check_checkpoint, check_output
+
+    check_checkpoint(args.checkpoint, setting="CHECKPOINT")
+    check_output(args.output, setting="OUTPUT")
+    from nemo_popsd.model.entry import export
+
+    export(args.checkpoint, args.output)

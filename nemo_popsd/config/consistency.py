@@ -1,0 +1,138 @@
+"""Checks between sections, and of what a run needs from the machine. No torch: they run before any model is built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.sources import resolve_path
+from nemo_popsd.errors import UserError
+from nemo_popsd.testbed.assets import PREFIX, asset
+
+
+def check_sections(config: PopsdConfig) -> None:
+    """Refuse values that are possible each alone but not together. Needs nothing but `config`.
+
+    Raises:
+        UserError: names both settings.
+    """
+    optimizer, training = config.optimizer, config.training
+    if optimizer.warmup_steps > training.steps:
+        raise UserError(
+            "configuration",
+            got=f"optimizer.warmup_steps={optimizer.warmup_steps} with training.steps={training.steps}",
+            need="a warm-up no longer than the run",
+            mend="set optimizer.warmup_steps or training.steps",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            "configuration",
+            got=f"optimizer.min_lr={optimizer.min_lr} with optimizer.lr={optimizer.lr}",
+            need="a final rate no higher than the peak",
+            mend="set optimizer.min_lr or optimizer.lr",
+        )
+
+
+def check_layout(config: PopsdConfig, *, world_size: int) -> None:
+    """Refuse a parallel layout that does not divide the world, or a batch that does not divide over it.
+
+    Args:
+        config: the run.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: names the setting and the nearest values that fit.
+    """
+    tensor, prompts = config.parallel.tensor, config.training.prompts_per_step
+    if world_size % tensor:
+        raise UserError(
+            "configuration",
+            got=f"parallel.tensor={tensor} with {world_size} rank{'s' if world_size > 1 else ''}",
+            need="a number of ranks that parallel.tensor divides",
+            mend=f"set parallel.tensor, or start a multiple of {tensor} ranks (torchrun --nproc-per-node {tensor})",
+        )
+    replicas = world_size // tensor
+    if prompts % replicas:
+        below, above = prompts // replicas * replicas, -(-prompts // replicas) * replicas
+        fitting = " or ".join(str(value) for value in (below, above) if value)
+        raise UserError(
+            "configuration",
+            got=f"training.prompts_per_step={prompts} with {replicas} data-parallel replicas "
+            f"({world_size} ranks / parallel.tensor={tensor})",
+            need=f"a multiple of {replicas}",
+            mend=f"set training.prompts_per_step={fitting}",
+        )
+
+
+def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
+    """Everything that can be known to be wrong with a training run before a model is built.
+
+    Raises:
+        UserError: a contradiction, a layout that does not fit, a path that is empty or does not exist, or an output
+            directory that cannot be written.
+    """
+    check_sections(config)
+    check_layout(config, world_size=world_size)
+    _check_student(config)
+    resolve_path(config.data.train.path, setting="data.train")
+    if config.data.validation.path:
+        resolve_path(config.data.validation.path, setting="data.validation")
+    check_output(config.output)
+
+
+def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: str | None = None) -> None:
+    """Everything that can be known to be wrong with an evaluation before a model is built.
+
+    Args:
+        config: the run; needs `data.validation.path`.
+        world_size: number of ranks.
+        checkpoint: what is evaluated; None evaluates `student.source`.
+
+    Raises:
+        UserError: as `check_training_run`.
+    """
+    check_sections(config)
+    check_layout(config, world_size=world_size)
+    if checkpoint is None:
+        _check_student(config)
+    else:
+        check_checkpoint(checkpoint, setting="--checkpoint")
+    resolve_path(config.data.validation.path, setting="data.validation")
+    check_output(config.output)
+
+
+def check_checkpoint(path: str, *, setting: str) -> None:
+    """Refuse a checkpoint that does not exist."""
+    if not Path(path).expanduser().exists():
+        raise UserError(
+            "checkpoint",
+            got=f"{setting} {path!r}, which does not exist (looked in {Path.cwd()})",
+            need="a checkpoint that a run has written",
+            mend="correct the path",
+        )
+
+
+def check_output(path: str, *, setting: str = "output") -> None:
+    """Refuse a directory that cannot be made or written; makes nothing. `setting` is the name to blame."""
+    directory = Path(path).expanduser()
+    nearest = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if path and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return
+    got = f"{setting}={path!r}"
+    if path:
+        got += f", where {nearest} " + ("cannot be written" if nearest.is_dir() else "is a file")
+    raise UserError("configuration", got=got, need="a directory that can be made and written", mend=f"set {setting}")
+
+
+def _check_student(config: PopsdConfig) -> None:
+    source = config.student.source
+    if source.startswith(PREFIX):
+        asset(source)
+    elif not source or not Path(source).expanduser().exists():
+        raise UserError(
+            "configuration",
+            got=f"student.source={source!r}" + (f", which does not exist (looked in {Path.cwd()})" if source else ""),
+            need=f"a Hugging Face directory, a NeMo checkpoint, or {PREFIX}tiny_reasoner",
+            mend="set student.source",
+        )
