@@ -1,0 +1,83 @@
+"""A Lightning logger that appends one JSON object per call to a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from nemo_popsd.observability.rank import is_rank_zero
+
+FILE_NAME = "metrics.jsonl"
+"""Name of the metrics file in a run's output directory."""
+
+
+class JsonlLogger(Logger):
+    """Writes `<directory>/metrics.jsonl` on rank 0: ``{"step": 3, "train/loss": 0.12, ...}``, one line per call.
+
+    Every line is on its way to the disk when the call returns. A resumed run appends: steps that are trained again
+    occur again, and the last line of a step counts. What JSON cannot say (NaN, infinities) is written as the strings
+    "nan", "inf" and "-inf", which ``float`` reads back.
+
+    Args:
+        directory: output directory of the run; made at the first call.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        self._path = Path(directory) / FILE_NAME
+        self._opened = False
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        """Lightning's notion of a version; a run has one file."""
+        return ""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append one line; values are numbers or one-element tensors."""
+        if not is_rank_zero():
+            return
+        self._prepare()
+        line = {} if step is None else {"step": step}
+        line |= {name: _plain(value) for name, value in metrics.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the resolved configuration is a file of its own."""
+
+    def _prepare(self) -> None:
+        """Make the directory; cut a last line that a kill left half written, so that all lines stay JSON."""
+        if self._opened:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            whole = self._path.read_bytes()
+            end = whole.rfind(b"\n") + 1
+            if end != len(whole):
+                with self._path.open("r+b") as file:
+                    file.truncate(end)
+        self._opened = True
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,55 @@
+"""The metrics of a training step: one name, unit and meaning for each, used by the loop, the loggers and the bar."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+PREFIX = "train/"
+"""Before the name of every training metric, in all loggers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One optimizer step, over all data-parallel ranks. None: not measured in this step, and not logged.
+
+    Divergences and entropies are means over response tokens, in nats, over the full true vocabulary.
+    """
+
+    loss: float
+    """What is minimised, averaged as `distillation.loss_mean` says."""
+    forward_kl: float
+    """KL(target ‖ student)."""
+    reverse_kl: float
+    """KL(student ‖ target)."""
+    student_entropy: float
+    """Entropy of the student."""
+    target_entropy: float
+    """Entropy of the target."""
+    delta_ratio: float | None = None
+    """‖Δ_ref‖ / ‖Δ_total‖ on a sample of tokens: above 1 where the part induced by the reference alone dominates."""
+    cos_total_it: float | None = None
+    """cos(Δ_total, Δ_it) on the same sample, of the question-conditioned part."""
+    cos_total_ref: float | None = None
+    """cos(Δ_total, Δ_ref) on the same sample, of the reference-induced part."""
+    response_tokens: float
+    """Mean length of a response, in tokens."""
+    cut_share: float
+    """Share of responses cut at `rollout.max_response_tokens`."""
+    marker_rate: float
+    """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    learning_rate: float
+    """Learning rate of this step."""
+    tokens_per_second: float
+    """Response tokens per second of the whole step, all ranks together."""
+    seconds_rollout: float
+    """Seconds of sampling."""
+    seconds_frozen: float
+    """Seconds of the base, privileged-teacher and reference-only forwards."""
+    seconds_train: float
+    """Seconds of the student's forward, backward and optimizer step."""
+
+    def as_dict(self) -> dict[str, float]:
+        """Metrics that were measured, under `PREFIX`, in the order of declaration."""
+        return {PREFIX + name: value for name, value in asdict(self).items() if value is not None}

@@ -1,0 +1,90 @@
+"""Progress of training on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from nemo_popsd.observability.metrics import PREFIX
+from nemo_popsd.observability.rank import is_rank_zero
+
+_SHOWN = {"loss": ("loss", ".4f"), "response_tokens": ("tokens/response", ".0f"), "tokens_per_second": ("tok/s", ".0f")}
+
+
+class StepProgress(ProgressBar):
+    """Step k of N, loss, response length and tokens per second, on rank 0.
+
+    A bar on a terminal, one line per step elsewhere (logs, CI). One training batch is one step; the values are the
+    latest under `PREFIX` in the trainer's logged metrics.
+
+    Args:
+        steps: steps of the whole run (`training.steps`).
+        completed: steps that a resumed run has behind it.
+        enabled: `observability.progress_bar`.
+    """
+
+    def __init__(self, steps: int, *, completed: int = 0, enabled: bool = True) -> None:
+        super().__init__()
+        self._steps = steps
+        self._completed = completed
+        self._enabled = enabled and is_rank_zero()
+        self._bar: tqdm | None = None
+
+    def disable(self) -> None:
+        """Show nothing from now on (Lightning calls this on ranks other than 0)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show progress from now on, on rank 0."""
+        self._enabled = is_rank_zero()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the bar where standard error is a terminal."""
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=self._steps, initial=self._completed, desc="step", dynamic_ncols=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance by one step."""
+        self._completed += 1
+        if not self._enabled:
+            return
+        shown = _shown(trainer.callback_metrics)
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+        else:
+            values = "".join(f"  {name} {value}" for name, value in shown.items())
+            print(f"step {self._completed}/{self._steps}{values}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it stands."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the bar as it stands, so that the error is not written into it."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0 without tearing the bar (what `LightningModule.print` calls)."""
+        if self._enabled:
+            tqdm.write(" ".join(str(argument) for argument in args), **kwargs)
+
+
+def _shown(metrics: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        label: format(float(metrics[PREFIX + name]), spec)
+        for name, (label, spec) in _SHOWN.items()
+        if PREFIX + name in metrics
+    }

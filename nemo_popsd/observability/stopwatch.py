@@ -1,0 +1,45 @@
+"""Wall-clock seconds of the named phases of a step."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Adds up the seconds of named phases.
+
+    Once CUDA is in use, each phase waits for the device at both ends (two synchronisations a phase), so that a kernel
+    is counted where it ran and not where its result was first needed. On CPU it costs two clock readings.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`, also when the block raises. Phases may repeat and nest."""
+        _wait_for_device()
+        start = time.perf_counter()
+        try:
+            yield
+            _wait_for_device()
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self, name: str) -> float:
+        """Seconds of `name` since the last `reset`; 0 for a phase that did not run."""
+        return self._seconds.get(name, 0.0)
+
+    def reset(self) -> None:
+        """Start all phases from 0."""
+        self._seconds.clear()
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
