@@ -1,0 +1,71 @@
+# All set-up happens here, on a machine that has Python 3.11 (or newer), git and make.
+#
+#   PYTHON       interpreter for the virtual environment        make venv PYTHON=/opt/python3.11/bin/python3
+#   VENV         where the environment goes                     make test VENV=/scratch/venv
+#   TORCH_INDEX  index to take torch from. Plain PyPI has the CUDA build for Linux on x86: it works on CPU too, but is
+#                gigabytes larger.  make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   PIP_ARGS     further arguments of every pip install         make venv PIP_ARGS="--index-url https://mirror/simple"
+#   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH_INDEX ?=
+PIP_ARGS ?=
+ARGS ?=
+
+LOCK := requirements/cpu-py311.txt
+BRIDGE := requirements/bridge.txt
+DEV_LOCK := requirements/dev-py311.txt
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+RUNTIME_STAMP := $(VENV)/.runtime-installed
+DEV_STAMP := $(VENV)/.dev-installed
+
+.PHONY: help venv venv-dev train test check lint clean distclean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(RUNTIME_STAMP) ## virtual environment with the pinned versions and the project (about two minutes)
+
+venv-dev: $(DEV_STAMP) ## the same with the tools for tests and checks
+
+train: $(RUNTIME_STAMP) ## train the embedded tiny model with Purified OPSD (ARGS: overrides)
+	$(VENV)/bin/popsd train conf/tiny.yaml $(ARGS)
+
+test: $(DEV_STAMP) ## all tests, slow ones included (ARGS: pytest's)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: lint ## lint and the fast tests: what to run before each commit
+	$(VENV)/bin/python -m pytest -q -m "not slow" $(ARGS)
+
+lint: $(DEV_STAMP) ## ruff, formatting, types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean: ## remove caches and build output
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## and the virtual environment
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# A stamp is written last, so an interrupted install is taken up again.
+$(RUNTIME_STAMP): $(LOCK) $(BRIDGE) pyproject.toml | $(VENV)/bin/python
+	@echo "installing the pinned versions into $(VENV) (about two minutes)"
+	$(if $(TORCH_INDEX),@$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' $(LOCK)))
+	@$(PIP) -r $(LOCK)
+	@$(PIP) --no-deps -r $(BRIDGE)
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DEV_STAMP): $(DEV_LOCK) $(RUNTIME_STAMP)
+	@$(PIP) -r $(DEV_LOCK)
+	@touch $@
