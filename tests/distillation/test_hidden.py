@@ -175,6 +175,27 @@ def test_no_tokens_give_a_loss_of_0_with_a_graph(divergence):
     assert weight.grad.count_nonzero() == 0
 
 
+def test_the_jsd_is_accurate_in_fp32_where_student_and_target_almost_agree():
+    """As at the start of training: a JSD of 1e-7, which rounding errors of first order would drown."""
+    near = make_problem(16, tokens=20, hidden=16, vocab=120, padded=128)
+    near = with_(
+        near,
+        student=near.base + 1e-3 * near.student,
+        privileged=near.reference + 1e-3 * near.privileged,
+        student_weight=near.teacher_weight,
+        token_weights=torch.ones(20, dtype=torch.float64),
+    ).to(torch.float32)
+    for divergence in (Divergence("jsd", 0.5), Divergence("jsd", 0.3)):
+        want = dense(near, PurifiedTarget(), divergence)
+        assert 1e-8 < want.loss.mean() < 1e-5
+        result, hidden, _ = hidden_loss(near, PurifiedTarget(), divergence)
+        result.total.backward()
+        errors = (result.per_token.double() - want.loss).abs() / want.loss
+        print(f"relative error of a JSD of {want.loss.mean():.1e}: {errors.max():.1e}")
+        assert errors.max() < 1e-2
+        assert relative(hidden.grad, want.dh) < 1e-2
+
+
 # --- Products ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -155,6 +156,7 @@ def _plant_raw_all_reduces(rank: int, world_size: int):
     from nemo_popsd.distillation import closed_form, definition, divergence, hidden
     from nemo_popsd.distillation.collectives import sum_for_replicas, sum_for_shards
 
+    warnings.simplefilter("ignore")  # recent versions of torch warn of the raw all-reduce
     problem = make_problem(4)
     found = {}
     for name, kind in DIVERGENCES.items():
