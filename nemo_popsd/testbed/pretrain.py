@@ -33,7 +33,7 @@ from nemo_popsd.testbed.problems import (
     thoughtful_thoughts,
 )
 from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
-from nemo_popsd.testbed.tokenizer import save_tokenizer
+from nemo_popsd.testbed.tokenizer import build_tokenizer, save_tokenizer
 
 _IGNORED = -100
 
@@ -49,7 +49,9 @@ class Recipe:
     batch: int = 64
     """Sequences per step."""
     learning_rate: float = 3e-3
-    """Peak; linear warm-up, cosine decay to a tenth."""
+    """Peak of AdamW (embeddings, norms); linear warm-up, cosine decay to a tenth."""
+    matrix_rate: float = 0.02
+    """Peak of Muon (the matrices of the layers)."""
     warmup: int = 50
     """Steps of the warm-up."""
     question_reference_share: float = 0.2
@@ -110,12 +112,11 @@ def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tupl
         sequences = []
         for problem, rng in (next(source) for _ in range(16 * recipe.batch)):
             context, text, thinking = draw_example(problem, rng, recipe)
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": user_turn(context, problem.question, problem.reference)}],
-                add_generation_prompt=True,
-                enable_thinking=thinking,
-                return_dict=False,
+            turns = [{"role": "user", "content": user_turn(context, problem.question, problem.reference)}]
+            rendered = tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
             )
+            prompt = tokenizer.encode(str(rendered), add_special_tokens=False)
             answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
             sequences.append((prompt + answer, [_IGNORED] * len(prompt) + answer))
         sequences.sort(key=lambda pair: len(pair[0]))
@@ -138,31 +139,35 @@ def pretrain(output: Path, recipe: Recipe, *, log_every: int = 50, quick_every: 
         output: folder to create.
         recipe: what to train.
         log_every: steps between lines of progress.
-        quick_every: steps between quick looks at the accuracy; 0 means none.
+        quick_every: steps between quick looks at the accuracy, at which the model is saved too; 0 means none.
     """
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(output)
     torch.manual_seed(recipe.seed)
     model = Qwen3ForCausalLM(model_config(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+    optimizers = _optimizers(model, recipe)
     stream = batches(tokenizer, recipe)
     started, recent = time.perf_counter(), 0.0
     for step in range(1, recipe.steps + 1):
         ids, labels = next(stream)
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
-        optimizer.zero_grad(set_to_none=True)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        labelled = targets != _IGNORED
+        loss = functional.cross_entropy(model.lm_head(hidden[labelled]), targets[labelled])
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * _rate(step, recipe)
+            optimizer.step()
         recent += loss.item()
         if step % log_every == 0:
             print(f"step {step} loss {recent / log_every:.4f} {time.perf_counter() - started:.0f} s", flush=True)
             recent = 0.0
         if quick_every and step % quick_every == 0:
+            model.save_pretrained(str(output))
             evaluate(model, tokenizer, 128, temperatures=(1.0,), seed=recipe.seed + 1, difficulty=recipe.difficulty)
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -195,6 +200,17 @@ def evaluate(
     return reports
 
 
+def _optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms; each with its peak learning rate."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        (torch.optim.Muon(matrices, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.01), recipe.matrix_rate),
+        (torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0), recipe.learning_rate),
+    ]
+
+
 def _rate(step: int, recipe: Recipe) -> float:
     """Multiplier of the learning rate."""
     if step < recipe.warmup:
@@ -212,17 +228,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--batch", type=int, default=recipe.batch)
     parser.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
+    parser.add_argument("--matrix-rate", type=float, default=recipe.matrix_rate)
     parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
     parser.add_argument("--quick-every", type=int, default=0, help="steps between quick evaluations; 0: none")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     recipe = replace(
-        recipe, seed=options.seed, steps=options.steps, batch=options.batch, learning_rate=options.learning_rate
+        recipe,
+        seed=options.seed,
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        matrix_rate=options.matrix_rate,
     )
     model = pretrain(options.output, recipe, quick_every=options.quick_every)
-    from nemo_popsd.testbed.tokenizer import build_tokenizer
-
     reports = evaluate(model, build_tokenizer(), options.problems, seed=recipe.seed + 2)
     (options.output / "report.json").write_text(json.dumps([r.as_dict() for r in reports], indent=2) + "\n")
 

@@ -2,12 +2,16 @@ r"""Small verifiable problems, their terse references, and worked solutions that
 
 A problem is a chain of definitions modulo 100::
 
-    Let a = 37, b = a * 8, c = b - 20, all modulo 100. Find c.
+    Let a = 37, b = a * 8, c = b - 9, d = c + 5, all modulo 100. Find d.
 
 A **thoughtful** solution sometimes hesitates ("Maybe", "Perhaps"), recomputes by digits ("Check") and corrects itself
 ("Wait"). The digits are easy and the guess is hard, so checking is what makes it right. A **terse** solution states the
-values alone. The **reference** is terser still: the values of the chain *sorted by size*, and the answer. It says which
-values occur but not which variable has which, so reference and question together say more than either alone.
+values alone. The **reference** is of another style: it names no variable and follows no order of the chain::
+
+    - 9 gives 87, + 5 gives 92, * 8 gives 96. Answer 92.
+
+It says which values occur, the question which variable has which: together they say more than either alone, without any
+arithmetic.
 
 Everything is a pure function of (seed, split, index) and never uses `hash()`: any process draws the same problems. A
 question belongs to one split for good, by a digest of its text, so the splits cannot overlap.
@@ -27,7 +31,7 @@ NAMES = "abcdefghi"
 """Variable names, in order of definition."""
 
 Split = Literal["pretraining", "train", "validation"]
-_BUCKETS: dict[Split, range] = {"validation": range(0, 8), "train": range(8, 32), "pretraining": range(32, 256)}
+_BUCKETS: dict[Split, range] = {"validation": range(8), "train": range(8, 32), "pretraining": range(32, 256)}
 _HESITATIONS = ("Maybe", "Perhaps")
 
 
@@ -39,13 +43,13 @@ class Difficulty:
     """Fewest steps of a chain."""
     longest: int = 5
     """Most steps of a chain."""
-    multiply: float = 0.4
+    multiply: float = 0.35
     """Share of steps that multiply by a digit; the rest add and subtract."""
-    hesitate: float = 0.5
+    hesitate: float = 0.75
     """Share of steps of a thoughtful solution that begin with Maybe or Perhaps and are checked."""
-    doubt: float = 0.1
+    doubt: float = 0.2
     """Share of its other steps that are checked after all."""
-    mistake: float = 0.3
+    mistake: float = 0.2
     """Share of hesitant guesses that are wrong, and corrected."""
 
 
@@ -55,12 +59,11 @@ DIFFICULTY = Difficulty()
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One definition `name = left op right`; operands as written, and as numbers."""
+    """One definition `name = left op y`, where the variable `left` has the value `x`."""
 
     name: str
     op: str
     left: str
-    right: str
     x: int
     y: int
 
@@ -80,7 +83,7 @@ class Problem:
     @property
     def question(self) -> str:
         """The problem statement."""
-        chain = "".join(f", {s.name} = {s.left} {s.op} {s.right}" for s in self.steps)
+        chain = "".join(f", {s.name} = {s.left} {s.op} {s.y}" for s in self.steps)
         return f"Let a = {self.start}{chain}, all modulo {MODULUS}. Find {self.steps[-1].name}."
 
     @property
@@ -90,9 +93,12 @@ class Problem:
 
     @property
     def reference(self) -> str:
-        """The values of the chain in ascending order (whose value each is, only the question tells), and the answer."""
-        values = ", ".join(str(v) for v in sorted(s.value for s in self.steps))
-        return f"{values}. Answer {self.answer}."
+        """What each operation of the chain gives, in ascending order, and the answer.
+
+        Only the question tells which variable an operation belongs to.
+        """
+        results = ", ".join(f"{s.op} {s.y} gives {s.value}" for s in sorted(self.steps, key=lambda s: (s.value, s.op)))
+        return f"{results}. Answer {self.answer}."
 
 
 def apply(op: str, x: int, y: int) -> int:
@@ -113,14 +119,9 @@ def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Pro
         left, x = NAMES[i], values[i]
         if rng.random() < difficulty.multiply:
             op, y = "*", rng.randint(2, 9)
-            right = str(y)
-        elif i > 0 and rng.random() < 0.3:
-            op, j = rng.choice("+-"), rng.randrange(i)
-            right, y = NAMES[j], values[j]
         else:
-            op, y = rng.choice("+-"), rng.randrange(2, MODULUS)
-            right = str(y)
-        steps.append(Step(name=NAMES[i + 1], op=op, left=left, right=right, x=x, y=y))
+            op, y = rng.choice("+-"), rng.randint(2, 9)
+        steps.append(Step(name=NAMES[i + 1], op=op, left=left, x=x, y=y))
         values.append(steps[-1].value)
     return Problem(start=start, steps=tuple(steps))
 
@@ -188,18 +189,14 @@ def thoughtful_thoughts(problem: Problem, rng: random.Random, difficulty: Diffic
 
 
 def digits(step: Step) -> str:
-    """The step recomputed by digits: each partial result is easy, and the last sum carries nothing."""
+    """The step recomputed by digits: units first, then tens; each partial result is easy."""
     tens, units = step.x // 10 * 10, step.x % 10
+    low = apply(step.op, units, step.y)
+    line = f"{step.x} {step.op} {step.y}: {units} {step.op} {step.y} = {low}"
     if step.op == "*":
-        low, low_y, high_y = apply("*", units, step.y), step.y, step.y
-    else:
-        low_y, high_y = step.y % 10, step.y // 10 * 10
-        low = apply(step.op, units, low_y)
-    high = apply(step.op, tens, high_y)
-    return (
-        f"{step.x} {step.op} {step.y}: {units} {step.op} {low_y} = {low}, {tens} {step.op} {high_y} = {high}, "
-        f"{low} + {high} = {step.value}"
-    )
+        high = apply("*", tens, step.y)
+        return f"{line}, {tens} * {step.y} = {high}, {high} + {low} = {step.value}"
+    return f"{line}, {tens} + {low} = {step.value}"
 
 
 def response(thoughts: str, answer: str, *, thinking: bool = True) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 from nemo_popsd.data.config import TemplatesConfig
 
 Context = Literal["question", "question+reference", "reference"]
-"""The three kinds of context that the pre-training mixture holds: student, privileged teacher, reference-only teacher."""
+"""The contexts of the pre-training mixture: the student's, the privileged teacher's, the reference-only teacher's."""
 
 CONTEXTS: tuple[Context, ...] = ("question", "question+reference", "reference")
 

@@ -1,0 +1,148 @@
+"""The generator: every line of arithmetic is checked by an evaluator that shares no code with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+
+from nemo_popsd.testbed.problems import (
+    Problem,
+    problems,
+    records,
+    response,
+    split_of,
+    terse_thoughts,
+    thoughtful_thoughts,
+)
+
+SPLITS = ("pretraining", "train", "validation")
+_EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
+
+
+def evaluate(x: int, op: str, y: int) -> int:
+    return {"+": x + y, "-": x - y, "*": x * y}[op] % 100
+
+
+def solve(question: str) -> dict[str, int]:
+    """The values of all variables, from the text of the question alone."""
+    match = re.fullmatch(r"Let (.+), all modulo 100\. Find ([a-i])\.", question)
+    assert match
+    values: dict[str, int] = {}
+    for definition in match[1].split(", "):
+        name, expression = definition.split(" = ")
+        parts = expression.split(" ")
+        terms = [values[p] if p.isalpha() else int(p) for p in parts[::2]]
+        values[name] = terms[0] if len(parts) == 1 else evaluate(terms[0], parts[1], terms[1])
+    assert list(values)[-1] == match[2]
+    return values
+
+
+def drawn(split: str, count: int = 300, seed: int = 3) -> list[tuple[Problem, str]]:
+    return [(p, thoughtful_thoughts(p, rng)) for p, rng in islice(problems(split, seed), count)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_and_references_are_right(split: str) -> None:
+    for problem, _ in drawn(split):
+        values = solve(problem.question)
+        assert problem.answer == str(list(values.values())[-1])
+        listed, answer = re.fullmatch(r"(.+)\. Answer (\d+)\.", problem.reference).groups()  # type: ignore[union-attr]
+        results = [re.fullmatch(r"[-+*] \d gives (\d+)", part) for part in listed.split(", ")]
+        assert [int(part[1]) for part in results if part] == sorted(list(values.values())[1:])
+        given = re.findall(r"= [a-i] ([-+*] \d)", problem.question)
+        assert sorted(part.split(" gives ")[0] for part in listed.split(", ")) == sorted(given)
+        assert set(zip(given, list(values.values())[1:], strict=True)) == {
+            (part.split(" gives ")[0], int(part.split(" gives ")[1])) for part in listed.split(", ")
+        }
+        assert answer == problem.answer
+
+
+def test_every_worked_line_is_right_or_corrected() -> None:
+    mistakes = 0
+    for problem, thoughts in drawn("pretraining"):
+        values = solve(problem.question)
+        guess: tuple[str, int] | None = None
+        final: dict[str, int] = {}
+        for line in thoughts.splitlines():
+            if line.startswith(("Check ", "Wait, check ")):
+                equation, partial = line.split("heck ")[1].split(": ")
+                x, op, y = equation.split(" ")
+                found = _EQUATION.findall(partial)
+                assert len(found) == (3 if op == "*" else 2)
+                for left, sign, right, result in found:
+                    assert evaluate(int(left), sign, int(right)) == int(result), line
+                assert guess is not None
+                assert int(found[-1][-1]) == evaluate(int(x), op, int(y)) == values[guess[0]]
+                continue
+            word, name, value = re.fullmatch(r"(\w+) ([a-i]) = (\d+)", line).groups()  # type: ignore[union-attr]
+            if word in ("Maybe", "Perhaps"):
+                guess = (name, int(value))
+            else:
+                assert int(value) == values[name], line
+                if word == "Wait":
+                    assert guess is not None
+                    assert guess[1] != int(value)
+                    mistakes += 1
+                elif word == "So":
+                    assert guess == (name, int(value))
+                else:
+                    assert word == "Then"
+                    guess = (name, int(value))
+                final[name] = int(value)
+        assert final == {name: v for name, v in values.items() if name != "a"}
+    assert mistakes > 30, "the self-corrections are part of what the model learns"
+
+
+def test_terse_solution_is_right_and_shorter() -> None:
+    for problem, thoughts in drawn("train", 100):
+        terse = terse_thoughts(problem)
+        values = solve(problem.question)
+        assert re.findall(r"Then ([a-i]) = (\d+)\n", terse) == [(n, str(v)) for n, v in values.items() if n != "a"]
+        assert len(terse) <= len(thoughts)
+
+
+def test_responses_end_in_the_box() -> None:
+    problem, thoughts = drawn("train", 1)[0]
+    assert response(thoughts, problem.answer) == f"<think>\n{thoughts}</think>\n\n\\boxed{{{problem.answer}}}"
+    assert "<think>" not in response(thoughts, problem.answer, thinking=False)
+
+
+def test_splits_are_disjoint_for_any_seeds() -> None:
+    questions = {
+        (split, seed): {row["question"] for row in records(split, 400, seed)}  # type: ignore[arg-type]
+        for split in SPLITS
+        for seed in (7, 8)
+    }
+    for (split, _), found in questions.items():
+        assert len(found) == 400
+        assert {split_of(q) for q in found} == {split}
+    assert not questions["train", 7] & questions["validation", 7]
+    assert not questions["train", 7] & questions["pretraining", 8]
+
+
+def test_same_rows_in_another_process_whatever_the_hash_seed() -> None:
+    code = (
+        "import json; from nemo_popsd.testbed.problems import *; from itertools import islice;"
+        "print(json.dumps([[p.question, p.reference, thoughtful_thoughts(p, r)]"
+        " for p, r in islice(problems('train', 5), 40)]))"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PATH": ""}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0] == outputs[1]
+    here = [[p.question, p.reference, t] for p, t in drawn("train", 40, seed=5)]
+    assert json.loads(outputs[0]) == here
+
+
+def test_rows_have_the_four_fields() -> None:
+    rows = records("validation", 3, 7)
+    assert all(list(row) == ["id", "question", "reference", "answer"] for row in rows)
+    assert len({row["id"] for row in rows}) == 3
