@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from torch import Tensor
 from nemo_popsd.distillation.collectives import sum_for_replicas
 from nemo_popsd.errors import UserError
 
-Kind = Literal["jsd", "forward_kl", "reverse_kl"]
+KINDS = ("jsd", "forward_kl", "reverse_kl")
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,15 @@ class Divergence:
         UserError: unknown kind, or a weight outside (0, 1), where the JSD is identically 0 at the ends.
     """
 
-    kind: Kind = "jsd"
+    kind: str = "jsd"
     """jsd, forward_kl (covers the target) or reverse_kl (seeks its modes)."""
 
     weight: float = 0.5
     """w of the JSD: the share of the target in the mixture m. The KLs do not use it."""
 
     def __post_init__(self) -> None:
-        kinds = get_args(Kind)
-        if self.kind not in kinds:
-            raise UserError("divergence", got=f"kind={self.kind!r}", need=f"one of {', '.join(kinds)}", mend="set kind")
+        if self.kind not in KINDS:
+            raise UserError("divergence", got=f"kind={self.kind!r}", need=f"one of {', '.join(KINDS)}", mend="set kind")
         if not 0 < self.weight < 1:
             raise UserError("divergence", got=f"weight={self.weight!r}", need="a number in (0, 1)", mend="set weight")
 
