@@ -34,12 +34,15 @@ def known_keys() -> Mapping[str, Any]:
 
 def nearest(key: str) -> str | None:
     """The known key that `key` most likely means: by its whole name, else by its last part; None if none is near."""
-    known = list(known_keys())
-    whole = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if whole:
-        return whole[0]
-    leaf = difflib.get_close_matches(key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], 1, 0.7)
-    return next((name for name in known if name.rpartition(".")[2] == leaf[0]), None) if leaf else None
+    settings = [name for name, kind in known_keys().items() if not is_dataclass(kind)]
+    sections = [name for name in known_keys() if name not in settings and not key.startswith(f"{name}.")]
+    for candidates in (settings, sections):
+        whole = difflib.get_close_matches(key, candidates, n=1, cutoff=0.7)
+        if whole:
+            return whole[0]
+    leaves = {_leaf(name): name for name in reversed(settings)}
+    last = difflib.get_close_matches(_leaf(key), leaves, n=1, cutoff=0.7)
+    return leaves[last[0]] if last else None
 
 
 def unknown_key(where: str, key: str) -> UserError:
@@ -49,7 +52,7 @@ def unknown_key(where: str, key: str) -> UserError:
     if near is not None:
         need = f"a known key; the nearest is {near}"
     elif section in known_keys():
-        inside = [name.rpartition(".")[2] for name in known_keys() if name.rpartition(".")[0] == section]
+        inside = [_leaf(name) for name in known_keys() if name.rpartition(".")[0] == section]
         need = f"a key of {section}: {', '.join(inside)}"
     else:
         need = "a known key; sections are " + ", ".join(
@@ -92,6 +95,10 @@ def accepts(kind: Any, value: object) -> bool:
 def is_text(kind: Any) -> bool:
     """Whether `kind` is text, optional or not."""
     return kind is str or (_is_optional(kind) and _inner(kind) is str)
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _is_optional(kind: Any) -> bool:

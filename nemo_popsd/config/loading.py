@@ -18,6 +18,8 @@ from nemo_popsd.config.keys import accepts, is_text, known_keys, unknown_key, wr
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 
+_NEMO_KEYS = ("target", "nemo_version")  # What NeMo's ModelPT adds to the configuration of every model.
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
     """Read, override and check a configuration. Nothing it names (models, data, directories) need exist yet.
@@ -51,6 +53,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
 def to_dict_config(config: PopsdConfig) -> DictConfig:
     """`config` as the typed OmegaConf tree that NeMo's `ModelPT` keeps."""
     return cast(DictConfig, OmegaConf.structured(config))
+
+
+def from_dict_config(tree: DictConfig) -> PopsdConfig:
+    """The checked configuration in `tree`, as `ModelPT` keeps it or as a checkpoint holds it.
+
+    Raises:
+        UserError: as `load_config`; a tree written by another version may hold keys that this one does not know.
+    """
+    plain = {key: value for key, value in OmegaConf.to_container(tree, resolve=True).items() if key not in _NEMO_KEYS}
+    _check_tree(plain, lambda key: f"configuration key {key}")
+    config = cast(PopsdConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PopsdConfig), plain)))
+    check_sections(config)
+    return config
 
 
 def save_resolved(config: PopsdConfig, path: str | Path) -> None:

@@ -1,0 +1,162 @@
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.cli import main as cli
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.errors import UserError
+
+TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What the sub-commands asked of the model, which is not built."""
+    made: list[tuple] = []
+    entry = types.ModuleType("nemo_popsd.model.entry")
+    for name in ("train", "evaluate", "export"):
+        setattr(entry, name, lambda *args, name=name: made.append((name, *args)))
+    monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return made
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["evaluate"], ["export"], ["config"]], ids=lambda words: "-".join(words)
+)
+def test_help_answers_at_once_and_imports_nothing_heavy(words: list[str]) -> None:
+    code = f"""
+import sys
+from nemo_popsd.cli.main import main
+try:
+    main({[*words, "--help"]!r})
+except SystemExit as stop:
+    assert stop.code == 0
+heavy = [name for name in ("torch", "omegaconf", "lightning", "nemo", "megatron") if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" ".join(["usage: popsd", *words]))
+    assert time.perf_counter() - start < 1.5
+
+
+def test_train(calls: list[tuple], tmp_path: Path) -> None:
+    overrides = [f"output={tmp_path}", "training.steps=3"]
+    assert cli.main(["train", TINY, *overrides]) == 0
+    assert calls == [("train", load_config(TINY, overrides))]
+
+
+def test_evaluate_takes_overrides_on_both_sides_of_the_option(calls: list[tuple], tmp_path: Path) -> None:
+    words = ["evaluate", TINY, f"output={tmp_path}", "--checkpoint", str(tmp_path), "evaluation.problems=4", "seed=5"]
+    assert cli.main(words) == 0
+    ((name, config, checkpoint),) = calls
+    assert (name, checkpoint) == ("evaluate", str(tmp_path))
+    assert (config.output, config.evaluation.problems, config.seed) == (str(tmp_path), 4, 5)
+    cli.main(["evaluate", TINY, f"output={tmp_path}"])
+    assert calls[-1][2] is None
+
+
+def test_export(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "hf")]) == 0
+    assert calls == [("export", str(tmp_path), str(tmp_path / "hf"))]
+    assert cli.main(["export", str(tmp_path / "none"), str(tmp_path / "hf")]) == 2
+    assert "CHECKPOINT" in capsys.readouterr().err
+
+
+def test_config_prints_what_loads_to_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", TINY, "training.steps=3", "data.train.answer_pattern=#### (.+)"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed) == load_config(TINY, ["training.steps=3", "data.train.answer_pattern=#### (.+)"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", TINY, "traning.steps=3"], "the nearest is training.steps"),
+        (["train", "none.yaml"], "configuration none.yaml: got no readable file"),
+        (["train", TINY, "student.source=none"], "set student.source"),
+        (["train", TINY, "parallel.tensor=2"], "parallel.tensor=2 with 1 rank"),
+        (["evaluate", TINY, "data.validation.path="], "set data.validation.path"),
+        (["evaluate", TINY, "--checkpoint", "none"], "--checkpoint 'none'"),
+    ],
+)
+def test_user_errors_are_one_line(
+    calls: list[tuple], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, calls) == ("", [])
+    assert err.startswith("popsd: error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_the_world_of_the_launcher_counts(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", TINY, f"output={tmp_path}", "parallel.tensor=2"]) == 0
+    assert cli.main(["train", TINY, f"output={tmp_path}", "training.prompts_per_step=31"]) == 2
+    assert "training.prompts_per_step=30 or 32" in capsys.readouterr().err
+
+
+def test_messages_of_several_lines_become_one(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._tell(UserError("a", got="b\nc", need="d", mend="e"))
+    assert capsys.readouterr().err == "popsd: error: a: got b c; need d; e\n"
+
+
+def test_other_ranks_give_rank_0_time_and_are_not_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["config", "none.yaml"]) == 2
+    assert slept == []
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["config", "none.yaml"]) == 2
+    assert slept == [cli._GRACE_SECONDS]
+    assert capsys.readouterr().err.endswith("(rank 1)\n")
+
+
+def test_defects_keep_their_traceback(calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(config: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["train", TINY, f"output={tmp_path}"])
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["train", TINY, "--steps=3"], ["export", "a", "b", "c"]])
+def test_misused_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "usage: popsd" in capsys.readouterr().err
+
+
+def test_ranks_of_torchrun_tell_an_error_once_and_all_fail() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "nemo_popsd", "train", "none.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("popsd: error: configuration none.yaml") == 1, done.stderr
+    assert "load_config" not in done.stderr

@@ -1,0 +1,120 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.config.consistency import (
+    check_checkpoint,
+    check_evaluation_run,
+    check_layout,
+    check_output,
+    check_sections,
+    check_training_run,
+)
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+
+
+@pytest.fixture
+def runnable(tmp_path: Path) -> PopsdConfig:
+    config = PopsdConfig(output=str(tmp_path / "new" / "run"))
+    config.student.source = "nemo_popsd:tiny_reasoner"
+    config.data.train.path = "nemo_popsd:tiny_train"
+    config.data.validation.path = "nemo_popsd:tiny_validation"
+    return config
+
+
+def test_a_run_that_can_start_and_nothing_is_made(runnable: PopsdConfig) -> None:
+    check_training_run(runnable, world_size=4)
+    check_evaluation_run(runnable, world_size=1)
+    assert not Path(runnable.output).parent.exists()
+
+
+def test_schedule() -> None:
+    config = PopsdConfig()
+    config.optimizer.warmup_steps = config.training.steps
+    config.optimizer.min_lr = config.optimizer.lr
+    check_sections(config)
+    config.optimizer.warmup_steps += 1
+    with pytest.raises(UserError, match=r"optimizer\.warmup_steps=201 with training\.steps=200"):
+        check_sections(config)
+    config.optimizer.warmup_steps = 0
+    config.optimizer.min_lr *= 2
+    with pytest.raises(UserError, match=r"optimizer\.min_lr"):
+        check_sections(config)
+
+
+@pytest.mark.parametrize(("tensor", "prompts", "world"), [(1, 32, 1), (2, 32, 2), (2, 30, 6), (4, 1, 4)])
+def test_layouts_that_fit(tensor: int, prompts: int, world: int) -> None:
+    config = PopsdConfig()
+    config.parallel.tensor, config.training.prompts_per_step = tensor, prompts
+    check_layout(config, world_size=world)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "prompts", "world", "message"),
+    [
+        (2, 32, 1, "parallel.tensor=2 with 1 rank;"),
+        (2, 32, 3, "parallel.tensor=2 with 3 ranks;"),
+        (2, 32, 6, "with 3 data-parallel replicas .* set training.prompts_per_step=30 or 33"),
+        (1, 2, 4, "set training.prompts_per_step=4$"),
+    ],
+)
+def test_layouts_that_do_not_fit(tensor: int, prompts: int, world: int, message: str) -> None:
+    config = PopsdConfig()
+    config.parallel.tensor, config.training.prompts_per_step = tensor, prompts
+    with pytest.raises(UserError, match=message):
+        check_layout(config, world_size=world)
+
+
+@pytest.mark.parametrize("source", ["", "no/such/model", "nemo_popsd:tiny_resoner"])
+def test_student_that_is_not_there(runnable: PopsdConfig, source: str) -> None:
+    runnable.student.source = source
+    with pytest.raises(UserError, match="nemo_popsd:tiny_reasoner"):
+        check_training_run(runnable, world_size=1)
+
+
+@pytest.mark.parametrize("section", ["train", "validation"])
+@pytest.mark.parametrize("path", ["no/such/file.jsonl", "nemo_popsd:tiny"])
+def test_data_that_is_not_there(runnable: PopsdConfig, section: str, path: str) -> None:
+    getattr(runnable.data, section).path = path
+    with pytest.raises(UserError):
+        check_training_run(runnable, world_size=1)
+
+
+def test_training_needs_rows_and_evaluation_needs_held_out_rows(runnable: PopsdConfig) -> None:
+    runnable.data.validation.path = ""
+    check_training_run(runnable, world_size=1)
+    with pytest.raises(UserError, match=r"set data\.validation\.path"):
+        check_evaluation_run(runnable, world_size=1)
+    runnable.data.train.path = ""
+    with pytest.raises(UserError, match=r"set data\.train\.path"):
+        check_training_run(runnable, world_size=1)
+
+
+def test_evaluated_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
+    runnable.student.source = ""
+    check_evaluation_run(runnable, world_size=1, checkpoint=str(tmp_path))
+    with pytest.raises(UserError, match="--checkpoint '.*nothing', which does not exist"):
+        check_evaluation_run(runnable, world_size=1, checkpoint=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="CHECKPOINT"):
+        check_checkpoint(str(tmp_path / "nothing"), setting="CHECKPOINT")
+
+
+def test_output(tmp_path: Path) -> None:
+    check_output(str(tmp_path))
+    check_output(str(tmp_path / "a" / "b"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="file is a file; .*set output"):
+            check_output(str(path))
+    with pytest.raises(UserError, match="output=''"):
+        check_output("")
+
+
+def test_output_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o500)
+    if os.geteuid() == 0:  # to root everything is writable
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(UserError, match="cannot be written"):
+        check_output(str(tmp_path / "run"))

@@ -1,0 +1,211 @@
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import nemo_popsd
+from nemo_popsd.config import loading
+from nemo_popsd.config.loading import load_config, save_resolved, to_dict_config
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    assert type(caught.value) is UserError
+    return str(caught.value)
+
+
+def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")) == PopsdConfig()
+    assert load_config(write(tmp_path, "# nothing\n")) == PopsdConfig()
+
+
+def test_file_then_overrides_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "training:\n  steps: 7\noptimizer:\n  lr: 1e-4\n")
+    config = load_config(path, ["training.steps=8", "training.steps=9", "rollout.top_k=0"])
+    assert (config.training.steps, config.optimizer.lr, config.rollout.top_k) == (9, 1e-4, 0)
+    assert config.training.prompts_per_step == PopsdConfig().training.prompts_per_step
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("distillation.target.cap=null", lambda c: c.distillation.target.cap, None),
+        ("optimizer.lr=3e-4", lambda c: c.optimizer.lr, 3e-4),
+        ("optimizer.lr=1", lambda c: c.optimizer.lr, 1.0),
+        ("student.recompute=true", lambda c: c.student.recompute, True),
+        ("evaluation.markers=[Wait, 'Let me think']", lambda c: c.evaluation.markers, ["Wait", "Let me think"]),
+        ("student.lora={rank: 8, alpha: 16}", lambda c: (c.student.lora.rank, c.student.lora.alpha), (8, 16.0)),
+        # Text is taken as it stands: none of these may be read as a comment, a mapping, a number or a boolean.
+        (r"data.train.answer_pattern=#### (.+)", lambda c: c.data.train.answer_pattern, "#### (.+)"),
+        ("data.train.answer_pattern=null", lambda c: c.data.train.answer_pattern, None),
+        ("data.templates.student=Q: {question}", lambda c: c.data.templates.student, "Q: {question}"),
+        (r'data.templates.student="Q\n{question}"', lambda c: c.data.templates.student, "Q\n{question}"),
+        ("name='a b'", lambda c: c.name, "a b"),
+        ("name=12", lambda c: c.name, "12"),
+        ("name=on", lambda c: c.name, "on"),
+        ("name=a=b", lambda c: c.name, "a=b"),
+        ("data.validation.path=", lambda c: c.data.validation.path, ""),
+    ],
+)
+def test_values_of_overrides(tmp_path: Path, override: str, read, value: object) -> None:
+    assert read(load_config(write(tmp_path, "data: {validation: {path: somewhere}}"), [override])) == value
+
+
+def test_unknown_key_of_a_file_names_line_and_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 1\ntraining:\n  steps: 3\n  promts_per_step: 4\n")
+    message = refusal(path)
+    assert message.startswith(f"{path}:4: got unknown key training.promts_per_step; ")
+    assert "nearest is training.prompts_per_step" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("traning.steps=3", "training.steps"),
+        ("training.step=3", "training.steps"),
+        ("steps=3", "training.steps"),
+        ("student.lora.rnak=3", "student.lora.rank"),
+        ("student={lora: {rnak: 3}}", "student.lora.rank"),
+        ("distillation.beta=3", "distillation.target.beta"),
+        ("optimizer.weight=3", "optimizer.weight_decay"),
+        ("trainin={steps: 3}", "training"),
+    ],
+)
+def test_unknown_key_of_an_override_names_the_nearest(tmp_path: Path, override: str, nearest: str) -> None:
+    message = refusal(write(tmp_path, ""), override)
+    assert message.startswith(f"override {override!r}: got unknown key ")
+    assert f"nearest is {nearest};" in message
+
+
+def test_unknown_key_without_a_near_one_lists_the_section(tmp_path: Path) -> None:
+    assert "a key of rollout: temperature, top_p" in refusal(write(tmp_path, ""), "rollout.zzz=1")
+    assert "sections are student, parallel" in refusal(write(tmp_path, "zzz: 1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {steps: many}", "got training.steps='many'; need a whole number"),
+        ("training: {steps: 2.5}", "got training.steps=2.5; need a whole number"),
+        ("training: {steps: true}", "got training.steps=True; need a whole number"),
+        ("optimizer: {lr: fast}", "got optimizer.lr='fast'; need a number"),
+        ("student: {recompute: maybe}", "need true or false"),
+        ("student: {recompute: 1}", "need true or false"),
+        ("name: 5", "got name=5; need text (quote it)"),
+        ("name: [a]", "got name=['a']; need text"),
+        ("seed: null", "got seed=None; need a whole number"),
+        ("evaluation: {markers: Wait}", "need a list of texts"),
+        ("evaluation: {markers: [[a]]}", "need a list of texts"),
+        ("evaluation: {markers: [a, null]}", "need a list of texts"),
+        ("distillation: {target: {cap: big}}", "need a number or null"),
+        ("training: 3", "got training=3; need a section"),
+        ("training:\n", "got training=None; need a section"),
+    ],
+)
+def test_wrong_types(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, "\n" + text)
+    told = refusal(path)
+    assert told.startswith(f"{path}:2: ")
+    assert message in told
+
+
+def test_checks_of_the_sections_come_through(tmp_path: Path) -> None:
+    assert refusal(write(tmp_path, "training: {steps: 0}")) == (
+        "configuration: got training.steps=0; need a number above 0; set training.steps"
+    )
+    assert "set optimizer.beta1" in refusal(write(tmp_path, ""), "optimizer.beta1=1.0")
+    assert "optimizer.warmup_steps=9 with training.steps=8" in refusal(
+        write(tmp_path, ""), "optimizer.warmup_steps=9", "training.steps=8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: 2\n", ":2: got expected"),
+        ("training:\n  steps: 1\n  steps: 2\n", ":3: got found duplicate key steps"),
+        ("- a\n- b\n", "got no keys at the top"),
+        ("\ttraining: 1", ":1: got found character"),
+    ],
+)
+def test_broken_yaml_names_the_line(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(write(tmp_path, text))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "none.yaml")
+    assert "Is a directory" in refusal(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
+    assert "not UTF-8" in refusal(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "--steps", "training=[1", "evaluation.markers=[a"])
+def test_malformed_overrides(tmp_path: Path, override: str) -> None:
+    assert refusal(write(tmp_path, ""), override).startswith(f"override {override!r}: ")
+
+
+def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POPSD_TEST_STEPS", "12")
+    config = load_config(write(tmp_path, "training: {steps: '${oc.env:POPSD_TEST_STEPS}'}\noutput: runs/${name}"))
+    assert (config.training.steps, config.output) == (12, "runs/popsd")
+    monkeypatch.setenv("POPSD_TEST_STEPS", "many")
+    assert "training.steps" in refusal(tmp_path / "run.yaml")
+    monkeypatch.delenv("POPSD_TEST_STEPS")
+    assert "POPSD_TEST_STEPS" in refusal(tmp_path / "run.yaml")
+
+
+def test_saved_configuration_loads_to_the_same(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "name: 'on'"), ["distillation.target.cap=null", "optimizer.lr=5e-6"])
+    saved = tmp_path / "made" / "config.yaml"
+    save_resolved(config, saved)
+    assert load_config(saved) == config
+    assert [path.name for path in saved.parent.iterdir()] == ["config.yaml"]
+    assert stat.S_IMODE(saved.stat().st_mode) & 0o444 == 0o444
+    assert OmegaConf.to_object(to_dict_config(config)) == config
+
+
+def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(loading.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_resolved(PopsdConfig(), path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_loading_and_checking_import_no_torch(tmp_path: Path) -> None:
+    """With the package `distillation` reduced to its configuration, whatever its `__init__` imports."""
+    path = write(
+        tmp_path, f"output: {tmp_path}\nstudent: {{source: {tmp_path}}}\ndata: {{train: {{path: {tmp_path}}}}}"
+    )
+    package = Path(nemo_popsd.__file__).parent / "distillation"
+    code = f"""
+import sys, types
+bare = types.ModuleType("nemo_popsd.distillation"); bare.__path__ = [{str(package)!r}]
+sys.modules["nemo_popsd.distillation"] = bare
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.config.consistency import check_training_run
+check_training_run(load_config({str(path)!r}), world_size=1)
+heavy = [name for name in ("torch", "megatron", "transformers", "lightning", "nemo") if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
