@@ -50,6 +50,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `popsd`; returns the exit status. Exceptions other than `UserError` keep their traceback."""
     args = parse(argv)
+    # OpenMP's threads spin while they wait; on a shared CPU that made a small model's decoding twenty times slower.
+    # Read when torch is first imported, which no module does before a sub-command runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args.run(args)
     except UserError as error:

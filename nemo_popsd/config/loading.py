@@ -61,7 +61,8 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
     Raises:
         UserError: as `load_config`; a tree written by another version may hold keys that this one does not know.
     """
-    plain = {key: value for key, value in OmegaConf.to_container(tree, resolve=True).items() if key not in _NEMO_KEYS}
+    keys = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+    plain = {key: value for key, value in keys.items() if key not in _NEMO_KEYS}
     _check_tree(plain, lambda key: f"configuration key {key}")
     config = cast(PopsdConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PopsdConfig), plain)))
     check_sections(config)

@@ -35,6 +35,11 @@ class StepProgress(ProgressBar):
         self._enabled = enabled and is_rank_zero()
         self._bar: tqdm | None = None
 
+    @property
+    def is_enabled(self) -> bool:
+        """Always: Lightning asks this to know whether `LightningModule.print` may go through `print` below."""
+        return True
+
     def disable(self) -> None:
         """Show nothing from now on (Lightning calls this on ranks other than 0)."""
         self._enabled = False
@@ -77,8 +82,8 @@ class StepProgress(ProgressBar):
             self._bar = None
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on rank 0 without tearing the bar (what `LightningModule.print` calls)."""
-        if self._enabled:
+        """Print on rank 0, bar or no bar, without tearing it (what `LightningModule.print` calls)."""
+        if is_rank_zero():
             tqdm.write(" ".join(str(argument) for argument in args), **kwargs)
 
 

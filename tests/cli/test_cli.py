@@ -54,6 +54,17 @@ def test_train(calls: list[tuple], tmp_path: Path) -> None:
     assert calls == [("train", load_config(TINY, overrides))]
 
 
+def test_threads_do_not_spin_and_the_user_may_say_otherwise(
+    calls: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    cli.main(["train", TINY, f"output={tmp_path}"])
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    cli.main(["train", TINY, f"output={tmp_path}"])
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
 def test_evaluate_takes_overrides_on_both_sides_of_the_option(calls: list[tuple], tmp_path: Path) -> None:
     words = ["evaluate", TINY, f"output={tmp_path}", "--checkpoint", str(tmp_path), "evaluation.problems=4", "seed=5"]
     assert cli.main(words) == 0

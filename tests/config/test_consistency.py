@@ -95,7 +95,7 @@ def test_training_needs_rows_and_evaluation_needs_held_out_rows(runnable: PopsdC
 def test_evaluated_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
     runnable.student.source = ""
     check_evaluation_run(runnable, world_size=1, checkpoint=str(tmp_path))
-    with pytest.raises(UserError, match="--checkpoint '.*nothing', which does not exist"):
+    with pytest.raises(UserError, match=r"--checkpoint '.*nothing', which does not exist"):
         check_evaluation_run(runnable, world_size=1, checkpoint=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="CHECKPOINT"):
         check_checkpoint(str(tmp_path / "nothing"), setting="CHECKPOINT")
@@ -106,7 +106,7 @@ def test_output(tmp_path: Path) -> None:
     check_output(str(tmp_path / "a" / "b"))
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="file is a file; .*set output"):
+        with pytest.raises(UserError, match=r"file is a file; .*set output"):
             check_output(str(path))
     with pytest.raises(UserError, match="output=''"):
         check_output("")

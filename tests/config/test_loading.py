@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 import nemo_popsd
 from nemo_popsd.config import loading
-from nemo_popsd.config.loading import load_config, save_resolved, to_dict_config
+from nemo_popsd.config.loading import from_dict_config, load_config, save_resolved, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 
@@ -175,6 +175,17 @@ def test_saved_configuration_loads_to_the_same(tmp_path: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["config.yaml"]
     assert stat.S_IMODE(saved.stat().st_mode) & 0o444 == 0o444
     assert OmegaConf.to_object(to_dict_config(config)) == config
+
+
+def test_tree_of_a_model_with_what_nemo_adds(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, ""), ["training.steps=3", "distillation.target.cap=null"])
+    tree = OmegaConf.create(OmegaConf.to_yaml(to_dict_config(config)))
+    tree.target, tree.nemo_version = "nemo_popsd.model.PurifiedOPSDModel", "3.0.0"
+    assert from_dict_config(tree) == config
+    assert from_dict_config(to_dict_config(config)) == config
+    tree.training.stpes = 4
+    with pytest.raises(UserError, match=r"nearest is training\.steps"):
+        from_dict_config(tree)
 
 
 def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+from nemo_popsd.observability.jsonl_logger import JsonlLogger
+from nemo_popsd.observability.loggers import build_loggers
+from tests.observability.one_step import fit
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def strict(line: str) -> dict:
+    """One line, by the JSON standard, which has no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def lines(path: Path) -> list[dict]:
+    text = path.read_text()
+    assert text.endswith("\n")
+    return [strict(line) for line in text.splitlines()]
+
+
+def test_a_line_per_call_readable_at_once(tmp_path: Path) -> None:
+    logger = JsonlLogger(tmp_path / "made")
+    logger.log_metrics({"train/loss": 0.5, "n": torch.tensor(3), "half": torch.tensor(0.5, dtype=torch.bfloat16)}, 1)
+    assert lines(logger.path) == [{"step": 1, "train/loss": 0.5, "n": 3, "half": 0.5}]
+    logger.log_metrics({"accuracy": 1.0})
+    assert lines(tmp_path / "made" / "metrics.jsonl")[1] == {"accuracy": 1.0}
+
+
+def test_what_json_cannot_say(tmp_path: Path) -> None:
+    logger = JsonlLogger(tmp_path)
+    logger.log_metrics({"a": math.nan, "b": torch.tensor(math.inf), "c": -math.inf}, step=0)
+    (line,) = lines(logger.path)
+    assert line == {"step": 0, "a": "nan", "b": "inf", "c": "-inf"}
+    assert math.isnan(float(line["a"]))
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "", "{"])
+def test_resume_appends_and_drops_a_half_written_line(tmp_path: Path, tail: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
+    JsonlLogger(tmp_path).log_metrics({}, step=3)
+    assert [line["step"] for line in lines(path)] == [1, 2, 3]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    JsonlLogger(tmp_path / "run").log_metrics({"a": 1.0}, step=1)
+    assert build_loggers(PopsdConfig(output=str(tmp_path / "run"))) == []
+    fit(1, logger=build_loggers(PopsdConfig(output=str(tmp_path / "run"))))
+    assert not (tmp_path / "run").exists()
+
+
+def test_jsonl_and_tensorboard_of_a_trainer(tmp_path: Path) -> None:
+    fit(3, logger=build_loggers(PopsdConfig(output=str(tmp_path))))
+    assert [(line["step"], line["train/loss"]) for line in lines(tmp_path / "metrics.jsonl")] == [
+        (1, 0.5),
+        (2, 1.5),
+        (3, 2.5),
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (2, 1.5), (3, 2.5)]
+
+
+def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
+    config = PopsdConfig(output=str(tmp_path))
+    config.observability.tensorboard = False
+    assert [type(logger) for logger in build_loggers(config)] == [JsonlLogger]
+
+
+def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PopsdConfig(output=str(tmp_path))
+    config.observability.wandb.enabled = True
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match=r"nemo_popsd\[wandb\]"):
+            build_loggers(config)
+
+
+def test_wandb_offline_for_real(tmp_path: Path) -> None:
+    """In a process of its own: wandb keeps a service running and holds on to the environment."""
+    code = f"""
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.observability.loggers import build_loggers
+config = PopsdConfig(name="a-run", output={str(tmp_path / "run")!r})
+config.observability.tensorboard = False
+config.observability.wandb.enabled = True
+config.observability.wandb.mode = "offline"
+logger = build_loggers(config)[1]
+logger.log_metrics({{"train/loss": 0.125}}, step=1)
+import wandb
+assert wandb.run.config["training"]["steps"] == 200
+assert wandb.run.offline
+wandb.finish()
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "CONFIG", "DATA")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = written.read_bytes()
+    assert b"train/loss" in content
+    assert b"0.125" in content
+    assert b"a-run" in content

@@ -1,0 +1,47 @@
+import time
+from dataclasses import fields
+
+import pytest
+import torch
+
+from nemo_popsd.observability.metrics import StepMetrics
+from nemo_popsd.observability.stopwatch import Stopwatch
+
+
+def test_names_and_what_was_not_measured() -> None:
+    required = {item.name: 1.0 for item in fields(StepMetrics) if item.name[:6] not in ("delta_", "cos_to")}
+    logged = StepMetrics(**required).as_dict()
+    assert logged == {f"train/{name}": 1.0 for name in required}
+    everything = {item.name: 2.0 for item in fields(StepMetrics)}
+    assert list(StepMetrics(**everything).as_dict()) == [f"train/{name}" for name in everything]
+
+
+def test_stopwatch_adds_up_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([0.0, 1.0, 10.0, 12.5, 20.0, 20.25])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(readings))
+    stopwatch = Stopwatch()
+    for _ in range(2):
+        with stopwatch.phase("rollout"):
+            pass
+    with pytest.raises(KeyError), stopwatch.phase("train"):
+        raise KeyError
+    assert (stopwatch.seconds("rollout"), stopwatch.seconds("train"), stopwatch.seconds("frozen")) == (3.5, 0.25, 0.0)
+    stopwatch.reset()
+    assert stopwatch.seconds("rollout") == 0.0
+
+
+def test_stopwatch_waits_for_the_device_inside_the_measured_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    stopwatch = Stopwatch()
+
+    def synchronize() -> None:
+        clock[0] += 1.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with stopwatch.phase("cpu"):
+        pass
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with stopwatch.phase("cuda"):
+        pass
+    assert (stopwatch.seconds("cpu"), stopwatch.seconds("cuda"), clock[0]) == (0.0, 1.0, 2.0)
