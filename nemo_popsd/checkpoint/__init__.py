@@ -1,0 +1,1 @@
+"""Models on disk: Hugging Face directories, NeMo checkpoints, Megatron distributed weights."""

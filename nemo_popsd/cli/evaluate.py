@@ -29,6 +29,9 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     check_evaluation_run(config, world_size=world_size(), checkpoint=args.checkpoint)
+    from nemo_popsd.observability.console import set_up_console
+
+    set_up_console()
     from nemo_popsd.model.entry import evaluate
 
     evaluate(config, args.checkpoint)

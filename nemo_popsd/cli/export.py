@@ -24,6 +24,9 @@ def run(args: argparse.Namespace) -> None:
 
     check_checkpoint(args.checkpoint, setting="CHECKPOINT")
     check_output(args.output, setting="OUTPUT")
+    from nemo_popsd.observability.console import set_up_console
+
+    set_up_console()
     from nemo_popsd.model.entry import export
 
     export(args.checkpoint, args.output)

@@ -26,6 +26,9 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     check_training_run(config, world_size=world_size())
+    from nemo_popsd.observability.console import set_up_console
+
+    set_up_console()
     from nemo_popsd.model.entry import train
 
     train(config)

@@ -1,0 +1,1 @@
+"""The NeMo model class, and what the commands do with it."""

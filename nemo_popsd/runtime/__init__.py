@@ -1,0 +1,1 @@
+"""Processes and devices: Megatron without CUDA, process groups, seeds."""

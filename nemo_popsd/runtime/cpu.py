@@ -183,6 +183,10 @@ def _contiguous_scatter() -> None:
 
 _TORCH_MODULES = {
     "megatron.bridge.models.conversion.param_mapping": "param_mapping.py:986 torch.cuda.current_device()",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": "filesystem_async.py:230 synchronize()",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver": "state_dict_saver.py:204,252",
+    "megatron.core.distributed.distributed_data_parallel": "distributed_data_parallel.py:588 synchronize()",
+    "megatron.core.distributed.param_and_grad_buffer": "param_and_grad_buffer.py:806 current_device()",
     "megatron.core.models.common.embeddings.rotary_pos_embedding": "rotary_pos_embedding.py:78,162 current_device()",
     "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding": "yarn_rotary_pos_embedding.py:76,122,126",
     "megatron.core.models.common.language_module.language_module": "language_module.py:244 weight.data.cuda()",

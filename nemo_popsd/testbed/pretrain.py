@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from nemo_popsd.testbed.problems import (
     DIFFICULTY,
     Difficulty,
     Problem,
+    drill,
     problems,
     records,
     response,
@@ -36,6 +36,7 @@ from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
 from nemo_popsd.testbed.tokenizer import build_tokenizer, save_tokenizer
 
 _IGNORED = -100
+_POOL = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,10 @@ class Recipe:
     """Seed of the initial weights, the problems and the mixture."""
     steps: int = 1000
     """Optimiser steps."""
-    batch: int = 64
+    batch: int = 32
     """Sequences per step."""
-    learning_rate: float = 3e-3
-    """Peak of AdamW (embeddings, norms); linear warm-up, cosine decay to a tenth."""
+    learning_rate: float = 5e-3
+    """Peak of AdamW (embeddings, norms); linear warm-up, flat, linear decay over the last 40 %."""
     matrix_rate: float = 0.02
     """Peak of Muon (the matrices of the layers)."""
     warmup: int = 50
@@ -62,6 +63,10 @@ class Recipe:
     """Share of sequences with a reference whose solution still hesitates and checks."""
     no_thinking: float = 0.04
     """Share of sequences from any context with thinking switched off."""
+    drill_steps: int = 150
+    """Steps at the beginning that see drills alone: the digits before the problems."""
+    drill_share: float = 0.05
+    """Share of drills afterwards."""
     difficulty: Difficulty = field(default_factory=lambda: DIFFICULTY)
     """The problems and the worked solutions."""
 
@@ -104,15 +109,21 @@ def draw_example(problem: Problem, rng: random.Random, recipe: Recipe) -> tuple[
 def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of `(ids, labels)`, both `[B, T]`; labels are set on the assistant's tokens alone.
 
-    Sequences of similar length share a batch: 16 batches are drawn at once and sorted.
+    Sequences of similar length share a batch: several batches are drawn at once and sorted.
     """
     order = random.Random(f"{recipe.seed}/order")
     source = problems("pretraining", recipe.seed, recipe.difficulty)
+    drawn = 0
     while True:
         sequences = []
-        for problem, rng in (next(source) for _ in range(16 * recipe.batch)):
-            context, text, thinking = draw_example(problem, rng, recipe)
-            turns = [{"role": "user", "content": user_turn(context, problem.question, problem.reference)}]
+        for problem, rng in (next(source) for _ in range(_POOL * recipe.batch)):
+            drawn += 1
+            if drawn <= recipe.drill_steps * recipe.batch or rng.random() < recipe.drill_share:
+                user, text, thinking = "Practise.", drill(rng, recipe.difficulty), False
+            else:
+                context, text, thinking = draw_example(problem, rng, recipe)
+                user = user_turn(context, problem.question, problem.reference)
+            turns = [{"role": "user", "content": user}]
             rendered = tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
             )
@@ -215,8 +226,8 @@ def _rate(step: int, recipe: Recipe) -> float:
     """Multiplier of the learning rate."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+    flat = max(recipe.warmup, 0.6 * recipe.steps)
+    return 1.0 if step <= flat else max(0.02, (recipe.steps - step) / (recipe.steps - flat))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -112,18 +112,18 @@ def apply(op: str, x: int, y: int) -> int:
 
 def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Problem:
     """Draw one problem of any split."""
-    start = rng.randrange(2, MODULUS)
-    values = [start]
+    start = value = rng.randrange(2, MODULUS)
     steps: list[Step] = []
     for i in range(rng.randint(difficulty.shortest, difficulty.longest)):
-        left, x = NAMES[i], values[i]
-        if rng.random() < difficulty.multiply:
-            op, y = "*", rng.randint(2, 9)
-        else:
-            op, y = rng.choice("+-"), rng.randint(2, 9)
-        steps.append(Step(name=NAMES[i + 1], op=op, left=left, x=x, y=y))
-        values.append(steps[-1].value)
+        steps.append(_draw_step(rng, difficulty, i, value))
+        value = steps[-1].value
     return Problem(start=start, steps=tuple(steps))
+
+
+def _draw_step(rng: random.Random, difficulty: Difficulty, i: int, x: int) -> Step:
+    """Draw the definition after variable `i`, whose value is `x`."""
+    op = "*" if rng.random() < difficulty.multiply else rng.choice("+-")
+    return Step(name=NAMES[i + 1], op=op, left=NAMES[i], x=x, y=rng.randint(2, 9))
 
 
 def split_of(question: str) -> Split:
@@ -197,6 +197,15 @@ def digits(step: Step) -> str:
         high = apply("*", tens, step.y)
         return f"{line}, {tens} * {step.y} = {high}, {high} + {low} = {step.value}"
     return f"{line}, {tens} + {low} = {step.value}"
+
+
+def drill(rng: random.Random, difficulty: Difficulty = DIFFICULTY, lines: int = 5) -> str:
+    """Single operations by heart and by digits, without a problem around them: what pre-training begins with."""
+    text = ""
+    for _ in range(lines):
+        step = _draw_step(rng, difficulty, 0, rng.randrange(MODULUS))
+        text += f"{step.x} {step.op} {step.y} = {step.value}\nCheck {digits(step)}\n"
+    return text
 
 
 def response(thoughts: str, answer: str, *, thinking: bool = True) -> str:

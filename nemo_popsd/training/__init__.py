@@ -1,0 +1,1 @@
+"""One on-policy step: trajectories, frozen branches, objective, guards, metrics."""

@@ -1,0 +1,101 @@
+"""LoRA on Megatron's linears (Megatron-Bridge's), with an initialisation that no layout changes."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_popsd.megatron.config import LoRAConfig
+from nemo_popsd.runtime.cpu import adapt_to_cpu
+
+adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+from megatron.bridge.peft.lora import LoRA  # noqa: E402
+from megatron.bridge.peft.lora_layers import LoRALinear  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.tensor_parallel.layers import (  # noqa: E402
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+)
+
+
+class Adapters:
+    """The adapters of one model: made once, switched off for the frozen branches.
+
+    Attributes:
+        trained_parameters: number of this rank's adapter weights.
+    """
+
+    def __init__(self, model: GPTModel, config: LoRAConfig, *, seed: int) -> None:
+        """Freezes `model`, wraps its target linears, and draws the A matrices; the B matrices are 0.
+
+        Megatron-Bridge draws each rank's shard from that rank's generator, so another tensor-parallel size would
+        start from another adapter. Here each whole matrix is drawn (Xavier normal) from a generator that is seeded
+        by `seed` and the parameter's name, and each rank keeps its shard.
+        """
+        self._model = model
+        self._lora = LoRA(
+            target_modules=list(config.targets), dim=config.rank, alpha=config.alpha, dropout=config.dropout
+        )
+        self._lora(model, training=True)
+        for parameter in model.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        for name, module in model.named_modules():
+            if name.endswith("adapter.linear_in"):
+                _draw_whole(module, f"{name}.weight", seed)
+        self.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within, the model is the frozen base, bit for bit."""
+        self._lora.disable_adapter_layers(self._model)
+        try:
+            yield
+        finally:
+            self._lora.enable_adapter_layers(self._model)
+
+
+@torch.no_grad()
+def merged_state(model: GPTModel, config: LoRAConfig) -> dict[str, Tensor]:
+    """State of a plain model that computes what `model` with its adapters does; tensors are this rank's shards.
+
+    Collective: one gather over the tensor-parallel group per adapted linear, of the factor that is split along its
+    rank dimension or along the outputs.
+    """
+    state = {name: value for name, value in model.state_dict().items() if ".adapter." not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            a, b = module.adapter.linear_in.weight, module.adapter.linear_out.weight
+            if module.adapter.input_is_parallel:
+                b = _gathered_rows(b, module.adapter.linear_out.tp_group)
+            else:
+                a = _gathered_rows(a, module.adapter.linear_in.tp_group)
+            update = (b.float() @ a.float()) * (config.alpha / config.rank)
+            key = f"{name}.weight"
+            state[key] = (state[key].float() + update).to(state[key].dtype)
+    return state
+
+
+def _gathered_rows(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[r/tp, c] of every rank, one below the other: [r, c]."""
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(parts, shard.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _draw_whole(linear: nn.Module, name: str, seed: int) -> None:
+    weight: nn.Parameter = linear.weight  # type: ignore[assignment]
+    group = linear.tp_group  # type: ignore[attr-defined]
+    size, rank = group.size(), group.rank()
+    shape = list(weight.shape)
+    dimension = weight.partition_dim  # type: ignore[attr-defined]
+    shape[dimension] *= size
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+    std = math.sqrt(2.0 / (shape[0] + shape[1]))
+    whole = torch.randn(shape, generator=generator) * std
+    weight.copy_(whole.chunk(size, dim=dimension)[rank])

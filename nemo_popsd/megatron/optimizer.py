@@ -1,0 +1,118 @@
+"""Megatron's DDP, optimizer and schedule, and their face towards Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_popsd.megatron.config import OptimizerConfig
+
+
+def wrap_for_training(model: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
+    """Megatron's DDP around the student; gradients are accumulated and reduced in fp32."""
+    wrapped = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=config.distributed,
+        ),
+        module=model,
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+class StudentOptimizer(torch.optim.Optimizer):
+    """Megatron's optimizer and its schedule as one torch optimizer, which is what Lightning counts steps by.
+
+    State lives in Megatron's optimizer alone; this class holds none.
+
+    Attributes:
+        model: the wrapped student.
+        megatron: the Megatron optimizer.
+        scheduler: learning rate and weight decay by step.
+        grad_norm: global gradient norm of the last step, before clipping.
+    """
+
+    def __init__(self, model: DistributedDataParallel, config: OptimizerConfig, *, steps: int, bf16: bool) -> None:
+        """Builds both.
+
+        Args:
+            model: the wrapped student; parameters that require gradients are trained.
+            config: Adam, schedule, clipping.
+            steps: length of the run, where the decay ends.
+            bf16: whether the weights are bf16; fp32 main weights are kept then.
+        """
+        self.megatron = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                bf16=bf16,
+                params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                use_distributed_optimizer=config.distributed,
+            ),
+            [model],
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=max(steps, config.warmup_steps + 1),
+            lr_decay_style=config.decay,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        self.grad_norm = 0.0
+        model.config.grad_scale_func = self.megatron.scale_loss
+        self.model = model
+        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": config.lr})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears Megatron's gradient buffers."""
+        self.model.zero_grad_buffer()
+        self.megatron.zero_grad(set_to_none)
+
+    def prepare(self) -> float:
+        """Brings the gradients to the main weights and returns their global norm, the same on every rank.
+
+        May be called before `step`, to judge the norm before anything is updated. Collectives: Megatron's two
+        for the norm.
+        """
+        self.megatron.prepare_grads()
+        self.grad_norm = float(self.megatron.get_grad_norm())
+        return self.grad_norm
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Updates the weights at the learning rate of this step (the first has number 1).
+
+        Args:
+            closure: Lightning's, which runs its hooks.
+        """
+        if closure is not None:
+            closure()
+        self.scheduler.step(1)
+        self.megatron.step()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        return float(self.megatron.param_groups[0]["lr"])

@@ -1,0 +1,221 @@
+"""The NeMo model class: Purified On-Policy Self-Distillation on Megatron-core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from nemo.core.classes import ModelPT
+from nemo.core.classes.common import PretrainedModelInfo
+from nemo.utils import AppState
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.checkpoint.source import open_source
+from nemo_popsd.config.loading import from_dict_config
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.config import SourceConfig
+from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
+from nemo_popsd.data.sampler import StepSampler, collate
+from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+from nemo_popsd.evaluation.markers import count_markers
+from nemo_popsd.evaluation.sampling import sample_outcomes
+from nemo_popsd.evaluation.summary import EvaluationSummary, SampleOutcome
+from nemo_popsd.megatron.optimizer import StudentOptimizer
+from nemo_popsd.megatron.student import Student
+from nemo_popsd.model.connector import MegatronSaveRestoreConnector
+from nemo_popsd.rollout.engine import SamplingParams
+from nemo_popsd.rollout.megatron_engine import MegatronEngine
+from nemo_popsd.runtime.distributed import initialize
+from nemo_popsd.training.step import OnPolicyStep
+
+
+class PurifiedOPSDModel(ModelPT):
+    """Student, frozen base and data of a run, with NeMo's contract: set-up, steps, save and restore.
+
+    Connects the rooms of the package and contains none of them. Every rank holds its part of the model; Megatron owns
+    the process groups, so the Lightning trainer runs with one device per process and manual optimisation.
+
+    Attributes:
+        settings: the checked configuration.
+        architecture: model and tokenizer files.
+        tokenizer: the student's.
+        student: the live model and its frozen base.
+        last_evaluation: what the last validation found, on every rank.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, trainer: Trainer | None = None, *, checkpoint: NemoCheckpoint | None = None
+    ) -> None:
+        """Reads and checks the data, then builds the model. Collective over all ranks.
+
+        Args:
+            cfg: a `PopsdConfig` tree (see `nemo_popsd.config.loading.to_dict_config`).
+            trainer: the trainer that will run it.
+            checkpoint: weights to continue from, instead of `student.source` (see `restore_from`).
+
+        Raises:
+            UserError: configuration, data or model do not fit.
+        """
+        super().__init__(cfg=cfg, trainer=trainer)
+        self._save_restore_connector = MegatronSaveRestoreConnector()
+        self.automatic_optimization = False
+        self.settings: PopsdConfig = from_dict_config(self.cfg)
+        initialize(tensor_parallel=self.settings.parallel.tensor, seed=self.settings.seed)
+        # Without it, NeMo would call the connector on rank 0 alone.
+        AppState().model_parallel_size = self.settings.parallel.tensor
+        source = None if checkpoint else open_source(self.settings.student.source)
+        self.architecture = checkpoint.architecture if checkpoint else source.architecture  # type: ignore[union-attr]
+        self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
+        if self.settings.data.train.path:
+            self.setup_training_data(self.settings.data.train)
+        if self.settings.data.validation.path:
+            self.setup_validation_data(self.settings.data.validation)
+        self.student = Student(
+            self.architecture,
+            self.settings.student,
+            self.settings.parallel,
+            seed=self.settings.seed,
+            load_initial=source.load if source else self._load_base,
+            load_trained=checkpoint.load_trained if checkpoint else None,
+        )
+        self.gpt = self.student.gpt
+        self._restored_steps = checkpoint.step if checkpoint else 0
+        self._checkpoint = checkpoint  # A packed one is unpacked for as long as its tokenizer files are needed.
+        self.engine = MegatronEngine(
+            self.gpt,
+            vocab_size=self.student.vocab_size,
+            batch_rows=self.settings.rollout.batch_rows,
+            weights_version=lambda: self.completed_steps,
+        )
+        self._step: OnPolicyStep | None = None
+        self._outcomes: list[SampleOutcome] = []
+        self.last_evaluation: EvaluationSummary | None = None
+
+    def _load_base(self, model: Any) -> None:
+        open_source(self.settings.student.source).load(model)
+
+    @property
+    def completed_steps(self) -> int:
+        """Optimizer steps behind the current weights."""
+        return self._restored_steps + (self.trainer.global_step if self._trainer is not None else 0)
+
+    # Data
+
+    def setup_training_data(self, train_data_config: SourceConfig | DictConfig) -> None:
+        """Reads, checks and measures the training rows; each step takes this data-parallel rank's share."""
+        source = _source(train_data_config)
+        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer)
+        sampler = StepSampler(
+            len(dataset),
+            prompts_per_step=self.settings.training.prompts_per_step,
+            seed=self.settings.seed,
+            shuffle=self.settings.data.shuffle,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+        )
+        self._train_dl = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+
+    def setup_validation_data(self, val_data_config: SourceConfig | DictConfig) -> None:
+        """Reads the held-out rows; data-parallel ranks share them out."""
+        prompts, _ = build_evaluation_prompts(self.settings.data, _source(val_data_config), self.tokenizer)
+        prompts = prompts[: self.settings.evaluation.problems]
+        mine = prompts[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+        self._validation_dl = DataLoader(mine, batch_size=self.settings.rollout.batch_rows, collate_fn=collate)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches are token ids in lists; micro-batches are made on the device."""
+        return batch
+
+    # Training
+
+    def configure_optimizers(self) -> StudentOptimizer:
+        """Megatron's DDP and optimizer around what is trained."""
+        optimizer = StudentOptimizer(
+            self.student.wrap(self.settings.optimizer),
+            self.settings.optimizer,
+            steps=self.settings.training.steps,
+            bf16=self.settings.student.precision == "bf16",
+        )
+        self._step = OnPolicyStep(
+            self.settings, self.student, self.engine, self._sampling(self.settings.rollout), self._count_markers
+        )
+        return optimizer
+
+    def training_step(self, batch: list[PromptRow], batch_idx: int) -> None:
+        """One on-policy step; see `nemo_popsd.training.step`."""
+        assert self._step is not None
+        counted = self.optimizers()
+        number = self.completed_steps + 1
+        metrics = self._step(number, batch, counted.optimizer, counted.step)  # type: ignore[union-attr]
+        self.log_dict({"step": float(number), **metrics.as_dict()})
+
+    # Evaluation
+
+    def validation_step(self, batch: list[EvaluationPrompt], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Answers held-out problems and scores the answers."""
+        self._outcomes += sample_outcomes(
+            batch, self.engine, self._sampling(self.settings.evaluation), self.tokenizer, self.settings
+        )
+
+    def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
+        """Brings the outcomes of all data-parallel ranks together (one gather of objects) and logs their summary."""
+        gathered: list[list[SampleOutcome]] = [[]] * self.student.dp_group.size()
+        dist.all_gather_object(gathered, self._outcomes, group=self.student.dp_group)
+        self._outcomes = []
+        self.last_evaluation = EvaluationSummary.from_outcomes(o for outcomes in gathered for o in outcomes)
+        numbers = {k: v for k, v in self.last_evaluation.as_dict().items() if isinstance(v, int | float)}
+        metrics = {f"validation/{name}": float(value) for name, value in numbers.items()}
+        # Already over all ranks; `sync_dist` says so to Lightning, whose trainer knows one device and reduces nothing.
+        self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
+
+    def _sampling(self, section: Any) -> SamplingParams:
+        generation = read_generation_config(self.architecture.directory)
+        return SamplingParams(
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            max_response_tokens=section.max_response_tokens,
+            stop_token_ids=frozenset(stop_token_ids(self.tokenizer, generation)),
+        )
+
+    def _count_markers(self, response: Sequence[int]) -> int:
+        return sum(count_markers(self.tokenizer.decode(response), self.settings.evaluation.markers).values())
+
+    # Checkpoints
+
+    @classmethod
+    def restore_from(cls, restore_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """NeMo's, from a directory or a `.nemo` file; see `MegatronSaveRestoreConnector`. Collective."""
+        if kwargs.get("save_restore_connector") is None:
+            kwargs["save_restore_connector"] = MegatronSaveRestoreConnector()
+        return super().restore_from(str(restore_path), *args, **kwargs)
+
+    def export_huggingface(self, output: str | Path) -> None:
+        """Writes the student as a Hugging Face directory, adapters merged. Collective over all ranks."""
+        self.architecture.export(self.gpt, output)
+
+    @classmethod
+    def list_available_models(cls) -> list[PretrainedModelInfo]:
+        """The embedded model; others come as local directories."""
+        return [
+            PretrainedModelInfo(
+                pretrained_model_name="nemo_popsd:tiny_reasoner",
+                description="A tiny long-chain-of-thought reasoner that ships with the package, in Hugging Face format.",
+                location="nemo_popsd:tiny_reasoner",
+                class_=cls,
+            )
+        ]
+
+
+def _source(config: SourceConfig | DictConfig) -> SourceConfig:
+    if isinstance(config, SourceConfig):
+        return config
+    source: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), config))
+    return source

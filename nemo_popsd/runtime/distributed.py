@@ -1,0 +1,78 @@
+"""Process groups and random state: torch.distributed's one default group, and Megatron's inside it.
+
+Megatron owns every group but the default one. A single process without a launcher gets a group of one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.runtime.cpu import adapt_to_cpu
+
+
+def device() -> torch.device:
+    """This process's device: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize(*, tensor_parallel: int, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Makes the default group (NCCL with CUDA, gloo without), Megatron's groups and the seeds. Collective.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Idempotent for the
+    same layout.
+
+    Args:
+        tensor_parallel: tensor-parallel size; data parallelism takes the rest of the world.
+        seed: base seed, the same on every rank; Megatron derives those of tensor-parallel regions.
+        timeout: a collective that waits longer fails on every rank.
+
+    Raises:
+        UserError: the world does not divide by the layout.
+    """
+    adapt_to_cpu()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if dist.get_world_size() % tensor_parallel:
+        raise UserError(
+            "layout",
+            got=f"parallel.tensor={tensor_parallel} with {dist.get_world_size()} processes",
+            need="a number of processes divisible by it",
+            mend="set parallel.tensor, or torchrun's --nproc-per-node and --nnodes",
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    assert parallel_state.get_tensor_model_parallel_world_size() == tensor_parallel
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Destroys Megatron's groups and the default one."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank of the world: one all-reduce of one number."""
+    value = torch.tensor(float(flag), device=device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,47 @@
+"""Stops every rank before the update when anything is not finite, and says where it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from nemo_popsd.runtime.distributed import on_any_rank
+from nemo_popsd.training.objective import LossReport
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or Inf in a loss or gradient; no weight was changed by the step that it names."""
+
+
+def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequence[str], grad_norm: float) -> None:
+    """Raises the same error on every rank if any rank has a loss, or the gradient norm is, not finite.
+
+    Collectives over the world: one all-reduce of one number, and one gather of names if something is wrong.
+
+    Args:
+        step: number of the step, from 1.
+        reports: of this rank's micro-batches.
+        row_ids: ids of this rank's trajectories.
+        grad_norm: global gradient norm.
+
+    Raises:
+        NonFiniteError: naming the step, the ranks and the rows.
+    """
+    bad = [row_ids[row] for report in reports for row in _non_finite_rows(report)]
+    if not on_any_rank(bool(bad) or not math.isfinite(grad_norm)):
+        return
+    by_rank: list[list[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, bad)
+    named = "; ".join(f"rank {rank}: rows {', '.join(rows)}" for rank, rows in enumerate(by_rank) if rows)
+    raise NonFiniteError(
+        f"step {step}: got a loss or gradient that is NaN or Inf ({named or 'all losses are finite'}; gradient norm "
+        f"{grad_norm}); no weight was changed; look at these rows, or set optimizer.lr lower or student.precision=fp32"
+    )
+
+
+def _non_finite_rows(report: LossReport) -> list[int]:
+    finite = torch.isfinite(report.per_token).split(report.response_lengths)
+    return [row for row, tokens in zip(report.rows, finite, strict=True) if not bool(tokens.all())]

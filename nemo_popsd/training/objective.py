@@ -1,0 +1,153 @@
+"""The loss of a micro-batch and what is measured beside it.
+
+Shapes: N response tokens of the micro-batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_popsd.distillation import (
+    DecompositionStatistics,
+    Divergence,
+    Target,
+    TokenStatistics,
+    decomposition_statistics,
+    loss_from_hidden,
+)
+from nemo_popsd.megatron.microbatches import MicroBatch
+from nemo_popsd.megatron.student import Student
+from nemo_popsd.training.branches import TargetStates
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Detached results of one micro-batch."""
+
+    rows: list[int]
+    """Which trajectories."""
+    response_lengths: list[int]
+    """Their response tokens."""
+    loss: Tensor
+    """Σ weight · divergence, this micro-batch's part of the global loss; a scalar."""
+    per_token: Tensor
+    """[N] divergence."""
+    statistics: TokenStatistics
+    """[N] each."""
+    decomposition: DecompositionStatistics | None
+    """[D] each, on the diagnosed tokens."""
+
+
+class Objective:
+    """Divergence of the student from the target, weighted by the global batch."""
+
+    def __init__(
+        self,
+        student: Student,
+        target: Target,
+        divergence: Divergence,
+        *,
+        loss_mean: str,
+        chunk_tokens: int,
+    ) -> None:
+        """Keeps references only; see `nemo_popsd.distillation.config` for the arguments."""
+        self._student = student
+        self.target = target
+        self.divergence = divergence
+        self._loss_mean = loss_mean
+        self._chunk_tokens = chunk_tokens
+
+    def with_target(self, target: Target) -> Objective:
+        """The same objective with another target."""
+        return Objective(
+            self._student, target, self.divergence, loss_mean=self._loss_mean, chunk_tokens=self._chunk_tokens
+        )
+
+    def token_weights(self, response_lengths: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> Tensor:
+        """Weight of each response token of each of this rank's trajectories, by trajectory: [len(response_lengths)].
+
+        ``sequence``: 1 / (sequences · length), over the sequences of all ranks that have a response; ``token``:
+        1 / tokens of all ranks. The global loss is the sum over ranks of Σ weight · divergence. One all-reduce of
+        two numbers.
+
+        Args:
+            response_lengths: of this rank's trajectories.
+            group: data-parallel group.
+            device: where the group's collectives run.
+        """
+        lengths = torch.tensor(response_lengths, dtype=torch.float64, device=device)
+        totals = torch.stack([(lengths > 0).sum().double(), lengths.sum()])
+        dist.all_reduce(totals, group=group)
+        sequences, tokens = totals.clamp(min=1).tolist()
+        if self._loss_mean == "token":
+            return torch.full_like(lengths, 1.0 / tokens)
+        return 1.0 / (sequences * lengths.clamp(min=1))
+
+    def __call__(
+        self, batch: MicroBatch, hidden_NH: Tensor, states: Sequence[TargetStates], weights: Tensor
+    ) -> tuple[Tensor, LossReport]:
+        """The weighted loss of a micro-batch, with gradient, and its report.
+
+        Args:
+            batch: the micro-batch.
+            hidden_NH: the student's states at its response positions.
+            states: target states of all of this rank's trajectories.
+            weights: from `token_weights`.
+        """
+        student, mine = self._student, [states[row] for row in batch.rows]
+        lengths = torch.tensor(batch.response_lengths, device=hidden_NH.device)
+        rows = torch.tensor(batch.rows, device=hidden_NH.device)
+        result = loss_from_hidden(
+            hidden_NH,
+            student.weight,
+            _concatenated([state.anchor for state in mine]),
+            _concatenated([state.shift for state in mine]),
+            student.base_weight,
+            target=self.target,
+            divergence=self.divergence,
+            vocab_size=student.vocab_size,
+            tp_group=student.tp_group,
+            token_weights=weights.float()[rows].repeat_interleave(lengths),
+            chunk_tokens=self._chunk_tokens,
+            centre=student.centre,
+            return_statistics=True,
+        )
+        assert result.statistics is not None
+        report = LossReport(
+            rows=batch.rows,
+            response_lengths=batch.response_lengths,
+            loss=result.total.detach(),
+            per_token=result.per_token,
+            statistics=result.statistics,
+            decomposition=self._decompose(batch, hidden_NH, mine),
+        )
+        return result.total, report
+
+    def _decompose(
+        self, batch: MicroBatch, hidden_NH: Tensor, mine: Sequence[TargetStates]
+    ) -> DecompositionStatistics | None:
+        diagnosed = [state.diagnosed for state in mine]
+        if any(tokens is None for tokens in diagnosed):
+            return None
+        offsets = [sum(batch.response_lengths[:row]) for row in range(len(mine))]
+        index = torch.cat([t.index + offset for t, offset in zip(diagnosed, offsets, strict=True) if t is not None])
+        return decomposition_statistics(
+            hidden_NH.detach()[index],
+            self._student.weight.detach(),
+            torch.cat([tokens.privileged for tokens in diagnosed if tokens is not None]),
+            torch.cat([tokens.reference for tokens in diagnosed if tokens is not None]),
+            self._student.base_weight,
+            vocab_size=self._student.vocab_size,
+            temperature=self.target.temperature,
+            tp_group=self._student.tp_group,
+        )
+
+
+def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None

@@ -1,0 +1,68 @@
+"""Before the first step: the branches, the alignment and the loss agree where they must, or training does not start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from nemo_popsd.distillation import LogLinearTarget, hidden_pair
+from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states
+from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
+from nemo_popsd.megatron.optimizer import StudentOptimizer
+from nemo_popsd.megatron.student import Student
+from nemo_popsd.runtime.distributed import device
+from nemo_popsd.training.branches import TargetStates
+from nemo_popsd.training.objective import LossReport, Objective
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
+"""Largest loss per token and gradient norm that still count as 0: kernels need not be bitwise repeatable on a GPU."""
+
+
+def check_student_equals_base(
+    student: Student, optimizer: StudentOptimizer, objective: Objective, sequences: Sequence[ContextSequence]
+) -> None:
+    """With the student equal to the base and the PMI off (target = base), loss and gradient must be 0.
+
+    Runs the student's forward and backward and the base's forward on `sequences`; gradients are cleared after.
+
+    Args:
+        student: before its first update.
+        optimizer: its optimizer.
+        objective: gives divergence and settings; its target is replaced by the base alone.
+        sequences: some of the first step's student contexts with their responses.
+
+    Raises:
+        RuntimeError: saying what differs and what to look at.
+    """
+    budget = max(map(len, sequences)) * len(sequences)
+    with student.base.model() as base:
+        hidden = frozen_hidden_states(base, sequences, budget)
+    off = LogLinearTarget(base=1.0, temperature=objective.target.temperature)
+    plain = objective.with_target(off)
+    states = [TargetStates(*hidden_pair(off, state, None, None), None) for state in hidden]
+    ones = torch.ones(len(sequences), device=device(), dtype=torch.float64)
+    model = optimizer.model
+
+    def loss(batch: MicroBatch, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, LossReport]:
+        return plain(batch, hidden_NH, states, ones / max(1, sum(batch.response_lengths)))
+
+    optimizer.zero_grad()
+    (report,) = forward_backward(model, microbatches(sequences, budget, device()), loss)
+    grad_norm = optimizer.prepare()
+    optimizer.zero_grad()
+    worst = float(report.per_token.abs().max()) if len(report.per_token) else 0.0
+    tolerance = TOLERANCE[student.base_weight.dtype]
+    logger.info(
+        "self-check: student = base, PMI off: loss per token at most %.3g, gradient norm %.3g", worst, grad_norm
+    )
+    if not (worst <= tolerance and grad_norm <= tolerance):
+        raise RuntimeError(
+            f"self-check failed: with the student equal to the base and the PMI off, the loss per token reaches {worst:.3g} "
+            f"and the gradient norm is {grad_norm:.3g}; both must be 0 (at most {tolerance:g} in this precision). The "
+            "student and the frozen base do not compute the same thing: check the layer spec, dropout, and that the "
+            "base was not changed. Set training.self_check=false only to look into it."
+        )
