@@ -26,7 +26,7 @@ DEV_STAMP := $(VENV)/.dev-installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-venv: $(RUNTIME_STAMP) ## virtual environment with the pinned versions and the project (about two minutes)
+venv: $(RUNTIME_STAMP) ## virtual environment with the pinned versions and the project (two to four minutes)
 
 venv-dev: $(DEV_STAMP) ## the same with the tools for tests and checks
 
@@ -59,7 +59,7 @@ $(VENV)/bin/python:
 
 # A stamp is written last, so an interrupted install is taken up again.
 $(RUNTIME_STAMP): $(LOCK) $(BRIDGE) pyproject.toml | $(VENV)/bin/python
-	@echo "installing the pinned versions into $(VENV) (about two minutes)"
+	@echo "installing the pinned versions into $(VENV) (two to four minutes)"
 	$(if $(TORCH_INDEX),@$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' $(LOCK)))
 	@$(PIP) -r $(LOCK)
 	@$(PIP) --no-deps -r $(BRIDGE)

@@ -1,0 +1,85 @@
+"""The set-up: what make says, and that the pinned versions are what the package allows."""
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package to version, of one file in requirements/."""
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[^,+*]+", str(pin.specifier)) for pin in found), "one exact public version each"
+    assert len({canonicalize_name(pin.name) for pin in found}) == len(found)
+    return {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in found}
+
+
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_pinned_versions_are_allowed_and_complete() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = pins("cpu-py311.txt")
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+    tools = locked | pins("dev-py311.txt")
+    for requirement in map(Requirement, project["optional-dependencies"]["dev"]):
+        assert canonicalize_name(requirement.name) in tools, requirement
+    assert list(pins("bridge.txt")) == ["megatron-bridge"]
+
+
+def test_files_of_pins_do_not_contradict_each_other() -> None:
+    assert not pins("cpu-py311.txt").keys() & pins("dev-py311.txt").keys()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_refuses_an_old_python_by_name(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.2" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    done = make("venv", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}")
+    assert done.returncode != 0
+    assert f"make: got {old} Python 3.9.2; need Python 3.11 or newer; set PYTHON=" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_installs_before_it_trains_and_only_once(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    fresh = make("-n", "train", f"VENV={venv}", "ARGS=training.steps=3").stdout
+    assert fresh.index("-m venv") < fresh.index("cpu-py311.txt") < fresh.index("--no-deps -r requirements/bridge.txt")
+    assert fresh.rstrip().endswith(f"{venv}/bin/popsd train conf/tiny.yaml training.steps=3")
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").touch()
+    (venv / ".runtime-installed").touch()
+    assert make("-n", "train", f"VENV={venv}").stdout.strip() == f"{venv}/bin/popsd train conf/tiny.yaml"
+    indexed = make("-n", "venv", f"VENV={tmp_path / 'other'}", "TORCH_INDEX=https://index.example").stdout
+    assert indexed.index("--index-url https://index.example $(grep '^torch=='") < indexed.index("-r requirements/cpu")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_alone_lists_every_target() -> None:
+    listed = {line.split()[0] for line in make().stdout.splitlines()}
+    declared = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert listed == set(declared[1].split())
+
+
+def test_configurations_that_are_named_exist() -> None:
+    named = set()
+    for path in [ROOT / "Makefile", ROOT / "README.md", *ROOT.glob("conf/*.yaml"), *ROOT.glob("nemo_popsd/cli/*.py")]:
+        if path.exists():
+            named |= set(re.findall(r"conf/[\w./-]+\.yaml", path.read_text()))
+    assert "conf/tiny.yaml" in named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
