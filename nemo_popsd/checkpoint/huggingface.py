@@ -181,9 +181,8 @@ class HuggingFaceModel:
     def vocabulary_tensors(self) -> set[str]:
         """Names of the tensors with one row per vocabulary entry."""
         registry = self._bridge.mapping_registry()
-        mappings = (
-            registry.megatron_to_hf_lookup(n) for n in ("embedding.word_embeddings.weight", "output_layer.weight")
-        )
+        parameters = ("embedding.word_embeddings.weight", "output_layer.weight")
+        mappings = [registry.megatron_to_hf_lookup(name) for name in parameters]
         return {name for mapping in mappings if mapping is not None for name in _names(mapping.hf_param)}
 
 

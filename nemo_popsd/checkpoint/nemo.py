@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -63,7 +63,8 @@ class NemoCheckpoint:
         for name in ("model_config.yaml", "manifest.json", "huggingface", "weights"):
             if not (self.directory / name).exists():
                 raise _not_a_checkpoint(path, f"no {name}" if self.directory.is_dir() else "no such file or directory")
-        self.config: PopsdConfig = from_dict_config(OmegaConf.load(self.directory / "model_config.yaml"))
+        tree = cast(DictConfig, OmegaConf.load(self.directory / "model_config.yaml"))
+        self.config: PopsdConfig = from_dict_config(tree)
         self.architecture = HuggingFaceModel(self.directory / "huggingface")
         self.step: int = json.loads((self.directory / "manifest.json").read_text())["step"]
 

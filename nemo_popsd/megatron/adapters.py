@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,11 +90,11 @@ def _gathered_rows(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @torch.no_grad()
 def _draw_whole(linear: nn.Module, name: str, seed: int) -> None:
-    weight: nn.Parameter = linear.weight  # type: ignore[assignment]
-    group = linear.tp_group  # type: ignore[attr-defined]
+    weight: Any = linear.weight
+    group: Any = linear.tp_group
     size, rank = group.size(), group.rank()
     shape = list(weight.shape)
-    dimension = weight.partition_dim  # type: ignore[attr-defined]
+    dimension = weight.partition_dim
     shape[dimension] *= size
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     std = math.sqrt(2.0 / (shape[0] + shape[1]))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, save_nemo
-from nemo_popsd.config.loading import to_dict_config
+from nemo_popsd.config.loading import from_dict_config, to_dict_config
 
 
 class MegatronSaveRestoreConnector(SaveRestoreConnector):
@@ -17,9 +17,8 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
 
     def save_to(self, model: Any, save_path: str) -> str:
         """Writes a directory, or one packed file where `save_path` ends in `.nemo`."""
-        save_nemo(
-            save_path, model.student.gpt, model.architecture, to_dict_config(model.settings), model.completed_steps
-        )
+        config = to_dict_config(model.settings)
+        save_nemo(save_path, model.student.gpt, model.architecture, config, step=model.completed_steps)
         return save_path
 
     def restore_from(
@@ -51,12 +50,10 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
         checkpoint = NemoCheckpoint(Path(restore_path))
         config = to_dict_config(checkpoint.config)
         if override_config_path is not None:
-            override = (
-                override_config_path
-                if isinstance(override_config_path, DictConfig)
-                else OmegaConf.load(override_config_path)
-            )
-            config = OmegaConf.merge(config, override)
+            override: Any = override_config_path
+            if not isinstance(override, DictConfig):
+                override = OmegaConf.load(override)
+            config = to_dict_config(from_dict_config(cast(DictConfig, OmegaConf.merge(config, override))))
         if return_config:
             return config
         return calling_cls(cfg=config, trainer=trainer, checkpoint=checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -70,8 +70,11 @@ class PurifiedOPSDModel(ModelPT):
         initialize(tensor_parallel=self.settings.parallel.tensor, seed=self.settings.seed)
         # Without it, NeMo would call the connector on rank 0 alone.
         AppState().model_parallel_size = self.settings.parallel.tensor
-        source = None if checkpoint else open_source(self.settings.student.source)
-        self.architecture = checkpoint.architecture if checkpoint else source.architecture  # type: ignore[union-attr]
+        if checkpoint is not None:
+            self.architecture, load_initial = checkpoint.architecture, self._load_base
+        else:
+            source = open_source(self.settings.student.source)
+            self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
         if self.settings.data.train.path:
             self.setup_training_data(self.settings.data.train)
@@ -82,7 +85,7 @@ class PurifiedOPSDModel(ModelPT):
             self.settings.student,
             self.settings.parallel,
             seed=self.settings.seed,
-            load_initial=source.load if source else self._load_base,
+            load_initial=load_initial,
             load_trained=checkpoint.load_trained if checkpoint else None,
         )
         self.gpt = self.student.gpt
@@ -127,7 +130,8 @@ class PurifiedOPSDModel(ModelPT):
         prompts, _ = build_evaluation_prompts(self.settings.data, _source(val_data_config), self.tokenizer)
         prompts = prompts[: self.settings.evaluation.problems]
         mine = prompts[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-        self._validation_dl = DataLoader(mine, batch_size=self.settings.rollout.batch_rows, collate_fn=collate)  # type: ignore[arg-type]
+        rows = self.settings.rollout.batch_rows
+        self._validation_dl: Any = DataLoader(cast(Any, mine), batch_size=rows, collate_fn=collate)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches are token ids in lists; micro-batches are made on the device."""
@@ -151,9 +155,9 @@ class PurifiedOPSDModel(ModelPT):
     def training_step(self, batch: list[PromptRow], batch_idx: int) -> None:
         """One on-policy step; see `nemo_popsd.training.step`."""
         assert self._step is not None
-        counted = self.optimizers()
+        counted: Any = self.optimizers()
         number = self.completed_steps + 1
-        metrics = self._step(number, batch, counted.optimizer, counted.step)  # type: ignore[union-attr]
+        metrics = self._step(number, batch, counted.optimizer, counted.step)
         self.log_dict({"step": float(number), **metrics.as_dict()})
 
     # Evaluation
@@ -186,7 +190,8 @@ class PurifiedOPSDModel(ModelPT):
         )
 
     def _count_markers(self, response: Sequence[int]) -> int:
-        return sum(count_markers(self.tokenizer.decode(response), self.settings.evaluation.markers).values())
+        counts = count_markers(self.tokenizer.decode(list(response)), self.settings.evaluation.markers)
+        return sum(counts.values())
 
     # Checkpoints
 
@@ -207,7 +212,7 @@ class PurifiedOPSDModel(ModelPT):
         return [
             PretrainedModelInfo(
                 pretrained_model_name="nemo_popsd:tiny_reasoner",
-                description="A tiny long-chain-of-thought reasoner that ships with the package, in Hugging Face format.",
+                description="A tiny long-chain-of-thought reasoner that ships with the package (Hugging Face format).",
                 location="nemo_popsd:tiny_reasoner",
                 class_=cls,
             )

@@ -53,7 +53,7 @@ class JsonlLogger(Logger):
         if not is_rank_zero():
             return
         self._prepare()
-        line = {} if step is None else {"step": step}
+        line: dict[str, Any] = {} if step is None else {"step": int(step)}
         line |= {name: _plain(value) for name, value in metrics.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")

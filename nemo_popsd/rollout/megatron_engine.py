@@ -127,7 +127,7 @@ class _Batch:
         self._size = len(requests)
 
     def accept(self, logits: Tensor, position: int, choose: Callable[[Tensor, SamplingParams, Tensor], Tensor]) -> int:
-        """Draws the tokens that stand at `position`; rows still in their prompt keep theirs. Returns the next position."""
+        """Draws the tokens at `position`; rows still in their prompt keep theirs. Returns the next position."""
         drawn = self._prompt_lengths <= position
         number = (position - self._prompt_lengths).clamp(0, self._sampling.max_response_tokens - 1)
         chosen = choose(logits, self._sampling, self._uniforms.gather(1, number[:, None]).squeeze(1))

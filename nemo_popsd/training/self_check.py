@@ -56,13 +56,11 @@ def check_student_equals_base(
     optimizer.zero_grad()
     worst = float(report.per_token.abs().max()) if len(report.per_token) else 0.0
     tolerance = TOLERANCE[student.base_weight.dtype]
-    logger.info(
-        "self-check: student = base, PMI off: loss per token at most %.3g, gradient norm %.3g", worst, grad_norm
-    )
+    logger.info("self-check with student = base and PMI off: loss at most %.3g, gradient norm %.3g", worst, grad_norm)
     if not (worst <= tolerance and grad_norm <= tolerance):
         raise RuntimeError(
-            f"self-check failed: with the student equal to the base and the PMI off, the loss per token reaches {worst:.3g} "
-            f"and the gradient norm is {grad_norm:.3g}; both must be 0 (at most {tolerance:g} in this precision). The "
+            f"self-check failed: with the student equal to the base and the PMI off, the loss per token reaches "
+            f"{worst:.3g} and the gradient norm is {grad_norm:.3g}; both must be 0 (at most {tolerance:g} in this precision). The "
             "student and the frozen base do not compute the same thing: check the layer spec, dropout, and that the "
             "base was not changed. Set training.self_check=false only to look into it."
         )
