@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from nemo_popsd.cli.arguments import add_config_arguments, world_size
+from nemo_popsd.cli.launch import run_entry
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,9 +30,4 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     check_evaluation_run(config, world_size=world_size(), checkpoint=args.checkpoint)
-    from nemo_popsd.observability.console import set_up_console
-
-    set_up_console()
-    from nemo_popsd.model.entry import evaluate
-
-    evaluate(config, args.checkpoint)
+    run_entry("evaluate", config, args.checkpoint)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from nemo_popsd.cli.launch import run_entry
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
@@ -24,9 +26,4 @@ def run(args: argparse.Namespace) -> None:
 
     check_checkpoint(args.checkpoint, setting="CHECKPOINT")
     check_output(args.output, setting="OUTPUT")
-    from nemo_popsd.observability.console import set_up_console
-
-    set_up_console()
-    from nemo_popsd.model.entry import export
-
-    export(args.checkpoint, args.output)
+    run_entry("export", args.checkpoint, args.output)

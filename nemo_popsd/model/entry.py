@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -93,9 +94,15 @@ def _trainer(config: PopsdConfig) -> Trainer:
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> EvaluationSummary:
+    start = time.perf_counter()
     trainer.validate(model, verbose=False)
-    assert model.last_evaluation is not None
-    return model.last_evaluation
+    summary = model.last_evaluation
+    assert summary is not None
+    _say(
+        f"step {model.completed_steps}: accuracy {summary.accuracy:.1%} on {summary.problems} held-out problems, "
+        f"{summary.mean_tokens:.0f} tokens per answer ({time.perf_counter() - start:.0f} s)"
+    )
+    return summary
 
 
 def _say(text: str) -> None:

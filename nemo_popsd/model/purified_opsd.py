@@ -28,7 +28,7 @@ from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.sampling import sample_outcomes
 from nemo_popsd.evaluation.summary import EvaluationSummary, SampleOutcome
 from nemo_popsd.megatron.optimizer import StudentOptimizer
-from nemo_popsd.megatron.student import Student
+from nemo_popsd.megatron.student import LoadWeights, Student
 from nemo_popsd.model.connector import MegatronSaveRestoreConnector
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
@@ -70,8 +70,9 @@ class PurifiedOPSDModel(ModelPT):
         initialize(tensor_parallel=self.settings.parallel.tensor, seed=self.settings.seed)
         # Without it, NeMo would call the connector on rank 0 alone.
         AppState().model_parallel_size = self.settings.parallel.tensor
+        load_initial: LoadWeights = self._load_base
         if checkpoint is not None:
-            self.architecture, load_initial = checkpoint.architecture, self._load_base
+            self.architecture = checkpoint.architecture
         else:
             source = open_source(self.settings.student.source)
             self.architecture, load_initial = source.architecture, source.load
@@ -196,7 +197,7 @@ class PurifiedOPSDModel(ModelPT):
     # Checkpoints
 
     @classmethod
-    def restore_from(cls, restore_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def restore_from(cls, restore_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """NeMo's, from a directory or a `.nemo` file; see `MegatronSaveRestoreConnector`. Collective."""
         if kwargs.get("save_restore_connector") is None:
             kwargs["save_restore_connector"] = MegatronSaveRestoreConnector()

@@ -9,19 +9,39 @@ import warnings
 from nemo_popsd.observability.rank import is_rank_zero
 
 _EXPECTED_WARNINGS = (
-    ".*Apex.*not installed.*",  # megatron-core without CUDA falls back to torch, as `nemo_popsd.runtime.cpu` intends.
+    ".*Apex.*not installed.*",  # megatron-core without CUDA falls back to torch, as `nemo_popsd.runtime.cpu` intends
     ".*legacy GroupedMLP.*",  # the same, where Transformer Engine is absent
     ".*does not have many workers.*",  # batches are lists of token ids; nothing is loaded in the background
-    ".*`torch_dtype` is deprecated.*",  # Megatron-Bridge reads a Hugging Face configuration by its old name
+    ".*It is recommended to use `self.log.*",  # what is logged is already over all ranks
+)
+
+_EXPECTED_LINES = (
+    "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as the spec says
+    "`torch_dtype` is deprecated",  # Megatron-Bridge reads a Hugging Face configuration by its old name
+)
+
+_QUIET_LOGGERS = (
+    "lightning.pytorch",  # announces devices that it finds and does not find
+    "lightning.pytorch.utilities.rank_zero",
+    "nv_one_logger",  # NeMo's telemetry, which is not set up
+    "nemo_logger",
 )
 
 
 def set_up_console() -> None:
-    """Shows the package's log on rank 0 and silences what libraries say of expected conditions. Call before imports
-    of Megatron and NeMo; errors and unexpected warnings stay.
+    """Shows the package's log on rank 0 and silences what libraries say of expected conditions.
+
+    Call it before Megatron and NeMo are imported, for what they say at import, and again after, since they set their
+    loggers up at import. Errors and unexpected warnings stay.
     """
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("transformers.configuration_utils", "megatron.bridge.utils.fusions"):
+        logger = logging.getLogger(name)
+        if _is_unexpected not in logger.filters:
+            logger.addFilter(_is_unexpected)
     log = logging.getLogger("nemo_popsd")
     log.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
     if not log.handlers:
@@ -29,5 +49,7 @@ def set_up_console() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
-    for name in ("lightning.pytorch", "lightning.fabric", "nv_one_logger"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_EXPECTED_LINES)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from nemo_popsd.observability.metrics import PREFIX
 from nemo_popsd.observability.rank import is_rank_zero
 
-_SHOWN = {"loss": ("loss", ".4f"), "response_tokens": ("tokens/response", ".0f"), "tokens_per_second": ("tok/s", ".0f")}
+_SHOWN = {"loss": ("loss", ".4g"), "response_tokens": ("tokens/response", ".0f"), "tokens_per_second": ("tok/s", ".0f")}
 
 
 class StepProgress(ProgressBar):

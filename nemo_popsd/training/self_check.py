@@ -60,7 +60,7 @@ def check_student_equals_base(
     if not (worst <= tolerance and grad_norm <= tolerance):
         raise RuntimeError(
             f"self-check failed: with the student equal to the base and the PMI off, the loss per token reaches "
-            f"{worst:.3g} and the gradient norm is {grad_norm:.3g}; both must be 0 (at most {tolerance:g} in this precision). The "
-            "student and the frozen base do not compute the same thing: check the layer spec, dropout, and that the "
-            "base was not changed. Set training.self_check=false only to look into it."
+            f"{worst:.3g} and the gradient norm is {grad_norm:.3g}; both must be 0 (at most {tolerance:g} in this "
+            "precision). The student and the frozen base do not compute the same thing: check the layer spec, dropout, "
+            "and that the base was not changed. Set training.self_check=false only to look into it."
         )
