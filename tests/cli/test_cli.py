@@ -10,6 +10,7 @@ import pytest
 from nemo_popsd.cli import main as cli
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
+from nemo_popsd.observability import console
 
 TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
 
@@ -22,6 +23,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     for name in ("train", "evaluate", "export"):
         setattr(entry, name, lambda *args, name=name: made.append((name, *args)))
     monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
+    # It changes the logging of the whole process, which other tests read.
+    monkeypatch.setattr(console, "set_up_console", lambda: None)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return made

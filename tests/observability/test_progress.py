@@ -24,8 +24,8 @@ def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_a_line_per_step_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     fit(2, callbacks=[StepProgress(5, completed=3)], logger=False, enable_progress_bar=True)
     assert shown(capsys) == [
-        "step 4/5  loss 0.5000  tokens/response 100  tok/s 2000",
-        "step 5/5  loss 1.5000  tokens/response 100  tok/s 2000",
+        "step 4/5  loss 0.5  tokens/response 100  tok/s 2000",
+        "step 5/5  loss 1.5  tokens/response 100  tok/s 2000",
     ]
 
 
@@ -35,7 +35,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     fit(2, callbacks=[StepProgress(5, completed=3)], logger=False, enable_progress_bar=True)
     last = terminal.getvalue().replace("\n", "\r").rstrip("\r").split("\r")[-1]
     assert "5/5" in last
-    assert "loss=1.5000" in last
+    assert "loss=1.5" in last
     assert "a line of text" in capsys.readouterr().out
 
 
