@@ -17,7 +17,15 @@ _EXPECTED_WARNINGS = (
 
 _EXPECTED_LINES = (
     "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as the spec says
+    # transformers 4.57 says so of every local tokenizer with a large vocabulary, of whatever family.
+    "The tokenizer you are loading from",
     "`torch_dtype` is deprecated",  # Megatron-Bridge reads a Hugging Face configuration by its old name
+)
+
+_FILTERED_LOGGERS = (
+    "megatron.bridge.utils.fusions",
+    "transformers.configuration_utils",
+    "transformers.tokenization_utils_base",
 )
 
 _QUIET_LOGGERS = (
@@ -38,7 +46,7 @@ def set_up_console() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("transformers.configuration_utils", "megatron.bridge.utils.fusions"):
+    for name in _FILTERED_LOGGERS:
         logger = logging.getLogger(name)
         if _is_unexpected not in logger.filters:
             logger.addFilter(_is_unexpected)
