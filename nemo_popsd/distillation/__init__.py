@@ -10,12 +10,18 @@ vocabulary.py   which entries of a shard are true vocabulary; the mean row
 collectives.py  all communication, each sum with its adjoint
 """
 
-from nemo_popsd.distillation.definition import loss_from_logits
-from nemo_popsd.distillation.divergence import Divergence
-from nemo_popsd.distillation.hidden import HiddenLoss, loss_from_hidden
-from nemo_popsd.distillation.statistics import DecompositionStatistics, TokenStatistics, decomposition_statistics
-from nemo_popsd.distillation.target import HiddenPair, LogLinearTarget, PurifiedTarget, Target, hidden_pair
-from nemo_popsd.distillation.vocabulary import mean_row
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_popsd.distillation.definition import loss_from_logits
+    from nemo_popsd.distillation.divergence import Divergence
+    from nemo_popsd.distillation.hidden import HiddenLoss, loss_from_hidden
+    from nemo_popsd.distillation.statistics import DecompositionStatistics, TokenStatistics, decomposition_statistics
+    from nemo_popsd.distillation.target import HiddenPair, LogLinearTarget, PurifiedTarget, Target, hidden_pair
+    from nemo_popsd.distillation.vocabulary import mean_row
 
 __all__ = [
     "DecompositionStatistics",
@@ -32,3 +38,26 @@ __all__ = [
     "loss_from_logits",
     "mean_row",
 ]
+
+_HOMES = {
+    "loss_from_logits": "definition",
+    "Divergence": "divergence",
+    "HiddenLoss": "hidden",
+    "loss_from_hidden": "hidden",
+    "DecompositionStatistics": "statistics",
+    "TokenStatistics": "statistics",
+    "decomposition_statistics": "statistics",
+    "HiddenPair": "target",
+    "LogLinearTarget": "target",
+    "PurifiedTarget": "target",
+    "Target": "target",
+    "hidden_pair": "target",
+    "mean_row": "vocabulary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch only when the mathematics is used: the configuration lives in this package too."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
