@@ -1,65 +1,74 @@
-"""Tiny random models in Hugging Face format, with a tokenizer of bytes: made on the spot, nothing downloaded."""
+"""Small Hugging Face models with random weights, saved to disk: the dense reference of many tests."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tests.data import small
+_COMMON: dict[str, Any] = {
+    "vocab_size": 203,  # divides by nothing: every layout has padded rows
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3", {"head_dim": 12}),  # unlike hidden_size / heads
+    "qwen3_tied": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "llama": ("Llama", {}),
+}
+KINDS = tuple(_KINDS)
 
-VOCAB_SIZE = 267
-"""Divides by no tensor-parallel size: Megatron pads it to 384 on one rank and to 512 on two."""
 
+def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random model of `kind` in fp32, with a few files beside it that an export has to carry over.
 
-def save_qwen3(
-    directory: Path,
-    *,
-    vocab_size: int = VOCAB_SIZE,
-    hidden_size: int = 32,
-    layers: int = 2,
-    tied: bool = False,
-    seed: int = 0,
-    tokenizer: bool = True,
-) -> Path:
-    """Write a random Qwen3 into `directory`: two key-value heads, norms that are not 1, logits of spread about 1.5."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    Every parameter is drawn, norms and biases too, and wide enough that one in the wrong place shows in the logits.
 
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden_size // 4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=tied,
-        initializer_range=0.25,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = Qwen3ForCausalLM(config)
+    Args:
+        directory: to make.
+        kind: one of `KINDS`.
+        seed: of the weights.
+        overrides: fields of the transformers configuration.
+    """
+    import transformers
+
+    family, fields = _KINDS[kind]
+    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **fields, **overrides})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    torch.random.set_rng_state(generator_state)
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.3 * noise)
+    directory = Path(directory)
     model.save_pretrained(directory)
-    if tokenizer:
-        made = small.tokenizer()
-        made.save_pretrained(directory)
-        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": made.eos_token_id}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"note": "stands for a tokenizer"}))
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
     return directory
 
 
-def build_student(directory: str | Path, world_size: int, *, tensor: int = 1, recompute: bool = False, **config: Any):
+def load_dense(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers computes it, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def build_student(directory: str | Path, *, tensor: int = 1, **config: Any) -> Any:
     """Process groups, and a `Student` in fp32 with the weights of `directory`; full fine-tuning unless `config` says.
 
-    Call it in a rank. `config` are further fields of `StudentConfig`.
+    Call it on every rank. `config` are further fields of `StudentConfig`.
     """
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
@@ -68,8 +77,8 @@ def build_student(directory: str | Path, world_size: int, *, tensor: int = 1, re
 
     initialize(tensor_parallel=tensor, seed=1)
     source = HuggingFaceModel(directory)
-    fields = {"precision": "fp32", "adaptation": "full", "recompute": recompute, **config}
-    return Student(source, StudentConfig(**fields), ParallelConfig(tensor=tensor), seed=5, load_initial=source.load)
+    settings = StudentConfig(**{"precision": "fp32", "adaptation": "full", **config})
+    return Student(source, settings, ParallelConfig(tensor=tensor), seed=5, load_initial=source.load)
 
 
 def whole_logits(gpt: Any, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
