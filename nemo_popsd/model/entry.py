@@ -27,7 +27,7 @@ def train(config: PopsdConfig) -> None:
     initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
     if is_rank_zero():
         save_resolved(config, output / "config.yaml")
-    model = PurifiedOPSDModel(to_dict_config(config), trainer := _trainer(config))
+    model = PurifiedOPSDModel(to_dict_config(config), trainer := build_trainer(config))
     summaries: dict[str, EvaluationSummary] = {}
     if config.data.validation.path:
         summaries["before"] = _validate(trainer, model)
@@ -49,7 +49,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     """Evaluates `student.source`, or `checkpoint`, on `data.validation`."""
     config.data.train = SourceConfig()
     initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
-    trainer = _trainer(config)
+    trainer = build_trainer(config)
     model = PurifiedOPSDModel(
         to_dict_config(config), trainer, checkpoint=None if checkpoint is None else NemoCheckpoint(checkpoint)
     )

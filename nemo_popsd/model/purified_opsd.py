@@ -70,6 +70,7 @@ class PurifiedOPSDModel(ModelPT):
         initialize(tensor_parallel=self.settings.parallel.tensor, seed=self.settings.seed)
         # Without it, NeMo would call the connector on rank 0 alone.
         AppState().model_parallel_size = self.settings.parallel.tensor
+        self._restored_steps = checkpoint.step if checkpoint else 0
         load_initial: LoadWeights = self._load_base
         if checkpoint is not None:
             self.architecture = checkpoint.architecture
@@ -90,7 +91,6 @@ class PurifiedOPSDModel(ModelPT):
             load_trained=checkpoint.load_trained if checkpoint else None,
         )
         self.gpt = self.student.gpt
-        self._restored_steps = checkpoint.step if checkpoint else 0
         self._checkpoint = checkpoint  # A packed one is unpacked for as long as its tokenizer files are needed.
         self.engine = MegatronEngine(
             self.gpt,
@@ -123,6 +123,7 @@ class PurifiedOPSDModel(ModelPT):
             shuffle=self.settings.data.shuffle,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
+            start_step=self._restored_steps,
         )
         self._train_dl = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
 

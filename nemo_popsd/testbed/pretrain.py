@@ -49,7 +49,7 @@ class Recipe:
     """Optimiser steps."""
     batch: int = 32
     """Sequences per step."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 4e-3
     """Peak of AdamW (embeddings, norms); linear warm-up, flat, linear decay over the last 40 %."""
     matrix_rate: float = 0.02
     """Peak of Muon (the matrices of the layers)."""
@@ -63,7 +63,7 @@ class Recipe:
     """Share of sequences with a reference whose solution still hesitates and checks."""
     no_thinking: float = 0.04
     """Share of sequences from any context with thinking switched off."""
-    drill_steps: int = 150
+    drill_steps: int = 200
     """Steps at the beginning that see drills alone: the digits before the problems."""
     drill_share: float = 0.05
     """Share of drills afterwards."""

@@ -2,13 +2,13 @@ r"""Small verifiable problems, their terse references, and worked solutions that
 
 A problem is a chain of definitions modulo 100::
 
-    Let a = 37, b = a * 8, c = b - 9, d = c + 5, all modulo 100. Find d.
+    Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d.
 
 A **thoughtful** solution sometimes hesitates ("Maybe", "Perhaps"), recomputes by digits ("Check") and corrects itself
 ("Wait"). The digits are easy and the guess is hard, so checking is what makes it right. A **terse** solution states the
 values alone. The **reference** is of another style: it names no variable and follows no order of the chain::
 
-    - 9 gives 87, + 5 gives 92, * 8 gives 96. Answer 92.
+    - 4 gives 7, * 3 gives 11, + 5 gives 12. Answer 12.
 
 It says which values occur, the question which variable has which: together they say more than either alone, without any
 arithmetic.
@@ -45,6 +45,8 @@ class Difficulty:
     """Most steps of a chain."""
     multiply: float = 0.35
     """Share of steps that multiply by a digit; the rest add and subtract."""
+    largest: int = 5
+    """Largest constant of a step; the smallest is 2."""
     hesitate: float = 0.75
     """Share of steps of a thoughtful solution that begin with Maybe or Perhaps and are checked."""
     doubt: float = 0.2
@@ -123,7 +125,7 @@ def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Pro
 def _draw_step(rng: random.Random, difficulty: Difficulty, i: int, x: int) -> Step:
     """Draw the definition after variable `i`, whose value is `x`."""
     op = "*" if rng.random() < difficulty.multiply else rng.choice("+-")
-    return Step(name=NAMES[i + 1], op=op, left=NAMES[i], x=x, y=rng.randint(2, 9))
+    return Step(name=NAMES[i + 1], op=op, left=NAMES[i], x=x, y=rng.randint(2, difficulty.largest))
 
 
 def split_of(question: str) -> Split:
@@ -199,12 +201,13 @@ def digits(step: Step) -> str:
     return f"{line}, {tens} + {low} = {step.value}"
 
 
-def drill(rng: random.Random, difficulty: Difficulty = DIFFICULTY, lines: int = 5) -> str:
-    """Single operations by heart and by digits, without a problem around them: what pre-training begins with."""
+def drill(rng: random.Random, difficulty: Difficulty = DIFFICULTY, lines: int = 14) -> str:
+    """Single operations without a problem around them, half of them on one digit: what pre-training begins with."""
     text = ""
     for _ in range(lines):
-        step = _draw_step(rng, difficulty, 0, rng.randrange(MODULUS))
-        text += f"{step.x} {step.op} {step.y} = {step.value}\nCheck {digits(step)}\n"
+        x = rng.choice((rng.randrange(10), rng.randrange(10), 10 * rng.randrange(10), rng.randrange(MODULUS)))
+        step = _draw_step(rng, difficulty, 0, x)
+        text += f"{step.x} {step.op} {step.y} = {step.value}\n"
     return text
 
 

@@ -72,6 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
