@@ -68,8 +68,8 @@ def export(checkpoint: str, output: str) -> None:
     shutdown()
 
 
-def _trainer(config: PopsdConfig) -> Trainer:
-    """One device per process: Megatron, not Lightning, connects the processes."""
+def build_trainer(config: PopsdConfig) -> Trainer:
+    """The Lightning trainer of a run: one device per process, since Megatron, not Lightning, connects them."""
     validates = bool(config.data.validation.path) and config.training.validate_every > 0
     return Trainer(
         accelerator=device().type if device().type == "cpu" else "gpu",
