@@ -104,13 +104,15 @@ class HuggingFaceModel:
         """Copies the weights into `model`, this rank's shards only. Collective over all ranks.
 
         Raises:
-            UserError: a parameter has no tensor, or a tensor no parameter.
+            UserError: a parameter has no tensor, a tensor no parameter, or a vocabulary another size than
+                ``config.json`` says.
         """
         bridge = self._bridge
         state = _VocabularyPaddedState(self, model)
         pretrained = SimpleNamespace(state=state, config=self.config, model_name_or_path=str(self.directory))
         tasks = [t for t in bridge.build_conversion_tasks(pretrained, [model]) if t is not None]
-        mapped = {task.param_name for task in tasks}
+        # A parameter whose tensor is missing still has a task, one that does nothing.
+        mapped = {task.param_name for task in tasks if task.megatron_module is not None}
         without = [name for name, _ in model.named_parameters() if name not in mapped]
         used = {name for task in tasks for name in _names(task.mapping.hf_param)}
         ignored = {"lm_head.weight"} if model.share_embeddings_and_output_weights else set()
@@ -191,12 +193,20 @@ class _VocabularyPaddedState(Mapping[str, Tensor]):
 
     def __init__(self, owner: HuggingFaceModel, model: GPTModel) -> None:
         self.source = SafeTensorsStateSource(owner.directory)
+        self._owner = owner
         self._vocabulary = owner.vocabulary_tensors()
         self._rows = model.vocab_size
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.source.load_tensors([name])[name]
         if name in self._vocabulary:
+            if tensor.shape[0] != self._owner.vocab_size:
+                raise UserError(
+                    f"model {self._owner.directory}",
+                    got=f"{tensor.shape[0]} rows in {name}",
+                    need=f"vocab_size={self._owner.vocab_size} rows, as config.json says",
+                    mend="check the files, or set student.source",
+                )
             tensor = pad(tensor, (0, 0, 0, self._rows - tensor.shape[0]))
         return tensor
 

@@ -1,0 +1,207 @@
+"""Hugging Face -> Megatron -> Hugging Face: logits as transformers computes them, tensors bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.errors import UserError
+from tests.harness import run_ranks
+from tests.tiny_models import KINDS, build_student, load_dense, save_tiny_model, whole_logits
+
+SHARD_BYTES = 9_000
+IDS = torch.randint(0, 203, (2, 13), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: save_tiny_model(folder / kind, kind, seed=number) for number, kind in enumerate(KINDS)}
+
+
+def _convert(rank: int, world_size: int, sources: dict[str, Path], output: Path) -> dict[str, dict]:
+    results = {}
+    for kind, directory in sources.items():
+        student = build_student(directory, tensor=world_size)
+        architecture = HuggingFaceModel(directory)
+        architecture.export(student.gpt, output / kind)
+        architecture.export(student.gpt, output / f"{kind}_shards", shard_bytes=SHARD_BYTES)
+        results[kind] = {
+            "logits": whole_logits(student.gpt, IDS, student.vocab_size),
+            "padded": student.gpt.vocab_size,
+            "padding": student.weight.detach()[max(0, 203 - rank * student.weight.shape[0]) :].abs().sum(),
+        }
+    return results
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def converted(request, sources, tmp_path_factory):
+    output = tmp_path_factory.mktemp(f"exports{request.param}")
+    return request.param, output, run_ranks(_convert, request.param, sources, output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(converted, sources, kind):
+    size, _, results = converted
+    with torch.no_grad():
+        expected = load_dense(sources[kind])(IDS).logits
+    for result in results:
+        assert result[kind]["padded"] == 256 * ((203 + 128 * size - 1) // 256 if size == 2 else 1)
+        assert result[kind]["padding"] == 0
+        torch.testing.assert_close(result[kind]["logits"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_is_the_source_bit_for_bit_with_its_files(converted, sources, kind):
+    _, output, _ = converted
+    before, after = load_file(sources[kind] / "model.safetensors"), load_file(output / kind / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (output / kind / file).read_bytes() == (sources[kind] / file).read_bytes()
+    assert {path.name for path in (output / kind).iterdir()} == {path.name for path in sources[kind].iterdir()}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_dense(output / kind)(IDS).logits, load_dense(sources[kind])(IDS).logits, rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_in_shards_has_an_index_and_loads_in_transformers(converted, sources, kind):
+    _, output, _ = converted
+    directory = output / f"{kind}_shards"
+    files = sorted(directory.glob("*.safetensors"))
+    assert len(files) > 3
+    content = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert set(content["weight_map"].values()) == {file.name for file in files}
+    held = {file.name: load_file(file) for file in files}
+    assert {name: file for file, tensors in held.items() for name in tensors} == content["weight_map"]
+    sizes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in held.values()]
+    assert content["metadata"]["total_size"] == sum(sizes)
+    assert all(size <= SHARD_BYTES or len(t) == 1 for size, t in zip(sizes, held.values(), strict=True))
+    assert all(file.stat().st_mode & 0o044 for file in files), "readable by others"
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_dense(directory)(IDS).logits, load_dense(sources[kind])(IDS).logits, rtol=0, atol=0
+        )
+    assert HuggingFaceModel(directory).tensor_names == HuggingFaceModel(sources[kind]).tensor_names
+
+
+def test_nothing_is_left_beside_an_export(converted):
+    _, output, _ = converted
+    assert {path.name for path in output.iterdir()} == {*KINDS, *(f"{kind}_shards" for kind in KINDS)}
+
+
+def _load_and_tell(rank: int, world_size: int, directories: list[Path]) -> list[str]:
+    messages = []
+    for directory in directories:
+        try:
+            build_student(directory, tensor=world_size)
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_missing_left_over_and_resized_tensors_are_errors_on_every_rank(sources, tmp_path):
+    tensors = load_file(sources["qwen3"] / "model.safetensors")
+    embedding = "model.embed_tokens.weight"
+    extra = "model.layers.2.mlp.up_proj.weight"
+    variants = {
+        "nothing": tensors,
+        extra: {**tensors, extra: torch.ones(3)},
+        f"201 rows in {embedding}": {**tensors, embedding: tensors[embedding][:201].clone()},
+        f"300 rows in {embedding}": {**tensors, embedding: torch.ones(300, 32)},
+    }
+    missing = {
+        "decoder.final_layernorm.weight": "model.norm.weight",
+        "decoder.layers.1.self_attention.linear_qkv.weight": "model.layers.1.self_attn.k_proj.weight",
+        "output_layer.weight": "lm_head.weight",
+    }
+    for parameter, tensor in missing.items():
+        variants[parameter] = {name: value for name, value in tensors.items() if name != tensor}
+    folders = []
+    for number, content in enumerate(variants.values()):
+        folders.append(tmp_path / str(number))
+        folders[-1].mkdir()
+        (folders[-1] / "config.json").write_bytes((sources["qwen3"] / "config.json").read_bytes())
+        save_file(content, folders[-1] / "model.safetensors")
+    for messages in run_ranks(_load_and_tell, 2, folders):
+        assert messages[0] == ""
+        for name, message in zip([*variants][1:], messages[1:], strict=True):
+            assert name in message
+            assert "set student.source" in message
+
+
+def test_a_tied_model_may_carry_its_output_matrix(sources, tmp_path):
+    """Some checkpoints of tied models hold ``lm_head.weight`` all the same."""
+    (tmp_path / "config.json").write_bytes((sources["qwen3_tied"] / "config.json").read_bytes())
+    tensors = load_file(sources["qwen3_tied"] / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+    )
+    assert run_ranks(_load_and_tell, 1, [tmp_path]) == [[""]]
+
+
+def test_what_is_no_model_directory_is_named(tmp_path, sources):
+    with pytest.raises(UserError, match=r"no such directory.*set student.source"):
+        HuggingFaceModel(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        HuggingFaceModel(tmp_path)
+    (tmp_path / "config.json").write_bytes((sources["qwen3"] / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"no \*.safetensors"):
+        HuggingFaceModel(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel.*Qwen3ForCausalLM"):
+        HuggingFaceModel(tmp_path)
+
+
+_KILLED_EXPORT = """
+import os, signal, sys
+import nemo_popsd.checkpoint.huggingface as hf
+from tests.tiny_models import build_student
+
+source, output = sys.argv[1:]
+student = build_student(source)
+save, written = hf.save_file, []
+
+def save_and_die(*args, **kwargs):
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(save(*args, **kwargs))
+
+hf.save_file = save_and_die
+hf.HuggingFaceModel(source).export(student.gpt, output, shard_bytes=9_000)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_leaves_the_old_export_intact(sources, tmp_path):
+    output = tmp_path / "export"
+    output.mkdir()
+    (output / "model.safetensors").write_bytes(b"the old one")
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", _KILLED_EXPORT, str(sources["qwen3"]), str(output)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in output.iterdir()] == ["model.safetensors"]
+    assert (output / "model.safetensors").read_bytes() == b"the old one"
+    assert (tmp_path / "export.partial").is_dir()
+    # The next export clears what the killed one left, and takes the place of the old one.
+    run_ranks(_export, 1, sources["qwen3"], output)
+    assert {path.name for path in tmp_path.iterdir()} == {"export"}
+    assert HuggingFaceModel(output).tensor_names == HuggingFaceModel(sources["qwen3"]).tensor_names
+
+
+def _export(rank: int, world_size: int, source: Path, output: Path) -> None:
+    HuggingFaceModel(source).export(build_student(source, tensor=world_size).gpt, output)
