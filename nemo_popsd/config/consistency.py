@@ -10,6 +10,9 @@ from nemo_popsd.data.sources import resolve_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.testbed.assets import PREFIX, asset
 
+RUN_FILES = ("metrics.jsonl", "tensorboard", "checkpoints", "huggingface")
+"""What a training run writes below `output`, besides its resolved configuration."""
+
 
 def check_sections(config: PopsdConfig) -> None:
     """Refuse values that are possible each alone but not together. Needs nothing but `config`.
@@ -79,6 +82,14 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     if config.data.validation.path:
         resolve_path(config.data.validation.path, setting="data.validation")
     check_output(config.output)
+    found = [name for name in RUN_FILES if (Path(config.output).expanduser() / name).exists()]
+    if found and not config.overwrite:
+        raise UserError(
+            "configuration",
+            got=f"output={config.output!r}, which holds the {', '.join(found)} of another run",
+            need="a directory without a run",
+            mend="set output, or overwrite=true to remove it",
+        )
 
 
 def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.config.consistency import RUN_FILES
 from nemo_popsd.config.loading import save_resolved, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
@@ -26,6 +28,7 @@ def train(config: PopsdConfig) -> None:
     output = Path(config.output)
     initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
     if is_rank_zero():
+        _remove_previous_run(output)
         save_resolved(config, output / "config.yaml")
     model = PurifiedOPSDModel(to_dict_config(config), trainer := build_trainer(config))
     summaries: dict[str, EvaluationSummary] = {}
@@ -91,6 +94,16 @@ def build_trainer(config: PopsdConfig) -> Trainer:
         use_distributed_sampler=False,
         inference_mode=False,
     )
+
+
+def _remove_previous_run(output: Path) -> None:
+    """Only `overwrite=true` lets a run come this far where another one was."""
+    for name in RUN_FILES:
+        path = output / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> EvaluationSummary:
