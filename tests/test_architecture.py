@@ -1,0 +1,94 @@
+"""The README's picture of the package, held against the package."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "nemo_popsd"
+
+# What a room may import of the others, `config` and `errors` aside. A room's own `config.py` is anybody's.
+ALLOWED = {
+    "distillation": set(),
+    "data": {"testbed"},
+    "runtime": set(),
+    "observability": set(),
+    "rollout": {"megatron"},
+    "megatron": {"data", "distillation", "runtime"},
+    "evaluation": {"data", "rollout"},
+    "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
+    "checkpoint": {"megatron", "runtime", "testbed"},
+    "testbed": {"data", "evaluation"},
+    "config": {"data", "distillation", "evaluation", "megatron", "observability", "rollout", "training", "testbed"},
+    "model": {
+        "checkpoint",
+        "data",
+        "evaluation",
+        "megatron",
+        "observability",
+        "rollout",
+        "runtime",
+        "training",
+    },
+    "cli": {"model", "observability"},
+}
+FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli")
+
+
+def imports(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def rooms() -> list[str]:
+    return sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
+
+
+def test_every_room_has_a_rule() -> None:
+    assert rooms() == sorted(ALLOWED)
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_dependencies_point_one_way(room: str) -> None:
+    for file in (PACKAGE / room).rglob("*.py"):
+        for module in imports(file):
+            parts = module.split(".")
+            if parts[0] != "nemo_popsd" or len(parts) < 2 or parts[-1] == "config":
+                continue
+            assert parts[1] in {*ALLOWED[room], room, "config", "errors"}, f"{file.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("room", FREE_OF_MEGATRON)
+def test_rooms_that_know_nothing_of_megatron_or_nemo(room: str) -> None:
+    for file in (PACKAGE / room).rglob("*.py"):
+        assert not {m.split(".")[0] for m in imports(file)} & {"megatron", "nemo"}, file.relative_to(ROOT)
+
+
+def test_the_engine_interface_and_the_sampling_know_nothing_of_megatron() -> None:
+    for name in ("engine.py", "sampling.py", "config.py"):
+        assert not any("megatron" in module for module in imports(PACKAGE / "rollout" / name))
+
+
+def test_the_readme_lists_every_room_and_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
+    assert sorted(listed) == rooms()
+    for command in ("train", "evaluate", "export", "config"):
+        assert f"popsd {command}" in readme
+
+
+def test_modules_stay_small() -> None:
+    files = subprocess.run(["git", "ls-files", "nemo_popsd/*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in files.stdout.split()}
+    assert lengths
+    assert not {name: length for name, length in lengths.items() if length > 400}
