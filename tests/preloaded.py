@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import warnings
+
+os.environ["JE_ARROW_MALLOC_CONF"] = (
+    "background_thread:false"  # pyarrow's allocator: a server that forks has one thread
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    for _name in ("torch", "torch.distributed", "pytest", "hypothesis", "megatron.core"):
+    for _name in (
+        "torch",
+        "torch.distributed",
+        "pytest",
+        "hypothesis",
+        "megatron.core",
+        "transformers.models.qwen3.modeling_qwen3",
+        "nemo_popsd.model.purified_opsd",
+    ):
         # Whatever keeps a package from importing here is the affair of the test that needs it.
         with contextlib.suppress(Exception):
             importlib.import_module(_name)

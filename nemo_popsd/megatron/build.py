@@ -7,6 +7,12 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 
 from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
 from nemo_popsd.megatron.spec import choose_layer_spec
@@ -46,4 +52,18 @@ def build_gpt(provider: Any, student: StudentConfig, parallel: ParallelConfig) -
     provider.finalize()
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     model: GPTModel = provider.provide()
+    _mark_shards(model)
     return model.to(device())
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Marks the weights that are split over the tensor-parallel group, which megatron-core does while it initialises.
+
+    Without initialisation (layers.py:855, 1201, 244) they would pass for copies, and the gradient norm, hence the
+    clipping, would count those of the group's first rank alone. Transformer Engine marks its linears itself.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+                dimension = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)

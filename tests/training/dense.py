@@ -1,0 +1,83 @@
+"""The whole step by the paper's equations, on Hugging Face models in float64: one forward per context, full logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_popsd.training.trajectory import Trajectory
+from tests.tiny_models import load_dense
+
+
+@dataclass
+class DenseStep:
+    """What a step must come to."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+def dense_step(
+    live: Path,
+    base: Path,
+    trajectories: Sequence[Trajectory],
+    *,
+    loss_mean: str,
+    beta: float = 1.0,
+    cap: float = 10.0,
+) -> DenseStep:
+    """Loss, gradient of every tensor of `live`, and the metrics of the step with all tokens diagnosed."""
+    student, frozen = load_dense(live, torch.float64), load_dense(base, torch.float64).requires_grad_(False)
+    per_sequence, rows = [], []
+    for t in trajectories:
+        answer, contexts = t.rollout.response, t.row.contexts
+        log_student = response_log_probs(student, contexts.student, answer)
+        log_base = response_log_probs(frozen, contexts.student, answer)
+        log_privileged = response_log_probs(frozen, contexts.privileged, answer)
+        log_reference = response_log_probs(frozen, contexts.reference, answer)
+        delta = log_privileged - log_reference  # (13)
+        delta = delta - delta.mean(-1, keepdim=True)  # (14)
+        delta = cap * torch.tanh(delta / cap)  # (15)
+        log_target = torch.log_softmax(log_base + delta / beta, -1)  # (16, 17)
+        p, q = log_student.exp(), log_target.exp()
+        log_mixture = (0.5 * p + 0.5 * q).log()
+        jsd = 0.5 * (q * (log_target - log_mixture)).sum(-1) + 0.5 * (p * (log_student - log_mixture)).sum(-1)  # (18)
+        per_sequence.append(jsd)
+        with torch.no_grad():
+            total, question = log_privileged - log_student, log_privileged - log_reference
+            induced = log_reference - log_student
+            rows.append(
+                torch.stack(
+                    [
+                        (q * (log_target - log_student)).sum(-1),
+                        (p * (log_student - log_target)).sum(-1),
+                        -(p * log_student).sum(-1),
+                        -(q * log_target).sum(-1),
+                        induced.norm(dim=-1) / total.norm(dim=-1),
+                        torch.cosine_similarity(total, question, dim=-1),
+                        torch.cosine_similarity(total, induced, dim=-1),
+                    ]
+                )
+            )
+    if loss_mean == "sequence":
+        loss = torch.stack([tokens.mean() for tokens in per_sequence]).mean()
+    else:
+        loss = torch.cat(per_sequence).mean()
+    loss.backward()
+    names = ("forward_kl", "reverse_kl", "student_entropy", "target_entropy")
+    names += ("delta_ratio", "cos_total_it", "cos_total_ref")
+    means = dict(zip(names, torch.cat(rows, dim=1).mean(1).tolist(), strict=True))
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    return DenseStep(float(loss.detach()), gradients, means)
+
+
+def response_log_probs(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Log-probabilities [R, V] of the distributions from which the tokens of `answer` would be drawn after `prompt`."""
+    logits = model(torch.tensor([[*prompt, *answer]])).logits[0]
+    rows = [logits[len(prompt) + number - 1] for number in range(len(answer))]
+    return torch.log_softmax(torch.stack(rows).double(), -1)

@@ -1,0 +1,167 @@
+"""A student on this rank, with rows and responses made up by number: no files of rows, no tokenizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.contexts import Contexts
+from nemo_popsd.data.dataset import PromptRow
+from nemo_popsd.data.records import Record
+from nemo_popsd.megatron.optimizer import StudentOptimizer
+from nemo_popsd.megatron.student import Student
+from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
+from nemo_popsd.rollout.megatron_engine import MegatronEngine
+from nemo_popsd.runtime.distributed import initialize
+from nemo_popsd.training.step import OnPolicyStep
+from nemo_popsd.training.trajectory import Trajectory
+
+VOCAB_SIZE = 203
+STOPS = frozenset({2, 5, 11, 17})
+"""Enough of them that random responses end at different lengths."""
+
+
+def settings(**sections: dict[str, Any]) -> PopsdConfig:
+    """A run in fp32 with short limits; values of a section are replaced by name."""
+    config = PopsdConfig()
+    base: dict[str, dict[str, Any]] = {
+        "student": {"precision": "fp32", "adaptation": "full"},
+        "rollout": {"max_response_tokens": 12, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+        "optimizer": {"lr": 1e-3},
+        "training": {"prompts_per_step": 4, "steps": 5},
+    }
+    for values in (base, sections):
+        for section, fields in values.items():
+            for name, value in fields.items():
+                owner = getattr(config, section)
+                assert hasattr(owner, name), f"{section}.{name}"
+                setattr(owner, name, value)
+    config.student.lora.rank, config.student.lora.alpha = 4, 8
+    return config
+
+
+@dataclass
+class Run:
+    """What a step needs on this rank."""
+
+    config: PopsdConfig
+    architecture: HuggingFaceModel
+    student: Student
+    optimizer: StudentOptimizer
+    steps: int = 0
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The rollout section, with `STOPS`."""
+        section = self.config.rollout
+        return SamplingParams(
+            section.temperature, section.top_p, section.top_k, section.max_response_tokens, stop_token_ids=STOPS
+        )
+
+    def engine(self) -> MegatronEngine:
+        """Draws from the live weights."""
+        return MegatronEngine(
+            self.student.gpt,
+            vocab_size=self.student.vocab_size,
+            batch_rows=self.config.rollout.batch_rows,
+            weights_version=lambda: self.steps,
+        )
+
+    def on_policy_step(self, engine: Any = None) -> OnPolicyStep:
+        """The step of the package; a response's markers are its even tokens."""
+        count = lambda response: sum(token % 2 == 0 for token in response)  # noqa: E731
+        return OnPolicyStep(self.config, self.student, engine or self.engine(), self.sampling, count)
+
+    def update(self) -> None:
+        """Updates the weights and counts."""
+        self.optimizer.step()
+        self.steps += 1
+
+
+def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) -> Run:
+    """Process groups, student with the weights of `directory`, optimizer. Collective.
+
+    Args:
+        directory: the base.
+        config: the run.
+        initial: another model, whose weights the live student takes, so that it differs from its base.
+    """
+    initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
+    source = HuggingFaceModel(directory)
+    student = Student(source, config.student, config.parallel, seed=config.seed, load_initial=source.load)
+    if initial is not None:
+        with student.base.model():  # makes the copy before the live weights change
+            pass
+        HuggingFaceModel(initial).load(student.gpt)
+    model = student.wrap(config.optimizer)
+    bf16 = config.student.precision == "bf16"
+    optimizer = StudentOptimizer(model, config.optimizer, steps=config.training.steps, bf16=bf16)
+    return Run(config, source, student, optimizer)
+
+
+class ScriptedEngine:
+    """Gives responses that were written before; notes what it was asked."""
+
+    def __init__(self, responses: Sequence[Sequence[int]]) -> None:
+        self._responses = responses
+        self.requests: list[Request] = []
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
+        self.requests += requests
+        assert len(requests) == len(self._responses)
+        return [
+            Rollout(list(response), [0.0] * len(response), cut=response[-1] not in STOPS, weights_version=0)
+            for response in self._responses
+        ]
+
+
+def row(number: int) -> PromptRow:
+    """A row whose three prompts have nothing in common, length included."""
+    contexts = Contexts(
+        student=_ids(f"student/{number}", 3, 9),
+        privileged=_ids(f"privileged/{number}", 12, 20),
+        reference=_ids(f"reference/{number}", 5, 11),
+        reference_text="r",
+        reference_truncated=False,
+    )
+    return PromptRow(Record(id=f"row{number}", question="q", reference="r", answer=None), contexts)
+
+
+def response(number: int, length: int) -> list[int]:
+    """Response tokens of row `number`."""
+    return _ids(f"response/{number}", length, length)
+
+
+def trajectory(number: int, length: int) -> Trajectory:
+    """Row `number` with a response of `length` tokens."""
+    return Trajectory(row(number), Rollout(response(number, length), [0.0] * length, cut=False, weights_version=0))
+
+
+def _ids(name: str, shortest: int, longest: int) -> list[int]:
+    draw = random.Random(name)
+    return [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(shortest, longest))]
+
+
+def named_gradients(run: Run, scratch: Path) -> dict[str, torch.Tensor]:
+    """Gradient of each tensor of the Hugging Face model, whatever the layout. Collective; under full fine-tuning.
+
+    The gradients take the weights' place for as long as an export of the model takes.
+    """
+    parameters = list(run.student.gpt.parameters())
+    kept = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(parameter.main_grad)  # type: ignore[arg-type]
+    run.architecture.export(run.student.gpt, scratch)
+    with torch.no_grad():
+        for parameter, weights in zip(parameters, kept, strict=True):
+            parameter.copy_(weights)
+    return load_file(scratch / "model.safetensors")
