@@ -44,7 +44,7 @@ class HuggingFaceModel:
         directory: where it lies.
         config: its ``config.json``.
         vocab_size: true vocabulary, without Megatron's padding.
-        tensor_names: names of its tensors.
+        tensor_names: names of its tensors, but for rotary frequencies, which old checkpoints hold needlessly.
     """
 
     def __init__(self, directory: str | Path, *, setting: str = "student.source") -> None:
@@ -89,7 +89,8 @@ class HuggingFaceModel:
                 need="weights in safetensors format",
                 mend="save the model with safe_serialization=True, or set student.source",
             )
-        return sorted(SafeTensorsStateSource(self.directory).get_all_keys())
+        names = SafeTensorsStateSource(self.directory).get_all_keys()
+        return sorted(name for name in names if not name.endswith("rotary_emb.inv_freq"))
 
     @property
     def _bridge(self) -> Any:
@@ -116,7 +117,7 @@ class HuggingFaceModel:
         without = [name for name, _ in model.named_parameters() if name not in mapped]
         used = {name for task in tasks for name in _names(task.mapping.hf_param)}
         ignored = {"lm_head.weight"} if model.share_embeddings_and_output_weights else set()
-        left_over = sorted(n for n in set(self.tensor_names) - used - ignored if not n.endswith("rotary_emb.inv_freq"))
+        left_over = sorted(set(self.tensor_names) - used - ignored)
         if without or left_over:
             raise UserError(
                 f"model {self.directory}",
@@ -160,9 +161,13 @@ class HuggingFaceModel:
             merge_adapter_weights=merge_adapters,
         )
         vocabulary = self.vocabulary_tensors()
-        tensors = ((name, w[: self.vocab_size] if name in vocabulary else w) for name, w in stream)
+        # What is left unmerged gets PEFT's name from Megatron-Bridge (model_bridge.py:978).
+        plain = ((name.replace(".base_layer.weight", ".weight"), w) for name, w in stream)
+        tensors = ((name, w[: self.vocab_size] if name in vocabulary else w) for name, w in plain)
         if writes:
-            _write_shards(tensors, partial, shard_bytes)
+            written = _write_shards(tensors, partial, shard_bytes)
+            if unlike := written ^ set(self.tensor_names):
+                raise RuntimeError(f"{partial}: tensors missing or left over: {sorted(unlike)[:4]}")
             shutil.rmtree(output, ignore_errors=True)
             partial.rename(output)
         else:
@@ -221,8 +226,8 @@ def _names(hf_param: str | Mapping[str, str]) -> Sequence[str]:
     return [hf_param] if isinstance(hf_param, str) else list(hf_param.values())
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> None:
-    """Writes safetensors files of about `shard_bytes`, and the index when there is more than one."""
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> set[str]:
+    """Writes safetensors files of about `shard_bytes`, and the index when there is more than one; returns the names."""
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = held = 0
@@ -245,9 +250,10 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_
         held += size
         total += size
     flush()
+    written = {name for names in shards for name in names}
     if len(shards) == 1:
         (directory / "shard-0.safetensors").rename(directory / "model.safetensors")
-        return
+        return written
     index: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -255,3 +261,4 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_
         index.update(dict.fromkeys(names, file))
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
+    return written
