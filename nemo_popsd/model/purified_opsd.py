@@ -24,6 +24,7 @@ from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.sampling import sample_outcomes
 from nemo_popsd.evaluation.summary import EvaluationSummary, SampleOutcome
@@ -131,7 +132,15 @@ class PurifiedOPSDModel(ModelPT):
         """Reads the held-out rows; data-parallel ranks share them out."""
         prompts, _ = build_evaluation_prompts(self.settings.data, _source(val_data_config), self.tokenizer)
         prompts = prompts[: self.settings.evaluation.problems]
-        mine = prompts[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+        ranks = parallel_state.get_data_parallel_world_size()
+        if len(prompts) < ranks:
+            raise UserError(
+                "data.validation",
+                got=f"{len(prompts)} problems for {ranks} data-parallel ranks",
+                need="at least one for each rank",
+                mend="set data.validation.path or evaluation.problems",
+            )
+        mine = prompts[parallel_state.get_data_parallel_rank() :: ranks]
         rows = self.settings.rollout.batch_rows
         self._validation_dl: Any = DataLoader(cast(Any, mine), batch_size=rows, collate_fn=collate)
 

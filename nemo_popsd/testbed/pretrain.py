@@ -2,7 +2,7 @@
 
     python -m nemo_popsd.testbed.pretrain --output DIR
 
-The mixture holds all three contexts. From the question alone the model learns to think: to hesitate, check and correct
+It begins with drills of single operations; then the mixture holds all three contexts. From the question alone the model learns to think: to hesitate, check and correct
 itself. With a reference in the context it learns to state the values, so a reference makes it right, short and sure.
 """
 

@@ -34,7 +34,7 @@ def test_three_steps_train_save_load_and_repeat(tmp_path: Path, capsys: pytest.C
 
 def test_batches_label_the_assistant_alone_and_hold_every_context() -> None:
     tokenizer = build_tokenizer()
-    stream = batches(tokenizer, replace(Recipe(), batch=8))
+    stream = batches(tokenizer, replace(Recipe(), batch=8, drill_steps=0, drill_share=0.0))
     seen = set()
     for _ in range(16):
         ids, labels = next(stream)
@@ -51,6 +51,14 @@ def test_batches_label_the_assistant_alone_and_hold_every_context() -> None:
             seen.add(("Let a" in prompt, "Reference" in prompt, prompt.endswith("</think>\n\n")))
     assert {pair[:2] for pair in seen} == {(True, False), (True, True), (False, True)}
     assert any(no_thinking for *_, no_thinking in seen)
+
+
+def test_pretraining_begins_with_drills() -> None:
+    tokenizer = build_tokenizer()
+    stream = batches(tokenizer, replace(Recipe(), batch=4, drill_steps=16, drill_share=0.0))
+    texts = [text for _ in range(32) for text in tokenizer.batch_decode(next(stream)[0])]
+    assert all("Practise." in text for text in texts[:64])
+    assert not any("Practise." in text for text in texts[64:])
 
 
 def test_answers_and_markers_are_read_from_the_text() -> None:

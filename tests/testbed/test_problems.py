@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from nemo_popsd.testbed.problems import (
     Problem,
+    drill,
     problems,
     records,
     response,
@@ -104,6 +106,14 @@ def test_terse_solution_is_right_and_shorter() -> None:
         values = solve(problem.question)
         assert re.findall(r"Then ([a-i]) = (\d+)\n", terse) == [(n, str(v)) for n, v in values.items() if n != "a"]
         assert len(terse) <= len(thoughts)
+
+
+def test_drills_are_right() -> None:
+    lines = drill(random.Random("drill"), lines=400).splitlines()
+    assert len(lines) == 400
+    for line in lines:
+        x, op, y, value = re.fullmatch(_EQUATION, line).groups()  # type: ignore[union-attr]
+        assert evaluate(int(x), op, int(y)) == int(value)
 
 
 def test_responses_end_in_the_box() -> None:

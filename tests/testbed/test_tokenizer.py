@@ -50,6 +50,10 @@ def test_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
+def test_calls_return_what_generate_takes(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert set(tokenizer(["a = 3"])) == {"input_ids", "attention_mask"}
+
+
 def test_vocabulary_needs_padding_and_is_reproducible(tokenizer: PreTrainedTokenizerBase) -> None:
     assert 300 < len(tokenizer) < 450
     assert len(tokenizer) % 128
