@@ -63,7 +63,7 @@ def _mark_shards(model: GPTModel) -> None:
     clipping, would count those of the group's first rank alone. Transformer Engine marks its linears itself.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
-            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-                dimension = 1 if isinstance(module, RowParallelLinear) else 0
-                set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
+        sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+        if sharded and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            dimension = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
