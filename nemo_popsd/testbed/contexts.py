@@ -82,7 +82,9 @@ def sample_answers(
             for p in prompts[first : first + batch_size]
         ]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        mode = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+        mode: dict[str, float | bool | None] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            mode = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         generate = cast(Callable[..., torch.Tensor], model.generate)
         output = generate(
             input_ids=batch["input_ids"],

@@ -2,8 +2,9 @@
 
     python -m nemo_popsd.testbed.pretrain --output DIR
 
-It begins with drills of single operations; then the mixture holds all three contexts. From the question alone the model learns to think: to hesitate, check and correct
-itself. With a reference in the context it learns to state the values, so a reference makes it right, short and sure.
+It begins with drills of single operations; then the mixture holds all three contexts. From the question alone the model
+learns to think: to hesitate, check and correct itself. With a reference in the context it learns to state the values,
+so a reference makes it right and short.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from nemo_popsd.testbed.contexts import ContextReport, report
+from nemo_popsd.testbed.data import DATA_SEED
 from nemo_popsd.testbed.problems import (
     DIFFICULTY,
     Difficulty,
@@ -231,7 +233,7 @@ def _rate(step: int, recipe: Recipe) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, save, evaluate; the figures are also written to `report.json`."""
+    """Train, save, evaluate on the shipped validation rows; the figures are also written to `report.json`."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(description="Train the embedded testbed model from scratch.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, its tokenizer and the report")
@@ -242,6 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--matrix-rate", type=float, default=recipe.matrix_rate)
     parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
     parser.add_argument("--quick-every", type=int, default=0, help="steps between quick evaluations; 0: none")
+    parser.add_argument("--measure-only", action="store_true", help="evaluate the model that is in the folder already")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -253,8 +256,11 @@ def main(arguments: list[str] | None = None) -> None:
         learning_rate=options.learning_rate,
         matrix_rate=options.matrix_rate,
     )
-    model = pretrain(options.output, recipe, quick_every=options.quick_every)
-    reports = evaluate(model, build_tokenizer(), options.problems, seed=recipe.seed + 2)
+    if options.measure_only:
+        model = Qwen3ForCausalLM.from_pretrained(str(options.output), dtype=torch.float32)
+    else:
+        model = pretrain(options.output, recipe, quick_every=options.quick_every)
+    reports = evaluate(model, build_tokenizer(), options.problems, seed=DATA_SEED)
     (options.output / "report.json").write_text(json.dumps([r.as_dict() for r in reports], indent=2) + "\n")
 
 
