@@ -1,0 +1,151 @@
+"""The frozen branches against one dense forward per context, and which of them are run."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.tiny_models import load_dense, save_tiny_model
+
+LENGTHS = (5, 1, 8, 3)
+BUDGETS = (1, 40, 10_000)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "hf")
+
+
+def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
+    from nemo_popsd.distillation import LogLinearTarget, PurifiedTarget
+    from nemo_popsd.megatron import forward
+    from nemo_popsd.training import branches
+    from tests.tiny_models import build_student
+    from tests.training.runs import trajectory
+
+    student = build_student(model)
+    rows = [trajectory(number, length) for number, length in enumerate(LENGTHS)]
+    asked: list[int] = []
+
+    def counted(model: Any, sequences: Any, budget: int) -> Any:
+        asked.append(len(sequences))
+        return forward.frozen_hidden_states(model, sequences, budget)
+
+    branches.frozen_hidden_states = counted  # type: ignore[attr-defined]
+
+    def states(target: Any, budget: int = 10_000, diagnosed: int = 0) -> Any:
+        return branches.FrozenBranches(
+            student.base, target, token_budget=budget, diagnosed_tokens=diagnosed
+        ).target_states(rows)
+
+    seen: dict[str, Any] = {f"budget {budget}": states(PurifiedTarget(), budget) for budget in BUDGETS}
+    targets = {
+        "purified": PurifiedTarget(),
+        "uncapped": PurifiedTarget(beta=2.0, cap=None),
+        "opsd": LogLinearTarget.opsd(),
+        "beta_opsd": LogLinearTarget.beta_opsd(0.25),
+        "student_pmi": LogLinearTarget.live_student_pmi(),
+        "base alone": LogLinearTarget(base=1.0),
+    }
+    for name, target in targets.items():
+        asked.clear()
+        seen[name] = states(target)
+        seen[f"{name} asked"] = list(asked)
+    asked.clear()
+    for count in (1, 7, 10_000):
+        seen[f"diagnosed {count}"] = states(LogLinearTarget.opsd(), diagnosed=count)
+    seen["again"] = states(LogLinearTarget.opsd(), diagnosed=7)
+    seen["diagnosed asked"] = list(asked)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(model: Path) -> dict[str, Any]:
+    return run_ranks(observe, 1, model)[0]
+
+
+@pytest.fixture(scope="module")
+def dense(model: Path) -> list[dict[str, torch.Tensor]]:
+    """Final hidden states [R, H] of each row in each of its contexts, after the last norm."""
+    from tests.training.runs import trajectory
+
+    body = load_dense(model).model
+    rows = []
+    for number, length in enumerate(LENGTHS):
+        t = trajectory(number, length)
+        prompts = {name: getattr(t.row.contexts, name) for name in ("student", "privileged", "reference")}
+        rows.append(
+            {
+                name: torch.stack(
+                    [
+                        body(torch.tensor([[*prompt, *t.rollout.response[:number]]])).last_hidden_state[0, -1].detach()
+                        for number in range(length)
+                    ]
+                )
+                for name, prompt in prompts.items()
+            }
+        )
+    return rows
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_states_are_those_of_separate_forwards_of_the_right_contexts(
+    seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], budget: int
+) -> None:
+    for states, expected in zip(seen[f"budget {budget}"], dense, strict=True):
+        close(states.anchor, expected["student"])
+        close(states.shift, expected["privileged"] - expected["reference"])
+        assert not states.anchor.requires_grad
+        assert not states.shift.requires_grad
+        assert states.diagnosed is None
+
+
+def test_each_member_of_the_family_gets_its_vectors(seen: dict[str, Any], dense: list[dict[str, torch.Tensor]]) -> None:
+    for row, expected in enumerate(dense):
+        base, privileged, reference = (expected[name] for name in ("student", "privileged", "reference"))
+        close(seen["uncapped"][row].anchor, base + (privileged - reference) / 2)
+        close(seen["opsd"][row].anchor, privileged)
+        close(seen["beta_opsd"][row].anchor, 0.75 * base + 0.25 * privileged)
+        close(seen["student_pmi"][row].shift, privileged - reference)
+        close(seen["base alone"][row].anchor, base)
+        assert seen["student_pmi"][row].anchor is None
+        assert all(seen[name][row].shift is None for name in ("uncapped", "opsd", "beta_opsd", "base alone"))
+
+
+def test_branches_without_a_coefficient_are_not_run(seen: dict[str, Any]) -> None:
+    branches = {"purified": 3, "uncapped": 3, "opsd": 1, "beta_opsd": 2, "student_pmi": 2, "base alone": 1}
+    for name, count in branches.items():
+        assert seen[f"{name} asked"] == [count * len(LENGTHS)], name
+    assert seen["diagnosed asked"] == [2 * len(LENGTHS)] * 4  # diagnosis needs both teachers, not the base
+
+
+@pytest.mark.parametrize("count", [1, 7, 10_000])
+def test_diagnosed_tokens_are_spread_evenly_and_never_more_than_asked(
+    seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], count: int
+) -> None:
+    places, offset = [], 0
+    for states, expected, length in zip(seen[f"diagnosed {count}"], dense, LENGTHS, strict=True):
+        index = states.diagnosed.index
+        close(states.diagnosed.privileged, expected["privileged"][index])
+        close(states.diagnosed.reference, expected["reference"][index])
+        places += (index + offset).tolist()
+        offset += length
+    assert len(places) == min(count, sum(LENGTHS))
+    gaps = [after - before for before, after in pairwise(places)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert all(gap >= 1 for gap in gaps)
+
+
+def test_the_sample_is_the_same_each_time(seen: dict[str, Any]) -> None:
+    for first, second in zip(seen["diagnosed 7"], seen["again"], strict=True):
+        assert torch.equal(first.diagnosed.index, second.diagnosed.index)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.tiny_models import save_tiny_model
+
+
+def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
+    """Steps of two data-parallel ranks that go wrong on one of them; what each rank says, and its weights."""
+    from nemo_popsd.megatron.base import fingerprint
+    from nemo_popsd.training import step as module
+    from nemo_popsd.training.guard import NonFiniteError, refuse_non_finite
+    from tests.training.runs import ScriptedEngine, response, row, settings, start
+
+    run = start(model, settings())
+    numbers = [2 * rank, 2 * rank + 1]
+    step = run.on_policy_step(ScriptedEngine([response(number, 4 + number) for number in numbers]))
+    rows = [row(number) for number in numbers]
+    seen: dict[str, Any] = {"before": fingerprint(run.student.gpt)}
+    healthy = module.FrozenBranches.target_states
+
+    def poisoned(self: Any, trajectories: Any) -> Any:
+        states = healthy(self, trajectories)
+        if rank == 1:
+            states[1].anchor[3] = torch.nan
+        return states
+
+    def attempt(number: int) -> str:
+        try:
+            step(number, rows, run.optimizer, run.update)
+        except NonFiniteError as error:
+            return str(error)
+        return "no error"
+
+    module.FrozenBranches.target_states = poisoned  # type: ignore[method-assign]
+    seen["row"] = attempt(7)
+    module.FrozenBranches.target_states = healthy  # type: ignore[method-assign]
+    true_norm = run.optimizer.prepare
+    run.optimizer.prepare = lambda: (true_norm(), float("inf"))[1]  # type: ignore[method-assign]
+    seen["norm"] = attempt(8)
+    run.optimizer.prepare = true_norm  # type: ignore[method-assign]
+    seen["after"], seen["steps"] = fingerprint(run.student.gpt), run.steps
+    try:  # Inf on this rank alone, with nothing to report: the other rank must hear of it.
+        refuse_non_finite(9, [], [], float("inf") if rank == 0 else 1.0)
+    except NonFiniteError as error:
+        seen["one rank's norm"] = str(error)
+    refuse_non_finite(10, [], [], 1.0)
+    seen["healthy"] = attempt(11)
+    seen["trained"] = fingerprint(run.student.gpt)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(poisoned_step, 2, save_tiny_model(tmp_path_factory.mktemp("model") / "hf"))
+
+
+def test_nan_in_one_ranks_row_stops_every_rank_and_names_it(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert "step 7" in seen["row"]
+        assert "rank 1: rows row3;" in seen["row"]
+        assert "rank 0" not in seen["row"]
+
+
+def test_an_infinite_gradient_norm_alone_stops_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert "step 8" in seen["norm"]
+        assert "all losses are finite; gradient norm inf" in seen["norm"]
+        assert "step 9" in seen["one rank's norm"]
+
+
+def test_no_weight_is_changed_and_a_healthy_step_goes_on(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["after"] == seen["before"]
+        assert seen["steps"] == 0
+        assert seen["healthy"] == "no error"
+        assert seen["trained"] != seen["before"]
