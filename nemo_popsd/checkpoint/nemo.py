@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.weights import load_weights, save_weights
@@ -63,10 +64,13 @@ class NemoCheckpoint:
         for name in ("model_config.yaml", "manifest.json", "huggingface", "weights"):
             if not (self.directory / name).exists():
                 raise _not_a_checkpoint(path, f"no {name}" if self.directory.is_dir() else "no such file or directory")
-        tree = cast(DictConfig, OmegaConf.load(self.directory / "model_config.yaml"))
+        try:
+            tree = cast(DictConfig, OmegaConf.load(self.directory / "model_config.yaml"))
+            self.step = int(json.loads((self.directory / "manifest.json").read_text())["step"])
+        except (json.JSONDecodeError, KeyError, TypeError, YAMLError) as error:
+            raise _not_a_checkpoint(path, f"unreadable model_config.yaml or manifest.json ({error!r})") from None
         self.config: PopsdConfig = from_dict_config(tree)
         self.architecture = HuggingFaceModel(self.directory / "huggingface")
-        self.step: int = json.loads((self.directory / "manifest.json").read_text())["step"]
 
     def load_trained(self, model: GPTModel) -> None:
         """Fills the live model, which has adapters if the checkpoint has. Collective over all ranks."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import queue
 from pathlib import Path
+from pickle import UnpicklingError
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_popsd.errors import UserError
 
@@ -32,19 +36,30 @@ def load_weights(model: GPTModel, directory: Path) -> None:
         UserError: the directory holds no complete distributed checkpoint, or one of another model.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        raise UserError(
-            f"checkpoint {directory}",
-            got="no Megatron distributed checkpoint",
-            need="a directory written by nemo_popsd",
-            mend="give another checkpoint",
+        raise _unusable(directory, "no Megatron distributed checkpoint")
+    try:
+        state, unread, absent = dist_checkpointing.load(
+            model.sharded_state_dict(), str(directory), strict=StrictHandling.RETURN_ALL
         )
-    state = dist_checkpointing.load(model.sharded_state_dict(), str(directory))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if "_extra_state" not in name]
-    if missing or unexpected:
-        raise UserError(
-            f"checkpoint {directory}",
-            got=f"missing {missing[:4]}, left over {unexpected[:4]}",
-            need="the tensors of the model in model_config.yaml",
-            mend="give another checkpoint",
-        )
+    except (CheckpointException, CheckpointingException, EOFError, OSError, UnpicklingError) as error:
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise _unusable(directory, f"one that cannot be read ({reason})") from error
+    # A linear with an adapter is stored under its own name (adapter_wrapper.py:187), and loaded under the wrapper's.
+    wrapped = {name.removesuffix(".to_wrap") for name, _ in model.named_modules() if name.endswith(".to_wrap")}
+    keys = {name: ".to_wrap.".join(name.rsplit(".", 1)) for name in state if name.rpartition(".")[0] in wrapped}
+    missing, unexpected = model.load_state_dict({keys.get(k, k): v for k, v in state.items()}, strict=False)
+    missing, left_over = (
+        sorted(name for name in names if "_extra_state" not in name)
+        for names in ({*missing, *absent}, {*unexpected, *unread})
+    )
+    if missing or left_over:
+        raise _unusable(directory, f"missing {missing[:4]}, left over {left_over[:4]}")
+
+
+def _unusable(directory: Path, got: str) -> UserError:
+    return UserError(
+        f"checkpoint {directory}",
+        got=got,
+        need="weights written by nemo_popsd for the model in model_config.yaml",
+        mend="give another checkpoint",
+    )

@@ -1,0 +1,315 @@
+"""NeMo checkpoints: saved in one layout, restored in another, packed or not, merged, interrupted, replaced."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint, save_nemo
+from nemo_popsd.checkpoint.source import open_source
+from nemo_popsd.config.loading import to_dict_config
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.config import LoRAConfig, ParallelConfig, StudentConfig
+from tests.harness import run_ranks
+from tests.tiny_models import build_student, load_dense, save_tiny_model, whole_logits
+
+IDS = torch.randint(0, 203, (2, 9), generator=torch.Generator().manual_seed(3))
+LORA = LoRAConfig(rank=4, alpha=6.0)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {"adaptation": "full"},
+    "lora": {"adaptation": "lora", "lora": LORA},
+    "full_bf16": {"adaptation": "full", "precision": "bf16"},
+}
+
+
+def _config(name: str) -> Any:
+    return to_dict_config(PopsdConfig(student=StudentConfig(**{"precision": "fp32", **SETTINGS[name]})))
+
+
+def _perturb(gpt: Any, rank: int) -> None:
+    """Weights that no source holds, alike on every rank where they are replicated, zero in padded rows."""
+    shared, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(8 + rank)
+    with torch.no_grad():
+        for name, p in gpt.named_parameters():
+            if p.requires_grad:
+                sharded = getattr(p, "tensor_model_parallel", False)
+                noise = torch.randn(p.shape, generator=own if sharded else shared)
+                p.add_((0.1 * noise * (p != 0 if "embedding" in name or "output" in name else 1)).to(p.dtype))
+
+
+def _restore(path: Path, world_size: int, name: str) -> tuple[NemoCheckpoint, Any]:
+    """The live model as `restore_from` builds it."""
+    from nemo_popsd.megatron.student import Student
+
+    def refuse(_: Any) -> None:
+        raise AssertionError("the source must not be read")
+
+    checkpoint = NemoCheckpoint(path)
+    student = Student(
+        checkpoint.architecture,
+        checkpoint.config.student,
+        ParallelConfig(tensor=world_size),
+        seed=99,
+        load_initial=refuse,
+        load_trained=checkpoint.load_trained,
+    )
+    return checkpoint, student
+
+
+def _plain(path: Path, world_size: int) -> Any:
+    """A plain model filled as `student.source` fills it."""
+    from nemo_popsd.megatron.build import build_gpt
+
+    source = open_source(str(path))
+    model = build_gpt(
+        source.architecture.provider(), StudentConfig(precision="fp32"), ParallelConfig(tensor=world_size)
+    )
+    source.load(model)
+    return model
+
+
+def _children() -> list[str]:
+    return [process.name() for process in psutil.Process().children(recursive=True)]
+
+
+def _save(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, settings in SETTINGS.items():
+        student = build_student(source, tensor=world_size, **settings)
+        _perturb(student.gpt, rank)
+        for suffix in ("", ".nemo"):
+            save_nemo(folder / f"{name}{suffix}", student.gpt, HuggingFaceModel(source), _config(name), 17)
+        HuggingFaceModel(source).export(student.gpt, folder / f"{name}_hf")
+        result[name] = whole_logits(student.gpt, IDS, 203)
+    result["children"] = _children()
+    return result
+
+
+def _load(rank: int, world_size: int, folder: Path, again: Path) -> dict[str, Any]:
+    from nemo_popsd.runtime.distributed import initialize
+
+    initialize(tensor_parallel=world_size, seed=1)
+    result: dict[str, Any] = {}
+    for name in SETTINGS:
+        for suffix in ("", ".nemo"):
+            checkpoint, student = _restore(folder / f"{name}{suffix}", world_size, name)
+            result[name + suffix] = whole_logits(student.gpt, IDS, 203)
+            assert checkpoint.step == 17
+            assert checkpoint.config == PopsdConfig(student=checkpoint.config.student)
+        result[f"{name} plain"] = whole_logits(_plain(folder / name, world_size), IDS, 203)
+        save_nemo(again / name, student.gpt, checkpoint.architecture, _config(name), 18)
+        checkpoint.architecture.export(student.gpt, again / f"{name}_hf")
+    result["children"] = _children()
+    return result
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module", params=[(2, 1), (1, 2)], ids=["tp2-to-tp1", "tp1-to-tp2"])
+def moved(request, source, tmp_path_factory):
+    saved, loaded = request.param
+    folder, again = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("again")
+    return folder, again, run_ranks(_save, saved, source, folder), run_ranks(_load, loaded, folder, again)
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("suffix", ["", ".nemo"])
+def test_a_checkpoint_restores_the_student_in_another_layout(moved, name, suffix):
+    _, _, before, after = moved
+    for result in after:
+        tolerance = 1e-5 if "bf16" not in name else 0.1
+        torch.testing.assert_close(result[name + suffix], before[0][name], rtol=0, atol=tolerance)
+    assert (before[0]["full"] - before[0]["lora"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_weights_survive_the_way_there_and_back_bit_for_bit(moved, name):
+    """Exports of both layouts; with LoRA the merge is computed in either, so it is equal to rounding."""
+    folder, again, _, _ = moved
+    before, after = _tensors(folder / f"{name}_hf"), _tensors(again / f"{name}_hf")
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=0, atol=1e-6 if name == "lora" else 0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_as_a_source_a_checkpoint_is_the_student_with_its_adapters_merged(moved, name):
+    folder, _, before, after = moved
+    for result in after:
+        tolerance = 2e-5 if "bf16" not in name else 0.1
+        torch.testing.assert_close(result[f"{name} plain"], before[0][name].float(), rtol=0, atol=tolerance)
+    with torch.no_grad():
+        exported = load_dense(folder / f"{name}_hf")(IDS).logits
+    torch.testing.assert_close(exported, before[0][name].float(), rtol=0, atol=tolerance)
+
+
+def test_a_save_leaves_no_process_and_no_half_finished_file(moved):
+    folder, again, before, after = moved
+    assert [result["children"] for result in (*before, *after)] == [[]] * 3
+    names = {file.name for place in (folder, again) for file in place.iterdir()}
+    assert names == {*SETTINGS, *(f"{n}.nemo" for n in SETTINGS), *(f"{n}_hf" for n in SETTINGS)}
+
+
+def test_a_checkpoint_is_complete_and_readable_by_eye(moved, source):
+    folder, _, before, _ = moved
+    assert {path.name for path in (folder / "lora").iterdir()} == {
+        "model_config.yaml",
+        "manifest.json",
+        "huggingface",
+        "weights",
+    }
+    manifest = json.loads((folder / "lora" / "manifest.json").read_text())
+    assert manifest["step"] == 17
+    assert manifest["layout"] == {"tensor": len(before), "data": 1}
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in manifest["versions"]["torch"]
+    with tarfile.open(folder / "lora.nemo") as archive:
+        assert {"./manifest.json", "./model_config.yaml"} <= set(archive.getnames())
+    assert (folder / "lora" / "huggingface" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert HuggingFaceModel(folder / "lora" / "huggingface").tensor_names == HuggingFaceModel(source).tensor_names
+
+
+def test_what_is_a_checkpoint(moved, source):
+    folder = moved[0]
+    assert is_nemo_checkpoint(folder / "full")
+    assert is_nemo_checkpoint(folder / "full.nemo")
+    assert not is_nemo_checkpoint(source)
+    assert open_source(str(source)).architecture.vocab_size == 203
+    assert open_source("nemo_popsd:tiny_reasoner").architecture.vocab_size > 0
+    with pytest.raises(UserError, match="no such directory"):
+        open_source(str(folder / "nowhere"))
+
+
+@pytest.mark.parametrize("missing", ["manifest.json", "model_config.yaml", "weights", "huggingface"])
+def test_an_incomplete_checkpoint_is_refused(moved, tmp_path, missing):
+    for part in ("manifest.json", "model_config.yaml", "weights", "huggingface"):
+        if part != missing:
+            (tmp_path / part).symlink_to(moved[0] / "full" / part)
+    with pytest.raises(UserError, match=f"no {missing}.*need a NeMo checkpoint"):
+        NemoCheckpoint(tmp_path)
+
+
+def test_garbage_is_refused_with_one_sentence(moved, tmp_path):
+    with pytest.raises(UserError, match="no such file or directory"):
+        NemoCheckpoint(tmp_path / "nowhere.nemo")
+    (tmp_path / "garbage.nemo").write_bytes(b"garbage" * 200)
+    with pytest.raises(UserError, match="no tar archive"):
+        NemoCheckpoint(tmp_path / "garbage.nemo")
+    whole = (moved[0] / "full.nemo").read_bytes()
+    (tmp_path / "cut.nemo").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError):
+        NemoCheckpoint(tmp_path / "cut.nemo")
+    (tmp_path / "empty.nemo").write_bytes(b"")
+    with pytest.raises(UserError):
+        NemoCheckpoint(tmp_path / "empty.nemo")
+    for part in ("weights", "huggingface"):
+        (tmp_path / part).symlink_to(moved[0] / "full" / part)
+    (tmp_path / "model_config.yaml").write_text("optimizer: {nonsense: 1}\n")
+    (tmp_path / "manifest.json").write_text('{"step": 1}')
+    with pytest.raises(UserError, match="nonsense"):
+        NemoCheckpoint(tmp_path)
+    (tmp_path / "model_config.yaml").unlink()
+    (tmp_path / "model_config.yaml").symlink_to(moved[0] / "full" / "model_config.yaml")
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"unreadable.*manifest\.json"):
+            NemoCheckpoint(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"step": 1}')
+    (tmp_path / "model_config.yaml").unlink()
+    (tmp_path / "model_config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"unreadable model_config\.yaml"):
+        NemoCheckpoint(tmp_path)
+
+
+def _load_broken(rank: int, world_size: int, broken: list[Path]) -> list[str]:
+    messages = []
+    from nemo_popsd.megatron.build import build_gpt
+    from nemo_popsd.runtime.distributed import initialize
+
+    initialize(tensor_parallel=1, seed=1)
+    for path in broken:
+        checkpoint = NemoCheckpoint(path)
+        model = build_gpt(checkpoint.architecture.provider(), checkpoint.config.student, ParallelConfig())
+        try:
+            checkpoint.load_trained(model)
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_weights_that_are_missing_or_of_another_model_are_refused(moved, tmp_path):
+    folder = moved[0]
+    kinds = {
+        "empty": None,
+        "other": folder / "lora" / "weights",
+        "without data": folder / "full" / "weights",
+        "cut data": folder / "full" / "weights",
+        "cut index": folder / "full" / "weights",
+    }
+    for kind, weights in kinds.items():
+        directory = tmp_path / kind
+        (directory / "weights").mkdir(parents=True)
+        for part in ("manifest.json", "model_config.yaml", "huggingface"):
+            (directory / part).symlink_to(folder / "full" / part)
+        for file in weights.iterdir() if weights else ():
+            content = file.read_bytes()
+            if {"cut data": ".distcp", "cut index": ".metadata"}.get(kind, "none") in file.name:
+                content = content[:100]
+            if not (kind == "without data" and file.suffix == ".distcp"):
+                (directory / "weights" / file.name).write_bytes(content)
+    [messages] = run_ranks(_load_broken, 1, [tmp_path / kind for kind in kinds])
+    told = dict(zip(kinds, messages, strict=True))
+    assert "no Megatron distributed checkpoint" in told["empty"]
+    assert "left over" in told["other"]
+    assert "adapter" in told["other"]
+    for kind in ("without data", "cut data", "cut index"):
+        assert "cannot be read" in told[kind], kind
+
+
+def _save_twice(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
+    """A first save, a second that fails half way, a third that succeeds; of a directory and of a packed file."""
+    import nemo_popsd.checkpoint.nemo as nemo
+
+    student = build_student(source, tensor=world_size)
+    architecture, result = HuggingFaceModel(source), {}
+    for path in (folder / "run", folder / "run.nemo"):
+        save_nemo(path, student.gpt, architecture, _config("full"), 1)
+        manifest = nemo._manifest
+
+        def fail(step: int) -> dict[str, Any]:
+            raise OSError("no space left")
+
+        nemo._manifest = fail
+        try:
+            with pytest.raises(OSError, match="no space left"):
+                save_nemo(path, student.gpt, architecture, _config("full"), 2)
+        finally:
+            nemo._manifest = manifest
+        result[path.name] = NemoCheckpoint(path).step
+        save_nemo(path, student.gpt, architecture, _config("full"), 3)
+        result[f"{path.name} replaced"] = NemoCheckpoint(path).step
+    return result
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_the_next_replaces_it(source, tmp_path):
+    [result] = run_ranks(_save_twice, 1, source, tmp_path)
+    assert result == {"run": 1, "run replaced": 3, "run.nemo": 1, "run.nemo replaced": 3}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.nemo"}
