@@ -1,0 +1,168 @@
+"""Five on-policy steps: the same in every layout, from live weights, with a base that does not move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.tiny_models import save_tiny_model
+
+STEPS = 5
+TOLERANCE = 1e-4
+"""Relative, of the losses over five steps. Layouts add the same numbers in another order, which is 1e-7 in the first
+step; Adam divides by the root of the second moment, so a gradient near 0 that rounds differently moves its weight by up
+to the learning rate (1e-3 here), and the difference grows with the steps. Drawn tokens are the same throughout."""
+
+Variant = dict[str, dict[str, Any]]
+FULL: Variant = {}
+LORA: Variant = {"student": {"adaptation": "lora"}, "optimizer": {"lr": 1e-2}}
+SMALL_BATCHES: Variant = {
+    "training": {"microbatch_tokens": 25, "frozen_tokens": 50},
+    "distillation": {"chunk_tokens": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "hf")
+
+
+def train(rank: int, world_size: int, model: Path, tensor: int, variants: dict[str, Variant]) -> dict[str, Any]:
+    """For each variant: what five steps with the real engine came to."""
+    return {name: train_one(rank, world_size, model, tensor, variant) for name, variant in variants.items()}
+
+
+def train_one(rank: int, world_size: int, model: Path, tensor: int, variant: Variant) -> dict[str, Any]:
+    from nemo_popsd.megatron.base import fingerprint
+    from tests.training.runs import row, settings, start
+
+    run = start(model, settings(parallel={"tensor": tensor}, **variant))
+    engine, responses, versions = run.engine(), [], []
+    generate = engine.generate
+
+    def noted(requests: Any, sampling: Any) -> Any:
+        rollouts = generate(requests, sampling)
+        responses.append([r.response for r in rollouts])
+        versions.append({r.weights_version for r in rollouts})
+        return rollouts
+
+    engine.generate = noted  # type: ignore[method-assign]
+    step = run.on_policy_step(engine)
+    with run.student.base.model() as base:
+        before = fingerprint(base)
+    start_weights = [p.detach().clone() for p in run.student.gpt.parameters() if p.requires_grad]
+    replicas, replica = world_size // tensor, rank // tensor
+    share = run.config.training.prompts_per_step // replicas
+    metrics = []
+    for number in range(STEPS):
+        first = number * run.config.training.prompts_per_step + replica * share
+        rows = [row(index) for index in range(first, first + share)]
+        metrics.append(step(number + 1, rows, run.optimizer, run.update))
+    with run.student.base.model() as base:
+        after = fingerprint(base)
+    trained = [p.detach() for p in run.student.gpt.parameters() if p.requires_grad]
+    return {
+        "metrics": metrics,
+        "losses": [m.loss for m in metrics],
+        "responses": responses,
+        "versions": versions,
+        "base is the same": before == after,
+        "moved": all(not torch.equal(a, b) for a, b in zip(start_weights, trained, strict=True)),
+        "finite": all(bool(p.isfinite().all()) for p in trained),
+    }
+
+
+@pytest.fixture(scope="module")
+def one(model: Path) -> dict[str, Any]:
+    variants = {
+        "full": FULL,
+        "full again": FULL,
+        "full, small batches": SMALL_BATCHES,
+        "full, recomputed": {"student": {"recompute": True}},
+        "lora": LORA,
+        "lora again": LORA,
+        "lora, small batches": {**LORA, **SMALL_BATCHES},
+        "lora, recomputed": {**LORA, "student": {"adaptation": "lora", "recompute": True}},
+        "full, bf16": {"student": {"precision": "bf16"}},
+        "lora, bf16": {**LORA, "student": {"adaptation": "lora", "precision": "bf16"}},
+    }
+    return run_ranks(train, 1, model, 1, variants)[0]
+
+
+def same_run(seen: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert seen["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+    for measured, wanted in zip(seen["metrics"], expected["metrics"], strict=True):
+        for name in ("grad_norm", "forward_kl", "reverse_kl", "student_entropy", "target_entropy"):
+            assert getattr(measured, name) == pytest.approx(getattr(wanted, name), rel=10 * TOLERANCE), name
+        for name in ("response_tokens", "cut_share", "marker_rate", "learning_rate"):
+            assert getattr(measured, name) == pytest.approx(getattr(wanted, name), rel=1e-12), name
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_rollouts_come_from_current_weights_and_the_base_stays(one: dict[str, Any], adaptation: str) -> None:
+    seen = one[adaptation]
+    assert seen["versions"] == [{number} for number in range(STEPS)]
+    assert seen["base is the same"]
+    assert seen["moved"]
+    assert len({len(r) for responses in seen["responses"] for r in responses}) > 3
+    assert len(set(seen["losses"])) == STEPS
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_the_same_seed_gives_the_same_bits(one: dict[str, Any], adaptation: str) -> None:
+    assert one[f"{adaptation} again"]["losses"] == one[adaptation]["losses"]
+    assert one[f"{adaptation} again"]["responses"] == one[adaptation]["responses"]
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+@pytest.mark.parametrize("variant", ["small batches", "recomputed"])
+def test_accumulation_and_recomputation_change_nothing(one: dict[str, Any], adaptation: str, variant: str) -> None:
+    seen = one[f"{adaptation}, {variant}"]
+    assert seen["responses"] == one[adaptation]["responses"]
+    same_run(seen, one[adaptation])
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_bf16_stays_finite_and_near(one: dict[str, Any], adaptation: str) -> None:
+    """Near means the same order: drawn tokens differ from the first rounding on."""
+    seen = one[f"{adaptation}, bf16"]
+    assert seen["finite"]
+    assert seen["base is the same"]
+    assert seen["losses"] == pytest.approx(one[adaptation]["losses"], rel=0.5)
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_two_tensor_parallel_ranks_train_like_one(tensor_parallel: Any, one: dict[str, Any], adaptation: str) -> None:
+    for seen in (rank[adaptation] for rank in tensor_parallel):
+        assert seen["responses"] == one[adaptation]["responses"]
+        assert seen["base is the same"]
+        same_run(seen, one[adaptation])
+
+
+@pytest.mark.parametrize("variant", ["full", "lora", "full, distributed", "lora, distributed"])
+def test_two_data_parallel_ranks_train_like_one(data_parallel: Any, one: dict[str, Any], variant: str) -> None:
+    expected = one[variant.split(",")[0]]
+    both = [rank[variant] for rank in data_parallel]
+    for number in range(STEPS):
+        assert both[0]["responses"][number] + both[1]["responses"][number] == expected["responses"][number]
+    for seen in both:
+        assert seen["base is the same"]
+        same_run(seen, expected)
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(model: Path) -> Any:
+    return run_ranks(train, 2, model, 2, {"full": FULL, "lora": LORA})
+
+
+@pytest.fixture(scope="module")
+def data_parallel(model: Path) -> Any:
+    variants = {"full": FULL, "lora": LORA}
+    for name, variant in list(variants.items()):
+        optimizer = {**variant.get("optimizer", {}), "distributed": True}
+        variants[f"{name}, distributed"] = {**variant, "optimizer": optimizer}
+    return run_ranks(train, 2, model, 1, variants)
