@@ -107,19 +107,25 @@ def expected_gradients(directory: Path, tensor: int) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def fill_gradients(student: Any, rows: Sequence[int], token_budget: int) -> list[float]:
+    """Adds the gradients of the sequences `rows` to ``main_grad``; returns the losses of the micro-batches."""
+    from nemo_popsd.megatron.config import OptimizerConfig
+    from nemo_popsd.megatron.forward import forward_backward
+    from nemo_popsd.megatron.microbatches import microbatches
+
+    everything = sequences()
+    batches = microbatches([everything[row] for row in rows], token_budget, torch.device("cpu"))
+    return forward_backward(student.wrap(OptimizerConfig()), batches, loss_function(student, rows))
+
+
 def accumulated_gradients(
     student: Any, rows: Sequence[int], token_budget: int
 ) -> tuple[dict[str, Tensor], list[float]]:
     """``main_grad`` of every trained parameter after one `forward_backward`, and the losses of the micro-batches."""
     from nemo_popsd.megatron.config import OptimizerConfig
-    from nemo_popsd.megatron.forward import forward_backward
-    from nemo_popsd.megatron.microbatches import microbatches
 
-    wrapped = student.wrap(OptimizerConfig())
-    wrapped.zero_grad_buffer()
-    everything = sequences()
-    batches = microbatches([everything[row] for row in rows], token_budget, torch.device("cpu"))
-    losses = forward_backward(wrapped, batches, loss_function(student, rows))
+    student.wrap(OptimizerConfig()).zero_grad_buffer()
+    losses = fill_gradients(student, rows, token_budget)
     trained = {name: p for name, p in student.gpt.named_parameters() if p.requires_grad}
     return {name: p.main_grad.clone() for name, p in trained.items()}, losses
 
