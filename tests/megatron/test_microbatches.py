@@ -1,0 +1,73 @@
+"""Padding, grouping and response positions against a loop."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_popsd.megatron.microbatches import ContextSequence, group_by_length, microbatches
+
+CPU = torch.device("cpu")
+LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=12)
+
+
+def _sequences(lengths: list[tuple[int, int]]) -> list[ContextSequence]:
+    """Token ids that are all different, so that a position tells where its token came from."""
+    ids = iter(range(1, 10_000))
+    return [ContextSequence([next(ids) for _ in range(p)], [next(ids) for _ in range(r)]) for p, r in lengths]
+
+
+@given(LENGTHS, st.integers(1, 60))
+def test_every_response_token_is_predicted_from_the_token_before_it(lengths, budget):
+    sequences = _sequences(lengths)
+    seen = []
+    for batch in microbatches(sequences, budget, CPU):
+        rows, longest = batch.input_ids.shape
+        seen += batch.rows
+        assert batch.response_lengths == [len(sequences[row].response) for row in batch.rows]
+        assert batch.position_ids.tolist() == [list(range(longest))] * rows
+        # Hidden states are [s, b, H]; the token at each flattened place.
+        place = batch.input_ids.T.flatten().tolist()
+        expected = []
+        for row in batch.rows:
+            tokens = [*sequences[row].prompt, *sequences[row].response]
+            expected += [tokens[tokens.index(token) - 1] for token in sequences[row].response]
+        assert [place[index] for index in batch.response_index.tolist()] == expected
+        for column, row in enumerate(batch.rows):
+            tokens = [*sequences[row].prompt, *sequences[row].response]
+            assert batch.input_ids[column].tolist() == tokens + [0] * (longest - len(tokens))
+        assert batch.padding == place.count(0)
+    assert sorted(seen) == list(range(len(sequences)))
+
+
+@given(LENGTHS, st.integers(1, 60))
+def test_a_group_padded_keeps_within_the_budget_unless_it_is_one_sequence(lengths, budget):
+    sizes = [p + r for p, r in lengths]
+    groups = group_by_length(sizes, budget)
+    assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(sizes[index] for index in group) <= budget
+    order = [sizes[index] for group in groups for index in group]
+    assert order == sorted(order, reverse=True)
+    # No two neighbours could have been one group.
+    for first, _ in pairwise(groups):
+        assert (len(first) + 1) * max(sizes[index] for index in first) > budget
+
+
+def test_grouping_by_hand():
+    assert group_by_length([3, 9, 3, 4, 9], 18) == [[1, 4], [3, 0, 2]]
+    assert group_by_length([5, 5, 5], 4) == [[0], [1], [2]]
+    assert group_by_length([], 4) == []
+
+
+def test_one_token_and_empty_responses():
+    [batch] = microbatches([ContextSequence([7], [8]), ContextSequence([5, 6], [])], 10, CPU)
+    assert batch.input_ids.tolist() == [[7, 8], [5, 6]]
+    assert batch.response_index.tolist() == [0]
+    assert batch.response_lengths == [1, 0]
+    [empty] = microbatches([ContextSequence([5, 6], [])], 10, CPU)
+    assert empty.response_index.tolist() == []
+    assert empty.response_index.dtype == torch.long
