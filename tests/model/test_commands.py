@@ -1,0 +1,187 @@
+"""The commands as a user gives them: processes of their own, with and without torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "conf" / "tiny.yaml")
+SHARED = ROOT / ".." / "shared"
+SHORT = [
+    "training.steps=5",
+    "training.prompts_per_step=2",
+    "training.checkpoint_every=0",
+    "optimizer.warmup_steps=0",
+    "rollout.max_response_tokens=12",
+    "evaluation.max_response_tokens=12",
+    "evaluation.problems=2",
+    "observability.progress_bar=false",
+]
+ONE = [sys.executable, "-m", "nemo_popsd"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nemo_popsd"]
+
+
+def environment() -> dict[str, str]:
+    """No rank of ours, one thread."""
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
+
+
+def run(launcher: list[str], *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*launcher, *words], capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT
+    )
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("one") / "run"
+    done = run(ONE, "train", TINY, f"output={output}", *SHORT)
+    assert done.returncode == 0, done.stderr
+    (output / "stdout").write_text(done.stdout)
+    return output
+
+
+def test_train_leaves_what_it_promises(trained: Path) -> None:
+    assert len(losses(trained)) == 5
+    assert (trained / "checkpoints" / "final" / "manifest.json").is_file()
+    assert (trained / "huggingface" / "model.safetensors").is_file()
+    assert (trained / "tensorboard").is_dir()
+    told = (trained / "stdout").read_text()
+    assert "accuracy" in told
+    assert "before" in told
+    assert "after" in told
+    from nemo_popsd.config.loading import load_config
+
+    assert load_config(trained / "config.yaml") == load_config(TINY, [f"output={trained}", *SHORT])
+
+
+def test_two_tensor_parallel_processes_train_like_one(trained: Path, tmp_path: Path) -> None:
+    done = run(TWO, "train", TINY, f"output={tmp_path / 'two'}", "parallel.tensor=2", *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-5)
+
+
+def test_evaluate_and_export(trained: Path, tmp_path: Path) -> None:
+    final = str(trained / "checkpoints" / "final")
+    done = run(ONE, "evaluate", TINY, f"output={tmp_path / 'e'}", *SHORT, "--checkpoint", final)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    done = run(ONE, "export", final, str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    exported = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    assert exported == (trained / "huggingface" / "model.safetensors").read_bytes()
+
+
+def test_gsm8k_with_the_real_qwen3_tokenizer(tmp_path: Path) -> None:
+    rows, tokenizer = SHARED / "data" / "gsm8k_train_1k.jsonl", SHARED / "tokenizers" / "qwen3"
+    for needed in (rows, tokenizer):
+        if not needed.exists():
+            pytest.skip(f"{needed.resolve()} is not there")
+    from tests.tiny_models import save_tiny_model
+
+    model = save_tiny_model(tmp_path / "hf", vocab_size=151_936, max_position_embeddings=4096)
+    for file in tokenizer.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    config = tmp_path / "gsm8k.yaml"
+    config.write_text(
+        f"""
+name: gsm8k
+output: {tmp_path / "run"}
+student: {{source: {model}, precision: fp32, adaptation: lora, lora: {{rank: 4}}}}
+data:
+  train:
+    path: {rows.resolve()}
+    columns: {{question: question, reference: answer}}
+    answer_pattern: '####\\s*(.+)'
+    limit: 20
+training: {{steps: 3, prompts_per_step: 2}}
+rollout: {{max_response_tokens: 8}}
+observability: {{progress_bar: false}}
+"""
+    )
+    done = run(ONE, "train", str(config))
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 3
+    assert all(0 < loss < 1 for loss in losses(tmp_path / "run"))
+
+
+def test_the_death_of_a_rank_ends_the_other(tmp_path: Path) -> None:
+    settings = [word for word in SHORT if not word.startswith("training.steps")]
+    words = ["train", TINY, f"output={tmp_path / 'run'}", "parallel.tensor=2", "training.steps=100000", *settings]
+    with (tmp_path / "stderr").open("w") as errors:
+        job = subprocess.Popen(
+            [*TWO, *words],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment(),
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        try:
+            metrics = tmp_path / "run" / "metrics.jsonl"
+            deadline = time.monotonic() + 240
+            while not (metrics.exists() and "train/loss" in metrics.read_text()):
+                assert job.poll() is None, (tmp_path / "stderr").read_text()
+                assert time.monotonic() < deadline, "no step within the time"
+                time.sleep(0.2)
+            children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            ranks = [pid for pid in map(int, children) if b"nemo_popsd" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            assert len(ranks) == 2
+            os.kill(ranks[1], signal.SIGKILL)
+            start = time.monotonic()
+            assert job.wait(60) != 0
+            assert time.monotonic() - start < 60
+            assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+        finally:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+    assert "SIGKILL" in (tmp_path / "stderr").read_text() or "exitcode: -9" in (tmp_path / "stderr").read_text()
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("popsd: error:")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "; need " in errors[0]
+    return errors[0]
+
+
+def test_a_broken_row_a_wrong_key_and_a_missing_file_are_one_line(tmp_path: Path) -> None:
+    output = f"output={tmp_path / 'run'}"
+    assert "training.stepz" in one_line(run(ONE, "train", TINY, output, "training.stepz=3"))
+    assert "nowhere.jsonl" in one_line(run(ONE, "train", TINY, output, "data.train.path=nowhere.jsonl"))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"id": "a", "question": "1+1?", "reference": "2"}\n{"id": "b", "question": "2+2?"}\n')
+    told = one_line(run(ONE, "train", TINY, output, f"data.train.path={broken}"))
+    assert "broken.jsonl:2" in told
+    assert "reference" in told
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_long_reference_is_one_line_where_the_setting_says_error(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "long", "question": "1+1?", "reference": "so 2 " * 400}) + "\n")
+    settings = [f"output={tmp_path / 'run'}", f"data.train.path={rows}", "data.long_references=error"]
+    told = one_line(run(ONE, "train", TINY, *settings))
+    assert "row long" in told
+    assert "data.max_reference_tokens=512" in told
