@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run_ranks
+
+LENGTHS = (5, 1, 3, 2)
+
+
+def summarize(rank: int, world_size: int) -> Any:
+    """Metrics of four responses, two on each of two ranks or all on one."""
+    import torch.distributed as dist
+
+    from nemo_popsd.observability.stopwatch import Stopwatch
+    from nemo_popsd.training.summary import summarize_step
+    from tests.training.runs import trajectory
+
+    mine = [0, 1, 2, 3] if world_size == 1 else [[0], [1, 2, 3]][rank]
+    watch = Stopwatch()
+    for phase in ("rollout", "frozen", "train"):
+        with watch.phase(phase):
+            pass
+    return summarize_step(
+        [report(number) for number in mine],
+        [trajectory(number, LENGTHS[number]) for number in mine],
+        markers=sum(number + 1 for number in mine),
+        grad_norm=2.5,
+        learning_rate=0.125,
+        stopwatch=watch,
+        group=dist.group.WORLD,
+    )
+
+
+def report(number: int) -> Any:
+    """One micro-batch; row 1's decomposition has no direction, row 2's was not measured."""
+    from nemo_popsd.distillation import DecompositionStatistics, TokenStatistics
+    from nemo_popsd.training.objective import LossReport
+
+    tokens = torch.arange(LENGTHS[number]) + 10.0 * number
+    decomposition = DecompositionStatistics(tokens + 1, tokens + 2, tokens + 3)
+    if number == 1:
+        decomposition = DecompositionStatistics(*(torch.full((1,), torch.nan) for _ in range(3)))
+    return LossReport(
+        rows=[0],
+        response_lengths=[LENGTHS[number]],
+        loss=torch.tensor(0.25 * (number + 1)),
+        per_token=tokens,
+        statistics=TokenStatistics(tokens, 2 * tokens, 3 * tokens, 4 * tokens),
+        decomposition=None if number == 2 else decomposition,
+    )
+
+
+def test_means_are_over_the_global_batch_however_it_is_shared_out() -> None:
+    tokens = torch.cat([torch.arange(length) + 10.0 * number for number, length in enumerate(LENGTHS)])
+    diagnosed = torch.cat([torch.arange(LENGTHS[number]) + 10.0 * number for number in (0, 3)])
+    for metrics in (*run_ranks(summarize, 1), *run_ranks(summarize, 2)):
+        assert metrics.loss == pytest.approx(0.25 * 10)
+        assert metrics.forward_kl == pytest.approx(float(tokens.mean()))
+        assert metrics.reverse_kl == pytest.approx(2 * float(tokens.mean()))
+        assert metrics.student_entropy == pytest.approx(3 * float(tokens.mean()))
+        assert metrics.target_entropy == pytest.approx(4 * float(tokens.mean()))
+        assert metrics.delta_ratio == pytest.approx(float(diagnosed.mean()) + 1)
+        assert metrics.cos_total_it == pytest.approx(float(diagnosed.mean()) + 2)
+        assert metrics.cos_total_ref == pytest.approx(float(diagnosed.mean()) + 3)
+        assert metrics.response_tokens == 11 / 4
+        assert metrics.cut_share == 0
+        assert metrics.marker_rate == pytest.approx(1000 * 10 / 11)
+        assert (metrics.grad_norm, metrics.learning_rate) == (2.5, 0.125)
+        assert all(math.isfinite(value) for value in metrics.as_dict().values())
+
+
+def undirected(rank: int, world_size: int) -> Any:
+    """A step whose only diagnosed token has no direction."""
+    import torch.distributed as dist
+
+    from nemo_popsd.observability.stopwatch import Stopwatch
+    from nemo_popsd.training.summary import summarize_step
+    from tests.training.runs import trajectory
+
+    watch = Stopwatch()
+    for phase in ("rollout", "frozen", "train"):
+        with watch.phase(phase):
+            pass
+    return summarize_step(
+        [report(1)],
+        [trajectory(1, 1)],
+        markers=0,
+        grad_norm=1.0,
+        learning_rate=1.0,
+        stopwatch=watch,
+        group=dist.group.WORLD,
+    )
+
+
+def test_a_decomposition_without_any_direction_is_left_out() -> None:
+    (metrics,) = run_ranks(undirected, 1)
+    assert metrics.delta_ratio is None
+    assert not any("cos_" in name or "delta" in name for name in metrics.as_dict())
