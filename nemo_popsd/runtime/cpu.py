@@ -157,15 +157,16 @@ def _transformer_engine_names() -> None:
     pytorch.__spec__ = importlib.machinery.ModuleSpec("transformer_engine.pytorch", None)
     sys.modules["transformer_engine"] = engine
     sys.modules["transformer_engine.pytorch"] = pytorch
+    before = set(sys.modules)
     try:
         importlib.import_module("megatron.bridge.peft.lora")
     finally:
         del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
-    # What probed for Transformer Engine while the stand-in was there must not believe in it
-    # (peft/utils.py:57 would test layers against its classes).
-    for module in [m for name, m in sys.modules.items() if name.startswith("megatron.bridge.")]:
-        if getattr(module, "HAVE_TE", False):
-            module.HAVE_TE = False  # type: ignore[attr-defined]
+    # What probed for Transformer Engine while the stand-in was there must not believe in it: peft/utils.py:129 would
+    # test layers against its classes.
+    for name in set(sys.modules) - before:
+        if name.startswith("megatron.") and getattr(sys.modules[name], "HAVE_TE", False):
+            sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
 
 
 def _contiguous_scatter() -> None:
@@ -189,7 +190,6 @@ _TORCH_MODULES = {
     "megatron.core.distributed.param_and_grad_buffer": "param_and_grad_buffer.py:806 current_device()",
     "megatron.core.models.common.embeddings.rotary_pos_embedding": "rotary_pos_embedding.py:78,162 current_device()",
     "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding": "yarn_rotary_pos_embedding.py:76,122,126",
-    "megatron.core.models.common.language_module.language_module": "language_module.py:244 weight.data.cuda()",
     "megatron.core.optimizer.clip_grads": 'clip_grads.py:90,103,115,174,207 device="cuda"',
     "megatron.core.optimizer.distrib_optimizer": "distrib_optimizer.py:791,1077 current_device()",
     "megatron.core.optimizer.optimizer": 'optimizer.py:473,481,485,907,1141 device="cuda"',
@@ -213,7 +213,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
     *(Adaptation(f"torch in {module}", line, _rebind_torch(module)) for module, line in _TORCH_MODULES.items()),
     Adaptation(
         "random state of tensor-parallel regions",
-        "random.py:41,72,264 torch.cuda.random.get_rng_state and torch._C._cuda_setRNGState",
+        "random.py:55,84 torch.cuda.random.get_rng_state and torch._C._cuda_setRNGState",
         _cpu_rng_state,
     ),
     *(
@@ -255,4 +255,7 @@ def adapt_to_cpu() -> None:
     if torch.cuda.is_available():
         return
     for adaptation in ADAPTATIONS:
-        adaptation.apply()
+        try:
+            adaptation.apply()
+        except (AttributeError, ImportError) as error:
+            raise RuntimeError(f"{adaptation.name}: {error}; revise nemo_popsd/runtime/cpu.py") from error

@@ -1,0 +1,273 @@
+"""Megatron without CUDA: every adaptation is applied, needed where it says, and leaks nowhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import logging
+import re
+import sys
+import types
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_popsd.runtime import cpu
+from nemo_popsd.runtime.cpu import ADAPTATIONS, TORCH_ON_CPU, Adaptation, adapt_to_cpu
+from tests.harness import run_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="adaptations are for machines without CUDA")
+
+PACKAGE = Path(cpu.__file__).parents[1]
+TENSOR_TYPES = re.compile(r"torch\.cuda\.\w+Tensor")
+FUNCTIONS = {
+    "clip_grads": ("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32"),
+    "groups": ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),
+    "distributed": ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.__init__"),
+    "bf16": ("megatron.core.optimizer.optimizer", "Float16OptimizerWithFloat16Params.__init__"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _adapted():
+    adapt_to_cpu()
+
+
+def _constants(code: types.CodeType) -> list[Any]:
+    result = []
+    for constant in code.co_consts:
+        result += constant if isinstance(constant, tuple) else [constant]
+    return result
+
+
+def test_torch_is_replaced_by_name_in_the_listed_modules_alone():
+    listed = {a.name.removeprefix("torch in ") for a in ADAPTATIONS if a.name.startswith("torch in ")}
+    assert len(listed) > 10
+    holders = {
+        name
+        for name, module in list(sys.modules.items())
+        if name.startswith("megatron.") and vars(module).get("torch") is TORCH_ON_CPU
+    }
+    assert holders == listed
+
+
+@pytest.mark.parametrize("key", FUNCTIONS)
+def test_tensor_types_are_those_of_the_cpu(key):
+    module, qualified = FUNCTIONS[key]
+    assert any(qualified in adaptation.name for adaptation in ADAPTATIONS)
+    function: Any = importlib.import_module(module)
+    for part in qualified.split("."):
+        function = getattr(function, part)
+    constants = _constants(function.__code__)
+    assert any(isinstance(c, str) and re.fullmatch(r"torch\.\w+Tensor", c) for c in constants)
+    assert not any(isinstance(c, str) and TENSOR_TYPES.fullmatch(c) for c in constants)
+
+
+def test_the_view_of_torch_answers_for_cuda_and_is_torch_otherwise():
+    for name in ("empty", "ones", "zeros", "rand", "randn"):
+        assert getattr(TORCH_ON_CPU, name)(2, device="cuda").device.type == "cpu"
+        assert getattr(TORCH_ON_CPU, name)(2, device=torch.device("cuda", 0)).device.type == "cpu"
+    assert TORCH_ON_CPU.tensor([1.0], device="cuda").tolist() == [1.0]
+    assert TORCH_ON_CPU.full((2,), 3.0, device="cuda").tolist() == [3.0, 3.0]
+    assert TORCH_ON_CPU.arange(3, device="meta").device.type == "meta"
+    assert TORCH_ON_CPU.cuda.current_device() == torch.device("cpu")
+    assert TORCH_ON_CPU.cuda.synchronize() is None
+    assert not TORCH_ON_CPU.cuda.is_available()
+    assert TORCH_ON_CPU.nn is torch.nn
+    assert TORCH_ON_CPU.Tensor is torch.Tensor
+    with pytest.raises(AttributeError):
+        TORCH_ON_CPU.no_such_name  # noqa: B018
+
+
+def test_torch_itself_is_untouched():
+    assert torch.zeros.__module__ != "nemo_popsd.runtime.cpu"
+    for use in (torch.cuda.current_device, torch.cuda.synchronize, lambda: torch.zeros(1, device="cuda")):
+        with pytest.raises((AssertionError, RuntimeError)):
+            use()
+    assert sys.modules["torch"] is torch
+    assert sys.modules["torch.cuda"] is torch.cuda
+    for owner in (torch, torch.cuda, torch.random, torch.distributed, torch.Tensor):
+        patched = [n for n, v in vars(owner).items() if getattr(v, "__module__", "") == "nemo_popsd.runtime.cpu"]
+        assert patched == []
+
+
+def test_no_transformer_engine_is_left_behind():
+    """What probes for it later must not find the stand-in."""
+    importlib.import_module("megatron.bridge.peft.lora")
+    assert "transformer_engine" not in sys.modules
+    assert importlib.util.find_spec("transformer_engine") is None
+    believers = {n for n, m in list(sys.modules.items()) if n.startswith("megatron.") and getattr(m, "HAVE_TE", False)}
+    # That one believes of itself: what it imports from megatron-core exists without Transformer Engine, too.
+    assert believers <= {"megatron.core.transformer.multi_latent_attention"}
+    layers = importlib.import_module("megatron.bridge.peft.lora_layers")
+    with pytest.raises(RuntimeError, match="not installed"):
+        layers.te.Linear(2, 2)
+
+
+def test_applying_twice_changes_nothing():
+    scatter = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
+    clip = importlib.import_module("megatron.core.optimizer.clip_grads").clip_grad_by_total_norm_fp32
+    before = (scatter.scatter_to_tp_ranks, clip.__code__.co_consts)
+    adapt_to_cpu()
+    assert scatter.scatter_to_tp_ranks is before[0]
+    assert clip.__code__.co_consts == before[1]
+
+
+def test_with_cuda_nothing_is_applied(monkeypatch):
+    def apply() -> None:
+        raise AssertionError("applied")
+
+    monkeypatch.setattr(cpu, "ADAPTATIONS", (Adaptation("one", "nowhere", apply),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    adapt_to_cpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AssertionError, match="applied"):
+        adapt_to_cpu()
+
+
+def test_a_target_that_has_vanished_is_an_error(monkeypatch):
+    hollow = types.ModuleType("hollow")
+    hollow.function = lambda: "torch.FloatTensor"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hollow", hollow)
+    gone = {
+        "no torch": cpu._rebind_torch("hollow"),
+        "no module": cpu._rebind_torch("no_such_module"),
+        "no tensor type": cpu._cpu_tensor_types("hollow", "function"),
+        "no function": cpu._cpu_tensor_types("hollow", "Class.method"),
+    }
+    for name, apply in gone.items():
+        monkeypatch.setattr(cpu, "ADAPTATIONS", (Adaptation(name, "nowhere", apply),))
+        with pytest.raises(RuntimeError, match=r"revise nemo_popsd/runtime/cpu\.py"):
+            adapt_to_cpu()
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
+    for owner, attribute, apply in (
+        (random, "_set_cuda_rng_state", cpu._cpu_rng_state),
+        (mapping, "scatter_to_tp_ranks", cpu._contiguous_scatter),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delattr(owner, attribute)
+            patch.setattr(cpu, "ADAPTATIONS", (Adaptation(attribute, "nowhere", apply),))
+            with pytest.raises(RuntimeError, match=r"revise nemo_popsd/runtime/cpu\.py"):
+                adapt_to_cpu()
+
+
+@pytest.mark.skipif(
+    (version("megatron-core"), version("megatron-bridge")) != ("0.16.1", "0.3.1"),
+    reason="the lines are those of megatron-core 0.16.1 and megatron-bridge 0.3.1",
+)
+@pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=lambda a: a.name)
+def test_the_lines_that_need_it_are_there(adaptation):
+    root = Path(importlib.import_module("megatron.core").__path__[0]).parent
+    wanted = re.compile(r"torch\.cuda|['\"]cuda['\"]|_cuda_setRNGState|import transformer_engine|distributed\.scatter")
+    module = adaptation.name.removeprefix("torch in ").replace("megatron.", "").replace(".", "/") + ".py"
+    places = re.findall(r"(\w+\.py):([\d,-]+)|, ((?:\d+,)*\d+)", adaptation.needed_by)
+    assert places, "names a file and a line"
+    file = ""
+    for name, numbers, more in places:
+        file = name or file
+        paths = [path for part in ("core", "bridge") for path in (root / part).rglob(file)]
+        if adaptation.name.startswith("torch in "):
+            paths = [path for path in paths if str(path).endswith(module)]
+        lines = [int(n) for n in re.findall(r"\d+", (numbers or more))]
+        found = [path for path in paths if all(wanted.search(_line(path, number)) for number in lines)]
+        assert found, f"{file}: {[(n, _line(paths[0], n)) for n in lines]}"
+
+
+def _line(path: Path, number: int) -> str:
+    lines = path.read_text().splitlines()
+    return lines[number - 1] if number <= len(lines) else ""
+
+
+def test_nothing_else_in_the_package_patches_a_library():
+    """But for one line, which says why: the queue of a checkpoint's writers."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        if file != Path(cpu.__file__):
+            found |= {(str(file.relative_to(PACKAGE)), target) for target in _patched(ast.parse(file.read_text()))}
+    assert found == {("checkpoint/weights.py", "filesystem_async._results_queue")}
+    assert _patched(ast.parse("import torch.nn as nn\nnn.x.y = 1\nsetattr(nn, 'z', 2)")) == {"nn.x.y", "nn"}
+
+
+def _patched(tree: ast.AST) -> set[str]:
+    """Attributes set on what was imported from outside of the package."""
+    imported = set()
+    for node in ast.walk(tree):
+        outside = isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and "popsd" not in str(node.module))
+        if outside and isinstance(node, ast.Import | ast.ImportFrom):
+            imported |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    targets: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets += [t for t in node.targets if isinstance(t, ast.Attribute)]
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign) and isinstance(node.target, ast.Attribute):
+            targets.append(node.target)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("setattr", "delattr"):
+            targets.append(node.args[0])
+    return {ast.unparse(t) for t in targets if ast.unparse(t).split(".")[0] in imported}
+
+
+def _random_state(rank: int, world_size: int) -> dict[str, Any]:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from nemo_popsd.runtime.distributed import initialize
+
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron.core.tensor_parallel.random").addHandler(handler)
+
+    initialize(tensor_parallel=world_size, seed=3)
+    before = torch.get_rng_state()
+    with get_cuda_rng_tracker().fork():
+        first = torch.rand(4)
+    restored = torch.equal(before, torch.get_rng_state())
+    outside = torch.rand(4)
+    with get_cuda_rng_tracker().fork():
+        second = torch.rand(4)
+    return {"restored": restored, "first": first, "second": second, "outside": outside, "records": records}
+
+
+def _scatter(rank: int, world_size: int) -> dict[str, Any]:
+    """Columns of a matrix: views that are not contiguous; ours, and the library's own."""
+    from megatron.bridge.models.conversion.param_mapping import ColumnParallelMapping
+
+    from nemo_popsd.runtime.distributed import initialize
+
+    initialize(tensor_parallel=world_size, seed=3)
+    whole = torch.arange(12.0).reshape(3, 4)
+    mapping = ColumnParallelMapping("a.weight", "b.weight")
+    ours = type(mapping).scatter_to_tp_ranks
+    [stock] = [c.cell_contents for c in ours.__closure__ if callable(c.cell_contents)]
+    result = {"expected": whole.chunk(world_size, dim=1)[rank].clone()}
+    for name, scatter in (("ours", ours), ("stock", stock)):
+        splits = list(whole.chunk(world_size, dim=1)) if rank == 0 else None
+        try:
+            result[name] = scatter(mapping, splits, torch.Size([3, 2]), torch.float32, torch.device("cpu"))
+        except Exception as error:
+            result[name] = str(error)
+    return result
+
+
+def test_regions_have_random_numbers_of_their_own_and_give_the_outer_state_back():
+    [alone] = run_ranks(_random_state, 1)
+    assert alone["restored"]
+    assert alone["records"] == []
+    assert not torch.equal(alone["first"], alone["second"]), "a region goes on where it stopped"
+    assert not torch.equal(alone["first"], alone["outside"])
+    two = run_ranks(_random_state, 2)
+    assert all(result["restored"] for result in two)
+    assert torch.equal(two[0]["outside"], two[1]["outside"])
+    assert not torch.equal(two[0]["first"], two[1]["first"])
+
+
+def test_scattered_views_arrive_whole():
+    results = run_ranks(_scatter, 2)
+    for result in results:
+        assert torch.equal(result["ours"], result["expected"])
+    # Once the library's own does as well, the adaptation can go.
+    assert not all(torch.is_tensor(r["stock"]) and torch.equal(r["stock"], r["expected"]) for r in results)
