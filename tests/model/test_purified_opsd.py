@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from tests.harness import run_ranks
 from tests.tiny_models import load_dense, whole_logits
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[2] / "conf" / "tiny.yaml"
 IDS = torch.tensor([[5, 200, 31, 7, 90, 12, 12, 64]])
 
