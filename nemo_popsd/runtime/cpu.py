@@ -199,7 +199,7 @@ _TORCH_MODULES = {
     "megatron.core.tensor_parallel.layers": "layers.py:261,552,873,899,1197,1218 current_device()",
     "megatron.core.tensor_parallel.mappings": "mappings.py:91,141,148,181,442 current_device()",
     "megatron.core.tensor_parallel.random": "random.py:235-238,422 torch.cuda.get_rng_state(), manual_seed()",
-    "megatron.core.utils": "utils.py:631 current_device() of GlobalMemoryBuffer",
+    "megatron.core.utils": "utils.py:631,1207 GlobalMemoryBuffer, gradient norm",
     "megatron.core.transformer.attention": "attention.py:430 current_device() of the key and value cache",
 }
 
