@@ -86,13 +86,21 @@ def _reports(temperature: float, count: int = 128) -> dict[str, ContextReport]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_shipped_model_has_something_to_learn(temperature: float) -> None:
+def test_shipped_model_has_something_to_learn_when_it_samples() -> None:
     """Good but not perfect alone, better by 15 points with the reference, which also makes it think less."""
-    found = _reports(temperature)
+    found = _reports(temperature=1.0)
     alone, taught = found["question"], found["question+reference"]
     assert 0.30 <= alone.accuracy <= 0.80
     assert taught.accuracy >= alone.accuracy + 0.15
     assert taught.markers < alone.markers / 2
-    assert taught.length < alone.length
+    assert taught.length < alone.length / 2
     assert alone.finished > 0.98
+
+
+@pytest.mark.slow
+def test_greedy_decoding_always_checks_and_is_beyond_the_band() -> None:
+    """What the model card warns of: evaluation is at temperature 1 because greedy answers leave little to teach."""
+    found = _reports(temperature=0.0)
+    alone, taught = found["question"], found["question+reference"]
+    assert 0.80 < alone.accuracy < 0.97
+    assert taught.markers < alone.markers / 2
