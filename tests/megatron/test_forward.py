@@ -13,7 +13,7 @@ from tests.harness import run_ranks
 from tests.megatron import cases
 from tests.tiny_models import build_student, load_dense, save_tiny_model
 
-GRADIENT_TOLERANCE = 1e-5  # of the largest entry of the same gradient, fp32; measured 1e-6
+GRADIENT_TOLERANCE = 1e-5  # of the largest entry of the same gradient, fp32; measured 2.4e-6
 KINDS = ("qwen3", "qwen3_tied")
 ROWS = range(len(cases.LENGTHS))
 
