@@ -175,3 +175,27 @@ def data_parallel(model: Path) -> Any:
         optimizer = {**variant.get("optimizer", {}), "distributed": True}
         variants[f"{name}, distributed"] = {**variant, "optimizer": optimizer}
     return run_ranks(train, 2, model, 1, variants)
+
+
+def ask_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, int, int]]:
+    """Row id, step and seed of every request of two steps on the same rows, in another order."""
+    from tests.training.runs import ScriptedEngine, response, row, settings, start
+
+    run = start(model, settings())
+    engine = ScriptedEngine([response(0, 3), response(1, 5)])
+    step = run.on_policy_step(engine)
+    asked = []
+    for number, order in ((2, (0, 1)), (3, (1, 0))):
+        engine.requests.clear()
+        step(number, [row(index) for index in order], run.optimizer, run.update)
+        asked += [(f"row{index}", number, q.seed) for index, q in zip(order, engine.requests, strict=True)]
+        assert [q.prompt for q in engine.requests] == [row(index).contexts.student for index in order]
+    return asked
+
+
+def test_random_numbers_come_from_seed_step_and_row_alone(model: Path) -> None:
+    from nemo_popsd.rollout.engine import row_seed
+
+    (asked,) = run_ranks(ask_twice, 1, model)
+    assert len({seed for *_, seed in asked}) == 4
+    assert all(seed == row_seed(1234, "train", number, row_id) for row_id, number, seed in asked)
