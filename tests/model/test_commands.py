@@ -97,7 +97,7 @@ def test_gsm8k_with_the_real_qwen3_tokenizer(tmp_path: Path) -> None:
             pytest.skip(f"{needed.resolve()} is not there")
     from tests.tiny_models import save_tiny_model
 
-    model = save_tiny_model(tmp_path / "hf", vocab_size=151_936, max_position_embeddings=4096)
+    model = save_tiny_model(tmp_path / "hf", vocab_size=151_936, max_position_embeddings=16_384)
     for file in tokenizer.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     (model / "chat_template.jinja").unlink(missing_ok=True)

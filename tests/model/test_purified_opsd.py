@@ -173,7 +173,9 @@ def elsewhere(rank: int, world_size: int, folder: Path, tensor: int) -> dict[str
 
     seen: dict[str, Any] = {}
     for adaptation in ("full", "lora"):
-        trainer = build_trainer(load_config(TINY, overrides(folder / "elsewhere", adaptation)))
+        trainer = build_trainer(
+            load_config(TINY, overrides(folder / "elsewhere", adaptation, f"parallel.tensor={tensor}"))
+        )
         layout = OmegaConf.create({"parallel": {"tensor": tensor}})
         path = str(folder / adaptation / "saved.nemo")
         model = PurifiedOPSDModel.restore_from(path, override_config_path=layout, trainer=trainer)
@@ -200,3 +202,5 @@ def test_models_by_name() -> None:
     (listed,) = PurifiedOPSDModel.list_available_models()
     assert listed.pretrained_model_name == "nemo_popsd:tiny_reasoner"
     assert listed.class_ is PurifiedOPSDModel
+    tree = PurifiedOPSDModel.from_pretrained(listed.pretrained_model_name, return_config=True)
+    assert Path(tree.student.source).is_dir()
