@@ -6,6 +6,5 @@ import sys
 
 from nemo_popsd.cli.main import main
 
-# Guarded: saving a checkpoint starts a process that imports this module again.
 if __name__ == "__main__":
     sys.exit(main())

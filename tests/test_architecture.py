@@ -33,6 +33,7 @@ ALLOWED = {
         "observability",
         "rollout",
         "runtime",
+        "testbed",
         "training",
     },
     "cli": {"model", "observability"},

@@ -90,6 +90,21 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
             need="a directory without a run",
             mend="set output, or overwrite=true to remove it",
         )
+    output = Path(config.output).expanduser().resolve()
+    for setting, path in (
+        ("student.source", config.student.source),
+        ("data.train.path", config.data.train.path),
+        ("data.validation.path", config.data.validation.path),
+    ):
+        if path and not path.startswith(PREFIX):
+            place = Path(path).expanduser().resolve()
+            if any(place.is_relative_to(output / name) for name in found):
+                raise UserError(
+                    "configuration",
+                    got=f"{setting}={path!r} inside output={config.output!r}, which overwrite=true would remove",
+                    need="a run that does not remove what it reads",
+                    mend="set output",
+                )
 
 
 def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: str | None = None) -> None:

@@ -46,8 +46,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
             need="values that resolve to the type of their key",
             mend=f"set {error.full_key or 'the key'}",
         ) from None
+    _expand_home(config)
     check_sections(config)
     return config
+
+
+def _expand_home(config: PopsdConfig) -> None:
+    """`~` in a path of the configuration is the home directory, here and nowhere later."""
+    config.output = os.path.expanduser(config.output)
+    for section, name in ((config.student, "source"), (config.data.train, "path"), (config.data.validation, "path")):
+        setattr(section, name, os.path.expanduser(getattr(section, name)))
 
 
 def to_dict_config(config: PopsdConfig) -> DictConfig:

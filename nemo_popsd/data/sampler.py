@@ -54,9 +54,9 @@ class StepSampler(Sampler[list[int]]):
         if prompts_per_step < 1 or prompts_per_step % dp_size:
             raise UserError(
                 "batch",
-                got=f"prompts_per_step={prompts_per_step} on {dp_size} data-parallel ranks",
+                got=f"training.prompts_per_step={prompts_per_step} on {dp_size} data-parallel ranks",
                 need=f"a positive multiple of {dp_size}",
-                mend="set prompts_per_step, or the parallel sizes",
+                mend="set training.prompts_per_step, or the parallel sizes",
             )
         if not 0 <= dp_rank < dp_size or start_step < 0:
             raise ValueError(f"dp_rank={dp_rank} of dp_size={dp_size}, start_step={start_step}")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: str | Path, *, setting: str = "model.path") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreTrainedTokenizerBase:
     """The fast tokenizer saved in directory `path`. Nothing is downloaded and no code from `path` is run.
 
     Args:

@@ -5,6 +5,7 @@ divergence.py   how far it is: JSD, forward KL, reverse KL
 definition.py   the loss, literally, from logits: what everything else is compared with
 hidden.py       the same loss from hidden states, in chunks, with closed-form gradients: what training uses
 closed_form.py  the mathematics of one chunk, in place
+products.py     hidden states times the output matrix, kept in full precision
 statistics.py   what to watch
 vocabulary.py   which entries of a shard are true vocabulary; the mean row
 collectives.py  all communication, each sum with its adjoint

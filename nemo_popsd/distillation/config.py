@@ -59,7 +59,8 @@ class DistillationConfig:
     chunk_tokens: int = 1024
     """Response tokens whose logits exist at one time, on each tensor-parallel rank."""
     diagnosed_tokens: int = 256
-    """Tokens per step and data-parallel rank on which Δ norms and cosines are measured; 0 measures none."""
+    """Tokens per step and data-parallel rank on which Δ norms and cosines are measured; 0 measures none.
+    Needs both teachers on every row, also where the target (`opsd`, `beta_opsd`) needs no reference-only teacher."""
 
     def __post_init__(self) -> None:
         one_of("distillation.loss_mean", self.loss_mean, ("sequence", "token"))

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from nemo_popsd.distillation.closed_form import chunk_divergence
 from nemo_popsd.distillation.collectives import reduce_sum_
 from nemo_popsd.distillation.divergence import Divergence
+from nemo_popsd.distillation.products import logits, product, statistics_dtype
 from nemo_popsd.distillation.statistics import TokenStatistics
 from nemo_popsd.distillation.target import Target, uses_anchor, uses_shift
 from nemo_popsd.distillation.vocabulary import mean_row, true_width
@@ -151,7 +152,7 @@ def loss_from_hidden(
 class _HiddenLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_NH: Tensor, w_WH: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor | None]:
-        dtype = _statistics_dtype(w_WH)
+        dtype = statistics_dtype(w_WH)
         tokens = h_NH.shape[0]
         per_token_N = h_NH.new_empty(tokens, dtype=dtype)
         statistics_4N = h_NH.new_empty(4, tokens, dtype=dtype) if plan.statistics else None
@@ -160,7 +161,7 @@ class _HiddenLossFunction(torch.autograd.Function):
         w_VH = w_WH[: plan.valid]
         for start in range(0, tokens, plan.chunk_tokens):
             chunk = slice(start, start + plan.chunk_tokens)
-            s_CV = _logits(h_NH[chunk], w_VH, dtype, plan.target.temperature)
+            s_CV = logits(h_NH[chunk], w_VH, dtype, plan.target.temperature)
             t_CV = _target_logits(plan, chunk, s_CV, dtype)
             result = chunk_divergence(
                 s_CV,
@@ -216,34 +217,15 @@ def _target_logits(plan: _Plan, chunk: slice, s_CV: Tensor, dtype: torch.dtype) 
         d_CH = plan.shift[chunk].to(w_VH.dtype)
         mean_C = d_CH.to(dtype) @ plan.centre.to(dtype)
         scale = target.temperature * target.cap
-        t_CV = _product(d_CH, w_VH.t(), dtype).sub_(mean_C[:, None]).mul_(1 / scale)
+        t_CV = product(d_CH, w_VH.t(), dtype).sub_(mean_C[:, None]).mul_(1 / scale)
         t_CV.tanh_().mul_(target.privileged * target.cap)
     if plan.anchor is not None:
-        anchor_CV = _logits(plan.anchor[chunk], w_VH, dtype, target.temperature)
+        anchor_CV = logits(plan.anchor[chunk], w_VH, dtype, target.temperature)
         t_CV = anchor_CV if t_CV is None else anchor_CV.add_(t_CV)
     assert t_CV is not None
     if target.student != 0:
         t_CV.add_(s_CV, alpha=target.student)
     return t_CV
-
-
-def _statistics_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _logits(h_CH: Tensor, w_VH: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    """W·h / τ, by one path for student and target: equal inputs give equal bits, hence a loss of exactly 0."""
-    logits_CV = _product(h_CH.to(w_VH.dtype), w_VH.t(), dtype)
-    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a @ b in `dtype`: rounded to the inputs' precision first only where the device offers no better."""
-    if a.dtype == dtype:
-        return torch.mm(a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
 
 
 def _accumulate(dw_VH: Tensor, gradient_CV: Tensor, h_CH: Tensor, weight_dtype: torch.dtype) -> None:

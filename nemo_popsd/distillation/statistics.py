@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.distillation.collectives import reduce_max_, reduce_sum_
+from nemo_popsd.distillation.products import logits, statistics_dtype
 from nemo_popsd.distillation.vocabulary import row_max, true_width
 
 
@@ -84,7 +85,7 @@ def decomposition_statistics(
         UserError: the shards together are smaller than the vocabulary.
     """
     valid = true_width(student_weight.shape[0], vocab_size, tp_group)
-    dtype = torch.float64 if student_weight.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(student_weight)
     branches = (
         (student_hidden, student_weight),
         (privileged_hidden, teacher_weight),
@@ -94,11 +95,8 @@ def decomposition_statistics(
     with torch.autocast(student_hidden.device.type, enabled=False):
         for start in range(0, student_hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = [
-                torch.mm(hidden[chunk].to(weight.dtype), weight[:valid].t()).to(dtype).div_(temperature)
-                for hidden, weight in branches
-            ]
-            student_CV, privileged_CV, reference_CV = _log_softmax_(logits, tp_group)
+            logits_3CV = [logits(hidden[chunk], weight[:valid], dtype, temperature) for hidden, weight in branches]
+            student_CV, privileged_CV, reference_CV = _log_softmax_(logits_3CV, tp_group)
             total_CV = privileged_CV - student_CV
             question_CV = privileged_CV.sub_(reference_CV)
             induced_CV = reference_CV.sub_(student_CV)

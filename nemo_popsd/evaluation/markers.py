@@ -16,7 +16,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-DEFAULT_MARKERS = ("Wait", "Maybe", "Perhaps", "Check", "Let me think", "Hmm", "Alternatively")
+DEFAULT_MARKERS = ("Wait", "Maybe", "Perhaps", "Check", "Let me think")
+"""The paper's."""
 
 
 def count_markers(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> dict[str, int]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
@@ -25,11 +26,7 @@ from megatron.core.tensor_parallel.layers import (  # noqa: E402
 
 
 class Adapters:
-    """The adapters of one model: made once, switched off for the frozen branches.
-
-    Attributes:
-        trained_parameters: number of this rank's adapter weights.
-    """
+    """The adapters of one model: made once, switched off for the frozen branches."""
 
     def __init__(self, model: GPTModel, config: LoRAConfig, *, seed: int) -> None:
         """Freezes `model`, wraps its target linears, and draws the A matrices; the B matrices are 0.
@@ -42,13 +39,20 @@ class Adapters:
         self._lora = LoRA(
             target_modules=list(config.targets), dim=config.rank, alpha=config.alpha, dropout=config.dropout
         )
+        possible = {name.rsplit(".", 1)[-1] for name, _ in model.decoder.named_modules() if "linear_" in name}
+        if not config.targets or not possible.issuperset(config.targets):
+            raise UserError(
+                "adapters",
+                got=f"student.lora.targets={list(config.targets)}",
+                need=f"some of {', '.join(sorted(possible))}",
+                mend="set student.lora.targets",
+            )
         self._lora(model, training=True)
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         for name, module in model.named_modules():
             if name.endswith("adapter.linear_in"):
                 _draw_whole(module, f"{name}.weight", seed)
-        self.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -74,7 +74,8 @@ class StudentOptimizer(torch.optim.Optimizer):
             max_lr=config.lr,
             min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_steps,
-            lr_decay_steps=max(steps, config.warmup_steps + 1),
+            # One more than the run has: at the end of the decay itself the rate may be 0, a step that moves nothing.
+            lr_decay_steps=max(steps, config.warmup_steps) + 1,
             lr_decay_style=config.decay,
             start_wd=config.weight_decay,
             end_wd=config.weight_decay,

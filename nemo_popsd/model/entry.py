@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import time
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.config.consistency import RUN_FILES
@@ -17,6 +17,7 @@ from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.evaluation.summary import EvaluationSummary, comparison_table
 from nemo_popsd.model.callbacks import SaveCheckpoints
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
+from nemo_popsd.model.strategy import MegatronPlacement
 from nemo_popsd.observability.loggers import build_loggers
 from nemo_popsd.observability.progress import StepProgress
 from nemo_popsd.observability.rank import is_rank_zero
@@ -26,11 +27,11 @@ from nemo_popsd.runtime.distributed import device, initialize, shutdown
 def train(config: PopsdConfig) -> None:
     """Evaluates, trains, evaluates again, and writes a NeMo and a Hugging Face checkpoint below `config.output`."""
     output = Path(config.output)
-    initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
+    trainer = build_trainer(config)
+    model = PurifiedOPSDModel(to_dict_config(config), trainer)
     if is_rank_zero():
         _remove_previous_run(output)
         save_resolved(config, output / "config.yaml")
-    model = PurifiedOPSDModel(to_dict_config(config), trainer := build_trainer(config))
     summaries: dict[str, EvaluationSummary] = {}
     if config.data.validation.path:
         summaries["before"] = _validate(trainer, model)
@@ -49,14 +50,24 @@ def train(config: PopsdConfig) -> None:
 
 
 def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
-    """Evaluates `student.source`, or `checkpoint`, on `data.validation`."""
+    """Evaluates `student.source`, or `checkpoint`, on `data.validation`; what was found goes to
+    `<output>/evaluation/<name>.json` too.
+    """
     config.data.train = SourceConfig()
-    initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
-    trainer = build_trainer(config)
-    model = PurifiedOPSDModel(
-        to_dict_config(config), trainer, checkpoint=None if checkpoint is None else NemoCheckpoint(checkpoint)
-    )
-    _say(comparison_table({checkpoint or config.student.source: _validate(trainer, model)}))
+    opened = None if checkpoint is None else NemoCheckpoint(checkpoint)
+    if opened is not None:
+        # How its weights were adapted is a fact of the checkpoint, whatever the configuration says.
+        config.student = replace(opened.config.student, precision=config.student.precision)
+    trainer = build_trainer(config, logs=False)
+    model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=opened)
+    name = checkpoint or config.student.source
+    summary = _validate(trainer, model)
+    _say(comparison_table({name: summary}))
+    if is_rank_zero():
+        file = Path(config.output) / "evaluation" / f"{name.replace(':', '/').strip('/').replace('/', '_')}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"model": name, **summary.as_dict()}, indent=2) + "\n")
+        _say(f"written to {file}")
     shutdown()
 
 
@@ -71,12 +82,16 @@ def export(checkpoint: str, output: str) -> None:
     shutdown()
 
 
-def build_trainer(config: PopsdConfig) -> Trainer:
-    """The Lightning trainer of a run: one device per process, since Megatron, not Lightning, connects them."""
+def build_trainer(config: PopsdConfig, *, logs: bool = True) -> Trainer:
+    """The Lightning trainer of a run: one device per process, since Megatron, not Lightning, connects them.
+
+    Makes the process groups where there are none yet, so that each process knows its device.
+    """
+    initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
     validates = bool(config.data.validation.path) and config.training.validate_every > 0
     return Trainer(
         accelerator=device().type if device().type == "cpu" else "gpu",
-        strategy=SingleDeviceStrategy(device=device()),
+        strategy=MegatronPlacement(device=device()),
         devices=1,
         max_steps=config.training.steps,
         val_check_interval=config.training.validate_every if validates else None,
@@ -84,7 +99,7 @@ def build_trainer(config: PopsdConfig) -> Trainer:
         limit_val_batches=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        logger=build_loggers(config) or False,
+        logger=(build_loggers(config) if logs else []) or False,
         callbacks=[
             StepProgress(config.training.steps, enabled=config.observability.progress_bar),
             SaveCheckpoints(config.training.checkpoint_every, Path(config.output) / "checkpoints"),
@@ -107,15 +122,11 @@ def _remove_previous_run(output: Path) -> None:
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> EvaluationSummary:
-    start = time.perf_counter()
-    trainer.validate(model, verbose=False)
-    summary = model.last_evaluation
-    assert summary is not None
-    _say(
-        f"step {model.completed_steps}: accuracy {summary.accuracy:.1%} on {summary.problems} held-out problems, "
-        f"{summary.mean_tokens:.0f} tokens per answer ({time.perf_counter() - start:.0f} s)"
-    )
-    return summary
+    """What the current weights score; they are not asked twice."""
+    if model.last_evaluation is None or model.last_evaluation_step != model.completed_steps:
+        trainer.validate(model, verbose=False)
+    assert model.last_evaluation is not None
+    return model.last_evaluation
 
 
 def _say(text: str) -> None:

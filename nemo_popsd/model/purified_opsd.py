@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.source import open_source
-from nemo_popsd.config.loading import from_dict_config
+from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
@@ -28,13 +29,17 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.sampling import sample_outcomes
 from nemo_popsd.evaluation.summary import EvaluationSummary, SampleOutcome
+from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import LoadWeights, Student
 from nemo_popsd.model.connector import MegatronSaveRestoreConnector
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
 from nemo_popsd.runtime.distributed import initialize
+from nemo_popsd.testbed import asset
 from nemo_popsd.training.step import OnPolicyStep
+
+logger = logging.getLogger(__name__)
 
 
 class PurifiedOPSDModel(ModelPT):
@@ -49,6 +54,7 @@ class PurifiedOPSDModel(ModelPT):
         tokenizer: the student's.
         student: the live model and its frozen base.
         last_evaluation: what the last validation found, on every rank.
+        last_evaluation_step: optimizer steps behind the weights that it looked at.
     """
 
     def __init__(
@@ -97,11 +103,13 @@ class PurifiedOPSDModel(ModelPT):
             self.gpt,
             vocab_size=self.student.vocab_size,
             batch_rows=self.settings.rollout.batch_rows,
+            cache_tokens=self.settings.rollout.cache_tokens,
             weights_version=lambda: self.completed_steps,
         )
         self._step: OnPolicyStep | None = None
         self._outcomes: list[SampleOutcome] = []
         self.last_evaluation: EvaluationSummary | None = None
+        self.last_evaluation_step = -1
 
     def _load_base(self, model: Any) -> None:
         open_source(self.settings.student.source).load(model)
@@ -117,6 +125,10 @@ class PurifiedOPSDModel(ModelPT):
         """Reads, checks and measures the training rows; each step takes this data-parallel rank's share."""
         source = _source(train_data_config)
         dataset, _ = build_dataset(self.settings.data, source, self.tokenizer)
+        self._refuse_beyond_positions(
+            dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
+            "data.max_prompt_tokens, data.max_reference_tokens or rollout.max_response_tokens",
+        )
         sampler = StepSampler(
             len(dataset),
             prompts_per_step=self.settings.training.prompts_per_step,
@@ -132,6 +144,10 @@ class PurifiedOPSDModel(ModelPT):
         """Reads the held-out rows; data-parallel ranks share them out."""
         prompts, _ = build_evaluation_prompts(self.settings.data, _source(val_data_config), self.tokenizer)
         prompts = prompts[: self.settings.evaluation.problems]
+        self._refuse_beyond_positions(
+            max(len(prompt.prompt) for prompt in prompts) + self.settings.evaluation.max_response_tokens,
+            "evaluation.max_response_tokens",
+        )
         ranks = parallel_state.get_data_parallel_world_size()
         if len(prompts) < ranks:
             raise UserError(
@@ -144,6 +160,16 @@ class PurifiedOPSDModel(ModelPT):
         rows = self.settings.rollout.batch_rows
         self._validation_dl: Any = DataLoader(cast(Any, mine), batch_size=rows, collate_fn=collate)
 
+    def _refuse_beyond_positions(self, longest: int, settings: str) -> None:
+        limit = getattr(self.architecture.config, "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise UserError(
+                "sequence length",
+                got=f"contexts of up to {longest} tokens, response included",
+                need=f"at most the model's {limit} positions (max_position_embeddings in its config.json)",
+                mend=f"set {settings}",
+            )
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches are token ids in lists; micro-batches are made on the device."""
         return batch
@@ -152,6 +178,9 @@ class PurifiedOPSDModel(ModelPT):
 
     def configure_optimizers(self) -> StudentOptimizer:
         """Megatron's DDP and optimizer around what is trained."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.gpt.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        logger.info("training %s of %s weights on this rank", f"{trained:,}", f"{sum(size for size, _ in sizes):,}")
         optimizer = StudentOptimizer(
             self.student.wrap(self.settings.optimizer),
             self.settings.optimizer,
@@ -184,8 +213,17 @@ class PurifiedOPSDModel(ModelPT):
         gathered: list[list[SampleOutcome]] = [[]] * self.student.dp_group.size()
         dist.all_gather_object(gathered, self._outcomes, group=self.student.dp_group)
         self._outcomes = []
-        self.last_evaluation = EvaluationSummary.from_outcomes(o for outcomes in gathered for o in outcomes)
-        numbers = {k: v for k, v in self.last_evaluation.as_dict().items() if isinstance(v, int | float)}
+        summary = EvaluationSummary.from_outcomes(o for outcomes in gathered for o in outcomes)
+        self.last_evaluation, self.last_evaluation_step = summary, self.completed_steps
+        logger.info(
+            "step %d: accuracy %.1f %% on %d held-out problems, %.0f tokens per answer, %.1f markers per 1,000",
+            self.completed_steps,
+            100 * summary.accuracy,
+            summary.problems,
+            summary.mean_tokens,
+            summary.markers_per_1000_tokens,
+        )
+        numbers = {k: v for k, v in summary.as_dict().items() if isinstance(v, int | float)}
         metrics = {f"validation/{name}": float(value) for name, value in numbers.items()}
         # Already over all ranks; `sync_dist` says so to Lightning, whose trainer knows one device and reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
@@ -216,6 +254,22 @@ class PurifiedOPSDModel(ModelPT):
     def export_huggingface(self, output: str | Path) -> None:
         """Writes the student as a Hugging Face directory, adapters merged. Collective over all ranks."""
         self.architecture.export(self.gpt, output)
+
+    @classmethod
+    def from_pretrained(cls, model_name: str, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Builds an embedded model by its name, ready to evaluate or export; `override_config_path` may say more.
+
+        NeMo's own method downloads an archive, which these models are not.
+
+        Raises:
+            UserError: no embedded model has that name.
+        """
+        config = PopsdConfig()
+        config.student = StudentConfig(source=str(asset(model_name)), precision="fp32", adaptation="full")
+        tree = to_dict_config(config)
+        if kwargs.get("override_config_path") is not None:
+            tree = cast(DictConfig, OmegaConf.merge(tree, kwargs["override_config_path"]))
+        return tree if kwargs.get("return_config") else cls(cfg=tree, trainer=trainer)
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:

@@ -20,7 +20,10 @@ class RolloutConfig:
     max_response_tokens: int = 1024
     """Responses are cut here (the paper's limit)."""
     batch_rows: int = 64
-    """Rows decoded together on each data-parallel rank."""
+    """Most rows decoded together on each data-parallel rank, in evaluation too."""
+    cache_tokens: int = 262144
+    """Tokens that the key-value cache may hold; fewer rows are decoded together where prompt and limit are long. One
+    token of Qwen3-8B takes 147 KB in bf16, shared out over the tensor-parallel ranks."""
 
     def __post_init__(self) -> None:
         at_least("rollout.temperature", self.temperature, 0)
@@ -28,3 +31,4 @@ class RolloutConfig:
         at_least("rollout.top_k", self.top_k, 0)
         above("rollout.max_response_tokens", self.max_response_tokens, 0)
         above("rollout.batch_rows", self.batch_rows, 0)
+        above("rollout.cache_tokens", self.cache_tokens, 0)

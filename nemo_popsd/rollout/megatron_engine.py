@@ -30,6 +30,7 @@ class MegatronEngine:
         *,
         vocab_size: int,
         batch_rows: int,
+        cache_tokens: int,
         weights_version: Callable[[], int],
     ) -> None:
         """Keeps references only.
@@ -38,11 +39,13 @@ class MegatronEngine:
             model: the student, bare.
             vocab_size: true vocabulary; padded entries are never drawn.
             batch_rows: most rows decoded together.
+            cache_tokens: most tokens that the cache holds, unless a single row needs more.
             weights_version: number of optimizer steps behind the current weights.
         """
         self._model = model
         self._vocab_size = vocab_size
         self._batch_rows = batch_rows
+        self._cache_tokens = cache_tokens
         self._weights_version = weights_version
 
     @torch.no_grad()
@@ -56,13 +59,22 @@ class MegatronEngine:
         try:
             # Prompts of like length side by side: rows of a batch need little feeding beyond the common prefill.
             order = sorted(range(len(requests)), key=lambda row: len(requests[row].prompt))
-            for start in range(0, len(order), self._batch_rows):
-                rows = order[start : start + self._batch_rows]
+            while order:
+                rows = self._next_rows(order, requests, sampling)
+                order = order[len(rows) :]
                 decoded = self._decode([requests[row] for row in rows], sampling)
                 rollouts.update(zip(rows, decoded, strict=True))
         finally:
             self._model.train(training)
         return [rollouts[row] for row in range(len(requests))]
+
+    def _next_rows(self, order: list[int], requests: Sequence[Request], sampling: SamplingParams) -> list[int]:
+        """The first rows of `order` whose cache, as long for each as for the longest, fits; at least one."""
+        for count in range(1, min(self._batch_rows, len(order))):
+            longest = len(requests[order[count]].prompt) + sampling.max_response_tokens
+            if (count + 1) * longest > self._cache_tokens:
+                return order[:count]
+        return order[: self._batch_rows]
 
     def _decode(self, requests: list[Request], sampling: SamplingParams) -> list[Rollout]:
         batch = _Batch(requests, sampling, next(self._model.parameters()).device)

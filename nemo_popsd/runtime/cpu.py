@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import inspect
 import logging
 import re
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from nemo_popsd.errors import UserError
 
 _FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
 
@@ -251,8 +254,16 @@ def adapt_to_cpu() -> None:
 
     Raises:
         RuntimeError: a library no longer has what an adaptation changes.
+        UserError: there is CUDA, but not the Transformer Engine that Megatron-Bridge imports and the GPU's layers need.
     """
     if torch.cuda.is_available():
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise UserError(
+                "machine",
+                got="a CUDA device without Transformer Engine",
+                need="both, as in the NGC NeMo container, or neither",
+                mend="set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU",
+            )
         return
     for adaptation in ADAPTATIONS:
         try:

@@ -71,8 +71,13 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def greatest_of_all_ranks(number: float) -> float:
+    """The greatest `number` of the world: one all-reduce of one number."""
+    value = torch.tensor(number, device=device(), dtype=torch.float64)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value.item())
+
+
 def on_any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank of the world: one all-reduce of one number."""
-    value = torch.tensor(float(flag), device=device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return greatest_of_all_ranks(float(flag)) > 0

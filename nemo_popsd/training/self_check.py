@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
-from nemo_popsd.runtime.distributed import device
+from nemo_popsd.runtime.distributed import device, greatest_of_all_ranks
 from nemo_popsd.training.branches import TargetStates
 from nemo_popsd.training.objective import LossReport, Objective
 
@@ -23,7 +24,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 
 
 def check_student_equals_base(
-    student: Student, optimizer: StudentOptimizer, objective: Objective, sequences: Sequence[ContextSequence]
+    student: Student,
+    optimizer: StudentOptimizer,
+    objective: Objective,
+    sequences: Sequence[ContextSequence],
+    token_budget: int,
 ) -> None:
     """With the student equal to the base and the PMI off (target = base), loss and gradient must be 0.
 
@@ -34,13 +39,13 @@ def check_student_equals_base(
         optimizer: its optimizer.
         objective: gives divergence and settings; its target is replaced by the base alone.
         sequences: some of the first step's student contexts with their responses.
+        token_budget: padded tokens of one forward and backward.
 
     Raises:
-        RuntimeError: saying what differs and what to look at.
+        RuntimeError: on every rank alike, saying what differs and what to look at.
     """
-    budget = max(map(len, sequences)) * len(sequences)
     with student.base.model() as base:
-        hidden = frozen_hidden_states(base, sequences, budget)
+        hidden = frozen_hidden_states(base, sequences, token_budget)
     off = LogLinearTarget(base=1.0, temperature=objective.target.temperature)
     plain = objective.with_target(off)
     states = [TargetStates(*hidden_pair(off, state, None, None), None) for state in hidden]
@@ -51,10 +56,11 @@ def check_student_equals_base(
         return plain(batch, hidden_NH, states, ones / max(1, sum(batch.response_lengths)))
 
     optimizer.zero_grad()
-    (report,) = forward_backward(model, microbatches(sequences, budget, device()), loss)
+    reports = forward_backward(model, microbatches(sequences, token_budget, device()), loss)
     grad_norm = optimizer.prepare()
     optimizer.zero_grad()
-    worst = float(report.per_token.abs().max()) if len(report.per_token) else 0.0
+    per_token = torch.cat([report.per_token for report in reports])
+    worst = greatest_of_all_ranks(float(per_token.abs().nan_to_num(nan=math.inf).max()))
     tolerance = TOLERANCE[student.base_weight.dtype]
     logger.info("self-check with student = base and PMI off: loss at most %.3g, gradient norm %.3g", worst, grad_norm)
     if not (worst <= tolerance and grad_norm <= tolerance):

@@ -88,7 +88,8 @@ class OnPolicyStep:
             trajectories = self._roll_out(number, rows)
         if number == 1 and self._config.training.self_check:
             sequences = [t.student for t in trajectories[:_CHECKED_SEQUENCES]]
-            check_student_equals_base(self._student, optimizer, self._objective, sequences)
+            budget = self._config.training.microbatch_tokens
+            check_student_equals_base(self._student, optimizer, self._objective, sequences, budget)
         with watch.phase("frozen"):
             states = self._branches.target_states(trajectories)
         with watch.phase("train"):

@@ -118,3 +118,25 @@ def test_output_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     with pytest.raises(UserError, match="cannot be written"):
         check_output(str(tmp_path / "run"))
+
+
+def test_another_run_is_not_mixed_with_nor_removed_unasked(runnable: PopsdConfig) -> None:
+    (Path(runnable.output) / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds the checkpoints of another run.*overwrite=true"):
+        check_training_run(runnable, world_size=1)
+    runnable.overwrite = True
+    check_training_run(runnable, world_size=1)
+
+
+@pytest.mark.parametrize("setting", ["student.source", "data.train.path", "data.validation.path"])
+def test_a_run_does_not_remove_what_it_reads(runnable: PopsdConfig, setting: str) -> None:
+    inside = Path(runnable.output) / "checkpoints" / "final"
+    inside.mkdir(parents=True)
+    runnable.overwrite = True
+    *sections, name = setting.split(".")
+    owner = runnable
+    for section in sections:
+        owner = getattr(owner, section)
+    setattr(owner, name, str(inside))
+    with pytest.raises(UserError, match=f"{setting}=.*overwrite=true would remove"):
+        check_training_run(runnable, world_size=1)

@@ -215,3 +215,12 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_home_is_expanded_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    path = write(tmp_path, "output: ~/runs\nstudent: {source: ~/model}\ndata: {train: {path: ~/rows.jsonl}}")
+    config = load_config(path)
+    assert config.output == "/home/somebody/runs"
+    assert config.student.source == "/home/somebody/model"
+    assert config.data.train.path == "/home/somebody/rows.jsonl"

@@ -16,7 +16,7 @@ def test_saved_tokenizer_is_loaded_with_its_template(tmp_path: Path) -> None:
 
 
 def test_missing_directory_and_directory_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.path='.*absent', no directory"):
+    with pytest.raises(UserError, match=r"student\.source='.*absent', no directory"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"with config\.json; need a directory with tokenizer\.json"):

@@ -39,7 +39,8 @@ def with_(problem, **fields):
 def test_the_room_needs_torch_alone():
     """Imported in a fresh process, it brings neither Megatron nor NeMo nor anything built on them."""
     program = (
-        "import sys, nemo_popsd.distillation\n"
+        "import sys\n"
+        "from nemo_popsd.distillation import *\n"
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
         "print(sorted(loaded & {'megatron', 'nemo', 'lightning', 'pytorch_lightning', 'transformers', 'omegaconf'}))\n"
         "print(sorted(n for n in sys.modules if n.startswith('nemo_popsd.') and 'distillation' not in n))\n"

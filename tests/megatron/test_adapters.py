@@ -77,7 +77,7 @@ def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str
     }
     result["trained"] = sorted(name for name, p in gpt.named_parameters() if p.requires_grad)
     result["count"] = (
-        student.adapters.trained_parameters,
+        sum(p.numel() for p in student.gpt.parameters() if p.requires_grad),
         sum(p.numel() for p in gpt.parameters() if p.requires_grad),
     )
     result["fingerprint"] = (fingerprint(plain), fingerprint(gpt))
@@ -205,3 +205,13 @@ def test_gradients_of_the_adapters_are_the_dense_ones(results, size, kind):
 def test_gradient_checkpointing_changes_nothing(results, size, kind):
     for ranks in results[size]:
         assert {name: error for name, error in ranks[kind]["recomputed"].items() if error > 1e-6} == {}
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["linear_qkv", "linear_prj"], ["output_layer"], []])
+def test_targets_that_are_no_linears_of_the_decoder_are_refused(tmp_path, targets):
+    with pytest.raises(AssertionError, match=r"UserError: adapters: got student\.lora\.targets=.*linear_qkv"):
+        run_ranks(build_with_targets, 1, save_tiny_model(tmp_path), targets)
+
+
+def build_with_targets(rank, world_size, folder, targets):
+    build_student(folder, adaptation="lora", lora=LoRAConfig(targets=targets))

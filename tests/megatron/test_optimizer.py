@@ -224,13 +224,14 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 def test_learning_rates_by_step(tmp_path):
     [rates] = run_ranks(_rates, 1, save_tiny_model(tmp_path, "qwen3"))
-    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
+    # The decay would end with step 7: the last step of the run still moves something where min_lr is 0.
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(6)]
     expected = {
         "constant": [1.0] * 8,
         "warm-up": [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0],
-        "linear": [1 - 0.9 * k / 6 for k in range(1, 7)] + [0.1, 0.1],
-        "linear after warm-up": [0.5, 1.0, *(1 - 0.9 * k / 4 for k in range(1, 5)), 0.1, 0.1],
-        "cosine after warm-up": [0.5, 1.0, *cosine[1:], 0.1, 0.1],
+        "linear": [1 - 0.9 * k / 7 for k in range(1, 8)] + [0.1],
+        "linear after warm-up": [0.5, 1.0, *(1 - 0.9 * k / 5 for k in range(1, 6)), 0.1],
+        "cosine after warm-up": [0.5, 1.0, *cosine[1:], 0.1],
     }
     for name, values in expected.items():
         assert rates[name] == pytest.approx(values), name

@@ -65,9 +65,13 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
     student = build_student(model, tensor=world_size)
     version = [0]
 
-    def engine(batch_rows: int = 64) -> MegatronEngine:
+    def engine(batch_rows: int = 64, cache_tokens: int = 1 << 20) -> MegatronEngine:
         return MegatronEngine(
-            student.gpt, vocab_size=student.vocab_size, batch_rows=batch_rows, weights_version=lambda: version[0]
+            student.gpt,
+            vocab_size=student.vocab_size,
+            batch_rows=batch_rows,
+            cache_tokens=cache_tokens,
+            weights_version=lambda: version[0],
         )
 
     with torch.no_grad():  # padded rows that would win every draw
@@ -81,6 +85,7 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
         "one by one": engine(1).generate(REQUESTS, RANDOM),
         "three rows": engine(3).generate(REQUESTS[::-1], RANDOM)[::-1],
         "alone": [engine().generate([request], RANDOM)[0] for request in REQUESTS],
+        "small cache": engine(cache_tokens=2 * (max(len(r.prompt) for r in REQUESTS) + 20)).generate(REQUESTS, RANDOM),
         "none": engine().generate([], RANDOM),
         "one token": engine().generate(REQUESTS, replace(RANDOM, max_response_tokens=1)),
         "trains again": student.gpt.training,
@@ -151,7 +156,7 @@ def test_log_probabilities_agree_with_transformers(one: dict[str, Any], model: P
 def test_a_row_does_not_depend_on_the_rest_of_its_batch(one: dict[str, Any]) -> None:
     lengths = {len(response) for response in responses(one["random"])}
     assert len(lengths) > 3  # rows leave the batch at different times
-    for name in ("one by one", "three rows", "alone"):
+    for name in ("one by one", "three rows", "alone", "small cache"):
         assert responses(one[name]) == responses(one["random"]), name
         assert [r.cut for r in one[name]] == [r.cut for r in one["random"]]
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_popsd.errors import UserError
 from nemo_popsd.runtime import cpu
 from nemo_popsd.runtime.cpu import ADAPTATIONS, TORCH_ON_CPU, Adaptation, adapt_to_cpu
 from tests.harness import run_ranks
@@ -123,7 +124,11 @@ def test_with_cuda_nothing_is_applied(monkeypatch):
 
     monkeypatch.setattr(cpu, "ADAPTATIONS", (Adaptation("one", "nowhere", apply),))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: object())
     adapt_to_cpu()
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"a CUDA device without Transformer Engine.*CUDA_VISIBLE_DEVICES="):
+        adapt_to_cpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(AssertionError, match="applied"):
         adapt_to_cpu()

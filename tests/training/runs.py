@@ -72,6 +72,7 @@ class Run:
             self.student.gpt,
             vocab_size=self.student.vocab_size,
             batch_rows=self.config.rollout.batch_rows,
+            cache_tokens=self.config.rollout.cache_tokens,
             weights_version=lambda: self.steps,
         )
 

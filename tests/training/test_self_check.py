@@ -32,7 +32,7 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
 
     def outcome() -> str:
         try:
-            self_check.check_student_equals_base(run.student, run.optimizer, objective, sequences)
+            self_check.check_student_equals_base(run.student, run.optimizer, objective, sequences, 4096)
         except RuntimeError as error:
             return str(error)
         return "passed"
