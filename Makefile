@@ -13,6 +13,9 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 ARGS ?=
 
+# The pinned environment has no Transformer Engine, without which a GPU is of no use here.
+export CUDA_VISIBLE_DEVICES ?=
+
 LOCK := requirements/cpu-py311.txt
 BRIDGE := requirements/bridge.txt
 DEV_LOCK := requirements/dev-py311.txt
