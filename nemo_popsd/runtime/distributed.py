@@ -56,7 +56,14 @@ def initialize(*, tensor_parallel: int, seed: int, timeout: timedelta = timedelt
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
-    assert parallel_state.get_tensor_model_parallel_world_size() == tensor_parallel
+    present = parallel_state.get_tensor_model_parallel_world_size()
+    if present != tensor_parallel:
+        raise UserError(
+            "layout",
+            got=f"parallel.tensor={tensor_parallel} in a process whose groups were made for {present}",
+            need="one layout in the life of a process",
+            mend=f"set parallel.tensor={present}, or build the trainer from the same configuration as the model",
+        )
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

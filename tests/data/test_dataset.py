@@ -75,12 +75,11 @@ def test_access_is_repeatable_and_ends_like_a_list(tmp_path: Path) -> None:
     assert [row.record.id for row in dataset] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_data_loader_over_the_step_sampler(tmp_path: Path, workers: int) -> None:
+def test_data_loader_over_the_step_sampler(tmp_path: Path) -> None:
     given = config(small.write_jsonl(tmp_path / "a.jsonl", small.rows(5)))
     dataset, _ = build_dataset(given, given.train, small.tokenizer())
     sampler = StepSampler(len(dataset), prompts_per_step=4, seed=3, dp_rank=1, dp_size=2, start_step=2)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
     batch = next(iter(loader))
     assert [row.record for row in batch] == [dataset[index].record for index in sampler.global_batch(2)[2:]]
 
