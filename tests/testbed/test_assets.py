@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.data.dataset import build_dataset
 from nemo_popsd.errors import UserError
 from nemo_popsd.testbed import asset
 from nemo_popsd.testbed.contexts import ContextReport, report
@@ -104,3 +106,14 @@ def test_greedy_decoding_always_checks_and_is_beyond_the_band() -> None:
     alone, taught = found["question"], found["question+reference"]
     assert 0.80 < alone.accuracy < 0.97
     assert taught.markers < alone.markers / 2
+
+
+def test_the_default_recipe_fits_the_positions_of_the_model() -> None:
+    """With the limits as shipped, which tests of whole runs make smaller."""
+    config = load_config(Path(__file__).parents[2] / "conf" / "tiny.yaml")
+    folder = asset(config.student.source)
+    dataset, counts = build_dataset(config.data, config.data.train, AutoTokenizer.from_pretrained(folder))
+    positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    assert dataset.builder.longest_context + config.rollout.max_response_tokens <= positions
+    assert counts.rows_kept == 2000
+    assert counts.references_truncated == 0
