@@ -140,6 +140,7 @@ def test_a_result_that_cannot_be_pickled_is_a_failure_of_its_rank():
         run_ranks(_unpicklable, 1)
 
 
+@pytest.mark.slow
 def test_a_time_out_names_the_ranks_shows_their_stack_and_leaves_no_process(tmp_path):
     with pytest.raises(AssertionError) as caught:
         run_ranks(_one_hangs, 2, str(tmp_path), timeout=8.0)
@@ -154,6 +155,7 @@ def test_a_time_out_names_the_ranks_shows_their_stack_and_leaves_no_process(tmp_
     assert not [pid for pid in pids if _alive(pid)]
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_a_killed_test_process(tmp_path):
     """SIGKILL of the caller: no `finally` runs, the ranks have to notice."""
     script = (

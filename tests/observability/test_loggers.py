@@ -97,6 +97,7 @@ def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyP
             build_loggers(config)
 
 
+@pytest.mark.slow
 def test_wandb_offline_for_real(tmp_path: Path) -> None:
     """In a process of its own: wandb keeps a service running and holds on to the environment."""
     code = f"""

@@ -14,6 +14,7 @@ from nemo_popsd.testbed.pretrain import Recipe, batches, evaluate, pretrain
 from nemo_popsd.testbed.tokenizer import build_tokenizer
 
 
+@pytest.mark.slow
 def test_three_steps_train_save_load_and_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Recipe(steps=3, batch=4, warmup=1)
     first = pretrain(tmp_path / "first", recipe, log_every=1)
