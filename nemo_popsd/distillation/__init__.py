@@ -4,6 +4,7 @@ target.py         what the student is drawn towards: Purified OPSD and its famil
 divergence.py     how far it is: JSD, forward KL, reverse KL
 definition.py     the loss, literally, from logits: what everything else is compared with
 hidden.py         the same loss from hidden states, in chunks, with closed-form gradients: what training uses
+sweep.py          one pass over the chunks of tokens, with what is put in while collectives are under way
 chunks.py         how many tokens a chunk has
 products.py       hidden states times the output matrix, kept in full precision, in buffers that all chunks share
 closed_form.py    the divergence of one chunk: the steps, and what crosses the shards between them

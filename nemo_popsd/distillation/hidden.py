@@ -10,10 +10,7 @@ W rows with padding.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,22 +19,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_popsd.distillation.checks import check_inputs
-from nemo_popsd.distillation.chunks import chunk_slices, default_chunk_tokens, sampled_slices
-from nemo_popsd.distillation.closed_form import ChunkDivergence, ChunkLogits, Overlap
+from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.distillation.collectives import group_size, reduce_sum_
 from nemo_popsd.distillation.decomposition import (
     DecompositionStatistics,
     DiagnosedTokens,
-    decompose,
     decomposition_statistics,
-    measure_sample,
 )
 from nemo_popsd.distillation.divergence import Divergence
-from nemo_popsd.distillation.fusion import Stages, choose_stages
-from nemo_popsd.distillation.products import ChunkProducts, Products, add_product_, product_into, statistics_dtype
+from nemo_popsd.distillation.fusion import choose_stages
+from nemo_popsd.distillation.products import statistics_dtype
 from nemo_popsd.distillation.statistics import TokenStatistics
+from nemo_popsd.distillation.sweep import Plan, Sweep
 from nemo_popsd.distillation.target import FrozenStates, HiddenPair, Target
 from nemo_popsd.distillation.vocabulary import mean_row, true_width, true_widths
+
+_UPSTREAM_TOLERANCE = 1e-4
+"""Relative: a trainer divides by the number of micro-batches and multiplies with it again, in fp32."""
 
 
 class HiddenLoss(NamedTuple):
@@ -74,41 +72,6 @@ class MainGradient:
     """Whether autograd must still hand zeros of the matrix's size to the parameter's hooks, which count on some
     gradient (Megatron's, where it overlaps the reduction of gradients with the backward pass). Else the parameter
     gets none from the loss."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything constant that the autograd Function needs."""
-
-    target: Target
-    divergence: Divergence
-    frozen: dict[str, Tensor]
-    teacher: Tensor
-    """True rows [V, H]."""
-    centre: Tensor | None
-    soft_cap: float | None
-    token_weights: Tensor | None
-    diagnosed: DiagnosedTokens | None
-    vocab_size: int
-    widths: list[int]
-    valid: int
-    chunk_tokens: int
-    stages: Stages
-    tp_group: dist.ProcessGroup | None
-    main_gradient: MainGradient | None
-    hidden_gradient: bool
-    weight_gradient: bool
-    own_gradient: bool
-
-    @property
-    def sample_states(self) -> dict[str, Tensor]:
-        """What the sampled tokens need beside the branches of the target; see `decomposition`."""
-        if self.diagnosed is None:
-            return {}
-        states = {"sampled_privileged": self.diagnosed.privileged.detach()}
-        if "shift" not in self.frozen:
-            states["sampled_reference"] = self.diagnosed.reference.detach()
-        return states
 
 
 def loss_from_hidden(
@@ -204,7 +167,7 @@ def loss_from_hidden(
     rounded = student_weight.is_cuda and student_weight.dtype != dtype
     own_gradient = gradients and (rounded or group_size(tp_group) > 1)
     buffers = 1 + len(states) + (soft_cap is not None) + (0.5 if rounded else 1) * own_gradient
-    plan = _Plan(
+    plan = Plan(
         target=target,
         divergence=divergence,
         frozen=states,
@@ -219,13 +182,15 @@ def loss_from_hidden(
         chunk_tokens=default_chunk_tokens(buffers) if chunk_tokens is None else chunk_tokens,
         stages=choose_stages(fused, valid, dtype),
         tp_group=tp_group,
-        main_gradient=main_gradient,
+        weight_scale=1.0 if main_gradient is None else main_gradient.upstream,
         hidden_gradient=record and student_hidden.requires_grad,
         weight_gradient=record and student_weight.requires_grad,
         own_gradient=own_gradient,
     )
     with torch.autocast(student_hidden.device.type, enabled=False):
-        total, per_token, statistics_4N, products_5D = _HiddenLossFunction.apply(student_hidden, student_weight, plan)
+        total, per_token, statistics_4N, products_5D = _HiddenLossFunction.apply(
+            student_hidden, student_weight, plan, main_gradient
+        )
     return HiddenLoss(
         total,
         per_token,
@@ -236,193 +201,48 @@ def loss_from_hidden(
 
 class _HiddenLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_NH: Tensor, w_WH: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, h_NH: Tensor, w_WH: Tensor, plan: Plan, main_gradient: MainGradient | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dh_NH = torch.empty_like(h_NH) if plan.hidden_gradient else None
         dw_WH = None
         if plan.weight_gradient:
-            into = plan.main_gradient
-            dw_WH = torch.zeros_like(w_WH, dtype=statistics_dtype(w_WH)) if into is None else into.buffer
-        run = _Run(plan, h_NH, w_WH.detach()[: plan.valid], dh_NH, dw_WH)
-        run()
+            dtype = statistics_dtype(w_WH)
+            dw_WH = torch.zeros_like(w_WH, dtype=dtype) if main_gradient is None else main_gradient.buffer
+        sweep = Sweep(plan, h_NH, w_WH.detach()[: plan.valid], dh_NH, dw_WH)
+        sweep()
         weights_N = plan.token_weights
-        total = run.per_token_N.sum() if weights_N is None else (run.per_token_N * weights_N).sum()
-        ctx.save_for_backward(dh_NH, None if plan.main_gradient is not None else dw_WH)
-        ctx.plan_upstream = None
-        if plan.main_gradient is not None and plan.weight_gradient:
-            ctx.plan_upstream = plan.main_gradient.upstream
-            ctx.placeholder = w_WH.shape if plan.main_gradient.placeholder else None
-        ctx.tp_group = plan.tp_group
-        ctx.weight_dtype = w_WH.dtype
+        total = sweep.per_token_N.sum() if weights_N is None else (sweep.per_token_N * weights_N).sum()
+        ctx.main_gradient = main_gradient if plan.weight_gradient else None
         ctx.spent = False
-        ctx.mark_non_differentiable(run.per_token_N, run.statistics_4N, run.products_5D)
-        return total.to(run.per_token_N.dtype), run.per_token_N, run.statistics_4N, run.products_5D
+        ctx.save_for_backward(dh_NH, dw_WH if ctx.main_gradient is None else None)
+        ctx.tp_group = plan.tp_group
+        ctx.weight_shape, ctx.weight_dtype = w_WH.shape, w_WH.dtype
+        ctx.mark_non_differentiable(sweep.per_token_N, sweep.statistics_4N, sweep.products_5D)
+        return total.to(sweep.per_token_N.dtype), sweep.per_token_N, sweep.statistics_4N, sweep.products_5D
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         upstream = gradients[0]
         dh_NH, dw_WH = ctx.saved_tensors
         if dh_NH is not None:
             dh_NH = reduce_sum_(dh_NH * upstream.to(dh_NH.dtype), ctx.tp_group) if dh_NH.numel() else dh_NH
-        if ctx.plan_upstream is not None:
-            if ctx.spent:
-                raise RuntimeError("a second backward pass over a loss whose gradient went to main_gradient already")
-            ctx.spent = True
-            agrees = (upstream - ctx.plan_upstream).abs() <= 1e-4 * abs(ctx.plan_upstream)
-            torch._assert_async(
-                agrees, f"backward multiplies the loss otherwise than by main_gradient.upstream={ctx.plan_upstream}"
-            )
-            if ctx.placeholder is not None:
-                return dh_NH, upstream.new_zeros(ctx.placeholder, dtype=ctx.weight_dtype), None
-            return dh_NH, None, None
-        if dw_WH is not None:
+        if ctx.main_gradient is not None:
+            _check_upstream(ctx, upstream)
+            if ctx.main_gradient.placeholder:
+                dw_WH = upstream.new_zeros(ctx.weight_shape, dtype=ctx.weight_dtype)
+        elif dw_WH is not None:
             dw_WH = torch.mul(dw_WH, upstream, out=torch.empty_like(dw_WH, dtype=ctx.weight_dtype))
-        return dh_NH, dw_WH, None
+        return dh_NH, dw_WH, None, None
 
 
-class _Run:
-    """One pass over all chunks; fills what it was given."""
-
-    def __init__(self, plan: _Plan, h_NH: Tensor, w_VH: Tensor, dh_NH: Tensor | None, dw_WH: Tensor | None) -> None:
-        dtype = statistics_dtype(w_VH)
-        tokens = h_NH.shape[0]
-        self._plan, self._h_NH, self._w_VH, self._dh_NH = plan, h_NH.detach(), w_VH, dh_NH
-        self._dw_VH = None if dw_WH is None else dw_WH[: plan.valid]
-        self.per_token_N = h_NH.new_empty(tokens, dtype=dtype)
-        self.statistics_4N = h_NH.new_empty(4, tokens, dtype=dtype)
-        self.products_5D = h_NH.new_empty(5, 0 if plan.diagnosed is None else len(plan.diagnosed.index), dtype=dtype)
-        self._pending: deque[Callable[[], None]] = deque()
-
-    def __call__(self) -> None:
-        plan = self._plan
-        chunks = chunk_slices(len(self.per_token_N), plan.chunk_tokens)
-        if not chunks:
-            return
-        samples = [slice(0, 0)] * len(chunks)
-        if plan.diagnosed is not None:
-            samples = sampled_slices(plan.diagnosed.index, chunks)
-        products = Products(
-            self._h_NH,
-            self._w_VH,
-            plan.frozen,
-            plan.teacher,
-            plan.sample_states,
-            chunk_tokens=chunks[0].stop,
-            sampled_tokens=max(part.stop - part.start for part in samples),
-        )
-        divergence = ChunkDivergence(
-            plan.target,
-            plan.divergence,
-            plan.stages,
-            plan.tp_group,
-            vocab_size=plan.vocab_size,
-            soft_cap=plan.soft_cap,
-            like=self.per_token_N,
-        )
-        shape, like = (chunks[0].stop, plan.valid), self.per_token_N
-        own_CV = None
-        if plan.own_gradient:
-            own_CV = like.new_empty(shape, dtype=self._w_VH.dtype if self._w_VH.is_cuda else like.dtype)
-        bend_CV = None if plan.soft_cap is None else like.new_empty(shape)
-        for chunk, sampled in zip(chunks, samples, strict=True):
-            self._work_through(products, divergence, chunk, sampled, own_CV, bend_CV)
-        self._finish_pending()
-
-    def _work_through(
-        self,
-        products: Products,
-        divergence: ChunkDivergence,
-        chunk: slice,
-        sampled: slice,
-        own_CV: Tensor | None,
-        bend_CV: Tensor | None,
-    ) -> None:
-        plan, tokens = self._plan, chunk.stop - chunk.start
-        made = products(chunk, sampled)
-        sample = self._measure_sample(made, chunk, sampled, divergence) if sampled.stop > sampled.start else None
-        wanted = self._dh_NH is not None or self._dw_VH is not None
-        result = divergence(
-            ChunkLogits(
-                made.student,
-                made.frozen,
-                self._mean(products, divergence, made),
-                None if bend_CV is None else bend_CV[:tokens],
-            ),
-            self._weights(chunk),
-            None if own_CV is None else own_CV[:tokens],
-            gradient=wanted,
-            sample=sample,
-            overlap=Overlap(self._start_pending, self._finish_pending),
-        )
-        self.per_token_N[chunk] = result.loss
-        self.statistics_4N[:, chunk] = result.statistics
-        if result.sample is not None:
-            self.products_5D[:, sampled] = decompose(result.sample, plan.widths)
-        if wanted:
-            self._add_gradients(made.student if own_CV is None else own_CV[:tokens], chunk)
-            if group_size(plan.tp_group) == 1:
-                self._finish_pending()
-
-    def _weights(self, chunk: slice) -> Tensor:
-        """What each token's gradient with respect to W_s·h is multiplied with: its weight over the temperature."""
-        plan, like = self._plan, self.per_token_N
-        if plan.token_weights is None:
-            return torch.full_like(like[chunk], 1 / plan.target.temperature)
-        return (plan.token_weights[chunk] / plan.target.temperature).to(like.dtype)
-
-    def _mean(self, products: Products, divergence: ChunkDivergence, made: ChunkProducts) -> Tensor | None:
-        plan, tokens = self._plan, made.student.shape[0]
-        if "shift" in plan.frozen:
-            assert plan.centre is not None
-            dtype = self.per_token_N.dtype
-            return products.rounded_states("shift", tokens).to(dtype) @ plan.centre.to(dtype)
-        if plan.soft_cap is not None and plan.target.cap is not None and plan.target.privileged != 0:
-            return divergence.capped_mean(made.frozen["privileged"], made.frozen["reference"])
-        return None
-
-    def _measure_sample(self, made: ChunkProducts, chunk: slice, sampled: slice, divergence: ChunkDivergence) -> Tensor:
-        """This shard's measures of the chunk's sampled tokens, a tile of rows at a time."""
-        plan = self._plan
-        assert plan.diagnosed is not None
-        index = plan.diagnosed.index[sampled] - chunk.start
-        step = plan.stages.tile_rows(plan.valid, self.per_token_N.dtype, index.device)
-        parts = []
-        for start in range(0, len(index), step):
-            rows = slice(start, start + step)
-            student = made.student[index[rows]]
-            privileged = made.sample["sampled_privileged"][rows]
-            if "shift" in made.frozen:
-                reference = privileged - made.frozen["shift"][index[rows]]
-            else:
-                reference = made.sample["sampled_reference"][rows]
-            parts.append(measure_sample(*(divergence.scaled(x) for x in (student, privileged, reference))))
-        return torch.cat(parts, -1)
-
-    def _add_gradients(self, gradient_CV: Tensor, chunk: slice) -> None:
-        """Queues the products of the gradient with the matrix, and with the hidden states."""
-        plan = self._plan
-        if self._dh_NH is not None:
-            # Without dW there is one product, and with a second collective to hide behind it, two halves of it.
-            halved = self._dw_VH is None and plan.divergence.kind == "jsd" and group_size(plan.tp_group) > 1
-            rows = max(1, -(-len(gradient_CV) // (2 if halved else 1)))
-            parts = zip(self._dh_NH[chunk].split(rows), gradient_CV.split(rows), strict=True)
-            self._pending.extend(partial(_hidden_gradient, *part, self._w_VH) for part in parts)
-        if self._dw_VH is not None:
-            scale = 1.0 if plan.main_gradient is None else plan.main_gradient.upstream
-            states = self._h_NH[chunk]
-            self._pending.append(partial(add_product_, self._dw_VH, gradient_CV.t(), states, scale))
-
-    def _start_pending(self) -> None:
-        if self._pending:
-            self._pending.popleft()()
-
-    def _finish_pending(self) -> None:
-        while self._pending:
-            self._pending.popleft()()
-
-
-def _hidden_gradient(dh_CH: Tensor, gradient_CV: Tensor, w_VH: Tensor) -> None:
-    if dh_CH.dtype == w_VH.dtype == gradient_CV.dtype:
-        product_into(dh_CH, gradient_CV, w_VH)
-    else:
-        dh_CH.copy_(gradient_CV.to(w_VH.dtype) @ w_VH)
+def _check_upstream(ctx: Any, upstream: Tensor) -> None:
+    """Refuses what the gradient that was added in the forward pass does not stand for."""
+    if ctx.spent:
+        raise RuntimeError("a second backward pass over a loss that added its gradient to main_gradient")
+    ctx.spent = True
+    stated = ctx.main_gradient.upstream
+    agrees = (upstream - stated).abs() <= _UPSTREAM_TOLERANCE * abs(stated)
+    # On a GPU this waits for nothing: the check runs there.
+    torch._assert_async(agrees, f"backward does not multiply the loss with main_gradient.upstream={stated}")

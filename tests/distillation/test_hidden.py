@@ -201,6 +201,78 @@ def test_the_jsd_is_accurate_in_fp32_where_student_and_target_almost_agree():
         assert relative(hidden.grad, want.dh) < 1e-2
 
 
+# --- A gradient that the trainer keeps -------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_added_to_the_one_that_the_trainer_keeps():
+    """What was there stays; the stated scale is in it; autograd gets none, or zeros where hooks want one."""
+    problem = make_problem(18)
+    want = dense(problem, PurifiedTarget(), JSD)
+    for placeholder in (False, True):
+        kept = torch.full((32, 8), 0.5, dtype=torch.float64)
+        main = MainGradient(kept, 2.5, placeholder)
+        result, hidden, weight = hidden_loss(problem, PurifiedTarget(), JSD, main_gradient=main)
+        (2.5 * result.total).backward()
+        assert relative(kept - 0.5, 2.5 * want.dw) < 1e-10
+        assert relative(hidden.grad, 2.5 * want.dh) < 1e-10
+        assert kept[29:].eq(0.5).all()
+        if placeholder:
+            assert weight.grad.shape == (32, 8)
+            assert weight.grad.count_nonzero() == 0
+        else:
+            assert weight.grad is None
+
+
+def test_a_weight_that_is_used_elsewhere_too_keeps_that_gradient():
+    """Tied embeddings: the loss's part goes to the kept gradient, the embedding's part through autograd."""
+    problem = make_problem(19)
+    for placeholder in (False, True):
+        kept = torch.zeros(32, 8, dtype=torch.float64)
+        weight = problem.student_weight.clone().requires_grad_()
+        pair = hidden_pair(PurifiedTarget(), problem.base, problem.privileged, problem.reference)
+        result = loss_from_hidden(
+            weight[:7] * 2,
+            weight,
+            pair,
+            problem.teacher_weight,
+            target=PurifiedTarget(),
+            divergence=JSD,
+            vocab_size=29,
+            token_weights=problem.token_weights,
+            main_gradient=MainGradient(kept, 1.0, placeholder),
+        )
+        result.total.backward()
+        want = dense(with_(problem, student=problem.student_weight[:7] * 2), PurifiedTarget(), JSD)
+        assert relative(kept, want.dw) < 1e-10
+        assert relative(weight.grad[:7], 2 * want.dh) < 1e-10
+        assert weight.grad[7:].count_nonzero() == 0
+
+
+def test_a_broken_promise_about_the_scale_is_refused():
+    problem = make_problem(20)
+
+    def main(dtype=torch.float64, rows: int = 32):
+        return MainGradient(torch.zeros(rows, 8, dtype=dtype), 2.0)
+
+    result, _, _ = hidden_loss(problem, PurifiedTarget(), JSD, main_gradient=main())
+    with pytest.raises(RuntimeError, match=r"main_gradient.upstream=2.0"):
+        result.total.backward()
+    result, _, _ = hidden_loss(problem, PurifiedTarget(), JSD, main_gradient=main())
+    (result.total * 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        (result.total * 2).backward()
+    for wrong in (main(torch.float32), main(rows=29)):
+        with pytest.raises(ValueError, match="main_gradient is"):
+            hidden_loss(problem, PurifiedTarget(), JSD, main_gradient=wrong)
+
+
+def test_a_frozen_weight_leaves_the_kept_gradient_alone():
+    kept = torch.zeros(32, 8, dtype=torch.float64)
+    result, _, _ = hidden_loss(make_problem(21), PurifiedTarget(), JSD, dw=False, main_gradient=MainGradient(kept, 3.0))
+    result.total.backward()
+    assert kept.count_nonzero() == 0
+
+
 # --- Products ---------------------------------------------------------------------------------------------------------
 
 
@@ -430,7 +502,7 @@ def _count_collectives(rank: int, world_size: int):
     mine = make_problem(12).shard(rank, world_size)
     centre = mean_row(mine.teacher_weight, mine.vocab, group)
     found["mean row"] = [shape for _, shape, _ in calls]
-    for name, divergence in DIVERGENCES.items():
+    for name, divergence in (("jsd", JSD), ("forward", FORWARD), ("reverse", REVERSE)):
         for dh in (True, False):
             for diagnosing in (False, True):
                 for given in (True, False):
