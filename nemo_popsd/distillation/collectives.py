@@ -14,6 +14,7 @@ one depends on who consumes the sum:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,46 @@ def reduce_sum_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     assert not x.requires_grad, "for constants only"
     if group_size(group) > 1:
         dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group)
+    return x
+
+
+def gather_shards(
+    parts: Sequence[Tensor], group: dist.ProcessGroup | None, meanwhile: Callable[[], None] | None = None
+) -> list[Tensor]:
+    """What every rank of the group holds of each of `parts`: [n, ...] to [P, n, ...]. One all-gather, no gradient.
+
+    The same bits on every rank: each of them adds up the shards in the same order.
+
+    Args:
+        parts: tensors of one dtype, of the same shapes on every rank.
+        group: the group; P ranks.
+        meanwhile: work that is put in while the all-gather is under way.
+    """
+    size = group_size(group)
+    if size == 1:
+        if meanwhile is not None:
+            meanwhile()
+        return [part.unsqueeze(0) for part in parts]
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    received = sent.new_empty(size, sent.numel())
+    work = dist.all_gather(list(received), sent, group=group, async_op=True)
+    if meanwhile is not None:
+        meanwhile()
+    work.wait()
+    shards = received.split([part.numel() for part in parts], dim=1)
+    return [shard.reshape(size, *part.shape) for shard, part in zip(shards, parts, strict=True)]
+
+
+def sum_shards_(x: Tensor, group: dist.ProcessGroup | None, meanwhile: Callable[[], None] | None = None) -> Tensor:
+    """As `reduce_sum_`, with work that is put in while the all-reduce is under way."""
+    assert not x.requires_grad, "for constants only"
+    work = None
+    if group_size(group) > 1:
+        work = dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group, async_op=True)
+    if meanwhile is not None:
+        meanwhile()
+    if work is not None:
+        work.wait()
     return x
 
 

@@ -56,13 +56,19 @@ class DistillationConfig:
     loss_mean: str = "sequence"
     """`sequence`: mean over tokens of each response, then over responses (the paper's). `token`: over all tokens of
     the global batch (official OPSD's)."""
-    chunk_tokens: int = 1024
-    """Response tokens whose logits exist at one time, on each tensor-parallel rank."""
+    chunk_tokens: int | None = None
+    """Response tokens whose logits exist at one time, on each tensor-parallel rank; null takes at most 1,024, and fewer
+    where the target or the layout needs more buffers, so that the loss needs at most 0.8 of an fp32 [8192, V/tp]."""
+    fused: str = "auto"
+    """Whether the arithmetic between the loss's products is compiled into fused kernels: `auto` from 8,192 vocabulary
+    entries of a rank on, `true` or `false`. Without a working compiler the log says so and it is not."""
     diagnosed_tokens: int = 256
     """Tokens per step and data-parallel rank on which Δ norms and cosines are measured; 0 measures none.
     Needs both teachers on every row, also where the target (`opsd`, `beta_opsd`) needs no reference-only teacher."""
 
     def __post_init__(self) -> None:
         one_of("distillation.loss_mean", self.loss_mean, ("sequence", "token"))
-        at_least("distillation.chunk_tokens", self.chunk_tokens, 1)
+        if self.chunk_tokens is not None:
+            at_least("distillation.chunk_tokens", self.chunk_tokens, 1)
+        one_of("distillation.fused", self.fused, ("auto", "true", "false"))
         at_least("distillation.diagnosed_tokens", self.diagnosed_tokens, 0)

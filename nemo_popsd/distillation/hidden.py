@@ -4,7 +4,8 @@ A target token is two vectors of size H (`hidden_pair`) instead of three rows of
 of tokens at a time are all that exists of them. Gradients are formed with the loss, in the forward pass, while the
 chunk's logits are at hand; the backward pass only scales them.
 
-Legend: N tokens, C tokens of a chunk, H hidden size, V rows of the true vocabulary on this rank, W rows with padding.
+Legend: N tokens, C tokens of a chunk, D sampled tokens, H hidden size, V rows of the true vocabulary on this rank,
+W rows with padding.
 """
 
 from __future__ import annotations
@@ -17,16 +18,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_popsd.distillation.closed_form import chunk_divergence
-from nemo_popsd.distillation.collectives import reduce_sum_
+from nemo_popsd.distillation.checks import check_inputs
+from nemo_popsd.distillation.chunks import default_chunk_tokens
+from nemo_popsd.distillation.collectives import group_size, reduce_sum_
+from nemo_popsd.distillation.decomposition import (
+    DecompositionStatistics,
+    DiagnosedTokens,
+    decomposition_statistics,
+)
 from nemo_popsd.distillation.divergence import Divergence
-from nemo_popsd.distillation.products import logits, product, statistics_dtype
+from nemo_popsd.distillation.fusion import choose_stages
+from nemo_popsd.distillation.products import statistics_dtype
 from nemo_popsd.distillation.statistics import TokenStatistics
-from nemo_popsd.distillation.target import Target, uses_anchor, uses_shift
-from nemo_popsd.distillation.vocabulary import mean_row, true_width
+from nemo_popsd.distillation.sweep import Plan, Sweep
+from nemo_popsd.distillation.target import FrozenStates, HiddenPair, Target
+from nemo_popsd.distillation.vocabulary import mean_row, true_width, true_widths
 
-_LOW_PRECISION = (torch.bfloat16,)
-_FULL_PRECISION = (torch.float32, torch.float64)
+_UPSTREAM_TOLERANCE = 1e-4
+"""Relative: a trainer divides by the number of micro-batches and multiplies with it again, in fp32."""
 
 
 class HiddenLoss(NamedTuple):
@@ -38,34 +47,37 @@ class HiddenLoss(NamedTuple):
     per_token: Tensor
     """The divergence of each token, unweighted [N], detached: for logging."""
 
-    statistics: TokenStatistics | None
-    """Per-token statistics where asked for."""
+    statistics: TokenStatistics
+    """Per-token statistics [N]."""
+
+    decomposition: DecompositionStatistics | None
+    """Statistics of the sampled tokens [D], where any were given."""
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Everything constant that the autograd Function needs."""
+class MainGradient:
+    """Where a trainer keeps the gradient of the output matrix, so that no second tensor of its size is needed.
 
-    target: Target
-    divergence: Divergence
-    anchor: Tensor | None
-    shift: Tensor | None
-    teacher: Tensor
-    centre: Tensor | None
-    token_weights: Tensor | None
-    valid: int
-    chunk_tokens: int
-    tp_group: dist.ProcessGroup | None
-    hidden_gradient: bool
-    weight_gradient: bool
-    statistics: bool
+    A gradient formed in the forward pass must be scaled by then: the trainer states what backward will multiply the
+    loss with, and backward raises where it does not. One forward pass, then one backward pass.
+    """
+
+    buffer: Tensor
+    """[V_pad/tp, H] in fp32 (float64 for float64); the gradient is added to it in the forward pass."""
+
+    upstream: float
+    """Derivative of what backward is called on with respect to the loss's `total`."""
+
+    placeholder: bool = False
+    """Whether autograd must still hand zeros of the matrix's size to the parameter's hooks, which count on some
+    gradient (Megatron's, where it overlaps the reduction of gradients with the backward pass). Else the parameter
+    gets none from the loss."""
 
 
 def loss_from_hidden(
     student_hidden: Tensor,
     student_weight: Tensor,
-    anchor_hidden: Tensor | None,
-    shift_hidden: Tensor | None,
+    frozen: FrozenStates,
     teacher_weight: Tensor,
     *,
     target: Target,
@@ -73,9 +85,12 @@ def loss_from_hidden(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
     token_weights: Tensor | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     centre: Tensor | None = None,
-    return_statistics: bool = False,
+    soft_cap: float | None = None,
+    fused: str = "auto",
+    main_gradient: MainGradient | None = None,
+    diagnosed: DiagnosedTokens | None = None,
 ) -> HiddenLoss:
     """Divergence of the student from the target, weighted and summed over tokens, without full logits.
 
@@ -88,186 +103,146 @@ def loss_from_hidden(
     by then. Give 1/(number of tokens), or 1/(sequences · length of the token's sequence), as `token_weights`, and call
     backward on `total`, possibly scaled by any scalar. `per_token` is detached: a loss built from it has no gradient.
 
-    Sharding: hidden states are replicated over `tp_group`, the two matrices are this rank's rows. All ranks of the
-    group have the same N. The gradient of `student_hidden` is the full one, summed over `tp_group` here, as
-    Megatron's output layer does it (so hand in hidden states that were gathered with no sum in their own backward);
-    the gradient of `student_weight` is this rank's rows, with zeros in padding.
+    A model that caps its logits softly, z = κ·tanh(W·h/κ), has no such form in two vectors: with `soft_cap`, each
+    branch of the target has its own product and the mean of eq. 14 its own all-reduce; the gradient goes through κ.
 
-    Collectives: for each chunk 2 for the KLs and 3 for the JSD, on at most [6, C] floats; 1 on [H] where `centre` is
-    needed and not given; backward 1 on [N, H] where `student_hidden` needs a gradient.
+    Sharding: hidden states are replicated over `tp_group`, the two matrices are this rank's rows. All ranks of the
+    group have the same N and the same diagnosed tokens. The gradient of `student_hidden` is the full one, summed over
+    `tp_group` here, as Megatron's output layer does it (so hand in hidden states that were gathered with no sum in
+    their own backward); the gradient of `student_weight` is this rank's rows, with zeros in padding.
+
+    Products for each chunk of tokens: one stacked product where student and teacher share the matrix (told by their
+    storage), else one for each vector; one for dh and one for dW. Collectives for each chunk: 1 for the KLs (an
+    all-gather of 8 floats per token) and 2 for the JSD (an all-reduce of 2 more); 1 more for a softly capped model with
+    a capped target. Each is under way while the products of the chunk before are computed (dh and dW). 1 on [H] where
+    `centre` is needed and not given; backward 1 on [N, H] where `student_hidden` needs a gradient.
 
     Precision: products of matrices in the dtype of the matrix, everything else in fp32 (float64 where
     `student_weight` is float64). The gradient of `student_weight` is summed over the chunks in fp32 and rounded once.
 
-    Memory: three [C, V] tensors in fp32 for the KLs, four for the JSD or with statistics; [N, H] for the gradient of
-    the hidden states and [V_pad/tp, H] in fp32 for that of the matrix. What needs no gradient costs nothing: a frozen
-    or LoRA-covered `student_weight`, or anything under torch.no_grad.
+    Memory: a [C, V] tensor in fp32 for the student and one for each vector of the target, plus one for the gradient
+    (in the matrix's dtype) with more than one shard or in bf16, plus the rows of diagnosed tokens; plus dh of
+    [N, H]; plus dW in fp32, unless there is a `main_gradient`. What needs no gradient costs nothing: a frozen
+    or LoRA-covered `student_weight`, or anything under torch.no_grad. `benchmarks/README.md` has the figures.
 
     Args:
         student_hidden: h [N, H], final hidden state after the last norm, at the response positions only.
         student_weight: W_s [V_pad/tp, H], live.
-        anchor_hidden: [N, H] from `hidden_pair`.
-        shift_hidden: d [N, H] from `hidden_pair`, in fp32: it is rounded once, to the dtype of the matrix.
+        frozen: from `frozen_states` (or `hidden_pair`): vectors of N tokens. A shift is in fp32, and rounded once, to
+            the dtype of the matrix.
         teacher_weight: W [V_pad/tp, H], frozen; may be the same tensor as `student_weight`.
-        target: the family member that `hidden_pair` was given.
+        target: the family member that `frozen` was made for.
         divergence: which divergence.
         vocab_size: size of the true vocabulary.
         tp_group: the group over which the vocabulary is sharded; None for one shard.
         token_weights: [N], constants; None for 1 each, which makes `total` the plain sum.
-        chunk_tokens: tokens of a chunk: memory against the number of kernels and collectives.
+        chunk_tokens: tokens of a chunk; None takes what keeps the chunk's buffers within 0.4 of an fp32 [8192, V].
         centre: w̄ = `mean_row(teacher_weight, ...)`, computed here where needed and None.
-        return_statistics: also return `TokenStatistics`; no further matrix product or collective.
+        soft_cap: κ of a model that caps its logits softly; `frozen` is then `SeparateStates`.
+        fused: `auto`, `true` or `false`: whether the arithmetic between products is compiled; see `fusion`.
+        main_gradient: where to add the gradient of `student_weight`; None gives it to autograd.
+        diagnosed: tokens on which to decompose the teacher's signal; adds their rows to the products.
 
     Raises:
-        UserError: the shards together are smaller than the vocabulary.
+        UserError: the shards together are smaller than the vocabulary, or `fused` is unknown.
         ValueError: shapes, dtypes or vectors do not fit each other or the target.
+        RuntimeError: in backward, where it does not keep what `main_gradient` states.
     """
-    _check(student_hidden, student_weight, anchor_hidden, shift_hidden, teacher_weight, target, token_weights)
-    if chunk_tokens < 1:
+    states = {name: state.detach() for name, state in frozen._asdict().items() if state is not None}
+    dtype = statistics_dtype(student_weight)
+    check_inputs(student_hidden, student_weight, frozen, teacher_weight, target, token_weights, diagnosed, soft_cap)
+    if main_gradient is not None and (
+        main_gradient.buffer.shape != student_weight.shape or main_gradient.buffer.dtype != dtype
+    ):
+        got = f"{main_gradient.buffer.dtype} of shape {tuple(main_gradient.buffer.shape)}"
+        raise ValueError(f"main_gradient is {got}; need {dtype} of shape {tuple(student_weight.shape)}")
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; need at least 1")
     valid = true_width(student_weight.shape[0], vocab_size, tp_group)
-    if shift_hidden is not None and centre is None:
+    if isinstance(frozen, HiddenPair) and frozen.shift is not None and centre is None:
         centre = mean_row(teacher_weight, vocab_size, tp_group)
     record = torch.is_grad_enabled()
-    plan = _Plan(
+    gradients = record and (student_hidden.requires_grad or student_weight.requires_grad)
+    # The gradient needs memory of its own where it outlives the chunk's logits, or is smaller than they are.
+    rounded = student_weight.is_cuda and student_weight.dtype != dtype
+    own_gradient = gradients and (rounded or group_size(tp_group) > 1)
+    buffers = 1 + len(states) + (soft_cap is not None) + (0.5 if rounded else 1) * own_gradient
+    plan = Plan(
         target=target,
         divergence=divergence,
-        anchor=None if anchor_hidden is None else anchor_hidden.detach(),
-        shift=None if shift_hidden is None else shift_hidden.detach(),
-        teacher=teacher_weight.detach(),
+        frozen=states,
+        teacher=teacher_weight.detach()[:valid],
         centre=centre,
+        soft_cap=soft_cap,
         token_weights=token_weights,
+        diagnosed=diagnosed,
+        vocab_size=vocab_size,
+        widths=true_widths(student_weight.shape[0], vocab_size, tp_group),
         valid=valid,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=default_chunk_tokens(buffers) if chunk_tokens is None else chunk_tokens,
+        stages=choose_stages(fused, valid, dtype),
         tp_group=tp_group,
+        weight_scale=1.0 if main_gradient is None else main_gradient.upstream,
         hidden_gradient=record and student_hidden.requires_grad,
         weight_gradient=record and student_weight.requires_grad,
-        statistics=return_statistics,
+        own_gradient=own_gradient,
     )
     with torch.autocast(student_hidden.device.type, enabled=False):
-        total, per_token, statistics_4N = _HiddenLossFunction.apply(student_hidden, student_weight, plan)
-    return HiddenLoss(total, per_token, TokenStatistics(*statistics_4N) if return_statistics else None)
+        total, per_token, statistics_4N, products_5D = _HiddenLossFunction.apply(
+            student_hidden, student_weight, plan, main_gradient
+        )
+    return HiddenLoss(
+        total,
+        per_token,
+        TokenStatistics(*statistics_4N),
+        None if diagnosed is None else decomposition_statistics(products_5D),
+    )
 
 
 class _HiddenLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_NH: Tensor, w_WH: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor | None]:
-        dtype = statistics_dtype(w_WH)
-        tokens = h_NH.shape[0]
-        per_token_N = h_NH.new_empty(tokens, dtype=dtype)
-        statistics_4N = h_NH.new_empty(4, tokens, dtype=dtype) if plan.statistics else None
+    def forward(
+        ctx: Any, h_NH: Tensor, w_WH: Tensor, plan: Plan, main_gradient: MainGradient | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dh_NH = torch.empty_like(h_NH) if plan.hidden_gradient else None
-        dw_WH = torch.zeros_like(w_WH, dtype=dtype) if plan.weight_gradient else None
-        w_VH = w_WH[: plan.valid]
-        for start in range(0, tokens, plan.chunk_tokens):
-            chunk = slice(start, start + plan.chunk_tokens)
-            s_CV = logits(h_NH[chunk], w_VH, dtype, plan.target.temperature)
-            t_CV = _target_logits(plan, chunk, s_CV, dtype)
-            result = chunk_divergence(
-                s_CV,
-                t_CV,
-                plan.divergence,
-                plan.tp_group,
-                gradient=dh_NH is not None or dw_WH is not None,
-                statistics=plan.statistics,
-            )
-            per_token_N[chunk] = result.loss
-            if statistics_4N is not None and result.statistics is not None:
-                statistics_4N[:, chunk] = result.statistics
-            gradient_CV = result.gradient
-            if gradient_CV is None:
-                continue
-            del s_CV, t_CV, result  # all but the gradient's own memory is free for the products below
-            if plan.token_weights is not None:
-                gradient_CV.mul_((plan.token_weights[chunk, None] / plan.target.temperature).to(dtype))
-            elif plan.target.temperature != 1:
-                gradient_CV.div_(plan.target.temperature)
-            if dh_NH is not None:
-                dh_NH[chunk] = gradient_CV.to(w_VH.dtype) @ w_VH
-            if dw_WH is not None:
-                _accumulate(dw_WH[: plan.valid], gradient_CV, h_NH[chunk], w_VH.dtype)
-            del gradient_CV  # or the next chunk would come on top of it
-        total = per_token_N.sum() if plan.token_weights is None else (per_token_N * plan.token_weights).sum()
-        ctx.save_for_backward(dh_NH, dw_WH)
+        dw_WH = None
+        if plan.weight_gradient:
+            dtype = statistics_dtype(w_WH)
+            dw_WH = torch.zeros_like(w_WH, dtype=dtype) if main_gradient is None else main_gradient.buffer
+        sweep = Sweep(plan, h_NH, w_WH.detach()[: plan.valid], dh_NH, dw_WH)
+        sweep()
+        weights_N = plan.token_weights
+        total = sweep.per_token_N.sum() if weights_N is None else (sweep.per_token_N * weights_N).sum()
+        ctx.main_gradient = main_gradient if plan.weight_gradient else None
+        ctx.spent = False
+        ctx.save_for_backward(dh_NH, dw_WH if ctx.main_gradient is None else None)
         ctx.tp_group = plan.tp_group
-        ctx.weight_dtype = w_WH.dtype
-        ctx.mark_non_differentiable(per_token_N, *(() if statistics_4N is None else (statistics_4N,)))
-        return total.to(dtype), per_token_N, statistics_4N
+        ctx.weight_shape, ctx.weight_dtype = w_WH.shape, w_WH.dtype
+        ctx.mark_non_differentiable(sweep.per_token_N, sweep.statistics_4N, sweep.products_5D)
+        return total.to(sweep.per_token_N.dtype), sweep.per_token_N, sweep.statistics_4N, sweep.products_5D
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         upstream = gradients[0]
         dh_NH, dw_WH = ctx.saved_tensors
         if dh_NH is not None:
             dh_NH = reduce_sum_(dh_NH * upstream.to(dh_NH.dtype), ctx.tp_group) if dh_NH.numel() else dh_NH
-        if dw_WH is not None:
+        if ctx.main_gradient is not None:
+            _check_upstream(ctx, upstream)
+            if ctx.main_gradient.placeholder:
+                dw_WH = upstream.new_zeros(ctx.weight_shape, dtype=ctx.weight_dtype)
+        elif dw_WH is not None:
             dw_WH = torch.mul(dw_WH, upstream, out=torch.empty_like(dw_WH, dtype=ctx.weight_dtype))
-        return dh_NH, dw_WH, None
+        return dh_NH, dw_WH, None, None
 
 
-def _target_logits(plan: _Plan, chunk: slice, s_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits of the target, up to a constant in each row; at most two [C, V] tensors beside `s_CV`."""
-    target = plan.target
-    w_VH = plan.teacher[: plan.valid]
-    t_CV: Tensor | None = None
-    if plan.shift is not None:
-        assert target.cap is not None
-        assert plan.centre is not None
-        d_CH = plan.shift[chunk].to(w_VH.dtype)
-        mean_C = d_CH.to(dtype) @ plan.centre.to(dtype)
-        scale = target.temperature * target.cap
-        t_CV = product(d_CH, w_VH.t(), dtype).sub_(mean_C[:, None]).mul_(1 / scale)
-        t_CV.tanh_().mul_(target.privileged * target.cap)
-    if plan.anchor is not None:
-        anchor_CV = logits(plan.anchor[chunk], w_VH, dtype, target.temperature)
-        t_CV = anchor_CV if t_CV is None else anchor_CV.add_(t_CV)
-    assert t_CV is not None
-    if target.student != 0:
-        t_CV.add_(s_CV, alpha=target.student)
-    return t_CV
-
-
-def _accumulate(dw_VH: Tensor, gradient_CV: Tensor, h_CH: Tensor, weight_dtype: torch.dtype) -> None:
-    """Add gradientᵀ·h to dW, with the sum in the dtype of dW."""
-    if weight_dtype in _LOW_PRECISION and dw_VH.is_cuda:
-        dw_VH.add_(torch.mm(gradient_CV.to(weight_dtype).t(), h_CH.to(weight_dtype), out_dtype=dw_VH.dtype))
-    else:
-        dw_VH.addmm_(gradient_CV.t(), h_CH.to(dw_VH.dtype))
-
-
-def _check(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    anchor_hidden: Tensor | None,
-    shift_hidden: Tensor | None,
-    teacher_weight: Tensor,
-    target: Target,
-    token_weights: Tensor | None,
-) -> None:
-    tokens, width = student_hidden.shape
-    shapes = {
-        "student_weight": (student_weight, (student_weight.shape[0], width)),
-        "teacher_weight": (teacher_weight, (student_weight.shape[0], width)),
-        "anchor_hidden": (anchor_hidden, (tokens, width)),
-        "shift_hidden": (shift_hidden, (tokens, width)),
-        "token_weights": (token_weights, (tokens,)),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; need {shape}")
-    for name, tensor in {
-        "student_hidden": student_hidden,
-        "student_weight": student_weight,
-        "teacher_weight": teacher_weight,
-    }.items():
-        if tensor.dtype not in _LOW_PRECISION + _FULL_PRECISION:
-            raise ValueError(f"{name} is {tensor.dtype}; need bfloat16, float32 or float64")
-    for name, tensor, used in (
-        ("anchor_hidden", anchor_hidden, uses_anchor(target)),
-        ("shift_hidden", shift_hidden, uses_shift(target)),
-    ):
-        if (tensor is not None) != used:
-            raise ValueError(f"{name} must {'' if used else 'not '}be given for {target}; see hidden_pair")
-    if token_weights is not None and token_weights.requires_grad:
-        raise ValueError("token_weights requires grad; the loss is not differentiable in it: detach it")
+def _check_upstream(ctx: Any, upstream: Tensor) -> None:
+    """Refuses what the gradient that was added in the forward pass does not stand for."""
+    if ctx.spent:
+        raise RuntimeError("a second backward pass over a loss that added its gradient to main_gradient")
+    ctx.spent = True
+    stated = ctx.main_gradient.upstream
+    agrees = (upstream - stated).abs() <= _UPSTREAM_TOLERANCE * abs(stated)
+    # On a GPU this waits for nothing: the check runs there.
+    torch._assert_async(agrees, f"backward does not multiply the loss with main_gradient.upstream={stated}")

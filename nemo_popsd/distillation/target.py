@@ -191,6 +191,52 @@ class HiddenPair(NamedTuple):
     """h_T less h_ref, [N, H] in fp32 (float64 for float64), or None where the target has no cap."""
 
 
+class SeparateStates(NamedTuple):
+    """The frozen branches' final hidden states as they are, for a model whose logits are not linear in them."""
+
+    base: Tensor | None
+    """h_0 [N, H], or None where its coefficient is 0, as are the two below."""
+
+    privileged: Tensor | None
+    """h_T [N, H]."""
+
+    reference: Tensor | None
+    """h_ref [N, H]."""
+
+
+FrozenStates = HiddenPair | SeparateStates
+"""What determines the target of each token."""
+
+
+def frozen_states(
+    target: Target,
+    base_hidden: Tensor | None,
+    privileged_hidden: Tensor | None,
+    reference_hidden: Tensor | None,
+    *,
+    soft_cap: float | None = None,
+) -> FrozenStates:
+    """What the loss needs of the frozen branches: `hidden_pair`, or with a `soft_cap` on the logits all of them.
+
+    Raises:
+        ValueError: a hidden state that the target needs is missing.
+    """
+    if soft_cap is None:
+        return hidden_pair(target, base_hidden, privileged_hidden, reference_hidden)
+    needed = _needed(target, base_hidden, privileged_hidden, reference_hidden)
+    kept = [None if coefficient == 0 or h is None else h.detach() for coefficient, h in needed]
+    return SeparateStates(*kept)
+
+
+def _needed(target: Target, *hidden: Tensor | None) -> list[tuple[float, Tensor | None]]:
+    """Coefficients with the states of base, privileged and reference, none of them missing."""
+    coefficients = (target.base, target.privileged, target.reference)
+    for name, coefficient, h in zip(("base", "privileged", "reference"), coefficients, hidden, strict=True):
+        if coefficient != 0 and h is None:
+            raise ValueError(f"the target {target} needs {name}_hidden; got None")
+    return list(zip(coefficients, hidden, strict=True))
+
+
 def hidden_pair(
     target: Target,
     base_hidden: Tensor | None,
@@ -219,15 +265,8 @@ def hidden_pair(
     Raises:
         ValueError: a hidden state that the target needs is missing.
     """
-    needed = {
-        "base_hidden": (target.base, base_hidden),
-        "privileged_hidden": (target.privileged, privileged_hidden),
-        "reference_hidden": (target.reference, reference_hidden),
-    }
-    for name, (coefficient, hidden) in needed.items():
-        if coefficient != 0 and hidden is None:
-            raise ValueError(f"the target {target} needs {name}; got None")
-    terms = [(coefficient, h.detach()) for coefficient, h in needed.values() if coefficient != 0 and h is not None]
+    needed = _needed(target, base_hidden, privileged_hidden, reference_hidden)
+    terms = [(coefficient, h.detach()) for coefficient, h in needed if coefficient != 0 and h is not None]
     if target.privileged == 0 or target.reference != -target.privileged:
         return HiddenPair(_combine(terms), None)
     # Formed first, also where it joins the anchor: equal teachers then leave the base exactly as it is.

@@ -31,7 +31,12 @@ def true_width(width: int, vocab_size: int, tp_group: dist.ProcessGroup | None =
             need=f"1 to {width * shards} entries",
             mend="give the size of the tokenizer's vocabulary that the model was built for",
         )
-    return min(max(vocab_size - group_rank(tp_group) * width, 0), width)
+    return true_widths(width, vocab_size, tp_group)[group_rank(tp_group)]
+
+
+def true_widths(width: int, vocab_size: int, tp_group: dist.ProcessGroup | None = None) -> list[int]:
+    """As `true_width`, of every rank of the group, without its check."""
+    return [min(max(vocab_size - rank * width, 0), width) for rank in range(group_size(tp_group))]
 
 
 def row_max(x: Tensor) -> Tensor:

@@ -103,6 +103,14 @@ def frozen_hidden_states(model: GPTModel, sequences: Sequence[ContextSequence], 
     return [states[index] for index in range(len(sequences))]
 
 
+def upstream_of_loss(model: DistributedDataParallel) -> float:
+    """What `forward_backward`'s backward pass multiplies a returned loss with, per micro-batch.
+
+    Megatron divides by the number of ranks when it reduces gradients; each rank's loss is as many times too large.
+    """
+    return float(model.dp_cp_group.size())
+
+
 def forward_backward(
     model: DistributedDataParallel,
     batches: Sequence[MicroBatch],
@@ -122,7 +130,7 @@ def forward_backward(
     Returns:
         The reports, by micro-batch.
     """
-    scale = len(batches) * model.dp_cp_group.size()
+    scale = len(batches) * upstream_of_loss(model)
 
     def scaled(batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, Report]:
         value, report = loss(batch, hidden_NH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,13 +13,15 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemo_popsd.distillation import mean_row
+from nemo_popsd.distillation import MainGradient, mean_row
 from nemo_popsd.megatron.adapters import Adapters
 from nemo_popsd.megatron.base import AdaptersOff, FrozenBase, FrozenCopy
 from nemo_popsd.megatron.build import build_gpt
 from nemo_popsd.megatron.config import OptimizerConfig, ParallelConfig, StudentConfig
-from nemo_popsd.megatron.forward import output_weight
+from nemo_popsd.megatron.forward import output_weight, upstream_of_loss
 from nemo_popsd.megatron.optimizer import wrap_for_training
+
+logger = logging.getLogger(__name__)
 
 
 class Architecture(Protocol):
@@ -106,6 +109,26 @@ class Student:
     def weight(self) -> Tensor:
         """This rank's rows of the live output matrix [V_pad/tp, H]."""
         return output_weight(self.gpt)
+
+    @cached_property
+    def soft_cap(self) -> float | None:
+        """κ of a model whose final logits are κ·tanh(W·h/κ) (Gemma 2), else None; which one is said in the log."""
+        value = getattr(self.gpt.config, "final_logit_softcapping", None)
+        if value:
+            logger.info("final logits are softly capped at %g: the loss takes every frozen branch's own product", value)
+        return float(value) if value else None
+
+    @property
+    def main_gradient(self) -> MainGradient | None:
+        """Where Megatron keeps the fp32 gradient of the live output matrix; None where it is frozen or not in fp32.
+
+        Under `forward_backward` only: the loss adds to it in the forward pass.
+        """
+        weight, wrapped = self.weight, self._wrapped
+        buffer = getattr(weight, "main_grad", None)
+        if wrapped is None or not weight.requires_grad or buffer is None or buffer.dtype != torch.float32:
+            return None
+        return MainGradient(buffer, upstream_of_loss(wrapped), placeholder=wrapped.ddp_config.overlap_grad_reduce)
 
     @property
     def tp_group(self) -> torch.distributed.ProcessGroup:

@@ -12,32 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_popsd.distillation import Target, hidden_pair
+from nemo_popsd.distillation import DiagnosedTokens, FrozenStates, Target, frozen_states
 from nemo_popsd.megatron.base import FrozenBase
 from nemo_popsd.megatron.forward import frozen_hidden_states
 from nemo_popsd.training.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class DiagnosedTokens:
-    """Some response tokens of one trajectory on which the teacher's signal is decomposed; D of them."""
-
-    index: Tensor
-    """[D] int64, which response tokens."""
-    privileged: Tensor
-    """[D, H] h_T."""
-    reference: Tensor
-    """[D, H] h_ref."""
-
-
-@dataclass(frozen=True)
 class TargetStates:
     """What determines the target distribution at each of a trajectory's R response tokens."""
 
-    anchor: Tensor | None
-    """[R, H], or None where the target has no linear part."""
-    shift: Tensor | None
-    """[R, H] fp32, h_T less h_ref, or None where the target has no cap."""
+    frozen: FrozenStates
+    """[R, H] each."""
     diagnosed: DiagnosedTokens | None
     """Tokens sampled for diagnosis."""
 
@@ -45,7 +31,15 @@ class TargetStates:
 class FrozenBranches:
     """Runs the branches that a target needs."""
 
-    def __init__(self, base: FrozenBase, target: Target, *, token_budget: int, diagnosed_tokens: int) -> None:
+    def __init__(
+        self,
+        base: FrozenBase,
+        target: Target,
+        *,
+        token_budget: int,
+        diagnosed_tokens: int,
+        soft_cap: float | None = None,
+    ) -> None:
         """Keeps references only.
 
         Args:
@@ -53,7 +47,9 @@ class FrozenBranches:
             target: branches whose coefficient is 0 are not run.
             token_budget: padded tokens of one forward.
             diagnosed_tokens: response tokens per call to keep for diagnosis, which needs both teachers.
+            soft_cap: of the model's final logits, or None.
         """
+        self._soft_cap = soft_cap
         self._base = base
         self._target = target
         self._token_budget = token_budget
@@ -79,14 +75,14 @@ class FrozenBranches:
             base, privileged, reference = (
                 branches[name][row] if name in branches else None for name in ("base", "privileged", "reference")
             )
-            anchor, shift = hidden_pair(self._target, base, privileged, reference)
+            frozen = frozen_states(self._target, base, privileged, reference, soft_cap=self._soft_cap)
             tokens = None
             if diagnosed is not None:
                 assert privileged is not None
                 assert reference is not None
                 index = diagnosed[row].to(privileged.device)
                 tokens = DiagnosedTokens(index, privileged[index], reference[index])
-            states.append(TargetStates(anchor, shift, tokens))
+            states.append(TargetStates(frozen, tokens))
         return states
 
     def _wanted_branches(self) -> list[str]:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from nemo_popsd.distillation import (
     DecompositionStatistics,
+    DiagnosedTokens,
     Divergence,
+    FrozenStates,
     Target,
     TokenStatistics,
-    decomposition_statistics,
     loss_from_hidden,
 )
 from nemo_popsd.megatron.microbatches import MicroBatch
@@ -53,7 +54,8 @@ class Objective:
         divergence: Divergence,
         *,
         loss_mean: str,
-        chunk_tokens: int,
+        chunk_tokens: int | None,
+        fused: str,
     ) -> None:
         """Keeps references only; see `nemo_popsd.distillation.config` for the arguments."""
         self._student = student
@@ -61,11 +63,17 @@ class Objective:
         self.divergence = divergence
         self._loss_mean = loss_mean
         self._chunk_tokens = chunk_tokens
+        self._fused = fused
 
     def with_target(self, target: Target) -> Objective:
         """The same objective with another target."""
         return Objective(
-            self._student, target, self.divergence, loss_mean=self._loss_mean, chunk_tokens=self._chunk_tokens
+            self._student,
+            target,
+            self.divergence,
+            loss_mean=self._loss_mean,
+            chunk_tokens=self._chunk_tokens,
+            fused=self._fused,
         )
 
     def token_weights(self, response_lengths: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> Tensor:
@@ -105,8 +113,7 @@ class Objective:
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
-            _concatenated([state.anchor for state in mine]),
-            _concatenated([state.shift for state in mine]),
+            _joined([state.frozen for state in mine]),
             student.base_weight,
             target=self.target,
             divergence=self.divergence,
@@ -115,39 +122,36 @@ class Objective:
             token_weights=weights.float()[rows].repeat_interleave(lengths),
             chunk_tokens=self._chunk_tokens,
             centre=student.centre,
-            return_statistics=True,
+            soft_cap=student.soft_cap,
+            fused=self._fused,
+            main_gradient=student.main_gradient,
+            diagnosed=_diagnosed(batch, mine),
         )
-        assert result.statistics is not None
         report = LossReport(
             rows=batch.rows,
             response_lengths=batch.response_lengths,
             loss=result.total.detach(),
             per_token=result.per_token,
             statistics=result.statistics,
-            decomposition=self._decompose(batch, hidden_NH, mine),
+            decomposition=result.decomposition,
         )
         return result.total, report
 
-    def _decompose(
-        self, batch: MicroBatch, hidden_NH: Tensor, mine: Sequence[TargetStates]
-    ) -> DecompositionStatistics | None:
-        diagnosed = [state.diagnosed for state in mine]
-        if any(tokens is None for tokens in diagnosed):
-            return None
-        offsets = [sum(batch.response_lengths[:row]) for row in range(len(mine))]
-        index = torch.cat([t.index + offset for t, offset in zip(diagnosed, offsets, strict=True) if t is not None])
-        return decomposition_statistics(
-            hidden_NH.detach()[index],
-            self._student.weight.detach(),
-            torch.cat([tokens.privileged for tokens in diagnosed if tokens is not None]),
-            torch.cat([tokens.reference for tokens in diagnosed if tokens is not None]),
-            self._student.base_weight,
-            vocab_size=self._student.vocab_size,
-            temperature=self.target.temperature,
-            tp_group=self._student.tp_group,
-        )
+
+def _joined(states: Sequence[FrozenStates]) -> FrozenStates:
+    """The states of several trajectories, one after the other."""
+    parts = zip(*states, strict=True)
+    return type(states[0])(*(None if part[0] is None else torch.cat(part) for part in parts))
 
 
-def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+def _diagnosed(batch: MicroBatch, mine: Sequence[TargetStates]) -> DiagnosedTokens | None:
+    """The diagnosed tokens of several trajectories, by their place in the micro-batch."""
+    tokens = [state.diagnosed for state in mine if state.diagnosed is not None]
+    if len(tokens) < len(mine):
+        return None
+    offsets = [sum(batch.response_lengths[:row]) for row in range(len(mine))]
+    return DiagnosedTokens(
+        index=torch.cat([part.index + offset for part, offset in zip(tokens, offsets, strict=True)]),
+        privileged=torch.cat([part.privileged for part in tokens]),
+        reference=torch.cat([part.reference for part in tokens]),
+    )

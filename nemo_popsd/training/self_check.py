@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_popsd.distillation import LogLinearTarget, hidden_pair
+from nemo_popsd.distillation import LogLinearTarget, frozen_states
 from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -48,7 +48,8 @@ def check_student_equals_base(
         hidden = frozen_hidden_states(base, sequences, token_budget)
     off = LogLinearTarget(base=1.0, temperature=objective.target.temperature)
     plain = objective.with_target(off)
-    states = [TargetStates(*hidden_pair(off, state, None, None), None) for state in hidden]
+    soft_cap = student.soft_cap
+    states = [TargetStates(frozen_states(off, state, None, None, soft_cap=soft_cap), None) for state in hidden]
     ones = torch.ones(len(sequences), device=device(), dtype=torch.float64)
     model = optimizer.model
 

@@ -60,12 +60,14 @@ class OnPolicyStep:
             build_divergence(settings.divergence),
             loss_mean=settings.loss_mean,
             chunk_tokens=settings.chunk_tokens,
+            fused=settings.fused,
         )
         self._branches = FrozenBranches(
             student.base,
             target,
             token_budget=config.training.frozen_tokens,
             diagnosed_tokens=settings.diagnosed_tokens,
+            soft_cap=student.soft_cap,
         )
 
     def __call__(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_popsd.distillation import (
+    DiagnosedTokens,
     Divergence,
     LogLinearTarget,
     PurifiedTarget,
@@ -54,17 +55,17 @@ class Errors:
 
 
 def hidden_loss(problem: Problem, target, divergence, group=None, *, dh: bool = True, dw: bool = True, **settings):
-    """`loss_from_hidden` with the leaves it was given."""
+    """`loss_from_hidden` with the leaves it was given; `shared`: student and teacher with the teacher's matrix."""
+    shared = settings.pop("shared", False)
     hidden = problem.student.clone().requires_grad_(dh)
-    weight = problem.student_weight.clone().requires_grad_(dw)
+    weight = (problem.teacher_weight if shared else problem.student_weight).clone().requires_grad_(dw)
     pair = hidden_pair(target, problem.base, problem.privileged, problem.reference)
     settings = {"token_weights": problem.token_weights, "chunk_tokens": 3, **settings}
     result = loss_from_hidden(
         hidden,
         weight,
-        pair.anchor,
-        pair.shift,
-        problem.teacher_weight,
+        pair,
+        weight.detach() if shared else problem.teacher_weight,
         target=target,
         divergence=divergence,
         vocab_size=problem.vocab,
@@ -72,6 +73,12 @@ def hidden_loss(problem: Problem, target, divergence, group=None, *, dh: bool = 
         **settings,
     )
     return result, hidden, weight
+
+
+def diagnosed(problem: Problem, index=None) -> DiagnosedTokens:
+    """Tokens `index`, or all, for the decomposition."""
+    index = torch.arange(len(problem.student)) if index is None else torch.tensor(index, dtype=torch.long)
+    return DiagnosedTokens(index, problem.privileged[index], problem.reference[index])
 
 
 def logits_loss(problem: Problem, target, divergence, group=None):

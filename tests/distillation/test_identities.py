@@ -13,10 +13,9 @@ from nemo_popsd.distillation import (
     Divergence,
     LogLinearTarget,
     PurifiedTarget,
-    decomposition_statistics,
     loss_from_logits,
 )
-from tests.distillation.calls import hidden_loss
+from tests.distillation.calls import diagnosed, hidden_loss
 from tests.distillation.dense import log_probs, make_problem
 from tests.distillation.test_traps import implied_target, square_problem
 
@@ -78,7 +77,7 @@ def test_trap_12_a_student_equal_to_base_and_target_has_loss_and_gradient_exactl
         problem, base=problem.student, reference=problem.privileged, student_weight=problem.teacher_weight
     ).to(dtype)
     target = PurifiedTarget(beta, cap, temperature)
-    result, hidden, weight = hidden_loss(problem, target, divergence, return_statistics=True)
+    result, hidden, weight = hidden_loss(problem, target, divergence)
     result.total.backward()
     assert result.total.item() == 0
     assert result.per_token.count_nonzero() == 0
@@ -159,15 +158,9 @@ def test_trap_12_the_target_sums_to_1_and_is_a_distribution(seed, beta, cap, tem
 def test_trap_12_total_is_reference_part_plus_question_part(seed, temperature):
     """As the statistics report it: ⟨Δ_total, Δ_it⟩ = ‖Δ_total‖² − ⟨Δ_total, Δ_ref⟩."""
     problem = make_problem(seed)
-    ratio, question, induced = decomposition_statistics(
-        problem.student,
-        problem.student_weight,
-        problem.privileged,
-        problem.reference,
-        problem.teacher_weight,
-        vocab_size=problem.vocab,
-        temperature=temperature,
-    )
+    target = PurifiedTarget(temperature=temperature)
+    result, _, _ = hidden_loss(problem, target, Divergence(), diagnosed=diagnosed(problem))
+    ratio, question, induced = result.decomposition
     question_norm = (1 + ratio**2 - 2 * ratio * induced).sqrt()
     torch.testing.assert_close(question * question_norm, 1 - ratio * induced)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_popsd.distillation import PurifiedTarget, decomposition_statistics
-from tests.distillation.calls import DIVERGENCES, TARGETS, hidden_loss
+from nemo_popsd.distillation import Divergence, LogLinearTarget, PurifiedTarget
+from tests.distillation.calls import DIVERGENCES, TARGETS, diagnosed, hidden_loss
 from tests.distillation.dense import dense, divergence_value, log_probs, make_problem, relative
 from tests.harness import run_ranks
 
@@ -20,7 +20,7 @@ def _token_statistics_errors(rank: int, world_size: int, dtype: torch.dtype) -> 
     for target in TARGETS.values():
         for divergence in DIVERGENCES.values():
             want = dense(whole, target, divergence)
-            result, _, _ = hidden_loss(mine, target, divergence, group, return_statistics=True)
+            result, _, _ = hidden_loss(mine, target, divergence, group)
             got = result.statistics
             errors += [
                 relative(got.forward_kl, divergence_value(want.p, want.q, "forward_kl", 0.5)),
@@ -33,35 +33,35 @@ def _token_statistics_errors(rank: int, world_size: int, dtype: torch.dtype) -> 
 
 
 def _decomposition_errors(rank: int, world_size: int, dtype: torch.dtype) -> list[float]:
-    whole = make_problem(2).to(dtype)
-    temperature = 1.3
-    student, teacher, reference = (
-        log_probs(hidden, weight, whole.vocab, temperature)
-        for hidden, weight in (
-            (whole.student, whole.student_weight),
-            (whole.privileged, whole.teacher_weight),
-            (whole.reference, whole.teacher_weight),
-        )
-    )
-    total, induced, question = teacher - student, reference - student, teacher - reference
-    mine = whole.shard(rank, world_size)
-    got = decomposition_statistics(
-        mine.student,
-        mine.student_weight,
-        mine.privileged,
-        mine.reference,
-        mine.teacher_weight,
-        vocab_size=mine.vocab,
-        temperature=temperature,
-        tp_group=dist.group.WORLD if world_size > 1 else None,
-        chunk_tokens=3,
-    )
+    """With a shift (the reference's logits come from it) and without; chunks with all, some and none sampled."""
+    whole = make_problem(2, tokens=11).to(dtype)
+    index = [0, 1, 2, 4, 9]
     cosine = torch.nn.functional.cosine_similarity
-    return [
-        relative(got.norm_ratio, induced.norm(dim=-1) / total.norm(dim=-1)),
-        relative(got.cosine_question, cosine(total, question, dim=-1)),
-        relative(got.cosine_reference, cosine(total, induced, dim=-1)),
-    ]
+    group = dist.group.WORLD if world_size > 1 else None
+    errors = []
+    for target in (PurifiedTarget(temperature=1.3), PurifiedTarget(cap=None, temperature=0.8), LogLinearTarget.opsd()):
+        student, teacher, reference = (
+            log_probs(hidden[index], weight, whole.vocab, target.temperature)
+            for hidden, weight in (
+                (whole.student, whole.student_weight),
+                (whole.privileged, whole.teacher_weight),
+                (whole.reference, whole.teacher_weight),
+            )
+        )
+        total, induced, question = teacher - student, reference - student, teacher - reference
+        for divergence in (Divergence(), Divergence("reverse_kl")):
+            mine = whole.shard(rank, world_size)
+            result, _, _ = hidden_loss(mine, target, divergence, group, diagnosed=diagnosed(mine, index))
+            plain, _, _ = hidden_loss(mine, target, divergence, group)
+            torch.testing.assert_close(result.per_token, plain.per_token)
+            assert plain.decomposition is None
+            got = result.decomposition
+            errors += [
+                relative(got.norm_ratio, induced.norm(dim=-1) / total.norm(dim=-1)),
+                relative(got.cosine_question, cosine(total, question, dim=-1)),
+                relative(got.cosine_reference, cosine(total, induced, dim=-1)),
+            ]
+    return errors
 
 
 def _both(rank: int, world_size: int):
@@ -83,32 +83,10 @@ def test_statistics_agree_with_dense_formulas_in_shards():
         assert max(found[torch.float32]) < 1e-5
 
 
-def test_asking_for_statistics_does_not_change_loss_or_gradients():
-    problem = make_problem(3).to(torch.float32)
-    for divergence in DIVERGENCES.values():
-        plain, plain_h, plain_w = hidden_loss(problem, PurifiedTarget(), divergence)
-        asked, asked_h, asked_w = hidden_loss(problem, PurifiedTarget(), divergence, return_statistics=True)
-        assert plain.statistics is None
-        plain.total.backward()
-        asked.total.backward()
-        assert torch.equal(plain.per_token, asked.per_token)
-        assert torch.equal(plain_h.grad, asked_h.grad)
-        assert torch.equal(plain_w.grad, asked_w.grad)
-
-
-def test_a_student_equal_to_the_teacher_has_no_decomposition_and_no_tokens_have_none():
+def test_a_student_equal_to_the_teacher_has_no_decomposition_and_no_sample_has_none():
     problem = make_problem(4)
-    got = decomposition_statistics(
-        problem.privileged,
-        problem.teacher_weight,
-        problem.privileged,
-        problem.reference,
-        problem.teacher_weight,
-        vocab_size=problem.vocab,
-    )
-    assert all(x.isnan().all() for x in got)
-    none = problem.student[:0]
-    empty = decomposition_statistics(
-        none, problem.student_weight, none, none, problem.teacher_weight, vocab_size=problem.vocab
-    )
-    assert all(x.shape == (0,) for x in empty)
+    same = type(problem)(**{**vars(problem), "student": problem.privileged, "student_weight": problem.teacher_weight})
+    result, _, _ = hidden_loss(same, PurifiedTarget(), Divergence(), shared=True, diagnosed=diagnosed(same))
+    assert all(x.isnan().all() for x in result.decomposition)
+    result, _, _ = hidden_loss(same, PurifiedTarget(), Divergence(), diagnosed=diagnosed(same, []))
+    assert all(x.shape == (0,) for x in result.decomposition)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_popsd.distillation import Divergence, PurifiedTarget, loss_from_hidden, loss_from_logits
+from nemo_popsd.distillation import Divergence, HiddenPair, PurifiedTarget, loss_from_hidden, loss_from_logits
 from tests.tiny_models import load_dense
 
 VOCABULARY, HIDDEN, PADDED = 203, 32, 256
@@ -62,8 +62,7 @@ def loss_function(student: Any, rows: Sequence[int]) -> Callable[..., tuple[Tens
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
-            torch.cat([ANCHORS[row] for row in chosen]),
-            torch.cat([SHIFTS[row] for row in chosen]),
+            HiddenPair(torch.cat([ANCHORS[row] for row in chosen]), torch.cat([SHIFTS[row] for row in chosen])),
             shard,
             target=TARGET,
             divergence=DIVERGENCE,

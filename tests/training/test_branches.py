@@ -103,23 +103,23 @@ def test_states_are_those_of_separate_forwards_of_the_right_contexts(
     seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], budget: int
 ) -> None:
     for states, expected in zip(seen[f"budget {budget}"], dense, strict=True):
-        close(states.anchor, expected["student"])
-        close(states.shift, expected["privileged"] - expected["reference"])
-        assert not states.anchor.requires_grad
-        assert not states.shift.requires_grad
+        close(states.frozen.anchor, expected["student"])
+        close(states.frozen.shift, expected["privileged"] - expected["reference"])
+        assert not states.frozen.anchor.requires_grad
+        assert not states.frozen.shift.requires_grad
         assert states.diagnosed is None
 
 
 def test_each_member_of_the_family_gets_its_vectors(seen: dict[str, Any], dense: list[dict[str, torch.Tensor]]) -> None:
     for row, expected in enumerate(dense):
         base, privileged, reference = (expected[name] for name in ("student", "privileged", "reference"))
-        close(seen["uncapped"][row].anchor, base + (privileged - reference) / 2)
-        close(seen["opsd"][row].anchor, privileged)
-        close(seen["beta_opsd"][row].anchor, 0.75 * base + 0.25 * privileged)
-        close(seen["student_pmi"][row].shift, privileged - reference)
-        close(seen["base alone"][row].anchor, base)
-        assert seen["student_pmi"][row].anchor is None
-        assert all(seen[name][row].shift is None for name in ("uncapped", "opsd", "beta_opsd", "base alone"))
+        close(seen["uncapped"][row].frozen.anchor, base + (privileged - reference) / 2)
+        close(seen["opsd"][row].frozen.anchor, privileged)
+        close(seen["beta_opsd"][row].frozen.anchor, 0.75 * base + 0.25 * privileged)
+        close(seen["student_pmi"][row].frozen.shift, privileged - reference)
+        close(seen["base alone"][row].frozen.anchor, base)
+        assert seen["student_pmi"][row].frozen.anchor is None
+        assert all(seen[name][row].frozen.shift is None for name in ("uncapped", "opsd", "beta_opsd", "base alone"))
 
 
 def test_branches_without_a_coefficient_are_not_run(seen: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     def poisoned(self: Any, trajectories: Any) -> Any:
         states = healthy(self, trajectories)
         if rank == 1:
-            states[1].anchor[3] = torch.nan
+            states[1].frozen.anchor[3] = torch.nan
         return states
 
     def attempt(number: int) -> str:

@@ -1,0 +1,289 @@
+"""Time, memory, collectives and errors of the distillation loss, against other ways to compute it.
+
+    python -m benchmarks.loss            # the tables of RESULTS.md: about eight minutes on two quiet CPU cores
+    python -m benchmarks.loss --quick    # small sizes, a minute, prints only
+    python -m benchmarks.loss --cuda     # one GPU, bf16, prints only
+
+One row of memory is one fp32 tensor [T, V/tp]. Forms are measured in turns; times are the least of the repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.forms import Ours, Outcome, Problem, Products, forms, make_problem
+from benchmarks.measure import interleaved, machine, peak_bytes
+from nemo_popsd.distillation import hidden_pair
+from nemo_popsd.distillation.chunks import LARGEST_CHUNK
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+PRODUCTS = "its products alone"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _ratio(value: float, of: float) -> str:
+    return f"{value / of:.2f}"
+
+
+def times(problem: Problem, names: list[str], repetitions: int) -> list[list[str]]:
+    """Rows: form, seconds, ratio to the products alone, ratio to the dense form where it is among `names`."""
+    every = forms(problem)
+    actions: dict[str, Callable[[], Any]] = {PRODUCTS: Products(problem, LARGEST_CHUNK)}
+    actions |= {name: every[name] for name in names}
+    actions["ours"]()  # compiles
+    taken = interleaved(actions, repetitions)
+    dense = next((seconds for name, seconds in taken.items() if name.startswith("dense")), None)
+    return [
+        [name, f"{seconds:.2f}", _ratio(seconds, taken[PRODUCTS]), _ratio(seconds, dense) if dense else "not run"]
+        for name, seconds in taken.items()
+    ]
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+def _errors(got: Outcome, want: Outcome) -> list[str]:
+    pairs = ((got.total, want.total), (got.dh, want.dh), (got.dw, want.dw))
+    return [f"{_relative(a, b):.1e}" for a, b in pairs if a is not None and b is not None]
+
+
+def errors(group: dist.ProcessGroup | None) -> list[list[str]]:
+    """Rows: form, precision, errors of value, dh and dW against the dense form in float64, in units of the largest."""
+    exact = make_problem(256, 3000 if group is None else 1500, 256, dtype=torch.float64, group=group)
+    rows = []
+    for dtype in (torch.float64, torch.float32):
+        rounded = exact.to(dtype)
+        want = forms(rounded.to(torch.float64))["dense, four logits, autograd"]()
+        every = forms(rounded)
+        every["ours, fused"] = Ours(rounded, fused="true", chunk_tokens=100)
+        for name, form in every.items():
+            if name != "ours, fused" or dtype == torch.float32:
+                rows.append([name, str(dtype).removeprefix("torch."), *_errors(form(), want)])
+    return rows
+
+
+def _total_variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p - q).abs().sum(-1) / 2
+
+
+def bf16_targets() -> list[list[str]]:
+    """Rows: how the target is formed from bf16 states and matrix, and its total-variation error, mean and worst."""
+    problem = make_problem(256, 19000, 512, dtype=torch.bfloat16)
+    target = problem.target
+    exact = problem.to(torch.float64)
+    capped = lambda difference: target.cap * torch.tanh((difference - difference.mean(-1, keepdim=True)) / target.cap)  # noqa: E731
+    z_0, z_T, z_ref = (x @ exact.weight.t() for x in (exact.base, exact.privileged, exact.reference))
+    want = torch.softmax(z_0 + capped(z_T - z_ref), -1)
+    branches = (problem.base, problem.privileged, problem.reference)
+    pair = hidden_pair(target, *branches)
+    assert pair.anchor is not None
+    assert pair.shift is not None
+    z_0, z_T, z_ref = ((x @ problem.weight.t()).double() for x in branches)
+    from_logits = torch.softmax(z_0 + capped(z_T - z_ref), -1)
+    z_0, z_d = ((x.bfloat16() @ problem.weight.t()).double() for x in (pair.anchor, pair.shift))
+    rounded = torch.softmax(z_0 + capped(z_d), -1)
+    z_0, z_d = (x.bfloat16().double() @ exact.weight.t() for x in (pair.anchor, pair.shift))
+    kept = torch.softmax(z_0 + capped(z_d), -1)
+    named = {
+        "three bf16 logits (four with the student's)": from_logits,
+        "two vectors, products rounded to bf16 (ours on a CPU)": rounded,
+        "two vectors, products kept in fp32 (ours on a GPU)": kept,
+    }
+    found = {name: _total_variation(got, want) for name, got in named.items()}
+    return [[name, f"{error.mean():.1e}", f"{error.max():.1e}"] for name, error in found.items()]
+
+
+def memory(problem: Problem, names: list[str]) -> list[list[str]]:
+    """Rows: form, peak of allocated memory beyond the problem's own, in rows, over forward and backward."""
+    row = len(problem.student) * problem.weight.shape[0] * 4
+    every = forms(problem)
+    every["ours"]()  # compiles
+    return [[name, _ratio(peak_bytes(every[name]), row)] for name in names]
+
+
+def _count_collectives(form: Callable[[], Outcome]) -> int:
+    count = 0
+    real = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            return real[name](*arguments, **options)
+
+        return counted
+
+    for name in real:
+        setattr(dist, name, counting(name))
+    try:
+        form()
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
+    return count
+
+
+def _one_rank(rank: int, port: int, sizes: tuple[int, int, int], repetitions: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    problem = make_problem(*sizes, group=dist.group.WORLD)
+    every = forms(problem)
+    collectives = {name: str(_count_collectives(form)) for name, form in every.items()}
+    rows = times(problem, list(every), repetitions)
+    found = errors(dist.group.WORLD)
+    if rank == 0:
+        results.put(([[*row, collectives.get(row[0], "0")] for row in rows], found))
+    dist.destroy_process_group()
+
+
+def two_shards(sizes: tuple[int, int, int], repetitions: int) -> tuple[list[list[str]], list[list[str]]]:
+    """Times with collectives, and errors, of two processes with one thread each; `sizes` are a shard's."""
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.Queue()
+        store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+        port = store.port
+        del store
+        mp.spawn(_one_rank, (port, sizes, repetitions, results), nprocs=2)
+        found: tuple[list[list[str]], list[list[str]]] = results.get()
+    return found
+
+
+TIME_HEADER = ["form", "s", "÷ products", "÷ dense"]
+ERROR_HEADER = ["form", "precision", "value", "dh", "dW"]
+MAIN = ["ours", "ours, not fused", "dense, four logits, autograd"]
+EVERY = [*MAIN, "chunks under autograd", "chunks, recomputed in backward", "top-64 (an approximation)"]
+
+
+def on_cpu(quick: bool) -> str:
+    """All tables."""
+    parts: list[str] = []
+
+    def section(title: str, *body: str) -> None:
+        parts.extend([f"## {title}", *body])
+        print("\n\n".join([parts[-len(body) - 1], *body]), flush=True)
+
+    def timed(sizes: tuple[int, int, int], names: list[str], repetitions: int, **settings: Any) -> str:
+        return table(TIME_HEADER, times(make_problem(*sizes, **settings), names, repetitions))
+
+    big, small = ((256, 9500, 512), (256, 9500, 256)) if quick else ((2048, 19000, 2048), (1024, 19000, 1024))
+    repetitions = 2
+    section(
+        f"Time of head, target, divergence and backward: T={big[0]}, V={big[1]}, H={big[2]}, fp32, one shard",
+        "With the tanh (three vectors), JSD, dW wanted:",
+        timed(big, MAIN, repetitions),
+        "With the tanh, JSD, LoRA (no dW):",
+        timed(big, MAIN, 1 if quick else repetitions, trained=False),
+        "Without the tanh (two vectors), JSD, dW wanted:",
+        timed(big, MAIN[:1], repetitions, cap=None),
+    )
+    section(
+        f"All forms: T={small[0]}, V={small[1]}, H={small[2]}",
+        "JSD:",
+        timed(small, EVERY, repetitions),
+        "Forward KL:",
+        timed(small, MAIN, repetitions, kind="forward_kl"),
+    )
+    sizes = (256, 9500, 256) if quick else (8192, 4750, 512)
+    section(
+        f"Memory: T={sizes[0]}, V={sizes[1]}, H={sizes[2]}",
+        "Peak beyond inputs and parameters' kept gradient, forward and backward, in rows of fp32 [T, V].",
+        table(["form", "rows"], memory(make_problem(*sizes), EVERY)),
+    )
+    if not quick:
+        full = (8192, 19000, 2048)
+        section(
+            f"Ours at full size: T={full[0]}, V={full[1]}, H={full[2]}",
+            table(["form", "rows"], memory(make_problem(*full), ["ours"])),
+        )
+    sizes = (256, 4750, 256) if quick else (1024, 9500, 1024)
+    rows, sharded_errors = two_shards(sizes, repetitions)
+    section(
+        f"Two shards (TP=2, gloo, one thread each): T={sizes[0]}, V/tp={sizes[1]}, H={sizes[2]}",
+        table([*TIME_HEADER, "collectives"], rows),
+    )
+    section("Errors against float64, one shard (T=256, V=3000, H=256)", table(ERROR_HEADER, errors(None)))
+    section("Errors against float64, two shards", table(ERROR_HEADER, sharded_errors))
+    section(
+        "Total-variation error of the target from bf16 states (T=256, V=19000, H=512)",
+        table(["target from", "mean", "worst"], bf16_targets()),
+    )
+    return "\n\n".join(parts)
+
+
+def on_cuda() -> str:
+    """Time over the products, and peak memory, in bf16, for the sizes of an 8B model at TP=8 and TP=1."""
+    rows = []
+    for vocab in (19000, 152000):
+        for tokens in (1024, 8192, 32768):
+            problem = make_problem(tokens, vocab, 4096, device="cuda", dtype=torch.bfloat16)
+            ours = Ours(problem)
+            products = _CudaProducts(problem)
+            ours()
+            products()
+            taken = interleaved({"ours": ours, PRODUCTS: products}, 5)
+            peak = peak_bytes(ours) / (tokens * vocab * 4)
+            seconds = taken["ours"]
+            rows.append(
+                [f"{tokens}", f"{vocab}", f"{seconds * 1e3:.1f}", _ratio(seconds, taken[PRODUCTS]), f"{peak:.2f}"]
+            )
+            print(rows[-1], flush=True)
+            del problem, ours, products
+            torch.cuda.empty_cache()
+    return table(["T", "V/tp", "ms", "÷ products", "rows"], rows)
+
+
+class _CudaProducts(Products):
+    """As `Products`, with logits and dW in fp32, as ours has them."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, LARGEST_CHUNK)
+        self._logits = self._logits.float()
+        self._dw = torch.zeros_like(problem.weight, dtype=torch.float32)
+
+    def __call__(self) -> None:
+        """All of them, chunk by chunk."""
+        problem, total = self._problem, self._dw
+        for rows, states in zip(self._chunks, self._states, strict=True):
+            torch.mm(states, problem.weight.t(), out_dtype=torch.float32, out=self._logits[: len(states)])
+            gradient = self._gradient[: len(problem.student[rows])]
+            torch.mm(gradient, problem.weight, out=self._dh[rows])
+            torch.addmm(total, gradient.t(), problem.student[rows], out_dtype=torch.float32, out=total)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes; prints only")
+    parser.add_argument("--cuda", action="store_true", help="one GPU, bf16; prints only")
+    options = parser.parse_args()
+    print(machine(), flush=True)
+    if options.cuda:
+        print(on_cuda())
+        return
+    tables = on_cpu(options.quick)
+    if not options.quick:
+        command = shlex.join(["python", "-m", "benchmarks.loss", *sys.argv[1:]])
+        head = f"# Results of `{command}`\n\n{datetime.date.today():%d %B %Y}. {machine()}."
+        RESULTS.write_text(f"{head}\n\n{tables}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Time, memory and the machine they were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler import profile
+
+
+def interleaved(actions: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
+    """Seconds of each action: the least of `repetitions`, taken in turns so that a busy moment hits all alike."""
+    best = dict.fromkeys(actions, float("inf"))
+    for _ in range(repetitions):
+        for name, action in actions.items():
+            _synchronize()
+            start = time.perf_counter()
+            action()
+            _synchronize()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def peak_bytes(action: Callable[[], None]) -> int:
+    """Most bytes that torch's allocator had handed out at one time during `action`, beyond those before it.
+
+    It sees what compiled code allocates, too.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(profile_memory=True) as recorded:
+        action()
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def machine() -> str:
+    """One line: processor or GPU, threads, versions."""
+    parts = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
+    if torch.cuda.is_available():
+        return ", ".join([torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", *parts])
+    name = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    features = torch.backends.cpu.get_cpu_capability()
+    return ", ".join([f"{name} ({features}), {os.cpu_count()} CPUs", f"{torch.get_num_threads()} threads", *parts])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
