@@ -107,10 +107,7 @@ def loss(case: Case, responses: float, diagnosed: float) -> Flops:
 
 
 def decoding(case: Case, rows: float, length: float) -> Flops:
-    """One step of decoding: a token for each of `rows`, with `length` tokens in the cache.
-
-    Context-parallel ranks all decode all rows.
-    """
+    """One step of decoding: a token for each of this rank's `rows`, with `length` tokens in the cache."""
     layout, sizes = case.layout, case.sizes
     linear = forward(case, rows * layout.context, 0, adapters=case.lora).linear
     cached = 4 * rows * length * sizes.query_width * sizes.layers / layout.pipeline / layout.tensor
@@ -131,16 +128,18 @@ class StepFlops:
 
 
 def prefill(case: Case) -> Flops:
-    """The prompts of all rows of a rank, put into the cache."""
+    """The prompts of all rows that a rank draws, put into the cache."""
     prompt = case.means.prompt
-    tokens = case.rows * prompt * case.layout.context
+    tokens = case.drawn_rows * prompt * case.layout.context  # no sequence is split while decoding
     return forward(case, tokens, tokens * prompt, adapters=case.lora)
 
 
 def step(case: Case) -> StepFlops:
     """Of one step."""
     rows, mean = case.rows, case.means
-    decoded = decoding(case, rows, mean.prompt + mean.response / 2) * mean.response
+    each = decoding(case, case.drawn_rows, mean.prompt + mean.response / 2)
+    # The first token comes from the prefill: all draw logits, all but one run the layers.
+    decoded = each * (mean.response - 1) + Flops(0.0, head=each.head)
     lengths = [mean.of(branch) for branch in case.branches]
     frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False)
     trained = training(case, rows * mean.student, rows * mean.student**2)

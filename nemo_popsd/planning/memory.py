@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_popsd.planning.parameters import Parameters, Stage, count, stages
+from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages
 from nemo_popsd.planning.workload import Case
 
 PHASES = ("rollout", "frozen", "training")
@@ -80,13 +80,16 @@ def activation_bytes(case: Case, stage: Stage) -> float:
 
 
 def loss_bytes(case: Case) -> float:
-    """Most bytes of the loss on the last stage: one chunk's logits, and the gradients of its inputs."""
-    settings, sizes, layout = case.config.distillation, case.sizes, case.layout
-    columns, responses = sizes.vocab / layout.tensor, case.microbatch_responses
+    """Most bytes of the loss on the last stage: its inputs and their gradients, and beside them one chunk's logits or,
+    in the backward, the gradients once more.
+    """
+    settings, sizes, layout, element = case.config.distillation, case.sizes, case.layout, case.element
+    rows, responses = padded_vocabulary(sizes, layout) / layout.tensor, case.microbatch_responses
+    columns = min(rows, sizes.vocab)  # the first ranks have no padding
     chunk = max(16 * min(settings.chunk_tokens, responses), 24 * min(settings.diagnosed_tokens, responses)) * columns
-    inputs = responses * sizes.hidden * (3 * case.element + case.element + 4)
-    matrix = 0 if case.lora else columns * sizes.hidden * (4 + case.element)
-    return chunk + inputs + matrix
+    matrix = 0 if case.lora else rows * sizes.hidden
+    vectors = responses * sizes.hidden  # hidden state and its gradient, anchor, shift
+    return vectors * (3 * element + 4) + 4 * matrix + max(chunk, (vectors + matrix) * element)
 
 
 def cache_bytes(case: Case, stage: Stage) -> float:

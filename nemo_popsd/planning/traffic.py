@@ -124,10 +124,10 @@ class StepTraffic:
 def step(case: Case, *, from_host: float) -> StepTraffic:
     """Of one step; `from_host` is the copy's size where it is kept there."""
     rows, mean, layout = case.rows, case.means, case.layout
-    context, sizes = layout.context, case.sizes
-    # Context-parallel ranks decode all rows each, which the divisions by c below undo.
-    generated = rows * mean.student * context
-    logits = rows * mean.response * sizes.vocab * case.element * _ring(layout.tensor)
+    sizes = case.sizes
+    # No sequence is split while decoding, which the divisions by c below assume.
+    generated = case.drawn_rows * (mean.student - 1) * layout.context
+    logits = case.drawn_rows * mean.response * sizes.vocab * case.element * _ring(layout.tensor)
     rollout = Phase(
         tensor=tensor_forward(case, generated, adapters=case.lora) + logits,
         pipeline=stage_transfer(case, generated) / layout.virtual_pipeline,

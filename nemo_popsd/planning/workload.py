@@ -159,12 +159,21 @@ class Case:
         return math.ceil(tokens / self.config.training.frozen_tokens)
 
     @property
+    def drawn_rows(self) -> int:
+        """Responses that a rank draws: context-parallel ranks share the rows out, ranks that share experts draw the
+        rows of all of them.
+        """
+        if self.layout.expert > 1:
+            return self.rows * self.layout.expert
+        return math.ceil(self.rows / self.layout.context)
+
+    @property
     def decoded_rows(self) -> int:
         """B, rows that a rank decodes together."""
         rollout = self.config.rollout
-        return max(1, min(rollout.batch_rows, self.rows, rollout.cache_tokens // self.limits.student))
+        return max(1, min(rollout.batch_rows, self.drawn_rows, rollout.cache_tokens // self.limits.student))
 
     @property
     def decoding_waves(self) -> int:
         """Batches of `decoded_rows`, one after the other."""
-        return math.ceil(self.rows / self.decoded_rows)
+        return math.ceil(self.drawn_rows / self.decoded_rows)
