@@ -143,6 +143,6 @@ def step(case: Case) -> StepFlops:
     lengths = [mean.of(branch) for branch in case.branches]
     frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False)
     trained = training(case, rows * mean.student, rows * mean.student**2)
-    responses = rows * mean.response
+    responses = case.owned_rows * mean.response
     head = loss(case, responses, min(case.config.distillation.diagnosed_tokens, responses))
     return StepFlops(prefill(case) + decoded, frozen, trained + head)

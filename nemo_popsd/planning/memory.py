@@ -162,7 +162,7 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
     }
     uses_shift = case.config.distillation.target.family in ("purified", "student_pmi")
     state = sizes.hidden * (len(case.branches) * case.element + (4 if uses_shift else 0))
-    states = case.rows * case.limits.response * state if stage.last else 0
+    states = case.owned_rows * case.limits.response * state if stage.last else 0
     rollout = case.config.rollout
     sampled = 16 if 0 < rollout.top_k < sizes.vocab else 44
     forward = working_set(case) * case.element

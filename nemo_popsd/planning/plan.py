@@ -74,9 +74,13 @@ def fastest(case: Case) -> tuple[Changes, Estimate] | None:
 
 
 def nearest(case: Case, limit: int = 4) -> list[tuple[Changes, Estimate]]:
-    """Up to `limit` layouts that fit, those that change least first, of equal ones the fastest first."""
+    """Up to `limit` layouts that fit, those that change least first, of equal ones the fastest first.
+
+    The number of prompts of a step is changed only for layouts that do not divide it.
+    """
     found: list[tuple[Changes, Estimate]] = []
-    ordered = sorted(_candidates(case), key=lambda changes: _distance(case, changes))
+    choices = [_with_batch(case, changes) for changes in _candidates(case)]
+    ordered = sorted(choices, key=lambda changes: _distance(case, changes))
     for _, alike in itertools.groupby(ordered, key=lambda changes: _distance(case, changes)):
         made = [(changes, _if_possible(case.replace(changes))) for changes in alike]
         possible = [(changes, one) for changes, one in made if one is not None]
@@ -120,6 +124,15 @@ def _candidates(case: Case) -> Iterator[Changes]:
         if "virtual_pipeline" in DIMENSIONS and changes.get("parallel.pipeline") == 1:
             changes["parallel.virtual_pipeline"] = 1
         yield {name: value for name, value in changes.items() if value != case.setting(name)}
+
+
+def _with_batch(case: Case, changes: Changes) -> Changes:
+    """`changes`, with the nearest number of prompts that their layout divides where it does not divide the present."""
+    layout = case.replace(changes).layout
+    fixed = case.plan.workload.prompts_per_node is not None or layout.world % layout.replica
+    if fixed or case.prompts % layout.data == 0:
+        return changes
+    return {**changes, "training.prompts_per_step": max(1, round(case.prompts / layout.data)) * layout.data}
 
 
 def _powers(largest: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_popsd.planning.memory import trained
-from nemo_popsd.planning.parameters import count, stages
+from nemo_popsd.planning.parameters import count, padded_vocabulary, stages
 from nemo_popsd.planning.workload import Case
 
 
@@ -127,7 +127,7 @@ def step(case: Case, *, from_host: float) -> StepTraffic:
     sizes = case.sizes
     # No sequence is split while decoding, which the divisions by c below assume.
     generated = case.drawn_rows * (mean.student - 1) * layout.context
-    logits = case.drawn_rows * mean.response * sizes.vocab * case.element * _ring(layout.tensor)
+    logits = case.drawn_rows * mean.response * padded_vocabulary(sizes, layout) * case.element * _ring(layout.tensor)
     rollout = Phase(
         tensor=tensor_forward(case, generated, adapters=case.lora) + logits,
         pipeline=stage_transfer(case, generated) / layout.virtual_pipeline,
@@ -142,7 +142,7 @@ def step(case: Case, *, from_host: float) -> StepTraffic:
     )
     student = rows * mean.student
     passes = 2 if case.config.student.recompute else 1
-    loss = 2 * rows * mean.response * sizes.hidden * case.element * _ring(layout.tensor)
+    loss = 2 * case.owned_rows * mean.response * sizes.hidden * case.element * _ring(layout.tensor)
     reduced = reduction(case)
     trained_phase = Phase(
         tensor=passes * tensor_forward(case, student, adapters=case.lora) + tensor_backward(case, student) + loss,

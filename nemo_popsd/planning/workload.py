@@ -137,8 +137,13 @@ class Case:
 
     @property
     def microbatch_responses(self) -> int:
-        """Most response tokens of one student micro-batch."""
-        return min(self.microbatch_tokens, self.rows * self.limits.response)
+        """Most response tokens of one student micro-batch whose loss is this rank's."""
+        return math.ceil(min(self.microbatch_tokens, self.rows * self.limits.response) / self.layout.context)
+
+    @property
+    def owned_rows(self) -> float:
+        """r/c, rows whose responses' loss a rank computes: context-parallel ranks share response tokens out."""
+        return self.rows / self.layout.context
 
     @property
     def microbatches(self) -> int:
