@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m benchmarks.frozen_copy /models/Qwen3-8B --tensor 8 --precision bf16
 
 MODEL is a Hugging Face directory or nemo_popsd:tiny_reasoner. Prints one Markdown row for each place of the copy.
-On CUDA the resident bytes are torch's (memory_allocated, of everything) and the host's memory is pinned; on the CPU both
-places are the same memory, so the seconds are those of copying memory to memory and say nothing of a GPU.
+On CUDA the resident bytes are torch's (memory_allocated, of everything) and the host's memory is pinned; on the CPU
+both places are the same memory, so the seconds are those of copying memory to memory and say nothing of a GPU.
 """
 
 from __future__ import annotations

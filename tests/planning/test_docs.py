@@ -14,7 +14,8 @@ from nemo_popsd.planning.sizes import embedded_models
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "planning.md"
-_BLOCK = re.compile(r"<!-- command: (?P<command>[^\n]*) -->\n(?P<output>```text\n.*?```\n|(?:\|[^\n]*\n)*)", re.DOTALL)
+_FENCE = "```bash shown-below\n"
+_BLOCK = re.compile(_FENCE + r"(?P<command>[^\n]*)\n```\n\n(?P<output>```text\n.*?```\n|(?:\|[^\n]*\n)*)", re.DOTALL)
 
 
 def printed(command: str) -> str:
@@ -32,12 +33,12 @@ def printed(command: str) -> str:
 
 def rewritten(page: str) -> str:
     """`page` with the outputs of its commands as they are today."""
-    return _BLOCK.sub(lambda found: f"<!-- command: {found['command']} -->\n{printed(found['command'])}", page)
+    return _BLOCK.sub(lambda found: f"{_FENCE}{found['command']}\n```\n\n{printed(found['command'])}", page)
 
 
 def test_the_page_shows_what_its_commands_print() -> None:
     page = PAGE.read_text()
-    assert len(_BLOCK.findall(page)) == page.count("<!-- command:") > 5
+    assert len(_BLOCK.findall(page)) == page.count(_FENCE) > 5
     for found in _BLOCK.finditer(page):
         assert found["output"] == printed(found["command"]), (
             f"{found['command']}\nrun python -m tests.planning.test_docs"

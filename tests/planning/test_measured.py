@@ -14,6 +14,7 @@ from tests.harness import run_ranks
 from tests.planning import cases
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow
 KINDS = ("qwen3", "qwen3_tied", "qwen2", "llama")
 
 
@@ -46,15 +47,11 @@ def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
     step = _never_stops(run, engine)
     found: dict[str, Any] = {"weights": _bytes(run.student.gpt.parameters())}
     found["gradients"] = _bytes(buffer.grad_data for buffer in run.student.wrap(config.optimizer).buffers)
-    step(2, mine, run.optimizer, run.update)
+    with SentBytes(world_size) as sent, flop_counter() as counter:
+        step(2, mine, run.optimizer, run.update)
+    found["step flops"], found["sent"] = counter.get_total_flops(), sent.bytes
     found["optimizer"] = _optimizer_bytes(run)
     found["cache"] = max(caches)
-    with flop_counter() as counter:
-        step(3, mine, run.optimizer, run.update)
-    found["step flops"] = counter.get_total_flops()
-    with SentBytes(world_size) as sent:
-        step(4, mine, run.optimizer, run.update)
-    found["sent"] = sent.bytes
 
     student = [ContextSequence(row.contexts.student, [3] * cases.RESPONSE) for row in mine]
     privileged = [ContextSequence(row.contexts.privileged, [3] * cases.RESPONSE) for row in mine]
@@ -228,7 +225,7 @@ def test_operations(measured: Any, variant: str) -> None:
     }
     for name, value in expected.items():
         for rank in measured[2]:
-            assert rank[variant][name] == value, name
+            assert rank[variant][name] == pytest.approx(value, rel=1e-12), name
     # The vocabulary is not split evenly: ranks differ, the mean does not.
     responses = case.rows * case.limits.response
     wanted = {"loss flops": compute.loss(case, responses, 0).counted}
