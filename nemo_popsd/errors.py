@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input, configuration, data or checkpoint, told in the form "got X, need Y, set Z".
@@ -15,11 +17,13 @@ class UserError(ValueError):
         got: what was found.
         need: what would be accepted.
         mend: which setting or file to change.
+        advice: lines to print below the message, where one line cannot hold what helps.
     """
 
-    def __init__(self, what: str, *, got: object, need: str, mend: str) -> None:
+    def __init__(self, what: str, *, got: object, need: str, mend: str, advice: Sequence[str] = ()) -> None:
         self.what = what
         self.got = got
         self.need = need
         self.mend = mend
+        self.advice = tuple(advice)
         super().__init__(f"{what}: got {got}; need {need}; {mend}")

@@ -24,6 +24,7 @@ ALLOWED = {
     "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
     "checkpoint": {"megatron", "runtime", "testbed"},
     "testbed": {"data", "evaluation"},
+    "planning": {"testbed"},
     "config": {"data", "distillation", "evaluation", "megatron", "observability", "rollout", "training", "testbed"},
     "model": {
         "checkpoint",
@@ -36,9 +37,9 @@ ALLOWED = {
         "testbed",
         "training",
     },
-    "cli": {"model", "observability"},
+    "cli": {"model", "observability", "planning"},
 }
-FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli")
+FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "planning", "testbed", "cli")
 
 
 def imports(file: Path) -> set[str]:
@@ -84,7 +85,7 @@ def test_the_readme_lists_every_room_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
     assert sorted(listed) == rooms()
-    for command in ("train", "evaluate", "export", "config"):
+    for command in ("train", "evaluate", "export", "plan", "config"):
         assert f"popsd {command}" in readme
 
 

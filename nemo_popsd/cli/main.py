@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 
 from nemo_popsd import __version__
-from nemo_popsd.cli import evaluate, export, show_config, train
+from nemo_popsd.cli import evaluate, export, plan, show_config, train
 from nemo_popsd.errors import UserError
 
-_COMMANDS = (train, evaluate, export, show_config)
+_COMMANDS = (train, evaluate, export, plan, show_config)
 
 USER_ERROR = 2
 """Exit status for what the user can mend."""
@@ -71,4 +71,5 @@ def _tell(error: UserError) -> None:
     if rank != 0:
         time.sleep(_GRACE_SECONDS)
     message = " ".join(str(error).splitlines())
-    print(f"popsd: error: {message}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
+    lines = [f"popsd: error: {message}" + (f" (rank {rank})" if rank else ""), *error.advice]
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -12,6 +12,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 from nemo_popsd.megatron.adapters import Adapters
+from nemo_popsd.megatron.forward import output_weight
+from nemo_popsd.megatron.offload import HostParameters
 
 
 class FrozenBase(Protocol):
@@ -36,15 +38,41 @@ class AdaptersOff:
 
 
 class FrozenCopy:
-    """A second model with the student's initial weights, for full fine-tuning."""
+    """A second model with the student's initial weights, for full fine-tuning.
 
-    def __init__(self, copy: GPTModel) -> None:
+    On the host it takes no device memory between the frozen passes but for its output matrix (V_pad/tp · H elements on
+    the last stage), which the loss needs in training; `model` brings in the rest, once for each use. The tensor of the
+    output matrix is the same inside and outside.
+    """
+
+    def __init__(self, copy: GPTModel, *, on_host: bool = False) -> None:
+        """Takes `copy` over.
+
+        Args:
+            copy: loaded, on the device.
+            on_host: keep all but the output matrix in (pinned) host memory.
+        """
         self._copy = copy.requires_grad_(False).eval()
+        self._host: HostParameters | None = None
+        if on_host:
+            kept = output_weight(copy) if copy.post_process else None
+            self._host = HostParameters(p for p in copy.parameters() if p is not kept)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of this rank's copy that lie on the host."""
+        return 0 if self._host is None else self._host.bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of parameters of the copy that are on the device now."""
+        return sum(p.numel() * p.element_size() for p in self._copy.parameters())
 
     @contextmanager
     def model(self) -> Iterator[GPTModel]:
-        """The copy."""
-        yield self._copy
+        """The copy, on the device within."""
+        with nullcontext() if self._host is None else self._host.on_device():
+            yield self._copy
 
 
 @torch.no_grad()

@@ -14,12 +14,9 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 
-from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, ParallelConfig, StudentConfig
 from nemo_popsd.megatron.spec import choose_layer_spec
 from nemo_popsd.runtime.distributed import device
-
-VOCABULARY_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does."""
 
 
 def build_gpt(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> GPTModel:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from nemo_popsd.config.checks import above, at_least, fraction, one_of
 from nemo_popsd.errors import UserError
 
+VOCABULARY_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does."""
+
 
 @dataclass(kw_only=True)
 class LoRAConfig:
@@ -44,6 +47,9 @@ class StudentConfig:
     adaptation: str = "lora"
     """`lora`: adapters are trained, the base is the same weights with the adapters off. `full`: all weights are
     trained, the base is a frozen copy."""
+    frozen_copy: str = "device"
+    """Where the frozen copy of full fine-tuning lies: `device`, or `host`, pinned, whence it is brought in for the
+    frozen passes; its output matrix stays on the device, where the loss needs it. LoRA has no copy."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters, when `adaptation` is `lora`."""
     recompute: bool = False
@@ -52,6 +58,14 @@ class StudentConfig:
     def __post_init__(self) -> None:
         one_of("student.precision", self.precision, ("bf16", "fp32"))
         one_of("student.adaptation", self.adaptation, ("lora", "full"))
+        one_of("student.frozen_copy", self.frozen_copy, ("device", "host"))
+        if self.frozen_copy == "host" and self.adaptation == "lora":
+            raise UserError(
+                "configuration",
+                got="student.frozen_copy='host' with student.adaptation='lora'",
+                need="full fine-tuning: under LoRA the base is the student with its adapters off, and there is no copy",
+                mend="set student.frozen_copy=device, or student.adaptation=full",
+            )
 
 
 @dataclass(kw_only=True)

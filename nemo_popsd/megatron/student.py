@@ -86,13 +86,13 @@ class Student:
     @cached_property
     def base(self) -> FrozenBase:
         """The frozen initial weights. Under full fine-tuning the first use loads a copy of them: collective, and
-        the memory of the weights once more.
+        the memory of the weights once more, on the device or the host (`student.frozen_copy`).
         """
         if self.adapters is not None:
             return AdaptersOff(self.gpt, self.adapters)
         copy = build_gpt(self._architecture.provider(), self._config, self._parallel)
         self._load_initial(copy)
-        return FrozenCopy(copy)
+        return FrozenCopy(copy, on_host=self._config.frozen_copy == "host")
 
     @cached_property
     def base_weight(self) -> Tensor:

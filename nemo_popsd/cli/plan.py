@@ -1,0 +1,36 @@
+"""`popsd plan CONF nodes=N [gpus_per_node=8] [key=value ...] [--fastest] [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="estimate memory, work and time of a run before it is queued",
+        description="Estimate what a step of CONF takes per GPU on N nodes, by formula (docs/planning.md): memory, "
+        "FLOPs, bytes sent, seconds. A layout that does not fit or divide is refused, with the nearest that do. "
+        "Needs no GPU, no weights and no data.",
+    )
+    parser.add_argument("config", metavar="CONF", help="configuration file, e.g. conf/qwen3_8b.yaml")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="nodes=4 (or 1,2,4 for a table), gpus_per_node=8, hardware.* and workload.* "
+        "(nemo_popsd/planning/config.py), or a setting of the run",
+    )
+    parser.add_argument("--fastest", action="store_true", help="take the layout with the shortest estimated step")
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load and check the configuration, then estimate and print."""
+    from nemo_popsd.planning.command import plan_text
+
+    print(plan_text(args.config, args.overrides, fastest_layout=args.fastest, as_json=args.json))

@@ -1,0 +1,16 @@
+"""What a run will take, before anything is queued: memory, FLOPs, bytes moved and time by formula. No torch.
+
+config.py      nodes, hardware and lengths that the estimate assumes
+sizes.py       the numbers of a model, from its config.json or from a file that ships here
+layout.py      a layout on so many GPUs, and why it may be impossible
+workload.py    sequences, micro-batches and branches of one step
+parameters.py  parameters of one rank
+memory.py      bytes of one GPU, by what holds them and by phase
+compute.py     floating-point operations of one GPU
+traffic.py     bytes that one GPU sends, by what sends them
+duration.py    from operations and bytes to seconds
+plan.py        all of it for one layout; the nearest layouts that fit
+report.py      what `popsd plan` prints
+
+The formulas are written out in docs/planning.md.
+"""

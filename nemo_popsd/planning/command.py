@@ -1,0 +1,67 @@
+"""From the words of `popsd plan` to the text that it prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.errors import UserError
+from nemo_popsd.planning import report
+from nemo_popsd.planning.plan import Estimate, estimate, fastest, nearest, problems
+from nemo_popsd.planning.settings import split_settings
+from nemo_popsd.planning.sizes import read_sizes
+from nemo_popsd.planning.workload import Case
+
+
+def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool = False, as_json: bool = False) -> str:
+    """One layout in full, or a table where `nodes` holds several numbers.
+
+    Args:
+        config: configuration file of the run.
+        words: ``key=value``, of the plan and of the run.
+        fastest_layout: search the layout instead of taking that of the run.
+        as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
+
+    Raises:
+        UserError: a setting is wrong or, where one layout is asked for, it does not fit or divide; its `advice` names
+            the nearest layouts that do.
+    """
+    plan, rest = split_settings(words)
+    run = load_config(config, rest)
+    sizes, origin = read_sizes(run.student.source)
+    cases = [Case(run, plan, sizes, nodes) for nodes in plan.nodes]
+    if len(cases) == 1:
+        made = _one(cases[0], fastest_layout)
+        return json.dumps(report.as_data(made, origin), indent=2) if as_json else report.describe(made, origin)
+    rows = [(case, _or_none(case, fastest_layout)) for case in cases]
+    if as_json:
+        return json.dumps([None if made is None else report.as_data(made, origin) for _, made in rows], indent=2)
+    return report.growth_table(rows)
+
+
+def _one(case: Case, fastest_layout: bool) -> Estimate:
+    if fastest_layout:
+        found = fastest(case)
+        if found is not None:
+            return found[1]
+        against = [f"no layout on {case.layout.world} GPUs"]
+    else:
+        against = problems(case)
+        if not against:
+            return estimate(case)
+    raise UserError(
+        f"plan of {case.sizes.name} on {case.layout.nodes} x {case.layout.gpus_per_node} GPUs",
+        got="; ".join(against),
+        need="a layout that divides and fits",
+        mend="set parallel.*, or nodes",
+        advice=report.advice([] if fastest_layout else nearest(case)),
+    )
+
+
+def _or_none(case: Case, fastest_layout: bool) -> Estimate | None:
+    if fastest_layout:
+        found = fastest(case)
+        return None if found is None else found[1]
+    return None if problems(case) else estimate(case)

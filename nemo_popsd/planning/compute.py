@@ -1,0 +1,148 @@
+"""Floating-point operations of one GPU in one step, two per multiply-add. Formulas: docs/planning.md, "FLOPs".
+
+Counted are matrix products and attention. With pipeline stages the last one is counted: it has the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from nemo_popsd.planning.parameters import linears, padded_vocabulary
+from nemo_popsd.planning.workload import Case
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one GPU."""
+
+    linear: float
+    """Of the layers' linears, adapters included."""
+    attention: float = 0.0
+    """Of attention within a sequence, its whole square, as flop counters count it."""
+    cached: float = 0.0
+    """Of attention of new tokens to the cache."""
+    head: float = 0.0
+    """Of products with the output matrix."""
+
+    @property
+    def counted(self) -> float:
+        """As a flop counter sees it."""
+        return self.linear + self.attention + self.cached + self.head
+
+    @property
+    def needed(self) -> float:
+        """What a causal kernel computes: half of the square."""
+        return self.counted - self.attention / 2
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(*(getattr(self, item.name) * times for item in fields(self)))
+
+
+def layer_weights(case: Case) -> tuple[float, float]:
+    """Elements that one token is multiplied with in one layer of one rank: of the model, of the adapters."""
+    layout, sizes, lora = case.layout, case.sizes, case.config.student.lora
+    model, adapters = float(sizes.hidden * sizes.experts), 0.0  # the router
+    for linear in linears(sizes):
+        visits = sizes.experts_per_token if linear.expert else 1
+        # Tokens of all e ranks of an expert group meet the experts of one of them: shared out, k each on average.
+        split = layout.expert_tensor if linear.expert else layout.tensor
+        spread = layout.tensor if linear.expert and layout.sequence and layout.expert_tensor == 1 else 1
+        model += linear.weights * visits / split / spread
+        if case.lora and linear.name in lora.targets:
+            adapters += linear.adapter(lora.rank) * visits / split / spread
+    return model, adapters
+
+
+def forward(case: Case, tokens: float, squares: float, *, adapters: bool) -> Flops:
+    """One forward of the layers of a rank.
+
+    Args:
+        case: the run.
+        tokens: of all sequences, padding included.
+        squares: sum of the squares of their lengths, padding included.
+        adapters: whether they are on.
+    """
+    layout, sizes = case.layout, case.sizes
+    model, adapter = layer_weights(case)
+    layers = sizes.layers / layout.pipeline
+    linear = 2 * tokens / layout.context * layers * (model + (adapter if adapters else 0))
+    attention = 4 * squares * sizes.query_width * layers / (layout.tensor * layout.context)
+    return Flops(linear, attention)
+
+
+def training(case: Case, tokens: float, squares: float) -> Flops:
+    """Forward, recomputation and backward of the student's layers; arguments as `forward`.
+
+    The backward of a trained linear costs two forwards, of a frozen one under adapters one; that of attention 2.5.
+    """
+    once = forward(case, tokens, squares, adapters=case.lora)
+    model, adapter = layer_weights(case)
+    ratio = (model + 2 * adapter) / (model + adapter) if case.lora else 2.0
+    linear = once.linear * (1 + ratio)
+    attention = once.attention * 3.5
+    if case.config.student.recompute:
+        linear, attention = linear + once.linear, attention + once.attention
+    elif case.lora and case.layout.pipeline == 1:
+        # Nothing before the first linear is trained, so no gradient is sent back through it.
+        first = linears(case.sizes)[0].weights / case.layout.tensor
+        linear -= 2 * tokens / case.layout.context * first
+    return Flops(linear, attention)
+
+
+def loss(case: Case, responses: float, diagnosed: float) -> Flops:
+    """Loss and its gradients on `responses` tokens, the decomposition on `diagnosed` of them.
+
+    Products with the output matrix per token: student, anchor, shift, gradient of the hidden state, and under full
+    fine-tuning gradient of the matrix; three more for a diagnosed token.
+    """
+    family = case.config.distillation.target.family
+    capped = family in ("purified", "student_pmi") and case.config.distillation.target.cap is not None
+    vectors = int(capped) + int(family != "student_pmi" or not capped)
+    products = 1 + vectors + 1 + (0 if case.lora else 1)
+    columns = case.sizes.vocab / case.layout.tensor
+    return Flops(0.0, head=2 * case.sizes.hidden * columns * (products * responses + 3 * diagnosed))
+
+
+def decoding(case: Case, rows: float, length: float) -> Flops:
+    """One step of decoding: a token for each of this rank's `rows`, with `length` tokens in the cache."""
+    layout, sizes = case.layout, case.sizes
+    linear = forward(case, rows * layout.context, 0, adapters=case.lora).linear
+    cached = 4 * rows * length * sizes.query_width * sizes.layers / layout.pipeline / layout.tensor
+    head = 2 * rows * sizes.hidden * padded_vocabulary(sizes, layout) / layout.tensor
+    return Flops(linear, cached=cached, head=head)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one GPU in one step, at the mean lengths."""
+
+    rollout: Flops
+    """Prefill and decoding."""
+    frozen: Flops
+    """All frozen branches."""
+    training: Flops
+    """Student and loss."""
+
+
+def prefill(case: Case) -> Flops:
+    """The prompts of all rows that a rank draws, put into the cache."""
+    prompt = case.means.prompt
+    tokens = case.drawn_rows * prompt * case.layout.context  # no sequence is split while decoding
+    return forward(case, tokens, tokens * prompt, adapters=case.lora)
+
+
+def step(case: Case) -> StepFlops:
+    """Of one step."""
+    rows, mean = case.rows, case.means
+    each = decoding(case, case.drawn_rows, mean.prompt + mean.response / 2)
+    # The first token comes from the prefill: all draw logits, all but one run the layers.
+    decoded = each * (mean.response - 1) + Flops(0.0, head=each.head)
+    lengths = [mean.of(branch) for branch in case.branches]
+    frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False)
+    trained = training(case, rows * mean.student, rows * mean.student**2)
+    responses = case.owned_rows * mean.response
+    head = loss(case, responses, min(case.config.distillation.diagnosed_tokens, responses))
+    return StepFlops(prefill(case) + decoded, frozen, trained + head)

@@ -1,0 +1,105 @@
+"""What an estimate assumes beyond the configuration of the run: the machine, the lengths, the layouts to try."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_popsd.config.checks import above, at_least, fraction, one_of
+from nemo_popsd.errors import UserError
+
+
+@dataclass(kw_only=True)
+class HardwareConfig:
+    """One GPU and its links. Defaults: an H100 SXM 80 GB in a DGX H100 (data sheet), and efficiencies of our choosing.
+
+    The efficiencies were not measured by us: they are round numbers of the order that large-model training is commonly
+    reported at. Set them to what your own runs show.
+    """
+
+    memory_gib: float = 79.6
+    """Memory of one GPU, GiB (81,559 MiB, as the driver reports for an H100 SXM 80 GB)."""
+    usable_memory: float = 0.92
+    """Share of it that tensors may take; the rest is CUDA's context, NCCL's buffers and fragments. Ours."""
+    bf16_tflops: float = 989.0
+    """Dense bf16 peak, TFLOP/s (data sheet)."""
+    fp32_tflops: float = 67.0
+    """fp32 peak, TFLOP/s (data sheet); counts where `student.precision` is fp32."""
+    memory_gb_s: float = 3350.0
+    """Bandwidth of the GPU's memory, GB/s (data sheet)."""
+    node_gb_s: float = 450.0
+    """Bandwidth to GPUs of the same node, one direction, GB/s (NVLink 4: 900 in both, data sheet)."""
+    network_gb_s: float = 50.0
+    """Bandwidth of one GPU to other nodes, one direction, GB/s (one 400 Gbit/s adapter per GPU, as in a DGX H100)."""
+    host_gb_s: float = 64.0
+    """Bandwidth from pinned host memory, one direction, GB/s (PCIe 5 x16)."""
+    training_efficiency: float = 0.4
+    """Share of the peak that forward and backward reach. Ours."""
+    forward_efficiency: float = 0.5
+    """Share of the peak that the frozen passes and the prefill reach. Ours."""
+    memory_efficiency: float = 0.6
+    """Share of the memory bandwidth that decoding reaches. Ours."""
+    link_efficiency: float = 0.7
+    """Share of a link's bandwidth that a collective or copy reaches. Ours."""
+    layer_launch_us: float = 200.0
+    """Least time of one layer of one decoding step, microseconds: it is launched kernel by kernel. Ours."""
+    latency_us: float = 20.0
+    """Time of a collective on next to no bytes, microseconds; counts in decoding. Ours."""
+
+    def __post_init__(self) -> None:
+        for name in ("memory_gib", "bf16_tflops", "fp32_tflops", "memory_gb_s", "node_gb_s", "network_gb_s"):
+            above(f"hardware.{name}", getattr(self, name), 0)
+        above("hardware.host_gb_s", self.host_gb_s, 0)
+        for name in (
+            "usable_memory",
+            "training_efficiency",
+            "forward_efficiency",
+            "memory_efficiency",
+            "link_efficiency",
+        ):
+            fraction(f"hardware.{name}", getattr(self, name), allow_zero=False)
+        at_least("hardware.layer_launch_us", self.layer_launch_us, 0)
+        at_least("hardware.latency_us", self.latency_us, 0)
+
+
+@dataclass(kw_only=True)
+class WorkloadConfig:
+    """What the rows and responses are like. Memory is planned for the run's limits whatever is set here."""
+
+    prompt_tokens: int | None = None
+    """Mean length of a student prompt; null takes the limit, `data.max_prompt_tokens`."""
+    reference_tokens: int | None = None
+    """Mean length of a reference; null takes the limit, `data.max_reference_tokens`."""
+    response_tokens: int | None = None
+    """Mean length of a response; null takes the limit, `rollout.max_response_tokens`."""
+    prompts_per_node: int | None = None
+    """The batch grows with the nodes: this many prompts for each replace `training.prompts_per_step`. Null: it does
+    not."""
+    layers: str = "fused"
+    """Which layers keep activations: `fused`, Transformer Engine's, what a GPU runs (from reading, not measured by us);
+    `plain`, the ones that run without a GPU (compared with what they allocate by the tests)."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "reference_tokens", "response_tokens", "prompts_per_node"):
+            at_least(f"workload.{name}", getattr(self, name), 1)
+        one_of("workload.layers", self.layers, ("fused", "plain"))
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """The settings of `popsd plan` that are none of a run's."""
+
+    nodes: list[int] = field(default_factory=lambda: [1])
+    """Nodes to plan for; more than one number makes a table."""
+    gpus_per_node: int = 8
+    """GPUs of one node."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """GPU and links."""
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    """Lengths."""
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise UserError("plan", got="nodes=[]", need="at least one number of nodes", mend="set nodes=1")
+        for number in self.nodes:
+            at_least("nodes", number, 1)
+        at_least("gpus_per_node", self.gpus_per_node, 1)

@@ -1,0 +1,117 @@
+"""A layout on so many GPUs: the sizes of its groups, which links they use, and why it may be impossible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from nemo_popsd.megatron.config import ParallelConfig
+from nemo_popsd.planning.sizes import ModelSizes
+
+DIMENSIONS = tuple(item.name for item in fields(ParallelConfig))
+"""Settings of `parallel` that a run knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the parallel dimensions; ranks are numbered tensor first, then context, data, pipeline (Megatron's)."""
+
+    nodes: int
+    """Nodes."""
+    gpus_per_node: int
+    """GPUs of each."""
+    tensor: int = 1
+    """t."""
+    sequence: bool = False
+    """Whether norms and residuals are split along the sequence over the tensor-parallel ranks."""
+    pipeline: int = 1
+    """p, stages."""
+    virtual_pipeline: int = 1
+    """v, chunks of layers of each stage."""
+    context: int = 1
+    """c."""
+    expert: int = 1
+    """e."""
+
+    @staticmethod
+    def of(parallel: ParallelConfig, *, nodes: int, gpus_per_node: int) -> Layout:
+        """The layout that `parallel` describes on `nodes`."""
+        return Layout(nodes=nodes, gpus_per_node=gpus_per_node, **{n: getattr(parallel, n) for n in DIMENSIONS})
+
+    @property
+    def world(self) -> int:
+        """G, GPUs."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def replica(self) -> int:
+        """t·p·c, GPUs that share the rows of one data-parallel rank."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        """D = G / (t·p·c), data-parallel size."""
+        return self.world // self.replica
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks over which the matrices of the MLP are split: t, or 1 where experts are shared out."""
+        return 1 if self.expert > 1 else self.tensor
+
+    @property
+    def dense_replicas(self) -> int:
+        """D·c, ranks that hold the same weights outside experts: gradients are reduced over them."""
+        return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """G / (p·e·expert_tensor), ranks that hold the same experts."""
+        return self.world // (self.pipeline * self.expert * self.expert_tensor)
+
+    def spans_nodes(self, dimension: str) -> bool:
+        """Whether a group of `dimension` (tensor, context, data, pipeline or expert) has ranks on several nodes."""
+        reach = {
+            "tensor": self.tensor,
+            "context": self.tensor * self.context,
+            "expert": self.expert_tensor * self.expert,
+            "data": self.tensor * self.context * self.data,
+            "pipeline": self.world,
+        }
+        return reach[dimension] > self.gpus_per_node
+
+
+def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
+    """Why `layout` cannot be, each in words with both numbers; empty where nothing speaks against it.
+
+    Args:
+        layout: any numbers of at least 1.
+        sizes: the model.
+        prompts: of one step over all data-parallel ranks.
+    """
+    found = []
+
+    def divide(what: str, count: int, by: str, size: int) -> None:
+        if count % size:
+            found.append(f"{count} {what} do not divide by {by}={size}")
+
+    divide("GPUs", layout.world, "tensor·pipeline·context", layout.replica)
+    divide("GPUs", layout.world, "pipeline·expert", layout.pipeline * layout.expert)
+    divide("query heads", sizes.heads, "parallel.tensor", layout.tensor)
+    divide("key-value heads", sizes.groups, "parallel.tensor", layout.tensor)
+    divide("MLP columns", sizes.intermediate, "parallel.tensor", layout.expert_tensor)
+    divide("layers", sizes.layers, "pipeline·virtual_pipeline", layout.pipeline * layout.virtual_pipeline)
+    if layout.tensor > layout.gpus_per_node:
+        found.append(f"parallel.tensor={layout.tensor} reaches beyond a node of {layout.gpus_per_node} GPUs")
+    if layout.expert > 1:
+        if sizes.experts:
+            divide("experts", sizes.experts, "parallel.expert", layout.expert)
+        else:
+            found.append(f"parallel.expert={layout.expert} with a model that has no experts")
+    if sizes.experts and layout.tensor > 1 and not layout.sequence:
+        found.append(f"experts with parallel.tensor={layout.tensor} need parallel.sequence=true")
+    if layout.sequence and layout.tensor == 1:
+        found.append("parallel.sequence=true needs parallel.tensor above 1")
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        found.append("parallel.virtual_pipeline needs parallel.pipeline above 1")
+    if not found:
+        divide("prompts of a step (training.prompts_per_step)", prompts, "data-parallel ranks", layout.data)
+    return found

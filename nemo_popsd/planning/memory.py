@@ -1,0 +1,186 @@
+"""Bytes of one GPU, by what holds them, and the peak of each phase of a step. Formulas: docs/planning.md, "Memory"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages
+from nemo_popsd.planning.workload import Case
+
+PHASES = ("rollout", "frozen", "training")
+"""Phases of a step; what is listed for one of them is free in the others."""
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Elements per token that one layer's backward needs, by what splits them."""
+
+    replicated: int
+    """Of the residual stream's width: split by sequence parallelism alone."""
+    attention: int
+    """Split by tensor parallelism."""
+    mlp: int
+    """Split by tensor parallelism (of experts, by theirs)."""
+
+    def per_rank(self, case: Case) -> float:
+        """Elements per token on one rank."""
+        layout = case.layout
+        spread = layout.tensor if layout.sequence else 1
+        return self.replicated / spread + self.attention / layout.tensor + self.mlp / layout.expert_tensor
+
+
+def kept_by_layer(case: Case) -> LayerActivations:
+    """What one layer keeps for its backward pass.
+
+    `plain` layers are those of `nemo_popsd.megatron.spec` without a GPU; with frozen weights their norms keep less.
+    `fused` ones keep the norms' inputs and outputs, joined and split queries, rotated queries and keys, attention's
+    output, both halves of the MLP's first linear and the second's input.
+    """
+    sizes, plain = case.sizes, case.plan.workload.layers == "plain"
+    query, key, width = sizes.query_width, sizes.key_width, sizes.intermediate
+    visits = max(1, sizes.experts_per_token)
+    normalises = plain and not case.lora
+    residual = 6 if normalises else 4
+    attention = 4 * query + 3 * key + (query + key if normalises and sizes.qk_norm else 0)
+    dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
+    adapters = len(case.config.student.lora.targets) * case.config.student.lora.rank if case.lora else 0
+    return LayerActivations(
+        replicated=residual * sizes.hidden + dispatched + adapters,
+        attention=attention,
+        mlp=(5 if plain else 3) * width * visits,
+    )
+
+
+def working_set(case: Case) -> float:
+    """Elements per token that exist at once while one layer runs forward without gradient."""
+    sizes, layout, plain = case.sizes, case.layout, case.plan.workload.layers == "plain"
+    visits = max(1, sizes.experts_per_token)
+    mlp = (5 if plain else 3) * sizes.intermediate * visits / layout.expert_tensor
+    joined = (4 * sizes.query_width + 3 * sizes.key_width) / layout.tensor
+    dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
+    return (4 * sizes.hidden + dispatched) / (layout.tensor if layout.sequence else 1) + max(mlp, joined)
+
+
+def activation_bytes(case: Case, stage: Stage) -> float:
+    """Most bytes of activations between forward and backward, those of one layer's backward included."""
+    layout, sizes = case.layout, case.sizes
+    tokens = case.microbatch_tokens / layout.context
+    spread = layout.tensor if layout.sequence else 1
+    residual, layer = sizes.hidden / spread, kept_by_layer(case).per_rank(case)
+    backward = max(3 * residual, 2 * sizes.intermediate / layout.tensor + residual)
+    in_flight = 1.0
+    if stage.first and layout.pipeline > 1:
+        interleaving = 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual_pipeline)
+        in_flight = min(layout.pipeline, case.microbatches) * (interleaving if layout.virtual_pipeline > 1 else 1)
+    if case.config.student.recompute:
+        elements = in_flight * stage.layers * residual + layer + backward
+    else:
+        elements = in_flight * (stage.layers * layer + 3 * residual) + backward
+    return tokens * elements * case.element
+
+
+def loss_bytes(case: Case) -> float:
+    """Most bytes of the loss on the last stage: its inputs and their gradients, and beside them one chunk's logits or,
+    in the backward, the gradients once more.
+    """
+    settings, sizes, layout, element = case.config.distillation, case.sizes, case.layout, case.element
+    rows, responses = padded_vocabulary(sizes, layout) / layout.tensor, case.microbatch_responses
+    columns = min(rows, sizes.vocab)  # the first ranks have no padding
+    chunk = max(16 * min(settings.chunk_tokens, responses), 24 * min(settings.diagnosed_tokens, responses)) * columns
+    matrix = 0 if case.lora else rows * sizes.hidden
+    vectors = responses * sizes.hidden  # hidden state and its gradient, anchor, shift
+    return vectors * (3 * element + 4) + 4 * matrix + max(chunk, (vectors + matrix) * element)
+
+
+def cache_bytes(case: Case, stage: Stage) -> float:
+    """Bytes of the key-value cache of one batch of rollouts at the limits."""
+    return (
+        2
+        * case.decoded_rows
+        * case.limits.student
+        * stage.layers
+        * case.sizes.key_width
+        / case.layout.tensor
+        * (case.element)
+    )
+
+
+def optimizer_bytes(case: Case, parameters: Parameters) -> float:
+    """Bytes of Adam's moments in fp32, and of fp32 main weights where the model is bf16."""
+    each = 12 if case.element == 2 else 8
+    dense, experts = trained(case, parameters)
+    if not case.config.optimizer.distributed:
+        return each * (dense + experts)
+    return each * (dense / case.layout.dense_replicas + experts / case.layout.expert_replicas)
+
+
+def trained(case: Case, parameters: Parameters) -> tuple[int, int]:
+    """Trained elements outside and inside experts."""
+    if case.lora:
+        return parameters.adapters, parameters.expert_adapters
+    return parameters.dense, parameters.experts
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU of one stage."""
+
+    standing: dict[str, float]
+    """What stays, by name."""
+    phases: dict[str, dict[str, float]]
+    """What each phase adds, by name."""
+    host: float
+    """Pinned bytes of the host, for this GPU."""
+
+    def peak(self, phase: str) -> float:
+        """Most bytes in `phase`."""
+        return sum(self.standing.values()) + sum(self.phases[phase].values())
+
+    @property
+    def worst(self) -> float:
+        """Most bytes in any phase."""
+        return max(self.peak(phase) for phase in PHASES)
+
+
+def memory(case: Case) -> Memory:
+    """Of the stage whose peak is highest."""
+    return max((_of_stage(case, stage) for stage in stages(case.sizes, case.layout)), key=lambda found: found.worst)
+
+
+def _of_stage(case: Case, stage: Stage) -> Memory:
+    student, sizes, layout = case.config.student, case.sizes, case.layout
+    parameters = count(sizes, layout, stage, student.lora if case.lora else None)
+    dense, experts = trained(case, parameters)
+    copy, matrix = parameters.model * case.element, parameters.vocabulary * case.element
+    offloaded = not case.lora and student.frozen_copy == "host"
+    kept_matrix = matrix if stage.last else 0
+    standing = {
+        "weights": float(parameters.all * case.element),
+        "gradients": 4.0 * (dense + experts),
+        "optimizer": optimizer_bytes(case, parameters),
+        "frozen copy": 0.0 if case.lora else float(kept_matrix if offloaded else copy),
+    }
+    uses_shift = case.config.distillation.target.family in ("purified", "student_pmi")
+    state = sizes.hidden * (len(case.branches) * case.element + (4 if uses_shift else 0))
+    states = case.owned_rows * case.limits.response * state if stage.last else 0
+    rollout = case.config.rollout
+    sampled = 16 if 0 < rollout.top_k < sizes.vocab else 44
+    forward = working_set(case) * case.element
+    phases = {
+        "rollout": {
+            "KV cache": cache_bytes(case, stage),
+            "prefill": case.decoded_rows * case.limits.prompt * forward,
+            "sampling": case.decoded_rows * sizes.vocab * float(sampled) if stage.last else 0.0,
+        },
+        "frozen": {
+            "frozen copy brought in": float(copy - kept_matrix) if offloaded else 0.0,
+            "frozen forward": case.frozen_tokens / layout.context * forward,
+            "frozen states": float(states),
+        },
+        "training": {
+            "frozen states": float(states),
+            "activations": activation_bytes(case, stage),
+            "loss": loss_bytes(case) if stage.last else 0.0,
+        },
+    }
+    return Memory(standing, phases, float(copy - kept_matrix) if offloaded else 0.0)

@@ -1,0 +1,137 @@
+"""How many parameters one rank holds, by kind: what Megatron allocates, vocabulary padding included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, LoRAConfig
+from nemo_popsd.planning.layout import Layout
+from nemo_popsd.planning.sizes import ModelSizes
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One of the four linears of a layer (of an expert, in a mixture)."""
+
+    name: str
+    """Megatron's."""
+    inputs: int
+    """Columns of its matrix."""
+    outputs: int
+    """Rows of its matrix."""
+    splits_outputs: bool
+    """Whether tensor parallelism splits its rows (column-parallel) or its columns (row-parallel)."""
+    bias: bool = False
+    """Whether it has one."""
+    expert: bool = False
+    """Whether each expert has one."""
+
+    @property
+    def weights(self) -> int:
+        """Elements of the whole matrix."""
+        return self.inputs * self.outputs
+
+    def share(self, tensor: int) -> int:
+        """Elements of one rank's part, bias included."""
+        bias = (self.outputs // tensor if self.splits_outputs else self.outputs) if self.bias else 0
+        return self.weights // tensor + bias
+
+    def adapter(self, rank: int) -> int:
+        """Elements of both adapter matrices; tensor parallelism splits both."""
+        return rank * (self.inputs + self.outputs)
+
+
+def linears(sizes: ModelSizes) -> tuple[Linear, ...]:
+    """The linears of a layer."""
+    width, expert = sizes.query_width, sizes.experts > 0
+    joined = width + 2 * sizes.key_width
+    return (
+        Linear("linear_qkv", sizes.hidden, joined, splits_outputs=True, bias=sizes.qkv_bias),
+        Linear("linear_proj", width, sizes.hidden, splits_outputs=False, bias=sizes.output_bias),
+        Linear("linear_fc1", sizes.hidden, 2 * sizes.intermediate, splits_outputs=True, expert=expert),
+        Linear("linear_fc2", sizes.intermediate, sizes.hidden, splits_outputs=False, expert=expert),
+    )
+
+
+def padded_vocabulary(sizes: ModelSizes, layout: Layout) -> int:
+    """V_p, rows of embedding and output matrix over all ranks."""
+    multiple = VOCABULARY_MULTIPLE * layout.tensor
+    return -(-sizes.vocab // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline stage."""
+
+    layers: int
+    """L/p."""
+    first: bool
+    """Whether it embeds."""
+    last: bool
+    """Whether it has the last norm, the output matrix and the loss."""
+
+
+def stages(sizes: ModelSizes, layout: Layout) -> tuple[Stage, ...]:
+    """The stages that can be the fullest: first and last, which are one without pipeline parallelism."""
+    layers = sizes.layers // layout.pipeline
+    if layout.pipeline == 1:
+        return (Stage(layers, first=True, last=True),)
+    return (Stage(layers, first=True, last=False), Stage(layers, first=False, last=True))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements on one rank."""
+
+    dense: int
+    """Of the model, outside experts."""
+    experts: int
+    """Of the model, in experts."""
+    adapters: int
+    """Of adapters outside experts."""
+    expert_adapters: int
+    """Of adapters in experts."""
+    vocabulary: int
+    """Of one vocabulary matrix, part of `dense`."""
+
+    @property
+    def model(self) -> int:
+        """Without adapters."""
+        return self.dense + self.experts
+
+    @property
+    def all(self) -> int:
+        """With adapters."""
+        return self.model + self.adapters + self.expert_adapters
+
+
+def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | None) -> Parameters:
+    """Elements on one rank of `stage`, adapters where `lora` is given."""
+    hidden = sizes.hidden
+    vocabulary = padded_vocabulary(sizes, layout) // layout.tensor * hidden
+    norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
+    router = hidden * sizes.experts
+    local_experts = sizes.experts // layout.expert
+    dense = stage.layers * (norms + router) + (hidden if stage.last else 0)
+    # A tied output matrix is the embedding where both are on one stage, and a copy of it otherwise.
+    dense += vocabulary * (int(stage.first) + int(stage.last and not (sizes.tied and stage.first)))
+    experts = adapters = expert_adapters = 0
+    for linear in linears(sizes):
+        adapted = lora is not None and linear.name in lora.targets
+        adapter = linear.adapter(lora.rank) if lora is not None and adapted else 0
+        if linear.expert:
+            experts += stage.layers * local_experts * linear.share(layout.expert_tensor)
+            expert_adapters += stage.layers * local_experts * (adapter // layout.expert_tensor)
+        else:
+            dense += stage.layers * linear.share(layout.tensor)
+            adapters += stage.layers * (adapter // layout.tensor)
+    return Parameters(dense, experts, adapters, expert_adapters, vocabulary)
+
+
+def whole(sizes: ModelSizes) -> int:
+    """Parameters of the whole model as published: no padding, no adapters."""
+    hidden, experts = sizes.hidden, max(1, sizes.experts)
+    vocabulary = sizes.vocab * hidden * (1 if sizes.tied else 2)
+    norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
+    inside = sum(linear.share(1) * (experts if linear.expert else 1) for linear in linears(sizes))
+    return vocabulary + hidden + sizes.layers * (norms + hidden * sizes.experts + inside)

@@ -1,0 +1,152 @@
+"""The estimate of one layout, what speaks against it, the nearest layouts that fit, and the fastest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from nemo_popsd.planning import compute, duration, traffic
+from nemo_popsd.planning.layout import DIMENSIONS, misfits
+from nemo_popsd.planning.memory import Memory, memory
+from nemo_popsd.planning.workload import Case
+
+GIB = 2**30
+
+Changes = Mapping[str, object]
+"""Settings of the run, by dotted name, that differ from those asked for."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one step of a run takes on one layout, per GPU. Estimated, not measured."""
+
+    case: Case
+    """What was asked."""
+    memory: Memory
+    """Bytes, planned for the limits."""
+    flops: compute.StepFlops
+    """Operations, at the mean lengths."""
+    traffic: traffic.StepTraffic
+    """Bytes sent, at the mean lengths."""
+    seconds: duration.StepSeconds
+    """Seconds, at the mean lengths."""
+
+    @property
+    def budget(self) -> float:
+        """Bytes of a GPU that tensors may take."""
+        hardware = self.case.plan.hardware
+        return hardware.memory_gib * hardware.usable_memory * GIB
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase stays within the budget."""
+        return self.memory.worst <= self.budget
+
+
+def estimate(case: Case) -> Estimate:
+    """Of a layout that divides (see `problems`)."""
+    found = memory(case)
+    flops, moved = compute.step(case), traffic.step(case, from_host=found.host)
+    return Estimate(case, found, flops, moved, duration.step(case, flops, moved))
+
+
+def problems(case: Case) -> list[str]:
+    """Why the run cannot be: numbers that do not divide or, where all do, memory. Empty where it can."""
+    found = misfits(case.layout, case.sizes, case.prompts)
+    if found:
+        return found
+    made = estimate(case)
+    if made.fits:
+        return []
+    return [f"{made.memory.worst / GIB:.1f} GiB per GPU of {made.budget / GIB:.1f} GiB that may be taken"]
+
+
+def fastest(case: Case) -> tuple[Changes, Estimate] | None:
+    """The layout with the shortest estimated step of those that fit, and what it changes; None where none fits."""
+    best: tuple[Changes, Estimate] | None = None
+    for changes in sorted(_candidates(case), key=lambda found: _distance(case, found)):
+        made = _if_possible(case.replace(changes))
+        if made is not None and (best is None or made.seconds.total < best[1].seconds.total):
+            best = changes, made
+    return best
+
+
+def nearest(case: Case, limit: int = 4) -> list[tuple[Changes, Estimate]]:
+    """Up to `limit` layouts that fit, those that change least first, of equal ones the fastest first.
+
+    The number of prompts of a step is changed only for layouts that do not divide it.
+    """
+    found: list[tuple[Changes, Estimate]] = []
+    choices = [_with_batch(case, changes) for changes in _candidates(case)]
+    ordered = sorted(choices, key=lambda changes: _distance(case, changes))
+    for _, alike in itertools.groupby(ordered, key=lambda changes: _distance(case, changes)):
+        made = [(changes, _if_possible(case.replace(changes))) for changes in alike]
+        possible = [(changes, one) for changes, one in made if one is not None]
+        found += sorted(possible, key=lambda pair: pair[1].seconds.total)
+        if len(found) >= limit:
+            break
+    return found[:limit]
+
+
+def _if_possible(case: Case) -> Estimate | None:
+    if misfits(case.layout, case.sizes, case.prompts):
+        return None
+    made = estimate(case)
+    return made if made.fits else None
+
+
+def _candidates(case: Case) -> Iterator[Changes]:
+    """Changes worth trying: powers of two for the sizes; what saves memory on or as it is."""
+    layout = case.layout
+    sizes = {
+        "tensor": _powers(min(layout.gpus_per_node, case.sizes.groups)),
+        "pipeline": _powers(min(layout.world, case.sizes.layers)),
+        "context": _powers(min(layout.gpus_per_node, layout.world)),
+        "expert": _powers(case.sizes.experts) if case.sizes.experts else [1],
+    }
+    choices: dict[str, list[object]] = {
+        f"parallel.{name}": [*sorted({*values, getattr(layout, name)})]
+        for name, values in sizes.items()
+        if name in DIMENSIONS
+    }
+    for name in ("optimizer.distributed", "student.recompute"):
+        choices[name] = [True] if case.setting(name) else [False, True]
+    if not case.lora:
+        choices["student.frozen_copy"] = [*sorted({case.config.student.frozen_copy, "host"})]
+    for values in itertools.product(*choices.values()):
+        changes = dict(zip(choices, values, strict=True))
+        if "sequence" in DIMENSIONS:
+            # As asked for while the tensor-parallel size is; with another one, on wherever it can be.
+            kept = changes["parallel.tensor"] == layout.tensor and not case.sizes.experts
+            changes["parallel.sequence"] = layout.sequence if kept else changes["parallel.tensor"] != 1
+        if "virtual_pipeline" in DIMENSIONS and changes.get("parallel.pipeline") == 1:
+            changes["parallel.virtual_pipeline"] = 1
+        yield {name: value for name, value in changes.items() if value != case.setting(name)}
+
+
+def _with_batch(case: Case, changes: Changes) -> Changes:
+    """`changes`, with the nearest number of prompts that their layout divides where it does not divide the present."""
+    layout = case.replace(changes).layout
+    fixed = case.plan.workload.prompts_per_node is not None or layout.world % layout.replica
+    if fixed or case.prompts % layout.data == 0:
+        return changes
+    return {**changes, "training.prompts_per_step": max(1, round(case.prompts / layout.data)) * layout.data}
+
+
+def _powers(largest: int) -> list[int]:
+    return [2**power for power in range(largest.bit_length())]
+
+
+def _distance(case: Case, changes: Changes) -> float:
+    """How far from what was asked: doublings and halvings of sizes, one for each switch but the one that follows t."""
+    distance = 0.0
+    for name, value in changes.items():
+        before = case.setting(name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            distance += name != "parallel.sequence"
+        else:
+            assert isinstance(before, int)
+            distance += abs(math.log2(value / before))
+    return distance

@@ -1,0 +1,198 @@
+"""What `popsd plan` prints: one layout in full, a table over nodes, and the same as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from nemo_popsd.planning.memory import PHASES
+from nemo_popsd.planning.parameters import whole
+from nemo_popsd.planning.plan import GIB, Changes, Estimate
+from nemo_popsd.planning.workload import Case
+
+_NOTE = "Estimates by formula, not measurements; formulas and assumptions: docs/planning.md"
+
+
+def describe(made: Estimate, origin: str) -> str:
+    """One layout: model, layout, memory by phase, work and time by phase."""
+    case, layout = made.case, made.case.layout
+    lines = [_NOTE, ""]
+    lines += _aligned(
+        [
+            ("model", f"{case.sizes.name}: {whole(case.sizes) / 1e9:.2f} billion parameters ({origin})"),
+            ("layout", f"{_size(layout.nodes, 'node')} of {_size(layout.gpus_per_node, 'GPU')}: {shape(case)}"),
+            ("training", _training(case)),
+            ("step", _step(case)),
+        ]
+    )
+    lines += ["", *_memory_table(made), "", *_work_table(made), ""]
+    total = made.seconds.total
+    lines.append(
+        f"step {total:.1f} s, {case.config.training.steps} steps {total * case.config.training.steps / 3600:.1f} h, "
+        f"{case.prompts / total:.2f} prompts/s, {gpu_hours(made):.2f} GPU hours per 1,000 prompts"
+    )
+    return "\n".join(lines)
+
+
+def shape(case: Case) -> str:
+    """The layout in short: sizes above 1, and data parallelism."""
+    layout = case.layout
+    names = (
+        ("TP", layout.tensor),
+        ("PP", layout.pipeline),
+        ("VPP", layout.virtual_pipeline),
+        ("CP", layout.context),
+        ("EP", layout.expert),
+    )
+    parts = [f"{name}{size}" for name, size in names if size > 1]
+    parts += ["SP"] if layout.sequence else []
+    parts.append(f"DP{layout.data}")
+    return "·".join(parts) + (" distributed" if case.config.optimizer.distributed else "")
+
+
+def overrides(changes: Changes) -> str:
+    """Changes as words for the command line."""
+    return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
+
+
+def advice(found: Sequence[tuple[Changes, Estimate]]) -> list[str]:
+    """The nearest layouts, one a line, each to be added to the command."""
+    if not found:
+        return ["no layout on these GPUs fits: take more nodes, or lower the limits of lengths and tokens"]
+    lines = ["nearest layouts that fit (estimates):"]
+    for changes, made in found:
+        words = overrides(changes) or "as it is"
+        lines.append(f"  {words}  ({made.memory.worst / GIB:.1f} GiB, {made.seconds.total:.1f} s a step)")
+    return lines
+
+
+def growth_table(rows: Sequence[tuple[Case, Estimate | None]]) -> str:
+    """Markdown: one row for each number of nodes; `None` where nothing fits."""
+    head = ["nodes", "GPUs", "prompts", "layout", "GiB/GPU", "rollout s", "frozen s", "training s", "step s"]
+    head += ["prompts/s", "GPU h per 1,000 prompts"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for case, made in rows:
+        start = [str(case.nodes), str(case.layout.world), str(case.prompts)]
+        if made is None:
+            cells = [*start, "none fits", *[""] * (len(head) - 4)]
+        else:
+            seconds = made.seconds
+            times = [seconds.rollout.total, seconds.frozen.total, seconds.training.total, seconds.total]
+            cells = [*start, shape(made.case), f"{made.memory.worst / GIB:.1f}", *(f"{time:.1f}" for time in times)]
+            cells += [f"{made.case.prompts / seconds.total:.2f}", f"{gpu_hours(made):.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gpu_hours(made: Estimate) -> float:
+    """GPU hours per 1,000 prompts."""
+    return made.seconds.total * made.case.layout.world / made.case.prompts * 1000 / 3600
+
+
+def as_data(made: Estimate, origin: str) -> dict[str, Any]:
+    """All numbers of one layout: bytes, operations, seconds, per GPU unless they say otherwise."""
+    case, layout = made.case, made.case.layout
+    return {
+        "estimate": True,
+        "model": {**asdict(case.sizes), "parameters": whole(case.sizes), "origin": origin},
+        "layout": {**asdict(layout), "data": layout.data},
+        "assumptions": asdict(case.plan),
+        "prompts": case.prompts,
+        "rows_per_replica": case.rows,
+        "microbatches": case.microbatches,
+        "decoded_rows": case.decoded_rows,
+        "fits": made.fits,
+        "memory_bytes": {
+            "budget": made.budget,
+            "standing": made.memory.standing,
+            **made.memory.phases,
+            "peak": {phase: made.memory.peak(phase) for phase in PHASES},
+            "host": made.memory.host,
+        },
+        "flops": {
+            phase: {**asdict(flops), "counted": flops.counted, "needed": flops.needed}
+            for phase, flops in ((p, getattr(made.flops, p)) for p in PHASES)
+        },
+        "sent_bytes": asdict(made.traffic),
+        "seconds": {
+            **{phase: {**asdict(s), "total": s.total} for phase, s in ((p, getattr(made.seconds, p)) for p in PHASES)},
+            "step": made.seconds.total,
+        },
+        "gpu_hours_per_1000_prompts": gpu_hours(made),
+    }
+
+
+def _memory_table(made: Estimate) -> list[str]:
+    memory = made.memory
+    lines = [f"GiB per GPU (of {made.budget / GIB:.1f} that may be taken), rows and responses at their limits"]
+    rows: list[tuple[str, ...]] = [("", *PHASES)]
+    rows += [(name, *[_gib(size)] * len(PHASES)) for name, size in memory.standing.items() if size]
+    named = list(dict.fromkeys(name for phase in PHASES for name in memory.phases[phase]))
+    for name in named:
+        sizes = [memory.phases[phase].get(name, 0.0) for phase in PHASES]
+        if any(sizes):
+            rows.append((name, *(_gib(size) if size else "" for size in sizes)))
+    rows.append(("peak", *(_gib(memory.peak(phase)) for phase in PHASES)))
+    lines += _columns(rows)
+    if memory.host:
+        lines.append(f"pinned memory of the host for this GPU: {memory.host / GIB:.1f} GiB")
+    return lines
+
+
+def _work_table(made: Estimate) -> list[str]:
+    rows: list[tuple[str, ...]] = [("per GPU and step, at the mean lengths", *PHASES)]
+    flops, seconds = ([getattr(group, phase) for phase in PHASES] for group in (made.flops, made.seconds))
+    rows.append(("TFLOP", *(f"{one.needed / 1e12:,.1f}" for one in flops)))
+    moved = [getattr(made.traffic, phase) for phase in PHASES]
+    for item in fields(moved[0]):
+        sent = [getattr(phase, item.name) for phase in moved]
+        if any(sent):
+            rows.append((f"GB sent, {item.name} parallel", *(f"{size / 1e9:,.2f}" if size else "" for size in sent)))
+    if made.traffic.weight_gather:
+        rows.append(("  of it gathering weights", "", "", f"{made.traffic.weight_gather / 1e9:,.2f}"))
+    if made.traffic.from_host:
+        rows.append(("GB from the host", "", f"{made.traffic.from_host / 1e9:,.2f}", ""))
+    for name in ("compute", "communication", "bubble", "total"):
+        values = [getattr(one, name) for one in seconds]
+        if any(values):
+            rows.append((f"s, {name}", *(f"{value:,.2f}" for value in values)))
+    return _columns(rows)
+
+
+def _training(case: Case) -> str:
+    student, lengths = case.config.student, case.limits
+    kind = f"all weights, frozen copy on the {student.frozen_copy}"
+    if case.lora:
+        kind = f"LoRA of rank {student.lora.rank}"
+    recompute = ", recompute" if student.recompute else ""
+    limits = f"at most {lengths.prompt} prompt, {lengths.reference} reference, {lengths.response} response tokens"
+    return f"{kind}, {student.precision}{recompute}; {limits}"
+
+
+def _step(case: Case) -> str:
+    mean, batches = case.means, _size(case.microbatches, "micro-batch", "es")
+    lengths = f"{mean.prompt} prompt, {mean.reference} reference, {mean.response} response tokens in the mean"
+    return f"{_size(case.prompts, 'prompt')}, {case.rows} a replica in {batches}; {lengths}"
+
+
+def _size(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _aligned(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in pairs)
+    return [f"{name:<{width}}  {text}" for name, text in pairs]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines

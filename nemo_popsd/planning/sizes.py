@@ -1,0 +1,162 @@
+"""The numbers of a model that memory and work follow from, read from a config.json. No tokenizer, no weights."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.testbed.assets import PREFIX, asset
+
+_EMBEDDED = Path(__file__).parent / "models"
+
+# What `config.json` does not say of a family: biases of q, k and v; norms of queries and keys.
+_FAMILIES = {
+    "llama": {"qkv_bias": False, "qk_norm": False},
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+    "qwen3_moe": {"qkv_bias": False, "qk_norm": True},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """A decoder of one of the known families; the symbols are those of docs/planning.md."""
+
+    name: str
+    """What it is called."""
+    vocab: int
+    """V, true vocabulary."""
+    hidden: int
+    """H, width of the residual stream."""
+    layers: int
+    """L."""
+    heads: int
+    """n, query heads."""
+    groups: int
+    """g, key-value heads."""
+    head_dim: int
+    """d."""
+    intermediate: int
+    """I, width of the MLP, or of one expert."""
+    tied: bool
+    """Whether the output matrix is the embedding."""
+    qkv_bias: bool
+    """Whether q, k and v have biases."""
+    output_bias: bool
+    """Whether the output of attention has a bias (Llama's `attention_bias`)."""
+    qk_norm: bool
+    """Whether queries and keys are normalised."""
+    experts: int = 0
+    """E, experts of each layer; 0 for a dense model."""
+    experts_per_token: int = 0
+    """k, experts that a token visits."""
+
+    @property
+    def query_width(self) -> int:
+        """n·d."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """g·d."""
+        return self.groups * self.head_dim
+
+
+def embedded_models() -> list[str]:
+    """Names of the models whose sizes ship here."""
+    return sorted(file.stem for file in _EMBEDDED.glob("*.json"))
+
+
+def read_sizes(source: str) -> tuple[ModelSizes, str]:
+    """Sizes of what `student.source` names, and in words where they were read.
+
+    Args:
+        source: a Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), an embedded model, or, where no
+            such file exists, a path whose last part is one of `embedded_models` in any case.
+
+    Raises:
+        UserError: none of these, or an architecture whose sizes are not known to be read rightly.
+    """
+    if source.startswith(PREFIX):
+        return _parse(json.loads((asset(source) / "config.json").read_text()), source), f"config.json of {source}"
+    path = Path(source).expanduser()
+    for file in (path / "config.json", path / "huggingface" / "config.json"):
+        if file.is_file():
+            return _parse(_load(file.read_text(), str(file)), path.name), str(file)
+    if path.suffix == ".nemo" and path.is_file():
+        return _parse(_load(_from_archive(path), source), path.stem), f"config.json in {source}"
+    embedded = {name.lower(): name for name in embedded_models()}
+    name = embedded.get(path.name.lower())
+    if name is None or path.exists():
+        raise UserError(
+            "plan",
+            got=f"student.source={source!r}" + (", which has no config.json" if path.exists() else ""),
+            need="a model's directory, or a name out of " + ", ".join(embedded_models()),
+            mend="set student.source",
+        )
+    origin = f"sizes that ship with nemo_popsd as {name}; {source} is not on this machine"
+    return _parse(json.loads((_EMBEDDED / f"{name}.json").read_text()), name), origin
+
+
+def _from_archive(path: Path) -> str:
+    try:
+        with tarfile.open(path) as archive:
+            member = next(m for m in archive if m.name.removeprefix("./") == "huggingface/config.json")
+            file = archive.extractfile(member)
+            assert file is not None
+            return file.read().decode()
+    except (tarfile.TarError, StopIteration):
+        raise UserError(
+            "plan", got=f"{path} without huggingface/config.json", need="a NeMo checkpoint", mend="set student.source"
+        ) from None
+
+
+def _load(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(where, got=f"no JSON ({error})", need="a config.json", mend="mend it") from None
+    if not isinstance(found, dict):
+        raise UserError(where, got="no object", need="a config.json", mend="mend it")
+    return found
+
+
+def _parse(config: Mapping[str, Any], name: str) -> ModelSizes:
+    kind = config.get("model_type")
+    family = _FAMILIES.get(str(kind))
+    sparse_everywhere = config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")
+    if family is None or not sparse_everywhere:
+        raise UserError(
+            f"model {name}",
+            got=f"model_type={kind!r}" + ("" if sparse_everywhere else " with dense layers among sparse ones"),
+            need="one of " + ", ".join(_FAMILIES) + ", all layers alike",
+            mend="set student.source",
+        )
+    try:
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        sparse = kind == "qwen3_moe"
+        return ModelSizes(
+            name=name,
+            vocab=int(config["vocab_size"]),
+            hidden=hidden,
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            groups=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            intermediate=int(config["moe_intermediate_size" if sparse else "intermediate_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family["qkv_bias"] or bool(config.get("attention_bias", False)),
+            output_bias=bool(config.get("attention_bias", False)),
+            qk_norm=family["qk_norm"],
+            experts=int(config["num_experts"]) if sparse else 0,
+            experts_per_token=int(config["num_experts_per_tok"]) if sparse else 0,
+        )
+    except KeyError as error:
+        raise UserError(
+            f"model {name}", got=f"config.json without {error}", need="the sizes of the model", mend="mend it"
+        ) from None

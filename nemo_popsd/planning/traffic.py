@@ -1,0 +1,154 @@
+"""Bytes that one GPU sends in one step, by what sends them. Formulas: docs/planning.md, "Bytes moved".
+
+Ring algorithms: of a tensor of M bytes over k ranks an all-reduce sends 2·M·(k−1)/k from each, an all-gather or
+reduce-scatter M·(k−1)/k, a point-to-point transfer M.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_popsd.planning.memory import trained
+from nemo_popsd.planning.parameters import count, padded_vocabulary, stages
+from nemo_popsd.planning.workload import Case
+
+
+def _ring(size: int) -> float:
+    return (size - 1) / size
+
+
+def tensor_forward(case: Case, tokens: float, *, adapters: bool) -> float:
+    """Bytes of the tensor-parallel collectives of one forward: [tokens, H] summed twice a layer and once to embed.
+
+    Sequence parallelism sends the same, as an all-gather and a reduce-scatter. Adapters add, for each layer, a gather
+    or a sum of [tokens, rank] for each, and a gather of [tokens, H] for those whose inputs are split.
+    """
+    layout, sizes = case.layout, case.sizes
+    layers = sizes.layers / layout.pipeline
+    width = 2 * sizes.hidden * (2 * layers + 1 / layout.pipeline)
+    if adapters:
+        for name in case.config.student.lora.targets:
+            splits_inputs = name in ("linear_proj", "linear_fc2")
+            rank = case.config.student.lora.rank
+            width += layers * ((2 * rank + sizes.hidden) if splits_inputs else rank)
+    return _ring(layout.tensor) * width * tokens / layout.context * case.element
+
+
+def tensor_backward(case: Case, tokens: float) -> float:
+    """Bytes of the backward's: [tokens, H] summed twice a layer, and once more for each adapter on whole inputs.
+
+    Sequence parallelism under full fine-tuning gathers two inputs a layer once more.
+    """
+    layout, sizes, student = case.layout, case.sizes, case.config.student
+    layers = sizes.layers / layout.pipeline
+    width = 4.0 * sizes.hidden * layers
+    if case.lora:
+        whole = [name for name in student.lora.targets if name in ("linear_qkv", "linear_fc1")]
+        width += 2 * layers * (sizes.hidden * len(whole) + student.lora.rank * len(student.lora.targets))
+        if not student.recompute and layout.pipeline == 1:
+            width -= 2 * sizes.hidden  # nothing before the first linear is trained
+    elif layout.sequence:
+        width += 2 * sizes.hidden * layers
+    return _ring(layout.tensor) * width * tokens / layout.context * case.element
+
+
+def context_forward(case: Case, tokens: float) -> float:
+    """Bytes of keys and values gathered over the context-parallel ranks in one forward."""
+    layout, sizes = case.layout, case.sizes
+    layers = sizes.layers / layout.pipeline
+    return _ring(layout.context) * 2 * tokens * sizes.key_width / layout.tensor * layers * case.element
+
+
+def stage_transfer(case: Case, tokens: float) -> float:
+    """Bytes of hidden states that a stage hands on in one forward."""
+    layout = case.layout
+    if layout.pipeline == 1:
+        return 0.0
+    spread = layout.tensor if layout.sequence else 1
+    return tokens / layout.context * case.sizes.hidden / spread * layout.virtual_pipeline * case.element
+
+
+def expert_forward(case: Case, tokens: float) -> float:
+    """Bytes of tokens sent to their experts and back in one forward."""
+    layout, sizes = case.layout, case.sizes
+    if layout.expert == 1:
+        return 0.0
+    spread = layout.tensor if layout.sequence else 1
+    each = tokens / layout.context / spread * sizes.experts_per_token * sizes.hidden
+    return _ring(layout.expert) * 2 * each * sizes.layers / layout.pipeline * case.element
+
+
+def reduction(case: Case) -> dict[str, float]:
+    """Bytes of reducing fp32 gradients over data-parallel ranks; with the distributed optimizer also of gathering
+    the updated weights.
+    """
+    layout, student = case.layout, case.config.student
+    gradients = weights = 0.0
+    for stage in stages(case.sizes, layout):
+        parameters = count(case.sizes, layout, stage, student.lora if case.lora else None)
+        dense, experts = trained(case, parameters)
+        moved = dense * _ring(layout.dense_replicas) + experts * _ring(layout.expert_replicas)
+        gradients, weights = max(gradients, 4 * moved), max(weights, case.element * moved)
+    if case.config.optimizer.distributed:
+        return {"gradients": gradients, "weight gather": weights}
+    return {"gradients": 2 * gradients}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that one GPU sends in one phase, by dimension."""
+
+    tensor: float = 0.0
+    context: float = 0.0
+    pipeline: float = 0.0
+    expert: float = 0.0
+    data: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """Bytes that one GPU sends in one step, at the mean lengths."""
+
+    rollout: Phase
+    """Prefill and decoding."""
+    frozen: Phase
+    """All frozen branches."""
+    training: Phase
+    """Student, loss, gradients."""
+    weight_gather: float
+    """Of `training.data`, what gathers updated weights."""
+    from_host: float
+    """Bytes of the frozen copy that come from the host."""
+
+
+def step(case: Case, *, from_host: float) -> StepTraffic:
+    """Of one step; `from_host` is the copy's size where it is kept there."""
+    rows, mean, layout = case.rows, case.means, case.layout
+    sizes = case.sizes
+    # No sequence is split while decoding, which the divisions by c below assume.
+    generated = case.drawn_rows * (mean.student - 1) * layout.context
+    logits = case.drawn_rows * mean.response * padded_vocabulary(sizes, layout) * case.element * _ring(layout.tensor)
+    rollout = Phase(
+        tensor=tensor_forward(case, generated, adapters=case.lora) + logits,
+        pipeline=stage_transfer(case, generated) / layout.virtual_pipeline,
+        expert=expert_forward(case, generated),
+    )
+    tokens = rows * sum(mean.of(branch) for branch in case.branches)
+    frozen = Phase(
+        tensor=tensor_forward(case, tokens, adapters=False),
+        context=context_forward(case, tokens),
+        pipeline=stage_transfer(case, tokens),
+        expert=expert_forward(case, tokens),
+    )
+    student = rows * mean.student
+    passes = 2 if case.config.student.recompute else 1
+    loss = 2 * case.owned_rows * mean.response * sizes.hidden * case.element * _ring(layout.tensor)
+    reduced = reduction(case)
+    trained_phase = Phase(
+        tensor=passes * tensor_forward(case, student, adapters=case.lora) + tensor_backward(case, student) + loss,
+        context=(passes + 1) * context_forward(case, student),
+        pipeline=2 * stage_transfer(case, student),
+        expert=(passes + 1) * expert_forward(case, student),
+        data=sum(reduced.values()),
+    )
+    return StepTraffic(rollout, frozen, trained_phase, reduced.get("weight gather", 0.0), from_host)

@@ -1,0 +1,184 @@
+"""One step in numbers: rows of a rank, lengths, micro-batches, branches, what is decoded together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.distillation.config import DistillationConfig
+from nemo_popsd.planning.config import PlanConfig
+from nemo_popsd.planning.layout import Layout
+from nemo_popsd.planning.sizes import ModelSizes
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one row. Both teachers' templates are not counted."""
+
+    prompt: int
+    """P, student prompt."""
+    reference: int
+    """F, reference text."""
+    response: int
+    """R."""
+
+    @property
+    def student(self) -> int:
+        """P + R, also the base's."""
+        return self.prompt + self.response
+
+    @property
+    def privileged(self) -> int:
+        """P + F + R."""
+        return self.prompt + self.reference + self.response
+
+    def of(self, branch: str) -> int:
+        """Length of the context of `branch`: base, privileged or reference."""
+        return {"base": self.student, "privileged": self.privileged, "reference": self.reference + self.response}[
+            branch
+        ]
+
+
+def frozen_branches(config: DistillationConfig) -> tuple[str, ...]:
+    """The frozen branches that a target and its diagnosis need, as `nemo_popsd.training.branches` runs them."""
+    target, diagnoses = config.target, config.diagnosed_tokens > 0
+    wanted = {
+        "base": target.family == "purified" or (target.family == "beta_opsd" and target.weight < 1),
+        "privileged": target.family != "beta_opsd" or target.weight > 0 or diagnoses,
+        "reference": target.family in ("purified", "student_pmi") or diagnoses,
+    }
+    return tuple(name for name, needed in wanted.items() if needed)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run on one layout: all that the formulas take."""
+
+    config: PopsdConfig
+    """The run."""
+    plan: PlanConfig
+    """Assumptions."""
+    sizes: ModelSizes
+    """The model."""
+    nodes: int
+    """Nodes."""
+
+    def replace(self, settings: Mapping[str, object]) -> Case:
+        """The same run with other values of dotted settings, as in ``{"parallel.tensor": 2}``; nothing is checked."""
+        config = copy.copy(self.config)
+        for name, value in settings.items():
+            section, _, field = name.rpartition(".")
+            changed = copy.copy(getattr(config, section))
+            setattr(changed, field, value)
+            setattr(config, section, changed)
+        return Case(config, self.plan, self.sizes, self.nodes)
+
+    def setting(self, name: str) -> object:
+        """Value of a dotted setting of the run."""
+        section, _, field = name.rpartition(".")
+        return getattr(getattr(self.config, section), field)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout."""
+        return Layout.of(self.config.parallel, nodes=self.nodes, gpus_per_node=self.plan.gpus_per_node)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or activation."""
+        return 2 if self.config.student.precision == "bf16" else 4
+
+    @property
+    def lora(self) -> bool:
+        """Whether adapters are trained."""
+        return self.config.student.adaptation == "lora"
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of one step over all ranks."""
+        per_node = self.plan.workload.prompts_per_node
+        return self.config.training.prompts_per_step if per_node is None else per_node * self.nodes
+
+    @property
+    def rows(self) -> int:
+        """r, prompts of one data-parallel rank."""
+        return self.prompts // self.layout.data
+
+    @cached_property
+    def limits(self) -> Lengths:
+        """The longest that the run admits: what memory is planned for."""
+        data = self.config.data
+        return Lengths(data.max_prompt_tokens, data.max_reference_tokens, self.config.rollout.max_response_tokens)
+
+    @cached_property
+    def means(self) -> Lengths:
+        """What time and work are estimated for."""
+        work, limits = self.plan.workload, self.limits
+        return Lengths(
+            work.prompt_tokens or limits.prompt,
+            work.reference_tokens or limits.reference,
+            work.response_tokens or limits.response,
+        )
+
+    @cached_property
+    def branches(self) -> tuple[str, ...]:
+        """Frozen branches."""
+        return frozen_branches(self.config.distillation)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Most padded tokens of one student micro-batch."""
+        longest = self.limits.student
+        return min(max(self.config.training.microbatch_tokens, longest), self.rows * longest)
+
+    @property
+    def microbatch_responses(self) -> int:
+        """Most response tokens of one student micro-batch whose loss is this rank's."""
+        return math.ceil(min(self.microbatch_tokens, self.rows * self.limits.response) / self.layout.context)
+
+    @property
+    def owned_rows(self) -> float:
+        """r/c, rows whose responses' loss a rank computes: context-parallel ranks share response tokens out."""
+        return self.rows / self.layout.context
+
+    @property
+    def microbatches(self) -> int:
+        """m, student micro-batches of a rank and step, at the mean lengths."""
+        return math.ceil(self.rows / max(1, self.config.training.microbatch_tokens // self.means.student))
+
+    @property
+    def frozen_tokens(self) -> int:
+        """Most padded tokens of one frozen forward."""
+        longest = max(self.limits.of(branch) for branch in self.branches)
+        everything = self.rows * sum(self.limits.of(branch) for branch in self.branches)
+        return min(max(self.config.training.frozen_tokens, longest), everything)
+
+    @property
+    def frozen_forwards(self) -> int:
+        """Frozen forwards of a rank and step, at the mean lengths."""
+        tokens = self.rows * sum(self.means.of(branch) for branch in self.branches)
+        return math.ceil(tokens / self.config.training.frozen_tokens)
+
+    @property
+    def drawn_rows(self) -> int:
+        """Responses that a rank draws: context-parallel ranks share the rows out, ranks that share experts draw the
+        rows of all of them.
+        """
+        if self.layout.expert > 1:
+            return self.rows * self.layout.expert
+        return math.ceil(self.rows / self.layout.context)
+
+    @property
+    def decoded_rows(self) -> int:
+        """B, rows that a rank decodes together."""
+        rollout = self.config.rollout
+        return max(1, min(rollout.batch_rows, self.drawn_rows, rollout.cache_tokens // self.limits.student))
+
+    @property
+    def decoding_waves(self) -> int:
+        """Batches of `decoded_rows`, one after the other."""
+        return math.ceil(self.drawn_rows / self.decoded_rows)

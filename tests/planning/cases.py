@@ -1,0 +1,63 @@
+"""A small model, the run that plans it, and the same run carried out on this rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.planning.config import PlanConfig, WorkloadConfig
+from nemo_popsd.planning.sizes import read_sizes
+from nemo_popsd.planning.workload import Case
+
+PROMPT, REFERENCE, RESPONSE, ROWS = 10, 40, 16, 4
+"""Such that each frozen branch is a forward of its own, without padding, within `frozen_tokens`."""
+MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 24}
+"""Wide enough that what is left out (positions, indices) is little."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {"adaptation": "full"},
+    "full, recompute": {"adaptation": "full", "recompute": True},
+    "lora": {"adaptation": "lora"},
+    "lora, recompute": {"adaptation": "lora", "recompute": True},
+}
+
+
+def run_config(*, tensor: int = 1, distributed: bool = False, **student: Any) -> PopsdConfig:
+    """All rows have the lengths above, which are the limits."""
+    config = PopsdConfig()
+    config.student.precision = "fp32"
+    for name, value in student.items():
+        setattr(config.student, name, value)
+    config.student.lora.rank, config.student.lora.alpha = 4, 8
+    config.parallel.tensor = tensor
+    config.optimizer.distributed = distributed
+    config.data.max_prompt_tokens, config.data.max_reference_tokens = PROMPT, REFERENCE
+    config.rollout.max_response_tokens = RESPONSE
+    config.rollout.top_k, config.rollout.top_p = 0, 1.0
+    config.training.prompts_per_step = ROWS
+    config.training.frozen_tokens = ROWS * (PROMPT + REFERENCE + RESPONSE)
+    config.distillation.diagnosed_tokens = 6
+    config.distillation.chunk_tokens = 24
+    return config
+
+
+def planned(directory: Path, config: PopsdConfig, *, ranks: int) -> Case:
+    """The case of `config` on one node of `ranks`."""
+    sizes, _ = read_sizes(str(directory))
+    plan = PlanConfig(gpus_per_node=ranks, workload=WorkloadConfig(layers="plain"))
+    return Case(config, plan, sizes, 1)
+
+
+def rows(count: int) -> list[Any]:
+    """Rows whose contexts have exactly the planned lengths."""
+    from nemo_popsd.data.contexts import Contexts
+    from nemo_popsd.data.dataset import PromptRow
+    from nemo_popsd.data.records import Record
+
+    made = []
+    for number in range(count):
+        ids = [(number + position) % 199 for position in range(PROMPT + REFERENCE)]
+        contexts = Contexts(ids[:PROMPT], ids, ids[:REFERENCE], reference_text="r", reference_truncated=False)
+        made.append(PromptRow(Record(id=f"row{number}", question="q", reference="r", answer=None), contexts))
+    return made

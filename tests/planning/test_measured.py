@@ -1,0 +1,282 @@
+"""The formulas against what a small model really holds, computes and sends here, at one and at two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_popsd.planning import compute, memory, traffic
+from nemo_popsd.planning.parameters import count, stages
+from tests.harness import run_ranks
+from tests.planning import cases
+from tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.slow
+KINDS = ("qwen3", "qwen3_tied", "qwen2", "llama")
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _optimizer_bytes(run: Any) -> int:
+    """Moments and main weights on this rank: whatever the optimizer holds that is not the model's own memory."""
+    megatron = run.optimizer.megatron
+    inner = megatron.chained_optimizers[0] if hasattr(megatron, "chained_optimizers") else megatron
+    own = {p.untyped_storage()._cdata for p in run.student.gpt.parameters()}
+    mains = [p for group in inner.optimizer.param_groups for p in group["params"]]
+    mains = [p for p in mains if p.untyped_storage()._cdata not in own]
+    moments = [v for state in inner.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return _bytes(mains) + _bytes(v for v in moments if v.dim() > 0)
+
+
+def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
+    from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states
+    from nemo_popsd.megatron.microbatches import ContextSequence, microbatches
+    from tests.planning.counters import LiveBytes, SentBytes, flop_counter
+    from tests.training.runs import start
+
+    run = start(directory, config)
+    engine = run.engine()
+    caches = _watch_caches(engine)
+    tensor = config.parallel.tensor
+    mine = cases.rows(config.training.prompts_per_step * tensor // world_size)
+    step = _never_stops(run, engine)
+    found: dict[str, Any] = {"weights": _bytes(run.student.gpt.parameters())}
+    found["gradients"] = _bytes(buffer.grad_data for buffer in run.student.wrap(config.optimizer).buffers)
+    with SentBytes(world_size) as sent, flop_counter() as counter:
+        step(2, mine, run.optimizer, run.update)
+    found["step flops"], found["sent"] = counter.get_total_flops(), sent.bytes
+    found["optimizer"] = _optimizer_bytes(run)
+    found["cache"] = max(caches)
+
+    student = [ContextSequence(row.contexts.student, [3] * cases.RESPONSE) for row in mine]
+    privileged = [ContextSequence(row.contexts.privileged, [3] * cases.RESPONSE) for row in mine]
+    batches = microbatches(student, config.training.microbatch_tokens, torch.device("cpu"))
+
+    def train() -> None:
+        forward_backward(run.optimizer.model, batches, lambda _, hidden: (hidden.sum(), None))
+
+    with run.student.base.model() as base:
+        with LiveBytes() as live:
+            frozen_hidden_states(base, privileged, config.training.frozen_tokens)
+        found["frozen forward"] = live.peak
+        with flop_counter() as counter:
+            frozen_hidden_states(base, privileged, config.training.frozen_tokens)
+        found["frozen flops"] = counter.get_total_flops()
+    with LiveBytes() as live:
+        train()
+    found["activations"] = live.peak
+    with flop_counter() as counter:
+        train()
+    found["training flops"] = counter.get_total_flops()
+    found["loss"], found["loss flops"] = _measure_loss(run)
+    return found
+
+
+def _never_stops(run: Any, engine: Any) -> Any:
+    """The step of the package, its responses as long as the limit."""
+    from nemo_popsd.rollout.engine import SamplingParams
+    from nemo_popsd.training.step import OnPolicyStep
+
+    section = run.config.rollout
+    sampling = SamplingParams(1.0, section.top_p, section.top_k, section.max_response_tokens, frozenset())
+    return OnPolicyStep(run.config, run.student, engine, sampling, lambda _: 0)
+
+
+def _watch_caches(engine: Any) -> list[int]:
+    seen: list[int] = []
+    forward = engine._forward
+
+    def watched(inputs: Any, context: Any) -> Any:
+        result = forward(inputs, context)
+        seen.append(_bytes(t for pair in context.key_value_memory_dict.values() for t in pair))
+        return result
+
+    engine._forward = watched
+    return seen
+
+
+def _measure_loss(run: Any) -> tuple[int, int]:
+    """Peak bytes and operations of the loss of one micro-batch of all rows, forward and backward."""
+    from nemo_popsd.distillation import loss_from_hidden
+    from nemo_popsd.distillation.build import build_divergence, build_target
+    from tests.planning.counters import LiveBytes, flop_counter
+
+    student, settings = run.student, run.config.distillation
+    tokens, width = cases.ROWS * cases.RESPONSE, student.weight.shape[1]
+    source = torch.randn(tokens, width)
+
+    def loss() -> None:
+        hidden, anchor, shift = source.clone().requires_grad_(), source.clone(), source.clone()
+        loss_from_hidden(
+            hidden,
+            student.weight,
+            anchor,
+            shift,
+            student.base_weight,
+            target=build_target(settings.target),
+            divergence=build_divergence(settings.divergence),
+            vocab_size=student.vocab_size,
+            tp_group=student.tp_group,
+            token_weights=torch.ones(tokens),
+            chunk_tokens=settings.chunk_tokens,
+            centre=student.centre,
+            return_statistics=True,
+        ).total.backward()
+
+    with LiveBytes() as live:
+        loss()
+    with flop_counter() as counter:
+        loss()
+    return live.peak, counter.get_total_flops()
+
+
+def measure(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
+    """Everything for each variant, tensor-parallel over all ranks."""
+    return {
+        name: _measure(directory, cases.run_config(tensor=world_size, **student), world_size)
+        for name, student in cases.VARIANTS.items()
+    }
+
+
+def measure_objects(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Bytes of weights, gradients and optimizer of each family and precision, data-parallel over all ranks."""
+    found = {}
+    for kind in KINDS:
+        for precision in ("fp32", "bf16"):
+            for adaptation in ("full", "lora"):
+                config = cases.run_config(distributed=world_size > 1, adaptation=adaptation, precision=precision)
+                found[f"{kind} {precision} {adaptation}"] = _objects(folder / kind, config)
+    return found
+
+
+def _objects(directory: Path, config: Any) -> dict[str, int]:
+    from tests.training.runs import start
+
+    run = start(directory, config)
+    run.optimizer.zero_grad()
+    for parameter in run.student.gpt.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad.fill_(1e-3)
+    run.optimizer.prepare()
+    run.optimizer.step()
+    return {
+        "weights": _bytes(run.student.gpt.parameters()),
+        "gradients": _bytes(buffer.grad_data for buffer in run.optimizer.model.buffers),
+        "optimizer": _optimizer_bytes(run),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        save_tiny_model(folder / kind, kind, **{**cases.MODEL, **({} if "qwen3" in kind else {"head_dim": 16})})
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
+def measured(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, int, list[dict[str, Any]]]:
+    return folder / "qwen3", request.param, run_ranks(measure, request.param, folder / "qwen3", timeout=240)
+
+
+def _case(measured: Any, variant: str) -> Any:
+    directory, tensor, _ = measured
+    return cases.planned(directory, cases.run_config(tensor=tensor, **cases.VARIANTS[variant]), ranks=tensor)
+
+
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+def test_a_rank_holds_what_is_planned(measured: Any, variant: str) -> None:
+    standing = memory.memory(_case(measured, variant)).standing
+    for rank in measured[2]:
+        for name in ("weights", "gradients", "optimizer"):
+            assert rank[variant][name] == standing[name], name
+
+
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+def test_the_cache_of_a_batch_of_rollouts(measured: Any, variant: str) -> None:
+    case = _case(measured, variant)
+    (stage,) = stages(case.sizes, case.layout)
+    assert case.decoded_rows == cases.ROWS
+    assert measured[2][0][variant]["cache"] == memory.cache_bytes(case, stage)
+
+
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+def test_activations_of_both_passes_and_the_loss(measured: Any, variant: str) -> None:
+    case, found = _case(measured, variant), measured[2][0][variant]
+    (stage,) = stages(case.sizes, case.layout)
+    frozen = memory.working_set(case) * case.frozen_tokens * case.element
+    assert found["frozen forward"] == pytest.approx(frozen, rel=0.06)
+    assert found["activations"] == pytest.approx(memory.activation_bytes(case, stage), rel=0.08)
+    assert found["loss"] == pytest.approx(memory.loss_bytes(case), rel=0.06)
+
+
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+def test_operations(measured: Any, variant: str) -> None:
+    case = _case(measured, variant)
+    tokens, longest = case.rows * case.limits.student, case.limits.privileged
+    expected = {
+        "frozen flops": compute.forward(case, case.frozen_tokens, case.rows * longest**2, adapters=False).counted,
+        "training flops": compute.training(case, tokens, case.rows * case.limits.student**2).counted,
+    }
+    for name, value in expected.items():
+        for rank in measured[2]:
+            assert rank[variant][name] == pytest.approx(value, rel=1e-12), name
+    # The vocabulary is not split evenly: ranks differ, the mean does not.
+    responses = case.rows * case.limits.response
+    wanted = {"loss flops": compute.loss(case, responses, 0).counted}
+    flops = compute.step(case)
+    wanted["step flops"] = flops.rollout.counted + flops.frozen.counted + flops.training.counted
+    for name, value in wanted.items():
+        mean = sum(rank[variant][name] for rank in measured[2]) / len(measured[2])
+        assert mean == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+def test_bytes_sent_in_a_step(measured: Any, variant: str) -> None:
+    case = _case(measured, variant)
+    moved = traffic.step(case, from_host=0.0)
+    planned = moved.rollout.tensor + moved.frozen.tensor + moved.training.tensor
+    for rank in measured[2]:
+        kinds = dict(rank[variant]["sent"])
+        # Over groups of one rank, which send nothing; the order of the drawn tokens.
+        reduced = kinds.pop("allreduce_coalesced_", 0.0)
+        kinds.pop("broadcast_", None)
+        assert (reduced == 0) == (measured[1] == 1)
+        assert sum(kinds.values()) == pytest.approx(planned, rel=0.03)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "distributed optimizer over two"])
+def objects(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, int, list[dict[str, Any]]]:
+    return folder, request.param, run_ranks(measure_objects, request.param, folder, timeout=240)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_families_precisions_and_the_distributed_optimizer(objects: Any, kind: str) -> None:
+    folder, ranks, found = objects
+    for precision in ("fp32", "bf16"):
+        for adaptation in ("full", "lora"):
+            config = cases.run_config(distributed=ranks > 1, adaptation=adaptation, precision=precision)
+            case = cases.planned(folder / kind, config, ranks=ranks)
+            standing = memory.memory(case).standing
+            seen = [rank[f"{kind} {precision} {adaptation}"] for rank in found]
+            for rank in seen:
+                assert rank["weights"] == standing["weights"]
+                # Buckets are padded so that they divide.
+                assert standing["gradients"] <= rank["gradients"] < standing["gradients"] + 4 * 2048
+            total = sum(rank["optimizer"] for rank in seen)
+            assert total == pytest.approx(ranks * standing["optimizer"], rel=1e-6)
+
+
+def test_the_counts_are_of_a_model_that_has_everything(folder: Path) -> None:
+    """A count that forgot norms, biases or padding would differ: each of them is there."""
+    for kind in KINDS:
+        case = cases.planned(folder / kind, cases.run_config(), ranks=1)
+        (stage,) = stages(case.sizes, case.layout)
+        assert count(case.sizes, case.layout, stage, None).vocabulary == 256 * case.sizes.hidden
+        assert (case.sizes.qk_norm, case.sizes.qkv_bias) == ("qwen3" in kind, kind == "qwen2")
+        assert case.sizes.tied == (kind == "qwen3_tied")

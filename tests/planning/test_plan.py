@@ -1,0 +1,174 @@
+"""Refusals, nearest layouts, and how the numbers move with layouts that a CPU test of real objects does not reach."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.planning import compute, memory, traffic
+from nemo_popsd.planning.config import PlanConfig
+from nemo_popsd.planning.layout import Layout, misfits
+from nemo_popsd.planning.parameters import count, stages
+from nemo_popsd.planning.plan import estimate, fastest, nearest, problems
+from nemo_popsd.planning.settings import split_settings
+from nemo_popsd.planning.sizes import read_sizes
+from nemo_popsd.planning.workload import Case, frozen_branches
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "qwen3_8b.yaml"
+
+
+def case(
+    model: str = "Qwen3-8B", *settings: str, nodes: int = 1, plan: PlanConfig | None = None, **layout: Any
+) -> Case:
+    """The recipe for `model` on `nodes`, in a layout that may have dimensions a run does not know yet."""
+    config = load_config(CONF, [f"student.source={model}", *settings])
+    made = Case(config, plan or PlanConfig(), read_sizes(model)[0], nodes)
+    made.__dict__["layout"] = replace(made.layout, **layout)
+    return made
+
+
+@pytest.mark.parametrize("family", ["purified", "opsd", "beta_opsd", "student_pmi"])
+@pytest.mark.parametrize("diagnosed", [0, 5])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_branches_are_those_that_training_runs(family: str, diagnosed: int, weight: float) -> None:
+    from nemo_popsd.distillation.build import build_target
+    from nemo_popsd.training.branches import FrozenBranches
+
+    settings = PopsdConfig().distillation
+    settings.target.family, settings.target.weight, settings.diagnosed_tokens = family, weight, diagnosed
+    if family == "beta_opsd" and weight == 0 and not diagnosed:
+        assert frozen_branches(settings) == ("base",)
+        return
+    base: Any = None
+    real = FrozenBranches(base, build_target(settings.target), token_budget=1, diagnosed_tokens=diagnosed)
+    assert list(frozen_branches(settings)) == real._wanted_branches()
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tensor": 3}, "32 query heads do not divide by parallel.tensor=3"),
+        ({"tensor": 16}, "8 key-value heads do not divide by parallel.tensor=16"),
+        ({"pipeline": 5}, "36 layers do not divide"),
+        ({"pipeline": 4, "virtual_pipeline": 2}, "36 layers do not divide by pipeline·virtual_pipeline=8"),
+        ({"context": 16}, "8 GPUs do not divide by tensor·pipeline·context=16"),
+        ({"expert": 2}, "a model that has no experts"),
+        ({"sequence": True}, "needs parallel.tensor above 1"),
+        ({"virtual_pipeline": 2}, "needs parallel.pipeline above 1"),
+    ],
+)
+def test_what_does_not_divide_is_said(layout: dict[str, Any], message: str) -> None:
+    found = misfits(case(**layout).layout, read_sizes("Qwen3-8B")[0], 32)
+    assert any(message in line for line in found), found
+
+
+def test_prompts_that_do_not_divide_and_mixtures() -> None:
+    assert misfits(case(nodes=3).layout, read_sizes("Qwen3-8B")[0], 32) == [
+        "32 prompts of a step (training.prompts_per_step) do not divide by data-parallel ranks=24"
+    ]
+    mixture = read_sizes("Qwen3-30B-A3B")[0]
+    layout = Layout(nodes=1, gpus_per_node=8, tensor=2)
+    assert misfits(layout, mixture, 32) == ["experts with parallel.tensor=2 need parallel.sequence=true"]
+    assert misfits(replace(layout, sequence=True, expert=4), mixture, 32) == []
+    assert misfits(replace(layout, sequence=True, expert=3), mixture, 32)[0].startswith("8 GPUs do not divide")
+
+
+def test_layouts_proposed_fit_differ_and_are_ordered() -> None:
+    asked = case("Qwen3-8B", "student.adaptation=full")
+    (why,) = problems(asked)
+    assert "GiB per GPU of 73.2 GiB" in why
+    found = nearest(asked)
+    assert len(found) == 4
+    assert len({str(changes) for changes, _ in found}) == 4
+    for changes, made in found:
+        assert changes
+        assert made.fits
+        assert problems(asked.replace(changes)) == []
+        assert made.memory == estimate(asked.replace(changes)).memory
+
+
+def test_the_fastest_is_no_slower_than_the_nearest() -> None:
+    asked = case("Qwen3-8B", "student.adaptation=full")
+    best = fastest(asked)
+    assert best is not None
+    assert best[1].fits
+    assert all(best[1].seconds.total <= made.seconds.total for _, made in nearest(asked, limit=50))
+    small = PlanConfig(gpus_per_node=1)
+    assert fastest(case("DeepSeek-R1-Distill-Llama-70B", plan=small)) is None
+    assert nearest(case("DeepSeek-R1-Distill-Llama-70B", plan=small)) == []
+
+
+@pytest.mark.parametrize("model", ["Qwen3-4B", "Qwen3-8B", "Qwen3-30B-A3B"])
+@pytest.mark.parametrize("layout", [{"pipeline": 2}, {"pipeline": 4}, {"tensor": 2, "sequence": True}, {"tensor": 4}])
+def test_shares_of_the_ranks_add_up_to_the_model(model: str, layout: dict[str, Any]) -> None:
+    one, many = case(model), case(model, **layout)
+    (whole,) = stages(one.sizes, one.layout)
+    alone = count(one.sizes, one.layout, whole, None)
+    parts = [count(many.sizes, many.layout, stage, None) for stage in stages(many.sizes, many.layout)]
+    sizes, pipeline, tensor = many.sizes, many.layout.pipeline, many.layout.tensor
+    # A middle stage is a first one without the embedding; a tied matrix lies on both ends.
+    total = sum(part.model for part in parts) + max(0, pipeline - 2) * (parts[0].model - parts[0].vocabulary)
+    copies = (tensor - 1) * (sizes.layers * (2 * sizes.hidden + 2 * sizes.head_dim + sizes.hidden * sizes.experts))
+    copies += (tensor - 1) * sizes.hidden + (parts[0].vocabulary * tensor if sizes.tied and pipeline > 1 else 0)
+    padding = parts[0].vocabulary * tensor - alone.vocabulary
+    assert total * tensor == alone.model + copies + padding * (1 if sizes.tied and pipeline == 1 else 2)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 4}, {"pipeline": 4}, {"context": 4}, {"tensor": 2, "context": 2}])
+def test_work_is_shared_out(layout: dict[str, Any]) -> None:
+    """Four times as many ranks for the same rows: a quarter of the layers' operations each."""
+    one, four = case(plan=PlanConfig(gpus_per_node=1)), case(plan=PlanConfig(gpus_per_node=4), **layout)
+    assert one.rows == four.rows == 32
+    for phase in ("frozen", "training"):
+        whole, part = (getattr(compute.step(c), phase) for c in (one, four))
+        assert part.linear == pytest.approx(whole.linear / 4, rel=2e-3)
+        assert part.attention == pytest.approx(whole.attention / 4)
+    assert compute.step(four).rollout.linear == pytest.approx(compute.step(one).rollout.linear / 4)
+
+
+def test_sending_follows_the_layout() -> None:
+    zero = traffic.step(case(), from_host=0.0)
+    assert (zero.frozen.tensor, zero.frozen.context, zero.frozen.pipeline, zero.frozen.expert) == (0, 0, 0, 0)
+    assert zero.training.data > 0
+    split = traffic.step(case("Qwen3-30B-A3B", tensor=2, sequence=True, context=2, pipeline=2, expert=2), from_host=0.0)
+    assert min(split.frozen.tensor, split.frozen.context, split.frozen.pipeline, split.frozen.expert) > 0
+    whole, shared = (
+        traffic.step(case("Qwen3-8B", f"optimizer.distributed={on}"), from_host=0.0) for on in ("false", "true")
+    )
+    # All-reduce in fp32 against reduce-scatter in fp32 and all-gather in bf16.
+    assert shared.training.data == pytest.approx(whole.training.data * 6 / 8)
+    assert shared.weight_gather == pytest.approx(whole.training.data * 2 / 8)
+
+
+def test_a_copy_on_the_host_leaves_its_output_matrix_and_comes_in_once() -> None:
+    device, host = (
+        estimate(case("Qwen3-8B", "student.adaptation=full", f"student.frozen_copy={place}", tensor=4))
+        for place in ("device", "host")
+    )
+    matrix = 2 * 152064 * 4096 / 4
+    assert host.memory.standing["frozen copy"] == matrix
+    assert host.memory.host == device.memory.standing["frozen copy"] - matrix == host.traffic.from_host
+    assert host.memory.peak("frozen") == pytest.approx(device.memory.peak("frozen"))
+    assert host.memory.peak("training") == pytest.approx(device.memory.peak("training") - host.memory.host)
+    assert host.seconds.frozen.total > device.seconds.frozen.total
+
+
+def test_pipeline_stages_keep_several_micro_batches_and_wait() -> None:
+    flat, staged = case("Qwen3-32B", tensor=4), case("Qwen3-32B", tensor=4, pipeline=2)
+    first, last = stages(staged.sizes, staged.layout)
+    assert staged.microbatches > 2
+    # Half of the layers each, twice the micro-batches on the first.
+    layers = memory.activation_bytes(staged, first) - memory.activation_bytes(staged, last)
+    assert layers == pytest.approx(staged.microbatch_tokens * 2 * 32 * staged.sizes.hidden)
+    assert estimate(staged).seconds.training.bubble > 0 == estimate(flat).seconds.training.bubble
+
+
+def test_settings_of_the_plan_and_of_the_run_are_told_apart() -> None:
+    plan, rest = split_settings(["nodes=1,2,4", "training.steps=3", "hardware.memory_gib=141", "gpus_per_node=4"])
+    assert (plan.nodes, plan.gpus_per_node, plan.hardware.memory_gib) == ([1, 2, 4], 4, 141)
+    assert rest == ["training.steps=3"]

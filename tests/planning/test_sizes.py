@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.planning.parameters import whole
+from nemo_popsd.planning.sizes import embedded_models, read_sizes
+from nemo_popsd.testbed.assets import asset
+
+# As the model cards state them, in billions.
+PUBLISHED = {
+    "Qwen3-4B": 4.0,
+    "Qwen3-8B": 8.2,
+    "Qwen3-32B": 32.8,
+    "Qwen3-30B-A3B": 30.5,
+    "DeepSeek-R1-Distill-Qwen-7B": 7.6,
+    "DeepSeek-R1-Distill-Llama-70B": 70.6,
+}
+
+
+@pytest.mark.parametrize("name", embedded_models())
+def test_the_sizes_that_ship_add_up_to_the_published_parameters(name: str) -> None:
+    sizes, origin = read_sizes(f"models/{name.lower()}")
+    assert whole(sizes) / 1e9 == pytest.approx(PUBLISHED[name], abs=0.06)
+    assert "ship with nemo_popsd" in origin
+    assert f"models/{name.lower()} is not on this machine" in origin
+
+
+def test_a_directory_a_checkpoint_and_an_archive_are_read(tmp_path: Path) -> None:
+    text = (asset("nemo_popsd:tiny_reasoner") / "config.json").read_text()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(text)
+    (tmp_path / "nemo" / "huggingface").mkdir(parents=True)
+    (tmp_path / "nemo" / "huggingface" / "config.json").write_text(text)
+    with tarfile.open(tmp_path / "packed.nemo", "w") as archive:
+        archive.add(tmp_path / "nemo", arcname=".")
+    sources = ["nemo_popsd:tiny_reasoner", *(str(tmp_path / name) for name in ("hf", "nemo", "packed.nemo"))]
+    sizes = [read_sizes(source)[0] for source in sources]
+    assert {(s.hidden, s.layers, s.heads, s.groups, s.head_dim, s.vocab, s.tied) for s in sizes} == {
+        (128, 4, 4, 2, 48, 396, True)
+    }
+
+
+def test_a_directory_is_never_taken_for_a_name(tmp_path: Path) -> None:
+    (tmp_path / "Qwen3-8B").mkdir()
+    with pytest.raises(UserError, match="which has no config"):
+        read_sizes(str(tmp_path / "Qwen3-8B"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "deepseek_v3"}, "model_type='deepseek_v3'"),
+        ({"mlp_only_layers": [0]}, "dense layers among sparse ones"),
+        ({"hidden_size": None}, None),
+    ],
+)
+def test_what_is_not_known_is_refused(tmp_path: Path, change: dict, message: str | None) -> None:
+    config = json.loads((asset("nemo_popsd:tiny_reasoner") / "config.json").read_text())
+    config = {name: value for name, value in {**config, **change}.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message or "without 'hidden_size'"):
+        read_sizes(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no JSON"):
+        read_sizes(str(tmp_path))
+
+
+def test_an_unknown_name_is_told_the_known_ones() -> None:
+    with pytest.raises(UserError, match="Qwen3-8B"):
+        read_sizes("models/none")
