@@ -54,11 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is first imported, which no module does before a sub-command runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        args.run(args)
+        return int(args.run(args) or 0)
     except UserError as error:
         _tell(error)
         return USER_ERROR
-    return 0
 
 
 def _tell(error: UserError) -> None:
