@@ -28,18 +28,19 @@ logger = logging.getLogger(__name__)
 class RunCheckpoints:
     """Saves the state of a run at the boundaries of its steps. All ranks call its methods together."""
 
-    def __init__(self, config: PopsdConfig, *, completed: int) -> None:
+    def __init__(self, config: PopsdConfig, *, resumed: NemoCheckpoint | None) -> None:
         """Looks at nothing yet.
 
         Args:
             config: the run.
-            completed: steps that a resumed run has behind it, which are saved.
+            resumed: the checkpoint from which the run goes on.
         """
         self._config = config
         self._settings = config.training
         self._output = Path(config.output)
         self.folder = self._output / "checkpoints"
-        self._saved = completed
+        self._saved = resumed.step if resumed else 0
+        self._resumed = resumed
         self._pending: PendingSave | None = None
         self._random: dict[str, Tensor] = {}
 
@@ -52,6 +53,9 @@ class RunCheckpoints:
             StopRequested: on every rank.
             UserError: a save failed, this one or the one in flight.
         """
+        if self._resumed is not None:
+            _restore_random_state(self._resumed)
+            self._resumed = None
         self._random = capture_random_state()
         if self._pending is not None and not on_any_rank(not self._pending.written):
             self.settle()
@@ -135,12 +139,16 @@ class RunCheckpoints:
 
 
 def resume_optimizer(checkpoint: NemoCheckpoint, models: Any, optimizer: StudentOptimizer) -> None:
-    """Puts optimizer, schedule and random state where they were when `checkpoint` was written.
+    """Puts optimizer and schedule where they were when `checkpoint` was written, whatever its layout."""
+    load_training_state(checkpoint.directory, models, optimizer.megatron)
+    optimizer.resume(checkpoint.step)
+
+
+def _restore_random_state(checkpoint: NemoCheckpoint) -> None:
+    """At the first boundary, not before: while Lightning sets up its loops it draws numbers.
 
     In another layout the generators start from the seed again: rollouts, data order and adapters do not depend on them.
     """
-    load_training_state(checkpoint.directory, models, optimizer.megatron)
-    optimizer.resume(checkpoint.step)
     if checkpoint.manifest["layout"] == layout():
         load_random_state(checkpoint.directory)
     else:

@@ -129,7 +129,7 @@ class PurifiedOPSDModel(ModelPT):
             weights_version=lambda: self.completed_steps,
             stop_requested=self.stop.while_decoding,
         )
-        self.checkpoints = RunCheckpoints(self.settings, completed=self._restored_steps)
+        self.checkpoints = RunCheckpoints(self.settings, resumed=checkpoint if resume else None)
         self.base: dict[str, str] | None = checkpoint.base if checkpoint else None
         self.optimizer: StudentOptimizer | None = None
         self._step: OnPolicyStep | None = None
