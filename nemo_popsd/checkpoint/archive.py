@@ -32,7 +32,7 @@ def unpack(archive: Path, directory: Path) -> None:
                 seen.add(PurePosixPath(member.name))
             tar.extractall(directory, members=members, filter="data")
     except (tarfile.TarError, EOFError) as error:
-        raise _unusable(archive, f"a file that is no whole tar archive ({error})") from None
+        raise _unusable(archive, f"no whole tar archive ({str(error).splitlines()[0].rstrip(':')})") from None
 
 
 def _refused(member: tarfile.TarInfo, seen: set[PurePosixPath]) -> str | None:

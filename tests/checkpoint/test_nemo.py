@@ -219,7 +219,7 @@ def test_garbage_is_refused_with_one_sentence(moved, tmp_path):
     with pytest.raises(UserError, match="no such file or directory"):
         NemoCheckpoint(tmp_path / "nowhere.nemo")
     (tmp_path / "garbage.nemo").write_bytes(b"garbage" * 200)
-    with pytest.raises(UserError, match="no tar archive"):
+    with pytest.raises(UserError, match="no whole tar archive"):
         NemoCheckpoint(tmp_path / "garbage.nemo")
     whole = (moved[0] / "full.nemo").read_bytes()
     (tmp_path / "cut.nemo").write_bytes(whole[: len(whole) // 2])
