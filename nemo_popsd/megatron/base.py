@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -17,20 +17,20 @@ from nemo_popsd.megatron.adapters import Adapters
 class FrozenBase(Protocol):
     """Weights θ₀ of all three frozen branches."""
 
-    def model(self) -> AbstractContextManager[GPTModel]:
-        """A context within which the returned model computes with θ₀; use no other model within it."""
+    def model(self) -> AbstractContextManager[list[GPTModel]]:
+        """A context within which the returned chunks compute with θ₀; use no other model within it."""
 
 
 class AdaptersOff:
     """The student with its adapters off: no copy, and nothing that could drift."""
 
-    def __init__(self, student: GPTModel, adapters: Adapters) -> None:
-        self._student = student
+    def __init__(self, student: Sequence[GPTModel], adapters: Adapters) -> None:
+        self._student = list(student)
         self._adapters = adapters
 
     @contextmanager
-    def model(self) -> Iterator[GPTModel]:
-        """The student; its adapters are off within."""
+    def model(self) -> Iterator[list[GPTModel]]:
+        """The student's chunks; their adapters are off within."""
         with self._adapters.off():
             yield self._student
 
@@ -38,12 +38,12 @@ class AdaptersOff:
 class FrozenCopy:
     """A second model with the student's initial weights, for full fine-tuning."""
 
-    def __init__(self, copy: GPTModel) -> None:
-        self._copy = copy.requires_grad_(False).eval()
+    def __init__(self, copy: Sequence[GPTModel]) -> None:
+        self._copy = [chunk.requires_grad_(False).eval() for chunk in copy]
 
     @contextmanager
-    def model(self) -> Iterator[GPTModel]:
-        """The copy."""
+    def model(self) -> Iterator[list[GPTModel]]:
+        """The copy's chunks."""
         yield self._copy
 
 
