@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import cast
 
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
@@ -30,8 +28,7 @@ from nemo_popsd.config.loading import from_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.adapters import Adapters, merged_state
-from nemo_popsd.megatron.build import build_gpt
-from nemo_popsd.megatron.config import ParallelConfig
+from nemo_popsd.megatron.build import Model, build_chunks, chunks_of, layout_of
 from nemo_popsd.megatron.student import LoadWeights
 
 CONFIG_NAME = "model_config.yaml"
@@ -97,15 +94,15 @@ class NemoCheckpoint:
             verify(self.directory, self.manifest)
         self._verified = True
 
-    def load_trained(self, model: GPTModel) -> None:
+    def load_trained(self, model: Model) -> None:
         """Fills the live model, which has adapters if the checkpoint has; if it has them alone, `model` holds the base
         already. Collective over all ranks.
         """
         self.verify()
         which = adapter_parameters if self.adapters_only else every_parameter
-        load_weights([model], self.directory / "weights", which=which)
+        load_weights(chunks_of(model), self.directory / "weights", which=which)
 
-    def load(self, model: GPTModel, load_base: LoadWeights) -> None:
+    def load(self, model: Model, load_base: LoadWeights) -> None:
         """Fills a plain model with what the student computes, adapters merged. Collective over all ranks.
 
         With adapters the model is built a second time while this runs.
@@ -117,13 +114,14 @@ class NemoCheckpoint:
         if self.config.student.adaptation != "lora":
             self.load_trained(model)
             return
-        parallel = ParallelConfig(tensor=parallel_state.get_tensor_model_parallel_world_size())
-        adapted = build_gpt(self.architecture.provider(), self.config.student, parallel)
+        plain = chunks_of(model)
+        adapted = build_chunks(self.architecture.provider(), self.config.student, layout_of(plain[0]))
         if self.adapters_only:
             load_base(adapted)
         Adapters(adapted, self.config.student.lora, seed=0)
         self.load_trained(adapted)
-        model.load_state_dict(merged_state(adapted, self.config.student.lora))
+        for chunk, merged in zip(plain, adapted, strict=True):
+            chunk.load_state_dict(merged_state(merged, self.config.student.lora))
 
     def refuse_other_base(self, source: str, fingerprint: str) -> None:
         """Refuses the weights at `source` unless they are those that this checkpoint was trained from.

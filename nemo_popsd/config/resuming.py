@@ -16,6 +16,7 @@ FREE = (
     "overwrite",
     "student.source",  # wherever it lies now, its fingerprint must be the same
     "student.recompute",
+    "student.frozen_copy",
     "parallel",
     "data.train.path",  # as the source: the rows must be the same
     "data.validation",
@@ -23,11 +24,14 @@ FREE = (
     "rollout.cache_tokens",
     "rollout.save",
     "distillation.chunk_tokens",
+    "distillation.fused",
     "distillation.diagnosed_tokens",
     "optimizer.distributed",
     "training.steps",
     "training.microbatch_tokens",
     "training.frozen_tokens",
+    "training.packing",
+    "training.cache_on_host",
     "training.validate_every",
     "training.checkpoint_every",
     "training.async_save",

@@ -17,6 +17,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.summary import EvaluationSummary, comparison_table
+from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.model.callbacks import StepBoundary
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.run_directory import RunDirectory
@@ -35,11 +36,7 @@ def train(config: PopsdConfig) -> int:
         0, or `SAVED_AND_STOPPED` if a signal asked to stop; then the last completed step is saved.
     """
     run = RunDirectory(config)
-    initialize(
-        tensor_parallel=config.parallel.tensor,
-        seed=config.seed,
-        timeout=timedelta(seconds=config.training.collective_timeout),
-    )
+    initialize(config.parallel, seed=config.seed, timeout=timedelta(seconds=config.training.collective_timeout))
     checkpoint = run.checkpoint()
     completed = checkpoint.step if checkpoint else 0
     trainer = build_trainer(config, completed=completed)
@@ -113,7 +110,7 @@ def export(checkpoint: str, output: str) -> None:
     """Writes a NeMo checkpoint as a Hugging Face directory, adapters merged."""
     config = NemoCheckpoint(checkpoint).config
     config.data.train, config.data.validation = SourceConfig(), SourceConfig()
-    config.parallel.tensor = 1
+    config.parallel = ParallelConfig()
     model = PurifiedOPSDModel.restore_from(checkpoint, override_config_path=to_dict_config(config))
     model.export_huggingface(output)
     _say(f"Hugging Face checkpoint: {output}")
@@ -130,13 +127,13 @@ def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0)
         logs: whether metrics go anywhere.
         completed: steps that a resumed run has behind it; Lightning counts from 0 again.
     """
-    initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
+    initialize(config.parallel, seed=config.seed)
     validates = bool(config.data.validation.path) and config.training.validate_every > 0
     trainer = Trainer(
         accelerator=device().type if device().type == "cpu" else "gpu",
         strategy=MegatronPlacement(device=device()),
         devices=1,
-        max_steps=config.training.steps - completed,
+        max_steps=(config.training.steps - completed) * config.training.updates_per_step,
         val_check_interval=config.training.validate_every if validates else None,
         check_val_every_n_epoch=None,
         limit_val_batches=None,

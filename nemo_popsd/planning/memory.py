@@ -86,7 +86,10 @@ def loss_bytes(case: Case) -> float:
     settings, sizes, layout, element = case.config.distillation, case.sizes, case.layout, case.element
     rows, responses = padded_vocabulary(sizes, layout) / layout.tensor, case.microbatch_responses
     columns = min(rows, sizes.vocab)  # the first ranks have no padding
-    chunk = max(16 * min(settings.chunk_tokens, responses), 24 * min(settings.diagnosed_tokens, responses)) * columns
+    chunk = (
+        max(16 * min(settings.chunk_tokens or 1024, responses), 24 * min(settings.diagnosed_tokens, responses))
+        * columns
+    )
     matrix = 0 if case.lora else rows * sizes.hidden
     vectors = responses * sizes.hidden  # hidden state and its gradient, anchor, shift
     return vectors * (3 * element + 4) + 4 * matrix + max(chunk, (vectors + matrix) * element)

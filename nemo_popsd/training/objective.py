@@ -33,7 +33,7 @@ class LossReport:
     rows: list[int]
     """Which trajectories."""
     response_lengths: list[int]
-    """Their response tokens."""
+    """Their response tokens that this rank owns."""
     loss: Tensor
     """Σ weight · divergence, this micro-batch's part of the global loss; a scalar."""
     per_token: Tensor
@@ -104,7 +104,7 @@ class Objective:
         Args:
             batch: the micro-batch.
             hidden_NH: the student's states at its response positions.
-            states: target states of all of this rank's trajectories.
+            states: target states of all of this rank's trajectories, on any device.
             weights: from `token_weights`.
         """
         student, mine = self._student, [states[row] for row in batch.rows]
@@ -113,7 +113,7 @@ class Objective:
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
-            _joined([state.frozen for state in mine]),
+            _joined([state.frozen for state in mine], hidden_NH.device),
             student.base_weight,
             target=self.target,
             divergence=self.divergence,
@@ -125,7 +125,7 @@ class Objective:
             soft_cap=student.soft_cap,
             fused=self._fused,
             main_gradient=student.main_gradient,
-            diagnosed=_diagnosed(batch, mine),
+            diagnosed=_diagnosed(batch, mine, hidden_NH.device),
         )
         report = LossReport(
             rows=batch.rows,
@@ -138,20 +138,24 @@ class Objective:
         return result.total, report
 
 
-def _joined(states: Sequence[FrozenStates]) -> FrozenStates:
-    """The states of several trajectories, one after the other."""
+def _joined(states: Sequence[FrozenStates], device: torch.device) -> FrozenStates:
+    """The states of several trajectories, one after the other, on `device`."""
     parts = zip(*states, strict=True)
-    return type(states[0])(*(None if part[0] is None else torch.cat(part) for part in parts))
+    return type(states[0])(*(None if part[0] is None else _together(part, device) for part in parts))
 
 
-def _diagnosed(batch: MicroBatch, mine: Sequence[TargetStates]) -> DiagnosedTokens | None:
+def _together(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([part.to(device, non_blocking=True) for part in parts])
+
+
+def _diagnosed(batch: MicroBatch, mine: Sequence[TargetStates], device: torch.device) -> DiagnosedTokens | None:
     """The diagnosed tokens of several trajectories, by their place in the micro-batch."""
     tokens = [state.diagnosed for state in mine if state.diagnosed is not None]
     if len(tokens) < len(mine):
         return None
     offsets = [sum(batch.response_lengths[:row]) for row in range(len(mine))]
     return DiagnosedTokens(
-        index=torch.cat([part.index + offset for part, offset in zip(tokens, offsets, strict=True)]),
-        privileged=torch.cat([part.privileged for part in tokens]),
-        reference=torch.cat([part.reference for part in tokens]),
+        index=_together([part.index + offset for part, offset in zip(tokens, offsets, strict=True)], device),
+        privileged=_together([part.privileged for part in tokens], device),
+        reference=_together([part.reference for part in tokens], device),
     )

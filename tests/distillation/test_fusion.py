@@ -63,7 +63,7 @@ def test_fused_agrees_with_the_dense_reference_and_compiles_once_for_all_sizes()
 def _fused_in_shards(rank: int, world_size: int):
     """A ragged shard, and one of padding alone."""
     found = []
-    for vocab, (kind, divergence) in itertools.product((300, 130), KINDS.items()):
+    for vocab, (_kind, divergence) in itertools.product((300, 130), KINDS.items()):
         problem = make_problem(3, tokens=9, hidden=16, vocab=vocab, padded=320, sharpness=0.5).to(torch.float32)
         mine = problem.shard(rank, world_size)
         if vocab > 160 or rank == 0:

@@ -12,6 +12,7 @@ def _draw(rank: int, world_size: int) -> list[Any]:
     import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+    from nemo_popsd.megatron.config import ParallelConfig
     from nemo_popsd.runtime.distributed import initialize
     from nemo_popsd.runtime.random_state import capture_random_state, restore_random_state
 
@@ -20,7 +21,7 @@ def _draw(rank: int, world_size: int) -> list[Any]:
             inside = torch.rand(1).item()
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item(), inside]
 
-    initialize(tensor_parallel=1, seed=3)
+    initialize(ParallelConfig(), seed=3)
     numbers()
     kept = capture_random_state()
     first = numbers()
