@@ -65,20 +65,23 @@ def load_dense(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any
     return model.eval()
 
 
-def build_student(directory: str | Path, *, tensor: int = 1, **config: Any) -> Any:
+def build_student(
+    directory: str | Path, *, tensor: int = 1, parallel: dict[str, Any] | None = None, **config: Any
+) -> Any:
     """Process groups, and a `Student` in fp32 with the weights of `directory`; full fine-tuning unless `config` says.
 
-    Call it on every rank. `config` are further fields of `StudentConfig`.
+    Call it on every rank. `parallel` are further fields of `ParallelConfig`, `config` of `StudentConfig`.
     """
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
     from nemo_popsd.megatron.student import Student
     from nemo_popsd.runtime.distributed import initialize
 
-    initialize(tensor_parallel=tensor, seed=1)
+    layout = ParallelConfig(tensor=tensor, **(parallel or {}))
+    initialize(layout, seed=1)
     source = HuggingFaceModel(directory)
     settings = StudentConfig(**{"precision": "fp32", "adaptation": "full", **config})
-    return Student(source, settings, ParallelConfig(tensor=tensor), seed=5, load_initial=source.load)
+    return Student(source, settings, layout, seed=5, load_initial=source.load)
 
 
 def whole_logits(gpt: Any, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -22,12 +22,14 @@ from torch.nn.functional import pad
 from transformers import AutoConfig
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.build import Model, chunks_of
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
 adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import AutoMapping  # noqa: E402
 from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
 # Megatron-Bridge recognises layers by their class's name.
@@ -101,22 +103,29 @@ class HuggingFaceModel:
         """A fresh Megatron-Bridge ``GPTModelProvider`` with this architecture."""
         return self._bridge.provider_bridge(SimpleNamespace(config=self.config, generation_config=None))
 
-    def load(self, model: GPTModel) -> None:
+    def load(self, model: Model) -> None:
         """Copies the weights into `model`, this rank's shards only. Collective over all ranks.
 
         Raises:
             UserError: a parameter has no tensor, a tensor no parameter, or a vocabulary another size than
                 ``config.json`` says.
         """
-        bridge = self._bridge
-        state = _VocabularyPaddedState(self, model)
+        bridge, chunks = self._bridge, chunks_of(model)
+        state = _VocabularyPaddedState(self, chunks[0])
         pretrained = SimpleNamespace(state=state, config=self.config, model_name_or_path=str(self.directory))
-        tasks = [t for t in bridge.build_conversion_tasks(pretrained, [model]) if t is not None]
+        tasks = [t for t in bridge.build_conversion_tasks(pretrained, chunks) if t is not None]
         # A parameter whose tensor is missing still has a task, one that does nothing.
-        mapped = {task.param_name for task in tasks if task.megatron_module is not None}
-        without = [name for name, _ in model.named_parameters() if name not in mapped]
+        mapped = {id(task.param_weight) for task in tasks if task.megatron_module is not None}
+        tied = chunks[0].share_embeddings_and_output_weights
+        without = [
+            name
+            for chunk in chunks
+            for name, parameter in chunk.named_parameters()
+            # A tied output matrix on a stage of its own is filled from the first stage's embedding.
+            if id(parameter) not in mapped and not (tied and name == "output_layer.weight")
+        ]
         used = {name for task in tasks for name in _names(task.mapping.hf_param)}
-        ignored = {"lm_head.weight"} if model.share_embeddings_and_output_weights else set()
+        ignored = {"lm_head.weight"} if tied else set()
         left_over = sorted(set(self.tensor_names) - used - ignored)
         if without or left_over:
             raise UserError(
@@ -125,11 +134,13 @@ class HuggingFaceModel:
                 need="the tensors of the architecture in config.json, no more and no fewer",
                 mend="check the files, or set student.source",
             )
-        bridge.load_weights_hf_to_megatron(pretrained, [model])
+        # Its own looks for the last stage's output matrix in that stage's first chunk (model_bridge.py:1165).
+        bridge._broadcast_shared_embeddings = _copy_tied_embedding
+        bridge.load_weights_hf_to_megatron(pretrained, chunks)
 
     def export(
         self,
-        model: GPTModel,
+        model: Model,
         output: str | Path,
         *,
         merge_adapters: bool = True,
@@ -141,7 +152,7 @@ class HuggingFaceModel:
         stood there is replaced.
 
         Args:
-            model: the student; with LoRA its adapters are merged into the weights when `merge_adapters`.
+            model: the student, or its chunks; with LoRA its adapters are merged into the weights when `merge_adapters`.
             output: directory to make.
             merge_adapters: False leaves the adapters out, which gives the base.
             shard_bytes: size at which a new file is begun.
@@ -155,7 +166,7 @@ class HuggingFaceModel:
             self.copy_artifacts(partial)
         names = SimpleNamespace(get_all_keys=lambda: self.tensor_names)
         stream = self._bridge.stream_weights_megatron_to_hf(
-            [model],
+            chunks_of(model),
             SimpleNamespace(state=SimpleNamespace(source=names), config=self.config),
             show_progress=False,
             merge_adapter_weights=merge_adapters,
@@ -220,6 +231,17 @@ class _VocabularyPaddedState(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.source.get_all_keys())
+
+
+def _copy_tied_embedding(chunks: Sequence[GPTModel]) -> None:
+    """Gives the last pipeline stage the first one's embedding, where it is the output matrix too: one broadcast."""
+    if not chunks[0].share_embeddings_and_output_weights or chunks[0].config.pipeline_model_parallel_size == 1:
+        return
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    if dist.get_rank() in dist.get_process_group_ranks(group):
+        chunk = chunks[0 if chunks[0].pre_process else -1]
+        weight = chunk.shared_embedding_or_output_weight().data
+        dist.broadcast(weight, src=dist.get_process_group_ranks(group)[0], group=group)
 
 
 def _names(hf_param: str | Mapping[str, str]) -> Sequence[str]:

@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
@@ -30,8 +29,7 @@ from nemo_popsd.config.loading import from_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.adapters import Adapters, merged_state
-from nemo_popsd.megatron.build import build_gpt
-from nemo_popsd.megatron.config import ParallelConfig
+from nemo_popsd.megatron.build import Model, build_chunks, chunks_of, layout_of
 
 _LIBRARIES = ("nemo_popsd", "nemo_toolkit", "megatron-core", "megatron-bridge", "torch", "transformers")
 
@@ -72,11 +70,11 @@ class NemoCheckpoint:
         self.config: PopsdConfig = from_dict_config(tree)
         self.architecture = HuggingFaceModel(self.directory / "huggingface")
 
-    def load_trained(self, model: GPTModel) -> None:
+    def load_trained(self, model: Model) -> None:
         """Fills the live model, which has adapters if the checkpoint has. Collective over all ranks."""
         load_weights(model, self.directory / "weights")
 
-    def load(self, model: GPTModel) -> None:
+    def load(self, model: Model) -> None:
         """Fills a plain model with what the student computes, adapters merged. Collective over all ranks.
 
         With adapters the model is built a second time while this runs.
@@ -84,11 +82,12 @@ class NemoCheckpoint:
         if self.config.student.adaptation != "lora":
             self.load_trained(model)
             return
-        parallel = ParallelConfig(tensor=parallel_state.get_tensor_model_parallel_world_size())
-        adapted = build_gpt(self.architecture.provider(), self.config.student, parallel)
+        plain = chunks_of(model)
+        adapted = build_chunks(self.architecture.provider(), self.config.student, layout_of(plain[0]))
         Adapters(adapted, self.config.student.lora, seed=0)
         self.load_trained(adapted)
-        model.load_state_dict(merged_state(adapted, self.config.student.lora))
+        for chunk, merged in zip(plain, adapted, strict=True):
+            chunk.load_state_dict(merged_state(merged, self.config.student.lora))
 
 
 def is_nemo_checkpoint(path: str | Path) -> bool:
@@ -96,14 +95,14 @@ def is_nemo_checkpoint(path: str | Path) -> bool:
     return Path(path).suffix == ".nemo" or (Path(path) / "model_config.yaml").is_file()
 
 
-def save_nemo(path: str | Path, model: GPTModel, architecture: HuggingFaceModel, config: DictConfig, step: int) -> None:
+def save_nemo(path: str | Path, model: Model, architecture: HuggingFaceModel, config: DictConfig, step: int) -> None:
     """Writes a checkpoint. Collective over all ranks; `path` is on a file system that all ranks share.
 
     Nothing stands at `path` until all is written. What stood there is kept beside it until the new one is in place.
 
     Args:
         path: a directory, or a file name ending in `.nemo`, which is packed without compression.
-        model: the live model.
+        model: the live model, or its chunks.
         architecture: where tokenizer and configuration files are copied from.
         config: the resolved configuration.
         step: optimizer steps behind the weights.
@@ -156,6 +155,9 @@ def _manifest(step: int) -> dict[str, Any]:
         "step": step,
         "layout": {
             "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+            "context": parallel_state.get_context_parallel_world_size(),
+            "expert": parallel_state.get_expert_model_parallel_world_size(),
             "data": parallel_state.get_data_parallel_world_size(),
         },
         "versions": {name: _version(name) for name in _LIBRARIES},

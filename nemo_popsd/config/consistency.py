@@ -47,22 +47,16 @@ def check_layout(config: PopsdConfig, *, world_size: int) -> None:
     Raises:
         UserError: names the setting and the nearest values that fit.
     """
-    tensor, prompts = config.parallel.tensor, config.training.prompts_per_step
-    if world_size % tensor:
-        raise UserError(
-            "configuration",
-            got=f"parallel.tensor={tensor} with {world_size} rank{'s' if world_size > 1 else ''}",
-            need="a number of ranks that parallel.tensor divides",
-            mend=f"set parallel.tensor, or start a multiple of {tensor} ranks (torchrun --nproc-per-node {tensor})",
-        )
-    replicas = world_size // tensor
+    parallel, prompts = config.parallel, config.training.prompts_per_step
+    parallel.check_world(world_size)
+    replicas = world_size // parallel.replica_ranks
     if prompts % replicas:
         below, above = prompts // replicas * replicas, -(-prompts // replicas) * replicas
         fitting = " or ".join(str(value) for value in (below, above) if value)
         raise UserError(
             "configuration",
             got=f"training.prompts_per_step={prompts} with {replicas} data-parallel replicas "
-            f"({world_size} ranks / parallel.tensor={tensor})",
+            f"({world_size} ranks, {parallel.describe()})",
             need=f"a multiple of {replicas}",
             mend=f"set training.prompts_per_step={fitting}",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,20 +26,21 @@ from megatron.core.tensor_parallel.layers import (  # noqa: E402
 
 
 class Adapters:
-    """The adapters of one model: made once, switched off for the frozen branches."""
+    """The adapters of one model's chunks: made once, switched off for the frozen branches."""
 
-    def __init__(self, model: GPTModel, config: LoRAConfig, *, seed: int) -> None:
-        """Freezes `model`, wraps its target linears, and draws the A matrices; the B matrices are 0.
+    def __init__(self, chunks: Sequence[GPTModel], config: LoRAConfig, *, seed: int) -> None:
+        """Freezes `chunks`, wraps their target linears, and draws the A matrices; the B matrices are 0.
 
-        Megatron-Bridge draws each rank's shard from that rank's generator, so another tensor-parallel size would
-        start from another adapter. Here each whole matrix is drawn (Xavier normal) from a generator that is seeded
-        by `seed` and the parameter's name, and each rank keeps its shard.
+        Megatron-Bridge draws each rank's shard from that rank's generator, so another layout would start from another
+        adapter. Here each whole matrix is drawn (Xavier normal) from a generator that is seeded by `seed` and the
+        parameter's name in the whole model, and each rank keeps its shard.
         """
-        self._model = model
+        self._chunks = list(chunks)
         self._lora = LoRA(
             target_modules=list(config.targets), dim=config.rank, alpha=config.alpha, dropout=config.dropout
         )
-        possible = {name.rsplit(".", 1)[-1] for name, _ in model.decoder.named_modules() if "linear_" in name}
+        modules = [name for chunk in chunks for name, _ in chunk.decoder.named_modules()]
+        possible = {name.rsplit(".", 1)[-1] for name in modules if "linear_" in name}
         if not config.targets or not possible.issuperset(config.targets):
             raise UserError(
                 "adapters",
@@ -47,21 +48,32 @@ class Adapters:
                 need=f"some of {', '.join(sorted(possible))}",
                 mend="set student.lora.targets",
             )
-        self._lora(model, training=True)
-        for parameter in model.parameters():
-            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        for name, module in model.named_modules():
-            if name.endswith("adapter.linear_in"):
-                _draw_whole(module, f"{name}.weight", seed)
+        self._lora(self._chunks, training=True)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+            for name, module in chunk.named_modules():
+                if name.endswith("adapter.linear_in"):
+                    _draw_whole(module, f"{whole_model_name(chunk, name)}.weight", seed)
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Within, the model is the frozen base, bit for bit."""
-        self._lora.disable_adapter_layers(self._model)
+        self._lora.disable_adapter_layers(self._chunks)
         try:
             yield
         finally:
-            self._lora.enable_adapter_layers(self._model)
+            self._lora.enable_adapter_layers(self._chunks)
+
+
+def whole_model_name(chunk: GPTModel, name: str) -> str:
+    """`name` of a module or parameter of `chunk` with its layer counted through the whole model, not from the chunk's
+    first.
+    """
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
+        parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -19,20 +19,20 @@ from nemo_popsd.megatron.offload import HostParameters
 class FrozenBase(Protocol):
     """Weights θ₀ of all three frozen branches."""
 
-    def model(self) -> AbstractContextManager[GPTModel]:
-        """A context within which the returned model computes with θ₀; use no other model within it."""
+    def model(self) -> AbstractContextManager[list[GPTModel]]:
+        """A context within which the returned chunks compute with θ₀; use no other model within it."""
 
 
 class AdaptersOff:
     """The student with its adapters off: no copy, and nothing that could drift."""
 
-    def __init__(self, student: GPTModel, adapters: Adapters) -> None:
-        self._student = student
+    def __init__(self, student: Sequence[GPTModel], adapters: Adapters) -> None:
+        self._student = list(student)
         self._adapters = adapters
 
     @contextmanager
-    def model(self) -> Iterator[GPTModel]:
-        """The student; its adapters are off within."""
+    def model(self) -> Iterator[list[GPTModel]]:
+        """The student's chunks; their adapters are off within."""
         with self._adapters.off():
             yield self._student
 
@@ -45,18 +45,18 @@ class FrozenCopy:
     output matrix is the same inside and outside.
     """
 
-    def __init__(self, copy: GPTModel, *, on_host: bool = False) -> None:
+    def __init__(self, copy: Sequence[GPTModel], *, on_host: bool = False) -> None:
         """Takes `copy` over.
 
         Args:
-            copy: loaded, on the device.
+            copy: its chunks, loaded, on the device.
             on_host: keep all but the output matrix in (pinned) host memory.
         """
-        self._copy = copy.requires_grad_(False).eval()
+        self._copy = [chunk.requires_grad_(False).eval() for chunk in copy]
         self._host: HostParameters | None = None
         if on_host:
-            kept = output_weight(copy) if copy.post_process else None
-            self._host = HostParameters(p for p in copy.parameters() if p is not kept)
+            kept = output_weight(self._copy[-1]) if self._copy[-1].post_process else None
+            self._host = HostParameters(p for p in self._parameters() if p is not kept)
 
     @property
     def host_bytes(self) -> int:
@@ -66,11 +66,14 @@ class FrozenCopy:
     @property
     def device_bytes(self) -> int:
         """Bytes of parameters of the copy that are on the device now."""
-        return sum(p.numel() * p.element_size() for p in self._copy.parameters())
+        return sum(p.numel() * p.element_size() for p in self._parameters())
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for chunk in self._copy for parameter in chunk.parameters())
 
     @contextmanager
-    def model(self) -> Iterator[GPTModel]:
-        """The copy, on the device within."""
+    def model(self) -> Iterator[list[GPTModel]]:
+        """The copy's chunks, on the device within."""
         with nullcontext() if self._host is None else self._host.on_device():
             yield self._copy
 

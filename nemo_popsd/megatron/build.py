@@ -1,8 +1,9 @@
-"""From an architecture to a Megatron-core GPTModel on this rank. The one place that makes a GPTModel."""
+"""From an architecture to Megatron-core GPTModels on this rank. The one place that makes a GPTModel."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -14,12 +15,13 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 
+from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, ParallelConfig, StudentConfig
 from nemo_popsd.megatron.spec import choose_layer_spec
 from nemo_popsd.runtime.distributed import device
 
 
-def build_gpt(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> GPTModel:
+def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> list[GPTModel]:
     """Builds this rank's part of the model, on its device, with weights still to be loaded.
 
     Args:
@@ -28,10 +30,22 @@ def build_gpt(provider: Any, student: StudentConfig, parallel: ParallelConfig) -
         parallel: the layout; Megatron's process groups must exist.
 
     Returns:
-        The bare model (no DDP, no adapters), parameters in fp32 or bf16. Its vocabulary is padded to a multiple of
-        128 times the tensor-parallel size.
+        The bare model chunks (no DDP, no adapters) in the order in which a token passes them: one, or
+        `parallel.virtual_pipeline` of them. Parameters are fp32 or bf16. The vocabulary is padded to a multiple of 128
+        times the tensor-parallel size.
+
+    Raises:
+        UserError: the architecture does not divide by the layout.
     """
+    _refuse_indivisible(provider, parallel)
     provider.tensor_model_parallel_size = parallel.tensor
+    provider.sequence_parallel = parallel.sequence
+    provider.pipeline_model_parallel_size = parallel.pipeline
+    provider.context_parallel_size = parallel.context
+    provider.expert_model_parallel_size = parallel.expert
+    provider.expert_tensor_parallel_size = 1 if parallel.expert > 1 else parallel.tensor
+    # The one dispatcher that takes micro-batches of unequal lengths; without experts it is not used.
+    provider.moe_token_dispatcher_type = "alltoall"
     provider.should_pad_vocab = True
     provider.make_vocab_size_divisible_by = VOCABULARY_MULTIPLE
     provider.parallel_output = True
@@ -41,6 +55,8 @@ def build_gpt(provider: Any, student: StudentConfig, parallel: ParallelConfig) -
     provider.bf16 = student.precision == "bf16"
     provider.params_dtype = torch.bfloat16 if provider.bf16 else torch.float32
     provider.autocast_dtype = provider.params_dtype
+    if parallel.pipeline > 1:
+        _set_pipeline(provider, parallel)
     if student.recompute:
         provider.recompute_granularity = "full"
         provider.recompute_method = "uniform"
@@ -48,9 +64,77 @@ def build_gpt(provider: Any, student: StudentConfig, parallel: ParallelConfig) -
     choose_layer_spec(provider)
     provider.finalize()
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-    model: GPTModel = provider.provide()
-    _mark_shards(model)
-    return model.to(device())
+    stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
+    chunks = [provider.provide(vp_stage=stage) for stage in stages]
+    for chunk in chunks:
+        _mark_shards(chunk)
+        chunk.to(device())
+    return chunks
+
+
+Model: TypeAlias = GPTModel | Sequence[GPTModel]
+"""A model on this rank: its only chunk, or its chunks."""
+
+
+def chunks_of(model: Model) -> list[GPTModel]:
+    """The chunks of `model`."""
+    return [model] if isinstance(model, GPTModel) else list(model)
+
+
+def layout_of(model: GPTModel) -> ParallelConfig:
+    """The layout that `model` was built for."""
+    config = model.config
+    return ParallelConfig(
+        tensor=config.tensor_model_parallel_size,
+        sequence=config.sequence_parallel,
+        pipeline=config.pipeline_model_parallel_size,
+        virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
+        context=config.context_parallel_size,
+        expert=config.expert_model_parallel_size,
+    )
+
+
+def _set_pipeline(provider: Any, parallel: ParallelConfig) -> None:
+    """How stages talk.
+
+    Without chunks every transfer is preceded by its shape (three integers), so micro-batches may differ in shape. The
+    interleaved schedule sends in both directions at once, where shapes of two neighbours would be taken for each other
+    (p2p_communication.py:213 posts them in one order on all ranks): its micro-batches have one shape, and its transfers
+    the order of `_p2p_ops`, which two stages need.
+    """
+    provider.pipeline_dtype = provider.params_dtype
+    interleaved = parallel.virtual_pipeline > 1
+    provider.variable_seq_lengths = not interleaved
+    if interleaved:
+        provider.virtual_pipeline_model_parallel_size = parallel.virtual_pipeline
+        provider.batch_p2p_comm = False
+
+
+def _refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
+    """Refuse heads, groups, layers or experts that the layout does not divide."""
+    groups = provider.num_query_groups or provider.num_attention_heads
+    experts = provider.num_moe_experts
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    for what, count, size, setting in (
+        ("attention heads", provider.num_attention_heads, parallel.tensor, "parallel.tensor"),
+        ("key-value heads", groups, parallel.tensor, "parallel.tensor"),
+        ("layers", provider.num_layers, stages, "parallel.pipeline or parallel.virtual_pipeline"),
+        ("experts", experts or 0, parallel.expert, "parallel.expert"),
+    ):
+        if count % size or (what == "experts" and size > 1 and not count):
+            raise UserError(
+                "layout",
+                got=f"{count} {what} with {parallel.describe()}",
+                need=f"a multiple of {size} {what}",
+                mend=f"set {setting}",
+            )
+    if experts and parallel.tensor > 1 and not parallel.sequence:
+        raise UserError(
+            "layout",
+            got=f"a mixture of {experts} experts with {parallel.describe()} and parallel.sequence=false",
+            need="sequence parallelism beside tensor parallelism, so that no token is dispatched twice",
+            mend="set parallel.sequence=true",
+        )
 
 
 def _mark_shards(model: GPTModel) -> None:

@@ -1,6 +1,9 @@
 """Final hidden states at response positions, through Megatron's own schedules, for training and frozen branches alike.
 
-Shapes: s padded length, b rows of a micro-batch, N its response tokens, H hidden size.
+A model is a list of chunks: one on each rank, or several under virtual pipelining. What comes out of the last layer
+exists on the last pipeline stage alone, and so do the results of these functions.
+
+Shapes: N response tokens of a micro-batch that this rank owns, R_i those of a sequence, H hidden size.
 """
 
 from __future__ import annotations
@@ -10,18 +13,21 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from nemo_popsd.megatron.alignment import SequenceSplit, bring_together
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
 
 Report = TypeVar("Report")
 
 
 def output_weight(model: GPTModel) -> Tensor:
-    """This rank's rows of the output matrix [V_pad/tp, H], tied to the embedding or not."""
+    """This rank's rows of the output matrix [V_pad/tp, H], tied to the embedding or not; of a last chunk."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
@@ -32,7 +38,8 @@ def hidden_states_only(model: GPTModel) -> Iterator[None]:
     """Within, the model returns final hidden states [s, b, H], after the last norm, before the output layer.
 
     Megatron's ``GPTModel.forward`` returns them where it has no output layer to apply
-    (gpt_model.py:608); the decoder's last norm follows a flag of its own and stays.
+    (gpt_model.py:608); the decoder's last norm follows a flag of its own and stays. For the time of a forward only:
+    the reduction of tied embeddings' gradients asks for the same flag (finalize_model_grads.py:128).
     """
     stage = model.post_process
     model.post_process = False
@@ -42,92 +49,133 @@ def hidden_states_only(model: GPTModel) -> Iterator[None]:
         model.post_process = stage
 
 
+def student_batches(
+    chunks: Sequence[GPTModel], sequences: Sequence[ContextSequence], token_budget: int, *, packed: bool
+) -> list[MicroBatch]:
+    """Micro-batches of `sequences` as the schedule of `chunks` needs them; at least one, even of no sequences.
+
+    The interleaved schedule takes micro-batches of one shape, in a number that divides by the stages; ranks that share
+    experts run equally many (one all-reduce of one number over the expert-parallel group). What is missing is made up
+    by empty micro-batches.
+
+    Args:
+        chunks: the model's, bare.
+        sequences: of this data-parallel rank.
+        token_budget: tokens of one micro-batch, padding included, over the ranks that share it.
+        packed: one sequence after the other instead of side by side.
+    """
+    config = chunks[0].config
+    options: dict[str, Any] = {"split": SequenceSplit.of(chunks[0]), "packed": packed, "at_least": 1}
+    if len(chunks) > 1:
+        options |= {"one_shape": True, "count_multiple": config.pipeline_model_parallel_size}
+    device = next(chunks[0].parameters()).device
+    batches = microbatches(sequences, token_budget, device, **options)
+    if config.expert_model_parallel_size > 1:
+        most = torch.tensor(len(batches), device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel_state.get_expert_model_parallel_group())
+        if most > len(batches):
+            batches = microbatches(sequences, token_budget, device, **{**options, "at_least": int(most)})
+    return batches
+
+
 def _run_schedule(
-    model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Callable[..., Any], *, forward_only: bool
+    chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], loss: Callable[..., Any], *, forward_only: bool
 ) -> list[Any]:
+    bare = [_bare(chunk) for chunk in chunks]
+    split = SequenceSplit.of(bare[0])
+
     def step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(data)
-        hidden_SBH = chunk(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None)
+        with hidden_states_only(_bare(chunk)):
+            hidden_SBH = chunk(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=None,
+                packed_seq_params=batch.packed,
+            )
 
         def at_responses(hidden_SBH: Tensor, **options: Any) -> Any:
-            """Called where the last layer is; keeps the states that predict response tokens, [N, H]."""
-            return loss(batch, hidden_SBH.flatten(0, 1).index_select(0, batch.response_index), **options)
+            """Called where the last layer is; keeps the states that predict owned response tokens, [N, H]."""
+            return loss(batch, bring_together(hidden_SBH, batch.route, split), **options)
 
         return hidden_SBH, at_responses
 
-    schedule = get_forward_backward_func()
-    longest = max(batch.input_ids.shape[1] for batch in batches)
-    results: list[Any] = schedule(
+    interleaved = len(chunks) > 1
+    results: list[Any] = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batches),
-        seq_length=longest,
-        micro_batch_size=1,
+        seq_length=batches[0].shape[0],
+        micro_batch_size=batches[0].shape[1],
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
     return results
 
 
+def _bare(chunk: torch.nn.Module) -> GPTModel:
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+
+
 @torch.no_grad()
-def frozen_hidden_states(model: GPTModel, sequences: Sequence[ContextSequence], token_budget: int) -> list[Tensor]:
+def frozen_hidden_states(chunks: Sequence[GPTModel], batches: Sequence[MicroBatch]) -> list[Tensor]:
     """Hidden states at the response positions of each sequence: [R_i, H] in the model's dtype, detached.
 
-    All contexts of all rollouts go in together, grouped by length into forwards of at most `token_budget` padded
-    tokens. Collectives: those of Megatron's forward.
+    Under context parallelism R_i counts the tokens that this rank owns. Collectives: those of Megatron's forward and
+    of `bring_together`.
 
     Args:
-        model: the frozen weights (see `nemo_popsd.megatron.base`).
-        sequences: contexts of any of the branches.
-        token_budget: padded tokens of one forward.
+        chunks: the frozen weights (see `nemo_popsd.megatron.base`).
+        batches: from `student_batches`.
+
+    Returns:
+        By sequence on the last pipeline stage, nothing on the others.
     """
-    if not sequences:
-        return []
-    batches = microbatches(sequences, token_budget, next(model.parameters()).device)
 
-    def keep(batch: MicroBatch, hidden_NH: Tensor, *, non_loss_data: bool) -> tuple[Tensor, ...]:
+    def keep(batch: MicroBatch, hidden_NH: Tensor, *, non_loss_data: bool) -> tuple[list[int], tuple[Tensor, ...]]:
         assert non_loss_data
-        return hidden_NH.split(batch.response_lengths)
+        return batch.rows, hidden_NH.split(batch.response_lengths)
 
-    training = model.training
-    model.eval()
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
     try:
-        with hidden_states_only(model):
-            results = _run_schedule(model, batches, keep, forward_only=True)
+        results = _run_schedule(chunks, batches, keep, forward_only=True)
     finally:
-        model.train(training)
-    states: dict[int, Tensor] = {}
-    for batch, parts in zip(batches, results, strict=True):
-        states.update(zip(batch.rows, parts, strict=True))
-    return [states[index] for index in range(len(sequences))]
+        for chunk, mode in zip(chunks, training, strict=True):
+            chunk.train(mode)
+    states = {row: part for rows, parts in results for row, part in zip(rows, parts, strict=True)}
+    return [states[index] for index in range(len(states))]
 
 
 def forward_backward(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     batches: Sequence[MicroBatch],
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, Report]],
 ) -> list[Report]:
     """One accumulation of gradients over `batches`: forward, loss, backward, and Megatron's reduction of gradients.
 
-    Afterwards ``main_grad`` of each parameter holds Σ over micro-batches and data-parallel ranks of the gradient of
-    what `loss` returned: Megatron averages over micro-batches and ranks, which is undone here, so that the caller
-    weights tokens by the global batch and unequal shares bias nothing.
+    Afterwards ``main_grad`` of each parameter holds Σ over micro-batches, data-parallel and context-parallel ranks of
+    the gradient of what `loss` returned. Megatron averages over micro-batches and over the ranks of both groups, after
+    it multiplied by the size of the second (schedules.py:256); that is undone here, so that the caller weights tokens
+    by the global batch and unequal shares bias nothing.
 
     Args:
-        model: the student in Megatron's DDP.
-        batches: at least one; ranks may have different numbers of them.
+        chunks: the student's, each in Megatron's DDP.
+        batches: from `student_batches`; data-parallel ranks may have different numbers of them.
         loss: from a micro-batch and its hidden states [N, H] (with gradient) to a scalar and a report.
 
     Returns:
-        The reports, by micro-batch.
+        The reports, by micro-batch that is not empty, on the last pipeline stage; nothing on the others.
     """
-    scale = len(batches) * model.dp_cp_group.size()
+    scale = len(batches) * parallel_state.get_data_parallel_world_size()
 
-    def scaled(batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, Report]:
+    def scaled(batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, Report | None]:
+        if not batch.rows:  # nothing to learn from, but a gradient of 0 that other ranks may wait for
+            return hidden_NH.sum(), None
         value, report = loss(batch, hidden_NH)
         return value * scale, report
 
-    gpt: GPTModel = model.module
-    with hidden_states_only(gpt):
-        return _run_schedule(model, batches, scaled, forward_only=False)
+    results = _run_schedule(chunks, batches, scaled, forward_only=False)
+    return [report for report in results if report is not None]

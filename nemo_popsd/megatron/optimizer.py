@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,28 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo_popsd.megatron.config import OptimizerConfig
 
 
-def wrap_for_training(model: GPTModel, config: OptimizerConfig) -> DistributedDataParallel:
-    """Megatron's DDP around the student; gradients are accumulated and reduced in fp32."""
-    wrapped = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=config.distributed,
-        ),
-        module=model,
-    )
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = wrapped.no_sync
+def wrap_for_training(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each of the student's chunks; gradients are accumulated and reduced in fp32.
+
+    The schedule reduces what needs it over other groups than the data-parallel one: norms under sequence parallelism,
+    q and k norms under tensor parallelism, tied embeddings between first and last stage.
+    """
+    wrapped = [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                use_distributed_optimizer=config.distributed,
+            ),
+            module=chunk,
+        )
+        for chunk in chunks
+    ]
+    shared = chunks[0].config  # of all chunks
+    shared.finalize_model_grads_func = finalize_model_grads
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    shared.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
 
 
@@ -37,17 +46,19 @@ class StudentOptimizer(torch.optim.Optimizer):
     State lives in Megatron's optimizer alone; this class holds none.
 
     Attributes:
-        model: the wrapped student.
+        chunks: the wrapped student.
         megatron: the Megatron optimizer.
         scheduler: learning rate and weight decay by step.
         grad_norm: global gradient norm of the last step, before clipping.
     """
 
-    def __init__(self, model: DistributedDataParallel, config: OptimizerConfig, *, steps: int, bf16: bool) -> None:
+    def __init__(
+        self, chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, *, steps: int, bf16: bool
+    ) -> None:
         """Builds both.
 
         Args:
-            model: the wrapped student; parameters that require gradients are trained.
+            chunks: the wrapped student; parameters that require gradients are trained.
             config: Adam, schedule, clipping.
             steps: length of the run, where the decay ends.
             bf16: whether the weights are bf16; fp32 main weights are kept then.
@@ -66,7 +77,7 @@ class StudentOptimizer(torch.optim.Optimizer):
                 params_dtype=torch.bfloat16 if bf16 else torch.float32,
                 use_distributed_optimizer=config.distributed,
             ),
-            [model],
+            list(chunks),
         )
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
@@ -83,13 +94,15 @@ class StudentOptimizer(torch.optim.Optimizer):
             wd_incr_style="constant",
         )
         self.grad_norm = 0.0
-        model.config.grad_scale_func = self.megatron.scale_loss
-        self.model = model
-        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": config.lr})
+        chunks[0].module.config.grad_scale_func = self.megatron.scale_loss
+        self.chunks = list(chunks)
+        trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        super().__init__(trained, {"lr": config.lr})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears Megatron's gradient buffers."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.megatron.zero_grad(set_to_none)
 
     def prepare(self) -> float:

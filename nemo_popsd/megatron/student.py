@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nemo_popsd.distillation import mean_row
 from nemo_popsd.megatron.adapters import Adapters
+from nemo_popsd.megatron.alignment import SequenceSplit
 from nemo_popsd.megatron.base import AdaptersOff, FrozenBase, FrozenCopy
-from nemo_popsd.megatron.build import build_gpt
+from nemo_popsd.megatron.build import Model, build_chunks
 from nemo_popsd.megatron.config import OptimizerConfig, ParallelConfig, StudentConfig
 from nemo_popsd.megatron.forward import output_weight
 from nemo_popsd.megatron.optimizer import wrap_for_training
@@ -31,15 +32,15 @@ class Architecture(Protocol):
         """A fresh Megatron-Bridge ``GPTModelProvider``."""
 
 
-LoadWeights = Callable[[GPTModel], None]
-"""Fills a model with weights, this rank's shards; collective over all ranks."""
+LoadWeights = Callable[[Model], None]
+"""Fills the chunks of a model with weights, this rank's shards; collective over all ranks."""
 
 
 class Student:
     """π_θ and π_0 on this rank.
 
     Attributes:
-        gpt: the live model π_θ, bare.
+        chunks: this rank's chunks of the live model π_θ, bare; one without virtual pipelining.
         adapters: its adapters, or None under full fine-tuning.
         vocab_size: true vocabulary.
     """
@@ -69,16 +70,16 @@ class Student:
         self._config = config
         self._parallel = parallel
         self._load_initial = load_initial
-        self._wrapped: DistributedDataParallel | None = None
+        self._wrapped: list[DistributedDataParallel] | None = None
         self.vocab_size = architecture.vocab_size
-        self.gpt: GPTModel = build_gpt(architecture.provider(), config, parallel)
+        self.chunks: list[GPTModel] = build_chunks(architecture.provider(), config, parallel)
         self.adapters: Adapters | None = None
         if load_trained is None:
-            load_initial(self.gpt)
+            load_initial(self.chunks)
         if config.adaptation == "lora":
-            self.adapters = Adapters(self.gpt, config.lora, seed=seed)
+            self.adapters = Adapters(self.chunks, config.lora, seed=seed)
         if load_trained is not None:
-            load_trained(self.gpt)
+            load_trained(self.chunks)
 
     @cached_property
     def base(self) -> FrozenBase:
@@ -86,16 +87,16 @@ class Student:
         the memory of the weights once more, on the device or the host (`student.frozen_copy`).
         """
         if self.adapters is not None:
-            return AdaptersOff(self.gpt, self.adapters)
-        copy = build_gpt(self._architecture.provider(), self._config, self._parallel)
+            return AdaptersOff(self.chunks, self.adapters)
+        copy = build_chunks(self._architecture.provider(), self._config, self._parallel)
         self._load_initial(copy)
         return FrozenCopy(copy, on_host=self._config.frozen_copy == "host")
 
     @cached_property
     def base_weight(self) -> Tensor:
-        """This rank's rows of the frozen output matrix [V_pad/tp, H]."""
+        """This rank's rows of the frozen output matrix [V_pad/tp, H]; on the last pipeline stage."""
         with self.base.model() as base:
-            return output_weight(base).detach()
+            return output_weight(base[-1]).detach()
 
     @cached_property
     def centre(self) -> Tensor:
@@ -104,8 +105,29 @@ class Student:
 
     @property
     def weight(self) -> Tensor:
-        """This rank's rows of the live output matrix [V_pad/tp, H]."""
-        return output_weight(self.gpt)
+        """This rank's rows of the live output matrix [V_pad/tp, H]; on the last pipeline stage."""
+        return output_weight(self.chunks[-1])
+
+    @property
+    def gpt(self) -> GPTModel:
+        """The only chunk of the live model."""
+        (only,) = self.chunks
+        return only
+
+    @property
+    def split(self) -> SequenceSplit:
+        """How sequences are spread over ranks."""
+        return SequenceSplit.of(self.chunks[0])
+
+    @property
+    def reports(self) -> bool:
+        """Whether what this rank measures on its tokens counts: one tensor-parallel rank of the last pipeline stage."""
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and self.tp_group.rank() == 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this rank knows of its trajectories counts: one of the ranks that share them."""
+        return self.reports and self.split.context_rank == 0
 
     @property
     def tp_group(self) -> torch.distributed.ProcessGroup:
@@ -117,8 +139,8 @@ class Student:
         """The data-parallel group, over which the rows of a step are shared out."""
         return parallel_state.get_data_parallel_group()
 
-    def wrap(self, config: OptimizerConfig) -> DistributedDataParallel:
-        """The live model in Megatron's DDP; made at the first call."""
+    def wrap(self, config: OptimizerConfig) -> list[DistributedDataParallel]:
+        """The chunks of the live model in Megatron's DDP; made at the first call."""
         if self._wrapped is None:
-            self._wrapped = wrap_for_training(self.gpt, config)
+            self._wrapped = wrap_for_training(self.chunks, config)
         return self._wrapped

@@ -18,7 +18,7 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
     def save_to(self, model: Any, save_path: str) -> str:
         """Writes a directory, or one packed file where `save_path` ends in `.nemo`."""
         config = to_dict_config(model.settings)
-        save_nemo(save_path, model.student.gpt, model.architecture, config, step=model.completed_steps)
+        save_nemo(save_path, model.student.chunks, model.architecture, config, step=model.completed_steps)
         return save_path
 
     def restore_from(

@@ -15,6 +15,7 @@ from nemo_popsd.config.loading import save_resolved, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.evaluation.summary import EvaluationSummary, comparison_table
+from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.model.callbacks import SaveCheckpoints
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.strategy import MegatronPlacement
@@ -75,7 +76,7 @@ def export(checkpoint: str, output: str) -> None:
     """Writes a NeMo checkpoint as a Hugging Face directory, adapters merged."""
     config = NemoCheckpoint(checkpoint).config
     config.data.train, config.data.validation = SourceConfig(), SourceConfig()
-    config.parallel.tensor = 1
+    config.parallel = ParallelConfig()
     model = PurifiedOPSDModel.restore_from(checkpoint, override_config_path=to_dict_config(config))
     model.export_huggingface(output)
     _say(f"Hugging Face checkpoint: {output}")
@@ -87,13 +88,13 @@ def build_trainer(config: PopsdConfig, *, logs: bool = True) -> Trainer:
 
     Makes the process groups where there are none yet, so that each process knows its device.
     """
-    initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
+    initialize(config.parallel, seed=config.seed)
     validates = bool(config.data.validation.path) and config.training.validate_every > 0
     return Trainer(
         accelerator=device().type if device().type == "cpu" else "gpu",
         strategy=MegatronPlacement(device=device()),
         devices=1,
-        max_steps=config.training.steps,
+        max_steps=config.training.steps * config.training.updates_per_step,
         val_check_interval=config.training.validate_every if validates else None,
         check_val_every_n_epoch=None,
         limit_val_batches=None,

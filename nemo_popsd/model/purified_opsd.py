@@ -74,9 +74,9 @@ class PurifiedOPSDModel(ModelPT):
         self._save_restore_connector = MegatronSaveRestoreConnector()
         self.automatic_optimization = False
         self.settings: PopsdConfig = from_dict_config(self.cfg)
-        initialize(tensor_parallel=self.settings.parallel.tensor, seed=self.settings.seed)
+        initialize(self.settings.parallel, seed=self.settings.seed)
         # Without it, NeMo would call the connector on rank 0 alone.
-        AppState().model_parallel_size = self.settings.parallel.tensor
+        AppState().model_parallel_size = self.settings.parallel.replica_ranks
         self._restored_steps = checkpoint.step if checkpoint else 0
         load_initial: LoadWeights = self._load_base
         if checkpoint is not None:
@@ -97,10 +97,10 @@ class PurifiedOPSDModel(ModelPT):
             load_initial=load_initial,
             load_trained=checkpoint.load_trained if checkpoint else None,
         )
-        self.gpt = self.student.gpt
+        self.chunks = torch.nn.ModuleList(self.student.chunks)
         self._checkpoint = checkpoint  # A packed one is unpacked for as long as its tokenizer files are needed.
         self.engine = MegatronEngine(
-            self.gpt,
+            self.student.chunks,
             vocab_size=self.student.vocab_size,
             batch_rows=self.settings.rollout.batch_rows,
             cache_tokens=self.settings.rollout.cache_tokens,
@@ -116,8 +116,9 @@ class PurifiedOPSDModel(ModelPT):
 
     @property
     def completed_steps(self) -> int:
-        """Optimizer steps behind the current weights."""
-        return self._restored_steps + (self.trainer.global_step if self._trainer is not None else 0)
+        """On-policy steps behind the current weights."""
+        updates = self.trainer.global_step if self._trainer is not None else 0
+        return self._restored_steps + updates // self.settings.training.updates_per_step
 
     # Data
 
@@ -178,13 +179,13 @@ class PurifiedOPSDModel(ModelPT):
 
     def configure_optimizers(self) -> StudentOptimizer:
         """Megatron's DDP and optimizer around what is trained."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.gpt.parameters()]
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.chunks.parameters()]
         trained = sum(size for size, trains in sizes if trains)
         logger.info("training %s of %s weights on this rank", f"{trained:,}", f"{sum(size for size, _ in sizes):,}")
         optimizer = StudentOptimizer(
             self.student.wrap(self.settings.optimizer),
             self.settings.optimizer,
-            steps=self.settings.training.steps,
+            steps=self.settings.training.steps * self.settings.training.updates_per_step,
             bf16=self.settings.student.precision == "bf16",
         )
         self._step = OnPolicyStep(
@@ -253,7 +254,7 @@ class PurifiedOPSDModel(ModelPT):
 
     def export_huggingface(self, output: str | Path) -> None:
         """Writes the student as a Hugging Face directory, adapters merged. Collective over all ranks."""
-        self.architecture.export(self.gpt, output)
+        self.architecture.export(self.student.chunks, output)
 
     @classmethod
     def from_pretrained(cls, model_name: str, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:

@@ -10,13 +10,13 @@ PREFIX = "train/"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """One optimizer step, over all data-parallel ranks. None: not measured in this step, and not logged.
+    """One on-policy step, over all data-parallel ranks. None: not measured in this step, and not logged.
 
     Divergences and entropies are means over response tokens, in nats, over the full true vocabulary.
     """
 
     loss: float
-    """What is minimised, averaged as `distillation.loss_mean` says."""
+    """What is minimised, averaged as `distillation.loss_mean` says; the mean over the step's updates."""
     forward_kl: float
     """KL(target ‖ student)."""
     reverse_kl: float
@@ -37,8 +37,10 @@ class StepMetrics:
     """Share of responses cut at `rollout.max_response_tokens`."""
     marker_rate: float
     """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
+    padding_share: float
+    """Share of padding among the tokens that went through the student and the frozen branches."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping; of the step's last update where it has several."""
     learning_rate: float
     """Learning rate of this step."""
     tokens_per_second: float

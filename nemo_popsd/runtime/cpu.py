@@ -185,6 +185,33 @@ def _contiguous_scatter() -> None:
     mapping.scatter_to_tp_ranks = scatter_to_tp_ranks
 
 
+def _embedding_between_stages() -> None:
+    """Makes ``.cuda()`` of the copied embedding ``.cpu()``, in the function's code: nothing else there has that name."""
+    module = importlib.import_module("megatron.core.models.common.language_module.language_module")
+    code = module.LanguageModule.setup_embeddings_and_output_layer.__code__
+    if "cuda" in code.co_names:
+        names = tuple("cpu" if name == "cuda" else name for name in code.co_names)
+        module.LanguageModule.setup_embeddings_and_output_layer.__code__ = code.replace(co_names=names)
+    elif "cpu" not in code.co_names:
+        raise RuntimeError(f"{module.__name__} moves no embedding; revise nemo_popsd/runtime/cpu.py")
+
+
+def _rotary_embedding_of_a_context_rank() -> None:
+    package = "megatron.core.models.common.embeddings"
+    name = "get_pos_emb_on_this_cp_rank"
+    for module_name in ("rope_utils", "rotary_pos_embedding", "yarn_rotary_pos_embedding"):
+        module = importlib.import_module(f"{package}.{module_name}")
+        if not hasattr(module, name):
+            raise RuntimeError(f"{package}.{module_name} has no {name}; revise nemo_popsd/runtime/cpu.py")
+        setattr(module, name, _chunks_of_context_rank)
+
+
+def _chunks_of_context_rank(embedding: torch.Tensor, dimension: int, group: Any) -> torch.Tensor:
+    """Of 2·cp chunks along `dimension`, this context-parallel rank's two: the same as the library's own."""
+    chunks = embedding.chunk(2 * group.size(), dim=dimension)
+    return torch.cat([chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]], dim=dimension)
+
+
 _TORCH_MODULES = {
     "megatron.bridge.models.conversion.param_mapping": "param_mapping.py:986 torch.cuda.current_device()",
     "megatron.core.dist_checkpointing.strategies.filesystem_async": "filesystem_async.py:230 synchronize()",
@@ -239,6 +266,16 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
                 "optimizer.py:671,690",
             ),
         )
+    ),
+    Adaptation(
+        "tied embedding of the last pipeline stage",
+        "language_module.py:244 .cuda() of a weight that two stages share",
+        _embedding_between_stages,
+    ),
+    Adaptation(
+        "rotary embedding of a context-parallel rank",
+        "rope_utils.py:64 .cuda() of an index in pinned memory",
+        _rotary_embedding_of_a_context_rank,
     ),
     Adaptation(
         "contiguous shards in Megatron-Bridge's scatter",

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
 
@@ -24,19 +25,19 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def initialize(*, tensor_parallel: int, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Makes the default group (NCCL with CUDA, gloo without), Megatron's groups and the seeds. Collective.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Idempotent for the
     same layout.
 
     Args:
-        tensor_parallel: tensor-parallel size; data parallelism takes the rest of the world.
+        parallel: the layout; data parallelism takes the rest of the world.
         seed: base seed, the same on every rank; Megatron derives those of tensor-parallel regions.
         timeout: a collective that waits longer fails on every rank.
 
     Raises:
-        UserError: the world does not divide by the layout.
+        UserError: the world does not divide by the layout, or this process has another one.
     """
     adapt_to_cpu()
     if torch.cuda.is_available():
@@ -47,27 +48,39 @@ def initialize(*, tensor_parallel: int, seed: int, timeout: timedelta = timedelt
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    if dist.get_world_size() % tensor_parallel:
-        raise UserError(
-            "layout",
-            got=f"parallel.tensor={tensor_parallel} with {dist.get_world_size()} processes",
-            need="a number of processes divisible by it",
-            mend="set parallel.tensor, or torchrun's --nproc-per-node and --nnodes",
-        )
+    parallel.check_world(dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
-    present = parallel_state.get_tensor_model_parallel_world_size()
-    if present != tensor_parallel:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            # An expert is whole on its rank where experts are shared out, and split like other matrices elsewhere.
+            expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
+        )
+    present = _sizes_of_groups()
+    if present.describe() != parallel.describe():
         raise UserError(
             "layout",
-            got=f"parallel.tensor={tensor_parallel} in a process whose groups were made for {present}",
+            got=f"{parallel.describe()} in a process whose groups were made for {present.describe()}",
             need="one layout in the life of a process",
-            mend=f"set parallel.tensor={present}, or build the trainer from the same configuration as the model",
+            mend=f"set {present.describe()}, or build the trainer from the same configuration as the model",
         )
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def _sizes_of_groups() -> ParallelConfig:
+    return ParallelConfig(
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        context=parallel_state.get_context_parallel_world_size(),
+        expert=parallel_state.get_expert_model_parallel_world_size(),
+    )
 
 
 def shutdown() -> None:

@@ -1,20 +1,23 @@
 """The frozen branches: what base, privileged teacher and reference-only teacher say of each response token.
 
 All are the same weights θ₀ on different contexts, so the contexts of all rollouts go through the model together,
-in as few forwards as the token budget allows. What is kept is hidden states, never logits.
+in as few forwards as the token budget allows. What is kept is hidden states, never logits: under context parallelism
+those of the tokens that this rank owns, on the last pipeline stage alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nemo_popsd.distillation import Target, hidden_pair
+from nemo_popsd.megatron.alignment import SequenceSplit
 from nemo_popsd.megatron.base import FrozenBase
-from nemo_popsd.megatron.forward import frozen_hidden_states
+from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
+from nemo_popsd.megatron.microbatches import TokenCount
 from nemo_popsd.training.trajectory import Trajectory
 
 
@@ -23,7 +26,7 @@ class DiagnosedTokens:
     """Some response tokens of one trajectory on which the teacher's signal is decomposed; D of them."""
 
     index: Tensor
-    """[D] int64, which response tokens."""
+    """[D] int64, which of the response tokens that this rank owns."""
     privileged: Tensor
     """[D, H] h_T."""
     reference: Tensor
@@ -32,7 +35,7 @@ class DiagnosedTokens:
 
 @dataclass(frozen=True)
 class TargetStates:
-    """What determines the target distribution at each of a trajectory's R response tokens."""
+    """What determines the target distribution at each of the R response tokens that this rank owns of a trajectory."""
 
     anchor: Tensor | None
     """[R, H], or None where the target has no linear part."""
@@ -41,26 +44,61 @@ class TargetStates:
     diagnosed: DiagnosedTokens | None
     """Tokens sampled for diagnosis."""
 
+    def on_host(self) -> TargetStates:
+        """The same in host memory, pinned where there is a GPU."""
+        tokens = self.diagnosed
+        if tokens is not None:
+            tokens = replace(tokens, privileged=_to_host(tokens.privileged), reference=_to_host(tokens.reference))
+        anchor, shift = (None if part is None else _to_host(part) for part in (self.anchor, self.shift))
+        return TargetStates(anchor, shift, tokens)
+
+
+def _to_host(states: Tensor) -> Tensor:
+    if not states.is_cuda:
+        return states
+    return torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states)
+
 
 class FrozenBranches:
-    """Runs the branches that a target needs."""
+    """Runs the branches that a target needs.
 
-    def __init__(self, base: FrozenBase, target: Target, *, token_budget: int, diagnosed_tokens: int) -> None:
+    Attributes:
+        computed: tokens that went through the base in the last call, over all ranks that shared them.
+    """
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        target: Target,
+        *,
+        token_budget: int,
+        diagnosed_tokens: int,
+        packed: bool = False,
+        on_host: bool = False,
+    ) -> None:
         """Keeps references only.
 
         Args:
             base: the frozen weights.
             target: branches whose coefficient is 0 are not run.
-            token_budget: padded tokens of one forward.
+            token_budget: tokens of one forward, padding included.
             diagnosed_tokens: response tokens per call to keep for diagnosis, which needs both teachers.
+            packed: contexts one after the other instead of side by side.
+            on_host: keep the states in host memory until the loss asks for them.
         """
         self._base = base
         self._target = target
         self._token_budget = token_budget
         self._diagnosed_tokens = diagnosed_tokens
+        self._packed = packed
+        self._on_host = on_host
+        self.computed = TokenCount()
 
     def target_states(self, trajectories: Sequence[Trajectory]) -> list[TargetStates]:
-        """Target states of each trajectory, detached. Collectives: those of Megatron's forwards."""
+        """Target states of each trajectory, detached; none but on the last pipeline stage.
+
+        Collectives: those of Megatron's forwards and of `bring_together`.
+        """
         branches: dict[str, list[Tensor]] = {}
         wanted = self._wanted_branches()
         contexts = {
@@ -69,11 +107,16 @@ class FrozenBranches:
             "reference": [t.reference for t in trajectories],
         }
         sequences = [sequence for name in wanted for sequence in contexts[name]]
-        with self._base.model() as model:
-            hidden = frozen_hidden_states(model, sequences, self._token_budget)
+        with self._base.model() as chunks:
+            batches = student_batches(chunks, sequences, self._token_budget, packed=self._packed)
+            hidden = frozen_hidden_states(chunks, batches)
+            split = SequenceSplit.of(chunks[0])
+        self.computed = TokenCount.of(batches)
+        if not hidden:
+            return []
         for number, name in enumerate(wanted):
             branches[name] = hidden[number * len(trajectories) : (number + 1) * len(trajectories)]
-        diagnosed = self._sample([len(t.rollout.response) for t in trajectories])
+        diagnosed = self._sample(trajectories, split)
         states = []
         for row in range(len(trajectories)):
             base, privileged, reference = (
@@ -87,7 +130,7 @@ class FrozenBranches:
                 index = diagnosed[row].to(privileged.device)
                 tokens = DiagnosedTokens(index, privileged[index], reference[index])
             states.append(TargetStates(anchor, shift, tokens))
-        return states
+        return [state.on_host() for state in states] if self._on_host else states
 
     def _wanted_branches(self) -> list[str]:
         target, diagnoses = self._target, self._diagnosed_tokens > 0
@@ -98,8 +141,9 @@ class FrozenBranches:
         }
         return [name for name, needed in wanted.items() if needed]
 
-    def _sample(self, lengths: Sequence[int]) -> list[Tensor] | None:
-        """Response tokens evenly spaced over all trajectories, by trajectory; the same at every run."""
+    def _sample(self, trajectories: Sequence[Trajectory], split: SequenceSplit) -> list[Tensor] | None:
+        """Response tokens evenly spaced over all trajectories, by trajectory; the same at every run and any split."""
+        lengths = [len(t.rollout.response) for t in trajectories]
         total = sum(lengths)
         count = min(self._diagnosed_tokens, total)
         if not self._diagnosed_tokens:
@@ -107,4 +151,5 @@ class FrozenBranches:
         chosen = torch.zeros(total, dtype=torch.bool)
         if count:
             chosen[torch.arange(count) * total // count] = True
-        return [part.nonzero().squeeze(1) for part in chosen.split(list(lengths))]
+        parts = zip(trajectories, chosen.split(lengths), strict=True)
+        return [part[split.owned(t.rollout.response)].nonzero().squeeze(1) for t, part in parts]

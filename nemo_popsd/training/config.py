@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_popsd.config.checks import above, at_least
+from nemo_popsd.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -12,13 +13,22 @@ class TrainingConfig:
     """Steps, batches, and what happens every so many steps."""
 
     steps: int = 200
-    """Optimizer steps (the paper trains at most 200)."""
+    """On-policy steps (the paper trains at most 200)."""
     prompts_per_step: int = 32
     """Questions per step over all data-parallel ranks, one rollout each (the paper's batch)."""
+    updates_per_step: int = 1
+    """Optimizer updates per step, each on an equal part of its rollouts. The frozen passes are made once for all of
+    them. From the second update on the student is no longer the one that drew the rollouts: off-policy by that much."""
     microbatch_tokens: int = 8192
-    """Padded tokens of one forward and backward pass of the student; gradients accumulate over them."""
+    """Tokens, padding included, of one forward and backward pass of the student; gradients accumulate over them."""
     frozen_tokens: int = 32768
-    """Padded tokens of one forward pass of the frozen branches, which keep no activations."""
+    """Tokens, padding included, of one forward pass of the frozen branches, which keep no activations."""
+    packing: bool = True
+    """Put contexts one after the other in a forward pass instead of side by side: no padding but what the layout asks
+    for (`train/padding_share` says how much)."""
+    cache_on_host: bool = False
+    """Keep what the frozen passes say of each token (4 to 6 bytes per token and hidden unit) in host memory until the
+    loss needs it."""
     validate_every: int = 50
     """Evaluate on `data.validation` every so many steps; 0 only at the start and the end."""
     checkpoint_every: int = 50
@@ -30,7 +40,15 @@ class TrainingConfig:
     """Write a Hugging Face checkpoint (adapters merged) at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "microbatch_tokens", "frozen_tokens"):
+        for name in ("steps", "prompts_per_step", "updates_per_step", "microbatch_tokens", "frozen_tokens"):
             above(f"training.{name}", getattr(self, name), 0)
+        if self.prompts_per_step % self.updates_per_step:
+            raise UserError(
+                "configuration",
+                got=f"training.updates_per_step={self.updates_per_step} with training.prompts_per_step="
+                f"{self.prompts_per_step}",
+                need="updates on equal parts",
+                mend="set training.updates_per_step to a divisor of training.prompts_per_step",
+            )
         at_least("training.validate_every", self.validate_every, 0)
         at_least("training.checkpoint_every", self.checkpoint_every, 0)

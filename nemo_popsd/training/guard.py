@@ -23,7 +23,7 @@ def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequenc
 
     Args:
         step: number of the step, from 1.
-        reports: of this rank's micro-batches.
+        reports: of this rank's micro-batches; none where another pipeline stage has the loss.
         row_ids: ids of this rank's trajectories.
         grad_norm: global gradient norm.
 

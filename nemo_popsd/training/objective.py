@@ -32,7 +32,7 @@ class LossReport:
     rows: list[int]
     """Which trajectories."""
     response_lengths: list[int]
-    """Their response tokens."""
+    """Their response tokens that this rank owns."""
     loss: Tensor
     """Σ weight · divergence, this micro-batch's part of the global loss; a scalar."""
     per_token: Tensor
@@ -96,7 +96,7 @@ class Objective:
         Args:
             batch: the micro-batch.
             hidden_NH: the student's states at its response positions.
-            states: target states of all of this rank's trajectories.
+            states: target states of all of this rank's trajectories, on any device.
             weights: from `token_weights`.
         """
         student, mine = self._student, [states[row] for row in batch.rows]
@@ -105,8 +105,8 @@ class Objective:
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
-            _concatenated([state.anchor for state in mine]),
-            _concatenated([state.shift for state in mine]),
+            _concatenated([state.anchor for state in mine], hidden_NH.device),
+            _concatenated([state.shift for state in mine], hidden_NH.device),
             student.base_weight,
             target=self.target,
             divergence=self.divergence,
@@ -137,10 +137,10 @@ class Objective:
         offsets = [sum(batch.response_lengths[:row]) for row in range(len(mine))]
         index = torch.cat([t.index + offset for t, offset in zip(diagnosed, offsets, strict=True) if t is not None])
         return decomposition_statistics(
-            hidden_NH.detach()[index],
+            hidden_NH.detach()[index.to(hidden_NH.device)],
             self._student.weight.detach(),
-            torch.cat([tokens.privileged for tokens in diagnosed if tokens is not None]),
-            torch.cat([tokens.reference for tokens in diagnosed if tokens is not None]),
+            torch.cat([t.privileged for t in diagnosed if t is not None]).to(hidden_NH.device),
+            torch.cat([t.reference for t in diagnosed if t is not None]).to(hidden_NH.device),
             self._student.base_weight,
             vocab_size=self._student.vocab_size,
             temperature=self.target.temperature,
@@ -148,6 +148,6 @@ class Objective:
         )
 
 
-def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
+def _concatenated(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    present = [part.to(device, non_blocking=True) for part in parts if part is not None]
     return torch.cat(present) if present else None

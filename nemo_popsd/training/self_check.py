@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from nemo_popsd.distillation import LogLinearTarget, hidden_pair
-from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states
-from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
+from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states, student_batches
+from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.runtime.distributed import device, greatest_of_all_ranks
@@ -29,6 +29,8 @@ def check_student_equals_base(
     objective: Objective,
     sequences: Sequence[ContextSequence],
     token_budget: int,
+    *,
+    packed: bool = False,
 ) -> None:
     """With the student equal to the base and the PMI off (target = base), loss and gradient must be 0.
 
@@ -39,29 +41,31 @@ def check_student_equals_base(
         optimizer: its optimizer.
         objective: gives divergence and settings; its target is replaced by the base alone.
         sequences: some of the first step's student contexts with their responses.
-        token_budget: padded tokens of one forward and backward.
+        token_budget: tokens of one forward and backward, padding included.
+        packed: sequences one after the other instead of side by side.
 
     Raises:
         RuntimeError: on every rank alike, saying what differs and what to look at.
     """
+    batches = student_batches(student.chunks, sequences, token_budget, packed=packed)
     with student.base.model() as base:
-        hidden = frozen_hidden_states(base, sequences, token_budget)
+        hidden = frozen_hidden_states(base, batches)
     off = LogLinearTarget(base=1.0, temperature=objective.target.temperature)
     plain = objective.with_target(off)
     states = [TargetStates(*hidden_pair(off, state, None, None), None) for state in hidden]
     ones = torch.ones(len(sequences), device=device(), dtype=torch.float64)
-    model = optimizer.model
 
     def loss(batch: MicroBatch, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, LossReport]:
         return plain(batch, hidden_NH, states, ones / max(1, sum(batch.response_lengths)))
 
     optimizer.zero_grad()
-    reports = forward_backward(model, microbatches(sequences, token_budget, device()), loss)
+    reports = forward_backward(optimizer.chunks, batches, loss)
     grad_norm = optimizer.prepare()
     optimizer.zero_grad()
-    per_token = torch.cat([report.per_token for report in reports])
+    # Nothing where another stage has the loss, or other ranks own all tokens.
+    per_token = torch.cat([torch.zeros(1, device=device()), *(report.per_token for report in reports)])
     worst = greatest_of_all_ranks(float(per_token.abs().nan_to_num(nan=math.inf).max()))
-    tolerance = TOLERANCE[student.base_weight.dtype]
+    tolerance = TOLERANCE[next(student.chunks[0].parameters()).dtype]
     logger.info("self-check with student = base and PMI off: loss at most %.3g, gradient norm %.3g", worst, grad_norm)
     if not (worst <= tolerance and grad_norm <= tolerance):
         raise RuntimeError(

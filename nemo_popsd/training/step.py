@@ -1,4 +1,4 @@
-"""One on-policy step: rollouts of the current weights, frozen branches, loss and gradients, update, metrics."""
+"""One on-policy step: rollouts of the current weights, frozen branches, loss and gradients, updates, metrics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.distillation.build import build_divergence, build_target
-from nemo_popsd.megatron.forward import forward_backward
-from nemo_popsd.megatron.microbatches import MicroBatch, microbatches
+from nemo_popsd.megatron.forward import forward_backward, student_batches
+from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.observability.metrics import StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 from nemo_popsd.rollout.engine import Request, RolloutEngine, SamplingParams, row_seed
 from nemo_popsd.runtime.distributed import device
+from nemo_popsd.training.balance import share_out
 from nemo_popsd.training.branches import FrozenBranches, TargetStates
 from nemo_popsd.training.guard import refuse_non_finite
 from nemo_popsd.training.objective import LossReport, Objective
@@ -66,6 +67,8 @@ class OnPolicyStep:
             target,
             token_budget=config.training.frozen_tokens,
             diagnosed_tokens=settings.diagnosed_tokens,
+            packed=config.training.packing,
+            on_host=config.training.cache_on_host,
         )
 
     def __call__(
@@ -77,33 +80,47 @@ class OnPolicyStep:
             number: of the step, from 1.
             rows: this data-parallel rank's share of the step.
             optimizer: the student's.
-            update: steps `optimizer`, through whatever counts steps.
+            update: steps `optimizer`, through whatever counts updates; called `training.updates_per_step` times.
 
         Raises:
             NonFiniteError: on every rank, before the update.
             RuntimeError: the self-check before step 1 failed.
         """
-        watch = Stopwatch()
+        settings, watch = self._config.training, Stopwatch()
         with watch.phase("rollout"):
-            trajectories = self._roll_out(number, rows)
-        if number == 1 and self._config.training.self_check:
+            parts = share_out(self._roll_out(number, rows), self._student.dp_group, settings.updates_per_step)
+        trajectories = [trajectory for part in parts for trajectory in part]
+        if number == 1 and settings.self_check:
             sequences = [t.student for t in trajectories[:_CHECKED_SEQUENCES]]
-            budget = self._config.training.microbatch_tokens
-            check_student_equals_base(self._student, optimizer, self._objective, sequences, budget)
+            budget, packed = settings.microbatch_tokens, settings.packing
+            check_student_equals_base(self._student, optimizer, self._objective, sequences, budget, packed=packed)
         with watch.phase("frozen"):
             states = self._branches.target_states(trajectories)
+        computed, reports = self._branches.computed, []
         with watch.phase("train"):
-            reports = self._accumulate(trajectories, states, optimizer)
-            refuse_non_finite(number, reports, [t.row_id for t in trajectories], optimizer.prepare())
-            update()
+            for part in parts:
+                of_part, states = states[: len(part)], states[len(part) :]
+                batches = student_batches(
+                    self._student.chunks,
+                    [t.student for t in part],
+                    settings.microbatch_tokens,
+                    packed=settings.packing,
+                )
+                computed += TokenCount.of(batches)
+                reported = self._accumulate(part, batches, of_part, optimizer)
+                refuse_non_finite(number, reported, [t.row_id for t in part], optimizer.prepare())
+                update()
+                reports += reported
+        counted = trajectories if self._student.counts else []
         return summarize_step(
-            reports,
-            trajectories,
-            markers=sum(self._count_markers(t.rollout.response) for t in trajectories),
+            reports if self._student.reports else [],
+            counted,
+            markers=sum(self._count_markers(t.rollout.response) for t in counted),
             grad_norm=optimizer.grad_norm,
             learning_rate=optimizer.learning_rate,
             stopwatch=watch,
-            group=self._student.dp_group,
+            computed=computed if self._student.counts else TokenCount(),
+            updates=settings.updates_per_step,
         )
 
     def _roll_out(self, number: int, rows: Sequence[PromptRow]) -> list[Trajectory]:
@@ -114,15 +131,17 @@ class OnPolicyStep:
         return [Trajectory(row, rollout) for row, rollout in zip(rows, rollouts, strict=True)]
 
     def _accumulate(
-        self, trajectories: Sequence[Trajectory], states: Sequence[TargetStates], optimizer: StudentOptimizer
+        self,
+        trajectories: Sequence[Trajectory],
+        batches: Sequence[MicroBatch],
+        states: Sequence[TargetStates],
+        optimizer: StudentOptimizer,
     ) -> list[LossReport]:
         lengths = [len(t.rollout.response) for t in trajectories]
         weights = self._objective.token_weights(lengths, self._student.dp_group, device())
-        budget = self._config.training.microbatch_tokens
-        batches = microbatches([t.student for t in trajectories], budget, device())
 
         def loss(batch: MicroBatch, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, LossReport]:
             return self._objective(batch, hidden_NH, states, weights)
 
         optimizer.zero_grad()
-        return forward_backward(optimizer.model, batches, loss)
+        return forward_backward(optimizer.chunks, batches, loss)

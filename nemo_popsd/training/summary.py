@@ -1,4 +1,4 @@
-"""From this rank's reports to the step's metrics over all data-parallel ranks."""
+"""From the ranks' reports to the step's metrics, the same on every rank."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from nemo_popsd.megatron.microbatches import TokenCount
 from nemo_popsd.observability.metrics import StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 from nemo_popsd.runtime.distributed import device
@@ -24,18 +25,23 @@ def summarize_step(
     grad_norm: float,
     learning_rate: float,
     stopwatch: Stopwatch,
-    group: dist.ProcessGroup,
+    computed: TokenCount,
+    updates: int = 1,
 ) -> StepMetrics:
-    """Means over the global batch. One all-reduce of sixteen numbers over the data-parallel group.
+    """Means over the global batch. One all-reduce of eighteen numbers over the world.
+
+    Every token must be reported by one rank of those that share it, and every trajectory by one of those that share
+    its model; the others hand in nothing of it (see `Student.reports` and `Student.counts`).
 
     Args:
         reports: of this rank's micro-batches.
         trajectories: this rank's.
-        markers: epistemic markers in this rank's responses.
+        markers: epistemic markers in their responses.
         grad_norm: global gradient norm.
         learning_rate: of this step.
         stopwatch: with the phases ``rollout``, ``frozen`` and ``train`` of this step.
-        group: data-parallel group.
+        computed: tokens that went through student and base for these trajectories.
+        updates: optimizer updates that the loss is a mean over.
     """
     sums: dict[str, torch.Tensor | float] = {
         "loss": sum(float(report.loss) for report in reports),
@@ -43,6 +49,8 @@ def summarize_step(
         "responses": len(trajectories),
         "cut": sum(t.rollout.cut for t in trajectories),
         "markers": markers,
+        "computed": computed.real + computed.padding,
+        "padding": computed.padding,
     }
     for name in ("forward_kl", "reverse_kl", "student_entropy", "target_entropy"):
         sums[name] = sum(float(getattr(report.statistics, name).double().sum()) for report in reports)
@@ -53,12 +61,12 @@ def summarize_step(
         sums[name] = sum(float(value.sum()) for value in finite)
         sums[f"{name}_tokens"] = sum(len(value) for value in finite)
     totals = torch.tensor(list(map(float, sums.values())), dtype=torch.float64, device=device())
-    dist.all_reduce(totals, group=group)
+    dist.all_reduce(totals)
     total = dict(zip(sums, totals.tolist(), strict=True))
     tokens = max(total["tokens"], 1.0)
     seconds = {phase: stopwatch.seconds(phase) for phase in ("rollout", "frozen", "train")}
     return StepMetrics(
-        loss=total["loss"],
+        loss=total["loss"] / updates,
         forward_kl=total["forward_kl"] / tokens,
         reverse_kl=total["reverse_kl"] / tokens,
         student_entropy=total["student_entropy"] / tokens,
@@ -67,6 +75,7 @@ def summarize_step(
         response_tokens=total["tokens"] / max(total["responses"], 1.0),
         cut_share=total["cut"] / max(total["responses"], 1.0),
         marker_rate=1000 * total["markers"] / tokens,
+        padding_share=total["padding"] / max(total["computed"], 1.0),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         tokens_per_second=total["tokens"] / max(sum(seconds.values()), 1e-9),

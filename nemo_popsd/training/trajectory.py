@@ -22,6 +22,11 @@ class Trajectory:
         return self.row.record.id
 
     @property
+    def cost(self) -> int:
+        """Work that it makes, in tokens of one forward: three frozen ones, and the student's forward and backward."""
+        return 4 * len(self.student) + len(self.privileged) + len(self.reference)
+
+    @property
     def student(self) -> ContextSequence:
         """Question and response; also the frozen base's context."""
         return ContextSequence(self.row.contexts.student, self.rollout.response)

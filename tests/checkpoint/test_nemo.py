@@ -67,10 +67,10 @@ def _restore(path: Path, world_size: int, name: str) -> tuple[NemoCheckpoint, An
 
 def _plain(path: Path, world_size: int) -> Any:
     """A plain model filled as `student.source` fills it."""
-    from nemo_popsd.megatron.build import build_gpt
+    from nemo_popsd.megatron.build import build_chunks
 
     source = open_source(str(path))
-    model = build_gpt(
+    [model] = build_chunks(
         source.architecture.provider(), StudentConfig(precision="fp32"), ParallelConfig(tensor=world_size)
     )
     source.load(model)
@@ -97,7 +97,7 @@ def _save(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, A
 def _load(rank: int, world_size: int, folder: Path, again: Path) -> dict[str, Any]:
     from nemo_popsd.runtime.distributed import initialize
 
-    initialize(tensor_parallel=world_size, seed=1)
+    initialize(ParallelConfig(tensor=world_size), seed=1)
     result: dict[str, Any] = {}
     for name in SETTINGS:
         for suffix in ("", ".nemo"):
@@ -178,7 +178,8 @@ def test_a_checkpoint_is_complete_and_readable_by_eye(moved, source):
     }
     manifest = json.loads((folder / "lora" / "manifest.json").read_text())
     assert manifest["step"] == 17
-    assert manifest["layout"] == {"tensor": len(before), "data": 1}
+    sizes = {"tensor": len(before), "pipeline": 1, "context": 1, "expert": 1, "data": 1}
+    assert manifest["layout"] == sizes
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in manifest["versions"]["torch"]
     with tarfile.open(folder / "lora.nemo") as archive:
         assert {"./manifest.json", "./model_config.yaml"} <= set(archive.getnames())
@@ -240,13 +241,13 @@ def test_garbage_is_refused_with_one_sentence(moved, tmp_path):
 
 def _load_broken(rank: int, world_size: int, broken: list[Path]) -> list[str]:
     messages = []
-    from nemo_popsd.megatron.build import build_gpt
+    from nemo_popsd.megatron.build import build_chunks
     from nemo_popsd.runtime.distributed import initialize
 
-    initialize(tensor_parallel=1, seed=1)
+    initialize(ParallelConfig(), seed=1)
     for path in broken:
         checkpoint = NemoCheckpoint(path)
-        model = build_gpt(checkpoint.architecture.provider(), checkpoint.config.student, ParallelConfig())
+        [model] = build_chunks(checkpoint.architecture.provider(), checkpoint.config.student, ParallelConfig())
         try:
             checkpoint.load_trained(model)
             messages.append("")

@@ -110,11 +110,10 @@ def expected_gradients(directory: Path, tensor: int) -> dict[str, Tensor]:
 def fill_gradients(student: Any, rows: Sequence[int], token_budget: int) -> list[float]:
     """Adds the gradients of the sequences `rows` to ``main_grad``; returns the losses of the micro-batches."""
     from nemo_popsd.megatron.config import OptimizerConfig
-    from nemo_popsd.megatron.forward import forward_backward
-    from nemo_popsd.megatron.microbatches import microbatches
+    from nemo_popsd.megatron.forward import forward_backward, student_batches
 
     everything = sequences()
-    batches = microbatches([everything[row] for row in rows], token_budget, torch.device("cpu"))
+    batches = student_batches(student.chunks, [everything[row] for row in rows], token_budget, packed=False)
     return forward_backward(student.wrap(OptimizerConfig()), batches, loss_function(student, rows))
 
 
@@ -124,7 +123,8 @@ def accumulated_gradients(
     """``main_grad`` of every trained parameter after one `forward_backward`, and the losses of the micro-batches."""
     from nemo_popsd.megatron.config import OptimizerConfig
 
-    student.wrap(OptimizerConfig()).zero_grad_buffer()
+    for chunk in student.wrap(OptimizerConfig()):
+        chunk.zero_grad_buffer()
     losses = fill_gradients(student, rows, token_budget)
     trained = {name: p for name, p in student.gpt.named_parameters() if p.requires_grad}
     return {name: p.main_grad.clone() for name, p in trained.items()}, losses

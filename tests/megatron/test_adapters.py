@@ -62,7 +62,7 @@ def _expected_adapter_gradients(gpt: Any, weight_gradients: dict[str, Tensor], g
 def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
     from nemo_popsd.megatron.adapters import merged_state
     from nemo_popsd.megatron.base import fingerprint
-    from nemo_popsd.megatron.build import build_gpt
+    from nemo_popsd.megatron.build import build_chunks
     from nemo_popsd.megatron.config import ParallelConfig
     from nemo_popsd.runtime.distributed import on_any_rank
 
@@ -90,7 +90,7 @@ def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str
     result["adapted"] = whole_logits(gpt, IDS, cases.VOCABULARY)
     with student.adapters.off():
         result["off"] = whole_logits(gpt, IDS, cases.VOCABULARY)
-    with student.base.model() as base:
+    with student.base.model() as [base]:
         result["base"] = whole_logits(base, IDS, cases.VOCABULARY)
     try:
         with student.adapters.off():
@@ -98,7 +98,7 @@ def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str
     except KeyError:
         result["on again"] = whole_logits(gpt, IDS, cases.VOCABULARY)
 
-    merged = build_gpt(
+    [merged] = build_chunks(
         HuggingFaceModel(source).provider(), StudentConfig(precision="fp32"), ParallelConfig(tensor=world_size)
     )
     merged.load_state_dict(merged_state(gpt, LORA))

@@ -31,10 +31,13 @@ def dense(tmp_path_factory):
 
 
 def _hidden_states(student: Any) -> dict[str, Any]:
-    from nemo_popsd.megatron.forward import frozen_hidden_states, hidden_states_only, output_weight
+    from nemo_popsd.megatron.forward import frozen_hidden_states, hidden_states_only, output_weight, student_batches
 
-    everything = cases.sequences()
-    by_budget = {budget: frozen_hidden_states(student.gpt, everything, budget) for budget in (1, 30, cases.EVERYTHING)}
+    def states(sequences: Any, budget: int) -> list[Tensor]:
+        batches = student_batches(student.chunks, sequences, budget, packed=False)
+        return frozen_hidden_states(student.chunks, batches)
+
+    by_budget = {budget: states(cases.sequences(), budget) for budget in (1, 30, cases.EVERYTHING)}
     student.gpt.train()
     before = student.gpt.post_process
     with pytest.raises(RuntimeError, match="planted"), hidden_states_only(student.gpt):
@@ -43,7 +46,7 @@ def _hidden_states(student: Any) -> dict[str, Any]:
         "states": by_budget,
         "weight": output_weight(student.gpt).detach().clone(),
         "restored": before is True and student.gpt.post_process is True and student.gpt.training,
-        "none": frozen_hidden_states(student.gpt, [], 5),
+        "none": states([], 5),
     }
 
 

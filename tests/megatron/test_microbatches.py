@@ -35,7 +35,7 @@ def test_every_response_token_is_predicted_from_the_token_before_it(lengths, bud
         for row in batch.rows:
             tokens = [*sequences[row].prompt, *sequences[row].response]
             expected += [tokens[tokens.index(token) - 1] for token in sequences[row].response]
-        assert [place[index] for index in batch.response_index.tolist()] == expected
+        assert [place[index] for index in batch.route.take.tolist()] == expected
         for column, row in enumerate(batch.rows):
             tokens = [*sequences[row].prompt, *sequences[row].response]
             assert batch.input_ids[column].tolist() == tokens + [0] * (longest - len(tokens))
@@ -66,8 +66,8 @@ def test_grouping_by_hand():
 def test_one_token_and_empty_responses():
     [batch] = microbatches([ContextSequence([7], [8]), ContextSequence([5, 6], [])], 10, CPU)
     assert batch.input_ids.tolist() == [[7, 8], [5, 6]]
-    assert batch.response_index.tolist() == [0]
+    assert batch.route.take.tolist() == [0]
     assert batch.response_lengths == [1, 0]
     [empty] = microbatches([ContextSequence([5, 6], [])], 10, CPU)
-    assert empty.response_index.tolist() == []
-    assert empty.response_index.dtype == torch.long
+    assert empty.route.take.tolist() == []
+    assert empty.route.take.dtype == torch.long

@@ -41,7 +41,7 @@ def _train(student: Any, bf16: bool = False, **config: Any) -> tuple[Any, dict[s
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (settings.beta1, settings.beta2)
     reference = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)
-    with student.base.model() as base:
+    with student.base.model() as [base]:
         before = fingerprint(base)
     report: dict[str, Any] = {"norms": [], "local norms": [], "calls": 0}
 
@@ -61,7 +61,7 @@ def _train(student: Any, bf16: bool = False, **config: Any) -> tuple[Any, dict[s
         for name, copy in copies.items():
             copy.grad = gradients[name] * clip
         reference.step()
-    with student.base.model() as base:
+    with student.base.model() as [base]:
         report["frozen"] = before == fingerprint(base)
     report["student moved"] = before != fingerprint(student.gpt)
     report["adapters moved"] = any(p.abs().max() > 0 for n, p in trained.items() if "linear_out.weight" in n)

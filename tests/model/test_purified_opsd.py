@@ -58,7 +58,7 @@ def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
     vocab_size = model.student.vocab_size
 
     def logits(of: Any) -> torch.Tensor:
-        return whole_logits(of.gpt.eval(), IDS, vocab_size)
+        return whole_logits(of.student.gpt.eval(), IDS, vocab_size)
 
     seen: dict[str, Any] = {"is ModelPT": isinstance(model, ModelPT), "untrained": logits(model)}
     trainer.validate(model, verbose=False)
@@ -83,7 +83,7 @@ def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
     again = PurifiedOPSDModel.restore_from(path, trainer=goes_on)
     goes_on.fit(again)
     seen["goes on"] = again.completed_steps
-    with again.student.base.model() as base:
+    with again.student.base.model() as [base]:
         seen["base"] = whole_logits(base.eval(), IDS, vocab_size)
     train = DictConfig({"path": "nemo_popsd:tiny_train", "limit": 3, "columns": {"id": "id"}})
     model.setup_training_data(train)
@@ -179,7 +179,7 @@ def elsewhere(rank: int, world_size: int, folder: Path, tensor: int) -> dict[str
         layout = OmegaConf.create({"parallel": {"tensor": tensor}})
         path = str(folder / adaptation / "saved.nemo")
         model = PurifiedOPSDModel.restore_from(path, override_config_path=layout, trainer=trainer)
-        seen[adaptation] = whole_logits(model.gpt.eval(), IDS, model.student.vocab_size)
+        seen[adaptation] = whole_logits(model.student.gpt.eval(), IDS, model.student.vocab_size)
         trainer.validate(model, verbose=False)
         seen[f"{adaptation} evaluated"] = model.last_evaluation
         model.save_to(str(folder / f"elsewhere-{tensor}" / adaptation))

@@ -57,7 +57,7 @@ def stops(greedy: list[list[int]]) -> frozenset[int]:
 
 def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> dict[str, Any]:
     """All that the tests look at, from one start."""
-    from nemo_popsd.megatron.forward import frozen_hidden_states, output_weight
+    from nemo_popsd.megatron.forward import frozen_hidden_states, output_weight, student_batches
     from nemo_popsd.megatron.microbatches import ContextSequence
     from nemo_popsd.rollout.megatron_engine import MegatronEngine
     from tests.tiny_models import build_student
@@ -67,7 +67,7 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
 
     def engine(batch_rows: int = 64, cache_tokens: int = 1 << 20) -> MegatronEngine:
         return MegatronEngine(
-            student.gpt,
+            student.chunks,
             vocab_size=student.vocab_size,
             batch_rows=batch_rows,
             cache_tokens=cache_tokens,
@@ -91,7 +91,8 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
         "trains again": student.gpt.training,
     }
     sequences = [ContextSequence(q.prompt, r.response) for q, r in zip(REQUESTS, seen["random"], strict=True)]
-    hidden = frozen_hidden_states(student.gpt, sequences, 1000)
+    batches = student_batches(student.chunks, sequences, 1000, packed=False)
+    hidden = frozen_hidden_states(student.chunks, batches)
     shards = [torch.empty_like(student.weight) for _ in range(world_size)]
     torch.distributed.all_gather(shards, output_weight(student.gpt).detach().contiguous(), group=student.tp_group)
     logits = [h @ torch.cat(shards)[: student.vocab_size].t() for h in hidden]

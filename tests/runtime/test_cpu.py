@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.runtime import cpu
 from nemo_popsd.runtime.cpu import ADAPTATIONS, TORCH_ON_CPU, Adaptation, adapt_to_cpu
 from tests.harness import run_ranks
@@ -150,9 +151,11 @@ def test_a_target_that_has_vanished_is_an_error(monkeypatch):
             adapt_to_cpu()
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
+    rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
     for owner, attribute, apply in (
         (random, "_set_cuda_rng_state", cpu._cpu_rng_state),
         (mapping, "scatter_to_tp_ranks", cpu._contiguous_scatter),
+        (rope, "get_pos_emb_on_this_cp_rank", cpu._rotary_embedding_of_a_context_rank),
     ):
         with monkeypatch.context() as patch:
             patch.delattr(owner, attribute)
@@ -168,7 +171,9 @@ def test_a_target_that_has_vanished_is_an_error(monkeypatch):
 @pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=lambda a: a.name)
 def test_the_lines_that_need_it_are_there(adaptation):
     root = Path(importlib.import_module("megatron.core").__path__[0]).parent
-    wanted = re.compile(r"torch\.cuda|['\"]cuda['\"]|_cuda_setRNGState|import transformer_engine|distributed\.scatter")
+    wanted = re.compile(
+        r"\.cuda\(|torch\.cuda|['\"]cuda['\"]|_cuda_setRNGState|import transformer_engine|distributed\.scatter"
+    )
     module = adaptation.name.removeprefix("torch in ").replace("megatron.", "").replace(".", "/") + ".py"
     places = re.findall(r"(\w+\.py):([\d,-]+)|, ((?:\d+,)*\d+)", adaptation.needed_by)
     assert places, "names a file and a line"
@@ -226,7 +231,7 @@ def _random_state(rank: int, world_size: int) -> dict[str, Any]:
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megatron.core.tensor_parallel.random").addHandler(handler)
 
-    initialize(tensor_parallel=world_size, seed=3)
+    initialize(ParallelConfig(tensor=world_size), seed=3)
     before = torch.get_rng_state()
     with get_cuda_rng_tracker().fork():
         first = torch.rand(4)
@@ -243,7 +248,7 @@ def _scatter(rank: int, world_size: int) -> dict[str, Any]:
 
     from nemo_popsd.runtime.distributed import initialize
 
-    initialize(tensor_parallel=world_size, seed=3)
+    initialize(ParallelConfig(tensor=world_size), seed=3)
     whole = torch.arange(12.0).reshape(3, 4)
     mapping = ColumnParallelMapping("a.weight", "b.weight")
     ours = type(mapping).scatter_to_tp_ranks

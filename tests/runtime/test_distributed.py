@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.config import ParallelConfig
 from tests.harness import run_ranks
 
 
@@ -35,7 +36,7 @@ def _draws() -> tuple[float, ...]:
 def test_one_process_needs_no_launcher(distributed):
     from megatron.core import parallel_state
 
-    distributed.initialize(tensor_parallel=1, seed=4)
+    distributed.initialize(ParallelConfig(), seed=4)
     assert dist.get_world_size() == 1
     assert parallel_state.get_tensor_model_parallel_world_size() == 1
     assert parallel_state.get_data_parallel_world_size() == 1
@@ -43,19 +44,19 @@ def test_one_process_needs_no_launcher(distributed):
     assert distributed.on_any_rank(True) is True
     assert distributed.on_any_rank(False) is False
     first = _draws()
-    distributed.initialize(tensor_parallel=1, seed=4)
+    distributed.initialize(ParallelConfig(), seed=4)
     assert _draws() == first
-    distributed.initialize(tensor_parallel=1, seed=5)
+    distributed.initialize(ParallelConfig(), seed=5)
     assert all(a != b for a, b in zip(_draws(), first, strict=True))
-    with pytest.raises(UserError, match=r"parallel\.tensor=2 with 1 processes.*--nproc-per-node"):
-        distributed.initialize(tensor_parallel=2, seed=4)
+    with pytest.raises(UserError, match=r"parallel\.tensor=2 with 1 rank;.*--nproc-per-node"):
+        distributed.initialize(ParallelConfig(tensor=2), seed=4)
 
 
 def test_shut_down_it_can_start_again(distributed):
     from megatron.core import parallel_state
 
     for _ in range(2):
-        distributed.initialize(tensor_parallel=1, seed=4)
+        distributed.initialize(ParallelConfig(), seed=4)
         distributed.shutdown()
         assert not dist.is_initialized()
         assert not parallel_state.model_parallel_is_initialized()
@@ -70,10 +71,10 @@ def test_the_variables_of_a_launcher_are_followed(distributed, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    distributed.initialize(tensor_parallel=1, seed=4)
+    distributed.initialize(ParallelConfig(), seed=4)
     assert dist.get_backend() == "gloo"
     monkeypatch.setenv("WORLD_SIZE", "none")  # was read, and is not read again
-    distributed.initialize(tensor_parallel=1, seed=4)
+    distributed.initialize(ParallelConfig(), seed=4)
 
 
 def _layouts(rank: int, world_size: int) -> dict[str, Any]:
@@ -83,12 +84,12 @@ def _layouts(rank: int, world_size: int) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     try:
-        initialize(tensor_parallel=3, seed=4)
+        initialize(ParallelConfig(tensor=3), seed=4)
     except UserError as error:
         result["refusal"] = str(error)
     result["nothing made"] = not parallel_state.model_parallel_is_initialized()
     for tensor in (2, 1):
-        initialize(tensor_parallel=tensor, seed=4)
+        initialize(ParallelConfig(tensor=tensor), seed=4)
         result[f"tensor {tensor}"] = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_tensor_model_parallel_rank(),
@@ -104,7 +105,7 @@ def _layouts(rank: int, world_size: int) -> dict[str, Any]:
 def test_two_processes_in_both_layouts():
     results = run_ranks(_layouts, 2)
     for rank, result in enumerate(results):
-        assert "parallel.tensor=3 with 2 processes" in result["refusal"]
+        assert "parallel.tensor=3 with 2 ranks" in result["refusal"]
         assert result["nothing made"]
         assert result["tensor 2"] == (2, rank, 1, 0)
         assert result["tensor 1"] == (1, 0, 2, rank)

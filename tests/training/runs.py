@@ -69,7 +69,7 @@ class Run:
     def engine(self) -> MegatronEngine:
         """Draws from the live weights."""
         return MegatronEngine(
-            self.student.gpt,
+            self.student.chunks,
             vocab_size=self.student.vocab_size,
             batch_rows=self.config.rollout.batch_rows,
             cache_tokens=self.config.rollout.cache_tokens,
@@ -95,13 +95,13 @@ def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) 
         config: the run.
         initial: another model, whose weights the live student takes, so that it differs from its base.
     """
-    initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
+    initialize(config.parallel, seed=config.seed)
     source = HuggingFaceModel(directory)
     student = Student(source, config.student, config.parallel, seed=config.seed, load_initial=source.load)
     if initial is not None:
         with student.base.model():  # makes the copy before the live weights change
             pass
-        HuggingFaceModel(initial).load(student.gpt)
+        HuggingFaceModel(initial).load(student.chunks)
     model = student.wrap(config.optimizer)
     bf16 = config.student.precision == "bf16"
     optimizer = StudentOptimizer(model, config.optimizer, steps=config.training.steps, bf16=bf16)
@@ -156,12 +156,12 @@ def named_gradients(run: Run, scratch: Path) -> dict[str, torch.Tensor]:
 
     The gradients take the weights' place for as long as an export of the model takes.
     """
-    parameters = list(run.student.gpt.parameters())
+    parameters = [p for chunk in run.student.chunks for p in chunk.parameters()]
     kept = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(parameter.main_grad)  # type: ignore[arg-type]
-    run.architecture.export(run.student.gpt, scratch)
+    run.architecture.export(run.student.chunks, scratch)
     with torch.no_grad():
         for parameter, weights in zip(parameters, kept, strict=True):
             parameter.copy_(weights)

@@ -33,9 +33,9 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     rows = [trajectory(number, length) for number, length in enumerate(LENGTHS)]
     asked: list[int] = []
 
-    def counted(model: Any, sequences: Any, budget: int) -> Any:
-        asked.append(len(sequences))
-        return forward.frozen_hidden_states(model, sequences, budget)
+    def counted(chunks: Any, batches: Any) -> Any:
+        asked.append(sum(len(batch.rows) for batch in batches))
+        return forward.frozen_hidden_states(chunks, batches)
 
     branches.frozen_hidden_states = counted  # type: ignore[attr-defined]
 

@@ -26,8 +26,10 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
     def poisoned(self: Any, trajectories: Any) -> Any:
         states = healthy(self, trajectories)
-        if rank == 1:
-            states[1].anchor[3] = torch.nan
+        for trajectory, state in zip(trajectories, states, strict=True):
+            if trajectory.row_id == "row3":  # on the rank that lengths gave it to
+                state.anchor[3] = torch.nan
+                seen["holds it"] = rank
         return states
 
     def attempt(number: int) -> str:
@@ -61,10 +63,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_nan_in_one_ranks_row_stops_every_rank_and_names_it(ranks: list[dict[str, Any]]) -> None:
+    [holder] = [seen["holds it"] for seen in ranks if "holds it" in seen]
     for seen in ranks:
         assert "step 7" in seen["row"]
-        assert "rank 1: rows row3;" in seen["row"]
-        assert "rank 0" not in seen["row"]
+        assert f"rank {holder}: rows row3;" in seen["row"]
+        assert f"rank {1 - holder}" not in seen["row"]
 
 
 def test_an_infinite_gradient_norm_alone_stops_every_rank(ranks: list[dict[str, Any]]) -> None:

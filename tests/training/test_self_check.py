@@ -48,7 +48,7 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
         seen["live weight"] = outcome()
         parameter[0] -= 0.05
     if adaptation == "full":
-        with run.student.base.model() as base, torch.no_grad():
+        with run.student.base.model() as [base], torch.no_grad():
             base.decoder.layers[1].self_attention.linear_proj.weight[3] *= 1.01
         seen["base weight"] = outcome()
     return seen

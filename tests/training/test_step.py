@@ -52,7 +52,7 @@ def train_one(rank: int, world_size: int, model: Path, tensor: int, variant: Var
 
     engine.generate = noted  # type: ignore[method-assign]
     step = run.on_policy_step(engine)
-    with run.student.base.model() as base:
+    with run.student.base.model() as [base]:
         before = fingerprint(base)
     start_weights = [p.detach().clone() for p in run.student.gpt.parameters() if p.requires_grad]
     replicas, replica = world_size // tensor, rank // tensor
@@ -62,7 +62,7 @@ def train_one(rank: int, world_size: int, model: Path, tensor: int, variant: Var
         first = number * run.config.training.prompts_per_step + replica * share
         rows = [row(index) for index in range(first, first + share)]
         metrics.append(step(number + 1, rows, run.optimizer, run.update))
-    with run.student.base.model() as base:
+    with run.student.base.model() as [base]:
         after = fingerprint(base)
     trained = [p.detach() for p in run.student.gpt.parameters() if p.requires_grad]
     return {

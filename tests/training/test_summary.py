@@ -13,8 +13,7 @@ LENGTHS = (5, 1, 3, 2)
 
 def summarize(rank: int, world_size: int) -> Any:
     """Metrics of four responses, two on each of two ranks or all on one."""
-    import torch.distributed as dist
-
+    from nemo_popsd.megatron.microbatches import TokenCount
     from nemo_popsd.observability.stopwatch import Stopwatch
     from nemo_popsd.training.summary import summarize_step
     from tests.training.runs import trajectory
@@ -31,7 +30,7 @@ def summarize(rank: int, world_size: int) -> Any:
         grad_norm=2.5,
         learning_rate=0.125,
         stopwatch=watch,
-        group=dist.group.WORLD,
+        computed=TokenCount(30, 10) if rank == 0 else TokenCount(60, 0),
     )
 
 
@@ -57,7 +56,7 @@ def report(number: int) -> Any:
 def test_means_are_over_the_global_batch_however_it_is_shared_out() -> None:
     tokens = torch.cat([torch.arange(length) + 10.0 * number for number, length in enumerate(LENGTHS)])
     diagnosed = torch.cat([torch.arange(LENGTHS[number]) + 10.0 * number for number in (0, 3)])
-    for metrics in (*run_ranks(summarize, 1), *run_ranks(summarize, 2)):
+    for world_size, metrics in [(size, metrics) for size in (1, 2) for metrics in run_ranks(summarize, size)]:
         assert metrics.loss == pytest.approx(0.25 * 10)
         assert metrics.forward_kl == pytest.approx(float(tokens.mean()))
         assert metrics.reverse_kl == pytest.approx(2 * float(tokens.mean()))
@@ -68,6 +67,7 @@ def test_means_are_over_the_global_batch_however_it_is_shared_out() -> None:
         assert metrics.cos_total_ref == pytest.approx(float(diagnosed.mean()) + 3)
         assert metrics.response_tokens == 11 / 4
         assert metrics.cut_share == 0
+        assert metrics.padding_share == pytest.approx(0.25 if world_size == 1 else 0.1)
         assert metrics.marker_rate == pytest.approx(1000 * 10 / 11)
         assert (metrics.grad_norm, metrics.learning_rate) == (2.5, 0.125)
         assert all(math.isfinite(value) for value in metrics.as_dict().values())
@@ -75,8 +75,7 @@ def test_means_are_over_the_global_batch_however_it_is_shared_out() -> None:
 
 def undirected(rank: int, world_size: int) -> Any:
     """A step whose only diagnosed token has no direction."""
-    import torch.distributed as dist
-
+    from nemo_popsd.megatron.microbatches import TokenCount
     from nemo_popsd.observability.stopwatch import Stopwatch
     from nemo_popsd.training.summary import summarize_step
     from tests.training.runs import trajectory
@@ -92,7 +91,7 @@ def undirected(rank: int, world_size: int) -> Any:
         grad_norm=1.0,
         learning_rate=1.0,
         stopwatch=watch,
-        group=dist.group.WORLD,
+        computed=TokenCount(30, 10) if rank == 0 else TokenCount(60, 0),
     )
 
 

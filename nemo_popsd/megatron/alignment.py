@@ -1,0 +1,242 @@
+"""Which rank holds which token of a sequence, which rank owns which response token, and how states get there.
+
+Context parallelism gives each rank two chunks of every sequence, sequence parallelism a slice of what its context rank
+holds. The contexts of one response have different lengths, so its tokens lie on other ranks in each of them. The loss
+needs student, base, teacher and probe of a token in one place, and that place must not depend on the context: the owner
+of a response token is a function of the response alone (`owned`). `bring_together` moves the states of response tokens,
+and of nothing else, from where a forward left them to their owners, with the exact adjoint in the backward.
+
+Shapes: S length of the sequence dimension (padded length, or all tokens of a packed batch), b its other dimension (1
+when packed), H hidden size, M response tokens that lie on this context-parallel rank, N those it owns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemo_popsd.megatron.layers import zigzag_positions
+
+
+@dataclass(frozen=True)
+class SequenceSplit:
+    """How a model spreads the sequence dimension over ranks."""
+
+    context: dist.ProcessGroup | None = None
+    """The context-parallel group; None where it has one rank."""
+    tensor: dist.ProcessGroup | None = None
+    """The tensor-parallel group under sequence parallelism; None without."""
+
+    @classmethod
+    def of(cls, model: GPTModel) -> SequenceSplit:
+        """That of `model`."""
+        groups = model.pg_collection
+        return cls(
+            context=groups.cp if model.config.context_parallel_size > 1 else None,
+            tensor=groups.tp if model.config.sequence_parallel else None,
+        )
+
+    @property
+    def context_size(self) -> int:
+        """Context-parallel ranks."""
+        return 1 if self.context is None else self.context.size()
+
+    @property
+    def context_rank(self) -> int:
+        """This rank's place among them."""
+        return 0 if self.context is None else self.context.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        """Slices of what a context-parallel rank holds."""
+        return 1 if self.tensor is None else self.tensor.size()
+
+    @property
+    def tensor_rank(self) -> int:
+        """This rank's place among them."""
+        return 0 if self.tensor is None else self.tensor.rank()
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of each sequence must divide by: two chunks for each context-parallel rank."""
+        return 1 if self.context is None else 2 * self.context_size
+
+    @property
+    def total_multiple(self) -> int:
+        """What S must divide by: each rank's part must also divide into slices."""
+        return math.lcm(self.sequence_multiple, self.context_size * self.tensor_size)
+
+    def held(self, lengths: Sequence[int], rank: int) -> Tensor:
+        """Places in the sequence dimension of what context-parallel rank `rank` holds, in its order: [S/cp] int64.
+
+        Args:
+            lengths: of the sequences that lie one after the other in the sequence dimension; they sum to S.
+            rank: context-parallel rank.
+        """
+        if self.context_size == 1:
+            return torch.arange(sum(lengths))
+        parts, begin = [], 0
+        for length in lengths:
+            local = length // self.context_size
+            parts.append(begin + zigzag_positions(local, self.context_size, rank, torch.device("cpu")))
+            begin += length
+        return torch.cat(parts)
+
+    def owners(self, response: Sequence[int]) -> Tensor:
+        """The context-parallel rank that owns each token of `response`: [R] int64.
+
+        Tokens go round the ranks, beginning at one that the ids decide: no rank has more than one token more of a
+        response than another, and one-token responses are spread too.
+        """
+        return (sum(response) + torch.arange(len(response))) % self.context_size
+
+    def owned(self, response: Sequence[int]) -> slice:
+        """Which tokens of `response` this rank owns; all of them without context parallelism."""
+        return slice((self.context_rank - sum(response)) % self.context_size, None, self.context_size)
+
+
+WHOLE = SequenceSplit()
+"""Each rank has whole sequences."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """From this rank's hidden states to the states of the response tokens that it owns, in their order."""
+
+    take: Tensor
+    """[n] int64: rows of this rank's [S/(cp·sp)·b, H] that predict response tokens."""
+    slice_counts: list[int]
+    """How many rows each slice (tensor-parallel rank) contributes; they sum to M."""
+    send: Tensor
+    """[M] int64: the rows of all slices, one slice after the other, ordered by owner."""
+    send_counts: list[int]
+    """How many of them go to each context-parallel rank."""
+    receive: Tensor
+    """[N] int64: the rows that come in, one holder after the other, in the order of the owned tokens."""
+    receive_counts: list[int]
+    """How many of them come from each context-parallel rank; they sum to N."""
+
+    def to(self, device: torch.device) -> Route:
+        """The same with its indices on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("take", "send", "receive")}
+        return replace(self, **moved)
+
+
+def plan_route(
+    split: SequenceSplit, lengths: Sequence[int], width: int, positions: Tensor, columns: Tensor, owners: Tensor
+) -> Route:
+    """The route of the response tokens of one micro-batch; every rank computes it from the same numbers.
+
+    Args:
+        split: how sequences are spread.
+        lengths: as for `SequenceSplit.held`.
+        width: b.
+        positions: places in the sequence dimension that predict the response tokens, in the tokens' order.
+        columns: their places in the other dimension.
+        owners: context-parallel ranks that own them.
+    """
+    total = sum(lengths)
+    holder, place = torch.empty(2, total, dtype=torch.long)
+    for rank in range(split.context_size):
+        held = split.held(lengths, rank)
+        holder[held], place[held] = rank, torch.arange(len(held))
+    slice_length = total // (split.context_size * split.tensor_size)
+    at_slice = place[positions] // slice_length
+    here = (holder[positions] == split.context_rank).nonzero().squeeze(1)
+    mine = here[at_slice[here] == split.tensor_rank]
+    by_slice = at_slice[here].argsort(stable=True)
+    by_owner = owners[here].argsort(stable=True)
+    owned = (owners == split.context_rank).nonzero().squeeze(1)
+    by_holder = holder[positions[owned]].argsort(stable=True)
+    return Route(
+        take=(place[positions[mine]] - split.tensor_rank * slice_length) * width + columns[mine],
+        slice_counts=at_slice[here].bincount(minlength=split.tensor_size).tolist(),
+        send=_inverse(by_slice)[by_owner],
+        send_counts=owners[here].bincount(minlength=split.context_size).tolist(),
+        receive=_inverse(by_holder),
+        receive_counts=holder[positions[owned]].bincount(minlength=split.context_size).tolist(),
+    )
+
+
+def bring_together(hidden_SBH: Tensor, route: Route, split: SequenceSplit) -> Tensor:
+    """The states that predict the response tokens which this rank owns, [N, H], from its hidden states.
+
+    Moves, with e bytes per number, forward and again backward unless said otherwise: without sequence and context
+    parallelism nothing; under sequence parallelism one all-gather of the rows of response tokens on this context rank
+    (tp · the largest slice's rows · H · e received; nothing backward); under context parallelism one all-to-all (at
+    most N · H · e received).
+
+    The result is alike on all ranks of the tensor-parallel group, and so must its gradient be, already complete:
+    `loss_from_hidden` sums it over the group. The gather's backward therefore takes this rank's rows and sums nothing;
+    to reduce there would count each gradient once for every rank.
+
+    Args:
+        hidden_SBH: [S/(cp·sp), b, H].
+        route: of the micro-batch.
+        split: the one that the route was planned for.
+    """
+    rows = hidden_SBH.flatten(0, 1).index_select(0, route.take)
+    if split.tensor is not None:
+        rows = _GatherSlices.apply(rows, route.slice_counts, split.tensor)
+    if split.context is None:
+        # Nothing to exchange: the owner's order is the tokens' order.
+        return rows if split.tensor is None else rows.index_select(0, route.send)
+    rows = rows.index_select(0, route.send)
+    rows = _Exchange.apply(rows, route.send_counts, route.receive_counts, split.context)
+    return rows.index_select(0, route.receive)
+
+
+class _GatherSlices(torch.autograd.Function):
+    """Rows of all ranks, one rank after the other, on every rank; backward takes this rank's, without a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.begin = sum(counts[: group.rank()])
+        ctx.count = counts[group.rank()]
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0][ctx.begin : ctx.begin + ctx.count].contiguous(), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows in blocks, one block for each rank; backward sends the blocks back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.counts, ctx.group = (send_counts, receive_counts), group
+        return _all_to_all(rows, send_counts, receive_counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        send_counts, receive_counts = ctx.counts
+        return _all_to_all(gradients[0], receive_counts, send_counts, ctx.group), None, None, None
+
+
+def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = rows.new_empty(sum(receive_counts), rows.shape[1])
+    dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=group)
+    return received
+
+
+def _inverse(order: Tensor) -> Tensor:
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return inverse

@@ -1,0 +1,159 @@
+"""Three steps on fixed rollouts in any layout, and every gradient and weight as one process would have it, by name."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LENGTHS = (9, 1, 4, 12, 1, 7)
+"""Response tokens of the step's rows; one-token responses among them."""
+STEPS = 3
+# An epsilon above the rounding of the gradients: Adam's first step is lr · g / (|g| + eps).
+OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "clip_grad": 1.0}
+
+
+@dataclass
+class Variant:
+    """What is trained in a layout."""
+
+    kind: str = "qwen3"
+    adaptation: str = "full"
+    packing: bool = False
+    precision: str = "fp32"
+    recompute: bool = False
+    shares: tuple[tuple[int, ...], ...] | None = None
+    """Rows of each data-parallel rank, where they are not equal contiguous shares, left as they are."""
+
+
+def train(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    parallel: dict[str, Any],
+    distributed: bool,
+    variants: dict[str, Variant],
+) -> dict[str, Any]:
+    """Each variant's losses, metrics, first gradients and last weights."""
+    return {name: _train(folder, parallel, distributed, variant) for name, variant in variants.items()}
+
+
+def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: Variant) -> dict[str, Any]:
+    from nemo_popsd.training import step as module
+    from tests.training.runs import ScriptedEngine, response, row, settings, start
+
+    config = settings(
+        parallel=parallel,
+        student={
+            "adaptation": variant.adaptation,
+            "precision": variant.precision,
+            "recompute": variant.recompute,
+        },
+        optimizer={**OPTIMIZER, "distributed": distributed},
+        training={"packing": variant.packing, "microbatch_tokens": 48, "frozen_tokens": 80},
+        distillation={"chunk_tokens": 5, "diagnosed_tokens": 100},
+    )
+    live = folder / f"{variant.kind}_live" if variant.adaptation == "full" else None
+    run = start(folder / variant.kind, config, initial=live)
+    if variant.adaptation == "lora":
+        _draw_adapters(run.student)
+    group = run.student.dp_group
+    share = len(LENGTHS) // group.size()
+    mine = list(range(group.rank() * share, (group.rank() + 1) * share))
+    if variant.shares is not None:
+        mine = list(variant.shares[group.rank()])
+        module.share_out = lambda trajectories, *_: [list(trajectories)]  # type: ignore[attr-defined]
+    step = run.on_policy_step(ScriptedEngine([response(number, LENGTHS[number]) for number in mine]))
+    gradients: dict[str, Tensor] = {}
+
+    def update() -> None:
+        if not gradients:
+            gradients.update(whole_tensors(run, _main_gradients(run, distributed)))
+        run.update()
+
+    metrics = [step(number + 2, [row(index) for index in mine], run.optimizer, update) for number in range(STEPS)]
+    chunks = [list(chunk.named_parameters()) for chunk in run.student.chunks]
+    weights = whole_tensors(run, [[(name, p, p.detach()) for name, p in named] for named in chunks])
+    return {"metrics": metrics, "gradients": gradients, "weights": weights}
+
+
+Named = list[list[tuple[str, Any, Tensor]]]
+"""By chunk: a parameter's name, the parameter, a tensor in its shape."""
+
+
+def _main_gradients(run: Any, distributed: bool) -> Named:
+    for chunk in run.optimizer.chunks if distributed else ():
+        for buffer in chunk.buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:  # the distributed optimizer leaves each rank the sum of its part alone
+                parts = list(bucket.grad_data.chunk(group.size()))
+                gathered = [torch.empty_like(part) for part in parts]
+                dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
+                bucket.grad_data.copy_(torch.cat(gathered))
+    return [
+        [(name, p, p.main_grad) for name, p in chunk.named_parameters() if p.requires_grad]
+        for chunk in run.student.chunks
+    ]
+
+
+def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
+    """Tensors of this rank's stage, by their names in the whole model, put together over the tensor-parallel group."""
+    from nemo_popsd.megatron.adapters import whole_model_name
+
+    result = {}
+    for chunk, tensors in zip(run.student.chunks, named, strict=True):
+        for name, parameter, tensor in tensors:
+            result[whole_model_name(chunk, name)] = _whole(name, parameter, tensor, run.student.tp_group)
+    return result
+
+
+def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
+    if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
+        return tensor.clone().float()
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    gate_and_up = "linear_fc1" in name and parameter.partition_dim == 0 and "linear_in" not in name
+    if gate_and_up:  # each rank has its part of the gate above its part of the up projection
+        halves = [part.chunk(2) for part in parts]
+        parts = [gate for gate, _ in halves] + [up for _, up in halves]
+    return torch.cat(parts, dim=parameter.partition_dim).float()
+
+
+@torch.no_grad()
+def _draw_adapters(student: Any) -> None:
+    """Gives the B matrices values, the same in every layout, so that the A matrices have gradients too."""
+    from nemo_popsd.megatron.adapters import whole_model_name
+
+    group = student.tp_group
+    for chunk in student.chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith("adapter.linear_out.weight"):
+                rows, columns = parameter.shape[0] * group.size(), parameter.shape[1]
+                seed = zlib.crc32(whole_model_name(chunk, name).encode())
+                whole = 0.1 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+                parts: list[Tensor] = list(whole.chunk(group.size()))
+                if "linear_fc1" in name:
+                    gates, ups = (half.chunk(group.size()) for half in whole.chunk(2))
+                    parts = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+                parameter.copy_(parts[group.rank()])
+
+
+def deviations(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
+    """Largest deviation of each tensor, relative to the largest entry that it should have."""
+    for name, value in actual.items():
+        # A tied output matrix is a parameter of its own where it lies on another stage than the embedding.
+        tied = name == "output_layer.weight" and name not in expected
+        wanted = expected["embedding.word_embeddings.weight" if tied else name]
+        assert wanted.abs().max() > 0, f"{name}: nothing to compare"
+        yield name, float((value - wanted).abs().max() / wanted.abs().max())
+
+
+def worst(actual: dict[str, Tensor], expected: dict[str, Tensor], keep: Callable[[float], bool]) -> dict[str, float]:
+    """Deviations that `keep` keeps."""
+    return {name: value for name, value in deviations(actual, expected) if keep(value)}
