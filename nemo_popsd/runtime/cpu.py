@@ -186,7 +186,7 @@ def _contiguous_scatter() -> None:
 
 
 def _embedding_between_stages() -> None:
-    """Makes ``.cuda()`` of the copied embedding ``.cpu()``, in the function's code: nothing else there has that name."""
+    """Makes ``.cuda()`` of the copied embedding ``.cpu()``, in its code: nothing else there has that name."""
     module = importlib.import_module("megatron.core.models.common.language_module.language_module")
     code = module.LanguageModule.setup_embeddings_and_output_layer.__code__
     if "cuda" in code.co_names:
