@@ -42,6 +42,8 @@ def kept_by_layer(case: Case) -> LayerActivations:
     normalises = plain and not case.lora
     residual = 6 if normalises else 4
     attention = 4 * query + 3 * key + (query + key if normalises and sizes.qk_norm else 0)
+    if plain and case.config.training.packing:
+        attention += query  # sequences attend one by one and are put together again
     dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
     adapters = len(case.config.student.lora.targets) * case.config.student.lora.rank if case.lora else 0
     return LayerActivations(
