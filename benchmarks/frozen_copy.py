@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
     args = parser.parse_args()
-    initialize(tensor_parallel=args.tensor, seed=0)
+    initialize(ParallelConfig(tensor=args.tensor), seed=0)
     rows = [_measure(args, place) for place in ("device", "host")]
     if torch.distributed.get_rank() == 0:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -61,7 +61,7 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
             frozen * stages_waited / case.frozen_forwards / layout.virtual_pipeline,
         ),
         training=Seconds(
-            trained_seconds + _update(case),
+            trained_seconds + case.updates * _update(case),
             _sent(case, moved.training),
             trained_seconds * stages_waited / case.microbatches / layout.virtual_pipeline,
         ),

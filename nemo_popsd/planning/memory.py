@@ -42,6 +42,8 @@ def kept_by_layer(case: Case) -> LayerActivations:
     normalises = plain and not case.lora
     residual = 6 if normalises else 4
     attention = 4 * query + 3 * key + (query + key if normalises and sizes.qk_norm else 0)
+    if plain and case.config.training.packing:
+        attention += query  # sequences attend one by one and are put together again
     dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
     adapters = len(case.config.student.lora.targets) * case.config.student.lora.rank if case.lora else 0
     return LayerActivations(
@@ -132,8 +134,10 @@ class Memory:
     """What stays, by name."""
     phases: dict[str, dict[str, float]]
     """What each phase adds, by name."""
+    copy_on_host: float
+    """Bytes of the frozen copy that lie on the host and come in once a step."""
     host: float
-    """Pinned bytes of the host, for this GPU."""
+    """Pinned bytes of the host for this GPU: the copy, and the frozen passes' states where they are kept there."""
 
     def peak(self, phase: str) -> float:
         """Most bytes in `phase`."""
@@ -166,6 +170,7 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
     uses_shift = case.config.distillation.target.family in ("purified", "student_pmi")
     state = sizes.hidden * (len(case.branches) * case.element + (4 if uses_shift else 0))
     states = case.owned_rows * case.limits.response * state if stage.last else 0
+    cached = case.config.training.cache_on_host
     rollout = case.config.rollout
     sampled = 16 if 0 < rollout.top_k < sizes.vocab else 44
     forward = working_set(case) * case.element
@@ -181,9 +186,10 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
             "frozen states": float(states),
         },
         "training": {
-            "frozen states": float(states),
+            "frozen states": 0.0 if cached else float(states),
             "activations": activation_bytes(case, stage),
             "loss": loss_bytes(case) if stage.last else 0.0,
         },
     }
-    return Memory(standing, phases, float(copy - kept_matrix) if offloaded else 0.0)
+    copied = float(copy - kept_matrix) if offloaded else 0.0
+    return Memory(standing, phases, copied, copied + (states if cached else 0.0))

@@ -48,7 +48,7 @@ class Estimate:
 def estimate(case: Case) -> Estimate:
     """Of a layout that divides (see `problems`)."""
     found = memory(case)
-    flops, moved = compute.step(case), traffic.step(case, from_host=found.host)
+    flops, moved = compute.step(case), traffic.step(case, from_host=found.copy_on_host)
     return Estimate(case, found, flops, moved, duration.step(case, flops, moved))
 
 

@@ -173,7 +173,8 @@ def _training(case: Case) -> str:
 def _step(case: Case) -> str:
     mean, batches = case.means, _size(case.microbatches, "micro-batch", "es")
     lengths = f"{mean.prompt} prompt, {mean.reference} reference, {mean.response} response tokens in the mean"
-    return f"{_size(case.prompts, 'prompt')}, {case.rows} a replica in {batches}; {lengths}"
+    updates = "" if case.updates == 1 else f" for each of {case.updates} updates"
+    return f"{_size(case.prompts, 'prompt')}, {case.rows} a replica in {batches}{updates}; {lengths}"
 
 
 def _size(count: int, noun: str, plural: str = "s") -> str:

@@ -79,8 +79,8 @@ def expert_forward(case: Case, tokens: float) -> float:
 
 
 def reduction(case: Case) -> dict[str, float]:
-    """Bytes of reducing fp32 gradients over data-parallel ranks; with the distributed optimizer also of gathering
-    the updated weights.
+    """Bytes of one update: fp32 gradients reduced over data-parallel ranks, and with the distributed optimizer the
+    updated weights gathered.
     """
     layout, student = case.layout, case.config.student
     gradients = weights = 0.0
@@ -143,7 +143,7 @@ def step(case: Case, *, from_host: float) -> StepTraffic:
     student = rows * mean.student
     passes = 2 if case.config.student.recompute else 1
     loss = 2 * case.owned_rows * mean.response * sizes.hidden * case.element * _ring(layout.tensor)
-    reduced = reduction(case)
+    reduced = {name: case.updates * sent for name, sent in reduction(case).items()}
     trained_phase = Phase(
         tensor=passes * tensor_forward(case, student, adapters=case.lora) + tensor_backward(case, student) + loss,
         context=(passes + 1) * context_forward(case, student),

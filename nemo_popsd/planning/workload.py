@@ -130,10 +130,15 @@ class Case:
         return frozen_branches(self.config.distillation)
 
     @property
+    def updates(self) -> int:
+        """u, optimizer updates of one step, each on an equal part of the rows."""
+        return self.config.training.updates_per_step
+
+    @property
     def microbatch_tokens(self) -> int:
         """Most padded tokens of one student micro-batch."""
         longest = self.limits.student
-        return min(max(self.config.training.microbatch_tokens, longest), self.rows * longest)
+        return min(max(self.config.training.microbatch_tokens, longest), math.ceil(self.rows / self.updates) * longest)
 
     @property
     def microbatch_responses(self) -> int:
@@ -147,8 +152,10 @@ class Case:
 
     @property
     def microbatches(self) -> int:
-        """m, student micro-batches of a rank and step, at the mean lengths."""
-        return math.ceil(self.rows / max(1, self.config.training.microbatch_tokens // self.means.student))
+        """m, student micro-batches of a rank and update, at the mean lengths."""
+        return math.ceil(
+            self.rows / self.updates / max(1, self.config.training.microbatch_tokens // self.means.student)
+        )
 
     @property
     def frozen_tokens(self) -> int:

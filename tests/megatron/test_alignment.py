@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemo_popsd.megatron.alignment import WHOLE, SequenceSplit, bring_together
+from nemo_popsd.megatron.microbatches import ContextSequence, microbatches
 from tests.harness import run_ranks
 
 CASES = {
@@ -31,8 +33,6 @@ def _fake(size: int, rank: int) -> Any:
 
 @given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 5))
 def test_each_token_has_one_owner_whatever_its_context_and_shares_are_even(response: list[int], size: int) -> None:
-    from nemo_popsd.megatron.alignment import SequenceSplit
-
     splits = [SequenceSplit(context=_fake(size, rank)) for rank in range(size)]
     shares = [list(range(len(response)))[split.owned(response)] for split in splits]
     assert sorted(index for share in shares for index in share) == list(range(len(response)))
@@ -42,8 +42,6 @@ def test_each_token_has_one_owner_whatever_its_context_and_shares_are_even(respo
 
 
 def test_one_token_responses_do_not_all_go_to_one_rank() -> None:
-    from nemo_popsd.megatron.alignment import SequenceSplit
-
     split = SequenceSplit(context=_fake(4, 0))
     assert {int(split.owners([token])[0]) for token in range(100)} == {0, 1, 2, 3}
 
@@ -53,8 +51,6 @@ def test_one_token_responses_do_not_all_go_to_one_rank() -> None:
     st.sampled_from([(2, 1), (3, 1), (2, 2), (4, 3), (1, 2)]),
 )
 def test_ranks_hold_each_place_once_and_lengths_divide(blocks: list[int], sizes: tuple[int, int]) -> None:
-    from nemo_popsd.megatron.alignment import SequenceSplit
-
     contexts, slices = sizes
     split = SequenceSplit(context=_fake(contexts, 0), tensor=_fake(slices, 0))
     lengths = [block * split.sequence_multiple for block in blocks]
@@ -67,9 +63,6 @@ def test_ranks_hold_each_place_once_and_lengths_divide(blocks: list[int], sizes:
 def _travel(rank: int, world_size: int, contexts: int, slices: int) -> dict[str, list[dict[str, Any]]]:
     """Each case padded and packed: the states that this rank owns, and the gradient of what it holds."""
     import torch.distributed as dist
-
-    from nemo_popsd.megatron.alignment import SequenceSplit, bring_together
-    from nemo_popsd.megatron.microbatches import ContextSequence, microbatches
 
     tensor_groups = [dist.new_group([c * slices + t for t in range(slices)]) for c in range(contexts)]
     context_groups = [dist.new_group([c * slices + t for c in range(contexts)]) for t in range(slices)]
@@ -140,8 +133,6 @@ def test_each_gradient_goes_back_once_to_where_its_state_lies(
 
 
 def test_without_a_split_nothing_is_moved() -> None:
-    from nemo_popsd.megatron.alignment import WHOLE, bring_together
-    from nemo_popsd.megatron.microbatches import ContextSequence, microbatches
 
     [batch] = microbatches([ContextSequence([7, 8], [9, 4]), ContextSequence([5], [6])], 100, torch.device("cpu"))
     states: Tensor = batch.input_ids.t()[..., None].double()

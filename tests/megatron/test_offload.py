@@ -31,12 +31,12 @@ def _train(directory: Path, tensor: int, place: str) -> dict[str, Any]:
 
     run = start(directory, settings(parallel={"tensor": tensor}, student={"frozen_copy": place}))
     step, base = run.on_policy_step(), run.student.base
-    with base.model() as model:
+    with base.model() as [model]:
         before = fingerprint(model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
     kept = run.student.base_weight
     losses = [step(n + 1, [row(4 * n + i) for i in range(4)], run.optimizer, run.update).loss for n in range(STEPS)]
-    with base.model() as model, base.model():  # used twice at a time: brought in once
+    with base.model() as [model], base.model():  # used twice at a time: brought in once
         after = fingerprint(model)
         within = base.device_bytes
     return {
@@ -90,7 +90,7 @@ def fail_within(rank: int, world_size: int, directory: Path) -> tuple[int, int]:
         raise RuntimeError("out of luck")
     ids = torch.tensor([[1, 2]])
     with pytest.raises(RuntimeError):
-        base._copy(input_ids=ids, position_ids=ids, attention_mask=None)
+        base._copy[0](input_ids=ids, position_ids=ids, attention_mask=None)
     return outside, base.device_bytes
 
 

@@ -158,6 +158,17 @@ def test_a_copy_on_the_host_leaves_its_output_matrix_and_comes_in_once() -> None
     assert host.seconds.frozen.total > device.seconds.frozen.total
 
 
+def test_several_updates_and_states_on_the_host() -> None:
+    one, four = (estimate(case("Qwen3-8B", f"training.updates_per_step={u}")) for u in (1, 4))
+    assert four.traffic.training.data == 4 * one.traffic.training.data
+    assert four.memory.peak("training") < one.memory.peak("training")
+    away = estimate(case("Qwen3-8B", "training.cache_on_host=true"))
+    states = one.memory.phases["training"]["frozen states"]
+    assert states == away.memory.host > 0
+    assert one.memory.peak("training") - away.memory.peak("training") == pytest.approx(states)
+    assert away.traffic.from_host == 0
+
+
 def test_pipeline_stages_keep_several_micro_batches_and_wait() -> None:
     flat, staged = case("Qwen3-32B", tensor=4), case("Qwen3-32B", tensor=4, pipeline=2)
     first, last = stages(staged.sizes, staged.layout)

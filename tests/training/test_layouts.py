@@ -26,6 +26,7 @@ VARIANTS = {
     "full, packed": Variant(packing=True),
     "lora, padded": Variant(adaptation="lora"),
     "lora, packed": Variant(adaptation="lora", packing=True),
+    # Output matrix and embedding are one parameter, with a copy on the last stage of a pipeline.
     "tied, padded": Variant(kind="qwen3_tied"),
     "tied, packed": Variant(kind="qwen3_tied", packing=True),
 }
@@ -65,10 +66,15 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
+def variants_of(layout: str) -> dict[str, Variant]:
+    """All of them; tied embeddings in pipelines alone."""
+    return {name: variant for name, variant in VARIANTS.items() if "pp" in layout or "tied" not in name}
+
+
 def seen_in(layout: str, folder: Path, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     if layout not in runs:
         world_size, parallel, distributed = LAYOUTS[layout]
-        runs[layout] = run_ranks(train, world_size, folder, parallel, distributed, VARIANTS, timeout=300.0)
+        runs[layout] = run_ranks(train, world_size, folder, parallel, distributed, variants_of(layout), timeout=300.0)
     return runs[layout]
 
 
@@ -91,8 +97,7 @@ def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "variant"), [(name, variant) for name in LAYOUTS for variant in variants_of(name)])
 def test_every_layout_gives_the_same_training(
     layout: str, variant: str, folder: Path, reference: dict[str, Any], runs: dict[str, Any]
 ) -> None:
