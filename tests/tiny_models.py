@@ -77,7 +77,7 @@ def build_student(
     from nemo_popsd.megatron.student import Student
     from nemo_popsd.runtime.distributed import initialize
 
-    layout = ParallelConfig(tensor=tensor, **(parallel or {}))
+    layout = ParallelConfig(**{"tensor": tensor, **(parallel or {})})
     initialize(layout, seed=1)
     source = HuggingFaceModel(directory)
     settings = StudentConfig(**{"precision": "fp32", "adaptation": "full", **config})

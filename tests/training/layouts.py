@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Variant:
     precision: str = "fp32"
     recompute: bool = False
     shares: tuple[tuple[int, ...], ...] | None = None
-    """Rows of each data-parallel rank, where they are not equal contiguous shares, left as they are."""
+    """Rows of each data-parallel rank, which then are not shared out anew; None for equal shares that are."""
 
 
 def train(
@@ -39,8 +40,11 @@ def train(
     parallel: dict[str, Any],
     distributed: bool,
     variants: dict[str, Variant],
+    fault: str = "",
 ) -> dict[str, Any]:
-    """Each variant's losses, metrics, first gradients and last weights."""
+    """Each variant's losses, metrics, first gradients and last weights; with one of `FAULTS` planted where named."""
+    if fault:
+        FAULTS[fault]()
     return {name: _train(folder, parallel, distributed, variant) for name, variant in variants.items()}
 
 
@@ -62,7 +66,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     live = folder / f"{variant.kind}_live" if variant.adaptation == "full" else None
     run = start(folder / variant.kind, config, initial=live)
     if variant.adaptation == "lora":
-        _draw_adapters(run.student)
+        draw_adapters(run.student)
     group = run.student.dp_group
     share = len(LENGTHS) // group.size()
     mine = list(range(group.rank() * share, (group.rank() + 1) * share))
@@ -82,6 +86,75 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     weights = whole_tensors(run, [[(name, p, p.detach()) for name, p in named] for named in chunks])
     return {"metrics": metrics, "gradients": gradients, "weights": weights}
 
+
+def _gather_that_sums() -> None:
+    """Sequence parallelism: the gather's backward sums over the group, as Megatron's default does."""
+    from megatron.core import parallel_state
+
+    from nemo_popsd.megatron import alignment
+
+    right = alignment._GatherSlices.backward
+
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+        return right(ctx, gradient)
+
+    _replace_backward(alignment._GatherSlices, backward)
+
+
+def _exchange_that_stays() -> None:
+    """Context parallelism: the exchange's backward keeps the rows that stayed here and sends nothing back."""
+    from nemo_popsd.megatron import alignment
+
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        send_counts, receive_counts = ctx.counts
+        rank = ctx.group.rank()
+        result = gradient.new_zeros(sum(send_counts), gradient.shape[1])
+        mine = gradient.split(receive_counts)[rank]
+        result[sum(send_counts[:rank]) : sum(send_counts[: rank + 1])] = mine
+        return result, None, None, None
+
+    _replace_backward(alignment._Exchange, backward)
+
+
+def _replace_backward(function: Any, backward: Callable[..., Any]) -> None:
+    function.backward = staticmethod(backward)
+
+
+def _mean_over_context() -> None:
+    """Context parallelism: the scale forgets that Megatron multiplies by the size of that group."""
+    from nemo_popsd.megatron import forward
+
+    right = forward.parallel_state.get_data_parallel_world_size
+    forward.parallel_state = SimpleNamespace(  # type: ignore[attr-defined]
+        get_data_parallel_world_size=lambda: right(with_context_parallel=True)
+    )
+
+
+def _embedding_of_one_stage() -> None:
+    """Pipeline: the flag that the reduction of tied embeddings asks for is down while the schedule runs."""
+    from nemo_popsd.megatron import optimizer
+
+    right = optimizer.finalize_model_grads
+
+    def finalize(chunks: Any, *arguments: Any, **options: Any) -> None:
+        for chunk in chunks:
+            chunk.module.share_embeddings_and_output_weights = False
+        right(chunks, *arguments, **options)
+        for chunk in chunks:
+            chunk.module.share_embeddings_and_output_weights = True
+
+    optimizer.finalize_model_grads = finalize  # type: ignore[attr-defined]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "gather that sums": _gather_that_sums,
+    "exchange that stays": _exchange_that_stays,
+    "mean over context": _mean_over_context,
+    "embedding of one stage": _embedding_of_one_stage,
+}
+"""Each leaves the loss of the first step as it is and changes gradients."""
 
 Named = list[list[tuple[str, Any, Tensor]]]
 """By chunk: a parameter's name, the parameter, a tensor in its shape."""
@@ -126,7 +199,7 @@ def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _draw_adapters(student: Any) -> None:
+def draw_adapters(student: Any) -> None:
     """Gives the B matrices values, the same in every layout, so that the A matrices have gradients too."""
     from nemo_popsd.megatron.adapters import whole_model_name
 
@@ -152,8 +225,3 @@ def deviations(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterat
         wanted = expected["embedding.word_embeddings.weight" if tied else name]
         assert wanted.abs().max() > 0, f"{name}: nothing to compare"
         yield name, float((value - wanted).abs().max() / wanted.abs().max())
-
-
-def worst(actual: dict[str, Tensor], expected: dict[str, Tensor], keep: Callable[[float], bool]) -> dict[str, float]:
-    """Deviations that `keep` keeps."""
-    return {name: value for name, value in deviations(actual, expected) if keep(value)}

@@ -104,3 +104,48 @@ def test_every_layout_gives_the_same_training(
     expected = reference[variant.replace("packed", "padded")]
     assert expected["metrics"][0].loss > 0.01
     same_training([rank[variant] for rank in seen_in(layout, folder, runs)], expected)
+
+
+SHARES = {
+    "one long row against five": ((3,), (0, 1, 2, 4, 5)),
+    "one rank empty": ((0, 1, 2, 3, 4, 5), ()),
+    "the other rank empty": ((), (0, 1, 2, 3, 4, 5)),
+}
+
+
+@pytest.mark.slow
+def test_unequal_shares_and_an_empty_rank_give_the_union(folder: Path, reference: dict[str, Any]) -> None:
+    variants = {
+        f"{name}, {adaptation}": Variant(adaptation=adaptation, packing=adaptation == "full", shares=shares)
+        for name, shares in SHARES.items()
+        for adaptation in ("full", "lora")
+    }
+    ranks = run_ranks(train, 2, folder, {}, False, variants)
+    for name, variant in variants.items():
+        same_training([rank[name] for rank in ranks], reference[f"{variant.adaptation}, padded"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "layout", "variant"),
+    [
+        ("gather that sums", "tp2 sp", "full, padded"),
+        ("gather that sums", "tp2 sp", "lora, packed"),
+        ("exchange that stays", "cp2", "full, packed"),
+        ("exchange that stays", "cp2", "lora, padded"),
+        ("mean over context", "cp2", "full, padded"),
+        ("embedding of one stage", "pp2", "tied, padded"),
+    ],
+)
+def test_the_table_sees_faults_that_the_loss_does_not_show(
+    folder: Path, reference: dict[str, Any], fault: str, layout: str, variant: str
+) -> None:
+    world_size, parallel, distributed = LAYOUTS[layout]
+    chosen = {variant: VARIANTS[variant]}
+    ranks = run_ranks(train, world_size, folder, parallel, distributed, chosen, fault)
+    expected = reference[variant.replace("packed", "padded")]
+    assert ranks[0][variant]["metrics"][0].loss == pytest.approx(expected["metrics"][0].loss, rel=1e-6)
+    errors = [dict(deviations(rank[variant]["gradients"], expected["gradients"])) for rank in ranks]
+    assert max(max(of_rank.values()) for of_rank in errors) > 0.05
+    with pytest.raises(AssertionError):
+        same_training([rank[variant] for rank in ranks], expected)

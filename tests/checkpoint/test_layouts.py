@@ -1,0 +1,83 @@
+"""Checkpoints and exports in pipelines: what one layout writes, another reads, and transformers too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint, save_nemo
+from nemo_popsd.config.loading import to_dict_config
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.megatron.config import LoRAConfig
+from tests.harness import run_ranks
+from tests.tiny_models import build_student, save_tiny_model
+from tests.training.layouts import draw_adapters
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pp2": {"pipeline": 2},
+    "pp2 vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "tp2 sp": {"tensor": 2, "sequence": True},
+    "cp2": {"context": 2},
+}
+CASES = {"full": "qwen3", "tied": "qwen3_tied", "lora": "qwen3"}
+
+
+def _student(source: Path, case: str, parallel: dict[str, Any]) -> Any:
+    lora = {"adaptation": "lora", "lora": LoRAConfig(rank=4, alpha=6.0)} if case == "lora" else {}
+    return build_student(source, parallel=parallel, **lora)
+
+
+def _write(rank: int, world_size: int, folder: Path, parallel: dict[str, Any]) -> None:
+    """A checkpoint and an export of each case; adapters have values."""
+    for case, kind in CASES.items():
+        student = _student(folder / kind, case, parallel)
+        if case == "lora":
+            draw_adapters(student)
+        config = PopsdConfig()
+        config.student.precision = "fp32"
+        config.student.adaptation = "lora" if case == "lora" else "full"
+        config.student.lora = LoRAConfig(rank=4, alpha=6.0)
+        architecture = HuggingFaceModel(folder / kind)
+        tree = to_dict_config(config)
+        assert OmegaConf.is_dict(tree)
+        save_nemo(folder / "out" / f"{case}.nemo_dir", student.chunks, architecture, tree, step=1)
+        architecture.export(student.chunks, folder / "out" / f"{case}_hf")
+
+
+def _read(rank: int, world_size: int, folder: Path, parallel: dict[str, Any], out: str) -> None:
+    """The checkpoint of each case in this layout: exported again, as it is and as the beginning of a run."""
+    for case, kind in CASES.items():
+        checkpoint = NemoCheckpoint(folder / "out" / f"{case}.nemo_dir")
+        student = _student(folder / kind, case, parallel)
+        checkpoint.load_trained(student.chunks)
+        checkpoint.architecture.export(student.chunks, folder / out / f"{case}_hf")
+        plain = _student(folder / kind, "full", parallel)
+        checkpoint.load(plain.chunks)
+        checkpoint.architecture.export(plain.chunks, folder / out / f"{case}_merged_hf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_layout_writes_one_process_reads_and_the_other_way_round(tmp_path: Path, layout: str) -> None:
+    for kind in ("qwen3", "qwen3_tied"):
+        save_tiny_model(tmp_path / kind, kind, num_hidden_layers=4)
+    run_ranks(_write, 2, tmp_path, LAYOUTS[layout])
+    run_ranks(_read, 1, tmp_path, {}, "by one")
+    run_ranks(_read, 2, tmp_path, LAYOUTS[layout], "by two")
+    for case, kind in CASES.items():
+        expected = load_file(tmp_path / "out" / f"{case}_hf" / "model.safetensors")
+        source = load_file(tmp_path / kind / "model.safetensors")
+        assert expected.keys() == source.keys()
+        changed = {name for name, value in source.items() if not torch.equal(value, expected[name])}
+        assert bool(changed) == (case == "lora")
+        for out in ("by one", "by two"):
+            for suffix in ("", "_merged"):
+                actual = load_file(tmp_path / out / f"{case}{suffix}_hf" / "model.safetensors")
+                for name, value in expected.items():
+                    torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-6, msg=f"{case} {out} {name}")

@@ -1,0 +1,76 @@
+"""The engine draws the same responses in any layout, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_popsd.megatron.config import LoRAConfig
+from tests.harness import run_ranks
+from tests.rollout.test_megatron_engine import GREEDY, RANDOM, REQUESTS
+from tests.tiny_models import build_student, save_tiny_model
+from tests.training.layouts import draw_adapters
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2 sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "cp2": (2, {"context": 2}),
+    "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "hf", num_hidden_layers=4)
+
+
+def observe(rank: int, world_size: int, model: Path, parallel: dict[str, Any]) -> dict[str, Any]:
+    """Responses of a student with adapters, and hidden states of its training forward before and after."""
+    from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
+    from nemo_popsd.megatron.microbatches import ContextSequence
+    from nemo_popsd.rollout.megatron_engine import MegatronEngine
+
+    lora = {"adaptation": "lora", "lora": LoRAConfig(rank=4, alpha=6.0)}
+    student = build_student(model, parallel=parallel, **lora)
+    draw_adapters(student)
+    engine = MegatronEngine(
+        student.chunks, vocab_size=student.vocab_size, batch_rows=4, cache_tokens=1 << 20, weights_version=lambda: 3
+    )
+    sequences = [ContextSequence(q.prompt, list(q.prompt)) for q in REQUESTS]
+    batches = student_batches(student.chunks, sequences, 40, packed=False)
+    states = lambda: [state.clone() for state in frozen_hidden_states(student.chunks, batches)]  # noqa: E731
+    before, seen = states(), {}
+    for name, sampling in (("greedy", GREEDY), ("random", RANDOM)):
+        seen[name] = engine.generate(REQUESTS, sampling)
+    seen["none"] = engine.generate([], RANDOM)
+    seen["one"] = engine.generate(REQUESTS[:1], RANDOM)
+    seen["same after"] = all(torch.equal(a, b) for a, b in zip(before, states(), strict=True))
+    seen["states"] = len(before)
+    seen["trains"] = all(chunk.training for chunk in student.chunks)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def one(model: Path) -> dict[str, Any]:
+    return run_ranks(observe, 1, model, {})[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_responses_are_those_of_one_process(model: Path, one: dict[str, Any], layout: str) -> None:
+    ranks = run_ranks(observe, LAYOUTS[layout][0], model, LAYOUTS[layout][1])
+    for seen in ranks:
+        for name in ("greedy", "random", "one"):
+            for actual, expected in zip(seen[name], one[name], strict=True):
+                assert actual.response == expected.response, name
+                assert actual.log_probs == pytest.approx(expected.log_probs, abs=2e-5)
+                assert (actual.cut, actual.weights_version) == (expected.cut, 3)
+        assert seen["none"] == []
+        assert seen["same after"], "the training forward is what it was"
+        assert seen["trains"]
+    assert any(seen["states"] == len(REQUESTS) for seen in ranks)
