@@ -55,7 +55,10 @@ def initialize(*, tensor_parallel: int, seed: int, timeout: timedelta = timedelt
             mend="set parallel.tensor, or torchrun's --nproc-per-node and --nnodes",
         )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_parallel,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
+        )
     present = parallel_state.get_tensor_model_parallel_world_size()
     if present != tensor_parallel:
         raise UserError(
