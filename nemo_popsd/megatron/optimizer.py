@@ -113,9 +113,9 @@ class StudentOptimizer(torch.optim.Optimizer):
         self.scheduler.step(1)
         self.megatron.step()
 
-    def resume(self, steps: int) -> None:
-        """Takes the schedule to where it stands after `steps` steps; the optimizer's own state is loaded elsewhere."""
-        self.scheduler.step(steps)
+    def resume(self, updates: int) -> None:
+        """Takes the schedule to where it stands after so many updates; Adam's state is loaded elsewhere."""
+        self.scheduler.step(updates)
 
     @property
     def learning_rate(self) -> float:
