@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tests.harness import run_ranks
-from tests.tiny_models import whole_logits
+from tests.tiny_models import load_dense, whole_logits
 
 pytestmark = pytest.mark.slow
 
@@ -113,4 +114,93 @@ def test_fit_trains_validates_and_saves_on_time(lives: dict[str, Any], folder: P
     assert seen["is ModelPT"]
     assert seen["steps"] == 4
     assert not torch.equal(seen["trained"], seen["untrained"])
-    assert seen["checkpoints"] == ["latest", "step-000002"]  # the command writes `final`
+    assert seen["checkpoints"] == ["latest", "step-000002"]  # the last step's is `final`, written by the command
+    lines = [json.loads(line) for line in (folder / adaptation / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]  # the last two are the restored run's, in the same directory
+    validated = [line["step"] for line in lines if "validation/accuracy" in line]
+    assert validated == [0, 2, 4, 6]
+    assert seen["before"].problems == 4
+    assert seen["before"].samples == 4
+
+
+@both
+@pytest.mark.parametrize("form", ["saved", "saved.nemo"])
+def test_what_is_saved_is_restored(lives: dict[str, Any], adaptation: str, form: str) -> None:
+    seen = lives[adaptation]
+    logits, steps, kind = seen[form]
+    assert torch.equal(logits, seen["trained"])
+    assert steps == 4
+    assert kind.__name__ == "PurifiedOPSDModel"
+
+
+@both
+def test_a_restored_run_goes_on_from_its_base(lives: dict[str, Any], adaptation: str) -> None:
+    assert lives[adaptation]["goes on"] == 6
+    assert torch.equal(lives[adaptation]["base"], lives[adaptation]["untrained"])
+
+
+@both
+def test_configurations_come_back_and_can_be_changed(lives: dict[str, Any], adaptation: str) -> None:
+    seen = lives[adaptation]
+    assert seen["config"].rollout.batch_rows == 64
+    assert seen["config"].student.adaptation == adaptation
+    assert seen["override"].rollout.batch_rows == seen["override file"].rollout.batch_rows == 3
+    assert seen["override"].training.steps == 4
+
+
+@both
+def test_an_export_computes_the_same_in_transformers(lives: dict[str, Any], folder: Path, adaptation: str) -> None:
+    from transformers import AutoTokenizer
+
+    dense = load_dense(folder / adaptation / "huggingface")
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, lives[adaptation]["trained"], atol=2e-4, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(folder / adaptation / "huggingface").chat_template
+
+
+@both
+def test_data_is_set_up_from_plain_trees(lives: dict[str, Any], adaptation: str) -> None:
+    assert lives[adaptation]["train rows"] == 3
+    assert lives[adaptation]["validation rows"] == 2
+
+
+def elsewhere(rank: int, world_size: int, folder: Path, tensor: int) -> dict[str, Any]:
+    """The checkpoints of one rank, restored on two."""
+    from nemo_popsd.config.loading import load_config
+    from nemo_popsd.model import PurifiedOPSDModel
+    from nemo_popsd.model.entry import build_trainer
+
+    seen: dict[str, Any] = {}
+    for adaptation in ("full", "lora"):
+        trainer = build_trainer(
+            load_config(TINY, overrides(folder / "elsewhere", adaptation, f"parallel.tensor={tensor}"))
+        )
+        layout = OmegaConf.create({"parallel": {"tensor": tensor}})
+        path = str(folder / adaptation / "saved.nemo")
+        model = PurifiedOPSDModel.restore_from(path, override_config_path=layout, trainer=trainer)
+        seen[adaptation] = whole_logits(model.gpt.eval(), IDS, model.student.vocab_size)
+        trainer.validate(model, verbose=False)
+        seen[f"{adaptation} evaluated"] = model.last_evaluation
+        model.save_to(str(folder / f"elsewhere-{tensor}" / adaptation))
+    return seen
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_checkpoint_is_restored_in_another_layout(lives: dict[str, Any], folder: Path, tensor: int) -> None:
+    ranks = run_ranks(elsewhere, 2, folder, tensor)
+    for adaptation in ("full", "lora"):
+        for seen in ranks:
+            torch.testing.assert_close(seen[adaptation], lives[adaptation]["trained"], atol=1e-4, rtol=1e-5)
+            assert seen[f"{adaptation} evaluated"] == ranks[0][f"{adaptation} evaluated"]
+            assert seen[f"{adaptation} evaluated"].problems == 4
+
+
+def test_models_by_name() -> None:
+    from nemo_popsd.model import PurifiedOPSDModel
+
+    (listed,) = PurifiedOPSDModel.list_available_models()
+    assert listed.pretrained_model_name == "nemo_popsd:tiny_reasoner"
+    assert listed.class_ is PurifiedOPSDModel
+    tree = PurifiedOPSDModel.from_pretrained(listed.pretrained_model_name, return_config=True)
+    assert Path(tree.student.source).is_dir()
