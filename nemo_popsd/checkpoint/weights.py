@@ -83,7 +83,7 @@ class StagedWeights:
             FileSystemWriterAsync.write_preloaded_data(self._transforms, number, bucket, results, token, use_fsync=True)
             _, outcome = results.get()
             if isinstance(outcome, Exception):
-                raise outcome
+                raise _system_error(outcome) or outcome
             written[number] = outcome
         if self._buckets:
             self._results.put(written)
@@ -154,6 +154,13 @@ def _sharded_state(models: Sequence[GPTModel], which: Which) -> dict[str, Any]:
         }
         for number, model in enumerate(models)
     }
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the system said, where torch's zip writer says only that its position is wrong."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _unusable(directory: Path, got: str) -> UserError:

@@ -21,12 +21,11 @@ def add_parser(subparsers: Any) -> None:
         help="print steps, the rows of a step, or their text",
         description="Print what is there of each step; with --step its rows; with --text their prompts and responses.",
     )
-    show.add_argument("run", metavar="RUN", help="output directory of a run")
+    show.add_argument("output", metavar="RUN", help="output directory of a run")
     show.add_argument("--step", metavar="N", type=int, default=None, help="one step; default: all steps in short")
     show.add_argument("--row", metavar="ID", default=None, help="one row by its id, in every step or in --step")
     show.add_argument("--text", action="store_true", help="decode prompts and responses with the run's tokenizer")
-    show.set_defaults(run_command=run)
-    parser.set_defaults(run=lambda args: args.run_command(args))
+    show.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,11 +33,11 @@ def run(args: argparse.Namespace) -> None:
     from nemo_popsd.errors import UserError
     from nemo_popsd.rollout.storage import RolloutStore
 
-    store = RolloutStore(args.run)
+    store = RolloutStore(args.output)
     steps = store.steps()
     if not steps or (args.step is not None and args.step not in steps):
         raise UserError(
-            f"rollouts of {args.run}",
+            f"rollouts of {args.output}",
             got=f"no step {args.step}, but {_ranges(steps)}" if steps else f"nothing in {store.folder}",
             need="the output of a run with rollout.save=true",
             mend="give another RUN or --step",
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         for step in steps:
             _print_summary(step, list(store.read(step)))
         return
-    decode = _decoder(Path(args.run)) if args.text else None
+    decode = _decoder(Path(args.output)) if args.text else None
     found = False
     for step in steps if args.step is None else [args.step]:
         for row in store.read(step):
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
                 _print_row(step, row, decode)
     if not found:
         raise UserError(
-            f"rollouts of {args.run}", got=f"no row {args.row!r}", need="the id of a row", mend="give another --row"
+            f"rollouts of {args.output}", got=f"no row {args.row!r}", need="the id of a row", mend="give another --row"
         )
 
 

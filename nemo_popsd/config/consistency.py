@@ -85,6 +85,13 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     check_output(config.output)
     found = [name for name in RUN_FILES if (Path(config.output).expanduser() / name).exists()]
     if not config.overwrite:
+        if found and not holds_a_run(config.output):
+            raise UserError(
+                "configuration",
+                got=f"output={config.output!r}, which holds the {', '.join(found)} of another run and no config.yaml",
+                need="a directory without a run, or the run itself",
+                mend="set output, or overwrite=true to remove it",
+            )
         return
     output = Path(config.output).expanduser().resolve()
     for setting, path in (

@@ -127,7 +127,7 @@ class StudentOptimizer(torch.optim.Optimizer):
         self.megatron.step()
 
     def resume(self, updates: int) -> None:
-        """Takes the schedule to where it stands after `updates` updates; the optimizer has its state from elsewhere."""
+        """Takes the schedule to where it stands after so many updates; Adam's state is loaded elsewhere."""
         self.scheduler.step(updates)
 
     @property

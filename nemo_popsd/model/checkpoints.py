@@ -140,8 +140,7 @@ class RunCheckpoints:
 
 def resume_optimizer(checkpoint: NemoCheckpoint, models: Any, optimizer: StudentOptimizer) -> None:
     """Puts optimizer and schedule where they were when `checkpoint` was written, whatever its layout."""
-    load_training_state(checkpoint.directory, models, optimizer.megatron)
-    optimizer.resume(checkpoint.step * checkpoint.config.training.updates_per_step)
+    optimizer.resume(load_training_state(checkpoint.directory, models, optimizer.megatron))
 
 
 def _restore_random_state(checkpoint: NemoCheckpoint) -> None:

@@ -49,7 +49,8 @@ def train(config: PopsdConfig) -> int:
     except StopRequested:
         model.checkpoints.save_last_step(model)
         run.mark_stopped(model.completed_steps)
-        _say(f"stopped by a signal; saved after step {model.completed_steps}; the same command goes on from there")
+        again = "the same command" + (" with overwrite=false" if config.overwrite else "")
+        _say(f"stopped by a signal; saved after step {model.completed_steps}; {again} goes on from there")
         return SAVED_AND_STOPPED
     finally:
         model.stop.uninstall()

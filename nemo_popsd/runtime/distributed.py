@@ -58,6 +58,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             expert_model_parallel_size=parallel.expert,
             # An expert is whole on its rank where experts are shared out, and split like other matrices elsewhere.
             expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
     present = _sizes_of_groups()
     if present.describe() != parallel.describe():

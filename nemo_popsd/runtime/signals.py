@@ -86,10 +86,11 @@ class StopSignals:
         """Whether to stop, the same on all ranks of this model; called once for each token they decode together.
 
         Looks every 16 tokens: one broadcast of one number over the ranks of the model, of which the first asks the
-        store whether any rank of the world was asked to stop.
+        store whether any rank of the world was asked to stop. Under context or expert parallelism, where ranks of
+        several such groups meet while they decode, it does not look: there a signal waits for the rollouts.
         """
         self._looks += 1
-        if self._looks % _TOKENS_BETWEEN_LOOKS:
+        if self._looks % _TOKENS_BETWEEN_LOOKS or _models_meet():
             return False
         group = parallel_state.get_model_parallel_group()
         first = dist.get_global_rank(group, 0)
@@ -109,3 +110,11 @@ class StopSignals:
                 if any(byte in SIGNALS for byte in received):
                     self._requested = True
                     _get_default_store().set(_KEY, str(os.getpid()))
+
+
+def _models_meet() -> bool:
+    sizes = (
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+    return max(sizes) > 1

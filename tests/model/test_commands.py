@@ -64,6 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_leaves_what_it_promises(trained: Path) -> None:
     assert len(losses(trained)) == 5
     assert (trained / "checkpoints" / "final" / "manifest.json").is_file()
+    assert (trained / "DONE").read_text() == "5\n"
     assert (trained / "huggingface" / "model.safetensors").is_file()
     assert (trained / "tensorboard").is_dir()
     told = (trained / "stdout").read_text()
@@ -155,6 +156,38 @@ def test_the_death_of_a_rank_ends_the_other(tmp_path: Path) -> None:
             if job.poll() is None:
                 os.killpg(job.pid, signal.SIGKILL)
     assert "SIGKILL" in (tmp_path / "stderr").read_text() or "exitcode: -9" in (tmp_path / "stderr").read_text()
+
+
+def test_the_first_failure_is_told_by_torchrun_and_ends_all_ranks(tmp_path: Path) -> None:
+    """Rank 1 fails in step 2; rank 0 fails after it, at the collective that it waits in."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        """
+import os, sys
+from nemo_popsd.cli.main import main
+if os.environ["RANK"] == "1":
+    from nemo_popsd.training.step import OnPolicyStep
+    accumulate = OnPolicyStep._accumulate
+    calls = []
+    def fail(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ArithmeticError("the first failure")
+        return accumulate(self, *args)
+    OnPolicyStep._accumulate = fail
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+    )
+    launcher = [*TWO[:-2], str(script)]
+    start = time.monotonic()
+    done = run(launcher, "train", TINY, f"output={tmp_path / 'run'}", *SHORT)
+    assert done.returncode not in (0, 85)
+    assert len(losses(tmp_path / "run")) == 1
+    summary = done.stderr[done.stderr.index("Root Cause") :]
+    assert "rank      : 1" in summary
+    assert "ArithmeticError: the first failure" in summary
+    assert time.monotonic() - start < 300
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:

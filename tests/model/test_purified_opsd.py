@@ -114,7 +114,7 @@ def test_fit_trains_validates_and_saves_on_time(lives: dict[str, Any], folder: P
     assert seen["is ModelPT"]
     assert seen["steps"] == 4
     assert not torch.equal(seen["trained"], seen["untrained"])
-    assert seen["checkpoints"] == ["step-000002"]  # the last step's is the run's final one, written by the command
+    assert seen["checkpoints"] == ["latest", "step-000002"]  # the last step's is `final`, written by the command
     lines = [json.loads(line) for line in (folder / adaptation / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]  # the last two are the restored run's, in the same directory

@@ -157,7 +157,7 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
     output = tmp_path / "run"
     shutil.copytree(whole / "full", output)
     (output / "DONE").unlink()
-    (shard,) = (output / "checkpoints" / "final" / "weights").glob("*.distcp")
+    shard = min((output / "checkpoints" / "final" / "weights").glob("*.distcp"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
@@ -193,7 +193,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
 
 def test_saving_in_the_background_keeping_the_best_and_overwriting(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    background = ("training.async_save=true", "training.checkpoint_every=1", "training.validate_every=1")
+    background = ("training.async_save=true", "training.checkpoint_every=1")
     keep = ("training.keep_last=1", "training.keep_best=1", "training.best_metric=train/loss", "training.best_is=min")
     assert train(output, *background, *keep)[0][0] == 0
     assert metrics(output, "train/loss") == metrics(whole / "full", "train/loss")

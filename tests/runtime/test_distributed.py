@@ -111,3 +111,34 @@ def test_two_processes_in_both_layouts():
         assert result["tensor 1"] == (1, 0, 2, rank)
         assert result["any"] == [True, True, False, True]
         assert result["draws 2"] == result["draws 1"] == results[0]["draws 1"]
+
+
+def _wait_too_long(rank: int, world_size: int, group: str) -> float:
+    """Rank 1 hangs; what rank 0 met at its collective, and after how many seconds."""
+    import os
+    import time
+    from datetime import timedelta
+
+    from megatron.core import parallel_state
+
+    from nemo_popsd.runtime.distributed import initialize
+
+    dist.destroy_process_group()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the test's
+    initialize(tensor_parallel=1, seed=1, timeout=timedelta(seconds=3))
+    chosen = parallel_state.get_data_parallel_group() if group == "data" else dist.group.WORLD
+    dist.all_reduce(torch.ones(1), group=chosen)
+    start = time.monotonic()
+    if rank == 1:
+        time.sleep(9)
+        return 0.0
+    with pytest.raises(RuntimeError, match=r"[Tt]imed out|Timeout|timeout"):
+        dist.all_reduce(torch.ones(1), group=chosen)
+    return time.monotonic() - start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["world", "data"])
+def test_a_rank_that_hangs_fails_the_others_in_time(group):
+    waited, _ = run_ranks(_wait_too_long, 2, group)
+    assert 2 < waited < 9
