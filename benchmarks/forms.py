@@ -109,7 +109,10 @@ def make_problem(
 
 
 class Ours:
-    """`loss_from_hidden` as training calls it: w̄ known, dW into a gradient that the trainer keeps."""
+    """`loss_from_hidden` as training calls it: w̄ known, dW added to a gradient that the trainer keeps.
+
+    The trainer clears that once a step, so the dW of a first call is the right one, and later ones add to it.
+    """
 
     def __init__(self, problem: Problem, *, fused: str = "auto", chunk_tokens: int | None = None) -> None:
         self._problem, self._fused, self._chunk_tokens = problem, fused, chunk_tokens
@@ -121,8 +124,6 @@ class Ours:
         """Forward and backward."""
         problem = self._problem
         hidden, weight = problem.leaves()
-        if self._kept is not None:
-            self._kept.zero_()
         result = loss_from_hidden(
             hidden,
             weight,

@@ -10,17 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_popsd.distillation import Divergence, LogLinearTarget, PurifiedTarget, fusion
+from nemo_popsd.distillation import Divergence, PurifiedTarget, fusion
 from nemo_popsd.errors import UserError
 from tests.distillation.calls import diagnosed, hidden_loss
 from tests.distillation.dense import dense, make_problem, relative
 from tests.harness import run_ranks
 
-TARGETS = {
-    "purified": PurifiedTarget(0.7, 2.0, 1.3),
-    "no cap": PurifiedTarget(2.0, None, 0.8),
-    "student pmi": LogLinearTarget.live_student_pmi(1.4, 3.0, 0.9),
-}
+TARGET = PurifiedTarget(0.7, 2.0, 1.3)
 KINDS = {"jsd": Divergence("jsd", 0.3), "forward": Divergence("forward_kl"), "reverse": Divergence("reverse_kl")}
 
 
@@ -44,11 +40,11 @@ def test_fused_agrees_with_the_dense_reference_and_compiles_once_for_all_sizes()
 
     counters.clear()
     found = {}
-    for (name, target), (kind, divergence) in itertools.product(TARGETS.items(), KINDS.items()):
-        problem = make_problem(1, tokens=23, hidden=16, vocab=300, padded=320, sharpness=0.5).to(torch.float32)
-        found[name, kind] = errors_of_fused(problem, problem, target, divergence, chunk_tokens=11)
+    problem = make_problem(1, tokens=23, hidden=16, vocab=300, padded=320, sharpness=0.5).to(torch.float32)
+    for kind, divergence in KINDS.items():
+        found[kind] = errors_of_fused(problem, problem, TARGET, divergence, chunk_tokens=11)
     graphs = counters["stats"]["unique_graphs"]
-    assert 0 < graphs <= 3 + 4  # what differs: which vectors a target has, and the step
+    assert 0 < graphs <= 5  # one for each step
     for tokens, vocab, chunk in ((40, 500, 13), (9, 77, 4)):
         problem = make_problem(2, tokens=tokens, hidden=12, vocab=vocab, padded=512, sharpness=0.5).to(torch.float32)
         for kind, divergence in KINDS.items():
@@ -62,24 +58,21 @@ def test_fused_agrees_with_the_dense_reference_and_compiles_once_for_all_sizes()
 
 def _fused_in_shards(rank: int, world_size: int):
     """A ragged shard, and one of padding alone."""
-    found = []
-    for vocab, (_kind, divergence) in itertools.product((300, 130), KINDS.items()):
+    group, found = dist.group.WORLD, []
+    for vocab in (300, 130):
         problem = make_problem(3, tokens=9, hidden=16, vocab=vocab, padded=320, sharpness=0.5).to(torch.float32)
         mine = problem.shard(rank, world_size)
+        settings = {"diagnosed": diagnosed(mine, [2])}
         if vocab > 160 or rank == 0:
-            found += errors_of_fused(
-                problem, mine, TARGETS["purified"], divergence, dist.group.WORLD, diagnosed=diagnosed(mine, [2])
-            )
-        else:
-            hidden_loss(
-                mine, TARGETS["purified"], divergence, dist.group.WORLD, fused="true", diagnosed=diagnosed(mine, [2])
-            )[0].total.backward()
+            found += errors_of_fused(problem, mine, TARGET, Divergence(), group, **settings)
+        else:  # nothing to compare with, but it must take its part in what the other rank computes
+            hidden_loss(mine, TARGET, Divergence(), group, fused="true", **settings)[0].total.backward()
     return found
 
 
 @pytest.mark.slow
 def test_fused_agrees_with_the_dense_reference_in_shards():
-    for found in run_ranks(_fused_in_shards, 2):
+    for found in run_ranks(_fused_in_shards, 2, timeout=500.0):
         assert max(found) < 1e-5, found
 
 
