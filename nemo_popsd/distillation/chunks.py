@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # sizes are planned where there is no torch
+    from torch import Tensor
 
 LARGEST_CHUNK = 1024
 """Tokens. Every chunk reads and writes the whole dW once: with fewer tokens that outweighs its product."""
@@ -32,6 +34,6 @@ def chunk_slices(tokens: int, chunk_tokens: int) -> list[slice]:
 
 def sampled_slices(index: Tensor, chunks: list[slice]) -> list[slice]:
     """Which entries of an ascending index fall into each chunk. Waits for the device once."""
-    bounds = index.new_tensor([chunk.stop for chunk in chunks])
-    stops = [0, *torch.searchsorted(index, bounds).tolist()]
+    entries = index.tolist()
+    stops = [0, *(bisect_left(entries, chunk.stop) for chunk in chunks)]
     return [slice(start, stop) for start, stop in itertools.pairwise(stops)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning.parameters import linears, padded_vocabulary
 from nemo_popsd.planning.workload import Case
 
@@ -96,14 +97,24 @@ def loss(case: Case, responses: float, diagnosed: float) -> Flops:
     """Loss and its gradients on `responses` tokens, the decomposition on `diagnosed` of them.
 
     Products with the output matrix per token: student, anchor, shift, gradient of the hidden state, and under full
-    fine-tuning gradient of the matrix; three more for a diagnosed token.
+    fine-tuning gradient of the matrix; for a diagnosed token also the teacher's, and the second teacher's where there
+    is no shift.
     """
-    family = case.config.distillation.target.family
-    capped = family in ("purified", "student_pmi") and case.config.distillation.target.cap is not None
-    vectors = int(capped) + int(family != "student_pmi" or not capped)
-    products = 1 + vectors + 1 + (0 if case.lora else 1)
+    products = 1 + target_vectors(case.config) + 1 + (0 if case.lora else 1)
+    sampled = 1 if _has_shift(case.config) else 2
     columns = case.sizes.vocab / case.layout.tensor
-    return Flops(0.0, head=2 * case.sizes.hidden * columns * (products * responses + 3 * diagnosed))
+    return Flops(0.0, head=2 * case.sizes.hidden * columns * (products * responses + sampled * diagnosed))
+
+
+def target_vectors(config: PopsdConfig) -> int:
+    """Vectors of the hidden size that make a token's target: anchor, shift, or both."""
+    capped = _has_shift(config)
+    return int(capped) + int(config.distillation.target.family != "student_pmi" or not capped)
+
+
+def _has_shift(config: PopsdConfig) -> bool:
+    target = config.distillation.target
+    return target.family in ("purified", "student_pmi") and target.cap is not None
 
 
 def decoding(case: Case, rows: float, length: float) -> Flops:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_popsd.distillation.chunks import default_chunk_tokens
+from nemo_popsd.planning.compute import target_vectors
 from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages
 from nemo_popsd.planning.workload import Case
 
@@ -88,13 +90,12 @@ def loss_bytes(case: Case) -> float:
     settings, sizes, layout, element = case.config.distillation, case.sizes, case.layout, case.element
     rows, responses = padded_vocabulary(sizes, layout) / layout.tensor, case.microbatch_responses
     columns = min(rows, sizes.vocab)  # the first ranks have no padding
-    chunk = (
-        max(16 * min(settings.chunk_tokens or 1024, responses), 24 * min(settings.diagnosed_tokens, responses))
-        * columns
-    )
-    matrix = 0 if case.lora else rows * sizes.hidden
-    vectors = responses * sizes.hidden  # hidden state and its gradient, anchor, shift
-    return vectors * (3 * element + 4) + 4 * matrix + max(chunk, (vectors + matrix) * element)
+    # Student, one for each vector of the target, and the gradient where it cannot take the student's place.
+    buffers = 1 + target_vectors(case.config) + (0.5 if element < 4 else float(layout.tensor > 1))
+    tokens = min(settings.chunk_tokens or default_chunk_tokens(buffers), responses)
+    chunk = 4 * buffers * tokens * columns + 4 * min(settings.diagnosed_tokens, tokens) * columns
+    states = responses * sizes.hidden  # each of: hidden state and its gradient, anchor, shift
+    return states * (3 * element + 4) + max(chunk, states * element)
 
 
 def cache_bytes(case: Case, stage: Stage) -> float:

@@ -37,8 +37,8 @@ def run_config(*, tensor: int = 1, distributed: bool = False, **student: Any) ->
     config.rollout.top_k, config.rollout.top_p = 0, 1.0
     config.training.prompts_per_step = ROWS
     config.training.frozen_tokens = ROWS * (PROMPT + REFERENCE + RESPONSE)
-    config.distillation.diagnosed_tokens = 6
-    config.distillation.chunk_tokens = 24
+    config.distillation.diagnosed_tokens = 16  # eight of each chunk: products are made for multiples of eight rows
+    config.distillation.chunk_tokens = 32
     return config
 
 

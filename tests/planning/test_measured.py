@@ -111,21 +111,23 @@ def _watch_caches() -> list[int]:
 
 def _measure_loss(run: Any) -> tuple[int, int]:
     """Peak bytes and operations of the loss of one micro-batch of all rows, forward and backward."""
-    from nemo_popsd.distillation import loss_from_hidden
+    from nemo_popsd.distillation import DiagnosedTokens, HiddenPair, loss_from_hidden
     from nemo_popsd.distillation.build import build_divergence, build_target
+    from nemo_popsd.megatron.forward import upstream_of_loss
     from tests.planning.counters import LiveBytes, flop_counter
 
     student, settings = run.student, run.config.distillation
     tokens, width = cases.ROWS * cases.RESPONSE, student.weight.shape[1]
     source = torch.randn(tokens, width)
+    count = settings.diagnosed_tokens
+    sample = DiagnosedTokens(torch.arange(count) * tokens // count, source[:count].clone(), source[:count].clone())
 
     def loss() -> None:
         hidden, anchor, shift = source.clone().requires_grad_(), source.clone(), source.clone()
-        loss_from_hidden(
+        found = loss_from_hidden(
             hidden,
             student.weight,
-            anchor,
-            shift,
+            HiddenPair(anchor, shift),
             student.base_weight,
             target=build_target(settings.target),
             divergence=build_divergence(settings.divergence),
@@ -134,8 +136,10 @@ def _measure_loss(run: Any) -> tuple[int, int]:
             token_weights=torch.ones(tokens),
             chunk_tokens=settings.chunk_tokens,
             centre=student.centre,
-            return_statistics=True,
-        ).total.backward()
+            main_gradient=student.main_gradient,
+            diagnosed=sample,
+        )
+        (found.total * upstream_of_loss()).backward()
 
     with LiveBytes() as live:
         loss()
@@ -238,7 +242,7 @@ def test_operations(measured: Any, variant: str) -> None:
             assert rank[variant][name] == pytest.approx(value, rel=1e-12), name
     # The vocabulary is not split evenly: ranks differ, the mean does not.
     responses = case.rows * case.limits.response
-    wanted = {"loss flops": compute.loss(case, responses, 0).counted}
+    wanted = {"loss flops": compute.loss(case, responses, case.config.distillation.diagnosed_tokens).counted}
     flops = compute.step(case)
     wanted["step flops"] = flops.rollout.counted + flops.frozen.counted + flops.training.counted
     for name, value in wanted.items():
