@@ -67,8 +67,9 @@ class Adapters:
 
 
 def whole_model_name(chunk: GPTModel, name: str) -> str:
-    """`name` of a module or parameter of `chunk` with its layer and its expert counted through the whole model, not from
-    the chunk's first layer and the rank's first expert.
+    """`name` of a module or parameter of `chunk`, with layer and expert counted through the whole model.
+
+    The chunk counts from its own first layer, the rank from its own first expert.
     """
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
