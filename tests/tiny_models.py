@@ -23,10 +23,21 @@ _COMMON: dict[str, Any] = {
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 12}),  # unlike hidden_size / heads
     "qwen3_tied": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
     "qwen2": ("Qwen2", {}),
     "llama": ("Llama", {}),
 }
-KINDS = tuple(_KINDS)
+KINDS = tuple(kind for kind in _KINDS if "moe" not in kind)
+"""The dense ones."""
 
 
 def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0, **overrides: Any) -> Path:
@@ -36,7 +47,7 @@ def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0
 
     Args:
         directory: to make.
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or `qwen3_moe`.
         seed: of the weights.
         overrides: fields of the transformers configuration.
     """

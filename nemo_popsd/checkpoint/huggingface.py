@@ -134,6 +134,11 @@ class HuggingFaceModel:
         ]
         used = {name for task in tasks for name in _names(task.mapping.hf_param)}
         ignored = {"lm_head.weight"} if tied else set()
+        if chunks[0].config.expert_model_parallel_size > 1:  # other ranks have the other experts
+            group = parallel_state.get_expert_model_parallel_group()
+            by_rank: list[set[str]] = [set()] * group.size()
+            dist.all_gather_object(by_rank, used, group=group)
+            used = set().union(*by_rank)
         left_over = sorted(set(self.tensor_names) - used - ignored)
         if without or left_over:
             raise UserError(

@@ -67,12 +67,17 @@ class Adapters:
 
 
 def whole_model_name(chunk: GPTModel, name: str) -> str:
-    """`name` of a module or parameter of `chunk` with its layer counted through the whole model, not from the chunk's
-    first.
+    """`name` of a module or parameter of `chunk`, with layer and expert counted through the whole model.
+
+    The chunk counts from its own first layer, the rank from its own first expert.
     """
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
         parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+    if "local_experts" in parts[:-1]:
+        group = chunk.pg_collection.ep
+        number = parts.index("local_experts") + 1
+        parts[number] = str(int(parts[number]) + chunk.config.num_moe_experts // group.size() * group.rank())
     return ".".join(parts)
 
 

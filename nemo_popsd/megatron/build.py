@@ -46,6 +46,9 @@ def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig
     provider.expert_tensor_parallel_size = 1 if parallel.expert > 1 else parallel.tensor
     # The one dispatcher that takes micro-batches of unequal lengths; without experts it is not used.
     provider.moe_token_dispatcher_type = "alltoall"
+    # Experts are balanced in pre-training; here the divergence alone is minimised.
+    provider.moe_router_load_balancing_type = "none"
+    provider.moe_aux_loss_coeff = 0.0
     provider.should_pad_vocab = True
     provider.make_vocab_size_divisible_by = VOCABULARY_MULTIPLE
     provider.parallel_output = True

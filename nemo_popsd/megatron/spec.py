@@ -32,6 +32,7 @@ def choose_layer_spec(provider: Any) -> None:
         "cross_entropy_loss_fusion",
         "gradient_accumulation_fusion",
         "masked_softmax_fusion",
+        "moe_grouped_gemm",
         "moe_permute_fusion",
         "persist_layer_norm",
     ):
@@ -42,7 +43,7 @@ def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerB
     """megatron-core's local decoder layers of this pipeline stage with `LocalRMSNorm` and `LocalCoreAttention`."""
     spec = get_gpt_layer_local_spec(
         num_experts=provider.num_moe_experts,
-        moe_grouped_gemm=False,
+        moe_grouped_gemm=provider.moe_grouped_gemm,
         qk_layernorm=provider.qk_layernorm,
         normalization=provider.normalization,
     )

@@ -174,11 +174,12 @@ class PurifiedOPSDModel(ModelPT):
             "evaluation.max_response_tokens",
         )
         ranks = parallel_state.get_data_parallel_world_size()
-        if len(prompts) < ranks:
+        in_step = self.settings.parallel.expert > 1  # ranks that share experts ask as often as each other
+        if len(prompts) < ranks or (in_step and len(prompts) % ranks):
             raise UserError(
                 "data.validation",
                 got=f"{len(prompts)} problems for {ranks} data-parallel ranks",
-                need="at least one for each rank",
+                need="equally many for each rank under expert parallelism" if in_step else "at least one for each rank",
                 mend="set data.validation.path or evaluation.problems",
             )
         mine = prompts[parallel_state.get_data_parallel_rank() :: ranks]

@@ -41,6 +41,21 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     return create
 
 
+class _NoStream:
+    """A stream, and an event of it, where everything has happened when a call returns."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, _: object) -> None: ...
+
+    def record_event(self) -> _NoStream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
 class _CudaOnCpu(types.ModuleType):
     """``torch.cuda`` as Megatron sees it: one device, the CPU, with the CPU's generator."""
 
@@ -50,6 +65,9 @@ class _CudaOnCpu(types.ModuleType):
         self.synchronize = lambda *_: None
         self.get_rng_state = lambda *_: torch.get_rng_state()
         self.manual_seed = torch.manual_seed
+        stream = _NoStream()
+        self.Stream = self.current_stream = lambda: stream
+        self.stream = lambda stream: stream
 
     def __getattr__(self, name: str) -> object:
         return getattr(torch.cuda, name)
@@ -212,6 +230,49 @@ def _chunks_of_context_rank(embedding: torch.Tensor, dimension: int, group: Any)
     return torch.cat([chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]], dim=dimension)
 
 
+def _splits_of_dispatched_tokens() -> None:
+    """Has the splits of an all-to-all as numpy arrays, which the library makes of tensors on a GPU alone."""
+    module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    stock = module.maybe_move_tensor_to_cpu
+    if getattr(stock, "numpy_on_cpu", False):
+        return
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    maybe_move_tensor_to_cpu.numpy_on_cpu = True  # type: ignore[attr-defined]
+    module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
+
+
+def _router_without_transformer_engine() -> None:
+    """Defines the name by which the router asks for a kernel of Transformer Engine, as not there."""
+    module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if "te_general_gemm" not in inspect.getsource(module):
+        raise RuntimeError(f"{module.__name__} asks for no te_general_gemm; revise nemo_popsd/runtime/cpu.py")
+    module.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _names_of_local_experts() -> None:
+    """Counts the experts of `SequentialMLP` through the whole model, as the library does for those of a grouped one."""
+    module = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
+    stock = module._megatron_local_name_to_global
+    if getattr(stock, "counts_local_experts", False):
+        return
+
+    def local_name_to_global(models: Any, config: Any, param_name: str, vp_stage: int | None = None) -> Any:
+        from megatron.core import parallel_state
+
+        name = stock(models, config, param_name, vp_stage)
+        group = parallel_state.get_expert_model_parallel_group()
+        if group.size() > 1 and ".adapter." not in name:
+            first = config.num_moe_experts // group.size() * group.rank()
+            name = re.sub(r"(?<=\.local_experts\.)\d+", lambda match: str(int(match[0]) + first), name)
+        return name
+
+    local_name_to_global.counts_local_experts = True  # type: ignore[attr-defined]
+    module._megatron_local_name_to_global = local_name_to_global  # type: ignore[attr-defined]
+
+
 _TORCH_MODULES = {
     "megatron.bridge.models.conversion.param_mapping": "param_mapping.py:986 torch.cuda.current_device()",
     "megatron.core.dist_checkpointing.strategies.filesystem_async": "filesystem_async.py:230 synchronize()",
@@ -230,6 +291,8 @@ _TORCH_MODULES = {
     "megatron.core.tensor_parallel.mappings": "mappings.py:91,141,148,181,442 current_device()",
     "megatron.core.tensor_parallel.random": "random.py:235-238,422 torch.cuda.get_rng_state(), manual_seed()",
     "megatron.core.utils": "utils.py:631,1207 GlobalMemoryBuffer, gradient norm",
+    "megatron.core.transformer.moe.router": "router.py:90,92 current_device()",
+    "megatron.core.transformer.moe.token_dispatcher": "token_dispatcher.py:445,871,873,874 Stream(), current_stream()",
     "megatron.core.transformer.attention": "attention.py:430 current_device() of the key and value cache",
 }
 
@@ -278,9 +341,24 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         _rotary_embedding_of_a_context_rank,
     ),
     Adaptation(
+        "router without Transformer Engine",
+        "moe_utils.py:1192 a name that is imported with Transformer Engine alone",
+        _router_without_transformer_engine,
+    ),
+    Adaptation(
+        "splits of dispatched tokens",
+        "moe_utils.py:1098 tensors are made arrays where they are on a GPU",
+        _splits_of_dispatched_tokens,
+    ),
+    Adaptation(
         "contiguous shards in Megatron-Bridge's scatter",
         "megatron/bridge/models/conversion/param_mapping.py:504 scatters views; gloo sends wrong bytes for them",
         _contiguous_scatter,
+    ),
+    Adaptation(
+        "names of a rank's experts",
+        "model_bridge.py:148 counts those of the GPU's grouped layer alone through the model",
+        _names_of_local_experts,
     ),
 )
 """Everything that is changed on a machine without CUDA, in the order of application."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_popsd.megatron.microbatches import ContextSequence, group_by_length, microbatches
+from nemo_popsd.megatron.microbatches import (
+    ContextSequence,
+    TokenCount,
+    group_by_length,
+    microbatches,
+    pack_by_length,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=12)
@@ -71,3 +77,55 @@ def test_one_token_and_empty_responses():
     [empty] = microbatches([ContextSequence([5, 6], [])], 10, CPU)
     assert empty.route.take.tolist() == []
     assert empty.route.take.dtype == torch.long
+
+
+@given(LENGTHS, st.integers(1, 60))
+def test_packed_sequences_lie_one_after_the_other_within_their_bounds(lengths, budget):
+    sequences = _sequences(lengths)
+    seen = []
+    for batch in microbatches(sequences, budget, CPU, packed=True):
+        seen += batch.rows
+        tokens = [[*sequences[row].prompt, *sequences[row].response] for row in batch.rows]
+        assert batch.input_ids.tolist() == [[token for row in tokens for token in row]]
+        assert batch.position_ids.tolist() == [[place for row in tokens for place in range(len(row))]]
+        bounds = [0, *accumulate(map(len, tokens))]
+        assert batch.packed.qkv_format == "thd"
+        assert batch.packed.cu_seqlens_q.tolist() == batch.packed.cu_seqlens_kv.tolist() == bounds
+        assert batch.packed.max_seqlen_q == batch.packed.max_seqlen_kv == max(map(len, tokens))
+        responses = [token for row in batch.rows for token in sequences[row].response]
+        assert [batch.input_ids[0, place] for place in batch.route.take] == [token - 1 for token in responses]
+        assert batch.padding == 0
+        assert batch.shape == (bounds[-1], 1)
+        assert len(batch.rows) == 1 or bounds[-1] <= budget
+    assert sorted(seen) == list(range(len(sequences)))
+
+
+def test_packing_by_hand():
+    assert pack_by_length([3, 9, 3, 4, 9], 18) == [[1, 4], [3, 0, 2]]
+    assert pack_by_length([7, 6, 4, 3], 10) == [[0, 3], [1, 2]]
+    assert pack_by_length([12, 2], 10) == [[0], [1]]
+    assert pack_by_length([], 4) == []
+
+
+@given(LENGTHS, st.integers(1, 60), st.booleans(), st.integers(1, 3), st.integers(0, 5))
+def test_batches_of_one_shape_in_the_number_that_a_schedule_needs(lengths, budget, packed, multiple, least):
+    sequences = _sequences(lengths)
+    batches = microbatches(
+        sequences, budget, CPU, packed=packed, one_shape=True, count_multiple=multiple, at_least=least
+    )
+    assert len({batch.shape for batch in batches}) == 1
+    assert len({batch.input_ids.shape for batch in batches}) == 1
+    assert len(batches) % multiple == 0
+    assert len(batches) >= least
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(sequences)))
+    real = sum(p + r for p, r in lengths)
+    assert TokenCount.of(batches).real == real
+    assert TokenCount.of(batches).padding == sum(batch.input_ids.numel() for batch in batches) - real
+
+
+def test_a_rank_without_sequences_has_a_batch_without_rows():
+    for packed in (False, True):
+        assert microbatches([], 10, CPU, packed=packed) == []
+        [batch] = microbatches([], 10, CPU, packed=packed, at_least=1)
+        assert (batch.rows, batch.response_lengths, batch.shape, batch.padding) == ([], [], (1, 1), 1)
+        assert batch.route.take.tolist() == []

@@ -151,11 +151,17 @@ def test_a_target_that_has_vanished_is_an_error(monkeypatch):
             adapt_to_cpu()
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    bridge = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
+    language = importlib.import_module("megatron.core.models.common.language_module.language_module")
     rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
     for owner, attribute, apply in (
         (random, "_set_cuda_rng_state", cpu._cpu_rng_state),
         (mapping, "scatter_to_tp_ranks", cpu._contiguous_scatter),
         (rope, "get_pos_emb_on_this_cp_rank", cpu._rotary_embedding_of_a_context_rank),
+        (dispatcher, "maybe_move_tensor_to_cpu", cpu._splits_of_dispatched_tokens),
+        (bridge, "_megatron_local_name_to_global", cpu._names_of_local_experts),
+        (language.LanguageModule, "setup_embeddings_and_output_layer", cpu._embedding_between_stages),
     ):
         with monkeypatch.context() as patch:
             patch.delattr(owner, attribute)
@@ -173,6 +179,7 @@ def test_the_lines_that_need_it_are_there(adaptation):
     root = Path(importlib.import_module("megatron.core").__path__[0]).parent
     wanted = re.compile(
         r"\.cuda\(|torch\.cuda|['\"]cuda['\"]|_cuda_setRNGState|import transformer_engine|distributed\.scatter"
+        r"|experts\.linear_fc|te_general_gemm"
     )
     module = adaptation.name.removeprefix("torch in ").replace("megatron.", "").replace(".", "/") + ".py"
     places = re.findall(r"(\w+\.py):([\d,-]+)|, ((?:\d+,)*\d+)", adaptation.needed_by)

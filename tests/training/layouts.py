@@ -182,7 +182,9 @@ def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
     result = {}
     for chunk, tensors in zip(run.student.chunks, named, strict=True):
         for name, parameter, tensor in tensors:
-            result[whole_model_name(chunk, name)] = _whole(name, parameter, tensor, run.student.tp_group)
+            expert = not getattr(parameter, "allreduce", True)
+            group = chunk.pg_collection.expt_tp if expert else run.student.tp_group
+            result[whole_model_name(chunk, name)] = _whole(name, parameter, tensor, group)
     return result
 
 

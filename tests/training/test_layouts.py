@@ -29,6 +29,9 @@ VARIANTS = {
     # Output matrix and embedding are one parameter, with a copy on the last stage of a pipeline.
     "tied, padded": Variant(kind="qwen3_tied"),
     "tied, packed": Variant(kind="qwen3_tied", packing=True),
+    # Four experts, two of them for each token.
+    "experts, padded": Variant(kind="qwen3_moe"),
+    "experts, packed": Variant(kind="qwen3_moe", packing=True),
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "one": (1, {}, False),
@@ -42,13 +45,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, False),
     "tp2 cp2": (4, {"tensor": 2, "context": 2}, False),
     "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}, False),
+    "experts: tp2 sp": (2, {"tensor": 2, "sequence": True}, False),
+    "experts: ep2": (2, {"expert": 2}, False),
+    "experts: tp2 sp ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}, False),
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for kind in ("qwen3", "qwen3_tied"):
+    for kind in ("qwen3", "qwen3_tied", "qwen3_moe"):
         save_tiny_model(folder / kind, kind, num_hidden_layers=4)
         save_tiny_model(folder / f"{kind}_live", kind, seed=1, num_hidden_layers=4)
     return folder
@@ -67,8 +73,10 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def variants_of(layout: str) -> dict[str, Variant]:
-    """All of them; tied embeddings in pipelines alone."""
-    return {name: variant for name, variant in VARIANTS.items() if "pp" in layout or "tied" not in name}
+    """Dense ones, tied embeddings in pipelines alone; or mixtures of experts."""
+    experts = layout.startswith("experts")
+    kinds = {"qwen3_moe"} if experts else {"qwen3", "qwen3_tied"} if "pp" in layout else {"qwen3"}
+    return {name: variant for name, variant in VARIANTS.items() if variant.kind in kinds}
 
 
 def seen_in(layout: str, folder: Path, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
