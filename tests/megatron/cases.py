@@ -70,7 +70,9 @@ def loss_function(student: Any, rows: Sequence[int]) -> Callable[..., tuple[Tens
             tp_group=student.tp_group,
             token_weights=torch.cat([WEIGHTS[row] for row in chosen]),
             chunk_tokens=7,
+            main_gradient=student.main_gradient,
         )
+        assert student.weight.grad is None or not student.weight.requires_grad
         return result.total, result.total.item()
 
     return loss
