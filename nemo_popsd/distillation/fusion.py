@@ -28,6 +28,9 @@ _TILE_BYTES = {("cpu", False): 1 << 19, ("cpu", True): 1 << 22, ("cuda", False):
 """Size of one tile of logits by device and whether fused: a handful of them fits the cache (measured on a CPU)."""
 
 
+_ALIGNED_ROWS = 8
+
+
 class Stages(NamedTuple):
     """The functions of `rowwise.py`, under their names there, and the rows of a tile that suit them."""
 
@@ -42,7 +45,9 @@ class Stages(NamedTuple):
     def tile_rows(self, width: int, dtype: torch.dtype, device: torch.device) -> int:
         """Rows of `width` entries that are worked on at a time."""
         size = _TILE_BYTES["cpu" if device.type == "cpu" else "cuda", self.fused]
-        return max(1, size // max(1, width * dtype.itemsize))
+        rows = max(1, size // max(1, width * dtype.itemsize))
+        # Tiles then start where vector loads want them, whatever the width: else compiled GPU code copies its inputs.
+        return rows if rows < _ALIGNED_ROWS else rows // _ALIGNED_ROWS * _ALIGNED_ROWS
 
 
 class _Compiled:
