@@ -19,7 +19,7 @@ from nemo_popsd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("auto", "true", "false")
+SETTINGS = ("auto", "always", "never")
 
 _SMALLEST_FUSED_VOCABULARY = 8192
 """Entries of a shard from which `auto` compiles: below, a run is over before the compilation has paid for itself."""
@@ -93,7 +93,7 @@ def choose_stages(setting: str, width: int, dtype: torch.dtype) -> Stages:
     """The functions to use for a shard of `width` entries.
 
     Args:
-        setting: `auto` fuses in fp32 from 8,192 entries of a shard on; `true` always; `false` never.
+        setting: `auto` fuses in fp32 from 8,192 entries of a shard on; `always` always; `never` never.
         width: true vocabulary entries of this shard.
         dtype: of the statistics. In float64, which is there to check others, `auto` does not fuse.
 
@@ -103,7 +103,7 @@ def choose_stages(setting: str, width: int, dtype: torch.dtype) -> Stages:
     if setting not in SETTINGS:
         raise UserError("loss", got=f"fused={setting!r}", need=f"one of {', '.join(SETTINGS)}", mend="set fused")
     large = width >= _SMALLEST_FUSED_VOCABULARY and dtype == torch.float32
-    if setting == "false" or _Compiled.broken or (setting == "auto" and not large):
+    if setting == "never" or _Compiled.broken or (setting == "auto" and not large):
         return _eager
     global _fused
     if _fused is None:
