@@ -229,7 +229,7 @@ def forms(problem: Problem) -> dict[str, Callable[[], Outcome]]:
     """All that are compared, by name."""
     return {
         "ours": Ours(problem),
-        "ours, not fused": Ours(problem, fused="false"),
+        "ours, not fused": Ours(problem, fused="never"),
         "dense, four logits, autograd": UnderAutograd(problem),
         "chunks under autograd": UnderAutograd(problem, chunk_tokens=PEERS_CHUNK),
         "chunks, recomputed in backward": UnderAutograd(problem, chunk_tokens=PEERS_CHUNK, recompute=True),

@@ -61,7 +61,7 @@ class DistillationConfig:
     where the target or the layout needs more buffers, so that the loss needs at most 0.8 of an fp32 [8192, V/tp]."""
     fused: str = "auto"
     """Whether the arithmetic between the loss's products is compiled into fused kernels: `auto` from 8,192 vocabulary
-    entries of a rank on, `true` or `false`. Without a working compiler the log says so and it is not."""
+    entries of a rank on, `always` or `never`. Without a working compiler the log says so and it is not."""
     diagnosed_tokens: int = 256
     """Tokens per step and data-parallel rank on which Δ norms and cosines are measured; 0 measures none.
     Needs both teachers on every row, also where the target (`opsd`, `beta_opsd`) needs no reference-only teacher."""
@@ -70,5 +70,5 @@ class DistillationConfig:
         one_of("distillation.loss_mean", self.loss_mean, ("sequence", "token"))
         if self.chunk_tokens is not None:
             at_least("distillation.chunk_tokens", self.chunk_tokens, 1)
-        one_of("distillation.fused", self.fused, ("auto", "true", "false"))
+        one_of("distillation.fused", self.fused, ("auto", "always", "never"))
         at_least("distillation.diagnosed_tokens", self.diagnosed_tokens, 0)

@@ -19,13 +19,16 @@ from nemo_popsd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("auto", "true", "false")
+SETTINGS = ("auto", "always", "never")
 
 _SMALLEST_FUSED_VOCABULARY = 8192
 """Entries of a shard from which `auto` compiles: below, a run is over before the compilation has paid for itself."""
 
 _TILE_BYTES = {("cpu", False): 1 << 19, ("cpu", True): 1 << 22, ("cuda", False): 1 << 26, ("cuda", True): 1 << 26}
 """Size of one tile of logits by device and whether fused: a handful of them fits the cache (measured on a CPU)."""
+
+
+_ALIGNED_ROWS = 8
 
 
 class Stages(NamedTuple):
@@ -42,7 +45,9 @@ class Stages(NamedTuple):
     def tile_rows(self, width: int, dtype: torch.dtype, device: torch.device) -> int:
         """Rows of `width` entries that are worked on at a time."""
         size = _TILE_BYTES["cpu" if device.type == "cpu" else "cuda", self.fused]
-        return max(1, size // max(1, width * dtype.itemsize))
+        rows = max(1, size // max(1, width * dtype.itemsize))
+        # Tiles then start where vector loads want them, whatever the width: else compiled GPU code copies its inputs.
+        return rows if rows < _ALIGNED_ROWS else rows // _ALIGNED_ROWS * _ALIGNED_ROWS
 
 
 class _Compiled:
@@ -88,7 +93,7 @@ def choose_stages(setting: str, width: int, dtype: torch.dtype) -> Stages:
     """The functions to use for a shard of `width` entries.
 
     Args:
-        setting: `auto` fuses in fp32 from 8,192 entries of a shard on; `true` always; `false` never.
+        setting: `auto` fuses in fp32 from 8,192 entries of a shard on; `always` always; `never` never.
         width: true vocabulary entries of this shard.
         dtype: of the statistics. In float64, which is there to check others, `auto` does not fuse.
 
@@ -98,7 +103,7 @@ def choose_stages(setting: str, width: int, dtype: torch.dtype) -> Stages:
     if setting not in SETTINGS:
         raise UserError("loss", got=f"fused={setting!r}", need=f"one of {', '.join(SETTINGS)}", mend="set fused")
     large = width >= _SMALLEST_FUSED_VOCABULARY and dtype == torch.float32
-    if setting == "false" or _Compiled.broken or (setting == "auto" and not large):
+    if setting == "never" or _Compiled.broken or (setting == "auto" and not large):
         return _eager
     global _fused
     if _fused is None:

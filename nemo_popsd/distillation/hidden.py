@@ -139,7 +139,7 @@ def loss_from_hidden(
         chunk_tokens: tokens of a chunk; None takes what keeps the chunk's buffers within 0.4 of an fp32 [8192, V].
         centre: w̄ = `mean_row(teacher_weight, ...)`, computed here where needed and None.
         soft_cap: κ of a model that caps its logits softly; `frozen` is then `SeparateStates`.
-        fused: `auto`, `true` or `false`: whether the arithmetic between products is compiled; see `fusion`.
+        fused: `auto`, `always` or `never`: whether the arithmetic between products is compiled; see `fusion`.
         main_gradient: where to add the gradient of `student_weight`; None gives it to autograd.
         diagnosed: tokens on which to decompose the teacher's signal; adds their rows to the products.
 

@@ -42,6 +42,8 @@ def test_file_then_overrides_in_order(tmp_path: Path) -> None:
     ("override", "read", "value"),
     [
         ("distillation.target.cap=null", lambda c: c.distillation.target.cap, None),
+        ("distillation.chunk_tokens=512", lambda c: c.distillation.chunk_tokens, 512),
+        ("distillation.fused=never", lambda c: c.distillation.fused, "never"),
         ("optimizer.lr=3e-4", lambda c: c.optimizer.lr, 3e-4),
         ("optimizer.lr=1", lambda c: c.optimizer.lr, 1.0),
         ("student.recompute=true", lambda c: c.student.recompute, True),

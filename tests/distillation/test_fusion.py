@@ -22,7 +22,7 @@ KINDS = {"jsd": Divergence("jsd", 0.3), "forward": Divergence("forward_kl"), "re
 
 def errors_of_fused(problem, mine, target, divergence, group=None, **settings) -> list[float]:
     want = dense(problem, target, divergence)
-    result, hidden, weight = hidden_loss(mine, target, divergence, group, fused="true", **settings)
+    result, hidden, weight = hidden_loss(mine, target, divergence, group, fused="always", **settings)
     result.total.backward()
     width = weight.shape[0]
     rows = slice(0, width) if group is None else slice(group.rank() * width, (group.rank() + 1) * width)
@@ -66,7 +66,7 @@ def _fused_in_shards(rank: int, world_size: int):
         if vocab > 160 or rank == 0:
             found += errors_of_fused(problem, mine, TARGET, Divergence(), group, **settings)
         else:  # nothing to compare with, but it must take its part in what the other rank computes
-            hidden_loss(mine, TARGET, Divergence(), group, fused="true", **settings)[0].total.backward()
+            hidden_loss(mine, TARGET, Divergence(), group, fused="always", **settings)[0].total.backward()
     return found
 
 
@@ -80,7 +80,7 @@ def test_fused_keeps_an_exact_zero():
     problem = make_problem(4, vocab=60, padded=64).to(torch.float32)
     same = type(problem)(**{**vars(problem), "base": problem.student, "reference": problem.privileged})
     for divergence in KINDS.values():
-        result, hidden, weight = hidden_loss(same, PurifiedTarget(), divergence, fused="true", shared=True)
+        result, hidden, weight = hidden_loss(same, PurifiedTarget(), divergence, fused="always", shared=True)
         result.total.backward()
         assert result.per_token.count_nonzero() == hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
 
@@ -91,7 +91,7 @@ def test_fused_does_not_swallow_what_is_not_finite():
         hidden = getattr(problem, field).clone()
         hidden[4, 1] = float("nan")
         poisoned = type(problem)(**{**vars(problem), field: hidden})
-        got, _, _ = hidden_loss(poisoned, PurifiedTarget(), divergence, fused="true")
+        got, _, _ = hidden_loss(poisoned, PurifiedTarget(), divergence, fused="always")
         assert got.per_token.isnan().tolist() == [token == 4 for token in range(7)]
 
 
@@ -99,8 +99,8 @@ def test_small_vocabularies_and_float64_are_not_compiled_by_default():
     assert not fusion.choose_stages("auto", 1000, torch.float32).fused
     assert not fusion.choose_stages("auto", 19000, torch.float64).fused
     assert fusion.choose_stages("auto", 19000, torch.float32).fused
-    assert fusion.choose_stages("true", 10, torch.float32).fused
-    assert not fusion.choose_stages("false", 19000, torch.float32).fused
+    assert fusion.choose_stages("always", 10, torch.float32).fused
+    assert not fusion.choose_stages("never", 19000, torch.float32).fused
     with pytest.raises(UserError, match="fused='yes'"):
         fusion.choose_stages("yes", 10, torch.float32)
 
@@ -114,10 +114,10 @@ def test_without_a_compiler_the_log_says_so_and_the_loss_is_computed_all_the_sam
     monkeypatch.setattr(torch, "compile", lambda function, **options: no_compiler)
     problem = make_problem(6).to(torch.float32)
     with caplog.at_level(logging.WARNING):
-        got, _, _ = hidden_loss(problem, PurifiedTarget(), Divergence(), fused="true")
-    want, _, _ = hidden_loss(problem, PurifiedTarget(), Divergence(), fused="false")
+        got, _, _ = hidden_loss(problem, PurifiedTarget(), Divergence(), fused="always")
+    want, _, _ = hidden_loss(problem, PurifiedTarget(), Divergence(), fused="never")
     assert torch.equal(got.per_token, want.per_token)
     assert [record.message for record in caplog.records] == [
         "the loss is not fused, which costs time: torch.compile failed: RuntimeError: no working C++ compiler found"
     ]
-    assert not fusion.choose_stages("true", 10, torch.float32).fused
+    assert not fusion.choose_stages("always", 10, torch.float32).fused

@@ -125,6 +125,36 @@ def test_trap_2_bf16_log_probabilities_would_not_do():
     assert (rounded - want).abs().sum(-1).max() / 2 > 1e-2
 
 
+def test_trap_2_the_target_from_bf16_states_is_at_least_as_good_as_from_bf16_logits():
+    """Total variation against float64 on the same bf16 states and matrix: summing vectors beats subtracting logits."""
+    problem = make_problem(10, tokens=64, hidden=64, vocab=1000, padded=1000, sharpness=0.4)
+    near = {name: problem.base + 0.3 * getattr(problem, name) for name in ("privileged", "reference")}
+    problem = type(problem)(**{**vars(problem), **near}).to(torch.bfloat16)
+    target, divergence = PurifiedTarget(), FORWARD
+    exact = dense(problem, target, divergence).q
+
+    def capped(delta):
+        return target.cap * torch.tanh((delta - delta.mean(-1, keepdim=True)) / target.cap)
+
+    def error(q):
+        return (q - exact).abs().sum(-1) / 2
+
+    teacher, reference, base = (
+        (x @ problem.teacher_weight.T).double() for x in (problem.privileged, problem.reference, problem.base)
+    )
+    from_logits = error(torch.softmax(base + capped(teacher - reference), -1))
+    # As the loss forms it on a CPU, with products rounded to bf16 (a GPU keeps them in fp32).
+    pair = distillation.hidden_pair(target, problem.base, problem.privileged, problem.reference)
+    products = [(x.bfloat16() @ problem.teacher_weight.T).double() for x in (pair.anchor, pair.shift)]
+    rounded = error(torch.softmax(products[0] + capped(products[1]), -1))
+    result, _, _ = hidden_loss(problem, target, divergence, token_weights=None)
+    entropy = -(exact * exact.log()).sum(-1)
+    print(f"total variation: {rounded.mean():.1e} against {from_logits.mean():.1e} from logits")
+    assert rounded.mean() <= from_logits.mean()
+    assert rounded.max() <= from_logits.max()
+    assert relative(result.statistics.target_entropy, entropy) < 2e-2
+
+
 # --- Trap 3 -----------------------------------------------------------------------------------------------------------
 
 

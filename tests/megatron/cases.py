@@ -59,6 +59,8 @@ def loss_function(student: Any, rows: Sequence[int]) -> Callable[..., tuple[Tens
 
     def loss(batch: Any, hidden_NH: Tensor) -> tuple[Tensor, float]:
         chosen = [rows[row] for row in batch.rows]
+        main_gradient = student.main_gradient
+        assert (main_gradient is not None) == student.weight.requires_grad
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
@@ -70,6 +72,7 @@ def loss_function(student: Any, rows: Sequence[int]) -> Callable[..., tuple[Tens
             tp_group=student.tp_group,
             token_weights=torch.cat([WEIGHTS[row] for row in chosen]),
             chunk_tokens=7,
+            main_gradient=main_gradient,
         )
         return result.total, result.total.item()
 
