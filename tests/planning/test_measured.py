@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_popsd.planning import compute, memory, traffic
-from nemo_popsd.planning.parameters import count, stages
+from nemo_popsd.planning.parameters import count, padded_vocabulary, stages
 from tests.harness import run_ranks
 from tests.planning import cases
 from tests.tiny_models import save_tiny_model
@@ -226,7 +226,10 @@ def test_activations_of_both_passes_and_the_loss(measured: Any, variant: str) ->
     # Recomputation under LoRA holds one more tensor of the residual stream.
     assert found["frozen forward"] == pytest.approx(frozen, rel=0.1)
     assert found["activations"] == pytest.approx(memory.activation_bytes(case, stage), rel=0.08)
-    assert found["loss"] == pytest.approx(memory.loss_bytes(case), rel=0.06)
+    # Uncompiled arithmetic takes up to a dozen tiles of scratch, which the plan leaves out; at this size a tile is the
+    # whole chunk.
+    tile = 4 * case.config.distillation.chunk_tokens * padded_vocabulary(case.sizes, case.layout) / case.layout.tensor
+    assert memory.loss_bytes(case) <= found["loss"] <= memory.loss_bytes(case) + 12 * tile
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)
