@@ -36,9 +36,10 @@ ALLOWED = {
         "testbed",
         "training",
     },
-    "cli": {"model", "observability"},
+    "cli": {"doctor", "model", "observability"},
+    "doctor": set(),
 }
-FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli")
+FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli", "doctor")
 
 
 def imports(file: Path) -> set[str]:
@@ -84,7 +85,7 @@ def test_the_readme_lists_every_room_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
     assert sorted(listed) == rooms()
-    for command in ("train", "evaluate", "export", "config"):
+    for command in ("train", "evaluate", "export", "config", "doctor"):
         assert f"popsd {command}" in readme
 
 

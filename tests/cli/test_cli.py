@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["evaluate"], ["export"], ["config"]], ids=lambda words: "-".join(words)
+    "words", [[], ["train"], ["evaluate"], ["export"], ["config"], ["doctor"]], ids=lambda words: "-".join(words)
 )
 def test_help_answers_at_once_and_imports_nothing_heavy(words: list[str]) -> None:
     code = f"""
