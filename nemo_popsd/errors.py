@@ -23,3 +23,13 @@ class UserError(ValueError):
         self.need = need
         self.mend = mend
         super().__init__(f"{what}: got {got}; need {need}; {mend}")
+
+
+class StopRequested(Exception):  # noqa: N818 nothing went wrong
+    """The run was asked to save and stop (SIGTERM, SIGUSR1). Raised on all ranks at the same point, at which the
+    weights are those of the last completed step.
+    """
+
+
+SAVED_AND_STOPPED = 85
+"""Exit status of a run that was asked to stop, has saved, and wants to be started again."""

@@ -36,7 +36,7 @@ ALLOWED = {
         "testbed",
         "training",
     },
-    "cli": {"doctor", "model", "observability"},
+    "cli": {"data", "doctor", "model", "observability", "rollout", "testbed"},
     "doctor": set(),
 }
 FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli", "doctor")
@@ -77,7 +77,7 @@ def test_rooms_that_know_nothing_of_megatron_or_nemo(room: str) -> None:
 
 
 def test_the_engine_interface_and_the_sampling_know_nothing_of_megatron() -> None:
-    for name in ("engine.py", "sampling.py", "config.py"):
+    for name in ("engine.py", "sampling.py", "storage.py", "config.py"):
         assert not any("megatron" in module for module in imports(PACKAGE / "rollout" / name))
 
 
@@ -85,7 +85,7 @@ def test_the_readme_lists_every_room_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
     assert sorted(listed) == rooms()
-    for command in ("train", "evaluate", "export", "config", "doctor"):
+    for command in ("train", "evaluate", "export", "rollouts", "config", "doctor"):
         assert f"popsd {command}" in readme
 
 

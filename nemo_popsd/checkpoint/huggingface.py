@@ -66,7 +66,15 @@ class HuggingFaceModel:
                 need="a local Hugging Face model directory",
                 mend=f"set {setting}",
             )
-        self.config = AutoConfig.from_pretrained(self.directory)
+        try:
+            self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
+        except ValueError as error:  # an architecture of its own, whose code lies in the directory
+            raise UserError(
+                f"model {directory}",
+                got=str(error).splitlines()[0],
+                need="an architecture that transformers knows: no code from a model's directory is ever run",
+                mend=f"set {setting}",
+            ) from None
         if not AutoBridge.supports(self.config):
             raise UserError(
                 f"model {directory}",

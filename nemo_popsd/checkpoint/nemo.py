@@ -1,45 +1,49 @@
 """NeMo checkpoints: a directory, or the same packed as one `.nemo` file.
 
     model_config.yaml   the resolved configuration of the run
-    manifest.json       step, layout and library versions; written last
+    manifest.json       step, layout, versions, base, and the SHA-256 of every file; written last
     huggingface/        config.json, tokenizer, chat template, generation configuration
-    weights/            Megatron distributed checkpoint of the student, adapters included
+    weights/            Megatron distributed checkpoint of the student: all of it, or its adapters alone
+    training_state/     optimizer and random state, in the checkpoints that a run resumes from
 
-A checkpoint stands on its own: what it was trained from is not needed to evaluate, export or continue from it.
+A checkpoint with adapters alone needs the base that it was trained from, and knows it by its fingerprint. Any other
+stands on its own.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import tarfile
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from nemo_popsd.checkpoint.archive import unpack
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.weights import load_weights, save_weights
+from nemo_popsd.checkpoint.manifest import FILE_NAME, damaged, read_manifest, verify
+from nemo_popsd.checkpoint.training_state import FOLDER
+from nemo_popsd.checkpoint.weights import adapter_parameters, every_parameter, load_weights
 from nemo_popsd.config.loading import from_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.adapters import Adapters, merged_state
 from nemo_popsd.megatron.build import build_gpt
 from nemo_popsd.megatron.config import ParallelConfig
+from nemo_popsd.megatron.student import LoadWeights
 
-_LIBRARIES = ("nemo_popsd", "nemo_toolkit", "megatron-core", "megatron-bridge", "torch", "transformers")
+CONFIG_NAME = "model_config.yaml"
+_PARTS = (CONFIG_NAME, "huggingface", "weights")
 
 
 class NemoCheckpoint:
     """A checkpoint to read.
 
     Attributes:
+        directory: where its files are; a temporary directory if it was packed.
+        manifest: what it says of itself.
         config: configuration of the run that wrote it.
         architecture: model and tokenizer.
         step: optimizer steps behind its weights.
@@ -52,124 +56,91 @@ class NemoCheckpoint:
             UserError: it is incomplete or no checkpoint of ours.
         """
         self._unpacked: tempfile.TemporaryDirectory[str] | None = None
+        self._verified = False
         self.directory = Path(path)
         if self.directory.is_file():
             self._unpacked = tempfile.TemporaryDirectory(prefix="nemo_popsd_")
-            try:
-                with tarfile.open(self.directory) as archive:
-                    archive.extractall(self._unpacked.name, filter="data")
-            except tarfile.TarError as error:
-                raise _not_a_checkpoint(path, f"a file that is no tar archive ({error})") from None
+            unpack(self.directory, Path(self._unpacked.name))
             self.directory = Path(self._unpacked.name)
-        for name in ("model_config.yaml", "manifest.json", "huggingface", "weights"):
+        if not self.directory.is_dir():
+            raise damaged(Path(path), "no such file or directory")
+        self.manifest = read_manifest(self.directory)
+        for name in _PARTS:
             if not (self.directory / name).exists():
-                raise _not_a_checkpoint(path, f"no {name}" if self.directory.is_dir() else "no such file or directory")
+                raise damaged(Path(path), f"no {name}")
         try:
-            tree = cast(DictConfig, OmegaConf.load(self.directory / "model_config.yaml"))
-            self.step = int(json.loads((self.directory / "manifest.json").read_text())["step"])
-        except (json.JSONDecodeError, KeyError, TypeError, YAMLError) as error:
-            raise _not_a_checkpoint(path, f"unreadable model_config.yaml or manifest.json ({error!r})") from None
+            tree = cast(DictConfig, OmegaConf.load(self.directory / CONFIG_NAME))
+            self.step = int(self.manifest["step"])
+            self.base: dict[str, str] | None = self.manifest["base"]
+        except (KeyError, TypeError, ValueError, YAMLError) as error:
+            raise damaged(Path(path), f"unreadable {CONFIG_NAME} or {FILE_NAME} ({error!r})") from None
         self.config: PopsdConfig = from_dict_config(tree)
         self.architecture = HuggingFaceModel(self.directory / "huggingface")
 
-    def load_trained(self, model: GPTModel) -> None:
-        """Fills the live model, which has adapters if the checkpoint has. Collective over all ranks."""
-        load_weights(model, self.directory / "weights")
+    @property
+    def adapters_only(self) -> bool:
+        """Whether the weights are the adapters', on a base that lies elsewhere."""
+        return self.manifest["weights"] == "adapters"
 
-    def load(self, model: GPTModel) -> None:
+    @property
+    def has_training_state(self) -> bool:
+        """Whether a run can be resumed from it."""
+        return (self.directory / FOLDER).is_dir()
+
+    def verify(self) -> None:
+        """Compares every file with the manifest, once. Collective where there is a process group.
+
+        Raises:
+            UserError: on every rank, naming what is damaged.
+        """
+        if not self._verified:
+            verify(self.directory, self.manifest)
+        self._verified = True
+
+    def load_trained(self, model: GPTModel) -> None:
+        """Fills the live model, which has adapters if the checkpoint has; if it has them alone, `model` holds the base
+        already. Collective over all ranks.
+        """
+        self.verify()
+        which = adapter_parameters if self.adapters_only else every_parameter
+        load_weights([model], self.directory / "weights", which=which)
+
+    def load(self, model: GPTModel, load_base: LoadWeights) -> None:
         """Fills a plain model with what the student computes, adapters merged. Collective over all ranks.
 
         With adapters the model is built a second time while this runs.
+
+        Args:
+            model: without adapters.
+            load_base: called if the checkpoint holds adapters alone; fills a plain model with their base.
         """
         if self.config.student.adaptation != "lora":
             self.load_trained(model)
             return
         parallel = ParallelConfig(tensor=parallel_state.get_tensor_model_parallel_world_size())
         adapted = build_gpt(self.architecture.provider(), self.config.student, parallel)
+        if self.adapters_only:
+            load_base(adapted)
         Adapters(adapted, self.config.student.lora, seed=0)
         self.load_trained(adapted)
         model.load_state_dict(merged_state(adapted, self.config.student.lora))
 
+    def refuse_other_base(self, source: str, fingerprint: str) -> None:
+        """Refuses the weights at `source` unless they are those that this checkpoint was trained from.
+
+        Raises:
+            UserError: names both.
+        """
+        if self.base is not None and fingerprint != self.base["fingerprint"]:
+            raise UserError(
+                f"checkpoint {self.directory}",
+                got=f"student.source={source!r} with fingerprint {fingerprint[:12]}",
+                need=f"the base that it was trained from: {self.base['source']!r} with fingerprint "
+                f"{self.base['fingerprint'][:12]}",
+                mend="set student.source",
+            )
+
 
 def is_nemo_checkpoint(path: str | Path) -> bool:
     """Whether `path` is to be read as a NeMo checkpoint rather than as a Hugging Face directory."""
-    return Path(path).suffix == ".nemo" or (Path(path) / "model_config.yaml").is_file()
-
-
-def save_nemo(path: str | Path, model: GPTModel, architecture: HuggingFaceModel, config: DictConfig, step: int) -> None:
-    """Writes a checkpoint. Collective over all ranks; `path` is on a file system that all ranks share.
-
-    Nothing stands at `path` until all is written. What stood there is kept beside it until the new one is in place.
-
-    Args:
-        path: a directory, or a file name ending in `.nemo`, which is packed without compression.
-        model: the live model.
-        architecture: where tokenizer and configuration files are copied from.
-        config: the resolved configuration.
-        step: optimizer steps behind the weights.
-    """
-    path = Path(path)
-    packed = path.suffix == ".nemo"
-    partial = path.with_name(path.name + ".partial")
-    writes = dist.get_rank() == 0
-    if writes:
-        _remove(partial)
-        (partial / "weights").mkdir(parents=True)
-        (partial / "huggingface").mkdir()
-    dist.barrier()
-    save_weights(model, partial / "weights")
-    dist.barrier()
-    if writes:
-        architecture.copy_artifacts(partial / "huggingface", with_tensor_names=True)
-        OmegaConf.save(config, partial / "model_config.yaml")
-        (partial / "manifest.json").write_text(json.dumps(_manifest(step), indent=2) + "\n")
-        if packed:
-            archive = partial.with_name(partial.name + ".tar")
-            with tarfile.open(archive, "w") as tar:
-                tar.add(partial, arcname=".")
-            _remove(partial)
-            archive.replace(path)
-        else:
-            _put_in_place(partial, path)
-    dist.barrier()
-
-
-def _put_in_place(new: Path, path: Path) -> None:
-    replaced = path.with_name(path.name + ".replaced")
-    if path.exists():
-        _remove(replaced)
-        path.rename(replaced)
-    new.rename(path)
-    _remove(replaced)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _manifest(step: int) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "step": step,
-        "layout": {
-            "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-            "data": parallel_state.get_data_parallel_world_size(),
-        },
-        "versions": {name: _version(name) for name in _LIBRARIES},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _not_a_checkpoint(path: str | Path, got: str) -> UserError:
-    return UserError(
-        f"checkpoint {path}", got=got, need="a NeMo checkpoint written by nemo_popsd", mend="give another path"
-    )
+    return Path(path).suffix == ".nemo" or (Path(path) / CONFIG_NAME).is_file()

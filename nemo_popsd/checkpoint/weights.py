@@ -3,57 +3,157 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_popsd.checkpoint.trust import without_code
 from nemo_popsd.errors import UserError
 
+Which = Callable[[str], bool]
+"""Says by its name whether a parameter belongs into a checkpoint."""
 
-def save_weights(model: GPTModel, directory: Path) -> None:
-    """Writes the model's sharded state, adapters included. Collective over all ranks.
+
+def every_parameter(name: str) -> bool:
+    """All of them."""
+    return True
+
+
+def adapter_parameters(name: str) -> bool:
+    """The adapters alone."""
+    return ".adapter." in name
+
+
+class StagedWeights:
+    """Weights on their way to the disk: staged and finished on all ranks together, written without collectives."""
+
+    def __init__(self, models: Sequence[GPTModel], directory: Path, *, which: Which, copy: bool) -> None:
+        """Plans who writes what. Collective over all ranks: one gather and one scatter of plans.
+
+        Args:
+            models: this rank's parts of the model, bare.
+            directory: must exist and be empty, on a file system that all ranks share.
+            which: parameters to write.
+            copy: write copies in CPU memory, so that training may go on meanwhile.
+        """
+        # Megatron collects the writers' results through a manager process (filesystem_async.py:55), which re-imports
+        # the program and can outlive it, and forks its writers, which is unsafe beside threads. Here the caller's
+        # thread writes, and an ordinary queue will do.
+        filesystem_async._results_queue = queue.Queue()
+        request = dist_checkpointing.save(_sharded_state(models, which), str(directory), async_sharded_save=True)
+        assert request is not None
+        self._finish = request.finalize_fns
+        self._results: Any = None
+        self._transforms: list[Any] = []
+        self._buckets: list[Any] = []
+        if request.async_fn is not None:
+            self._transforms = request.async_fn.args[0]
+            _, buckets, self._results = request.async_fn_args
+            self._buckets = request.preload_fn() if request.preload_fn else buckets
+        if copy:
+            self._buckets = [
+                (path, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+                for path, key, (objects, tensors) in self._buckets
+            ]
+        self.bytes = sum(t.numel() * t.element_size() for _, _, (_, tensors) in self._buckets for _, t in tensors)
+        self.files = [Path(path) for path, _, _ in self._buckets]
+
+    def write(self) -> None:
+        """Writes and flushes this rank's files. May run in another thread.
+
+        Raises:
+            OSError: from the file system.
+        """
+        written: dict[int, Any] = {}
+        for number, bucket in enumerate(self._buckets):
+            results: queue.Queue[tuple[int, Any]] = queue.Queue()
+            token: queue.Queue[int] = queue.Queue()
+            token.put(number)
+            FileSystemWriterAsync.write_preloaded_data(self._transforms, number, bucket, results, token, use_fsync=True)
+            _, outcome = results.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            written[number] = outcome
+        if self._buckets:
+            self._results.put(written)
+        self._buckets = []
+
+    def finish(self) -> None:
+        """Writes the metadata, once every rank has written. Collective over all ranks.
+
+        Raises:
+            OSError: from the file system, on rank 0; the other ranks return.
+        """
+        failed: OSError | None = None
+        for function in self._finish:
+            try:
+                function()
+            except OSError as error:
+                failed = failed or error
+                dist.barrier()  # Each of Megatron's functions ends with one, at which the others wait.
+        if failed:
+            raise failed
+
+
+def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = every_parameter) -> None:
+    """Reads the sharded state in the layout of `models`. Collective over all ranks. Runs no code from the files.
 
     Args:
-        model: the bare model.
-        directory: must exist and be empty, on a file system that all ranks share.
-    """
-    # Megatron collects the writers' results through a manager process (filesystem_async.py:55), which re-imports the
-    # program and can outlive it. A save that is awaited needs no second process.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(model.sharded_state_dict(), str(directory), async_sharded_save=False)
-
-
-def load_weights(model: GPTModel, directory: Path) -> None:
-    """Reads the model's sharded state in the layout of `model`. Collective over all ranks.
+        models: this rank's parts of the model, bare.
+        directory: of the distributed checkpoint.
+        which: parameters to read; all that it holds must be among them.
 
     Raises:
-        UserError: the directory holds no complete distributed checkpoint, or one of another model.
+        UserError: the directory holds no complete distributed checkpoint, or one of another model, or one that tries
+            to run code.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise _unusable(directory, "no Megatron distributed checkpoint")
     try:
-        state, unread, absent = dist_checkpointing.load(
-            model.sharded_state_dict(), str(directory), strict=StrictHandling.RETURN_ALL
-        )
+        with without_code():
+            states, unread, absent = dist_checkpointing.load(
+                _sharded_state(models, which), str(directory), strict=StrictHandling.RETURN_ALL
+            )
     except (CheckpointException, CheckpointingException, EOFError, OSError, UnpicklingError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise _unusable(directory, f"one that cannot be read ({reason})") from error
-    # A linear with an adapter is stored under its own name (adapter_wrapper.py:187), and loaded under the wrapper's.
-    wrapped = {name.removesuffix(".to_wrap") for name, _ in model.named_modules() if name.endswith(".to_wrap")}
-    keys = {name: ".to_wrap.".join(name.rsplit(".", 1)) for name in state if name.rpartition(".")[0] in wrapped}
-    missing, unexpected = model.load_state_dict({keys.get(k, k): v for k, v in state.items()}, strict=False)
-    missing, left_over = (
-        sorted(name for name in names if "_extra_state" not in name)
-        for names in ({*missing, *absent}, {*unexpected, *unread})
-    )
+    missing: set[str] = set(absent)
+    left_over: set[str] = set(unread)
+    for number, model in enumerate(models):
+        state = states[str(number)]
+        # A linear with an adapter is stored under its own name (adapter_wrapper.py:187), and loaded under the
+        # wrapper's.
+        wrapped = {name.removesuffix(".to_wrap") for name, _ in model.named_modules() if name.endswith(".to_wrap")}
+        keys = {name: ".to_wrap.".join(name.rsplit(".", 1)) for name in state if name.rpartition(".")[0] in wrapped}
+        without, beyond = model.load_state_dict({keys.get(k, k): v for k, v in state.items()}, strict=False)
+        missing |= {name for name in without if which(name)}
+        left_over |= set(beyond)
+    missing, left_over = ({n for n in names if "_extra_state" not in n} for names in (missing, left_over))
     if missing or left_over:
-        raise _unusable(directory, f"missing {missing[:4]}, left over {left_over[:4]}")
+        raise _unusable(directory, f"missing {sorted(missing)[:4]}, left over {sorted(left_over)[:4]}")
+
+
+def _sharded_state(models: Sequence[GPTModel], which: Which) -> dict[str, Any]:
+    """Tensors only: what Transformer Engine keeps beside them is of use for fp8 alone, and is a pickle."""
+    return {
+        str(number): {
+            name: entry
+            for name, entry in model.sharded_state_dict().items()
+            if which(name) and not isinstance(entry, ShardedObject)
+        }
+        for number, model in enumerate(models)
+    }
 
 
 def _unusable(directory: Path, got: str) -> UserError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from nemo_popsd.cli.arguments import world_size
@@ -40,15 +39,15 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Examine, print, and end with the verdict."""
+def run(args: argparse.Namespace) -> int:
+    """Examine and print; returns the exit status."""
     from nemo_popsd.doctor.examination import Question, examine
     from nemo_popsd.doctor.findings import as_json, as_table, exit_status
     from nemo_popsd.doctor.packages import missing_requirements
 
     if args.missing:
         print("\n".join(missing_requirements()))
-        return
+        return 0
     findings = examine(
         Question(
             conf=args.config,
@@ -63,9 +62,7 @@ def run(args: argparse.Namespace) -> None:
         )
     )
     print(as_json(findings, strict=args.strict) if args.json else as_table(findings), flush=True)
-    status = exit_status(findings, strict=args.strict)
-    if status:
-        sys.exit(status)
+    return exit_status(findings, strict=args.strict)
 
 
 def _sharing(words: list[str] | None) -> tuple[int, int, str] | None:

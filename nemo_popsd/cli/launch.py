@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import importlib
 
+from nemo_popsd.errors import UserError
 
-def run_entry(name: str, *args: object) -> None:
-    """Call ``nemo_popsd.model.entry.<name>(*args)`` with a console that shows our own lines."""
+
+def run_entry(name: str, *args: object) -> int:
+    """Call ``nemo_popsd.model.entry.<name>(*args)`` with a console that shows our own lines; returns the exit status.
+
+    A traceback is left for torchrun, which prints the one of the rank that failed first when all have ended.
+    """
     from nemo_popsd.observability.console import set_up_console
 
     set_up_console()
     entry = importlib.import_module("nemo_popsd.model.entry")
     set_up_console()
-    getattr(entry, name)(*args)
+    try:
+        return int(getattr(entry, name)(*args) or 0)
+    except UserError:
+        raise
+    except Exception as error:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        raise

@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 
 from nemo_popsd import __version__
-from nemo_popsd.cli import doctor, evaluate, export, show_config, train
+from nemo_popsd.cli import doctor, evaluate, export, rollouts, show_config, train
 from nemo_popsd.errors import UserError
 
-_COMMANDS = (train, evaluate, export, show_config, doctor)
+_COMMANDS = (train, evaluate, export, rollouts, show_config, doctor)
 
 USER_ERROR = 2
 """Exit status for what the user can mend."""
@@ -54,11 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is first imported, which no module does before a sub-command runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        args.run(args)
+        return int(args.run(args) or 0)
     except UserError as error:
         _tell(error)
         return USER_ERROR
-    return 0
 
 
 def _tell(error: UserError) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 from nemo_popsd.cli.arguments import add_config_arguments, world_size
@@ -20,11 +22,19 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load and check the configuration, then train."""
-    from nemo_popsd.config.consistency import check_training_run
+def run(args: argparse.Namespace) -> int:
+    """Load and check the configuration, then train, or say that this has been done."""
+    from nemo_popsd.config.consistency import check_training_run, holds_a_run
     from nemo_popsd.config.loading import load_config
+    from nemo_popsd.config.resuming import finished_steps, refuse_another_run
 
     config = load_config(args.config, args.overrides)
     check_training_run(config, world_size=world_size())
-    run_entry("train", config)
+    if holds_a_run(config.output) and not config.overwrite:
+        refuse_another_run(load_config(Path(config.output) / "config.yaml"), config)
+        steps = finished_steps(config.output)
+        if steps is not None and steps >= config.training.steps:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{config.output} is finished after {steps} steps; training.steps or overwrite=true do more")
+            return 0
+    return run_entry("train", config)

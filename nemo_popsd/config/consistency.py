@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.sources import resolve_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.testbed.assets import PREFIX, asset
 
-RUN_FILES = ("metrics.jsonl", "tensorboard", "checkpoints", "huggingface")
+RUN_FILES = ("metrics.jsonl", "tensorboard", "checkpoints", "huggingface", "rollouts", "run.json", DONE, REQUEUE)
 """What a training run writes below `output`, besides its resolved configuration."""
 
 
@@ -68,6 +69,12 @@ def check_layout(config: PopsdConfig, *, world_size: int) -> None:
         )
 
 
+def holds_a_run(output: str) -> bool:
+    """Whether a training run has begun in `output`."""
+    directory = Path(output).expanduser()
+    return (directory / "config.yaml").is_file() and any((directory / name).exists() for name in RUN_FILES)
+
+
 def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     """Everything that can be known to be wrong with a training run before a model is built.
 
@@ -83,13 +90,8 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
         resolve_path(config.data.validation.path, setting="data.validation")
     check_output(config.output)
     found = [name for name in RUN_FILES if (Path(config.output).expanduser() / name).exists()]
-    if found and not config.overwrite:
-        raise UserError(
-            "configuration",
-            got=f"output={config.output!r}, which holds the {', '.join(found)} of another run",
-            need="a directory without a run",
-            mend="set output, or overwrite=true to remove it",
-        )
+    if not config.overwrite:
+        return
     output = Path(config.output).expanduser().resolve()
     for setting, path in (
         ("student.source", config.student.source),

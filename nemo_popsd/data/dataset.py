@@ -7,6 +7,8 @@ one row takes milliseconds.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +54,14 @@ class PromptDataset(Dataset[PromptRow]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over id, question and reference of every row, in order: tells the rows, wherever their file lies."""
+        total = hashlib.sha256()
+        for row in self._rows:
+            record = row.record
+            total.update(json.dumps([record.id, record.question, record.reference]).encode())
+        return total.hexdigest()
 
     def __getitem__(self, index: int) -> PromptRow:
         row = self._rows[index]

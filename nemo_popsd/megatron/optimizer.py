@@ -113,6 +113,10 @@ class StudentOptimizer(torch.optim.Optimizer):
         self.scheduler.step(1)
         self.megatron.step()
 
+    def resume(self, steps: int) -> None:
+        """Takes the schedule to where it stands after `steps` steps; the optimizer's own state is loaded elsewhere."""
+        self.scheduler.step(steps)
+
     @property
     def learning_rate(self) -> float:
         """Of the last step."""

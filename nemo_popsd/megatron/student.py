@@ -53,6 +53,7 @@ class Student:
         seed: int,
         load_initial: LoadWeights,
         load_trained: LoadWeights | None = None,
+        base_first: bool = False,
     ) -> None:
         """Builds the live model. Collective over all ranks.
 
@@ -62,8 +63,9 @@ class Student:
             parallel: layout.
             seed: of the adapters' initial values.
             load_initial: fills a plain model with θ₀.
-            load_trained: fills the live model (with its adapters) from a checkpoint; None starts at θ₀. With LoRA a
-                checkpoint holds θ₀ too, and `load_initial` is not called.
+            load_trained: fills the live model (with its adapters) from a checkpoint; None starts at θ₀.
+            base_first: the checkpoint holds adapters alone, so `load_initial` is called before; otherwise it holds θ₀
+                too, or under full fine-tuning all of θ.
         """
         self._architecture = architecture
         self._config = config
@@ -73,12 +75,17 @@ class Student:
         self.vocab_size = architecture.vocab_size
         self.gpt: GPTModel = build_gpt(architecture.provider(), config, parallel)
         self.adapters: Adapters | None = None
-        if load_trained is None:
+        if load_trained is None or base_first:
             load_initial(self.gpt)
         if config.adaptation == "lora":
             self.adapters = Adapters(self.gpt, config.lora, seed=seed)
         if load_trained is not None:
             load_trained(self.gpt)
+
+    @property
+    def chunks(self) -> list[GPTModel]:
+        """This rank's parts of the live model, bare."""
+        return [self.gpt]
 
     @cached_property
     def base(self) -> FrozenBase:
@@ -111,6 +118,15 @@ class Student:
     def tp_group(self) -> torch.distributed.ProcessGroup:
         """The tensor-parallel group, over which the vocabulary is sharded."""
         return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this rank speaks for the ranks that hold one copy of the model together."""
+        return not (
+            parallel_state.get_tensor_model_parallel_rank()
+            or parallel_state.get_pipeline_model_parallel_rank()
+            or parallel_state.get_context_parallel_rank()
+        )
 
     @property
     def dp_group(self) -> torch.distributed.ProcessGroup:

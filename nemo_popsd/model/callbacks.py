@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class SaveCheckpoints(Callback):
-    """Writes a NeMo checkpoint every so many steps, on all ranks together."""
+class StepBoundary(Callback):
+    """Saves and obeys signals between steps, on all ranks together.
 
-    def __init__(self, every: int, directory: Path) -> None:
-        self._every = every
-        self._directory = directory
+    Before a step rather than after one: by then Lightning has written the metrics of the last step and has validated,
+    so a checkpoint never stands for more steps than metrics.jsonl does.
+    """
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves after a step that `every` divides, but for the last: the end of the run saves that one."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals back from Lightning, which would stop one rank alone."""
         model: Any = pl_module
-        steps = model.completed_steps
-        if self._every and steps % self._every == 0 and trainer.global_step < trainer.max_steps:
-            model.save_to(str(self._directory / f"step-{steps:06d}"))
+        model.stop.retake()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        model: Any = pl_module
+        model.stop.retake()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The boundary."""
+        model: Any = pl_module
+        model.checkpoints.at_boundary(model)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last one."""
+        model: Any = pl_module
+        model.checkpoints.at_end()

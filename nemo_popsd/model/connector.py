@@ -8,7 +8,8 @@ from typing import Any, cast
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_popsd.checkpoint.nemo import NemoCheckpoint, save_nemo
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
 
 
@@ -16,9 +17,15 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
     """What `ModelPT.save_to` and `restore_from` call; every rank takes part in both."""
 
     def save_to(self, model: Any, save_path: str) -> str:
-        """Writes a directory, or one packed file where `save_path` ends in `.nemo`."""
-        config = to_dict_config(model.settings)
-        save_nemo(save_path, model.student.gpt, model.architecture, config, step=model.completed_steps)
+        """Writes a directory, or one packed file where `save_path` ends in `.nemo`: all weights, no training state."""
+        content = Content(
+            models=model.student.chunks,
+            architecture=model.architecture,
+            config=to_dict_config(model.settings),
+            step=model.completed_steps,
+            base=model.base,
+        )
+        save_nemo(save_path, content)
         return save_path
 
     def restore_from(

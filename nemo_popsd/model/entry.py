@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
-from nemo_popsd.config.consistency import RUN_FILES
-from nemo_popsd.config.loading import save_resolved, to_dict_config
+from nemo_popsd.checkpoint.retention import FINAL
+from nemo_popsd.checkpoint.source import base_of
+from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
+from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.summary import EvaluationSummary, comparison_table
-from nemo_popsd.model.callbacks import SaveCheckpoints
+from nemo_popsd.model.callbacks import StepBoundary
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
+from nemo_popsd.model.run_directory import RunDirectory
 from nemo_popsd.model.strategy import MegatronPlacement
 from nemo_popsd.observability.loggers import build_loggers
 from nemo_popsd.observability.progress import StepProgress
@@ -24,29 +28,63 @@ from nemo_popsd.observability.rank import is_rank_zero
 from nemo_popsd.runtime.distributed import device, initialize, shutdown
 
 
-def train(config: PopsdConfig) -> None:
-    """Evaluates, trains, evaluates again, and writes a NeMo and a Hugging Face checkpoint below `config.output`."""
-    output = Path(config.output)
-    trainer = build_trainer(config)
-    model = PurifiedOPSDModel(to_dict_config(config), trainer)
-    if is_rank_zero():
-        _remove_previous_run(output)
-        save_resolved(config, output / "config.yaml")
+def train(config: PopsdConfig) -> int:
+    """Trains below `config.output`, from the beginning or from its newest complete checkpoint; evaluates before and
+    after, and writes a NeMo and a Hugging Face checkpoint.
+
+    Returns:
+        0, or `SAVED_AND_STOPPED` if a signal asked to stop; then the last completed step is saved.
+    """
+    run = RunDirectory(config)
+    initialize(
+        tensor_parallel=config.parallel.tensor,
+        seed=config.seed,
+        timeout=timedelta(seconds=config.training.collective_timeout),
+    )
+    checkpoint = run.checkpoint()
+    completed = checkpoint.step if checkpoint else 0
+    trainer = build_trainer(config, completed=completed)
+    model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
+    run.begin(completed)
+    _say(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
+    model.stop.install()
+    try:
+        _train(config, trainer, model, run)
+    except StopRequested:
+        model.checkpoints.save_last_step(model)
+        run.mark_stopped(model.completed_steps)
+        _say(f"stopped by a signal; saved after step {model.completed_steps}; the same command goes on from there")
+        return SAVED_AND_STOPPED
+    finally:
+        model.stop.uninstall()
+    shutdown()
+    return 0
+
+
+def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run: RunDirectory) -> None:
+    validates = bool(config.data.validation.path)
     summaries: dict[str, EvaluationSummary] = {}
-    if config.data.validation.path:
-        summaries["before"] = _validate(trainer, model)
-    trainer.fit(model)
-    if config.data.validation.path:
+    if validates and model.completed_steps == 0 and run.before is None:
+        run.before = _validate(trainer, model)
+    if run.before is not None:
+        summaries["before"] = run.before
+    if model.completed_steps < config.training.steps:
+        if run.validation_is_missing(model.completed_steps):
+            _validate(trainer, model)
+        trainer.fit(model)
+        final = model.checkpoints.save_final(model)
+    else:
+        final = model.checkpoints.folder / FINAL
+    if validates:
         summaries["after"] = _validate(trainer, model)
-    model.save_to(str(output / "checkpoints" / "final"))
     if config.training.export_huggingface:
-        model.export_huggingface(output / "huggingface")
+        model.export_huggingface(run.output / "huggingface")
+    run.mark_finished(model.completed_steps)
     if summaries:
         _say(comparison_table(summaries))
-    _say(f"NeMo checkpoint: {output / 'checkpoints' / 'final'}")
+    _say(f"NeMo checkpoint: {final}")
     if config.training.export_huggingface:
-        _say(f"Hugging Face checkpoint: {output / 'huggingface'}")
-    shutdown()
+        _say(f"Hugging Face checkpoint: {run.output / 'huggingface'}")
 
 
 def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
@@ -57,7 +95,8 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     opened = None if checkpoint is None else NemoCheckpoint(checkpoint)
     if opened is not None:
         # How its weights were adapted is a fact of the checkpoint, whatever the configuration says.
-        config.student = replace(opened.config.student, precision=config.student.precision)
+        source = base_of(opened, otherwise=config.student.source)
+        config.student = replace(opened.config.student, source=source, precision=config.student.precision)
     trainer = build_trainer(config, logs=False)
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=opened)
     name = checkpoint or config.student.source
@@ -82,43 +121,43 @@ def export(checkpoint: str, output: str) -> None:
     shutdown()
 
 
-def build_trainer(config: PopsdConfig, *, logs: bool = True) -> Trainer:
+def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0) -> Trainer:
     """The Lightning trainer of a run: one device per process, since Megatron, not Lightning, connects them.
 
     Makes the process groups where there are none yet, so that each process knows its device.
+
+    Args:
+        config: the run.
+        logs: whether metrics go anywhere.
+        completed: steps that a resumed run has behind it; Lightning counts from 0 again.
     """
     initialize(tensor_parallel=config.parallel.tensor, seed=config.seed)
     validates = bool(config.data.validation.path) and config.training.validate_every > 0
-    return Trainer(
+    trainer = Trainer(
         accelerator=device().type if device().type == "cpu" else "gpu",
         strategy=MegatronPlacement(device=device()),
         devices=1,
-        max_steps=config.training.steps,
+        # Otherwise Lightning recognises Slurm by its variables, insists on counting the ranks, and requeues by itself.
+        plugins=[LightningEnvironment()],
+        max_steps=config.training.steps - completed,
         val_check_interval=config.training.validate_every if validates else None,
         check_val_every_n_epoch=None,
         limit_val_batches=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        logger=(build_loggers(config) if logs else []) or False,
+        logger=(build_loggers(config, completed=completed) if logs else []) or False,
         callbacks=[
-            StepProgress(config.training.steps, enabled=config.observability.progress_bar),
-            SaveCheckpoints(config.training.checkpoint_every, Path(config.output) / "checkpoints"),
+            StepProgress(config.training.steps, completed=completed, enabled=config.observability.progress_bar),
+            StepBoundary(),
         ],
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         inference_mode=False,
     )
-
-
-def _remove_previous_run(output: Path) -> None:
-    """Only `overwrite=true` lets a run come this far where another one was."""
-    for name in RUN_FILES:
-        path = output / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    # Every so many steps of the run, not of this process, it validates.
+    trainer.fit_loop.epoch_loop.batch_progress.total.ready = completed
+    return trainer
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> EvaluationSummary:

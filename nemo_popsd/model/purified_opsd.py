@@ -18,24 +18,27 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
-from nemo_popsd.checkpoint.source import open_source
+from nemo_popsd.checkpoint.source import checked_base, open_source
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.sampling import sample_outcomes
 from nemo_popsd.evaluation.summary import EvaluationSummary, SampleOutcome
 from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import LoadWeights, Student
+from nemo_popsd.model.checkpoints import RunCheckpoints, resume_optimizer
 from nemo_popsd.model.connector import MegatronSaveRestoreConnector
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
+from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.runtime.distributed import initialize
+from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.testbed import asset
 from nemo_popsd.training.step import OnPolicyStep
 
@@ -55,10 +58,20 @@ class PurifiedOPSDModel(ModelPT):
         student: the live model and its frozen base.
         last_evaluation: what the last validation found, on every rank.
         last_evaluation_step: optimizer steps behind the weights that it looked at.
+        stop: whether the run was asked to save and stop.
+        checkpoints: saves the run.
+        optimizer: of the student, once training has been set up.
+        base: source and fingerprint of the weights that training began with, once it has been set up.
+        data_fingerprint: of the training rows; empty without any.
     """
 
     def __init__(
-        self, cfg: DictConfig, trainer: Trainer | None = None, *, checkpoint: NemoCheckpoint | None = None
+        self,
+        cfg: DictConfig,
+        trainer: Trainer | None = None,
+        *,
+        checkpoint: NemoCheckpoint | None = None,
+        resume: bool = False,
     ) -> None:
         """Reads and checks the data, then builds the model. Collective over all ranks.
 
@@ -66,27 +79,34 @@ class PurifiedOPSDModel(ModelPT):
             cfg: a `PopsdConfig` tree (see `nemo_popsd.config.loading.to_dict_config`).
             trainer: the trainer that will run it.
             checkpoint: weights to continue from, instead of `student.source` (see `restore_from`).
+            resume: take up the run that wrote `checkpoint`: optimizer, schedule and random state too.
 
         Raises:
-            UserError: configuration, data or model do not fit.
+            UserError: configuration, data or model do not fit, `checkpoint` is damaged, or was trained from another
+                base or, when resuming, on other rows.
         """
         super().__init__(cfg=cfg, trainer=trainer)
         self._save_restore_connector = MegatronSaveRestoreConnector()
         self.automatic_optimization = False
         self.settings: PopsdConfig = from_dict_config(self.cfg)
         initialize(tensor_parallel=self.settings.parallel.tensor, seed=self.settings.seed)
+        self.stop = StopSignals()
         # Without it, NeMo would call the connector on rank 0 alone.
         AppState().model_parallel_size = self.settings.parallel.tensor
         self._restored_steps = checkpoint.step if checkpoint else 0
-        load_initial: LoadWeights = self._load_base
+        load_initial: LoadWeights
         if checkpoint is not None:
+            load_initial = checked_base(checkpoint, self.settings.student.source)
             self.architecture = checkpoint.architecture
         else:
             source = open_source(self.settings.student.source)
             self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
+        self.data_fingerprint = ""
         if self.settings.data.train.path:
             self.setup_training_data(self.settings.data.train)
+        if checkpoint is not None and resume:
+            _refuse_other_rows(checkpoint, self.data_fingerprint)
         if self.settings.data.validation.path:
             self.setup_validation_data(self.settings.data.validation)
         self.student = Student(
@@ -96,23 +116,26 @@ class PurifiedOPSDModel(ModelPT):
             seed=self.settings.seed,
             load_initial=load_initial,
             load_trained=checkpoint.load_trained if checkpoint else None,
+            base_first=checkpoint is not None and checkpoint.adapters_only,
         )
         self.gpt = self.student.gpt
         self._checkpoint = checkpoint  # A packed one is unpacked for as long as its tokenizer files are needed.
+        self._resumes = resume
         self.engine = MegatronEngine(
             self.gpt,
             vocab_size=self.student.vocab_size,
             batch_rows=self.settings.rollout.batch_rows,
             cache_tokens=self.settings.rollout.cache_tokens,
             weights_version=lambda: self.completed_steps,
+            stop_requested=self.stop.while_decoding,
         )
+        self.checkpoints = RunCheckpoints(self.settings, resumed=checkpoint if resume else None)
+        self.base: dict[str, str] | None = checkpoint.base if checkpoint else None
+        self.optimizer: StudentOptimizer | None = None
         self._step: OnPolicyStep | None = None
         self._outcomes: list[SampleOutcome] = []
         self.last_evaluation: EvaluationSummary | None = None
         self.last_evaluation_step = -1
-
-    def _load_base(self, model: Any) -> None:
-        open_source(self.settings.student.source).load(model)
 
     @property
     def completed_steps(self) -> int:
@@ -125,6 +148,7 @@ class PurifiedOPSDModel(ModelPT):
         """Reads, checks and measures the training rows; each step takes this data-parallel rank's share."""
         source = _source(train_data_config)
         dataset, _ = build_dataset(self.settings.data, source, self.tokenizer)
+        self.data_fingerprint = dataset.fingerprint()
         self._refuse_beyond_positions(
             dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
             "data.max_prompt_tokens, data.max_reference_tokens or rollout.max_response_tokens",
@@ -187,9 +211,20 @@ class PurifiedOPSDModel(ModelPT):
             steps=self.settings.training.steps,
             bf16=self.settings.student.precision == "bf16",
         )
+        if self._checkpoint is not None and self._resumes:
+            resume_optimizer(self._checkpoint, self.student.chunks, optimizer)
+        fingerprint = self.base["fingerprint"] if self.base else open_source(self.settings.student.source).fingerprint()
+        self.base = {"source": self.settings.student.source, "fingerprint": fingerprint}
         self._step = OnPolicyStep(
-            self.settings, self.student, self.engine, self._sampling(self.settings.rollout), self._count_markers
+            self.settings,
+            self.student,
+            self.engine,
+            self._sampling(self.settings.rollout),
+            self._count_markers,
+            store=RolloutStore(self.settings.output) if self.settings.rollout.save else None,
+            stop=self.stop,
         )
+        self.optimizer = optimizer
         return optimizer
 
     def training_step(self, batch: list[PromptRow], batch_idx: int) -> None:
@@ -204,12 +239,22 @@ class PurifiedOPSDModel(ModelPT):
 
     def validation_step(self, batch: list[EvaluationPrompt], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answers held-out problems and scores the answers."""
-        self._outcomes += sample_outcomes(
-            batch, self.engine, self._sampling(self.settings.evaluation), self.tokenizer, self.settings
-        )
+        if self.stop.requested:
+            return
+        try:
+            self._outcomes += sample_outcomes(
+                batch, self.engine, self._sampling(self.settings.evaluation), self.tokenizer, self.settings
+            )
+        except StopRequested:
+            self.stop.request()
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
-        """Brings the outcomes of all data-parallel ranks together (one gather of objects) and logs their summary."""
+        """Brings the outcomes of all data-parallel ranks together (one gather of objects) and logs their summary.
+
+        Raises:
+            StopRequested: on every rank; the outcomes are dropped.
+        """
+        self.stop.raise_if_requested()
         gathered: list[list[SampleOutcome]] = [[]] * self.student.dp_group.size()
         dist.all_gather_object(gathered, self._outcomes, group=self.student.dp_group)
         self._outcomes = []
@@ -282,6 +327,16 @@ class PurifiedOPSDModel(ModelPT):
                 class_=cls,
             )
         ]
+
+
+def _refuse_other_rows(checkpoint: NemoCheckpoint, fingerprint: str) -> None:
+    if checkpoint.manifest["data"] != fingerprint:
+        raise UserError(
+            "resuming",
+            got="other training rows than those that the run began with",
+            need=f"the same rows, wherever they lie (they were in {checkpoint.config.data.train.path!r})",
+            mend="set data.train.path, or output for another run, or overwrite=true to begin anew",
+        )
 
 
 def _source(config: SourceConfig | DictConfig) -> SourceConfig:

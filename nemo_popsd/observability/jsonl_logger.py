@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,8 @@ FILE_NAME = "metrics.jsonl"
 class JsonlLogger(Logger):
     """Writes `<directory>/metrics.jsonl` on rank 0: ``{"step": 3, "train/loss": 0.12, ...}``, one line per call.
 
-    Every line is on its way to the disk when the call returns. A resumed run appends: steps that are trained again
-    occur again, and the last line of a step counts. What JSON cannot say (NaN, infinities) is written as the strings
+    Every line is on its way to the disk when the call returns. A resumed run appends, once `keep_until` has taken out
+    the steps that are trained again. What JSON cannot say (NaN, infinities) is written as the strings
     "nan", "inf" and "-inf", which ``float`` reads back.
 
     Args:
@@ -73,6 +74,35 @@ class JsonlLogger(Logger):
                 with self._path.open("r+b") as file:
                     file.truncate(end)
         self._opened = True
+
+
+def read_metric(directory: str | Path, name: str) -> dict[int, float]:
+    """Values of a metric by step; of a step with several the last."""
+    path = Path(directory) / FILE_NAME
+    if not path.is_file():
+        return {}
+    lines = [json.loads(line) for line in _whole_lines(path)]
+    return {line["step"]: float(line[name]) for line in lines if name in line}
+
+
+def keep_until(directory: str | Path, step: int) -> None:
+    """Takes the lines of later steps, and half a line at the end, out of the metrics file; atomically."""
+    path = Path(directory) / FILE_NAME
+    if not path.is_file():
+        return
+    kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
+    scratch = path.with_name(path.name + ".partial")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines with their ends; a kill may have left half a line at the end."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line + "\n" for line in text.split("\n")[:-1]]
 
 
 def _plain(value: Any) -> Any:

@@ -14,8 +14,13 @@ from nemo_popsd.observability.jsonl_logger import JsonlLogger
 from nemo_popsd.observability.rank import is_rank_zero
 
 
-def build_loggers(config: PopsdConfig) -> list[Logger]:
+def build_loggers(config: PopsdConfig, *, completed: int = 0) -> list[Logger]:
     """JSONL always; TensorBoard and Weights & Biases by setting. Ranks other than 0 get none.
+
+    Args:
+        config: the run.
+        completed: steps that a resumed run has behind it; TensorBoard hides what was
+            written of later ones.
 
     Raises:
         UserError: W&B is asked for and not installed (on every rank alike).
@@ -33,7 +38,8 @@ def build_loggers(config: PopsdConfig) -> list[Logger]:
     output = Path(config.output)
     loggers: list[Logger] = [JsonlLogger(output)]
     if settings.tensorboard:
-        loggers.append(TensorBoardLogger(save_dir=output, name="tensorboard", version=""))
+        purge = completed + 1 if (output / "tensorboard").exists() and not config.overwrite else None
+        loggers.append(TensorBoardLogger(save_dir=output, name="tensorboard", version="", purge_step=purge))
     if settings.wandb.enabled:
         output.mkdir(parents=True, exist_ok=True)  # wandb falls back to /tmp for a directory that does not exist
         loggers.append(

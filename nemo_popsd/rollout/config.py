@@ -24,6 +24,9 @@ class RolloutConfig:
     cache_tokens: int = 262144
     """Tokens that the key-value cache may hold; fewer rows are decoded together where prompt and limit are long. One
     token of Qwen3-8B takes 147 KB in bf16, shared out over the tensor-parallel ranks."""
+    save: bool = True
+    """Write the rollouts of a step to `<output>/rollouts` before they are trained on; see `popsd rollouts show`. A
+    step that is taken up again after a kill takes them from there."""
 
     def __post_init__(self) -> None:
         at_least("rollout.temperature", self.temperature, 0)

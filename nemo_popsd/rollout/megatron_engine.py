@@ -10,6 +10,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from nemo_popsd.errors import StopRequested
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.sampling import log_probs_of, sample, uniforms
 
@@ -32,6 +33,7 @@ class MegatronEngine:
         batch_rows: int,
         cache_tokens: int,
         weights_version: Callable[[], int],
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Keeps references only.
 
@@ -41,16 +43,22 @@ class MegatronEngine:
             batch_rows: most rows decoded together.
             cache_tokens: most tokens that the cache holds, unless a single row needs more.
             weights_version: number of optimizer steps behind the current weights.
+            stop_requested: asked for every token, by all ranks of the model together; they are told the same.
         """
         self._model = model
         self._vocab_size = vocab_size
         self._batch_rows = batch_rows
         self._cache_tokens = cache_tokens
         self._weights_version = weights_version
+        self._stop_requested = stop_requested
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
-        """See `nemo_popsd.rollout.engine.RolloutEngine`. Prompts of similar length are decoded together."""
+        """See `nemo_popsd.rollout.engine.RolloutEngine`. Prompts of similar length are decoded together.
+
+        Raises:
+            StopRequested: the run was asked to stop; on all ranks of the model.
+        """
         if not requests:
             return []
         training = self._model.training
@@ -82,6 +90,8 @@ class MegatronEngine:
         position = batch.shortest_prompt
         inputs = batch.tokens[:, :position]
         while True:
+            if self._stop_requested():
+                raise StopRequested
             logits = self._forward(inputs, context)
             position = batch.accept(logits, position, self._choose)
             if batch.all_done(position):

@@ -78,6 +78,17 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def layout() -> dict[str, int]:
+    """Sizes of the parallel groups."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
 def greatest_of_all_ranks(number: float) -> float:
     """The greatest `number` of the world: one all-reduce of one number."""
     value = torch.tensor(number, device=device(), dtype=torch.float64)

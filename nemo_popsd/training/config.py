@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_popsd.config.checks import above, at_least
+from nemo_popsd.config.checks import above, at_least, one_of
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,20 @@ class TrainingConfig:
     self_check: bool = True
     """Before step 1, prove on one batch that the student equals the base and that, with the PMI off, loss and
     gradient are 0."""
+    async_save: bool = False
+    """Write checkpoints in the background, from copies in CPU memory, while training goes on. The next save, and the
+    end of the run, wait for it; an error surfaces at the next step."""
+    keep_last: int = 2
+    """Checkpoints to keep besides `final`, the newest; 0 keeps all. An old one is removed once a newer is complete."""
+    keep_best: int = 0
+    """Checkpoints to keep besides those, the best by `best_metric`."""
+    best_metric: str = "validation/accuracy"
+    """Name in metrics.jsonl. A checkpoint at whose step it was not measured is none of the best."""
+    best_is: str = "max"
+    """Whether the greatest (`max`) or the least (`min`) value is best."""
+    collective_timeout: float = 1800
+    """Seconds that a rank waits for the others before it fails. Must exceed the difference between the fastest and
+    the slowest rank's rollouts."""
     export_huggingface: bool = True
     """Write a Hugging Face checkpoint (adapters merged) at the end."""
 
@@ -34,3 +48,7 @@ class TrainingConfig:
             above(f"training.{name}", getattr(self, name), 0)
         at_least("training.validate_every", self.validate_every, 0)
         at_least("training.checkpoint_every", self.checkpoint_every, 0)
+        at_least("training.keep_last", self.keep_last, 0)
+        at_least("training.keep_best", self.keep_best, 0)
+        one_of("training.best_is", self.best_is, ("max", "min"))
+        above("training.collective_timeout", self.collective_timeout, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint, save_nemo
+from nemo_popsd.checkpoint.manifest import digests, list_files, read_manifest, write_manifest
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
+from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
@@ -33,6 +36,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def _config(name: str) -> Any:
     return to_dict_config(PopsdConfig(student=StudentConfig(**{"precision": "fp32", **SETTINGS[name]})))
+
+
+def _content(student: Any, architecture: Any, name: str, step: int) -> Content:
+    return Content(models=student.chunks, architecture=architecture, config=_config(name), step=step)
 
 
 def _perturb(gpt: Any, rank: int) -> None:
@@ -87,7 +94,7 @@ def _save(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, A
         student = build_student(source, tensor=world_size, **settings)
         _perturb(student.gpt, rank)
         for suffix in ("", ".nemo"):
-            save_nemo(folder / f"{name}{suffix}", student.gpt, HuggingFaceModel(source), _config(name), 17)
+            save_nemo(folder / f"{name}{suffix}", _content(student, HuggingFaceModel(source), name, 17))
         HuggingFaceModel(source).export(student.gpt, folder / f"{name}_hf")
         result[name] = whole_logits(student.gpt, IDS, 203)
     result["children"] = _children()
@@ -106,7 +113,7 @@ def _load(rank: int, world_size: int, folder: Path, again: Path) -> dict[str, An
             assert checkpoint.step == 17
             assert checkpoint.config == PopsdConfig(student=checkpoint.config.student)
         result[f"{name} plain"] = whole_logits(_plain(folder / name, world_size), IDS, 203)
-        save_nemo(again / name, student.gpt, checkpoint.architecture, _config(name), 18)
+        save_nemo(again / name, _content(student, checkpoint.architecture, name, 18))
         checkpoint.architecture.export(student.gpt, again / f"{name}_hf")
     result["children"] = _children()
     return result
@@ -178,7 +185,9 @@ def test_a_checkpoint_is_complete_and_readable_by_eye(moved, source):
     }
     manifest = json.loads((folder / "lora" / "manifest.json").read_text())
     assert manifest["step"] == 17
-    assert manifest["layout"] == {"tensor": len(before), "data": 1}
+    assert manifest["layout"] == {"tensor": len(before), "pipeline": 1, "context": 1, "expert": 1, "data": 1}
+    assert manifest["weights"] == "whole"
+    assert "weights/.metadata" in manifest["files"]
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in manifest["versions"]["torch"]
     with tarfile.open(folder / "lora.nemo") as archive:
         assert {"./manifest.json", "./model_config.yaml"} <= set(archive.getnames())
@@ -210,7 +219,7 @@ def test_garbage_is_refused_with_one_sentence(moved, tmp_path):
     with pytest.raises(UserError, match="no such file or directory"):
         NemoCheckpoint(tmp_path / "nowhere.nemo")
     (tmp_path / "garbage.nemo").write_bytes(b"garbage" * 200)
-    with pytest.raises(UserError, match="no tar archive"):
+    with pytest.raises(UserError, match="no whole tar archive"):
         NemoCheckpoint(tmp_path / "garbage.nemo")
     whole = (moved[0] / "full.nemo").read_bytes()
     (tmp_path / "cut.nemo").write_bytes(whole[: len(whole) // 2])
@@ -219,23 +228,19 @@ def test_garbage_is_refused_with_one_sentence(moved, tmp_path):
     (tmp_path / "empty.nemo").write_bytes(b"")
     with pytest.raises(UserError):
         NemoCheckpoint(tmp_path / "empty.nemo")
-    for part in ("weights", "huggingface"):
+    for part in ("weights", "huggingface", "manifest.json"):
         (tmp_path / part).symlink_to(moved[0] / "full" / part)
     (tmp_path / "model_config.yaml").write_text("optimizer: {nonsense: 1}\n")
-    (tmp_path / "manifest.json").write_text('{"step": 1}')
     with pytest.raises(UserError, match="nonsense"):
         NemoCheckpoint(tmp_path)
-    (tmp_path / "model_config.yaml").unlink()
-    (tmp_path / "model_config.yaml").symlink_to(moved[0] / "full" / "model_config.yaml")
-    for content in ("{", "[]", "{}"):
-        (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(UserError, match=r"unreadable.*manifest\.json"):
-            NemoCheckpoint(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"step": 1}')
-    (tmp_path / "model_config.yaml").unlink()
     (tmp_path / "model_config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"unreadable model_config\.yaml"):
         NemoCheckpoint(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"unreadable manifest\.json"):
+            NemoCheckpoint(tmp_path)
 
 
 def _load_broken(rank: int, world_size: int, broken: list[Path]) -> list[str]:
@@ -255,56 +260,61 @@ def _load_broken(rank: int, world_size: int, broken: list[Path]) -> list[str]:
     return messages
 
 
-def test_weights_that_are_missing_or_of_another_model_are_refused(moved, tmp_path):
+def test_weights_that_are_damaged_or_of_another_model_are_refused(moved, tmp_path):
     folder = moved[0]
-    kinds = {
-        "empty": None,
-        "other": folder / "lora" / "weights",
-        "without data": folder / "full" / "weights",
-        "cut data": folder / "full" / "weights",
-        "cut index": folder / "full" / "weights",
-    }
-    for kind, weights in kinds.items():
-        directory = tmp_path / kind
-        (directory / "weights").mkdir(parents=True)
-        for part in ("manifest.json", "model_config.yaml", "huggingface"):
-            (directory / part).symlink_to(folder / "full" / part)
-        for file in weights.iterdir() if weights else ():
-            content = file.read_bytes()
+    kinds = ("empty", "other", "without data", "cut data", "cut index")
+    for kind in kinds:
+        copied = tmp_path / kind
+        shutil.copytree(folder / "full", copied)
+        shutil.rmtree(copied / "weights")
+        if kind == "empty":
+            (copied / "weights").mkdir()
+            continue
+        shutil.copytree(folder / ("lora" if kind == "other" else "full") / "weights", copied / "weights")
+        for file in (copied / "weights").iterdir():
             if {"cut data": ".distcp", "cut index": ".metadata"}.get(kind, "none") in file.name:
-                content = content[:100]
-            if not (kind == "without data" and file.suffix == ".distcp"):
-                (directory / "weights" / file.name).write_bytes(content)
+                file.write_bytes(file.read_bytes()[:100])
+            if kind == "without data" and file.suffix == ".distcp":
+                file.unlink()
+        if kind == "other":
+            _seal(copied)
     [messages] = run_ranks(_load_broken, 1, [tmp_path / kind for kind in kinds])
     told = dict(zip(kinds, messages, strict=True))
-    assert "no Megatron distributed checkpoint" in told["empty"]
+    assert "weights/.metadata is missing" in told["empty"]
     assert "left over" in told["other"]
     assert "adapter" in told["other"]
-    for kind in ("without data", "cut data", "cut index"):
-        assert "cannot be read" in told[kind], kind
+    assert "distcp is missing" in told["without data"]
+    assert "distcp has 100 bytes instead of" in told["cut data"]
+    assert ".metadata has 100 bytes instead of" in told["cut index"]
+
+
+def _seal(directory: Path) -> None:
+    """A manifest that fits the files as they are."""
+    facts = {k: v for k, v in read_manifest(directory).items() if k not in ("files", "format")}
+    write_manifest(directory, facts, digests(directory, list_files(directory)))
 
 
 def _save_twice(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
     """A first save, a second that fails half way, a third that succeeds; of a directory and of a packed file."""
-    import nemo_popsd.checkpoint.nemo as nemo
+    import nemo_popsd.checkpoint.save as save
 
     student = build_student(source, tensor=world_size)
     architecture, result = HuggingFaceModel(source), {}
     for path in (folder / "run", folder / "run.nemo"):
-        save_nemo(path, student.gpt, architecture, _config("full"), 1)
-        manifest = nemo._manifest
+        save_nemo(path, _content(student, architecture, "full", 1))
+        write = save.write_manifest
 
-        def fail(step: int) -> dict[str, Any]:
-            raise OSError("no space left")
+        def fail(*_: Any) -> None:
+            raise OSError(28, "no space left")
 
-        nemo._manifest = fail
+        save.write_manifest = fail
         try:
-            with pytest.raises(OSError, match="no space left"):
-                save_nemo(path, student.gpt, architecture, _config("full"), 2)
+            with pytest.raises(UserError, match=r"got no space left \(rank 0\).*free space"):
+                save_nemo(path, _content(student, architecture, "full", 2))
         finally:
-            nemo._manifest = manifest
+            save.write_manifest = write
         result[path.name] = NemoCheckpoint(path).step
-        save_nemo(path, student.gpt, architecture, _config("full"), 3)
+        save_nemo(path, _content(student, architecture, "full", 3))
         result[f"{path.name} replaced"] = NemoCheckpoint(path).step
     return result
 

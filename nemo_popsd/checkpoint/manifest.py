@@ -1,0 +1,123 @@
+"""What a checkpoint consists of: every file with its size and SHA-256, and a sum of the manifest itself.
+
+Written last, so a directory with a manifest is complete; read first, so damage is named before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nemo_popsd.checkpoint.atomic import write_text
+from nemo_popsd.errors import UserError
+
+FILE_NAME = "manifest.json"
+FORMAT = 2
+_BLOCK = 1 << 20
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        total = hashlib.file_digest(file, "sha256")
+        return file.tell(), total.hexdigest()
+
+
+def digests(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of the files `names` below `directory`."""
+    return {name: digest(directory / name) for name in names}
+
+
+def list_files(directory: Path) -> list[str]:
+    """Files below `directory` by their relative names, the manifest left out."""
+    found = (Path(folder) / name for folder, _, files in os.walk(directory) for name in files)
+    return sorted(name for path in found if (name := path.relative_to(directory).as_posix()) != FILE_NAME)
+
+
+def write_manifest(directory: Path, facts: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> None:
+    """Writes the manifest; every other file must be on the disk.
+
+    Args:
+        directory: the checkpoint.
+        facts: what else the manifest says; `format`, `files` and `sum` are added.
+        files: size and SHA-256 of every file.
+    """
+    content = {
+        "format": FORMAT,
+        **facts,
+        "files": {name: {"bytes": size, "sha256": sha} for name, (size, sha) in sorted(files.items())},
+    }
+    write_text(directory / FILE_NAME, json.dumps({**content, "sum": _sum(content)}, indent=2) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, whole and unchanged.
+
+    Raises:
+        UserError: there is none, it was written by another version, or it was changed.
+    """
+    path = directory / FILE_NAME
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise damaged(directory, f"format {content['format']} in {FILE_NAME}")
+        if content.pop("sum") != _sum(content):
+            raise damaged(directory, f"a {FILE_NAME} that was changed after it was written")
+    except FileNotFoundError:
+        raise damaged(directory, f"no {FILE_NAME}: the checkpoint is incomplete or of another kind") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(directory, f"an unreadable {FILE_NAME} ({error!r})") from None
+    return content
+
+
+def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Compares every file with the manifest. Collective where there is a process group: the ranks share out the
+    files, and one gather of objects brings what they found together.
+
+    Raises:
+        UserError: on every rank, naming the files that are missing, cut, changed or unknown.
+    """
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    together = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    found = [_damage(directory, name, files[name]) for name in sorted(files)[rank::ranks]]
+    if rank == 0:
+        found += [f"{name} is not in its manifest" for name in list_files(directory) if name not in files]
+    gathered: list[list[str | None]] = [found]
+    if together:
+        gathered = [[]] * ranks
+        dist.all_gather_object(gathered, found)
+    if damage := sorted(text for texts in gathered for text in texts if text):
+        more = f" and {len(damage) - 4} more" if len(damage) > 4 else ""
+        raise damaged(directory, "; ".join(damage[:4]) + more)
+
+
+def damaged(directory: Path, got: str) -> UserError:
+    """The error for a checkpoint that cannot be used."""
+    return UserError(
+        f"checkpoint {directory}",
+        got=got,
+        need="a NeMo checkpoint as nemo_popsd wrote it",
+        mend="copy it again, or use another checkpoint",
+    )
+
+
+def _damage(directory: Path, name: str, recorded: Mapping[str, Any]) -> str | None:
+    path = directory / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != recorded["bytes"]:
+        return f"{name} has {size} bytes instead of {recorded['bytes']}"
+    if digest(path)[1] != recorded["sha256"]:
+        return f"{name} was changed (its SHA-256 is another)"
+    return None
+
+
+def _sum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

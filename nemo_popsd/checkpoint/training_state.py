@@ -1,0 +1,245 @@
+"""Optimizer state on disk, in pieces that any layout can read, and each rank's random state.
+
+    training_state/index.json               Adam's count; of every piece its file, place and the whole tensor's shape
+    training_state/rank-00000.safetensors   pieces that rank 0 wrote
+    training_state/random-00000.safetensors generators of rank 0
+
+A piece is a box of the whole tensor, placed by Megatron's own sharding of the model's weights. Ranks that share a
+tensor-parallel shard share out the writing, so that each holds and writes 1/dp of the state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import starmap
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+)
+from megatron.core.models.gpt import GPTModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_popsd.checkpoint.atomic import flush_file
+from nemo_popsd.checkpoint.manifest import damaged
+from nemo_popsd.megatron.optimizer_state import ParameterState, parameter_states, set_step_count, step_count
+from nemo_popsd.runtime.random_state import restore_random_state
+
+FOLDER = "training_state"
+_INDEX = "index.json"
+_READ_ERRORS = (OSError, KeyError, ValueError, TypeError, SafetensorError)
+
+
+class StagedState:
+    """Optimizer and random state on their way to the disk, as copies in CPU memory.
+
+    Attributes:
+        files: what `write` writes.
+        bytes: of the copies.
+    """
+
+    def __init__(
+        self, models: Sequence[GPTModel], optimizer: Any, directory: Path, *, random_state: Mapping[str, Tensor]
+    ) -> None:
+        """Takes the copies. Collective: under the distributed optimizer one reduction per parameter and state, and
+        one gather of names.
+
+        Args:
+            models: this rank's parts of the model, bare.
+            optimizer: Megatron's.
+            directory: the checkpoint; its folder `FOLDER` must exist.
+            random_state: of this rank.
+        """
+        self._random = dict(random_state)
+        self._tensors: dict[str, Tensor] = {}
+        rank = dist.get_rank()
+        self._folder = directory / FOLDER
+        file = f"rank-{rank:05d}.safetensors"
+        pieces: list[dict[str, Any]] = []
+        for number, (state, sharding) in enumerate(_with_sharding(models, optimizer)):
+            owner = number % state.group.size()
+            for name in state.names:
+                whole = state.whole(name, owner)
+                if whole is None or not _written_by_this_shard(sharding):
+                    continue
+                for piece in _pieces(sharding, whole, name):
+                    box = _Box.of(piece)
+                    key = f"{piece.key}@{'_'.join(map(str, box.offset))}"
+                    self._tensors[key] = piece.data.detach().cpu().clone(memory_format=torch.contiguous_format)
+                    pieces.append(
+                        {
+                            "tensor": piece.key,
+                            "file": file,
+                            "key": key,
+                            "offset": box.offset,
+                            "shape": box.shape,
+                            "whole": tuple(piece.global_shape),
+                        }
+                    )
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, pieces)
+        self._index = {"step_count": step_count(optimizer), "pieces": [p for part in gathered for p in part]}
+        self._files = {self._folder / f"random-{rank:05d}.safetensors": self._random}
+        if self._tensors:
+            self._files[self._folder / file] = self._tensors
+        self.files = list(self._files)
+        self.bytes = sum(t.numel() * t.element_size() for tensors in self._files.values() for t in tensors.values())
+
+    def write(self) -> None:
+        """Writes and flushes this rank's files. May run in another thread.
+
+        Raises:
+            OSError: from the file system.
+        """
+        for path, tensors in self._files.items():
+            try:
+                save_file(tensors, path)
+            except SafetensorError as error:  # it wraps what the system said
+                raise OSError(f"{path.name}: {error}") from error
+            path.chmod(0o644)
+            flush_file(path)
+        self._files = {}
+
+    def finish(self) -> None:
+        """Writes the index; on rank 0."""
+        (self._folder / _INDEX).write_text(json.dumps(self._index))
+
+
+def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: Any) -> int:
+    """Fills the optimizer, whatever layout wrote the checkpoint, and returns Adam's count. No collectives.
+
+    The model's weights must be loaded already. At most one parameter's state is held besides the optimizer's own.
+
+    Raises:
+        UserError: a piece is missing or of another shape.
+    """
+    folder = directory / FOLDER
+    try:
+        index = json.loads((folder / _INDEX).read_text())
+        reader = _Reader(folder, index["pieces"])
+        for state, sharding in _with_sharding(models, optimizer):
+            for name, part in state.values.items():
+                whole = torch.zeros(state.parameter.shape, dtype=torch.float32)
+                for piece in _pieces(sharding, whole, name):
+                    reader.fill(piece)
+                part.copy_(whole.view(-1)[state.begin : state.begin + part.numel()])
+        reader.close()
+    except _READ_ERRORS as error:
+        raise damaged(directory, f"{FOLDER} that cannot be read ({error})") from error
+    set_step_count(optimizer, index["step_count"])
+    return int(index["step_count"])
+
+
+def load_random_state(directory: Path) -> None:
+    """Puts this rank's generators back where they were; only in the layout that wrote the checkpoint.
+
+    Raises:
+        UserError: this rank's file cannot be read.
+    """
+    try:
+        restore_random_state(load_file(directory / FOLDER / f"random-{dist.get_rank():05d}.safetensors"))
+    except _READ_ERRORS as error:
+        raise damaged(directory, f"a random state that cannot be read ({error})") from error
+
+
+class _Box:
+    """Offset and shape of a part of a tensor, prepended axes (the layer's number) included."""
+
+    def __init__(self, offset: Sequence[int], shape: Sequence[int]) -> None:
+        self.offset, self.shape = tuple(offset), tuple(shape)
+
+    @classmethod
+    def of(cls, piece: ShardedTensor) -> _Box:
+        return cls(piece.global_offset, (1,) * piece.prepend_axis_num + tuple(piece.local_shape))
+
+    def overlap(self, other: _Box) -> _Box | None:
+        begins = list(map(max, self.offset, other.offset))
+        ends = list(map(min, self._ends(), other._ends()))
+        if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+            return None
+        return _Box(begins, [end - begin for begin, end in zip(begins, ends, strict=True)])
+
+    def within(self, outer: _Box) -> tuple[slice, ...]:
+        """Indices of this box inside `outer`."""
+        begins = [mine - its for mine, its in zip(self.offset, outer.offset, strict=True)]
+        return tuple(starmap(lambda begin, size: slice(begin, begin + size), zip(begins, self.shape, strict=True)))
+
+    def _ends(self) -> list[int]:
+        return [begin + size for begin, size in zip(self.offset, self.shape, strict=True)]
+
+
+class _Reader:
+    """Pieces of a checkpoint, found by the tensor they belong to."""
+
+    def __init__(self, folder: Path, pieces: Sequence[Mapping[str, Any]]) -> None:
+        self._folder = folder
+        self._pieces: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for piece in pieces:
+            self._pieces[piece["tensor"]].append(piece)
+        self._open: dict[str, Any] = {}
+
+    def fill(self, wanted: ShardedTensor) -> None:
+        """Copies what overlaps `wanted` into its data."""
+        box = _Box.of(wanted)
+        assert wanted.data is not None
+        target = wanted.data[(None,) * wanted.prepend_axis_num]
+        found = 0
+        for piece in self._pieces.get(wanted.key, ()):
+            # A padded vocabulary has another size in another layout; its padding is 0 everywhere.
+            if tuple(piece["whole"]) != tuple(wanted.global_shape) and not wanted.allow_shape_mismatch:
+                raise ValueError(f"{wanted.key} is {piece['whole']}, and {tuple(wanted.global_shape)} in this model")
+            saved = _Box(piece["offset"], piece["shape"])
+            overlap = box.overlap(saved)
+            if overlap is not None:
+                part = self._file(piece["file"]).get_slice(piece["key"])[overlap.within(saved)[-wanted.data.dim() :]]
+                target[overlap.within(box)] = part.reshape(overlap.shape)
+                found += math.prod(overlap.shape)
+        if found < wanted.data.numel() and not (wanted.allow_shape_mismatch and found):
+            raise ValueError(f"{wanted.key} is not complete")
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._open.clear()
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self._folder / name, framework="pt")
+        return self._open[name]
+
+
+Sharding: TypeAlias = ShardedTensor | ShardedTensorFactory
+
+
+def _with_sharding(models: Sequence[GPTModel], optimizer: Any) -> Iterator[tuple[ParameterState, Sharding]]:
+    states = list(parameter_states(optimizer))
+    sharded = {str(number): model.sharded_state_dict() for number, model in enumerate(models)}
+    by_position = get_param_id_to_sharded_param_map(sharded, [state.parameter for state in states])
+    for position, state in enumerate(states):
+        yield state, by_position[position]
+
+
+def _pieces(sharding: Sharding, whole: Tensor, name: str) -> list[ShardedTensor]:
+    """`whole`, a state of one parameter's shard, as boxes that are views of it."""
+    built = make_sharded_optimizer_tensor(sharding, whole, name)
+    pieces = list(nested_values(built.build())) if isinstance(built, ShardedTensorFactory) else [built]
+    assert all(p.data.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for p in pieces)
+    return pieces
+
+
+def _written_by_this_shard(sharding: Sharding) -> bool:
+    """Whether this rank's model-parallel place is the one that writes the parameter: the last of a replica's numbers
+    counts data-parallel copies, the others count copies within the model.
+    """
+    replica = sharding.replica_id
+    return isinstance(replica, int) or not any(replica[:-1])

@@ -1,0 +1,105 @@
+"""`popsd rollouts show RUN [--step N] [--row ID] [--text]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "rollouts",
+        help="look at the rollouts that a run was trained on",
+        description="Look at the rollouts that a run has written to disk (rollout.save).",
+    )
+    actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser(
+        "show",
+        help="print steps, the rows of a step, or their text",
+        description="Print what is there of each step; with --step its rows; with --text their prompts and responses.",
+    )
+    show.add_argument("run", metavar="RUN", help="output directory of a run")
+    show.add_argument("--step", metavar="N", type=int, default=None, help="one step; default: all steps in short")
+    show.add_argument("--row", metavar="ID", default=None, help="one row by its id, in every step or in --step")
+    show.add_argument("--text", action="store_true", help="decode prompts and responses with the run's tokenizer")
+    show.set_defaults(run_command=run)
+    parser.set_defaults(run=lambda args: args.run_command(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print steps, or rows as JSON lines, or rows as text."""
+    from nemo_popsd.errors import UserError
+    from nemo_popsd.rollout.storage import RolloutStore
+
+    store = RolloutStore(args.run)
+    steps = store.steps()
+    if not steps or (args.step is not None and args.step not in steps):
+        raise UserError(
+            f"rollouts of {args.run}",
+            got=f"no step {args.step}, but {_ranges(steps)}" if steps else f"nothing in {store.folder}",
+            need="the output of a run with rollout.save=true",
+            mend="give another RUN or --step",
+        )
+    if args.step is None and args.row is None and not args.text:
+        for step in steps:
+            _print_summary(step, list(store.read(step)))
+        return
+    decode = _decoder(Path(args.run)) if args.text else None
+    found = False
+    for step in steps if args.step is None else [args.step]:
+        for row in store.read(step):
+            if args.row in (None, row.row_id):
+                found = True
+                _print_row(step, row, decode)
+    if not found:
+        raise UserError(
+            f"rollouts of {args.run}", got=f"no row {args.row!r}", need="the id of a row", mend="give another --row"
+        )
+
+
+def _print_summary(step: int, rows: list[Any]) -> None:
+    lengths = [len(row.rollout.response) for row in rows]
+    cut = sum(row.rollout.cut for row in rows)
+    version = rows[0].rollout.weights_version if rows else "-"
+    print(f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, {cut} cut at the limit")
+
+
+def _print_row(step: int, row: Any, decode: Any) -> None:
+    if decode is None:
+        line = {
+            "step": step,
+            "id": row.row_id,
+            "weights_version": row.rollout.weights_version,
+            "finish_reason": row.finish_reason,
+            "seed": row.seed,
+            "prompt": row.prompt,
+            "response": row.rollout.response,
+            "log_probs": row.rollout.log_probs,
+        }
+        print(json.dumps(line))
+        return
+    tokens = len(row.rollout.response)
+    mean = sum(row.rollout.log_probs) / tokens
+    print(f"--- step {step}, row {row.row_id}: {tokens} tokens, {row.finish_reason}, mean log-probability {mean:.3f}")
+    print(decode(row.prompt))
+    print(f">>> {decode(row.rollout.response)}")
+
+
+def _decoder(run: Path) -> Any:
+    """Decodes token ids with the tokenizer of the run's newest checkpoint, or of its source before there is one."""
+    from nemo_popsd.config.loading import load_config
+    from nemo_popsd.data.tokenizer import load_tokenizer
+    from nemo_popsd.testbed.assets import PREFIX, asset
+
+    kept = sorted((run / "checkpoints").glob("*/huggingface/tokenizer_config.json"))
+    if kept:
+        return load_tokenizer(kept[-1].parent, setting="RUN").decode
+    source = load_config(run / "config.yaml").student.source
+    return load_tokenizer(asset(source) if source.startswith(PREFIX) else source).decode
+
+
+def _ranges(steps: list[int]) -> str:
+    return f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"

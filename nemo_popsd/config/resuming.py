@@ -1,0 +1,91 @@
+"""Which settings may change when a run goes on from its checkpoint, and which would make it another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+
+FREE = (
+    "name",
+    "output",
+    "overwrite",
+    "student.source",  # wherever it lies now, its fingerprint must be the same
+    "student.recompute",
+    "parallel",
+    "data.train.path",  # as the source: the rows must be the same
+    "data.validation",
+    "rollout.batch_rows",
+    "rollout.cache_tokens",
+    "rollout.save",
+    "distillation.chunk_tokens",
+    "distillation.diagnosed_tokens",
+    "optimizer.distributed",
+    "training.steps",
+    "training.microbatch_tokens",
+    "training.frozen_tokens",
+    "training.validate_every",
+    "training.checkpoint_every",
+    "training.async_save",
+    "training.keep_last",
+    "training.keep_best",
+    "training.best_metric",
+    "training.best_is",
+    "training.collective_timeout",
+    "training.self_check",
+    "training.export_huggingface",
+    "evaluation",
+    "observability",
+)
+"""Sections and settings that change nothing of what is learnt, but for rounding and for how long. Any other, known or
+yet to come, must stay."""
+
+
+def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
+    """Refuses to resume a run under settings that would make it another one.
+
+    Args:
+        old: as the checkpoint holds it.
+        new: as it is now.
+
+    Raises:
+        UserError: names every setting that differs and may not.
+    """
+    before, after = _flat(asdict(old)), _flat(asdict(new))
+    changed = [key for key in after if before.get(key) != after[key] and not _is_free(key)]
+    if changed:
+        raise UserError(
+            "resuming",
+            got=", ".join(f"{key}={after[key]!r} (was {before.get(key)!r})" for key in changed),
+            need=f"the settings of the run in output={new.output!r}",
+            mend=f"set {', '.join(changed)} back, set output for another run, or overwrite=true to begin anew",
+        )
+
+
+DONE = "DONE"
+"""File in `output` that tells a finished run: its step."""
+REQUEUE = "REQUEUE"
+"""File in `output` that tells a run that was asked to stop, has saved, and wants to be started again."""
+
+
+def finished_steps(output: str) -> int | None:
+    """Steps of the finished run in `output`; None if there is none or it is not finished."""
+    try:
+        return int((Path(output) / DONE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

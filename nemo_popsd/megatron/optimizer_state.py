@@ -1,0 +1,148 @@
+"""What Megatron's optimizers remember of each parameter, whichever of them it is and however it shards.
+
+Megatron-core 0.16.1 writes the state of its distributed optimizer in forms that load in the same layout alone, or that
+fail without Transformer Engine (distrib_optimizer.py:642). Here each parameter's state is looked at by itself: it is
+whole on every data-parallel rank, or each rank has one run of the flattened parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor, nn
+
+MAIN = "param"
+"""Name of the fp32 main weights, kept where the weights themselves are not fp32."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """Optimizer state of one parameter on this rank."""
+
+    parameter: nn.Parameter
+    """This rank's tensor-parallel shard of it."""
+    values: dict[str, Tensor]
+    """Flat fp32 views into the optimizer, by name; empty where this rank has no part."""
+    begin: int
+    """Where they begin in the flattened shard."""
+    group: dist.ProcessGroup
+    """Data-parallel ranks that share the shard."""
+    split: bool
+    """Whether each of them has a part of it rather than a copy."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is kept of it, the same on every rank."""
+        return _MOMENTS if self.parameter.dtype == torch.float32 else (*_MOMENTS, MAIN)
+
+    def whole(self, name: str, owner: int) -> Tensor | None:
+        """State `name` in the shape of the shard, on rank `owner` of the group; None elsewhere.
+
+        Collective over the group where it is split: one reduction of 4 bytes per weight. The numbers travel as
+        integers, of which all but one are 0, so every bit arrives, signs of zeros too.
+        """
+        shape, is_owner = self.parameter.shape, self.group.rank() == owner
+        if not self.split:
+            return self.values[name].view(shape) if is_owner else None
+        flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self.parameter.device)
+        if name in self.values:
+            flat[self.begin : self.begin + self.values[name].numel()] = self.values[name]
+        dist.reduce(flat.view(torch.int32), dst=dist.get_global_rank(self.group, owner), group=self.group)
+        return flat.view(shape) if is_owner else None
+
+
+def parameter_states(optimizer: Any) -> Iterator[ParameterState]:
+    """State of every trained parameter, in the same order on all data-parallel ranks; made where there is none yet.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` gave.
+    """
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part, DistributedOptimizer):
+            yield from _split(part)
+        else:
+            yield from _copies(part)
+
+
+def step_count(optimizer: Any) -> int:
+    """Updates that Adam has counted."""
+    counts = {int(count) for part in _parts(optimizer) for count in _counts(part.optimizer)}
+    assert len(counts) <= 1, counts
+    return counts.pop() if counts else 0
+
+
+def set_step_count(optimizer: Any, steps: int) -> None:
+    """Sets Adam's count, where its implementation keeps it: torch in each parameter's state, Transformer Engine in the
+    groups. The states must be there.
+    """
+    for part in _parts(optimizer):
+        adam = part.optimizer
+        if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            for state in adam.state.values():
+                state["step"] = torch.tensor(float(steps))
+        else:
+            for group in adam.param_groups:
+                group["step"] = steps
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """A chained optimizer's members that have anything to train on this rank."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if part.optimizer is not None]
+
+
+def _counts(adam: torch.optim.Optimizer) -> list[Any]:
+    if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+        return [state["step"] for state in adam.state.values() if "step" in state]
+    return [group["step"] for group in adam.param_groups if "step" in group]
+
+
+def _split(part: DistributedOptimizer) -> Iterator[ParameterState]:
+    for buffer in part.buffers:
+        for parameter in buffer.params:
+            values: dict[str, Tensor] = {}
+            begin = 0
+            if parameter in part.model_param_gbuf_map:
+                begin = part._get_model_param_range_map(parameter)["param"].start
+                kept = part._get_main_param_and_optimizer_states(parameter)
+                values = _flat(parameter, kept)
+            yield ParameterState(parameter, values, begin, part.data_parallel_group, split=True)
+
+
+def _copies(part: Any) -> Iterator[ParameterState]:
+    state = part.optimizer.state
+    for parameter, main in _main_weights(part):
+        values = _flat(parameter, {MAIN: main, **state[main]})
+        yield ParameterState(parameter, values, 0, _replicas(parameter), split=False)
+
+
+def _main_weights(part: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        for model_group, main_group in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            yield from zip(model_group, main_group, strict=True)
+        groups = part.fp32_from_fp32_groups
+    else:
+        groups = [group["params"] for group in part.optimizer.param_groups]
+    for group in groups:
+        yield from ((parameter, parameter) for parameter in group)
+
+
+def _flat(parameter: nn.Parameter, kept: dict[str, Any]) -> dict[str, Tensor]:
+    names = _MOMENTS if parameter.dtype == torch.float32 else (*_MOMENTS, MAIN)
+    assert all(kept[name].dtype == torch.float32 for name in names)
+    return {name: kept[name].detach().view(-1) for name in names}
+
+
+def _replicas(parameter: nn.Parameter) -> dist.ProcessGroup:
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_group()

@@ -1,0 +1,148 @@
+"""Rollouts of a step on disk, one JSON object per row, so that what cost GPU hours outlives the process.
+
+    rollouts/step-000012/part-0000-of-0002.jsonl    rows of data-parallel rank 0 of 2
+
+A file is complete or absent. Its first line tells step, weights version and number of rows; a step is complete when all
+its parts are there. JSON keeps every bit of a log-probability: a float32 is written as the shortest decimal that reads
+back as the same double.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.engine import Rollout
+
+FOLDER = "rollouts"
+_PART = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class StoredRollout:
+    """One row of a step."""
+
+    row_id: str
+    seed: int
+    """Of the row's random numbers, see `nemo_popsd.rollout.engine.row_seed`."""
+    prompt: list[int]
+    """Token ids."""
+    rollout: Rollout
+
+    @property
+    def finish_reason(self) -> str:
+        """`stop` or `length`, as inference servers say it."""
+        return "length" if self.rollout.cut else "stop"
+
+
+class RolloutStore:
+    """Rollouts of one run below `<output>/rollouts`."""
+
+    def __init__(self, output: str | Path) -> None:
+        self.folder = Path(output) / FOLDER
+
+    def write(self, step: int, rows: Sequence[StoredRollout], *, part: int, parts: int) -> None:
+        """Writes one data-parallel rank's rows; they are on the disk when this returns.
+
+        Args:
+            step: from 1.
+            rows: of this part, all drawn by the same weights.
+            part: index of the data-parallel rank.
+            parts: number of them.
+
+        Raises:
+            OSError: from the file system.
+        """
+        path = self._step(step) / f"part-{part:04d}-of-{parts:04d}.jsonl"
+        versions = {row.rollout.weights_version for row in rows}
+        assert len(versions) == 1, versions
+        head = {"step": step, "weights_version": versions.pop(), "rows": len(rows)}
+        scratch = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (head, *map(_line, rows)))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        _flush_names(path.parent)
+
+    def complete(self, step: int, weights_version: int) -> dict[str, StoredRollout] | None:
+        """All rows of a step by their ids, if all parts are there and were drawn by these weights; else None."""
+        parts: dict[int, set[int]] = {}
+        for path in self._step(step).glob("part-*.jsonl"):
+            if match := _PART.fullmatch(path.name):
+                parts.setdefault(int(match[2]), set()).add(int(match[1]))
+        for total, present in parts.items():
+            if len(present) == total:
+                found = [
+                    _read_part(self._step(step) / f"part-{part:04d}-of-{total:04d}.jsonl") for part in range(total)
+                ]
+                if all(head["weights_version"] == weights_version for head, _ in found):
+                    return {row.row_id: row for _, rows in found for row in rows}
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps of which anything is there."""
+        names = (_STEP.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def read(self, step: int) -> Iterator[StoredRollout]:
+        """Rows of a step, in the order of its parts."""
+        for path in sorted(self._step(step).glob("part-*.jsonl")):
+            yield from _read_part(path)[1]
+
+    def remove_after(self, step: int) -> None:
+        """Removes what later steps left: a run that goes on from `step` makes them again."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self._step(later))
+
+    def _step(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+
+def _line(row: StoredRollout) -> dict[str, Any]:
+    return {
+        "id": row.row_id,
+        "seed": row.seed,
+        "finish_reason": row.finish_reason,
+        "prompt": row.prompt,
+        "response": row.rollout.response,
+        "log_probs": row.rollout.log_probs,
+    }
+
+
+def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head, rows = lines[0], lines[1:]
+        if len(rows) != head["rows"]:
+            raise ValueError(f"{len(rows)} rows instead of {head['rows']}")
+        version = head["weights_version"]
+        return head, [_row(row, version) for row in rows]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"rollouts {path}", got=str(error), need="a file as a run writes it", mend="remove it"
+        ) from None
+
+
+def _row(line: dict[str, Any], version: int) -> StoredRollout:
+    rollout = Rollout(line["response"], line["log_probs"], line["finish_reason"] == "length", version)
+    return StoredRollout(line["id"], line["seed"], line["prompt"], rollout)
+
+
+def _flush_names(directory: Path) -> None:
+    for folder in (directory, directory.parent):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,69 @@
+"""`.nemo` archives that were made to write where they should not."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.checkpoint.archive import pack, unpack
+from nemo_popsd.errors import UserError
+
+
+def _file(name: str) -> Callable[[tarfile.TarFile], None]:
+    def add(tar: tarfile.TarFile) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+
+    return add
+
+
+def _special(name: str, kind: bytes, target: str = "") -> Callable[[tarfile.TarFile], None]:
+    def add(tar: tarfile.TarFile) -> None:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, target
+        tar.addfile(member)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ([_file("../evil")], "'../evil', a path outside the archive's folder"),
+        ([_file("weights/../../evil")], "a path outside"),
+        ([_file("/tmp/evil")], "a path outside"),
+        ([_special("weights", tarfile.SYMTYPE, "/etc")], "'weights', a link to '/etc'"),
+        ([_special("a", tarfile.SYMTYPE, "."), _file("a/evil")], "a link to"),
+        ([_special("passwd", tarfile.LNKTYPE, "/etc/passwd")], "a link to '/etc/passwd'"),
+        ([_special("null", tarfile.CHRTYPE)], "neither a file nor a folder"),
+        ([_special("disk", tarfile.BLKTYPE)], "neither a file nor a folder"),
+        ([_special("pipe", tarfile.FIFOTYPE)], "neither a file nor a folder"),
+        ([_file("manifest.json"), _file("./manifest.json")], "comes twice"),
+    ],
+)
+def test_hostile_members_are_refused_and_nothing_is_written(
+    tmp_path: Path, members: list[Callable[[tarfile.TarFile], None]], told: str
+) -> None:
+    archive, inside = tmp_path / "a.nemo", tmp_path / "outer" / "inner"
+    inside.mkdir(parents=True)
+    with tarfile.open(archive, "w") as tar:
+        _file("first")(tar)
+        for add in members:
+            add(tar)
+    with pytest.raises(UserError, match=told) as refused:
+        unpack(archive, inside)
+    assert "\n" not in str(refused.value)
+    assert list((tmp_path / "outer").rglob("*")) == [inside]
+
+
+def test_what_is_packed_comes_out(tmp_path: Path) -> None:
+    (tmp_path / "in" / "weights").mkdir(parents=True)
+    (tmp_path / "in" / "weights" / ".metadata").write_bytes(b"\0\1")
+    pack(tmp_path / "in", tmp_path / "a.nemo")
+    unpack(tmp_path / "a.nemo", tmp_path / "out")
+    assert (tmp_path / "out" / "weights" / ".metadata").read_bytes() == b"\0\1"

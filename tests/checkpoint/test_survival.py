@@ -1,0 +1,199 @@
+"""Saves that are killed, and saves onto a full disk: what stood before is still there and loads."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+from tests.harness import run_ranks
+from tests.tiny_models import build_student, save_tiny_model
+
+KILLS = 30
+
+
+def _run(source: Path, output: Path, *, background: bool) -> tuple[Any, Any]:
+    """What `RunCheckpoints` needs of a model, and the object itself."""
+    from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+    from nemo_popsd.megatron.config import OptimizerConfig
+    from nemo_popsd.megatron.optimizer import StudentOptimizer
+    from nemo_popsd.model.checkpoints import RunCheckpoints
+
+    config = PopsdConfig(output=str(output))
+    config.training.async_save, config.training.keep_last = background, 1
+    student = build_student(source)
+    optimizer = StudentOptimizer(student.wrap(OptimizerConfig()), OptimizerConfig(), steps=9, bf16=False)
+    model = SimpleNamespace(
+        student=student,
+        architecture=HuggingFaceModel(source),
+        settings=config,
+        completed_steps=0,
+        base={"source": "s", "fingerprint": "f"},
+        optimizer=optimizer,
+        data_fingerprint="d",
+    )
+    checkpoints = RunCheckpoints(config, resumed=None)
+    checkpoints.at_end()
+    return model, checkpoints
+
+
+def _mark(model: Any, step: int) -> None:
+    """Every number of the state says the step."""
+    from nemo_popsd.megatron.optimizer_state import parameter_states, set_step_count
+
+    model.completed_steps = step
+    with torch.no_grad():
+        for state in parameter_states(model.optimizer.megatron):
+            state.parameter.fill_(step)
+            for value in state.values.values():
+                value.fill_(step)
+    set_step_count(model.optimizer.megatron, step)
+
+
+def _marks(model: Any) -> set[float]:
+    from nemo_popsd.megatron.optimizer_state import parameter_states
+
+    found = set()
+    for state in parameter_states(model.optimizer.megatron):
+        rows = min(203, state.parameter.shape[0])  # rows beyond are padding
+        found |= set(state.parameter.detach()[:rows].unique().tolist())
+        for value in state.values.values():
+            found |= set(value.view(state.parameter.shape)[:rows].unique().tolist())
+    return found
+
+
+def _load_and_save_until_killed(rank: int, world_size: int, source: Path, output: Path, number: int) -> None:
+    from nemo_popsd.checkpoint.retention import FINAL, name_of
+    from nemo_popsd.model.checkpoints import resume_optimizer
+    from nemo_popsd.model.run_directory import RunDirectory
+
+    model, checkpoints = _run(source, output, background=number % 2 == 1)
+    step = 0
+    if (checkpoint := RunDirectory(model.settings).checkpoint()) is not None:
+        checkpoint.load_trained(model.student.gpt)
+        resume_optimizer(checkpoint, model.student.chunks, model.optimizer)
+        step = checkpoint.step
+        assert _marks(model) == {float(step)}
+    (output / f"loaded-{number}").write_text(str(step))
+    took = 0.05
+    while True:
+        step += 1
+        _mark(model, step)
+        start = time.perf_counter()
+        if step > 1:  # the first of all is let through, so that there is a previous one
+            delay = random.Random(number).uniform(0, 1.2 * took)
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        checkpoints.save(model, FINAL if step % 3 == 0 else name_of(step))
+        checkpoints.settle()
+        took = time.perf_counter() - start
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_of_saving_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    """Thirty processes, each of which loads what the one before has left, and is killed while it saves the next."""
+    source, output = save_tiny_model(tmp_path / "hf"), tmp_path / "run"
+    output.mkdir()
+    half_written = 0
+    for number in range(KILLS):
+        with pytest.raises(AssertionError, match="exit code -9"):
+            run_ranks(_load_and_save_until_killed, 1, source, output, number)
+        assert (output / f"loaded-{number}").exists()
+        half_written += any(path.name.endswith(".partial") for path in (output / "checkpoints").iterdir())
+    loaded = [int((output / f"loaded-{number}").read_text()) for number in range(KILLS)]
+    assert loaded == sorted(loaded)
+    assert loaded[1] >= 1
+    assert half_written >= KILLS // 6, "the kills did not hit the writing"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhere: Path) -> dict[str, str]:
+    from nemo_popsd.checkpoint.retention import name_of
+    from nemo_popsd.rollout.engine import Rollout
+    from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
+    from nemo_popsd.runtime.agreement import do_together
+
+    told: dict[str, str] = {}
+    usage = shutil.disk_usage
+    for background in (False, True):
+        output = disk / f"background={background}"
+        model, checkpoints = _run(source, output, background=background)
+        _mark(model, 1)
+        checkpoints.save(model, name_of(1))
+        checkpoints.settle()
+        free = usage(disk).free
+        (disk / "somebody else's").write_bytes(bytes(free - 100_000))
+        for known in (True, False):  # whether the file system tells how little is left
+            if not known:
+                shutil.disk_usage = lambda _: usage("/")  # type: ignore[assignment]
+            _mark(model, 2)
+            before = {
+                name: value.clone() for name, value in model.student.gpt.state_dict().items() if value is not None
+            }
+            try:
+                checkpoints.save(model, name_of(2))
+                checkpoints.settle()
+            except UserError as error:
+                told[f"{background} {known}"] = str(error)
+            shutil.disk_usage = usage
+            assert _marks(model) == {2.0}
+            for name, value in model.student.gpt.named_parameters():
+                assert torch.equal(value, before[name])
+            assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step-000001"]
+            _reload(source, output / "checkpoints" / "step-000001", 1)
+        (disk / "somebody else's").unlink()
+        checkpoints.save(model, name_of(2))  # room again: the same state is saved
+        checkpoints.settle()
+        _reload(source, output / "checkpoints" / "step-000002", 2)
+        shutil.rmtree(output)
+    (disk / "somebody else's").write_bytes(bytes(usage(disk).free - 20_000))
+    rows = [StoredRollout("r", 1, [1], Rollout(list(range(5000)), [0.5] * 5000, False, 0))]
+    try:
+        store = RolloutStore(disk)
+        do_together("rollouts", lambda: store.write(1, rows, part=0, parts=1), need="room", mend="free space")
+    except UserError as error:
+        told["rollouts"] = str(error)
+    assert store.complete(1, 0) is None
+    return told
+
+
+def _reload(source: Path, checkpoint: Path, step: int) -> None:
+    from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+    from nemo_popsd.model.checkpoints import resume_optimizer
+
+    model, _ = _run(source, checkpoint.parent, background=False)
+    opened = NemoCheckpoint(checkpoint)
+    opened.load_trained(model.student.gpt)
+    resume_optimizer(opened, model.student.chunks, model.optimizer)
+    assert _marks(model) == {float(step)}
+
+
+def test_a_full_disk_is_told_and_changes_nothing(small_disk: Path, tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "hf")
+    [told] = run_ranks(_fill_the_disk, 1, source, small_disk, tmp_path)
+    assert set(told) == {"False True", "False False", "True True", "True False", "rollouts"}
+    for text in told.values():
+        assert "o space left on" in text
+        assert "free space" in text
+        assert "\n" not in text

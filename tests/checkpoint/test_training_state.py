@@ -1,0 +1,120 @@
+"""Optimizer state from one layout in another, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_popsd.checkpoint.training_state import FOLDER, StagedState, load_training_state
+from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.config import LoRAConfig, OptimizerConfig
+from nemo_popsd.megatron.optimizer import StudentOptimizer
+from nemo_popsd.megatron.optimizer_state import parameter_states, set_step_count, step_count
+from tests.harness import run_ranks
+from tests.tiny_models import build_student, save_tiny_model
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "bf16": {"precision": "bf16"},
+    "lora": {"adaptation": "lora", "lora": LoRAConfig(rank=4)},
+    "tied": {},
+}
+LAYOUTS = {"1": (1, 1, False), "tp2": (2, 2, False), "dp2": (2, 1, False), "dp2 split": (2, 1, True)}
+LAYOUTS["tp2 split"] = (2, 2, True)
+
+
+def _optimizer(source: Path, name: str, tensor: int, split: bool) -> tuple[Any, StudentOptimizer]:
+    student = build_student(source / ("tied" if name == "tied" else "plain"), tensor=tensor, **CASES[name])
+    settings = OptimizerConfig(distributed=split)
+    bf16 = CASES[name].get("precision") == "bf16"
+    return student, StudentOptimizer(student.wrap(settings), settings, steps=5, bf16=bf16)
+
+
+def _pieces(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted((folder / FOLDER).glob("rank-*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def _write(student: Any, optimizer: StudentOptimizer, folder: Path) -> None:
+    import torch.distributed as dist
+
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    staged = StagedState(student.chunks, optimizer.megatron, folder, random_state={})
+    staged.write()
+    if dist.get_rank() == 0:
+        staged.finish()
+    dist.barrier()
+
+
+def _fill(rank: int, world_size: int, source: Path, folder: Path) -> None:
+    """On one rank: numbers that no step would give, and every piece of state different."""
+    for name in CASES:
+        student, optimizer = _optimizer(source, name, 1, False)
+        generator = torch.Generator().manual_seed(3)
+        for state in parameter_states(optimizer.megatron):
+            for value in state.values.values():
+                value.copy_(torch.randn(value.shape, generator=generator))
+                value[::7] = -0.0
+        vocabulary = student.gpt.embedding.word_embeddings.weight
+        for state in parameter_states(optimizer.megatron):  # padded rows have no state
+            if state.parameter.shape[0] == vocabulary.shape[0] and state.parameter.dim() == 2:
+                for value in state.values.values():
+                    value.view(state.parameter.shape)[203:] = 0
+        set_step_count(optimizer.megatron, 41)
+        _write(student, optimizer, folder / name / "1")
+
+
+def _pass_on(rank: int, world_size: int, source: Path, folder: Path, before: str, after: str) -> None:
+    _, tensor, split = LAYOUTS[after]
+    for name in CASES:
+        student, optimizer = _optimizer(source, name, tensor, split)
+        assert load_training_state(folder / name / before, student.chunks, optimizer.megatron) == 41
+        assert step_count(optimizer.megatron) == 41
+        _write(student, optimizer, folder / name / after)
+        if after == "1 again":
+            with pytest.raises(UserError, match="training_state that cannot be read"):
+                load_training_state(
+                    folder / "lora" / before, build_student(source / "plain").chunks, optimizer.megatron
+                )
+
+
+LAYOUTS["1 again"] = (1, 1, False)
+
+
+@pytest.mark.parametrize("between", ["tp2", "dp2", "dp2 split", "tp2 split"])
+def test_state_comes_back_from_another_layout_bit_for_bit(source: Path, filled: Path, between: str) -> None:
+    world, _, _ = LAYOUTS[between]
+    run_ranks(_pass_on, world, source, filled, "1", between)
+    for name in CASES:
+        if "split" in between or between == "dp2":  # both ranks have written, and different pieces
+            files = [load_file(f) for f in sorted((filled / name / between / FOLDER).glob("rank-*"))]
+            assert len(files) == 2
+    run_ranks(_pass_on, 1, source, filled, between, "1 again")
+    for name in CASES:
+        first, last = _pieces(filled / name / "1"), _pieces(filled / name / "1 again")
+        assert first.keys() == last.keys()
+        assert len(first) > 10
+        for key, value in first.items():
+            assert torch.equal(value.view(torch.int32), last[key].view(torch.int32)), (name, key)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "plain", "qwen3")
+    save_tiny_model(folder / "tied", "qwen3_tied")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def filled(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("state")
+    run_ranks(_fill, 1, source, folder)
+    return folder

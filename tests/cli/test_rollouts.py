@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.cli.main import main
+from nemo_popsd.rollout.engine import Rollout
+from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    store = RolloutStore(tmp_path)
+    for step in (1, 2):
+        rows = [
+            StoredRollout(name, step, [5, 6], Rollout([7, 8, 9 + step], [-1.0, -2.0, -3.0], name == "b", step - 1))
+            for name in ("a", "b")
+        ]
+        store.write(step, rows, part=0, parts=1)
+    (tmp_path / "config.yaml").write_text("student: {source: 'nemo_popsd:tiny_reasoner'}\n")
+    return tmp_path
+
+
+def test_steps_in_short(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rollouts", "show", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1: 2 rollouts by weights 0, 6 tokens, 1 cut at the limit",
+        "step 2: 2 rollouts by weights 1, 6 tokens, 1 cut at the limit",
+    ]
+
+
+def test_rows_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rollouts", "show", str(output), "--step", "2", "--row", "b"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "step": 2,
+        "id": "b",
+        "weights_version": 1,
+        "finish_reason": "length",
+        "seed": 2,
+        "prompt": [5, 6],
+        "response": [7, 8, 11],
+        "log_probs": [-1.0, -2.0, -3.0],
+    }
+    assert main(["rollouts", "show", str(output), "--row", "a"]) == 0
+    assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [1, 2]
+
+
+def test_rows_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nemo_popsd.data.tokenizer import load_tokenizer
+    from nemo_popsd.testbed import asset
+
+    decode = load_tokenizer(asset("nemo_popsd:tiny_reasoner")).decode
+    assert main(["rollouts", "show", str(output), "--step", "1", "--row", "a", "--text"]) == 0
+    head, prompt, response = capsys.readouterr().out.split("\n", 2)
+    assert head == "--- step 1, row a: 3 tokens, stop, mean log-probability -2.000"
+    assert prompt == decode([5, 6])
+    assert response == f">>> {decode([7, 8, 10])}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--step", "3"], "no step 3, but steps 1 to 2"), (["--row", "c"], "no row 'c'")],
+)
+def test_what_is_not_there(output: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
+    assert main(["rollouts", "show", str(output), *words]) == 2
+    assert told in capsys.readouterr().err
+    assert main(["rollouts", "show", str(output / "nowhere")]) == 2

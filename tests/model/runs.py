@@ -1,0 +1,131 @@
+"""Short runs of the command on ranks of the fork server, which can be killed or signalled at a chosen moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.harness import run_ranks
+
+TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
+SETTINGS = [
+    "overwrite=false",
+    "student.lora.rank=4",
+    "optimizer.warmup_steps=0",
+    "training.steps=4",
+    "training.prompts_per_step=2",
+    "training.checkpoint_every=2",
+    "training.validate_every=2",
+    "training.export_huggingface=false",
+    "rollout.max_response_tokens=12",
+    "evaluation.max_response_tokens=12",
+    "evaluation.problems=2",
+    "data.train.limit=8",
+    "data.validation.limit=2",
+    "observability.progress_bar=false",
+]
+LORA = "student.adaptation=lora"
+
+
+def train(output: Path, *words: str, ranks: int = 1, plan: dict[str, Any] | None = None) -> list[Any]:
+    """`popsd train` in `ranks` processes; exit status and what was printed, by rank.
+
+    Args:
+        output: of the run.
+        words: overrides.
+        ranks: processes.
+        plan: `rank`, `step` and `signal`: that rank gets the signal in the step, when its rollouts are there
+            (`"where": "trained"`) or when the first tokens of them are (`"where": "decoding"`).
+    """
+    return run_ranks(_train, ranks, output, words, plan)
+
+
+def train_and_die(output: Path, *words: str, plan: dict[str, Any]) -> None:
+    """The same with SIGKILL."""
+    with contextlib.suppress(AssertionError):
+        train(output, *words, plan={"rank": 0, "where": "trained", "signal": signal.SIGKILL, **plan})
+        raise RuntimeError("the run was not killed")
+
+
+def _train(rank: int, world_size: int, output: Path, words: tuple[str, ...], plan: dict[str, Any] | None) -> Any:
+    import io
+
+    from nemo_popsd.cli.main import main
+
+    if plan and plan["rank"] == rank:
+        _plant(plan)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        status = main(["train", TINY, f"output={output}", *SETTINGS, *words])
+    return status, told.getvalue()
+
+
+def _plant(plan: dict[str, Any]) -> None:
+    from nemo_popsd.rollout.megatron_engine import MegatronEngine
+    from nemo_popsd.training.step import OnPolicyStep
+
+    call, forward = OnPolicyStep.__call__, MegatronEngine._forward
+    here = {"step": 0, "tokens": 0}
+
+    def count(self: Any, number: int, *args: Any) -> Any:
+        here.update(step=number, tokens=0)
+        return call(self, number, *args)
+
+    def accumulate(self: Any, *args: Any) -> Any:
+        if plan["where"] == "trained" and here["step"] == plan["step"]:
+            os.kill(os.getpid(), plan["signal"])
+        return trained(self, *args)
+
+    def decode(self: Any, *args: Any) -> Any:
+        here["tokens"] += 1
+        if plan["where"] == "decoding" and here == {"step": plan["step"], "tokens": 3}:
+            os.kill(os.getpid(), plan["signal"])
+        return forward(self, *args)
+
+    trained = OnPolicyStep._accumulate
+    OnPolicyStep.__call__ = count  # type: ignore[method-assign]
+    OnPolicyStep._accumulate = accumulate  # type: ignore[method-assign]
+    MegatronEngine._forward = decode  # type: ignore[method-assign]
+
+
+def metrics(output: Path, name: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric, in the order of the file."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+def rollouts(output: Path) -> dict[str, bytes]:
+    """Files of rollouts."""
+    folder = output / "rollouts"
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*.jsonl"))}
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """Weights as they lie on the disk; optimizer state and generators tensor by tensor."""
+    found: dict[str, Any] = {}
+    for file in sorted((checkpoint / "training_state").glob("*.safetensors")):
+        found |= {f"{file.name}/{key}": value for key, value in load_file(file).items()}
+    index = json.loads((checkpoint / "training_state" / "index.json").read_text())
+    found["step count"] = torch.tensor(index["step_count"])
+    for file in sorted((checkpoint / "weights").glob("*.distcp")):
+        found[file.name] = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    return found
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Names of what is not equal, bit for bit, in two checkpoints."""
+    a, b = state(one), state(other)
+    return sorted(a.keys() ^ b.keys()) + [
+        name for name in a.keys() & b.keys() if a[name].shape != b[name].shape or not _same_bits(a[name], b[name])
+    ]
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

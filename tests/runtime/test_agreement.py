@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_popsd.errors import UserError
+from tests.harness import run_ranks
+
+
+def _fail(rank: int, world_size: int) -> list[Any]:
+    from nemo_popsd.runtime.agreement import do_together
+
+    def full() -> None:
+        if rank == 1:
+            raise OSError(28, "No space left on device", "/x")
+
+    def defect() -> None:
+        if rank == 1:
+            raise KeyError("a")
+
+    told: list[Any] = []
+    for action in (full, defect, lambda: None):
+        try:
+            do_together("saving", action, need="room", mend="free some")
+            told.append(None)
+        except (UserError, RuntimeError) as error:
+            told.append((type(error).__name__, str(error)))
+    return told
+
+
+def test_all_ranks_learn_what_one_met() -> None:
+    for told in run_ranks(_fail, 2):
+        assert told == [
+            ("UserError", "saving: got No space left on device: /x (rank 1); need room; free some"),
+            ("RuntimeError", "saving: KeyError: 'a' (rank 1)"),
+            None,
+        ]

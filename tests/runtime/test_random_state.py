@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from typing import Any
+
+from tests.harness import run_ranks
+
+
+def _draw(rank: int, world_size: int) -> list[Any]:
+    import random
+
+    import numpy as np
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.runtime.random_state import capture_random_state, restore_random_state
+
+    def numbers() -> list[float]:
+        with get_cuda_rng_tracker().fork():
+            inside = torch.rand(1).item()
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item(), inside]
+
+    initialize(tensor_parallel=1, seed=3)
+    numbers()
+    kept = capture_random_state()
+    first = numbers()
+    numbers()
+    restore_random_state(kept)
+    return [first, numbers(), numbers()]
+
+
+def test_every_generator_goes_on_from_where_it_was() -> None:
+    [[first, again, later]] = run_ranks(_draw, 1)
+    assert first == again
+    assert not set(first) & set(later)
