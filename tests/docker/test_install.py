@@ -1,7 +1,7 @@
 """docker/install.sh in an environment whose packages are known: what is there stays, what is missing comes.
 
-In place of the container, distributions with its names and versions; in place of PyPI, wheels made here, among them newer
-versions of what must stay.
+In place of the container, distributions with its names and versions; in place of PyPI, wheels made here, newer
+versions of what must stay among them.
 """
 
 from __future__ import annotations
