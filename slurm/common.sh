@@ -137,7 +137,7 @@ show_environment() {
     *) continue ;;
     esac
     printf '%s=%q\n' "$name" "${!name}"
-  done >"$RUN_DIR/environment"
+  done | sed 's|://[^/@]*@|://...@|g' >"$RUN_DIR/environment" # user:password@host
   say "rendezvous $MASTER_ADDR:$MASTER_PORT; logs and environment: $RUN_DIR"
 }
 

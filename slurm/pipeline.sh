@@ -64,6 +64,7 @@ submit() {
   [[ $name != train ]] || flags+=("${options[@]}")
   id=$(sbatch --parsable "${flags[@]}" "$@")
   id=${id%%;*}
+  submitted+=("$id")
   echo "$name $id"
 }
 
@@ -76,6 +77,10 @@ validation=$(setting data.validation.path)
   exit 2
 }
 id=
+submitted=()
+# All of them or none.
+trap '((! ${#submitted[@]})) || scancel "${submitted[@]}"; echo "pipeline: nothing was left in the queue" >&2' ERR
+set -o errtrace
 if [[ -e $source/config.json && ! -e $source/manifest.json ]]; then
   submit convert "" "$home/slurm/convert.sh" hf-to-nemo "$source" "$output/student"
   overrides+=(student.source="$output/student")

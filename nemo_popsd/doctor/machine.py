@@ -11,6 +11,7 @@ from pathlib import Path
 from nemo_popsd.doctor.findings import Finding, State
 
 _GIB = 1024**3
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 def cuda_devices() -> list[str]:
@@ -35,7 +36,12 @@ def examine_machine(devices: Sequence[str], *, gpus: int, output: str, free_gib:
         output: directory that must be writable, or be creatable; it is not made.
         free_gib: GiB that must be free there.
     """
-    return [_examine_devices(devices, gpus), _examine_nccl(devices), _examine_shared_memory(), *_disk(output, free_gib)]
+    return [
+        _examine_devices(devices, gpus),
+        _examine_nccl(devices),
+        _examine_shared_memory(devices),
+        *_disk(output, free_gib),
+    ]
 
 
 def _examine_devices(devices: Sequence[str], gpus: int) -> Finding:
@@ -69,14 +75,14 @@ def _examine_nccl(devices: Sequence[str]) -> Finding:
     return Finding("machine", "NCCL", state, version, note="" if version else "ranks on the CPU speak gloo")
 
 
-def _examine_shared_memory() -> Finding:
-    place = Path("/dev/shm")
-    if not place.is_dir():
-        return Finding("machine", "/dev/shm", "optional")
-    total = shutil.disk_usage(place).total / _GIB
+def _examine_shared_memory(devices: Sequence[str]) -> Finding:
+    if not _SHARED_MEMORY.is_dir():
+        return Finding("machine", "/dev/shm", "failed" if devices else "optional", need="1 GiB")
+    total = shutil.disk_usage(_SHARED_MEMORY).total / _GIB
     # Docker's default is 64 MiB, in which NCCL's transport between the GPUs of a node finds no room.
-    state: State = "ok" if total >= 1 else "failed"
-    return Finding("machine", "/dev/shm", state, f"{total:.1f} GiB", "1 GiB", "" if state == "ok" else "--shm-size=16g")
+    state: State = "ok" if total >= 1 else "failed" if devices else "optional"
+    note = "" if state == "ok" else "docker run --shm-size=16g"
+    return Finding("machine", "/dev/shm", state, f"{total:.1f} GiB", "1 GiB", note)
 
 
 def _disk(output: str, free_gib: float) -> list[Finding]:

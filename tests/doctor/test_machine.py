@@ -44,6 +44,18 @@ def test_nccl_is_needed_with_devices(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["NCCL"].state == state
 
 
+def test_little_shared_memory_matters_with_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(devices: list[str]) -> str:
+        return by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["/dev/shm"].state
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(machine, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage._replace(total=64 * 1024**2))
+    assert (state([]), state([H100])) == ("optional", "failed")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage._replace(total=16 * 1024**3))
+    assert state([H100]) == "ok"
+
+
 def test_disk(tmp_path: Path) -> None:
     output = tmp_path / "not" / "yet"
     free = shutil.disk_usage(tmp_path).free / 1024**3

@@ -182,7 +182,7 @@ class Cluster:
                 controller_port=controller_port,
             )
         ]
-        hardware = f"CPUs=16 RealMemory=64000 Gres=gpu:{GPUS_OF_A_NODE} State=UNKNOWN"
+        hardware = f"CPUs=16 RealMemory=512000 Gres=gpu:{GPUS_OF_A_NODE} State=UNKNOWN"
         lines += [
             f"NodeName={node} NodeAddr=127.0.0.1 Port={port} {hardware}"
             for node, port in zip(self.nodes, ports, strict=True)

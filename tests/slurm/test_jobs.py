@@ -47,7 +47,16 @@ def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tm
     secrets.chmod(0o600)
     place = tmp_path / "a place" / "of submission"
     place.mkdir(parents=True)
-    job = submit(slurm, place, *TWO, "conf.yaml", "name=a b", POPSD_SECRETS=str(secrets), HF_TOKEN=SECRET)
+    job = submit(
+        slurm,
+        place,
+        *TWO,
+        "conf.yaml",
+        "name=a b",
+        POPSD_SECRETS=str(secrets),
+        HF_TOKEN=SECRET,
+        NCCL_PROXY=f"http://me:{SECRET}@proxy:1",
+    )
     slurm.wait_for(job, "COMPLETED", seconds=60)
     log = logs(place, "start-0/node-0.log") + logs(place, "start-0/node-1.log")
     for rank in range(4):
@@ -65,6 +74,7 @@ def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tm
     assert (place / "logs" / f"popsd-train-{job}" / "DONE").read_text().startswith(f"job {job}, start 0")
     environment = logs(place, "start-0/environment")
     assert "MASTER_PORT=" in environment
+    assert "NCCL_PROXY=http://...@proxy:1" in environment
     assert f"POPSD_SECRETS={secrets}" not in environment
     everything = "".join(path.read_text() for path in place.rglob("*") if path.is_file())
     assert SECRET not in everything
@@ -198,3 +208,78 @@ def until_ranks_wait(slurm: Cluster, place: Path, job: str, start: int = 0) -> N
         return logs(place, f"start-{start}/node-*.log").count("beginning at step 1") == 4
 
     slurm.until(all_run, 120, f"ranks of job {job}")
+
+
+def pipeline(slurm: Cluster, place: Path, *words: str, **variables: str) -> dict[str, str]:
+    """Name of each stage to its job."""
+    environment = {"POPSD_PYTHON": STAND_IN, "POPSD_ENV": str(ROOT / "slurm" / "env.example.sh"), **variables}
+    printed = slurm.command(str(ROOT / "slurm" / "pipeline.sh"), *words, cwd=place, **environment)
+    return dict(line.split() for line in printed.splitlines())
+
+
+def test_a_pipeline_runs_its_stages_one_after_the_other(slurm: Cluster, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").touch()
+    conf = tmp_path / "conf.yaml"
+    conf.write_text(
+        "# one configuration\n"
+        "output: out # for all\n"
+        "student:\n  lora:\n    source: not this\n  source: 'nowhere'\n"
+        'data:\n  train: {path: rows.jsonl}\n  validation:\n    path: "held_out.jsonl"\n'
+    )
+    jobs = pipeline(slurm, tmp_path, "--nodes=2", str(conf), f"student.source={model}", "name=a b", "seed=3")
+    assert list(jobs) == ["convert", "train", "export", "evaluate"]
+    for before, after in (("convert", "train"), ("train", "export"), ("export", "evaluate")):
+        waiting = slurm.record(jobs[after])
+        assert waiting["Dependency"].startswith(f"afterok:{jobs[before]}(") or waiting["JobState"] != "PENDING"
+    ends = []
+    for job in jobs.values():
+        record = slurm.wait_for(job, "COMPLETED", seconds=120)
+        ends.append((record["StartTime"], record["EndTime"]))
+    assert ends == sorted(ends)
+    assert "2 nodes" in slurm.output(jobs["train"])
+    assert "1 nodes" in slurm.output(jobs["evaluate"])
+    asked = {
+        name: re.search(r"0: asked: (.*)", logs(tmp_path, f"../popsd-{name}-{job}/start-0/node-0.log"))
+        for name, job in jobs.items()
+    }
+    told = {name: match[1] for name, match in asked.items() if match}
+    assert told == {
+        "convert": f"convert hf-to-nemo {model} out/student",
+        "train": f"train {conf} student.source={model} name=a b seed=3 student.source=out/student "
+        "training.export_huggingface=false",
+        "export": "export out/checkpoints/final out/huggingface",
+        "evaluate": f"evaluate {conf} student.source={model} name=a b seed=3 student.source=out/student "
+        "--checkpoint out/checkpoints/final",
+    }
+
+
+def test_what_follows_a_stage_that_fails_is_cancelled(slurm: Cluster, tmp_path: Path) -> None:
+    conf = tmp_path / "conf.yaml"
+    conf.write_text("output: out\nstudent:\n  source: nemo_popsd:tiny_reasoner\n")
+    jobs = pipeline(slurm, tmp_path, str(conf), "act=user_error")
+    assert list(jobs) == ["train", "export"]  # nothing to convert, nothing to evaluate
+    slurm.wait_for(jobs["train"], "FAILED", seconds=60)
+    slurm.wait_for(jobs["export"], "CANCELLED", seconds=60)
+
+
+def test_a_pipeline_without_a_configuration_submits_nothing(slurm: Cluster, tmp_path: Path) -> None:
+    for words in ([], ["--nodes=2"], ["nowhere.yaml"]):
+        done = subprocess.run([ROOT / "slurm" / "pipeline.sh", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("usage: ")
+
+
+def test_a_pipeline_of_which_slurm_refuses_a_stage_leaves_nothing_behind(slurm: Cluster, tmp_path: Path) -> None:
+    conf = tmp_path / "conf.yaml"
+    conf.write_text("output: out\nstudent:\n  source: nemo_popsd:tiny_reasoner\n")
+    home = tmp_path / "project"
+    shutil.copytree(ROOT / "slurm", home / "slurm")
+    export = home / "slurm" / "export.sh"
+    export.write_text(export.read_text().replace("--nodes=1", "--nodes=99"))
+    with pytest.raises(AssertionError, match="nothing was left in the queue"):
+        slurm.command(str(home / "slurm" / "pipeline.sh"), str(conf), cwd=tmp_path, POPSD_PYTHON=STAND_IN)
+    slurm.wait_until_idle()
+    newest = slurm.command("squeue", "--noheader", "--states=all", "--sort=-i", "--format=%j %T").splitlines()[0]
+    assert newest == "popsd-train CANCELLED"
