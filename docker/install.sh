@@ -16,6 +16,10 @@ trap 'rm -rf "$work"' EXIT
 # name==version of everything that is installed, whatever it was installed from.
 pip list --format=freeze | grep --invert-match '^nemo[-_]popsd==' | sort >"$work/before"
 
+# pip refuses a file of constraints for a single version that is none by its rules; such a package is only compared below.
+version='==([0-9]+!)?[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?(\+[A-Za-z0-9.]+)?$'
+grep --extended-regexp -e "$version" "$work/before" >"$work/constraints"
+
 pip install --no-deps "$project"
 
 # From elsewhere than the project's directory, so that the answer is that of what was installed.
@@ -27,8 +31,8 @@ if [[ -s missing ]]; then
   # Megatron-Bridge asks for packages without builds; what it imports is in the container that ships it.
   grep '^megatron-bridge' missing >without_dependencies || true
   grep --invert-match '^megatron-bridge' missing >with_dependencies || true
-  [[ ! -s with_dependencies ]] || pip install --constraint before --requirement with_dependencies
-  [[ ! -s without_dependencies ]] || pip install --constraint before --no-deps --requirement without_dependencies
+  [[ ! -s with_dependencies ]] || pip install --constraint constraints --requirement with_dependencies
+  [[ ! -s without_dependencies ]] || pip install --constraint constraints --no-deps --requirement without_dependencies
 fi
 
 pip list --format=freeze | sort >after

@@ -91,6 +91,7 @@ def versions(environment: CleanEnvironment) -> dict[str, str]:
 def test_what_is_missing_is_added_and_nothing_else_changes(
     container: CleanEnvironment, index: Path, project: Path
 ) -> None:
+    container.declare("odd", "1.0-of-our-own")  # as vendors number them; pip's rules know no such version
     before = versions(container)
     # A package that cannot do with what is there is refused.
     write_wheel(index, "accelerate", "1.15.0", "torch>=2.11", "numpy>=2")

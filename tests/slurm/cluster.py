@@ -49,7 +49,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 EnforcePartLimits=ALL
 SchedulerParameters=sched_min_interval=200000,bf_interval=2,default_queue_depth=20
-KillWait=5
+KillWait=3
 SlurmdTimeout=30
 ReturnToService=2
 SlurmdParameters=config_overrides

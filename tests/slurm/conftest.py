@@ -18,7 +18,7 @@ def slurm() -> Iterator[Cluster]:
     """Three idle nodes with eight simulated GPUs each."""
     absent = missing_programs()
     if absent:
-        pytest.skip(f"{', '.join(absent)} not installed; apt-get install slurmctld slurmd slurm-client munge")
+        pytest.skip(f"{', '.join(absent)} not installed; `make slurm` installs them, as root")
     # Not pytest's directory: the path of a socket must be short, and munge refuses one that others may write.
     place = Path(tempfile.mkdtemp(prefix="popsd_slurm_", dir="/tmp"))
     before = os.environ["PATH"]
