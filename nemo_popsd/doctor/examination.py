@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nemo_popsd.doctor.findings import Finding
 from nemo_popsd.doctor.imports import examine_imports
@@ -36,7 +36,7 @@ class Question:
     gpus: int = 0
     free_gib: float = 0.0
     imports: bool = False
-    sharing: tuple[int, int, str] | None = field(default=None)
+    sharing: tuple[int, int, str] | None = None
 
 
 def examine(question: Question) -> list[Finding]:

@@ -117,7 +117,8 @@ class Cluster:
     def wait_for(self, job: str, *states: str, seconds: float = 120, restarts: int = 0) -> dict[str, str]:
         """The record of `job` once it is in one of `states` and was started again so many times.
 
-        Fails at once where the job has ended in another way.
+        Fails at once where the job has ended in another way. A job that was requeued does not sit out the ten seconds
+        that Slurm gives its nodes.
         """
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
         deadline = time.monotonic() + seconds
@@ -125,6 +126,8 @@ class Cluster:
             record = self.record(job)
             if record["JobState"] in states and int(record["Restarts"]) >= restarts:
                 return record
+            if record["JobState"] == "PENDING" and record["Reason"] == "BeginTime":
+                self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             assert record["JobState"] not in ended - set(states), f"job {job} ended: {record}\n{self.output(job)}"
             assert time.monotonic() < deadline, f"job {job} is not {states}: {record}\n{self.output(job)}"
             time.sleep(0.3)

@@ -80,6 +80,13 @@ def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tm
     assert SECRET not in everything
     assert SECRET not in Path(slurm.place / "controller.log").read_text()
 
+    # Started again, for whatever reason, it finds that it is done.
+    slurm.command("scontrol", "requeue", job)
+    slurm.wait_for(job, "COMPLETED", seconds=60, restarts=1)
+    assert "start 1" in slurm.output(job)
+    assert "done already: " in slurm.output(job)
+    assert logs(place, "start-1/*.log") == ""
+
 
 def test_a_secret_that_others_can_read_is_refused(slurm: Cluster, tmp_path: Path) -> None:
     secrets = tmp_path / "secrets"
