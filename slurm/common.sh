@@ -196,17 +196,20 @@ repeat_usr1() {
 # conclude STATUS: DONE, a requeue, or an end.
 conclude() {
   local status=$1
-  if ended_with $SAVED_AND_STOPPED && ((status == 0)); then
+  if ended_with 0 $SAVED_AND_STOPPED && ! ended_with 0; then
     echo 0 >"$JOB_DIR/crashes"
     start_again "saved and stopped" $SAVED_AND_STOPPED
   fi
-  if ((status == 0)); then
+  if ended_with 0; then
     printf 'job %s, start %s, %(%F %T)T\n' "$SLURM_JOB_ID" "$RESTART" -1 >"$JOB_DIR/DONE"
     say "done: $JOB_DIR/DONE"
     exit 0
   fi
   show_failure "$status"
-  if ended_with $USER_ERROR; then die $USER_ERROR "starting again would not mend this"; fi
+  ((status)) || status=1
+  if some_ended_with $USER_ERROR; then die $USER_ERROR "starting again would not mend this"; fi
+  # The loss of a node, a preemption: no failure of the run's own.
+  if ended_from_outside; then start_again "ended with $status" "$status"; fi
   local crashes=0
   [[ ! -e $JOB_DIR/crashes ]] || crashes=$(<"$JOB_DIR/crashes")
   echo $((++crashes)) >"$JOB_DIR/crashes"
@@ -218,10 +221,8 @@ conclude() {
 
 # start_again WHY STATUS: requeue, unless the job is being cancelled; STATUS is for the end.
 start_again() {
-  local job
-  job=$(scontrol show job "$SLURM_JOB_ID")
   # A cancelled job's ranks save, too; a requeue would bring the job back.
-  if [[ $TERMINATED || $job != *JobState=RUNNING* ]]; then
+  if ended_from_outside; then
     say "$1; ended from outside, not requeued by itself"
     exit "$2"
   fi
@@ -231,19 +232,41 @@ start_again() {
   exit "$2"
 }
 
-# ended_with STATUS: whether a rank did. srun's own status is that of the last ranks, which it has killed.
+# Whether Slurm is ending the job already: cancelled, preempted without grace, a node lost.
+ended_from_outside() {
+  [[ $TERMINATED || $(scontrol show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]
+}
+
+# ended_with STATUS...: whether every rank has told one of these. srun's own status is no proof of anything: that of ranks
+# which it has killed, or 0 where it has lost a node.
 ended_with() {
-  local file
-  for file in "$RUN_DIR"/rank-*.exit; do
-    if [[ -e $file && $(<"$file") == "$1 "* ]]; then return 0; fi
+  local rank status
+  for ((rank = 0; rank < RANKS; rank++)); do
+    status=$(told_by "$rank")
+    [[ $status && " $* " == *" $status "* ]] || return 1
+  done
+}
+
+# some_ended_with STATUS
+some_ended_with() {
+  local rank
+  for ((rank = 0; rank < RANKS; rank++)); do
+    [[ $(told_by "$rank") != "$1" ]] || return 0
   done
   return 1
+}
+
+told_by() {
+  local status=""
+  [[ ! -e $RUN_DIR/rank-$1.exit ]] || read -r status _ <"$RUN_DIR/rank-$1.exit"
+  printf '%s' "$status"
 }
 
 # The rank that ended first, and the last lines of its node.
 show_failure() {
   local first node
-  first=$(find "$RUN_DIR" -name 'rank-*.exit' -printf '%T@ %p\n' | sort --numeric-sort | sed --quiet '1s/^[^ ]* //p')
+  first=$(grep --files-without-match '^0 ' "$RUN_DIR"/rank-*.exit 2>/dev/null | xargs --no-run-if-empty --delimiter='\n' \
+    ls -tr | sed --quiet 1p) || true
   if [[ -z $first ]]; then
     say "error: srun ended with $1 and no rank told why; see $RUN_DIR/node-*.log" >&2
     return 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One rank, started by srun on its node, in the container if there is one: popsd with the variables that torchrun would
-# set. Its exit status goes to a file, since srun reports the status of ranks that it has killed itself.
+# set. Its exit status goes to a file: srun reports that of ranks which it has killed itself, and 0 when a node was lost.
 set -euo pipefail
 
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
@@ -14,7 +14,7 @@ trap : TERM
 ((SLURM_LOCALID)) || echo "node $SLURM_NODEID is $SLURMD_NODENAME"
 status=0
 "$POPSD_PYTHON" -m nemo_popsd "$@" || status=$?
-((status == 0)) || echo "$status $SLURM_NODEID $SLURMD_NODENAME" >"$POPSD_RUN_DIR/rank-$RANK.exit"
+echo "$status $SLURM_NODEID $SLURMD_NODENAME" >"$POPSD_RUN_DIR/rank-$RANK.exit"
 # Asked to stop, and saved: the other ranks are about to end as well and must not be killed for this one.
 ((status != 85)) || exit 0
 exit "$status"

@@ -50,8 +50,8 @@ JobRequeue=1
 EnforcePartLimits=ALL
 SchedulerParameters=sched_min_interval=200000,bf_interval=2,default_queue_depth=20
 KillWait=3
-SlurmdTimeout=30
-ReturnToService=2
+SlurmdTimeout=120
+ReturnToService=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
 """
@@ -79,6 +79,8 @@ class Cluster:
         self._write_configuration()
         self._start_munge()
         self._start("slurmctld", "-D")
+        # A slurmd that finds no controller waits for minutes before it tries again.
+        self.until(lambda: "is UP" in self.command("scontrol", "ping", check=False), 60, "controller")
         for node in self.nodes:
             self._start("slurmd", "-D", "-N", node)
         self.until(lambda: self._node_states() == {"idle"}, 60, "idle nodes")
@@ -155,8 +157,14 @@ class Cluster:
     def until(self, condition, seconds: float, what: str) -> None:  # type: ignore[no-untyped-def]
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"no {what} within {seconds} s; see {self.place}"
+            assert time.monotonic() < deadline, f"no {what} within {seconds} s\n{self._last_lines()}"
             time.sleep(0.2)
+
+    def _last_lines(self) -> str:
+        """Of every daemon's log."""
+        logs = [self.place / "daemons.log", self.place / "controller.log", *sorted(self.place.glob("node*/log"))]
+        texts = {log: log.read_text(errors="replace").splitlines()[-8:] for log in logs if log.is_file()}
+        return "\n".join(f"== {log}\n" + "\n".join(lines) for log, lines in texts.items())
 
     def _start(self, *words: str) -> None:
         log = (self.place / "daemons.log").open("ab")
