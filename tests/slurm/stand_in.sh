@@ -12,9 +12,18 @@ done
 secret=${WANDB_API_KEY:-}
 echo "secret of ${#secret} letters"
 echo "beginning at step 1"
+
+# end_first STATUS: rank 0 ends once all have begun, the others when they are ended.
+end_first() {
+  touch "$POPSD_RUN_DIR/begun-$RANK"
+  [[ $RANK == 0 ]] || sleep 100
+  until begun=("$POPSD_RUN_DIR"/begun-*) && ((${#begun[@]} == WORLD_SIZE)); do sleep 0.1; done
+  exit "$1"
+}
+
 case " $* " in
-*" act=fail "*) [[ $RANK == 0 ]] || sleep 100; exit 7 ;;
-*" act=user_error "*) [[ $RANK == 0 ]] || sleep 100; exit 2 ;;
+*" act=fail "*) end_first 7 ;;
+*" act=user_error "*) end_first 2 ;;
 *" act=wait "*) # as the trainer does: saves where it is asked to, and says so by its status
   # A shell could not: it does not hear what was ignored when it began.
   exec "$STAND_IN_PYTHON" -c '
