@@ -20,10 +20,11 @@ LOCK := requirements/cpu-py311.txt
 BRIDGE := requirements/bridge.txt
 DEV_LOCK := requirements/dev-py311.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev
 RUNTIME_STAMP := $(VENV)/.runtime-installed
 DEV_STAMP := $(VENV)/.dev-installed
 
-.PHONY: help venv venv-dev train test check lint clean distclean
+.PHONY: help venv venv-dev slurm train test check lint clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +33,10 @@ help: ## list the targets
 venv: $(RUNTIME_STAMP) ## virtual environment with the pinned versions and the project (two to four minutes)
 
 venv-dev: $(DEV_STAMP) ## the same with the tools for tests and checks
+
+slurm: ## Debian's Slurm, for the tests that submit jobs (root; without it they are skipped)
+	apt-get update --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends $(SLURM_PACKAGES)
 
 train: $(RUNTIME_STAMP) ## train the embedded tiny model with Purified OPSD (ARGS: overrides)
 	$(VENV)/bin/popsd train conf/tiny.yaml $(ARGS)

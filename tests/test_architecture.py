@@ -37,9 +37,20 @@ ALLOWED = {
         "testbed",
         "training",
     },
-    "cli": {"data", "model", "observability", "planning", "rollout", "testbed"},
+    "cli": {"data", "doctor", "model", "observability", "planning", "rollout", "testbed"},
+    "doctor": set(),
 }
-FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "planning", "testbed", "cli")
+FREE_OF_MEGATRON = (
+    "config",
+    "data",
+    "distillation",
+    "evaluation",
+    "observability",
+    "planning",
+    "testbed",
+    "cli",
+    "doctor",
+)
 
 
 def imports(file: Path) -> set[str]:
@@ -85,7 +96,7 @@ def test_the_readme_lists_every_room_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
     assert sorted(listed) == rooms()
-    for command in ("train", "evaluate", "export", "plan", "rollouts", "config"):
+    for command in ("train", "evaluate", "export", "plan", "rollouts", "config", "doctor"):
         assert f"popsd {command}" in readme
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import FINAL
@@ -134,6 +135,8 @@ def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0)
         accelerator=device().type if device().type == "cpu" else "gpu",
         strategy=MegatronPlacement(device=device()),
         devices=1,
+        # Otherwise Lightning recognises Slurm by its variables, insists on counting the ranks, and requeues by itself.
+        plugins=[LightningEnvironment()],
         max_steps=(config.training.steps - completed) * config.training.updates_per_step,
         val_check_interval=config.training.validate_every if validates else None,
         check_val_every_n_epoch=None,

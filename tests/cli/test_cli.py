@@ -31,7 +31,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["evaluate"], ["export"], ["plan"], ["config"]], ids=lambda words: "-".join(words)
+    "words",
+    [[], ["train"], ["evaluate"], ["export"], ["plan"], ["config"], ["doctor"]],
+    ids=lambda words: "-".join(words),
 )
 def test_help_answers_at_once_and_imports_nothing_heavy(words: list[str]) -> None:
     code = f"""

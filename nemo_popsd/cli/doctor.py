@@ -1,0 +1,79 @@
+"""`popsd doctor [CONF [key=value ...]]`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nemo_popsd.cli.arguments import world_size
+from nemo_popsd.errors import UserError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what this machine has of what a run needs",
+        description="Compare what is installed with the declared ranges; look at devices, NCCL and disk. With CONF, "
+        "check that run's settings and paths on this machine. Ends with 1 where something needed is missing.",
+    )
+    parser.add_argument("config", metavar="CONF", nargs="?", default=None, help="a run's configuration file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
+    parser.add_argument("--evaluate", action="store_true", help="CONF is for `popsd evaluate`, not for `popsd train`")
+    parser.add_argument("--checkpoint", metavar="PATH", default=None, help="with --evaluate: what will be evaluated")
+    parser.add_argument("--gpus", metavar="N", type=int, default=0, help="CUDA devices that must be visible")
+    parser.add_argument("--free-gib", metavar="GIB", type=float, default=0.0, help="room that must be free at output")
+    parser.add_argument("--imports", action="store_true", help="import every package, too (a minute)")
+    parser.add_argument("--strict", action="store_true", help="a version outside its range is an error as well")
+    parser.add_argument(
+        "--sharing",
+        metavar=("NODE", "NODES", "MARK"),
+        nargs=3,
+        default=None,
+        help="with CONF, on all nodes at once: prove that they see one output directory",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--missing", action="store_true", help="print only the missing requirements, one a line, for pip"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine and print; returns the exit status."""
+    from nemo_popsd.doctor.examination import Question, examine
+    from nemo_popsd.doctor.findings import as_json, as_table, exit_status
+    from nemo_popsd.doctor.packages import missing_requirements
+
+    if args.missing:
+        print("\n".join(missing_requirements()))
+        return 0
+    findings = examine(
+        Question(
+            conf=args.config,
+            overrides=args.overrides,
+            evaluates=args.evaluate,
+            checkpoint=args.checkpoint,
+            world_size=world_size(),
+            gpus=args.gpus,
+            free_gib=args.free_gib,
+            imports=args.imports,
+            sharing=_sharing(args.sharing),
+        )
+    )
+    print(as_json(findings, strict=args.strict) if args.json else as_table(findings), flush=True)
+    return exit_status(findings, strict=args.strict)
+
+
+def _sharing(words: list[str] | None) -> tuple[int, int, str] | None:
+    if words is None:
+        return None
+    node, nodes, mark = words
+    if not (node.isdecimal() and nodes.isdecimal() and int(node) < int(nodes)):
+        raise UserError(
+            "popsd doctor",
+            got=f"--sharing {node} {nodes}",
+            need="a node's number below the number of nodes",
+            mend="mend it",
+        )
+    return int(node), int(nodes), mark

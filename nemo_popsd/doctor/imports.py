@@ -1,0 +1,54 @@
+"""Whether what is installed can be imported too, each module in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from nemo_popsd.doctor.findings import Finding
+
+NEEDED = (
+    "torch",
+    "transformers",
+    "lightning.pytorch",
+    "nemo.core",
+    "megatron.core",
+    "nemo_popsd.model.entry",
+)
+"""`nemo_popsd.model.entry` imports megatron.bridge, with the stand-ins that a machine without CUDA needs."""
+
+ON_GPU = ("transformer_engine.pytorch", "megatron.bridge")
+"""Cannot be imported without Transformer Engine; needed where there are CUDA devices."""
+
+_NEED_A_DRIVER = ("libcuda", "nvidia driver", "cuda driver", "no cuda-capable device", "found no nvidia")
+
+
+def examine_imports(devices: Sequence[str], *, seconds: float = 300.0) -> list[Finding]:
+    """One finding for each module. With no CUDA device, what fails for want of a driver cannot be judged.
+
+    Args:
+        devices: what `machine.cuda_devices` returned.
+        seconds: for each import.
+    """
+    findings = [_examine(module, needed=True, judged=bool(devices), seconds=seconds) for module in NEEDED]
+    return [
+        *findings,
+        *(_examine(module, needed=bool(devices), judged=bool(devices), seconds=seconds) for module in ON_GPU),
+    ]
+
+
+def _examine(module: str, *, needed: bool, judged: bool, seconds: float) -> Finding:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return Finding("imports", module, "failed", f"nothing for {seconds:g} s")
+    if done.returncode == 0:
+        return Finding("imports", module, "ok", "imported")
+    lines = done.stderr.strip().splitlines()
+    reason = lines[-1] if lines else f"exit status {done.returncode}"
+    if not judged and any(word in done.stderr.lower() for word in _NEED_A_DRIVER):
+        return Finding("imports", module, "optional", reason, note="cannot be judged without a GPU's driver")
+    return Finding("imports", module, "failed" if needed else "optional", reason)

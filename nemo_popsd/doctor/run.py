@@ -1,0 +1,100 @@
+"""What one run needs where it starts: its configuration, its paths, and an output that all nodes see."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nemo_popsd.doctor.findings import Finding
+from nemo_popsd.errors import UserError
+
+
+def examine_run(
+    conf: str, overrides: Sequence[str], *, world_size: int, evaluates: bool, checkpoint: str | None
+) -> tuple[list[Finding], str | None]:
+    """The checks with which `popsd train` or `popsd evaluate` begins, and the run's output directory.
+
+    Args:
+        conf: configuration file.
+        overrides: ``key=value``.
+        world_size: ranks of the run.
+        evaluates: it is an evaluation.
+        checkpoint: what is evaluated; None for `student.source`.
+
+    Returns:
+        The findings; and `output`, None where the configuration could not be read.
+    """
+    try:
+        from nemo_popsd.config.consistency import check_evaluation_run, check_training_run
+        from nemo_popsd.config.loading import load_config
+    except ImportError as error:
+        return [Finding("run", "configuration", "failed", f"cannot be read: {error}")], None
+    output = None
+    try:
+        config = load_config(conf, overrides)
+        output = config.output
+        if evaluates:
+            check_evaluation_run(config, world_size=world_size, checkpoint=checkpoint)
+        else:
+            check_training_run(config, world_size=world_size)
+    except UserError as error:
+        return [Finding("run", error.what, "failed", str(error.got), error.need, error.mend)], output
+    return [Finding("run", "configuration", "ok", f"{conf} for {world_size} ranks")], output
+
+
+def examine_sharing(
+    output: str,
+    *,
+    node: int,
+    nodes: int,
+    mark: str,
+    seconds: float = 60.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Finding:
+    """Whether all nodes see one and the same `output`: each leaves a file there and waits for those of the others.
+
+    Made by all nodes at once. A directory on a node's own disk exists and can be written on every node, and fails only
+    when a checkpoint is read.
+
+    Args:
+        output: directory; made if need be.
+        node: number of this node, from 0.
+        nodes: how many there are.
+        mark: the same text on all nodes, another one at the next start.
+        seconds: to wait for a file system that is slow to show files.
+        sleep: waits.
+    """
+    place = Path(output).expanduser() / ".nodes" / mark
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"here_{node}").touch()
+        seen = _wait_for([place / f"here_{other}" for other in range(nodes)], seconds, sleep)
+        (place / f"seen_{node}").touch()
+        if node == 0:
+            # The others may still be looking for the files of this node.
+            _wait_for(
+                [place / f"seen_{other}" for other in range(nodes)],
+                seconds if seen == nodes else min(seconds, 5.0),
+                sleep,
+            )
+            shutil.rmtree(place, ignore_errors=True)
+    except OSError as error:
+        return Finding("run", "shared output", "failed", str(error), "a directory that every node can write")
+    if seen < nodes:
+        need = f"all {nodes} nodes"
+        return Finding(
+            "run", "shared output", "failed", f"{output} seen by {seen}", need, "set output to shared storage"
+        )
+    return Finding("run", "shared output", "ok", f"seen by {nodes} nodes")
+
+
+def _wait_for(files: Sequence[Path], seconds: float, sleep: Callable[[float], None]) -> int:
+    """How many of `files` are there, at the latest after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        present = sum(file.exists() for file in files)
+        if present == len(files) or time.monotonic() > deadline:
+            return present
+        sleep(0.2)

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Submit convert -> train -> export -> evaluate, each after the success of the one before, and print the job ids.
+#
+#   slurm/pipeline.sh [--nodes=N] [sbatch options of the training] CONF [key=value ...]
+#
+# One configuration for all: `student.source` is the Hugging Face directory, `output` takes everything that is written.
+# Where student.source is a NeMo checkpoint or the embedded model, there is nothing to convert; where data.validation.path
+# is empty, nothing to evaluate. Run it where you would run sbatch. It needs neither Python nor a container there.
+set -euo pipefail
+
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+settings=${POPSD_ENV:-$home/slurm/env.sh}
+# shellcheck source=env.example.sh
+[[ ! -e $settings ]] || source "$settings"
+
+options=()
+while (($#)) && [[ $1 == -* ]]; do
+  options+=("$1")
+  shift
+done
+(($#)) && [[ -r $1 ]] || {
+  echo "usage: slurm/pipeline.sh [--nodes=N] CONF [key=value ...]; got ${1:+an unreadable }${1:-no configuration}" >&2
+  exit 2
+}
+conf=$1
+shift
+
+# setting SECTION.KEY...: the last override of that key, else what the file says.
+setting() {
+  local key=$1 word value
+  value=$(from_file "${key//./ }")
+  for word in "${overrides[@]}"; do
+    [[ $word != "$key="* ]] || value=${word#*=}
+  done
+  printf '%s' "$value"
+}
+
+# from_file "SECTION KEY": the value of a plain line in the YAML file; sections by indentation.
+from_file() {
+  awk -v path="$1" '
+    BEGIN { depth = split(path, wanted, " "); at = 1 }
+    /^[ ]*(#|$)/ { next }
+    {
+      indent = match($0, /[^ ]/) - 1
+      while (at > 1 && indent <= indents[at - 1]) at--
+      line = substr($0, indent + 1)
+      if ((at == 1 ? indent == 0 : indent > indents[at - 1]) && index(line, wanted[at] ":") == 1) {
+        value = substr(line, length(wanted[at]) + 2)
+        if (at == depth) {
+          sub(/[ ]+#.*/, "", value); gsub(/^[ "\047]+|[ "\047]+$/, "", value)
+          print value
+          exit
+        }
+        indents[at++] = indent
+      }
+    }' "$conf"
+}
+
+# submit NAME AFTER SCRIPT ARGUMENT...: prints the id; AFTER is the id of the job before, or empty.
+submit() {
+  local name=$1 after=$2 flags=()
+  shift 2
+  [[ -z $after ]] || flags+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes)
+  [[ $name != train ]] || flags+=("${options[@]}")
+  id=$(sbatch --parsable "${flags[@]}" "$@")
+  id=${id%%;*}
+  submitted+=("$id")
+  echo "$name $id"
+}
+
+overrides=("$@")
+source=$(setting student.source)
+output=$(setting output)
+validation=$(setting data.validation.path)
+[[ -n $source && -n $output ]] || {
+  echo "pipeline: got student.source='$source' and output='$output'; need both; set them in $conf or as key=value" >&2
+  exit 2
+}
+id=
+submitted=()
+# All of them or none.
+trap '((! ${#submitted[@]})) || scancel "${submitted[@]}"; echo "pipeline: nothing was left in the queue" >&2' ERR
+set -o errtrace
+if [[ -e $source/config.json && ! -e $source/manifest.json ]]; then
+  submit convert "" "$home/slurm/convert.sh" hf-to-nemo "$source" "$output/student"
+  overrides+=(student.source="$output/student")
+fi
+submit train "$id" "$home/slurm/train.sh" "$conf" "${overrides[@]}" training.export_huggingface=false
+submit export "$id" "$home/slurm/export.sh" "$output/checkpoints/final" "$output/huggingface"
+if [[ -n $validation && $validation != null ]]; then
+  submit evaluate "$id" "$home/slurm/evaluate.sh" "$conf" "${overrides[@]}" --checkpoint "$output/checkpoints/final"
+fi

@@ -1,0 +1,112 @@
+"""docker/install.sh in an environment whose packages are known: what is there stays, what is missing comes.
+
+In place of the container, distributions with its names and versions; in place of PyPI, wheels made here, newer
+versions of what must stay among them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.doctor.packages import declared
+from tests.doctor.clean import ROOT, CleanEnvironment, lend, states
+from tests.doctor.test_packages import CONTAINER
+
+pytestmark = pytest.mark.slow
+
+ABSENT = {"accelerate", "rich", "tqdm"}
+
+
+def write_wheel(place: Path, name: str, version: str, *requires: str) -> None:
+    """A wheel with metadata and nothing to import."""
+    info = f"{name}-{version}.dist-info"
+    metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {r}" for r in requires)]
+    with zipfile.ZipFile(place / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", f"{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from what .dockerignore lets through."""
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "nemo_popsd", source / "nemo_popsd", ignore=shutil.ignore_patterns("__pycache__"))
+    words = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", output, source]
+    subprocess.run([sys.executable, "-m", *words], check=True)
+    (wheel,) = output.glob("nemo_popsd-*.whl")
+    return wheel
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> CleanEnvironment:
+    environment = CleanEnvironment(tmp_path / "venv", with_pip=True)
+    lend(environment, "packaging")
+    for name, version in {**CONTAINER, "numpy": "1.26.4"}.items():
+        environment.declare(name, version)
+    there = {name.lower().replace("_", "-") for name in CONTAINER} | ABSENT | {"packaging"}
+    for entry in declared()[1]:
+        if entry.needed and entry.name not in there:
+            environment.declare(entry.name, {"transformers": "4.57.1", "omegaconf": "2.3.0"}.get(entry.name, "4.0"))
+    return environment
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    place = tmp_path / "index"
+    place.mkdir()
+    for name, version in (("torch", "2.13.0"), ("numpy", "2.4.6"), ("megatron_core", "0.16.1"), ("rich", "15.0.0")):
+        write_wheel(place, name, version)
+    write_wheel(place, "tqdm", "4.70.1")
+    return place
+
+
+def install(environment: CleanEnvironment, index: Path, project: Path) -> subprocess.CompletedProcess[str]:
+    return environment.run(
+        "-c",
+        "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)",
+        str(ROOT / "docker" / "install.sh"),
+        str(project),
+        str(environment.python),
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(index),
+    )
+
+
+def versions(environment: CleanEnvironment) -> dict[str, str]:
+    listed = environment.run("-m", "pip", "--disable-pip-version-check", "list", "--format=freeze").stdout.split()
+    return dict(line.split("==") for line in listed)
+
+
+def test_what_is_missing_is_added_and_nothing_else_changes(
+    container: CleanEnvironment, index: Path, project: Path
+) -> None:
+    container.declare("odd", "1.0-of-our-own")  # as vendors number them; pip's rules know no such version
+    before = versions(container)
+    # A package that cannot do with what is there is refused.
+    write_wheel(index, "accelerate", "1.15.0", "torch>=2.11", "numpy>=2")
+    done = install(container, index, project)
+    assert done.returncode != 0
+    assert "conflict" in done.stdout + done.stderr
+    after = versions(container)
+    assert after == {**before, "nemo_popsd": after["nemo_popsd"]}
+
+    (index / "accelerate-1.15.0-py3-none-any.whl").unlink()
+    write_wheel(index, "accelerate", "1.15.0", "torch>=2.0.0", "numpy>=1.17,<3", "psutil")
+    write_wheel(index, "psutil", "7.2.2")
+    done = install(container, index, project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    added = {"accelerate": "1.15.0", "psutil": "7.2.2", "rich": "15.0.0", "tqdm": "4.70.1"}
+    assert versions(container) == {**after, **added}
+    found = states(container.run("-m", "nemo_popsd", "doctor", "--json"))
+    assert not {name for name, state in found.items() if state in ("missing", "outside")}

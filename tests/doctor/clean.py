@@ -1,0 +1,65 @@
+"""Virtual environments with nothing in them but what a test declares to be installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class CleanEnvironment:
+    """A virtual environment without packages, in which distributions can be declared by their metadata alone."""
+
+    def __init__(self, place: Path, *, with_pip: bool = False) -> None:
+        venv.create(place, with_pip=with_pip, symlinks=True)
+        self.python = place / "bin" / "python"
+        (self.site_packages,) = place.glob("lib/python*/site-packages")
+
+    def declare(self, name: str, version: str, *requires: str) -> None:
+        """Installs `name` as far as its metadata goes; there is nothing to import."""
+        place = self.site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        place.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        (place / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
+        (place / "INSTALLER").write_text("pip\n")
+        (place / "RECORD").write_text("")
+
+    def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """`python words...`, outside the source tree and with none of the caller's settings of Python and pip."""
+        kept = {
+            key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_", "VIRTUAL_ENV"))
+        }
+        return subprocess.run(
+            [str(self.python), *words],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=self.site_packages,
+            env={**kept, **variables},
+        )
+
+    def doctor(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`popsd doctor` from the source tree."""
+        return self.run("-m", "nemo_popsd", "doctor", *words, PYTHONPATH=str(ROOT))
+
+
+def states(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Name to state, of what `doctor --json` printed."""
+    return {entry["name"]: entry["state"] for entry in json.loads(done.stdout)["findings"]}
+
+
+def lend(environment: CleanEnvironment, *names: str) -> None:
+    """Lets `environment` import single packages of the environment that runs the tests, with their metadata."""
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        for file in distribution.files or ():
+            top = file.parts[0]
+            source = Path(str(distribution.locate_file(top)))
+            target = environment.site_packages / top
+            if top != ".." and not target.exists():
+                target.symlink_to(source)
