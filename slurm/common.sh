@@ -229,6 +229,8 @@ start_again() {
   ((RESTART < POPSD_MAX_RESTARTS)) || die "$2" "$1; not requeued: POPSD_MAX_RESTARTS=$POPSD_MAX_RESTARTS is reached"
   say "$1; requeueing"
   scontrol requeue "$SLURM_JOB_ID" || die "$2" "$1; Slurm refuses the requeue; submit the same command again to resume"
+  # Slurm ends this shell. If it ended by itself its status could count as that of the job.
+  sleep 600
   exit "$2"
 }
 

@@ -120,7 +120,7 @@ class Cluster:
         """The record of `job` once it is in one of `states` and was started again so many times.
 
         Fails at once where the job has ended in another way. A job that was requeued does not sit out the ten seconds
-        that Slurm gives its nodes.
+        that Slurm gives its nodes, once they have ended what they ran of it.
         """
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
         deadline = time.monotonic() + seconds
@@ -128,7 +128,7 @@ class Cluster:
             record = self.record(job)
             if record["JobState"] in states and int(record["Restarts"]) >= restarts:
                 return record
-            if record["JobState"] == "PENDING" and record["Reason"] == "BeginTime":
+            if (record["JobState"], record["Reason"]) == ("PENDING", "BeginTime") and not _runs_here(job):
                 self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             assert record["JobState"] not in ended - set(states), f"job {job} ended: {record}\n{self.output(job)}"
             assert time.monotonic() < deadline, f"job {job} is not {states}: {record}\n{self.output(job)}"
@@ -212,6 +212,19 @@ def missing_programs() -> list[str]:
     """What of Slurm and munge is not installed here. Debian puts the daemons where only root looks."""
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
     return [program for program in PROGRAMS if shutil.which(program, path=path) is None]
+
+
+def _runs_here(job: str) -> bool:
+    """Whether Slurm still looks after a step of `job`; what it has yet to tell would be taken for the next start's."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                title = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(f"slurmstepd: [{job}.".encode()):
+                return True
+    return False
 
 
 def _character_device(path: Path) -> Path:
