@@ -88,6 +88,8 @@ def test_two_seeded_runs_are_equal_bit_for_bit(whole: Path, runs: Path) -> None:
         ("full", "parallel.tensor=2"),
         ("full", "optimizer.distributed=true"),
         ("lora", "parallel.tensor=2 optimizer.distributed=true"),
+        ("full", "parallel.pipeline=2"),
+        ("lora", "parallel.pipeline=2 optimizer.distributed=true"),
     ],
 )
 def test_in_another_layout_the_losses_are_equal(whole: Path, tmp_path: Path, adaptation: str, layout: str) -> None:
