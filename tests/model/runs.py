@@ -68,10 +68,10 @@ def _train(rank: int, world_size: int, output: Path, words: tuple[str, ...], pla
 
 
 def _plant(plan: dict[str, Any]) -> None:
-    from nemo_popsd.rollout.megatron_engine import MegatronEngine
+    from nemo_popsd.rollout import megatron_engine
     from nemo_popsd.training.step import OnPolicyStep
 
-    call, forward = OnPolicyStep.__call__, MegatronEngine._forward
+    call, forward = OnPolicyStep.__call__, megatron_engine.cached_logits
     here = {"step": 0, "tokens": 0}
 
     def count(self: Any, number: int, *args: Any) -> Any:
@@ -83,16 +83,16 @@ def _plant(plan: dict[str, Any]) -> None:
             os.kill(os.getpid(), plan["signal"])
         return trained(self, *args)
 
-    def decode(self: Any, *args: Any) -> Any:
+    def decode(*args: Any) -> Any:
         here["tokens"] += 1
         if plan["where"] == "decoding" and here == {"step": plan["step"], "tokens": 3}:
             os.kill(os.getpid(), plan["signal"])
-        return forward(self, *args)
+        return forward(*args)
 
     trained = OnPolicyStep._accumulate
     OnPolicyStep.__call__ = count  # type: ignore[method-assign]
     OnPolicyStep._accumulate = accumulate  # type: ignore[method-assign]
-    MegatronEngine._forward = decode  # type: ignore[method-assign]
+    megatron_engine.cached_logits = decode
 
 
 def metrics(output: Path, name: str) -> list[tuple[int, float]]:
