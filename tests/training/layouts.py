@@ -128,7 +128,7 @@ def _mean_over_context() -> None:
 
     right = forward.parallel_state.get_data_parallel_world_size
     forward.parallel_state = SimpleNamespace(  # type: ignore[attr-defined]
-        get_data_parallel_world_size=lambda: right(with_context_parallel=True)
+        get_data_parallel_world_size=lambda **_: right(with_context_parallel=True)
     )
 
 

@@ -141,7 +141,7 @@ def test_unequal_shares_and_an_empty_rank_give_the_union(folder: Path, reference
         ("gather that sums", "tp2 sp", "lora, packed"),
         ("exchange that stays", "cp2", "full, packed"),
         ("exchange that stays", "cp2", "lora, padded"),
-        ("mean over context", "cp2", "full, padded"),
+        ("mean over context", "cp2", "lora, padded"),
         ("embedding of one stage", "pp2", "tied, padded"),
     ],
 )
@@ -157,3 +157,11 @@ def test_the_table_sees_faults_that_the_loss_does_not_show(
     assert max(max(of_rank.values()) for of_rank in errors) > 0.05
     with pytest.raises(AssertionError):
         same_training([rank[variant] for rank in ranks], expected)
+
+
+def test_a_forgotten_scale_is_refused_where_the_loss_keeps_the_matrix_gradient(folder: Path) -> None:
+    """Full fine-tuning: the loss was told what backward will multiply it with, and holds backward to it."""
+    world_size, parallel, distributed = LAYOUTS["cp2"]
+    chosen = {"full, padded": VARIANTS["full, padded"]}
+    with pytest.raises(AssertionError, match=r"main_gradient\.upstream"):
+        run_ranks(train, world_size, folder, parallel, distributed, chosen, "mean over context")
