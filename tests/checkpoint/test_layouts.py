@@ -47,7 +47,10 @@ def _write(rank: int, world_size: int, folder: Path, parallel: dict[str, Any]) -
         architecture = HuggingFaceModel(folder / kind)
         tree = to_dict_config(config)
         assert OmegaConf.is_dict(tree)
-        save_nemo(folder / "out" / f"{case}.nemo_dir", Content(models=student.chunks, architecture=architecture, config=tree, step=1))
+        save_nemo(
+            folder / "out" / f"{case}.nemo_dir",
+            Content(models=student.chunks, architecture=architecture, config=tree, step=1),
+        )
         architecture.export(student.chunks, folder / "out" / f"{case}_hf")
 
 
