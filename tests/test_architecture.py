@@ -84,7 +84,7 @@ def test_the_readme_lists_every_room_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
     assert sorted(listed) == rooms()
-    for command in ("train", "evaluate", "export", "config"):
+    for command in ("train", "evaluate", "export", "convert", "config"):
         assert f"popsd {command}" in readme
 
 

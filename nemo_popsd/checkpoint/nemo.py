@@ -14,6 +14,7 @@ import json
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +23,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from yaml import YAMLError
 
+from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.tensor_map import MegatronWeights, MergedWeights
 from nemo_popsd.checkpoint.weights import load_weights, save_weights
 from nemo_popsd.config.loading import from_dict_config
 from nemo_popsd.config.schema import PopsdConfig
@@ -76,6 +80,18 @@ class NemoCheckpoint:
         """Fills the live model, which has adapters if the checkpoint has. Collective over all ranks."""
         load_weights(model, self.directory / "weights")
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What the student computes with, adapters merged, by Hugging Face names, each read when asked for."""
+        weights = MegatronWeights(DistributedTensors(self.directory / "weights"), self.architecture.tensor_map())
+        student = self.config.student
+        if student.adaptation != "lora":
+            return weights
+        return MergedWeights(weights, weights, scale=student.lora.alpha / student.lora.rank)
+
+    def precision(self) -> str:
+        """Of its weights: `bf16` or `fp32`."""
+        return self.config.student.precision
+
     def load(self, model: GPTModel) -> None:
         """Fills a plain model with what the student computes, adapters merged. Collective over all ranks.
 
@@ -97,13 +113,24 @@ def is_nemo_checkpoint(path: str | Path) -> bool:
 
 
 def save_nemo(path: str | Path, model: GPTModel, architecture: HuggingFaceModel, config: DictConfig, step: int) -> None:
+    """Writes a checkpoint of the live model; see `write_nemo`."""
+    write_nemo(path, lambda directory: save_weights(model, directory), architecture, config, step)
+
+
+def write_nemo(
+    path: str | Path,
+    write_weights: Callable[[Path], None],
+    architecture: HuggingFaceModel,
+    config: DictConfig,
+    step: int,
+) -> None:
     """Writes a checkpoint. Collective over all ranks; `path` is on a file system that all ranks share.
 
     Nothing stands at `path` until all is written. What stood there is kept beside it until the new one is in place.
 
     Args:
         path: a directory, or a file name ending in `.nemo`, which is packed without compression.
-        model: the live model.
+        write_weights: fills an empty directory with the distributed checkpoint; called on every rank.
         architecture: where tokenizer and configuration files are copied from.
         config: the resolved configuration.
         step: optimizer steps behind the weights.
@@ -117,7 +144,7 @@ def save_nemo(path: str | Path, model: GPTModel, architecture: HuggingFaceModel,
         (partial / "weights").mkdir(parents=True)
         (partial / "huggingface").mkdir()
     dist.barrier()
-    save_weights(model, partial / "weights")
+    write_weights(partial / "weights")
     dist.barrier()
     if writes:
         architecture.copy_artifacts(partial / "huggingface", with_tensor_names=True)

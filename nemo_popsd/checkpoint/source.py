@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
@@ -19,10 +22,18 @@ class Source:
     """Model and tokenizer files."""
     load: LoadWeights
     """Fills a plain model."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """The weights by their Hugging Face names, read one at a time, when asked for. Needs no process group."""
+    precision: Callable[[], str]
+    """`bf16` or `fp32`: the one that holds every number of the weights."""
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
     """Opens `name`; reads no weights.
+
+    Args:
+        name: what `student.source` says.
+        trust_remote_code: whether Python files of a Hugging Face directory may be run; without it none is.
 
     Raises:
         UserError: it is none of the three.
@@ -30,6 +41,6 @@ def open_source(name: str) -> Source:
     path = asset(name) if name.startswith(PREFIX) else Path(name)
     if is_nemo_checkpoint(path):
         checkpoint = NemoCheckpoint(path)
-        return Source(checkpoint.architecture, checkpoint.load)
-    model = HuggingFaceModel(path)
-    return Source(model, model.load)
+        return Source(checkpoint.architecture, checkpoint.load, checkpoint.tensors, checkpoint.precision)
+    model = HuggingFaceModel(path, trust_remote_code=trust_remote_code)
+    return Source(model, model.load, model.tensors, model.precision)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 
 
-def run_entry(name: str, *args: object) -> None:
-    """Call ``nemo_popsd.model.entry.<name>(*args)`` with a console that shows our own lines."""
+def run_entry(name: str, *args: object, module: str = "entry", **options: object) -> None:
+    """Call ``nemo_popsd.model.<module>.<name>(*args, **options)`` with a console that shows our own lines."""
     from nemo_popsd.observability.console import set_up_console
 
     set_up_console()
-    entry = importlib.import_module("nemo_popsd.model.entry")
+    entry = importlib.import_module(f"nemo_popsd.model.{module}")
     set_up_console()
-    getattr(entry, name)(*args)
+    getattr(entry, name)(*args, **options)

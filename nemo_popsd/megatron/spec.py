@@ -36,6 +36,10 @@ def choose_layer_spec(provider: Any) -> None:
         "persist_layer_norm",
     ):
         setattr(provider, fusion, False)
+    if provider.num_moe_experts is not None:
+        provider.moe_grouped_gemm = False
+        # The other one synchronises CUDA streams (token_dispatcher.py:445).
+        provider.moe_token_dispatcher_type = "allgather"
 
 
 def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -47,6 +51,9 @@ def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerB
         normalization=provider.normalization,
     )
     layer = spec.submodules
+    if provider.num_moe_experts is not None:
+        # Transformer Engine fuses no norm into experts: there the norm keeps its own name.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.self_attention.submodules
     attention.core_attention = LocalCoreAttention
     for owner, names in (

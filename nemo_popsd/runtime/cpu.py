@@ -172,6 +172,31 @@ def _transformer_engine_names() -> None:
             sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
 
 
+def _router_without_te_gemm() -> None:
+    routing = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if "te_general_gemm" not in inspect.getsource(routing.RouterGatingLinearFunction.forward):
+        raise RuntimeError(f"{routing.__name__} asks for no te_general_gemm; revise nemo_popsd/runtime/cpu.py")
+    routing.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _expert_numbers() -> None:
+    mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
+    stock = mapping.gather_from_ep_ranks
+    if getattr(stock, "numbered", False):
+        return
+
+    def gather_from_ep_ranks(self: Any, *args: object, **kwargs: object) -> object:
+        name, number = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
+        self.megatron_param = f"{name}{number[1]}" if number else name
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            self.megatron_param = name
+
+    gather_from_ep_ranks.numbered = True  # type: ignore[attr-defined]
+    mapping.gather_from_ep_ranks = gather_from_ep_ranks
+
+
 def _contiguous_scatter() -> None:
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
     stock = mapping.scatter_to_tp_ranks
@@ -204,6 +229,7 @@ _TORCH_MODULES = {
     "megatron.core.tensor_parallel.random": "random.py:235-238,422 torch.cuda.get_rng_state(), manual_seed()",
     "megatron.core.utils": "utils.py:631,1207 GlobalMemoryBuffer, gradient norm",
     "megatron.core.transformer.attention": "attention.py:430 current_device() of the key and value cache",
+    "megatron.core.transformer.moe.router": "router.py:90 current_device() of the router's weight",
 }
 
 ADAPTATIONS: tuple[Adaptation, ...] = (
@@ -239,6 +265,17 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
                 "optimizer.py:671,690",
             ),
         )
+    ),
+    Adaptation(
+        "the router of experts without Transformer Engine",
+        "moe_utils.py:1192 tests te_general_gemm, which its import leaves undefined without Transformer Engine",
+        _router_without_te_gemm,
+    ),
+    Adaptation(
+        "numbers of experts that are modules of their own",
+        "megatron/bridge/models/conversion/param_mapping.py:677 looks for the expert's number at the end of the name, "
+        "where only Transformer Engine's grouped experts have it",
+        _expert_numbers,
     ),
     Adaptation(
         "contiguous shards in Megatron-Bridge's scatter",

@@ -168,7 +168,10 @@ def test_a_target_that_has_vanished_is_an_error(monkeypatch):
 @pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=lambda a: a.name)
 def test_the_lines_that_need_it_are_there(adaptation):
     root = Path(importlib.import_module("megatron.core").__path__[0]).parent
-    wanted = re.compile(r"torch\.cuda|['\"]cuda['\"]|_cuda_setRNGState|import transformer_engine|distributed\.scatter")
+    wanted = re.compile(
+        r"torch\.cuda|['\"]cuda['\"]|_cuda_setRNGState|import transformer_engine|distributed\.scatter|te_general_gemm"
+        r"|global_expert_number = int"
+    )
     module = adaptation.name.removeprefix("torch in ").replace("megatron.", "").replace(".", "/") + ".py"
     places = re.findall(r"(\w+\.py):([\d,-]+)|, ((?:\d+,)*\d+)", adaptation.needed_by)
     assert places, "names a file and a line"
