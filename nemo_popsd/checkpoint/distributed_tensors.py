@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ class _OneByOne(SavePlanner):
         self._pieces = {item.index: (piece, item) for piece in pieces for item in [piece.write_item()]}
         self._written = written
 
-    def set_up_planner(self, *_: Any, **__: Any) -> None:
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """There is no state besides the pieces."""
 
     def create_local_plan(self) -> SavePlan:
@@ -227,7 +228,9 @@ def write_distributed_tensors(
         pieces: of all tensors; the parts of one key cover it.
         written: called after each piece.
     """
-    save({}, storage_writer=FileSystemWriter(directory), planner=_OneByOne(list(pieces), written), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")  # As intended.
+        save({}, storage_writer=FileSystemWriter(directory), planner=_OneByOne(list(pieces), written), no_dist=True)
     # What megatron-core asks for besides: which format it is (dist_checkpointing/core.py), and the state that is alike
     # on all ranks, of which there is none.
     format_ = {
