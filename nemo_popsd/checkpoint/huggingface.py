@@ -37,6 +37,7 @@ SHARD_BYTES = 4 << 30
 """Size at which an export begins a new file."""
 
 _TENSOR_NAMES = "tensor_names.json"
+_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
 _ARTIFACTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
@@ -222,6 +223,12 @@ class HuggingFaceModel:
                     shutil.copy(file, destination / file.name)
         if with_tensor_names:
             (destination / _TENSOR_NAMES).write_text(json.dumps(self.tensor_names))
+
+    def copy_tokenizer(self, destination: Path) -> None:
+        """Copies tokenizer and chat template alone."""
+        for pattern in _TOKENIZER_FILES:
+            for file in self.directory.glob(pattern):
+                shutil.copy(file, destination / file.name)
 
     def vocabulary_tensors(self) -> set[str]:
         """Names of the tensors with one row per vocabulary entry."""

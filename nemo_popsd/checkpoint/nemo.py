@@ -82,11 +82,14 @@ class NemoCheckpoint:
 
     def tensors(self) -> Mapping[str, Tensor]:
         """What the student computes with, adapters merged, by Hugging Face names, each read when asked for."""
-        weights = MegatronWeights(DistributedTensors(self.directory / "weights"), self.architecture.tensor_map())
-        student = self.config.student
+        weights, student = self.adapters(), self.config.student
         if student.adaptation != "lora":
             return weights
         return MergedWeights(weights, weights, scale=student.lora.alpha / student.lora.rank)
+
+    def adapters(self) -> MegatronWeights:
+        """Its weights as they are stored, which tell the factors of each adapter."""
+        return MegatronWeights(DistributedTensors(self.directory / "weights"), self.architecture.tensor_map())
 
     def precision(self) -> str:
         """Of its weights: `bf16` or `fp32`."""

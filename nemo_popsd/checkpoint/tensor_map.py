@@ -185,22 +185,16 @@ class MegatronWeights(Mapping[str, Tensor]):
             stored: the checkpoint.
             tensor_map: of its architecture.
             prefix: before every key of the checkpoint.
-
-        Raises:
-            UserError: the checkpoint lacks a tensor.
         """
         self._stored, self._map, self._prefix = stored, tensor_map, prefix
         self._held: tuple[MegatronTensor, tuple[Tensor, ...]] | None = None
-        for tensor in tensor_map.tensors:
-            if self._place(tensor.key, tensor) is None:
-                raise UserError(
-                    f"checkpoint {stored.directory}",
-                    got=f"no tensor {prefix}{tensor.key}",
-                    need="weights of the architecture in its configuration",
-                    mend="give another checkpoint",
-                )
 
     def __getitem__(self, name: str) -> Tensor:
+        """Reads one.
+
+        Raises:
+            UserError: the checkpoint lacks it, or is damaged.
+        """
         tensor = self._map.owner(name)
         # Names of one parameter come one after the other: it is read once for all of them.
         if self._held is None or self._held[0] is not tensor:
@@ -239,7 +233,13 @@ class MegatronWeights(Mapping[str, Tensor]):
 
     def _read(self, key: str, tensor: MegatronTensor) -> Tensor:
         place = self._place(key, tensor)
-        assert place is not None, key
+        if place is None:
+            raise UserError(
+                f"checkpoint {self._stored.directory}",
+                got=f"no tensor {self._prefix}{key}",
+                need="weights of the architecture in its configuration",
+                mend="give another checkpoint",
+            )
         return self._stored.read(place[0], *place[1])
 
 

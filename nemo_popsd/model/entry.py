@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.checkpoint.peft_adapter import write_peft_adapter
 from nemo_popsd.config.consistency import RUN_FILES
 from nemo_popsd.config.loading import save_resolved, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
@@ -69,6 +70,13 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
         file.write_text(json.dumps({"model": name, **summary.as_dict()}, indent=2) + "\n")
         _say(f"written to {file}")
     shutdown()
+
+
+def export_adapter(checkpoint: str, output: str) -> None:
+    """Writes the LoRA adapters of a NeMo checkpoint as a directory for PEFT. Rank 0 does it."""
+    if is_rank_zero():
+        write_peft_adapter(NemoCheckpoint(checkpoint), Path(output))
+    _say(f"PEFT adapter: {output}")
 
 
 def export(checkpoint: str, output: str) -> None:
