@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+import nemo_popsd.checkpoint.olmo3  # noqa: F401  (registers the architecture)
 from nemo_popsd.errors import UserError
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
@@ -15,6 +16,9 @@ from megatron.bridge import AutoBridge  # noqa: E402
 
 # megatron-core's constants (rotary_pos_embedding.py:106), of which Megatron-Bridge passes the factor alone.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# Rotations whose frequencies depend on no sequence length.
+_ROTATIONS = {"Olmo3ForCausalLM": ("default", "linear", "llama3", "yarn")}
 
 
 def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool) -> Any:
@@ -69,8 +73,10 @@ def _difference(config: Any) -> str | None:
     if kind == "llama3" and architecture == "LlamaForCausalLM":
         if {name: scaling.get(name) for name in _LLAMA3} != _LLAMA3:
             return f"rope_scaling={scaling} (only the factor may differ from {_LLAMA3})"
-    elif kind != "default":
+    elif kind not in _ROTATIONS.get(architecture, ("default",)):
         return f"rope_scaling of the kind {kind!r} in {architecture}"
+    if getattr(config, "attention_bias", False) and architecture == "Olmo3ForCausalLM":
+        return "attention_bias=true"
     if getattr(config, "use_sliding_window", False):
         return "use_sliding_window=true"
     if getattr(config, "norm_topk_prob", True) is False:

@@ -14,6 +14,7 @@ gives for a few tokens go to `OUTPUT/expected.safetensors`.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,9 @@ torch.cuda.synchronize = lambda *_: None
 torch.cuda.set_device = lambda *_: None
 torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
 torch.cuda.manual_seed = torch.manual_seed
+torch.cuda.Stream = lambda *_, **__: None
+torch.cuda.stream = lambda *_, **__: contextlib.nullcontext()
+torch.cuda.current_stream = lambda *_: None
 torch.Tensor.cuda = lambda self, *_, **__: self
 
 import megatron.core.tensor_parallel.random as megatron_random  # noqa: E402
@@ -64,6 +68,7 @@ def main(output: Path) -> None:
         cross_entropy_loss_fusion=False,
         persist_layer_norm=False,
         init_method_std=0.2,
+        use_cpu_initialization=True,
     )
     model = llm.Qwen3Model(config, tokenizer=tokenizer)
     with tempfile.TemporaryDirectory() as folder:
