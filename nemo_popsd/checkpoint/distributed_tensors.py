@@ -51,9 +51,15 @@ _DESCRIPTIONS = {
 }
 """All that an index may name, by module: descriptions of tensors, where they lie, and who was to write them."""
 
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_SUBCLASSES = {(_MEGATRON, "MCoreMetadata"): Metadata, (_MEGATRON, "MCoreSavePlan"): SavePlan}
+"""What megatron-core 0.15 derived from torch's classes; nothing of it is needed here."""
+
 
 class _DescriptionsOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _SUBCLASSES:
+            return _SUBCLASSES[module, name]
         if name not in _DESCRIPTIONS.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
         return super().find_class(module, name)
@@ -101,9 +107,9 @@ class DistributedTensors:
         }
         self.shapes = {key: entry.size for key, entry in self._tensors.items()}
 
-    def dtypes(self) -> set[torch.dtype]:
-        """Those of the tensors."""
-        return {entry.properties.dtype for entry in self._tensors.values()}
+    def dtypes(self, prefix: str) -> set[torch.dtype]:
+        """Those of the tensors whose keys begin with `prefix`."""
+        return {entry.properties.dtype for key, entry in self._tensors.items() if key.startswith(prefix)}
 
     def read(self, key: str, *position: int) -> Tensor:
         """One tensor, or the part of it at `position` along its first dimensions (a layer, an expert).

@@ -36,7 +36,8 @@ AutoMapping.register_module_type("LocalRMSNorm", "replicated")
 SHARD_BYTES = 4 << 30
 """Size at which an export begins a new file."""
 
-_TENSOR_NAMES = "tensor_names.json"
+TENSOR_NAMES = "tensor_names.json"
+"""Lists the tensors of a directory whose weights lie elsewhere."""
 _TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
 _ARTIFACTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
@@ -71,7 +72,7 @@ class HuggingFaceModel:
         self.tensor_names = self._read_tensor_names()
 
     def _read_tensor_names(self) -> list[str]:
-        listed = self.directory / _TENSOR_NAMES
+        listed = self.directory / TENSOR_NAMES
         if listed.is_file():
             names: list[str] = json.loads(listed.read_text())
             return names
@@ -219,10 +220,10 @@ class HuggingFaceModel:
         """Copies configuration, tokenizer, chat template and generation configuration, not the weights."""
         for pattern in _ARTIFACTS:
             for file in self.directory.glob(pattern):
-                if file.name not in (_TENSOR_NAMES, INDEX):
+                if file.name not in (TENSOR_NAMES, INDEX):
                     shutil.copy(file, destination / file.name)
         if with_tensor_names:
-            (destination / _TENSOR_NAMES).write_text(json.dumps(self.tensor_names))
+            (destination / TENSOR_NAMES).write_text(json.dumps(self.tensor_names))
 
     def copy_tokenizer(self, destination: Path) -> None:
         """Copies tokenizer and chat template alone."""

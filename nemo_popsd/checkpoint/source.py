@@ -1,4 +1,4 @@
-"""What `student.source` may name: a Hugging Face directory, a NeMo checkpoint, or an embedded model."""
+"""What `student.source` may name: a Hugging Face directory, a NeMo or NeMo 2 checkpoint, or an embedded model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
+from nemo_popsd.checkpoint.nemo2 import Nemo2Checkpoint, is_nemo2_checkpoint
 from nemo_popsd.megatron.student import LoadWeights
 from nemo_popsd.testbed.assets import PREFIX, asset
 
@@ -36,11 +37,14 @@ def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
         trust_remote_code: whether Python files of a Hugging Face directory may be run; without it none is.
 
     Raises:
-        UserError: it is none of the three.
+        UserError: it is none of the four.
     """
     path = asset(name) if name.startswith(PREFIX) else Path(name)
     if is_nemo_checkpoint(path):
         checkpoint = NemoCheckpoint(path)
         return Source(checkpoint.architecture, checkpoint.load, checkpoint.tensors, checkpoint.precision)
+    if is_nemo2_checkpoint(path):
+        nemo2 = Nemo2Checkpoint(path)
+        return Source(nemo2.architecture, nemo2.load, nemo2.tensors, nemo2.precision)
     model = HuggingFaceModel(path, trust_remote_code=trust_remote_code)
     return Source(model, model.load, model.tensors, model.precision)

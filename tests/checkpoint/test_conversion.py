@@ -69,11 +69,11 @@ def sources(tmp_path_factory):
 def places(sources, tmp_path_factory):
     """Converted; loaded and saved at TP=1; that loaded and saved at TP=2; that loaded and saved at TP=1."""
     folder = tmp_path_factory.mktemp("nemo")
-    run_ranks(_convert, 1, sources, folder / "converted")
+    run_ranks(_convert, 1, sources, folder / "converted", timeout=300.0)
     logits = {}
     for loads, saves, size in (("converted", "one", 1), ("one", "two", 2), ("two", "three", 1)):
-        logits[saves] = run_ranks(_load_and_save, size, sources, folder / loads, folder / saves)
-    logits["converted"] = run_ranks(_load_and_save, 2, sources, folder / "converted", folder / "four")
+        logits[saves] = run_ranks(_load_and_save, size, sources, folder / loads, folder / saves, timeout=300.0)
+    logits["converted"] = run_ranks(_load_and_save, 2, sources, folder / "converted", folder / "four", timeout=300.0)
     return folder, logits
 
 

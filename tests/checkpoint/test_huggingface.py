@@ -46,7 +46,7 @@ def _convert(rank: int, world_size: int, sources: dict[str, Path], output: Path)
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def converted(request, sources, tmp_path_factory):
     output = tmp_path_factory.mktemp(f"exports{request.param}")
-    return request.param, output, run_ranks(_convert, request.param, sources, output)
+    return request.param, output, run_ranks(_convert, request.param, sources, output, timeout=300.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,11 +33,30 @@ torch.cuda.stream = lambda *_, **__: contextlib.nullcontext()
 torch.cuda.current_stream = lambda *_: None
 torch.Tensor.cuda = lambda self, *_, **__: self
 
+
+def _on_cpu(factory):
+    def create(*args, **kwargs):
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))
+
+    return create
+
+
+_to = torch.Tensor.to
+torch.Tensor.to = lambda self, *args, **kwargs: _to(self, *("cpu" if a == "cuda" else a for a in args), **kwargs)
+torch.cuda.max_memory_reserved = torch.cuda.max_memory_allocated = lambda *_: 0
+torch.cuda.empty_cache = lambda: None
+for _name in ("tensor", "zeros", "empty", "ones", "full", "arange"):
+    setattr(torch, _name, _on_cpu(getattr(torch, _name)))
+
 import megatron.core.tensor_parallel.random as megatron_random  # noqa: E402
 
 megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
 megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+# NeMo seeds the regions of tensor parallelism where there is a CUDA device alone.
+megatron_random.get_cuda_rng_tracker().add("model-parallel-rng", 1)
 
+import nemo.collections.llm.gpt.data.mock as mock  # noqa: E402
 import nemo.lightning as nl  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from nemo.collections import llm  # noqa: E402
@@ -46,10 +65,16 @@ from safetensors.torch import save_file  # noqa: E402
 
 TOKENIZER = Path(__file__).resolve().parents[3] / "nemo_popsd" / "testbed" / "assets" / "tiny_reasoner"
 
+# It passes `create_attention_mask` as the seed (mock.py:110).
+_Mock = mock._MockGPTDataset
+mock._MockGPTDataset = lambda *args: _Mock(*args[:4], create_attention_mask=True)
+
 
 def main(output: Path) -> None:
     """Trains, saves, and writes down what the model computes."""
-    tokenizer = AutoTokenizer(str(TOKENIZER))
+    place = Path(tempfile.mkdtemp()) / "tokenizer"
+    shutil.copytree(TOKENIZER, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = AutoTokenizer(str(place))
     config = llm.Qwen3Config(
         num_layers=2,
         hidden_size=32,
@@ -58,6 +83,7 @@ def main(output: Path) -> None:
         kv_channels=12,
         ffn_hidden_size=48,
         seq_length=64,
+        vocab_size=396,
         share_embeddings_and_output_weights=False,
         make_vocab_size_divisible_by=128,
         gradient_accumulation_fusion=False,
@@ -96,7 +122,7 @@ def main(output: Path) -> None:
                 ),
             ),
             optim=nl.MegatronOptimizerModule(
-                config=OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=False)
+                config=OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=0.0, use_distributed_optimizer=False)
             ),
         )
         [saved] = {path.parent for path in Path(folder).rglob("context") if "-last" in path.parent.name}
