@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
+from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.config.loading import to_dict_config
@@ -98,6 +99,22 @@ def test_tensors_come_back_bit_for_bit_from_what_any_layout_wrote(places, source
         assert (tmp_path / "four" / file).read_bytes() == (sources[kind] / file).read_bytes()
     with torch.no_grad():
         assert torch.equal(load_dense(tmp_path / "four")(IDS).logits, load_dense(sources[kind])(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_local_layers_save_under_the_names_of_transformer_engines_layers(places, sources, kind):
+    """Those names are Megatron-Bridge's, whose mapping is written for Transformer Engine's parameters."""
+    named = {tensor.key for tensor in HuggingFaceModel(sources[kind]).tensor_map().tensors}
+    for place in ("one", "two"):
+        assert set(DistributedTensors(places[0] / place / kind / "weights").shapes) == named
+    fused = {"decoder.layers.self_attention.linear_qkv.layer_norm_weight"}
+    fused |= {"decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.experts.experts.linear_fc1.weight"}
+    if kind == "qwen3_moe":
+        assert fused <= named
+    elif kind != "olmo3":
+        assert {
+            f"decoder.layers.{n}.layer_norm_weight" for n in ("self_attention.linear_qkv", "mlp.linear_fc1")
+        } <= named
 
 
 def _converted_and_packed(rank: int, world_size: int, source: Path, folder: Path) -> None:
