@@ -169,8 +169,9 @@ class Nemo2Checkpoint:
 def _tensor_names(place: Path) -> list[str]:
     """Names of the tensors of the architecture in `place`, from a model without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
 
     config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
+    with no_init_weights(), torch.device("meta"):
         names = set(AutoModelForCausalLM.from_config(config).state_dict())
     return sorted(names - {"lm_head.weight"} if config.tie_word_embeddings else names)

@@ -58,7 +58,7 @@ def test_the_conversion_computes_in_transformers_what_nemo_computed(tmp_path):
 @pytest.mark.parametrize("size", [1, 2])
 def test_as_a_source_it_computes_what_nemo_computed(size):
     _, logits = _expected()
-    for result in run_ranks(_logits, size):
+    for result in run_ranks(_logits, size, timeout=300.0):
         torch.testing.assert_close(result, logits[..., :396], rtol=0, atol=2e-5)
 
 
