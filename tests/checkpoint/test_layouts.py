@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.nemo import NemoCheckpoint, save_nemo
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.megatron.config import LoRAConfig
@@ -46,7 +47,8 @@ def _write(rank: int, world_size: int, folder: Path, parallel: dict[str, Any]) -
         architecture = HuggingFaceModel(folder / kind)
         tree = to_dict_config(config)
         assert OmegaConf.is_dict(tree)
-        save_nemo(folder / "out" / f"{case}.nemo_dir", student.chunks, architecture, tree, step=1)
+        content = Content(models=student.chunks, architecture=architecture, config=tree, step=1)
+        save_nemo(folder / "out" / f"{case}.nemo_dir", content)
         architecture.export(student.chunks, folder / "out" / f"{case}_hf")
 
 
@@ -58,7 +60,7 @@ def _read(rank: int, world_size: int, folder: Path, parallel: dict[str, Any], ou
         checkpoint.load_trained(student.chunks)
         checkpoint.architecture.export(student.chunks, folder / out / f"{case}_hf")
         plain = _student(folder / kind, "full", parallel)
-        checkpoint.load(plain.chunks)
+        checkpoint.load(plain.chunks, HuggingFaceModel(folder / kind).load)
         checkpoint.architecture.export(plain.chunks, folder / out / f"{case}_merged_hf")
 
 

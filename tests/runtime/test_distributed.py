@@ -125,7 +125,7 @@ def _wait_too_long(rank: int, world_size: int, group: str) -> float:
 
     dist.destroy_process_group()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the test's
-    initialize(tensor_parallel=1, seed=1, timeout=timedelta(seconds=3))
+    initialize(ParallelConfig(), seed=1, timeout=timedelta(seconds=3))
     chosen = parallel_state.get_data_parallel_group() if group == "data" else dist.group.WORLD
     dist.all_reduce(torch.ones(1), group=chosen)
     start = time.monotonic()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_popsd.errors import StopRequested
+from nemo_popsd.megatron.config import ParallelConfig
 from tests.harness import run_ranks
 
 
@@ -18,7 +19,7 @@ def _decode(rank: int, world_size: int, tensor: int) -> dict[str, Any]:
     from nemo_popsd.runtime.distributed import initialize
     from nemo_popsd.runtime.signals import StopSignals
 
-    initialize(tensor_parallel=tensor, seed=1)
+    initialize(ParallelConfig(tensor=tensor), seed=1)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     stop = StopSignals()
     stop.install()
@@ -57,7 +58,7 @@ def _while_waiting(rank: int, world_size: int) -> bool:
     from nemo_popsd.runtime.distributed import initialize, on_any_rank
     from nemo_popsd.runtime.signals import StopSignals
 
-    initialize(tensor_parallel=1, seed=1)
+    initialize(ParallelConfig(), seed=1)
     stop = StopSignals()
     stop.install()
     if rank == 1:
@@ -82,7 +83,7 @@ def _another_handler(rank: int, world_size: int) -> bool:
     from nemo_popsd.runtime.distributed import initialize
     from nemo_popsd.runtime.signals import StopSignals
 
-    initialize(tensor_parallel=1, seed=1)
+    initialize(ParallelConfig(), seed=1)
     stop = StopSignals()
     stop.retake()
     stop.install()
