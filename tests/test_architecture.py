@@ -96,7 +96,7 @@ def test_the_readme_lists_every_room_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
     assert sorted(listed) == rooms()
-    for command in ("train", "evaluate", "export", "plan", "rollouts", "config", "doctor"):
+    for command in ("train", "evaluate", "export", "convert", "plan", "rollouts", "config", "doctor"):
         assert f"popsd {command}" in readme
 
 

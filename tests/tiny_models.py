@@ -20,6 +20,21 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.2,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 12}),  # unlike hidden_size / heads
     "qwen3_tied": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
@@ -34,7 +49,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen2": ("Qwen2", {}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "llama": ("Llama", {}),
+    "llama3": ("Llama", {"rope_scaling": _LLAMA3, "max_position_embeddings": 256}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 5, "rope_scaling": _YARN, "pad_token_id": 0}),
 }
 KINDS = tuple(kind for kind in _KINDS if "moe" not in kind)
 """The dense ones."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import safe_open
 
-from nemo_popsd.checkpoint.manifest import read_manifest
+from nemo_popsd.checkpoint.manifest import digest, list_files, read_manifest
 
 _BLOCK_ROWS = 4096
 
@@ -21,14 +21,14 @@ def huggingface_fingerprint(directory: Path) -> str:
     sums together. Every byte is read once; a few thousand rows are held at a time.
     """
     places = {name: file for file in sorted(directory.glob("*.safetensors")) for name in _names(file)}
-    together = dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    mine = [(name, _tensor_sum(places[name], name)) for name in sorted(places)[rank::ranks]]
-    gathered: list[list[tuple[str, str]]] = [mine]
-    if together:
-        gathered = [[]] * ranks
-        dist.all_gather_object(gathered, mine)
-    return _total(pair for part in gathered for pair in part)
+    return _shared_out(places, lambda name: _tensor_sum(places[name], name))
+
+
+def files_fingerprint(directory: Path) -> str:
+    """SHA-256 over names and bytes of the files of a NeMo 2 checkpoint's weights. Collective where there is a process
+    group, as that of a Hugging Face directory is.
+    """
+    return _shared_out(list_files(directory), lambda name: digest(directory / name)[1])
 
 
 def checkpoint_fingerprint(directory: Path) -> str:
@@ -36,6 +36,18 @@ def checkpoint_fingerprint(directory: Path) -> str:
     manifest = read_manifest(directory)
     files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith("weights/")}
     return _total([*files.items(), ("base", str(manifest["base"] and manifest["base"]["fingerprint"]))])
+
+
+def _shared_out(names: Iterable[str], sum_of: Callable[[str], str]) -> str:
+    """The total of the sums of all `names`, each computed by one rank."""
+    together = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    mine = [(name, sum_of(name)) for name in sorted(names)[rank::ranks]]
+    gathered: list[list[tuple[str, str]]] = [mine]
+    if together:
+        gathered = [[]] * ranks
+        dist.all_gather_object(gathered, mine)
+    return _total(pair for part in gathered for pair in part)
 
 
 def _names(file: Path) -> list[str]:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig
 
+from nemo_popsd.checkpoint.architecture import read_architecture
+from nemo_popsd.checkpoint.safetensors_files import INDEX, SafetensorsFiles, write_shards
+from nemo_popsd.checkpoint.tensor_map import TensorMap
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.build import Model, chunks_of
 from nemo_popsd.runtime.cpu import adapt_to_cpu
@@ -28,14 +29,18 @@ from nemo_popsd.runtime.cpu import adapt_to_cpu
 adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import AutoMapping  # noqa: E402
-from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
 # Megatron-Bridge recognises layers by their class's name.
 AutoMapping.register_module_type("LocalRMSNorm", "replicated")
 
-_TENSOR_NAMES = "tensor_names.json"
+SHARD_BYTES = 4 << 30
+"""Size at which an export begins a new file."""
+
+TENSOR_NAMES = "tensor_names.json"
+"""Lists the tensors of a directory whose weights lie elsewhere."""
+_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
 _ARTIFACTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
@@ -49,58 +54,61 @@ class HuggingFaceModel:
         tensor_names: names of its tensors, but for rotary frequencies, which old checkpoints hold needlessly.
     """
 
-    def __init__(self, directory: str | Path, *, setting: str = "student.source") -> None:
+    def __init__(
+        self, directory: str | Path, *, setting: str = "student.source", trust_remote_code: bool = False
+    ) -> None:
         """Reads configuration and tensor names, no weights.
 
         Args:
             directory: holds ``config.json`` and either safetensors or ``tensor_names.json`` (as inside a NeMo
                 checkpoint, whose weights lie elsewhere).
             setting: what an error asks the user to set.
+            trust_remote_code: whether Python files in `directory` may be run; without it none is.
 
         Raises:
-            UserError: something is missing, or Megatron-Bridge does not know the architecture.
+            UserError: something is missing, or it is no architecture that is converted (see `read_architecture`).
         """
         self.directory = Path(directory)
-        if not (self.directory / "config.json").is_file():
-            raise UserError(
-                f"model {directory}",
-                got="no config.json" if self.directory.is_dir() else "no such directory",
-                need="a local Hugging Face model directory",
-                mend=f"set {setting}",
-            )
-        try:
-            self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
-        except ValueError as error:  # an architecture of its own, whose code lies in the directory
-            raise UserError(
-                f"model {directory}",
-                got=str(error).splitlines()[0],
-                need="an architecture that transformers knows: no code from a model's directory is ever run",
-                mend=f"set {setting}",
-            ) from None
-        if not AutoBridge.supports(self.config):
-            raise UserError(
-                f"model {directory}",
-                got=f"architectures={getattr(self.config, 'architectures', None)}",
-                need="one that Megatron-Bridge converts: " + ", ".join(AutoBridge.list_supported_models()),
-                mend=f"set {setting}",
-            )
+        self.config = read_architecture(self.directory, setting=setting, trust_remote_code=trust_remote_code)
         self.vocab_size: int = self.config.vocab_size
         self.tensor_names = self._read_tensor_names()
 
     def _read_tensor_names(self) -> list[str]:
-        listed = self.directory / _TENSOR_NAMES
+        listed = self.directory / TENSOR_NAMES
         if listed.is_file():
             names: list[str] = json.loads(listed.read_text())
             return names
-        if not any(self.directory.glob("*.safetensors")):
-            raise UserError(
-                f"model {self.directory}",
-                got="no *.safetensors",
-                need="weights in safetensors format",
-                mend="save the model with safe_serialization=True, or set student.source",
-            )
-        names = SafeTensorsStateSource(self.directory).get_all_keys()
-        return sorted(name for name in names if not name.endswith("rotary_emb.inv_freq"))
+        return sorted(name for name in self.tensors() if not name.endswith("rotary_emb.inv_freq"))
+
+    def tensors(self) -> SafetensorsFiles:
+        """The weights in the directory's files, read when asked for.
+
+        Raises:
+            UserError: there are none, or damaged ones.
+        """
+        return SafetensorsFiles(self.directory)
+
+    def precision(self) -> str:
+        """The one that holds every number of the files: `bf16` where all are bf16, otherwise `fp32`.
+
+        Raises:
+            UserError: there are no weights, or quantised ones.
+        """
+        return "bf16" if self.tensors().dtypes() <= {torch.bfloat16} else "fp32"
+
+    def tensor_map(self) -> TensorMap:
+        """How its tensors lie in a Megatron distributed checkpoint.
+
+        Raises:
+            UserError: a tensor has no place in the architecture, or one is missing.
+        """
+        return TensorMap(
+            self._bridge,
+            self.provider(),
+            self.tensor_names,
+            vocab_size=self.vocab_size,
+            vocabulary=self.vocabulary_tensors(),
+        )
 
     @property
     def _bridge(self) -> Any:
@@ -111,15 +119,19 @@ class HuggingFaceModel:
         """A fresh Megatron-Bridge ``GPTModelProvider`` with this architecture."""
         return self._bridge.provider_bridge(SimpleNamespace(config=self.config, generation_config=None))
 
-    def load(self, model: Model) -> None:
+    def load(self, model: Model, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Copies the weights into `model`, this rank's shards only. Collective over all ranks.
+
+        Args:
+            model: a plain model of this architecture.
+            tensors: by their Hugging Face names; None reads the files of the directory.
 
         Raises:
             UserError: a parameter has no tensor, a tensor no parameter, or a vocabulary another size than
                 ``config.json`` says.
         """
         bridge, chunks = self._bridge, chunks_of(model)
-        state = _VocabularyPaddedState(self, chunks[0])
+        state = _VocabularyPaddedState(self, chunks[0], self.tensors() if tensors is None else tensors)
         pretrained = SimpleNamespace(state=state, config=self.config, model_name_or_path=str(self.directory))
         tasks = [t for t in bridge.build_conversion_tasks(pretrained, chunks) if t is not None]
         # A parameter whose tensor is missing still has a task, one that does nothing.
@@ -157,7 +169,7 @@ class HuggingFaceModel:
         output: str | Path,
         *,
         merge_adapters: bool = True,
-        shard_bytes: int = 4 << 30,
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Writes `model` as a Hugging Face directory, artifacts included. Collective over all ranks.
 
@@ -170,13 +182,6 @@ class HuggingFaceModel:
             merge_adapters: False leaves the adapters out, which gives the base.
             shard_bytes: size at which a new file is begun.
         """
-        output = Path(output)
-        partial = output.with_name(output.name + ".partial")
-        writes = not dist.is_initialized() or dist.get_rank() == 0
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self.copy_artifacts(partial)
         names = SimpleNamespace(get_all_keys=lambda: self.tensor_names)
         stream = self._bridge.stream_weights_megatron_to_hf(
             chunks_of(model),
@@ -188,26 +193,59 @@ class HuggingFaceModel:
         # What is left unmerged gets PEFT's name from Megatron-Bridge (model_bridge.py:978).
         plain = ((name.replace(".base_layer.weight", ".weight"), w) for name, w in stream)
         tensors = ((name, w[: self.vocab_size] if name in vocabulary else w) for name, w in plain)
-        if writes:
-            written = _write_shards(tensors, partial, shard_bytes)
-            if unlike := written ^ set(self.tensor_names):
-                raise RuntimeError(f"{partial}: tensors missing or left over: {sorted(unlike)[:4]}")
-            shutil.rmtree(output, ignore_errors=True)
-            partial.rename(output)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self.write(output, tensors, dtype=chunks_of(model)[0].config.params_dtype, shard_bytes=shard_bytes)
         else:
             for _ in tensors:  # The stream gathers: every rank takes part.
                 pass
         if dist.is_initialized():
             dist.barrier()
 
+    def write(
+        self,
+        output: str | Path,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        dtype: torch.dtype,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """Writes a Hugging Face directory with these tensors and this directory's artifacts, from this process alone.
+
+        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; what
+        stood there is replaced.
+
+        Args:
+            output: directory to make.
+            tensors: one for each of `tensor_names`.
+            dtype: of the tensors, which ``config.json`` is made to say.
+            shard_bytes: size at which a new file is begun.
+        """
+        output = Path(output)
+        partial = output.with_name(output.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.copy_artifacts(partial)
+        _declare_dtype(partial / "config.json", dtype)
+        written = write_shards(tensors, partial, shard_bytes)
+        if unlike := written ^ set(self.tensor_names):
+            raise RuntimeError(f"{partial}: tensors missing or left over: {sorted(unlike)[:4]}")
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+
     def copy_artifacts(self, destination: Path, *, with_tensor_names: bool = False) -> None:
         """Copies configuration, tokenizer, chat template and generation configuration, not the weights."""
         for pattern in _ARTIFACTS:
             for file in self.directory.glob(pattern):
-                if file.name not in (_TENSOR_NAMES, "model.safetensors.index.json"):
+                if file.name not in (TENSOR_NAMES, INDEX):
                     shutil.copy(file, destination / file.name)
         if with_tensor_names:
-            (destination / _TENSOR_NAMES).write_text(json.dumps(self.tensor_names))
+            (destination / TENSOR_NAMES).write_text(json.dumps(self.tensor_names))
+
+    def copy_tokenizer(self, destination: Path) -> None:
+        """Copies tokenizer and chat template alone."""
+        for pattern in _TOKENIZER_FILES:
+            for file in self.directory.glob(pattern):
+                shutil.copy(file, destination / file.name)
 
     def vocabulary_tensors(self) -> set[str]:
         """Names of the tensors with one row per vocabulary entry."""
@@ -220,14 +258,16 @@ class HuggingFaceModel:
 class _VocabularyPaddedState(Mapping[str, Tensor]):
     """The directory's tensors, read when asked for, with vocabulary rows padded with zeros to the model's size."""
 
-    def __init__(self, owner: HuggingFaceModel, model: GPTModel) -> None:
-        self.source = SafeTensorsStateSource(owner.directory)
+    def __init__(self, owner: HuggingFaceModel, model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
+        # What Megatron-Bridge asks for the names.
+        self.source = SimpleNamespace(get_all_keys=lambda: list(tensors))
+        self._tensors = tensors
         self._owner = owner
         self._vocabulary = owner.vocabulary_tensors()
         self._rows = model.vocab_size
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.source.load_tensors([name])[name]
+        tensor = self._tensors[name]
         if name in self._vocabulary:
             if tensor.shape[0] != self._owner.vocab_size:
                 raise UserError(
@@ -240,10 +280,10 @@ class _VocabularyPaddedState(Mapping[str, Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.source.get_all_keys())
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self.source.get_all_keys())
+        return len(self._tensors)
 
 
 def _copy_tied_embedding(chunks: Sequence[GPTModel]) -> None:
@@ -261,39 +301,11 @@ def _names(hf_param: str | Mapping[str, str]) -> Sequence[str]:
     return [hf_param] if isinstance(hf_param, str) else list(hf_param.values())
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> set[str]:
-    """Writes safetensors files of about `shard_bytes`, and the index when there is more than one; returns the names."""
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = held = 0
-
-    def flush() -> None:
-        nonlocal held
-        file = directory / f"shard-{len(shards)}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes it readable by its owner alone.
-        shards.append(list(shard))
-        shard.clear()
-        held = 0
-
-    for name, weight in tensors:
-        size = weight.numel() * weight.element_size()
-        if shard and held + size > shard_bytes:
-            flush()
-        # A clone: tensors of one gather may share storage, which safetensors refuses.
-        shard[name] = weight.detach().cpu().clone(memory_format=torch.contiguous_format)
-        held += size
-        total += size
-    flush()
-    written = {name for names in shards for name in names}
-    if len(shards) == 1:
-        (directory / "shard-0.safetensors").rename(directory / "model.safetensors")
-        return written
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{number}.safetensors").rename(directory / file)
-        index.update(dict.fromkeys(names, file))
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
-    return written
+def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Makes a ``config.json`` say `dtype`; one that says it already stays as it is, byte for byte."""
+    content = json.loads(file.read_text())
+    key = "torch_dtype" if "torch_dtype" in content else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    if content.get(key) != name:
+        content[key] = name
+        file.write_text(json.dumps(content, indent=2) + "\n")

@@ -13,15 +13,19 @@ stands on its own.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from yaml import YAMLError
 
 from nemo_popsd.checkpoint.archive import unpack
+from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.manifest import FILE_NAME, damaged, read_manifest, verify
+from nemo_popsd.checkpoint.tensor_map import MegatronWeights, MergedWeights
 from nemo_popsd.checkpoint.training_state import FOLDER
 from nemo_popsd.checkpoint.weights import adapter_parameters, every_parameter, load_weights
 from nemo_popsd.config.loading import from_dict_config
@@ -101,6 +105,32 @@ class NemoCheckpoint:
         self.verify()
         which = adapter_parameters if self.adapters_only else every_parameter
         load_weights(chunks_of(model), self.directory / "weights", which=which)
+
+    def tensors(self, read_base: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """What the student computes with, adapters merged, by Hugging Face names, each read when asked for.
+
+        Collective where there is a process group: the files are compared with the manifest first.
+
+        Args:
+            read_base: called if the checkpoint holds adapters alone; gives the tensors of their base.
+        """
+        weights, student = self.adapters(), self.config.student
+        if student.adaptation != "lora":
+            return weights
+        base = read_base() if self.adapters_only else weights
+        return MergedWeights(base, weights, scale=student.lora.alpha / student.lora.rank)
+
+    def adapters(self) -> MegatronWeights:
+        """Its weights as they are stored, which tell the factors of each adapter.
+
+        Collective where there is a process group: the files are compared with the manifest first.
+        """
+        self.verify()
+        return MegatronWeights(DistributedTensors(self.directory / "weights"), self.architecture.tensor_map())
+
+    def precision(self) -> str:
+        """Of its weights: `bf16` or `fp32`."""
+        return self.config.student.precision
 
     def load(self, model: Model, load_base: LoadWeights) -> None:
         """Fills a plain model with what the student computes, adapters merged. Collective over all ranks.

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from nemo_popsd.checkpoint.archive import pack
 from nemo_popsd.checkpoint.atomic import PARTIAL, flush_tree, put_in_place, remove
+from nemo_popsd.checkpoint.distributed_tensors import Piece
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.manifest import digest, digests, list_files, write_manifest
 from nemo_popsd.checkpoint.nemo import CONFIG_NAME
 from nemo_popsd.checkpoint.training_state import FOLDER, StagedState
-from nemo_popsd.checkpoint.weights import StagedWeights, adapter_parameters, every_parameter
+from nemo_popsd.checkpoint.weights import StagedPieces, StagedWeights, adapter_parameters, every_parameter
 from nemo_popsd.runtime.agreement import do_together
 from nemo_popsd.runtime.distributed import layout
 
@@ -42,8 +43,10 @@ _ROOM = {
 class Content:
     """What goes into a checkpoint."""
 
-    models: Sequence[GPTModel]
+    models: Sequence[GPTModel] = ()
     """This rank's parts of the live model, bare."""
+    pieces: Sequence[Piece] = ()
+    """The weights where there is no model; rank 0 computes them as it writes."""
     architecture: HuggingFaceModel
     """Where tokenizer and configuration files are copied from."""
     config: DictConfig
@@ -91,8 +94,12 @@ class PendingSave:
         self._error: Exception | None = None
         self._state: StagedState | None = None
         self._together(self._make_partial)
-        which = adapter_parameters if content.adapters_only else every_parameter
-        self._weights = StagedWeights(content.models, self._partial / "weights", which=which, copy=background)
+        self._weights: StagedWeights | StagedPieces
+        if content.pieces:
+            self._weights = StagedPieces(content.pieces, self._partial / "weights")
+        else:
+            which = adapter_parameters if content.adapters_only else every_parameter
+            self._weights = StagedWeights(content.models, self._partial / "weights", which=which, copy=background)
         if content.optimizer is not None:
             self._state = StagedState(
                 content.models, content.optimizer, self._partial, random_state=content.random_state

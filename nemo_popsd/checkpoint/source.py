@@ -1,16 +1,18 @@
-"""What `student.source` may name: a Hugging Face directory, a NeMo checkpoint, or an embedded model."""
+"""What `student.source` may name: a Hugging Face directory, a NeMo or NeMo 2 checkpoint, or an embedded model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
-from nemo_popsd.checkpoint.fingerprint import checkpoint_fingerprint, huggingface_fingerprint
+from nemo_popsd.checkpoint.fingerprint import checkpoint_fingerprint, files_fingerprint, huggingface_fingerprint
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
+from nemo_popsd.checkpoint.nemo2 import Nemo2Checkpoint, is_nemo2_checkpoint
+from nemo_popsd.megatron.build import Model
 from nemo_popsd.megatron.student import LoadWeights
 from nemo_popsd.testbed.assets import PREFIX, asset
 
@@ -25,25 +27,50 @@ class Source:
     """Fills a plain model."""
     fingerprint: Callable[[], str]
     """Tells the weights from any others, whatever the layout; reads all of them. Collective over all ranks."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """The weights by their Hugging Face names, read one at a time, when asked for. Calling it is collective where there
+    is a process group; reading is not."""
+    precision: Callable[[], str]
+    """`bf16` or `fp32`: the one that holds every number of the weights."""
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
     """Opens `name`; reads no weights.
 
+    Args:
+        name: what `student.source` says.
+        trust_remote_code: whether Python files of a Hugging Face directory may be run; without it none is.
+
     Raises:
-        UserError: it is none of the three.
+        UserError: it is none of the four.
     """
     path = asset(name) if name.startswith(PREFIX) else Path(name)
     if is_nemo_checkpoint(path):
         checkpoint = NemoCheckpoint(path)
-        load_base = checked_base(checkpoint, checkpoint.config.student.source)
+        recorded = checkpoint.config.student.source
+        load_base = checked_base(checkpoint, recorded)
 
-        def load(model: GPTModel) -> None:
+        def load(model: Model) -> None:
             checkpoint.load(model, load_base)
 
-        return Source(checkpoint.architecture, load, lambda: checkpoint_fingerprint(checkpoint.directory))
-    model = HuggingFaceModel(path)
-    return Source(model, model.load, lambda: huggingface_fingerprint(path))
+        def tensors() -> Mapping[str, Tensor]:
+            return checkpoint.tensors(lambda: _opened_base(checkpoint, recorded).tensors())
+
+        return Source(
+            checkpoint.architecture,
+            load,
+            lambda: checkpoint_fingerprint(checkpoint.directory),
+            tensors,
+            checkpoint.precision,
+        )
+    if is_nemo2_checkpoint(path):
+        nemo2 = Nemo2Checkpoint(path)
+        weights = nemo2.directory / "weights"
+        return Source(
+            nemo2.architecture, nemo2.load, lambda: files_fingerprint(weights), nemo2.tensors, nemo2.precision
+        )
+    model = HuggingFaceModel(path, trust_remote_code=trust_remote_code)
+    return Source(model, model.load, lambda: huggingface_fingerprint(path), model.tensors, model.precision)
 
 
 def base_of(checkpoint: NemoCheckpoint, otherwise: str) -> str:
@@ -63,9 +90,14 @@ def checked_base(checkpoint: NemoCheckpoint, name: str) -> LoadWeights:
         A function that raises `UserError`, on every rank, if another model lies there.
     """
 
-    def load(model: GPTModel) -> None:
-        source = open_source(name)
-        checkpoint.refuse_other_base(name, source.fingerprint())
-        source.load(model)
+    def load(model: Model) -> None:
+        _opened_base(checkpoint, name).load(model)
 
     return load
+
+
+def _opened_base(checkpoint: NemoCheckpoint, name: str) -> Source:
+    """The base of `checkpoint` at `name`. Collective where there is a process group: reads all of it once."""
+    source = open_source(name)
+    checkpoint.refuse_other_base(name, source.fingerprint())
+    return source

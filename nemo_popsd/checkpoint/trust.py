@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 _FORCE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _METADATA_CLASSES = {
@@ -36,8 +37,11 @@ _METADATA_CLASSES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "device"},
     "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_SUBCLASSES = {(_MEGATRON, "MCoreMetadata"): Metadata, (_MEGATRON, "MCoreSavePlan"): SavePlan}
+"""What megatron-core 0.15 derived from torch's classes; nothing of it is needed here."""
 
 
 class RefusedPickle(pickle.UnpicklingError):
@@ -46,6 +50,8 @@ class RefusedPickle(pickle.UnpicklingError):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _SUBCLASSES:
+            return _SUBCLASSES[module, name]
         if name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_tensors
 from nemo_popsd.checkpoint.trust import without_code
 from nemo_popsd.errors import UserError
 
@@ -104,6 +105,43 @@ class StagedWeights:
                 dist.barrier()  # Each of Megatron's functions ends with one, at which the others wait.
         if failed:
             raise failed
+
+
+class StagedPieces:
+    """Weights that rank 0 computes as it writes them, with the methods of `StagedWeights`."""
+
+    def __init__(self, pieces: Sequence[Piece], directory: Path) -> None:
+        """Keeps references only.
+
+        Args:
+            pieces: of all tensors; see `write_distributed_tensors`.
+            directory: must exist and be empty.
+        """
+        self._pieces = pieces if dist.get_rank() == 0 else ()
+        self._directory = directory
+        self.bytes = sum(piece.bytes for piece in self._pieces)
+
+    @property
+    def files(self) -> list[Path]:
+        """What this rank has written."""
+        return sorted(self._directory.iterdir()) if self._pieces else []
+
+    def write(self) -> None:
+        """Writes this rank's files, which are all of them or none.
+
+        Raises:
+            OSError: from the file system.
+            UserError: what the pieces are made of is damaged.
+        """
+        if not self._pieces:
+            return
+        try:
+            write_distributed_tensors(self._directory, self._pieces)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
+
+    def finish(self) -> None:
+        """The index was written with the rest."""
 
 
 def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = every_parameter) -> None:

@@ -13,10 +13,12 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export",
         help="write a NeMo checkpoint as a Hugging Face directory",
-        description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT, adapters merged.",
+        description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT, adapters merged, or its "
+        "adapters alone for PEFT.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="NeMo checkpoint of a run")
     parser.add_argument("output", metavar="OUTPUT", help="directory to write")
+    parser.add_argument("--adapter", action="store_true", help="write the LoRA adapters alone, as PEFT loads them")
     parser.set_defaults(run=run)
 
 
@@ -26,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
 
     check_checkpoint(args.checkpoint, setting="CHECKPOINT")
     check_output(args.output, setting="OUTPUT")
-    run_entry("export", args.checkpoint, args.output)
+    run_entry("export_adapter" if args.adapter else "export", args.checkpoint, args.output)

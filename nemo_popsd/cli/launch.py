@@ -7,18 +7,20 @@ import importlib
 from nemo_popsd.errors import UserError
 
 
-def run_entry(name: str, *args: object) -> int:
-    """Call ``nemo_popsd.model.entry.<name>(*args)`` with a console that shows our own lines; returns the exit status.
+def run_entry(name: str, *args: object, module: str = "entry", **options: object) -> int:
+    """Call ``nemo_popsd.model.<module>.<name>(*args, **options)``, with a console that shows our own lines.
+
+    Returns the exit status.
 
     A traceback is left for torchrun, which prints the one of the rank that failed first when all have ended.
     """
     from nemo_popsd.observability.console import set_up_console
 
     set_up_console()
-    entry = importlib.import_module("nemo_popsd.model.entry")
+    entry = importlib.import_module(f"nemo_popsd.model.{module}")
     set_up_console()
     try:
-        return int(getattr(entry, name)(*args) or 0)
+        return int(getattr(entry, name)(*args, **options) or 0)
     except UserError:
         raise
     except Exception as error:

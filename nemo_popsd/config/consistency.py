@@ -154,6 +154,18 @@ def check_output(path: str, *, setting: str = "output") -> None:
     raise UserError("configuration", got=got, need="a directory that can be made and written", mend=f"set {setting}")
 
 
+def check_new_output(path: str, *, setting: str) -> None:
+    """Refuse a path where something is already, or where nothing can be made."""
+    if Path(path).expanduser().exists():
+        raise UserError(
+            "configuration",
+            got=f"{setting}={path!r}, which exists",
+            need="a path where nothing is yet",
+            mend=f"remove it, or give another {setting}",
+        )
+    check_output(path, setting=setting)
+
+
 def _check_student(config: PopsdConfig) -> None:
     source = config.student.source
     if source.startswith(PREFIX):

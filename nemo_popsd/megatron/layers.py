@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -49,7 +50,10 @@ class LocalCoreAttention(MegatronModule):
       2·cp−1−r. Keys and values are gathered over the group (one all-gather each, one reduce-scatter each
       in the backward; b·s·g·d elements), queries stay.
 
-    Dropout, sliding windows and attention biases are refused rather than ignored.
+    - *Windowed* layers (Megatron's ``window_size`` and ``window_attn_skip_freq``): a token sees itself and the
+      ``window_size[0]`` tokens before it.
+
+    Dropout and attention biases are refused rather than ignored.
     """
 
     def __init__(
@@ -65,12 +69,14 @@ class LocalCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        if dropout or config.window_size is not None or config.softmax_type != "vanilla":
+        if dropout or config.softmax_type != "vanilla":
             raise ValueError(
-                f"got attention_dropout={dropout}, window_size={config.window_size}, "
-                f"softmax_type={config.softmax_type!r}; the local core attention needs 0, None and 'vanilla'; "
-                "use the Transformer Engine spec (a GPU)"
+                f"got attention_dropout={dropout}, softmax_type={config.softmax_type!r}; the local core attention "
+                "needs 0 and 'vanilla'; use the Transformer Engine spec (a GPU)"
             )
+        self.window: int | None = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = config.window_size[0] + 1
         assert pg_collection is not None
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
@@ -115,11 +121,16 @@ class LocalCoreAttention(MegatronModule):
         if self.cp_group is not None and causal:
             mask = zigzag_positions(query.shape[0], self.cp_group.size(), self.cp_group.rank(), query.device)
             key, value = (self._gather_context(x) for x in (key, value))
-            mask = mask[:, None] >= torch.arange(key.shape[0], device=key.device)[None, :]
+            mask = self._visible(mask, key.shape[0])
         elif causal and query.shape[0] != key.shape[0]:
             raise ValueError(
                 f"got {query.shape[0]} queries for {key.shape[0]} keys; a cached step takes one token at a time"
             )
+        elif self.window is not None and self.window < key.shape[0]:
+            if causal:
+                mask = self._visible(torch.arange(key.shape[0], device=key.device), key.shape[0])
+            else:
+                key, value = key[-self.window :], value[-self.window :]
         q_bnsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context_bnsd = scaled_dot_product_attention(
             q_bnsd,
@@ -131,6 +142,12 @@ class LocalCoreAttention(MegatronModule):
             enable_gqa=q_bnsd.shape[1] != k_bgsd.shape[1],
         )
         return context_bnsd.permute(2, 0, 1, 3).flatten(2)
+
+    def _visible(self, positions: Tensor, keys: int) -> Tensor:
+        """Which of the first `keys` positions the tokens at `positions` see: [s, keys] bool."""
+        distance = positions[:, None] - torch.arange(keys, device=positions.device)[None, :]
+        visible = distance >= 0
+        return visible if self.window is None else visible & (distance < self.window)
 
     def _gather_context(self, x: Tensor) -> Tensor:
         """[s/cp, b, g, d] of every rank, put into the sequence's order: [s, b, g, d]."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from nemo_popsd.megatron.layers import LocalCoreAttention, LocalRMSNorm
+from nemo_popsd.megatron.olmo3 import Olmo3Provider, olmo3_layer_spec
 
 
 def choose_layer_spec(provider: Any) -> None:
@@ -41,6 +43,10 @@ def choose_layer_spec(provider: Any) -> None:
 
 def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """megatron-core's local decoder layers of this pipeline stage with `LocalRMSNorm` and `LocalCoreAttention`."""
+    layers = get_num_layers_to_build(provider, vp_stage=vp_stage)
+    if isinstance(provider, Olmo3Provider):
+        spec = olmo3_layer_spec(LocalSpecProvider(), norm=LocalRMSNorm, core_attention=LocalCoreAttention)
+        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LocalRMSNorm)
     spec = get_gpt_layer_local_spec(
         num_experts=provider.num_moe_experts,
         moe_grouped_gemm=provider.moe_grouped_gemm,
@@ -48,6 +54,9 @@ def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerB
         normalization=provider.normalization,
     )
     layer = spec.submodules
+    if provider.num_moe_experts is not None:
+        # Transformer Engine fuses no norm into experts: there the norm keeps its own name.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.self_attention.submodules
     attention.core_attention = LocalCoreAttention
     for owner, names in (
@@ -57,5 +66,4 @@ def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerB
         for name in names:
             if getattr(owner, name) not in (None, IdentityOp):
                 setattr(owner, name, LocalRMSNorm)
-    layers = get_num_layers_to_build(provider, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LocalRMSNorm)

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.checkpoint.peft_adapter import write_peft_adapter
 from nemo_popsd.checkpoint.retention import FINAL
 from nemo_popsd.checkpoint.source import base_of
 from nemo_popsd.config.loading import to_dict_config
@@ -106,6 +107,13 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
         file.write_text(json.dumps({"model": name, **summary.as_dict()}, indent=2) + "\n")
         _say(f"written to {file}")
     shutdown()
+
+
+def export_adapter(checkpoint: str, output: str) -> None:
+    """Writes the LoRA adapters of a NeMo checkpoint as a directory for PEFT. Rank 0 does it."""
+    if is_rank_zero():
+        write_peft_adapter(NemoCheckpoint(checkpoint), Path(output))
+    _say(f"PEFT adapter: {output}")
 
 
 def export(checkpoint: str, output: str) -> None:

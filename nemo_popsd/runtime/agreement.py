@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
 from nemo_popsd.errors import UserError
+
+_KINDS = ("defect", "user", "system")
 
 
 def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) -> None:
@@ -21,7 +24,7 @@ def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) 
         mend: for the message.
 
     Raises:
-        UserError: the operating system refused something (no space, no permission) on some rank.
+        UserError: some rank raised it, or the operating system refused something (no space, no permission) there.
         RuntimeError: anything else was raised on some rank; on that rank it is the cause.
     """
     error: Exception | None = None
@@ -29,20 +32,28 @@ def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) 
         action()
     except Exception as raised:
         error = raised
-    told: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-    ours = (isinstance(error, OSError), _words(error)) if error is not None else None
-    dist.all_gather_object(told, ours)
+    told: list[tuple[str, Any] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if error is None else _kind(error))
     failed = [(rank, *entry) for rank, entry in enumerate(told) if entry is not None]
     if not failed:
         return
-    rank, _, words = failed[0]
-    if all(entry[1] for entry in failed):
-        raise UserError(what, got=f"{words} (rank {rank})", need=need, mend=mend) from error
-    rank, _, words = next(entry for entry in failed if not entry[1])
-    raise RuntimeError(f"{what}: {words} (rank {rank})") from error
+    # A defect is told before what a user can mend, and that before what the system said.
+    rank, kind, words = min(failed, key=lambda entry: _KINDS.index(entry[1]))
+    if kind == "defect":
+        raise RuntimeError(f"{what}: {words} (rank {rank})") from error
+    if kind == "user":
+        named, *rest = words
+        raise UserError(named, **dict(zip(("got", "need", "mend"), rest, strict=True))) from error
+    raise UserError(what, got=f"{words} (rank {rank})", need=need, mend=mend) from error
 
 
-def _words(error: Exception | None) -> str:
+def _kind(error: Exception) -> tuple[str, Any]:
+    if isinstance(error, UserError):
+        return "user", (error.what, str(error.got), error.need, error.mend)
+    return "system" if isinstance(error, OSError) else "defect", _words(error)
+
+
+def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"

@@ -190,6 +190,24 @@ def _transformer_engine_names() -> None:
             sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
 
 
+def _expert_numbers() -> None:
+    mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
+    stock = mapping.gather_from_ep_ranks
+    if getattr(stock, "numbered", False):
+        return
+
+    def gather_from_ep_ranks(self: Any, *args: object, **kwargs: object) -> object:
+        name, number = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
+        self.megatron_param = f"{name}{number[1]}" if number else name
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            self.megatron_param = name
+
+    gather_from_ep_ranks.numbered = True  # type: ignore[attr-defined]
+    mapping.gather_from_ep_ranks = gather_from_ep_ranks
+
+
 def _contiguous_scatter() -> None:
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
     stock = mapping.scatter_to_tp_ranks
@@ -349,6 +367,12 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         "splits of dispatched tokens",
         "moe_utils.py:1098 tensors are made arrays where they are on a GPU",
         _splits_of_dispatched_tokens,
+    ),
+    Adaptation(
+        "numbers of experts that are modules of their own",
+        "megatron/bridge/models/conversion/param_mapping.py:677 looks for the expert's number at the end of the name, "
+        "where only Transformer Engine's grouped experts have it",
+        _expert_numbers,
     ),
     Adaptation(
         "contiguous shards in Megatron-Bridge's scatter",

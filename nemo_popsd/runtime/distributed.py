@@ -25,6 +25,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def world_size() -> int:
+    """Number of processes: of the default group, or as the launcher says where there is none yet."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Makes the default group (NCCL with CUDA, gloo without), Megatron's groups and the seeds. Collective.
 

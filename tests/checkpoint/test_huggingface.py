@@ -36,7 +36,7 @@ def _convert(rank: int, world_size: int, sources: dict[str, Path], output: Path)
         architecture.export(student.gpt, output / kind)
         architecture.export(student.gpt, output / f"{kind}_shards", shard_bytes=SHARD_BYTES)
         results[kind] = {
-            "logits": whole_logits(student.gpt, IDS, student.vocab_size),
+            "logits": whole_logits(student.gpt.eval(), IDS, student.vocab_size),
             "padded": student.gpt.vocab_size,
             "padding": student.weight.detach()[max(0, 203 - rank * student.weight.shape[0]) :].abs().sum(),
         }
@@ -46,7 +46,7 @@ def _convert(rank: int, world_size: int, sources: dict[str, Path], output: Path)
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def converted(request, sources, tmp_path_factory):
     output = tmp_path_factory.mktemp(f"exports{request.param}")
-    return request.param, output, run_ranks(_convert, request.param, sources, output)
+    return request.param, output, run_ranks(_convert, request.param, sources, output, timeout=300.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,18 +170,19 @@ def test_what_is_no_model_directory_is_named(tmp_path, sources):
 _KILLED_EXPORT = """
 import os, signal, sys
 import nemo_popsd.checkpoint.huggingface as hf
+import nemo_popsd.checkpoint.safetensors_files as files
 from tests.tiny_models import build_student
 
 source, output = sys.argv[1:]
 student = build_student(source)
-save, written = hf.save_file, []
+save, written = files.save_file, []
 
 def save_and_die(*args, **kwargs):
     if len(written) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     written.append(save(*args, **kwargs))
 
-hf.save_file = save_and_die
+files.save_file = save_and_die
 hf.HuggingFaceModel(source).export(student.gpt, output, shard_bytes=9_000)
 """
 

@@ -23,6 +23,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     for name in ("train", "evaluate", "export"):
         setattr(entry, name, lambda *args, name=name: made.append((name, *args)))
     monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
+    conversion = types.ModuleType("nemo_popsd.model.conversion")
+    for name in ("hf_to_nemo", "nemo_to_hf"):
+        setattr(conversion, name, lambda *args, name=name, **options: made.append((name, *args, options)))
+    monkeypatch.setitem(sys.modules, "nemo_popsd.model.conversion", conversion)
     # It changes the logging of the whole process, which other tests read.
     monkeypatch.setattr(console, "set_up_console", lambda: None)
     for name in ("RANK", "WORLD_SIZE"):
@@ -32,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["train"], ["evaluate"], ["export"], ["plan"], ["config"], ["doctor"]],
+    [[], ["train"], ["evaluate"], ["export"], ["convert"], ["convert", "hf-to-nemo"], ["plan"], ["config"], ["doctor"]],
     ids=lambda words: "-".join(words),
 )
 def test_help_answers_at_once_and_imports_nothing_heavy(words: list[str]) -> None:
@@ -85,6 +89,23 @@ def test_export(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert calls == [("export", str(tmp_path), str(tmp_path / "hf"))]
     assert cli.main(["export", str(tmp_path / "none"), str(tmp_path / "hf")]) == 2
     assert "CHECKPOINT" in capsys.readouterr().err
+
+
+def test_convert(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = str(tmp_path), str(tmp_path / "out")
+    assert cli.main(["convert", "hf-to-nemo", source, output]) == 0
+    assert cli.main(["convert", "hf-to-nemo", source, output, "--verify", "--precision", "bf16"]) == 0
+    assert cli.main(["convert", "nemo-to-hf", source, output, "--trust-remote-code", "--shard-size", "0.5"]) == 0
+    plain = {"precision": None, "verifies": False, "trust_remote_code": False}
+    assert calls == [
+        ("hf_to_nemo", source, output, plain),
+        ("hf_to_nemo", source, output, {**plain, "precision": "bf16", "verifies": True}),
+        ("nemo_to_hf", source, output, {**plain, "trust_remote_code": True, "shard_bytes": 1 << 29}),
+    ]
+    assert cli.main(["convert", "hf-to-nemo", source, source]) == 2
+    assert "which exists" in capsys.readouterr().err
+    assert cli.main(["convert", "nemo-to-hf", str(tmp_path / "none"), output]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_config_prints_what_loads_to_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

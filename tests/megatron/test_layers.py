@@ -146,10 +146,30 @@ def test_what_it_does_not_compute_is_refused():
         _attention(attention_dropout=0.1)
     with pytest.raises(ValueError, match=r"attention_dropout=0\.2"):
         _attention(dropout=0.2)
-    with pytest.raises(ValueError, match="window_size=\\(3, 0\\)"):
-        _attention(window_size=(3, 0))
     with pytest.raises(ValueError, match="learnable"):
         _attention(softmax_type="learnable")
+
+
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_a_window_hides_what_is_further_back_in_its_layers_alone(tokens):
+    from megatron.core.transformer.enums import AttnMaskType
+
+    fields = {"window_size": (3, 0)}
+    windowed, skipped = _attention(**fields), _attention(**fields, window_attn_skip_freq=[0])
+    inputs, weight = _inputs(tokens, 2), torch.randn(tokens, 2, HEADS * WIDTH)
+
+    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = []
+        for last in range(tokens):
+            first = max(0, last - 3)
+            rows.append(_dense(query[last : last + 1], key[first : last + 1], value[first : last + 1]))
+        return torch.cat(rows)
+
+    _close(_with_gradients(windowed, inputs, weight), _with_gradients(dense, [x.double() for x in inputs], weight))
+    _close(_with_gradients(skipped, inputs, weight), _with_gradients(_dense, [x.double() for x in inputs], weight))
+    query, key, value = inputs
+    step = windowed(query[-1:], key, value, attn_mask_type=AttnMaskType.no_mask)
+    torch.testing.assert_close(step, windowed(query, key, value)[-1:])
 
 
 def _context_parallel(rank: int, world_size: int) -> dict[str, list[Tensor]]:

@@ -17,8 +17,12 @@ def _fail(rank: int, world_size: int) -> list[Any]:
         if rank == 1:
             raise KeyError("a")
 
+    def damaged() -> None:
+        if rank == 1:
+            raise UserError("model m", got="half a file", need="a whole one", mend="fetch it again")
+
     told: list[Any] = []
-    for action in (full, defect, lambda: None):
+    for action in (full, defect, damaged, lambda: None):
         try:
             do_together("saving", action, need="room", mend="free some")
             told.append(None)
@@ -32,5 +36,6 @@ def test_all_ranks_learn_what_one_met() -> None:
         assert told == [
             ("UserError", "saving: got No space left on device: /x (rank 1); need room; free some"),
             ("RuntimeError", "saving: KeyError: 'a' (rank 1)"),
+            ("UserError", "model m: got half a file; need a whole one; fetch it again"),
             None,
         ]

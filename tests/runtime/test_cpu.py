@@ -179,7 +179,7 @@ def test_the_lines_that_need_it_are_there(adaptation):
     root = Path(importlib.import_module("megatron.core").__path__[0]).parent
     wanted = re.compile(
         r"\.cuda\(|torch\.cuda|['\"]cuda['\"]|_cuda_setRNGState|import transformer_engine|distributed\.scatter"
-        r"|experts\.linear_fc|te_general_gemm"
+        r"|experts\.linear_fc|te_general_gemm|global_expert_number = int"
     )
     module = adaptation.name.removeprefix("torch in ").replace("megatron.", "").replace(".", "/") + ".py"
     places = re.findall(r"(\w+\.py):([\d,-]+)|, ((?:\d+,)*\d+)", adaptation.needed_by)

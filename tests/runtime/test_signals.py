@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_popsd.errors import StopRequested
+from nemo_popsd.megatron.config import ParallelConfig
 from tests.harness import run_ranks
 
 

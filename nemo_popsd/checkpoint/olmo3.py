@@ -1,0 +1,84 @@
+"""What Megatron-Bridge lacks of OLMo-3: its configuration and names. Importing this module registers the model."""
+
+from __future__ import annotations
+
+from copy import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from transformers import Olmo3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nemo_popsd.megatron.olmo3 import Olmo3Provider, transformer_engine_layer_spec
+
+# After nemo_popsd.megatron.olmo3, which calls `adapt_to_cpu`: without CUDA they cannot be imported before.
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry  # isort: skip
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # isort: skip
+from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping  # isort: skip
+
+AutoMapping.register_module_type("ProjectionNorm", "column")
+
+_NAMES = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "output_layer.weight": "lm_head.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "decoder.layers.*.post_attention_layernorm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "decoder.layers.*.post_feedforward_layernorm.weight": "model.layers.*.post_feedforward_layernorm.weight",
+    "decoder.layers.*.self_attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
+    "decoder.layers.*.self_attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
+    "decoder.layers.*.self_attention.linear_proj.weight": "model.layers.*.self_attn.o_proj.weight",
+    "decoder.layers.*.mlp.linear_fc2.weight": "model.layers.*.mlp.down_proj.weight",
+}
+
+
+@MegatronModelBridge.register_bridge(
+    source=Olmo3ForCausalLM, target=GPTModel, provider=Olmo3Provider, model_type="olmo3"
+)
+class Olmo3Bridge(MegatronModelBridge):
+    """OLMo-3 as transformers has it."""
+
+    def provider_bridge(self, hf_pretrained: Any) -> Olmo3Provider:
+        """The provider of a transformers configuration, whose layers either have a window or a scaled rotation."""
+        config = hf_pretrained.config
+        # Without its scaling, which Megatron would apply in every layer.
+        unscaled = copy(config)
+        unscaled.rope_scaling = None
+        provider: Olmo3Provider = super().provider_bridge(SimpleNamespace(config=unscaled))
+        provider.transformer_layer_spec = transformer_engine_layer_spec
+        provider.normalization = "RMSNorm"
+        provider.gated_linear_unit = True
+        provider.position_embedding_type = "rope"
+        provider.add_bias_linear = provider.add_qkv_bias = False
+        provider.qk_layernorm = False  # Megatron's, which is over each head.
+        provider.kv_channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        windowed = [kind == "sliding_attention" for kind in config.layer_types]
+        if any(windowed):
+            # transformers counts the token itself, Megatron those before it.
+            provider.window_size = (config.sliding_window - 1, 0)
+            provider.window_attn_skip_freq = [int(window) for window in windowed]
+        if config.rope_scaling is not None:
+            kind = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
+            scaled, provider.rope_amplitude = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+            plain, _ = ROPE_INIT_FUNCTIONS["default"](config, torch.device("cpu"))
+            provider.rope_ratio = (scaled / plain).tolist()
+        return provider
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        """Names of Megatron's parameters and of transformers'."""
+        layer, attention = "decoder.layers.*", "model.layers.*.self_attn"
+        return MegatronMappingRegistry(
+            *(AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in _NAMES.items()),
+            QKVMapping(
+                megatron_param=f"{layer}.self_attention.linear_qkv.weight",
+                q=f"{attention}.q_proj.weight",
+                k=f"{attention}.k_proj.weight",
+                v=f"{attention}.v_proj.weight",
+            ),
+            GatedMLPMapping(
+                megatron_param=f"{layer}.mlp.linear_fc1.weight",
+                gate="model.layers.*.mlp.gate_proj.weight",
+                up="model.layers.*.mlp.up_proj.weight",
+            ),
+        )

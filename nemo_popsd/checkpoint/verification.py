@@ -1,0 +1,169 @@
+"""Whether two directories hold one model: every tensor bit for bit, and the logits of transformers and of Megatron.
+
+The tensors are compared through the names' mapping alone. The logits come from the other way to read a checkpoint, the
+one that training takes: Megatron's model, built and loaded in the layout of this run. A mapping that is wrong both ways
+leaves the tensors equal and the logits apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from nemo_popsd.checkpoint.conversion import DTYPES
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.source import Source
+from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.build import build_chunks
+from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+from nemo_popsd.runtime.distributed import device, initialize, world_size
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""Largest difference of two logits, relative to the greatest logit, by precision. Kernels that sum in another order
+differ by some 1e-6 in fp32 and 1e-2 in bf16; a wrong rotation, norm or order of heads by some 1e-1 and more."""
+
+_TEXT = (
+    "Let x be a positive integer with x² + 3x = 40. Then (x + 8)(x - 5) = 0, so x = 5. Wait, check: 25 + 15 = 40. "
+    "def area(r):\n    return 3.14159 * r ** 2\n"
+    "Der Beweis folgt durch Induktion über n. 因此答案是 42。 The answer is \\boxed{5}.\n"
+)
+_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared and found equal."""
+
+    tensors: int
+    """Number of tensors that are equal bit for bit (after rounding, where the precision asks for it)."""
+    tokens: int
+    """Length of the sample."""
+    text: bool
+    """Whether the sample is text, rather than random ids for want of a tokenizer."""
+    difference: float
+    """Largest difference of two logits, relative to the greatest."""
+    same_choice: float
+    """Share of positions at which both sides have the same most likely token."""
+
+
+def verify(
+    huggingface: HuggingFaceModel,
+    other: Source,
+    precision: str,
+    *,
+    trust_remote_code: bool = False,
+    compared: Callable[[], object] = lambda: None,
+) -> Verification:
+    """Compares a Hugging Face directory with another source of the same model. Collective over all ranks, which
+    hold Megatron's model split by tensor parallelism; rank 0 holds transformers' before.
+
+    Args:
+        huggingface: one side.
+        other: the other, which Megatron loads.
+        precision: in which both compute, `bf16` or `fp32`.
+        trust_remote_code: whether Python files of the Hugging Face directory may be run; without it none is.
+        compared: called on rank 0 after each tensor.
+
+    Raises:
+        UserError: on every rank, naming what differs.
+    """
+    initialize(ParallelConfig(tensor=world_size()), seed=0)
+    tensors = other.tensors()
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        different = _different_tensors(huggingface, tensors, DTYPES[precision], compared)
+        ids, text = _sample(huggingface, trust_remote_code)
+        expected = None if different else _transformers_logits(huggingface, ids, DTYPES[precision], trust_remote_code)
+        found = [(different, ids, text, expected)]
+    dist.broadcast_object_list(found, src=0)
+    different, ids, text, expected = found[0]
+    if different:
+        raise _unequal(huggingface, f"{len(different)} tensors that differ, the first of them {different[0]}")
+    logits = _megatron_logits(other, ids, precision)
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE[precision]:
+        raise _unequal(
+            huggingface, f"logits that differ by {difference:.2g} of the greatest (limit {TOLERANCE[precision]:g})"
+        )
+    same = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
+    return Verification(len(huggingface.tensor_names), len(ids), text, difference, same)
+
+
+def _different_tensors(
+    huggingface: HuggingFaceModel, other: Mapping[str, Tensor], dtype: torch.dtype, compared: Callable[[], object]
+) -> list[str]:
+    files, different = huggingface.tensors(), []
+    for name in huggingface.tensor_names:
+        if not torch.equal(files[name].to(dtype), other[name].to(dtype)):
+            different.append(name)
+        compared()
+    return different
+
+
+def _sample(model: HuggingFaceModel, trust_remote_code: bool) -> tuple[list[int], bool]:
+    """Token ids of `_TEXT`, repeated to a length that shows positions apart; random ids where there is no tokenizer."""
+    from transformers import AutoTokenizer
+
+    length = min(_TOKENS, getattr(model.config, "max_position_embeddings", _TOKENS))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        ids: list[int] = tokenizer(_TEXT * (1 + _TOKENS // 64), add_special_tokens=False)["input_ids"][:length]
+    # The tokenizer libraries raise bare Exception, KeyError, OSError and more where there is none.
+    except Exception:
+        ids = []
+    if ids and max(ids) < model.vocab_size:
+        return ids, True
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.vocab_size, (length,), generator=generator).tolist(), False
+
+
+@torch.no_grad()
+def _transformers_logits(
+    model: HuggingFaceModel, ids: list[int], dtype: torch.dtype, trust_remote_code: bool
+) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    reference: Any = AutoModelForCausalLM.from_pretrained(
+        model.directory,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    logits: Tensor = reference.to(device()).eval()(torch.tensor([ids], device=device())).logits
+    return logits.float().cpu()
+
+
+@torch.no_grad()
+def _megatron_logits(source: Source, ids: list[int], precision: str) -> Tensor:
+    student = StudentConfig(precision=precision, adaptation="full")
+    provider, size = source.architecture.provider(), world_size()
+    # Experts need it beside tensor parallelism. It splits the sequence evenly.
+    sequence = size > 1 and provider.num_moe_experts is not None
+    [model] = build_chunks(provider, student, ParallelConfig(tensor=size, sequence=sequence))
+    model.eval()
+    source.load([model])
+    length = len(ids)
+    ids = ids + ids[:1] * (-length % size if sequence else 0)
+    input_ids = torch.tensor([ids], device=device())
+    positions = torch.arange(len(ids), device=device())[None]
+    logits = model(input_ids=input_ids, position_ids=positions, attention_mask=None)
+    whole = gather_from_tensor_model_parallel_region(logits)
+    return whole[:, :length, : source.architecture.vocab_size].float().cpu()
+
+
+def _unequal(model: HuggingFaceModel, got: str) -> UserError:
+    return UserError(
+        f"verification of {model.directory}",
+        got=got,
+        need="one model on both sides",
+        mend="do not use what was written; if the source is intact, report it with its config.json",
+    )

@@ -1,0 +1,51 @@
+"""`popsd convert hf-to-nemo SRC OUT` and `popsd convert nemo-to-hf SRC OUT`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nemo_popsd.cli.launch import run_entry
+
+_GIB = 1 << 30
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="Hugging Face directory to NeMo checkpoint, or back",
+        description="Convert a model between the formats, tensor by tensor: memory for one shard is enough, and one "
+        "process. Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
+    )
+    directions = parser.add_subparsers(title="directions", dest="direction", required=True, metavar="DIRECTION")
+    to_nemo = directions.add_parser("hf-to-nemo", help="write a Hugging Face directory as a NeMo checkpoint")
+    to_nemo.add_argument("source", metavar="SRC", help="directory with config.json and *.safetensors")
+    to_nemo.add_argument("output", metavar="OUT", help="directory to write, or a file name ending in .nemo")
+    to_hf = directions.add_parser("nemo-to-hf", help="write a NeMo checkpoint as a Hugging Face directory")
+    to_hf.add_argument("source", metavar="SRC", help="NeMo checkpoint: directory or .nemo")
+    to_hf.add_argument("output", metavar="OUT", help="directory to write")
+    to_hf.add_argument("--shard-size", type=float, default=4.0, metavar="GIB", help="size of a file (4 GiB)")
+    for direction in (to_nemo, to_hf):
+        direction.add_argument("--precision", choices=("bf16", "fp32"), help="of OUT (that of SRC)")
+        direction.add_argument("--verify", action="store_true", help="compare every tensor, and logits on sample text")
+        direction.add_argument(
+            "--trust-remote-code", action="store_true", help="run Python files in SRC where transformers asks for them"
+        )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check both paths, then convert."""
+    from nemo_popsd.config.consistency import check_checkpoint, check_new_output
+
+    check_checkpoint(args.source, setting="SRC")
+    check_new_output(args.output, setting="OUT")
+    options = {
+        "precision": args.precision,
+        "verifies": args.verify,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if args.direction == "nemo-to-hf":
+        options["shard_bytes"] = max(1, int(args.shard_size * _GIB))
+    run_entry(args.direction.replace("-", "_"), args.source, args.output, module="conversion", **options)

@@ -1,0 +1,195 @@
+"""OLMo-3's decoder layers, which megatron-core has not: norms after attention and MLP, and over all heads of q and k.
+
+    x ← x + norm(attention(x))          x ← x + norm(mlp(x))
+
+Queries and keys are normalised over their whole projection, all heads together. Three layers of four attend within a
+window; their rotation is the plain one, that of the others is scaled (YaRN). Both are settings of the provider:
+Megatron's own `window_size`, and `rope_ratio` here.
+
+Shapes: s sequence, b batch, n query heads and g key-value heads of this tensor-parallel rank, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from nemo_popsd.distillation.collectives import sum_for_shards
+from nemo_popsd.runtime.cpu import adapt_to_cpu
+
+adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
+
+
+class ProjectionNorm(MegatronModule):
+    """RMSNorm over a projection that is split over the tensor-parallel group, all heads together.
+
+    The weight is split as the projection is. One all-reduce of a number per token forward and one backward (s·b
+    numbers in fp32): every rank's output depends on every rank's input.
+    """
+
+    def __init__(self, config: TransformerConfig, width: int, group: dist.ProcessGroup) -> None:
+        """`width`: of this rank's part."""
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        self._group = group
+        self._eps = config.layernorm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, n, d] -> [s, b, n, d], computed in fp32."""
+        wide = x.float()
+        squares = sum_for_shards(wide.square().sum((-2, -1), keepdim=True), self._group)
+        width = self.weight.numel() * self._group.size()
+        scaled = wide * torch.rsqrt(squares / width + self._eps)
+        return (self.weight.view(x.shape[-2:]) * scaled).to(x.dtype)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """The weight, split along its only dimension."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
+@dataclass
+class Olmo3Provider(GPTModelProvider):
+    """Megatron-Bridge's provider with what OLMo-3 has besides."""
+
+    rope_ratio: list[float] = field(default_factory=list)
+    """Scaled over plain rotation frequency, [d/2], in the layers without a window; empty where none is scaled."""
+    rope_amplitude: float = 1.0
+    """Factor of the scaled rotation's sines and cosines."""
+
+
+class Olmo3Attention(SelfAttention):
+    """Self-attention with norms over the whole query and key, and a rotation of its own in layers without a window."""
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
+        group = self.pg_collection.tp
+        if config.num_query_groups % group.size():
+            raise ValueError(
+                f"got num_query_groups={config.num_query_groups} with tensor-parallel size {group.size()}; the norm "
+                "over all keys needs whole key heads on each rank; set parallel.tensor to a divisor"
+            )
+        width = self.hidden_size_per_attention_head
+        self.q_norm = ProjectionNorm(config, self.num_attention_heads_per_partition * width, group)
+        self.k_norm = ProjectionNorm(config, self.num_query_groups_per_partition * width, group)
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self._rope_ratio: Tensor | None = None
+        if config.rope_ratio and not windowed:
+            self._rope_ratio = torch.tensor([*config.rope_ratio, *config.rope_ratio])
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Query [s, b, n, d] and key [s, b, g, d] normalised, value [s, b, g, d]. Collectives: those of both norms.
+
+        The rotation's amplitude scales queries and keys alike; both factors are put into the query here.
+        """
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if self._rope_ratio is not None:
+            query = query * self.config.rope_amplitude**2
+        return query, key, value
+
+    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+        """Megatron's, with the angles [s, 1, 1, d] of this layer's rotation."""
+        if self._rope_ratio is not None and rotary_pos_emb is not None:
+            self._rope_ratio = self._rope_ratio.to(hidden_states.device)
+            rotary_pos_emb = (
+                tuple(angles * self._rope_ratio for angles in rotary_pos_emb)
+                if isinstance(rotary_pos_emb, tuple)
+                else rotary_pos_emb * self._rope_ratio
+            )
+        return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+
+@dataclass
+class Olmo3LayerSubmodules(TransformerLayerSubmodules):
+    """Megatron's, and the norm that follows attention and MLP."""
+
+    post_norm: Any = None
+
+
+class Olmo3Layer(TransformerLayer):
+    """A layer whose two residual branches end in a norm and begin with none."""
+
+    def __init__(self, config: Any, submodules: Olmo3LayerSubmodules, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+            norm = build_module(
+                submodules.post_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+            setattr(self, name, norm)
+        self.self_attn_bda: Any = partial(_normed, self.self_attn_bda, self.post_attention_layernorm)
+        self.mlp_bda: Any = partial(_normed, self.mlp_bda, self.post_feedforward_layernorm)
+
+
+def _normed(bias_dropout_add: Callable[..., Any], norm: torch.nn.Module, training: bool, fused: bool) -> Any:
+    """Megatron's end of a residual branch, with `norm` before it; OLMo-3 has no biases."""
+    end = bias_dropout_add(training, fused)
+
+    def call(output_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+        output, bias = output_with_bias
+        assert bias is None
+        ended: Tensor = end((norm(output), None), residual, dropout)
+        return ended
+
+    return call
+
+
+def olmo3_layer_spec(backend: Any, *, norm: type, core_attention: type) -> ModuleSpec:
+    """The layer from a backend's linears.
+
+    Args:
+        backend: megatron-core's `LocalSpecProvider` or `TESpecProvider`.
+        norm: RMSNorm over the hidden size.
+        core_attention: honours `window_size`.
+    """
+    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    return ModuleSpec(
+        module=Olmo3Layer,
+        submodules=Olmo3LayerSubmodules(
+            self_attention=ModuleSpec(
+                module=Olmo3Attention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=core_attention, linear_proj=row),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            post_norm=norm,
+        ),
+    )
+
+
+def transformer_engine_layer_spec(provider: Olmo3Provider) -> ModuleSpec:
+    """The layer on a GPU."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    backend = TESpecProvider()
+    norm = backend.layer_norm(rms_norm=True, for_qk=False)
+    return olmo3_layer_spec(backend, norm=norm, core_attention=backend.core_attention())

@@ -1,0 +1,260 @@
+"""`popsd convert`: both directions, every architecture, in bounded memory, verified, and loaded in any layout."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
+from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.source import open_source
+from nemo_popsd.config.loading import to_dict_config
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+from tests.harness import run_ranks
+from tests.tiny_models import KINDS, load_dense, save_tiny_model, whole_logits
+
+IDS = torch.randint(0, 203, (2, 14), generator=torch.Generator().manual_seed(3))
+EVERY_KIND = (*KINDS, "qwen3_moe")
+FULL = StudentConfig(precision="fp32", adaptation="full")
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def _built(source: Any, world_size: int) -> Any:
+    from nemo_popsd.megatron.build import build_chunks
+    from nemo_popsd.runtime.distributed import initialize
+
+    provider = source.architecture.provider()
+    layout = ParallelConfig(tensor=world_size, sequence=world_size > 1 and provider.num_moe_experts is not None)
+    initialize(layout, seed=1)
+    [model] = build_chunks(provider, FULL, layout)
+    source.load([model.eval()])
+    return model
+
+
+def _load_and_save(rank: int, world_size: int, sources: dict[str, Path], loads: Path, saves: Path) -> dict[str, Tensor]:
+    """Loads what was converted or saved before, and saves it again as training does."""
+    from nemo_popsd.checkpoint.save import Content, save_nemo
+
+    logits = {}
+    for kind in sources:
+        source = open_source(str(loads / kind))
+        model = _built(source, world_size)
+        logits[kind] = whole_logits(model, IDS, 203)
+        config = to_dict_config(PopsdConfig(student=FULL))
+        save_nemo(saves / kind, Content(models=[model], architecture=source.architecture, config=config, step=3))
+    return logits
+
+
+def _convert(rank: int, world_size: int, sources: dict[str, Path], output: Path) -> None:
+    for kind, directory in sources.items():
+        huggingface_to_nemo(HuggingFaceModel(directory), output / kind, "fp32")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: save_tiny_model(folder / kind, kind, seed=number) for number, kind in enumerate(EVERY_KIND)}
+
+
+@pytest.fixture(scope="module")
+def places(sources, tmp_path_factory):
+    """Converted; loaded and saved at TP=1; that loaded and saved at TP=2; that loaded and saved at TP=1."""
+    folder = tmp_path_factory.mktemp("nemo")
+    run_ranks(_convert, 1, sources, folder / "converted", timeout=300.0)
+    logits = {}
+    for loads, saves, size in (("converted", "one", 1), ("one", "two", 2), ("two", "three", 1)):
+        logits[saves] = run_ranks(_load_and_save, size, sources, folder / loads, folder / saves, timeout=300.0)
+    logits["converted"] = run_ranks(_load_and_save, 2, sources, folder / "converted", folder / "four", timeout=300.0)
+    return folder, logits
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_logits_are_those_of_transformers_in_every_layout(places, sources, kind):
+    with torch.no_grad():
+        expected = load_dense(sources[kind])(IDS).logits
+    for results in places[1].values():
+        for result in results:
+            torch.testing.assert_close(result[kind], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_tensors_come_back_bit_for_bit_from_what_any_layout_wrote(places, sources, kind, tmp_path):
+    before = _tensors(sources[kind])
+    for place in ("converted", "one", "two", "three", "four"):
+        to_huggingface(open_source(str(places[0] / place / kind)), tmp_path / place, "fp32", shard_bytes=9_000)
+        after = _tensors(tmp_path / place)
+        assert before.keys() == after.keys()
+        assert [name for name in before if not torch.equal(before[name], after[name])] == [], place
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "four" / file).read_bytes() == (sources[kind] / file).read_bytes()
+    with torch.no_grad():
+        assert torch.equal(load_dense(tmp_path / "four")(IDS).logits, load_dense(sources[kind])(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_the_local_layers_save_under_the_names_of_transformer_engines_layers(places, sources, kind):
+    """Those names are Megatron-Bridge's, whose mapping is written for Transformer Engine's parameters."""
+    named = {tensor.key for tensor in HuggingFaceModel(sources[kind]).tensor_map().tensors}
+    for place in ("one", "two"):
+        assert set(DistributedTensors(places[0] / place / kind / "weights").shapes) == named
+    fused = {"decoder.layers.self_attention.linear_qkv.layer_norm_weight"}
+    fused |= {"decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.experts.experts.linear_fc1.weight"}
+    if kind == "qwen3_moe":
+        assert fused <= named
+    elif kind != "olmo3":
+        assert {
+            f"decoder.layers.{n}.layer_norm_weight" for n in ("self_attention.linear_qkv", "mlp.linear_fc1")
+        } <= named
+
+
+def _converted_and_packed(rank: int, world_size: int, source: Path, folder: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        huggingface_to_nemo(HuggingFaceModel(source), folder / f"{precision}.nemo", precision)
+
+
+def test_precision_is_kept_or_rounded_once_and_declared(sources, tmp_path):
+    run_ranks(_converted_and_packed, 1, sources["qwen2"], tmp_path)
+    before = _tensors(sources["qwen2"])
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        source = open_source(str(tmp_path / f"{precision}.nemo"))
+        assert source.precision() == precision
+        to_huggingface(source, tmp_path / precision, precision)
+        after = _tensors(tmp_path / precision)
+        assert all(torch.equal(after[name], before[name].to(dtype)) for name in before)
+        assert json.loads((tmp_path / precision / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+        assert HuggingFaceModel(tmp_path / precision).precision() == precision
+    assert {path.name for path in tmp_path.iterdir()} == {"fp32.nemo", "bf16.nemo", "fp32", "bf16"}
+
+
+def test_the_precision_of_a_source_holds_all_its_numbers_and_quantised_ones_are_refused(sources, tmp_path):
+    for name, dtypes in {
+        "bf16": [torch.bfloat16],
+        "fp32": [torch.bfloat16, torch.float16],
+        "int8": [torch.bfloat16, torch.int8],
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((sources["qwen2"] / "config.json").read_bytes())
+        save_file({str(n): torch.ones(2, dtype=dtype) for n, dtype in enumerate(dtypes)}, folder / "model.safetensors")
+        if name == "int8":
+            with pytest.raises(UserError, match=r"1 in I8.*not quantised"):
+                HuggingFaceModel(folder).precision()
+        else:
+            assert HuggingFaceModel(folder).precision() == name
+
+
+def _verify(rank: int, world_size: int, sources: dict[str, Path], nemo: Path, folder: Path) -> list[Any]:
+    """The models as they are, then one tensor changed in the files, then heads in another order on both sides."""
+    from nemo_popsd.checkpoint.verification import verify
+
+    outcomes: list[Any] = []
+    for kind, directory in sources.items():
+        outcomes.append(verify(HuggingFaceModel(directory), open_source(str(nemo / kind)), "fp32"))
+    for changed, other in ((folder / "changed", nemo / "qwen3"), (folder / "theta", folder / "nemo")):
+        if changed.name == "theta":
+            huggingface_to_nemo(HuggingFaceModel(sources["qwen3"]), other, "fp32")
+        try:
+            outcomes.append(verify(HuggingFaceModel(changed), open_source(str(other)), "fp32"))
+        except UserError as error:
+            outcomes.append(str(error))
+    return outcomes
+
+
+def test_verification_accepts_what_is_equal_and_names_what_is_not(places, sources, tmp_path):
+    tensors = _tensors(sources["qwen3"])
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for folder in ("changed", "theta"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_bytes((sources["qwen3"] / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "theta" / "model.safetensors")
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 0] = torch.nextafter(tensors[name][0, 0], torch.tensor(9.0))
+    save_file(tensors, tmp_path / "changed" / "model.safetensors")
+    # The same tensors, but transformers turns its heads by other angles.
+    config = json.loads((tmp_path / "theta" / "config.json").read_text())
+    (tmp_path / "theta" / "config.json").write_text(json.dumps({**config, "rope_theta": 9000.0}))
+    kinds = {kind: sources[kind] for kind in ("qwen3", "qwen3_moe", "llama3")}
+    for size in (1, 2):
+        for outcomes in run_ranks(_verify, size, kinds, places[0] / "converted", tmp_path):
+            for outcome in outcomes[:3]:
+                assert outcome.tensors > 10
+                assert outcome.difference < 1e-5
+                assert outcome.same_choice > 0.99
+                assert outcome.tokens == 256 or not outcome.text
+            assert f"1 tensors that differ, the first of them {name}" in outcomes[3]
+            assert "logits that differ by" in outcomes[4]
+
+
+def _measure(rank: int, world_size: int, shallow: Path, deep: Path, folder: Path) -> list[int]:
+    """How much more of its own memory (file pages, which the kernel can drop, not counted) this process needs in each
+    direction for a deep model, once a shallow one with tensors of the same sizes has been converted."""
+    from nemo_popsd.runtime.distributed import initialize
+
+    initialize(ParallelConfig(), seed=1)
+    grown = []
+    for source in (shallow, deep):
+        for convert in (_to_nemo, _to_huggingface):
+            sampler = _PeakMemory()
+            convert(source, folder / source.name)
+            grown.append(sampler.growth())
+    return grown[2:]
+
+
+def _to_nemo(source: Path, folder: Path) -> None:
+    huggingface_to_nemo(HuggingFaceModel(source), folder / "nemo", "fp32")
+
+
+def _to_huggingface(source: Path, folder: Path) -> None:
+    to_huggingface(open_source(str(folder / "nemo")), folder / "hf", "fp32", shard_bytes=1 << 20)
+
+
+class _PeakMemory:
+    """Samples the anonymous memory of this process in a thread."""
+
+    def __init__(self) -> None:
+        self._start = self._peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def growth(self) -> int:
+        """Bytes, at the peak, above the start."""
+        self._stop.set()
+        self._thread.join()
+        return self._peak - self._start
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self._peak = max(self._peak, self._now())
+            time.sleep(0.001)
+
+    def _now(self) -> int:
+        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+        return int(line.split()[1]) << 10
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    sizes = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1024}
+    shallow = save_tiny_model(tmp_path / "shallow", "qwen2", num_hidden_layers=2, **sizes)
+    deep = save_tiny_model(tmp_path / "deep", "qwen2", num_hidden_layers=24, **sizes)
+    whole = (deep / "model.safetensors").stat().st_size
+    (tmp_path / "out").mkdir()
+    [grown] = run_ranks(_measure, 1, shallow, deep, tmp_path / "out")
+    assert whole > 200 << 20
+    # The allocator keeps some tens of MiB of what it gave back, however deep the model.
+    assert max(grown) < 0.25 * whole, [round(growth / whole, 3) for growth in grown]
