@@ -91,11 +91,8 @@ class Olmo3Attention(SelfAttention):
     ) -> None:
         super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
         group = self.pg_collection.tp
-        if config.num_query_groups % group.size():
-            raise ValueError(
-                f"got num_query_groups={config.num_query_groups} with tensor-parallel size {group.size()}; the norm "
-                "over all keys needs whole key heads on each rank; set parallel.tensor to a divisor"
-            )
+        # The norm over all keys needs whole key heads on each rank; a layout without is refused while building.
+        assert config.num_query_groups % group.size() == 0
         width = self.hidden_size_per_attention_head
         self.q_norm = ProjectionNorm(config, self.num_attention_heads_per_partition * width, group)
         self.k_norm = ProjectionNorm(config, self.num_query_groups_per_partition * width, group)

@@ -6,7 +6,7 @@ for tensor types by their CUDA names. Every adaptation is one entry of `ADAPTATI
 adapts raises, so that an upgrade of a library cannot pass unnoticed.
 
 Nothing of ``torch`` itself is patched. In the listed Megatron modules the *name* ``torch`` is bound to
-a view of torch (`_TorchOnCpu`) whose CUDA calls are answered by the CPU.
+a view of torch (`torch_on_cpu`) whose CUDA calls are answered by the CPU.
 """
 
 from __future__ import annotations
@@ -26,68 +26,7 @@ from typing import Any
 import torch
 
 from nemo_popsd.errors import UserError
-
-_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
-
-
-def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Wraps a tensor factory so that ``device="cuda"`` means the CPU."""
-
-    def create(*args: object, **kwargs: object) -> torch.Tensor:
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return factory(*args, **kwargs)
-
-    return create
-
-
-class _NoStream:
-    """A stream, and an event of it, where everything has happened when a call returns."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def wait_stream(self, _: object) -> None: ...
-
-    def record_event(self) -> _NoStream:
-        return self
-
-    def synchronize(self) -> None: ...
-
-
-class _CudaOnCpu(types.ModuleType):
-    """``torch.cuda`` as Megatron sees it: one device, the CPU, with the CPU's generator."""
-
-    def __init__(self) -> None:
-        super().__init__("torch.cuda")
-        self.current_device = lambda: torch.device("cpu")
-        self.synchronize = lambda *_: None
-        self.get_rng_state = lambda *_: torch.get_rng_state()
-        self.manual_seed = torch.manual_seed
-        stream = _NoStream()
-        self.Stream = self.current_stream = lambda: stream
-        self.stream = lambda stream: stream
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(torch.cuda, name)
-
-
-class _TorchOnCpu(types.ModuleType):
-    """``torch`` as Megatron sees it: everything is torch's own, but for CUDA devices."""
-
-    def __init__(self) -> None:
-        super().__init__("torch")
-        self.cuda = _CudaOnCpu()
-        for name in _FACTORIES:
-            setattr(self, name, _without_cuda(getattr(torch, name)))
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(torch, name)
-
-
-TORCH_ON_CPU = _TorchOnCpu()
-"""The view that adapted modules hold under the name ``torch``."""
+from nemo_popsd.runtime.torch_on_cpu import TORCH_ON_CPU
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
     logits = gather_from_tensor_model_parallel_region(gpt(input_ids=IDS, position_ids=positions, attention_mask=None))
     (logits[..., :203] * _weighting()).sum().backward()
     gradients = {name: parameter.grad for name, parameter in gpt.named_parameters()}
-    engine = MegatronEngine(gpt, vocab_size=203, batch_rows=8, cache_tokens=1 << 20, weights_version=lambda: 0)
+    engine = MegatronEngine([gpt], vocab_size=203, batch_rows=8, cache_tokens=1 << 20, weights_version=lambda: 0)
     sampling = SamplingParams(
         temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=LIMIT, stop_token_ids=frozenset()
     )
@@ -52,7 +52,7 @@ def _observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
     adapted = build_student(source, tensor=world_size, adaptation="lora", lora=LoRAConfig(rank=4, alpha=8.0))
     with torch.no_grad():
         at_start = whole_logits(adapted.gpt, IDS, 203)
-        with adapted.base.model() as base:
+        with adapted.base.model() as [base]:
             frozen = whole_logits(base, IDS, 203)
     return {
         "gradients": gradients,
@@ -119,4 +119,4 @@ def _too_many_ranks(rank: int, world_size: int, source: Path) -> str:
 def test_key_heads_that_no_rank_holds_whole_are_refused(tmp_path):
     source = save_tiny_model(tmp_path / "hf", "olmo3", num_key_value_heads=1)
     for message in run_ranks(_too_many_ranks, 2, source):
-        assert "needs whole key heads" in message
+        assert "got 1 key-value heads with parallel.tensor=2" in message

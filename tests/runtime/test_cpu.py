@@ -19,7 +19,8 @@ import torch
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.runtime import cpu
-from nemo_popsd.runtime.cpu import ADAPTATIONS, TORCH_ON_CPU, Adaptation, adapt_to_cpu
+from nemo_popsd.runtime.cpu import ADAPTATIONS, Adaptation, adapt_to_cpu
+from nemo_popsd.runtime.torch_on_cpu import TORCH_ON_CPU
 from tests.harness import run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="adaptations are for machines without CUDA")

@@ -16,7 +16,6 @@ def _decode(rank: int, world_size: int, tensor: int) -> dict[str, Any]:
     """Rank 1 gets the signal while the ranks decode; all must leave at the same token."""
     import torch.distributed as dist
 
-    from nemo_popsd.megatron.config import ParallelConfig
     from nemo_popsd.runtime.distributed import initialize
     from nemo_popsd.runtime.signals import StopSignals
 
@@ -56,7 +55,6 @@ def _while_waiting(rank: int, world_size: int) -> bool:
     """Rank 1 gets the signal while it waits inside a collective, where Python's handlers do not run."""
     import threading
 
-    from nemo_popsd.megatron.config import ParallelConfig
     from nemo_popsd.runtime.distributed import initialize, on_any_rank
     from nemo_popsd.runtime.signals import StopSignals
 
@@ -82,7 +80,6 @@ def test_a_rank_that_waits_in_a_collective_passes_the_signal_on() -> None:
 
 def _another_handler(rank: int, world_size: int) -> bool:
     """Somebody takes the signal after us, as Lightning does; `retake` takes it back."""
-    from nemo_popsd.megatron.config import ParallelConfig
     from nemo_popsd.runtime.distributed import initialize
     from nemo_popsd.runtime.signals import StopSignals
 
