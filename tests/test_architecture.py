@@ -36,7 +36,7 @@ ALLOWED = {
         "testbed",
         "training",
     },
-    "cli": {"model", "observability"},
+    "cli": {"evaluation", "model", "observability"},
 }
 FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli")
 

@@ -8,7 +8,8 @@ both cancels in the difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,66 +45,33 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority_is_correct(
-    answers: Sequence[str | None], correct: Sequence[bool], same: Callable[[str, str], bool]
-) -> float:
+def majority_is_correct(votes: Sequence[int | None], correct: Sequence[bool]) -> float:
     """Whether the answer that most responses gave is correct: 1 or 0, or in between on a tie.
 
     Responses without an answer do not vote. Among answers that tie each is as likely to be taken, so the value is the
     share of correct ones. No votes at all give 0.
 
     Args:
-        answers: of the responses to one problem.
+        votes: of the responses to one problem; the same number for the same answer, None for no answer.
         correct: whether each is the expected one.
-        same: whether two answers are the same one.
     """
-    groups: list[tuple[str, bool, list[int]]] = []
-    for number, (answer, right) in enumerate(zip(answers, correct, strict=True)):
-        if answer is None:
-            continue
-        for representative, group_right, members in groups:
-            if group_right == right and (right or same(answer, representative)):
-                members.append(number)
-                break
-        else:
-            groups.append((answer, right, [number]))
-    if not groups:
+    counts = Counter(vote for vote in votes if vote is not None)
+    if not counts:
         return 0.0
-    most = max(len(members) for _, _, members in groups)
-    winners = [right for _, right, members in groups if len(members) == most]
-    return sum(winners) / len(winners)
+    right = {vote for vote, is_right in zip(votes, correct, strict=True) if is_right}
+    most = max(counts.values())
+    winners = [vote for vote, count in counts.items() if count == most]
+    return sum(vote in right for vote in winners) / len(winners)
 
 
-def bootstrap(figures: Mapping[str, Ratio], *, resamples: int, confidence: float, seed: int) -> dict[str, Interval]:
-    """Percentile interval of each figure, all from the same resamples of the problems.
+def resampled(figures: Sequence[Ratio], *, resamples: int, seed: int) -> NDArray[np.float64]:
+    """Each figure on each resample of the problems, [R, figures]; the same seed draws the same problems.
 
     Args:
         figures: over the same P problems, in the same order.
         resamples: R; memory is that of [R, P] doubles.
-        confidence: 0.95 for 95 % intervals.
         seed: of the resampling.
     """
-    if not figures:
-        return {}
-    below, above = _tails(confidence)
-    values = _resampled(list(figures.values()), resamples, seed)
-    return {name: _interval(values[:, place], below, above) for place, name in enumerate(figures)}
-
-
-def bootstrap_changes(
-    before: Mapping[str, Ratio], after: Mapping[str, Ratio], *, resamples: int, confidence: float, seed: int
-) -> dict[str, Interval]:
-    """Percentile interval of after − before for the figures that both have, on the same resampled problems."""
-    names = [name for name in before if name in after]
-    if not names:
-        return {}
-    below, above = _tails(confidence)
-    values = [_resampled([side[name] for name in names], resamples, seed) for side in (before, after)]
-    return {name: _interval(values[1][:, i] - values[0][:, i], below, above) for i, name in enumerate(names)}
-
-
-def _resampled(figures: Sequence[Ratio], resamples: int, seed: int) -> NDArray[np.float64]:
-    """[R, figures]: each figure on each resample; how often a problem is drawn is multinomial."""
     over = np.array([figure.numerators for figure in figures], dtype=np.float64)
     under = np.array([figure.denominators for figure in figures], dtype=np.float64)
     problems = over.shape[1]
@@ -112,10 +80,22 @@ def _resampled(figures: Sequence[Ratio], resamples: int, seed: int) -> NDArray[n
     return np.divide(times @ over.T, total, out=np.zeros_like(total), where=total != 0)
 
 
-def _tails(confidence: float) -> tuple[float, float]:
-    return 50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)
-
-
-def _interval(values: NDArray[np.float64], below: float, above: float) -> Interval:
-    low, high = np.percentile(values, [below, above])
+def interval(values: NDArray[np.float64], confidence: float) -> Interval:
+    """Percentile interval that holds a share `confidence` of `values` [R]."""
+    low, high = np.percentile(values, [50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)])
     return float(low), float(high)
+
+
+def intervals(figures: Mapping[str, Ratio], *, resamples: int, confidence: float, seed: int) -> dict[str, Interval]:
+    """The interval of each figure, all from the same resamples."""
+    values = resampled(list(figures.values()), resamples=resamples, seed=seed)
+    return {name: interval(values[:, place], confidence) for place, name in enumerate(figures)}
+
+
+def changes(
+    before: Mapping[str, Ratio], after: Mapping[str, Ratio], *, resamples: int, confidence: float, seed: int
+) -> dict[str, Interval]:
+    """The interval of after − before for each figure that both have, over the same problems: paired."""
+    names = [name for name in before if name in after]
+    old, new = (resampled([side[name] for name in names], resamples=resamples, seed=seed) for side in (before, after))
+    return {name: interval(new[:, place] - old[:, place], confidence) for place, name in enumerate(names)}

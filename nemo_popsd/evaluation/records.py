@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ class SampleScore:
     """Whether it is the expected one."""
     decided_by: str
     """See `nemo_popsd.evaluation.equivalence.Verdict`."""
+    vote: int | None
+    """Responses to a problem that give the same answer share a number; None without an answer."""
     cut: bool
     """The response ended at the length limit and not at a stop token."""
     tokens: int
@@ -136,6 +139,14 @@ class EvaluationDirectory:
         known.update((problem.id, problem) for problem in problems)
         write_atomically(self.path / _PROBLEMS, _lines(asdict(problem) for problem in known.values()))
         write_atomically(self.path / _SETTINGS, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
+
+    def replace(self, settings: SampleSettings, problems: Sequence[Problem], samples: Iterable[Sample]) -> None:
+        """Makes the directory hold these samples and no others. On one rank."""
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        self.begin(settings, problems)
+        with self.append_to(0) as file:
+            file.add(samples)
 
     def append_to(self, part: int) -> SampleWriter:
         """Opens the samples file of data-parallel replica `part` for writing."""
