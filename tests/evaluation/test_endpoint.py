@@ -146,7 +146,7 @@ def test_what_keeps_failing_is_told_and_what_came_in_is_kept(server: Server) -> 
 
 def test_a_refusal_is_told_at_once(server: Server) -> None:
     server.fault = lambda body: (400, {}, '{"error": "prompt is too long"}')
-    with pytest.raises(UserError, match="status 400: .*prompt is too long"):
+    with pytest.raises(UserError, match=r"status 400: .*prompt is too long"):
         draw(server, 1, 1)
     assert len(server.requests) == 1
 
@@ -189,7 +189,7 @@ def test_servers_that_are_not_what_they_should_be(server: Server) -> None:
     with pytest.raises(UserError, match="an answer without 'finish_reason'"):
         draw(server, 1, 1)
     server.fault = lambda body: (200, {}, "<html>")
-    with pytest.raises(UserError, match="JSONDecodeError.*3 times"):
+    with pytest.raises(UserError, match=r"JSONDecodeError.*3 times"):
         draw(server, 1, 1, retries=2)
     url = server.url
     server.__exit__()
