@@ -8,6 +8,8 @@ Extraction, first rule that applies:
    response quotes its instructions;
 3. else, only when asked for (`last_number=True`), the last number in the text.
 
+The thinking is searched like the rest: a response that was cut before it closed its thinking may have answered there.
+
 Comparison: both sides are cleaned of mathematical wrapping, then compared as exact numbers if both are numbers,
 else as text.
 

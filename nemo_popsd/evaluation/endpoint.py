@@ -47,6 +47,7 @@ class Endpoint:
 
     Attributes:
         model: name under which it is served.
+        identity: that name and, where the server tells it, what stands behind it (vLLM: the directory).
     """
 
     def __init__(self, config: EndpointConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,7 +60,8 @@ class Endpoint:
         self._tokenizer = tokenizer
         # Proxies are those of the environment (`http_proxy`, `no_proxy`), as for any client.
         self._opener = urllib.request.build_opener(_NoRedirect())
-        served = [str(entry["id"]) for entry in self._asked("models", None).get("data", [])]
+        entries = {str(entry["id"]): entry for entry in self._asked("models", None).get("data", [])}
+        served = list(entries)
         if config.model not in served and (config.model or len(served) != 1):
             raise UserError(
                 f"endpoint {config.url}",
@@ -68,6 +70,8 @@ class Endpoint:
                 mend="set evaluation.endpoint.model",
             )
         self.model = config.model or served[0]
+        root = entries[self.model].get("root")
+        self.identity = f"{self.model} from {root}" if root else self.model
 
     def draw(self, draws: Sequence[Draw], sampling: SamplingParams, *, seed: int) -> Iterator[Sample]:
         """Draws all of `draws`, `concurrency` at a time; yields each as it comes in.

@@ -34,8 +34,9 @@ def evaluate_served(config: PopsdConfig) -> str:
     )
     engine = f"endpoint, {settings.endpoint.dialect}, {settings.endpoint.prompts}"
     for one in planned:
-        served = endpoint.model  # what weights that name stands for, only the server knows
-        begin(one, sample_settings(one.prompts, config, sampling, model=served, fingerprint=served, engine=engine))
+        # Which weights these are, only the server knows: one that was restarted with others looks the same from here.
+        names = {"model": endpoint.model, "fingerprint": endpoint.identity, "engine": engine}
+        begin(one, sample_settings(one.prompts, config, sampling, **names))
         missing = one.missing(settings.samples_per_problem)
         with one.directory.append_to(0) as file:
             for number, sample in enumerate(endpoint.draw(missing, sampling, seed=config.seed), start=1):

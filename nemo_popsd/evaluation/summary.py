@@ -94,6 +94,16 @@ class EvaluationSummary:
         """All fields, ready for JSON; `EvaluationSummary(**fields)` reads them back."""
         return asdict(self)
 
+    def numbers(self) -> dict[str, float]:
+        """What a logger can draw a curve of; those in mappings as `pass_at/K` and `marker_rates/MARKER`."""
+        found: dict[str, float] = {}
+        for name, value in self.as_dict().items():
+            if name in ("pass_at", "marker_rates"):
+                found |= {f"{name}/{key}": float(number) for key, number in getattr(self, name).items()}
+            elif name != "confidence" and isinstance(value, int | float):
+                found[name] = float(value)
+        return found
+
 
 def figures_of(scores: Sequence[SampleScore], pass_k: Sequence[int] = ()) -> dict[str, Ratio]:
     """Every figure of a summary over the problems in order of their ids, by its name there.

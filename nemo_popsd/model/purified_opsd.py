@@ -221,8 +221,7 @@ class PurifiedOPSDModel(ModelPT):
             summary.mean_tokens,
             summary.markers_per_1000_tokens,
         )
-        numbers = {k: v for k, v in summary.as_dict().items() if isinstance(v, int | float)}
-        metrics = {f"validation/{name}": float(value) for name, value in numbers.items()}
+        metrics = {f"validation/{name}": value for name, value in summary.numbers().items()}
         # Already over all ranks; `sync_dist` says so to Lightning, whose trainer knows one device and reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
 

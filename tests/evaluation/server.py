@@ -14,6 +14,7 @@ class Server:
     """Serves `model` on a port that the kernel picks, as a context manager.
 
     Attributes:
+        root: what it says that the model was loaded from.
         requests: bodies of the completion requests, as they came.
         keys: Authorization headers, of all requests.
         most_at_once: greatest number of completions under way at a time.
@@ -22,6 +23,7 @@ class Server:
 
     def __init__(self, model: str = "served", answer: Callable[[dict[str, Any]], str] | None = None) -> None:
         self.model = model
+        self.root = "/models/one"
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.most_at_once = 0
@@ -36,7 +38,7 @@ class Server:
             def do_GET(self) -> None:
                 outer.keys.append(self.headers.get("Authorization"))
                 if self.path == "/v1/models":
-                    self._say(200, json.dumps({"object": "list", "data": [{"id": outer.model, "object": "model"}]}))
+                    self._say(200, json.dumps({"data": [{"id": outer.model, "root": outer.root}]}))
                 else:
                     self._say(404, "no such page")
 

@@ -91,3 +91,11 @@ def test_empty_responses() -> None:
 def test_as_dict_goes_through_json_and_back() -> None:
     found = summary([score("p"), score("q", False)])
     assert EvaluationSummary(**json.loads(json.dumps(found.as_dict()))) == found
+
+
+def test_numbers_are_what_can_be_drawn() -> None:
+    found = summary([score("p", sample=n, waits=n) for n in range(2)]).numbers()
+    assert found["accuracy"] == found["pass_at/2"] == 1.0
+    assert found["marker_rates/Wait"] == 5.0
+    assert not {"confidence", "intervals", "accuracy_stderr"} & set(found)
+    assert all(isinstance(value, float) for value in found.values())
