@@ -119,7 +119,9 @@ class Endpoint:
         answer = self._asked("completions", self._request(draw, sampling, seed))
         try:
             (choice,) = answer["choices"]
-            text, cut = str(choice["text"]), choice["finish_reason"] == "length"
+            # JSON can hold half a surrogate pair, which no file can.
+            text = str(choice["text"]).encode("utf-8", "replace").decode("utf-8")
+            cut = choice["finish_reason"] == "length"
             tokens = int(answer["usage"]["completion_tokens"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(

@@ -14,6 +14,7 @@ In this order:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.answers import answers_match, cleaned_answer, is_number
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -46,6 +48,21 @@ class Verdict:
     def undecided(self) -> bool:
         """The comparison was given up, which counts as wrong."""
         return self.decided_by in ("timeout", "crash")
+
+
+def require_math_verify() -> None:
+    """Refuse to begin what would need math-verify in the end.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError(
+            "evaluation",
+            got="no package math_verify",
+            need="math-verify, which compares answers, with antlr 4.9 as omegaconf has it",
+            mend="pip install 'math-verify[antlr4_9_3]>=0.9,<0.10'",
+        )
 
 
 class AnswerVerifier:

@@ -14,7 +14,7 @@ from nemo_popsd.data.dataset import EvaluationPrompt, build_evaluation_prompts
 from nemo_popsd.data.named_sets import named_source, refuse_another_size
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.comparison import Evaluation, tables_of_sets
-from nemo_popsd.evaluation.equivalence import AnswerVerifier
+from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.records import (
     EvaluationDirectory,
     Problem,
@@ -63,8 +63,9 @@ def plan(config: PopsdConfig, model: str, tokenizer: PreTrainedTokenizerBase) ->
     """Reads all sets. Every rank gets the same ones; nothing is written.
 
     Raises:
-        UserError: from reading the rows, or a named set has another size than it should.
+        UserError: from reading the rows, a named set has another size than it should, or math-verify is missing.
     """
+    require_math_verify()
     root = Path(config.output) / "evaluation" / model.replace(":", "/").strip("/").replace("/", "_")
     planned = []
     for name, source in sources_of(config).items():

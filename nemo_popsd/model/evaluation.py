@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_popsd.data.dataset import EvaluationPrompt
 from nemo_popsd.evaluation.comparison import Evaluation, comparison_table
-from nemo_popsd.evaluation.equivalence import AnswerVerifier
+from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.records import EvaluationDirectory, Sample, SampleSettings
 from nemo_popsd.evaluation.run import (
     VALIDATION,
@@ -91,6 +91,7 @@ class HeldOut:
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> None:
         """Draws responses to some of this replica's problems. Collective over the ranks that share the model."""
+        require_math_verify()
         model = self._model
         draws = missing_draws(prompts, model.settings.evaluation.samples_per_problem)
         sampling = model.sampling(model.settings.evaluation)

@@ -90,6 +90,12 @@ def test_standard_parameters_and_text_for_other_servers(server: Server) -> None:
     assert request["prompt"] == tokenizer().decode([7, 7])
 
 
+def test_text_that_no_file_can_hold() -> None:
+    with Server(answer=lambda body: "half \ud83d of a pair") as server:
+        (sample,) = draw(server, 1, 1)
+    assert sample.text == "half ? of a pair"
+
+
 def test_no_top_k_is_said_too(server: Server) -> None:
     sampling = SamplingParams(1.0, 1.0, 0, max_response_tokens=3, stop_token_ids=frozenset({2}))
     (sample,) = endpoint(server).draw(missing_draws(prompts(1), 1), sampling, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nemo_popsd.evaluation.equivalence import AnswerVerifier, Verdict
+from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.equivalence import AnswerVerifier, Verdict, require_math_verify
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,10 @@ def test_answers_are_remembered_and_closing_leaves_no_process() -> None:
         assert verifier._worker is None
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)
+
+
+def test_a_missing_library_is_told_before_anything_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_math_verify()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install 'math-verify"):
+        require_math_verify()
