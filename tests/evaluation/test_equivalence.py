@@ -74,7 +74,7 @@ def test_one_that_takes_for_ever_is_killed_and_the_next_is_compared(verifier: An
         verdict = hasty.compare("10000000000!", "5")
         assert verdict.undecided
         assert not verdict.correct
-        assert time.monotonic() - start < 6
+        assert time.monotonic() - start < 30
         hasty._seconds = 20
         assert hasty.compare(r"\sqrt{4}", "2") == Verdict(True, "math-verify")
 
