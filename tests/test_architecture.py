@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ ALLOWED = {
     "distillation": set(),
     "data": {"testbed"},
     "runtime": set(),
+    "diagnosis": {"data", "distillation", "evaluation", "megatron", "rollout", "training"},
+    "report": set(),
     "observability": set(),
     "rollout": {"megatron"},
     "megatron": {"data", "distillation", "runtime"},
@@ -24,21 +27,24 @@ ALLOWED = {
     "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
     "checkpoint": {"megatron", "runtime", "testbed"},
     "testbed": {"data", "evaluation"},
-    "config": {"data", "distillation", "evaluation", "megatron", "observability", "rollout", "training", "testbed"},
+    "config": {"data", "diagnosis", "distillation", "evaluation", "megatron", "observability", "rollout", "training", "testbed"},
     "model": {
         "checkpoint",
         "data",
+        "diagnosis",
         "evaluation",
         "megatron",
         "observability",
+        "report",
         "rollout",
         "runtime",
         "testbed",
         "training",
     },
-    "cli": {"model", "observability"},
+    "cli": {"model", "observability", "report"},
 }
-FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli")
+MATHEMATICS_OF_DIAGNOSIS = ("config.py", "groups.py", "pieces.py", "push.py", "record.py", "shards.py", "tokens.py")
+FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli", "report")
 
 
 def imports(file: Path) -> set[str]:
@@ -80,11 +86,23 @@ def test_the_engine_interface_and_the_sampling_know_nothing_of_megatron() -> Non
         assert not any("megatron" in module for module in imports(PACKAGE / "rollout" / name))
 
 
+@pytest.mark.parametrize("name", MATHEMATICS_OF_DIAGNOSIS)
+def test_the_mathematics_of_the_diagnosis_knows_neither_megatron_nor_the_loop(name: str) -> None:
+    rooms = {module.split(".")[1] for module in imports(PACKAGE / "diagnosis" / name) if module.startswith("nemo_popsd.")}
+    assert rooms <= {"config", "diagnosis", "distillation", "errors", "evaluation"}
+
+
+def test_the_report_needs_the_standard_library_and_yaml_alone() -> None:
+    for file in (PACKAGE / "report").rglob("*.py"):
+        foreign = {m.split(".")[0] for m in imports(file)} - set(sys.stdlib_module_names)
+        assert foreign <= {"yaml", "nemo_popsd"}, file.relative_to(ROOT)
+
+
 def test_the_readme_lists_every_room_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
     assert sorted(listed) == rooms()
-    for command in ("train", "evaluate", "export", "config"):
+    for command in ("train", "evaluate", "diagnose", "report", "export", "config"):
         assert f"popsd {command}" in readme
 
 

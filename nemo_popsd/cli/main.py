@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 
 from nemo_popsd import __version__
-from nemo_popsd.cli import evaluate, export, show_config, train
+from nemo_popsd.cli import diagnose, evaluate, export, report, show_config, train
 from nemo_popsd.errors import UserError
 
-_COMMANDS = (train, evaluate, export, show_config)
+_COMMANDS = (train, evaluate, diagnose, report, export, show_config)
 
 USER_ERROR = 2
 """Exit status for what the user can mend."""

@@ -25,6 +25,11 @@ def count_markers(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> dict[s
     return {marker: len(_compiled(marker).findall(text)) for marker in markers}
 
 
+def marker_spans(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> list[tuple[int, int]]:
+    """Where `markers` stand in `text`: begin and end of each match, in characters, in rising order."""
+    return sorted(match.span() for marker in markers for match in _compiled(marker).finditer(text))
+
+
 def rate_per_thousand(count: int, tokens: int) -> float:
     """Occurrences per 1,000 tokens; 0.0 for no tokens."""
     return 1000.0 * count / tokens if tokens else 0.0

@@ -25,6 +25,8 @@ from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+from nemo_popsd.diagnosis.record import Diagnosis
+from nemo_popsd.diagnosis.run import choose_rows, diagnose
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.sampling import sample_outcomes
@@ -227,6 +229,22 @@ class PurifiedOPSDModel(ModelPT):
         metrics = {f"validation/{name}": float(value) for name, value in numbers.items()}
         # Already over all ranks; `sync_dist` says so to Lightning, whose trainer knows one device and reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
+
+    # Diagnosis
+
+    def diagnose(self, name: str) -> Diagnosis:
+        """The paper's analysis of the current weights on rows of `data.train`, under `name`. Collective."""
+        loader: Any = self._train_dl
+        return diagnose(
+            self.student,
+            self.engine,
+            self._sampling(self.settings.rollout),
+            self.tokenizer,
+            choose_rows(loader.dataset, self.settings),
+            self.settings,
+            name=name,
+            step=self.completed_steps,
+        )
 
     def _sampling(self, section: Any) -> SamplingParams:
         generation = read_generation_config(self.architecture.directory)

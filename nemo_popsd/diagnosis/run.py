@@ -1,0 +1,280 @@
+"""From a student, an engine and rows to a diagnosis: rollouts, four forwards, decomposition, aggregates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.dataset import PromptDataset, PromptRow
+from nemo_popsd.diagnosis.groups import MEASURES, TokenFigures, group_figures
+from nemo_popsd.diagnosis.pieces import marked_tokens, marker_entries, token_pieces
+from nemo_popsd.diagnosis.push import COMPONENTS, VocabularyPush
+from nemo_popsd.diagnosis.record import (
+    FORMAT,
+    Diagnosis,
+    alternatives_record,
+    marker_push,
+    pushed_entry,
+    rounded,
+)
+from nemo_popsd.diagnosis.tokens import Alternatives, BranchStates, TokenDiagnosis, diagnose_tokens
+from nemo_popsd.distillation.build import build_target
+from nemo_popsd.distillation.vocabulary import true_width
+from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.forward import frozen_hidden_states
+from nemo_popsd.megatron.student import Student
+from nemo_popsd.rollout.engine import Request, RolloutEngine, SamplingParams, row_seed
+from nemo_popsd.training.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOG_PROBS = ("log_student", "log_base", "log_privileged", "log_reference", "log_target")
+_DELTAS = {
+    "delta_total": ("log_privileged", "log_student"),
+    "delta_reference": ("log_reference", "log_student"),
+    "delta_question": ("log_privileged", "log_reference"),
+    "delta_target": ("log_target", "log_student"),
+}
+
+
+@dataclass(frozen=True)
+class DiagnosedRow:
+    """A row to diagnose."""
+
+    row: PromptRow
+    shown: bool
+    """Whether its rollout is kept with alternatives for each token."""
+
+
+def choose_rows(dataset: PromptDataset, config: PopsdConfig) -> list[DiagnosedRow]:
+    """The rows that `config.diagnosis` names, those to be shown first named first; the same on every rank.
+
+    Raises:
+        UserError: a row that is to be shown is not there.
+    """
+    settings = config.diagnosis
+    named = [dataset.index(row_id) for row_id in settings.shown_rows]
+    if None in named:
+        raise UserError(
+            "diagnosis",
+            got=f"diagnosis.shown_rows={settings.shown_rows!r}, of which "
+            f"{settings.shown_rows[named.index(None)]!r} is not among the {len(dataset)} rows",
+            need="ids of rows of data.train that are within its limits",
+            mend="set diagnosis.shown_rows",
+        )
+    first = list(range(min(settings.rows, len(dataset))))
+    shown = [index for index in named if index is not None] or first[: settings.shown]
+    order = list(dict.fromkeys([*shown, *first]))
+    return [DiagnosedRow(dataset[index], index in shown) for index in order]
+
+
+def diagnose(
+    student: Student,
+    engine: RolloutEngine,
+    sampling: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[DiagnosedRow],
+    config: PopsdConfig,
+    *,
+    name: str,
+    step: int,
+) -> Diagnosis:
+    """Draws one rollout for each row and decomposes the teacher's signal on all its tokens. Collective.
+
+    Random numbers depend on the run's seed and the row, not on the step: diagnoses before and after training differ
+    by the weights alone. Rows are shared out over data-parallel ranks; hidden states of `training.frozen_tokens`
+    response tokens exist at one time, and logits of `diagnosis.chunk_tokens`.
+
+    Args:
+        student: live and frozen weights.
+        engine: draws from the live ones.
+        sampling: how.
+        tokenizer: the student's.
+        rows: from `choose_rows`, the same on every rank.
+        config: the run.
+        name: of what is diagnosed.
+        step: optimizer steps behind the live weights.
+
+    Returns:
+        The same on every rank.
+    """
+    dp_rank, dp_size = dist.get_rank(student.dp_group), dist.get_world_size(student.dp_group)
+    mine = rows[dp_rank::dp_size]
+    requests = [
+        Request(r.row.contexts.student, row_seed(config.seed, "diagnosis", r.row.record.id)) for r in mine
+    ]
+    rollouts = engine.generate(requests, sampling) if requests else []
+    trajectories = [Trajectory(r.row, rollout) for r, rollout in zip(mine, rollouts, strict=True)]
+    weight = student.weight
+    width = weight.shape[0]
+    push = VocabularyPush(width, true_width(width, student.vocab_size, student.tp_group), weight.device)
+    records: list[dict[str, Any]] = []
+    for part in _within(trajectories, config.training.frozen_tokens):
+        states = _branch_states(student, part, config.training.frozen_tokens)
+        for trajectory, branch_states in zip(part, states, strict=True):
+            shown = mine[len(records)].shown
+            found = _one_rollout(student, trajectory, branch_states, push, config, shown=shown)
+            records.append(_rollout_record(trajectory, *found, tokenizer, config.evaluation.markers))
+    gathered: list[list[dict[str, Any]]] = [[]] * dp_size
+    dist.all_gather_object(gathered, records, group=student.dp_group)
+    push.reduce_over_(student.dp_group)
+    ordered = [gathered[index % dp_size][index // dp_size] for index in range(len(rows))]
+    summary = {
+        "format": FORMAT,
+        "name": name,
+        "step": step,
+        "settings": _settings(config, len(rows)),
+        "rollouts": len(ordered),
+        "tokens": push.tokens,
+        "measures": MEASURES,
+        "groups": _groups(ordered, config),
+        "push": _push(push, student, tokenizer, config),
+    }
+    return Diagnosis(summary, ordered)
+
+
+def _within(trajectories: Sequence[Trajectory], tokens: int) -> Iterator[list[Trajectory]]:
+    """Parts of `trajectories`, in order, of at most `tokens` response tokens where more than one."""
+    part: list[Trajectory] = []
+    held = 0
+    for trajectory in trajectories:
+        length = len(trajectory.rollout.response)
+        if part and held + length > tokens:
+            yield part
+            part, held = [], 0
+        part.append(trajectory)
+        held += length
+    if part:
+        yield part
+
+
+def _branch_states(student: Student, part: Sequence[Trajectory], token_budget: int) -> list[BranchStates]:
+    """Hidden states of the four contexts at the response tokens of each trajectory."""
+    live = frozen_hidden_states(student.gpt, [t.student for t in part], token_budget)
+    contexts = [[t.student for t in part], [t.privileged for t in part], [t.reference for t in part]]
+    with student.base.model() as base:
+        frozen = frozen_hidden_states(base, [s for sequences in contexts for s in sequences], token_budget)
+    count = len(part)
+    return [
+        BranchStates(live[row], frozen[row], frozen[count + row], frozen[2 * count + row]) for row in range(count)
+    ]
+
+
+def _one_rollout(
+    student: Student,
+    trajectory: Trajectory,
+    states: BranchStates,
+    push: VocabularyPush,
+    config: PopsdConfig,
+    *,
+    shown: bool,
+) -> tuple[dict[str, list[float]], Alternatives | None]:
+    """Per-token values by name, and alternatives on the CPU."""
+    found, alternatives = diagnose_tokens(
+        states,
+        torch.tensor(trajectory.rollout.response, device=states.student.device),
+        student.weight.detach(),
+        student.base_weight,
+        target=build_target(config.distillation.target),
+        vocab_size=student.vocab_size,
+        push=push,
+        alternatives=min(config.diagnosis.alternatives, student.vocab_size) if shown else 0,
+        tp_group=student.tp_group,
+        chunk_tokens=config.diagnosis.chunk_tokens,
+    )
+    columns: dict[str, Tensor] = {field: column.cpu() for field, column in found._asdict().items()}
+    for name, (raised, lowered) in _DELTAS.items():
+        columns[name] = columns[raised] - columns[lowered]
+    kept = {name: columns[name].tolist() for name in (*MEASURES, *_LOG_PROBS)}
+    return kept, Alternatives(*(x.cpu() for x in alternatives)) if alternatives else None
+
+
+def _rollout_record(
+    trajectory: Trajectory,
+    values: dict[str, list[float]],
+    alternatives: Alternatives | None,
+    tokenizer: PreTrainedTokenizerBase,
+    markers: Sequence[str],
+) -> dict[str, Any]:
+    """One line of rollouts.jsonl."""
+    record = trajectory.row.record
+    pieces = token_pieces(tokenizer, trajectory.rollout.response)
+    kept = None
+    if alternatives is not None:
+        ids = alternatives.ids.flatten().unique().tolist()
+        texts = tokenizer.batch_decode([[token] for token in ids])
+        kept = alternatives_record(alternatives, dict(zip(ids, texts, strict=True)))
+    return {
+        "row": record.id,
+        "question": record.question,
+        "reference": trajectory.row.contexts.reference_text,
+        "cut": trajectory.rollout.cut,
+        "pieces": pieces,
+        "marked": [int(mark) for mark in marked_tokens(pieces, markers)],
+        "values": {name: [rounded(value) for value in column] for name, column in values.items()},
+        "alternatives": kept,
+    }
+
+
+def _groups(rollouts: Sequence[dict[str, Any]], config: PopsdConfig) -> dict[str, Any]:
+    tokens = [
+        TokenFigures(
+            position,
+            bool(marked),
+            {name: _number(rollout["values"][name][position]) for name in MEASURES},
+        )
+        for rollout in rollouts
+        for position, marked in enumerate(rollout["marked"])
+    ]
+    settings = config.diagnosis
+    return group_figures(tokens, position_bins=settings.position_bins, entropy_edges=settings.entropy_edges)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _push(
+    push: VocabularyPush, student: Student, tokenizer: PreTrainedTokenizerBase, config: PopsdConfig
+) -> dict[str, Any]:
+    count = min(config.diagnosis.listed_tokens, student.vocab_size)
+    promoted, suppressed = push.extremes(count, student.tp_group)
+    components: dict[str, Any] = {}
+    for row, name in enumerate(COMPONENTS):
+        components[name] = {}
+        for direction, lists in (("promoted", promoted), ("suppressed", suppressed)):
+            tokens = lists[row]
+            texts = tokenizer.batch_decode([[token] for token in tokens.ids.tolist()])
+            components[name][direction] = [
+                pushed_entry(tokens, place, text, push.tokens) for place, text in enumerate(texts)
+            ]
+    entries = marker_entries(tokenizer, config.evaluation.markers, student.vocab_size)
+    device = push.mass.device
+    found = {
+        marker: push.look_up(torch.tensor(ids, dtype=torch.long, device=device), student.tp_group)
+        for marker, ids in entries.items()
+    }
+    return {
+        "tokens": push.tokens,
+        "components": components,
+        "markers": {marker: marker_push(tokens, push.tokens) for marker, tokens in found.items()},
+    }
+
+
+def _settings(config: PopsdConfig, rows: int) -> dict[str, Any]:
+    return {
+        "data": config.data.train.path,
+        "rows": rows,
+        "student": config.student.source,
+        "seed": config.seed,
+        "rollout": {k: v for k, v in asdict(config.rollout).items() if k not in ("batch_rows", "cache_tokens")},
+        "target": asdict(config.distillation.target),
+        "markers": list(config.evaluation.markers),
+    }

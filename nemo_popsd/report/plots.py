@@ -1,0 +1,163 @@
+"""Plots as inline SVG, drawn here: lines with bands, and a legend. Colours come from the page's style sheet.
+
+A plot is drawn for one column of 340 units, which the page shows at about that many pixels on a telephone and on a
+desk alike, so that its text keeps its size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from nemo_popsd.report.markup import esc, number
+
+WIDTH, HEIGHT = 340.0, 170.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
+PALETTE = 6
+"""Colours of the style sheet beside the base's: s1 to s6, which then repeat."""
+
+
+def series_class(index: int) -> str:
+    """Style of the run with this index, from 0."""
+    return f"s{index % PALETTE + 1}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    """(x, y); points whose y is not finite are left out."""
+    css: str
+    """Colour class: "base" or one of `series_class`; with "dashed" for a broken line."""
+    band: Sequence[tuple[float, float, float]] = field(default=())
+    """(x, low, high) of an interval around the line."""
+
+    def finite(self) -> list[tuple[float, float]]:
+        """The points that can be drawn."""
+        return [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
+
+
+def line_plot(
+    series: Sequence[Series],
+    *,
+    label: str,
+    x_label: str = "step",
+    format_y: Callable[[float], str] = number,
+    zero: bool = False,
+    markers: bool = False,
+) -> str:
+    """A line for each series, its last value beside the legend, and what the script needs to tell values on hover.
+
+    Args:
+        series: at least one; those without points are left out of the plot but stay in the legend.
+        label: what is drawn, for readers who do not see it.
+        x_label: under the axis.
+        format_y: text of a value.
+        zero: whether the axis must reach 0.
+        markers: a dot at every point.
+    """
+    drawn = [(s, s.finite()) for s in series]
+    xs = [x for _, points in drawn for x, _ in points]
+    ys = [y for _, points in drawn for _, y in points]
+    ys += [edge for s in series for _, low, high in s.band for edge in (low, high) if math.isfinite(edge)]
+    if not xs:
+        return '<p class="absent">not measured</p>'
+    ticks_y = nice_ticks(min([*ys, 0.0] if zero else ys), max([*ys, 0.0] if zero else ys), 4)
+    low_y, high_y = ticks_y[0], ticks_y[-1]
+    low_x, high_x = min(xs), max(xs)
+    if low_x == high_x:
+        low_x, high_x = low_x - 1, high_x + 1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        return across, HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_grid(ticks_y, at, low_x, format_y), _x_axis(low_x, high_x, at, low_y, x_label)]
+    if low_y < 0 < high_y:
+        parts.append(_path("zero", [at(low_x, 0), at(high_x, 0)]))
+    for s, _ in drawn:
+        if s.band:
+            edges = [at(x, high) for x, _, high in s.band] + [at(x, low) for x, low, _ in reversed(s.band)]
+            parts.append(f'<path class="band {esc(s.css)}" d="{_points(edges)}Z"/>')
+    for s, points in drawn:
+        if points:
+            parts.append(_path(f"line {s.css}", [at(x, y) for x, y in points]))
+        if markers or len(points) == 1:
+            for x, y in points:
+                across, down = at(x, y)
+                parts.append(f'<circle class="dot {esc(s.css)}" cx="{across:.1f}" cy="{down:.1f}" r="2.6"/>')
+    hover = [
+        {
+            "name": s.label,
+            "css": s.css,
+            "points": [
+                [*(round(value, 1) for value in at(x, y)), number(x, 6), format_y(y)] for x, y in points
+            ],
+        }
+        for s, points in drawn
+        if points
+    ]
+    told = esc(json.dumps({"x": x_label, "series": hover}, ensure_ascii=False, separators=(",", ":")))
+    return (
+        f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{esc(label)}" '
+        f'data-plot="{told}">{"".join(parts)}<g class="cursor"></g></svg>'
+    )
+
+
+def legend(series: Sequence[tuple[str, str]]) -> str:
+    """A line of swatches: (label, class)."""
+    items = "".join(f'<li><i class="swatch {esc(css)}"></i>{esc(label)}</li>' for label, css in series)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers that enclose [low, high]; at least two of them."""
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def _grid(ticks: Sequence[float], at: Callable[[float, float], tuple[float, float]], low_x: float, text: Callable[[float], str]) -> str:
+    parts = []
+    for tick in ticks:
+        _, down = at(low_x, tick)
+        parts.append(
+            f'<path class="grid" d="M{LEFT:.0f} {down:.1f}H{WIDTH - RIGHT:.0f}"/>'
+            f'<text x="{LEFT - 6:.0f}" y="{down + 3.5:.1f}" text-anchor="end">{esc(text(tick))}</text>'
+        )
+    return "".join(parts)
+
+
+def _x_axis(
+    low: float, high: float, at: Callable[[float, float], tuple[float, float]], low_y: float, label: str
+) -> str:
+    inside = [tick for tick in nice_ticks(low, high, 4) if low <= tick <= high]
+    whole = [tick for tick in inside if float(tick).is_integer()] if high - low >= 3 else inside
+    parts = []
+    for tick in whole:
+        across, _ = at(tick, low_y)
+        end = across > WIDTH - RIGHT - 14
+        parts.append(
+            f'<text x="{across:.1f}" y="{HEIGHT - 8:.0f}" text-anchor="{"end" if end else "middle"}">'
+            f"{esc(number(tick, 6).rstrip('0').rstrip('.') if '.' in number(tick, 6) else number(tick, 6))}</text>"
+        )
+    parts.append(f'<text class="axis" x="{LEFT - 6:.0f}" y="{HEIGHT - 8:.0f}" text-anchor="end">{esc(label)}</text>')
+    return "".join(parts)
+
+
+def _path(css: str, points: Sequence[tuple[float, float]]) -> str:
+    return f'<path class="{esc(css)}" d="{_points(points)}"/>'
+
+
+def _points(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
