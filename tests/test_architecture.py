@@ -19,7 +19,7 @@ ALLOWED = {
     "data": {"testbed"},
     "runtime": set(),
     "diagnosis": {"data", "distillation", "evaluation", "megatron", "rollout", "training"},
-    "report": set(),
+    "report": {"evaluation"},
     "observability": set(),
     "rollout": {"megatron"},
     "megatron": {"data", "distillation", "runtime"},

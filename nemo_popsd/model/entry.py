@@ -16,11 +16,13 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.evaluation.summary import EvaluationSummary, comparison_table
 from nemo_popsd.model.callbacks import SaveCheckpoints
+from nemo_popsd.model.pages import report_run, write_diagnosis
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.strategy import MegatronPlacement
 from nemo_popsd.observability.loggers import build_loggers
 from nemo_popsd.observability.progress import StepProgress
 from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.report.run import AFTER, BEFORE
 from nemo_popsd.runtime.distributed import device, initialize, shutdown
 
 
@@ -35,9 +37,11 @@ def train(config: PopsdConfig) -> None:
     summaries: dict[str, EvaluationSummary] = {}
     if config.data.validation.path:
         summaries["before"] = _validate(trainer, model)
+    _diagnose_in_training(model, BEFORE)
     trainer.fit(model)
     if config.data.validation.path:
         summaries["after"] = _validate(trainer, model)
+    _diagnose_in_training(model, AFTER)
     model.save_to(str(output / "checkpoints" / "final"))
     if config.training.export_huggingface:
         model.export_huggingface(output / "huggingface")
@@ -46,6 +50,7 @@ def train(config: PopsdConfig) -> None:
     _say(f"NeMo checkpoint: {output / 'checkpoints' / 'final'}")
     if config.training.export_huggingface:
         _say(f"Hugging Face checkpoint: {output / 'huggingface'}")
+    report_run(output)
     shutdown()
 
 
@@ -54,20 +59,29 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     `<output>/evaluation/<name>.json` too.
     """
     config.data.train = SourceConfig()
-    opened = None if checkpoint is None else NemoCheckpoint(checkpoint)
-    if opened is not None:
-        # How its weights were adapted is a fact of the checkpoint, whatever the configuration says.
-        config.student = replace(opened.config.student, precision=config.student.precision)
+    opened = _open(config, checkpoint)
     trainer = build_trainer(config, logs=False)
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=opened)
     name = checkpoint or config.student.source
     summary = _validate(trainer, model)
     _say(comparison_table({name: summary}))
     if is_rank_zero():
-        file = Path(config.output) / "evaluation" / f"{name.replace(':', '/').strip('/').replace('/', '_')}.json"
+        file = Path(config.output) / "evaluation" / f"{_as_file_name(name)}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"model": name, **summary.as_dict()}, indent=2) + "\n")
         _say(f"written to {file}")
+    shutdown()
+
+
+def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
+    """Diagnoses `student.source`, or `checkpoint`, on rows of `data.train`; page and figures go to
+    `<output>/diagnosis/<name>`.
+    """
+    config.data.validation = SourceConfig()
+    opened = _open(config, checkpoint)
+    model = PurifiedOPSDModel(to_dict_config(config), build_trainer(config, logs=False), checkpoint=opened)
+    name = checkpoint or config.student.source
+    write_diagnosis(model.diagnose(name), Path(config.output) / "diagnosis" / _as_file_name(name))
     shutdown()
 
 
@@ -109,6 +123,24 @@ def build_trainer(config: PopsdConfig, *, logs: bool = True) -> Trainer:
         use_distributed_sampler=False,
         inference_mode=False,
     )
+
+
+def _open(config: PopsdConfig, checkpoint: str | None) -> NemoCheckpoint | None:
+    """The checkpoint, if there is one; `config` then says how its weights were adapted, which is a fact of it."""
+    opened = None if checkpoint is None else NemoCheckpoint(checkpoint)
+    if opened is not None:
+        config.student = replace(opened.config.student, precision=config.student.precision)
+    return opened
+
+
+def _as_file_name(name: str) -> str:
+    return name.replace(":", "/").strip("/").replace("/", "_")
+
+
+def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
+    """Before the first step of a run and after its last, unless it is turned off."""
+    if model.settings.diagnosis.in_training and not (name == BEFORE and model.completed_steps):
+        write_diagnosis(model.diagnose(name), Path(model.settings.output) / "diagnosis" / name)
 
 
 def _remove_previous_run(output: Path) -> None:

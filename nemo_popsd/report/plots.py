@@ -49,6 +49,7 @@ def line_plot(
     format_y: Callable[[float], str] = number,
     zero: bool = False,
     markers: bool = False,
+    x_names: Sequence[str] = (),
 ) -> str:
     """A line for each series, its last value beside the legend, and what the script needs to tell values on hover.
 
@@ -59,6 +60,7 @@ def line_plot(
         format_y: text of a value.
         zero: whether the axis must reach 0.
         markers: a dot at every point.
+        x_names: names of x = 0, 1, ... where x counts things that have names.
     """
     drawn = [(s, s.finite()) for s in series]
     xs = [x for _, points in drawn for x, _ in points]
@@ -76,7 +78,10 @@ def line_plot(
         across = LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
         return across, HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_grid(ticks_y, at, low_x, format_y), _x_axis(low_x, high_x, at, low_y, x_label)]
+    named = dict(enumerate(x_names))
+    ticks_x = list(named.items()) or [(tick, _plain(tick)) for tick in _ticks_inside(low_x, high_x)]
+    places = [(at(tick, low_y)[0], name) for tick, name in ticks_x]
+    parts = [_grid(ticks_y, at, low_x, format_y), _x_axis(places, x_label)]
     if low_y < 0 < high_y:
         parts.append(_path("zero", [at(low_x, 0), at(high_x, 0)]))
     for s, _ in drawn:
@@ -95,7 +100,8 @@ def line_plot(
             "name": s.label,
             "css": s.css,
             "points": [
-                [*(round(value, 1) for value in at(x, y)), number(x, 6), format_y(y)] for x, y in points
+                [*(round(value, 1) for value in at(x, y)), named.get(int(x)) or _plain(x), format_y(y)]
+                for x, y in points
             ],
         }
         for s, points in drawn
@@ -138,20 +144,30 @@ def _grid(ticks: Sequence[float], at: Callable[[float, float], tuple[float, floa
     return "".join(parts)
 
 
-def _x_axis(
-    low: float, high: float, at: Callable[[float, float], tuple[float, float]], low_y: float, label: str
-) -> str:
+def _ticks_inside(low: float, high: float) -> list[float]:
     inside = [tick for tick in nice_ticks(low, high, 4) if low <= tick <= high]
-    whole = [tick for tick in inside if float(tick).is_integer()] if high - low >= 3 else inside
+    return [tick for tick in inside if float(tick).is_integer()] if high - low >= 3 else inside
+
+
+def _plain(value: float) -> str:
+    text = number(value, 6)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _x_axis(places: Sequence[tuple[float, str]], label: str) -> str:
+    """Names at their places, those left out that would run into the one before; then what they are."""
     parts = []
-    for tick in whole:
-        across, _ = at(tick, low_y)
-        end = across > WIDTH - RIGHT - 14
-        parts.append(
-            f'<text x="{across:.1f}" y="{HEIGHT - 8:.0f}" text-anchor="{"end" if end else "middle"}">'
-            f"{esc(number(tick, 6).rstrip('0').rstrip('.') if '.' in number(tick, 6) else number(tick, 6))}</text>"
-        )
-    parts.append(f'<text class="axis" x="{LEFT - 6:.0f}" y="{HEIGHT - 8:.0f}" text-anchor="end">{esc(label)}</text>')
+    free = LEFT
+    for across, name in places:
+        half = 3.1 * len(name)
+        at_end = across + half > WIDTH
+        begin = across - 2 * half if at_end else across - half
+        if begin < free - 8:
+            continue
+        free = begin + 2 * half + 10
+        anchor = "end" if at_end else "middle"
+        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - 8:.0f}" text-anchor="{anchor}">{esc(name)}</text>')
+    parts.append(f'<text class="axis" x="{LEFT - 8:.0f}" y="{HEIGHT - 8:.0f}" text-anchor="end">{esc(label)}</text>')
     return "".join(parts)
 
 
