@@ -27,7 +27,17 @@ ALLOWED = {
     "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
     "checkpoint": {"megatron", "runtime", "testbed"},
     "testbed": {"data", "evaluation"},
-    "config": {"data", "diagnosis", "distillation", "evaluation", "megatron", "observability", "rollout", "training", "testbed"},
+    "config": {
+        "data",
+        "diagnosis",
+        "distillation",
+        "evaluation",
+        "megatron",
+        "observability",
+        "rollout",
+        "training",
+        "testbed",
+    },
     "model": {
         "checkpoint",
         "data",
@@ -88,7 +98,9 @@ def test_the_engine_interface_and_the_sampling_know_nothing_of_megatron() -> Non
 
 @pytest.mark.parametrize("name", MATHEMATICS_OF_DIAGNOSIS)
 def test_the_mathematics_of_the_diagnosis_knows_neither_megatron_nor_the_loop(name: str) -> None:
-    rooms = {module.split(".")[1] for module in imports(PACKAGE / "diagnosis" / name) if module.startswith("nemo_popsd.")}
+    rooms = {
+        module.split(".")[1] for module in imports(PACKAGE / "diagnosis" / name) if module.startswith("nemo_popsd.")
+    }
     assert rooms <= {"config", "diagnosis", "distillation", "errors", "evaluation"}
 
 

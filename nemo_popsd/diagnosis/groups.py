@@ -37,7 +37,9 @@ class TokenFigures:
     """By the names of `MEASURES`; NaN where not defined."""
 
 
-def group_figures(tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]) -> dict[str, Any]:
+def group_figures(
+    tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]
+) -> dict[str, Any]:
     """Figures of all groups, ready for JSON.
 
     Position bins are equal stretches up to the longest response; an entropy bin holds lower edge ≤ H < upper edge.
@@ -52,7 +54,9 @@ def group_figures(tokens: Sequence[TokenFigures], *, position_bins: int, entropy
     stretches = [(begin, min(begin + step, longest)) for begin in range(0, longest, step)]
     edges = [0.0, *entropy_edges]
     by_position = _split(tokens, len(stretches), lambda token: token.position // step)
-    by_entropy = _split(tokens, len(edges), lambda token: bisect_right(edges, max(token.values["student_entropy"], 0)) - 1)
+    by_entropy = _split(
+        tokens, len(edges), lambda token: bisect_right(edges, max(token.values["student_entropy"], 0)) - 1
+    )
     return {
         "all": _figures(tokens),
         "markers": _figures([token for token in tokens if token.marked]),

@@ -35,7 +35,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
 
 
 def marked_tokens(pieces: Sequence[str], markers: Sequence[str]) -> list[bool]:
-    """For each piece, whether it has part of an occurrence of one of `markers` (rules: `nemo_popsd.evaluation.markers`)."""
+    """For each piece, whether it has part of an occurrence of one of `markers` by `nemo_popsd.evaluation.markers`."""
     spans = marker_spans("".join(pieces), markers)
     marked = []
     begin = 0

@@ -23,7 +23,7 @@ from nemo_popsd.diagnosis.record import (
     pushed_entry,
     rounded,
 )
-from nemo_popsd.diagnosis.tokens import Alternatives, BranchStates, TokenDiagnosis, diagnose_tokens
+from nemo_popsd.diagnosis.tokens import Alternatives, BranchStates, diagnose_tokens
 from nemo_popsd.distillation.build import build_target
 from nemo_popsd.distillation.vocabulary import true_width
 from nemo_popsd.errors import UserError
@@ -107,9 +107,7 @@ def diagnose(
     """
     dp_rank, dp_size = dist.get_rank(student.dp_group), dist.get_world_size(student.dp_group)
     mine = rows[dp_rank::dp_size]
-    requests = [
-        Request(r.row.contexts.student, row_seed(config.seed, "diagnosis", r.row.record.id)) for r in mine
-    ]
+    requests = [Request(r.row.contexts.student, row_seed(config.seed, "diagnosis", r.row.record.id)) for r in mine]
     rollouts = engine.generate(requests, sampling) if requests else []
     trajectories = [Trajectory(r.row, rollout) for r, rollout in zip(mine, rollouts, strict=True)]
     weight = student.weight
@@ -162,9 +160,7 @@ def _branch_states(student: Student, part: Sequence[Trajectory], token_budget: i
     with student.base.model() as base:
         frozen = frozen_hidden_states(base, [s for sequences in contexts for s in sequences], token_budget)
     count = len(part)
-    return [
-        BranchStates(live[row], frozen[row], frozen[count + row], frozen[2 * count + row]) for row in range(count)
-    ]
+    return [BranchStates(live[row], frozen[row], frozen[count + row], frozen[2 * count + row]) for row in range(count)]
 
 
 def _one_rollout(

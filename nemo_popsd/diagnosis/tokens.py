@@ -166,7 +166,7 @@ def _log_softmax_(
 
 
 def _target(log_probs: list[Tensor], centre_C: Tensor, target: Target, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """log P (eq. 13-17 for Purified), [C, v]."""
+    """The target's log P (eq. 13-17 for Purified), [C, v]."""
     student, base, privileged, reference = log_probs
     if target.cap is None:
         log_q = privileged * target.privileged

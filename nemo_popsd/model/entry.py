@@ -140,7 +140,8 @@ def _as_file_name(name: str) -> str:
 def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
     """Before the first step of a run and after its last, unless it is turned off."""
     if model.settings.diagnosis.in_training and not (name == BEFORE and model.completed_steps):
-        write_diagnosis(model.diagnose(name), Path(model.settings.output) / "diagnosis" / name)
+        told = f"{model.settings.name}, {name} training"
+        write_diagnosis(model.diagnose(told), Path(model.settings.output) / "diagnosis" / name)
 
 
 def _remove_previous_run(output: Path) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nemo_popsd.report.markup import esc, fixed, number, visible
-from nemo_popsd.report.plots import nice_ticks
+from nemo_popsd.report.plots import nice_ticks, tick_texts
 
 _WIDTH = 340.0
-_ROW = 24.0
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,13 @@ class Estimate:
 
 def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[float], str] = fixed) -> str:
     """Each row's value as a dot with its interval as a line, its name and value above, on one scale."""
-    edges = [edge for row in rows for edge in (row.value, row.low, row.high) if edge is not None and math.isfinite(edge)]
+    edges = [
+        edge for row in rows for edge in (row.value, row.low, row.high) if edge is not None and math.isfinite(edge)
+    ]
     if not edges:
         return '<p class="absent">not measured</p>'
     ticks = nice_ticks(min(edges), max(edges), 4)
-    left, right, row_height = 8.0, 14.0, 34.0
+    left, right, row_height = 12.0, 14.0, 34.0
     height = row_height * len(rows) + 22
 
     def at(value: float) -> float:
@@ -38,8 +39,8 @@ def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[floa
 
     parts = [
         f'<path class="grid" d="M{at(tick):.1f} 4V{height - 20:.0f}"/>'
-        f'<text x="{at(tick):.1f}" y="{height - 6:.0f}" text-anchor="middle">{esc(text(tick))}</text>'
-        for tick in ticks
+        f'<text x="{at(tick):.1f}" y="{height - 6:.0f}" text-anchor="middle">{esc(told)}</text>'
+        for tick, told in zip(ticks, tick_texts(ticks), strict=True)
     ]
     for index, row in enumerate(rows):
         top = index * row_height
@@ -57,12 +58,13 @@ def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[floa
     )
 
 
-def push_chart(entries: Sequence[tuple[str, float]], *, label: str) -> str:
-    """Named bars to both sides of 0 (right: promoted, left: suppressed); names are tokens, in plain rows of HTML.
+def push_chart(entries: Sequence[tuple[str, float]], *, label: str, tokens: bool = True) -> str:
+    """Named bars to both sides of 0 (right: promoted, left: suppressed), in plain rows of HTML.
 
     Args:
-        entries: token text and value, in order.
+        entries: name and value, in order.
         label: what is drawn.
+        tokens: names are tokens, whose white space is to be seen.
     """
     if not entries:
         return '<p class="absent">not measured</p>'
@@ -71,7 +73,7 @@ def push_chart(entries: Sequence[tuple[str, float]], *, label: str) -> str:
     for name, value in entries:
         side = "up" if value > 0 else "down"
         rows.append(
-            f'<li><code>{visible(name)}</code><span class="track"><i class="{side}" '
+            f'<li><code>{visible(name) if tokens else esc(name)}</code><span class="track"><i class="{side}" '
             f'style="width:{abs(value) / most * 50:.1f}%"></i></span><b>{esc(_signed(value))}</b></li>'
         )
     return f'<ol class="push" aria-label="{esc(label)}">{"".join(rows)}</ol>'

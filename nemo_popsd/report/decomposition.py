@@ -18,6 +18,8 @@ COMPONENTS = {
     "target": ("The target of this run", "log P − log π_θ. What the student is drawn towards."),
 }
 """Title and meaning of each component, in the order shown."""
+SHORT = {"reference": "Δ_ref", "question": "Δ_it", "total": "Δ_total", "target": "target"}
+"""Names of the components in narrow places."""
 
 _BY_GROUP = {
     "norm_ratio": ("‖Δ_ref‖ / ‖Δ_total‖", "above 1: the reference-induced part is larger than the whole signal"),
@@ -27,7 +29,17 @@ _BY_GROUP = {
     "delta_reference": ("Δ_ref of the token written", "nats; below 0: the reference alone speaks against it"),
     "forward_kl": ("KL(target ‖ student)", "nats; how far the target asks the student to go"),
 }
-_IN_TABLE = ("norm_ratio", "cosine_question", "cosine_reference", "delta_total", "delta_reference", "delta_question", "delta_target", "student_entropy", "forward_kl")
+_IN_TABLE = (
+    "norm_ratio",
+    "cosine_question",
+    "cosine_reference",
+    "delta_total",
+    "delta_reference",
+    "delta_question",
+    "delta_target",
+    "student_entropy",
+    "forward_kl",
+)
 _NAMES = {
     "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
     "cosine_question": "cos(Δ_total, Δ_it)",
@@ -87,7 +99,8 @@ def markers_table(summary: Summary) -> str:
     shown = ("markers", "others", "all")
     header = ["", *(f"{name}<br>{groups[name]['tokens']:,} tokens" for name in shown)]
     rows = [
-        [esc(_NAMES[measure]), *(_spread(groups[name].get(measure), measure) for name in shown)] for measure in _IN_TABLE
+        [esc(_NAMES[measure]), *(_spread(groups[name].get(measure), measure) for name in shown)]
+        for measure in _IN_TABLE
     ]
     return table(header, rows)
 

@@ -1,4 +1,4 @@
-"""Text into HTML, safely, and numbers into text. Rollouts hold any text at all: nothing reaches a page but through here."""
+"""Text into HTML, safely, and numbers into text. Rollouts hold any text: none reaches a page but through here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127
 
 
 def esc(value: object) -> str:
-    """`value` as text for elements and for attributes in quotes; control characters, which HTML has not, are left out."""
+    """`value` as text for elements and for attributes in quotes, without the control characters that HTML has not."""
     return html.escape(str(value).translate(_CONTROLS), quote=True)
 
 
@@ -53,7 +53,7 @@ def signed(value: float | None, decimals: int = 1) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], *, css: str = "") -> str:
-    """A table of cells that are HTML already; the first cell of each row is its heading. Scrolls sideways if it must."""
+    """A table of cells that are HTML already, the first of each row its heading; scrolls sideways if it must."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     body = []
     for row in rows:

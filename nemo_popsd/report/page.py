@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_popsd.report import sections
+from nemo_popsd.report.evaluation import evaluation
 from nemo_popsd.report.markup import esc, number
 from nemo_popsd.report.run import RunData, read_run
 from nemo_popsd.report.shell import document
@@ -50,7 +51,7 @@ def write_report(directories: Sequence[Path], page: Path) -> Path:
 def _page(runs: Sequence[RunData], page: Path) -> str:
     contents = {
         "glance": sections.glance(runs),
-        "evaluation": sections.evaluation(runs),
+        "evaluation": evaluation(runs),
         "training": sections.curves(runs),
         "decomposition": sections.decomposed(runs, page),
         "samples": sections.samples(runs),
@@ -58,9 +59,7 @@ def _page(runs: Sequence[RunData], page: Path) -> str:
         "provenance": sections.provenance(runs),
     }
     keys = f'<div class="keys">{sections.colours(runs)}</div>'
-    body = keys + "".join(
-        f'<h2 id="{name}">{esc(title)}</h2>{contents[name]}' for name, title in _SECTIONS
-    )
+    body = keys + "".join(f'<h2 id="{name}">{esc(title)}</h2>{contents[name]}' for name, title in _SECTIONS)
     links = "".join(f'<a href="#{name}">{esc(title)}</a>' for name, title in _SECTIONS)
     facts = "".join(_facts(run) for run in runs)
     title = " against ".join(run.name for run in runs)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from nemo_popsd.report.markup import esc, number
+from nemo_popsd.report.markup import MINUS, esc, fixed, number
 
 WIDTH, HEIGHT = 340.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
@@ -47,9 +47,11 @@ def line_plot(
     label: str,
     x_label: str = "step",
     format_y: Callable[[float], str] = number,
+    unit: str = "",
     zero: bool = False,
     markers: bool = False,
     x_names: Sequence[str] = (),
+    height: float = HEIGHT,
 ) -> str:
     """A line for each series, its last value beside the legend, and what the script needs to tell values on hover.
 
@@ -57,10 +59,12 @@ def line_plot(
         series: at least one; those without points are left out of the plot but stay in the legend.
         label: what is drawn, for readers who do not see it.
         x_label: under the axis.
-        format_y: text of a value.
+        format_y: text of a value under the pointer.
+        unit: after the numbers at the axis, "%" say.
         zero: whether the axis must reach 0.
         markers: a dot at every point.
         x_names: names of x = 0, 1, ... where x counts things that have names.
+        height: of the plot, where the width is `WIDTH`.
     """
     drawn = [(s, s.finite()) for s in series]
     xs = [x for _, points in drawn for x, _ in points]
@@ -68,7 +72,7 @@ def line_plot(
     ys += [edge for s in series for _, low, high in s.band for edge in (low, high) if math.isfinite(edge)]
     if not xs:
         return '<p class="absent">not measured</p>'
-    ticks_y = nice_ticks(min([*ys, 0.0] if zero else ys), max([*ys, 0.0] if zero else ys), 4)
+    ticks_y = nice_ticks(min([*ys, 0.0] if zero else ys), max([*ys, 0.0] if zero else ys), round(height / 42))
     low_y, high_y = ticks_y[0], ticks_y[-1]
     low_x, high_x = min(xs), max(xs)
     if low_x == high_x:
@@ -76,12 +80,14 @@ def line_plot(
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+        return across, height - BOTTOM - (y - low_y) / (high_y - low_y) * (height - TOP - BOTTOM)
 
     named = dict(enumerate(x_names))
-    ticks_x = list(named.items()) or [(tick, _plain(tick)) for tick in _ticks_inside(low_x, high_x)]
+    whole = all(float(x).is_integer() for x in xs)
+    ticks_x = [(float(x), name) for x, name in named.items()]
+    ticks_x = ticks_x or [(tick, _plain(tick)) for tick in _ticks_inside(low_x, high_x, whole)]
     places = [(at(tick, low_y)[0], name) for tick, name in ticks_x]
-    parts = [_grid(ticks_y, at, low_x, format_y), _x_axis(places, x_label)]
+    parts = [_grid(ticks_y, at, low_x, unit), _x_axis(places, x_label, height - 8)]
     if low_y < 0 < high_y:
         parts.append(_path("zero", [at(low_x, 0), at(high_x, 0)]))
     for s, _ in drawn:
@@ -109,7 +115,7 @@ def line_plot(
     ]
     told = esc(json.dumps({"x": x_label, "series": hover}, ensure_ascii=False, separators=(",", ":")))
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{esc(label)}" '
+        f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{esc(label)}" '
         f'data-plot="{told}">{"".join(parts)}<g class="cursor"></g></svg>'
     )
 
@@ -122,9 +128,9 @@ def legend(series: Sequence[tuple[str, str]]) -> str:
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that enclose [low, high]; at least two of them."""
-    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
-        pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
+        pad = abs(low) * 0.1
+        low, high = (low - pad, high + pad) if pad else (0.0, 1.0)
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
@@ -133,20 +139,29 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def _grid(ticks: Sequence[float], at: Callable[[float, float], tuple[float, float]], low_x: float, text: Callable[[float], str]) -> str:
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """The ticks of one axis, all with as many decimals as their steps need."""
+    step, largest = ticks[1] - ticks[0], max(abs(tick) for tick in ticks)
+    if step < 1e-4 or largest >= 1e6:
+        return [f"{tick:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS) for tick in ticks]
+    decimals = next(d for d in range(7) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * step * 10**d)
+    return [fixed(0.0 if abs(tick) < step * 1e-6 else tick, decimals) for tick in ticks]
+
+
+def _grid(ticks: Sequence[float], at: Callable[[float, float], tuple[float, float]], low_x: float, unit: str) -> str:
     parts = []
-    for tick in ticks:
+    for tick, text in zip(ticks, tick_texts(ticks), strict=True):
         _, down = at(low_x, tick)
         parts.append(
             f'<path class="grid" d="M{LEFT:.0f} {down:.1f}H{WIDTH - RIGHT:.0f}"/>'
-            f'<text x="{LEFT - 6:.0f}" y="{down + 3.5:.1f}" text-anchor="end">{esc(text(tick))}</text>'
+            f'<text x="{LEFT - 6:.0f}" y="{down + 3.5:.1f}" text-anchor="end">{esc(text + unit)}</text>'
         )
     return "".join(parts)
 
 
-def _ticks_inside(low: float, high: float) -> list[float]:
+def _ticks_inside(low: float, high: float, whole: bool) -> list[float]:
     inside = [tick for tick in nice_ticks(low, high, 4) if low <= tick <= high]
-    return [tick for tick in inside if float(tick).is_integer()] if high - low >= 3 else inside
+    return [tick for tick in inside if float(tick).is_integer()] if whole else inside
 
 
 def _plain(value: float) -> str:
@@ -154,20 +169,23 @@ def _plain(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _x_axis(places: Sequence[tuple[float, str]], label: str) -> str:
+def _x_axis(places: Sequence[tuple[float, str]], label: str, down: float) -> str:
     """Names at their places, those left out that would run into the one before; then what they are."""
     parts = []
-    free = LEFT
+    free = LEFT - 8
     for across, name in places:
-        half = 3.1 * len(name)
-        at_end = across + half > WIDTH
-        begin = across - 2 * half if at_end else across - half
-        if begin < free - 8:
+        width = 6.2 * len(name)
+        anchor, begin = "middle", across - width / 2
+        if begin + width > WIDTH:
+            anchor, begin = "end", across - width
+        elif begin < LEFT - 4:
+            anchor, begin = "start", across - 3
+        if begin < free:
             continue
-        free = begin + 2 * half + 10
-        anchor = "end" if at_end else "middle"
-        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - 8:.0f}" text-anchor="{anchor}">{esc(name)}</text>')
-    parts.append(f'<text class="axis" x="{LEFT - 8:.0f}" y="{HEIGHT - 8:.0f}" text-anchor="end">{esc(label)}</text>')
+        free = begin + width + 10
+        x = begin if anchor == "start" else across
+        parts.append(f'<text x="{x:.1f}" y="{down:.0f}" text-anchor="{anchor}">{esc(name)}</text>')
+    parts.append(f'<text class="axis" x="{LEFT - 8:.0f}" y="{down:.0f}" text-anchor="end">{esc(label)}</text>')
     return "".join(parts)
 
 

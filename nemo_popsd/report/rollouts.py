@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from nemo_popsd.evaluation.markers import DEFAULT_MARKERS, marker_spans
 from nemo_popsd.report.markup import esc
-from nemo_popsd.report.run import AFTER, BEFORE, RunData
+from nemo_popsd.report.run import AFTER, BEFORE, RunData, read_lines
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,63 @@ class Pair:
 def answer_pairs(run: RunData, count: int) -> tuple[list[Pair], str]:
     """Up to `count` questions with answers from before and after, and where they come from, in words.
 
-    Rollouts of the diagnoses before and after training, which are to the same training questions with the same random
-    numbers. None where the run has no diagnosis.
+    From the samples of the first and the last evaluation of the run, if they were kept: those that became wrong and
+    those that became right first, in turn. Otherwise from the diagnoses before and after training.
     """
+    pairs = _scored_pairs(run)
+    if pairs:
+        lost = [pair for pair in pairs if pair.before and pair.after and pair.before.correct and not pair.after.correct]
+        won = [pair for pair in pairs if pair.before and pair.after and pair.after.correct and not pair.before.correct]
+        rest = [pair for pair in pairs if pair not in lost and pair not in won]
+        turns = [pair for turn in zip_longest(lost, won) for pair in turn if pair is not None]
+        told = f"held-out questions: of {len(pairs)}, {len(lost)} became wrong and {len(won)} became right; these first"
+        return (turns + rest)[:count], told
     before, after = (run.diagnoses[name].rollouts if name in run.diagnoses else [] for name in (BEFORE, AFTER))
     later = {rollout["row"]: rollout for rollout in after}
     pairs = [
-        Pair(rollout["row"], rollout["question"], None, _answer(rollout), _answer(later.get(rollout["row"])))
+        Pair(rollout["row"], rollout["question"], None, _rollout(rollout), _rollout(later.get(rollout["row"])))
         for rollout in before
     ]
     return pairs[:count], "training questions, as the diagnoses before and after training drew them"
 
 
-def _answer(rollout: dict[str, Any] | None) -> Answer | None:
+def _scored_pairs(run: RunData) -> list[Pair]:
+    """The first sample of each held-out problem in the first and in the last evaluation."""
+    if run.before is None or run.before.directory is None:
+        return []
+    problems = read_lines(run.before.directory / "problems.jsonl")
+    before = _first_samples(run.before.directory)
+    after = _first_samples(run.after.directory) if run.after and run.after.directory else {}
+    return [
+        Pair(
+            str(problem["id"]),
+            str(problem.get("question", "")),
+            problem.get("answer"),
+            before.get(problem["id"]),
+            after.get(problem["id"]),
+        )
+        for problem in problems
+        if problem.get("id") in before
+    ]
+
+
+def _first_samples(directory: Path) -> dict[Any, Answer]:
+    scores = {
+        line.get("problem"): bool(line.get("correct"))
+        for line in read_lines(directory / "scores.jsonl")
+        if line.get("sample") == 0
+    }
+    return {
+        line["problem"]: Answer(
+            str(line.get("text", "")), int(line.get("tokens", 0)), bool(line.get("cut")), scores.get(line["problem"])
+        )
+        for file in sorted(directory.glob("samples-*.jsonl"))
+        for line in read_lines(file)
+        if line.get("sample") == 0 and "problem" in line
+    }
+
+
+def _rollout(rollout: dict[str, Any] | None) -> Answer | None:
     if rollout is None:
         return None
     return Answer("".join(rollout["pieces"]), len(rollout["pieces"]), bool(rollout["cut"]), None)

@@ -4,7 +4,9 @@ What is read below a run's directory; whatever is absent is left out of the page
 
     config.yaml                           the resolved configuration; needed
     metrics.jsonl                         train/* and validation/* by step
-    evaluation/*.json                     further evaluations, one summary each
+    validation/step-<number>/             evaluations during training: summary.json, problems.jsonl, samples-*.jsonl,
+                                          scores.jsonl (see `nemo_popsd.evaluation`); they outrank the metrics
+    evaluation/**/*.json                  further evaluations, one summary each
     diagnosis/{before,after}/             see `nemo_popsd.diagnosis.record`
     checkpoints/final/manifest.json       versions and layout
 """
@@ -35,6 +37,18 @@ class Diagnosed:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """What an evaluation during training found."""
+
+    values: dict[str, float]
+    """By name; those of a mapping as "marker_rates.Wait"."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """(low, high) by name."""
+    directory: Path | None = None
+    """Where its samples are; None where they were not kept."""
+
+
+@dataclass(frozen=True)
 class RunData:
     """One run."""
 
@@ -42,8 +56,8 @@ class RunData:
     config: dict[str, Any]
     training: dict[str, list[tuple[float, float]]]
     """(step, value) by name of metric, without prefix."""
-    validations: dict[int, dict[str, float]]
-    """Values by name, by step, rising."""
+    validations: dict[int, Validation]
+    """By step, rising."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """Summaries of evaluations made by command."""
     diagnoses: dict[str, Diagnosed] = field(default_factory=dict)
@@ -57,12 +71,12 @@ class RunData:
         return str(self.config.get("name") or self.directory.name)
 
     @property
-    def before(self) -> dict[str, float] | None:
+    def before(self) -> Validation | None:
         """What was validated at step 0."""
         return self.validations.get(0)
 
     @property
-    def after(self) -> dict[str, float] | None:
+    def after(self) -> Validation | None:
         """What was validated last, unless that was step 0."""
         last = max(self.validations, default=0)
         return self.validations[last] if last else None
@@ -102,14 +116,24 @@ def read_run(directory: Path) -> RunData:
             need="the output directory of a training run",
             mend="correct the path",
         ) from None
-    training, validations = _metrics(directory / "metrics.jsonl")
+    training, logged = _metrics(directory / "metrics.jsonl")
+    validations = {step: Validation(values) for step, values in logged.items()}
+    for folder in sorted((directory / "validation").glob("step-*")):
+        summary = _object(folder / "summary.json")
+        if summary and folder.name.removeprefix("step-").isdigit():
+            values, intervals = flat_figures(summary)
+            validations[int(folder.name.removeprefix("step-"))] = Validation(values, intervals, folder)
     manifest = directory / "checkpoints" / "final" / "manifest.json"
     return RunData(
         directory=directory,
         config=config if isinstance(config, dict) else {},
         training=training,
-        validations=validations,
-        evaluations=[found for file in sorted((directory / "evaluation").glob("*.json")) if (found := _object(file))],
+        validations=dict(sorted(validations.items())),
+        evaluations=[
+            found
+            for file in sorted((directory / "evaluation").glob("**/*.json"))
+            if (found := _object(file)) and "accuracy" in found
+        ],
         diagnoses={
             folder.name: diagnosed
             for folder in sorted((directory / "diagnosis").glob("*"))
@@ -122,15 +146,29 @@ def read_run(directory: Path) -> RunData:
 def read_diagnosis(directory: Path) -> Diagnosed | None:
     """The diagnosis in `directory`; None where there is none, or half of one."""
     summary = _object(directory / "summary.json")
-    rollouts = _lines(directory / "rollouts.jsonl")
+    rollouts = read_lines(directory / "rollouts.jsonl")
     return Diagnosed(summary, rollouts) if summary and rollouts else None
+
+
+def flat_figures(summary: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Numbers of an evaluation's summary, and their intervals, by name."""
+    values: dict[str, float] = {}
+    for name, value in summary.items():
+        if isinstance(value, Mapping) and name != "intervals":
+            inner = {f"{name}.{key}": _float(number) for key, number in value.items()}
+            values |= {key: number for key, number in inner.items() if number is not None}
+        elif (number := _float(value)) is not None:
+            values[name] = number
+    intervals = summary.get("intervals")
+    found = intervals.items() if isinstance(intervals, Mapping) else ()
+    return values, {name: (float(low), float(high)) for name, (low, high) in found}
 
 
 def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int, dict[str, float]]]:
     """Training and validation metrics; the last line of a step counts, as a resumed run repeats steps."""
     training: dict[str, dict[int, float]] = {}
     validations: dict[int, dict[str, float]] = {}
-    for line in _lines(file):
+    for line in read_lines(file):
         step = int(line.get("step", 0))
         for key, raw in line.items():
             value = _float(raw)
@@ -154,7 +192,7 @@ def _float(value: object) -> float | None:
         return None
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """Objects of a JSONL file; a line that a kill cut off, and a file that is not there, hold none."""
     if not file.is_file():
         return []

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from nemo_popsd.report import decomposition, verdicts
-from nemo_popsd.report.bars import Estimate, interval_chart, share_bar
-from nemo_popsd.report.markup import card, esc, fixed, number, signed, table
+from nemo_popsd.report.bars import Estimate, interval_chart, push_chart, share_bar
+from nemo_popsd.report.markup import card, esc, fixed, number, table
 from nemo_popsd.report.plots import Series, legend, line_plot, series_class
 from nemo_popsd.report.rollouts import answer_pairs, pair_cards
 from nemo_popsd.report.run import AFTER, BEFORE, RunData
@@ -43,6 +43,8 @@ PHASES = {
 }
 _PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
 _SAMPLES = 4
+_LOW = 112.0
+"""Height of the plots at a glance."""
 
 
 def colours(runs: Runs) -> str:
@@ -60,33 +62,73 @@ def _verdict(index: int, name: str, text: str) -> str:
 
 
 def _accuracy_card(runs: Runs) -> str:
+    told = "".join(
+        _verdict(index, run.name, verdicts.accuracy_verdict(run)) + _figures(run, "accuracy", 100, " %")
+        for index, run in enumerate(runs)
+    )
     rows = []
     estimates = [("before training", "base", runs[0].before)]
     estimates += [(run.name, series_class(index), run.after) for index, run in enumerate(runs)]
-    for label, css, values in estimates:
-        found = verdicts.accuracy(values)
+    for label, css, validation in estimates:
+        found = verdicts.accuracy(validation)
         if found is not None:
             rows.append(Estimate(label, found.value, found.low, found.high, css))
     chart = interval_chart(rows, label="accuracy with 95 % intervals", text=lambda value: f"{fixed(value)} %")
-    told = "".join(_verdict(index, run.name, verdicts.accuracy_verdict(run)) for index, run in enumerate(runs))
-    return card("Did accuracy move?", f"{told}{chart}", note="held-out problems; 95 % intervals")
+    series = []
+    for index, run in enumerate(runs):
+        by_step = [(float(step), verdicts.accuracy(found)) for step, found in run.validations.items()]
+        known = [(step, found) for step, found in by_step if found]
+        band = [
+            (step, found.low, found.high) for step, found in known if found.low is not None and found.high is not None
+        ]
+        series.append(Series(run.name, [(step, found.value) for step, found in known], series_class(index), band))
+    plot = line_plot(
+        series,
+        label="accuracy by step",
+        format_y=lambda value: f"{fixed(value)} %",
+        unit=" %",
+        markers=True,
+        height=_LOW,
+    )
+    body = f'{told}<div class="split"></div>{chart}<p class="sub">by step</p>{plot}'
+    return card("Did accuracy move?", body, note="held-out problems; intervals hold 95 %")
+
+
+def _figures(run: RunData, key: str, scale: float, unit: str, what: str = "", *, decimals: int = 1) -> str:
+    """A validated figure before and after, large."""
+    ends = [verdicts.estimate(found, key, scale) for found in (run.before, run.after)]
+    if None in ends:
+        return ""
+    before, after = (fixed(end.value, decimals) for end in ends if end)
+    told = f" {what}" if what else ""
+    return f'<p class="figure"><small>{before}{unit} →</small> {after}{unit}<small>{esc(told)}</small></p>'
 
 
 def _thinking_card(runs: Runs) -> str:
-    told = "".join(_verdict(index, run.name, verdicts.thinking_verdict(run)) for index, run in enumerate(runs))
+    told = "".join(
+        _verdict(index, run.name, verdicts.thinking_verdict(run))
+        + _figures(run, "markers_per_1000_tokens", 1, "", "markers per 1,000 tokens")
+        + _figures(run, "mean_tokens", 1, "", "tokens per answer", decimals=0)
+        for index, run in enumerate(runs)
+    )
     charts = ""
     for key, title in (("markers_per_1000_tokens", "markers per 1,000 tokens"), ("mean_tokens", "tokens per answer")):
         series = [
             Series(
                 run.name,
-                [(float(step), values[key]) for step, values in run.validations.items() if key in values],
+                [(float(step), found.values[key]) for step, found in run.validations.items() if key in found.values],
                 series_class(index),
+                [
+                    (float(step), *found.intervals[key])
+                    for step, found in run.validations.items()
+                    if key in found.intervals
+                ],
             )
             for index, run in enumerate(runs)
         ]
-        charts += f'<p class="sub">{title}</p>' + line_plot(series, label=title, zero=True, markers=True)
+        charts += f'<p class="sub">{title}</p>' + line_plot(series, label=title, zero=True, markers=True, height=_LOW)
     note = f"held-out answers; up to ±{100 * verdicts.KEPT:.0f} % in both counts as kept"
-    return card("Did it keep thinking?", told + charts, note=note)
+    return card("Did it keep thinking?", f'{told}<div class="split"></div>{charts}', note=note)
 
 
 def _target_card(runs: Runs) -> str:
@@ -97,105 +139,14 @@ def _target_card(runs: Runs) -> str:
             parts.append(_verdict(index, run.name, "not diagnosed"))
             continue
         parts.append(_verdict(index, run.name, verdicts.target_verdict(summary)))
-        parts.append(decomposition.chips(summary, "target"))
-    note = "the vocabulary entries that the target raises and lowers most at the start of training"
+        parts.append(f'<div class="split"></div>{decomposition.chips(summary, "target")}')
+        shares = {name: verdicts.marker_share(summary, name) for name in decomposition.COMPONENTS}
+        if None not in shares.values():
+            bars = [(decomposition.SHORT[name], 100 * share) for name, share in shares.items() if share is not None]
+            parts.append('<p class="sub">change of the markers’ probability along each part, per cent</p>')
+            parts.append(push_chart(bars, label="push on markers by component", tokens=False))
+    note = "what the target, and each part of the teacher’s signal, asks at the start of training, to first order"
     return card("What did the target push?", "".join(parts), note=note)
-
-
-def evaluation(runs: Runs) -> str:
-    """Held-out figures before and after, and by step."""
-    first = runs[0].before
-    columns: list[tuple[str, Mapping[str, float] | None]] = [("before", first)]
-    columns += [(run.name, run.after) for run in runs]
-    if all(values is None for _, values in columns):
-        return '<p class="absent">No validation was run (data.validation.path).</p>'
-    measures = [
-        ("accuracy, %", lambda v: _accuracy_cell(v), "accuracy", 100.0),
-        ("markers per 1,000 tokens", lambda v: fixed(v.get("markers_per_1000_tokens")), "markers_per_1000_tokens", 1.0),
-        ("tokens per answer", lambda v: fixed(v.get("mean_tokens")), "mean_tokens", 1.0),
-        ("cut at the limit, %", lambda v: _percent(v, "cut_share"), "cut_share", 100.0),
-        ("without an answer, %", lambda v: _percent(v, "unanswered_share"), "unanswered_share", 100.0),
-        ("problems", lambda v: number(v.get("problems"), 6), "", 0.0),
-        ("samples", lambda v: number(v.get("samples"), 6), "", 0.0),
-    ]
-    rows = []
-    for title, cell, key, scale in measures:
-        cells = []
-        for column, (_, values) in enumerate(columns):
-            text = cell(values) if values else "–"
-            start = runs[column - 1].before if column else None
-            if column and values and start and key in values and key in start:
-                text += f"<small>{signed(scale * (values[key] - start[key]))}</small>"
-            cells.append(text)
-        rows.append([esc(title), *cells])
-    header = ["", *(esc(name) for name, _ in columns)]
-    differing = [run.name for run in runs if run.before != first]
-    note = f"“before” is that of {runs[0].name}; changes are from each run’s own start."
-    if differing:
-        note += f" {', '.join(differing)} started from other figures."
-    return card("Held-out problems", table(header, rows), note=note) + _validation_curves(runs) + _commanded(runs)
-
-
-def _accuracy_cell(values: Mapping[str, float]) -> str:
-    found = verdicts.accuracy(dict(values))
-    if found is None:
-        return "–"
-    if found.low is None or found.high is None:
-        return fixed(found.value)
-    return f"{fixed(found.value)} <small>{fixed(found.low)} … {fixed(found.high)}</small>"
-
-
-def _percent(values: Mapping[str, float], key: str) -> str:
-    return fixed(100 * values[key]) if key in values else "–"
-
-
-def _validation_curves(runs: Runs) -> str:
-    if all(len(run.validations) < 2 for run in runs):
-        return ""
-    series = []
-    for index, run in enumerate(runs):
-        found = [(float(step), verdicts.accuracy(values)) for step, values in run.validations.items()]
-        series.append(
-            Series(
-                run.name,
-                [(step, a.value) for step, a in found if a],
-                series_class(index),
-                [(step, a.low, a.high) for step, a in found if a and a.low is not None and a.high is not None],
-            )
-        )
-    plot = line_plot(series, label="accuracy by step", format_y=lambda v: fixed(v, 0), markers=True)
-    cards = [card("Accuracy", plot, note="per cent, with 95 % intervals")]
-    for key, title, note in (
-        ("markers_per_1000_tokens", "Markers in answers", "per 1,000 tokens"),
-        ("mean_tokens", "Length of answers", "tokens"),
-    ):
-        lines = [
-            Series(
-                run.name, [(float(s), v[key]) for s, v in run.validations.items() if key in v], series_class(index)
-            )
-            for index, run in enumerate(runs)
-        ]
-        cards.append(card(title, line_plot(lines, label=title, markers=True), note=note))
-    return f'<div class="grid" style="margin-top:14px">{"".join(cards)}</div>'
-
-
-def _commanded(runs: Runs) -> str:
-    """Evaluations made by `popsd evaluate` into the directories of the runs."""
-    found = [(run, entry) for run in runs for entry in run.evaluations if "accuracy" in entry]
-    if not found:
-        return ""
-    rows = [
-        [
-            esc(entry.get("model", "?")),
-            _accuracy_cell(entry),
-            fixed(entry.get("markers_per_1000_tokens")),
-            fixed(entry.get("mean_tokens")),
-            number(entry.get("samples"), 6),
-        ]
-        for _, entry in found
-    ]
-    header = ["", "accuracy, %", "markers per 1,000 tokens", "tokens per answer", "samples"]
-    return card("Further evaluations", table(header, rows), css="sample")
 
 
 def curves(runs: Runs) -> str:
@@ -294,9 +245,7 @@ def throughput(runs: Runs) -> str:
         Series(run.name, run.training.get("tokens_per_second", []), series_class(index))
         for index, run in enumerate(runs)
     ]
-    cards.append(
-        card("Response tokens per second", line_plot(by_step, label="tokens per second by step", zero=True))
-    )
+    cards.append(card("Response tokens per second", line_plot(by_step, label="tokens per second by step", zero=True)))
     return f'<div class="grid">{"".join(cards)}</div>'
 
 

@@ -89,12 +89,13 @@ def _page(diagnosed: Diagnosed) -> str:
             "probability. A marker of several tokens has no entry.",
         )
         + "</div>",
-        '<h2 id="position">By position in the response</h2><p class="lead">Mean, and the band between the quartiles.</p>',
+        '<h2 id="position">By position in the response</h2>',
+        '<p class="lead">Mean, and the band between the quartiles.</p>',
         position_plots(lone),
         '<h2 id="entropy">By entropy of the student</h2><p class="lead">Bins in nats.</p>',
         entropy_plots(lone),
     ]
-    return document(f"Diagnosis of {summary['name']}", "Purified OPSD · decomposition", header, "".join(body))
+    return document(str(summary["name"]), "Purified OPSD · diagnosis", header, "".join(body))
 
 
 def _readers(shown: list[dict[str, Any]]) -> str:
@@ -136,7 +137,8 @@ def _reader(rollout: Mapping[str, Any], name: str) -> str:
     text = (
         f'<section class="card"><h3>Row {esc(rollout["row"])}{cut}</h3>'
         f'<p class="question">{esc(rollout["question"])}</p>'
-        f"<details><summary>reference, as teacher and probe see it</summary><pre>{esc(rollout['reference'])}</pre></details>"
+        "<details><summary>reference, as teacher and probe see it</summary>"
+        f"<pre>{esc(rollout['reference'])}</pre></details>"
         f'<div class="tokens" tabindex="0" data-rollout="{name}">{"".join(spans)}</div></section>'
     )
     return f'<div class="reader sample">{text}<aside class="card inspector"></aside></div>{data_block(kept, name)}'

@@ -6,12 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_popsd.report.markup import fixed, signed
-from nemo_popsd.report.run import AFTER, BEFORE, RunData
+from nemo_popsd.report.markup import signed
+from nemo_popsd.report.run import AFTER, BEFORE, RunData, Validation
 
 Z95 = 1.959964
 KEPT = 0.10
 """Relative change of marker rate and of length up to which a run is said to have kept thinking."""
+
+LEFT_ALONE = 0.01
+"""Relative push on the markers up to which a target is said to leave them alone."""
 
 
 @dataclass(frozen=True)
@@ -23,49 +26,58 @@ class Interval:
     high: float | None
 
 
-def accuracy(values: dict[str, float] | None) -> Interval | None:
-    """Accuracy in per cent, with value ± 1.96 standard errors."""
-    if not values or "accuracy" not in values:
+def estimate(found: Validation | None, name: str, scale: float = 1.0) -> Interval | None:
+    """A validated figure times `scale`, with its interval: the one on disk, else for accuracy ± 1.96 standard errors."""
+    if found is None or name not in found.values:
         return None
-    value, error = 100 * values["accuracy"], values.get("accuracy_stderr")
+    value = scale * found.values[name]
+    if name in found.intervals:
+        low, high = found.intervals[name]
+        return Interval(value, scale * low, scale * high)
+    error = found.values.get("accuracy_stderr") if name == "accuracy" else None
     if error is None or not math.isfinite(error):
         return Interval(value, None, None)
-    return Interval(value, value - 100 * Z95 * error, value + 100 * Z95 * error)
+    return Interval(value, value - scale * Z95 * error, value + scale * Z95 * error)
 
 
-def accuracy_change(run: RunData) -> Interval | None:
-    """After less before, in points. The interval takes the two as independent; drawn on the same problems they are
-    not, so it is too wide rather than too narrow.
+def accuracy(found: Validation | None) -> Interval | None:
+    """Accuracy in per cent."""
+    return estimate(found, "accuracy", 100.0)
+
+
+def change(run: RunData, name: str, scale: float = 1.0) -> Interval | None:
+    """A figure after training less the same before, times `scale`. Without the samples of both, its interval takes the
+    two as independent; drawn on the same problems they are not, so it is too wide rather than too narrow.
     """
-    before, after = accuracy(run.before), accuracy(run.after)
+    before, after = estimate(run.before, name, scale), estimate(run.after, name, scale)
     if before is None or after is None:
         return None
-    change = after.value - before.value
-    if before.low is None or after.low is None:
-        return Interval(change, None, None)
-    half = math.hypot(before.value - before.low, after.value - after.low)
-    return Interval(change, change - half, change + half)
+    moved = after.value - before.value
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return Interval(moved, None, None)
+    below = math.hypot(before.high - before.value, after.value - after.low)
+    above = math.hypot(before.value - before.low, after.high - after.value)
+    return Interval(moved, moved - below, moved + above)
 
 
 def accuracy_verdict(run: RunData) -> str:
-    """Whether accuracy moved."""
-    change = accuracy_change(run)
-    if change is None:
+    """Whether accuracy moved: whether the interval of its change leaves 0 out."""
+    moved = change(run, "accuracy", 100.0)
+    if moved is None:
         return "not measured"
-    if change.low is None or change.high is None:
-        return f"{signed(change.value)} points, with no interval"
-    half = (change.high - change.low) / 2
-    told = f"{signed(change.value)} ± {fixed(half)} points"
-    if change.low > 0:
-        return f"rose by {told}"
-    if change.high < 0:
+    if moved.low is None or moved.high is None:
+        return f"{signed(moved.value)} points, with no interval"
+    told = f"{signed(moved.value)} points [{signed(moved.low)}, {signed(moved.high)}]"
+    if moved.low > 0:
+        return f"rose: {told}"
+    if moved.high < 0:
         return f"fell: {told}"
     return f"no change beyond its error: {told}"
 
 
 def relative_change(run: RunData, name: str) -> float | None:
     """(after − before) / before of a validated figure."""
-    before, after = (values.get(name) if values else None for values in (run.before, run.after))
+    before, after = (found.values.get(name) if found else None for found in (run.before, run.after))
     if before is None or after is None or not before:
         return None
     return after / before - 1
@@ -92,12 +104,19 @@ def target_summary(run: RunData) -> dict[str, Any] | None:
     return None
 
 
+def marker_share(summary: dict[str, Any], component: str) -> float | None:
+    """First-order change of the probability of all markers of one token along a component, relative to it; None where
+    the vocabulary has no such marker, or the student never considers one.
+    """
+    found = [entry for entry in summary["push"]["markers"].values() if entry and entry["mass"]]
+    mass = sum(entry["mass"] for entry in found)
+    return sum(entry["push"][component] or 0.0 for entry in found) / mass if mass else None
+
+
 def target_verdict(summary: dict[str, Any]) -> str:
     """What the target does to the markers of one token, all together."""
-    found = [entry for entry in summary["push"]["markers"].values() if entry and entry["mass"]]
-    if not found:
+    share = marker_share(summary, "target")
+    if share is None:
         return "no marker is one token of this vocabulary"
-    push, mass = sum(entry["push"]["target"] or 0.0 for entry in found), sum(entry["mass"] for entry in found)
-    share = push / mass
-    direction = "raises" if share > 0.01 else "lowers" if share < -0.01 else "leaves alone"
-    return f"{direction} the markers: {signed(100 * share, 0)} % of their probability, to first order"
+    direction = "raises" if share > LEFT_ALONE else "lowers" if share < -LEFT_ALONE else "leaves alone"
+    return f"{direction} the markers: {signed(100 * share, 0)} % of their probability"
