@@ -10,6 +10,7 @@ from nemo_popsd.report.markup import esc, fixed, number, visible
 from nemo_popsd.report.plots import nice_ticks, tick_texts
 
 _WIDTH = 340.0
+_LONGEST_NAME = 36
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[floa
         if row.low is not None and row.high is not None:
             parts.append(f'<path class="whisker {esc(row.css)}" d="M{at(row.low):.1f} {middle}H{at(row.high):.1f}"/>')
         parts.append(f'<circle class="dot {esc(row.css)}" cx="{at(row.value):.1f}" cy="{middle}" r="4.5"/>')
-        parts.append(f'<text class="name" x="{left:.0f}" y="{top + 14:.0f}">{esc(row.label)}</text>')
+        parts.append(f'<text class="name" x="{left:.0f}" y="{top + 14:.0f}">{esc(_short(row.label))}</text>')
         parts.append(
             f'<text class="value" x="{_WIDTH - 4:.0f}" y="{top + 14:.0f}" text-anchor="end">{esc(text(row.value))}</text>'
         )
@@ -56,6 +57,11 @@ def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[floa
         f'<svg class="chart" viewBox="0 0 {_WIDTH:.0f} {height:.0f}" role="img" aria-label="{esc(label)}">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def _short(label: str) -> str:
+    """A name that leaves room for the value beside it."""
+    return label if len(label) <= _LONGEST_NAME else label[: _LONGEST_NAME - 1] + "…"
 
 
 def push_chart(entries: Sequence[tuple[str, float]], *, label: str, tokens: bool = True) -> str:

@@ -74,7 +74,7 @@ def line_plot(
         return '<p class="absent">not measured</p>'
     ticks_y = nice_ticks(min([*ys, 0.0] if zero else ys), max([*ys, 0.0] if zero else ys), round(height / 42))
     low_y, high_y = ticks_y[0], ticks_y[-1]
-    low_x, high_x = min(xs), max(xs)
+    low_x, high_x = (0.0, len(x_names) - 1.0) if x_names else (min(xs), max(xs))
     if low_x == high_x:
         low_x, high_x = low_x - 1, high_x + 1
 

@@ -53,6 +53,10 @@ function readTokens(block) {
   const panel = block.closest(".reader").querySelector(".inspector");
   const spans = [...block.children];
   let pinned = -1;
+  const open = (is) => {  // on a narrow screen the panel is a sheet that a token calls up
+    document.querySelectorAll(".inspector.open").forEach((other) => other.classList.remove("open"));
+    panel.classList.toggle("open", is);
+  };
   const inspect = (index) => {
     block.querySelector(".on")?.classList.remove("on");
     spans[index].classList.add("on");
@@ -98,6 +102,7 @@ function readTokens(block) {
     if (index < 0) return;
     pinned = pinned === index ? -1 : index;
     inspect(index);
+    open(pinned >= 0);
   });
   block.addEventListener("keydown", (event) => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -105,9 +110,10 @@ function readTokens(block) {
     event.preventDefault();
     pinned = Math.min(Math.max(pinned + move, 0), spans.length - 1);
     inspect(pinned);
+    open(true);
     spans[pinned].scrollIntoView({ block: "nearest" });
   });
-  inspect(Math.max(data.first, 0));
+  inspect(data.first);
 }
 
 document.querySelectorAll("svg[data-plot]").forEach(hoverPlot);
