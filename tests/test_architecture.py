@@ -51,7 +51,7 @@ ALLOWED = {
         "testbed",
         "training",
     },
-    "cli": {"model", "observability", "report"},
+    "cli": {"evaluation", "model", "observability", "report"},
 }
 MATHEMATICS_OF_DIAGNOSIS = ("config.py", "groups.py", "pieces.py", "push.py", "record.py", "shards.py", "tokens.py")
 FREE_OF_MEGATRON = ("config", "data", "distillation", "evaluation", "observability", "testbed", "cli", "report")

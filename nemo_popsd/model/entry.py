@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -14,8 +14,10 @@ from nemo_popsd.config.consistency import RUN_FILES
 from nemo_popsd.config.loading import save_resolved, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
-from nemo_popsd.evaluation.summary import EvaluationSummary, comparison_table
+from nemo_popsd.data.sources import resolve_path
+from nemo_popsd.evaluation.run import conclude_all, fingerprint, plan
 from nemo_popsd.model.callbacks import SaveCheckpoints
+from nemo_popsd.model.evaluation import before_and_after, draw_missing
 from nemo_popsd.model.pages import report_run, write_diagnosis
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.strategy import MegatronPlacement
@@ -24,6 +26,8 @@ from nemo_popsd.observability.progress import StepProgress
 from nemo_popsd.observability.rank import is_rank_zero
 from nemo_popsd.report.run import AFTER, BEFORE
 from nemo_popsd.runtime.distributed import device, initialize, shutdown
+
+_LONGEST_EVALUATION = timedelta(days=7)
 
 
 def train(config: PopsdConfig) -> None:
@@ -34,19 +38,18 @@ def train(config: PopsdConfig) -> None:
     if is_rank_zero():
         _remove_previous_run(output)
         save_resolved(config, output / "config.yaml")
-    summaries: dict[str, EvaluationSummary] = {}
     if config.data.validation.path:
-        summaries["before"] = _validate(trainer, model)
+        _validate(trainer, model)
     _diagnose_in_training(model, BEFORE)
     trainer.fit(model)
     if config.data.validation.path:
-        summaries["after"] = _validate(trainer, model)
+        _validate(trainer, model)
     _diagnose_in_training(model, AFTER)
     model.save_to(str(output / "checkpoints" / "final"))
     if config.training.export_huggingface:
         model.export_huggingface(output / "huggingface")
-    if summaries:
-        _say(comparison_table(summaries))
+    if config.data.validation.path and is_rank_zero():
+        _say(before_and_after(config.output, model.completed_steps, resamples=config.evaluation.resamples))
     _say(f"NeMo checkpoint: {output / 'checkpoints' / 'final'}")
     if config.training.export_huggingface:
         _say(f"Hugging Face checkpoint: {output / 'huggingface'}")
@@ -55,22 +58,21 @@ def train(config: PopsdConfig) -> None:
 
 
 def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
-    """Evaluates `student.source`, or `checkpoint`, on `data.validation`; what was found goes to
-    `<output>/evaluation/<name>.json` too.
+    """Evaluates `student.source`, or `checkpoint`, on `evaluation.sets` or `data.validation`; what is drawn and found
+    goes to `<output>/evaluation/<name>/<set>`, see `nemo_popsd.evaluation.records`.
     """
-    config.data.train = SourceConfig()
     opened = _open(config, checkpoint)
-    trainer = build_trainer(config, logs=False)
-    model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=opened)
+    # Nothing is collective while samples are drawn; a replica that is done waits for those with longer responses.
+    initialize(tensor_parallel=config.parallel.tensor, seed=config.seed, timeout=_LONGEST_EVALUATION)
+    without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
+    model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
     name = checkpoint or config.student.source
-    summary = _validate(trainer, model)
-    _say(comparison_table({name: summary}))
-    if is_rank_zero():
-        file = Path(config.output) / "evaluation" / f"{_as_file_name(name)}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"model": name, **summary.as_dict()}, indent=2) + "\n")
-        _say(f"written to {file}")
+    weights = resolve_path(name, setting="student.source")
+    planned = plan(config, name, model.tokenizer)
+    draw_missing(model, planned, name=name, fingerprint=fingerprint(weights))
     shutdown()
+    if is_rank_zero():
+        _say(conclude_all(planned, config, model=name))
 
 
 def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
@@ -154,12 +156,10 @@ def _remove_previous_run(output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> EvaluationSummary:
-    """What the current weights score; they are not asked twice."""
-    if model.last_evaluation is None or model.last_evaluation_step != model.completed_steps:
+def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> None:
+    """Evaluates the current weights; they are not asked twice."""
+    if model.last_evaluation_step != model.completed_steps:
         trainer.validate(model, verbose=False)
-    assert model.last_evaluation is not None
-    return model.last_evaluation
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
 from nemo.core.classes import ModelPT
@@ -29,12 +28,12 @@ from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.run import choose_rows, diagnose
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.markers import count_markers
-from nemo_popsd.evaluation.sampling import sample_outcomes
-from nemo_popsd.evaluation.summary import EvaluationSummary, SampleOutcome
+from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import LoadWeights, Student
 from nemo_popsd.model.connector import MegatronSaveRestoreConnector
+from nemo_popsd.model.evaluation import HeldOut
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
 from nemo_popsd.runtime.distributed import initialize
@@ -109,7 +108,7 @@ class PurifiedOPSDModel(ModelPT):
             weights_version=lambda: self.completed_steps,
         )
         self._step: OnPolicyStep | None = None
-        self._outcomes: list[SampleOutcome] = []
+        self._held_out = HeldOut(self)
         self.last_evaluation: EvaluationSummary | None = None
         self.last_evaluation_step = -1
 
@@ -146,10 +145,7 @@ class PurifiedOPSDModel(ModelPT):
         """Reads the held-out rows; data-parallel ranks share them out."""
         prompts, _ = build_evaluation_prompts(self.settings.data, _source(val_data_config), self.tokenizer)
         prompts = prompts[: self.settings.evaluation.problems]
-        self._refuse_beyond_positions(
-            max(len(prompt.prompt) for prompt in prompts) + self.settings.evaluation.max_response_tokens,
-            "evaluation.max_response_tokens",
-        )
+        self.refuse_long_evaluation(prompts)
         ranks = parallel_state.get_data_parallel_world_size()
         if len(prompts) < ranks:
             raise UserError(
@@ -161,6 +157,13 @@ class PurifiedOPSDModel(ModelPT):
         mine = prompts[parallel_state.get_data_parallel_rank() :: ranks]
         rows = self.settings.rollout.batch_rows
         self._validation_dl: Any = DataLoader(cast(Any, mine), batch_size=rows, collate_fn=collate)
+
+    def refuse_long_evaluation(self, prompts: Sequence[EvaluationPrompt]) -> None:
+        """Refuse problems whose responses could go beyond the model's positions."""
+        self._refuse_beyond_positions(
+            max(len(prompt.prompt) for prompt in prompts) + self.settings.evaluation.max_response_tokens,
+            "evaluation.max_response_tokens",
+        )
 
     def _refuse_beyond_positions(self, longest: int, settings: str) -> None:
         limit = getattr(self.architecture.config, "max_position_embeddings", None)
@@ -190,7 +193,7 @@ class PurifiedOPSDModel(ModelPT):
             bf16=self.settings.student.precision == "bf16",
         )
         self._step = OnPolicyStep(
-            self.settings, self.student, self.engine, self._sampling(self.settings.rollout), self._count_markers
+            self.settings, self.student, self.engine, self.sampling(self.settings.rollout), self._count_markers
         )
         return optimizer
 
@@ -205,17 +208,12 @@ class PurifiedOPSDModel(ModelPT):
     # Evaluation
 
     def validation_step(self, batch: list[EvaluationPrompt], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Answers held-out problems and scores the answers."""
-        self._outcomes += sample_outcomes(
-            batch, self.engine, self._sampling(self.settings.evaluation), self.tokenizer, self.settings
-        )
+        """Answers held-out problems."""
+        self._held_out.answer(batch)
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
-        """Brings the outcomes of all data-parallel ranks together (one gather of objects) and logs their summary."""
-        gathered: list[list[SampleOutcome]] = [[]] * self.student.dp_group.size()
-        dist.all_gather_object(gathered, self._outcomes, group=self.student.dp_group)
-        self._outcomes = []
-        summary = EvaluationSummary.from_outcomes(o for outcomes in gathered for o in outcomes)
+        """Scores the answers of all data-parallel ranks and logs their summary."""
+        summary = self._held_out.conclude()
         self.last_evaluation, self.last_evaluation_step = summary, self.completed_steps
         logger.info(
             "step %d: accuracy %.1f %% on %d held-out problems, %.0f tokens per answer, %.1f markers per 1,000",
@@ -238,7 +236,7 @@ class PurifiedOPSDModel(ModelPT):
         return diagnose(
             self.student,
             self.engine,
-            self._sampling(self.settings.rollout),
+            self.sampling(self.settings.rollout),
             self.tokenizer,
             choose_rows(loader.dataset, self.settings),
             self.settings,
@@ -246,7 +244,8 @@ class PurifiedOPSDModel(ModelPT):
             step=self.completed_steps,
         )
 
-    def _sampling(self, section: Any) -> SamplingParams:
+    def sampling(self, section: Any) -> SamplingParams:
+        """How `rollout` or `evaluation`, whichever `section` is, draws tokens from this model."""
         generation = read_generation_config(self.architecture.directory)
         return SamplingParams(
             temperature=section.temperature,

@@ -50,9 +50,8 @@ def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[floa
             parts.append(f'<path class="whisker {esc(row.css)}" d="M{at(row.low):.1f} {middle}H{at(row.high):.1f}"/>')
         parts.append(f'<circle class="dot {esc(row.css)}" cx="{at(row.value):.1f}" cy="{middle}" r="4.5"/>')
         parts.append(f'<text class="name" x="{left:.0f}" y="{top + 14:.0f}">{esc(_short(row.label))}</text>')
-        parts.append(
-            f'<text class="value" x="{_WIDTH - 4:.0f}" y="{top + 14:.0f}" text-anchor="end">{esc(text(row.value))}</text>'
-        )
+        place = f'x="{_WIDTH - 4:.0f}" y="{top + 14:.0f}"'
+        parts.append(f'<text class="value" {place} text-anchor="end">{esc(text(row.value))}</text>')
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH:.0f} {height:.0f}" role="img" aria-label="{esc(label)}">'
         f"{''.join(parts)}</svg>"

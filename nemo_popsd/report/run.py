@@ -48,7 +48,7 @@ class Validation:
     """Where its samples are; None where they were not kept."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunData:
     """One run."""
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.comparison import Change, Evaluation, changes_between
+from nemo_popsd.evaluation.records import EvaluationDirectory
 from nemo_popsd.report.markup import signed
 from nemo_popsd.report.run import AFTER, BEFORE, RunData, Validation
 
@@ -13,6 +18,8 @@ Z95 = 1.959964
 KEPT = 0.10
 """Relative change of marker rate and of length up to which a run is said to have kept thinking."""
 
+RESAMPLES = 10000
+"""Of the problems, where a run's configuration does not say."""
 LEFT_ALONE = 0.01
 """Relative push on the markers up to which a target is said to leave them alone."""
 
@@ -27,7 +34,7 @@ class Interval:
 
 
 def estimate(found: Validation | None, name: str, scale: float = 1.0) -> Interval | None:
-    """A validated figure times `scale`, with its interval: the one on disk, else for accuracy ± 1.96 standard errors."""
+    """A validated figure times `scale`, with the interval on disk; else, for accuracy, ± 1.96 standard errors."""
     if found is None or name not in found.values:
         return None
     value = scale * found.values[name]
@@ -46,9 +53,15 @@ def accuracy(found: Validation | None) -> Interval | None:
 
 
 def change(run: RunData, name: str, scale: float = 1.0) -> Interval | None:
-    """A figure after training less the same before, times `scale`. Without the samples of both, its interval takes the
-    two as independent; drawn on the same problems they are not, so it is too wide rather than too narrow.
+    """A figure after training less the same before, times `scale`.
+
+    With the scores of both on disk, its interval is a bootstrap over the problems, paired. Without, it takes the two as
+    independent; drawn on the same problems they are not, so it is too wide rather than too narrow.
     """
+    paired = paired_changes(run).get(name)
+    if paired is not None:
+        low, high = paired.interval
+        return Interval(scale * paired.difference, scale * low, scale * high)
     before, after = estimate(run.before, name, scale), estimate(run.after, name, scale)
     if before is None or after is None:
         return None
@@ -58,6 +71,21 @@ def change(run: RunData, name: str, scale: float = 1.0) -> Interval | None:
     below = math.hypot(before.high - before.value, after.value - after.low)
     above = math.hypot(before.value - before.low, after.high - after.value)
     return Interval(moved, moved - below, moved + above)
+
+
+@lru_cache(maxsize=64)
+def paired_changes(run: RunData) -> Mapping[str, Change]:
+    """How each figure differs between the first and the last evaluation of a run, over the problems of both; empty
+    where the scores of one are not on disk.
+    """
+    ends = [found.directory for found in (run.before, run.after) if found is not None and found.directory is not None]
+    if len(ends) < 2:
+        return {}
+    try:
+        before, after = (Evaluation.read(EvaluationDirectory(directory)) for directory in ends)
+        return changes_between(before, after, resamples=run.setting("evaluation.resamples") or RESAMPLES)
+    except (UserError, TypeError, ValueError):  # cut off, of another version, or of other problems
+        return {}
 
 
 def accuracy_verdict(run: RunData) -> str:

@@ -25,7 +25,9 @@ def step_metrics(step: int, *, scale: float = 1.0) -> StepMetrics:
     return StepMetrics(**{name: scale * (index + 1) / (step + 1) for index, name in enumerate(names)})
 
 
-def write_run(directory: Path, *, name: str = "run", steps: int = 6, after: float = 0.6, text: str = "Wait, 2.") -> Path:
+def write_run(
+    directory: Path, *, name: str = "run", steps: int = 6, after: float = 0.6, text: str = "Wait, 2."
+) -> Path:
     """A finished run: configuration, metrics, two validations, two diagnoses, a manifest."""
     config = PopsdConfig()
     config.name, config.output, config.training.steps = name, str(directory), steps

@@ -101,11 +101,13 @@ def test_light_and_dark_are_both_readable(browser: Browser, pages: dict[str, Pat
             return `rgb(${[r, g, b].map((v, i) => a * v + (1 - a) * below[i]).join(',')})`; };
         const ground = getComputedStyle(document.querySelector('.card')).backgroundColor;
         const sheet = light(ground);
-        return [...document.querySelectorAll('h3, .note, .verdict, td, th, .sub, mark, .chips code, svg text')].map((e) => {
+        const texts = 'h3, .note, .verdict, td, th, .sub, mark, .chips code, svg text';
+        return [...document.querySelectorAll(texts)].map((e) => {
             const style = getComputedStyle(e);
             const own = e.matches('mark, code') ? light(over(style.backgroundColor, ground)) : sheet;
             const ink = light(e.matches('svg text') ? style.fill : style.color);
-            return [e.tagName + '.' + e.className, (Math.max(own, ink) + 0.05) / (Math.min(own, ink) + 0.05)]; }); })()"""
+            const contrast = (Math.max(own, ink) + 0.05) / (Math.min(own, ink) + 0.05);
+            return [e.tagName + '.' + e.className, contrast]; }); })()"""
     grounds = []
     for dark in (False, True):
         page = opened(browser, pages["two"], DESK, dark=dark)
