@@ -29,7 +29,7 @@ from nemo_popsd.distillation.vocabulary import true_width
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.forward import frozen_hidden_states
 from nemo_popsd.megatron.student import Student
-from nemo_popsd.rollout.engine import Request, RolloutEngine, SamplingParams, row_seed
+from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams, row_seed
 from nemo_popsd.training.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def diagnose(
 
     Random numbers depend on the run's seed and the row, not on the step: diagnoses before and after training differ
     by the weights alone. Rows are shared out over data-parallel ranks; hidden states of `training.frozen_tokens`
-    response tokens exist at one time, and logits of `diagnosis.chunk_tokens`.
+    response tokens exist at one time, and logits of `diagnosis.chunk_tokens`. One gather of objects over all ranks.
 
     Args:
         student: live and frozen weights.
@@ -106,48 +106,74 @@ def diagnose(
         The same on every rank.
     """
     dp_rank, dp_size = dist.get_rank(student.dp_group), dist.get_world_size(student.dp_group)
-    mine = rows[dp_rank::dp_size]
-    requests = [Request(r.row.contexts.student, row_seed(config.seed, "diagnosis", r.row.record.id)) for r in mine]
+    mine = list(range(len(rows)))[dp_rank::dp_size]
+    requests = [
+        Request(row.contexts.student, row_seed(config.seed, "diagnosis", row.record.id))
+        for row in (rows[index].row for index in mine)
+    ]
     rollouts = engine.generate(requests, sampling) if requests else []
-    trajectories = [Trajectory(r.row, rollout) for r, rollout in zip(mine, rollouts, strict=True)]
-    weight = student.weight
-    width = weight.shape[0]
-    push = VocabularyPush(width, true_width(width, student.vocab_size, student.tp_group), weight.device)
-    records: list[dict[str, Any]] = []
-    for part in _within(trajectories, config.training.frozen_tokens):
-        states = _branch_states(student, part, config.training.frozen_tokens)
-        for trajectory, branch_states in zip(part, states, strict=True):
-            shown = mine[len(records)].shown
-            found = _one_rollout(student, trajectory, branch_states, push, config, shown=shown)
-            records.append(_rollout_record(trajectory, *found, tokenizer, config.evaluation.markers))
-    gathered: list[list[dict[str, Any]]] = [[]] * dp_size
-    dist.all_gather_object(gathered, records, group=student.dp_group)
+    drawn = [_Drawn(i, Trajectory(rows[i].row, rollout)) for i, rollout in zip(mine, rollouts, strict=True)]
+    width = student.weight.shape[0]
+    push = VocabularyPush(width, true_width(width, student.vocab_size, student.tp_group), student.weight.device)
+    parts = []
+    for some in _within(drawn, config.training.frozen_tokens):
+        states = _branch_states(student, [d.trajectory for d in some], config.training.frozen_tokens)
+        parts += [
+            _diagnosed(student, d, of, push, config, shown=rows[d.row].shown)
+            for d, of in zip(some, states, strict=True)
+        ]
     push.reduce_over_(student.dp_group)
-    ordered = [gathered[index % dp_size][index // dp_size] for index in range(len(rows))]
+    pushed = _push(push, student, tokenizer, config)
+    # What one of the ranks that share a vocabulary knows, all of them know.
+    told = parts if dist.get_rank(student.tp_group) == 0 else []
+    gathered: list[list[_Diagnosed]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, told)
+    records = [
+        _rollout_record(rows[part.row].row, part, tokenizer, config.evaluation.markers)
+        for part in sorted((part for found in gathered for part in found), key=lambda part: part.row)
+    ]
     summary = {
         "format": FORMAT,
         "name": name,
         "step": step,
         "settings": _settings(config, len(rows)),
-        "rollouts": len(ordered),
+        "rollouts": len(records),
         "tokens": push.tokens,
         "measures": MEASURES,
-        "groups": _groups(ordered, config),
-        "push": _push(push, student, tokenizer, config),
+        "groups": _groups(records, config),
+        "push": pushed,
     }
-    return Diagnosis(summary, ordered)
+    return Diagnosis(summary, records)
 
 
-def _within(trajectories: Sequence[Trajectory], tokens: int) -> Iterator[list[Trajectory]]:
-    """Parts of `trajectories`, in order, of at most `tokens` response tokens where more than one."""
-    part: list[Trajectory] = []
+@dataclass(frozen=True)
+class _Drawn:
+    """A rollout to row number `row`."""
+
+    row: int
+    trajectory: Trajectory
+
+
+@dataclass(frozen=True)
+class _Diagnosed:
+    """What was found on one rollout, on the CPU: what ranks tell each other."""
+
+    row: int
+    rollout: Rollout
+    values: dict[str, list[float]]
+    alternatives: Alternatives | None
+
+
+def _within(drawn: Sequence[_Drawn], tokens: int) -> Iterator[list[_Drawn]]:
+    """Parts of `drawn`, in order, of at most `tokens` response tokens where more than one."""
+    part: list[_Drawn] = []
     held = 0
-    for trajectory in trajectories:
-        length = len(trajectory.rollout.response)
+    for one in drawn:
+        length = len(one.trajectory.rollout.response)
         if part and held + length > tokens:
             yield part
             part, held = [], 0
-        part.append(trajectory)
+        part.append(one)
         held += length
     if part:
         yield part
@@ -163,19 +189,14 @@ def _branch_states(student: Student, part: Sequence[Trajectory], token_budget: i
     return [BranchStates(live[row], frozen[row], frozen[count + row], frozen[2 * count + row]) for row in range(count)]
 
 
-def _one_rollout(
-    student: Student,
-    trajectory: Trajectory,
-    states: BranchStates,
-    push: VocabularyPush,
-    config: PopsdConfig,
-    *,
-    shown: bool,
-) -> tuple[dict[str, list[float]], Alternatives | None]:
-    """Per-token values by name, and alternatives on the CPU."""
+def _diagnosed(
+    student: Student, drawn: _Drawn, states: BranchStates, push: VocabularyPush, config: PopsdConfig, *, shown: bool
+) -> _Diagnosed:
+    """Decomposes the signal on one rollout, and adds it to `push`."""
+    rollout = drawn.trajectory.rollout
     found, alternatives = diagnose_tokens(
         states,
-        torch.tensor(trajectory.rollout.response, device=states.student.device),
+        torch.tensor(rollout.response, device=states.student.device),
         student.weight.detach(),
         student.base_weight,
         target=build_target(config.distillation.target),
@@ -189,32 +210,29 @@ def _one_rollout(
     for name, (raised, lowered) in _DELTAS.items():
         columns[name] = columns[raised] - columns[lowered]
     kept = {name: columns[name].tolist() for name in (*MEASURES, *_LOG_PROBS)}
-    return kept, Alternatives(*(x.cpu() for x in alternatives)) if alternatives else None
+    return _Diagnosed(
+        drawn.row, rollout, kept, Alternatives(*(x.cpu() for x in alternatives)) if alternatives else None
+    )
 
 
 def _rollout_record(
-    trajectory: Trajectory,
-    values: dict[str, list[float]],
-    alternatives: Alternatives | None,
-    tokenizer: PreTrainedTokenizerBase,
-    markers: Sequence[str],
+    row: PromptRow, found: _Diagnosed, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]
 ) -> dict[str, Any]:
     """One line of rollouts.jsonl."""
-    record = trajectory.row.record
-    pieces = token_pieces(tokenizer, trajectory.rollout.response)
+    pieces = token_pieces(tokenizer, found.rollout.response)
     kept = None
-    if alternatives is not None:
-        ids = alternatives.ids.flatten().unique().tolist()
+    if found.alternatives is not None:
+        ids = found.alternatives.ids.flatten().unique().tolist()
         texts = tokenizer.batch_decode([[token] for token in ids])
-        kept = alternatives_record(alternatives, dict(zip(ids, texts, strict=True)))
+        kept = alternatives_record(found.alternatives, dict(zip(ids, texts, strict=True)))
     return {
-        "row": record.id,
-        "question": record.question,
-        "reference": trajectory.row.contexts.reference_text,
-        "cut": trajectory.rollout.cut,
+        "row": row.record.id,
+        "question": row.record.question,
+        "reference": row.contexts.reference_text,
+        "cut": found.rollout.cut,
         "pieces": pieces,
         "marked": [int(mark) for mark in marked_tokens(pieces, markers)],
-        "values": {name: [rounded(value) for value in column] for name, column in values.items()},
+        "values": {name: [rounded(value) for value in column] for name, column in found.values.items()},
         "alternatives": kept,
     }
 

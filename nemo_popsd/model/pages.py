@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> None:
-    """Writes the files of a diagnosis and its page, and says where the page is."""
+    """Writes the files of a diagnosis and its page, and prints where the page is."""
     if is_rank_zero():
         diagnosis.write(directory)
-        logger.info("diagnosis: %s", write_diagnosis_page(directory))
+        print(f"diagnosis: {write_diagnosis_page(directory)}", flush=True)
 
 
 def report_run(output: Path) -> None:
