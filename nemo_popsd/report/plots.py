@@ -143,7 +143,8 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
     """The ticks of one axis, all with as many decimals as their steps need."""
     step, largest = ticks[1] - ticks[0], max(abs(tick) for tick in ticks)
     if step < 1e-4 or largest >= 1e6:
-        return [f"{tick:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS) for tick in ticks]
+        short = (f"{tick:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS) for tick in ticks)
+        return ["0" if abs(tick) < step * 1e-6 else text for tick, text in zip(ticks, short, strict=True)]
     decimals = next(d for d in range(7) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * step * 10**d)
     return [fixed(0.0 if abs(tick) < step * 1e-6 else tick, decimals) for tick in ticks]
 

@@ -1,4 +1,4 @@
-"""A diagnosis of the embedded model from end to end: against the dense model, the same in every layout, and its files."""
+"""A diagnosis of the embedded model, end to end: against the dense model, alike in every layout, and its files."""
 
 from __future__ import annotations
 

@@ -13,6 +13,10 @@ from nemo_popsd.diagnosis.groups import MEASURES, TokenFigures, group_figures
 from nemo_popsd.diagnosis.push import COMPONENTS
 from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS
+from nemo_popsd.evaluation.comparison import Evaluation
+from nemo_popsd.evaluation.config import EvaluationConfig
+from nemo_popsd.evaluation.markers import count_markers
+from nemo_popsd.evaluation.records import EvaluationDirectory, Problem, Sample, SampleScore, SampleSettings
 from nemo_popsd.observability.metrics import StepMetrics
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->\u2028\x00 <b>bold</b> &lt;"
@@ -61,29 +65,43 @@ def validation(accuracy: float) -> dict[str, float]:
 
 
 def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text: str = "Wait, {}.") -> None:
-    """An evaluation of one sample for each problem, as training keeps it."""
-    folder = directory / "validation" / f"step-{step:06d}"
-    folder.mkdir(parents=True)
-    files: dict[str, list[dict[str, Any]]] = {
-        "problems.jsonl": [{"id": key, "question": f"what is {key}?", "answer": "4"} for key in correct],
-        "samples-00000.jsonl": [
-            {"problem": key, "sample": 0, "text": text.format(key), "tokens": 7, "cut": False} for key in correct
-        ],
-        "scores.jsonl": [{"problem": key, "sample": 0, "correct": right} for key, right in correct.items()],
-    }
-    for name, lines in files.items():
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = {
-        "problems": len(correct),
-        "samples": len(correct),
-        "accuracy": sum(correct.values()) / len(correct),
-        "pass_at": {"2": 0.75},
-        "markers_per_1000_tokens": 40.0,
-        "marker_rates": {"Wait": 30.0, "Maybe": 10.0},
-        "mean_tokens": 99.0,
-        "intervals": {"accuracy": [0.3, 0.7], "marker_rates.Wait": [28.0, 33.0]},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    """An evaluation of two samples for each problem, both right or both wrong, as training keeps it."""
+    config = EvaluationConfig(markers=["Wait", "Maybe"], resamples=200)
+    problems = [Problem(key, f"what is {key}?", "4") for key in correct]
+    samples = [Sample(key, n, text.format(key), 7 + n, False) for key in correct for n in range(2)]
+    settings = SampleSettings(
+        model="m",
+        fingerprint="f",
+        engine="e",
+        seed=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_response_tokens=9,
+        stop_token_ids=(2,),
+        prompts={problem.id: "0" for problem in problems},
+    )
+    scores = [
+        SampleScore(
+            problem=s.problem,
+            sample=s.sample,
+            answer="4",
+            correct=correct[s.problem],
+            decided_by="text",
+            vote=0,
+            cut=False,
+            tokens=s.tokens,
+            markers=count_markers(s.text, config.markers),
+            segments=1,
+            closed_thinking=True,
+            repeated=0.0,
+            looping=False,
+        )
+        for s in samples
+    ]
+    kept = EvaluationDirectory(directory / "validation" / f"step-{step:06d}")
+    kept.replace(settings, problems, samples)
+    kept.conclude(scores, {"model": f"step {step}", **Evaluation.of(scores, config).summary.as_dict()})
 
 
 def diagnosis(text: str, *, tokens: int = 24) -> Diagnosis:
