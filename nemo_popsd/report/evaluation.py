@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_popsd.report.markup import card, esc, fixed, signed, table
+from nemo_popsd.report.plots import Series, line_plot, series_class
 from nemo_popsd.report.run import RunData, Validation, flat_figures
 from nemo_popsd.report.verdicts import change, estimate
 
@@ -25,6 +26,8 @@ FIGURES = {
 }
 """Title and scale of each figure of a summary, in order; a name that ends in a dot stands for all that begin so."""
 
+_LOW = 112.0
+
 
 def evaluation(runs: Sequence[RunData]) -> str:
     """Held-out figures before and after training, then evaluations made by command."""
@@ -34,7 +37,23 @@ def evaluation(runs: Sequence[RunData]) -> str:
         told = '<p class="absent">No validation was run (data.validation.path).</p>'
     else:
         told = card("Held-out problems", _table(columns), note=_note(runs))
-    return told + _commanded(runs)
+    return told + _marker_curves(runs) + _commanded(runs)
+
+
+def _marker_curves(runs: Sequence[RunData]) -> str:
+    """The rate of each marker by step, with intervals."""
+    every = {name for run in runs for found in run.validations.values() for name in found.values}
+    cards = []
+    for name, marker, _ in _figures({name for name in every if name.startswith("marker_rates.")}):
+        series = []
+        for index, run in enumerate(runs):
+            known = [(float(step), found) for step, found in run.validations.items() if name in found.values]
+            points = [(step, found.values[name]) for step, found in known]
+            band = [(step, *found.intervals[name]) for step, found in known if name in found.intervals]
+            series.append(Series(run.name, points, series_class(index), band))
+        plot = line_plot(series, label=f"{marker} per 1,000 tokens", zero=True, markers=True, height=_LOW)
+        cards.append(card(f"“{marker}”", plot, note="per 1,000 tokens of held-out answers"))
+    return f'<div class="grid sample">{"".join(cards)}</div>' if cards else ""
 
 
 def _note(runs: Sequence[RunData]) -> str:

@@ -15,6 +15,8 @@ from nemo_popsd.report.markup import MINUS, esc, fixed, number
 
 WIDTH, HEIGHT = 340.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
+MOST_POINTS = 800
+"""Of one line; more cannot be told apart."""
 PALETTE = 6
 """Colours of the style sheet beside the base's: s1 to s6, which then repeat."""
 
@@ -36,9 +38,19 @@ class Series:
     band: Sequence[tuple[float, float, float]] = field(default=())
     """(x, low, high) of an interval around the line."""
 
-    def finite(self) -> list[tuple[float, float]]:
-        """The points that can be drawn."""
-        return [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
+    def drawable(self) -> list[tuple[float, float]]:
+        """The finite points; of more than `MOST_POINTS`, the lowest and the highest of each stretch, so that no peak is
+        lost.
+        """
+        points = [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
+        if len(points) <= MOST_POINTS:
+            return points
+        size = math.ceil(len(points) / (MOST_POINTS // 2))
+        kept: list[tuple[float, float]] = []
+        for begin in range(0, len(points), size):
+            stretch = points[begin : begin + size]
+            kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+        return kept
 
 
 def line_plot(
@@ -66,7 +78,7 @@ def line_plot(
         x_names: names of x = 0, 1, ... where x counts things that have names.
         height: of the plot, where the width is `WIDTH`.
     """
-    drawn = [(s, s.finite()) for s in series]
+    drawn = [(s, s.drawable()) for s in series]
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
     ys += [edge for s in series for _, low, high in s.band for edge in (low, high) if math.isfinite(edge)]

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nemo_popsd.report.bars import Estimate, interval_chart, push_chart, share_bar
-from nemo_popsd.report.plots import Series, legend, line_plot, nice_ticks, series_class, tick_texts
+from nemo_popsd.report.plots import MOST_POINTS, Series, legend, line_plot, nice_ticks, series_class, tick_texts
 from tests.report.runs_on_disk import EVIL
 
 NAN, INFINITE = math.nan, math.inf
@@ -62,6 +62,17 @@ def test_a_line_goes_through_its_points_and_leaves_out_what_is_not_finite() -> N
     assert band.count("L") == 3
     told = json.loads(unescape(re.search(r'data-plot="([^"]*)"', svg)[1]))
     assert [point[2:] for point in told["series"][0]["points"]] == [["0", "0"], ["10", "4.00"]]
+
+
+def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
+    points = [(float(x), math.sin(x / 50)) for x in range(20_000)]
+    points[12_345] = (12_345.0, 99.0)
+    points[777] = (777.0, -99.0)
+    kept = Series("a", points, "s1").drawable()
+    assert len(kept) <= MOST_POINTS
+    assert kept == sorted(kept)
+    assert {(12_345.0, 99.0), (777.0, -99.0)} <= set(kept)
+    assert set(kept) <= set(points)
 
 
 def test_one_point_is_a_dot_and_none_is_said_to_be_absent() -> None:

@@ -46,8 +46,12 @@ function hoverPlot(svg) {
 
 const NAMES = { student: "student", base: "base", privileged: "teacher", reference: "probe", target: "target" };
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-const figure = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−"));
-const signed = (value) => (value > 0 ? "+" : "") + figure(value, 2);
+const figure = (value, digits) => {
+  if (value === null || value === undefined) return "–";
+  const text = value.toFixed(digits);
+  return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
+};
+const signed = (value) => (Number(figure(value, 2)) > 0 ? "+" : "") + figure(value, 2);
 function readTokens(block) {
   const data = JSON.parse(document.getElementById(block.dataset.rollout).textContent);
   const panel = block.closest(".reader").querySelector(".inspector");
