@@ -31,20 +31,20 @@ _LOW = 112.0
 
 def evaluation(runs: Sequence[RunData]) -> str:
     """Held-out figures before and after training, then evaluations made by command."""
-    columns: list[tuple[RunData | None, str, Validation | None]] = [(None, "before", runs[0].before)]
-    columns += [(run, run.name, run.after) for run in runs]
-    if all(found is None for _, _, found in columns):
-        told = '<p class="absent">No validation was run (data.validation.path).</p>'
+    if any(run.validations for run in runs):
+        told = _held_out(runs)
     else:
-        told = card("Held-out problems", _table(columns), note=_note(runs))
+        told = '<p class="absent">No validation was run (data.validation.path).</p>'
     return told + _marker_curves(runs) + _commanded(runs)
 
 
 def _marker_curves(runs: Sequence[RunData]) -> str:
-    """The rate of each marker by step, with intervals."""
-    every = {name for run in runs for found in run.validations.values() for name in found.values}
+    """The rate of each marker by step, with intervals; markers that never occur are left out."""
+    every = [found for run in runs for found in run.validations.values()]
     cards = []
-    for name, marker, _ in _figures({name for name in every if name.startswith("marker_rates.")}):
+    for name, marker, _ in _figures(every):
+        if not name.startswith("marker_rates.") or not any(found.values.get(name) for found in every):
+            continue
         series = []
         for index, run in enumerate(runs):
             known = [(float(step), found) for step, found in run.validations.items() if name in found.values]
@@ -56,55 +56,68 @@ def _marker_curves(runs: Sequence[RunData]) -> str:
     return f'<div class="grid sample">{"".join(cards)}</div>' if cards else ""
 
 
-def _note(runs: Sequence[RunData]) -> str:
-    note = f"“before” is that of {runs[0].name}. Small: interval, then the change from each run’s own start."
+def _held_out(runs: Sequence[RunData]) -> str:
+    """A row for each figure that is not 0 throughout; a column before training, and two for each run."""
+    every = [found for run in runs for found in (run.before, run.after) if found is not None]
+    rows, zeros = [], []
+    for name, title, scale in _figures(every):
+        if name == "majority" and all(found.values.get("samples_per_problem") == 1 for found in every):
+            continue  # of one vote
+        if all(found.values.get(name) == 0 for found in every):
+            zeros.append(title.removesuffix(", %"))
+            continue
+        inner = name.startswith("marker_rates.")
+        cells = [_value(runs[0].before, name, scale)]
+        for run in runs:
+            cells += [_value(run.after, name, scale), _change(run, name, scale)]
+        rows.append([f'<span class="inner">{esc(title)}</span>' if inner else esc(title), *cells])
+    for name in ("problems", "samples"):
+        counts = [fixed(run.after.values.get(name), 0) if run.after else "–" for run in runs]
+        first = fixed(runs[0].before.values.get(name), 0) if runs[0].before else "–"
+        rows.append([name, first, *(cell for count in counts for cell in (count, ""))])
+    header = ["", "before", *(cell for run in runs for cell in (esc(run.name), "change"))]
+    note = f"“before” is that of {runs[0].name}; changes are from each run’s own start; in small, intervals."
     differing = [
         run.name for run in runs if run.before and runs[0].before and run.before.values != runs[0].before.values
     ]
-    return note + (f" {', '.join(differing)} started from other figures." if differing else "")
+    note += f" {', '.join(differing)} started from other figures." if differing else ""
+    note += f" 0 throughout: {', '.join(zeros)}." if zeros else ""
+    return card("Held-out problems", table(header, rows), note=note)
 
 
-def _table(columns: Sequence[tuple[RunData | None, str, Validation | None]]) -> str:
-    present = {name for _, _, found in columns if found for name in found.values}
-    rows = []
-    for name, title, scale in _figures(present):
-        cells = [_cell(found, name, scale, run) for run, _, found in columns]
-        rows.append(
-            [f'<span class="inner">{esc(title)}</span>' if name.startswith("marker_rates.") else esc(title), *cells]
-        )
-    for name in ("problems", "samples"):
-        rows.append([name, *(fixed(found.values.get(name), 0) if found else "–" for _, _, found in columns)])
-    return table(["", *(esc(name) for _, name, _ in columns)], rows)
-
-
-def _figures(present: set[str]) -> list[tuple[str, str, float]]:
+def _figures(every: Sequence[Validation]) -> list[tuple[str, str, float]]:
     """(name, title, scale) of the figures that are there."""
-    found = []
+    present = list(dict.fromkeys(name for found in every for name in found.values))
+    figures = []
     for name, (title, scale) in FIGURES.items():
         if not name.endswith("."):
-            found += [(name, title, scale)] if name in present else []
+            figures += [(name, title, scale)] if name in present else []
             continue
         inner = [other.removeprefix(name) for other in present if other.startswith(name)]
-        ordered = sorted(inner, key=lambda key: (int(key) if key.isdigit() else 0, key))
-        found += [(name + key, title.format(key), scale) for key in ordered]
-    return found
+        ordered = sorted(inner, key=int) if all(key.isdigit() for key in inner) else inner
+        figures += [(name + key, title.format(key), scale) for key in ordered]
+    return figures
 
 
-def _cell(found: Validation | None, name: str, scale: float, run: RunData | None) -> str:
+def _value(found: Validation | None, name: str, scale: float) -> str:
     figure = estimate(found, name, scale)
     if figure is None:
         return "–"
     text = fixed(figure.value)
     if figure.low is not None and figure.high is not None:
-        text += f"<small>{fixed(figure.low)} … {fixed(figure.high)}</small>"
-    moved = change(run, name, scale) if run else None
+        text += f' <small class="inline">{fixed(figure.low)} … {fixed(figure.high)}</small>'
+    return text
+
+
+def _change(run: RunData, name: str, scale: float) -> str:
+    moved = change(run, name, scale)
     if moved is None:
-        return text
-    css = ""
-    if moved.low is not None and moved.high is not None and not moved.low <= 0 <= moved.high:
-        css = ' class="moved"'
-    between = f" [{signed(moved.low)}, {signed(moved.high)}]" if moved.low is not None else ""
-    return f"{text}<small{css}>{signed(moved.value)}{between}</small>"
+        return "–"
+    if moved.low is None or moved.high is None:
+        return signed(moved.value)
+    css = "" if moved.low <= 0 <= moved.high else " moved"
+    between = f'<small class="inline">{signed(moved.low)} … {signed(moved.high)}</small>'
+    return f'<span class="change{css}">{signed(moved.value)}</span> {between}'
 
 
 def _commanded(runs: Sequence[RunData]) -> str:
@@ -114,7 +127,7 @@ def _commanded(runs: Sequence[RunData]) -> str:
         for entry in run.evaluations:
             found = Validation(*flat_figures(entry))
             title = " · ".join(str(entry[key]) for key in ("model", "set") if key in entry) or run.name
-            cells = [_cell(found, name, FIGURES[name][1], None) for name in _COMMANDED]
+            cells = [_value(found, name, FIGURES[name][1]) for name in _COMMANDED]
             rows.append([esc(title), *cells, fixed(found.values.get("samples"), 0)])
     if not rows:
         return ""

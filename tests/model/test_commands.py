@@ -78,7 +78,7 @@ def test_the_report_of_a_run_answers_from_what_the_run_left(trained: Path) -> No
     page = (trained / "report.html").read_text()
     for absent in ("not measured", "not diagnosed", "No validation", "No answers", "No step", "Neither metrics nor"):
         assert absent not in page, absent
-    for told in ("Did accuracy move?", "held-out questions: of 2", "What is pushed in tiny", "megatron-core"):
+    for told in ("Did accuracy move?", "Held-out questions: of 2", "What is pushed in tiny", "megatron-core"):
         assert told in page, told
     for moment in ("before", "after"):
         assert (trained / "diagnosis" / moment / "index.html").is_file()
@@ -89,7 +89,7 @@ def test_diagnose_with_two_tensor_parallel_processes(trained: Path, tmp_path: Pa
     done = run(TWO, "diagnose", *words, "--checkpoint", str(trained / "checkpoints" / "final"))
     assert done.returncode == 0, done.stderr
     (page,) = (tmp_path / "diagnosis").glob("*/index.html")
-    assert done.stdout.splitlines() == [f"diagnosis: {page}"]
+    assert done.stdout.splitlines()[-1] == f"diagnosis: {page}"
     summary = json.loads((page.parent / "summary.json").read_text())
     assert (summary["step"], summary["rollouts"]) == (5, 2)
 
