@@ -17,20 +17,23 @@ class NamedSet:
 
     problems: int
     """How many it has: another number is another set."""
-    repositories: tuple[str, ...]
-    """Data sets of the Hugging Face Hub that hold it, in the order they are looked for."""
-    split: str
-    """Name of the split, where one file per split is cached."""
+    repositories: tuple[tuple[str, str], ...]
+    """Data sets of the Hugging Face Hub that hold it, each with the split, in the order they are looked for."""
     answer_pattern: str | None = None
     """Where the answer stands in the column `answer`; None: it is the column."""
 
 
 NAMED_SETS: Mapping[str, NamedSet] = {
-    "aime24": NamedSet(30, ("HuggingFaceH4/aime_2024", "math-ai/aime24", "Maxwell-Jia/AIME_2024"), "train"),
-    "aime25": NamedSet(30, ("math-ai/aime25", "yentinglin/aime_2025", "MathArena/aime_2025"), "test"),
-    "hmmt25": NamedSet(30, ("MathArena/hmmt_feb_2025",), "train"),
-    "math500": NamedSet(500, ("HuggingFaceH4/MATH-500",), "test"),
-    "gsm8k": NamedSet(1319, ("openai/gsm8k",), "test", r"####\s*(.+)"),
+    "aime24": NamedSet(
+        30,
+        (("HuggingFaceH4/aime_2024", "train"), ("math-ai/aime24", "test"), ("Maxwell-Jia/AIME_2024", "train")),
+    ),
+    "aime25": NamedSet(
+        30, (("math-ai/aime25", "test"), ("yentinglin/aime_2025", "train"), ("MathArena/aime_2025", "train"))
+    ),
+    "hmmt25": NamedSet(30, (("MathArena/hmmt_feb_2025", "train"),)),
+    "math500": NamedSet(500, (("HuggingFaceH4/MATH-500", "test"),)),
+    "gsm8k": NamedSet(1319, (("openai/gsm8k", "test"),), r"####\s*(.+)"),
 }
 """By name. HMMT is that of February 2025; GSM8K its test split."""
 
@@ -60,7 +63,7 @@ def named_source(name: str, directory: str = "") -> SourceConfig:
         got=f"nothing at any of {', '.join(looked)}",
         need=f"a file with its {known.problems} problems and answers; nothing is downloaded",
         mend=f"set evaluation.sets_directory to a directory with {name}.jsonl (columns problem, answer), "
-        f"or fetch {known.repositories[0]} with `datasets` on a machine with network and copy its cache",
+        f"or fetch {known.repositories[0][0]} with `datasets` on a machine with network and copy its cache",
     )
 
 
@@ -88,13 +91,13 @@ def _cached(known: NamedSet) -> Iterator[Path]:
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     prepared = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
     fetched = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    for repository in known.repositories:
+    for repository, split in known.repositories:
         owner, name = repository.split("/")
         snapshots = f"datasets--{owner}--{name}/snapshots/*/**"
         patterns = [
-            (prepared, f"{owner}___{name.lower()}/*/*/*/*-{known.split}.arrow"),
-            (fetched, f"{snapshots}/{known.split}*.jsonl"),
-            (fetched, f"{snapshots}/{known.split}*.parquet"),
+            (prepared, f"{owner}___{name.lower()}/*/*/*/*-{split}.arrow"),
+            (fetched, f"{snapshots}/{split}*.jsonl"),
+            (fetched, f"{snapshots}/{split}*.parquet"),
         ]
         for root, pattern in patterns:
             found = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime) if root.is_dir() else []

@@ -95,7 +95,8 @@ def test_samples_on_disk_outrank_the_metrics_and_the_interval_of_a_change_is_the
     assert moved == verdicts.Interval(0.0, *(100 * edge for edge in verdicts.paired_changes(run)["accuracy"].interval))
     page = write_report([tmp_path], tmp_path / "r.html").read_text()
     assert "pass@2, %" in page
-    assert '<span class="inner">Maybe</span>' in page
+    assert '<span class="inner">Wait</span>' in page
+    assert "0 throughout: Maybe, " in page
     (tmp_path / "validation" / "step-000000" / "scores.jsonl").unlink()
     alone = read_run(tmp_path)
     assert verdicts.paired_changes(alone) == {}
