@@ -37,7 +37,7 @@ ALLOWED = {
         "testbed",
         "training",
     },
-    "cli": {"data", "doctor", "model", "observability", "planning", "rollout", "testbed"},
+    "cli": {"data", "doctor", "evaluation", "model", "observability", "planning", "rollout", "testbed"},
     "doctor": set(),
 }
 FREE_OF_MEGATRON = (

@@ -54,7 +54,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
 def _expand_home(config: PopsdConfig) -> None:
     """`~` in a path of the configuration is the home directory, here and nowhere later."""
     config.output = os.path.expanduser(config.output)
-    for section, name in ((config.student, "source"), (config.data.train, "path"), (config.data.validation, "path")):
+    paths = (
+        (config.student, "source"),
+        (config.data.train, "path"),
+        (config.data.validation, "path"),
+        (config.evaluation, "sets_directory"),
+    )
+    for section, name in paths:
         setattr(section, name, os.path.expanduser(getattr(section, name)))
 
 

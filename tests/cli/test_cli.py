@@ -11,6 +11,9 @@ from nemo_popsd.cli import main as cli
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
 from nemo_popsd.observability import console
+from tests.evaluation.scores import score
+from tests.evaluation.server import Server
+from tests.evaluation.test_comparison import saved
 
 TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
 
@@ -82,6 +85,30 @@ def test_evaluate_takes_overrides_on_both_sides_of_the_option(calls: list[tuple]
     assert (config.output, config.evaluation.problems, config.seed) == (str(tmp_path), 4, 5)
     cli.main(["evaluate", TINY, f"output={tmp_path}"])
     assert calls[-1][2] is None
+
+
+def test_evaluate_with_an_endpoint_builds_no_model(
+    calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("http_proxy", raising=False)
+    with Server() as server:
+        words = [f"output={tmp_path}", f"evaluation.endpoint.url={server.url}", "evaluation.problems=2"]
+        assert cli.main(["evaluate", TINY, *words]) == 0
+    assert calls == []
+    assert "accuracy (avg@1)" in capsys.readouterr().out
+
+
+def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = [[score("p"), score("q", right)] for right in (False, True)]
+    directories = [saved(tmp_path / name / "validation", made) for name, made in zip("ab", scores, strict=True)]
+    assert cli.main(["evaluate", "--compare", *directories]) == 0
+    told = capsys.readouterr().out
+    assert told.split()[:3] == ["a/validation", "b/validation", "change"]
+    assert cli.main(["evaluate", TINY, "--compare", *directories]) == 2
+    assert "leave the rest out" in capsys.readouterr().err
+    assert cli.main(["evaluate"]) == 2
+    assert "need CONF, or --compare" in capsys.readouterr().err
+    assert calls == []
 
 
 def test_export(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
