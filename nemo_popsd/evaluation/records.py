@@ -31,6 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from nemo_popsd.atomic import write_text
 from nemo_popsd.errors import UserError
 
 FORMAT = 1
@@ -137,8 +138,8 @@ class EvaluationDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         known = {problem.id: problem for problem in self.problems()} if present is not None else {}
         known.update((problem.id, problem) for problem in problems)
-        write_atomically(self.path / _PROBLEMS, _lines(asdict(problem) for problem in known.values()))
-        write_atomically(self.path / _SETTINGS, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.path / _PROBLEMS, _lines(asdict(problem) for problem in known.values()))
+        write_text(self.path / _SETTINGS, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
 
     def replace(self, settings: SampleSettings, problems: Sequence[Problem], samples: Iterable[Sample]) -> None:
         """Makes the directory hold these samples and no others. On one rank."""
@@ -195,8 +196,8 @@ class EvaluationDirectory:
     def conclude(self, scores: Sequence[SampleScore], summary: Mapping[str, Any]) -> None:
         """Writes scores and summary; each file is the old or the new one at any moment."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / _SCORES, _lines(asdict(score) for score in scores))
-        write_atomically(self.path / _SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.path / _SCORES, _lines(asdict(score) for score in scores))
+        write_text(self.path / _SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
     def scores(self) -> list[SampleScore]:
         """What `conclude` wrote.
@@ -289,16 +290,6 @@ class SampleWriter:
 def prompt_digest(prompt: Sequence[int]) -> str:
     """16 hexadecimal digits that stand for a prompt's token ids."""
     return hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text`; `path` holds the old or the new text at any moment, never half of it."""
-    scratch = path.with_name(path.name + ".partial")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def _lines(objects: Iterable[Mapping[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_popsd.checkpoint.atomic import recover, remove, write_text
+from nemo_popsd.atomic import recover, remove, write_text
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import newest
 from nemo_popsd.config.consistency import RUN_FILES

@@ -16,7 +16,6 @@ from nemo_popsd.evaluation.records import (
     Sample,
     SampleSettings,
     prompt_digest,
-    write_atomically,
 )
 from tests.evaluation.scores import score
 
@@ -167,19 +166,6 @@ def test_an_evaluation_that_has_not_ended(tmp_path: Path) -> None:
             read()
     with pytest.raises(UserError, match=r"no settings\.json"):
         EvaluationDirectory(tmp_path / "nothing").settings()
-
-
-def test_a_write_that_fails_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def fail(descriptor: int) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
 
 
 def test_digests_tell_prompts_apart() -> None:

@@ -19,11 +19,15 @@ REPLACED = ".replaced"
 def write_text(path: Path, text: str) -> None:
     """Writes a file that holds the old or the new text at any moment, never half of one."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush_directory(path.parent)
 
 
