@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
@@ -26,18 +27,21 @@ from nemo_popsd.evaluation.run import (
 )
 from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
 from nemo_popsd.evaluation.summary import EvaluationSummary
+from nemo_popsd.runtime.agreement import do_together
 
 if TYPE_CHECKING:
     from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, name: str, fingerprint: str) -> None:
     """Draws what the sets miss, data-parallel replicas sharing it out; each appends to a file of its own.
 
     Samples go to the disk whenever a replica has drawn `rollout.batch_rows` of them. Collective over all ranks: one
-    broadcast of an object per set, and a barrier at the end.
+    gather and a broadcast of objects per set, and a barrier at the end.
 
     Args:
         model: what is evaluated.
@@ -54,15 +58,9 @@ def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, nam
     replica, replicas, rows = model.student.dp_group.rank(), model.student.dp_group.size(), settings.rollout.batch_rows
     for one in planned:
         model.refuse_long_evaluation(one.prompts)
-        drawn: list[Any] = [None]
-        if dist.get_rank() == 0:
-            begin(
-                one,
-                sample_settings(one.prompts, settings, sampling, model=name, fingerprint=fingerprint, engine=engine),
-            )
-            drawn = [set(one.directory.samples())]
-        dist.broadcast_object_list(drawn, src=0)
-        missing = missing_draws(one.prompts, settings.evaluation.samples_per_problem, drawn[0])
+        wanted = sample_settings(one.prompts, settings, sampling, model=name, fingerprint=fingerprint, engine=engine)
+        drawn = _from_rank_zero(f"evaluation {one.directory.path}", partial(_samples_on_disk, one, wanted))
+        missing = missing_draws(one.prompts, settings.evaluation.samples_per_problem, drawn)
         mine = missing[replica::replicas]
         asked = mine
         if settings.parallel.expert > 1:
@@ -101,23 +99,19 @@ class HeldOut:
     def conclude(self) -> EvaluationSummary:
         """Scores what all replicas drew, on rank 0, and tells every rank what it comes to.
 
-        Collective over all ranks: a gather of objects over the data-parallel group, and a broadcast of one.
+        Collective over all ranks: a gather of objects over the data-parallel group, a gather and a broadcast over all.
         """
         model = self._model
         mine, self._samples, self._prompts = (self._samples, self._prompts), [], []
         gathered: list[tuple[list[Sample], list[EvaluationPrompt]]] = [mine] * model.student.dp_group.size()
         dist.all_gather_object(gathered, mine, group=model.student.dp_group)
-        summary: list[Any] = [None]
-        if dist.get_rank() == 0:
-            # Replicas take turns in the rows of the set: back to its order, whatever the layout.
-            turns = zip_longest(*(part for _, part in gathered))
-            prompts = [prompt for turn in turns for prompt in turn if prompt is not None]
-            place = {prompt.record.id: number for number, prompt in enumerate(prompts)}
-            samples = [sample for part, _ in gathered for sample in part]
-            summary = [self._conclude(sorted(samples, key=lambda s: (place[s.problem], s.sample)), prompts)]
-        dist.broadcast_object_list(summary, src=0)
-        found: EvaluationSummary = summary[0]
-        return found
+        # Replicas take turns in the rows of the set: back to its order, whatever the layout.
+        turns = zip_longest(*(part for _, part in gathered))
+        prompts = [prompt for turn in turns for prompt in turn if prompt is not None]
+        place = {prompt.record.id: number for number, prompt in enumerate(prompts)}
+        samples = sorted((s for part, _ in gathered for s in part), key=lambda s: (place[s.problem], s.sample))
+        what = f"evaluation of step {model.completed_steps}"
+        return _from_rank_zero(what, lambda: self._conclude(samples, prompts))
 
     def _conclude(self, samples: Sequence[Sample], prompts: Sequence[EvaluationPrompt]) -> EvaluationSummary:
         model, config = self._model, self._model.settings
@@ -132,6 +126,27 @@ class HeldOut:
         step = f"step {model.completed_steps}"
         sampling, engine = model.sampling(config.evaluation), f"Megatron, {config.student.precision}"
         return sample_settings(prompts, config, sampling, model=step, fingerprint=step, engine=engine)
+
+
+def _samples_on_disk(planned: PlannedSet, wanted: SampleSettings) -> set[tuple[str, int]]:
+    begin(planned, wanted)
+    return set(planned.directory.samples())
+
+
+def _from_rank_zero(what: str, action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank; if it raises there, every rank raises. Collective over all ranks:
+    a gather and a broadcast of objects.
+    """
+    found: list[Any] = [None]
+
+    def act() -> None:
+        if dist.get_rank() == 0:
+            found[0] = action()
+
+    do_together(what, act, need="room and the right to write it", mend="free space, or set output elsewhere")
+    dist.broadcast_object_list(found, src=0)
+    result: T = found[0]
+    return result
 
 
 def validation_directory(output: str, step: int) -> EvaluationDirectory:

@@ -99,6 +99,31 @@ def test_layouts_draw_the_same_and_interrupted_ones_nothing_twice(single: Path, 
     assert "accuracy (avg@2)" in first["table"]
 
 
+def evaluate_other_weights(rank: int, world_size: int, output: Path) -> str:
+    """The same directory for the samples of two models."""
+    from nemo_popsd.config.loading import load_config, to_dict_config
+    from nemo_popsd.errors import UserError
+    from nemo_popsd.evaluation.run import plan
+    from nemo_popsd.model import PurifiedOPSDModel
+    from nemo_popsd.model.evaluation import draw_missing
+
+    config = load_config(TINY, overrides(output))
+    model = PurifiedOPSDModel(to_dict_config(config))
+    planned = plan(config, "m", model.tokenizer)
+    draw_missing(model, planned, name="m", fingerprint="f")
+    try:
+        draw_missing(model, planned, name="m", fingerprint="other")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_samples_of_other_weights_are_refused_on_every_rank(tmp_path: Path) -> None:
+    told = run_ranks(evaluate_other_weights, 2, tmp_path)
+    assert told[0] == told[1]
+    assert "fingerprint" in told[0]
+
+
 def held_out(rank: int, world_size: int, output: Path, tensor: int) -> Any:
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.model import PurifiedOPSDModel
