@@ -12,7 +12,18 @@ from nemo_popsd.data.sources import resolve_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.testbed.assets import PREFIX, asset
 
-RUN_FILES = ("metrics.jsonl", "tensorboard", "checkpoints", "huggingface", "rollouts", "validation", DONE, REQUEUE)
+RUN_FILES = (
+    "metrics.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "huggingface",
+    "rollouts",
+    "validation",
+    "diagnosis",
+    "report.html",
+    DONE,
+    REQUEUE,
+)
 """What a training run writes below `output`, besides its resolved configuration."""
 
 
@@ -134,6 +145,27 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
         named_source(name, config.evaluation.sets_directory)
     if not config.evaluation.sets:
         resolve_path(config.data.validation.path, setting="data.validation")
+    check_output(config.output)
+
+
+def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str | None = None) -> None:
+    """Everything that can be known to be wrong with a diagnosis before a model is built.
+
+    Args:
+        config: the run; needs `data.train.path`, whose rows have references.
+        world_size: number of ranks.
+        checkpoint: what is diagnosed; None diagnoses `student.source`.
+
+    Raises:
+        UserError: as `check_training_run`.
+    """
+    check_sections(config)
+    check_layout(config, world_size=world_size)
+    if checkpoint is None:
+        _check_student(config)
+    else:
+        check_checkpoint(checkpoint, setting="--checkpoint")
+    resolve_path(config.data.train.path, setting="data.train")
     check_output(config.output)
 
 

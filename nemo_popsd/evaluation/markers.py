@@ -27,6 +27,11 @@ def count_markers(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> dict[s
     return {marker: len(_compiled(marker).findall(text)) for marker in markers}
 
 
+def marker_spans(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> list[tuple[int, int]]:
+    """Where `markers` stand in `text`: begin and end of each match, in characters, in rising order."""
+    return sorted(match.span() for marker in markers for match in _compiled(marker).finditer(text))
+
+
 @lru_cache(maxsize=256)
 def _compiled(marker: str) -> re.Pattern[str]:
     words = r"\s+".join(re.escape(word) for word in marker.split())

@@ -66,7 +66,7 @@ def plan(config: PopsdConfig, model: str, tokenizer: PreTrainedTokenizerBase) ->
         UserError: from reading the rows, a named set has another size than it should, or math-verify is missing.
     """
     require_math_verify()
-    root = Path(config.output) / "evaluation" / model.replace(":", "/").strip("/").replace("/", "_")
+    root = Path(config.output) / "evaluation" / as_file_name(model)
     planned = []
     for name, source in sources_of(config).items():
         prompts, _ = build_evaluation_prompts(replace(config.data, validation=source), source, tokenizer)
@@ -74,6 +74,11 @@ def plan(config: PopsdConfig, model: str, tokenizer: PreTrainedTokenizerBase) ->
             refuse_another_size(name, len(prompts))
         planned.append(PlannedSet(name, prompts[: config.evaluation.problems], EvaluationDirectory(root / name)))
     return planned
+
+
+def as_file_name(model: str) -> str:
+    """The path or name of a model as the name of a directory."""
+    return model.replace(":", "/").strip("/").replace("/", "_")
 
 
 def sample_settings(

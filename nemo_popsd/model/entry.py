@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -17,16 +18,18 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.sources import resolve_path
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
-from nemo_popsd.evaluation.run import conclude_all, fingerprint, plan
+from nemo_popsd.evaluation.run import as_file_name, conclude_all, fingerprint, plan
 from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.model.callbacks import StepBoundary
 from nemo_popsd.model.evaluation import before_and_after, draw_missing
+from nemo_popsd.model.pages import report_run, write_diagnosis
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.run_directory import RunDirectory
 from nemo_popsd.model.strategy import MegatronPlacement
 from nemo_popsd.observability.loggers import build_loggers
 from nemo_popsd.observability.progress import StepProgress
 from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.report.run import AFTER, BEFORE
 from nemo_popsd.runtime.distributed import device, initialize, shutdown
 
 _LONGEST_EVALUATION = timedelta(days=7)
@@ -69,12 +72,14 @@ def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run:
     if model.completed_steps < config.training.steps:
         if run.validation_is_missing(model.completed_steps):
             _validate(trainer, model)
+        _diagnose_in_training(model, BEFORE)
         trainer.fit(model)
         final = model.checkpoints.save_final(model)
     else:
         final = model.checkpoints.folder / FINAL
     if validates:
         _validate(trainer, model)
+    _diagnose_in_training(model, AFTER)
     if config.training.export_huggingface:
         model.export_huggingface(run.output / "huggingface")
     run.mark_finished(model.completed_steps)
@@ -83,17 +88,14 @@ def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run:
     _say(f"NeMo checkpoint: {final}")
     if config.training.export_huggingface:
         _say(f"Hugging Face checkpoint: {run.output / 'huggingface'}")
+    report_run(run.output)
 
 
 def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     """Evaluates `student.source`, or `checkpoint`, on `evaluation.sets` or `data.validation`; what is drawn and found
     goes to `<output>/evaluation/<name>/<set>`, see `nemo_popsd.evaluation.records`.
     """
-    opened = None if checkpoint is None else NemoCheckpoint(checkpoint)
-    if opened is not None:
-        # How its weights were adapted is a fact of the checkpoint, whatever the configuration says.
-        source = base_of(opened, otherwise=config.student.source)
-        config.student = replace(opened.config.student, source=source, precision=config.student.precision)
+    opened = _open(config, checkpoint)
     # Nothing is collective while samples are drawn; a replica that is done waits for those with longer responses.
     initialize(config.parallel, seed=config.seed, timeout=_LONGEST_EVALUATION)
     without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
@@ -105,6 +107,18 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     shutdown()
     if is_rank_zero():
         _say(conclude_all(planned, config, model=name))
+
+
+def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
+    """Diagnoses `student.source`, or `checkpoint`, on rows of `data.train`; page and figures go to
+    `<output>/diagnosis/<name>`.
+    """
+    config.data.validation = SourceConfig()
+    opened = _open(config, checkpoint)
+    model = PurifiedOPSDModel(to_dict_config(config), build_trainer(config, logs=False), checkpoint=opened)
+    name = checkpoint or config.student.source
+    write_diagnosis(model.diagnose(name), Path(config.output) / "diagnosis" / as_file_name(name))
+    shutdown()
 
 
 def export_adapter(checkpoint: str, output: str) -> None:
@@ -162,6 +176,22 @@ def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0)
     # Every so many steps of the run, not of this process, it validates.
     trainer.fit_loop.epoch_loop.batch_progress.total.ready = completed
     return trainer
+
+
+def _open(config: PopsdConfig, checkpoint: str | None) -> NemoCheckpoint | None:
+    """The checkpoint, if there is one; `config` then says how its weights were adapted, which is a fact of it."""
+    opened = None if checkpoint is None else NemoCheckpoint(checkpoint)
+    if opened is not None:
+        source = base_of(opened, otherwise=config.student.source)
+        config.student = replace(opened.config.student, source=source, precision=config.student.precision)
+    return opened
+
+
+def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
+    """Before the first step of a run and after its last, unless it is turned off."""
+    if model.settings.diagnosis.in_training and not (name == BEFORE and model.completed_steps):
+        told = f"{model.settings.name}, {name} training"
+        write_diagnosis(model.diagnose(told), Path(model.settings.output) / "diagnosis" / name)
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> None:

@@ -24,6 +24,8 @@ from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+from nemo_popsd.diagnosis.record import Diagnosis
+from nemo_popsd.diagnosis.run import choose_rows, diagnose
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.summary import EvaluationSummary
@@ -271,6 +273,23 @@ class PurifiedOPSDModel(ModelPT):
         metrics = {f"validation/{name}": value for name, value in summary.numbers().items()}
         # Already over all ranks; `sync_dist` says so to Lightning, whose trainer knows one device and reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
+
+    # Diagnosis
+
+    def diagnose(self, name: str) -> Diagnosis:
+        """The paper's analysis of the current weights on rows of `data.train`, under `name`. Collective."""
+        loader: Any = self._train_dl
+        return diagnose(
+            self.student,
+            self.engine,
+            self.sampling(self.settings.rollout),
+            self.tokenizer,
+            choose_rows(loader.dataset, self.settings),
+            self.settings,
+            name=name,
+            step=self.completed_steps,
+            stop=self.stop,
+        )
 
     def sampling(self, section: Any) -> SamplingParams:
         """How `rollout` or `evaluation`, whichever `section` is, draws tokens from this model."""

@@ -14,6 +14,7 @@ from nemo_popsd.observability import console
 from tests.evaluation.scores import score
 from tests.evaluation.server import Server
 from tests.evaluation.test_comparison import saved
+from tests.report.runs_on_disk import write_run
 
 TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
 
@@ -23,7 +24,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What the sub-commands asked of the model, which is not built."""
     made: list[tuple] = []
     entry = types.ModuleType("nemo_popsd.model.entry")
-    for name in ("train", "evaluate", "export"):
+    for name in ("train", "evaluate", "diagnose", "export"):
         setattr(entry, name, lambda *args, name=name: made.append((name, *args)))
     monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
     conversion = types.ModuleType("nemo_popsd.model.conversion")
@@ -39,7 +40,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["train"], ["evaluate"], ["export"], ["convert"], ["convert", "hf-to-nemo"], ["plan"], ["config"], ["doctor"]],
+    [
+        [],
+        ["train"],
+        ["evaluate"],
+        ["diagnose"],
+        ["report"],
+        ["export"],
+        ["convert"],
+        ["convert", "hf-to-nemo"],
+        ["plan"],
+        ["config"],
+        ["doctor"],
+    ],
     ids=lambda words: "-".join(words),
 )
 def test_help_answers_at_once_and_imports_nothing_heavy(words: list[str]) -> None:
@@ -75,6 +88,39 @@ def test_threads_do_not_spin_and_the_user_may_say_otherwise(
     monkeypatch.delenv("OMP_WAIT_POLICY")
     cli.main(["train", TINY, f"output={tmp_path}"])
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_diagnose(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"output={tmp_path}", "diagnosis.rows=3"]
+    assert cli.main(["diagnose", TINY, *overrides, "--checkpoint", str(tmp_path)]) == 0
+    assert calls == [("diagnose", load_config(TINY, overrides), str(tmp_path))]
+    assert cli.main(["diagnose", TINY, f"output={tmp_path}", "data.train.path=''"]) == cli.USER_ERROR
+    assert "data.train" in capsys.readouterr().err
+    assert cli.main(["diagnose", TINY, f"output={tmp_path}", "--checkpoint", "/nowhere"]) == cli.USER_ERROR
+    assert "--checkpoint '/nowhere'" in capsys.readouterr().err
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = write_run(tmp_path / "a", name="first"), write_run(tmp_path / "b", name="second")
+    assert cli.main(["report", str(first)]) == 0
+    assert capsys.readouterr().out == f"report: {first / 'report.html'}\n"
+    page = tmp_path / "compared.html"
+    assert cli.main(["report", str(first), str(second), "--output", str(page)]) == 0
+    assert "first against second" in page.read_text()
+    assert cli.main(["report", str(tmp_path)]) == cli.USER_ERROR
+    assert "the output directory of a training run" in capsys.readouterr().err
+
+
+def test_the_report_needs_no_torch(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    code = f"""
+import sys
+from nemo_popsd.cli.main import main
+assert main(["report", {str(tmp_path)!r}]) == 0
+sys.exit("imported torch" if "torch" in sys.modules else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_evaluate_takes_overrides_on_both_sides_of_the_option(calls: list[tuple], tmp_path: Path) -> None:
