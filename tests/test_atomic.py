@@ -86,3 +86,15 @@ def test_what_is_removed_half_looks_incomplete(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         atomic.remove(directory)
     assert [path.name for path in directory.iterdir()] == ["data"]
+
+
+def test_a_new_directory_has_its_name_once_it_is_complete(tmp_path: Path) -> None:
+    place = tmp_path / "deeper" / "model"
+    for content in ("old", "new"):
+        with atomic.new_directory(place) as directory:
+            (directory / "file").write_text(content)
+            assert not place.exists() or (place / "file").read_text() == "old"
+        assert [(path.name, (path / "file").read_text()) for path in place.parent.iterdir()] == [("model", content)]
+    with pytest.raises(FileExistsError), atomic.new_directory(place) as directory:
+        _directory(directory, "half")  # it exists
+    assert [(path.name, (path / "file").read_text()) for path in place.parent.iterdir()] == [("model", "new")]
