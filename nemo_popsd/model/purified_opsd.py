@@ -21,6 +21,7 @@ from nemo_popsd.checkpoint.source import checked_base, open_source
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
+from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
@@ -149,7 +150,8 @@ class PurifiedOPSDModel(ModelPT):
     def setup_training_data(self, train_data_config: SourceConfig | DictConfig) -> None:
         """Reads, checks and measures the training rows; each step takes this data-parallel rank's share."""
         source = _source(train_data_config)
-        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer)
+        borrowed = Borrowed(self.settings.distillation.target.borrowed)
+        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer, borrowed)
         self.data_fingerprint = dataset.fingerprint()
         self._refuse_beyond_positions(
             dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
