@@ -24,7 +24,7 @@ ALLOWED = {
     "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
     "checkpoint": {"megatron", "runtime", "testbed"},
     "testbed": {"data", "evaluation"},
-    "planning": {"distillation", "testbed"},
+    "planning": {"distillation", "rollout", "testbed"},
     "config": {"data", "distillation", "evaluation", "megatron", "observability", "rollout", "training", "testbed"},
     "model": {
         "checkpoint",

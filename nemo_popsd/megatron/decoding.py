@@ -132,7 +132,7 @@ class SlotDecoder:
         self._forward(inputs, positions.expand_as(inputs), Prefill(slots))
 
     def next_logits(self, inputs: Tensor, positions: Tensor, reach: int) -> Tensor | None:
-        """Logits [B, V_pad/tp] of this rank after one more token of each of the first B slots; None but on the last stage.
+        """Logits [B, V_pad/tp] of this rank after one more token of each of the first B slots; on the last stage alone.
 
         Rows that are done may be among them: they get the token and position that they had, and their logits mean
         nothing; the slot's positions before that one stay as they are.

@@ -86,7 +86,7 @@ class CachedCoreAttention(torch.nn.Module):
         self._scale = width**-0.5 if config.softmax_scale is None else config.softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n·d], with what Megatron gives a core attention besides."""
+        """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n·d]; takes also what Megatron gives besides."""
         step = self.forward_of
         if isinstance(step, Prefill):
             length = key.shape[0]

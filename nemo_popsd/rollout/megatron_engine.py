@@ -15,10 +15,7 @@ from nemo_popsd.errors import StopRequested
 from nemo_popsd.megatron.decoding import SlotDecoder
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
-from nemo_popsd.rollout.scheduler import Admission, Row, SlotSchedule, reach_of
-
-_PREFILL_TOKENS = 8192
-"""Most tokens of one prefill of several prompts: its activations, of one layer at a time, are small beside training's."""
+from nemo_popsd.rollout.scheduler import PREFILL_TOKENS, Admission, Row, SlotSchedule, reach_of
 
 
 class MegatronEngine:
@@ -116,7 +113,7 @@ class MegatronEngine:
             return []
         longest = max(len(request.prompt) for request in requests) + sampling.max_response_tokens
         slots = max(1, min(self._batch_rows, len(requests), self._cache_tokens // longest))
-        schedule = SlotSchedule(requests, slots, prefill_tokens=_PREFILL_TOKENS)
+        schedule = SlotSchedule(requests, slots, prefill_tokens=PREFILL_TOKENS)
         decoder = SlotDecoder(self._chunks, slots, longest)
         state = _SlotState(slots, sampling.max_response_tokens, next(self._chunks[0].parameters()).device)
         with decoder.open():

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from nemo_popsd.rollout.engine import Request, SamplingParams
 
+PREFILL_TOKENS = 8192
+"""Most tokens of one prefill of several prompts: its activations, of a layer at a time, are small beside training's."""
 _SHARES = 8
 """Rows enter once an eighth of the slots is free, and the computed width shrinks by eighths: each costs a forward, or
 copies, beside the steps."""
@@ -158,7 +160,7 @@ class SlotSchedule:
         return moves
 
     def _width_of(self, rows: int) -> int:
-        """The least width of the few in use that has room: an eighth of the slots, two eighths, ...; below, 1, 2, 4, ..."""
+        """The least width in use that has room: an eighth of the slots, two eighths, ...; below that 1, 2, 4, ..."""
         share = -(-len(self.slots) // _SHARES)
         if rows < share:
             return min(share, 1 << max(0, rows - 1).bit_length())

@@ -219,7 +219,16 @@ def test_weights_are_live_and_their_version_is_told(one: dict[str, Any]) -> None
 
 def test_two_ranks_draw_what_one_does(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for seen in two:
-        for name in ("greedy", "stopped", "random", "top-p", "three rows", "repeated, four rows", "one token", "other weights"):
+        for name in (
+            "greedy",
+            "stopped",
+            "random",
+            "top-p",
+            "three rows",
+            "repeated, four rows",
+            "one token",
+            "other weights",
+        ):
             assert responses(seen[name]) == responses(one[name]), name
         for rollout, expected in zip(seen["random"], one["random"], strict=True):
             assert rollout.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
