@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.forward import hidden_states_only
 from nemo_popsd.megatron.kv_cache import CachedCoreAttention, Decode, Prefill, attentions, decode_step
+from nemo_popsd.megatron.plain_layers import PlainLayers, are_plain
 
 _SEQUENCE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 """What megatron-core's modules decide sequence parallelism by when they run."""
@@ -65,10 +66,12 @@ def _replace(restore: ExitStack, owner: Any, name: str, value: Any, other: Any) 
 class SlotDecoder:
     """Forwards of the live model over a cache with one slot for each row; rows may be of different lengths.
 
-    Megatron's modules compute as they do in training, on [1, B, H] for a token of each row. Two of them are replaced
-    while it is open: each layer's core attention, by one that keeps keys and values (`CachedCoreAttention`), and the
-    rotary embedding, by a table of angles from which each row takes its own position's. A step of decoding has the
-    same shapes whatever the rows are, but for the number of slots and the reach, and nothing in it waits for the host.
+    Megatron's modules compute as they do in training. Two of them are replaced while it is open: each layer's core
+    attention, by one that keeps keys and values (`CachedCoreAttention`), and the rotary embedding, by a table of
+    angles from which each row takes its own position's. A step of decoding goes through the modules of the layers
+    rather than through the layers, where these are megatron-core's own (`PlainLayers`). It has the same shapes
+    whatever the rows are, but for the number of slots and the reach, and nothing in it waits for the host, so that a
+    graph of it could be captured; that is not done.
 
     Attributes:
         slots: rows that the cache has room for.
@@ -90,8 +93,14 @@ class SlotDecoder:
         self.slots, self.capacity = slots, capacity
         self._device = next(chunks[0].parameters()).device
         self._layers = [CachedCoreAttention(a, slots, capacity, self._device) for a in attentions(chunks)]
+        self._dtype = chunks[0].config.params_dtype
         self._windows = {layer.window for layer in self._layers}
         self._rotations: list[_Rotation] = []
+        caches = iter(self._layers)
+        self._plain: list[PlainLayers | None] = []
+        for chunk in chunks:
+            own = [next(caches) for _ in chunk.decoder.layers]
+            self._plain.append(PlainLayers(chunk, own) if are_plain(chunk) else None)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -144,7 +153,9 @@ class SlotDecoder:
         """
         for rotation in self._rotations:
             rotation.take(positions[None])
-        hidden_1BH = self._forward(inputs[:, None], positions[:, None], decode_step(positions, reach, self._windows))
+        hidden_1BH = self._forward(
+            inputs[:, None], positions[:, None], decode_step(positions, reach, self._windows, self._dtype)
+        )
         if hidden_1BH is None:
             return None
         last = self._chunks[-1]
@@ -182,13 +193,25 @@ class SlotDecoder:
                     )
                     dist.recv(received, before, group=group)
                 chunk.set_input_tensor(received)
-            with hidden_states_only(chunk):
-                output = chunk(input_ids=inputs, position_ids=positions, attention_mask=None)
+            output = self._through(number, inputs, positions, step)
             if (number, stage) != (len(self._chunks) - 1, stages - 1):
                 dist.send(output.contiguous(), after, group=group)
                 output = None
             chunk.set_input_tensor(None)
         return output
+
+    def _through(self, number: int, inputs: Tensor, positions: Tensor, step: Prefill | Decode) -> Tensor:
+        """States [s, B, H] after one chunk of this rank."""
+        chunk, plain = self._chunks[number], self._plain[number]
+        if plain is None or isinstance(step, Prefill):
+            with hidden_states_only(chunk):
+                hidden: Tensor = chunk(input_ids=inputs, position_ids=positions, attention_mask=None)
+            return hidden
+        if chunk.pre_process:
+            hidden = chunk.embedding(input_ids=inputs, position_ids=positions)
+        else:
+            hidden = chunk.decoder.input_tensor
+        return plain(hidden[0], self._rotations[number].angles[0, :, 0])[None]
 
 
 class _Rotation(torch.nn.Module):
@@ -206,12 +229,12 @@ class _Rotation(torch.nn.Module):
             )
         found = original(capacity)
         self._table, *self._rest = found if isinstance(found, tuple) else (found,)
-        self._angles = self._table
+        self.angles = self._table
 
     def take(self, positions: Tensor) -> None:
         """Positions [s] that all rows have, or [s, B] of each row."""
         angles = self._table[positions]  # [s, 1, 1, d] or [s, B, 1, 1, d]
-        self._angles = angles if positions.dim() == 1 else angles.squeeze(2)
+        self.angles = angles if positions.dim() == 1 else angles.squeeze(2)
 
     def get_rotary_seq_len(self, *args: Any) -> int:
         """Not needed."""
@@ -219,4 +242,4 @@ class _Rotation(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Angles [s, 1 or B, 1, d], in the form in which the original gives them."""
-        return (self._angles, *self._rest) if self._rest else self._angles
+        return (self.angles, *self._rest) if self._rest else self.angles

@@ -34,10 +34,12 @@ class Prefill:
 class Decode:
     """A forward of one token for each of the first b slots."""
 
+    rows: Tensor
+    """Numbers from 0 to below b, int64."""
     positions: Tensor
     """[b] int64, of the new tokens."""
     visible: dict[int | None, Tensor]
-    """By window: which of the first r positions each row sees, [b, 1, 1, r] bool."""
+    """By window: 0 where a row sees one of the first r positions, else -inf, [b, 1, 1, r] in the queries' dtype."""
 
 
 class CachedCoreAttention(torch.nn.Module):
@@ -94,21 +96,24 @@ class CachedCoreAttention(torch.nn.Module):
             self.values[step.slots, :, :length] = value.permute(1, 2, 0, 3)
             attended: Tensor = self._inner[0](query, key, value, *args, **kwargs)
             return attended
-        assert step is not None
-        rows = torch.arange(key.shape[1], device=key.device)
-        self.keys[rows, :, step.positions] = key[0]
-        self.values[rows, :, step.positions] = value[0]
-        visible = step.visible[self.window]
-        count, (groups, reach) = key.shape[1], (self.keys.shape[1], visible.shape[-1])
-        # The query heads of a key-value head as that many queries: no copies of keys, and one mask for all.
+        return self.attend(query[0].unflatten(1, (key.shape[2], -1)), key[0], value[0])[None]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[b, g, n/g, d], [b, g, d], [b, g, d] -> [b, n·d]: one token of each of the first b slots."""
+        step = self.forward_of
+        assert isinstance(step, Decode)
+        visible, count = step.visible[self.window], len(key)
+        self.keys[step.rows, :, step.positions] = key
+        self.values[step.rows, :, step.positions] = value
+        # The query heads of a key-value head are that many queries: no copies of keys, and one mask for all.
         context = scaled_dot_product_attention(
-            query[0].unflatten(1, (groups, -1)),
-            self.keys[:count, :, :reach],
-            self.values[:count, :, :reach],
+            query,
+            self.keys[:count, :, : visible.shape[-1]],
+            self.values[:count, :, : visible.shape[-1]],
             attn_mask=visible,
             scale=self._scale,
         )
-        return context.reshape(1, count, -1)
+        return context.reshape(count, -1)
 
 
 def attentions(chunks: Sequence[GPTModel]) -> Iterator[Attention]:
@@ -116,8 +121,13 @@ def attentions(chunks: Sequence[GPTModel]) -> Iterator[Attention]:
     return (layer.self_attention for chunk in chunks for layer in chunk.decoder.layers)
 
 
-def decode_step(positions: Tensor, reach: int, windows: set[int | None]) -> Decode:
+def decode_step(positions: Tensor, reach: int, windows: set[int | None], dtype: torch.dtype) -> Decode:
     """The step of rows whose new tokens are at `positions` [b], all of them before `reach` but for rows that ended."""
-    distance = positions[:, None] - torch.arange(reach, device=positions.device)
-    past = (distance >= 0)[:, None, None]
-    return Decode(positions, {w: past if w is None else past & (distance < w)[:, None, None] for w in windows})
+    distance = positions[:, None, None, None] - torch.arange(reach, device=positions.device)
+    rows = torch.arange(len(positions), device=positions.device)
+    shown = torch.zeros_like(distance, dtype=dtype)
+    visible = {window: shown.masked_fill(distance < 0, -torch.inf) for window in windows}
+    for window, mask in visible.items():
+        if window is not None:
+            mask.masked_fill_(distance >= window, -torch.inf)
+    return Decode(rows, positions, visible)
