@@ -95,8 +95,8 @@ def workloads(quick: bool) -> list[Workload]:
     """Short and long responses, of one length and of mixed lengths."""
     tokenizer = load_tokenizer(MODEL, setting="student.source")
     end = int(tokenizer.eos_token_id)
-    # Not stopped at its end, the model goes on with other turns; stopped at one in some 270 tokens it makes lengths that
-    # are spread over the whole range.
+    # Not stopped at its end, the model goes on with other turns; stopped at one token in some 270 it makes lengths
+    # that are spread over the whole range.
     (rare,) = tokenizer.encode("Then", add_special_tokens=False)
     every = [
         Workload("short: 32 tokens", 32, (), 1),

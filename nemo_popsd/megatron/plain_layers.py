@@ -115,13 +115,13 @@ class _PlainLayer:
         return hidden_BH + second(silu(gate) * up)
 
 
-def _is_gated(mlp: torch.nn.Module) -> bool:
+def _is_gated(mlp: Any) -> bool:
     """Whether it is silu(gate)·up between two linears."""
     if type(mlp) is not MLP:
         return False
     config = mlp.config
     plain = not config.use_te_activation_func and not config.glu_linear_offset
-    return plain and config.gated_linear_unit and config.activation_func is silu
+    return bool(plain and config.gated_linear_unit and config.activation_func is silu)
 
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
