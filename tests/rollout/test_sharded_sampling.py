@@ -13,7 +13,7 @@ from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
 from tests.harness import run_ranks
 from tests.rollout.test_sampling import params, reference_distribution
 
-DRAWS = 20_000
+DRAWS = 5_000
 SIZES = {"padded": 203, "second shard empty": 100, "full": 256}
 """True vocabulary of 256 columns: on two shards of 128, of which the second has 75, none, or all of them."""
 COLUMNS = 256
