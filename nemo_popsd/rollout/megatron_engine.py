@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ class MegatronEngine:
             return self._generate(requests, sampling, self._stop_requested)
         shares: list[list[Rollout] | None] = [None] * size
         try:
-            mine = self._generate(requests[rank::size], sampling, self._stop_requested)
+            share = replace(sampling, token_budget=-(-sampling.token_budget // size))
+            mine = self._generate(requests[rank::size], share, self._stop_requested)
         except StopRequested:
             mine = None
         dist.all_gather_object(shares, mine, group=group)
@@ -102,7 +104,8 @@ class MegatronEngine:
         dist.all_gather_object(gathered, (share, list(requests)), group=group)
         by_share = dict(sorted(gathered, key=lambda pair: pair[0]))
         everyone = [request for part in by_share.values() for request in part]
-        together = self._generate(everyone, sampling, lambda: False)
+        of_all = replace(sampling, token_budget=sampling.token_budget * len(by_share))
+        together = self._generate(everyone, of_all, lambda: False)
         begin = sum(len(part) for other, part in by_share.items() if other < share)
         return together[begin : begin + len(requests)]
 
@@ -127,15 +130,24 @@ class MegatronEngine:
                 logits = decoder.next_logits(inputs, positions, reach_of(schedule.longest, longest))
                 tokens, log_probs = self._choose(logits, sampling, uniform)
                 state.advance(tokens)
-                if ended := schedule.accept(tokens.tolist(), log_probs.tolist(), sampling):
+                ended = schedule.accept(tokens.tolist(), log_probs.tolist(), sampling)
+                if ended := ended + schedule.leave_unfinished(sampling.token_budget):
                     state.leave(ended)
                     state.move(schedule.narrow(), decoder)
         return self._rollouts(schedule.done)
 
     def _rollouts(self, rows: list[Row]) -> list[Rollout]:
         version = self._weights_version()
-        by_number = sorted(rows, key=lambda row: row.number)
-        return [Rollout(row.response, row.log_probs, row.cut, version) for row in by_number]
+        rollouts = []
+        for row in sorted(rows, key=lambda row: row.number):
+            parts: list[tuple[int, int]] = []
+            if row.request.begun is not None:
+                earlier = row.request.begun
+                parts = [*earlier.parts, (version, len(row.response) - len(earlier.response))]
+                parts = [part for part in parts if part[1]]
+            segments = tuple(parts) if len({drawn_by for drawn_by, _ in parts}) > 1 else ()
+            rollouts.append(Rollout(row.response, row.log_probs, row.cut, version, row.unfinished, segments))
+        return rollouts
 
     def _choose(self, logits: Tensor | None, sampling: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B] int64 and their log-probabilities [B], the same on all ranks that decode these rows."""
@@ -165,8 +177,8 @@ class _SlotState:
     def enter(self, admission: Admission, decoder: SlotDecoder) -> None:
         """Fills the slots of new rows, their prompts' keys included."""
         for group in admission.prefills:
-            longest = max(len(row.request.prompt) for _, row in group) - 1
-            padded = [(list(row.request.prompt)[:-1] + [0] * longest)[:longest] for _, row in group]
+            longest = max(row.position for _, row in group)
+            padded = [(row.context[:-1] + [0] * longest)[:longest] for _, row in group]
             decoder.prefill(self._tensor([slot for slot, _ in group]), self._tensor(padded))
         for source, target, length in admission.copies:
             decoder.copy(self._tensor([source]), self._tensor([target]), length)

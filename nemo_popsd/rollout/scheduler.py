@@ -28,6 +28,19 @@ class Row:
     log_probs: list[float] = field(default_factory=list)
     cut: bool = False
     """Whether it ended at the limit."""
+    unfinished: bool = False
+    """Whether it was left before its end."""
+
+    @classmethod
+    def of(cls, number: int, request: Request) -> Row:
+        """The row of a request, with what was drawn for it earlier."""
+        begun = request.begun
+        return cls(number, request) if begun is None else cls(number, request, [*begun.response], [*begun.log_probs])
+
+    @property
+    def context(self) -> list[int]:
+        """Prompt and response so far."""
+        return [*self.request.prompt, *self.response]
 
     @property
     def position(self) -> int:
@@ -57,10 +70,13 @@ class SlotSchedule:
 
     The keys of a prompt are computed once for all rows that have it and are side by side in the queue: a slot keeps
     its row's prompt until another row takes it. The last token of a prompt is not prefilled: it is the first step's.
+    The prompt of a row that was begun earlier includes what was drawn then; such rows come first.
 
     Attributes:
         width: the first so many slots are computed in each step.
         slots: the row in each slot, or None.
+        done: rows that ended, or were left unfinished.
+        drawn: tokens so far.
     """
 
     def __init__(self, requests: Sequence[Request], slots: int, *, prefill_tokens: int) -> None:
@@ -71,13 +87,15 @@ class SlotSchedule:
             slots: rows in the cache at one time.
             prefill_tokens: most tokens, padding included, of one prefill of several rows.
         """
-        order = sorted(range(len(requests)), key=lambda n: (len(requests[n].prompt), list(requests[n].prompt)))
-        self._waiting = [Row(number, requests[number]) for number in reversed(order)]
+        rows = [Row.of(number, request) for number, request in enumerate(requests)]
+        rows.sort(key=lambda row: (row.request.begun is None, row.position, row.context))
+        self._waiting = rows[::-1]
         self._prefill_tokens = prefill_tokens
         self.slots: list[Row | None] = [None] * slots
         self._held: list[tuple[int, ...] | None] = [None] * slots
         self.width = slots
         self.done: list[Row] = []
+        self.drawn = 0
 
     @property
     def live(self) -> list[tuple[int, Row]]:
@@ -103,7 +121,7 @@ class SlotSchedule:
         rows, prefills, copies = [], [], []
         while free and self._waiting:
             row = self._waiting.pop()
-            prompt = tuple(row.request.prompt)
+            prompt = tuple(row.context)
             source = self._held.index(prompt) if prompt in self._held else None
             slot = source if source in free else free[0]
             assert slot is not None
@@ -114,14 +132,13 @@ class SlotSchedule:
                 copies.append((source, slot, len(prompt) - 1))
             self.slots[slot], self._held[slot] = row, prompt
             rows.append((slot, row))
-        return Admission(rows, self._grouped([pair for pair in prefills if len(pair[1].request.prompt) > 1]), copies)
+        return Admission(rows, self._grouped([pair for pair in prefills if pair[1].position > 0]), copies)
 
     def _grouped(self, rows: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
         """In groups, padded each to its longest, within the budget; at least one row in each."""
         groups: list[list[tuple[int, Row]]] = []
         for pair in rows:
-            length = len(pair[1].request.prompt) - 1  # they come by growing length
-            if groups and (len(groups[-1]) + 1) * length <= self._prefill_tokens:
+            if groups and _prefilled([*groups[-1], pair]) <= self._prefill_tokens:
                 groups[-1].append(pair)
             else:
                 groups.append([pair])
@@ -131,6 +148,7 @@ class SlotSchedule:
         """Appends a step's tokens, by slot, to the rows; returns the slots of those that ended."""
         ended = []
         for slot, row in self.live:
+            self.drawn += 1
             row.response.append(tokens[slot])
             row.log_probs.append(log_probs[slot])
             stopped = tokens[slot] in sampling.stop_token_ids
@@ -140,6 +158,26 @@ class SlotSchedule:
                 self.slots[slot] = None
                 ended.append(slot)
         return ended
+
+    def leave_unfinished(self, budget: int) -> list[int]:
+        """Once a step more would draw more than `budget` tokens, ends all rows but those that were begun earlier.
+
+        Not before one row has ended, so that there is something to train on.
+
+        Returns:
+            The slots of those that were being drawn.
+        """
+        if not budget or not self.done or self.drawn + len(self.live) <= budget:
+            return []
+        left = [(slot, row) for slot, row in self.live if row.request.begun is None]
+        fresh = [row for row in self._waiting if row.request.begun is None]
+        self._waiting = [row for row in self._waiting if row.request.begun is not None]
+        for row in [*fresh, *(row for _, row in left)]:
+            row.unfinished = True
+            self.done.append(row)
+        for slot, _ in left:
+            self.slots[slot] = None
+        return [slot for slot, _ in left]
 
     def narrow(self) -> list[tuple[int, int, int]]:
         """Once nothing waits, brings the rows into fewer slots where that makes a step narrower.
@@ -165,6 +203,11 @@ class SlotSchedule:
         if rows < share:
             return min(share, 1 << max(0, rows - 1).bit_length())
         return min(len(self.slots), -(-rows // share) * share)
+
+
+def _prefilled(group: list[tuple[int, Row]]) -> int:
+    """Tokens of one prefill, padding included."""
+    return len(group) * max(row.position for _, row in group)
 
 
 def reach_of(longest: int, capacity: int) -> int:

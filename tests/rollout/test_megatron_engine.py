@@ -23,6 +23,7 @@ RANDOM = SamplingParams(1.1, 0.95, 50, LIMIT, frozenset(range(0, 203, 14)))  # o
 TOP_P = SamplingParams(1.2, 0.9, 0, LIMIT, RANDOM.stop_token_ids)
 REPEATED = [Request(PROMPTS[number % 3], seed=500 + number) for number in range(15)]
 """Three prompts, five seeds each."""
+BUDGET = 50
 PLANTED = 1000.0
 
 
@@ -104,6 +105,14 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
         "one token": engine().generate(REQUESTS, replace(RANDOM, max_response_tokens=1)),
         "trains again": student.gpt.training,
     }
+    budgeted = replace(RANDOM, token_budget=BUDGET)
+    for name, rows in (("left", 64), ("left, two rows", 2)):
+        seen[name] = engine(rows).generate(REQUESTS, budgeted)
+        version[0] = 1
+        rest = [replace(q, begun=r) for q, r in zip(REQUESTS, seen[name], strict=True) if r.unfinished]
+        others = [Request([9, 9], seed=7), Request([8] * 5, seed=8), Request([4], seed=9)]
+        seen[f"{name}, then"] = engine(rows).generate([*others, *rest], replace(budgeted, token_budget=1))
+        version[0] = 0
     for name, rows in (("repeated", 64), ("repeated, four rows", 4), ("repeated, one row", 1)):
         prefilled.clear()
         seen[name] = engine(rows).generate(REPEATED[::-1], RANDOM)[::-1]
@@ -191,6 +200,36 @@ def test_rows_with_the_same_prompt_share_its_prefill(one: dict[str, Any]) -> Non
         tokens = [token for prompt in one[f"prefilled, {name}"] for token in prompt]
         assert len(one[f"prefilled, {name}"]) == sum(len(prompt) > 1 for prompt in PROMPTS[:3])
         assert set(tokens) <= {token for prompt in PROMPTS[:3] for token in prompt[:-1]} | {0}
+
+
+@pytest.mark.parametrize("name", ["left", "left, two rows"])
+def test_rows_that_a_budget_leaves_go_on_as_if_nothing_had_been(
+    one: dict[str, Any], two: list[dict[str, Any]], name: str
+) -> None:
+    """With the same weights the two parts are what one call draws; the second call finishes what was begun."""
+    whole, left = one["random"], one[name]
+    unfinished = [number for number, rollout in enumerate(left) if rollout.unfinished]
+    assert 0 < len(unfinished) < len(left)
+    assert 0 < sum(len(rollout.response) for rollout in left) <= BUDGET
+    for rollout, expected in zip(left, whole, strict=True):
+        assert rollout.response == expected.response[: len(rollout.response)]
+        assert rollout.unfinished == (len(rollout.response) < len(expected.response))
+        assert rollout.segments == ()
+    then = one[f"{name}, then"]
+    for number, rollout in zip(unfinished, then[3:], strict=True):
+        assert not rollout.unfinished
+        assert (rollout.response, rollout.cut) == (whole[number].response, whole[number].cut)
+        assert rollout.log_probs == pytest.approx(whole[number].log_probs, abs=1e-5)
+        begun = len(left[number].response)
+        assert rollout.parts == (
+            ((0, begun), (1, len(rollout.response) - begun)) if begun else ((1, len(rollout.response)),)
+        )
+        assert rollout.weights_version == 1
+    assert any(rollout.segments for rollout in then)
+    assert any(rollout.unfinished for rollout in then[:3])  # the budget was used up
+    for seen in two:
+        assert responses(seen[name]) == responses(left)
+        assert responses(seen[f"{name}, then"]) == responses(then)
 
 
 def test_seeds_decide(one: dict[str, Any]) -> None:

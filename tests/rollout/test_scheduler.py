@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_popsd.rollout.engine import Request, SamplingParams
+from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.megatron_engine import _SlotState
 from nemo_popsd.rollout.sampling import uniforms
 from nemo_popsd.rollout.scheduler import SlotSchedule, reach_of
@@ -44,7 +45,9 @@ def response_of(request: Request, limit: int) -> list[int]:
     return [*(made.randint(1, 9) for _ in range(length)), STOP][:limit]
 
 
-def play(requests: Sequence[Request], slots: int, limit: int, prefill_tokens: int = 40) -> tuple[Any, TokenCache, int]:
+def play(
+    requests: Sequence[Request], slots: int, limit: int, prefill_tokens: int = 40, budget: int = 0
+) -> tuple[Any, TokenCache, int]:
     """The engine's loop on `TokenCache`; the schedule, the cache and the number of steps."""
     sampling = SamplingParams(1.0, 1.0, 0, limit, frozenset({STOP}))
     schedule = SlotSchedule(requests, slots, prefill_tokens=prefill_tokens)
@@ -53,7 +56,7 @@ def play(requests: Sequence[Request], slots: int, limit: int, prefill_tokens: in
     while schedule.unfinished:
         if admission := schedule.admit():
             assert all(
-                (len(group) - 1) * (max(len(row.request.prompt) for _, row in group) - 1) < prefill_tokens
+                len(group) == 1 or len(group) * max(row.position for _, row in group) <= prefill_tokens
                 for group in admission.prefills
             )
             state.enter(admission, cast(Any, cache))
@@ -69,7 +72,7 @@ def play(requests: Sequence[Request], slots: int, limit: int, prefill_tokens: in
             tokens[slot] = response_of(row.request, limit)[len(row.response)]
         state.advance(tokens)
         ended = schedule.accept(tokens.tolist(), [-float(token) for token in tokens], sampling)
-        if ended:
+        if ended := ended + schedule.leave_unfinished(budget):
             state.leave(ended)
             state.move(schedule.narrow(), cast(Any, cache))
         steps += 1
@@ -132,3 +135,45 @@ def test_attention_looks_at_one_of_a_few_lengths() -> None:
     for longest in (1, 64, 65, 511, 512, 5000, 39_999):
         assert longest <= reach_of(longest, 100_000) <= max(longest + 63, 1.125 * longest + 1)
     assert reach_of(70, 90) == 90
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=20),
+    slots=st.integers(1, 12),
+    limit=st.integers(1, 12),
+    budget=st.integers(1, 60),
+    seed=st.integers(0, 1000),
+)
+def test_a_budget_leaves_rows_that_later_calls_finish(
+    prompts: list[list[int]], slots: int, limit: int, budget: int, seed: int
+) -> None:
+    """Call after call, new rows with those left before: each ends after at most one more, with its own response."""
+    waiting = [Request(prompt, seed=seed * 100 + number) for number, prompt in enumerate(prompts)]
+    ended: dict[int, list[int]] = {}
+    begun: list[Request] = []
+    while waiting or begun:
+        fresh, waiting = waiting[:5], waiting[5:]
+        requests = [*begun, *fresh]
+        schedule, _, _ = play(requests, slots, limit, budget=budget)
+        rows = sorted(schedule.done, key=lambda row: row.number)
+        assert [row.number for row in rows] == list(range(len(requests)))
+        assert any(not row.unfinished for row in rows)
+        drawn = sum(
+            len(row.response) - len(q.begun.response if q.begun else []) for row, q in zip(rows, requests, strict=True)
+        )
+        assert schedule.drawn == drawn
+        if not begun and sum(not row.unfinished for row in rows) > 1:
+            assert drawn <= budget + limit * slots  # up to the end of the first row
+        for row in rows:
+            if row.request.begun is not None:
+                assert not row.unfinished
+            if not row.unfinished:
+                ended[row.request.seed] = row.response
+        begun = [
+            replace(row.request, begun=Rollout(row.response, row.log_probs, False, 0, unfinished=True))
+            for row in rows
+            if row.unfinished
+        ]
+    assert len(ended) == len(prompts)
+    assert all(response == response_of(Request(prompts[key % 100], key), limit) for key, response in ended.items())
