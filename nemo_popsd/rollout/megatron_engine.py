@@ -34,9 +34,10 @@ class MegatronEngine:
     them, so that each step of one is a step of all, and get the tokens from one of them (the same broadcast), since
     they may have rounded differently.
 
-    megatron-core's own dynamic engine is not used: its attention asserts flash-attn (attention.py:944), its pipeline
-    offset refuses virtual pipelines (attention.py:432), its kernels know no sliding windows (attention.py:725), it
-    gathers logits (gpt_model.py:595), and one generator draws for the whole batch, so a row would depend on the others.
+    megatron-core's own dynamic engine is not used: its attention needs flash-attn (attention.py:926; tried on the CPU,
+    it ends there), knows no sliding windows (attention.py:733) and refuses virtual pipelines (attention.py:437), logits
+    are gathered (gpt_model.py:586), and one generator draws for the whole batch
+    (text_generation_controller.py:76), so that a row depends on the others.
     """
 
     def __init__(

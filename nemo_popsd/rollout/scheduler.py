@@ -211,6 +211,6 @@ def _prefilled(group: list[tuple[int, Row]]) -> int:
 
 
 def reach_of(longest: int, capacity: int) -> int:
-    """How far attention looks for `longest` positions: one of a few lengths, at most an eighth too long beyond 512."""
-    step = max(64, 1 << max(0, longest.bit_length() - 4))
+    """How far attention looks for `longest` positions: one of a few lengths, at most an eighth too long beyond 256."""
+    step = max(32, 1 << max(0, longest.bit_length() - 4))
     return min(capacity, -(-longest // step) * step)
