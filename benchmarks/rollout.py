@@ -154,7 +154,11 @@ def updates(workers: dict[str, Worker]) -> list[list[str]]:
         exported = workers[OURS].ask(export=folder)
         loaded = workers[THEIRS].ask(load=folder)
         seconds = exported["seconds"] + loaded["seconds"]
-        rows.append([THEIRS, "export to safetensors, load", f"{2 * exported['bytes']:,}", f"{seconds:.2f}"])
+        rows.append([THEIRS, "export to safetensors, load", f"{2 * exported['bytes']:,}", f"{seconds:.3f}"])
+    if python := os.environ.get("POPSD_VLLM_PYTHON"):
+        sent = workers[OURS].ask(send=python)
+        measured = [f"{sent['bytes']:,}", f"{sent['seconds']:.3f}"] if sent else ["not measured", "not measured"]
+        rows.append([VLLM, "rollout.engine=vllm: buckets to the server, under a version", *measured])
     return rows
 
 

@@ -3,8 +3,8 @@
     python benchmarks/rollout_worker.py ENGINE MODEL        ENGINE: megatron, transformers or vllm
 
 Run by its path: `nemo_popsd` is that of PYTHONPATH, which may be another checkout, and vLLM's environment has none.
-Each line in is a JSON object with `prompts`, `batch`, `limit` and `stops`, or `export` or `load` with a folder; each
-line out tells `seconds` and what else was measured.
+Each line in is a JSON object with `prompts`, `batch`, `limit` and `stops`, or `export` or `load` with a folder, or `send`
+with vLLM's Python; each line out tells `seconds` and what else was measured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,36 @@ def megatron(model: str) -> dict[str, Callable[..., Answer]]:
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         return {"seconds": time.perf_counter() - start, "bytes": size}
 
-    return {"generate": _timed(generate), "export": export}
+    def send(python: str) -> Answer:
+        """What vLLM's server took for new weights of the student; nothing where the package has no such engine."""
+        try:
+            from nemo_popsd.model.engines import build_engine  # type: ignore[import-not-found, unused-ignore]
+        except ImportError:
+            return {}
+        from nemo_popsd.config.schema import PopsdConfig
+
+        settings: Any = PopsdConfig()
+        settings.student = config
+        settings.rollout.engine, settings.rollout.vllm.python, settings.rollout.vllm.eager = "vllm", python, True
+        version = [0]
+        with tempfile.TemporaryDirectory() as settings.output:
+            engine: Any = build_engine(
+                settings,
+                student,
+                source.architecture,
+                weights_version=lambda: version[0],
+                longest=lambda: 64,
+                stop_requested=lambda: False,
+            )
+            updates = []
+            for version[0] in range(4):
+                engine.generate([Request([1, 2, 3], seed=1)], SamplingParams(1.0, 1.0, 0, 2, frozenset()))
+                updates.append(engine.last_update)
+            engine.close()
+        best = min(updates[1:], key=lambda update: float(update.seconds))
+        return {"seconds": best.seconds, "bytes": best.bytes}
+
+    return {"generate": _timed(generate), "export": export, "send": send}
 
 
 def transformers(model: str) -> dict[str, Callable[..., Answer]]:
