@@ -3,8 +3,8 @@
     python benchmarks/rollout_worker.py ENGINE MODEL        ENGINE: megatron, transformers or vllm
 
 Run by its path: `nemo_popsd` is that of PYTHONPATH, which may be another checkout, and vLLM's environment has none.
-Each line in is a JSON object with `prompts`, `batch`, `limit` and `stops`, or `export` or `load` with a folder, or `send`
-with vLLM's Python; each line out tells `seconds` and what else was measured.
+Each line in is a JSON object with `prompts`, `batch`, `limit` and `stops`, or `export` or `load` with a folder, or
+`send` with vLLM's Python; each line out tells `seconds` and what else was measured.
 """
 
 from __future__ import annotations
