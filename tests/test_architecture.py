@@ -27,7 +27,7 @@ ALLOWED = {
     "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
     "checkpoint": {"megatron", "runtime", "testbed"},
     "testbed": {"data", "evaluation"},
-    "planning": {"distillation", "testbed"},
+    "planning": {"distillation", "rollout", "testbed"},
     "config": {
         "data",
         "diagnosis",

@@ -41,6 +41,14 @@ def check_sections(config: PopsdConfig) -> None:
             need="a warm-up no longer than the run",
             mend="set optimizer.warmup_steps or training.steps",
         )
+    if config.rollout.tokens_per_step and training.updates_per_step > 1:
+        raise UserError(
+            "configuration",
+            got=f"rollout.tokens_per_step={config.rollout.tokens_per_step} with training.updates_per_step="
+            f"{training.updates_per_step}",
+            need="one update on the rows of a step, whose number the budget leaves open",
+            mend="set training.updates_per_step=1 or rollout.tokens_per_step=0",
+        )
     if optimizer.min_lr > optimizer.lr:
         raise UserError(
             "configuration",

@@ -50,6 +50,7 @@ class PromptDataset(Dataset[PromptRow]):
 
     def __init__(self, rows: Sequence[FittedRow], builder: ContextBuilder, borrowed: Borrowed = Borrowed.NONE) -> None:
         self._rows = list(rows)
+        self._places: dict[str, int] | None = None
         self.builder = builder
         self._borrowed = borrowed
 
@@ -63,6 +64,16 @@ class PromptDataset(Dataset[PromptRow]):
             record = row.record
             total.update(json.dumps([record.id, record.question, record.reference]).encode())
         return total.hexdigest()
+
+    def by_id(self, row_id: str) -> PromptRow:
+        """The row with this id.
+
+        Raises:
+            KeyError: there is none.
+        """
+        if self._places is None:
+            self._places = {row.record.id: place for place, row in enumerate(self._rows)}
+        return self[self._places[row_id]]
 
     def __getitem__(self, index: int) -> PromptRow:
         row = self._rows[index]

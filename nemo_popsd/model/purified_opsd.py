@@ -22,7 +22,7 @@ from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.contexts import Borrowed
-from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
+from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
 from nemo_popsd.diagnosis.record import Diagnosis
@@ -231,6 +231,7 @@ class PurifiedOPSDModel(ModelPT):
             self.sampling(self.settings.rollout),
             self._count_markers,
             store=RolloutStore(self.settings.output) if self.settings.rollout.save else None,
+            find_row=cast(PromptDataset, self._train_dl.dataset).by_id,
             stop=self.stop,
         )
         self.optimizer = optimizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_popsd.config.checks import above, at_least, fraction
+from nemo_popsd.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -24,6 +25,11 @@ class RolloutConfig:
     cache_tokens: int = 262144
     """Tokens that the key-value cache may hold; fewer rows are decoded together where prompt and limit are long. One
     token of Qwen3-8B takes 147 KB in bf16, shared out over the tensor-parallel ranks."""
+    tokens_per_step: int = 0
+    """Response tokens after which a step leaves its rows: those that have not ended go on, and end, in the next step,
+    by then with newer weights. Each data-parallel replica has an equal share. Rows from the step before are finished in
+    any case, and so is the first row of each replica; the last step finishes all. Which rows are left depends on
+    layout and `batch_rows`. 0: every row ends in its own step. Needs `save`, which keeps what was begun."""
     save: bool = True
     """Write the rollouts of a step to `<output>/rollouts` before they are trained on; see `popsd rollouts show`. A
     step that is taken up again after a kill takes them from there."""
@@ -35,3 +41,11 @@ class RolloutConfig:
         above("rollout.max_response_tokens", self.max_response_tokens, 0)
         above("rollout.batch_rows", self.batch_rows, 0)
         above("rollout.cache_tokens", self.cache_tokens, 0)
+        at_least("rollout.tokens_per_step", self.tokens_per_step, 0)
+        if self.tokens_per_step and not self.save:
+            raise UserError(
+                "configuration",
+                got=f"rollout.tokens_per_step={self.tokens_per_step} with rollout.save=false",
+                need="the rollouts on disk, where rows wait for the next step",
+                mend="set rollout.save=true or rollout.tokens_per_step=0",
+            )

@@ -13,6 +13,7 @@ from nemo_popsd.config.consistency import (
 )
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.config import RolloutConfig
 
 
 @pytest.fixture
@@ -169,3 +170,14 @@ def test_a_run_does_not_remove_what_it_reads(runnable: PopsdConfig, setting: str
     setattr(owner, name, str(inside))
     with pytest.raises(UserError, match=f"{setting}=.*overwrite=true would remove"):
         check_training_run(runnable, world_size=1)
+
+
+def test_a_token_budget_needs_rollouts_on_disk_and_one_update() -> None:
+    with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with rollout\.save=false"):
+        RolloutConfig(tokens_per_step=5, save=False)
+    config = PopsdConfig()
+    config.rollout.tokens_per_step, config.training.updates_per_step = 5, 2
+    with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with training\.updates_per_step=2"):
+        check_sections(config)
+    config.training.updates_per_step = 1
+    check_sections(config)
