@@ -194,6 +194,7 @@ class SlotSchedule:
         moves = []
         for (slot, row), target in zip([pair for pair in live if pair[0] >= width], free, strict=False):
             self.slots[target], self.slots[slot] = row, None
+            self._held[target], self._held[slot] = self._held[slot], None
             moves.append((slot, target, row.position))
         return moves
 

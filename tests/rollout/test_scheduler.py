@@ -17,14 +17,13 @@ from nemo_popsd.rollout.sampling import uniforms
 from nemo_popsd.rollout.scheduler import SlotSchedule, reach_of
 
 STOP = 0
-CAPACITY = 64
 
 
 class TokenCache:
     """A cache whose keys are the tokens themselves, written and copied as the decoder does."""
 
-    def __init__(self, slots: int) -> None:
-        self.content = torch.full((slots, CAPACITY), -1)
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.content = torch.full((slots, capacity), -1)
         self.prefilled: list[list[int]] = []
 
     def prefill(self, slots: torch.Tensor, inputs: torch.Tensor) -> None:
@@ -51,7 +50,8 @@ def play(
     """The engine's loop on `TokenCache`; the schedule, the cache and the number of steps."""
     sampling = SamplingParams(1.0, 1.0, 0, limit, frozenset({STOP}))
     schedule = SlotSchedule(requests, slots, prefill_tokens=prefill_tokens)
-    cache, state, steps = TokenCache(slots), _SlotState(slots, limit, torch.device("cpu")), 0
+    capacity = max(len(request.prompt) for request in requests) + limit
+    cache, state, steps = TokenCache(slots, capacity), _SlotState(slots, limit, torch.device("cpu")), 0
     numbers = {request.seed: uniforms([request.seed], limit)[0] for request in requests}
     while schedule.unfinished:
         if admission := schedule.admit():
@@ -99,6 +99,16 @@ def test_every_row_is_answered_once_from_its_own_keys(
         assert row.cut == (row.response[-1] != STOP)
     distinct = {tuple(prompt) for prompt in prompts if len(prompt) > 1}
     assert len(cache.prefilled) == len(distinct), "a prompt was computed twice"
+
+
+def test_rows_that_were_begun_come_first() -> None:
+    begun = Rollout([4, 4], [-1.0, -1.0], False, 0, unfinished=True)
+    requests = [Request([1], 0), Request([1, 2, 3], 1, begun), Request([2], 2), Request([3, 2, 1], 3, begun)]
+    schedule = SlotSchedule(requests, 3, prefill_tokens=100)
+    admission = schedule.admit()
+    assert admission is not None
+    assert [row.number for _, row in admission.rows] == [1, 3, 0]
+    assert [row.response for _, row in admission.rows] == [[4, 4], [4, 4], []]
 
 
 def test_waiting_rows_take_the_place_of_those_that_end() -> None:
