@@ -6,8 +6,8 @@ interface            vLLM       what it is
                                 ours, registered in vLLM's `WeightTransferEngineFactory`. vLLM has had a weight-transfer
                                 API since 0.16.0; engines own the whole update, which a back end from outside needs,
                                 since a release between 0.22.1 and 0.25.0. Seen at work: 0.32.0.
-`worker-extension`   0.14.1 on  `worker_extension_cls` and `collective_rpc`, as vLLM's own RLHF examples did before there
-                                was anything else. Seen at work: 0.32.0.
+`worker-extension`   0.14.1 on  `worker_extension_cls` and `collective_rpc`, as vLLM's own RLHF examples did before
+                                there was anything else. Seen at work: 0.32.0.
 
 The choice asks for the methods, not for version numbers. Both hand the same buckets to the same loader
 (`popsd_weights`), which reloads layer by layer where vLLM can (from about 0.16 on) and loads in place where it cannot.

@@ -4,7 +4,7 @@ It dials the trainer, shows the token that it read from its standard input, and 
 When the connection closes, for whatever reason, it kills its process group: no server outlives its trainer.
 
 request      answer
------------  ------------------------------------------------------------------------------------------------------------
+-----------  -------------------------------------------------------------
 `configure`  first; the event `imported`, then `ready` or `failed`
 `ping`       the version of the weights
 `begin`      of an update

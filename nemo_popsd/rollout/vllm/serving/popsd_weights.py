@@ -47,6 +47,7 @@ class BucketLoader:
         self._model = model
         self._model_config = model_config
         self._missing = {name for name, _ in model.named_parameters()}
+        self._tied = _tied_layers(model)
         try:
             from vllm.model_executor.model_loader import reload
         except ImportError:
@@ -72,8 +73,24 @@ class BucketLoader:
             raise ValueError(f"no weights came for {len(self._missing)} parameters: {sorted(self._missing)[:4]}")
         if self._reload is not None:
             self._reload.finalize_layerwise_reload(self._model, self._model_config)
+            # It processes the layers that were loaded. An output layer whose matrix is the embedding's was not, and on
+            # CPUs would go on with the packed copy of the old one.
+            for layer in self._tied:
+                layer.quant_method.process_weights_after_loading(layer)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+def _tied_layers(model: nn.Module) -> list[Any]:
+    """Layers with a parameter that another layer before them has too."""
+    seen: set[int] = set()
+    tied = []
+    for layer in model.modules():
+        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        if own & seen and hasattr(layer, "quant_method"):
+            tied.append(layer)
+        seen |= own
+    return tied
 
 
 class WorkerExtension:
@@ -119,7 +136,7 @@ if has_weight_transfer():
         tensors: list[list[Any]] = field(default_factory=list)
 
     class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-        """Back end `popsd_host`: buckets in files in the host's memory. Needs no GPU, and no torch of the same version."""
+        """Back end `popsd_host`: buckets in the host's memory. Needs no GPU, and no torch of the trainer's version."""
 
         init_info_cls = HostInitInfo
         update_info_cls = HostUpdateInfo

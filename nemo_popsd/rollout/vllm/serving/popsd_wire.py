@@ -23,7 +23,7 @@ _LARGEST_HEADER = 1 << 30
 _LARGEST_PAYLOAD = 1 << 36
 
 
-class Disconnected(ConnectionError):
+class DisconnectedError(ConnectionError):
     """The other side has closed the connection, or died."""
 
 
@@ -44,7 +44,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], bytearray]:
     """Waits for one frame.
 
     Raises:
-        Disconnected: there will be none.
+        DisconnectedError: there will be none.
         ValueError: what arrived is no frame.
         OSError: the connection is broken, or its time limit is over.
     """
@@ -63,6 +63,6 @@ def _exactly(connection: socket.socket, size: int) -> bytearray:
     while rest:
         received = connection.recv_into(rest)
         if not received:
-            raise Disconnected("the connection was closed")
+            raise DisconnectedError("the connection was closed")
         rest = rest[received:]
     return data
