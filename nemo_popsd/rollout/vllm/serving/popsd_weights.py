@@ -1,38 +1,15 @@
-"""Inside vLLM's workers: buckets of weights, mapped from a file in memory and loaded into the model."""
+"""Inside vLLM's workers: buckets of weights are loaded into the model."""
 
 from __future__ import annotations
 
-import mmap
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from popsd_buckets import read_bucket
 from popsd_interfaces import BACKEND, has_weight_transfer
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import set_current_vllm_config
-
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-
-
-def read_bucket(path: str, tensors: list[list[Any]]) -> list[tuple[str, Tensor]]:
-    """Tensors over a private mapping of the file: it may be removed, they live on.
-
-    Args:
-        path: file with the bytes.
-        tensors: name, dtype, shape and offset of each.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Private and writable: torch wants memory that may be written, and nobody else sees that it were.
-        mapping = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    finally:
-        os.close(descriptor)
-    found = []
-    for name, dtype, shape, offset in tensors:
-        count = torch.Size(shape).numel()
-        found.append((name, torch.frombuffer(mapping, dtype=_DTYPES[dtype], count=count, offset=offset).view(shape)))
-    return found
 
 
 class BucketLoader:
