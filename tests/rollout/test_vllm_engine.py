@@ -98,7 +98,8 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
     seen["random, other batches"] = vllm.generate(requests[::-1][:10], random)[::-1]
     seen["most likely of one"] = vllm.generate(requests, replace(random, top_k=1))
     seen["none"] = vllm.generate([], random)
-    seen["log-probabilities"] = [under(student, request, rollout) for request, rollout in zip(requests, seen["random"])]
+    pairs = zip(requests, seen["random"], strict=True)
+    seen["log-probabilities"] = [under(student, request, rollout) for request, rollout in pairs]
     seen["expected endless"] = megatron.generate(requests, endless)
     first = None if vllm.server is None else vllm.server.pid
     if first is not None:
