@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _PING_SECONDS = 60.0
 _EXIT_SECONDS = 5.0
+_STATUS_SECONDS = 1.0
 _TAIL_LINES = 15
 
 
@@ -137,12 +138,15 @@ class VllmServer:
         Raises:
             ServerLost: there is no answer, or the answer is an error, after which nobody knows the server's state.
         """
-        self._connection.settimeout(seconds or self.launch.answer_seconds)
         try:
+            self._connection.settimeout(seconds or self.launch.answer_seconds)
             wire.send(self._connection, request, payload)
             answer, _ = wire.receive(self._connection)
         except (OSError, ValueError) as error:
-            raise self._lost(f"{request['request']}: {type(error).__name__}: {error}") from error
+            if not isinstance(error, TimeoutError):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_STATUS_SECONDS)
+            raise self._lost(f"{request['request']}: {type(error).__name__}: {error}{self._status()}") from error
         if "error" in answer:
             raise self._lost(f"{request['request']}: {answer['error']}")
         return answer
@@ -153,9 +157,7 @@ class VllmServer:
 
     def _lost(self, what: str) -> ServerLost:
         self._end()
-        status = self._process.returncode
-        exited = "" if status is None else f" (exit status {status})"
-        return ServerLost(f"{what}{exited}; its log is {self.launch.log}")
+        return ServerLost(f"{what}; its log is {self.launch.log}")
 
     def _accept(self, listener: socket.socket, token: str, deadline: float) -> socket.socket:
         listener.settimeout(_POLL_SECONDS)
