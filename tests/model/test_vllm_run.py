@@ -30,6 +30,9 @@ WORDS = [
     f"training.steps={STEPS}",
     "training.checkpoint_every=0",
     "training.validate_every=0",
+    "training.export_huggingface=true",
+    "rollout.max_response_tokens=200",
+    "data.validation.path=''",
     "optimizer.lr=1e-3",
 ]
 LIMIT = 40
@@ -85,17 +88,16 @@ def drawn(rank: int, world_size: int, checkpoint: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], str]:
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     ranks, words = CASES[request.param]
     output = tmp_path_factory.mktemp("run") / "run"
-    words = [*words, "training.export_huggingface=true", "data.validation.path=''"]
     told = run_ranks(train, ranks, output, words, False, timeout=400)
     assert [status for status, _, _ in told] == [0] * ranks, told
-    return output, told, request.param
+    return output, told
 
 
-def test_a_run_draws_from_vllm_and_leaves_no_server(run: tuple[Path, list[Any], str]) -> None:
-    output, told, _ = run
+def test_a_run_draws_from_vllm_and_leaves_no_server(run: tuple[Path, list[Any]]) -> None:
+    output, told = run
     assert [step for step, _ in runs.metrics(output, "train/loss")] == [1, 2]
     store = RolloutStore(output)
     assert [{row.rollout.weights_version for row in store.read(step)} for step in store.steps()] == [{0}, {1}]
@@ -105,8 +107,8 @@ def test_a_run_draws_from_vllm_and_leaves_no_server(run: tuple[Path, list[Any], 
     assert "vLLM" in (output / "vllm" / "server-0.log").read_text()
 
 
-def test_an_exported_model_goes_straight_into_vllm_and_transformers(run: tuple[Path, list[Any], str]) -> None:
-    output, _, _ = run
+def test_an_exported_model_goes_straight_into_vllm_and_transformers(run: tuple[Path, list[Any]]) -> None:
+    output, _ = run
     (expected,) = run_ranks(drawn, 1, output / "checkpoints" / "final", timeout=120)
     before = run_ranks(untrained, 1, timeout=120)[0]
     assert expected != before, "training shows in what is drawn"
@@ -146,12 +148,12 @@ def untrained(rank: int, world_size: int) -> list[list[int]]:
     return [r.response for r in engine.generate(requests, SamplingParams(0.0, 1.0, 0, LIMIT, frozenset()))]
 
 
-def test_a_server_killed_in_a_step_changes_nothing(tmp_path: Path) -> None:
-    words = ["data.validation.path=''", "rollout.max_response_tokens=300", "training.self_check=false"]
-    outputs = [tmp_path / name for name in ("undisturbed", "killed")]
-    told = [run_ranks(train, 1, output, words, output.name == "killed", timeout=400)[0] for output in outputs]
-    assert [status for status, _, _ in told] == [0, 0], told
-    assert [len(pids) for _, _, pids in told] == [1, 2], "a second server took over"
-    assert "lost the vLLM server: generate" in told[1][1]
-    assert runs.rollouts(outputs[0]) == runs.rollouts(outputs[1])
-    assert runs.metrics(outputs[0], "train/loss") == runs.metrics(outputs[1], "train/loss")
+@pytest.mark.parametrize("run", ["full"], indirect=True)
+def test_a_server_killed_in_a_step_changes_nothing(run: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    undisturbed, _ = run
+    ((status, told, pids),) = run_ranks(train, 1, tmp_path, CASES["full"][1], True, timeout=400)
+    assert status == 0, told
+    assert "lost the vLLM server: generate" in told
+    assert len(pids) == 2, "a second server took over"
+    assert runs.rollouts(tmp_path) == runs.rollouts(undisturbed)
+    assert runs.metrics(tmp_path, "train/loss") == runs.metrics(undisturbed, "train/loss")
