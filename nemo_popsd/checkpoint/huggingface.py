@@ -185,6 +185,19 @@ class HuggingFaceModel:
             plain = name.replace(".base_layer.weight", ".weight")
             yield plain, weight[: self.vocab_size] if plain in vocabulary else weight
 
+    def stream_adapters(self, model: Model) -> Iterator[tuple[str, Tensor]]:
+        """The factors of all adapters of a dense student under PEFT's names, whole on every rank.
+
+        Linears that Megatron keeps as one share their A; each is given with it. Iterating is collective over the
+        ranks that share the model: all go to the end.
+
+        Args:
+            model: the student with its adapters, or its chunks.
+        """
+        chunks = chunks_of(model)
+        for name, factor in self._bridge.stream_adapter_weights_megatron_to_hf(chunks, cpu=False, show_progress=False):
+            yield f"base_model.model.{name}", factor
+
     def export(
         self,
         model: Model,

@@ -28,11 +28,12 @@ class BucketSender:
         buckets: number sent so far.
     """
 
-    def __init__(self, server: VllmServer, bucket_bytes: int) -> None:
+    def __init__(self, server: VllmServer, bucket_bytes: int, *, kind: str = "weights") -> None:
         """Tells the server that an update begins.
 
         Args:
             server: that takes the weights.
+            kind: `weights`, all of the model, or `adapter`, that of LoRA under PEFT's names.
             bucket_bytes: size of a bucket, unless one tensor is larger.
 
         Raises:
@@ -43,7 +44,7 @@ class BucketSender:
         self._bucket: _Bucket | None = None
         self.tensors = self.bytes = self.buckets = 0
         server.version = None
-        server.ask({"request": "begin"})
+        server.ask({"request": "begin", "kind": kind})
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Packs one tensor [any shape, any device]; waits for the server when a bucket was full.

@@ -42,9 +42,13 @@ class VllmConfig:
     """A server that has not answered after this long is lost: it is started anew and asked again."""
     restarts: int = 2
     """Times that a lost server is started anew before the rollouts of a step are given up."""
+    lora: str = "auto"
+    """How LoRA gets into vLLM: `adapter` sends the adapters alone and has vLLM compute them beside the base that it
+    reads from `student.source`, as training does; `merged` sends all weights with the adapters in them, rounded to
+    `dtype`. `auto` takes `adapter` where it can: a dense model, a Hugging Face directory, a rank of at most 512."""
     interface: str = "auto"
-    """How weights get into vLLM: `weight-transfer` or `worker-extension`; `auto` takes the first that the installed
-    version has (see `nemo_popsd/rollout/vllm/serving/popsd_interfaces.py`)."""
+    """How whole weights get into vLLM: `weight-transfer` or `worker-extension`; `auto` takes the first that the
+    installed version has (see `nemo_popsd/rollout/vllm/serving/popsd_interfaces.py`)."""
 
     def __post_init__(self) -> None:
         at_least("rollout.vllm.tensor", self.tensor, 1)
@@ -55,4 +59,5 @@ class VllmConfig:
         above("rollout.vllm.start_seconds", self.start_seconds, 0)
         above("rollout.vllm.answer_seconds", self.answer_seconds, 0)
         at_least("rollout.vllm.restarts", self.restarts, 0)
+        one_of("rollout.vllm.lora", self.lora, ("auto", "adapter", "merged"))
         one_of("rollout.vllm.interface", self.interface, INTERFACES)

@@ -53,6 +53,7 @@ class VllmEngine:
         bucket_bytes: int,
         restarts: int,
         sleep: bool,
+        kind: str = "weights",
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Keeps references only.
@@ -60,13 +61,14 @@ class VllmEngine:
         Args:
             ranks: that use the server together.
             start: starts a server for sequences of up to so many tokens; called on ranks that speak.
-            weights: all tensors of the student under Hugging Face's names, the same on every rank; iterating is
-                collective over `ranks.domain`.
+            weights: all tensors of the student under Hugging Face's names, or those of its adapters under PEFT's, the
+                same on every rank; iterating is collective over `ranks.domain`.
             weights_version: number of optimizer steps behind the current weights.
             longest: tokens of the longest sequence that is to be expected.
             bucket_bytes: see `BucketSender`.
             restarts: of a lost server, for one call of `generate`.
             sleep: let the server give memory back after each call.
+            kind: which of the two `weights` gives; see `BucketSender`.
             stop_requested: asked while waiting, by all ranks of the model together; they are told the same.
         """
         self._ranks = ranks
@@ -77,6 +79,7 @@ class VllmEngine:
         self._bucket_bytes = bucket_bytes
         self._restarts = restarts
         self._sleep = sleep
+        self._kind = kind
         self._stop_requested = stop_requested
         self._limit = 0
         self.server: VllmServer | None = None
@@ -146,7 +149,7 @@ class VllmEngine:
         sender: BucketSender | None = None
         try:
             if self.server is not None:
-                sender = BucketSender(self.server, self._bucket_bytes)
+                sender = BucketSender(self.server, self._bucket_bytes, kind=self._kind)
         except Exception as error:
             failure = error
         for name, tensor in self._weights():  # every rank takes part to the end

@@ -1,16 +1,18 @@
 """Which of vLLM's interfaces takes the weights, in which version. All that depends on vLLM's version is decided here.
 
-interface            vLLM       what it is
--------------------  ---------  ----------------------------------------------------------------------------------------
-`weight-transfer`    newer      `LLM.start_weight_update`, `update_weights`, `finish_weight_update` with a back end of
-                                ours, registered in vLLM's `WeightTransferEngineFactory`. vLLM has had a weight-transfer
-                                API since 0.16.0; engines own the whole update, which a back end from outside needs,
-                                since a release between 0.22.1 and 0.25.0. Seen at work: 0.32.0.
-`worker-extension`   0.14.1 on  `worker_extension_cls` and `collective_rpc`, as vLLM's own RLHF examples did before
-                                there was anything else. Seen at work: 0.32.0.
+interface            what it is
+-------------------  --------------------------------------------------------------------------------------------------
+`weight-transfer`    `LLM.start_weight_update`, `update_weights`, `finish_weight_update`, with a back end of ours,
+                     registered in vLLM's `WeightTransferEngineFactory`. vLLM has had a weight-transfer API since
+                     0.16.0; later its engines came to own start and finish too, which a back end from outside needs.
+                     Seen at work: 0.25.0, 0.32.0.
+`worker-extension`   `worker_extension_cls` and `collective_rpc`, as vLLM's own RLHF examples did before there was
+                     anything else. Seen at work: 0.14.1, 0.17.1, 0.20.1, 0.32.0.
+
+LoRA adapters need neither: `popsd_adapter` uses `LLMEngine.add_lora`, the same in all of them.
 
 The choice asks for the methods, not for version numbers. Both hand the same buckets to the same loader
-(`popsd_weights`), which reloads layer by layer where vLLM can (from about 0.16 on) and loads in place where it cannot.
+(`popsd_weights`), which reloads layer by layer where vLLM can, and loads in place where it cannot (0.14.1).
 """
 
 from __future__ import annotations
@@ -20,6 +22,15 @@ from typing import Any
 
 WEIGHT_TRANSFER = "weight-transfer"
 WORKER_EXTENSION = "worker-extension"
+METHODS = {
+    "init_transfer_engine",
+    "start_weight_update",
+    "receive_weights",
+    "finish_weight_update",
+    "shutdown",
+    "trainer_send_weights",
+}
+"""What our back end has of what a version may demand."""
 BACKEND = "popsd_host"
 """Name of our back end in vLLM's registry."""
 
@@ -47,7 +58,8 @@ def has_weight_transfer() -> bool:
     names = ("start_weight_update", "update_weights", "finish_weight_update")
     given = inspect.signature(WeightTransferEngine.__init__).parameters
     complete = all(hasattr(owner, name) for owner in (LLM, WeightTransferEngine) for name in names)
-    return complete and {"vllm_config", "model"} <= set(given)
+    # An engine of a version that asks for more than ours has could not even be made.
+    return complete and {"vllm_config", "model"} <= set(given) and WeightTransferEngine.__abstractmethods__ <= METHODS
 
 
 def arguments(interface: str) -> dict[str, Any]:

@@ -41,19 +41,29 @@ class Server:
         """Loads the model; its weights are random until some are sent.
 
         Args:
-            settings: `arguments` of vLLM's `LLM`, the `interface` wanted, and whether to `sleep`.
+            settings: `arguments` of vLLM's `LLM`, the `interface` wanted, whether to `sleep`, and `adapter`, null or
+                the LoRA configuration of the adapters that will come instead of weights.
         """
+        import popsd_adapter
         import popsd_interfaces as interfaces
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        self.interface = interfaces.choose(settings["interface"])
         self.sleeps = bool(settings["sleep"]) and current_platform.is_sleep_mode_available()
-        arguments = settings["arguments"] | interfaces.arguments(self.interface)
+        arguments = settings["arguments"]
         if self.sleeps:
             arguments["enable_sleep_mode"] = True
-        self._llm = LLM(worker_extension_cls="popsd_weights.WorkerExtension", **arguments)
-        self._weights = interfaces.Weights(self._llm, self.interface)
+        self._adapter: popsd_adapter.Adapter | None = None
+        if settings["adapter"] is not None:
+            self.interface = popsd_adapter.INTERFACE
+            self._llm = LLM(**arguments)
+            self._weights: Any = popsd_adapter.Adapter(self._llm, settings["adapter"])
+            self._adapter = self._weights
+        else:
+            self.interface = interfaces.choose(settings["interface"])
+            extension = "popsd_weights.WorkerExtension"
+            self._llm = LLM(worker_extension_cls=extension, **arguments, **interfaces.arguments(self.interface))
+            self._weights = interfaces.Weights(self._llm, self.interface)
         self._version: int | None = None
         self._asleep = False
 
@@ -63,6 +73,8 @@ class Server:
 
     def begin(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
         """Of an update: until its commit there is no version, and nothing is drawn."""
+        if (request["kind"] == "adapter") != (self._adapter is not None):
+            raise ValueError(f"{request['kind']} for a server that takes them by {self.interface}")
         self._wake()
         self._version = None
         self._weights.begin()
@@ -104,7 +116,8 @@ class Server:
             for _, seed in request["requests"]
         ]
         begun = time.monotonic()
-        outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+        adapter = None if self._adapter is None else self._adapter.request
+        outputs = self._llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
         responses = [[list(o.token_ids), _log_probs(o)] for o in (output.outputs[0] for output in outputs)]
         return {"responses": responses, "version": self._version, "seconds": time.monotonic() - begun}
 

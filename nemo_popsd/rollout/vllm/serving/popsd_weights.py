@@ -138,7 +138,12 @@ if has_weight_transfer():
             self._loader = None
 
         def shutdown(self) -> None:
-            """Nothing."""
+            """Nothing to close."""
             self._loader = None
+
+        @staticmethod
+        def trainer_send_weights(*arguments: Any, **named: Any) -> None:
+            """Some versions want the trainer's side here too."""
+            raise NotImplementedError("the trainer sends its buckets itself")
 
     WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)
