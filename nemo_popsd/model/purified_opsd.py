@@ -35,9 +35,9 @@ from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import LoadWeights, Student
 from nemo_popsd.model.checkpoints import RunCheckpoints, resume_optimizer
 from nemo_popsd.model.connector import MegatronSaveRestoreConnector
+from nemo_popsd.model.engines import build_engine
 from nemo_popsd.model.evaluation import HeldOut
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.megatron_engine import MegatronEngine
 from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.runtime.distributed import initialize
 from nemo_popsd.runtime.signals import StopSignals
@@ -105,6 +105,7 @@ class PurifiedOPSDModel(ModelPT):
             self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
         self.data_fingerprint = ""
+        self._longest = 0
         if self.settings.data.train.path:
             self.setup_training_data(self.settings.data.train)
         if checkpoint is not None and resume:
@@ -123,12 +124,12 @@ class PurifiedOPSDModel(ModelPT):
         self.chunks = torch.nn.ModuleList(self.student.chunks)
         self._checkpoint = checkpoint  # A packed one is unpacked for as long as its tokenizer files are needed.
         self._resumes = resume
-        self.engine = MegatronEngine(
-            self.student.chunks,
-            vocab_size=self.student.vocab_size,
-            batch_rows=self.settings.rollout.batch_rows,
-            cache_tokens=self.settings.rollout.cache_tokens,
+        self.engine = build_engine(
+            self.settings,
+            self.student,
+            self.architecture,
             weights_version=lambda: self.completed_steps,
+            longest=lambda: self._longest,
             stop_requested=self.stop.while_decoding,
         )
         self.checkpoints = RunCheckpoints(self.settings, resumed=checkpoint if resume else None)
@@ -194,6 +195,7 @@ class PurifiedOPSDModel(ModelPT):
         )
 
     def _refuse_beyond_positions(self, longest: int, settings: str) -> None:
+        self._longest = max(self._longest, longest)
         limit = getattr(self.architecture.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise UserError(
