@@ -18,7 +18,7 @@ from nemo_popsd.errors import StopRequested
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from tests.harness import run_ranks
 from tests.rollout.vllm_servers import engine, gone, needs_vllm, settings
-from tests.tiny_models import build_student, whole_logits
+from tests.tiny_models import build_student, save_tiny_model, whole_logits
 from tests.training.layouts import draw_adapters
 
 pytestmark = [pytest.mark.slow, needs_vllm]
@@ -213,3 +213,44 @@ def test_every_rank_has_the_same_and_one_speaks(ranks: list[dict[str, Any]]) -> 
     update = ranks[0]["update"]
     assert update.version == 7
     assert update.buckets > 10 if ranks[0]["interface"] == "worker-extension" else update.buckets == 1
+
+
+def draw_with_experts(rank: int, world_size: int, model: Path, output: Path) -> dict[str, Any]:
+    """Each replica has a server, and gathers weights with the other: its experts are there too."""
+    from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+    from nemo_popsd.model.engines import build_engine
+
+    student = build_student(model, parallel={"expert": world_size})
+    config = settings(output, f"student.source={model}")
+    version = [0]
+
+    def build() -> Any:
+        arguments: dict[str, Any] = {"longest": lambda: 64, "stop_requested": lambda: False}
+        return build_engine(config, student, HuggingFaceModel(model), weights_version=lambda: version[0], **arguments)
+
+    vllm = build()
+    config.rollout.engine = "megatron"
+    megatron = build()
+    requests = [Request([3 + rank, 50 + number, 7], number) for number in range(5)]
+    greedy = SamplingParams(0.0, 1.0, 0, 12, frozenset())
+    seen: dict[str, Any] = {"pids": []}
+    for number in range(3):
+        version[0] = number
+        seen[number] = (megatron.generate(requests, greedy), vllm.generate(requests, greedy))
+        seen["pids"].append(vllm.server.pid)
+        disturb(student, 0.02 * (number + 1))
+        if number == 1 and rank == 1:
+            os.kill(vllm.server.pid, signal.SIGKILL)
+    return seen
+
+
+def test_replicas_that_share_experts_start_a_server_anew_together(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
+    model = save_tiny_model(tmp_path / "model", "qwen3_moe", **sizes)
+    for rank, seen in enumerate(run_ranks(draw_with_experts, 2, model, tmp_path / "run", timeout=400)):
+        for number in range(3):
+            megatron, vllm = seen[number]
+            same(vllm, megatron, number)
+        first, second, third = seen["pids"]
+        assert first == second
+        assert (second == third) == (rank == 0), "the one that lives stays"

@@ -10,6 +10,7 @@ from popsd_buckets import read_bucket
 from popsd_interfaces import BACKEND, has_weight_transfer
 from torch import nn
 from vllm.config import set_current_vllm_config
+from vllm.platforms import current_platform
 
 
 class BucketLoader:
@@ -54,8 +55,18 @@ class BucketLoader:
             # CPUs would go on with the packed copy of the old one.
             for layer in self._tied:
                 layer.quant_method.process_weights_after_loading(layer)
+            if current_platform.is_cpu():
+                _pack_experts(self._model)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+def _pack_experts(model: nn.Module) -> None:
+    """Packs the experts' matrices for kernels on CPUs, which vLLM does at the first load alone."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _tied_layers(model: nn.Module) -> list[Any]:
