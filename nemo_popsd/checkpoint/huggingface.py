@@ -164,6 +164,41 @@ class HuggingFaceModel:
         bridge._broadcast_shared_embeddings = _copy_tied_embedding
         bridge.load_weights_hf_to_megatron(pretrained, chunks)
 
+    def stream(self, model: Model, *, merge_adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """All tensors under their Hugging Face names, one after the other, whole on every rank.
+
+        Iterating is collective over the ranks that share the model (tensor, pipeline, expert): all go to the end.
+
+        Args:
+            model: the student, or its chunks; with LoRA its adapters are merged into the weights when `merge_adapters`.
+            merge_adapters: False leaves the adapters out, which gives the base.
+        """
+        names = SimpleNamespace(get_all_keys=lambda: self.tensor_names)
+        stream = self._bridge.stream_weights_megatron_to_hf(
+            chunks_of(model),
+            SimpleNamespace(state=SimpleNamespace(source=names), config=self.config),
+            show_progress=False,
+            merge_adapter_weights=merge_adapters,
+        )
+        vocabulary = self.vocabulary_tensors()
+        for name, weight in stream:
+            # What is left unmerged gets PEFT's name from Megatron-Bridge (model_bridge.py:978).
+            plain = name.replace(".base_layer.weight", ".weight")
+            yield plain, weight[: self.vocab_size] if plain in vocabulary else weight
+
+    def stream_adapters(self, model: Model) -> Iterator[tuple[str, Tensor]]:
+        """The factors of all adapters of a dense student under PEFT's names, whole on every rank.
+
+        Linears that Megatron keeps as one share their A; each is given with it. Iterating is collective over the
+        ranks that share the model: all go to the end.
+
+        Args:
+            model: the student with its adapters, or its chunks.
+        """
+        chunks = chunks_of(model)
+        for name, factor in self._bridge.stream_adapter_weights_megatron_to_hf(chunks, cpu=False, show_progress=False):
+            yield f"base_model.model.{name}", factor
+
     def export(
         self,
         model: Model,
@@ -183,17 +218,7 @@ class HuggingFaceModel:
             merge_adapters: False leaves the adapters out, which gives the base.
             shard_bytes: size at which a new file is begun.
         """
-        names = SimpleNamespace(get_all_keys=lambda: self.tensor_names)
-        stream = self._bridge.stream_weights_megatron_to_hf(
-            chunks_of(model),
-            SimpleNamespace(state=SimpleNamespace(source=names), config=self.config),
-            show_progress=False,
-            merge_adapter_weights=merge_adapters,
-        )
-        vocabulary = self.vocabulary_tensors()
-        # What is left unmerged gets PEFT's name from Megatron-Bridge (model_bridge.py:978).
-        plain = ((name.replace(".base_layer.weight", ".weight"), w) for name, w in stream)
-        tensors = ((name, w[: self.vocab_size] if name in vocabulary else w) for name, w in plain)
+        tensors = self.stream(model, merge_adapters=merge_adapters)
         if not dist.is_initialized() or dist.get_rank() == 0:
             self.write(output, tensors, dtype=chunks_of(model)[0].config.params_dtype, shard_bytes=shard_bytes)
         else:

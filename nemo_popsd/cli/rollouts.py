@@ -63,7 +63,11 @@ def _print_summary(step: int, rows: list[Any]) -> None:
     lengths = [len(row.rollout.response) for row in rows]
     cut = sum(row.rollout.cut for row in rows)
     version = rows[0].rollout.weights_version if rows else "-"
-    print(f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, {cut} cut at the limit")
+    left = sum(row.rollout.unfinished for row in rows)
+    print(
+        f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, {cut} cut at the limit"
+        + (f", {left} left to the next step" if left else "")
+    )
 
 
 def _print_row(step: int, row: Any, decode: Any) -> None:
@@ -77,11 +81,11 @@ def _print_row(step: int, row: Any, decode: Any) -> None:
             "prompt": row.prompt,
             "response": row.rollout.response,
             "log_probs": row.rollout.log_probs,
-        }
+        } | ({"segments": row.rollout.segments} if row.rollout.segments else {})
         print(json.dumps(line))
         return
     tokens = len(row.rollout.response)
-    mean = sum(row.rollout.log_probs) / tokens
+    mean = sum(row.rollout.log_probs) / max(tokens, 1)
     print(f"--- step {step}, row {row.row_id}: {tokens} tokens, {row.finish_reason}, mean log-probability {mean:.3f}")
     print(decode(row.prompt))
     print(f">>> {decode(row.rollout.response)}")

@@ -10,6 +10,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.named_sets import named_source
 from nemo_popsd.data.sources import resolve_path
 from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.vllm.environment import check_environment
 from nemo_popsd.testbed.assets import PREFIX, asset
 
 RUN_FILES = (
@@ -21,6 +22,7 @@ RUN_FILES = (
     "validation",
     "diagnosis",
     "report.html",
+    "vllm",
     DONE,
     REQUEUE,
 )
@@ -40,6 +42,14 @@ def check_sections(config: PopsdConfig) -> None:
             got=f"optimizer.warmup_steps={optimizer.warmup_steps} with training.steps={training.steps}",
             need="a warm-up no longer than the run",
             mend="set optimizer.warmup_steps or training.steps",
+        )
+    if config.rollout.tokens_per_step and training.updates_per_step > 1:
+        raise UserError(
+            "configuration",
+            got=f"rollout.tokens_per_step={config.rollout.tokens_per_step} with training.updates_per_step="
+            f"{training.updates_per_step}",
+            need="one update on the rows of a step, whose number the budget leaves open",
+            mend="set training.updates_per_step=1 or rollout.tokens_per_step=0",
         )
     if optimizer.min_lr > optimizer.lr:
         raise UserError(
@@ -75,6 +85,22 @@ def check_layout(config: PopsdConfig, *, world_size: int) -> None:
         )
 
 
+def _check_engine(config: PopsdConfig) -> None:
+    """Refuse an engine that cannot run here."""
+    rollout, ranks = config.rollout, config.parallel.replica_ranks
+    if rollout.engine != "vllm":
+        return
+    if not rollout.vllm.launcher and rollout.vllm.tensor > ranks:
+        raise UserError(
+            "configuration",
+            got=f"rollout.vllm.tensor={rollout.vllm.tensor} on the {ranks} ranks of a replica "
+            f"({config.parallel.describe()})",
+            need="at most as many GPUs as the replica has",
+            mend="set rollout.vllm.tensor, or rollout.vllm.launcher to start servers elsewhere",
+        )
+    check_environment(rollout.vllm)
+
+
 def holds_a_run(output: str) -> bool:
     """Whether a training run has begun in `output`."""
     directory = Path(output).expanduser()
@@ -91,6 +117,7 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     check_sections(config)
     check_layout(config, world_size=world_size)
     _check_student(config)
+    _check_engine(config)
     resolve_path(config.data.train.path, setting="data.train")
     if config.data.validation.path:
         resolve_path(config.data.validation.path, setting="data.validation")
@@ -137,6 +164,8 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
     check_layout(config, world_size=world_size)
     if config.evaluation.endpoint.url:
         _check_endpoint(config, world_size=world_size, checkpoint=checkpoint)
+    else:
+        _check_engine(config)
     if checkpoint is None:
         _check_student(config)
     else:
@@ -165,6 +194,7 @@ def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str
         _check_student(config)
     else:
         check_checkpoint(checkpoint, setting="--checkpoint")
+    _check_engine(config)
     resolve_path(config.data.train.path, setting="data.train")
     check_output(config.output)
 

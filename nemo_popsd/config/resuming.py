@@ -23,6 +23,7 @@ FREE = (
     "rollout.batch_rows",
     "rollout.cache_tokens",
     "rollout.save",
+    "rollout.vllm",
     "distillation.chunk_tokens",
     "distillation.fused",
     "distillation.diagnosed_tokens",

@@ -6,6 +6,8 @@
 | privileged | question and reference | the privileged teacher |
 | reference | reference, no question | the reference-only teacher |
 
+Two relatives of the method put another row's reference where a context has the row's own (`Borrowed`).
+
 All end in the same assistant prefix, so that the same response ids continue each of them
 (`nemo_popsd.data.alignment`). Only the reference is ever shortened, before it enters both teachers' turns.
 """
@@ -31,6 +33,18 @@ _MOST_TOKENS_PER_CHARACTER = 4  # A byte-level tokenizer makes at most one token
 _MERGE_SLACK = 16  # Tokens by which joining pieces of text may exceed the sum of the pieces.
 
 
+class Borrowed(StrEnum):
+    """Which context of a row holds the reference of another row."""
+
+    NONE = ""
+    """The paper's contexts."""
+    PRIVILEGED = "privileged"
+    """The privileged teacher sees the question with another row's reference (OP²SD, arXiv 2608.09228)."""
+    SECOND = "reference"
+    """In place of the reference alone, the second context is the question with another row's reference, in the words
+    of the privileged one (wrong-reference contrast)."""
+
+
 @dataclass(frozen=True)
 class Contexts:
     """Token ids of one row's prompts, none of them empty, each ending in the assistant prefix."""
@@ -40,9 +54,9 @@ class Contexts:
     privileged: list[int]
     """Question and reference."""
     reference: list[int]
-    """Reference alone."""
+    """Reference alone; see `Borrowed`."""
     reference_text: str
-    """The reference as both teachers see it."""
+    """The row's reference as the teachers see it."""
     reference_truncated: bool
     """Whether that is less than the record's reference."""
 
@@ -119,8 +133,13 @@ class ContextBuilder:
                 rows.append(self._judge(record, len(prompt.ids), reference, tokens))
         return rows
 
-    def contexts(self, row: FittedRow) -> Contexts:
+    def contexts(self, row: FittedRow, borrowed: Borrowed = Borrowed.NONE, other: FittedRow | None = None) -> Contexts:
         """Token ids of one fitted row.
+
+        Args:
+            row: the row.
+            borrowed: which context has the reference of `other`.
+            other: another row; needed unless nothing is borrowed.
 
         Raises:
             UserError: naming the row, when the prompts do not end in the same assistant prefix, the chat
@@ -129,10 +148,20 @@ class ContextBuilder:
         record, reference = row.record, row.reference_text
         if reference is None:
             raise _missing_reference(record)
-        turns = user_turns(self._config.templates, question=record.question, reference=reference)
-        texts = [self._chat.render(turn) for turn in (turns.student, turns.privileged, turns.reference)]
+        own = user_turns(self._config.templates, question=record.question, reference=reference)
+        privileged, second, seen = own.privileged, own.reference, [reference, reference]
+        if borrowed:
+            assert other is not None
+            assert other.reference_text is not None
+            lent = user_turns(self._config.templates, question=record.question, reference=other.reference_text)
+            if borrowed is Borrowed.PRIVILEGED:
+                privileged, seen[0] = lent.privileged, other.reference_text
+            else:
+                second, seen[1] = lent.privileged, other.reference_text
+        texts = [self._chat.render(turn) for turn in (own.student, privileged, second)]
         _require_verbatim(record, "question", record.question, texts[:2])
-        _require_verbatim(record, "reference", reference, texts[1:])
+        for text, part in zip(texts[1:], seen, strict=True):
+            _require_verbatim(record, "reference", part, [text])
         encoded = self._chat.encode(texts)
         tails = [self._chat.prefix_ids(text, prompt) for text, prompt in zip(texts, encoded, strict=True)]
         if not tails[0] or any(tail != tails[0] for tail in tails):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch.utils.data import Dataset
 
 from nemo_popsd.data.config import DataConfig, SourceConfig
-from nemo_popsd.data.contexts import ContextBuilder, Contexts, FittedRow, Misfit
+from nemo_popsd.data.contexts import Borrowed, ContextBuilder, Contexts, FittedRow, Misfit
 from nemo_popsd.data.records import Record
 from nemo_popsd.data.report import DataReport
 from nemo_popsd.data.sources import read_records
@@ -48,9 +48,11 @@ class EvaluationPrompt:
 class PromptDataset(Dataset[PromptRow]):
     """Fitted rows by index, in file order; the contexts are made on access and are the same each time."""
 
-    def __init__(self, rows: Sequence[FittedRow], builder: ContextBuilder) -> None:
+    def __init__(self, rows: Sequence[FittedRow], builder: ContextBuilder, borrowed: Borrowed = Borrowed.NONE) -> None:
         self._rows = list(rows)
+        self._places: dict[str, int] | None = None
         self.builder = builder
+        self._borrowed = borrowed
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -63,9 +65,35 @@ class PromptDataset(Dataset[PromptRow]):
             total.update(json.dumps([record.id, record.question, record.reference]).encode())
         return total.hexdigest()
 
+    def by_id(self, row_id: str) -> PromptRow:
+        """The row with this id.
+
+        Raises:
+            KeyError: there is none.
+        """
+        if self._places is None:
+            self._places = {row.record.id: place for place, row in enumerate(self._rows)}
+        return self[self._places[row_id]]
+
     def __getitem__(self, index: int) -> PromptRow:
         row = self._rows[index]
-        return PromptRow(row.record, self.builder.contexts(row))
+        other = self._rows[self._lender(index)] if self._borrowed else None
+        return PromptRow(row.record, self.builder.contexts(row, self._borrowed, other))
+
+    def _lender(self, index: int) -> int:
+        """The row whose reference row `index` borrows: always the same one, which has another reference."""
+        row, count = self._rows[index], len(self._rows)
+        first = int.from_bytes(hashlib.sha256(row.record.id.encode()).digest()[:8], "big") % count
+        for step in range(count):
+            place = (first + step) % count
+            if self._rows[place].reference_text != row.reference_text:
+                return place
+        raise UserError(
+            "data",
+            got=f"{count} rows, none of which has another reference than row {row.record.id}",
+            need="rows with different references, since this target borrows one",
+            mend="set data.train or distillation.target.family",
+        )
 
     def index(self, row_id: str) -> int | None:
         """Index of the row with this id; None where there is none."""
@@ -73,9 +101,14 @@ class PromptDataset(Dataset[PromptRow]):
 
 
 def build_dataset(
-    config: DataConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase
+    config: DataConfig,
+    source: SourceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    borrowed: Borrowed = Borrowed.NONE,
 ) -> tuple[PromptDataset, DataReport]:
     """Read, check and measure the rows of `source`; the report is logged as one line.
+
+    `borrowed` says which context of a row holds another row's reference.
 
     Every rank calls this with the same arguments and gets the same rows in the same order; no collectives.
 
@@ -84,7 +117,7 @@ def build_dataset(
     """
     builder = ContextBuilder(tokenizer, config)
     rows, report = _fitted_rows(config, source, builder, evaluation=False)
-    dataset = PromptDataset(rows, builder)
+    dataset = PromptDataset(rows, builder, borrowed)
     # One row in full, so that a chat template with a fault of its own is refused here and not in the first step.
     dataset[0]
     return dataset, report

@@ -15,6 +15,8 @@ def build_target(config: TargetConfig) -> Target:
         return LogLinearTarget.live_student_pmi(config.beta, config.cap, config.temperature)
     if config.family == "beta_opsd":
         return LogLinearTarget.beta_opsd(config.weight, temperature=config.temperature)
+    if config.family == "wrong_reference":
+        return LogLinearTarget.contrast(config.alpha, config.temperature)
     return LogLinearTarget.opsd(config.temperature)
 
 

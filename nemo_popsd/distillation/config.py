@@ -6,29 +6,40 @@ from dataclasses import dataclass, field
 
 from nemo_popsd.config.checks import above, at_least, fraction, one_of
 
+_FAMILIES = ("purified", "opsd", "beta_opsd", "student_pmi", "other_reference", "wrong_reference")
+
 
 @dataclass(kw_only=True)
 class TargetConfig:
     """The target distribution: one member of the log-linear family (section "target" of the README)."""
 
     family: str = "purified"
-    """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582) or `student_pmi` (PMI on the
-    live student, an ablation)."""
+    """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582), `student_pmi` (PMI on the live
+    student, an ablation), `other_reference` (OPSD whose teacher sees another row's reference, OP²SD, 2608.09228) or
+    `wrong_reference` (OPSD's teacher against one that sees another row's reference)."""
     beta: float = 1.0
     """Strength of the anchor, for `purified` and `student_pmi`: the PMI is divided by it, after the tanh."""
     cap: float | None = 10.0
     """Bound c of the soft cap c·tanh(Δ/c), for `purified` and `student_pmi`; null means none."""
     weight: float = 0.5
     """Weight of the privileged teacher in `beta_opsd`."""
+    alpha: float = 1.0
+    """Strength of the contrast in `wrong_reference`."""
     temperature: float = 1.0
     """Softmax temperature of every distribution in the loss; has nothing to do with rollout sampling."""
 
     def __post_init__(self) -> None:
-        one_of("distillation.target.family", self.family, ("purified", "opsd", "beta_opsd", "student_pmi"))
+        one_of("distillation.target.family", self.family, _FAMILIES)
+        above("distillation.target.alpha", self.alpha, 0)
         above("distillation.target.beta", self.beta, 0)
         above("distillation.target.cap", self.cap, 0)
         fraction("distillation.target.weight", self.weight)
         above("distillation.target.temperature", self.temperature, 0)
+
+    @property
+    def borrowed(self) -> str:
+        """The context that holds another row's reference: "privileged", "reference", or "" for none."""
+        return {"other_reference": "privileged", "wrong_reference": "reference"}.get(self.family, "")
 
 
 @dataclass(kw_only=True)

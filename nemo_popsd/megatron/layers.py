@@ -41,10 +41,9 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 
 
 class LocalCoreAttention(MegatronModule):
-    """Causal attention of one tensor-parallel rank's heads: padded, cached, packed, context-parallel.
+    """Causal attention of one tensor-parallel rank's heads: padded, packed, context-parallel.
 
     - *Padded* batches are padded on the right: causality alone keeps padding out of every real token.
-    - *Cached* decoding: Megatron passes all keys so far and ``AttnMaskType.no_mask`` for the new query.
     - *Packed* (thd): tokens attend within their own sequence, bounded by ``cu_seqlens_q``.
     - *Context parallel*: every sequence is cut into 2·cp chunks and rank r holds chunks r and
       2·cp−1−r. Keys and values are gathered over the group (one all-gather each, one reduce-scatter each
@@ -53,6 +52,7 @@ class LocalCoreAttention(MegatronModule):
     - *Windowed* layers (Megatron's ``window_size`` and ``window_attn_skip_freq``): a token sees itself and the
       ``window_size[0]`` tokens before it.
 
+    Tokens that attend to a cache are not its affair; see `nemo_popsd.megatron.kv_cache`.
     Dropout and attention biases are refused rather than ignored.
     """
 
@@ -95,10 +95,10 @@ class LocalCoreAttention(MegatronModule):
 
         Args:
             query: [s, b, n, d], or [t, n, d] when packed; this rank's chunks under context parallelism.
-            key: [s_k, b, g, d] or [t, g, d]; s_k > s when keys are cached.
+            key: [s, b, g, d] or [t, g, d].
             value: as `key`.
             attention_mask: ignored: every sequence is causal.
-            attn_mask_type: ``no_mask`` for a cached decoding step of one token.
+            attn_mask_type: ignored, as the mask.
             attention_bias: must be None.
             packed_seq_params: with ``qkv_format="thd"``, the bounds of the sequences.
 
@@ -112,32 +112,27 @@ class LocalCoreAttention(MegatronModule):
             share = 1 if self.cp_group is None else self.cp_group.size()
             lengths = (torch.diff(bounds) // share).tolist()
             parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
-            return torch.cat([self._attend(*part, causal=True) for part in parts]).squeeze(1)
-        return self._attend(query, key, value, causal=attn_mask_type != AttnMaskType.no_mask)
+            return torch.cat([self._attend(*part) for part in parts]).squeeze(1)
+        return self._attend(query, key, value)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-        """[s, b, n, d], [s_k, b, g, d], [s_k, b, g, d] -> [s, b, n·d]; one sequence length for the batch."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n·d]; one sequence length for the batch."""
+        if query.shape[0] != key.shape[0]:
+            raise ValueError(f"got {query.shape[0]} queries for {key.shape[0]} keys; need as many, of one sequence")
         mask = None
-        if self.cp_group is not None and causal:
+        if self.cp_group is not None:
             mask = zigzag_positions(query.shape[0], self.cp_group.size(), self.cp_group.rank(), query.device)
             key, value = (self._gather_context(x) for x in (key, value))
             mask = self._visible(mask, key.shape[0])
-        elif causal and query.shape[0] != key.shape[0]:
-            raise ValueError(
-                f"got {query.shape[0]} queries for {key.shape[0]} keys; a cached step takes one token at a time"
-            )
         elif self.window is not None and self.window < key.shape[0]:
-            if causal:
-                mask = self._visible(torch.arange(key.shape[0], device=key.device), key.shape[0])
-            else:
-                key, value = key[-self.window :], value[-self.window :]
+            mask = self._visible(torch.arange(key.shape[0], device=key.device), key.shape[0])
         q_bnsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context_bnsd = scaled_dot_product_attention(
             q_bnsd,
             k_bgsd,
             v_bgsd,
             attn_mask=mask,
-            is_causal=causal and mask is None,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=q_bnsd.shape[1] != k_bgsd.shape[1],
         )

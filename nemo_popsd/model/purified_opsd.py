@@ -21,7 +21,8 @@ from nemo_popsd.checkpoint.source import checked_base, open_source
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
-from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
+from nemo_popsd.data.contexts import Borrowed
+from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
 from nemo_popsd.diagnosis.record import Diagnosis
@@ -34,9 +35,9 @@ from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import LoadWeights, Student
 from nemo_popsd.model.checkpoints import RunCheckpoints, resume_optimizer
 from nemo_popsd.model.connector import MegatronSaveRestoreConnector
+from nemo_popsd.model.engines import build_engine
 from nemo_popsd.model.evaluation import HeldOut
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.megatron_engine import MegatronEngine
 from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.runtime.distributed import initialize
 from nemo_popsd.runtime.signals import StopSignals
@@ -104,6 +105,7 @@ class PurifiedOPSDModel(ModelPT):
             self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
         self.data_fingerprint = ""
+        self._longest = 0
         if self.settings.data.train.path:
             self.setup_training_data(self.settings.data.train)
         if checkpoint is not None and resume:
@@ -122,12 +124,12 @@ class PurifiedOPSDModel(ModelPT):
         self.chunks = torch.nn.ModuleList(self.student.chunks)
         self._checkpoint = checkpoint  # A packed one is unpacked for as long as its tokenizer files are needed.
         self._resumes = resume
-        self.engine = MegatronEngine(
-            self.student.chunks,
-            vocab_size=self.student.vocab_size,
-            batch_rows=self.settings.rollout.batch_rows,
-            cache_tokens=self.settings.rollout.cache_tokens,
+        self.engine = build_engine(
+            self.settings,
+            self.student,
+            self.architecture,
             weights_version=lambda: self.completed_steps,
+            longest=lambda: self._longest,
             stop_requested=self.stop.while_decoding,
         )
         self.checkpoints = RunCheckpoints(self.settings, resumed=checkpoint if resume else None)
@@ -149,7 +151,8 @@ class PurifiedOPSDModel(ModelPT):
     def setup_training_data(self, train_data_config: SourceConfig | DictConfig) -> None:
         """Reads, checks and measures the training rows; each step takes this data-parallel rank's share."""
         source = _source(train_data_config)
-        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer)
+        borrowed = Borrowed(self.settings.distillation.target.borrowed)
+        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer, borrowed)
         self.data_fingerprint = dataset.fingerprint()
         self._refuse_beyond_positions(
             dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
@@ -192,6 +195,7 @@ class PurifiedOPSDModel(ModelPT):
         )
 
     def _refuse_beyond_positions(self, longest: int, settings: str) -> None:
+        self._longest = max(self._longest, longest)
         limit = getattr(self.architecture.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise UserError(
@@ -229,6 +233,7 @@ class PurifiedOPSDModel(ModelPT):
             self.sampling(self.settings.rollout),
             self._count_markers,
             store=RolloutStore(self.settings.output) if self.settings.rollout.save else None,
+            find_row=cast(PromptDataset, self._train_dl.dataset).by_id,
             stop=self.stop,
         )
         self.optimizer = optimizer

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning.parameters import linears, padded_vocabulary
 from nemo_popsd.planning.workload import Case
+from nemo_popsd.rollout.scheduler import reach_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _has_shift(config: PopsdConfig) -> bool:
 
 
 def decoding(case: Case, rows: float, length: float) -> Flops:
-    """One step of decoding: a token for each of this rank's `rows`, with `length` tokens in the cache."""
+    """One step of decoding: a token for each of this rank's `rows`, which look at `length` positions of the cache."""
     layout, sizes = case.layout, case.sizes
     linear = forward(case, rows * layout.context, 0, adapters=case.lora).linear
     cached = 4 * rows * length * sizes.query_width * sizes.layers / layout.pipeline / layout.tensor
@@ -139,18 +140,24 @@ class StepFlops:
 
 
 def prefill(case: Case) -> Flops:
-    """The prompts of all rows that a rank draws, put into the cache."""
-    prompt = case.means.prompt
-    tokens = case.drawn_rows * prompt * case.layout.context  # no sequence is split while decoding
-    return forward(case, tokens, tokens * prompt, adapters=case.lora)
+    """The prompts of all rows that a rank draws, put into the cache but for their last tokens."""
+    length = case.means.prompt - 1
+    tokens = case.drawn_rows * length * case.layout.context  # no sequence is split while decoding
+    return forward(case, tokens, tokens * length, adapters=case.lora)
+
+
+def attended(case: Case) -> float:
+    """Positions that a step of decoding looks at, on average over the steps of a row."""
+    mean, capacity = case.means, case.limits.student
+    begin, steps = int(mean.prompt), max(1, int(mean.response))
+    sampled = range(begin, begin + steps, -(-steps // 256))
+    return sum(reach_of(position + 1, max(capacity, position + 1)) for position in sampled) / len(sampled)
 
 
 def step(case: Case) -> StepFlops:
     """Of one step."""
     rows, mean = case.rows, case.means
-    each = decoding(case, case.drawn_rows, mean.prompt + mean.response / 2)
-    # The first token comes from the prefill: all draw logits, all but one run the layers.
-    decoded = each * (mean.response - 1) + Flops(0.0, head=each.head)
+    decoded = decoding(case, case.drawn_rows, attended(case)) * mean.response
     lengths = [mean.of(branch) for branch in case.branches]
     frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False)
     trained = training(case, rows * mean.student, rows * mean.student**2)

@@ -71,7 +71,7 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
 def _rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
     """Batches one after the other; a token passes the stages one after the other."""
     hardware, layout, sizes, mean = case.plan.hardware, case.layout, case.sizes, case.means
-    rows, length = case.decoded_rows, mean.prompt + mean.response / 2
+    rows, length = case.decoded_rows, compute.attended(case)
     rate = _peak(case) * hardware.forward_efficiency
     cache = 2 * rows * length * sizes.key_width / layout.tensor * sizes.layers / layout.pipeline
     reading = (_weights_read(case) + cache) * case.element / (hardware.memory_gb_s * 1e9 * hardware.memory_efficiency)
@@ -79,7 +79,7 @@ def _rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
     launching = sizes.layers / layout.pipeline * hardware.layer_launch_us * 1e-6
     tokens = case.decoding_waves * mean.response
     busy = tokens * max(reading, arithmetic, launching) + compute.prefill(case).needed / rate
-    calls = (2 * sizes.layers + 2) * int(layout.tensor > 1) + layout.pipeline - 1
+    calls = (2 * sizes.layers + 1 + traffic.sampling_calls(case)) * int(layout.tensor > 1) + layout.pipeline - 1
     sent = _sent(case, moved.rollout) + tokens * calls * hardware.latency_us * 1e-6
     return Seconds(busy, sent, (layout.pipeline - 1) * busy)
 

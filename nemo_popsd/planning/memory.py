@@ -8,6 +8,7 @@ from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.planning.compute import target_vectors
 from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages
 from nemo_popsd.planning.workload import Case
+from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
 
 PHASES = ("rollout", "frozen", "training")
 """Phases of a step; what is listed for one of them is free in the others."""
@@ -173,13 +174,13 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
     states = case.owned_rows * case.limits.response * state if stage.last else 0
     cached = case.config.training.cache_on_host
     rollout = case.config.rollout
-    sampled = 16 if 0 < rollout.top_k < sizes.vocab else 44
+    sampled = 24 if rollout.top_p == 1 or rollout.temperature == 0 or 0 < rollout.top_k < sizes.vocab else 56
     forward = working_set(case) * case.element
     phases = {
         "rollout": {
             "KV cache": cache_bytes(case, stage),
-            "prefill": case.decoded_rows * case.limits.prompt * forward,
-            "sampling": case.decoded_rows * sizes.vocab * float(sampled) if stage.last else 0.0,
+            "prefill": min(case.decoded_rows * case.limits.prompt, max(PREFILL_TOKENS, case.limits.prompt)) * forward,
+            "sampling": case.decoded_rows * sizes.vocab / layout.tensor * float(sampled) if stage.last else 0.0,
         },
         "frozen": {
             "frozen copy brought in": float(copy - kept_matrix) if offloaded else 0.0,

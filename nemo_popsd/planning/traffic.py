@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_popsd.planning.memory import trained
-from nemo_popsd.planning.parameters import count, padded_vocabulary, stages
+from nemo_popsd.planning.parameters import count, stages
 from nemo_popsd.planning.workload import Case
 
 
@@ -78,6 +78,24 @@ def expert_forward(case: Case, tokens: float) -> float:
     return _ring(layout.expert) * 2 * each * sizes.layers / layout.pipeline * case.element
 
 
+def sampling_calls(case: Case) -> int:
+    """Collectives of one draw from sharded logits, of all rows."""
+    rollout = case.config.rollout
+    if rollout.temperature == 0 or 0 < rollout.top_k < case.sizes.vocab:
+        return 1
+    return 7 if rollout.top_p < 1 else 2
+
+
+def sampling(case: Case) -> float:
+    """Bytes that drawing one token sends: the best k of each shard; or a few sums, with top-p alone four histograms."""
+    rollout, ranks = case.config.rollout, case.layout.tensor
+    calls = sampling_calls(case)
+    if calls == 1:
+        return 8.0 * (ranks - 1) * ((rollout.top_k if rollout.temperature else 1) + 1)
+    numbers = 3 if calls == 2 else 2 + 4 * 256 + 2
+    return 8.0 * numbers * (ranks - 1) + 2 * 16 * _ring(ranks)
+
+
 def reduction(case: Case) -> dict[str, float]:
     """Bytes of one update: fp32 gradients reduced over data-parallel ranks, and with the distributed optimizer the
     updated weights gathered.
@@ -127,9 +145,9 @@ def step(case: Case, *, from_host: float) -> StepTraffic:
     sizes = case.sizes
     # No sequence is split while decoding, which the divisions by c below assume.
     generated = case.drawn_rows * (mean.student - 1) * layout.context
-    logits = case.drawn_rows * mean.response * padded_vocabulary(sizes, layout) * case.element * _ring(layout.tensor)
+    drawn = case.drawn_rows * mean.response * sampling(case)
     rollout = Phase(
-        tensor=tensor_forward(case, generated, adapters=case.lora) + logits,
+        tensor=tensor_forward(case, generated, adapters=case.lora) + drawn,
         pipeline=stage_transfer(case, generated) / layout.virtual_pipeline,
         expert=expert_forward(case, generated),
     )

@@ -44,14 +44,17 @@ class Lengths:
 
 
 def frozen_branches(config: DistillationConfig) -> tuple[str, ...]:
-    """The frozen branches that a target and its diagnosis need, as `nemo_popsd.training.branches` runs them."""
+    """The frozen branches that a target and its diagnosis need, as `nemo_popsd.training.branches` runs them, by the
+    context that each reads: a second context with question and reference is as long as the privileged one.
+    """
     target, diagnoses = config.target, config.diagnosed_tokens > 0
     wanted = {
         "base": target.family == "purified" or (target.family == "beta_opsd" and target.weight < 1),
         "privileged": target.family != "beta_opsd" or target.weight > 0 or diagnoses,
-        "reference": target.family in ("purified", "student_pmi") or diagnoses,
+        "reference": target.family in ("purified", "student_pmi", "wrong_reference") or diagnoses,
     }
-    return tuple(name for name, needed in wanted.items() if needed)
+    read = {"reference": "privileged"} if target.borrowed == "reference" else {}
+    return tuple(read.get(name, name) for name, needed in wanted.items() if needed)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from nemo_popsd.config.checks import above, at_least, fraction
+from nemo_popsd.config.checks import above, at_least, fraction, one_of
+from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.vllm.config import VllmConfig
 
 
 @dataclass(kw_only=True)
 class RolloutConfig:
     """How the student answers the training questions. Defaults are official OPSD's."""
 
+    engine: str = "megatron"
+    """What draws the responses: `megatron`, the training processes themselves, or `vllm`, a server beside them."""
     temperature: float = 1.1
     """Sampling temperature; 0 is greedy. Has nothing to do with `distillation.target.temperature`."""
     top_p: float = 0.95
@@ -22,16 +26,39 @@ class RolloutConfig:
     batch_rows: int = 64
     """Most rows decoded together on each data-parallel rank, in evaluation too."""
     cache_tokens: int = 262144
-    """Tokens that the key-value cache may hold; fewer rows are decoded together where prompt and limit are long. One
-    token of Qwen3-8B takes 147 KB in bf16, shared out over the tensor-parallel ranks."""
+    """Tokens that the key-value cache of the engine `megatron` may hold; fewer rows are decoded together where prompt
+    and limit are long. One token of Qwen3-8B takes 147 KB in bf16, shared out over the tensor-parallel ranks."""
+    tokens_per_step: int = 0
+    """Response tokens after which a step leaves its rows: those that have not ended go on, and end, in the next step,
+    by then with newer weights. Each data-parallel replica has an equal share. Rows from the step before are finished in
+    any case, and so is the first row of each replica; the last step finishes all. Which rows are left depends on
+    layout and `batch_rows`. 0: every row ends in its own step. Needs `save`, which keeps what was begun."""
     save: bool = True
     """Write the rollouts of a step to `<output>/rollouts` before they are trained on; see `popsd rollouts show`. A
     step that is taken up again after a kill takes them from there."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """The server of the engine `vllm`."""
 
     def __post_init__(self) -> None:
+        one_of("rollout.engine", self.engine, ("megatron", "vllm"))
         at_least("rollout.temperature", self.temperature, 0)
         fraction("rollout.top_p", self.top_p, allow_zero=False)
         at_least("rollout.top_k", self.top_k, 0)
         above("rollout.max_response_tokens", self.max_response_tokens, 0)
         above("rollout.batch_rows", self.batch_rows, 0)
         above("rollout.cache_tokens", self.cache_tokens, 0)
+        at_least("rollout.tokens_per_step", self.tokens_per_step, 0)
+        if self.tokens_per_step and self.engine != "megatron":
+            raise UserError(
+                "configuration",
+                got=f"rollout.tokens_per_step={self.tokens_per_step} with rollout.engine={self.engine}",
+                need="the engine that can leave a response and go on with it",
+                mend="set rollout.engine=megatron or rollout.tokens_per_step=0",
+            )
+        if self.tokens_per_step and not self.save:
+            raise UserError(
+                "configuration",
+                got=f"rollout.tokens_per_step={self.tokens_per_step} with rollout.save=false",
+                need="the rollouts on disk, where rows wait for the next step",
+                mend="set rollout.save=true or rollout.tokens_per_step=0",
+            )

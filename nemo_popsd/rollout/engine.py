@@ -22,6 +22,9 @@ class SamplingParams:
     """Responses are cut here."""
     stop_token_ids: frozenset[int]
     """Any of these ends a response, and is its last token."""
+    token_budget: int = 0
+    """Tokens after which rows are left unfinished, over the ranks that have the same requests; 0 finishes all. Rows
+    that were begun before are finished in any case, and so is the first row."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Request:
     """Token ids; never text, which would lose the chat template."""
     seed: int
     """Determines the random numbers of this response, whatever else is in the batch (see `row_seed`)."""
+    begun: Rollout | None = None
+    """What an earlier call drew and left unfinished: goes on from there, with the random numbers that come next."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,22 @@ class Rollout:
     """One response."""
 
     response: list[int]
-    """Token ids, the stop token included where there is one; never empty."""
+    """Token ids, the stop token included where there is one; empty only if unfinished."""
     log_probs: list[float]
     """Log-probability of each token under the model itself: temperature 1, nothing filtered."""
     cut: bool
     """Whether the limit was reached without a stop token."""
     weights_version: int
-    """Number of optimizer steps behind the weights that drew it."""
+    """Number of optimizer steps behind the weights that drew it, or the last part of it."""
+    unfinished: bool = False
+    """Whether it was left before its end, for a token budget."""
+    segments: tuple[tuple[int, int], ...] = ()
+    """Weights version and number of tokens of each part, in order, if several versions drew it; else empty."""
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Weights version and number of tokens of each part; one, if one version drew all."""
+        return self.segments or ((self.weights_version, len(self.response)),)
 
 
 class RolloutEngine(Protocol):

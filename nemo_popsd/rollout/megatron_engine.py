@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_popsd.errors import StopRequested
-from nemo_popsd.megatron.decoding import cached_logits, whole_sequences
+from nemo_popsd.megatron.decoding import SlotDecoder
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
-from nemo_popsd.rollout.sampling import log_probs_of, sample, uniforms
+from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
+from nemo_popsd.rollout.scheduler import PREFILL_TOKENS, Admission, Row, SlotSchedule, reach_of
 
 
 class MegatronEngine:
-    """Decodes batches of prompts together, one token at a time.
+    """Draws a token for each of many rows at a time; rows that are done leave, rows that wait enter.
 
-    Rows of a batch share their positions: the part of the prompts that all rows have is prefilled at once, longer
-    prompts are fed token by token after that. Rows that are done leave the cache when half of them are.
+    Each row has a slot of a cache, at a position of its own (`SlotDecoder`, `SlotSchedule`). Prompts are prefilled
+    several at once when slots are free, never twice, and once for all rows that have the same prompt. Once none waits,
+    the rows that remain move together, so that a step is no wider than they need.
 
-    Tensor parallelism: each step gathers [B, V] logits over the group. Sequence parallelism is off while decoding.
+    Tensor parallelism: logits stay sharded; what is exchanged to draw from them is in `sampling.draw` (with top-k, one
+    all-gather of [B, k + 1] numbers), and all ranks draw the same from it. Sequence parallelism is off while decoding.
     Context-parallel ranks share the rows out among them and exchange the responses at the end (one gather of objects).
-    Pipeline stages pass each token on and wait for each other: decoding takes as long as on one stage. Ranks that share
-    experts decode the rows of all of them, so that each step of one is a step of all.
+    Pipeline stages pass each token on and wait for each other: decoding takes as long as on one stage; they get the
+    drawn tokens from the last one (a broadcast of [B, 2] float64). Ranks that share experts decode the rows of all of
+    them, so that each step of one is a step of all, and get the tokens from one of them (the same broadcast), since
+    they may have rounded differently.
 
-    After each step the ranks of one model get the drawn tokens from one of them (a broadcast of [B, 2] float64 over the
-    tensor-parallel and the pipeline group), so that ranks that rounded differently go on with the same tokens.
+    megatron-core's own dynamic engine is not used: its attention needs flash-attn (attention.py:926; tried on the CPU,
+    it ends there), knows no sliding windows (attention.py:733) and refuses virtual pipelines (attention.py:437), logits
+    are gathered (gpt_model.py:586), and one generator draws for the whole batch
+    (text_generation_controller.py:76), so that a row depends on the others.
     """
 
     def __init__(
@@ -48,7 +56,8 @@ class MegatronEngine:
             chunks: the student's, bare.
             vocab_size: true vocabulary; padded entries are never drawn.
             batch_rows: most rows decoded together.
-            cache_tokens: most tokens that the cache holds, unless a single row needs more.
+            cache_tokens: most tokens that the cache has room for, unless a single row needs more: slots times the
+                longest prompt and the limit.
             weights_version: number of optimizer steps behind the current weights.
             stop_requested: asked for every token, by all ranks of the model together; they are told the same.
         """
@@ -61,7 +70,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
-        """See `nemo_popsd.rollout.engine.RolloutEngine`. Prompts of similar length are decoded together.
+        """See `nemo_popsd.rollout.engine.RolloutEngine`.
 
         Raises:
             StopRequested: the run was asked to stop; on all ranks that share these rows. Ranks that share experts
@@ -75,7 +84,8 @@ class MegatronEngine:
             return self._generate(requests, sampling, self._stop_requested)
         shares: list[list[Rollout] | None] = [None] * size
         try:
-            mine = self._generate(requests[rank::size], sampling, self._stop_requested)
+            share = replace(sampling, token_budget=-(-sampling.token_budget // size))
+            mine = self._generate(requests[rank::size], share, self._stop_requested)
         except StopRequested:
             mine = None
         dist.all_gather_object(shares, mine, group=group)
@@ -95,132 +105,115 @@ class MegatronEngine:
         dist.all_gather_object(gathered, (share, list(requests)), group=group)
         by_share = dict(sorted(gathered, key=lambda pair: pair[0]))
         everyone = [request for part in by_share.values() for request in part]
-        together = self._generate(everyone, sampling, lambda: False)
+        of_all = replace(sampling, token_budget=sampling.token_budget * len(by_share))
+        together = self._generate(everyone, of_all, lambda: False)
         begin = sum(len(part) for other, part in by_share.items() if other < share)
         return together[begin : begin + len(requests)]
 
     def _generate(
         self, requests: Sequence[Request], sampling: SamplingParams, stop_requested: Callable[[], bool]
     ) -> list[Rollout]:
-        rollouts: dict[int, Rollout] = {}
-        with whole_sequences(self._chunks):
-            # Prompts of like length side by side: rows of a batch need little feeding beyond the common prefill.
-            order = sorted(range(len(requests)), key=lambda row: len(requests[row].prompt))
-            while order:
-                rows = self._next_rows(order, requests, sampling)
-                order = order[len(rows) :]
-                decoded = self._decode([requests[row] for row in rows], sampling, stop_requested)
-                rollouts.update(zip(rows, decoded, strict=True))
-        return [rollouts[row] for row in range(len(requests))]
+        if not requests:
+            return []
+        longest = max(len(request.prompt) for request in requests) + sampling.max_response_tokens
+        slots = max(1, min(self._batch_rows, len(requests), self._cache_tokens // longest))
+        schedule = SlotSchedule(requests, slots, prefill_tokens=PREFILL_TOKENS)
+        decoder = SlotDecoder(self._chunks, slots, longest)
+        state = _SlotState(slots, sampling.max_response_tokens, next(self._chunks[0].parameters()).device)
+        with decoder.open():
+            while schedule.unfinished:
+                if stop_requested():
+                    raise StopRequested
+                if admission := schedule.admit():
+                    state.enter(admission, decoder)
+                width = schedule.width
+                inputs, positions, uniform = state.step(width)
+                logits = decoder.next_logits(inputs, positions, reach_of(schedule.longest, longest))
+                tokens, log_probs = self._choose(logits, sampling, uniform)
+                state.advance(tokens)
+                ended = schedule.accept(tokens.tolist(), log_probs.tolist(), sampling)
+                if ended := ended + schedule.leave_unfinished(sampling.token_budget):
+                    state.leave(ended)
+                    state.move(schedule.narrow(), decoder)
+        return self._rollouts(schedule.done)
 
-    def _next_rows(self, order: list[int], requests: Sequence[Request], sampling: SamplingParams) -> list[int]:
-        """The first rows of `order` whose cache, as long for each as for the longest, fits; at least one."""
-        for count in range(1, min(self._batch_rows, len(order))):
-            longest = len(requests[order[count]].prompt) + sampling.max_response_tokens
-            if (count + 1) * longest > self._cache_tokens:
-                return order[:count]
-        return order[: self._batch_rows]
+    def _rollouts(self, rows: list[Row]) -> list[Rollout]:
+        version = self._weights_version()
+        rollouts = []
+        for row in sorted(rows, key=lambda row: row.number):
+            parts: list[tuple[int, int]] = []
+            if row.request.begun is not None:
+                earlier = row.request.begun
+                parts = [*earlier.parts, (version, len(row.response) - len(earlier.response))]
+                parts = [part for part in parts if part[1]]
+            segments = tuple(parts) if len({drawn_by for drawn_by, _ in parts}) > 1 else ()
+            rollouts.append(Rollout(row.response, row.log_probs, row.cut, version, row.unfinished, segments))
+        return rollouts
 
-    def _decode(
-        self, requests: list[Request], sampling: SamplingParams, stop_requested: Callable[[], bool]
-    ) -> list[Rollout]:
-        batch = _Batch(requests, sampling, next(self._chunks[0].parameters()).device)
-        context = StaticInferenceContext(len(requests), batch.longest)
-        position = batch.shortest_prompt
-        inputs = batch.tokens[:, :position]
-        while True:
-            if stop_requested():
-                raise StopRequested
-            logits = cached_logits(self._chunks, inputs, context)
-            position = batch.accept(logits, position, self._choose)
-            if batch.all_done(position):
-                return batch.rollouts(self._weights_version())
-            batch.compact(context)
-            inputs = batch.tokens[:, position - 1 : position]
-
-    def _choose(
-        self, logits: Tensor | None, sampling: SamplingParams, uniform: Tensor, given: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [B] int64 and their log-probabilities [B]; `given` tokens (not negative) stay what they are."""
+    def _choose(self, logits: Tensor | None, sampling: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B] int64 and their log-probabilities [B], the same on all ranks that decode these rows."""
         chosen = torch.empty(len(uniform), 2, dtype=torch.float64, device=uniform.device)
         if logits is not None:
-            logits = logits[:, : self._vocab_size]
-            tokens = torch.where(given < 0, sample(logits, sampling, uniform), given)
-            chosen = torch.stack([tokens.double(), log_probs_of(logits, tokens).double()], dim=1)
+            group = parallel_state.get_tensor_model_parallel_group()
+            shard = VocabularyShard(group.rank() * logits.shape[1], self._vocab_size, group)
+            chosen = torch.stack([x.double() for x in draw(logits, sampling, uniform, shard)], dim=1)
         for group, source in (
-            (parallel_state.get_tensor_model_parallel_group(), 0),
             (parallel_state.get_pipeline_model_parallel_group(), -1),
+            (parallel_state.get_expert_model_parallel_group(), 0),
         ):
             if group.size() > 1:
                 dist.broadcast(chosen, src=dist.get_global_rank(group, source % group.size()), group=group)
-        return chosen[:, 0].long(), chosen[:, 1].float()
+        return chosen[:, 0].long(), chosen[:, 1]
 
 
-class _Batch:
-    """Rows that are decoded together: their tokens so far, and which of them still run.
+class _SlotState:
+    """What the steps need of the rows, by slot, on the device."""
 
-    Attributes:
-        tokens: [B, longest] int64; prompt, then response.
-        longest: length of the longest prompt plus the response limit.
-        shortest_prompt: tokens that can be prefilled at once.
-    """
+    def __init__(self, slots: int, limit: int, device: torch.device) -> None:
+        self._limit, self._device = limit, device
+        # Last token, its position, number of drawn tokens, and what a step adds to the last two: 0 without a row.
+        self._last, self._position, self._drawn, self._advance = torch.zeros(4, slots, dtype=torch.long, device=device)
+        self._uniforms = torch.zeros(slots, limit, dtype=torch.float64, device=device)
 
-    def __init__(self, requests: list[Request], sampling: SamplingParams, device: torch.device) -> None:
-        self._sampling = sampling
-        lengths = [len(request.prompt) for request in requests]
-        self.longest = max(lengths) + sampling.max_response_tokens
-        self.shortest_prompt = min(lengths)
-        self.tokens = torch.zeros(len(requests), self.longest, dtype=torch.long, device=device)
-        for row, request in enumerate(requests):
-            self.tokens[row, : lengths[row]] = torch.tensor(request.prompt, device=device)
-        self._prompt_lengths = torch.tensor(lengths, device=device)
-        self._log_probs = torch.zeros(len(requests), self.longest, device=device)
-        self._uniforms = uniforms([request.seed for request in requests], sampling.max_response_tokens).to(device)
-        self._stops = torch.tensor(sorted(sampling.stop_token_ids), device=device)
-        self._rows = torch.arange(len(requests), device=device)
-        self._ends = torch.full((len(requests),), -1, device=device)
-        self._done: dict[int, tuple[list[int], list[float], bool]] = {}
-        self._size = len(requests)
+    def enter(self, admission: Admission, decoder: SlotDecoder) -> None:
+        """Fills the slots of new rows, their prompts' keys included."""
+        for group in admission.prefills:
+            longest = max(row.position for _, row in group)
+            padded = [(row.context[:-1] + [0] * longest)[:longest] for _, row in group]
+            decoder.prefill(self._tensor([slot for slot, _ in group]), self._tensor(padded))
+        for source, target, length in admission.copies:
+            decoder.copy(self._tensor([source]), self._tensor([target]), length)
+        slots = self._tensor([slot for slot, _ in admission.rows])
+        rows = [row for _, row in admission.rows]
+        self._last[slots] = self._tensor([row.last for row in rows])
+        self._position[slots] = self._tensor([row.position for row in rows])
+        self._drawn[slots] = self._tensor([len(row.response) for row in rows])
+        self._advance[slots] = 1
+        self._uniforms[slots] = uniforms([row.request.seed for row in rows], self._limit).to(self._device)
 
-    def accept(self, logits: Tensor | None, position: int, choose: Callable[..., tuple[Tensor, Tensor]]) -> int:
-        """Draws the tokens at `position`; rows still in their prompt keep theirs. Returns the next position."""
-        drawn = self._prompt_lengths <= position
-        number = (position - self._prompt_lengths).clamp(0, self._sampling.max_response_tokens - 1)
-        uniform = self._uniforms.gather(1, number[:, None]).squeeze(1)
-        given = torch.where(drawn, -1, self.tokens[:, position])
-        chosen, self._log_probs[:, position] = choose(logits, self._sampling, uniform, given)
-        self.tokens[:, position] = chosen
-        at_limit = position + 1 - self._prompt_lengths >= self._sampling.max_response_tokens
-        ended = drawn & (self._ends < 0) & (torch.isin(chosen, self._stops) | at_limit)
-        self._ends = torch.where(ended, position + 1, self._ends)
-        return position + 1
+    def step(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions and random numbers of the first `width` slots: [B] each."""
+        number = self._drawn[:width].clamp(max=self._limit - 1)
+        uniform = self._uniforms[:width].gather(1, number[:, None]).squeeze(1)
+        return self._last[:width], self._position[:width], uniform
 
-    def all_done(self, position: int) -> bool:
-        """Whether every row has ended."""
-        return position >= self.longest or bool((self._ends >= 0).all())
+    def advance(self, tokens: Tensor) -> None:
+        """Goes on to the tokens [B] of the first B slots."""
+        width = len(tokens)
+        self._last[:width] = tokens
+        for counter in (self._position, self._drawn):
+            counter[:width] += self._advance[:width]
 
-    def compact(self, context: StaticInferenceContext) -> None:
-        """Takes ended rows out of the batch and of the cache once they are half of it."""
-        running = self._ends < 0
-        if int(running.sum()) * 2 > len(running):
-            return
-        self._collect(~running)
-        keep = running.nonzero().squeeze(1)
-        for name in ("tokens", "_prompt_lengths", "_log_probs", "_uniforms", "_rows", "_ends"):
-            setattr(self, name, getattr(self, name)[keep])
-        cache = context.key_value_memory_dict
-        for layer, (key, value) in cache.items():
-            cache[layer] = (key[:, keep], value[:, keep])
-        context.max_batch_size = len(keep)
+    def leave(self, slots: list[int]) -> None:
+        """Holds the slots where they are: behind the last position that their rows wrote."""
+        self._advance[self._tensor(slots)] = 0
 
-    def rollouts(self, version: int) -> list[Rollout]:
-        """All rows, in the order of the requests."""
-        self._collect(torch.ones_like(self._ends, dtype=torch.bool))
-        return [Rollout(*self._done[row], weights_version=version) for row in range(self._size)]
+    def move(self, moves: list[tuple[int, int, int]], decoder: SlotDecoder) -> None:
+        """Moves rows to other slots."""
+        for source, target, length in moves:
+            decoder.copy(self._tensor([source]), self._tensor([target]), length)
+            for values in (self._last, self._position, self._drawn, self._advance, self._uniforms):
+                values[target] = values[source]
 
-    def _collect(self, which: Tensor) -> None:
-        for index in which.nonzero().squeeze(1).tolist():
-            begin, end = int(self._prompt_lengths[index]), int(self._ends[index])
-            response = self.tokens[index, begin:end].tolist()
-            cut = response[-1] not in self._sampling.stop_token_ids
-            self._done[int(self._rows[index])] = (response, self._log_probs[index, begin:end].tolist(), cut)
+    def _tensor(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)

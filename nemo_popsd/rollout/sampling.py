@@ -1,14 +1,23 @@
-"""Drawing tokens from logits: temperature, top-k, top-p, one uniform number per token.
+"""Drawing tokens from logits that are sharded over the vocabulary: temperature, top-k, top-p, one uniform number each.
 
-Shapes: B rows, V true vocabulary, K candidates (k of top-k, or V).
+What is drawn is defined on the whole vocabulary and does not depend on how it is sharded, up to the rounding of sums:
+one shard takes the same steps as many, without the collectives. Logits are never gathered.
+
+Shapes: B rows, V entries of this shard's vocabulary, R shards, K candidates.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.rollout.engine import SamplingParams
+
+_LOW = 0xFFFFFFFF
+_DIGITS = (24, 16, 8, 0)
 
 
 def uniforms(seeds: list[int], tokens: int) -> Tensor:
@@ -20,47 +29,210 @@ def uniforms(seeds: list[int], tokens: int) -> Tensor:
     return torch.stack(rows)
 
 
-def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which columns of the logits a rank has."""
+
+    first: int
+    """Token id of its first column."""
+    vocab_size: int
+    """True size of the whole vocabulary; columns of ids from here on are padding and never drawn."""
+    group: dist.ProcessGroup | None = None
+    """Ranks that hold the other columns, in the order of the ids; None where one rank holds all."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of shards."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """Index of this one."""
+        return 0 if self.group is None else self.group.rank()
+
+    def true_columns(self, logits_BV: Tensor) -> Tensor:
+        """The columns that are no padding, in fp32; one of -inf where there are none."""
+        count = min(logits_BV.shape[1], self.vocab_size - self.first)
+        if count <= 0:
+            return torch.full_like(logits_BV[:, :1], -torch.inf, dtype=torch.float32)
+        return logits_BV[:, :count].float()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`x` of all shards, [R, ...]: one all-gather, none with one shard."""
+        if self.ranks == 1:
+            return x[None]
+        everything = x.new_empty(self.ranks, *x.shape)
+        dist.all_gather_into_tensor(everything.flatten(0, 1), x.contiguous(), group=self.group)
+        return everything
+
+    def only_mine(self, x: Tensor, mine_B: Tensor) -> Tensor:
+        """`x` [B, ...] of the one shard for which `mine_B` holds: one all-reduce, none with one shard."""
+        if self.ranks == 1:
+            return x
+        chosen = torch.where(mine_B.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
+        dist.all_reduce(chosen, group=self.group)
+        return chosen
+
+
+def draw(
+    logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor, shard: VocabularyShard
+) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the distribution function of the filtered, tempered softmax.
 
-    Filters in the usual order: temperature, then top-k, then top-p on what is left; the most likely token always
-    stays. Candidates are laid out by falling probability, so the draw changes with the uniform number alone.
+    Filters in the usual order: temperature, then top-k, then top-p on what is left: tokens in the order of falling
+    logits, of equal ones the smaller id first, until their mass reaches top_p; the most likely always stays. Each
+    token's mass is formed in fp32, masses are summed in float64. With top-k the kept tokens are laid out by falling
+    probability, without by their ids.
+
+    Collectives over the shards, of one token of all rows; none with one shard:
+
+    - greedy or top-k: one all-gather of [B, k + 1] int64 (the best k of each shard, and its log-sum-exp)
+    - no filter: one all-gather of [B, 3] float64 and one all-reduce of [B, 2] float64
+    - top-p alone: six all-gathers, four of them of [B, 256] float64, and one all-reduce of [B, 2] float64
+
+    Every rank computes the result from the same numbers, so the ranks agree to the bit.
 
     Args:
-        logits: [B, V] over the true vocabulary, any float dtype; computed in fp32, summed in float64.
+        logits_BV: this shard's, any float dtype.
         sampling: temperature 0 takes the most likely token.
-        uniform: [B] in [0, 1), on the logits' device.
+        uniform_B: in [0, 1), float64, the same on all shards.
+        shard: this rank's.
 
     Returns:
-        [B] int64 token ids.
+        Token ids [B] int64, and their log-probabilities [B] fp32 under the softmax of all logits at temperature 1,
+        unfiltered.
     """
+    logits_BV = shard.true_columns(logits_BV)
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    scaled_BV = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        scaled_BK, candidates_BK = scaled_BV.topk(sampling.top_k, dim=-1)
-    else:
-        scaled_BK, candidates_BK = scaled_BV.sort(dim=-1, descending=True)
-    mass_BK = scaled_BK.softmax(dim=-1).double().cumsum(dim=-1)
+        return _draw_among_best(logits_BV, 1, 1.0, 1.0, uniform_B, shard)
+    if 0 < sampling.top_k < shard.vocab_size:
+        return _draw_among_best(logits_BV, sampling.top_k, sampling.temperature, sampling.top_p, uniform_B, shard)
     if sampling.top_p < 1:
-        # A candidate stays when the mass before it has not reached top_p; so the first always stays.
-        total_B = (mass_BK < sampling.top_p).sum(dim=-1, keepdim=True).clamp_(max=mass_BK.shape[-1] - 1)
-        threshold_B = uniform[:, None] * mass_BK.gather(-1, total_B)
-    else:
-        threshold_B = uniform[:, None] * mass_BK[:, -1:]
-    chosen_B = (mass_BK <= threshold_B).sum(dim=-1, keepdim=True).clamp_(max=mass_BK.shape[-1] - 1)
-    return candidates_BK.gather(-1, chosen_B).squeeze(-1)
+        return _draw_from_nucleus(logits_BV, sampling.temperature, sampling.top_p, uniform_B, shard)
+    return _draw_from_all(logits_BV, sampling.temperature, uniform_B, shard)
 
 
-def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each row's token under the unfiltered softmax at temperature 1.
+def _draw_among_best(
+    logits_BV: Tensor, count: int, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabularyShard
+) -> tuple[Tensor, Tensor]:
+    """Merges each shard's best: the best of all are among them."""
+    ids_V = torch.arange(shard.first, shard.first + logits_BV.shape[1], device=logits_BV.device)
+    keys_BV = (_sortable(logits_BV).long() << 32) | (_LOW - ids_V)
+    keys_BK = keys_BV.topk(min(count, keys_BV.shape[1]), dim=-1).values
+    if keys_BK.shape[1] < count:
+        keys_BK = torch.nn.functional.pad(keys_BK, (0, count - keys_BK.shape[1]), value=torch.iinfo(torch.int64).min)
+    normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True).double()
+    both_RBK = shard.gather(torch.cat([keys_BK, normaliser_B1.view(torch.int64)], dim=1))
+    normaliser_B = both_RBK[..., -1].contiguous().view(torch.float64).logsumexp(0)
+    keys_BK = both_RBK[..., :-1].transpose(0, 1).flatten(1).topk(count, dim=-1).values
+    values_BK = _from_sortable((keys_BK >> 32).int())
+    mass_BK = (values_BK.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    # A candidate stays when the mass before it has not reached top_p; so the first always stays.
+    last_B1 = (mass_BK < top_p).sum(-1, keepdim=True) if top_p < 1 else torch.full_like(keys_BK[:, :1], count)
+    threshold_B1 = uniform_B[:, None] * mass_BK.gather(-1, last_B1.clamp_(max=count - 1))
+    chosen_B1 = (mass_BK <= threshold_B1).sum(-1, keepdim=True).clamp_(max=count - 1)
+    tokens_B = _LOW - (keys_BK.gather(-1, chosen_B1).squeeze(-1) & _LOW)
+    return tokens_B, (values_BK.gather(-1, chosen_B1).squeeze(-1).double() - normaliser_B).float()
+
+
+def _draw_from_all(
+    logits_BV: Tensor, temperature: float, uniform_B: Tensor, shard: VocabularyShard
+) -> tuple[Tensor, Tensor]:
+    """Finds the shard by the shards' masses, the token by its own."""
+    scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
+    greatest_B = scaled_BV.amax(-1)
+    weights_BV = (scaled_BV - _finite(greatest_B)[:, None]).exp()
+    sums_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+    normaliser_B = logits_BV.logsumexp(-1)
+    found_RB3 = shard.gather(torch.stack([greatest_B.double(), sums_BV[:, -1], normaliser_B.double()], dim=-1))
+    greatest_RB, mass_RB, normaliser_RB = found_RB3.unbind(-1)
+    scale_RB = (greatest_RB - greatest_RB.amax(0)).exp()
+    return _invert(logits_BV, sums_BV, scale_RB * mass_RB, scale_RB, normaliser_RB.logsumexp(0), uniform_B, shard)
+
+
+def _draw_from_nucleus(
+    logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabularyShard
+) -> tuple[Tensor, Tensor]:
+    """Finds the smallest logit that stays, eight bits at a time, by the masses of all that share the bits so far."""
+    scaled_BV = logits_BV / temperature
+    stacked_RB2 = shard.gather(torch.stack([scaled_BV.amax(-1), logits_BV.logsumexp(-1)], dim=-1).double())
+    greatest_B, normaliser_B = stacked_RB2[..., 0].amax(0), stacked_RB2[..., 1].logsumexp(0)
+    weights_BV = (scaled_BV - greatest_B.float()[:, None]).exp().double()
+    keys_BV = _sortable(logits_BV).long() + 2**31
+    prefix_B1 = torch.zeros_like(keys_BV[:, :1])
+    before_B1 = torch.zeros_like(weights_BV[:, :1])
+    goal_B1 = before_B1
+    for shift in _DIGITS:
+        share_BV = torch.where(keys_BV >> (shift + 8) == prefix_B1, weights_BV, 0.0)
+        local_B256 = weights_BV.new_zeros(len(keys_BV), 256).scatter_add_(1, 255 - (keys_BV >> shift & 255), share_BV)
+        mass_B256 = shard.gather(local_B256).sum(0)  # by falling digit
+        sums_B256 = mass_B256.cumsum(-1)
+        if shift == _DIGITS[0]:
+            goal_B1 = top_p * sums_B256[:, -1:]
+        # Rounding may leave the goal unreached: then the last that has a mass.
+        last_B1 = (sums_B256 < sums_B256[:, -1:]).sum(-1, keepdim=True)
+        digit_B1 = torch.minimum((before_B1 + sums_B256 < goal_B1).sum(-1, keepdim=True), last_B1)
+        before_B1 = before_B1 + sums_B256.gather(1, digit_B1) - mass_B256.gather(1, digit_B1)
+        prefix_B1 = (prefix_B1 << 8) + 255 - digit_B1
+    above_BV, equal_BV = keys_BV > prefix_B1, keys_BV == prefix_B1
+    mass_B = torch.where(above_BV, weights_BV, 0.0).sum(-1)
+    found_RB2 = shard.gather(torch.stack([mass_B, equal_BV.sum(-1).double()], dim=-1))
+    mass_RB, equal_RB = found_RB2.unbind(-1)
+    border_B = (_from_sortable((prefix_B1 - 2**31).int()).squeeze(1) / temperature - greatest_B.float()).exp().double()
+    wanted_B = ((goal_B1.squeeze(1) - mass_RB.sum(0)) / border_B).ceil().clamp(min=1)
+    kept_RB = torch.minimum((wanted_B - (equal_RB.cumsum(0) - equal_RB)).clamp(min=0), equal_RB)
+    stays_BV = above_BV | (equal_BV & (equal_BV.cumsum(-1) <= kept_RB[shard.rank][:, None]))
+    sums_BV = torch.where(stays_BV, weights_BV, 0.0).cumsum(-1)
+    mass_RB = mass_RB + kept_RB * border_B
+    return _invert(logits_BV, sums_BV, mass_RB, torch.ones_like(mass_RB), normaliser_B, uniform_B, shard)
+
+
+def _invert(
+    logits_BV: Tensor,
+    sums_BV: Tensor,
+    mass_RB: Tensor,
+    scale_RB: Tensor,
+    normaliser_B: Tensor,
+    uniform_B: Tensor,
+    shard: VocabularyShard,
+) -> tuple[Tensor, Tensor]:
+    """Inverts the distribution function in the order of the ids.
 
     Args:
-        logits: [B, V] over the true vocabulary.
-        tokens: [B].
-
-    Returns:
-        [B] fp32.
+        logits_BV: this shard's.
+        sums_BV: running sums of this shard's masses in the shard's own unit, float64.
+        mass_RB: every shard's mass, in one unit for all.
+        scale_RB: every shard's own unit in that one.
+        normaliser_B: log-sum-exp of all logits.
+        uniform_B: the random numbers.
+        shard: this rank's.
     """
-    logits = logits.float()
-    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
+    until_RB = mass_RB.cumsum(0)
+    threshold_B = uniform_B * until_RB[-1]
+    # Less than the sum of all, so there is a shard, and it has a mass.
+    owner_B = (until_RB <= threshold_B).sum(0)
+    mine_B = owner_B == shard.rank
+    beyond_B = threshold_B - (until_RB[shard.rank] - mass_RB[shard.rank])
+    local_B1 = (beyond_B / scale_RB[shard.rank])[:, None]
+    last_B1 = (sums_BV < sums_BV[:, -1:]).sum(-1, keepdim=True)
+    index_B1 = torch.minimum((sums_BV <= local_B1).sum(-1, keepdim=True), last_B1)
+    chosen_B2 = torch.cat([(index_B1 + shard.first).double(), logits_BV.gather(1, index_B1).double()], dim=1)
+    chosen_B2 = shard.only_mine(chosen_B2, mine_B)
+    return chosen_B2[:, 0].long(), (chosen_B2[:, 1] - normaliser_B).float()
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x == -torch.inf, torch.zeros_like(x), x)
+
+
+def _sortable(x: Tensor) -> Tensor:
+    """Int32 numbers in the order of the fp32 numbers `x`; both zeros are one."""
+    return _flip((x + 0.0).view(torch.int32))
+
+
+def _from_sortable(keys: Tensor) -> Tensor:
+    return _flip(keys).view(torch.float32)
+
+
+def _flip(bits: Tensor) -> Tensor:
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -39,7 +39,9 @@ class StoredRollout:
 
     @property
     def finish_reason(self) -> str:
-        """`stop` or `length`, as inference servers say it."""
+        """`stop` or `length`, as inference servers say it, or `unfinished`."""
+        if self.rollout.unfinished:
+            return "unfinished"
         return "length" if self.rollout.cut else "stop"
 
 
@@ -69,8 +71,8 @@ class RolloutStore:
         write_text(path, "".join(json.dumps(line) + "\n" for line in (head, *map(_line, rows))))
         flush_directory(path.parent.parent)
 
-    def complete(self, step: int, weights_version: int) -> dict[str, StoredRollout] | None:
-        """All rows of a step by their ids, if all parts are there and were drawn by these weights; else None."""
+    def complete(self, step: int, weights_version: int) -> dict[tuple[str, int], StoredRollout] | None:
+        """All rows of a step by id and seed, if all parts are there and were drawn by these weights; else None."""
         parts: dict[int, set[int]] = {}
         for path in self._step(step).glob("part-*.jsonl"):
             if match := _PART.fullmatch(path.name):
@@ -81,8 +83,13 @@ class RolloutStore:
                     _read_part(self._step(step) / f"part-{part:04d}-of-{total:04d}.jsonl") for part in range(total)
                 ]
                 if all(head["weights_version"] == weights_version for head, _ in found):
-                    return {row.row_id: row for _, rows in found for row in rows}
+                    return {(row.row_id, row.seed): row for _, rows in found for row in rows}
         return None
+
+    def unfinished(self, step: int) -> list[StoredRollout] | None:
+        """Rows that a step left to the next, in an order that no layout changes; None if not all parts are there."""
+        rows = self.complete(step, step - 1)
+        return None if rows is None else [row for _, row in sorted(rows.items()) if row.rollout.unfinished]
 
     def steps(self) -> list[int]:
         """Steps of which anything is there."""
@@ -105,7 +112,7 @@ class RolloutStore:
 
 
 def _line(row: StoredRollout) -> dict[str, Any]:
-    return {
+    line = {
         "id": row.row_id,
         "seed": row.seed,
         "finish_reason": row.finish_reason,
@@ -113,6 +120,7 @@ def _line(row: StoredRollout) -> dict[str, Any]:
         "response": row.rollout.response,
         "log_probs": row.rollout.log_probs,
     }
+    return line | ({"segments": row.rollout.segments} if row.rollout.segments else {})
 
 
 def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
@@ -130,5 +138,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
 
 
 def _row(line: dict[str, Any], version: int) -> StoredRollout:
-    rollout = Rollout(line["response"], line["log_probs"], line["finish_reason"] == "length", version)
+    reason, segments = line["finish_reason"], line.get("segments", ())
+    parts = tuple((by, tokens) for by, tokens in segments)
+    rollout = Rollout(line["response"], line["log_probs"], reason == "length", version, reason == "unfinished", parts)
     return StoredRollout(line["id"], line["seed"], line["prompt"], rollout)

@@ -25,6 +25,7 @@ from nemo_popsd.testbed.contexts import ContextReport, report
 from nemo_popsd.testbed.data import DATA_SEED
 from nemo_popsd.testbed.problems import (
     DIFFICULTY,
+    FAMILIES,
     Difficulty,
     Problem,
     drill,
@@ -155,7 +156,7 @@ def pretrain(output: Path, recipe: Recipe, *, log_every: int = 50, quick_every: 
         quick_every: steps between quick looks at the accuracy, at which the model is saved too; 0 means none.
     """
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = save_tokenizer(output)
+    tokenizer = save_tokenizer(output, recipe.difficulty)
     torch.manual_seed(recipe.seed)
     model = Qwen3ForCausalLM(model_config(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
@@ -233,7 +234,7 @@ def _rate(step: int, recipe: Recipe) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, save, evaluate on the shipped validation rows; the figures are also written to `report.json`."""
+    """Train, save, evaluate on held-out problems, by default the shipped rows; writes `report.json` too."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(description="Train the embedded testbed model from scratch.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, its tokenizer and the report")
@@ -242,6 +243,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=recipe.batch)
     parser.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
     parser.add_argument("--matrix-rate", type=float, default=recipe.matrix_rate)
+    parser.add_argument(
+        "--families", nargs="+", choices=FAMILIES, default=list(recipe.difficulty.families), help="families of problems"
+    )
     parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
     parser.add_argument("--quick-every", type=int, default=0, help="steps between quick evaluations; 0: none")
     parser.add_argument("--measure-only", action="store_true", help="evaluate the model that is in the folder already")
@@ -255,12 +259,15 @@ def main(arguments: list[str] | None = None) -> None:
         batch=options.batch,
         learning_rate=options.learning_rate,
         matrix_rate=options.matrix_rate,
+        difficulty=replace(recipe.difficulty, families=tuple(options.families)),
     )
     if options.measure_only:
         model = Qwen3ForCausalLM.from_pretrained(str(options.output), dtype=torch.float32)
     else:
         model = pretrain(options.output, recipe, quick_every=options.quick_every)
-    reports = evaluate(model, build_tokenizer(), options.problems, seed=DATA_SEED)
+    reports = evaluate(
+        model, build_tokenizer(recipe.difficulty), options.problems, seed=DATA_SEED, difficulty=recipe.difficulty
+    )
     (options.output / "report.json").write_text(json.dumps([r.as_dict() for r in reports], indent=2) + "\n")
 
 

@@ -1,8 +1,14 @@
 r"""Small verifiable problems, their terse references, and worked solutions that doubt and correct themselves.
 
-A problem is a chain of definitions modulo 100::
+A problem is a chain of operations modulo 100. The embedded data and model know one family, a chain of definitions::
 
     Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d.
+
+The others (`FAMILIES`) tell the same operations in words, so that what is to be computed must be found first::
+
+    A ring has 100 places. Start at place 37, go 4 back, then 5 on, then 2 on. Which place is it?
+    A sequence begins with 37. For the next term take the last, times 3 minus 4, modulo 100. Find term 3.
+    A shop has 37 boxes. It sells 4, multiplies its stock by 3, buys 5. How many boxes, modulo 100?
 
 A **thoughtful** solution sometimes hesitates ("Maybe", "Perhaps"), recomputes by digits ("Check") and corrects itself
 ("Wait"). The digits are easy and the guess is hard, so checking is what makes it right. A **terse** solution states the
@@ -22,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 MODULUS = 100
@@ -30,9 +36,16 @@ MODULUS = 100
 NAMES = "abcdefghi"
 """Variable names, in order of definition."""
 
+Family = Literal["chain", "ring", "sequence", "stock"]
+FAMILIES: tuple[Family, ...] = ("chain", "ring", "sequence", "stock")
+"""All families of problems."""
+
 Split = Literal["pretraining", "train", "validation"]
 _BUCKETS: dict[Split, range] = {"validation": range(8), "train": range(8, 32), "pretraining": range(32, 256)}
 _HESITATIONS = ("Maybe", "Perhaps")
+_MOVES = {"+": "on", "-": "back"}
+_RULE = {"+": "plus {}", "-": "minus {}", "*": "times {}"}
+_EVENTS = {"+": "buys {}", "-": "sells {}", "*": "multiplies its stock by {}"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +66,8 @@ class Difficulty:
     """Share of its other steps that are checked after all."""
     mistake: float = 0.2
     """Share of hesitant guesses that are wrong, and corrected."""
+    families: tuple[Family, ...] = ("chain",)
+    """Families of problems, equally often."""
 
 
 DIFFICULTY = Difficulty()
@@ -81,12 +96,26 @@ class Problem:
 
     start: int
     steps: tuple[Step, ...]
+    family: Family = "chain"
 
     @property
     def question(self) -> str:
         """The problem statement."""
-        chain = "".join(f", {s.name} = {s.left} {s.op} {s.y}" for s in self.steps)
-        return f"Let a = {self.start}{chain}, all modulo {MODULUS}. Find {self.steps[-1].name}."
+        if self.family == "chain":
+            chain = "".join(f", {s.name} = {s.left} {s.op} {s.y}" for s in self.steps)
+            return f"Let a = {self.start}{chain}, all modulo {MODULUS}. Find {self.steps[-1].name}."
+        if self.family == "ring":
+            moves = ", then ".join(f"{s.y} {_MOVES[s.op]}" for s in self.steps)
+            return f"A ring has {MODULUS} places. Start at place {self.start}, go {moves}. Which place is it?"
+        if self.family == "sequence":
+            rule = " ".join(_RULE[s.op].format(s.y) for s in self.steps[:2])
+            term = len(self.steps) // 2 + 1
+            return (
+                f"A sequence begins with {self.start}. For the next term take the last, {rule}, modulo {MODULUS}. "
+                f"Find term {term}."
+            )
+        events = ", ".join(_EVENTS[s.op].format(s.y) for s in self.steps)
+        return f"A shop has {self.start} boxes. It {events}. How many boxes, modulo {MODULUS}?"
 
     @property
     def answer(self) -> str:
@@ -114,18 +143,32 @@ def apply(op: str, x: int, y: int) -> int:
 
 def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Problem:
     """Draw one problem of any split."""
+    families = difficulty.families
+    family = families[0] if len(families) == 1 else rng.choice(families)
     start = value = rng.randrange(2, MODULUS)
     steps: list[Step] = []
-    for i in range(rng.randint(difficulty.shortest, difficulty.longest)):
-        steps.append(_draw_step(rng, difficulty, i, value))
+    count = rng.randint(difficulty.shortest, difficulty.longest)
+    if family == "sequence":
+        count = max(2, count - count % 2)  # two operations make a term
+    if family == "ring":
+        difficulty = replace(difficulty, multiply=0.0)
+    for i in range(count):
+        if family == "sequence" and i >= 2:
+            steps.append(_step(i, value, steps[i - 2].op, steps[i - 2].y))
+        else:
+            steps.append(_draw_step(rng, difficulty, i, value))
         value = steps[-1].value
-    return Problem(start=start, steps=tuple(steps))
+    return Problem(start=start, steps=tuple(steps), family=family)
 
 
 def _draw_step(rng: random.Random, difficulty: Difficulty, i: int, x: int) -> Step:
     """Draw the definition after variable `i`, whose value is `x`."""
     op = "*" if rng.random() < difficulty.multiply else rng.choice("+-")
-    return Step(name=NAMES[i + 1], op=op, left=NAMES[i], x=x, y=rng.randint(2, difficulty.largest))
+    return _step(i, x, op, rng.randint(2, difficulty.largest))
+
+
+def _step(i: int, x: int, op: str, y: int) -> Step:
+    return Step(name=NAMES[i + 1], op=op, left=NAMES[i], x=x, y=y)
 
 
 def split_of(question: str) -> Split:

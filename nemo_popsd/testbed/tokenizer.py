@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nemo_popsd.testbed.problems import problems, response, terse_thoughts, thoughtful_thoughts
+from nemo_popsd.testbed.problems import DIFFICULTY, Difficulty, problems, response, terse_thoughts, thoughtful_thoughts
 from nemo_popsd.testbed.templates import CONTEXTS, user_turn
 
 END_OF_TEXT = "<|endoftext|>"
@@ -44,8 +44,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer from the testbed's own text; the same tokens every time."""
+def build_tokenizer(difficulty: Difficulty = DIFFICULTY) -> PreTrainedTokenizerFast:
+    """Build the tokenizer from the testbed's own text on such problems; the same tokens every time."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -59,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(_corpus(difficulty), trainer)
     tokenizer.add_special_tokens([END_OF_TEXT, TURN_START, TURN_END])
     # As in Qwen3, the thinking tags are single tokens that decoding keeps.
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in (THINK_START, THINK_END)])
@@ -76,17 +76,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def save_tokenizer(directory: Path, difficulty: Difficulty = DIFFICULTY) -> PreTrainedTokenizerFast:
     """Build the tokenizer and save it in Hugging Face format, its chat template inside `tokenizer_config.json`."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(difficulty)
     tokenizer.save_pretrained(str(directory), save_jinja_files=False)
     return tokenizer
 
 
-def _corpus() -> list[str]:
+def _corpus(difficulty: Difficulty) -> list[str]:
     """The text whose words become tokens."""
     texts = ["user\n", "assistant\n", "system\n", "You are a helpful assistant."]
-    for problem, rng in islice(problems("pretraining", _CORPUS_SEED), _CORPUS_PROBLEMS):
+    for problem, rng in islice(problems("pretraining", _CORPUS_SEED, difficulty), _CORPUS_PROBLEMS):
         texts += [user_turn(context, problem.question, problem.reference) for context in CONTEXTS]
-        texts += [response(t, problem.answer) for t in (terse_thoughts(problem), thoughtful_thoughts(problem, rng))]
+        texts += [
+            response(t, problem.answer)
+            for t in (terse_thoughts(problem), thoughtful_thoughts(problem, rng, difficulty))
+        ]
     return texts

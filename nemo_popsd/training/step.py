@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.distillation.build import build_divergence, build_target
-from nemo_popsd.errors import StopRequested
+from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.megatron.forward import forward_backward, student_batches
 from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -29,6 +31,8 @@ from nemo_popsd.training.self_check import check_student_equals_base
 from nemo_popsd.training.summary import summarize_step
 from nemo_popsd.training.trajectory import Trajectory
 
+logger = logging.getLogger(__name__)
+
 _CHECKED_SEQUENCES = 4
 
 
@@ -44,6 +48,7 @@ class OnPolicyStep:
         count_markers: Callable[[Sequence[int]], int],
         *,
         store: RolloutStore | None = None,
+        find_row: Callable[[str], PromptRow] | None = None,
         stop: StopSignals | None = None,
     ) -> None:
         """Builds target, objective and branches.
@@ -55,6 +60,8 @@ class OnPolicyStep:
             sampling: how.
             count_markers: epistemic markers in the text of a response's token ids.
             store: where rollouts are put before they are trained on; None keeps them in memory alone.
+            find_row: a training row by its id, for those that a step leaves to the next; needed, as `store` is, with
+                `rollout.tokens_per_step`.
             stop: asked after the rollouts, which a signal cuts short.
         """
         self._config = config
@@ -63,6 +70,7 @@ class OnPolicyStep:
         self._sampling = sampling
         self._count_markers = count_markers
         self._store = store
+        self._find_row = find_row
         self._stop = stop or StopSignals()
         self._may_be_stored = store is not None
         settings = config.distillation
@@ -140,19 +148,51 @@ class OnPolicyStep:
         )
 
     def _roll_out(self, number: int, rows: Sequence[PromptRow]) -> list[Trajectory]:
+        """Trajectories of the rows that ended, those of the step before included that it had left."""
         requests = [
             Request(row.contexts.student, row_seed(self._config.seed, "train", number, row.record.id)) for row in rows
         ]
+        earlier_rows, earlier = self._left_by(number - 1)
+        rows, requests = [*earlier_rows, *rows], [*earlier, *requests]
         rollouts = self._stored(number, rows, requests)
         if rollouts is None:
             try:
-                rollouts = self._engine.generate(requests, self._sampling)
+                rollouts = self._engine.generate(requests, replace(self._sampling, token_budget=self._budget(number)))
             except StopRequested:
                 self._stop.request()
             self._stop.raise_if_requested()
             assert rollouts is not None
             self._write(number, rows, requests, rollouts)
-        return [Trajectory(row, rollout) for row, rollout in zip(rows, rollouts, strict=True)]
+        left = sum(rollout.unfinished for rollout in rollouts)
+        if left:
+            logger.info("step %d leaves %d of this replica's %d rows to the next one", number, left, len(rows))
+        ended = [(row, rollout) for row, rollout in zip(rows, rollouts, strict=True) if not rollout.unfinished]
+        return [Trajectory(row, rollout) for row, rollout in ended]
+
+    def _budget(self, number: int) -> int:
+        """Tokens of this replica in step `number`; 0 for all rows to end."""
+        if number == self._config.training.steps:
+            return 0
+        return -(-self._config.rollout.tokens_per_step // self._student.dp_group.size())
+
+    def _left_by(self, number: int) -> tuple[list[PromptRow], list[Request]]:
+        """This replica's share of the rows that step `number` left, and the requests that go on with them."""
+        if not self._config.rollout.tokens_per_step or number == 0:
+            return [], []
+        assert self._store is not None
+        assert self._find_row is not None
+        left = self._store.unfinished(number)
+        if on_any_rank(left is None):
+            raise UserError(
+                "rollouts",
+                got=f"not all of step {number}'s in {self._store.folder}",
+                need="them, since rows that the step left wait there (rollout.tokens_per_step)",
+                mend="bring them back, or set output for another run",
+            )
+        assert left is not None
+        mine = left[self._student.dp_group.rank() :: self._student.dp_group.size()]
+        requests = [Request(stored.prompt, stored.seed, stored.rollout) for stored in mine]
+        return [self._find_row(stored.row_id) for stored in mine], requests
 
     def _stored(self, number: int, rows: Sequence[PromptRow], requests: Sequence[Request]) -> list[Rollout] | None:
         """Rollouts of these rows by these weights from an attempt that was cut off, if every rank finds its own.
@@ -163,9 +203,9 @@ class OnPolicyStep:
             return None
         self._may_be_stored = False
         stored = self._store.complete(number, number - 1) or {}
-        mine = [stored.get(row.record.id) for row in rows]
+        mine = [stored.get((row.record.id, request.seed)) for row, request in zip(rows, requests, strict=True)]
         fits = all(
-            found is not None and (found.seed, found.prompt) == (request.seed, list(request.prompt))
+            found is not None and found.prompt == list(request.prompt)
             for found, request in zip(mine, requests, strict=True)
         )
         return None if on_any_rank(not fits) else [found.rollout for found in mine if found is not None]

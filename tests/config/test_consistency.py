@@ -13,6 +13,7 @@ from nemo_popsd.config.consistency import (
 )
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.config import RolloutConfig
 
 
 @pytest.fixture
@@ -169,3 +170,37 @@ def test_a_run_does_not_remove_what_it_reads(runnable: PopsdConfig, setting: str
     setattr(owner, name, str(inside))
     with pytest.raises(UserError, match=f"{setting}=.*overwrite=true would remove"):
         check_training_run(runnable, world_size=1)
+
+
+def test_a_token_budget_needs_rollouts_on_disk_and_one_update() -> None:
+    with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with rollout\.save=false"):
+        RolloutConfig(tokens_per_step=5, save=False)
+    with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with rollout\.engine=vllm"):
+        RolloutConfig(tokens_per_step=5, engine="vllm")
+    config = PopsdConfig()
+    config.rollout.tokens_per_step, config.training.updates_per_step = 5, 2
+    with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with training\.updates_per_step=2"):
+        check_sections(config)
+    config.training.updates_per_step = 1
+    check_sections(config)
+
+
+def test_an_engine_that_cannot_run_is_refused_before_anything_is_made(runnable: PopsdConfig, tmp_path: Path) -> None:
+    runnable.rollout.vllm.python = str(tmp_path / "no" / "python")
+    check_training_run(runnable, world_size=1)  # not looked at, since the engine is another
+    runnable.rollout.engine = "vllm"
+    for check in (check_training_run, check_evaluation_run):
+        with pytest.raises(UserError, match=r"rollout\.vllm\.python=.*cannot be run.*make vllm-env"):
+            check(runnable, world_size=1)
+    assert not Path(runnable.output).parent.exists()
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 0.14.1\n")
+    python.chmod(0o755)
+    runnable.rollout.vllm.python = str(python)
+    check_training_run(runnable, world_size=1)
+    runnable.rollout.vllm.tensor = 4
+    runnable.parallel.tensor = 2
+    with pytest.raises(UserError, match=r"rollout\.vllm\.tensor=4 on the 2 ranks of a replica"):
+        check_training_run(runnable, world_size=2)
+    runnable.rollout.vllm.launcher = ["srun", "--overlap"]
+    check_training_run(runnable, world_size=2)

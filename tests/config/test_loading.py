@@ -92,7 +92,7 @@ def test_unknown_key_of_an_override_names_the_nearest(tmp_path: Path, override: 
 
 
 def test_unknown_key_without_a_near_one_lists_the_section(tmp_path: Path) -> None:
-    assert "a key of rollout: temperature, top_p" in refusal(write(tmp_path, ""), "rollout.zzz=1")
+    assert "a key of rollout: engine, temperature, top_p" in refusal(write(tmp_path, ""), "rollout.zzz=1")
     assert "sections are student, parallel" in refusal(write(tmp_path, "zzz: 1"))
 
 

@@ -5,6 +5,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from nemo_popsd.data.config import ColumnsConfig, DataConfig, SourceConfig
+from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import build_dataset, build_evaluation_prompts
 from nemo_popsd.data.report import DataReport
 from nemo_popsd.data.sampler import StepSampler, collate
@@ -73,6 +74,32 @@ def test_access_is_repeatable_and_ends_like_a_list(tmp_path: Path) -> None:
     dataset, _ = build_dataset(given, given.train, small.tokenizer())
     assert dataset[1] == dataset[1]
     assert [row.record.id for row in dataset] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
+
+
+def test_a_borrowed_reference_is_always_the_same_and_another_rows(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n}+{n}?", "reference": str(2 * (n // 2))} for n in range(8)]  # pairs share one
+    given = config(small.write_jsonl(tmp_path / "a.jsonl", rows))
+    own, _ = build_dataset(given, given.train, small.tokenizer())
+    privileged, _ = build_dataset(given, given.train, small.tokenizer(), Borrowed.PRIVILEGED)
+    second, _ = build_dataset(given, given.train, small.tokenizer(), Borrowed.SECOND)
+    questions = [row.contexts.student for row in own]
+    for plain, lent, wrong in zip(own, privileged, second, strict=True):
+        assert lent.contexts.student == wrong.contexts.student == plain.contexts.student
+        assert lent.contexts.reference == plain.contexts.reference
+        assert wrong.contexts.privileged == plain.contexts.privileged
+        # The same words around another reference: the privileged context of no row.
+        assert lent.contexts.privileged == wrong.contexts.reference
+        assert lent.contexts.privileged not in [row.contexts.privileged for row in own]
+        assert lent.contexts.reference_text == plain.contexts.reference_text
+    assert [row.contexts.student for row in privileged] == questions
+    assert [row.contexts for row in privileged] == [row.contexts for row in privileged]
+
+
+def test_rows_that_share_one_reference_have_none_to_lend(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n}?", "reference": "2"} for n in range(3)]
+    given = config(small.write_jsonl(tmp_path / "a.jsonl", rows))
+    with pytest.raises(UserError, match=r"3 rows, none of which has another reference than row a\.jsonl:1"):
+        build_dataset(given, given.train, small.tokenizer(), Borrowed.SECOND)
 
 
 def test_data_loader_over_the_step_sampler(tmp_path: Path) -> None:

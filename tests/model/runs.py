@@ -68,10 +68,10 @@ def _train(rank: int, world_size: int, output: Path, words: tuple[str, ...], pla
 
 
 def _plant(plan: dict[str, Any]) -> None:
-    from nemo_popsd.rollout import megatron_engine
+    from nemo_popsd.megatron.decoding import SlotDecoder
     from nemo_popsd.training.step import OnPolicyStep
 
-    call, forward = OnPolicyStep.__call__, megatron_engine.cached_logits
+    call, forward = OnPolicyStep.__call__, SlotDecoder.next_logits
     here = {"step": 0, "tokens": 0}
 
     def count(self: Any, number: int, *args: Any) -> Any:
@@ -92,7 +92,7 @@ def _plant(plan: dict[str, Any]) -> None:
     trained = OnPolicyStep._accumulate
     OnPolicyStep.__call__ = count  # type: ignore[method-assign]
     OnPolicyStep._accumulate = accumulate  # type: ignore[method-assign]
-    megatron_engine.cached_logits = decode
+    SlotDecoder.next_logits = decode  # type: ignore[method-assign]
 
 
 def metrics(output: Path, name: str) -> list[tuple[int, float]]:

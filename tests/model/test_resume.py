@@ -209,3 +209,72 @@ def test_saving_in_the_background_keeping_the_best_and_overwriting(whole: Path, 
     assert [step for step, _ in metrics(output, "train/loss")] == [1]
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["final", "latest"]
     assert len(rollouts(output)) == 1
+
+
+BUDGET = (
+    "rollout.tokens_per_step=40",
+    "rollout.batch_rows=2",
+    "training.prompts_per_step=6",
+    "data.train.limit=12",
+)
+"""Six rows of at most 12 tokens, two at a time; an epoch of two steps, so that a row and its successor meet."""
+
+
+@pytest.fixture(scope="module")
+def budgeted(runs: Path) -> Path:
+    assert train(runs / "budget", *BUDGET)[0][0] == 0
+    return runs / "budget"
+
+
+def test_rows_that_a_step_leaves_are_trained_on_in_the_next(budgeted: Path) -> None:
+    from nemo_popsd.rollout.storage import RolloutStore
+
+    store = RolloutStore(budgeted)
+    left: dict[tuple[str, int], list[int]] = {}
+    ended = 0
+    for step in store.steps():
+        rows = {(row.row_id, row.seed): row for row in store.read(step)}
+        assert set(left) < set(rows)
+        for key, begun in left.items():
+            rollout = rows[key].rollout
+            assert rollout.response[: len(begun)] == begun
+            assert not rollout.unfinished
+            if begun:
+                assert rollout.parts == ((step - 2, len(begun)), (step - 1, len(rollout.response) - len(begun)))
+        left = {key: row.rollout.response for key, row in rows.items() if row.rollout.unfinished}
+        assert bool(left) == (step < 4), "every step but the last leaves some"
+        ended += len(rows) - len(left)
+    assert ended == 4 * 6, "each row is trained on once"
+
+
+def test_a_killed_run_finds_the_rows_that_were_left(budgeted: Path, runs: Path) -> None:
+    """Killed in step 4, taken up after step 2: steps 3 and 4 go on with what steps 2 and 3 left."""
+    output = runs / "budget, killed"
+    train_and_die(output, *BUDGET, plan={"step": 4})
+    assert train(output, *BUDGET)[0][0] == 0
+    assert differences(budgeted / "checkpoints" / "final", output / "checkpoints" / "final") == []
+    assert rollouts(budgeted) == rollouts(output)
+    assert metrics(budgeted, "train/loss") == metrics(output, "train/loss")
+
+
+def test_without_the_rows_that_were_left_a_run_does_not_go_on(budgeted: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(budgeted, moved)
+    shutil.rmtree(moved / "checkpoints" / "final")
+    (moved / "DONE").unlink()
+    shutil.rmtree(moved / "rollouts" / "step-000002")
+    status, told = train(moved, *BUDGET)[0]
+    assert status == 2
+    assert "not all of step 2's in" in told
+
+
+def test_two_replicas_share_the_budget_and_the_rows_that_were_left(runs: Path) -> None:
+    from nemo_popsd.rollout.storage import RolloutStore
+
+    output = runs / "budget, two replicas"
+    assert [status for status, _ in train(output, *BUDGET, ranks=2)] == [0, 0]
+    store = RolloutStore(output)
+    assert all(store.unfinished(step) for step in (1, 2, 3))
+    assert store.unfinished(4) == []
+    ended = [row.seed for step in store.steps() for row in store.read(step) if not row.rollout.unfinished]
+    assert len(ended) == len(set(ended)) == 4 * 6

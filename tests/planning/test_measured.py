@@ -94,18 +94,17 @@ def _never_stops(run: Any, engine: Any) -> Any:
 
 
 def _watch_caches() -> list[int]:
-    """Bytes of the engine's cache after each forward from now on."""
-    from nemo_popsd.rollout import megatron_engine
+    """Bytes of the engine's cache at each step of decoding from now on."""
+    from nemo_popsd.megatron.decoding import SlotDecoder
 
     seen: list[int] = []
-    forward = megatron_engine.cached_logits
+    forward = SlotDecoder.next_logits
 
-    def watched(chunks: Any, inputs: Any, cache: Any) -> Any:
-        result = forward(chunks, inputs, cache)
-        seen.append(_bytes(t for pair in cache.key_value_memory_dict.values() for t in pair))
-        return result
+    def watched(self: SlotDecoder, *args: Any) -> Any:
+        seen.append(self.cache_bytes)
+        return forward(self, *args)
 
-    megatron_engine.cached_logits = watched
+    SlotDecoder.next_logits = watched  # type: ignore[method-assign]
     return seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,57 @@ def test_responses_are_those_of_one_process(model: Path, one: dict[str, Any], la
         assert seen["same after"], "the training forward is what it was"
         assert seen["trains"]
     assert any(seen["states"] == len(REQUESTS) for seen in ranks)
+
+
+EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2 sp": (2, {"tensor": 2, "sequence": True}),
+    "ep2": (2, {"expert": 2}),
+    "tp2 sp ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}),
+    "pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
+}
+
+
+def observe_experts(rank: int, world_size: int, model: Path, parallel: dict[str, Any]) -> dict[str, Any]:
+    """Responses of a mixture of experts to this data-parallel rank's share of the requests; shares are unequal."""
+    from megatron.core import parallel_state
+
+    from nemo_popsd.rollout.megatron_engine import MegatronEngine
+
+    student = build_student(model, parallel=parallel)
+    engine = MegatronEngine(
+        student.chunks, vocab_size=student.vocab_size, batch_rows=4, cache_tokens=1 << 20, weights_version=lambda: 3
+    )
+    share, shares = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = [n for n in range(len(REQUESTS)) if shares == 1 or (n < 2) == (share == 0)]
+    left = engine.generate([REQUESTS[n] for n in mine], replace(RANDOM, token_budget=20))
+    return {
+        "numbers": mine,
+        "random": engine.generate([REQUESTS[n] for n in mine], RANDOM),
+        "left": left,
+    }
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("mixture") / "hf", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def one_mixture(mixture: Path) -> dict[str, Any]:
+    return run_ranks(observe_experts, 1, mixture, {})[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_experts_on_several_ranks_draw_what_one_process_does(
+    mixture: Path, one_mixture: dict[str, Any], layout: str
+) -> None:
+    ranks = run_ranks(observe_experts, EXPERTS[layout][0], mixture, EXPERTS[layout][1])
+    assert set().union(*(seen["numbers"] for seen in ranks)) == set(range(len(REQUESTS)))
+    for seen in ranks:
+        for number, actual, left in zip(seen["numbers"], seen["random"], seen["left"], strict=True):
+            expected = one_mixture["random"][number]
+            assert (actual.response, actual.cut) == (expected.response, expected.cut)
+            assert actual.log_probs == pytest.approx(expected.log_probs, abs=2e-5)
+            assert left.response == expected.response[: len(left.response)]
+    assert any(left.unfinished for seen in ranks for left in seen["left"])

@@ -20,6 +20,10 @@ PROMPTS = [[11, 150, 7], [42], [3, 3, 9, 100, 77, 61, 180], [90, 14, 4, 55], [42
 REQUESTS = [Request(prompt, seed=100 + number) for number, prompt in enumerate(PROMPTS)]
 GREEDY = SamplingParams(0.0, 1.0, 0, LIMIT, frozenset())
 RANDOM = SamplingParams(1.1, 0.95, 50, LIMIT, frozenset(range(0, 203, 14)))  # one token in fourteen stops
+TOP_P = SamplingParams(1.2, 0.9, 0, LIMIT, RANDOM.stop_token_ids)
+REPEATED = [Request(PROMPTS[number % 3], seed=500 + number) for number in range(15)]
+"""Three prompts, five seeds each."""
+BUDGET = 50
 PLANTED = 1000.0
 
 
@@ -57,6 +61,7 @@ def stops(greedy: list[list[int]]) -> frozenset[int]:
 
 def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> dict[str, Any]:
     """All that the tests look at, from one start."""
+    from nemo_popsd.megatron.decoding import SlotDecoder
     from nemo_popsd.megatron.forward import frozen_hidden_states, output_weight, student_batches
     from nemo_popsd.megatron.microbatches import ContextSequence
     from nemo_popsd.rollout.megatron_engine import MegatronEngine
@@ -74,6 +79,14 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
             weights_version=lambda: version[0],
         )
 
+    prefilled: list[list[int]] = []
+
+    def watched(decoder: Any, slots: torch.Tensor, inputs: torch.Tensor) -> None:
+        prefilled.extend(inputs.tolist())
+        prefill(decoder, slots, inputs)
+
+    prefill = SlotDecoder.prefill
+    SlotDecoder.prefill = watched  # type: ignore[method-assign]
     with torch.no_grad():  # padded rows that would win every draw
         first = rank * student.weight.shape[0]
         student.weight[max(0, student.vocab_size - first) :] = PLANTED
@@ -82,6 +95,8 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
         "greedy": engine().generate(REQUESTS, GREEDY),
         "stopped": engine().generate(REQUESTS, replace(GREEDY, stop_token_ids=stops)),
         "random": engine().generate(REQUESTS, RANDOM),
+        "top-p": engine().generate(REQUESTS, TOP_P),
+        "top-p, two rows": engine(2).generate(REQUESTS, TOP_P),
         "one by one": engine(1).generate(REQUESTS, RANDOM),
         "three rows": engine(3).generate(REQUESTS[::-1], RANDOM)[::-1],
         "alone": [engine().generate([request], RANDOM)[0] for request in REQUESTS],
@@ -90,6 +105,19 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
         "one token": engine().generate(REQUESTS, replace(RANDOM, max_response_tokens=1)),
         "trains again": student.gpt.training,
     }
+    budgeted = replace(RANDOM, token_budget=BUDGET)
+    for name, rows in (("left", 64), ("left, two rows", 2)):
+        seen[name] = engine(rows).generate(REQUESTS, budgeted)
+        version[0] = 1
+        rest = [replace(q, begun=r) for q, r in zip(REQUESTS, seen[name], strict=True) if r.unfinished]
+        others = [Request([9, 9], seed=7), Request([8] * 5, seed=8), Request([4], seed=9)]
+        seen[f"{name}, then"] = engine(rows).generate([*others, *rest], replace(budgeted, token_budget=1))
+        version[0] = 0
+    for name, rows in (("repeated", 64), ("repeated, four rows", 4), ("repeated, one row", 1)):
+        prefilled.clear()
+        seen[name] = engine(rows).generate(REPEATED[::-1], RANDOM)[::-1]
+        seen[f"prefilled, {name}"] = sorted(prefilled)
+    seen["repeated alone"] = [engine().generate([request], RANDOM)[0] for request in REPEATED]
     sequences = [ContextSequence(q.prompt, r.response) for q, r in zip(REQUESTS, seen["random"], strict=True)]
     batches = student_batches(student.chunks, sequences, 1000, packed=False)
     hidden = frozen_hidden_states(student.chunks, batches)
@@ -160,6 +188,48 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch(one: dict[str, Any]) -> 
     for name in ("one by one", "three rows", "alone", "small cache"):
         assert responses(one[name]) == responses(one["random"]), name
         assert [r.cut for r in one[name]] == [r.cut for r in one["random"]]
+    assert responses(one["top-p, two rows"]) == responses(one["top-p"]) != responses(one["random"])
+
+
+def test_rows_with_the_same_prompt_share_its_prefill(one: dict[str, Any]) -> None:
+    """Each of the three prompts is computed once, but for its last token, however many slots there are."""
+    alone = responses(one["repeated alone"])
+    assert len({tuple(response) for response in alone}) == len(REPEATED)
+    for name in ("repeated", "repeated, four rows", "repeated, one row"):
+        assert responses(one[name]) == alone, name
+        tokens = [token for prompt in one[f"prefilled, {name}"] for token in prompt]
+        assert len(one[f"prefilled, {name}"]) == sum(len(prompt) > 1 for prompt in PROMPTS[:3])
+        assert set(tokens) <= {token for prompt in PROMPTS[:3] for token in prompt[:-1]} | {0}
+
+
+@pytest.mark.parametrize("name", ["left", "left, two rows"])
+def test_rows_that_a_budget_leaves_go_on_as_if_nothing_had_been(
+    one: dict[str, Any], two: list[dict[str, Any]], name: str
+) -> None:
+    """With the same weights the two parts are what one call draws; the second call finishes what was begun."""
+    whole, left = one["random"], one[name]
+    unfinished = [number for number, rollout in enumerate(left) if rollout.unfinished]
+    assert 0 < len(unfinished) < len(left)
+    assert 0 < sum(len(rollout.response) for rollout in left) <= BUDGET
+    for rollout, expected in zip(left, whole, strict=True):
+        assert rollout.response == expected.response[: len(rollout.response)]
+        assert rollout.unfinished == (len(rollout.response) < len(expected.response))
+        assert rollout.segments == ()
+    then = one[f"{name}, then"]
+    for number, rollout in zip(unfinished, then[3:], strict=True):
+        assert not rollout.unfinished
+        assert (rollout.response, rollout.cut) == (whole[number].response, whole[number].cut)
+        assert rollout.log_probs == pytest.approx(whole[number].log_probs, abs=1e-5)
+        begun = len(left[number].response)
+        assert rollout.parts == (
+            ((0, begun), (1, len(rollout.response) - begun)) if begun else ((1, len(rollout.response)),)
+        )
+        assert rollout.weights_version == 1
+    assert any(rollout.segments for rollout in then)
+    assert any(rollout.unfinished for rollout in then[:3])  # the budget was used up
+    for seen in two:
+        assert responses(seen[name]) == responses(left)
+        assert responses(seen[f"{name}, then"]) == responses(then)
 
 
 def test_seeds_decide(one: dict[str, Any]) -> None:
@@ -169,7 +239,7 @@ def test_seeds_decide(one: dict[str, Any]) -> None:
 def test_padded_entries_are_never_drawn(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """Their rows of the output matrix were made large; the other tests show that nothing else changed."""
     for seen in (one, *two):
-        for name in ("greedy", "random", "one token", "other weights"):
+        for name in ("greedy", "random", "top-p", "one token", "other weights"):
             assert all(token < 203 for response in responses(seen[name]) for token in response)
 
 
@@ -188,7 +258,16 @@ def test_weights_are_live_and_their_version_is_told(one: dict[str, Any]) -> None
 
 def test_two_ranks_draw_what_one_does(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for seen in two:
-        for name in ("greedy", "stopped", "random", "three rows", "one token", "other weights"):
+        for name in (
+            "greedy",
+            "stopped",
+            "random",
+            "top-p",
+            "three rows",
+            "repeated, four rows",
+            "one token",
+            "other weights",
+        ):
             assert responses(seen[name]) == responses(one[name]), name
         for rollout, expected in zip(seen["random"], one["random"], strict=True):
             assert rollout.log_probs == pytest.approx(expected.log_probs, abs=1e-5)

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.sampling import log_probs_of, sample, uniforms
+from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
+
+
+def whole(logits: torch.Tensor) -> VocabularyShard:
+    return VocabularyShard(0, logits.shape[-1])
+
+
+def sample(logits: torch.Tensor, sampling: SamplingParams, uniform: torch.Tensor) -> torch.Tensor:
+    return draw(logits, sampling, uniform, whole(logits))[0]
 
 
 def params(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingParams:
@@ -21,7 +29,7 @@ def reference_distribution(logits: torch.Tensor, sampling: SamplingParams) -> to
         order = order[: sampling.top_k]
     kept, mass, total = [], 0.0, float(sum(p[token] for token in order))
     for token in order:
-        if kept and mass / total >= sampling.top_p:
+        if kept and sampling.top_p < 1 and mass / total >= sampling.top_p:
             break
         kept.append(token)
         mass += float(p[token])
@@ -137,6 +145,8 @@ def test_random_numbers_depend_on_the_rows_own_seed_alone() -> None:
 def test_log_probabilities_are_those_of_the_model_itself(dtype: torch.dtype) -> None:
     logits = 5 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     logits = logits.to(dtype)
-    tokens = torch.tensor([0, 39, 7, 7, 12, 3])
-    expected = torch.log_softmax(logits.double(), -1)[torch.arange(6), tokens]
-    torch.testing.assert_close(log_probs_of(logits, tokens).double(), expected, atol=2e-6, rtol=1e-6)
+    for sampling in SETTINGS:
+        tokens, log_probs = draw(logits, sampling, torch.linspace(0, 0.99, 6).double(), whole(logits))
+        expected = torch.log_softmax(logits.double(), -1)[torch.arange(6), tokens]
+        assert log_probs.dtype == torch.float32
+        torch.testing.assert_close(log_probs.double(), expected, atol=2e-6, rtol=1e-6)

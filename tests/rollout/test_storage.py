@@ -22,8 +22,9 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
     assert store.complete(7, 6) is None  # a part is missing
     store.write(7, [row("c")], part=1, parts=2)
     found = store.complete(7, 6)
-    assert found == {"a": row("a"), "b": row("b", cut=True), "c": row("c")}
-    assert str(found["a"].rollout.log_probs) == str(row("a").rollout.log_probs)
+    seed = row("a").seed
+    assert found == {("a", seed): row("a"), ("b", seed): row("b", cut=True), ("c", seed): row("c")}
+    assert str(found["a", seed].rollout.log_probs) == str(row("a").rollout.log_probs)
     assert [line.row_id for line in store.read(7)] == ["a", "b", "c"]
     assert [line.finish_reason for line in store.read(7)] == ["stop", "length", "stop"]
     assert store.complete(7, 5) is None  # by other weights
@@ -31,11 +32,28 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_rows_that_a_step_left_wait_for_the_next(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    assert store.unfinished(7) is None
+    left = StoredRollout("z", 5, [5, 6], Rollout([7], [-0.5], False, 6, unfinished=True))
+    never_begun = StoredRollout("a", 9, [5], Rollout([], [], False, 6, unfinished=True))
+    continued = StoredRollout("b", 3, [5], Rollout([7, 8, 9], [-1.0] * 3, True, 6, segments=((5, 2), (6, 1))))
+    store.write(7, [left, continued], part=0, parts=2)
+    assert store.unfinished(7) is None  # a part is missing
+    store.write(7, [row("c"), never_begun], part=1, parts=2)
+    assert store.unfinished(7) == [never_begun, left]
+    rows = list(store.read(7))
+    assert rows == [left, continued, row("c"), never_begun]
+    assert [line.finish_reason for line in rows] == ["unfinished", "length", "stop", "unfinished"]
+    assert rows[1].rollout.parts == ((5, 2), (6, 1))
+    assert rows[0].rollout.parts == ((6, 1),)
+
+
 def test_parts_of_another_layout_do_not_mix(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     store.write(1, [row("a", 0)], part=0, parts=2)
     store.write(1, [row("a", 0), row("b", 0)], part=0, parts=1)
-    assert set(store.complete(1, 0) or {}) == {"a", "b"}
+    assert {name for name, _ in store.complete(1, 0) or {}} == {"a", "b"}
 
 
 def test_later_steps_can_be_removed(tmp_path: Path) -> None:

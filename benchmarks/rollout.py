@@ -1,0 +1,236 @@
+"""Tokens per second of the rollout engines on one model and the same prompts, weight updates, and the split of a step.
+
+    python -m benchmarks.rollout                     # the tables of RESULTS-rollout.md: about half an hour
+    python -m benchmarks.rollout --quick             # a few minutes, prints only
+    python -m benchmarks.rollout --before CHECKOUT   # also the engine of another checkout of this repository
+    POPSD_VLLM_PYTHON=.vllm-venv/bin/python python -m benchmarks.rollout     # also vLLM, in its own environment
+
+Each engine runs in a process of its own with one thread (`benchmarks/rollout_worker.py`), and they are asked in turns;
+seconds are the least of the repetitions. All draw at temperature 1 without filter, each with random numbers of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loss import table
+from benchmarks.measure import machine
+from nemo_popsd.data.tokenizer import load_tokenizer
+from nemo_popsd.testbed import asset
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_name("RESULTS-rollout.md")
+MODEL = asset("nemo_popsd:tiny_reasoner")
+OURS, BEFORE, THEIRS, VLLM = "Megatron engine", "Megatron engine before", "transformers.generate", "vLLM"
+
+
+class Worker:
+    """An engine in its process."""
+
+    def __init__(self, engine: str, *, python: str = sys.executable, checkout: Path | None = ROOT) -> None:
+        """`checkout`: whose `nemo_popsd` it uses."""
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+        if checkout is not None:
+            environment["PYTHONPATH"] = str(checkout)
+        script = str(Path(__file__).with_name("rollout_worker.py"))
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._process = subprocess.Popen(
+            [python, script, engine, str(MODEL)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        self._read()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request; waits for the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._log.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"a worker ended:\n{self._log.read()[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How long responses are."""
+
+    name: str
+    limit: int
+    stops: tuple[int, ...]
+    batches: int
+    """Requests are as many batches."""
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """Short and long responses, of one length and of mixed lengths."""
+    tokenizer = load_tokenizer(MODEL, setting="student.source")
+    end = int(tokenizer.eos_token_id)
+    # Not stopped at its end, the model goes on with other turns; stopped at one token in some 270 it makes lengths
+    # that are spread over the whole range.
+    (rare,) = tokenizer.encode("Then", add_special_tokens=False)
+    every = [
+        Workload("short: 32 tokens", 32, (), 1),
+        Workload("the model's own stops, at most 256", 256, (end,), 1),
+        Workload("the same, 4 batches", 256, (end,), 4),
+        Workload("long: 512 tokens", 512, (), 1),
+        Workload("long, mixed: at most 768, 4 batches", 768, (rare,), 4),
+    ]
+    return every[:2] if quick else every
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Prompts of the embedded training rows, as a run renders them, over and over."""
+    tokenizer = load_tokenizer(MODEL, setting="student.source")
+    rows = [json.loads(line) for line in asset("nemo_popsd:tiny_train").read_text().splitlines()]
+    made = []
+    for number in range(count):
+        question = rows[number % len(rows)]["question"]
+        turn = f"{question}\nThink step by step and put the answer in \\boxed{{}}."
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
+        )
+        made.append(tokenizer.encode(str(text), add_special_tokens=False))
+    return made
+
+
+def speeds(workers: dict[str, Worker], quick: bool) -> list[list[str]]:
+    """Rows: lengths, batch, mean length, and of each engine tokens/s and the ratio to transformers'."""
+    rows = []
+    for workload in workloads(quick):
+        for batch in (1, 8, 64):
+            best: dict[str, tuple[float, float]] = {}
+            repetitions = 1 if quick or workload.limit * workload.batches > 512 else 2
+            asked = prompts(batch * workload.batches)
+            for _ in range(repetitions):
+                for name, worker in workers.items():
+                    answer = worker.ask(prompts=asked, batch=batch, limit=workload.limit, stops=list(workload.stops))
+                    tokens = sum(answer["lengths"])
+                    speed = tokens / answer["seconds"]
+                    best[name] = max(best.get(name, (0.0, 0.0)), (speed, tokens / len(asked)))
+            length = f"{best[OURS][1]:.0f}"
+            cells = [
+                f"{best[name][0]:,.0f} ({best[name][0] / best[THEIRS][0]:.2f})" if name in best else "not run"
+                for name in (OURS, BEFORE, THEIRS, VLLM)
+            ]
+            rows.append([workload.name, str(batch), length, *cells])
+            print(" | ".join(rows[-1]), flush=True)
+    return rows
+
+
+def updates(workers: dict[str, Worker]) -> list[list[str]]:
+    """Rows: engine, how new weights come to it, bytes, seconds."""
+    rows = [[OURS, "it computes with the trained tensors", "0", "0"]]
+    with tempfile.TemporaryDirectory() as folder:
+        exported = workers[OURS].ask(export=folder)
+        loaded = workers[THEIRS].ask(load=folder)
+        seconds = exported["seconds"] + loaded["seconds"]
+        rows.append([THEIRS, "export to safetensors, load", f"{2 * exported['bytes']:,}", f"{seconds:.3f}"])
+    if python := os.environ.get("POPSD_VLLM_PYTHON"):
+        sent = workers[OURS].ask(send=python)
+        measured = [f"{sent['bytes']:,}", f"{sent['seconds']:.3f}"] if sent else ["not measured", "not measured"]
+        rows.append([VLLM, "rollout.engine=vllm: buckets to the server, under a version", *measured])
+    return rows
+
+
+def split_of_a_step(checkout: Path, steps: int) -> dict[str, float]:
+    """Median seconds of the phases of conf/tiny.yaml's steps but the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        settings = [f"output={output}", f"training.steps={steps}", "training.export_huggingface=false"]
+        settings += ["training.checkpoint_every=0", "evaluation.problems=2", "observability.progress_bar=false"]
+        command = [sys.executable, "-m", "nemo_popsd", "train", str(checkout / "conf" / "tiny.yaml"), *settings]
+        environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    of_phase = {name: [line[key] for line in lines if (key := f"train/seconds_{name}") in line] for name in PHASES}
+    return {name: statistics.median(values[1:]) for name, values in of_phase.items()}
+
+
+PHASES = ("rollout", "frozen", "train")
+
+
+def splits(before: Path | None, quick: bool) -> list[list[str]]:
+    """Rows: engine, seconds of each phase, their sum, share of the rollouts."""
+    rows = []
+    for name, checkout in ((BEFORE, before), (OURS, ROOT)):
+        if checkout is not None:
+            seconds = split_of_a_step(checkout, 3 if quick else 8)
+            total = sum(seconds.values())
+            each = [f"{seconds[phase]:.2f}" for phase in PHASES]
+            rows.append([name, *each, f"{total:.2f}", f"{seconds['rollout'] / total:.0%}"])
+            print(" | ".join(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few and short responses; prints only")
+    parser.add_argument("--before", type=Path, help="another checkout, whose engine is measured beside")
+    options = parser.parse_args()
+    workers = {OURS: Worker("megatron"), THEIRS: Worker("transformers")}
+    if options.before:
+        workers[BEFORE] = Worker("megatron", checkout=options.before.resolve())
+    if python := os.environ.get("POPSD_VLLM_PYTHON"):
+        workers[VLLM] = Worker("vllm", python=python, checkout=None)
+    for worker in workers.values():
+        worker.ask(prompts=prompts(2), batch=2, limit=8, stops=[])
+    print(machine(), flush=True)
+    parts = [
+        "## Tokens per second\n\nIn brackets the ratio to transformers.generate. *length* is the mean of ours.",
+        table(
+            ["lengths", "batch", "length", *(name for name in (OURS, BEFORE, THEIRS, VLLM))],
+            speeds(workers, options.quick),
+        ),
+        "## New weights, after a step of the embedded model",
+        table(["engine", "how", "bytes", "s"], updates(workers)),
+    ]
+    for worker in workers.values():
+        worker.close()
+    parts += [
+        "## Seconds of a step of conf/tiny.yaml, one thread, median",
+        table(["engine", *PHASES, "sum", "share of rollouts"], splits(options.before, options.quick)),
+    ]
+    text = "\n\n".join(parts)
+    print(text)
+    if not options.quick:
+        command = shlex.join(["python", "-m", "benchmarks.rollout", *sys.argv[1:]])
+        head = f"# Results of `{command}`\n\n{datetime.date.today():%d %B %Y}. {machine()}; one thread for each engine."
+        old = RESULTS.read_text() if RESULTS.exists() else ""
+        RESULTS.write_text(f"{head}\n\n{text}\n" + (f"\n{old}" if old else ""))
+
+
+if __name__ == "__main__":
+    main()

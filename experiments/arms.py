@@ -1,0 +1,53 @@
+"""The arms: what each changes in experiments/conf.yaml, by configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_TARGET, _KIND = "distillation.target", "distillation.divergence.kind"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of training."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...]
+
+
+def _purified(cap: str, beta: str) -> Arm:
+    return Arm(
+        f"purified-c{cap}-b{beta}",
+        f"Purified, c={'none' if cap == 'null' else cap}, β={beta}",
+        (f"{_TARGET}.family=purified", f"{_TARGET}.cap={cap}", f"{_TARGET}.beta={beta}"),
+    )
+
+
+PURIFIED = _purified("10", "1")
+"""The paper's."""
+
+OPSD = Arm("opsd-jsd", "OPSD, JSD", (f"{_TARGET}.family=opsd",))
+
+ARMS = (
+    OPSD,
+    Arm("opsd-forward-kl", "OPSD, forward KL", (f"{_TARGET}.family=opsd", f"{_KIND}=forward_kl")),
+    Arm("beta-opsd", "β-OPSD, w=0.5", (f"{_TARGET}.family=beta_opsd", f"{_TARGET}.weight=0.5")),
+    Arm("student-pmi", "PMI on the live student", (f"{_TARGET}.family=student_pmi",)),
+    Arm("other-reference", "OPSD, other problem's reference", (f"{_TARGET}.family=other_reference",)),
+    PURIFIED,
+    *(_purified(cap, "1") for cap in ("5", "20", "null")),
+    *(_purified("10", beta) for beta in ("0.5", "2")),
+)
+"""All arms; the untrained base is what each of them begins with."""
+
+RATES = ("1.0e-4", "3.0e-4")
+"""Learning rates that every arm is tried with, once each, on the tuning rows."""
+SEEDS = (1, 2, 3, 4, 5)
+"""Seeds of the order of the rows, of rollouts and of the answers to held-out problems."""
+TUNING_SEED = 0
+
+
+def arm(name: str) -> Arm:
+    """The arm of that name."""
+    return next(each for each in ARMS if each.name == name)

@@ -1,0 +1,154 @@
+"""One token of each row through megatron-core's plain decoder layers, without what a step of decoding does not need.
+
+A layer's own forward takes some 60 calls in Python around a dozen operations, which at one token a row cost more than
+the arithmetic. Here are the operations alone, on the same weights, norms, adapters and experts; layers of another make
+go through their own forward.
+
+Shapes: B rows, H hidden size, n query heads and g key-value heads of this tensor-parallel rank, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from nemo_popsd.megatron.kv_cache import CachedCoreAttention
+
+_OTHER = (
+    "activation_func_clamp_value",
+    "apply_residual_connection_post_layernorm",
+    "attention_output_gate",
+    "fp32_residual_connection",
+    "fp4",
+    "fp8",
+    "inference_fuse_tp_communication",
+    "multi_latent_attention",
+    "no_rope_freq",
+    "rotary_interleaved",
+)
+"""Settings under which a layer computes something else than here."""
+
+
+def are_plain(chunk: GPTModel) -> bool:
+    """Whether `PlainLayers` computes what the layers of `chunk` do."""
+    config = chunk.config
+    if any(getattr(config, name, None) for name in _OTHER) or chunk.position_embedding_type not in ("rope", "yarn"):
+        return False
+    return all(
+        type(layer) is TransformerLayer
+        and type(layer.self_attention) is SelfAttention
+        and isinstance(layer.cross_attention, IdentityOp)
+        for layer in chunk.decoder.layers
+    )
+
+
+class PlainLayers:
+    """The decoder of one chunk for a step of decoding."""
+
+    def __init__(self, chunk: GPTModel, caches: Sequence[CachedCoreAttention]) -> None:
+        """`caches`: of the chunk's layers, in order."""
+        self._chunk = chunk
+        self._caches = list(caches)
+        self._amplitude = _yarn_get_concentration_factor_from_config(chunk.config)
+        self._layers = [_PlainLayer(layer) for layer in chunk.decoder.layers]
+
+    def __call__(self, hidden_BH: Tensor, angles_Bd: Tensor) -> Tensor:
+        """States [B, H] after the layers, and after the last norm where the chunk has it.
+
+        Collectives: one all-reduce of [B, H] over the tensor-parallel group for attention and one for the MLP of each
+        layer, as in the layers' own forward.
+
+        Args:
+            hidden_BH: embedded tokens, or what the stage before sent.
+            angles_Bd: of each row's position.
+        """
+        cosine, sine = ((f(angles_Bd) * self._amplitude).to(hidden_BH.dtype) for f in (torch.cos, torch.sin))
+        half = angles_Bd.shape[-1] // 2
+        # x ↦ x·cos + rotate_half(x)·sin, the sign of rotate_half put into the sine.
+        signed = torch.cat([-sine[:, :half], sine[:, half:]], dim=-1)
+        for layer, cache in zip(self._layers, self._caches, strict=True):
+            hidden_BH = layer(hidden_BH, cosine[:, None], signed[:, None], cache)
+        norm = self._chunk.decoder.final_layernorm
+        return hidden_BH if norm is None else norm(hidden_BH)
+
+
+class _PlainLayer:
+    def __init__(self, layer: TransformerLayer) -> None:
+        self._layer, self._attention, self._mlp = layer, layer.self_attention, layer.mlp
+        attention = self._attention
+        self._groups, self._width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+        self._qkv, self._projection = _linear(attention.linear_qkv), _linear(attention.linear_proj)
+        self._gated: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
+        if _is_gated(layer.mlp):
+            self._gated = _linear(layer.mlp.linear_fc1), _linear(layer.mlp.linear_fc2)
+
+    def __call__(self, hidden_BH: Tensor, cosine: Tensor, sine: Tensor, cache: CachedCoreAttention) -> Tensor:
+        """`cosine` and `sine`: [B, 1, d], the latter with the sign of the rotation."""
+        layer, attention = self._layer, self._attention
+        mixed = self._qkv(layer.input_layernorm(hidden_BH)).unflatten(-1, (self._groups, -1, self._width))
+        query, key, value = mixed[:, :, :-2], mixed[:, :, -2], mixed[:, :, -1]
+        if attention.q_layernorm is not None:
+            query = attention.q_layernorm(query)
+        if attention.k_layernorm is not None:
+            key = attention.k_layernorm(key)
+        query = _rotated(query, cosine[:, None], sine[:, None])
+        hidden_BH = hidden_BH + self._projection(cache.attend(query, _rotated(key, cosine, sine), value))
+        normed_BH = layer.pre_mlp_layernorm(hidden_BH)
+        if self._gated is None:
+            output, bias = self._mlp(normed_BH[None])
+            output_BH = output[0]
+            return hidden_BH + (output_BH if bias is None else output_BH + bias)
+        first, second = self._gated
+        gate, up = first(normed_BH).chunk(2, dim=-1)
+        return hidden_BH + second(silu(gate) * up)
+
+
+def _is_gated(mlp: Any) -> bool:
+    """Whether it is silu(gate)·up between two linears."""
+    if type(mlp) is not MLP:
+        return False
+    config = mlp.config
+    plain = not config.use_te_activation_func and not config.glu_linear_offset
+    return bool(plain and config.gated_linear_unit and config.activation_func is silu)
+
+
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotates the first so many of the last dimension as there are angles; the rest passes."""
+    width = cosine.shape[-1]
+    turned = x if x.shape[-1] == width else x[..., :width]
+    one, other = turned.chunk(2, dim=-1)
+    turned = (turned * cosine).addcmul_(torch.cat([other, one], dim=-1), sine)
+    return turned if x.shape[-1] == width else torch.cat([turned, x[..., width:]], dim=-1)
+
+
+def _linear(module: Any) -> Callable[[Tensor], Tensor]:
+    """[B, inputs] -> [B, outputs] with the bias, for a linear of any make; weights are read at each call."""
+    if type(module) is ColumnParallelLinear and not module.gather_output:
+        return lambda x: linear(x, module.weight, module.bias)
+    if type(module) is RowParallelLinear and module.input_is_parallel:
+
+        def row(x: Tensor) -> Tensor:
+            output = linear(x, module.weight)
+            if module.tp_group.size() > 1:
+                dist.all_reduce(output, group=module.tp_group)
+            return output if module.bias is None else output + module.bias
+
+        return row
+
+    def other(x: Tensor) -> Tensor:
+        output, bias = module(x[None])
+        return output[0] if bias is None else output[0] + bias
+
+    return other

@@ -1,0 +1,133 @@
+"""Weights on their way to a server: full tensors under Hugging Face's names, packed into buckets of bounded size."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_popsd.rollout.vllm.supervisor import VllmServer
+
+_ALIGNMENT = 64
+
+
+class BucketSender:
+    """Copies tensors into a bucket in host memory and sends it when it is full; at most one bucket at a time exists.
+
+    A bucket is a file in memory without a name, which a server on this machine maps; to another machine its bytes
+    travel as the frame's payload. Nothing of it is left when either side dies.
+
+    Attributes:
+        tensors: number sent or packed so far.
+        bytes: their size.
+        buckets: number sent so far.
+    """
+
+    def __init__(self, server: VllmServer, bucket_bytes: int, *, kind: str = "weights") -> None:
+        """Tells the server that an update begins.
+
+        Args:
+            server: that takes the weights.
+            kind: `weights`, all of the model, or `adapter`, that of LoRA under PEFT's names.
+            bucket_bytes: size of a bucket, unless one tensor is larger.
+
+        Raises:
+            ServerLost: it is gone.
+        """
+        self._server = server
+        self._bucket_bytes = bucket_bytes
+        self._bucket: _Bucket | None = None
+        self.tensors = self.bytes = self.buckets = 0
+        server.version = None
+        server.ask({"request": "begin", "kind": kind})
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Packs one tensor [any shape, any device]; waits for the server when a bucket was full.
+
+        Raises:
+            ServerLost: it is gone.
+        """
+        size = tensor.numel() * tensor.element_size()
+        if self._bucket is not None and not self._bucket.has_room(size):
+            self.flush()
+        if self._bucket is None:
+            self._bucket = _Bucket(max(size, self._bucket_bytes))
+        self._bucket.add(name, tensor)
+        self.tensors += 1
+        self.bytes += size
+
+    def flush(self) -> None:
+        """Sends what is packed.
+
+        Raises:
+            ServerLost: the server is gone.
+        """
+        bucket, self._bucket = self._bucket, None
+        if bucket is None:
+            return
+        with bucket.sealed():
+            request = {"request": "bucket", "tensors": bucket.tensors}
+            if self._server.launch.same_machine:
+                self._server.ask(request | {"path": bucket.path})
+            else:
+                with bucket.bytes() as payload:
+                    self._server.ask(request | {"path": None}, payload)
+        self.buckets += 1
+
+    def commit(self, version: int) -> None:
+        """Sends the rest and ends the update: from now on the server's weights are those of `version`.
+
+        Raises:
+            ServerLost: it is gone, or weights were missing.
+        """
+        self.flush()
+        self._server.version = self._server.ask({"request": "commit", "version": version})["version"]
+
+
+class _Bucket:
+    """A file in memory, and what lies in it where."""
+
+    def __init__(self, capacity: int) -> None:
+        self._descriptor = os.memfd_create("popsd-bucket")
+        os.ftruncate(self._descriptor, capacity)  # pages are taken when they are written
+        self._mapping = mmap.mmap(self._descriptor, capacity)
+        self._capacity = capacity
+        self._used = 0
+        self.tensors: list[list[Any]] = []
+        """Name, dtype, shape and offset of each."""
+
+    @property
+    def path(self) -> str:
+        """Under which other processes of this machine and user open it."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def has_room(self, size: int) -> bool:
+        return self._used + size <= self._capacity
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        count = tensor.numel()
+        place = torch.frombuffer(self._mapping, dtype=tensor.dtype, count=count, offset=self._used)
+        place.view(tensor.shape).copy_(tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self.tensors.append([name, dtype, list(tensor.shape), self._used])
+        end = self._used + count * tensor.element_size()
+        self._used = min(-(-end // _ALIGNMENT) * _ALIGNMENT, self._capacity)
+
+    @contextmanager
+    def sealed(self) -> Iterator[None]:
+        """The file has its final size within, and is gone afterwards."""
+        os.ftruncate(self._descriptor, self._used)
+        try:
+            yield
+        finally:
+            os.close(self._descriptor)
+
+    @contextmanager
+    def bytes(self) -> Iterator[memoryview]:
+        with memoryview(self._mapping) as whole, whole[: self._used] as used:
+            yield used

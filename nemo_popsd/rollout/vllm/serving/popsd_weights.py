@@ -1,0 +1,160 @@
+"""Inside vLLM's workers: buckets of weights are loaded into the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from popsd_buckets import read_bucket
+from popsd_interfaces import BACKEND, has_weight_transfer
+from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.platforms import current_platform
+
+
+class BucketLoader:
+    """One update of one worker's model, from Hugging Face's names and full tensors: vLLM cuts and fuses them itself."""
+
+    def __init__(self, model: nn.Module, model_config: Any) -> None:
+        """Prepares the model.
+
+        Where vLLM can, each layer is put together aside and processed once its weights are there: a kernel that wants
+        its matrix packed gets it packed, and captured graphs keep their addresses.
+        """
+        self._model = model
+        self._model_config = model_config
+        self._missing = {name for name, _ in model.named_parameters()}
+        self._tied = _tied_layers(model)
+        try:
+            from vllm.model_executor.model_loader import reload
+        except ImportError:
+            self._reload: Any = None
+        else:
+            self._reload = reload
+            reload.initialize_layerwise_reload(model)
+
+    @torch.no_grad()
+    def bucket(self, path: str, tensors: list[list[Any]]) -> None:
+        """Loads the tensors of one bucket, or keeps them until the rest of their layer is there."""
+        model: Any = self._model
+        self._missing -= model.load_weights(iter(read_bucket(path, tensors)))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Ends the update.
+
+        Raises:
+            ValueError: parameters were left as they were.
+        """
+        if self._missing:
+            raise ValueError(f"no weights came for {len(self._missing)} parameters: {sorted(self._missing)[:4]}")
+        if self._reload is not None:
+            self._reload.finalize_layerwise_reload(self._model, self._model_config)
+            # It processes the layers that were loaded. An output layer whose matrix is the embedding's was not, and on
+            # CPUs would go on with the packed copy of the old one.
+            for layer in self._tied:
+                layer.quant_method.process_weights_after_loading(layer)
+            if current_platform.is_cpu():
+                _pack_experts(self._model)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def _pack_experts(model: nn.Module) -> None:
+    """Packs the experts' matrices for kernels on CPUs, which vLLM does at the first load alone."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def _tied_layers(model: nn.Module) -> list[Any]:
+    """Layers with a parameter that another layer before them has too."""
+    seen: set[int] = set()
+    tied = []
+    for layer in model.modules():
+        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        if own & seen and hasattr(layer, "quant_method"):
+            tied.append(layer)
+        seen |= own
+    return tied
+
+
+class WorkerExtension:
+    """What `collective_rpc` calls in every worker, whose class vLLM makes inherit from this."""
+
+    def popsd_begin(self) -> None:
+        """Before the first bucket."""
+        worker: Any = self
+        with set_current_vllm_config(worker.vllm_config):
+            worker.popsd_loader = BucketLoader(worker.model_runner.model, worker.vllm_config.model_config)
+
+    def popsd_bucket(self, path: str, tensors: list[list[Any]]) -> None:
+        """See `BucketLoader.bucket`."""
+        worker: Any = self
+        with set_current_vllm_config(worker.vllm_config):
+            worker.popsd_loader.bucket(path, tensors)
+
+    def popsd_commit(self) -> None:
+        """See `BucketLoader.finish`."""
+        worker: Any = self
+        with set_current_vllm_config(worker.vllm_config):
+            worker.popsd_loader.finish()
+        del worker.popsd_loader
+
+
+if has_weight_transfer():
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    @dataclass
+    class HostInitInfo(WeightTransferInitInfo):
+        """Nothing to agree on."""
+
+    @dataclass
+    class HostUpdateInfo(WeightTransferUpdateInfo):
+        """One bucket."""
+
+        path: str
+        tensors: list[list[Any]] = field(default_factory=list)
+
+    class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
+        """Back end `popsd_host`: buckets in the host's memory. Needs no GPU, and no torch of the trainer's version."""
+
+        init_info_cls = HostInitInfo
+        update_info_cls = HostUpdateInfo
+        _loader: BucketLoader | None = None
+
+        def init_transfer_engine(self, init_info: HostInitInfo) -> None:
+            """Nothing."""
+
+        def start_weight_update(self) -> None:
+            """Before the first bucket."""
+            self._loader = BucketLoader(self.model, self.model_config)
+
+        def receive_weights(self, update_info: HostUpdateInfo) -> None:
+            """One bucket."""
+            assert self._loader is not None
+            self._loader.bucket(update_info.path, update_info.tensors)
+
+        def finish_weight_update(self) -> None:
+            """After the last bucket."""
+            assert self._loader is not None
+            self._loader.finish()
+            self._loader = None
+
+        def shutdown(self) -> None:
+            """Nothing to close."""
+            self._loader = None
+
+        @staticmethod
+        def trainer_send_weights(*arguments: Any, **named: Any) -> None:
+            """Some versions want the trainer's side here too."""
+            raise NotImplementedError("the trainer sends its buckets itself")
+
+    WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)

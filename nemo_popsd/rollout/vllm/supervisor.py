@@ -1,0 +1,253 @@
+"""One vLLM server as seen by the rank that speaks to it: started, asked, watched, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.vllm.environment import SERVER
+from nemo_popsd.rollout.vllm.serving import popsd_wire as wire
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+_PING_SECONDS = 60.0
+_EXIT_SECONDS = 5.0
+_STATUS_SECONDS = 1.0
+_TAIL_LINES = 15
+
+
+class ServerLost(Exception):  # noqa: N818 what befell the server; the caller starts another
+    """The server died, fell silent, or failed at a request. It is gone by now."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a server."""
+
+    python: str
+    """Of vLLM's environment."""
+    launcher: Sequence[str]
+    """Command before it."""
+    environment: Mapping[str, str]
+    """Variables of the server."""
+    settings: Mapping[str, Any]
+    """What it is told first; see `popsd_server.Server`."""
+    log: Path
+    """Where its output goes, after what is there."""
+    address: str
+    """Where the trainer listens, as seen from the server."""
+    start_seconds: float
+    """Time to become ready."""
+    answer_seconds: float
+    """Time for an answer."""
+
+    @property
+    def same_machine(self) -> bool:
+        """Whether the server sees our memory files."""
+        return not self.launcher
+
+
+class VllmServer:
+    """A server that is ready. It ends with this object, with this process, and when it is told to.
+
+    Attributes:
+        launch: how it was started.
+        vllm: its version.
+        interface: by which it takes weights.
+        sleeps: whether it can give memory back.
+        pid: of the server's process, on its own machine.
+        version: of the weights that it holds; None before the first.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        """Starts the server and waits until its model is loaded, with random weights.
+
+        Raises:
+            UserError: it cannot be started; the end of its log is in the advice.
+        """
+        self.launch = launch
+        self.version: int | None = None
+        begun = time.monotonic()
+        deadline = begun + launch.start_seconds
+        token = secrets.token_hex(32)
+        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        host = launch.address if launch.launcher else "127.0.0.1"
+        with (
+            socket.create_server(("" if launch.launcher else host, 0)) as listener,
+            launch.log.open("a", encoding="utf-8") as log,
+        ):
+            command = [*launch.launcher, launch.python, str(SERVER), "--connect", f"{host}:{listener.getsockname()[1]}"]
+            self._process = _start(command, launch, token, log)
+            self._end = weakref.finalize(self, _end, self._process, None)
+            try:
+                self._connection = self._accept(listener, token, deadline)
+                self._end.detach()
+                self._end = weakref.finalize(self, _end, self._process, self._connection)
+                wire.send(self._connection, dict(launch.settings))
+                self.vllm = self._event("imported", deadline)["vllm"]
+                ready = self._event("ready", deadline)
+            except BaseException:
+                self._end()
+                raise
+        self.interface, self.sleeps = ready["interface"], ready["sleeps"]
+        logger.info(
+            "vLLM %s is ready after %.0f s (weights by %s, log %s)",
+            self.vllm,
+            time.monotonic() - begun,
+            self.interface,
+            launch.log,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has neither been ended nor lost."""
+        return self._end.alive
+
+    def check_health(self) -> None:
+        """Asks whether it lives.
+
+        Raises:
+            ServerLost: it does not, or does not say so in a minute.
+        """
+        self.ask({"request": "ping"}, seconds=_PING_SECONDS)
+
+    def ask(
+        self, request: dict[str, Any], payload: bytes | bytearray | memoryview = b"", *, seconds: float | None = None
+    ) -> dict[str, Any]:
+        """Sends a request and waits for its answer. Another thread may `close` meanwhile.
+
+        Args:
+            request: see `popsd_server`.
+            payload: bytes that belong to it.
+            seconds: limit; None takes the launch's.
+
+        Raises:
+            ServerLost: there is no answer, or the answer is an error, after which nobody knows the server's state.
+        """
+        try:
+            self._connection.settimeout(seconds or self.launch.answer_seconds)
+            wire.send(self._connection, request, payload)
+            answer, _ = wire.receive(self._connection)
+        except (OSError, ValueError) as error:
+            if not isinstance(error, TimeoutError):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_STATUS_SECONDS)
+            raise self._lost(f"{request['request']}: {type(error).__name__}: {error}{self._status()}") from error
+        if "error" in answer:
+            raise self._lost(f"{request['request']}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """Ends it. Harmless when it is gone already."""
+        self._end()
+
+    def _lost(self, what: str) -> ServerLost:
+        self._end()
+        return ServerLost(f"{what}; its log is {self.launch.log}")
+
+    def _accept(self, listener: socket.socket, token: str, deadline: float) -> socket.socket:
+        listener.settimeout(_POLL_SECONDS)
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                self._still_starting(deadline)
+                continue
+            connection.settimeout(_PING_SECONDS)
+            with contextlib.suppress(OSError, ValueError):
+                hello, _ = wire.receive(connection)
+                if hmac.compare_digest(str(hello.get("token")), token) and hello.get("protocol") == wire.PROTOCOL:
+                    self.pid = int(hello["pid"])
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    return connection
+            connection.close()  # somebody else
+
+    def _event(self, name: str, deadline: float) -> dict[str, Any]:
+        self._connection.settimeout(max(_POLL_SECONDS, deadline - time.monotonic()))
+        try:
+            event, _ = wire.receive(self._connection)
+        except TimeoutError:
+            self._still_starting(deadline)
+            raise self._cannot_start(f"nothing within {self.launch.start_seconds:g} s") from None
+        except (OSError, ValueError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_EXIT_SECONDS)
+            raise self._cannot_start(f"a server that ended while it was loading{self._status()}") from None
+        if event.get("event") == name:
+            return event
+        if event.get("stage") == "import":
+            raise self._cannot_start(f"a Python that cannot import vLLM ({event['error']})")
+        raise self._cannot_start(f"a vLLM that cannot load the student ({event.get('error', event)})")
+
+    def _still_starting(self, deadline: float) -> None:
+        if self._process.poll() is not None:
+            raise self._cannot_start(f"a server that ended at once{self._status()}")
+        if time.monotonic() >= deadline:
+            raise self._cannot_start(f"nothing within {self.launch.start_seconds:g} s")
+
+    def _status(self) -> str:
+        return "" if self._process.returncode is None else f", exit status {self._process.returncode}"
+
+    def _cannot_start(self, got: str) -> UserError:
+        return UserError(
+            f"vLLM server of {self.launch.python}",
+            got=got,
+            need="one that loads the student and answers",
+            mend="see the end of its log below; set rollout.vllm.* or rollout.engine=megatron",
+            advice=[f"{self.launch.log}:", *self.launch.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]],
+        )
+
+
+def _start(command: list[str], launch: Launch, token: str, log: IO[str]) -> subprocess.Popen[str]:
+    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}", file=log, flush=True)
+    try:
+        process = subprocess.Popen(
+            command,
+            env=dict(launch.environment),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # signals of a terminal or a batch system are for us
+        )
+    except OSError as error:
+        raise UserError(
+            "vLLM server",
+            got=f"{command[0]!r}, which cannot be run ({error.strerror})",
+            need="the Python of an environment that has vLLM",
+            mend="set rollout.vllm.python or rollout.vllm.launcher, or make an environment with `make vllm-env`",
+        ) from None
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):  # It has ended already; that is told later.
+        process.stdin.write(token + "\n")  # not an argument: others see those
+        process.stdin.close()
+    return process
+
+
+def _end(process: subprocess.Popen[str], connection: socket.socket | None) -> None:
+    """Ends a server and its workers: its end of the connection closes, and so does its life; then by force."""
+    if connection is not None:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+    if process.poll() is None and connection is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_EXIT_SECONDS)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_EXIT_SECONDS)

@@ -1,0 +1,99 @@
+"""The experiments: rows that do not overlap, arms that are valid configurations, and a small table of real runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from experiments.arms import ARMS, OPSD, PURIFIED, RATES
+from experiments.results import Estimate, accuracy, markers, scores, signal_table, table
+from experiments.rows import HARD, drawn, rows, tuning_problems, write
+from experiments.run import CONF, Run, execute, training_runs, tuning_runs
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.testbed.problems import FAMILIES, split_of
+
+
+def test_files_share_no_question_and_hold_all_families_alike(tmp_path: Path) -> None:
+    write(tmp_path)
+    files = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")
+    }
+    assert {name: len(found) for name, found in files.items()} == {"train": 1600, "tuning": 256, "held_out": 512}
+    questions = [row["question"] for found in files.values() for row in found]
+    assert len(set(questions)) == len(questions)
+    assert len({row["id"] for found in files.values() for row in found}) == len(questions)
+    for name, found in files.items():
+        assert {split_of(row["question"]) for row in found} == {"validation" if name == "held_out" else "train"}
+        of_family = [row["id"].split("/")[1] for row in found]
+        assert {of_family.count(family) for family in FAMILIES} == {len(found) // len(FAMILIES)}
+    assert [p.question for p in tuning_problems()] == [row["question"] for row in files["tuning"]]
+    assert {len(problem.steps) for problem in drawn("validation", 40, HARD)} == {6, 7}
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_an_arm_is_a_configuration(arm) -> None:  # type: ignore[no-untyped-def]
+    config = load_config(CONF, list(arm.overrides))
+    base = load_config(CONF, [])
+    changed = {"distillation"} if arm is not PURIFIED else set()  # which is the default
+    assert {name for name in vars(config) if getattr(config, name) != getattr(base, name)} == changed
+
+
+def test_every_arm_is_tuned_alike_and_trained_with_every_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("experiments.run.CHOSEN", tmp_path / "rates.json")
+    (tmp_path / "rates.json").write_text(json.dumps({arm.name: RATES[0] for arm in ARMS}))
+    assert {run.rows.name for run in tuning_runs()} == {"tuning.jsonl"}
+    assert [sum(run.arm == arm for run in tuning_runs()) for arm in ARMS] == [len(RATES)] * len(ARMS)
+    assert {run.rows.name for run in training_runs()} == {"held_out.jsonl"}
+    assert [sum(run.arm == arm for run in training_runs()) for arm in ARMS] == [5] * len(ARMS)
+    outputs = [run.output for run in (*tuning_runs(), *training_runs())]
+    assert len(set(outputs)) == len(outputs)
+
+
+def test_intervals_are_students() -> None:
+    found = Estimate.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.mean == 3.0
+    assert found.half_width == pytest.approx(2.776 * math.sqrt(2.5 / 5))  # tables of Student's t, 4 degrees of freedom
+    assert math.isnan(Estimate.of([1.0]).half_width)
+
+
+@pytest.mark.slow
+def test_runs_make_a_table(tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    some = rows(drawn("validation", 8, HARD), "hard") + rows(tuning_problems()[:8], "usual")
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in some))
+    more = (
+        "student.source=nemo_popsd:tiny_reasoner",
+        "training.steps=2",
+        "training.prompts_per_step=4",
+        "rollout.max_response_tokens=16",
+        "evaluation.max_response_tokens=24",
+        f"data.train.path={held_out}",
+    )
+    done = {
+        arm: [Run(arm, seed, RATES[0], tmp_path / arm.name / str(seed), held_out, more) for seed in seeds]
+        for arm, seeds in ((OPSD, [1]), (PURIFIED, [1, 2]))
+    }
+    runs = [run for of_arm in done.values() for run in of_arm]
+    execute(runs, workers=1)
+    assert all(run.finished for run in runs)
+    # The base answers alike, whatever it is to be trained by.
+    first, second = (scores(of_arm[0], "before") for of_arm in done.values())
+    assert first == second
+    lines = table(done).splitlines()
+    assert len(lines) == 2 + 1 + 2
+    assert f"{accuracy('hard')(first):.1f}" == "0.0"  # cut after 24 tokens
+    mean = Estimate.of([markers(scores(run, "after")) for run in done[PURIFIED]]).text()
+    assert mean in lines[-1]
+    assert len(signal_table(done).splitlines()) == 2 + 2
+    execute(runs, workers=1)  # nothing is left to do
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_and_the_others_are_carried_out(tmp_path: Path) -> None:
+    runs = [Run(OPSD, 1, rate, tmp_path / rate, tmp_path / "nowhere.jsonl") for rate in RATES]
+    with pytest.raises(RuntimeError, match=f"failed: {runs[0].output}, {runs[1].output}; see log.txt there"):
+        execute(runs, workers=2)
+    assert "nowhere.jsonl" in (runs[1].output / "log.txt").read_text()

@@ -1,0 +1,111 @@
+"""Decoding from a cache with one slot for each row, against forwards of each row's whole sequence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_popsd.errors import UserError
+from tests.harness import run_ranks
+from tests.tiny_models import build_student, save_tiny_model, whole_logits
+
+IDS = torch.randint(0, 203, (4, 40), generator=torch.Generator().manual_seed(1))
+PROMPTS = [3, 9, 1, 6]
+"""Tokens before the first that is fed alone."""
+STEPS = 12
+KINDS = ["qwen3", "qwen2", "olmo3", "qwen3_moe"]
+"""Norms over heads, biases, norms over projections with windows of 5 in three layers of four, experts."""
+
+
+def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
+    """Logits of rows at different positions step by step, of their whole sequences, and what is left behind."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region as gather
+
+    from nemo_popsd.megatron.decoding import SlotDecoder
+    from nemo_popsd.megatron.kv_cache import attentions
+
+    student = build_student(source, parallel={"tensor": world_size, "sequence": world_size > 1})
+    before = whole_logits(student.gpt, IDS, 203)
+    parts = lambda: [a.core_attention for a in attentions(student.chunks)] + [student.gpt.rotary_pos_emb]  # noqa: E731
+    modules, flags = parts(), (student.gpt.training, student.gpt.config.sequence_parallel)
+    decoder = SlotDecoder(student.chunks, slots=6, capacity=48)
+    steps, copied, moved = [], [], []
+    with torch.no_grad(), decoder.open():
+        for slots in ([0, 3], [1]):  # several prompts together, the shorter padded; row 2 has none
+            longest = max(PROMPTS[slot] for slot in slots)
+            inputs = torch.stack([IDS[n, :longest].where(torch.arange(longest) < PROMPTS[n], 7) for n in slots])
+            decoder.prefill(torch.tensor(slots), inputs)
+        decoder.prefill(torch.tensor([2]), IDS[2:3, :1])
+        decoder.copy(torch.tensor([1]), torch.tensor([5]), PROMPTS[1])  # before the row writes beyond its prompt
+        positions = torch.tensor(PROMPTS)
+        rows = torch.arange(4)
+        for step in range(STEPS):
+            at = positions + step
+            reach = int(at.max()) + 1 + step % 3  # a longer reach changes nothing
+            logits = decoder.next_logits(IDS[rows, at], at, reach)
+            assert logits is not None
+            steps.append(gather(logits)[:, :203].clone())
+        decoder.copy(torch.tensor([5]), torch.tensor([0]), PROMPTS[1])
+        decoder.copy(torch.tensor([3]), torch.tensor([1]), PROMPTS[3] + STEPS)
+        for step in range(3):  # row 0's slot goes on from the prompt of row 1, slot 1 from where row 3 was
+            at = torch.tensor([PROMPTS[1] + step, PROMPTS[3] + STEPS + step])
+            logits = decoder.next_logits(torch.stack([IDS[1, at[0]], IDS[3, at[1]]]), at, int(at.max()) + 1)
+            assert logits is not None
+            copied.append(gather(logits)[0, :203].clone())
+            moved.append(gather(logits)[1, :203].clone())
+    return {
+        "whole": before,
+        "steps": torch.stack(steps, dim=1),
+        "copied": torch.stack(copied),
+        "moved": torch.stack(moved),
+        "restored": all(a is b for a, b in zip(modules, parts(), strict=True)),
+        "flags": flags == (student.gpt.training, student.gpt.config.sequence_parallel),
+        "same after": torch.equal(before, whole_logits(student.gpt, IDS, 203)),
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=["tp1", "tp2 sp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_is_full_recomputation(tmp_path: Path, kind: str, size: int) -> None:
+    source = save_tiny_model(tmp_path, kind)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=2e-5)  # noqa: E731
+    for seen in run_ranks(observe, size, source):
+        whole: Tensor = seen["whole"]
+        for row, begin in enumerate(PROMPTS):
+            close(seen["steps"][row], whole[row, begin : begin + STEPS])
+        close(seen["copied"], whole[1, PROMPTS[1] : PROMPTS[1] + 3])
+        close(seen["moved"], whole[3, PROMPTS[3] + STEPS : PROMPTS[3] + STEPS + 3])
+        assert seen["restored"]
+        assert seen["flags"]
+        assert seen["same after"]
+
+
+def refuse(rank: int, world_size: int, source: Path) -> list[str]:
+    """What a decoder says of a model whose attention or rotary embedding is of another kind."""
+    from nemo_popsd.megatron.decoding import SlotDecoder
+    from nemo_popsd.megatron.kv_cache import attentions
+
+    student = build_student(source)
+    messages = []
+    first = next(attentions(student.chunks))
+    for owner, name in ((first, "core_attention"), (student.gpt, "rotary_pos_emb")):
+        original = getattr(owner, name)
+        setattr(owner, name, torch.nn.Identity())
+        try:
+            with SlotDecoder(student.chunks, slots=1, capacity=8).open():
+                pass
+        except UserError as error:
+            messages.append(str(error))
+        setattr(owner, name, original)
+    with SlotDecoder(student.chunks, slots=1, capacity=8).open():
+        pass
+    return messages
+
+
+def test_what_the_cache_cannot_stand_for_is_refused(tmp_path: Path) -> None:
+    (messages,) = run_ranks(refuse, 1, save_tiny_model(tmp_path))
+    assert ["core attention Identity" in messages[0], "rotary embedding Identity" in messages[1]] == [True, True]

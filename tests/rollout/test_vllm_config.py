@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.vllm.config import VllmConfig
+from tests.model.runs import TINY
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("tensor", [1, 8], [0]),
+        ("dtype", ["student", "bf16", "fp16", "fp32"], ["bfloat16", ""]),
+        ("memory_share", [0.1, 1.0], [0.0, 1.2]),
+        ("cache_bytes", [0, 1], [-1]),
+        ("bucket_bytes", [1], [0]),
+        ("start_seconds", [0.5], [0]),
+        ("answer_seconds", [0.5], [0]),
+        ("restarts", [0, 5], [-1]),
+        ("lora", ["auto", "adapter", "merged"], ["both"]),
+        ("interface", ["auto", "weight-transfer", "worker-extension"], ["http"]),
+    ],
+)
+def test_values(name: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        assert getattr(VllmConfig(**{name: value}), name) == value
+    for value in bad:
+        with pytest.raises(UserError, match=rf"rollout\.vllm\.{name}="):
+            VllmConfig(**{name: value})
+
+
+def test_it_is_a_section_of_a_run() -> None:
+    config = load_config(TINY, ["rollout.engine=vllm", "rollout.vllm.launcher=[srun, -w, node7]"])
+    assert (config.rollout.engine, config.rollout.vllm.launcher) == ("vllm", ["srun", "-w", "node7"])
+    assert load_config(TINY, []).rollout.engine == "megatron"
+    with pytest.raises(UserError, match=r"rollout\.engine='sglang'; need one of megatron, vllm"):
+        load_config(TINY, ["rollout.engine=sglang"])
+    with pytest.raises(UserError, match=r"nearest is rollout\.vllm\.bucket_bytes"):
+        load_config(TINY, ["rollout.vllm.bucket_size=1"])

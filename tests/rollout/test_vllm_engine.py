@@ -1,0 +1,256 @@
+"""A real vLLM against the Megatron engine: same weights, same tokens, whatever befalls the server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_popsd.errors import StopRequested
+from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
+from tests.harness import run_ranks
+from tests.rollout.vllm_servers import engine, gone, needs_vllm, settings
+from tests.tiny_models import build_student, save_tiny_model, whole_logits
+from tests.training.layouts import draw_adapters
+
+pytestmark = [pytest.mark.slow, needs_vllm]
+
+LIMIT = 160
+KILLED_AFTER = 0.5
+LORA = ["student.adaptation=lora", "student.lora.rank=4", "student.lora.alpha=6"]
+CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
+    "one": (1, {}, []),
+    # Adapters merged on the way, tensors gathered; through the older interface, in many buckets, over the connection
+    # as to another machine.
+    "tp2 sp merged": (
+        2,
+        {"tensor": 2, "sequence": True},
+        [
+            *LORA,
+            "rollout.vllm.lora=merged",
+            "rollout.vllm.interface=worker-extension",
+            "rollout.vllm.bucket_bytes=200000",
+            "rollout.vllm.launcher=[nice, -n, '{replica}']",
+            "rollout.vllm.address=127.0.0.1",
+        ],
+    ),
+    "pp2 adapter": (2, {"pipeline": 2}, LORA),
+}
+INTERFACES = {"one": "weight-transfer", "tp2 sp merged": "worker-extension", "pp2 adapter": "adapter"}
+
+
+def prompts(rows: int) -> list[list[int]]:
+    """Questions as the embedded model knows them."""
+    from nemo_popsd.data.dataset import build_evaluation_prompts
+    from nemo_popsd.data.tokenizer import load_tokenizer
+    from nemo_popsd.testbed.assets import asset
+
+    config = settings(Path("unused"))
+    tokenizer = load_tokenizer(asset("nemo_popsd:tiny_reasoner"), setting="student.source")
+    found, _ = build_evaluation_prompts(config.data, config.data.validation, tokenizer)
+    return [list(prompt.prompt) for prompt in found[:rows]]
+
+
+def disturb(student: Any, share: float) -> None:
+    """Moves all weights by a share of their spread, as an optimizer step would, the same in any layout."""
+    with torch.no_grad():
+        for chunk in student.chunks:
+            for parameter in chunk.parameters():
+                parameter.mul_(1 + share)
+
+
+def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """All that the tests look at, from one start of a server and one restart."""
+    from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+    from nemo_popsd.rollout.vllm import supervisor
+    from nemo_popsd.testbed.assets import asset
+
+    model = asset("nemo_popsd:tiny_reasoner")
+    config = settings(output, *words)
+    student = build_student(model, parallel=parallel, adaptation=config.student.adaptation, lora=config.student.lora)
+    version = [0]
+    vllm = engine(config, student, version=lambda: version[0])
+    config.rollout.engine = "megatron"
+    megatron = engine(config, student, version=lambda: version[0])
+    requests = [Request(prompt, seed=2**62 + number) for number, prompt in enumerate(prompts(24))]
+    stops = frozenset(stop_token_ids(load_tokenizer(model, setting="student.source"), read_generation_config(model)))
+    greedy = SamplingParams(0.0, 1.0, 0, LIMIT, stops)
+    random = SamplingParams(1.3, 0.9, 12, LIMIT, stops)
+    endless = replace(greedy, max_response_tokens=300, stop_token_ids=frozenset())
+    seen: dict[str, Any] = {}
+
+    def both(name: str, sampling: SamplingParams) -> None:
+        seen[name] = (megatron.generate(requests, sampling), vllm.generate(requests, sampling))
+
+    both("before", greedy)
+    if student.adapters is not None:
+        draw_adapters(student)
+    else:
+        disturb(student, 0.05)
+    version[0] = 7
+    both("after", greedy)
+    seen["random"] = vllm.generate(requests, random)
+    seen["random, other batches"] = vllm.generate(requests[::-1][:10], random)[::-1]
+    seen["most likely of one"] = vllm.generate(requests, replace(random, top_k=1))
+    seen["none"] = vllm.generate([], random)
+    pairs = zip(requests, seen["random"], strict=True)
+    if "pipeline" not in parallel:
+        seen["log-probabilities"] = [under(student, request, rollout) for request, rollout in pairs]
+    seen["expected endless"] = megatron.generate(requests, endless)
+    first = None if vllm.server is None else vllm.server.pid
+    if first is not None:
+        seen["update"], seen["interface"] = vllm.last_update, vllm.server.interface
+    # Killed in the middle of a request.
+    ask = supervisor.VllmServer.ask
+
+    def kill_meanwhile(self: Any, request: dict[str, Any], *args: Any, **named: Any) -> Any:
+        if request["request"] == "generate" and self.pid == first:
+            threading.Timer(KILLED_AFTER, os.kill, (first, signal.SIGKILL)).start()
+        return ask(self, request, *args, **named)
+
+    supervisor.VllmServer.ask = kill_meanwhile  # type: ignore[method-assign]
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("nemo_popsd.rollout.vllm.engine").addHandler(handler)
+    seen["endless"] = vllm.generate(requests, endless)
+    seen["told"] = told
+    seen["first is gone"] = first is None or gone(first)
+    seen["another"] = vllm.server is None or vllm.server.pid != first
+    # Asked to stop while the server is busy.
+    looks = [0]
+
+    def stop() -> bool:
+        looks[0] += 1
+        return looks[0] > 8
+
+    vllm._stop_requested = stop
+    second = None if vllm.server is None else vllm.server.pid
+    with pytest.raises(StopRequested):
+        vllm.generate(requests * 8, endless)
+    seen["second is gone"] = second is None or gone(second)
+    return seen
+
+
+def under(student: Any, request: Request, rollout: Rollout) -> list[float]:
+    """Log-probabilities of a response by the training forward: temperature 1, nothing filtered."""
+    ids = torch.tensor([[*request.prompt, *rollout.response]])
+    wanted, length = ids, ids.shape[1]
+    if length % 2:  # sequence parallelism splits it
+        ids = torch.cat([ids, ids[:, -1:]], dim=1)
+    logits = whole_logits(student.gpt, ids, student.vocab_size)[0, :length].float().log_softmax(-1)
+    start = len(request.prompt)
+    return [float(logits[at - 1, wanted[0, at]]) for at in range(start, length)]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    size, parallel, words = CASES[request.param]
+    seen = run_ranks(observe, size, tmp_path_factory.mktemp("run"), parallel, words, timeout=400)
+    assert seen[0]["interface"] == INTERFACES[request.param]
+    return seen
+
+
+def same(actual: Sequence[Rollout], expected: Sequence[Rollout], version: int) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.response == other.response
+        assert one.log_probs == pytest.approx(other.log_probs, abs=5e-5)
+        assert (one.cut, one.weights_version) == (other.cut, version)
+
+
+def test_greedy_tokens_are_those_of_the_megatron_engine(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        for name, version in (("before", 0), ("after", 7)):
+            megatron, vllm = seen[name]
+            same(vllm, megatron, version)
+        before, after = ([r.response for r in seen[name][0]] for name in ("before", "after"))
+        assert before != after, "the update shows"
+        assert any(r.cut for r in seen["before"][1])
+        assert any(not r.cut for r in seen["before"][1])
+
+
+def test_seeds_determine_the_draws_and_filters_hold(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        drawn = [r.response for r in seen["random"]]
+        assert [r.response for r in seen["random, other batches"]] == drawn[-10:]
+        assert drawn != [r.response for r in seen["after"][1]]
+        same(seen["most likely of one"], seen["after"][1], 7)
+        assert seen["none"] == []
+
+
+@pytest.mark.parametrize("ranks", ["one", "tp2 sp merged"], indirect=True)
+def test_log_probabilities_are_the_models_own(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        for rollout, expected in zip(seen["random"], seen["log-probabilities"], strict=True):
+            assert rollout.log_probs == pytest.approx(expected, abs=1e-4)
+        assert min(min(r.log_probs) for r in seen["random"]) < -1.0
+
+
+def test_a_killed_server_costs_time_and_nothing_else(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert any("lost the vLLM server: generate" in line for line in seen["told"]), seen["told"]
+        same(seen["endless"], seen["expected endless"], 7)
+        assert seen["first is gone"]
+        assert seen["another"]
+
+
+def test_a_stop_does_not_wait_for_the_server(ranks: list[dict[str, Any]]) -> None:
+    assert all(seen["second is gone"] for seen in ranks)
+
+
+def test_every_rank_has_the_same_and_one_speaks(ranks: list[dict[str, Any]]) -> None:
+    assert [("update" in seen) for seen in ranks] == [True] + [False] * (len(ranks) - 1)
+    assert all(seen["random"] == ranks[0]["random"] for seen in ranks)
+    update = ranks[0]["update"]
+    assert update.version == 7
+    assert update.buckets > 10 if ranks[0]["interface"] == "worker-extension" else update.buckets == 1
+
+
+def draw_with_experts(rank: int, world_size: int, model: Path, output: Path) -> dict[str, Any]:
+    """Each replica has a server, and gathers weights with the other: its experts are there too."""
+    from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+    from nemo_popsd.model.engines import build_engine
+
+    student = build_student(model, parallel={"expert": world_size})
+    config = settings(output, f"student.source={model}")
+    version = [0]
+
+    def build() -> Any:
+        arguments: dict[str, Any] = {"longest": lambda: 64, "stop_requested": lambda: False}
+        return build_engine(config, student, HuggingFaceModel(model), weights_version=lambda: version[0], **arguments)
+
+    vllm = build()
+    config.rollout.engine = "megatron"
+    megatron = build()
+    requests = [Request([3 + rank, 50 + number, 7], number) for number in range(5)]
+    greedy = SamplingParams(0.0, 1.0, 0, 12, frozenset())
+    seen: dict[str, Any] = {"pids": []}
+    for number in range(3):
+        version[0] = number
+        seen[number] = (megatron.generate(requests, greedy), vllm.generate(requests, greedy))
+        seen["pids"].append(vllm.server.pid)
+        disturb(student, 0.02 * (number + 1))
+        if number == 1 and rank == 1:
+            os.kill(vllm.server.pid, signal.SIGKILL)
+    return seen
+
+
+def test_replicas_that_share_experts_start_a_server_anew_together(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
+    model = save_tiny_model(tmp_path / "model", "qwen3_moe", **sizes)
+    for rank, seen in enumerate(run_ranks(draw_with_experts, 2, model, tmp_path / "run", timeout=400)):
+        for number in range(3):
+            megatron, vllm = seen[number]
+            same(vllm, megatron, number)
+        first, second, third = seen["pids"]
+        assert first == second
+        assert (second == third) == (rank == 0), "the one that lives stays"

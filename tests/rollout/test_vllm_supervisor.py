@@ -1,0 +1,245 @@
+"""Servers that do not start are told in one error, on every rank, and leave nothing behind. No vLLM is needed here."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_popsd.errors import StopRequested, UserError
+from nemo_popsd.rollout.engine import Request, SamplingParams
+from nemo_popsd.rollout.vllm.config import VllmConfig
+from nemo_popsd.rollout.vllm.environment import SERVER, check_environment, server_environment
+from nemo_popsd.rollout.vllm.ranks import ServerRanks
+from nemo_popsd.rollout.vllm.supervisor import Launch, ServerLost, VllmServer
+from tests.harness import run_ranks
+from tests.rollout.vllm_servers import gone
+
+SPEAKER = """
+import json, os, signal, socket, sys, time
+sys.path.insert(0, {folder!r})
+import popsd_wire as wire
+token = sys.stdin.readline().strip()
+host, _, port = sys.argv[-1].rpartition(":")
+connection = socket.create_connection((host, int(port)))
+wire.send(connection, {{"token": token if {honest} else "guessed", "protocol": wire.PROTOCOL, "pid": os.getpid()}})
+settings = wire.receive(connection)[0]
+wire.send(connection, {{"event": "imported", "vllm": "0.0"}})
+wire.send(connection, {{"event": "ready", "interface": "none", "sleeps": False}})
+while True:
+    request = wire.receive(connection)[0]
+    {answer}
+"""
+"""A program that speaks the protocol up to where `answer` goes on."""
+
+
+def launch(tmp_path: Path, python: str, *, start_seconds: float = 30, answer_seconds: float = 30) -> Launch:
+    return Launch(
+        python=python,
+        launcher=[],
+        environment=server_environment(os.environ, None),
+        settings={"arguments": {}, "interface": "auto", "sleep": False, "adapter": None},
+        log=tmp_path / "logs" / "server-0.log",
+        address="127.0.0.1",
+        start_seconds=start_seconds,
+        answer_seconds=answer_seconds,
+    )
+
+
+def program(tmp_path: Path, text: str) -> str:
+    """An executable that stands where vLLM's Python would."""
+    path = tmp_path / "python"
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def speaker(tmp_path: Path, answer: str, *, honest: bool = True) -> str:
+    text = SPEAKER.format(folder=str(SERVER.parent), honest=honest, answer=answer)
+    return program(tmp_path, f"#!{sys.executable}\n{text}")
+
+
+def test_a_python_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be run.*rollout\.vllm\.python.*make vllm-env"):
+        VllmServer(launch(tmp_path, str(tmp_path / "nowhere")))
+
+
+def test_a_python_without_vllm(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot import vLLM .*No module named 'vllm'") as told:
+        VllmServer(launch(tmp_path, sys.executable))
+    assert any("ModuleNotFoundError" in line for line in told.value.advice), "the end of the log"
+
+
+def test_a_server_that_ends_at_once(tmp_path: Path) -> None:
+    python = program(tmp_path, "#!/bin/sh\necho no such device\nexit 7\n")
+    with pytest.raises(UserError, match="ended at once, exit status 7") as told:
+        VllmServer(launch(tmp_path, python))
+    assert "no such device" in told.value.advice
+
+
+def test_a_server_that_says_nothing(tmp_path: Path) -> None:
+    python = program(tmp_path, "#!/bin/sh\necho $$ > $(dirname $0)/pid\nsleep 300\n")
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="nothing within 1 s"):
+        VllmServer(launch(tmp_path, python, start_seconds=1))
+    assert time.monotonic() - begun < 10
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_stranger_is_not_let_in(tmp_path: Path) -> None:
+    python = speaker(tmp_path, "pass", honest=False)
+    with pytest.raises(UserError, match=r"ended at once|nothing within"):
+        VllmServer(launch(tmp_path, python, start_seconds=3))
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "generate: .*exit status -9"),
+        ("time.sleep(300)", "generate: TimeoutError"),
+        ("wire.send(connection, {'error': 'ValueError: too long'})", "generate: ValueError: too long"),
+        ("connection.sendall(b'x' * 64)", "generate: ValueError"),
+    ],
+    ids=["dies", "hangs", "fails", "babbles"],
+)
+def test_a_server_that_fails_at_a_request_is_lost_and_gone(tmp_path: Path, answer: str, told: str) -> None:
+    server = VllmServer(launch(tmp_path, speaker(tmp_path, answer), answer_seconds=1))
+    with pytest.raises(ServerLost, match=told):
+        server.ask({"request": "generate"})
+    assert not server.alive
+    assert gone(server.pid)
+    with pytest.raises(ServerLost):
+        server.check_health()
+
+
+def test_a_server_ends_with_its_trainer_and_its_object(tmp_path: Path) -> None:
+    answer = "wire.send(connection, {'version': None})"
+    server = VllmServer(launch(tmp_path, speaker(tmp_path, answer)))
+    server.check_health()
+    pid = server.pid
+    del server
+    assert gone(pid)
+
+
+def test_another_thread_ends_a_server_that_is_waited_for(tmp_path: Path) -> None:
+    server = VllmServer(launch(tmp_path, speaker(tmp_path, "time.sleep(300)")))
+    threading.Timer(0.3, server.close).start()
+    begun = time.monotonic()
+    with pytest.raises(ServerLost):
+        server.ask({"request": "generate"})
+    assert time.monotonic() - begun < 15
+
+
+def test_servers_see_nothing_of_our_rank_and_our_modules() -> None:
+    ours = {
+        "PATH": "/bin",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "here",
+        "PYTHONPATH": "/ours",
+        "VIRTUAL_ENV": "/venv",
+        "TORCHELASTIC_RUN_ID": "x",
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+    }
+    theirs = server_environment(ours, "2,3")
+    assert theirs["PATH"] == "/bin"
+    assert theirs["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert theirs["PYTHONPATH"] == str(SERVER.parent)
+    left_out = ours.keys() - {"PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES"}
+    assert not left_out & theirs.keys()
+    assert server_environment(ours, None)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        ("0.14.1", None),
+        ("0.32.0+cpu", None),
+        ("1.0", None),
+        ("0.14.0", "vLLM 0.14.0"),
+        ("0.9.2", "0.9.2"),
+        ("", "no vLLM"),
+    ],
+)
+def test_versions(tmp_path: Path, version: str, told: str | None) -> None:
+    config = VllmConfig(python=program(tmp_path, f"#!/bin/sh\necho {version}\n"))
+    if told is None:
+        assert check_environment(config) == version
+        return
+    with pytest.raises(UserError, match=f"{told}.*0.14.1 or newer.*make vllm-env"):
+        check_environment(config)
+
+
+def test_an_environment_elsewhere_is_not_looked_at() -> None:
+    assert check_environment(VllmConfig(python="/not/here", launcher=["srun"])) is None
+
+
+# Ranks
+
+
+def together(rank: int, world_size: int, case: str) -> Any:
+    """What a rank gets from something that only the first does."""
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    ranks = ServerRanks(replica=group, domain=group, number=0)
+    actions: dict[str, Callable[[], Any]] = {
+        "answer": lambda: [rank, "first"],
+        "user": lambda: (_ for _ in ()).throw(UserError("x", got="1", need="2", mend="3", advice=["look"])),
+        "lost": lambda: (_ for _ in ()).throw(ServerLost("gone")),
+        "defect": lambda: {}["missing"],
+        "slow": lambda: time.sleep(20),
+    }
+    looks = [0]
+
+    def stop() -> bool:
+        looks[0] += 1
+        return case == "slow" and looks[0] > 3
+
+    try:
+        return ranks.share(ranks.together(actions[case], stop_requested=stop)), ranks.any(rank == 1)
+    except (UserError, ServerLost, RuntimeError, StopRequested) as error:
+        return type(error).__name__, str(error), getattr(error, "advice", ())
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("answer", ([0, "first"], True)),
+        ("user", ("UserError", "x: got 1; need 2; 3", ("look",))),
+        ("lost", ("ServerLost", "gone", ())),
+        ("defect", ("RuntimeError", "vLLM engine: KeyError: 'missing'", ())),
+        ("slow", ("StopRequested", "", ())),
+    ],
+)
+def test_every_rank_learns_what_came_of_it(case: str, expected: Any) -> None:
+    assert run_ranks(together, 2, case, timeout=30) == [expected, expected]
+
+
+def cannot_start(rank: int, world_size: int, output: Path) -> Any:
+    from nemo_popsd.testbed.assets import asset
+    from tests.rollout.vllm_servers import engine, settings
+    from tests.tiny_models import build_student
+
+    student = build_student(asset("nemo_popsd:tiny_reasoner"), tensor=2)
+    vllm = engine(settings(output, f"rollout.vllm.python={sys.executable}"), student)
+    try:
+        vllm.generate([Request([1, 2, 3], 1)], SamplingParams(0.0, 1.0, 0, 4, frozenset()))
+    except UserError as error:
+        return str(error), error.advice
+    return None
+
+
+def test_no_rank_waits_for_a_server_that_cannot_start(tmp_path: Path) -> None:
+    told = run_ranks(cannot_start, 2, tmp_path, timeout=90)
+    assert told[0] == told[1]
+    assert "cannot import vLLM" in told[0][0]
+    assert (tmp_path / "vllm" / "server-0.log").is_file()

@@ -1,0 +1,129 @@
+"""Frames and buckets: what is sent is what arrives, and what is no frame is refused."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_popsd.rollout.vllm.buckets import BucketSender
+from nemo_popsd.rollout.vllm.serving import popsd_wire as wire
+from nemo_popsd.rollout.vllm.serving.popsd_buckets import read_bucket
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+def test_frames_arrive_whole_and_in_order(ends: tuple[socket.socket, socket.socket]) -> None:
+    large = bytes(range(256)) * (1 << 14)  # more than a socket's buffer holds
+    sent: list[tuple[dict[str, Any], bytes]] = [
+        ({"request": "generate", "prompts": [[1, 2], [3]], "log_probs": [-0.1, -1e-30]}, b""),
+        ({"path": None, "name": "Gewichte ü"}, large),
+        ({}, b"x"),
+    ]
+    thread = threading.Thread(target=lambda: [wire.send(ends[0], *frame) for frame in sent])
+    thread.start()
+    received = [wire.receive(ends[1]) for _ in sent]
+    thread.join()
+    assert [(header, bytes(payload)) for header, payload in received] == sent
+
+
+def test_a_connection_that_closes_is_told(ends: tuple[socket.socket, socket.socket]) -> None:
+    ends[0].sendall(struct.pack("!IQ", 10, 0) + b"{")
+    ends[0].close()
+    with pytest.raises(wire.DisconnectedError):
+        wire.receive(ends[1])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", struct.pack("!IQ", 2, 1 << 40) + b"{}", struct.pack("!IQ", 2, 0) + b"[]"],
+    ids=["http", "too large", "no object"],
+)
+def test_what_is_no_frame_is_refused(ends: tuple[socket.socket, socket.socket], data: bytes) -> None:
+    ends[0].sendall(data)
+    with pytest.raises(ValueError, match=r"frame|header"):
+        wire.receive(ends[1])
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "embedding": torch.randn(40, 8, generator=generator),
+        "odd": torch.randn(7, generator=generator).bfloat16(),
+        "transposed": torch.randn(6, 5, generator=generator).T,
+        "half": torch.randn(3, 3, 3, generator=generator).half(),
+        "one": torch.randn((), generator=generator),
+        "cut": torch.randn(20, 4, generator=generator)[:9],
+        "last": torch.randn(11, 3, generator=generator).bfloat16(),
+    }
+
+
+class Receiver:
+    """In the place of a server: reads buckets as vLLM's workers do."""
+
+    def __init__(self, *, same_machine: bool) -> None:
+        self.launch = SimpleNamespace(same_machine=same_machine)
+        self.version: int | None = 3
+        self.requests: list[str] = []
+        self.sizes: list[int] = []
+        self.received: dict[str, torch.Tensor] = {}
+
+    def ask(self, request: dict[str, Any], payload: Any = b"", **named: Any) -> dict[str, Any]:
+        self.requests.append(request["request"])
+        if request["request"] == "bucket":
+            path, folder = request["path"], None
+            if path is None:
+                folder = Path(f"/tmp/bucket-{id(self)}")
+                folder.write_bytes(payload)
+                path = str(folder)
+            self.sizes.append(Path(path).stat().st_size)
+            # Read later: a layer may wait for the rest of its tensors until the bucket is long gone.
+            self.received |= dict(read_bucket(path, request["tensors"]))
+            if folder is not None:
+                folder.unlink()
+        return {"version": request.get("version")}
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+@pytest.mark.parametrize("bucket_bytes", [1, 100, 700, 1 << 20])
+def test_buckets_hold_every_tensor_once(bucket_bytes: int, same_machine: bool) -> None:
+    receiver, sent = Receiver(same_machine=same_machine), tensors()
+    sender = BucketSender(receiver, bucket_bytes)  # type: ignore[arg-type]
+    assert receiver.version is None, "while weights are on their way there is no version"
+    for name, tensor in sent.items():
+        sender.add(name, tensor)
+    sender.commit(8)
+    assert receiver.version == 8
+    assert list(receiver.received) == list(sent)
+    for name, tensor in sent.items():
+        assert receiver.received[name].dtype == tensor.dtype
+        assert torch.equal(receiver.received[name], tensor), name
+    largest = max(t.numel() * t.element_size() for t in sent.values())
+    assert max(receiver.sizes) <= max(bucket_bytes, largest)
+    assert receiver.requests == ["begin", *["bucket"] * sender.buckets, "commit"]
+    assert {1: 7, 1 << 20: 1}.get(bucket_bytes, sender.buckets) == sender.buckets
+    assert (sender.tensors, sender.bytes) == (7, sum(t.numel() * t.element_size() for t in sent.values()))
+
+
+def test_the_servers_modules_need_nothing_of_this_package() -> None:
+    folder = Path(wire.__file__).parent
+    of_its_environment = {"safetensors", "torch", "vllm"}
+    known = {path.stem for path in folder.glob("*.py")} | of_its_environment | set(sys.stdlib_module_names)
+    from tests.test_architecture import imports
+
+    for path in folder.glob("*.py"):
+        assert {module.split(".")[0] for module in imports(path)} <= known, path.name
+    assert imports(Path(wire.__file__)) <= set(sys.stdlib_module_names), "both sides have it"

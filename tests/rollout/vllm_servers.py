@@ -1,0 +1,63 @@
+"""Where the tests find a real vLLM, and runs that draw from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = os.environ.get("POPSD_VLLM_PYTHON", str(ROOT / ".vllm-venv" / "bin" / "python"))
+
+needs_vllm = pytest.mark.skipif(
+    not Path(PYTHON).is_file(),
+    reason=f"no vLLM at {PYTHON}; `make vllm-env` makes one, or set POPSD_VLLM_PYTHON",
+)
+SMALL = [
+    "rollout.engine=vllm",
+    f"rollout.vllm.python={PYTHON}",
+    "rollout.vllm.eager=true",
+    f"rollout.vllm.cache_bytes={128 << 20}",
+    "rollout.vllm.start_seconds=240",
+    "rollout.vllm.answer_seconds=240",
+]
+"""Overrides of `conf/tiny.yaml`."""
+
+
+def settings(output: Path, *words: str) -> Any:
+    """The tiny run with `rollout.engine=vllm`."""
+    from nemo_popsd.config.loading import load_config
+
+    return load_config(str(ROOT / "conf" / "tiny.yaml"), [f"output={output}", *SMALL, *words])
+
+
+def engine(config: Any, student: Any, *, version: Any = lambda: 0, longest: int = 400, **arguments: Any) -> Any:
+    """The engine of `config` for `student`. Collective."""
+    from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+    from nemo_popsd.model.engines import build_engine
+    from nemo_popsd.testbed.assets import asset
+
+    return build_engine(
+        config,
+        student,
+        HuggingFaceModel(asset("nemo_popsd:tiny_reasoner")),
+        weights_version=version,
+        longest=lambda: longest,
+        stop_requested=arguments.pop("stop_requested", lambda: False),
+    )
+
+
+def gone(pid: int, *, within: float = 20) -> bool:
+    """Whether a process ends in time."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.1)
+                continue
+        return True
+    return False
