@@ -28,6 +28,8 @@ export POPSD_MIN_FREE_GIB=${POPSD_MIN_FREE_GIB:-50}
 # Bounds: starts after the first one, whatever their cause; failures in a row.
 export POPSD_MAX_RESTARTS=${POPSD_MAX_RESTARTS:-20}
 export POPSD_MAX_CRASHES=${POPSD_MAX_CRASHES:-3}
+# Options of sbatch for the evaluation at the end of slurm/pipeline.sh, whose own options are those of the training.
+# export POPSD_EVALUATE_OPTIONS="--ntasks-per-node=4 --gpus-per-node=4"
 # Cores of a rank. Default: the node's, divided by its ranks.
 # export POPSD_CPUS_PER_RANK=12
 # A file with lines like WANDB_API_KEY=..., readable by you alone (chmod 600). Read by the job, never printed.

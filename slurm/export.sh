@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write a trained checkpoint as a Hugging Face directory, adapters merged; one process.
+# Write a trained checkpoint as a Hugging Face directory, adapters merged; one process, no GPU.
 #
 #   sbatch slurm/export.sh runs/qwen3_8b/checkpoints/final /models/Qwen3-8B-purified
 #
@@ -8,7 +8,6 @@
 #SBATCH --job-name=popsd-export
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=1
 #SBATCH --mem=64G
 #SBATCH --requeue
 #SBATCH --open-mode=append

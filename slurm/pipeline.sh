@@ -5,7 +5,8 @@
 #
 # One configuration for all: `student.source` is the Hugging Face directory, `output` takes everything that is written.
 # Where student.source is a NeMo checkpoint or the embedded model, there is nothing to convert; where data.validation.path
-# is empty, nothing to evaluate. Run it where you would run sbatch. It needs neither Python nor a container there.
+# and evaluation.sets are empty, nothing to evaluate. sbatch options of the evaluation: POPSD_EVALUATE_OPTIONS. Run it where
+# you would run sbatch. It needs neither Python nor a container there.
 set -euo pipefail
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -48,6 +49,8 @@ from_file() {
         value = substr(line, length(wanted[at]) + 2)
         if (at == depth) {
           sub(/[ ]+#.*/, "", value); gsub(/^[ "\047]+|[ "\047]+$/, "", value)
+          # A list may also be written below its key, a line for each entry.
+          while (value == "" && (getline line) > 0) if (line !~ /^[ ]*(#|$)/) { if (line ~ /^[ ]*-/) value = "list"; break }
           print value
           exit
         }
@@ -62,6 +65,7 @@ submit() {
   shift 2
   [[ -z $after ]] || flags+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes)
   [[ $name != train ]] || flags+=("${options[@]}")
+  [[ $name != evaluate ]] || flags+=("${evaluation[@]}")
   id=$(sbatch --parsable "${flags[@]}" "$@")
   id=${id%%;*}
   submitted+=("$id")
@@ -69,13 +73,17 @@ submit() {
 }
 
 overrides=("$@")
+read -r -a evaluation <<<"${POPSD_EVALUATE_OPTIONS:-}"
 source=$(setting student.source)
 output=$(setting output)
 validation=$(setting data.validation.path)
+sets=$(setting evaluation.sets)
 [[ -n $source && -n $output ]] || {
   echo "pipeline: got student.source='$source' and output='$output'; need both; set them in $conf or as key=value" >&2
   exit 2
 }
+something="[^][ \"']" # neither empty nor an empty list
+[[ $validation != null ]] || validation=
 id=
 submitted=()
 # All of them or none.
@@ -87,6 +95,6 @@ if [[ -e $source/config.json && ! -e $source/manifest.json ]]; then
 fi
 submit train "$id" "$home/slurm/train.sh" "$conf" "${overrides[@]}" training.export_huggingface=false
 submit export "$id" "$home/slurm/export.sh" "$output/checkpoints/final" "$output/huggingface"
-if [[ -n $validation && $validation != null ]]; then
+if [[ $validation =~ $something || $sets =~ $something ]]; then
   submit evaluate "$id" "$home/slurm/evaluate.sh" "$conf" "${overrides[@]}" --checkpoint "$output/checkpoints/final"
 fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_popsd"
 
-# What a room may import of the others, `config` and `errors` aside. A room's own `config.py` is anybody's.
+# What a room may import of the others, `atomic`, `config` and `errors` aside. A room's own `config.py` is anybody's.
 ALLOWED = {
     "distillation": set(),
     "data": {"testbed"},
     "runtime": set(),
+    "diagnosis": {"data", "distillation", "evaluation", "megatron", "rollout", "runtime", "training"},
+    "report": {"evaluation"},
     "observability": set(),
     "rollout": {"megatron"},
     "megatron": {"data", "distillation", "runtime"},
@@ -25,21 +28,34 @@ ALLOWED = {
     "checkpoint": {"megatron", "runtime", "testbed"},
     "testbed": {"data", "evaluation"},
     "planning": {"distillation", "testbed"},
-    "config": {"data", "distillation", "evaluation", "megatron", "observability", "rollout", "training", "testbed"},
-    "model": {
-        "checkpoint",
+    "config": {
         "data",
+        "diagnosis",
+        "distillation",
         "evaluation",
         "megatron",
         "observability",
+        "rollout",
+        "training",
+        "testbed",
+    },
+    "model": {
+        "checkpoint",
+        "data",
+        "diagnosis",
+        "evaluation",
+        "megatron",
+        "observability",
+        "report",
         "rollout",
         "runtime",
         "testbed",
         "training",
     },
-    "cli": {"data", "doctor", "model", "observability", "planning", "rollout", "testbed"},
+    "cli": {"data", "doctor", "evaluation", "model", "observability", "planning", "report", "rollout", "testbed"},
     "doctor": set(),
 }
+MATHEMATICS_OF_DIAGNOSIS = ("config.py", "groups.py", "pieces.py", "push.py", "record.py", "shards.py", "tokens.py")
 FREE_OF_MEGATRON = (
     "config",
     "data",
@@ -50,6 +66,7 @@ FREE_OF_MEGATRON = (
     "testbed",
     "cli",
     "doctor",
+    "report",
 )
 
 
@@ -78,7 +95,8 @@ def test_dependencies_point_one_way(room: str) -> None:
             parts = module.split(".")
             if parts[0] != "nemo_popsd" or len(parts) < 2 or parts[-1] == "config":
                 continue
-            assert parts[1] in {*ALLOWED[room], room, "config", "errors"}, f"{file.relative_to(ROOT)} imports {module}"
+            allowed = {*ALLOWED[room], room, "atomic", "config", "errors"}
+            assert parts[1] in allowed, f"{file.relative_to(ROOT)} imports {module}"
 
 
 @pytest.mark.parametrize("room", FREE_OF_MEGATRON)
@@ -94,11 +112,26 @@ def test_the_engine_interface_and_the_sampling_know_nothing_of_megatron() -> Non
         assert not any("megatron" in module for module in imports(file)), file.name
 
 
+@pytest.mark.parametrize("name", MATHEMATICS_OF_DIAGNOSIS)
+def test_the_mathematics_of_the_diagnosis_knows_neither_megatron_nor_the_loop(name: str) -> None:
+    rooms = {
+        module.split(".")[1] for module in imports(PACKAGE / "diagnosis" / name) if module.startswith("nemo_popsd.")
+    }
+    assert rooms <= {"atomic", "config", "diagnosis", "distillation", "errors", "evaluation"}
+
+
+def test_the_report_needs_the_standard_library_and_yaml_alone() -> None:
+    for file in (PACKAGE / "report").rglob("*.py"):
+        foreign = {m.split(".")[0] for m in imports(file)} - set(sys.stdlib_module_names)
+        assert foreign <= {"yaml", "nemo_popsd"}, file.relative_to(ROOT)
+
+
 def test_the_readme_lists_every_room_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
     assert sorted(listed) == rooms()
-    for command in ("train", "evaluate", "export", "convert", "plan", "rollouts", "config", "doctor"):
+    commands = ["train", "evaluate", "diagnose", "report", "export", "convert", "plan", "rollouts", "config", "doctor"]
+    for command in commands:
         assert f"popsd {command}" in readme
 
 

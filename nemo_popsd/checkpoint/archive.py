@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from nemo_popsd.checkpoint.atomic import flush_file
+from nemo_popsd.atomic import flush_file
 from nemo_popsd.errors import UserError
 
 

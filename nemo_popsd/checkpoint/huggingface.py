@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nemo_popsd.atomic import new_directory
 from nemo_popsd.checkpoint.architecture import read_architecture
 from nemo_popsd.checkpoint.safetensors_files import INDEX, SafetensorsFiles, write_shards
 from nemo_popsd.checkpoint.tensor_map import TensorMap
@@ -245,17 +246,12 @@ class HuggingFaceModel:
             dtype: of the tensors, which ``config.json`` is made to say.
             shard_bytes: size at which a new file is begun.
         """
-        output = Path(output)
-        partial = output.with_name(output.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.copy_artifacts(partial)
-        _declare_dtype(partial / "config.json", dtype)
-        written = write_shards(tensors, partial, shard_bytes)
-        if unlike := written ^ set(self.tensor_names):
-            raise RuntimeError(f"{partial}: tensors missing or left over: {sorted(unlike)[:4]}")
-        shutil.rmtree(output, ignore_errors=True)
-        partial.rename(output)
+        with new_directory(Path(output)) as partial:
+            self.copy_artifacts(partial)
+            _declare_dtype(partial / "config.json", dtype)
+            written = write_shards(tensors, partial, shard_bytes)
+            if unlike := written ^ set(self.tensor_names):
+                raise RuntimeError(f"{partial}: tensors missing or left over: {sorted(unlike)[:4]}")
 
     def copy_artifacts(self, destination: Path, *, with_tensor_names: bool = False) -> None:
         """Copies configuration, tokenizer, chat template and generation configuration, not the weights."""

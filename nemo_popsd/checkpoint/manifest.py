@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_popsd.checkpoint.atomic import write_text
+from nemo_popsd.atomic import write_text
 from nemo_popsd.errors import UserError
 
 FILE_NAME = "manifest.json"

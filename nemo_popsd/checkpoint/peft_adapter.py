@@ -8,11 +8,11 @@ rows of B, which computes the same.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from nemo_popsd.atomic import new_directory
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.errors import UserError
 
@@ -51,11 +51,6 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
                 # A clone: linears that share one A, and rows of one B, share storage, which safetensors refuses.
                 tensors[f"base_model.model.{module}.lora_{letter}.weight"] = factor.clone()
             targets.add(module.rpartition(".")[2])
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    (partial / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone.
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -68,7 +63,8 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (partial / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
-    architecture.copy_tokenizer(partial)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    with new_directory(output) as partial:
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone.
+        (partial / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
+        architecture.copy_tokenizer(partial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from nemo_popsd.checkpoint.atomic import PARTIAL, REPLACED, remove, write_text
+from nemo_popsd.atomic import PARTIAL, REPLACED, remove, write_text
 from nemo_popsd.checkpoint.manifest import FILE_NAME, read_manifest
 from nemo_popsd.checkpoint.training_state import FOLDER as TRAINING_STATE
 

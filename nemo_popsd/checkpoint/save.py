@@ -21,8 +21,8 @@ from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nemo_popsd.atomic import PARTIAL, flush_tree, put_in_place, remove
 from nemo_popsd.checkpoint.archive import pack
-from nemo_popsd.checkpoint.atomic import PARTIAL, flush_tree, put_in_place, remove
 from nemo_popsd.checkpoint.distributed_tensors import Piece
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.manifest import digest, digests, list_files, write_manifest

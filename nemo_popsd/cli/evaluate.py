@@ -1,4 +1,4 @@
-"""`popsd evaluate CONF [key=value ...] [--checkpoint PATH]`."""
+"""`popsd evaluate CONF [key=value ...] [--checkpoint PATH]` and `popsd evaluate --compare DIR DIR ...`."""
 
 from __future__ import annotations
 
@@ -7,27 +7,62 @@ from typing import Any
 
 from nemo_popsd.cli.arguments import add_config_arguments, world_size
 from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.errors import UserError
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="measure accuracy, markers and response length on held-out rows",
-        description="Sample responses to `data.validation` as CONF says; report accuracy, markers and length.",
+        help="measure accuracy, markers and response length on problem sets, or compare such evaluations",
+        description="Sample responses to problems as CONF says (evaluation.sets, or data.validation) and report "
+        "accuracy, epistemic behaviour and length with intervals. A repeated command draws only what is missing.",
     )
-    add_config_arguments(parser)
+    add_config_arguments(parser, optional=True)
     parser.add_argument(
         "--checkpoint", metavar="PATH", default=None, help="what to evaluate; default: student.source, untrained"
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="DIR",
+        nargs="+",
+        default=[],
+        help="evaluations to compare with the first, such as OUTPUT/evaluation/MODEL (all its sets); draws nothing",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load and check the configuration, then evaluate."""
+    """Compare what is on the disk; or load and check the configuration, then evaluate."""
+    if args.compare:
+        _compare(args)
+        return
+    if args.config is None:
+        raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", mend="name one")
     from nemo_popsd.config.consistency import check_evaluation_run
     from nemo_popsd.config.loading import load_config
 
     config = load_config(args.config, args.overrides)
     check_evaluation_run(config, world_size=world_size(), checkpoint=args.checkpoint)
-    run_entry("evaluate", config, args.checkpoint)
+    if config.evaluation.endpoint.url:
+        from nemo_popsd.evaluation.served import evaluate_served
+        from nemo_popsd.observability.console import set_up_console
+
+        set_up_console()
+        print(evaluate_served(config))
+    else:
+        run_entry("evaluate", config, args.checkpoint)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from nemo_popsd.evaluation.comparison import compare_directories
+    from nemo_popsd.evaluation.config import EvaluationConfig
+
+    if args.config is not None or args.checkpoint is not None:
+        raise UserError(
+            "evaluate",
+            got="--compare together with a configuration or --checkpoint",
+            need="directories of evaluations alone",
+            mend="leave the rest out",
+        )
+    print(compare_directories(args.compare, resamples=EvaluationConfig().resamples))

@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 
 from nemo_popsd import __version__
-from nemo_popsd.cli import convert, doctor, evaluate, export, plan, rollouts, show_config, train
+from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
 from nemo_popsd.errors import UserError
 
-_COMMANDS = (train, evaluate, export, convert, plan, rollouts, show_config, doctor)
+_COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 
 USER_ERROR = 2
 """Exit status for what the user can mend."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.named_sets import named_source
 from nemo_popsd.data.sources import resolve_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.vllm.environment import check_environment
@@ -19,7 +20,9 @@ RUN_FILES = (
     "huggingface",
     "rollouts",
     "vllm",
-    "run.json",
+    "validation",
+    "diagnosis",
+    "report.html",
     DONE,
     REQUEUE,
 )
@@ -142,9 +145,37 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
     """Everything that can be known to be wrong with an evaluation before a model is built.
 
     Args:
-        config: the run; needs `data.validation.path`.
+        config: the run; needs `data.validation.path` or `evaluation.sets`.
         world_size: number of ranks.
         checkpoint: what is evaluated; None evaluates `student.source`.
+
+    Raises:
+        UserError: as `check_training_run`.
+    """
+    check_sections(config)
+    check_layout(config, world_size=world_size)
+    if config.evaluation.endpoint.url:
+        _check_endpoint(config, world_size=world_size, checkpoint=checkpoint)
+    else:
+        _check_engine(config)
+    if checkpoint is None:
+        _check_student(config)
+    else:
+        check_checkpoint(checkpoint, setting="--checkpoint")
+    for name in config.evaluation.sets:
+        named_source(name, config.evaluation.sets_directory)
+    if not config.evaluation.sets:
+        resolve_path(config.data.validation.path, setting="data.validation")
+    check_output(config.output)
+
+
+def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str | None = None) -> None:
+    """Everything that can be known to be wrong with a diagnosis before a model is built.
+
+    Args:
+        config: the run; needs `data.train.path`, whose rows have references.
+        world_size: number of ranks.
+        checkpoint: what is diagnosed; None diagnoses `student.source`.
 
     Raises:
         UserError: as `check_training_run`.
@@ -156,7 +187,7 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
     else:
         check_checkpoint(checkpoint, setting="--checkpoint")
     _check_engine(config)
-    resolve_path(config.data.validation.path, setting="data.validation")
+    resolve_path(config.data.train.path, setting="data.train")
     check_output(config.output)
 
 
@@ -193,6 +224,30 @@ def check_new_output(path: str, *, setting: str) -> None:
             mend=f"remove it, or give another {setting}",
         )
     check_output(path, setting=setting)
+
+
+def _check_endpoint(config: PopsdConfig, *, world_size: int, checkpoint: str | None) -> None:
+    if world_size > 1:
+        raise UserError(
+            "configuration",
+            got=f"evaluation.endpoint.url with {world_size} ranks",
+            need="one process: the server has the accelerators",
+            mend="start `popsd evaluate` without torchrun, or set evaluation.endpoint.url=''",
+        )
+    if checkpoint is not None:
+        raise UserError(
+            "configuration",
+            got="evaluation.endpoint.url together with --checkpoint",
+            need="one of them: what the server has loaded is what is evaluated",
+            mend="serve the exported checkpoint (`popsd export`) and leave --checkpoint out",
+        )
+    if config.evaluation.endpoint.dialect == "openai" and config.evaluation.top_k:
+        raise UserError(
+            "configuration",
+            got=f"evaluation.top_k={config.evaluation.top_k} with evaluation.endpoint.dialect=openai",
+            need="a setting that the standard API knows",
+            mend="set evaluation.top_k=0 or evaluation.endpoint.dialect=vllm",
+        )
 
 
 def _check_student(config: PopsdConfig) -> None:

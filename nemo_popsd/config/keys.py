@@ -73,7 +73,7 @@ def describe(kind: Any) -> str:
     if _is_optional(kind):
         return " or ".join([describe(_inner(kind)), "null"])
     if get_origin(kind) is list:
-        return "a list of texts, as in [a, b]"
+        return "a list of numbers, as in [0.1, 1]" if float in get_args(kind) else "a list of texts, as in [a, b]"
     return _NEEDS[kind]
 
 

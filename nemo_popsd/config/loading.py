@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_popsd.atomic import write_text
 from nemo_popsd.config.consistency import check_sections
 from nemo_popsd.config.keys import accepts, is_text, known_keys, unknown_key, wrong_type
 from nemo_popsd.config.schema import PopsdConfig
@@ -54,7 +54,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
 def _expand_home(config: PopsdConfig) -> None:
     """`~` in a path of the configuration is the home directory, here and nowhere later."""
     config.output = os.path.expanduser(config.output)
-    for section, name in ((config.student, "source"), (config.data.train, "path"), (config.data.validation, "path")):
+    paths = (
+        (config.student, "source"),
+        (config.data.train, "path"),
+        (config.data.validation, "path"),
+        (config.evaluation, "sets_directory"),
+    )
+    for section, name in paths:
         setattr(section, name, os.path.expanduser(getattr(section, name)))
 
 
@@ -81,17 +87,7 @@ def save_resolved(config: PopsdConfig, path: str | Path) -> None:
     """Write `config` with all its defaults as YAML; `path` holds the old or the new text at any moment, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(OmegaConf.to_yaml(to_dict_config(config)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    write_text(path, OmegaConf.to_yaml(to_dict_config(config)))
 
 
 def _read(path: Path) -> dict[str, Any]:

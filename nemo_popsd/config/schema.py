@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from nemo_popsd.config.checks import at_least
 from nemo_popsd.data.config import DataConfig
+from nemo_popsd.diagnosis.config import DiagnosisConfig
 from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.megatron.config import OptimizerConfig, ParallelConfig, StudentConfig
@@ -42,6 +43,8 @@ class PopsdConfig:
     """The loop."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out accuracy and epistemic markers."""
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
+    """The paper's analysis of the teacher's signal, token by token."""
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     """Where metrics go."""
 

@@ -67,6 +67,10 @@ class PromptDataset(Dataset[PromptRow]):
         row = self._rows[index]
         return PromptRow(row.record, self.builder.contexts(row))
 
+    def index(self, row_id: str) -> int | None:
+        """Index of the row with this id; None where there is none."""
+        return next((index for index, row in enumerate(self._rows) if row.record.id == row_id), None)
+
 
 def build_dataset(
     config: DataConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase

@@ -20,6 +20,7 @@ from nemo_popsd.errors import UserError
 
 EMBEDDED = "nemo_popsd:"
 _PARQUET_MAGIC = b"PAR1"
+_ARROW_MAGIC = b"\xff\xff\xff\xff"  # an Arrow stream, as `datasets` caches it
 
 
 class _MalformedError(Exception):
@@ -102,6 +103,33 @@ def read_records(
     return records, report
 
 
+def column_names(path: Path) -> list[str]:
+    """Names of the columns of a file or directory that `read_records` can read; of JSONL, those of its first row.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if path.is_dir():
+        from datasets import load_from_disk
+
+        saved = load_from_disk(str(path))
+        return list(saved["train"].column_names if isinstance(saved, dict) else saved.column_names)
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    with path.open("rb") as file:
+        magic = file.read(len(_PARQUET_MAGIC))
+    if magic == _PARQUET_MAGIC:
+        return list(pyarrow.parquet.read_schema(path).names)
+    if magic == _ARROW_MAGIC:
+        with pyarrow.memory_map(str(path)) as mapped:
+            return list(pyarrow.ipc.open_stream(mapped).schema.names)
+    row = next((row for _, row in _jsonl_rows(path)), None)
+    if not isinstance(row, dict):
+        raise UserError(str(path), got=str(row or "no row"), need="one JSON object a line", mend="mend the file")
+    return list(row)
+
+
 def resolve_path(path: str, *, setting: str) -> Path:
     """The file or directory that `path` names; ``nemo_popsd:NAME`` is an embedded asset.
 
@@ -135,6 +163,8 @@ def _rows(path: Path, columns: ColumnsConfig, setting: str) -> Iterator[_Row]:
         raise _unreadable(path, error, setting) from None
     if magic == _PARQUET_MAGIC:
         return _parquet_rows(path, columns, setting)
+    if magic == _ARROW_MAGIC:
+        return _arrow_rows(path, columns, setting)
     if path.suffix == ".parquet":
         raise _unreadable(path, "no Parquet data, although the name ends in .parquet", setting)
     if magic.startswith(b"["):
@@ -172,6 +202,19 @@ def _parquet_rows(path: Path, columns: ColumnsConfig, setting: str) -> Iterator[
             wanted = _wanted_columns(columns)
             _require_columns(path, file.schema_arrow.names, wanted, setting)
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024, columns=wanted))
+            yield from enumerate((row for batch in batches for row in batch), start=1)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error, setting) from None
+
+
+def _arrow_rows(path: Path, columns: ColumnsConfig, setting: str) -> Iterator[_Row]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            wanted = _wanted_columns(columns)
+            _require_columns(path, stream.schema.names, wanted, setting)
+            batches = (batch.select(wanted).to_pylist() for batch in stream)
             yield from enumerate((row for batch in batches for row in batch), start=1)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error, setting) from None

@@ -8,6 +8,8 @@ Extraction, first rule that applies:
    response quotes its instructions;
 3. else, only when asked for (`last_number=True`), the last number in the text.
 
+The thinking is searched like the rest: a response that was cut before it closed its thinking may have answered there.
+
 Comparison: both sides are cleaned of mathematical wrapping, then compared as exact numbers if both are numbers,
 else as text.
 
@@ -18,8 +20,8 @@ else as text.
   "a/b", and `\frac{a}{b}` or `\frac12`; compared exactly, so 0.5 = 1/2 = \frac{1}{2} = .50, but 0.333 ≠ 1/3.
 - Text is compared without any white space, in its own case.
 
-Not covered, and so unequal unless written alike: units, "x = 5" against "5", sets and intervals in another order
-or notation, roots, and every other equivalence that takes algebra.
+Not covered here, and so unequal unless written alike: units, "x = 5" against "5", sets and intervals in another order
+or notation, roots, and every other equivalence that takes algebra; `equivalence` asks math-verify about those.
 """
 
 from __future__ import annotations
@@ -68,11 +70,16 @@ def answers_match(predicted: str | None, expected: str) -> bool:
     """Whether a predicted answer equals the expected one by the module's rules; None (no answer) never does."""
     if predicted is None:
         return False
-    ours, theirs = _clean(predicted), _clean(expected)
+    ours, theirs = cleaned_answer(predicted), cleaned_answer(expected)
     our_number, their_number = _number(ours), _number(theirs)
     if our_number is not None and their_number is not None:
         return our_number == their_number
     return bool(ours) and ours == theirs
+
+
+def is_number(cleaned: str) -> bool:
+    """Whether a cleaned answer is a number that is compared exactly."""
+    return _number(cleaned) is not None
 
 
 def _last_box(text: str) -> str | None:
@@ -108,7 +115,8 @@ def _unwrapped(text: str) -> str:
     return text[wrapper.end() : -1] if depth == 0 else text
 
 
-def _clean(text: str) -> str:
+def cleaned_answer(text: str) -> str:
+    """`text` without mathematical wrapping, as the comparison sees it."""
     text = text.replace("−", "-").replace("{,}", ",")  # noqa: RUF001 (the Unicode minus is meant)
     text = _DROPPED.sub("", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = "".join(text.split()).removesuffix(".")

@@ -3,23 +3,74 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
-from nemo_popsd.config.checks import at_least, fraction, pattern
+from nemo_popsd.config.checks import above, at_least, fraction, one_of, pattern
+from nemo_popsd.data.named_sets import NAMED_SETS
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.markers import DEFAULT_MARKERS
 
 
 @dataclass(kw_only=True)
+class EndpointConfig:
+    """An OpenAI-compatible server (`vllm serve` is one), asked through its completions API.
+
+    `student.source` still names the model's directory, of which only tokenizer and chat template are read. A key goes
+    into an environment variable, never into the configuration.
+    """
+
+    url: str = ""
+    """Base URL up to and including `/v1`, such as `http://localhost:8000/v1`; empty evaluates with Megatron."""
+    model: str = ""
+    """Name under which the server serves the model; empty takes the only one that it lists."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the key; without it, none is sent."""
+    prompts: str = "token_ids"
+    """`token_ids`, or `text` for servers that take no ids. Both are the rendered chat template."""
+    dialect: str = "vllm"
+    """`vllm` sends vLLM's own parameters too, which turn off the sampling defaults that a served model brings along;
+    `openai` sends the standard ones alone, and the server's defaults hold for the rest."""
+    concurrency: int = 64
+    """Requests under way at a time."""
+    timeout_seconds: float = 7200.0
+    """Longest wait for one response."""
+    retries: int = 6
+    """Repeats of a request that failed for a reason that may pass (connection, 408, 409, 429, 5xx), after 1, 2, 4, ...
+    seconds, or when the server says."""
+
+    def __post_init__(self) -> None:
+        one_of("evaluation.endpoint.prompts", self.prompts, ("token_ids", "text"))
+        one_of("evaluation.endpoint.dialect", self.dialect, ("vllm", "openai"))
+        at_least("evaluation.endpoint.concurrency", self.concurrency, 1)
+        above("evaluation.endpoint.timeout_seconds", self.timeout_seconds, 0)
+        at_least("evaluation.endpoint.retries", self.retries, 0)
+        parts = urlsplit(self.url)
+        if self.url and (parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query):
+            raise UserError(
+                "configuration",
+                got="an evaluation.endpoint.url that is no plain http(s) address",  # it may hold a password
+                need="http(s)://HOST[:PORT]/v1 without a user, a password or a query",
+                mend="set evaluation.endpoint.url, and the key in the environment",
+            )
+
+
+@dataclass(kw_only=True)
 class EvaluationConfig:
-    """What is sampled from the validation rows, and how the text is read.
+    """What is sampled, and how the text is read.
 
     Sampling here is separate from that of the training rollouts and from the softmax temperature of the loss.
     """
 
+    sets: list[str] = field(default_factory=list)
+    """Named sets for `popsd evaluate`: aime24, aime25, hmmt25, math500, gsm8k. Empty means `data.validation`."""
+    sets_directory: str = ""
+    """Where files of named sets lie, as `aime24.jsonl` or `.parquet`; the local caches of `datasets` come next."""
     problems: int | None = None
-    """Evaluate only the first `problems` rows; null means all."""
+    """Evaluate only the first `problems` rows of a set; null means all."""
     samples_per_problem: int = 1
-    """Responses per problem; accuracy is averaged over them before it is averaged over problems."""
+    """Responses per problem, the k of avg@k and majority@k. Raised later, only the missing ones are drawn."""
+    pass_k: list[int] = field(default_factory=list)
+    """The k of pass@k; empty means 2, 4, 8, ... and `samples_per_problem`."""
     temperature: float = 1.0
     """Sampling temperature; 0 takes the most likely token."""
     top_p: float = 1.0
@@ -30,8 +81,20 @@ class EvaluationConfig:
     """Longest response; longer ones are cut and counted."""
     answer_pattern: str | None = None
     """Expression with one group; its last match in a response is the answer. Null reads the last `\\boxed{...}`."""
+    without_box: str = "none"
+    """Where that finds nothing: `none` means no answer, which is wrong; `last_number` takes the last number."""
+    verify_seconds: float = 5.0
+    """Longest comparison of two answers by math-verify; one that takes longer is wrong, and counted."""
     markers: list[str] = field(default_factory=lambda: list(DEFAULT_MARKERS))
     """Epistemic markers to count, as whole words in this very case."""
+    thinking_end: str = "</think>"
+    """Mark with which a response closes its thinking."""
+    resamples: int = 2000
+    """Bootstrap resamples of the problems behind each interval."""
+    confidence: float = 0.95
+    """Share of the resamples that an interval holds."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """Server that draws the samples instead of Megatron."""
 
     def __post_init__(self) -> None:
         at_least("evaluation.problems", self.problems, 1)
@@ -41,10 +104,20 @@ class EvaluationConfig:
         at_least("evaluation.top_k", self.top_k, 0)
         at_least("evaluation.max_response_tokens", self.max_response_tokens, 1)
         pattern("evaluation.answer_pattern", self.answer_pattern)
+        one_of("evaluation.without_box", self.without_box, ("none", "last_number"))
+        above("evaluation.verify_seconds", self.verify_seconds, 0)
+        at_least("evaluation.resamples", self.resamples, 100)
+        fraction("evaluation.confidence", self.confidence, allow_zero=False, allow_one=False)
+        for k in self.pass_k:
+            at_least("evaluation.pass_k", k, 1)
+        if not self.thinking_end:
+            raise _refused("evaluation.thinking_end", self.thinking_end, "the text that closes the thinking")
         if any(not marker.strip() for marker in self.markers) or len(set(self.markers)) < len(self.markers):
-            raise UserError(
-                "configuration",
-                got=f"evaluation.markers={self.markers!r}",
-                need="words or phrases, each once",
-                mend="set evaluation.markers",
-            )
+            raise _refused("evaluation.markers", self.markers, "words or phrases, each once")
+        unknown = [name for name in self.sets if name not in NAMED_SETS]
+        if unknown or len(set(self.sets)) < len(self.sets):
+            raise _refused("evaluation.sets", self.sets, f"names among {', '.join(NAMED_SETS)}, each once")
+
+
+def _refused(name: str, value: object, need: str) -> UserError:
+    return UserError("configuration", got=f"{name}={value!r}", need=need, mend=f"set {name}")

@@ -16,8 +16,10 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-DEFAULT_MARKERS = ("Wait", "Maybe", "Perhaps", "Check", "Let me think")
-"""The paper's."""
+PAPER_MARKERS = ("Wait", "Maybe", "Perhaps", "Check", "Let me think")
+"""Those that the paper counts."""
+DEFAULT_MARKERS = (*PAPER_MARKERS, "Hmm", "Alternatively")
+"""The paper's, and two that open a doubt in other reasoners."""
 
 
 def count_markers(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> dict[str, int]:
@@ -25,9 +27,9 @@ def count_markers(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> dict[s
     return {marker: len(_compiled(marker).findall(text)) for marker in markers}
 
 
-def rate_per_thousand(count: int, tokens: int) -> float:
-    """Occurrences per 1,000 tokens; 0.0 for no tokens."""
-    return 1000.0 * count / tokens if tokens else 0.0
+def marker_spans(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> list[tuple[int, int]]:
+    """Where `markers` stand in `text`: begin and end of each match, in characters, in rising order."""
+    return sorted(match.span() for marker in markers for match in _compiled(marker).finditer(text))
 
 
 @lru_cache(maxsize=256)

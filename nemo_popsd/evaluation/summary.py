@@ -1,164 +1,165 @@
-"""Scoring single responses, summarising an evaluation, and comparing evaluations side by side."""
+"""What an evaluation comes to: figures over problems, with bootstrap intervals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from nemo_popsd.evaluation.answers import answers_match, extract_answer
 from nemo_popsd.evaluation.config import EvaluationConfig
-from nemo_popsd.evaluation.markers import count_markers, rate_per_thousand
+from nemo_popsd.evaluation.estimates import Ratio, intervals, majority_is_correct, pass_at_k
+from nemo_popsd.evaluation.records import SampleScore
 
-
-@dataclass(frozen=True, slots=True)
-class SampleOutcome:
-    """One response to one problem."""
-
-    problem_id: str
-    correct: bool
-    answered: bool
-    """An answer was found, right or wrong."""
-    cut: bool
-    """The response ended at the length limit and not at a stop token."""
-    tokens: int
-    """Response length, stop token included."""
-    markers: Mapping[str, int]
-    """Occurrences of each marker."""
-
-
-def score_response(
-    problem_id: str, text: str, expected: str, *, tokens: int, cut: bool, config: EvaluationConfig
-) -> SampleOutcome:
-    """Read one decoded response: its answer, compared with `expected`, and its markers."""
-    answer = extract_answer(text, config.answer_pattern)
-    return SampleOutcome(
-        problem_id=problem_id,
-        correct=answers_match(answer, expected),
-        answered=answer is not None,
-        cut=cut,
-        tokens=tokens,
-        markers=count_markers(text, config.markers),
-    )
+RESAMPLING_SEED = 0
+"""Of all intervals: the same scores give the same intervals, whatever the run's seed."""
 
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """Aggregates over all samples; shares and accuracy are between 0 and 1."""
+    """Aggregates over all samples; shares and accuracies are between 0 and 1. Ready for JSON as they are."""
 
     problems: int
     samples: int
+    samples_per_problem: int
+    """Of the problem that has the fewest: the k of avg@k and of majority@k."""
     accuracy: float
-    """Mean over problems of the share of a problem's samples that are correct."""
+    """avg@k: mean over problems of the share of a problem's samples that are correct; an estimate of pass@1."""
     accuracy_stderr: float | None
     """Standard error of `accuracy` over problems (sample standard deviation / sqrt(problems)); None for one problem."""
+    majority: float
+    """majority@k: mean over problems of whether the answer that most of its samples gave is correct."""
+    pass_at: dict[str, float]
+    """pass@k by k: mean over problems of the unbiased estimate."""
     markers_per_1000_tokens: float
     """All markers together, over all response tokens (not a mean of per-response rates)."""
     marker_rates: dict[str, float]
     """The same for each marker."""
+    segments: float
+    """Reflection segments per response."""
     mean_tokens: float
     """Mean response length in tokens."""
+    closed_thinking_share: float
+    """Share of samples that close their thinking."""
+    repeated_share: float
+    """Mean share of a response's word sequences that occurred before in it."""
+    looping_share: float
+    """Share of samples that end in a loop."""
     cut_share: float
     """Share of samples cut at the length limit."""
     unanswered_share: float
     """Share of samples without an answer."""
+    undecided_share: float
+    """Share of samples whose answer could not be compared within the time limit; they count as wrong."""
+    confidence: float
+    """Of the intervals."""
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    """[low, high] by the name of the figure; `pass_at.K` and `marker_rates.MARKER` for those in mappings."""
 
     @classmethod
-    def from_outcomes(cls, outcomes: Iterable[SampleOutcome]) -> EvaluationSummary:
-        """Summarise; the order of outcomes does not matter, and problems may have unequal numbers of samples.
+    def from_scores(cls, scores: Iterable[SampleScore], config: EvaluationConfig) -> EvaluationSummary:
+        """Summarise; the order does not matter, and problems may have unequal numbers of samples.
 
         Raises:
-            ValueError: no outcomes.
+            ValueError: no scores.
         """
-        samples = list(outcomes)
+        samples = list(scores)
         if not samples:
-            raise ValueError("no outcomes to summarise")
-        by_problem: dict[str, list[bool]] = {}
-        totals: dict[str, int] = {}
-        for sample in samples:
-            by_problem.setdefault(sample.problem_id, []).append(sample.correct)
-            for marker, count in sample.markers.items():
-                totals[marker] = totals.get(marker, 0) + count
-        scores = [sum(correct) / len(correct) for correct in by_problem.values()]
-        tokens = sum(sample.tokens for sample in samples)
+            raise ValueError("no samples to summarise")
+        found = figures_of(samples, config.pass_k)
+        of_problems = intervals(found, resamples=config.resamples, confidence=config.confidence, seed=RESAMPLING_SEED)
+        values = {name: figure.value for name, figure in found.items()}
         return cls(
-            problems=len(scores),
+            problems=len(found["accuracy"].numerators),
             samples=len(samples),
-            accuracy=math.fsum(scores) / len(scores),
-            accuracy_stderr=_standard_error(scores),
-            markers_per_1000_tokens=rate_per_thousand(sum(totals.values()), tokens),
-            marker_rates={marker: rate_per_thousand(count, tokens) for marker, count in totals.items()},
-            mean_tokens=tokens / len(samples),
-            cut_share=sum(sample.cut for sample in samples) / len(samples),
-            unanswered_share=sum(not sample.answered for sample in samples) / len(samples),
+            samples_per_problem=int(min(found["mean_tokens"].denominators)),
+            accuracy=values["accuracy"],
+            accuracy_stderr=_standard_error(found["accuracy"].numerators),
+            majority=values["majority"],
+            pass_at=_inner(values, "pass_at"),
+            markers_per_1000_tokens=values["markers_per_1000_tokens"],
+            marker_rates=_inner(values, "marker_rates"),
+            segments=values["segments"],
+            mean_tokens=values["mean_tokens"],
+            closed_thinking_share=values["closed_thinking_share"],
+            repeated_share=values["repeated_share"],
+            looping_share=values["looping_share"],
+            cut_share=values["cut_share"],
+            unanswered_share=values["unanswered_share"],
+            undecided_share=values["undecided_share"],
+            confidence=config.confidence,
+            intervals={name: list(found_interval) for name, found_interval in of_problems.items()},
         )
 
     def as_dict(self) -> dict[str, object]:
-        """All fields, ready for JSON."""
+        """All fields, ready for JSON; `EvaluationSummary(**fields)` reads them back."""
         return asdict(self)
 
+    def numbers(self) -> dict[str, float]:
+        """What a logger can draw a curve of; those in mappings as `pass_at/K` and `marker_rates/MARKER`."""
+        found: dict[str, float] = {}
+        for name, value in self.as_dict().items():
+            if name in ("pass_at", "marker_rates"):
+                found |= {f"{name}/{key}": float(number) for key, number in getattr(self, name).items()}
+            elif name != "confidence" and isinstance(value, int | float):
+                found[name] = float(value)
+        return found
 
-def comparison_table(summaries: Mapping[str, EvaluationSummary]) -> str:
-    """Plain-text table, one column per summary under its name; two summaries get a column with the change.
 
-    Accuracy and shares are in per cent, with the change in points.
+def figures_of(scores: Sequence[SampleScore], pass_k: Sequence[int] = ()) -> dict[str, Ratio]:
+    """Every figure of a summary over the problems in order of their ids, by its name there.
+
+    Args:
+        scores: at least one.
+        pass_k: k of pass@k; those above the number of samples are left out. None: 1, 2, 4, ... and that number.
     """
-    columns = list(summaries.values())
-    rows = [_header(list(summaries))]
-    for label, values, unit in _measures(columns):
-        cells = [_cell(value, unit) for value in values]
-        if len(columns) == 2:
-            cells.append(_change(values[0], values[1], unit))
-        rows.append([label, *cells])
-    rows.insert(2, ["standard error", *(_stderr(summary) for summary in columns), *([""] * (len(columns) == 2))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(_aligned(row, widths) for row in rows)
+    by_problem: dict[str, list[SampleScore]] = {}
+    for score in scores:
+        by_problem.setdefault(score.problem, []).append(score)
+    problems = [by_problem[name] for name in sorted(by_problem)]
+    fewest = min(map(len, problems))
+    ones, counts = [1.0] * len(problems), [float(len(of)) for of in problems]
+    tokens = [float(sum(score.tokens for score in of)) for of in problems]
+    correct = [sum(score.correct for score in of) for of in problems]
 
+    def per_sample(values: Sequence[Sequence[float]]) -> Ratio:
+        return Ratio([math.fsum(of) for of in values], counts)
 
-def _measures(columns: Sequence[EvaluationSummary]) -> list[tuple[str, list[float], str]]:
-    """Label, one value per column (NaN where a column lacks it), and unit of each row."""
-    markers = list(dict.fromkeys(marker for summary in columns for marker in summary.marker_rates))
-    return [
-        ("accuracy", [summary.accuracy for summary in columns], "%"),
-        ("markers per 1,000 tokens", [summary.markers_per_1000_tokens for summary in columns], ""),
-        *(
-            (f"  {marker}", [summary.marker_rates.get(marker, math.nan) for summary in columns], "")
-            for marker in markers
+    def per_thousand(occurrences: Sequence[int]) -> Ratio:
+        return Ratio([1000.0 * count for count in occurrences], tokens)
+
+    found = {
+        "accuracy": Ratio([right / len(of) for right, of in zip(correct, problems, strict=True)], ones),
+        "majority": Ratio(
+            [majority_is_correct([s.vote for s in of], [s.correct for s in of]) for of in problems], ones
         ),
-        ("mean response tokens", [summary.mean_tokens for summary in columns], "tokens"),
-        ("cut at the limit", [summary.cut_share for summary in columns], "%"),
-        ("without an answer", [summary.unanswered_share for summary in columns], "%"),
-        ("problems", [float(summary.problems) for summary in columns], "count"),
-        ("samples", [float(summary.samples) for summary in columns], "count"),
-    ]
+    }
+    for k in _shown(pass_k, fewest):
+        estimates = [pass_at_k(len(of), right, k) for right, of in zip(correct, problems, strict=True)]
+        found[f"pass_at.{k}"] = Ratio(estimates, ones)
+    found["markers_per_1000_tokens"] = per_thousand([sum(sum(s.markers.values()) for s in of) for of in problems])
+    for marker in dict.fromkeys(marker for score in scores for marker in score.markers):
+        found[f"marker_rates.{marker}"] = per_thousand([sum(s.markers.get(marker, 0) for s in of) for of in problems])
+    found["segments"] = per_sample([[s.segments for s in of] for of in problems])
+    found["mean_tokens"] = per_sample([[s.tokens for s in of] for of in problems])
+    found["closed_thinking_share"] = per_sample([[s.closed_thinking for s in of] for of in problems])
+    found["repeated_share"] = per_sample([[s.repeated for s in of] for of in problems])
+    found["looping_share"] = per_sample([[s.looping for s in of] for of in problems])
+    found["cut_share"] = per_sample([[s.cut for s in of] for of in problems])
+    found["unanswered_share"] = per_sample([[s.answer is None for s in of] for of in problems])
+    undecided = [[s.decided_by in ("timeout", "crash") for s in of] for of in problems]
+    found["undecided_share"] = per_sample(undecided)
+    return found
 
 
-def _header(names: list[str]) -> list[str]:
-    return ["", *names, *(["change"] if len(names) == 2 else [])]
+def _shown(pass_k: Sequence[int], fewest: int) -> list[int]:
+    if pass_k:
+        return sorted({k for k in pass_k if k <= fewest})
+    powers = {2**power for power in range(fewest.bit_length())}
+    return sorted({*powers, fewest} - {1})
 
 
-def _cell(value: float, unit: str) -> str:
-    if math.isnan(value):
-        return "-"
-    return {"%": f"{100 * value:.1f} %", "": f"{value:.2f}", "tokens": f"{value:,.1f}", "count": f"{value:,.0f}"}[unit]
-
-
-def _change(before: float, after: float, unit: str) -> str:
-    difference = after - before
-    if math.isnan(difference):
-        return "-"
-    styles = {"%": f"{100 * difference:+.1f}", "": f"{difference:+.2f}", "tokens": f"{difference:+,.1f}", "count": ""}
-    return styles[unit]
-
-
-def _stderr(summary: EvaluationSummary) -> str:
-    return "-" if summary.accuracy_stderr is None else f"± {100 * summary.accuracy_stderr:.1f} %"
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-    return "  ".join(cells).rstrip()
+def _inner(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(f"{prefix}."): value for name, value in values.items() if name.startswith(f"{prefix}.")}
 
 
 def _standard_error(scores: Sequence[float]) -> float | None:

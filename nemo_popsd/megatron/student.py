@@ -125,9 +125,14 @@ class Student:
         return SequenceSplit.of(self.chunks[0])
 
     @property
+    def holds_output(self) -> bool:
+        """Whether this rank has a shard of the output matrix: the last pipeline stage."""
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    @property
     def reports(self) -> bool:
         """Whether what this rank measures on its tokens counts: one tensor-parallel rank of the last pipeline stage."""
-        return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and self.tp_group.rank() == 0
+        return self.holds_output and self.tp_group.rank() == 0
 
     @property
     def counts(self) -> bool:

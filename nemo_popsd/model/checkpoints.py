@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_popsd.checkpoint.atomic import flush_file
+from nemo_popsd.atomic import flush_file
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import FINAL, complete_checkpoints, name_of, point_to, prune, superfluous
 from nemo_popsd.checkpoint.save import Content, PendingSave

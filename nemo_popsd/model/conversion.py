@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nemo_popsd.atomic import put_in_place
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.checkpoint.verification import TOLERANCE, verify
+from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.observability.rank import is_rank_zero
 from nemo_popsd.runtime.distributed import initialize, shutdown, world_size
@@ -34,7 +36,7 @@ def hf_to_nemo(source: str, output: str, *, precision: str | None, verifies: boo
         huggingface_to_nemo(model, Path(output), precision, written=step)
     _say(f"NeMo checkpoint: {output} ({len(model.tensor_names)} tensors, {precision})")
     if verifies:
-        _verify(model, output, precision, trust_remote_code)
+        _verify(model, output, precision, trust_remote_code, written=Path(output))
     shutdown()
 
 
@@ -65,13 +67,21 @@ def nemo_to_hf(
     _say(f"Hugging Face checkpoint: {output} ({len(opened.architecture.tensor_names)} tensors, {precision})")
     if verifies:
         model = HuggingFaceModel(output, setting="OUT", trust_remote_code=trust_remote_code)
-        _verify(model, source, precision, trust_remote_code)
+        _verify(model, source, precision, trust_remote_code, written=Path(output))
     shutdown()
 
 
-def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_code: bool) -> None:
-    with _bar("comparing", len(model.tensor_names)) as step:
-        found = verify(model, open_source(nemo), precision, trust_remote_code=trust_remote_code, compared=step)
+def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_code: bool, *, written: Path) -> None:
+    """Compares both sides; what was written loses its name if they differ."""
+    try:
+        with _bar("comparing", len(model.tensor_names)) as step:
+            found = verify(model, open_source(nemo), precision, trust_remote_code=trust_remote_code, compared=step)
+    except UserError as error:
+        refused = written.with_name(written.name + ".refused")
+        if is_rank_zero():
+            put_in_place(written, refused)
+        mend = f"{error.mend}; it is at {refused} now"
+        raise UserError(error.what, got=error.got, need=error.need, mend=mend) from error
     sample = "text" if found.text else "random tokens (no tokenizer)"
     _say(
         f"verified: {found.tensors} tensors equal bit for bit; logits of {found.tokens} tokens of {sample} differ by "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,17 +16,23 @@ from nemo_popsd.checkpoint.source import base_of
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
+from nemo_popsd.data.sources import resolve_path
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
-from nemo_popsd.evaluation.summary import EvaluationSummary, comparison_table
+from nemo_popsd.evaluation.run import as_file_name, conclude_all, fingerprint, plan
 from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.model.callbacks import StepBoundary
+from nemo_popsd.model.evaluation import before_and_after, draw_missing
+from nemo_popsd.model.pages import report_run, write_diagnosis
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.run_directory import RunDirectory
 from nemo_popsd.model.strategy import MegatronPlacement
 from nemo_popsd.observability.loggers import build_loggers
 from nemo_popsd.observability.progress import StepProgress
 from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.report.run import AFTER, BEFORE
 from nemo_popsd.runtime.distributed import device, initialize, shutdown
+
+_LONGEST_EVALUATION = timedelta(days=7)
 
 
 def train(config: PopsdConfig) -> int:
@@ -62,50 +67,57 @@ def train(config: PopsdConfig) -> int:
 
 def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run: RunDirectory) -> None:
     validates = bool(config.data.validation.path)
-    summaries: dict[str, EvaluationSummary] = {}
-    if validates and model.completed_steps == 0 and run.before is None:
-        run.before = _validate(trainer, model)
-    if run.before is not None:
-        summaries["before"] = run.before
+    if model.completed_steps == 0 and run.first_validation_is_missing():
+        _validate(trainer, model)
     if model.completed_steps < config.training.steps:
         if run.validation_is_missing(model.completed_steps):
             _validate(trainer, model)
+        _diagnose_in_training(model, BEFORE)
         trainer.fit(model)
         final = model.checkpoints.save_final(model)
     else:
         final = model.checkpoints.folder / FINAL
     if validates:
-        summaries["after"] = _validate(trainer, model)
+        _validate(trainer, model)
+    _diagnose_in_training(model, AFTER)
     if config.training.export_huggingface:
         model.export_huggingface(run.output / "huggingface")
     run.mark_finished(model.completed_steps)
-    if summaries:
-        _say(comparison_table(summaries))
+    if validates and is_rank_zero():
+        _say(before_and_after(config.output, model.completed_steps, resamples=config.evaluation.resamples))
     _say(f"NeMo checkpoint: {final}")
     if config.training.export_huggingface:
         _say(f"Hugging Face checkpoint: {run.output / 'huggingface'}")
+    report_run(run.output)
 
 
 def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
-    """Evaluates `student.source`, or `checkpoint`, on `data.validation`; what was found goes to
-    `<output>/evaluation/<name>.json` too.
+    """Evaluates `student.source`, or `checkpoint`, on `evaluation.sets` or `data.validation`; what is drawn and found
+    goes to `<output>/evaluation/<name>/<set>`, see `nemo_popsd.evaluation.records`.
     """
-    config.data.train = SourceConfig()
-    opened = None if checkpoint is None else NemoCheckpoint(checkpoint)
-    if opened is not None:
-        # How its weights were adapted is a fact of the checkpoint, whatever the configuration says.
-        source = base_of(opened, otherwise=config.student.source)
-        config.student = replace(opened.config.student, source=source, precision=config.student.precision)
-    trainer = build_trainer(config, logs=False)
-    model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=opened)
+    opened = _open(config, checkpoint)
+    # Nothing is collective while samples are drawn; a replica that is done waits for those with longer responses.
+    initialize(config.parallel, seed=config.seed, timeout=_LONGEST_EVALUATION)
+    without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
+    model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
     name = checkpoint or config.student.source
-    summary = _validate(trainer, model)
-    _say(comparison_table({name: summary}))
+    weights = resolve_path(name, setting="student.source")
+    planned = plan(config, name, model.tokenizer)
+    draw_missing(model, planned, name=name, fingerprint=fingerprint(weights))
+    shutdown()
     if is_rank_zero():
-        file = Path(config.output) / "evaluation" / f"{name.replace(':', '/').strip('/').replace('/', '_')}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"model": name, **summary.as_dict()}, indent=2) + "\n")
-        _say(f"written to {file}")
+        _say(conclude_all(planned, config, model=name))
+
+
+def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
+    """Diagnoses `student.source`, or `checkpoint`, on rows of `data.train`; page and figures go to
+    `<output>/diagnosis/<name>`.
+    """
+    config.data.validation = SourceConfig()
+    opened = _open(config, checkpoint)
+    model = PurifiedOPSDModel(to_dict_config(config), build_trainer(config, logs=False), checkpoint=opened)
+    name = checkpoint or config.student.source
+    write_diagnosis(model.diagnose(name), Path(config.output) / "diagnosis" / as_file_name(name))
     shutdown()
 
 
@@ -166,12 +178,26 @@ def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0)
     return trainer
 
 
-def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> EvaluationSummary:
-    """What the current weights score; they are not asked twice."""
-    if model.last_evaluation is None or model.last_evaluation_step != model.completed_steps:
+def _open(config: PopsdConfig, checkpoint: str | None) -> NemoCheckpoint | None:
+    """The checkpoint, if there is one; `config` then says how its weights were adapted, which is a fact of it."""
+    opened = None if checkpoint is None else NemoCheckpoint(checkpoint)
+    if opened is not None:
+        source = base_of(opened, otherwise=config.student.source)
+        config.student = replace(opened.config.student, source=source, precision=config.student.precision)
+    return opened
+
+
+def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
+    """Before the first step of a run and after its last, unless it is turned off."""
+    if model.settings.diagnosis.in_training and not (name == BEFORE and model.completed_steps):
+        told = f"{model.settings.name}, {name} training"
+        write_diagnosis(model.diagnose(told), Path(model.settings.output) / "diagnosis" / name)
+
+
+def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> None:
+    """Evaluates the current weights; they are not asked twice."""
+    if model.last_evaluation_step != model.completed_steps:
         trainer.validate(model, verbose=False)
-    assert model.last_evaluation is not None
-    return model.last_evaluation
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
 from nemo.core.classes import ModelPT
@@ -25,16 +24,18 @@ from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+from nemo_popsd.diagnosis.record import Diagnosis
+from nemo_popsd.diagnosis.run import choose_rows, diagnose
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.evaluation.markers import count_markers
-from nemo_popsd.evaluation.sampling import sample_outcomes
-from nemo_popsd.evaluation.summary import EvaluationSummary, SampleOutcome
+from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import LoadWeights, Student
 from nemo_popsd.model.checkpoints import RunCheckpoints, resume_optimizer
 from nemo_popsd.model.connector import MegatronSaveRestoreConnector
 from nemo_popsd.model.engines import build_engine
+from nemo_popsd.model.evaluation import HeldOut
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.runtime.distributed import initialize
@@ -134,7 +135,7 @@ class PurifiedOPSDModel(ModelPT):
         self.base: dict[str, str] | None = checkpoint.base if checkpoint else None
         self.optimizer: StudentOptimizer | None = None
         self._step: OnPolicyStep | None = None
-        self._outcomes: list[SampleOutcome] = []
+        self._held_out = HeldOut(self)
         self.last_evaluation: EvaluationSummary | None = None
         self.last_evaluation_step = -1
 
@@ -170,10 +171,7 @@ class PurifiedOPSDModel(ModelPT):
         """Reads the held-out rows; data-parallel ranks share them out."""
         prompts, _ = build_evaluation_prompts(self.settings.data, _source(val_data_config), self.tokenizer)
         prompts = prompts[: self.settings.evaluation.problems]
-        self._refuse_beyond_positions(
-            max(len(prompt.prompt) for prompt in prompts) + self.settings.evaluation.max_response_tokens,
-            "evaluation.max_response_tokens",
-        )
+        self.refuse_long_evaluation(prompts)
         ranks = parallel_state.get_data_parallel_world_size()
         in_step = self.settings.parallel.expert > 1  # ranks that share experts ask as often as each other
         if len(prompts) < ranks or (in_step and len(prompts) % ranks):
@@ -186,6 +184,13 @@ class PurifiedOPSDModel(ModelPT):
         mine = prompts[parallel_state.get_data_parallel_rank() :: ranks]
         rows = self.settings.rollout.batch_rows
         self._validation_dl: Any = DataLoader(cast(Any, mine), batch_size=rows, collate_fn=collate)
+
+    def refuse_long_evaluation(self, prompts: Sequence[EvaluationPrompt]) -> None:
+        """Refuse problems whose responses could go beyond the model's positions."""
+        self._refuse_beyond_positions(
+            max(len(prompt.prompt) for prompt in prompts) + self.settings.evaluation.max_response_tokens,
+            "evaluation.max_response_tokens",
+        )
 
     def _refuse_beyond_positions(self, longest: int, settings: str) -> None:
         self._longest = max(self._longest, longest)
@@ -223,7 +228,7 @@ class PurifiedOPSDModel(ModelPT):
             self.settings,
             self.student,
             self.engine,
-            self._sampling(self.settings.rollout),
+            self.sampling(self.settings.rollout),
             self._count_markers,
             store=RolloutStore(self.settings.output) if self.settings.rollout.save else None,
             stop=self.stop,
@@ -242,27 +247,22 @@ class PurifiedOPSDModel(ModelPT):
     # Evaluation
 
     def validation_step(self, batch: list[EvaluationPrompt], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Answers held-out problems and scores the answers."""
+        """Answers held-out problems."""
         if self.stop.requested:
             return
         try:
-            self._outcomes += sample_outcomes(
-                batch, self.engine, self._sampling(self.settings.evaluation), self.tokenizer, self.settings
-            )
+            self._held_out.answer(batch)
         except StopRequested:
             self.stop.request()
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
-        """Brings the outcomes of all data-parallel ranks together (one gather of objects) and logs their summary.
+        """Scores the answers of all data-parallel ranks and logs their summary.
 
         Raises:
-            StopRequested: on every rank; the outcomes are dropped.
+            StopRequested: on every rank; nothing is scored.
         """
         self.stop.raise_if_requested()
-        gathered: list[list[SampleOutcome]] = [[]] * self.student.dp_group.size()
-        dist.all_gather_object(gathered, self._outcomes, group=self.student.dp_group)
-        self._outcomes = []
-        summary = EvaluationSummary.from_outcomes(o for outcomes in gathered for o in outcomes)
+        summary = self._held_out.conclude()
         self.last_evaluation, self.last_evaluation_step = summary, self.completed_steps
         logger.info(
             "step %d: accuracy %.1f %% on %d held-out problems, %.0f tokens per answer, %.1f markers per 1,000",
@@ -272,12 +272,29 @@ class PurifiedOPSDModel(ModelPT):
             summary.mean_tokens,
             summary.markers_per_1000_tokens,
         )
-        numbers = {k: v for k, v in summary.as_dict().items() if isinstance(v, int | float)}
-        metrics = {f"validation/{name}": float(value) for name, value in numbers.items()}
+        metrics = {f"validation/{name}": value for name, value in summary.numbers().items()}
         # Already over all ranks; `sync_dist` says so to Lightning, whose trainer knows one device and reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
 
-    def _sampling(self, section: Any) -> SamplingParams:
+    # Diagnosis
+
+    def diagnose(self, name: str) -> Diagnosis:
+        """The paper's analysis of the current weights on rows of `data.train`, under `name`. Collective."""
+        loader: Any = self._train_dl
+        return diagnose(
+            self.student,
+            self.engine,
+            self.sampling(self.settings.rollout),
+            self.tokenizer,
+            choose_rows(loader.dataset, self.settings),
+            self.settings,
+            name=name,
+            step=self.completed_steps,
+            stop=self.stop,
+        )
+
+    def sampling(self, section: Any) -> SamplingParams:
+        """How `rollout` or `evaluation`, whichever `section` is, draws tokens from this model."""
         generation = read_generation_config(self.architecture.directory)
         return SamplingParams(
             temperature=section.temperature,

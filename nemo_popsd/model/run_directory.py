@@ -1,9 +1,9 @@
 """The output directory of a run: what a new attempt finds there, and what tells how far it came.
 
 config.yaml     resolved configuration of the last attempt
-run.json        evaluation before the first step
 metrics.jsonl   one line per step and per evaluation
 checkpoints/    step-000050, ..., final; the file `latest` names the newest
+validation/     what each evaluation drew and found: step-000000, ...
 rollouts/       what each step was trained on
 DONE            the run is finished
 REQUEUE         the run was asked to stop and has saved
@@ -11,26 +11,23 @@ REQUEUE         the run was asked to stop and has saved
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_popsd.checkpoint.atomic import recover, remove, write_text
+from nemo_popsd.atomic import recover, remove, write_text
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import newest
 from nemo_popsd.config.consistency import RUN_FILES
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.evaluation.summary import EvaluationSummary
+from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
 from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
 from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.runtime.agreement import do_together
-
-_FACTS = "run.json"
 
 
 class RunDirectory:
@@ -40,7 +37,6 @@ class RunDirectory:
         self._config = config
         self.output = Path(config.output)
         self._checkpoints = self.output / "checkpoints"
-        self._before: EvaluationSummary | None = None
 
     def checkpoint(self) -> NemoCheckpoint | None:
         """The newest complete checkpoint, to resume from; None begins anew.
@@ -65,20 +61,10 @@ class RunDirectory:
         with `overwrite` everything.
         """
         self._on_rank_zero(lambda: self._begin(completed))
-        facts = self.output / _FACTS
-        if facts.is_file():
-            self._before = EvaluationSummary(**json.loads(facts.read_text())["before"])
 
-    @property
-    def before(self) -> EvaluationSummary | None:
-        """The evaluation before the first step, of this attempt or an earlier one."""
-        return self._before
-
-    @before.setter
-    def before(self, summary: EvaluationSummary) -> None:
-        self._before = summary
-        content = json.dumps({"before": summary.as_dict()}, indent=2) + "\n"
-        self._on_rank_zero(lambda: write_text(self.output / _FACTS, content))
+    def first_validation_is_missing(self) -> bool:
+        """Whether an evaluation before the first step is due, which no attempt has made yet."""
+        return bool(self._config.data.validation.path) and not validation_directory(str(self.output), 0).concluded
 
     def validation_is_missing(self, completed: int) -> bool:
         """Whether the evaluation that was due after step `completed` was cut off."""
@@ -103,6 +89,7 @@ class RunDirectory:
         for name in (DONE, REQUEUE):
             remove(self.output / name)
         keep_until(self.output, completed)
+        remove_validations_after(self.output, completed)
         RolloutStore(self.output).remove_after(completed + 1)
         save_resolved(self._config, self.output / "config.yaml")
 

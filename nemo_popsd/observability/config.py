@@ -23,6 +23,18 @@ class WandbConfig:
 
 
 @dataclass(kw_only=True)
+class MlflowConfig:
+    """MLflow; needs the extra `nemo_popsd[mlflow]`."""
+
+    enabled: bool = False
+    """Log to MLflow."""
+    experiment: str = "nemo_popsd"
+    """Experiment; the run has the name of the configuration."""
+    tracking_uri: str = ""
+    """Address of the tracking server; empty writes to files in `<output>/mlflow`, without any network."""
+
+
+@dataclass(kw_only=True)
 class ObservabilityConfig:
     """Where metrics go, besides the terminal. `metrics.jsonl` is always written."""
 
@@ -30,5 +42,7 @@ class ObservabilityConfig:
     """Write TensorBoard events to `<output>/tensorboard`."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    """MLflow."""
     progress_bar: bool = True
     """Show a progress bar on rank 0."""

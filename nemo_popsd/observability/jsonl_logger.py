@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from nemo_popsd.atomic import write_text
 from nemo_popsd.observability.rank import is_rank_zero
 
 FILE_NAME = "metrics.jsonl"
@@ -91,12 +91,7 @@ def keep_until(directory: str | Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
-    scratch = path.with_name(path.name + ".partial")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import asdict
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
@@ -15,7 +16,7 @@ from nemo_popsd.observability.rank import is_rank_zero
 
 
 def build_loggers(config: PopsdConfig, *, completed: int = 0) -> list[Logger]:
-    """JSONL always; TensorBoard and Weights & Biases by setting. Ranks other than 0 get none.
+    """JSONL always; TensorBoard, Weights & Biases and MLflow by setting. Ranks other than 0 get none.
 
     Args:
         config: the run.
@@ -23,16 +24,17 @@ def build_loggers(config: PopsdConfig, *, completed: int = 0) -> list[Logger]:
             written of later ones.
 
     Raises:
-        UserError: W&B is asked for and not installed (on every rank alike).
+        UserError: W&B or MLflow is asked for and not installed (on every rank alike).
     """
     settings = config.observability
-    if settings.wandb.enabled and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "configuration",
-            got="observability.wandb.enabled=true without the package wandb",
-            need="pip install 'nemo_popsd[wandb]'",
-            mend="install it, or set observability.wandb.enabled=false",
-        )
+    for package, wanted in (("wandb", settings.wandb.enabled), ("mlflow", settings.mlflow.enabled)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(
+                "configuration",
+                got=f"observability.{package}.enabled=true without the package {package}",
+                need=f"pip install 'nemo_popsd[{package}]'",
+                mend=f"install it, or set observability.{package}.enabled=false",
+            )
     if not is_rank_zero():
         return []
     output = Path(config.output)
@@ -51,4 +53,22 @@ def build_loggers(config: PopsdConfig, *, completed: int = 0) -> list[Logger]:
                 config=asdict(config),
             )
         )
+    if settings.mlflow.enabled:
+        loggers.append(_mlflow_logger(config, output))
     return loggers
+
+
+def _mlflow_logger(config: PopsdConfig, output: Path) -> MLFlowLogger:
+    """The configuration becomes the run's parameters, of which MLflow keeps 250 characters each."""
+    settings = config.observability.mlflow
+    # Read when mlflow is imported or a store opened; what the user has set stays. Files need no database package, which
+    # mlflow-skinny lacks; recent versions want to be asked for them. It reports its use to its makers otherwise.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logger = MLFlowLogger(
+        experiment_name=settings.experiment,
+        run_name=config.name,
+        tracking_uri=settings.tracking_uri or (output / "mlflow").absolute().as_uri(),
+    )
+    logger.log_hyperparams(asdict(config))
+    return logger

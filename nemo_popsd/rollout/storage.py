@@ -10,7 +10,6 @@ back as the same double.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.atomic import flush_directory, write_text
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.engine import Rollout
 
@@ -65,14 +65,9 @@ class RolloutStore:
         versions = {row.rollout.weights_version for row in rows}
         assert len(versions) == 1, versions
         head = {"step": step, "weights_version": versions.pop(), "rows": len(rows)}
-        scratch = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in (head, *map(_line, rows)))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        _flush_names(path.parent)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in (head, *map(_line, rows))))
+        flush_directory(path.parent.parent)
 
     def complete(self, step: int, weights_version: int) -> dict[str, StoredRollout] | None:
         """All rows of a step by their ids, if all parts are there and were drawn by these weights; else None."""
@@ -137,12 +132,3 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
 def _row(line: dict[str, Any], version: int) -> StoredRollout:
     rollout = Rollout(line["response"], line["log_probs"], line["finish_reason"] == "length", version)
     return StoredRollout(line["id"], line["seed"], line["prompt"], rollout)
-
-
-def _flush_names(directory: Path) -> None:
-    for folder in (directory, directory.parent):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

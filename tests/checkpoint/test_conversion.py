@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -258,3 +261,57 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert whole > 200 << 20
     # The allocator keeps some tens of MiB of what it gave back, however deep the model.
     assert max(grown) < 0.25 * whole, [round(growth / whole, 3) for growth in grown]
+
+
+def _convert_until_killed(rank: int, world_size: int, source: Path, nemo: Path, folder: Path, number: int) -> None:
+    """One conversion after the other, in both directions; from the second on, a kill is on its way."""
+    generator, took = random.Random(number), 0.0
+    for count in range(100):
+        start = time.perf_counter()
+        if count:
+            threading.Timer(generator.uniform(0, 2 * took), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        to_huggingface(open_source(str(nemo)), folder / f"hf-{number}-{count}", "fp32", shard_bytes=20_000)
+        huggingface_to_nemo(HuggingFaceModel(source), folder / f"nemo-{number}-{count}", "fp32")
+        took = (time.perf_counter() - start) / 2
+
+
+@pytest.mark.slow
+def test_kill_9_while_converting_leaves_what_is_complete_or_nothing(places, sources, tmp_path):
+    source, nemo = sources["qwen3"], places[0] / "converted" / "qwen3"
+    kills = 8
+    for number in range(kills):
+        with pytest.raises(AssertionError, match="exit code -9"):
+            run_ranks(_convert_until_killed, 1, source, nemo, tmp_path, number)
+    found = [path for path in tmp_path.iterdir() if not path.name.endswith(".partial")]
+    assert len(found) >= 2 * kills
+    assert any(path.name.endswith(".partial") for path in tmp_path.iterdir()), "no kill hit the writing"
+    want = _tensors(source)
+    for path in found:
+        if path.name.startswith("hf"):
+            got = dict(HuggingFaceModel(path).tensors())
+        else:
+            got = dict(open_source(str(path)).tensors())
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want), path
+
+
+def _refuse(rank: int, world_size: int, source: Path, output: Path) -> str:
+    """A conversion whose mapping is right for the tensors and wrong for the logits."""
+    from nemo_popsd.checkpoint import verification
+    from nemo_popsd.model.conversion import hf_to_nemo
+
+    verification.TOLERANCE["fp32"] = 0.0  # nothing is that equal
+    try:
+        hf_to_nemo(str(source), str(output), precision="fp32", verifies=True, trust_remote_code=False)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_does_not_stand_the_verification_loses_its_name(sources, tmp_path, size):
+    for told in run_ranks(_refuse, size, sources["qwen3"], tmp_path / "out"):
+        assert "logits that differ" in told
+        assert f"it is at {tmp_path / 'out.refused'} now" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["out.refused"]

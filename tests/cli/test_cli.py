@@ -11,6 +11,10 @@ from nemo_popsd.cli import main as cli
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
 from nemo_popsd.observability import console
+from tests.evaluation.scores import score
+from tests.evaluation.server import Server
+from tests.evaluation.test_comparison import saved
+from tests.report.runs_on_disk import write_run
 
 TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
 
@@ -20,7 +24,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What the sub-commands asked of the model, which is not built."""
     made: list[tuple] = []
     entry = types.ModuleType("nemo_popsd.model.entry")
-    for name in ("train", "evaluate", "export"):
+    for name in ("train", "evaluate", "diagnose", "export"):
         setattr(entry, name, lambda *args, name=name: made.append((name, *args)))
     monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
     conversion = types.ModuleType("nemo_popsd.model.conversion")
@@ -36,7 +40,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["train"], ["evaluate"], ["export"], ["convert"], ["convert", "hf-to-nemo"], ["plan"], ["config"], ["doctor"]],
+    [
+        [],
+        ["train"],
+        ["evaluate"],
+        ["diagnose"],
+        ["report"],
+        ["export"],
+        ["convert"],
+        ["convert", "hf-to-nemo"],
+        ["plan"],
+        ["config"],
+        ["doctor"],
+    ],
     ids=lambda words: "-".join(words),
 )
 def test_help_answers_at_once_and_imports_nothing_heavy(words: list[str]) -> None:
@@ -74,6 +90,39 @@ def test_threads_do_not_spin_and_the_user_may_say_otherwise(
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
+def test_diagnose(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"output={tmp_path}", "diagnosis.rows=3"]
+    assert cli.main(["diagnose", TINY, *overrides, "--checkpoint", str(tmp_path)]) == 0
+    assert calls == [("diagnose", load_config(TINY, overrides), str(tmp_path))]
+    assert cli.main(["diagnose", TINY, f"output={tmp_path}", "data.train.path=''"]) == cli.USER_ERROR
+    assert "data.train" in capsys.readouterr().err
+    assert cli.main(["diagnose", TINY, f"output={tmp_path}", "--checkpoint", "/nowhere"]) == cli.USER_ERROR
+    assert "--checkpoint '/nowhere'" in capsys.readouterr().err
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = write_run(tmp_path / "a", name="first"), write_run(tmp_path / "b", name="second")
+    assert cli.main(["report", str(first)]) == 0
+    assert capsys.readouterr().out == f"report: {first / 'report.html'}\n"
+    page = tmp_path / "compared.html"
+    assert cli.main(["report", str(first), str(second), "--output", str(page)]) == 0
+    assert "first against second" in page.read_text()
+    assert cli.main(["report", str(tmp_path)]) == cli.USER_ERROR
+    assert "the output directory of a training run" in capsys.readouterr().err
+
+
+def test_the_report_needs_no_torch(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    code = f"""
+import sys
+from nemo_popsd.cli.main import main
+assert main(["report", {str(tmp_path)!r}]) == 0
+sys.exit("imported torch" if "torch" in sys.modules else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_evaluate_takes_overrides_on_both_sides_of_the_option(calls: list[tuple], tmp_path: Path) -> None:
     words = ["evaluate", TINY, f"output={tmp_path}", "--checkpoint", str(tmp_path), "evaluation.problems=4", "seed=5"]
     assert cli.main(words) == 0
@@ -82,6 +131,30 @@ def test_evaluate_takes_overrides_on_both_sides_of_the_option(calls: list[tuple]
     assert (config.output, config.evaluation.problems, config.seed) == (str(tmp_path), 4, 5)
     cli.main(["evaluate", TINY, f"output={tmp_path}"])
     assert calls[-1][2] is None
+
+
+def test_evaluate_with_an_endpoint_builds_no_model(
+    calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("http_proxy", raising=False)
+    with Server() as server:
+        words = [f"output={tmp_path}", f"evaluation.endpoint.url={server.url}", "evaluation.problems=2"]
+        assert cli.main(["evaluate", TINY, *words]) == 0
+    assert calls == []
+    assert "accuracy (avg@1)" in capsys.readouterr().out
+
+
+def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = [[score("p"), score("q", right)] for right in (False, True)]
+    directories = [saved(tmp_path / name / "validation", made) for name, made in zip("ab", scores, strict=True)]
+    assert cli.main(["evaluate", "--compare", *directories]) == 0
+    told = capsys.readouterr().out
+    assert told.split()[:3] == ["a/validation", "b/validation", "change"]
+    assert cli.main(["evaluate", TINY, "--compare", *directories]) == 2
+    assert "leave the rest out" in capsys.readouterr().err
+    assert cli.main(["evaluate"]) == 2
+    assert "need CONF, or --compare" in capsys.readouterr().err
+    assert calls == []
 
 
 def test_export(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

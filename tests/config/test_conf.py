@@ -8,6 +8,7 @@ import pytest
 import nemo_popsd
 from nemo_popsd.config.keys import describe, known_keys
 from nemo_popsd.config.loading import load_config
+from nemo_popsd.evaluation.markers import DEFAULT_MARKERS
 from nemo_popsd.testbed.templates import TEMPLATES
 
 PACKAGE = Path(nemo_popsd.__file__).parent
@@ -40,6 +41,19 @@ def test_the_papers_settings(name: str) -> None:
     assert (config.rollout.max_response_tokens, config.distillation.loss_mean) == (1024, "sequence")
     assert (config.rollout.temperature, config.rollout.top_p, config.rollout.top_k) == (1.1, 0.95, 20)
     assert (config.evaluation.samples_per_problem, config.evaluation.max_response_tokens) == (12, 38912)
+
+
+def test_the_papers_evaluation() -> None:
+    config = load_config(PACKAGE.parent / "conf" / "paper_evaluation.yaml")
+    settings = config.evaluation
+    assert settings.sets == ["aime24", "aime25", "hmmt25"]
+    assert (settings.samples_per_problem, settings.temperature, settings.max_response_tokens) == (12, 1.0, 38912)
+    assert (settings.top_p, settings.top_k, config.data.enable_thinking) == (1.0, 0, True)
+    assert tuple(settings.markers) == DEFAULT_MARKERS
+    training = load_config(PACKAGE.parent / "conf" / "qwen3_8b.yaml")
+    assert config.data.templates == training.data.templates
+    for name in ("samples_per_problem", "temperature", "top_p", "top_k", "max_response_tokens"):
+        assert getattr(settings, name) == getattr(training.evaluation, name), name
 
 
 @pytest.mark.parametrize("path", DECLARATIONS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -92,6 +92,35 @@ def test_training_needs_rows_and_evaluation_needs_held_out_rows(runnable: PopsdC
         check_training_run(runnable, world_size=1)
 
 
+def test_named_sets_replace_held_out_rows(
+    runnable: PopsdConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    runnable.data.validation.path = ""
+    runnable.evaluation.sets = ["aime24"]
+    with pytest.raises(UserError, match="problem set aime24"):
+        check_evaluation_run(runnable, world_size=1)
+    (tmp_path / "aime24.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')
+    runnable.evaluation.sets_directory = str(tmp_path)
+    check_evaluation_run(runnable, world_size=1)
+
+
+def test_an_endpoint_is_asked_by_one_process_about_what_it_serves(runnable: PopsdConfig, tmp_path: Path) -> None:
+    runnable.evaluation.endpoint.url = "http://localhost:8000/v1"
+    check_evaluation_run(runnable, world_size=1)
+    with pytest.raises(UserError, match=r"evaluation\.endpoint\.url with 2 ranks"):
+        check_evaluation_run(runnable, world_size=2)
+    with pytest.raises(UserError, match="--checkpoint"):
+        check_evaluation_run(runnable, world_size=1, checkpoint=str(tmp_path))
+    runnable.evaluation.top_k = 20
+    check_evaluation_run(runnable, world_size=1)
+    runnable.evaluation.endpoint.dialect = "openai"
+    with pytest.raises(UserError, match=r"evaluation\.top_k=20 with evaluation\.endpoint\.dialect=openai"):
+        check_evaluation_run(runnable, world_size=1)
+
+
 def test_evaluated_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
     runnable.student.source = ""
     check_evaluation_run(runnable, world_size=1, checkpoint=str(tmp_path))

@@ -20,7 +20,7 @@ from tests.doctor.test_packages import CONTAINER
 
 pytestmark = pytest.mark.slow
 
-ABSENT = {"accelerate", "rich", "tqdm"}
+ABSENT = {"accelerate", "math-verify", "rich", "tqdm"}
 
 
 def write_wheel(place: Path, name: str, version: str, *requires: str) -> None:
@@ -68,6 +68,7 @@ def index(tmp_path: Path) -> Path:
     for name, version in (("torch", "2.13.0"), ("numpy", "2.4.6"), ("megatron_core", "0.16.1"), ("rich", "15.0.0")):
         write_wheel(place, name, version)
     write_wheel(place, "tqdm", "4.70.1")
+    write_wheel(place, "math_verify", "0.9.0")
     return place
 
 
@@ -106,7 +107,7 @@ def test_what_is_missing_is_added_and_nothing_else_changes(
     write_wheel(index, "psutil", "7.2.2")
     done = install(container, index, project)
     assert done.returncode == 0, done.stdout + done.stderr
-    added = {"accelerate": "1.15.0", "psutil": "7.2.2", "rich": "15.0.0", "tqdm": "4.70.1"}
+    added = {"accelerate": "1.15.0", "math_verify": "0.9.0", "psutil": "7.2.2", "rich": "15.0.0", "tqdm": "4.70.1"}
     assert versions(container) == {**after, **added}
     found = states(container.run("-m", "nemo_popsd", "doctor", "--json"))
     assert not {name for name, state in found.items() if state in ("missing", "outside")}

@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.evaluation.config import EvaluationConfig
+from nemo_popsd.evaluation.config import EndpointConfig, EvaluationConfig
 
 
 def test_structured_configuration_round_trip() -> None:
@@ -25,8 +25,41 @@ def test_structured_configuration_round_trip() -> None:
         {"answer_pattern": "no group"},
         {"markers": ["Wait", " "]},
         {"markers": ["Wait", "Wait"]},
+        {"sets": ["aime23"]},
+        {"sets": ["gsm8k", "gsm8k"]},
+        {"pass_k": [4, 0]},
+        {"without_box": "guess"},
+        {"verify_seconds": 0.0},
+        {"thinking_end": ""},
+        {"resamples": 99},
+        {"confidence": 1.0},
     ],
 )
 def test_bad_values_are_named(changes: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"set evaluation.{next(iter(changes))}$"):
         EvaluationConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": "chat"},
+        {"dialect": "tgi"},
+        {"concurrency": 0},
+        {"timeout_seconds": 0.0},
+        {"retries": -1},
+    ],
+)
+def test_bad_endpoints_are_named(changes: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"set evaluation.endpoint.{next(iter(changes))}$"):
+        EndpointConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://h/v1", "http:///v1", "http://u:secret@h/v1", "http://h/v1?key=secret"]
+)
+def test_addresses_that_are_none_or_hold_secrets_are_refused_without_repeating_them(url: str) -> None:
+    with pytest.raises(UserError, match=r"set evaluation\.endpoint\.url") as told:
+        EndpointConfig(url=url)
+    assert "secret" not in str(told.value)
+    EndpointConfig(url="https://host:8000/v1")

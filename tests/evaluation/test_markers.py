@@ -1,6 +1,6 @@
 import pytest
 
-from nemo_popsd.evaluation.markers import DEFAULT_MARKERS, count_markers, rate_per_thousand
+from nemo_popsd.evaluation.markers import DEFAULT_MARKERS, count_markers
 
 
 def test_every_default_marker_is_counted_once() -> None:
@@ -32,8 +32,3 @@ def test_markers_are_literal_and_counted_each_on_their_own() -> None:
         "Let me": 1,
         "Let me think": 1,
     }
-
-
-def test_rate() -> None:
-    assert rate_per_thousand(3, 1500) == 2.0
-    assert rate_per_thousand(0, 0) == 0.0

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
-
-from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import EvaluationPrompt
 from nemo_popsd.data.records import Record
-from nemo_popsd.evaluation.sampling import sample_outcomes
+from nemo_popsd.evaluation.records import Sample
+from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from tests.data.small import tokenizer
 
@@ -15,7 +13,7 @@ SAMPLING = SamplingParams(1.0, 1.0, 0, max_response_tokens=64, stop_token_ids=fr
 
 
 class Engine:
-    """Answers `\\boxed{...}` with the prompt's length; every second response is cut."""
+    """Answers with the prompt's length; every second response is cut before its stop token."""
 
     def __init__(self) -> None:
         self.calls: list[list[Request]] = []
@@ -25,9 +23,10 @@ class Engine:
         self.calls.append(list(requests))
         rollouts = []
         for number, request in enumerate(requests):
-            text = f"Wait. \\boxed{{{len(request.prompt)}}}<end>"
+            cut = number % 2 == 1
+            text = f"<user> \\boxed{{{len(request.prompt)}}}" + ("" if cut else "<end>")
             ids = tokenizer()(text, add_special_tokens=False)["input_ids"]
-            rollouts.append(Rollout(ids, [0.0] * len(ids), cut=number % 2 == 1, weights_version=0))
+            rollouts.append(Rollout(ids, [0.0] * len(ids), cut=cut, weights_version=0))
         return rollouts
 
 
@@ -38,60 +37,39 @@ def prompts(count: int) -> list[EvaluationPrompt]:
     ]
 
 
-def config(samples: int = 1, seed: int = 1234) -> PopsdConfig:
-    made = PopsdConfig(seed=seed)
-    made.evaluation.samples_per_problem = samples
-    return made
+def seeds(count: int, samples: int, seed: int = 1234) -> dict[tuple[str, int], int]:
+    draws = missing_draws(prompts(count), samples)
+    return {(draw.prompt.record.id, draw.sample): draw.seed(seed) for draw in draws}
 
 
-def seeds(count: int, settings: PopsdConfig) -> dict[tuple[int, int], int]:
-    """Seed of each (prompt length, place among its samples)."""
+def test_what_is_drawn_already_is_not_drawn_again() -> None:
+    drawn = {("p0", 1), ("p2", 0), ("gone", 0)}
+    missing = missing_draws(prompts(3), 2, drawn)
+    assert [(draw.prompt.record.id, draw.sample) for draw in missing] == [("p0", 0), ("p1", 0), ("p1", 1), ("p2", 1)]
+    assert missing_draws(prompts(3), 1, {("p0", 0), ("p1", 0), ("p2", 0)}) == []
+
+
+def test_samples_say_what_was_drawn() -> None:
     engine = Engine()
-    sample_outcomes(prompts(count), engine, SAMPLING, tokenizer(), settings)
-    found: dict[tuple[int, int], int] = {}
-    for request in engine.calls[0]:
-        place = sum(length == len(request.prompt) for length, _ in found)
-        found[len(request.prompt), place] = request.seed
-    return found
-
-
-def test_each_problem_is_answered_as_often_as_asked_and_scored() -> None:
-    engine = Engine()
-    outcomes = sample_outcomes(prompts(3), engine, SAMPLING, tokenizer(), config(samples=2))
-    assert [outcome.problem_id for outcome in outcomes] == ["p0", "p0", "p1", "p1", "p2", "p2"]
-    assert [outcome.correct for outcome in outcomes] == [False, False, True, True, False, False]
-    assert [outcome.cut for outcome in outcomes] == [False, True] * 3
-    assert [outcome.markers["Wait"] for outcome in outcomes] == [1] * 6
+    samples = draw_samples(missing_draws(prompts(2), 2), engine, SAMPLING, tokenizer(), seed=1)
     assert len(engine.calls) == 1  # all at once, so that the engine can fill its batches
-    expected = len(tokenizer()("Wait. \\boxed{2}<end>", add_special_tokens=False)["input_ids"])
-    assert {outcome.tokens for outcome in outcomes} == {expected}
+    length = len("<user>") - 5 + len(" \\boxed{2}")  # the special token is one
+    assert samples == [
+        Sample("p0", 0, "<user> \\boxed{2}", length + 1, cut=False),
+        Sample("p0", 1, "<user> \\boxed{2}", length, cut=True),
+        Sample("p1", 0, "<user> \\boxed{3}", length + 1, cut=False),
+        Sample("p1", 1, "<user> \\boxed{3}", length, cut=True),
+    ]
+    assert [request.seed for request in engine.calls[0]] == list(seeds(2, 2, seed=1).values())
+    assert draw_samples([], engine, SAMPLING, tokenizer(), seed=1) == []
 
 
 def test_random_numbers_are_the_same_before_and_after_and_in_any_layout() -> None:
-    settings = config(samples=3)
-    assert seeds(4, settings) == seeds(4, settings)
     # A rank with fewer problems draws the same for those it has, and so does a run with fewer samples.
-    assert seeds(2, settings).items() <= seeds(4, settings).items()
-    assert seeds(4, config(samples=2)).items() <= seeds(4, settings).items()
+    assert seeds(2, 3).items() <= seeds(4, 3).items()
+    assert seeds(4, 2).items() <= seeds(4, 3).items()
 
 
 def test_every_sample_has_random_numbers_of_its_own() -> None:
-    found = seeds(4, config(samples=3))
-    assert len(set(found.values())) == 12
-    assert not set(found.values()) & set(seeds(4, config(samples=3, seed=1)).values())
-
-
-def test_no_prompts_is_no_outcomes() -> None:
-    assert sample_outcomes([], Engine(), SAMPLING, tokenizer(), config()) == []
-
-
-def test_a_prompt_without_an_answer_is_a_defect() -> None:
-    (prompt,) = prompts(1)
-    with pytest.raises(AssertionError):
-        sample_outcomes(
-            [EvaluationPrompt(Record(id="x", question="q", reference=None, answer=None), prompt.prompt)],
-            Engine(),
-            SAMPLING,
-            tokenizer(),
-            config(),
-        )
+    assert len(set(seeds(4, 3).values())) == 12
+    assert not set(seeds(4, 3).values()) & set(seeds(4, 3, seed=1).values())

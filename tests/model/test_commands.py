@@ -71,7 +71,28 @@ def test_train_leaves_what_it_promises(trained: Path) -> None:
     assert "accuracy" in told
     assert "before" in told
     assert "after" in told
+    assert told.splitlines()[-1] == f"report: {trained / 'report.html'}"
     assert load_config(trained / "config.yaml") == load_config(TINY, [f"output={trained}", *SHORT])
+
+
+def test_the_report_of_a_run_answers_from_what_the_run_left(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    for absent in ("not measured", "not diagnosed", "No validation", "No answers", "No step", "Neither metrics nor"):
+        assert absent not in page, absent
+    for told in ("Did accuracy move?", "Held-out questions: of 2", "What is pushed in tiny", "megatron-core"):
+        assert told in page, told
+    for moment in ("before", "after"):
+        assert (trained / "diagnosis" / moment / "index.html").is_file()
+
+
+def test_diagnose_with_two_tensor_parallel_processes(trained: Path, tmp_path: Path) -> None:
+    words = [TINY, f"output={tmp_path}", "parallel.tensor=2", *SHORT, "diagnosis.rows=2"]
+    done = run(TWO, "diagnose", *words, "--checkpoint", str(trained / "checkpoints" / "final"))
+    assert done.returncode == 0, done.stderr
+    (page,) = (tmp_path / "diagnosis").glob("*/index.html")
+    assert done.stdout.splitlines()[-1] == f"diagnosis: {page}"
+    summary = json.loads((page.parent / "summary.json").read_text())
+    assert (summary["step"], summary["rollouts"]) == (5, 2)
 
 
 def test_two_tensor_parallel_processes_train_like_one(trained: Path, tmp_path: Path) -> None:

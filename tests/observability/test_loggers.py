@@ -87,13 +87,14 @@ def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
     assert [type(logger) for logger in build_loggers(config)] == [JsonlLogger]
 
 
-def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_what_is_not_installed(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PopsdConfig(output=str(tmp_path))
-    config.observability.wandb.enabled = True
+    getattr(config.observability, package).enabled = True
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(UserError, match=r"nemo_popsd\[wandb\]"):
+        with pytest.raises(UserError, match=rf"nemo_popsd\[{package}\]"):
             build_loggers(config)
 
 
@@ -123,3 +124,51 @@ wandb.finish()
     assert b"train/loss" in content
     assert b"0.125" in content
     assert b"a-run" in content
+
+
+def socket_free(code: str) -> str:
+    """`code` in a process whose sockets reach no other machine: a try to would be an error."""
+    return f"""
+import socket
+connect = socket.socket.connect
+def refuse(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise AssertionError(f"a connection to {{address}}")
+    return connect(self, address)
+socket.socket.connect = refuse
+{code}"""
+
+
+@pytest.mark.slow
+def test_mlflow_offline_for_real(tmp_path: Path) -> None:
+    """A trainer logs to files; mlflow's own client reads them back, without any network."""
+    code = f"""
+import json, math, mlflow
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.observability.loggers import build_loggers
+from tests.observability.one_step import fit
+config = PopsdConfig(name="a-run", output={str(tmp_path / "run")!r})
+config.observability.tensorboard = False
+config.observability.mlflow.enabled = True
+loggers = build_loggers(config)
+fit(3, logger=loggers)
+client = mlflow.MlflowClient({(tmp_path / "run" / "mlflow").as_uri()!r})
+(experiment,) = [found for found in client.search_experiments() if found.name == "nemo_popsd"]
+(run,) = client.search_runs([experiment.experiment_id])
+assert run.info.run_name == "a-run", run.info
+assert run.info.status == "FINISHED", run.info
+history = client.get_metric_history(run.info.run_id, "train/loss")
+assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 1.5), (3, 2.5)], history
+assert run.data.params["training/steps"] == "200", run.data.params
+assert run.data.params["distillation/target/family"] == "purified"
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+    done = subprocess.run(
+        [sys.executable, "-c", socket_free(code)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr

@@ -262,6 +262,28 @@ def test_a_pipeline_runs_its_stages_one_after_the_other(slurm: Cluster, tmp_path
     }
 
 
+@pytest.mark.parametrize(
+    ("sets", "override", "evaluates"),
+    [
+        ("[]", [], False),
+        ("[aime24]", [], True),
+        ("\n    # below its key\n    - aime24", [], True),
+        ("\n  samples_per_problem: 2", [], False),
+        ("[aime24]", ["evaluation.sets=[]"], False),
+    ],
+)
+def test_a_pipeline_evaluates_where_there_is_something_to_evaluate(
+    slurm: Cluster, tmp_path: Path, sets: str, override: list[str], evaluates: bool
+) -> None:
+    conf = tmp_path / "conf.yaml"
+    conf.write_text(f"output: out\nstudent:\n  source: nemo_popsd:tiny_reasoner\nevaluation:\n  sets: {sets}\n")
+    jobs = pipeline(slurm, tmp_path, str(conf), *override, POPSD_EVALUATE_OPTIONS="--ntasks-per-node=2 --nodes=2")
+    assert list(jobs) == ["train", "export"] + ["evaluate"] * evaluates
+    if evaluates:
+        assert slurm.record(jobs["evaluate"])["NumTasks"] == "4"
+    slurm.command("scancel", *jobs.values())
+
+
 def test_what_follows_a_stage_that_fails_is_cancelled(slurm: Cluster, tmp_path: Path) -> None:
     conf = tmp_path / "conf.yaml"
     conf.write_text("output: out\nstudent:\n  source: nemo_popsd:tiny_reasoner\n")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -19,11 +21,15 @@ REPLACED = ".replaced"
 def write_text(path: Path, text: str) -> None:
     """Writes a file that holds the old or the new text at any moment, never half of one."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush_directory(path.parent)
 
 
@@ -65,6 +71,23 @@ def put_in_place(new: Path, path: Path) -> None:
     else:
         new.replace(path)
         flush_directory(path.parent)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty directory that is `path` once the block has ended, with all that was put into it; what stood
+    there is replaced then, and not before. If the block raises, it is removed.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        flush_tree(partial)
+    except BaseException:
+        remove(partial)
+        raise
+    put_in_place(partial, path)
 
 
 def recover(folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from nemo_popsd.checkpoint import atomic
+from nemo_popsd import atomic
 
 
 def _directory(path: Path, content: str) -> Path:
@@ -20,6 +21,19 @@ def test_text_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
     atomic.write_text(tmp_path / "a", "1")
     atomic.write_text(tmp_path / "a", "2")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "2")]
+
+
+def test_a_write_that_fails_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    atomic.write_text(path, "old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        atomic.write_text(path, "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
 
 def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
@@ -72,3 +86,15 @@ def test_what_is_removed_half_looks_incomplete(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         atomic.remove(directory)
     assert [path.name for path in directory.iterdir()] == ["data"]
+
+
+def test_a_new_directory_has_its_name_once_it_is_complete(tmp_path: Path) -> None:
+    place = tmp_path / "deeper" / "model"
+    for content in ("old", "new"):
+        with atomic.new_directory(place) as directory:
+            (directory / "file").write_text(content)
+            assert not place.exists() or (place / "file").read_text() == "old"
+        assert [(path.name, (path / "file").read_text()) for path in place.parent.iterdir()] == [("model", content)]
+    with pytest.raises(FileExistsError), atomic.new_directory(place) as directory:
+        _directory(directory, "half")  # it exists
+    assert [(path.name, (path / "file").read_text()) for path in place.parent.iterdir()] == [("model", "new")]

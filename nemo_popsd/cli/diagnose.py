@@ -1,0 +1,34 @@
+"""`popsd diagnose CONF [key=value ...] [--checkpoint PATH]`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nemo_popsd.cli.arguments import add_config_arguments, world_size
+from nemo_popsd.cli.launch import run_entry
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "diagnose",
+        help="decompose the teacher's signal token by token",
+        description="Draw rollouts to rows of `data.train` and tell, for each token, what teacher, reference-only "
+        "teacher and target say of it: a page, with its figures as JSON beside it, in `<output>/diagnosis`.",
+    )
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", default=None, help="what to diagnose; default: student.source, untrained"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load and check the configuration, then diagnose."""
+    from nemo_popsd.config.consistency import check_diagnosis_run
+    from nemo_popsd.config.loading import load_config
+
+    config = load_config(args.config, args.overrides)
+    check_diagnosis_run(config, world_size=world_size(), checkpoint=args.checkpoint)
+    run_entry("diagnose", config, args.checkpoint)

@@ -1,0 +1,31 @@
+"""`popsd report RUN [RUN ...] [--output FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "report",
+        help="write one page about one or several runs",
+        description="Write one self-contained HTML page about the training runs in the directories RUN: did accuracy "
+        "move, did the model keep thinking, what did the target push. Several runs are compared.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="output directory of a training run")
+    parser.add_argument(
+        "--output", metavar="FILE", default=None, help="page to write; default: report.html in the first RUN"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the runs and write the page."""
+    from nemo_popsd.report import write_report
+
+    runs = [Path(run) for run in args.runs]
+    page = Path(args.output) if args.output else runs[0] / "report.html"
+    print(f"report: {write_report(runs, page)}")

@@ -1,0 +1,122 @@
+"""Problem sets known by name, found on this machine: the user's files, or what `datasets` has cached. No network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_popsd.data.config import ColumnsConfig, SourceConfig
+from nemo_popsd.errors import UserError
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A published set."""
+
+    problems: int
+    """How many it has: another number is another set."""
+    repositories: tuple[tuple[str, str], ...]
+    """Data sets of the Hugging Face Hub that hold it, each with the split, in the order they are looked for."""
+    answer_pattern: str | None = None
+    """Where the answer stands in the column `answer`; None: it is the column."""
+
+
+NAMED_SETS: Mapping[str, NamedSet] = {
+    "aime24": NamedSet(
+        30,
+        (("HuggingFaceH4/aime_2024", "train"), ("math-ai/aime24", "test"), ("Maxwell-Jia/AIME_2024", "train")),
+    ),
+    "aime25": NamedSet(
+        30, (("math-ai/aime25", "test"), ("yentinglin/aime_2025", "train"), ("MathArena/aime_2025", "train"))
+    ),
+    "hmmt25": NamedSet(30, (("MathArena/hmmt_feb_2025", "train"),)),
+    "math500": NamedSet(500, (("HuggingFaceH4/MATH-500", "test"),)),
+    "gsm8k": NamedSet(1319, (("openai/gsm8k", "test"),), r"####\s*(.+)"),
+}
+"""By name. HMMT is that of February 2025; GSM8K its test split."""
+
+_QUESTIONS = ("problem", "question", "Problem", "Question")
+_ANSWERS = ("answer", "Answer", "expected_answer")
+_SUFFIXES = (".jsonl", ".parquet", ".arrow", "")
+
+
+def named_source(name: str, directory: str = "") -> SourceConfig:
+    """The set `name` as a source of rows with answers.
+
+    Looked for, in this order: `<directory>/<name>.jsonl`, `.parquet`, `.arrow`, or a directory saved by `datasets`; the
+    Arrow files that `datasets` prepares (below `HF_DATASETS_CACHE`); files that the Hub client has fetched (below
+    `HF_HUB_CACHE`). Columns are found by their usual names.
+
+    Raises:
+        UserError: it is at none of these places (all are named), or the file has no column of a known name.
+    """
+    known = NAMED_SETS[name]
+    looked: list[str] = []
+    for place in (*_own(name, directory), *_cached(known)):
+        looked.append(str(place))
+        if place.exists():
+            return SourceConfig(path=str(place), columns=_columns(place, known), answer_pattern=known.answer_pattern)
+    raise UserError(
+        f"problem set {name}",
+        got=f"nothing at any of {', '.join(looked)}",
+        need=f"a file with its {known.problems} problems and answers; nothing is downloaded",
+        mend=f"set evaluation.sets_directory to a directory with {name}.jsonl (columns problem, answer), "
+        f"or fetch {known.repositories[0][0]} with `datasets` on a machine with network and copy its cache",
+    )
+
+
+def refuse_another_size(name: str, problems: int) -> None:
+    """Refuse rows that cannot be the set of that name.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    if problems != NAMED_SETS[name].problems:
+        raise UserError(
+            f"problem set {name}",
+            got=f"{problems} usable problems",
+            need=f"its {NAMED_SETS[name].problems}: figures under its name must be comparable",
+            mend="mend the file or data.max_prompt_tokens, or evaluate it as data.validation.path",
+        )
+
+
+def _own(name: str, directory: str) -> list[Path]:
+    return [Path(directory) / f"{name}{suffix}" for suffix in _SUFFIXES] if directory else []
+
+
+def _cached(known: NamedSet) -> Iterator[Path]:
+    """Files in the caches; where a cache holds none, the pattern that was looked for."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
+    fetched = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    for repository, split in known.repositories:
+        owner, name = repository.split("/")
+        snapshots = f"datasets--{owner}--{name}/snapshots/*/**"
+        patterns = [
+            (prepared, f"{owner}___{name.lower()}/*/*/*/*-{split}.arrow"),
+            (fetched, f"{snapshots}/{split}*.jsonl"),
+            (fetched, f"{snapshots}/{split}*.parquet"),
+        ]
+        for root, pattern in patterns:
+            found = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime) if root.is_dir() else []
+            yield found[-1] if found else root / pattern
+
+
+def _columns(path: Path, known: NamedSet) -> ColumnsConfig:
+    from nemo_popsd.data.sources import column_names
+
+    names = column_names(path)
+    question = next((column for column in _QUESTIONS if column in names), None)
+    answer = next((column for column in _ANSWERS if column in names), None)
+    if question is None or answer is None:
+        raise UserError(
+            str(path),
+            got=f"columns {', '.join(names) or '(none)'}",
+            need=f"one of {', '.join(_QUESTIONS)} and one of {', '.join(_ANSWERS)}",
+            mend="rename its columns, or evaluate it as data.validation.path with data.validation.columns",
+        )
+    if known.answer_pattern is not None:
+        return ColumnsConfig(question=question, reference=answer, answer=None)
+    return ColumnsConfig(question=question, reference=None, answer=answer)

@@ -1,0 +1,10 @@
+"""The paper's analysis on any model and data: what each part of the teacher's signal says of every token.
+
+tokens.py       one set of tokens: decomposition, divergences, most likely alternatives; chunked, over vocabulary shards
+shards.py       the k largest entries of a vocabulary that lies in shards
+push.py         which vocabulary entries each component raises and lowers, summed over tokens
+pieces.py       the text of each token; which tokens belong to an epistemic marker
+groups.py       means and quartiles by position, by entropy, for marker tokens and others
+record.py       the files: summary.json and rollouts.jsonl
+run.py          from a student, an engine and rows to those files
+"""

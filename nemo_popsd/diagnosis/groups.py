@@ -1,0 +1,101 @@
+"""Means and quartiles of per-token figures: over all tokens, by position, by entropy, for marker tokens and others."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+MEASURES = {
+    "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖ over the full vocabulary",
+    "cosine_question": "cos(Δ_total, Δ_it) over the full vocabulary",
+    "cosine_reference": "cos(Δ_total, Δ_ref) over the full vocabulary",
+    "delta_total": "Δ_total of the token that stands there, nats",
+    "delta_reference": "Δ_ref of the token that stands there, nats",
+    "delta_question": "Δ_it of the token that stands there, nats",
+    "delta_target": "log P − log π_θ of the token that stands there, nats",
+    "student_entropy": "entropy of the student, nats",
+    "target_entropy": "entropy of the target, nats",
+    "forward_kl": "KL(P ‖ π_θ), nats",
+    "reverse_kl": "KL(π_θ ‖ P), nats",
+}
+"""Per-token figures by name, with what they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFigures:
+    """One response token, as grouping needs it."""
+
+    position: int
+    """In its response, from 0."""
+    marked: bool
+    """Whether it belongs to a marker."""
+    values: Mapping[str, float]
+    """By the names of `MEASURES`; NaN where not defined."""
+
+
+def group_figures(
+    tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]
+) -> dict[str, Any]:
+    """Figures of all groups, ready for JSON.
+
+    Position bins are equal stretches up to the longest response; an entropy bin holds lower edge ≤ H < upper edge.
+
+    Returns:
+        "all", "markers" and "others" with one group each; "position" and "entropy" with lists of groups, which have
+        "from" and "to" besides ("to" is null for the last entropy bin). A group has "tokens" and, for each measure,
+        "mean", "q25", "median" and "q75" over the tokens on which it is defined, or null where there are none.
+    """
+    longest = max((token.position for token in tokens), default=0) + 1
+    step = math.ceil(longest / position_bins)
+    stretches = [(begin, min(begin + step, longest)) for begin in range(0, longest, step)]
+    edges = [0.0, *entropy_edges]
+    by_position = _split(tokens, len(stretches), lambda token: token.position // step)
+    by_entropy = _split(
+        tokens, len(edges), lambda token: bisect_right(edges, max(token.values["student_entropy"], 0)) - 1
+    )
+    return {
+        "all": _figures(tokens),
+        "markers": _figures([token for token in tokens if token.marked]),
+        "others": _figures([token for token in tokens if not token.marked]),
+        "position": [
+            {"from": begin, "to": end, **_figures(part)}
+            for (begin, end), part in zip(stretches, by_position, strict=True)
+        ],
+        "entropy": [
+            {"from": low, "to": high, **_figures(part)}
+            for low, high, part in zip(edges, [*entropy_edges, None], by_entropy, strict=True)
+        ],
+    }
+
+
+def _split(
+    tokens: Sequence[TokenFigures], count: int, which: Callable[[TokenFigures], int]
+) -> list[list[TokenFigures]]:
+    parts: list[list[TokenFigures]] = [[] for _ in range(count)]
+    for token in tokens:
+        parts[which(token)].append(token)
+    return parts
+
+
+def _figures(tokens: Sequence[TokenFigures]) -> dict[str, Any]:
+    return {"tokens": len(tokens), **{name: _spread([token.values[name] for token in tokens]) for name in MEASURES}}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    defined = sorted(value for value in values if math.isfinite(value))
+    if not defined:
+        return None
+    q25, median, q75 = (_quantile(defined, share) for share in (0.25, 0.5, 0.75))
+    return {"mean": fmean(defined), "q25": q25, "median": median, "q75": q75}
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Linear between the neighbours, as numpy's default."""
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

@@ -1,0 +1,104 @@
+"""What a diagnosis leaves on disk: `summary.json` with all aggregates, `rollouts.jsonl` with one rollout a line.
+
+summary.json
+    format          1
+    name, step      what was diagnosed, and the optimizer steps behind it
+    settings        rows, rollout sampling, target, temperature, markers
+    rollouts, tokens
+    measures        what each per-token figure is
+    groups          see `nemo_popsd.diagnosis.groups`
+    push            tokens: as above; "components": for each of total, reference, question, target the lists "promoted"
+                    and "suppressed" of entries {id, text, mass, push: {component: ...}}; "markers": for each marker
+                    of one token the same sums over its entries, or null. Sums are per 1,000 response tokens.
+rollouts.jsonl
+    row, question, reference, cut
+    pieces          the text of each token
+    marked          1 for tokens of a marker, else 0
+    values          for each measure, and for log_student, log_base, log_privileged, log_reference, log_target of the
+                    token that stands there, a list by token; null where not defined
+    alternatives    null, or "texts" (each token once) and for student, base, privileged, reference and target a list
+                    by token of [index into texts, probability, index, probability, ...]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_popsd.diagnosis.push import COMPONENTS, PushedTokens
+from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives
+
+SUMMARY, ROLLOUTS = "summary.json", "rollouts.jsonl"
+FORMAT = 1
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The content of both files."""
+
+    summary: dict[str, Any]
+    rollouts: list[dict[str, Any]]
+
+    def write(self, directory: Path) -> None:
+        """Writes both files into `directory`, which is made; the summary last, so that it vouches for the rest."""
+        directory.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(rollout, ensure_ascii=False) + "\n" for rollout in self.rollouts)
+        (directory / ROLLOUTS).write_text(lines, encoding="utf-8")
+        text = json.dumps(self.summary, ensure_ascii=False, indent=1)
+        (directory / SUMMARY).write_text(text + "\n", encoding="utf-8")
+
+
+def rounded(value: float) -> float | None:
+    """`value` to five significant digits; None for NaN and infinities, which JSON has not."""
+    if not math.isfinite(value):
+        return None
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def pushed_entry(tokens: PushedTokens, place: int, text: str, total_tokens: int) -> dict[str, Any]:
+    """One vocabulary entry for the summary, per 1,000 tokens."""
+    scale = 1000 / max(total_tokens, 1)
+    return {
+        "id": int(tokens.ids[place]),
+        "text": text,
+        "mass": rounded(float(tokens.mass[place]) * scale),
+        "push": _by_component(tokens.push[:, place].tolist(), scale),
+    }
+
+
+def marker_push(tokens: PushedTokens, total_tokens: int) -> dict[str, Any] | None:
+    """Sums over the entries of one marker, per 1,000 tokens; None where no entry is the marker."""
+    if not len(tokens.ids):
+        return None
+    scale = 1000 / max(total_tokens, 1)
+    return {
+        "entries": len(tokens.ids),
+        "mass": rounded(float(tokens.mass.sum()) * scale),
+        "push": _by_component(tokens.push.sum(1).tolist(), scale),
+    }
+
+
+def alternatives_record(alternatives: Alternatives, texts: Mapping[int, str]) -> dict[str, Any]:
+    """Alternatives of one rollout, texts stored once.
+
+    Args:
+        alternatives: on the CPU.
+        texts: of every id in them.
+    """
+    order = {token: index for index, token in enumerate(texts)}
+    record: dict[str, Any] = {"texts": list(texts.values())}
+    for name, log_probs, ids in zip(DISTRIBUTIONS, alternatives.log_probs, alternatives.ids, strict=True):
+        record[name] = [
+            [part for token, p in zip(row, ps, strict=True) for part in (order[token], float(f"{p:.3g}"))]
+            for row, ps in zip(ids.tolist(), log_probs.double().exp().tolist(), strict=True)
+        ]
+    return record
+
+
+def _by_component(values: Sequence[float], scale: float) -> dict[str, float | None]:
+    return {name: rounded(value * scale) for name, value in zip(COMPONENTS, values, strict=True)}

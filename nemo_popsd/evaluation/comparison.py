@@ -1,0 +1,264 @@
+"""Evaluations side by side, with intervals for the figures and for their changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.config import EvaluationConfig
+from nemo_popsd.evaluation.estimates import Interval, Ratio, changes, interval, resampled
+from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
+from nemo_popsd.evaluation.summary import RESAMPLING_SEED, EvaluationSummary, figures_of
+
+_LABELS = {
+    "accuracy": ("accuracy (avg@{k})", "%"),
+    "majority": ("majority@{k}", "%"),
+    "markers_per_1000_tokens": ("markers per 1,000 tokens", ""),
+    "segments": ("reflection segments per answer", ""),
+    "mean_tokens": ("mean response tokens", "tokens"),
+    "closed_thinking_share": ("closes its thinking", "%"),
+    "repeated_share": ("repeated word sequences", "%"),
+    "looping_share": ("ends in a loop", "%"),
+    "cut_share": ("cut at the limit", "%"),
+    "unanswered_share": ("without an answer", "%"),
+    "undecided_share": ("comparison given up", "%"),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one set of problems, concluded."""
+
+    summary: EvaluationSummary
+    scores: tuple[SampleScore, ...]
+
+    @classmethod
+    def of(cls, scores: Sequence[SampleScore], config: EvaluationConfig) -> Evaluation:
+        """Summarises `scores`."""
+        return cls(EvaluationSummary.from_scores(scores, config), tuple(scores))
+
+    @classmethod
+    def read(cls, directory: EvaluationDirectory) -> Evaluation:
+        """What `EvaluationDirectory.conclude` wrote.
+
+        Raises:
+            UserError: the evaluation has not been concluded.
+        """
+        fields = {k: v for k, v in directory.summary().items() if k in EvaluationSummary.__dataclass_fields__}
+        return cls(EvaluationSummary(**fields), tuple(directory.scores()))
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a figure differs between two evaluations, over the problems that both have."""
+
+    difference: float
+    interval: Interval
+    """Paired: both are resampled with the same problems."""
+
+
+def changes_between(before: Evaluation, after: Evaluation, *, resamples: int) -> dict[str, Change]:
+    """`after` − `before` for each figure that both have, over the problems that both have.
+
+    Raises:
+        UserError: they have no problem in common.
+    """
+    old, new = _paired(before, after)
+    found = changes(old, new, resamples=resamples, confidence=before.summary.confidence, seed=RESAMPLING_SEED)
+    return {name: Change(new[name].value - old[name].value, both) for name, both in found.items()}
+
+
+def comparison_table(evaluations: Mapping[str, Evaluation], *, resamples: int) -> str:
+    """Plain-text table: a column per evaluation under its name, and a column for how each differs from the first.
+
+    Accuracies and shares are in per cent, their changes in points; intervals in brackets. Changes are over the problems
+    that both evaluations have; where those are not all, a line below says so.
+    """
+    columns = list(evaluations.values())
+    first, *others = columns
+    compared = [changes_between(first, other, resamples=resamples) for other in others]
+    names = list(evaluations)
+    headings = ["change"] if len(others) == 1 else [f"{name} − {names[0]}" for name in names[1:]]  # noqa: RUF001
+    rows = [["", *names, *headings]]
+    figures = [_figures(evaluation.summary) for evaluation in columns]
+    for name in dict.fromkeys(name for found in figures for name in found):
+        label, unit = _label(name, columns)
+        cells = [
+            _cell(found.get(name), column.summary.intervals.get(name), unit)
+            for found, column in zip(figures, columns, strict=True)
+        ]
+        cells += [_change(found.get(name), unit) for found in compared]
+        rows.append([label, *cells])
+    rows.append(["problems", *(f"{column.summary.problems:,}" for column in columns), *([""] * len(others))])
+    rows.append(["samples", *(f"{column.summary.samples:,}" for column in columns), *([""] * len(others))])
+    lines = _aligned(rows)
+    lines.append(f"in brackets: {100 * first.summary.confidence:g} % bootstrap intervals over problems")
+    for name, other in zip(names[1:], others, strict=True):
+        common = len(_problems(first) & _problems(other))
+        if common < max(first.summary.problems, other.summary.problems):
+            lines.append(f"change of {name}: over the {common} problems that both have")
+    return "\n".join(lines)
+
+
+def average_over_sets(sets: Mapping[str, Mapping[str, Evaluation]], *, resamples: int) -> str:
+    """Accuracy averaged over sets, each set with equal weight, as the paper reports it.
+
+    Args:
+        sets: by set, then by model; every set has the same models. With two models or more the change against the first
+            is told too, over the problems that both have.
+        resamples: of each set; sets are resampled independently of each other.
+    """
+    models = list(next(iter(sets.values())))
+    confidence = next(iter(next(iter(sets.values())).values())).summary.confidence
+    lines = [f"accuracy, average of {', '.join(sets)}"]
+    for model in models:
+        accuracies = [figures_of(found[model].scores)["accuracy"] for found in sets.values()]
+        value, (low, high) = _mean(accuracies, None, resamples, confidence)
+        line = f"  {model}: {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        if model != models[0]:
+            pairs = [_paired(found[models[0]], found[model]) for found in sets.values()]
+            value, (low, high) = _mean(
+                [new["accuracy"] for _, new in pairs], [old["accuracy"] for old, _ in pairs], resamples, confidence
+            )
+            line += f", change {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def read_evaluations(path: str | Path) -> dict[str, Evaluation]:
+    """The evaluations in `path`, by set: the directory of one, or of a model with one for each set.
+
+    Raises:
+        UserError: no concluded evaluation is there.
+    """
+    directory = Path(path)
+    inner = sorted(found.parent for found in directory.glob("*/summary.json"))
+    if (directory / "summary.json").is_file() or not inner:
+        return {directory.name: Evaluation.read(EvaluationDirectory(directory))}
+    return {found.name: Evaluation.read(EvaluationDirectory(found)) for found in inner}
+
+
+def compare_directories(paths: Sequence[str], *, resamples: int) -> str:
+    """The tables of several evaluations: one for each set that all have, and the average of the sets.
+
+    Raises:
+        UserError: a path holds no concluded evaluation, or they have no set in common.
+    """
+    found = {_short(path, paths): read_evaluations(path) for path in paths}
+    single = all(len(sets) == 1 for sets in found.values())
+    if single:  # whatever the sets are called; problems in common are checked
+        return comparison_table({name: next(iter(sets.values())) for name, sets in found.items()}, resamples=resamples)
+    common = [name for name in next(iter(found.values())) if all(name in sets for sets in found.values())]
+    if not common:
+        raise UserError(
+            "comparison",
+            got="; ".join(f"{name} with {', '.join(sets)}" for name, sets in found.items()),
+            need="a set of problems that all have",
+            mend="name other directories",
+        )
+    by_set = {name: {model: sets[name] for model, sets in found.items()} for name in common}
+    return tables_of_sets(by_set, resamples=resamples)
+
+
+def tables_of_sets(by_set: Mapping[str, Mapping[str, Evaluation]], *, resamples: int) -> str:
+    """A table for each set under its name, and with several sets their average."""
+    parts = [f"{name}\n{comparison_table(models, resamples=resamples)}" for name, models in by_set.items()]
+    if len(by_set) > 1:
+        parts.append(average_over_sets(by_set, resamples=resamples))
+    return "\n\n".join(parts)
+
+
+def _short(path: str, paths: Sequence[str]) -> str:
+    """The end of `path` that tells it from the others."""
+    parts = [Path(other).absolute().parts for other in paths]
+    own = Path(path).absolute().parts
+    for length in range(1, len(own) + 1):
+        if sum(other[-length:] == own[-length:] for other in parts) == 1:
+            return "/".join(own[-length:])
+    raise UserError("comparison", got=f"{path!r} twice", need="different directories", mend="name each once")
+
+
+def _paired(before: Evaluation, after: Evaluation) -> tuple[dict[str, Ratio], dict[str, Ratio]]:
+    common = _problems(before) & _problems(after)
+    if not common:
+        raise UserError(
+            "comparison",
+            got="evaluations of different problems",
+            need="at least one problem that both have",
+            mend="compare evaluations of one set",
+        )
+    old, new = (figures_of([s for s in side.scores if s.problem in common]) for side in (before, after))
+    return old, new
+
+
+def _problems(evaluation: Evaluation) -> set[str]:
+    return {score.problem for score in evaluation.scores}
+
+
+def _mean(
+    figures: Sequence[Ratio], less: Sequence[Ratio] | None, resamples: int, confidence: float
+) -> tuple[float, Interval]:
+    """Mean of figures over different sets, minus that of `less`; each set is resampled with a seed of its own."""
+    total, value = np.zeros(resamples), 0.0
+    for place, figure in enumerate(figures):
+        seed = RESAMPLING_SEED + place
+        total += resampled([figure], resamples=resamples, seed=seed)[:, 0]
+        value += figure.value
+        if less is not None:
+            total -= resampled([less[place]], resamples=resamples, seed=seed)[:, 0]
+            value -= less[place].value
+    return value / len(figures), interval(total / len(figures), confidence)
+
+
+def _figures(summary: EvaluationSummary) -> dict[str, float]:
+    """The figures of a summary in the order of the table."""
+    found: dict[str, float] = {}
+    for name in _LABELS:
+        found[name] = getattr(summary, name)
+        if name == "accuracy":
+            found |= {f"pass_at.{k}": value for k, value in summary.pass_at.items()}
+        if name == "markers_per_1000_tokens":
+            found |= {f"marker_rates.{marker}": value for marker, value in summary.marker_rates.items()}
+    return found
+
+
+def _label(name: str, columns: Sequence[Evaluation]) -> tuple[str, str]:
+    if name.startswith("pass_at."):
+        return f"pass@{name.removeprefix('pass_at.')}", "%"
+    if name.startswith("marker_rates."):
+        return f"  {name.removeprefix('marker_rates.')}", ""
+    label, unit = _LABELS[name]
+    counts = sorted({column.summary.samples_per_problem for column in columns})
+    return label.format(k="/".join(map(str, counts))), unit
+
+
+def _cell(value: float | None, between: Sequence[float] | None, unit: str) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    shown = {"%": f"{100 * value:.1f} %", "": f"{value:.2f}", "tokens": f"{value:,.1f}"}[unit]
+    return shown if between is None else f"{shown} [{_number(between[0], unit)}, {_number(between[1], unit)}]"
+
+
+def _change(change: Change | None, unit: str) -> str:
+    if change is None:
+        return "-"
+    low, high = (_number(value, unit, sign="+") for value in change.interval)
+    return f"{_number(change.difference, unit, sign='+')} [{low}, {high}]"
+
+
+def _number(value: float, unit: str, sign: str = "") -> str:
+    return {"%": f"{100 * value:{sign}.1f}", "": f"{value:{sign}.2f}", "tokens": f"{value:{sign},.1f}"}[unit]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,226 @@
+"""Samples from an OpenAI-compatible server, `vllm serve` above all, through its completions API."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import queue
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.config import EndpointConfig
+from nemo_popsd.evaluation.records import Sample
+from nemo_popsd.evaluation.sampling import Draw
+from nemo_popsd.rollout.engine import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_LONGEST_PAUSE = 60.0
+_LONGEST_COMPLAINT = 500
+_SEEDS = 2**31
+"""vLLM takes 64 bits, other servers 32 with a sign."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class Endpoint:
+    """One served model.
+
+    The key is read from the environment when a request is made; it stands in no message and no log.
+
+    Attributes:
+        model: name under which it is served.
+        identity: that name and, where the server tells it, what stands behind it (vLLM: the directory).
+    """
+
+    def __init__(self, config: EndpointConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Asks the server what it serves.
+
+        Raises:
+            UserError: it does not answer, or does not serve the model.
+        """
+        self._config = config
+        self._tokenizer = tokenizer
+        # Proxies are those of the environment (`http_proxy`, `no_proxy`), as for any client.
+        self._opener = urllib.request.build_opener(_NoRedirect())
+        entries = {str(entry["id"]): entry for entry in self._asked("models", None).get("data", [])}
+        served = list(entries)
+        if config.model not in served and (config.model or len(served) != 1):
+            raise UserError(
+                f"endpoint {config.url}",
+                got=f"models {', '.join(served) or '(none)'}",
+                need=f"the model {config.model!r}" if config.model else "exactly one model, or a name",
+                mend="set evaluation.endpoint.model",
+            )
+        self.model = config.model or served[0]
+        root = entries[self.model].get("root")
+        self.identity = f"{self.model} from {root}" if root else self.model
+
+    def draw(self, draws: Sequence[Draw], sampling: SamplingParams, *, seed: int) -> Iterator[Sample]:
+        """Draws all of `draws`, `concurrency` at a time; yields each as it comes in.
+
+        Raises:
+            UserError: the server refuses a request, or keeps failing. Requests under way are waited for, and what they
+                bring is yielded before.
+        """
+        left, taking, stop = iter(draws), threading.Lock(), threading.Event()
+        results: queue.SimpleQueue[Sample | Exception | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            while not stop.is_set():
+                with taking:
+                    draw = next(left, None)
+                if draw is None:
+                    break
+                try:
+                    results.put(self._sample(draw, sampling, seed))
+                except Exception as error:  # raised where `draw` was called
+                    stop.set()
+                    results.put(error)
+            results.put(None)
+
+        working = min(self._config.concurrency, len(draws))
+        for _ in range(working):
+            # Daemons: whoever interrupts the command does not wait for answers that take an hour.
+            threading.Thread(target=work, daemon=True).start()
+        failure: Exception | None = None
+        try:
+            while working:
+                result = results.get()
+                if isinstance(result, Sample):
+                    yield result
+                elif result is None:
+                    working -= 1
+                else:
+                    failure = failure or result
+        finally:
+            stop.set()
+        if failure is not None:
+            raise failure
+
+    def _sample(self, draw: Draw, sampling: SamplingParams, seed: int) -> Sample:
+        answer = self._asked("completions", self._request(draw, sampling, seed))
+        try:
+            (choice,) = answer["choices"]
+            # JSON can hold half a surrogate pair, which no file can.
+            text = str(choice["text"]).encode("utf-8", "replace").decode("utf-8")
+            cut = choice["finish_reason"] == "length"
+            tokens = int(answer["usage"]["completion_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"endpoint {self._config.url}",
+                got=f"an answer without {error}",
+                need="choices with text and finish_reason, and usage, as the completions API has them",
+                mend="set evaluation.endpoint.url to a server that speaks it",
+            ) from None
+        return Sample(problem=draw.prompt.record.id, sample=draw.sample, text=text, tokens=tokens, cut=cut)
+
+    def _request(self, draw: Draw, sampling: SamplingParams, seed: int) -> dict[str, Any]:
+        ids = list(draw.prompt.prompt)
+        as_text = self._config.prompts == "text"
+        request: dict[str, Any] = {
+            "model": self.model,
+            "prompt": self._tokenizer.decode(ids, skip_special_tokens=False) if as_text else ids,
+            "max_tokens": sampling.max_response_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": draw.seed(seed) % _SEEDS,
+            "n": 1,
+            "stream": False,
+        }
+        if self._config.dialect == "vllm":
+            request |= {
+                "top_k": sampling.top_k or -1,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "stop_token_ids": sorted(sampling.stop_token_ids),
+                "skip_special_tokens": False,
+                "add_special_tokens": False,  # the chat template has put them in
+            }
+        return request
+
+    def _asked(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The server's answer, asked again while it may come.
+
+        Raises:
+            UserError: it refused, or failed `retries` + 1 times.
+        """
+        for attempt in range(self._config.retries + 1):
+            try:
+                return self._ask_once(path, body)
+            except urllib.error.HTTPError as error:
+                complaint = f"status {error.code}: {self._said(error)}"
+                pause = _pause_asked_for(error)
+                if error.code not in _PASSING:
+                    raise self._failed(complaint) from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                complaint, pause = self._redacted(f"{type(error).__name__}: {error}"), None
+            if attempt < self._config.retries:
+                seconds = min(_LONGEST_PAUSE, pause if pause is not None else 2.0**attempt * random.uniform(0.5, 1.0))
+                logger.warning("endpoint: %s; asking again in %.1f s", complaint, seconds)
+                time.sleep(seconds)
+        raise self._failed(f"{complaint}, {self._config.retries + 1} times")
+
+    def _ask_once(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        headers = {"Accept": "application/json"}
+        key = self._key()
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        data = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(body).encode()
+        request = urllib.request.Request(f"{self._config.url.rstrip('/')}/{path}", data=data, headers=headers)
+        with self._opener.open(request, timeout=self._config.timeout_seconds) as response:
+            answer = json.loads(response.read())
+        if not isinstance(answer, dict):
+            raise ValueError("an answer that is no JSON object")
+        return answer
+
+    def _key(self) -> str:
+        return os.environ.get(self._config.key_variable, "")
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        try:
+            text = error.read(4 * _LONGEST_COMPLAINT).decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            text = str(error.reason)
+        return self._redacted(" ".join(text.split()))[:_LONGEST_COMPLAINT]
+
+    def _redacted(self, text: str) -> str:
+        """`text` without the key, which a server may repeat in its complaint."""
+        key = self._key()
+        return text.replace(key, "***") if key else text
+
+    def _failed(self, complaint: str) -> UserError:
+        key = "is set" if self._key() else "is not set"
+        return UserError(
+            f"endpoint {self._config.url}",
+            got=complaint,
+            need="an OpenAI-compatible server that answers",
+            mend=f"start it, or set evaluation.endpoint.url (the key's variable {self._config.key_variable} {key})",
+        )
+
+
+def _pause_asked_for(error: urllib.error.HTTPError) -> float | None:
+    try:
+        return max(0.0, float(error.headers.get("Retry-After", "")))
+    except ValueError:
+        return None

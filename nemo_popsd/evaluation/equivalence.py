@@ -1,0 +1,162 @@
+r"""Whether a predicted answer is the expected one: exact rules where they decide, math-verify for the rest.
+
+In this order:
+
+1. no answer is wrong;
+2. equal by the exact rules of `answers` is right, and two numbers that differ by them are wrong: numbers are compared
+   as fractions, so a rounded 0.333333 is not 1/3, which math-verify would let pass;
+3. an expected answer that is a word (three letters or more, nothing else) is compared as one, ignoring case: algebra
+   would read it as a product, in which the order of letters does not matter;
+4. everything else (roots, sets, intervals, "x = 5" against "5", units, expanded and factored forms) goes to
+   math-verify in a process of its own (`math_worker`). One that outlasts the limit, or dies, is wrong, is counted as
+   undecided, and is killed; the next comparison gets a new process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.answers import answers_match, cleaned_answer, is_number
+
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_WORKER = Path(__file__).with_name("math_worker.py")
+_START_SECONDS = 120.0
+"""Importing sympy takes two seconds, and many times that on a busy machine; no comparison's time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Outcome of one comparison."""
+
+    correct: bool
+    """Whether the answers are the same."""
+    decided_by: str
+    """`missing`, `exact`, `math-verify`, or undecided: `timeout`, `crash`."""
+
+    @property
+    def undecided(self) -> bool:
+        """The comparison was given up, which counts as wrong."""
+        return self.decided_by in ("timeout", "crash")
+
+
+def require_math_verify() -> None:
+    """Refuse to begin what would need math-verify in the end.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError(
+            "evaluation",
+            got="no package math_verify",
+            need="math-verify, which compares answers, with antlr 4.9 as omegaconf has it",
+            mend="pip install 'math-verify[antlr4_9_3]>=0.9,<0.10'",
+        )
+
+
+class AnswerVerifier:
+    """Compares answers; keeps one worker process, started when first needed, and remembers what it was told.
+
+    Use as a context manager, or `close` it; a worker whose owner is gone ends by itself.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` is the limit of one comparison by math-verify."""
+        self._seconds = seconds
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+        self._known: dict[tuple[str, str], Verdict] = {}
+
+    def __enter__(self) -> AnswerVerifier:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker, if any."""
+        if self._worker is None:
+            return
+        self._worker.kill()
+        self._worker.communicate()
+        self._worker, self._unread = None, b""
+
+    def compare(self, predicted: str | None, expected: str) -> Verdict:
+        """The verdict on `predicted`; rules in the module."""
+        if predicted is None:
+            return Verdict(False, "missing")
+        if answers_match(predicted, expected):
+            return Verdict(True, "exact")
+        ours, theirs = cleaned_answer(predicted), cleaned_answer(expected)
+        if not ours or not theirs or (is_number(ours) and is_number(theirs)):
+            return Verdict(False, "exact")
+        if _WORD.fullmatch(theirs):
+            return Verdict(ours.casefold() == theirs.casefold(), "exact")
+        if (ours, theirs) not in self._known:
+            self._known[ours, theirs] = self._ask(predicted, expected)
+        return self._known[ours, theirs]
+
+    def _ask(self, predicted: str, expected: str) -> Verdict:
+        worker = self._running()
+        question = json.dumps({"expected": expected, "predicted": predicted}) + "\n"
+        assert worker.stdin is not None
+        try:
+            worker.stdin.write(question.encode())
+            worker.stdin.flush()
+            line = self._line(worker, self._seconds)
+        except TimeoutError:
+            self.close()
+            return Verdict(False, "timeout")
+        except (BrokenPipeError, EOFError):
+            self.close()
+            return Verdict(False, "crash")
+        return Verdict(json.loads(line)["equal"], "math-verify")
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._worker is None:
+            # -P: modules beside the worker must not stand in for libraries of the same name.
+            command = [sys.executable, "-P", str(_WORKER), str(self._seconds)]
+            self._worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            )
+            try:
+                self._line(self._worker, _START_SECONDS)
+            except (EOFError, TimeoutError) as error:
+                self._worker.kill()
+                _, complaint = self._worker.communicate()
+                self._worker = None
+                raise RuntimeError(f"math-verify did not start: {complaint.decode(errors='replace')}") from error
+        return self._worker
+
+    def _line(self, worker: subprocess.Popen[bytes], seconds: float) -> bytes:
+        """The next line of `worker`.
+
+        Raises:
+            TimeoutError: none within `seconds`.
+            EOFError: the worker ended.
+        """
+        assert worker.stdout is not None
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([worker.stdout], [], [], left)[0]:
+                raise TimeoutError
+            read = os.read(worker.stdout.fileno(), 65536)
+            if not read:
+                raise EOFError
+            self._unread += read
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line

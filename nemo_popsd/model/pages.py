@@ -1,0 +1,36 @@
+"""The pages that runs leave, written on rank 0."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from nemo_popsd.diagnosis.record import Diagnosis
+from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.report import write_diagnosis_page, write_report
+from nemo_popsd.report.page import NAME
+
+logger = logging.getLogger(__name__)
+
+
+def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> None:
+    """Writes the files of a diagnosis and its page, and prints where the page is."""
+    if is_rank_zero():
+        diagnosis.write(directory)
+        print(f"diagnosis: {write_diagnosis_page(directory)}", flush=True)
+
+
+def report_run(output: Path) -> None:
+    """Writes the report of the run in `output` and prints its path.
+
+    A run that trained is a success whatever becomes of its page: an error is told with its traceback, as a defect of
+    ours, and goes no further.
+    """
+    if not is_rank_zero():
+        return
+    try:
+        page = write_report([output], output / NAME)
+    except Exception:
+        logger.exception("the run is complete, but its report could not be written; try: popsd report %s", output)
+    else:
+        print(f"report: {page}", flush=True)

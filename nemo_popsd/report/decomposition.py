@@ -1,0 +1,158 @@
+"""The paper's decomposition on a page: by position, by entropy, markers against others, and what each part pushes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_popsd.report.bars import push_chart
+from nemo_popsd.report.markup import card, esc, fixed, number, signed, table, visible
+from nemo_popsd.report.plots import Series, line_plot
+
+Summary = Mapping[str, Any]
+
+COMPONENTS = {
+    "reference": ("Δ_ref: the reference alone", "log π_ref − log π_θ. Induced by the reference; not transferable."),
+    "question": ("Δ_it: the question, given the reference", "log π_T − log π_ref. What Purified OPSD keeps."),
+    "total": ("Δ_total: the whole teacher", "log π_T − log π_θ. What plain OPSD follows."),
+    "target": ("The target of this run", "log P − log π_θ. What the student is drawn towards."),
+}
+"""Title and meaning of each component, in the order shown."""
+SHORT = {"reference": "Δ_ref", "question": "Δ_it", "total": "Δ_total", "target": "target"}
+"""Names of the components in narrow places."""
+
+_BY_GROUP = {
+    "norm_ratio": ("‖Δ_ref‖ / ‖Δ_total‖", "above 1: the reference-induced part is larger than the whole signal"),
+    "cosine_question": ("cos(Δ_total, Δ_it)", "below 0: plain OPSD pushes against the question-conditioned part"),
+    "cosine_reference": ("cos(Δ_total, Δ_ref)", "near 1: plain OPSD follows the reference-induced part"),
+    "delta_question": ("Δ_it of the token written", "nats; above 0: given the reference, the question favours it"),
+    "delta_reference": ("Δ_ref of the token written", "nats; below 0: the reference alone speaks against it"),
+    "forward_kl": ("KL(target ‖ student)", "nats; how far the target asks the student to go"),
+}
+_IN_TABLE = (
+    "norm_ratio",
+    "cosine_question",
+    "cosine_reference",
+    "delta_total",
+    "delta_reference",
+    "delta_question",
+    "delta_target",
+    "student_entropy",
+    "forward_kl",
+)
+_NAMES = {
+    "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
+    "cosine_question": "cos(Δ_total, Δ_it)",
+    "cosine_reference": "cos(Δ_total, Δ_ref)",
+    "delta_total": "Δ_total of the token written",
+    "delta_reference": "Δ_ref of the token written",
+    "delta_question": "Δ_it of the token written",
+    "delta_target": "log P − log π_θ of the token written",
+    "student_entropy": "entropy of the student",
+    "forward_kl": "KL(target ‖ student)",
+}
+
+
+def position_plots(summaries: Sequence[tuple[str, str, Summary]]) -> str:
+    """Figures by position in the response. Each of `summaries` is (label, colour class, summary)."""
+    return _plots(summaries, "position", "token", _middle)
+
+
+def entropy_plots(summaries: Sequence[tuple[str, str, Summary]]) -> str:
+    """Figures by bin of the student's entropy."""
+    return _plots(summaries, "entropy", "nats", None)
+
+
+def _middle(group: Mapping[str, Any]) -> float:
+    return (float(group["from"]) + float(group["to"]) - 1) / 2
+
+
+def _plots(summaries: Sequence[tuple[str, str, Summary]], grouping: str, x_label: str, place: Any) -> str:
+    """One card for each figure; the band of a lone summary is between its quartiles."""
+    names = () if place else [_bin_name(group) for group in summaries[0][2]["groups"][grouping]]
+    cards = []
+    for measure, (title, note) in _BY_GROUP.items():
+        series = []
+        for label, css, summary in summaries:
+            points, band = [], []
+            for index, group in enumerate(summary["groups"][grouping]):
+                spread = group.get(measure)
+                if spread:
+                    x = place(group) if place else float(index)
+                    points.append((x, spread["mean"]))
+                    band.append((x, spread["q25"], spread["q75"]))
+            series.append(Series(label, points, css, band if len(summaries) == 1 else ()))
+        plot = line_plot(series, label=title, x_label=x_label, markers=True, x_names=names)
+        cards.append(card(title, plot, note=note))
+    return f'<div class="grid">{"".join(cards)}</div>'
+
+
+def _bin_name(group: Mapping[str, Any]) -> str:
+    if group["to"] is None:
+        return f"≥{group['from']:g}"
+    return f"<{group['to']:g}"
+
+
+def markers_table(summary: Summary) -> str:
+    """Marker tokens against all others, figure by figure."""
+    groups = summary["groups"]
+    shown = ("markers", "others", "all")
+    header = ["", *(f"{name}<br>{groups[name]['tokens']:,} tokens" for name in shown)]
+    rows = [
+        [esc(_NAMES[measure]), *(_spread(groups[name].get(measure), measure) for name in shown)]
+        for measure in _IN_TABLE
+    ]
+    return table(header, rows)
+
+
+def _spread(spread: Mapping[str, float] | None, measure: str) -> str:
+    if not spread:
+        return "–"
+    text = signed if measure.startswith(("delta", "cosine")) else fixed
+    return f"{text(spread['mean'], 2)}<small>{text(spread['q25'], 2)} … {text(spread['q75'], 2)}</small>"
+
+
+def push_cards(summary: Summary, components: Sequence[str] = tuple(COMPONENTS), *, count: int = 10) -> str:
+    """For each component the vocabulary entries that it raises and lowers most."""
+    cards = []
+    for name in components:
+        title, note = COMPONENTS[name]
+        lists = summary["push"]["components"][name]
+        parts = []
+        for direction in ("promoted", "suppressed"):
+            entries = [(entry["text"], entry["push"][name]) for entry in lists[direction][:count]]
+            parts.append(push_chart([e for e in entries if e[1]], label=f"most {direction} by {title}"))
+        cards.append(card(title, f'{parts[0]}<div class="split"></div>{parts[1]}', note=note))
+    css = "two" if len(cards) in (2, 4) else "three"
+    return f'<div class="{css}">{"".join(cards)}</div>'
+
+
+def marker_push_table(summary: Summary) -> str:
+    """What each component does to the markers that are one token."""
+    rows = []
+    for marker, found in summary["push"]["markers"].items():
+        if found is None:
+            rows.append([esc(marker), "–", *["–"] * len(COMPONENTS)])
+            continue
+        cells = [_relative(found["push"][name], found["mass"]) for name in COMPONENTS]
+        rows.append([esc(marker), number(found["mass"], 2), *cells])
+    header = ["", "expected per 1,000 tokens", *(esc(title.split(":")[0]) for title, _ in COMPONENTS.values())]
+    return table(header, rows)
+
+
+def _relative(push: float | None, mass: float | None) -> str:
+    if push is None or not mass:
+        return "–"
+    css = "up-text" if push > 0 else "down-text"
+    return f'<span class="{css}">{signed(push, 2)}</span><small>{signed(100 * push / mass, 0)} %</small>'
+
+
+def chips(summary: Summary, component: str, count: int = 6) -> str:
+    """The entries that a component promotes and suppresses most, as two lines of chips."""
+    lists = summary["push"]["components"][component]
+    lines = []
+    for direction, css, sign in (("promoted", "up", 1), ("suppressed", "down", -1)):
+        strongest = [entry for entry in lists[direction][:count] if (entry["push"][component] or 0) * sign > 0]
+        items = "".join(f'<li class="{css}"><code>{visible(entry["text"])}</code></li>' for entry in strongest)
+        lines.append(f'<p class="sub">{direction}</p><ul class="chips">{items or "<li>nothing</li>"}</ul>')
+    return "".join(lines)

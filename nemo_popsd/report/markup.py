@@ -1,0 +1,77 @@
+"""Text into HTML, safely, and numbers into text. Rollouts hold any text: none reaches a page but through here."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+MINUS = "\N{MINUS SIGN}"
+_CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}
+
+
+def esc(value: object) -> str:
+    """`value` as text for elements and for attributes in quotes, without the control characters that HTML has not."""
+    return html.escape(str(value).translate(_CONTROLS), quote=True)
+
+
+def data_block(value: Any, name: str) -> str:
+    """`value` as JSON for the page's script, in an element that no text can close."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f'<script type="application/json" id="{esc(name)}">{text}</script>'
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` to so many significant digits, thousands in groups; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4 or size > 8:
+        return f"{value:.{digits - 1}e}".replace("-", MINUS)
+    return f"{value:,.{max(digits - 1 - size, 0)}f}".replace("-", MINUS)
+
+
+def fixed(value: float | None, decimals: int = 1) -> str:
+    """`value` with so many decimals; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:,.{decimals}f}".replace("-", MINUS)
+
+
+def signed(value: float | None, decimals: int = 1) -> str:
+    """`value` with its sign and so many decimals; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:+,.{decimals}f}".replace("-", MINUS)
+    return text[1:] if not text.strip(f"+{MINUS}0.,") else text
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], *, css: str = "") -> str:
+    """A table of cells that are HTML already, the first of each row its heading; scrolls sideways if it must."""
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    body = []
+    for row in rows:
+        first, *rest = row
+        body.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>")
+    return (
+        f'<div class="scroll"><table class="{css}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def card(title: str, body: str, *, note: str = "", css: str = "") -> str:
+    """A titled box; `title` and `note` are text, `body` is HTML."""
+    told = f'<p class="note">{esc(note)}</p>' if note else ""
+    return f'<section class="card {css}"><h3>{esc(title)}</h3>{told}{body}</section>'
+
+
+def visible(text: str) -> str:
+    """A token's text as HTML with its white space to be seen."""
+    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return esc(shown) or "<i>empty</i>"

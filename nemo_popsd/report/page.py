@@ -1,0 +1,74 @@
+"""The report on one or several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_popsd.atomic import write_text
+from nemo_popsd.report import sections
+from nemo_popsd.report.evaluation import evaluation
+from nemo_popsd.report.markup import esc, number
+from nemo_popsd.report.run import RunData, read_run
+from nemo_popsd.report.shell import document
+
+NAME = "report.html"
+"""The report of a run in its own directory."""
+
+_SECTIONS = (
+    ("glance", "At a glance"),
+    ("evaluation", "Evaluation"),
+    ("training", "Training"),
+    ("decomposition", "Decomposition"),
+    ("samples", "Answers before and after"),
+    ("throughput", "Throughput"),
+    ("provenance", "What was run"),
+)
+
+
+def write_report(directories: Sequence[Path], page: Path) -> Path:
+    """Writes one page about the runs in `directories`, compared in that order, and returns its path.
+
+    Raises:
+        UserError: a directory holds no run.
+    """
+    runs = [read_run(directory) for directory in directories]
+    text = _page(runs, page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, text)
+    return page
+
+
+def _page(runs: Sequence[RunData], page: Path) -> str:
+    contents = {
+        "glance": sections.glance(runs),
+        "evaluation": evaluation(runs),
+        "training": sections.curves(runs),
+        "decomposition": sections.decomposed(runs, page),
+        "samples": sections.samples(runs),
+        "throughput": sections.throughput(runs),
+        "provenance": sections.provenance(runs),
+    }
+    keys = f'<div class="keys">{sections.colours(runs)}</div>'
+    body = keys + "".join(f'<h2 id="{name}">{esc(title)}</h2>{contents[name]}' for name, title in _SECTIONS)
+    links = "".join(f'<a href="#{name}">{esc(title)}</a>' for name, title in _SECTIONS)
+    facts = "".join(_facts(run) for run in runs)
+    title = " against ".join(run.name for run in runs)
+    return document(title, "Purified OPSD · run report", f"{facts}<nav>{links}</nav>", body)
+
+
+def _facts(run: RunData) -> str:
+    """One line of what a run was."""
+    told = [
+        ("model", run.setting("student.source")),
+        ("adaptation", run.setting("student.adaptation")),
+        ("data", run.setting("data.train.path")),
+        ("target", run.setting("distillation.target.family")),
+        ("divergence", run.setting("distillation.divergence.kind")),
+        ("steps", f"{run.steps:,} of {run.setting('training.steps')}"),
+        ("rollouts per step", run.setting("training.prompts_per_step")),
+        ("learning rate", number(run.setting("optimizer.lr"), 2) if run.setting("optimizer.lr") else None),
+        ("seed", run.setting("seed")),
+    ]
+    items = "".join(f"<li>{esc(name)} <b>{esc(value)}</b></li>" for name, value in told if value is not None)
+    return f'<ul class="facts"><li><b>{esc(run.name)}</b></li>{items}</ul>'

@@ -1,0 +1,210 @@
+"""Plots as inline SVG, drawn here: lines with bands, and a legend. Colours come from the page's style sheet.
+
+A plot is drawn for one column of 340 units, which the page shows at about that many pixels on a telephone and on a
+desk alike, so that its text keeps its size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from nemo_popsd.report.markup import MINUS, esc, fixed, number
+
+WIDTH, HEIGHT = 340.0, 170.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
+MOST_POINTS = 800
+"""Of one line; more cannot be told apart."""
+PALETTE = 6
+"""Colours of the style sheet beside the base's: s1 to s6, which then repeat."""
+
+
+def series_class(index: int) -> str:
+    """Style of the run with this index, from 0."""
+    return f"s{index % PALETTE + 1}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    """(x, y); points whose y is not finite are left out."""
+    css: str
+    """Colour class: "base" or one of `series_class`; with "dashed" for a broken line."""
+    band: Sequence[tuple[float, float, float]] = field(default=())
+    """(x, low, high) of an interval around the line."""
+
+    def drawable(self) -> list[tuple[float, float]]:
+        """The finite points; of more than `MOST_POINTS`, the lowest and the highest of each stretch, so that no peak is
+        lost.
+        """
+        points = [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
+        if len(points) <= MOST_POINTS:
+            return points
+        size = math.ceil(len(points) / (MOST_POINTS // 2))
+        kept: list[tuple[float, float]] = []
+        for begin in range(0, len(points), size):
+            stretch = points[begin : begin + size]
+            kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+        return kept
+
+
+def line_plot(
+    series: Sequence[Series],
+    *,
+    label: str,
+    x_label: str = "step",
+    format_y: Callable[[float], str] = number,
+    unit: str = "",
+    zero: bool = False,
+    markers: bool = False,
+    x_names: Sequence[str] = (),
+    height: float = HEIGHT,
+) -> str:
+    """A line for each series, its last value beside the legend, and what the script needs to tell values on hover.
+
+    Args:
+        series: at least one; those without points are left out of the plot but stay in the legend.
+        label: what is drawn, for readers who do not see it.
+        x_label: under the axis.
+        format_y: text of a value under the pointer.
+        unit: after the numbers at the axis, "%" say.
+        zero: whether the axis must reach 0.
+        markers: a dot at every point.
+        x_names: names of x = 0, 1, ... where x counts things that have names.
+        height: of the plot, where the width is `WIDTH`.
+    """
+    drawn = [(s, s.drawable()) for s in series]
+    xs = [x for _, points in drawn for x, _ in points]
+    ys = [y for _, points in drawn for _, y in points]
+    ys += [edge for s in series for _, low, high in s.band for edge in (low, high) if math.isfinite(edge)]
+    if not xs:
+        return '<p class="absent">not measured</p>'
+    ticks_y = nice_ticks(min([*ys, 0.0] if zero else ys), max([*ys, 0.0] if zero else ys), round(height / 42))
+    low_y, high_y = ticks_y[0], ticks_y[-1]
+    low_x, high_x = (0.0, len(x_names) - 1.0) if x_names else (min(xs), max(xs))
+    if low_x == high_x:
+        low_x, high_x = low_x - 1, high_x + 1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        return across, height - BOTTOM - (y - low_y) / (high_y - low_y) * (height - TOP - BOTTOM)
+
+    named = dict(enumerate(x_names))
+    whole = all(float(x).is_integer() for x in xs)
+    ticks_x = [(float(x), name) for x, name in named.items()]
+    ticks_x = ticks_x or [(tick, _plain(tick)) for tick in _ticks_inside(low_x, high_x, whole)]
+    places = [(at(tick, low_y)[0], name) for tick, name in ticks_x]
+    parts = [_grid(ticks_y, at, low_x, unit), _x_axis(places, x_label, height - 8)]
+    if low_y < 0 < high_y:
+        parts.append(_path("zero", [at(low_x, 0), at(high_x, 0)]))
+    for s, _ in drawn:
+        if s.band:
+            edges = [at(x, high) for x, _, high in s.band] + [at(x, low) for x, low, _ in reversed(s.band)]
+            parts.append(f'<path class="band {esc(s.css)}" d="{_points(edges)}Z"/>')
+    for s, points in drawn:
+        if points:
+            parts.append(_path(f"line {s.css}", [at(x, y) for x, y in points]))
+        if markers or len(points) == 1:
+            for x, y in points:
+                across, down = at(x, y)
+                parts.append(f'<circle class="dot {esc(s.css)}" cx="{across:.1f}" cy="{down:.1f}" r="2.6"/>')
+    hover = [
+        {
+            "name": s.label,
+            "css": s.css,
+            "points": [
+                [*(round(value, 1) for value in at(x, y)), named.get(int(x)) or _plain(x), format_y(y)]
+                for x, y in points
+            ],
+        }
+        for s, points in drawn
+        if points
+    ]
+    told = esc(json.dumps({"x": x_label, "series": hover}, ensure_ascii=False, separators=(",", ":")))
+    return (
+        f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{esc(label)}" '
+        f'data-plot="{told}">{"".join(parts)}<g class="cursor"></g></svg>'
+    )
+
+
+def legend(series: Sequence[tuple[str, str]]) -> str:
+    """A line of swatches: (label, class)."""
+    items = "".join(f'<li><i class="swatch {esc(css)}"></i>{esc(label)}</li>' for label, css in series)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers that enclose [low, high]; at least two of them."""
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
+        pad = abs(low) * 0.1
+        low, high = (low - pad, high + pad) if pad else (0.0, 1.0)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """The ticks of one axis, all with as many decimals as their steps need."""
+    step, largest = ticks[1] - ticks[0], max(abs(tick) for tick in ticks)
+    if step < 1e-4 or largest >= 1e6:
+        short = (f"{tick:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS) for tick in ticks)
+        return ["0" if abs(tick) < step * 1e-6 else text for tick, text in zip(ticks, short, strict=True)]
+    decimals = next(d for d in range(7) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * step * 10**d)
+    return [fixed(0.0 if abs(tick) < step * 1e-6 else tick, decimals) for tick in ticks]
+
+
+def _grid(ticks: Sequence[float], at: Callable[[float, float], tuple[float, float]], low_x: float, unit: str) -> str:
+    parts = []
+    for tick, text in zip(ticks, tick_texts(ticks), strict=True):
+        _, down = at(low_x, tick)
+        parts.append(
+            f'<path class="grid" d="M{LEFT:.0f} {down:.1f}H{WIDTH - RIGHT:.0f}"/>'
+            f'<text x="{LEFT - 6:.0f}" y="{down + 3.5:.1f}" text-anchor="end">{esc(text + unit)}</text>'
+        )
+    return "".join(parts)
+
+
+def _ticks_inside(low: float, high: float, whole: bool) -> list[float]:
+    inside = [tick for tick in nice_ticks(low, high, 4) if low <= tick <= high]
+    return [tick for tick in inside if float(tick).is_integer()] if whole else inside
+
+
+def _plain(value: float) -> str:
+    text = number(value, 6)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _x_axis(places: Sequence[tuple[float, str]], label: str, down: float) -> str:
+    """Names at their places, those left out that would run into the one before; then what they are."""
+    parts = []
+    free = LEFT - 8
+    for across, name in places:
+        width = 6.2 * len(name)
+        anchor, begin = "middle", across - width / 2
+        if begin + width > WIDTH:
+            anchor, begin = "end", across - width
+        elif begin < LEFT - 4:
+            anchor, begin = "start", across - 3
+        if begin < free:
+            continue
+        free = begin + width + 10
+        x = begin if anchor == "start" else across
+        parts.append(f'<text x="{x:.1f}" y="{down:.0f}" text-anchor="{anchor}">{esc(name)}</text>')
+    parts.append(f'<text class="axis" x="{LEFT - 8:.0f}" y="{down:.0f}" text-anchor="end">{esc(label)}</text>')
+    return "".join(parts)
+
+
+def _path(css: str, points: Sequence[tuple[float, float]]) -> str:
+    return f'<path class="{esc(css)}" d="{_points(points)}"/>'
+
+
+def _points(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)

@@ -1,0 +1,215 @@
+"""A training run as it lies on disk.
+
+What is read below a run's directory; whatever is absent is left out of the page, which says so:
+
+    config.yaml                           the resolved configuration; needed
+    metrics.jsonl                         train/* and validation/* by step
+    validation/step-<number>/             evaluations during training: summary.json, problems.jsonl, samples-*.jsonl,
+                                          scores.jsonl (see `nemo_popsd.evaluation`); they outrank the metrics
+    evaluation/**/*.json                  further evaluations, one summary each
+    diagnosis/{before,after}/             see `nemo_popsd.diagnosis.record`
+    checkpoints/final/manifest.json       versions and layout
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_popsd.errors import UserError
+
+TRAIN, VALIDATION = "train/", "validation/"
+BEFORE, AFTER = "before", "after"
+
+
+@dataclass(frozen=True)
+class Diagnosed:
+    """One diagnosis: the content of its two files."""
+
+    summary: dict[str, Any]
+    rollouts: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What an evaluation during training found."""
+
+    values: dict[str, float]
+    """By name; those of a mapping as "marker_rates.Wait"."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """(low, high) by name."""
+    directory: Path | None = None
+    """Where its samples are; None where they were not kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """One run."""
+
+    directory: Path
+    config: dict[str, Any]
+    training: dict[str, list[tuple[float, float]]]
+    """(step, value) by name of metric, without prefix."""
+    validations: dict[int, Validation]
+    """By step, rising."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Summaries of evaluations made by command."""
+    diagnoses: dict[str, Diagnosed] = field(default_factory=dict)
+    """By name of their directory."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """Of the final checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """What the run is called on the page."""
+        return str(self.config.get("name") or self.directory.name)
+
+    @property
+    def before(self) -> Validation | None:
+        """What was validated at step 0."""
+        return self.validations.get(0)
+
+    @property
+    def after(self) -> Validation | None:
+        """What was validated last, unless that was step 0."""
+        last = max(self.validations, default=0)
+        return self.validations[last] if last else None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that left metrics."""
+        return int(max((step for points in self.training.values() for step, _ in points), default=0))
+
+    def setting(self, key: str) -> Any:
+        """Value of a dotted key of the configuration, None where it has none."""
+        value: Any = self.config
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return None
+            value = value[part]
+        return value
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a training metric over the run."""
+        values = [value for _, value in self.training.get(name, []) if math.isfinite(value)]
+        return sum(values) / len(values) if values else None
+
+
+def read_run(directory: Path) -> RunData:
+    """Reads a run, finished or under way.
+
+    Raises:
+        UserError: the directory holds no run.
+    """
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            "report",
+            got=f"{str(directory)!r} without a readable config.yaml ({type(error).__name__})",
+            need="the output directory of a training run",
+            mend="correct the path",
+        ) from None
+    training, logged = _metrics(directory / "metrics.jsonl")
+    validations = {step: Validation(values) for step, values in logged.items()}
+    for folder in sorted((directory / "validation").glob("step-*")):
+        summary = _object(folder / "summary.json")
+        if summary and folder.name.removeprefix("step-").isdigit():
+            values, intervals = flat_figures(summary)
+            validations[int(folder.name.removeprefix("step-"))] = Validation(values, intervals, folder)
+    manifest = directory / "checkpoints" / "final" / "manifest.json"
+    return RunData(
+        directory=directory,
+        config=config if isinstance(config, dict) else {},
+        training=training,
+        validations=dict(sorted(validations.items())),
+        evaluations=[
+            found
+            for file in sorted((directory / "evaluation").glob("**/*.json"))
+            if (found := _object(file)) and "accuracy" in found
+        ],
+        diagnoses={
+            folder.name: diagnosed
+            for folder in sorted((directory / "diagnosis").glob("*"))
+            if (diagnosed := read_diagnosis(folder)) is not None
+        },
+        manifest=_object(manifest) or {},
+    )
+
+
+def read_diagnosis(directory: Path) -> Diagnosed | None:
+    """The diagnosis in `directory`; None where there is none, or half of one."""
+    summary = _object(directory / "summary.json")
+    rollouts = read_lines(directory / "rollouts.jsonl")
+    return Diagnosed(summary, rollouts) if summary and rollouts else None
+
+
+def flat_figures(summary: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Numbers of an evaluation's summary, and their intervals, by name."""
+    values: dict[str, float] = {}
+    for name, value in summary.items():
+        if isinstance(value, Mapping) and name != "intervals":
+            inner = {f"{name}.{key}": _float(number) for key, number in value.items()}
+            values |= {key: number for key, number in inner.items() if number is not None}
+        elif (number := _float(value)) is not None:
+            values[name] = number
+    intervals = summary.get("intervals")
+    found = intervals.items() if isinstance(intervals, Mapping) else ()
+    return values, {name: (float(low), float(high)) for name, (low, high) in found}
+
+
+def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int, dict[str, float]]]:
+    """Training and validation metrics; the last line of a step counts, as a resumed run repeats steps."""
+    training: dict[str, dict[int, float]] = {}
+    validations: dict[int, dict[str, float]] = {}
+    for line in read_lines(file):
+        step = int(line.get("step", 0))
+        for key, raw in line.items():
+            value = _float(raw)
+            if value is None:
+                continue
+            if key.startswith(TRAIN):
+                training.setdefault(key.removeprefix(TRAIN), {})[step] = value
+            elif key.startswith(VALIDATION):
+                validations.setdefault(step, {})[key.removeprefix(VALIDATION)] = value
+    curves = {name: [(float(step), points[step]) for step in sorted(points)] for name, points in training.items()}
+    return curves, dict(sorted(validations.items()))
+
+
+def _float(value: object) -> float | None:
+    """Numbers, and what the metrics file writes for those that JSON has not ("nan", "inf")."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; a line that a kill cut off, and a file that is not there, hold none."""
+    if not file.is_file():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return value if isinstance(value, dict) else None

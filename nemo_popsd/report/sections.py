@@ -1,0 +1,288 @@
+"""The sections of the report. Each takes the runs that are compared, first to last, in their colours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_popsd.report import decomposition, verdicts
+from nemo_popsd.report.bars import Estimate, interval_chart, push_chart, share_bar
+from nemo_popsd.report.markup import card, esc, fixed, number, table
+from nemo_popsd.report.plots import Series, legend, line_plot, series_class
+from nemo_popsd.report.rollouts import answer_pairs, pair_cards
+from nemo_popsd.report.run import AFTER, BEFORE, RunData
+
+Runs = Sequence[RunData]
+
+CURVES = {
+    "loss": ("Loss", "what is minimised"),
+    "forward_kl": ("KL(target ‖ student)", "nats per token"),
+    "reverse_kl": ("KL(student ‖ target)", "nats per token"),
+    "student_entropy": ("Entropy of the student", "nats per token"),
+    "target_entropy": ("Entropy of the target", "nats per token"),
+    "response_tokens": ("Length of a rollout", "tokens"),
+    "marker_rate": ("Epistemic markers", "per 1,000 rollout tokens"),
+    "cut_share": ("Rollouts cut at the limit", "share"),
+    "padding_share": ("Padding", "share of the tokens that went through the model"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "learning_rate": ("Learning rate", ""),
+}
+"""Training curves in order: title and unit. Metrics without an entry follow under their own names."""
+DECOMPOSITION_CURVES = {
+    "delta_ratio": ("‖Δ_ref‖ / ‖Δ_total‖", "above 1: the reference-induced part dominates"),
+    "cos_total_it": ("cos(Δ_total, Δ_it)", "of the question-conditioned part"),
+    "cos_total_ref": ("cos(Δ_total, Δ_ref)", "of the reference-induced part"),
+}
+PHASES = {
+    "seconds_rollout": ("rollout", "s1"),
+    "seconds_frozen": ("frozen branches", "s3"),
+    "seconds_train": ("training", "s2"),
+}
+_PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
+_SAMPLES = 4
+_LOW = 112.0
+"""Height of the plots at a glance."""
+
+
+def colours(runs: Runs) -> str:
+    """Which colour is which run."""
+    return legend([("before training", "base"), *((run.name, series_class(i)) for i, run in enumerate(runs))])
+
+
+def glance(runs: Runs) -> str:
+    """The three questions, answered."""
+    return f'<div class="three glance">{_accuracy_card(runs)}{_thinking_card(runs)}{_target_card(runs)}</div>'
+
+
+def _verdict(index: int, name: str, text: str) -> str:
+    return f'<p class="verdict"><i class="{series_class(index)}"></i><span><b>{esc(name)}</b> {esc(text)}</span></p>'
+
+
+def _accuracy_card(runs: Runs) -> str:
+    told = "".join(
+        _verdict(index, run.name, verdicts.accuracy_verdict(run)) + _figures(run, "accuracy", 100, " %")
+        for index, run in enumerate(runs)
+    )
+    rows = []
+    estimates = [("before training", "base", runs[0].before)]
+    estimates += [(run.name, series_class(index), run.after) for index, run in enumerate(runs)]
+    for label, css, validation in estimates:
+        found = verdicts.accuracy(validation)
+        if found is not None:
+            rows.append(Estimate(label, found.value, found.low, found.high, css))
+    chart = interval_chart(rows, label="accuracy with 95 % intervals", text=lambda value: f"{fixed(value)} %")
+    series = []
+    for index, run in enumerate(runs):
+        by_step = [(float(step), verdicts.accuracy(found)) for step, found in run.validations.items()]
+        known = [(step, found) for step, found in by_step if found]
+        band = [
+            (step, found.low, found.high) for step, found in known if found.low is not None and found.high is not None
+        ]
+        series.append(Series(run.name, [(step, found.value) for step, found in known], series_class(index), band))
+    plot = line_plot(
+        series,
+        label="accuracy by step",
+        format_y=lambda value: f"{fixed(value)} %",
+        unit=" %",
+        markers=True,
+        height=_LOW,
+    )
+    body = f'{told}<div class="split"></div>{chart}<p class="sub">by step</p>{plot}'
+    return card("Did accuracy move?", body, note="held-out problems; intervals hold 95 %")
+
+
+def _figures(run: RunData, key: str, scale: float, unit: str, what: str = "", *, decimals: int = 1) -> str:
+    """A validated figure before and after, large."""
+    ends = [verdicts.estimate(found, key, scale) for found in (run.before, run.after)]
+    if None in ends:
+        return ""
+    before, after = (fixed(end.value, decimals) for end in ends if end)
+    told = f" {what}" if what else ""
+    return f'<p class="figure"><small>{before}{unit} →</small> {after}{unit}<small>{esc(told)}</small></p>'
+
+
+def _thinking_card(runs: Runs) -> str:
+    told = "".join(
+        _verdict(index, run.name, verdicts.thinking_verdict(run))
+        + _figures(run, "markers_per_1000_tokens", 1, "", "markers per 1,000 tokens")
+        + _figures(run, "mean_tokens", 1, "", "tokens per answer", decimals=0)
+        for index, run in enumerate(runs)
+    )
+    charts = ""
+    for key, title in (("markers_per_1000_tokens", "markers per 1,000 tokens"), ("mean_tokens", "tokens per answer")):
+        series = [
+            Series(
+                run.name,
+                [(float(step), found.values[key]) for step, found in run.validations.items() if key in found.values],
+                series_class(index),
+                [
+                    (float(step), *found.intervals[key])
+                    for step, found in run.validations.items()
+                    if key in found.intervals
+                ],
+            )
+            for index, run in enumerate(runs)
+        ]
+        charts += f'<p class="sub">{title}</p>' + line_plot(series, label=title, zero=True, markers=True, height=_LOW)
+    note = f"held-out answers; up to ±{100 * verdicts.KEPT:.0f} % in both counts as kept"
+    return card("Did it keep thinking?", f'{told}<div class="split"></div>{charts}', note=note)
+
+
+def _target_card(runs: Runs) -> str:
+    parts = []
+    for index, run in enumerate(runs):
+        summary = verdicts.target_summary(run)
+        if summary is None:
+            parts.append(_verdict(index, run.name, "not diagnosed"))
+            continue
+        parts.append(_verdict(index, run.name, verdicts.target_verdict(summary)))
+        parts.append(f'<div class="split"></div>{decomposition.chips(summary, "target")}')
+        shares = {name: verdicts.marker_share(summary, name) for name in decomposition.COMPONENTS}
+        if None not in shares.values():
+            bars = [(decomposition.SHORT[name], 100 * share) for name, share in shares.items() if share is not None]
+            parts.append('<p class="sub">change of the markers’ probability along each part, per cent</p>')
+            parts.append(push_chart(bars, label="push on markers by component", tokens=False))
+    note = "what the target, and each part of the teacher’s signal, asks at the start of training, to first order"
+    return card("What did the target push?", "".join(parts), note=note)
+
+
+def curves(runs: Runs) -> str:
+    """Training metrics by step."""
+    names = [name for name in CURVES if any(name in run.training for run in runs)]
+    names += sorted({name for run in runs for name in run.training} - _PLACED)
+    cards = []
+    for name in names:
+        title, note = CURVES.get(name, (name, ""))
+        cards.append(card(title, line_plot(_series(runs, name), label=title), note=note))
+    return f'<div class="grid">{"".join(cards)}</div>' if cards else '<p class="absent">No step was trained.</p>'
+
+
+def _series(runs: Runs, name: str) -> list[Series]:
+    return [Series(run.name, run.training.get(name, []), series_class(index)) for index, run in enumerate(runs)]
+
+
+def decomposed(runs: Runs, page: Path) -> str:
+    """The paper's decomposition: through training, by position and entropy, and what is pushed."""
+    cards = [
+        card(title, line_plot(_series(runs, name), label=title), note=note)
+        for name, (title, note) in DECOMPOSITION_CURVES.items()
+        if any(name in run.training for run in runs)
+    ]
+    body = f'<div class="grid">{"".join(cards)}</div>' if cards else ""
+    ends = [
+        (f"{run.name}, after", series_class(index), run.diagnoses[AFTER].summary)
+        for index, run in enumerate(runs)
+        if AFTER in run.diagnoses
+    ]
+    starts = [("before training", "base", run.diagnoses[BEFORE].summary) for run in runs if BEFORE in run.diagnoses][:1]
+    both = [*starts, *ends]
+    if not both:
+        return body or '<p class="absent">Neither metrics nor diagnoses of the decomposition are on disk.</p>'
+    labels = legend([(label, css) for label, css, _ in both])
+    body += f'<h2 class="minor">By position in the response</h2>{labels}{decomposition.position_plots(both)}'
+    body += f'<h2 class="minor">By entropy of the student</h2>{labels}{decomposition.entropy_plots(both)}'
+    for run in runs:
+        summary = verdicts.target_summary(run)
+        if summary is None:
+            continue
+        links = ", ".join(
+            f'<a href="{esc(_relative(run.directory / "diagnosis" / name / "index.html", page))}">{esc(name)}</a>'
+            for name in run.diagnoses
+        )
+        body += (
+            f'<h2 class="minor">What is pushed in {esc(run.name)}</h2><p class="lead">First-order change of the '
+            f"student’s probabilities along each part at step {summary['step']:,}, in expected occurrences per 1,000 "
+            f"response tokens. Token by token: {links}.</p>"
+            + decomposition.push_cards(summary, count=8)
+            + card(
+                "Markers",
+                decomposition.marker_push_table(summary),
+                note="push per 1,000 tokens on entries that are one whole marker, and relative to their probability",
+                css="sample",
+            )
+        )
+    return body
+
+
+def _relative(target: Path, page: Path) -> str:
+    return Path(os.path.relpath(target, page.parent)).as_posix()
+
+
+def samples(runs: Runs) -> str:
+    """Answers before and after, side by side."""
+    parts = []
+    for run in runs:
+        pairs, origin = answer_pairs(run, _SAMPLES)
+        heading = f'<h2 class="minor">{esc(run.name)}</h2>' if len(runs) > 1 else ""
+        if not pairs:
+            parts.append(f'{heading}<p class="absent">No answers of this run are on disk.</p>')
+            continue
+        markers = run.setting("evaluation.markers") or ()
+        shown = "".join(pair_cards(pair, [str(marker) for marker in markers]) for pair in pairs)
+        parts.append(f'{heading}<p class="lead">{esc(origin[0].upper() + origin[1:])}.</p>{shown}')
+    return "".join(parts)
+
+
+def throughput(runs: Runs) -> str:
+    """Where the time of a step went."""
+    cards = []
+    for run in runs:
+        seconds = [(label, run.mean(name) or 0.0, css) for name, (label, css) in PHASES.items()]
+        whole = sum(amount for _, amount, _ in seconds)
+        if not whole:
+            continue
+        told = (
+            f'<p class="figure">{number(whole)} <small>s per step</small> &nbsp; '
+            f"{number(run.mean('tokens_per_second'))} <small>response tokens per second</small></p>"
+        )
+        cards.append(card(run.name, told + share_bar(seconds, label=f"share of a step in {run.name}")))
+    if not cards:
+        return '<p class="absent">No step was timed.</p>'
+    by_step = [
+        Series(run.name, run.training.get("tokens_per_second", []), series_class(index))
+        for index, run in enumerate(runs)
+    ]
+    cards.append(card("Response tokens per second", line_plot(by_step, label="tokens per second by step", zero=True)))
+    return f'<div class="grid">{"".join(cards)}</div>'
+
+
+def provenance(runs: Runs) -> str:
+    """Versions, layout, and configuration: where runs differ, then all of it."""
+    libraries = sorted({name for run in runs for name in run.manifest.get("versions", {})})
+    rows = [
+        [esc(name), *(esc(run.manifest.get("versions", {}).get(name) or "–") for run in runs)] for name in libraries
+    ]
+    layouts = [run.manifest.get("layout", {}) for run in runs]
+    rows += [
+        [f"{esc(axis)} parallel", *(esc(layout.get(axis, "–")) for layout in layouts)]
+        for axis in sorted({axis for layout in layouts for axis in layout})
+    ]
+    header = ["", *(esc(run.name) for run in runs)]
+    parts = []
+    if rows:
+        parts.append(card("Versions and layout", table(header, rows), note="of the final checkpoint"))
+    if len(runs) > 1:
+        flat = [_flat(run.config) for run in runs]
+        keys = sorted({key for settings in flat for key in settings})
+        differing = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
+        rows = [[f"<code>{esc(key)}</code>", *(esc(settings.get(key, "–")) for settings in flat)] for key in differing]
+        parts.append(card("Settings that differ", table(header, rows)))
+    body = f'<div class="two">{"".join(parts)}</div>' if len(parts) > 1 else "".join(parts)
+    for run in runs:
+        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+        body += f"<details><summary>configuration of {esc(run.name)}</summary><pre>{esc(text)}</pre></details>"
+    return body
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

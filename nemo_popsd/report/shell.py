@@ -1,0 +1,54 @@
+"""The HTML document around a page: its style, its one script, and a policy under which nothing else can run or load."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+
+from nemo_popsd import __version__
+from nemo_popsd.report.markup import esc
+
+
+def document(title: str, over: str, header: str, body: str) -> str:
+    """A whole page.
+
+    The content security policy admits this style sheet and this script, by its digest, and nothing from anywhere:
+    a page that text from a rollout could break out into would still not run it.
+
+    Args:
+        title: of the page, text.
+        over: the small line above it, text.
+        header: HTML below it.
+        body: HTML of the sections.
+    """
+    script = _asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'"
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{esc(title)}</title>
+<style>{_asset("page.css")}</style>
+</head>
+<body>
+<header><div class="over">{esc(over)}</div><h1>{esc(title)}</h1>{header}</header>
+<main>{body}</main>
+<footer>nemo_popsd {esc(__version__)}. This file is whole in itself: it loads nothing.</footer>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+@cache
+def _asset(name: str) -> str:
+    return files("nemo_popsd.report").joinpath("assets", name).read_text(encoding="utf-8")

@@ -1,0 +1,156 @@
+"""The page of a diagnosis: aggregates, and chosen rollouts token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.report.decomposition import (
+    entropy_plots,
+    marker_push_table,
+    markers_table,
+    position_plots,
+    push_cards,
+)
+from nemo_popsd.report.markup import card, data_block, esc, fixed, signed
+from nemo_popsd.report.run import Diagnosed, read_diagnosis
+from nemo_popsd.report.shell import document
+
+FULL_COLOUR = 3.0
+"""|Δ| in nats from which a token has its full colour."""
+_SWITCH = (("show-both", "both"), ("show-it", "Δ_it"), ("show-ref", "Δ_ref"))
+_INSPECTED = (
+    "delta_total",
+    "delta_reference",
+    "delta_question",
+    "delta_target",
+    "student_entropy",
+    "target_entropy",
+    "norm_ratio",
+    "cosine_question",
+    "cosine_reference",
+)
+
+
+def write_diagnosis_page(directory: Path) -> Path:
+    """Writes `index.html` beside the two files of a diagnosis, and returns its path.
+
+    Raises:
+        UserError: `directory` holds no diagnosis.
+    """
+    diagnosed = read_diagnosis(directory)
+    if diagnosed is None:
+        raise UserError(
+            "report",
+            got=f"{str(directory)!r} without summary.json and rollouts.jsonl",
+            need="the directory of a diagnosis",
+            mend="correct the path",
+        )
+    page = directory / "index.html"
+    page.write_text(_page(diagnosed), encoding="utf-8")
+    return page
+
+
+def _page(diagnosed: Diagnosed) -> str:
+    summary = diagnosed.summary
+    shown = [rollout for rollout in diagnosed.rollouts if rollout["alternatives"]]
+    every = summary["groups"]["all"]
+    facts = [
+        ("rollouts", f"{summary['rollouts']:,}"),
+        ("tokens", f"{summary['tokens']:,}"),
+        ("step", f"{summary['step']:,}"),
+        ("target", str(summary["settings"]["target"]["family"])),
+        ("‖Δ_ref‖/‖Δ_total‖", fixed((every["norm_ratio"] or {}).get("mean"), 2)),
+        ("cos(Δ_total, Δ_it)", signed((every["cosine_question"] or {}).get("mean"), 2)),
+        ("cos(Δ_total, Δ_ref)", signed((every["cosine_reference"] or {}).get("mean"), 2)),
+    ]
+    header = '<ul class="facts">' + "".join(f"<li>{esc(k)} <b>{esc(v)}</b></li>" for k, v in facts) + "</ul>"
+    lone = [(str(summary["name"]), "s1", summary)]
+    body = [
+        '<h2 id="tokens">Token by token</h2>',
+        '<p class="lead">Each token is coloured by what the teacher’s two parts say of it: Δ_it (given the reference, '
+        "what the question adds) and Δ_ref (what the reference alone adds to the student). Green favours the token, "
+        "red speaks against it. Bold: epistemic markers. Point at a token, or tap it, or move with the arrow keys.</p>",
+        _readers(shown),
+        '<h2 id="push">What each part pushes</h2>',
+        '<p class="lead">First-order change of the student’s probabilities along each part, summed over all tokens: '
+        "expected occurrences gained or lost per 1,000 response tokens.</p>",
+        push_cards(summary, count=12),
+        '<h2 id="markers">Markers and other tokens</h2><p class="lead">Means, with quartiles below.</p>',
+        '<div class="two">'
+        + card("What is said of them", markers_table(summary))
+        + card(
+            "What is done to them",
+            marker_push_table(summary),
+            note="Push on the vocabulary entries that are one whole marker, per 1,000 tokens, and relative to their "
+            "probability. A marker of several tokens has no entry.",
+        )
+        + "</div>",
+        '<h2 id="position">By position in the response</h2>',
+        '<p class="lead">Mean, and the band between the quartiles.</p>',
+        position_plots(lone),
+        '<h2 id="entropy">By entropy of the student</h2><p class="lead">Bins in nats.</p>',
+        entropy_plots(lone),
+    ]
+    return document(str(summary["name"]), "Purified OPSD · diagnosis", header, "".join(body))
+
+
+def _readers(shown: list[dict[str, Any]]) -> str:
+    if not shown:
+        return '<p class="absent">No rollout was kept with alternatives (diagnosis.shown).</p>'
+    buttons = "".join(
+        f'<button type="button" value="{value}" aria-pressed="{"true" if index == 0 else "false"}">{esc(name)}</button>'
+        for index, (value, name) in enumerate(_SWITCH)
+    )
+    legend = (
+        f'<span class="scale">−{FULL_COLOUR:g} nats <i></i> +{FULL_COLOUR:g}</span>'
+        '<p class="note">both: background Δ_it, underline Δ_ref</p>'
+    )
+    readers = "".join(_reader(rollout, f"rollout-{index}") for index, rollout in enumerate(shown))
+    return f'<div class="switch" role="group">{buttons}</div>{legend}<div class="readers show-both">{readers}</div>'
+
+
+def _reader(rollout: Mapping[str, Any], name: str) -> str:
+    values = rollout["values"]
+    spans = []
+    for piece, marked, question, reference in zip(
+        rollout["pieces"], rollout["marked"], values["delta_question"], values["delta_reference"], strict=True
+    ):
+        css = [_side("q", question), _side("r", reference), "marked" if marked else ""]
+        style = f"--q:{_strength(question)};--r:{_strength(reference)}"
+        spans.append(f'<span class="{" ".join(filter(None, css))}" style="{style}">{esc(piece)}</span>')
+    strongest = max(
+        range(len(spans)),
+        key=lambda index: abs(values["delta_question"][index] or 0) + abs(values["delta_reference"][index] or 0),
+        default=0,
+    )
+    kept = {
+        "first": strongest,
+        "pieces": rollout["pieces"],
+        "values": {key: values[key] for key in _INSPECTED},
+        "alternatives": rollout["alternatives"],
+    }
+    cut = '<span class="badge">cut at the limit</span>' if rollout["cut"] else ""
+    text = (
+        f'<section class="card"><h3>Row {esc(rollout["row"])}{cut}</h3>'
+        f'<p class="question">{esc(rollout["question"])}</p>'
+        "<details><summary>reference, as teacher and probe see it</summary>"
+        f"<pre>{esc(rollout['reference'])}</pre></details>"
+        f'<div class="tokens" tabindex="0" data-rollout="{name}">{"".join(spans)}</div></section>'
+    )
+    return f'<div class="reader sample">{text}<aside class="card inspector"></aside></div>{data_block(kept, name)}'
+
+
+def _side(axis: str, value: float | None) -> str:
+    if not value:
+        return ""
+    return axis + ("u" if value > 0 else "d")
+
+
+def _strength(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "0"
+    return f"{0.85 * min(abs(value) / FULL_COLOUR, 1.0):.2f}"

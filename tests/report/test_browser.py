@@ -1,0 +1,159 @@
+"""Pages in a real browser: everything is drawn, nothing complains, nothing is loaded, no text breaks out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.report import write_diagnosis_page, write_report
+from tests.browser import Browser, Page, running_browser
+from tests.report.runs_on_disk import EVIL, write_run, write_samples
+
+DESK, TELEPHONE = 1280, 390
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with running_browser(tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A report on one run, one on two, one on a run that has nothing yet, and a diagnosis: with text that attacks."""
+    root = tmp_path_factory.mktemp("runs")
+    first = write_run(root / "first", name=f"first {EVIL}", text=EVIL)
+    second = write_run(root / "second", name="second", after=0.3, text=EVIL)
+    for step, right in ((0, True), (6, False)):
+        write_samples(second, step, {EVIL: right, "b": not right}, text=EVIL + " Wait {}")
+    bare = root / "bare"
+    bare.mkdir()
+    (bare / "config.yaml").write_text("name: bare\n")
+    return {
+        "one": write_report([first], first / "report.html"),
+        "two": write_report([first, second], root / "two.html"),
+        "bare": write_report([bare], bare / "report.html"),
+        "diagnosis": write_diagnosis_page(first / "diagnosis" / "before"),
+    }
+
+
+def opened(browser: Browser, file: Path, width: int, *, dark: bool = False) -> Page:
+    page = browser.page()
+    page.open(file, width=width, dark=dark)
+    assert page.complaints() == []
+    assert page.requests() == [file.as_uri()]
+    return page
+
+
+@pytest.mark.parametrize("width", [DESK, TELEPHONE])
+@pytest.mark.parametrize("name", ["one", "two", "bare", "diagnosis"])
+def test_pages_fit_and_nothing_breaks_out(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
+    page = opened(browser, pages[name], width)
+    assert page.value("document.documentElement.scrollWidth") <= width
+    assert page.value("document.scripts.length") == page.value("document.querySelectorAll('script').length")
+    assert page.value("[...document.scripts].filter(s => s.type !== 'application/json').length") == 1
+    assert page.value("document.querySelectorAll('img, iframe, link[href^=http], b > script').length") == 0
+    assert page.value("[...document.querySelectorAll('*')].some(e => e.hasAttribute('onerror'))") is False
+
+
+def test_every_plot_is_drawn(browser: Browser, pages: dict[str, Path]) -> None:
+    page = opened(browser, pages["two"], DESK)
+    lines = page.value("[...document.querySelectorAll('svg.plot')].map(s => s.querySelectorAll('path.line').length)")
+    assert len(lines) >= 25
+    assert min(lines) >= 1
+    assert max(lines) == 3  # before, and both runs
+    boxes = page.value(
+        "[...document.querySelectorAll('svg path.line, svg circle.dot, svg path.whisker')].map(e => {"
+        "const b = e.getBoundingClientRect(), s = e.ownerSVGElement.getBoundingClientRect();"
+        "return [b.width + b.height, b.left >= s.left - 8 && b.right <= s.right + 8 && b.top >= s.top - 8 "
+        "&& b.bottom <= s.bottom + 8]; })"
+    )
+    assert all(size > 0 and inside for size, inside in boxes)
+    colours = page.value("[...document.querySelectorAll('svg.plot path.line')].map(e => getComputedStyle(e).stroke)")
+    assert len(set(colours)) == 3
+    assert "none" not in colours
+    assert page.value("document.querySelectorAll('ol.push li').length") > 40
+    missing = page.value("[...document.querySelectorAll('section.card')].filter(s => !s.innerText.trim()).length")
+    assert missing == 0
+
+
+def test_text_does_not_run_out_of_the_plots(browser: Browser, pages: dict[str, Path]) -> None:
+    for width in (DESK, TELEPHONE):
+        page = opened(browser, pages["two"], width)
+        outside = page.value(
+            "[...document.querySelectorAll('svg text')].filter(e => { const b = e.getBoundingClientRect(),"
+            "s = e.closest('.card').getBoundingClientRect(); return b.left < s.left || b.right > s.right; })"
+            ".map(e => [e.textContent, e.getBoundingClientRect().x, e.closest('.card').getBoundingClientRect().x])"
+        )
+        assert outside == []
+
+
+def test_light_and_dark_are_both_readable(browser: Browser, pages: dict[str, Path]) -> None:
+    """Contrast of text on its card, by the WCAG's formula: 4.5 for text."""
+    contrast = """(() => {
+        const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+        const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number);
+            return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b); };
+        const over = (top, under) => { const [r, g, b, a = 1] = top.match(/[\\d.]+/g).map(Number);
+            const below = under.match(/[\\d.]+/g).map(Number);
+            return `rgb(${[r, g, b].map((v, i) => a * v + (1 - a) * below[i]).join(',')})`; };
+        const ground = getComputedStyle(document.querySelector('.card')).backgroundColor;
+        const sheet = light(ground);
+        const texts = 'h3, .note, .verdict, td, th, .sub, mark, .chips code, svg text';
+        return [...document.querySelectorAll(texts)].map((e) => {
+            const style = getComputedStyle(e);
+            const own = e.matches('mark, code') ? light(over(style.backgroundColor, ground)) : sheet;
+            const ink = light(e.matches('svg text') ? style.fill : style.color);
+            const contrast = (Math.max(own, ink) + 0.05) / (Math.min(own, ink) + 0.05);
+            return [e.tagName + '.' + e.className, contrast]; }); })()"""
+    grounds = []
+    for dark in (False, True):
+        page = opened(browser, pages["two"], DESK, dark=dark)
+        ratios = page.value(contrast)
+        assert len(ratios) > 100
+        assert [found for found in ratios if found[1] < 4.5] == []
+        grounds.append(page.value("getComputedStyle(document.body).backgroundColor"))
+    assert grounds[0] != grounds[1]
+
+
+def test_values_show_under_the_pointer(browser: Browser, pages: dict[str, Path]) -> None:
+    page = opened(browser, pages["two"], DESK)
+    page.move_to("#training ~ .grid svg.plot", across=0.97)
+    told = page.value("document.getElementById('tip').innerText")
+    assert "step 6" in told
+    assert "second" in told
+    assert page.value("document.querySelectorAll('.cursor circle').length") == 2
+    page.move_to("h1")
+    assert page.value("document.getElementById('tip').style.display") == "none"
+
+
+def test_a_token_tells_what_is_said_of_it(browser: Browser, pages: dict[str, Path]) -> None:
+    page = opened(browser, pages["diagnosis"], DESK)
+    assert page.value("document.querySelectorAll('.tokens').length") == 1
+    assert page.value("document.querySelectorAll('.tokens span').length") == 24
+    page.move_to(".tokens span", 6)
+    told = page.value("document.querySelector('.inspector').innerText")
+    assert "token 7 of 24" in told
+    assert "␣6" in told
+    for name in ("student", "base", "teacher", "probe", "target", "Δ_ref", "Δ_it"):
+        assert name in told
+    assert page.value("document.querySelectorAll('.alts section').length") == 5
+    page.move_to(".tokens span", 5)  # its text attacks
+    assert "onerror=alert(2)" in page.value("document.querySelector('.inspector .now').innerText")
+    grounds = "getComputedStyle(document.querySelectorAll('.tokens span')[7]).backgroundColor"
+    both = page.value(grounds)
+    page.value("document.querySelector('.switch button[value=show-ref]').click()")
+    assert page.value(grounds) != both
+    assert page.complaints() == []
+
+
+def test_on_a_telephone_a_tap_calls_the_panel_up(browser: Browser, pages: dict[str, Path]) -> None:
+    page = opened(browser, pages["diagnosis"], TELEPHONE)
+    shown = "getComputedStyle(document.querySelector('.inspector')).display"
+    assert page.value(shown) == "none"
+    page.value("document.querySelectorAll('.tokens span')[6].click()")
+    assert page.value(shown) == "block"
+    page.value("document.querySelectorAll('.tokens span')[6].click()")
+    assert page.value(shown) == "none"
