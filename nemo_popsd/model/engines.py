@@ -83,6 +83,14 @@ def build_engine(
     )
 
 
+def engine_name(settings: PopsdConfig) -> str:
+    """What samples of an evaluation say of the engine that drew them: another one draws other tokens."""
+    vllm, precision = settings.rollout.vllm, settings.student.precision
+    if settings.rollout.engine == "megatron":
+        return f"Megatron, {precision}"
+    return f"vLLM, {precision if vllm.dtype == 'student' else vllm.dtype}"
+
+
 def server_ranks(*, timeout: timedelta) -> ServerRanks:
     """The groups of this rank's replica and of the ranks it gathers weights with. Collective over the world.
 

@@ -27,6 +27,7 @@ from nemo_popsd.evaluation.run import (
 )
 from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
 from nemo_popsd.evaluation.summary import EvaluationSummary
+from nemo_popsd.model.engines import engine_name
 from nemo_popsd.runtime.agreement import do_together
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, nam
     """
     settings = model.settings
     sampling = model.sampling(settings.evaluation)
-    engine = f"Megatron, {settings.student.precision}"
+    engine = engine_name(settings)
     replica, replicas, rows = model.student.dp_group.rank(), model.student.dp_group.size(), settings.rollout.batch_rows
     for one in planned:
         model.refuse_long_evaluation(one.prompts)
@@ -124,7 +125,7 @@ class HeldOut:
     def _settings(self, prompts: Sequence[EvaluationPrompt]) -> SampleSettings:
         model, config = self._model, self._model.settings
         step = f"step {model.completed_steps}"
-        sampling, engine = model.sampling(config.evaluation), f"Megatron, {config.student.precision}"
+        sampling, engine = model.sampling(config.evaluation), engine_name(config)
         return sample_settings(prompts, config, sampling, model=step, fingerprint=step, engine=engine)
 
 
