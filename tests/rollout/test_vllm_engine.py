@@ -254,3 +254,21 @@ def test_replicas_that_share_experts_start_a_server_anew_together(tmp_path: Path
         first, second, third = seen["pids"]
         assert first == second
         assert (second == third) == (rank == 0), "the one that lives stays"
+
+
+def draw_and_die(rank: int, world_size: int, output: Path) -> None:
+    """Is killed while its server is busy."""
+    from nemo_popsd.testbed.assets import asset
+
+    vllm = engine(settings(output), build_student(asset("nemo_popsd:tiny_reasoner")))
+    endless = SamplingParams(0.0, 1.0, 0, 300, frozenset())
+    vllm.generate([Request([1, 2, 3], 1)], replace(endless, max_response_tokens=2))
+    (output / "pid").write_text(str(vllm.server.pid))
+    threading.Timer(KILLED_AFTER, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    vllm.generate([Request([1, 2, number], 1) for number in range(200)], endless)
+
+
+def test_a_server_does_not_outlive_its_trainer(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="the process died with exit code -9"):
+        run_ranks(draw_and_die, 1, tmp_path, timeout=200)
+    assert gone(int((tmp_path / "pid").read_text()))
