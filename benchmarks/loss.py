@@ -1,6 +1,6 @@
 """Time, memory, collectives and errors of the distillation loss, against other ways to compute it.
 
-    python -m benchmarks.loss            # the tables of RESULTS.md: about eight minutes on two quiet CPU cores
+    python -m benchmarks.loss            # the tables of RESULTS.md: about twelve minutes on two quiet CPU cores
     python -m benchmarks.loss --quick    # small sizes, a minute, prints only
     python -m benchmarks.loss --cuda     # one GPU, bf16, prints only
 
@@ -180,7 +180,7 @@ def on_cpu(quick: bool) -> str:
         return table(TIME_HEADER, times(make_problem(*sizes, **settings), names, repetitions))
 
     big, small = ((256, 9500, 512), (256, 9500, 256)) if quick else ((2048, 19000, 2048), (1024, 19000, 1024))
-    repetitions = 2
+    repetitions = 2 if quick else 5
     section(
         f"Time of head, target, divergence and backward: T={big[0]}, V={big[1]}, H={big[2]}, fp32, one shard",
         "With the tanh (three vectors), JSD, dW wanted:",
@@ -188,7 +188,7 @@ def on_cpu(quick: bool) -> str:
         "With the tanh, JSD, LoRA (no dW):",
         timed(big, MAIN, 1 if quick else repetitions, trained=False),
         "Without the tanh (two vectors), JSD, dW wanted:",
-        timed(big, MAIN[:1], repetitions, cap=None),
+        timed(big, MAIN, repetitions, cap=None),
     )
     section(
         f"All forms: T={small[0]}, V={small[1]}, H={small[2]}",
