@@ -103,6 +103,21 @@ def test_converted_the_adapters_are_in_the_weights(saved, kind, tmp_path):
         torch.testing.assert_close(load_dense(tmp_path / "hf")(IDS).logits, logits[kind], rtol=0, atol=2e-5)
 
 
+def _command(rank: int, world_size: int, nemo: Path, output: Path) -> None:
+    from nemo_popsd.model.conversion import nemo_to_hf
+
+    options = {"precision": None, "shard_bytes": 1 << 20, "trust_remote_code": False}
+    nemo_to_hf(str(nemo), str(output), verifies=True, **options)  # type: ignore[arg-type]
+
+
+def test_the_command_converts_and_verifies_adapters_on_two_ranks(saved, tmp_path):
+    folder, _, logits = saved
+    run_ranks(_command, 2, folder / "qwen3_tied", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    with torch.no_grad():
+        torch.testing.assert_close(load_dense(tmp_path / "hf")(IDS).logits, logits["qwen3_tied"], rtol=0, atol=2e-5)
+
+
 def test_another_base_is_refused(saved, tmp_path):
     folder, sources, _ = saved
     kept = tmp_path / "kept"
