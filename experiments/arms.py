@@ -46,8 +46,3 @@ RATES = ("1.0e-4", "3.0e-4")
 SEEDS = (1, 2, 3, 4, 5)
 """Seeds of the order of the rows, of rollouts and of the answers to held-out problems."""
 TUNING_SEED = 0
-
-
-def arm(name: str) -> Arm:
-    """The arm of that name."""
-    return next(each for each in ARMS if each.name == name)

@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot
+from scipy.stats import t as student_t
 
 from benchmarks.measure import machine
 from experiments.arms import ARMS, Arm
@@ -26,7 +27,6 @@ from experiments.run import CHOSEN, Run, training_runs
 from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
 
 HERE = Path(__file__).parent
-_T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Estimate:
         if count < 2:
             return cls(statistics.fmean(values), math.nan)
         error = statistics.stdev(values) / math.sqrt(count)
-        return cls(statistics.fmean(values), _T975.get(count - 1, 1.96) * error)
+        return cls(statistics.fmean(values), float(student_t.ppf(0.975, count - 1)) * error)
 
     def text(self, digits: int = 1, sign: bool = False) -> str:
         """As in a table."""

@@ -166,10 +166,7 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
         _check_endpoint(config, world_size=world_size, checkpoint=checkpoint)
     else:
         _check_engine(config)
-    if checkpoint is None:
-        _check_student(config)
-    else:
-        check_checkpoint(checkpoint, setting="--checkpoint")
+    _check_weights(config, checkpoint)
     for name in config.evaluation.sets:
         named_source(name, config.evaluation.sets_directory)
     if not config.evaluation.sets:
@@ -190,10 +187,7 @@ def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str
     """
     check_sections(config)
     check_layout(config, world_size=world_size)
-    if checkpoint is None:
-        _check_student(config)
-    else:
-        check_checkpoint(checkpoint, setting="--checkpoint")
+    _check_weights(config, checkpoint)
     _check_engine(config)
     resolve_path(config.data.train.path, setting="data.train")
     check_output(config.output)
@@ -256,6 +250,13 @@ def _check_endpoint(config: PopsdConfig, *, world_size: int, checkpoint: str | N
             need="a setting that the standard API knows",
             mend="set evaluation.top_k=0 or evaluation.endpoint.dialect=vllm",
         )
+
+
+def _check_weights(config: PopsdConfig, checkpoint: str | None) -> None:
+    if checkpoint is None:
+        _check_student(config)
+    else:
+        check_checkpoint(checkpoint, setting="--checkpoint")
 
 
 def _check_student(config: PopsdConfig) -> None:

@@ -1,14 +1,3 @@
-"""One thread: these tensors are too small for more, and spinning threads slow a shared machine down."""
+"""One thread for all tests of this room."""
 
-from __future__ import annotations
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.threads import one_thread  # noqa: F401 a fixture

@@ -147,3 +147,8 @@ def compare(case, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, g
 
 def worst(errors: list[Errors]) -> float:
     return max(max(e.loss, e.total, e.dh, e.dw) for e in errors)
+
+
+def with_(problem, **fields):
+    """`problem` with some fields replaced."""
+    return type(problem)(**{**vars(problem), **fields})
