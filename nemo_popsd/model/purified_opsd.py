@@ -42,6 +42,7 @@ from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.runtime.distributed import initialize
 from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.testbed import asset
+from nemo_popsd.training.rollouts import TrainingRows
 from nemo_popsd.training.step import OnPolicyStep
 
 logger = logging.getLogger(__name__)
@@ -226,6 +227,8 @@ class PurifiedOPSDModel(ModelPT):
             resume_optimizer(self._checkpoint, self.student.chunks, optimizer)
         fingerprint = self.base["fingerprint"] if self.base else open_source(self.settings.student.source).fingerprint()
         self.base = {"source": self.settings.student.source, "fingerprint": fingerprint}
+        loader: Any = self._train_dl
+        dataset, sampler = cast(PromptDataset, loader.dataset), cast(StepSampler, loader.batch_sampler)
         self._step = OnPolicyStep(
             self.settings,
             self.student,
@@ -233,7 +236,7 @@ class PurifiedOPSDModel(ModelPT):
             self.sampling(self.settings.rollout),
             self._count_markers,
             store=RolloutStore(self.settings.output) if self.settings.rollout.save else None,
-            find_row=cast(PromptDataset, self._train_dl.dataset).by_id,
+            training_rows=TrainingRows(dataset.by_id, lambda step: [dataset[i] for i in sampler.local_batch(step - 1)]),
             stop=self.stop,
         )
         self.optimizer = optimizer

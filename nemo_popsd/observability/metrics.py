@@ -37,6 +37,10 @@ class StepMetrics:
     """Share of responses cut at `rollout.max_response_tokens`."""
     marker_rate: float
     """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
+    rollout_age: float
+    """How many steps the weights that drew a response token are behind those that it trains; mean over the tokens."""
+    rollout_age_max: float
+    """The same of the oldest token."""
     padding_share: float
     """Share of padding among the tokens that went through the student and the frozen branches."""
     grad_norm: float
@@ -46,7 +50,7 @@ class StepMetrics:
     tokens_per_second: float
     """Response tokens per second of the whole step, all ranks together."""
     seconds_rollout: float
-    """Seconds of sampling."""
+    """Seconds of sampling; with `rollout.overlap` of waiting for it."""
     seconds_frozen: float
     """Seconds of the base, privileged-teacher and reference-only forwards."""
     seconds_train: float

@@ -29,10 +29,16 @@ class RolloutConfig:
     """Tokens that the key-value cache of the engine `megatron` may hold; fewer rows are decoded together where prompt
     and limit are long. One token of Qwen3-8B takes 147 KB in bf16, shared out over the tensor-parallel ranks."""
     tokens_per_step: int = 0
-    """Response tokens after which a step leaves its rows: those that have not ended go on, and end, in the next step,
-    by then with newer weights. Each data-parallel replica has an equal share. Rows from the step before are finished in
-    any case, and so is the first row of each replica; the last step finishes all. Which rows are left depends on
-    layout and `batch_rows`. 0: every row ends in its own step. Needs `save`, which keeps what was begun."""
+    """Response tokens after which a step leaves its rows: those that have not ended go on in the next step, by then
+    with newer weights. Each data-parallel replica has an equal share. Finished in any case are the first row of each
+    replica, rows that would otherwise become older than `max_age`, and in the last step all. Which rows are left
+    depends on layout and `batch_rows`. 0: every row ends in its own step. Needs `save`, which keeps what was begun."""
+    overlap: bool = False
+    """Draw the responses of the next step while this one is trained on, by the weights that this one begins with: from
+    step 2 on they are one step old. Needs the engine `vllm`, which draws in other processes."""
+    max_age: int = 1
+    """With `overlap` or `tokens_per_step`: how many steps the weights that drew any token may be behind those that are
+    trained on it. Older responses are drawn anew."""
     save: bool = True
     """Write the rollouts of a step to `<output>/rollouts` before they are trained on; see `popsd rollouts show`. A
     step that is taken up again after a kill takes them from there."""
@@ -48,6 +54,22 @@ class RolloutConfig:
         above("rollout.batch_rows", self.batch_rows, 0)
         above("rollout.cache_tokens", self.cache_tokens, 0)
         at_least("rollout.tokens_per_step", self.tokens_per_step, 0)
+        at_least("rollout.max_age", self.max_age, 0)
+        if self.overlap and self.engine != "vllm":
+            raise UserError(
+                "configuration",
+                got=f"rollout.overlap=true with rollout.engine={self.engine}",
+                need="the engine that draws beside the training processes, not in them",
+                mend="set rollout.engine=vllm or rollout.overlap=false",
+            )
+        if self.max_age == 0 and (self.overlap or self.tokens_per_step):
+            other = "rollout.overlap=true" if self.overlap else f"rollout.tokens_per_step={self.tokens_per_step}"
+            raise UserError(
+                "configuration",
+                got=f"rollout.max_age=0 with {other}",
+                need="an age of at least 1: such responses are trained on a step after the one that drew them",
+                mend=f"set rollout.max_age=1, or rollout.{'overlap=false' if self.overlap else 'tokens_per_step=0'}",
+            )
         if self.tokens_per_step and self.engine != "megatron":
             raise UserError(
                 "configuration",
@@ -62,3 +84,8 @@ class RolloutConfig:
                 need="the rollouts on disk, where rows wait for the next step",
                 mend="set rollout.save=true or rollout.tokens_per_step=0",
             )
+
+    @property
+    def age_bound(self) -> int:
+        """Greatest age of a response that is trained on; 0 where every step draws its own to the end."""
+        return self.max_age if self.overlap or self.tokens_per_step else 0

@@ -1,11 +1,11 @@
-"""What every rollout engine offers: token ids in, token ids and log-probabilities out."""
+"""What rollout engines offer: token ids in, token ids and log-probabilities out."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SamplingParams:
     """Any of these ends a response, and is its last token."""
     token_budget: int = 0
     """Tokens after which rows are left unfinished, over the ranks that have the same requests; 0 finishes all. Rows
-    that were begun before are finished in any case, and so is the first row."""
+    that must end do so in any case, and so does the first row."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Request:
     """Determines the random numbers of this response, whatever else is in the batch (see `row_seed`)."""
     begun: Rollout | None = None
     """What an earlier call drew and left unfinished: goes on from there, with the random numbers that come next."""
+    must_end: bool = False
+    """Whether it is drawn to its end, whatever the token budget."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,24 @@ class Rollout:
     cut: bool
     """Whether the limit was reached without a stop token."""
     weights_version: int
-    """Number of optimizer steps behind the weights that drew it, or the last part of it."""
+    """Number of steps behind the weights that drew it; of several, those of the last call."""
     unfinished: bool = False
     """Whether it was left before its end, for a token budget."""
     segments: tuple[tuple[int, int], ...] = ()
-    """Weights version and number of tokens of each part, in order, if several versions drew it; else empty."""
+    """Weights version and number of tokens of each part, in order, if other versions drew any; else empty."""
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
         """Weights version and number of tokens of each part; one, if one version drew all."""
         return self.segments or ((self.weights_version, len(self.response)),)
+
+    def age(self, version: int) -> int:
+        """How many steps the weights that drew its oldest token are behind those of `version`."""
+        return version - min(drawn_by for drawn_by, _ in self.parts)
+
+    def token_ages(self, version: int) -> int:
+        """Sum of the ages of its tokens."""
+        return sum((version - drawn_by) * tokens for drawn_by, tokens in self.parts)
 
 
 class RolloutEngine(Protocol):
@@ -67,6 +77,21 @@ class RolloutEngine(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
         """One response per request, in order. Collective over the ranks that share the model."""
+
+
+class Drawing(Protocol):
+    """Responses that are being drawn."""
+
+    def result(self) -> list[Rollout]:
+        """One per request, in order; waits for them. Collective over the ranks that share the model."""
+
+
+@runtime_checkable
+class ConcurrentEngine(RolloutEngine, Protocol):
+    """Draws outside the training processes, which can do something else meanwhile."""
+
+    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> Drawing:
+        """Begins to draw, by the weights as they are now. Collective over the ranks that share the model."""
 
 
 def row_seed(seed: int, *parts: object) -> int:

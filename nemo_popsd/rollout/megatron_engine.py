@@ -146,7 +146,7 @@ class MegatronEngine:
                 earlier = row.request.begun
                 parts = [*earlier.parts, (version, len(row.response) - len(earlier.response))]
                 parts = [part for part in parts if part[1]]
-            segments = tuple(parts) if len({drawn_by for drawn_by, _ in parts}) > 1 else ()
+            segments = tuple(parts) if any(drawn_by != version for drawn_by, _ in parts) else ()
             rollouts.append(Rollout(row.response, row.log_probs, row.cut, version, row.unfinished, segments))
         return rollouts
 

@@ -70,7 +70,8 @@ class SlotSchedule:
 
     The keys of a prompt are computed once for all rows that have it and are side by side in the queue: a slot keeps
     its row's prompt until another row takes it. The last token of a prompt is not prefilled: it is the first step's.
-    The prompt of a row that was begun earlier includes what was drawn then; such rows come first.
+    The prompt of a row that was begun earlier includes what was drawn then; such rows come first, those that must end
+    before all others.
 
     Attributes:
         width: the first so many slots are computed in each step.
@@ -88,7 +89,7 @@ class SlotSchedule:
             prefill_tokens: most tokens, padding included, of one prefill of several rows.
         """
         rows = [Row.of(number, request) for number, request in enumerate(requests)]
-        rows.sort(key=lambda row: (row.request.begun is None, row.position, row.context))
+        rows.sort(key=lambda row: (not row.request.must_end, row.request.begun is None, row.position, row.context))
         self._waiting = rows[::-1]
         self._prefill_tokens = prefill_tokens
         self.slots: list[Row | None] = [None] * slots
@@ -160,7 +161,7 @@ class SlotSchedule:
         return ended
 
     def leave_unfinished(self, budget: int) -> list[int]:
-        """Once a step more would draw more than `budget` tokens, ends all rows but those that were begun earlier.
+        """Once a step more would draw more than `budget` tokens, leaves all rows but those that must end.
 
         Not before one row has ended, so that there is something to train on.
 
@@ -169,10 +170,10 @@ class SlotSchedule:
         """
         if not budget or not self.done or self.drawn + len(self.live) <= budget:
             return []
-        left = [(slot, row) for slot, row in self.live if row.request.begun is None]
-        fresh = [row for row in self._waiting if row.request.begun is None]
-        self._waiting = [row for row in self._waiting if row.request.begun is not None]
-        for row in [*fresh, *(row for _, row in left)]:
+        left = [(slot, row) for slot, row in self.live if not row.request.must_end]
+        waiting = [row for row in self._waiting if not row.request.must_end]
+        self._waiting = [row for row in self._waiting if row.request.must_end]
+        for row in [*waiting, *(row for _, row in left)]:
             row.unfinished = True
             self.done.append(row)
         for slot, _ in left:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ class RolloutStore:
         write_text(path, "".join(json.dumps(line) + "\n" for line in (head, *map(_line, rows))))
         flush_directory(path.parent.parent)
 
-    def complete(self, step: int, weights_version: int) -> dict[tuple[str, int], StoredRollout] | None:
-        """All rows of a step by id and seed, if all parts are there and were drawn by these weights; else None."""
+    def complete(self, step: int, versions: Container[int]) -> dict[tuple[str, int], StoredRollout] | None:
+        """All rows of a step by id and seed, if all parts are there and drawn by weights of `versions`; else None."""
         parts: dict[int, set[int]] = {}
         for path in self._step(step).glob("part-*.jsonl"):
             if match := _PART.fullmatch(path.name):
@@ -82,13 +82,13 @@ class RolloutStore:
                 found = [
                     _read_part(self._step(step) / f"part-{part:04d}-of-{total:04d}.jsonl") for part in range(total)
                 ]
-                if all(head["weights_version"] == weights_version for head, _ in found):
+                if all(head["weights_version"] in versions for head, _ in found):
                     return {(row.row_id, row.seed): row for _, rows in found for row in rows}
         return None
 
     def unfinished(self, step: int) -> list[StoredRollout] | None:
         """Rows that a step left to the next, in an order that no layout changes; None if not all parts are there."""
-        rows = self.complete(step, step - 1)
+        rows = self.complete(step, {step - 1})
         return None if rows is None else [row for _, row in sorted(rows.items()) if row.rollout.unfinished]
 
     def steps(self) -> list[int]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nemo_popsd.megatron.microbatches import TokenCount
 from nemo_popsd.observability.metrics import StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
-from nemo_popsd.runtime.distributed import device
+from nemo_popsd.runtime.distributed import device, greatest_of_all_ranks
 from nemo_popsd.training.objective import LossReport
 from nemo_popsd.training.trajectory import Trajectory
 
@@ -21,6 +21,7 @@ def summarize_step(
     reports: Sequence[LossReport],
     trajectories: Sequence[Trajectory],
     *,
+    weights_version: int,
     markers: int,
     grad_norm: float,
     learning_rate: float,
@@ -28,7 +29,7 @@ def summarize_step(
     computed: TokenCount,
     updates: int = 1,
 ) -> StepMetrics:
-    """Means over the global batch. One all-reduce of eighteen numbers over the world.
+    """Means over the global batch. One all-reduce of nineteen numbers over the world, and one of one number.
 
     Every token must be reported by one rank of those that share it, and every trajectory by one of those that share
     its model; the others hand in nothing of it (see `Student.reports` and `Student.counts`).
@@ -36,6 +37,7 @@ def summarize_step(
     Args:
         reports: of this rank's micro-batches.
         trajectories: this rank's.
+        weights_version: number of steps behind the weights that are trained.
         markers: epistemic markers in their responses.
         grad_norm: global gradient norm.
         learning_rate: of this step.
@@ -49,6 +51,7 @@ def summarize_step(
         "responses": len(trajectories),
         "cut": sum(t.rollout.cut for t in trajectories),
         "markers": markers,
+        "ages": sum(t.rollout.token_ages(weights_version) for t in trajectories),
         "computed": computed.real + computed.padding,
         "padding": computed.padding,
     }
@@ -62,6 +65,7 @@ def summarize_step(
         sums[f"{name}_tokens"] = sum(len(value) for value in finite)
     totals = torch.tensor(list(map(float, sums.values())), dtype=torch.float64, device=device())
     dist.all_reduce(totals)
+    oldest = greatest_of_all_ranks(max((t.rollout.age(weights_version) for t in trajectories), default=0))
     total = dict(zip(sums, totals.tolist(), strict=True))
     tokens = max(total["tokens"], 1.0)
     seconds = {phase: stopwatch.seconds(phase) for phase in ("rollout", "frozen", "train")}
@@ -75,6 +79,8 @@ def summarize_step(
         response_tokens=total["tokens"] / max(total["responses"], 1.0),
         cut_share=total["cut"] / max(total["responses"], 1.0),
         marker_rate=1000 * total["markers"] / tokens,
+        rollout_age=total["ages"] / tokens,
+        rollout_age_max=oldest,
         padding_share=total["padding"] / max(total["computed"], 1.0),
         grad_norm=grad_norm,
         learning_rate=learning_rate,

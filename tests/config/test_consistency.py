@@ -178,6 +178,8 @@ def test_a_token_budget_needs_rollouts_on_disk_and_one_update() -> None:
     with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with rollout\.engine=vllm"):
         RolloutConfig(tokens_per_step=5, engine="vllm")
     config = PopsdConfig()
+    with pytest.raises(UserError, match=r"rollout\.max_age=0 with rollout\.tokens_per_step=5"):
+        RolloutConfig(tokens_per_step=5, max_age=0)
     config.rollout.tokens_per_step, config.training.updates_per_step = 5, 2
     with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with training\.updates_per_step=2"):
         check_sections(config)
@@ -204,3 +206,13 @@ def test_an_engine_that_cannot_run_is_refused_before_anything_is_made(runnable: 
         check_training_run(runnable, world_size=2)
     runnable.rollout.vllm.launcher = ["srun", "--overlap"]
     check_training_run(runnable, world_size=2)
+
+
+def test_overlap_needs_another_process_and_an_age() -> None:
+    with pytest.raises(UserError, match=r"rollout\.overlap=true with rollout\.engine=megatron"):
+        RolloutConfig(overlap=True)
+    with pytest.raises(UserError, match=r"rollout\.max_age=0 with rollout\.overlap=true"):
+        RolloutConfig(overlap=True, engine="vllm", max_age=0)
+    assert RolloutConfig(overlap=True, engine="vllm").age_bound == 1
+    assert RolloutConfig(tokens_per_step=5, max_age=3).age_bound == 3
+    assert RolloutConfig(max_age=3).age_bound == 0, "on-policy, whatever the bound says"

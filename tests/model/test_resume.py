@@ -268,13 +268,42 @@ def test_without_the_rows_that_were_left_a_run_does_not_go_on(budgeted: Path, tm
     assert "not all of step 2's in" in told
 
 
-def test_two_replicas_share_the_budget_and_the_rows_that_were_left(runs: Path) -> None:
+LAYOUTS = {
+    "two replicas": [],
+    "two stages": ["parallel.pipeline=2"],
+    "two context ranks": ["parallel.context=2"],
+    "two shards": ["parallel.tensor=2"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_on_each_row_once(runs: Path, layout: str) -> None:
     from nemo_popsd.rollout.storage import RolloutStore
 
-    output = runs / "budget, two replicas"
-    assert [status for status, _ in train(output, *BUDGET, ranks=2)] == [0, 0]
+    output = runs / f"budget, {layout}"
+    assert [status for status, _ in train(output, *BUDGET, *LAYOUTS[layout], ranks=2)] == [0, 0]
     store = RolloutStore(output)
     assert all(store.unfinished(step) for step in (1, 2, 3))
     assert store.unfinished(4) == []
     ended = [row.seed for step in store.steps() for row in store.read(step) if not row.rollout.unfinished]
     assert len(ended) == len(set(ended)) == 4 * 6
+    assert max(age for _, age in metrics(output, "train/rollout_age_max")) <= 1
+
+
+def test_rows_may_wait_for_as_long_as_their_age_allows(runs: Path) -> None:
+    """Several steps' weights draw one response; killed and taken up, the run ends with the same bits."""
+    from nemo_popsd.rollout.storage import RolloutStore
+
+    patient = (*BUDGET, "rollout.tokens_per_step=12", "rollout.max_age=2")
+    one, other = runs / "patient", runs / "patient, killed"
+    assert train(one, *patient)[0][0] == 0
+    train_and_die(other, *patient, plan={"step": 4})
+    assert train(other, *patient)[0][0] == 0
+    store = RolloutStore(one)
+    parts = [row.rollout.parts for step in store.steps() for row in store.read(step) if not row.rollout.unfinished]
+    assert len(parts) == 4 * 6
+    assert max(len(of_row) for of_row in parts) == 3
+    assert [age for _, age in metrics(one, "train/rollout_age_max")] == [0, 1, 2, 2]
+    assert rollouts(one) == rollouts(other)
+    assert metrics(one, "train/loss") == metrics(other, "train/loss")
+    assert differences(one / "checkpoints" / "final", other / "checkpoints" / "final") == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -101,13 +102,18 @@ def test_every_row_is_answered_once_from_its_own_keys(
     assert len(cache.prefilled) == len(distinct), "a prompt was computed twice"
 
 
-def test_rows_that_were_begun_come_first() -> None:
+def test_rows_that_must_end_come_first_and_then_those_that_were_begun() -> None:
     begun = Rollout([4, 4], [-1.0, -1.0], False, 0, unfinished=True)
-    requests = [Request([1], 0), Request([1, 2, 3], 1, begun), Request([2], 2), Request([3, 2, 1], 3, begun)]
+    requests = [
+        Request([1], 0),
+        Request([1, 2, 3], 1, begun),
+        Request([2], 2),
+        Request([3, 2, 1], 3, begun, must_end=True),
+    ]
     schedule = SlotSchedule(requests, 3, prefill_tokens=100)
     admission = schedule.admit()
     assert admission is not None
-    assert [row.number for _, row in admission.rows] == [1, 3, 0]
+    assert [row.number for _, row in admission.rows] == [3, 1, 0]
     assert [row.response for _, row in admission.rows] == [[4, 4], [4, 4], []]
 
 
@@ -154,12 +160,14 @@ def test_attention_looks_at_one_of_a_few_lengths() -> None:
     slots=st.integers(1, 12),
     limit=st.integers(1, 12),
     budget=st.integers(1, 60),
+    patience=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
 def test_a_budget_leaves_rows_that_later_calls_finish(
-    prompts: list[list[int]], slots: int, limit: int, budget: int, seed: int
+    prompts: list[list[int]], slots: int, limit: int, budget: int, patience: int, seed: int
 ) -> None:
-    """Call after call, new rows with those left before: each ends after at most one more, with its own response."""
+    """Call after call, new rows with those left before: each ends, at the latest when it must, as if alone."""
+    times_left: Counter[int] = Counter()
     waiting = [Request(prompt, seed=seed * 100 + number) for number, prompt in enumerate(prompts)]
     ended: dict[int, list[int]] = {}
     begun: list[Request] = []
@@ -177,14 +185,20 @@ def test_a_budget_leaves_rows_that_later_calls_finish(
         if not begun and sum(not row.unfinished for row in rows) > 1:
             assert drawn <= budget + limit * slots  # up to the end of the first row
         for row in rows:
-            if row.request.begun is not None:
+            if row.request.must_end:
                 assert not row.unfinished
             if not row.unfinished:
                 ended[row.request.seed] = row.response
+        left = [row for row in rows if row.unfinished]
+        times_left.update(row.request.seed for row in left)
         begun = [
-            replace(row.request, begun=Rollout(row.response, row.log_probs, False, 0, unfinished=True))
-            for row in rows
-            if row.unfinished
+            replace(
+                row.request,
+                begun=Rollout(row.response, row.log_probs, False, 0, unfinished=True),
+                must_end=times_left[row.request.seed] >= patience,
+            )
+            for row in left
         ]
+    assert max(times_left.values(), default=0) <= patience
     assert len(ended) == len(prompts)
     assert all(response == response_of(Request(prompts[key % 100], key), limit) for key, response in ended.items())

@@ -19,16 +19,16 @@ def row(name: str, version: int = 6, *, cut: bool = False) -> StoredRollout:
 def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     store.write(7, [row("a"), row("b", cut=True)], part=0, parts=2)
-    assert store.complete(7, 6) is None  # a part is missing
+    assert store.complete(7, {6}) is None  # a part is missing
     store.write(7, [row("c")], part=1, parts=2)
-    found = store.complete(7, 6)
+    found = store.complete(7, {6})
     seed = row("a").seed
     assert found == {("a", seed): row("a"), ("b", seed): row("b", cut=True), ("c", seed): row("c")}
     assert str(found["a", seed].rollout.log_probs) == str(row("a").rollout.log_probs)
     assert [line.row_id for line in store.read(7)] == ["a", "b", "c"]
     assert [line.finish_reason for line in store.read(7)] == ["stop", "length", "stop"]
-    assert store.complete(7, 5) is None  # by other weights
-    assert store.complete(8, 7) is None
+    assert store.complete(7, range(3, 6)) is None  # by other weights
+    assert store.complete(8, {7}) is None
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -53,7 +53,7 @@ def test_parts_of_another_layout_do_not_mix(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     store.write(1, [row("a", 0)], part=0, parts=2)
     store.write(1, [row("a", 0), row("b", 0)], part=0, parts=1)
-    assert {name for name, _ in store.complete(1, 0) or {}} == {"a", "b"}
+    assert {name for name, _ in store.complete(1, {0}) or {}} == {"a", "b"}
 
 
 def test_later_steps_can_be_removed(tmp_path: Path) -> None:

@@ -76,10 +76,10 @@ class Run:
             weights_version=lambda: self.steps,
         )
 
-    def on_policy_step(self, engine: Any = None) -> OnPolicyStep:
+    def on_policy_step(self, engine: Any = None, **arguments: Any) -> OnPolicyStep:
         """The step of the package; a response's markers are its even tokens."""
         count = lambda response: sum(token % 2 == 0 for token in response)  # noqa: E731
-        return OnPolicyStep(self.config, self.student, engine or self.engine(), self.sampling, count)
+        return OnPolicyStep(self.config, self.student, engine or self.engine(), self.sampling, count, **arguments)
 
     def update(self) -> None:
         """Updates the weights and counts."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,12 +26,22 @@ def summarize(rank: int, world_size: int) -> Any:
             pass
     return summarize_step(
         [report(number) for number in mine],
-        [trajectory(number, LENGTHS[number]) for number in mine],
+        [aged(trajectory(number, LENGTHS[number]), number) for number in mine],
+        weights_version=3,
         markers=sum(number + 1 for number in mine),
         grad_norm=2.5,
         learning_rate=0.125,
         stopwatch=watch,
         computed=TokenCount(30, 10) if rank == 0 else TokenCount(60, 0),
+    )
+
+
+def aged(trajectory: Any, number: int) -> Any:
+    """Row 0 is one step old, row 2 partly two, the others are not."""
+    segments = ((1, 1), (2, 1), (3, 1)) if number == 2 else ()
+    return replace(
+        trajectory,
+        rollout=replace(trajectory.rollout, weights_version=2 if number == 0 else 3, segments=segments),
     )
 
 
@@ -67,6 +78,8 @@ def test_means_are_over_the_global_batch_however_it_is_shared_out() -> None:
         assert metrics.cos_total_ref == pytest.approx(float(diagnosed.mean()) + 3)
         assert metrics.response_tokens == 11 / 4
         assert metrics.cut_share == 0
+        assert metrics.rollout_age == pytest.approx((5 * 1 + 2 + 1) / 11)
+        assert metrics.rollout_age_max == 2
         assert metrics.padding_share == pytest.approx(0.25 if world_size == 1 else 0.1)
         assert metrics.marker_rate == pytest.approx(1000 * 10 / 11)
         assert (metrics.grad_norm, metrics.learning_rate) == (2.5, 0.125)
@@ -87,6 +100,7 @@ def undirected(rank: int, world_size: int) -> Any:
     return summarize_step(
         [report(1)],
         [trajectory(1, 1)],
+        weights_version=0,
         markers=0,
         grad_norm=1.0,
         learning_rate=1.0,

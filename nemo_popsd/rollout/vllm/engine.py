@@ -6,17 +6,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.vllm.buckets import BucketSender
-from nemo_popsd.rollout.vllm.ranks import ServerRanks
+from nemo_popsd.rollout.vllm.ranks import Call, ServerRanks
 from nemo_popsd.rollout.vllm.supervisor import ServerLost, VllmServer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class WeightUpdate:
     bytes: int
     tensors: int
     buckets: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a server is drawing."""
+
+    version: int
+    """Of the weights."""
+    call: Call[list[tuple[Any, Any]]]
+    """Ends when it has drawn all; with tokens and log-probabilities of each response."""
 
 
 class VllmEngine:
@@ -82,6 +94,7 @@ class VllmEngine:
         self._kind = kind
         self._stop_requested = stop_requested
         self._limit = 0
+        self._last: VllmDrawing | None = None
         self.server: VllmServer | None = None
         self.last_update: WeightUpdate | None = None
 
@@ -93,10 +106,62 @@ class VllmEngine:
             UserError: the server cannot be started, or was lost again and again; on all ranks.
             RuntimeError: a defect; on all ranks.
         """
-        lost: list[str] = []
+        return self.begin(requests, sampling).result()
+
+    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> VllmDrawing:
+        """See `nemo_popsd.rollout.engine.ConcurrentEngine`. Collective as `generate` is, and raises the same.
+
+        A server has one thing to do at a time: what was begun before is waited for first.
+        """
+        if self._last is not None and self._last.pending:
+            self._last.result()
+        self._last = VllmDrawing(self, requests, sampling)
+        return self._last
+
+    def close(self) -> None:
+        """Ends the server of this rank; the next call of `generate` starts another."""
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+
+    def ask(self, requests: Sequence[Request], sampling: SamplingParams) -> Asked:
+        """Brings the live weights to the server, which begins to draw. Collective over the domain.
+
+        Raises:
+            ServerLost: it is gone; see also `generate`.
+        """
+        version = self._weights_version()
+        self._ranks.together(lambda: self._have_server(requests, sampling), stop_requested=self._stop_requested)
+        if self._ranks.any(self.server is not None and self.server.version != version):
+            self._send_weights(version)
+        return Asked(version, self._ranks.start(lambda: self._ask(requests, sampling, version)))
+
+    def answer(self, asked: Asked, sampling: SamplingParams) -> list[Rollout]:
+        """Waits for what the server draws. Collective over the domain.
+
+        Raises:
+            ServerLost: it is gone; see also `generate`.
+        """
+        answer = self._ranks.wait(asked.call, stop_requested=self._stop_requested)
+        stops = sampling.stop_token_ids
+        return [
+            Rollout(tokens, log_probs, tokens[-1] not in stops, weights_version=asked.version)
+            for tokens, log_probs in self._ranks.share(answer)
+        ]
+
+    def until_it_lives(self, action: Callable[[], T], lost: list[str]) -> T:
+        """Repeats `action` for as long as the server is lost over it, but not for ever.
+
+        Args:
+            action: raises `ServerLost` on all ranks or on none.
+            lost: what befell the servers of these requests so far; grows.
+
+        Raises:
+            UserError: more often than `restarts`; see also `generate`.
+        """
         while True:
             try:
-                return self._attempt(requests, sampling, self._weights_version())
+                return action()
             except StopRequested:
                 self.close()  # It may be busy for long.
                 raise
@@ -112,25 +177,6 @@ class VllmEngine:
                         mend="see its log; set rollout.vllm.restarts, rollout.vllm.* or rollout.engine=megatron",
                         advice=lost,
                     ) from error
-
-    def close(self) -> None:
-        """Ends the server of this rank; the next call of `generate` starts another."""
-        if self.server is not None:
-            self.server.close()
-            self.server = None
-
-    def _attempt(self, requests: Sequence[Request], sampling: SamplingParams, version: int) -> list[Rollout]:
-        self._ranks.together(lambda: self._have_server(requests, sampling), stop_requested=self._stop_requested)
-        if self._ranks.any(self.server is not None and self.server.version != version):
-            self._send_weights(version)
-        answer = self._ranks.together(
-            lambda: self._ask(requests, sampling, version), stop_requested=self._stop_requested
-        )
-        stops = sampling.stop_token_ids
-        return [
-            Rollout(tokens, log_probs, tokens[-1] not in stops, weights_version=version)
-            for tokens, log_probs in self._ranks.share(answer)
-        ]
 
     def _have_server(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
         needed = max((len(request.prompt) for request in requests), default=0) + sampling.max_response_tokens
@@ -208,3 +254,40 @@ class VllmEngine:
         """Drops a server that is gone; one that lives, beside another that is gone, stays."""
         if self.server is not None and not self.server.alive:
             self.close()
+
+
+class VllmDrawing:
+    """Responses that a server draws while the ranks do something else; see `VllmEngine.begin`."""
+
+    def __init__(self, engine: VllmEngine, requests: Sequence[Request], sampling: SamplingParams) -> None:
+        """Has the server begin. Collective over the domain."""
+        self._engine = engine
+        self._requests = requests
+        self._sampling = sampling
+        self._lost: list[str] = []
+        self._rollouts: list[Rollout] | None = None
+        self._asked: Asked | None = engine.until_it_lives(self._ask, self._lost)
+
+    @property
+    def pending(self) -> bool:
+        """Whether nobody has waited for it yet."""
+        return self._asked is not None
+
+    def result(self) -> list[Rollout]:
+        """The rollouts, in the order of the requests; again and again the same. Collective over the domain.
+
+        If the server was lost, another one draws them by the weights that are live now.
+
+        Raises:
+            StopRequested, UserError, RuntimeError: see `VllmEngine.generate`.
+        """
+        if self._rollouts is None:
+            self._rollouts = self._engine.until_it_lives(self._answer, self._lost)
+        return self._rollouts
+
+    def _ask(self) -> Asked:
+        return self._engine.ask(self._requests, self._sampling)
+
+    def _answer(self) -> list[Rollout]:
+        asked, self._asked = self._asked or self._ask(), None  # asked anew after a loss
+        return self._engine.answer(asked, self._sampling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
@@ -41,23 +41,34 @@ class ServerRanks:
         return self.replica is None or dist.get_rank(self.replica) == 0
 
     def together(self, action: Callable[[], T], *, stop_requested: Callable[[], bool] = lambda: False) -> T | None:
-        """Has the speaking ranks call `action`, in a thread, while all ranks look after each other.
+        """Has the speaking ranks call `action`, in a thread, and waits for them; see `start` and `wait`."""
+        return self.wait(self.start(action), stop_requested=stop_requested)
+
+    def start(self, action: Callable[[], T]) -> Call[T]:
+        """Begins `action` on the speaking ranks, in a thread. Not collective.
+
+        Args:
+            action: without collectives.
+        """
+        return Call(action if self.speaks else None)
+
+    def wait(self, call: Call[T], *, stop_requested: Callable[[], bool] = lambda: False) -> T | None:
+        """What came of `call`, for which all ranks wait while they look after each other.
 
         Collective over the domain: one gather of small objects every tenth of a second, or when all have finished.
 
         Args:
-            action: without collectives.
+            call: begun by all ranks of the domain.
             stop_requested: asked at every look by all ranks, which are told the same.
 
         Returns:
-            What it returned here; None on ranks that do not speak.
+            What the action returned here; None on ranks that do not speak.
 
         Raises:
-            StopRequested: on all ranks; `action` may still be running.
+            StopRequested: on all ranks; the action may still be running.
             UserError, ServerLost: some rank's action raised it; on all ranks.
             RuntimeError: something else was raised; on all ranks.
         """
-        call = _Call(action if self.speaks else None)
         while True:
             finished = call.wait(_LOOK_SECONDS)
             outcomes = self._gather(call.outcome if finished else _RUNNING)
@@ -91,18 +102,24 @@ class ServerRanks:
         return told
 
 
-class _Call:
-    """An action in a thread of its own, and what came of it."""
+class Call(Generic[T]):
+    """An action in a thread of its own, and what came of it.
 
-    def __init__(self, action: Callable[[], Any] | None) -> None:
-        self.result: Any = None
+    Attributes:
+        result: what it returned; None before that, and where there is no action.
+        error: what it raised.
+    """
+
+    def __init__(self, action: Callable[[], T] | None) -> None:
+        """Begins `action`, if there is one."""
+        self.result: T | None = None
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
         if action is not None:
             self._thread = threading.Thread(target=self._run, args=(action,), name="vLLM", daemon=True)
             self._thread.start()
 
-    def _run(self, action: Callable[[], Any]) -> None:
+    def _run(self, action: Callable[[], T]) -> None:
         try:
             self.result = action()
         except Exception as error:

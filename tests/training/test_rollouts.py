@@ -1,0 +1,165 @@
+"""Which weights draw what a step trains on, with the real engine; vLLM itself is in tests/model/test_overlap.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
+from nemo_popsd.rollout.storage import RolloutStore
+from tests.harness import run_ranks
+from tests.tiny_models import save_tiny_model
+
+STEPS, ROWS = 4, 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "hf")
+
+
+@dataclass
+class Drawn:
+    """Responses that were drawn when they were begun."""
+
+    rollouts: list[Rollout]
+
+    def result(self) -> list[Rollout]:
+        return self.rollouts
+
+
+class BesideEngine:
+    """An engine as a server is one: what it begins is drawn by the weights of that moment, whenever it is asked for."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.begun = 0
+        self.generated = 0
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
+        self.generated += 1
+        return self._engine.generate(requests, sampling)
+
+    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> Drawn:
+        self.begun += 1
+        return Drawn(self._engine.generate(requests, sampling))
+
+
+def rows_of(number: int, rank: int, ranks: int) -> list[Any]:
+    """This rank's share of the rows of step `number`."""
+    from tests.training.runs import row
+
+    share = ROWS // ranks
+    first = number * ROWS + rank * share
+    return [row(index) for index in range(first, first + share)]
+
+
+def train(rank: int, world_size: int, model: Path, output: Path, overlap: bool) -> dict[str, Any]:
+    """Four steps, and what the weights that each begins with would draw for it and for the next."""
+    from nemo_popsd.rollout.engine import row_seed
+    from nemo_popsd.training.rollouts import TrainingRows
+    from tests.training.runs import settings, start
+
+    run = start(model, settings(rollout={"overlap": overlap}, training={"steps": STEPS}, optimizer={"lr": 1e-1}))
+    engine = BesideEngine(run.engine())
+    store = RolloutStore(output)
+    rows = TrainingRows(lambda name: rows_of(0, 0, 1)[0], lambda number: rows_of(number, rank, world_size))
+    step = run.on_policy_step(engine, store=store, training_rows=rows)
+    seen: dict[str, Any] = {"metrics": [], "by now": [], "ahead": []}
+    for number in range(1, STEPS + 1):
+        for name, of in (("by now", number), ("ahead", number + 1)):
+            requests = [
+                Request(r.contexts.student, row_seed(1234, "train", of, r.record.id))
+                for r in rows_of(of, rank, world_size)
+            ]
+            seen[name].append([r.response for r in run.engine().generate(requests, run.sampling)])
+        seen["metrics"].append(step(number, rows_of(number, rank, world_size), run.optimizer, run.update))
+    seen["asked"] = engine.generated, engine.begun
+    return seen
+
+
+def ages(seen: dict[str, Any]) -> list[tuple[float, float]]:
+    return [(metrics.rollout_age, metrics.rollout_age_max) for metrics in seen["metrics"]]
+
+
+def stored(output: Path, part: int) -> list[list[list[int]]]:
+    """Responses of a replica, by step."""
+    return [
+        [row.rollout.response for row in RolloutStore(output).read(step)][part * ROWS // 2 :][: ROWS // 2]
+        for step in range(1, STEPS + 1)
+    ]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_next_step_is_drawn_by_the_weights_that_this_one_begins_with(
+    model: Path, tmp_path: Path, overlap: bool
+) -> None:
+    for rank, seen in enumerate(run_ranks(train, 2, model, tmp_path, overlap)):
+        drawn = stored(tmp_path, rank)
+        assert seen["by now"][1:] != seen["ahead"][:-1], "a step shows in what is drawn"
+        if overlap:
+            assert drawn == [seen["by now"][0], *seen["ahead"][:-1]]
+            assert ages(seen) == [(0, 0)] + [(1, 1)] * (STEPS - 1)
+            assert seen["asked"] == (1, STEPS - 1), "the last step draws nothing ahead"
+        else:
+            assert drawn == seen["by now"]
+            assert ages(seen) == [(0, 0)] * STEPS
+            assert seen["asked"] == (STEPS, 0)
+
+
+def take_up(rank: int, world_size: int, model: Path, output: Path, bound: int, stored_by: int) -> dict[str, Any]:
+    """Step 4 of a run whose rollouts of that step lie there already, drawn by the weights of step `stored_by`."""
+    from nemo_popsd.rollout.engine import row_seed
+    from nemo_popsd.rollout.storage import StoredRollout
+    from nemo_popsd.training.rollouts import TrainingRows
+    from tests.training.runs import response, settings, start
+
+    run = start(model, settings(rollout={"overlap": True, "max_age": bound}, training={"steps": STEPS}))
+    run.steps = STEPS - 1
+    store, rows = RolloutStore(output), rows_of(STEPS, 0, 1)
+    lines = [
+        StoredRollout(
+            row.record.id,
+            row_seed(1234, "train", STEPS, row.record.id),
+            list(row.contexts.student),
+            Rollout(response(number, 5), [-1.0] * 5, True, stored_by),
+        )
+        for number, row in enumerate(rows)
+    ]
+    store.write(STEPS, lines, part=0, parts=1)
+    engine = BesideEngine(run.engine())
+    training_rows = TrainingRows(lambda name: rows[0], lambda number: rows_of(number, 0, 1))
+    step = run.on_policy_step(engine, store=store, training_rows=training_rows)
+    metrics = step(STEPS, rows, run.optimizer, run.update)
+    return {"age": metrics.rollout_age_max, "drawn": engine.generated}
+
+
+@pytest.mark.parametrize(
+    ("bound", "stored_by", "expected"),
+    [(1, 3, (0, 0)), (1, 2, (1, 0)), (1, 1, (0, 1)), (2, 1, (2, 0)), (2, 0, (0, 1))],
+)
+def test_what_lies_there_is_trained_on_unless_it_is_too_old(
+    model: Path, tmp_path: Path, bound: int, stored_by: int, expected: tuple[int, int]
+) -> None:
+    (seen,) = run_ranks(take_up, 1, model, tmp_path, bound, stored_by)
+    assert (seen["age"], seen["drawn"]) == expected
+
+
+def train_on_old(rank: int, world_size: int, model: Path) -> None:
+    """An engine that says its responses come from older weights than it was asked for."""
+    from tests.training.runs import settings, start
+
+    run = start(model, settings())
+    engine = run.engine()
+    generate = engine.generate
+    engine.generate = lambda *asked: [replace(r, weights_version=-1) for r in generate(*asked)]  # type: ignore
+    run.on_policy_step(engine)(1, rows_of(1, 0, 1), run.optimizer, run.update)
+
+
+def test_nothing_older_than_the_bound_is_ever_trained_on(model: Path) -> None:
+    with pytest.raises(AssertionError, match="step 1 has rollouts by weights that are 1 steps old"):
+        run_ranks(train_on_old, 1, model)
