@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,35 +53,64 @@ def loss_from_logits(
         ValueError: logits that the target needs are missing, or shapes differ.
     """
     valid = true_width(student.shape[-1], vocab_size, tp_group)
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    with torch.autocast(student.device.type, enabled=False):
+        log_p = log_softmax(_computed_in(student)(student[:, :valid]) / target.temperature, tp_group)
+        log_q = target_from_logits(
+            student, privileged, reference, base, target=target, vocab_size=vocab_size, tp_group=tp_group
+        )
+        return divergence_of_log_probs(log_p, log_q, divergence, tp_group)  # (18)
+
+
+@torch.no_grad()
+def target_from_logits(
+    student: Tensor,
+    privileged: Tensor | None,
+    reference: Tensor | None,
+    base: Tensor | None,
+    *,
+    target: Target,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The target distribution (eq. 13-17 for `PurifiedTarget`) by its definition, from logits, as log-probabilities.
+
+    Arguments, errors, padding and dtypes are those of `loss_from_logits`; collectives are those of the target there.
+
+    Returns:
+        [N, v] with the v true columns of this rank's shard.
+    """
+    valid = true_width(student.shape[-1], vocab_size, tp_group)
+    computed = _computed_in(student)
 
     def log_probs(name: str, logits: Tensor | None) -> Tensor:
         if logits is None:
             raise ValueError(f"the target {target} needs the logits of {name}; got None")
         if logits.shape != student.shape:
             raise ValueError(f"the logits of {name} have shape {tuple(logits.shape)}; need {tuple(student.shape)}")
-        return log_softmax(logits[:, :valid].to(dtype) / target.temperature, tp_group)
+        return log_softmax(computed(logits[:, :valid]) / target.temperature, tp_group)
 
     with torch.autocast(student.device.type, enabled=False):
-        log_p = log_probs("student", student)
-        with torch.no_grad():
-            log_q = torch.zeros_like(log_p)
-            if target.student != 0:
-                log_q += target.student * log_p
-            if target.base != 0:
-                log_q += target.base * log_probs("base", base)
-            if target.cap is None:
-                if target.privileged != 0:
-                    log_q += target.privileged * log_probs("privileged", privileged)
-                if target.reference != 0:
-                    log_q += target.reference * log_probs("reference", reference)
-            elif target.privileged != 0:
-                delta = log_probs("privileged", privileged) - log_probs("reference", reference)  # (13)
-                delta -= reduce_sum_(delta.sum(-1, keepdim=True), tp_group) / vocab_size  # (14)
-                delta = target.cap * torch.tanh(delta / target.cap)  # (15)
-                log_q += target.privileged * delta  # (16)
-            log_q = log_softmax(log_q, tp_group)  # (17)
-        return divergence_of_log_probs(log_p, log_q, divergence, tp_group)  # (18)
+        log_q = torch.zeros_like(computed(student[:, :valid]))
+        if target.student != 0:
+            log_q += target.student * log_probs("student", student)
+        if target.base != 0:
+            log_q += target.base * log_probs("base", base)
+        if target.cap is None:
+            if target.privileged != 0:
+                log_q += target.privileged * log_probs("privileged", privileged)
+            if target.reference != 0:
+                log_q += target.reference * log_probs("reference", reference)
+        elif target.privileged != 0:
+            delta = log_probs("privileged", privileged) - log_probs("reference", reference)  # (13)
+            delta -= reduce_sum_(delta.sum(-1, keepdim=True), tp_group) / vocab_size  # (14)
+            delta = target.cap * torch.tanh(delta / target.cap)  # (15)
+            log_q += target.privileged * delta  # (16)
+        return log_softmax(log_q, tp_group)  # (17)
+
+
+def _computed_in(student: Tensor) -> Callable[[Tensor], Tensor]:
+    """To float64 where the student is float64, else to fp32."""
+    return torch.Tensor.double if student.dtype == torch.float64 else torch.Tensor.float
 
 
 def log_softmax(logits: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.nn import functional
@@ -28,6 +29,7 @@ from nemo_popsd.testbed.problems import (
     FAMILIES,
     Difficulty,
     Problem,
+    ReferenceStyle,
     drill,
     problems,
     records,
@@ -246,6 +248,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--families", nargs="+", choices=FAMILIES, default=list(recipe.difficulty.families), help="families of problems"
     )
+    parser.add_argument(
+        "--reference", choices=get_args(ReferenceStyle), default=recipe.difficulty.reference, help="style of references"
+    )
+    parser.add_argument(
+        "--hesitate", type=float, default=recipe.difficulty.hesitate, help="share of steps that begin with a doubt"
+    )
+    parser.add_argument("--largest", type=int, default=recipe.difficulty.largest, help="largest constant of a sum")
+    parser.add_argument(
+        "--question-reference-share", type=float, default=recipe.question_reference_share, help="of the mixture"
+    )
+    parser.add_argument(
+        "--thoughtful-with-reference", type=float, default=recipe.thoughtful_with_reference, help="of those"
+    )
     parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
     parser.add_argument("--quick-every", type=int, default=0, help="steps between quick evaluations; 0: none")
     parser.add_argument("--measure-only", action="store_true", help="evaluate the model that is in the folder already")
@@ -259,7 +274,15 @@ def main(arguments: list[str] | None = None) -> None:
         batch=options.batch,
         learning_rate=options.learning_rate,
         matrix_rate=options.matrix_rate,
-        difficulty=replace(recipe.difficulty, families=tuple(options.families)),
+        question_reference_share=options.question_reference_share,
+        thoughtful_with_reference=options.thoughtful_with_reference,
+        difficulty=replace(
+            recipe.difficulty,
+            families=tuple(options.families),
+            reference=options.reference,
+            hesitate=options.hesitate,
+            largest=options.largest,
+        ),
     )
     if options.measure_only:
         model = Qwen3ForCausalLM.from_pretrained(str(options.output), dtype=torch.float32)

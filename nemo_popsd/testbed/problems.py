@@ -17,7 +17,10 @@ values alone. The **reference** is of another style: it names no variable and fo
     - 4 gives 7, * 3 gives 11, + 5 gives 12. Answer 12.
 
 It says which values occur, the question which variable has which: together they say more than either alone, without any
-arithmetic.
+arithmetic. A reference of the style `values` leaves out the operations, so that without the question nobody can tell
+which value comes when, whatever has been written so far::
+
+    Values 7, 11, 12. Answer 12.
 
 Everything is a pure function of (seed, split, index) and never uses `hash()`: any process draws the same problems. A
 question belongs to one split for good, by a digest of its text, so the splits cannot overlap.
@@ -41,6 +44,8 @@ FAMILIES: tuple[Family, ...] = ("chain", "ring", "sequence", "stock")
 """All families of problems."""
 
 Split = Literal["pretraining", "train", "validation"]
+ReferenceStyle = Literal["operations", "values"]
+"""What a reference says of the steps, besides the answer."""
 _BUCKETS: dict[Split, range] = {"validation": range(8), "train": range(8, 32), "pretraining": range(32, 256)}
 _HESITATIONS = ("Maybe", "Perhaps")
 _MOVES = {"+": "on", "-": "back"}
@@ -59,7 +64,9 @@ class Difficulty:
     multiply: float = 0.35
     """Share of steps that multiply by a digit; the rest add and subtract."""
     largest: int = 5
-    """Largest constant of a step; the smallest is 2."""
+    """Largest constant that is added or subtracted; the smallest is 2."""
+    largest_factor: int = 5
+    """Largest constant that multiplies; the smallest is 2."""
     hesitate: float = 0.75
     """Share of steps of a thoughtful solution that begin with Maybe or Perhaps and are checked."""
     doubt: float = 0.2
@@ -68,6 +75,8 @@ class Difficulty:
     """Share of hesitant guesses that are wrong, and corrected."""
     families: tuple[Family, ...] = ("chain",)
     """Families of problems, equally often."""
+    reference: ReferenceStyle = "operations"
+    """What the references say."""
 
 
 DIFFICULTY = Difficulty()
@@ -97,6 +106,8 @@ class Problem:
     start: int
     steps: tuple[Step, ...]
     family: Family = "chain"
+    style: ReferenceStyle = "operations"
+    """Of the reference."""
 
     @property
     def question(self) -> str:
@@ -124,10 +135,13 @@ class Problem:
 
     @property
     def reference(self) -> str:
-        """What each operation of the chain gives, in ascending order, and the answer.
+        """What each operation of the chain gives, or the values alone, in ascending order, and the answer.
 
         Only the question tells which variable an operation belongs to.
         """
+        if self.style == "values":
+            values = ", ".join(str(value) for value in sorted(s.value for s in self.steps))
+            return f"Values {values}. Answer {self.answer}."
         results = ", ".join(f"{s.op} {s.y} gives {s.value}" for s in sorted(self.steps, key=lambda s: (s.value, s.op)))
         return f"{results}. Answer {self.answer}."
 
@@ -158,13 +172,13 @@ def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Pro
         else:
             steps.append(_draw_step(rng, difficulty, i, value))
         value = steps[-1].value
-    return Problem(start=start, steps=tuple(steps), family=family)
+    return Problem(start=start, steps=tuple(steps), family=family, style=difficulty.reference)
 
 
 def _draw_step(rng: random.Random, difficulty: Difficulty, i: int, x: int) -> Step:
     """Draw the definition after variable `i`, whose value is `x`."""
     op = "*" if rng.random() < difficulty.multiply else rng.choice("+-")
-    return _step(i, x, op, rng.randint(2, difficulty.largest))
+    return _step(i, x, op, rng.randint(2, difficulty.largest_factor if op == "*" else difficulty.largest))
 
 
 def _step(i: int, x: int, op: str, y: int) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,19 @@ def test_runs_make_a_table(tmp_path: Path) -> None:
         for arm, seeds in ((OPSD, [1]), (PURIFIED, [1, 2]))
     }
     runs = [run for of_arm in done.values() for run in of_arm]
-    execute(runs, workers=1)
+    for of_arm in done.values():  # each for itself, so that none has anything to lend
+        execute(of_arm, workers=1)
     assert all(run.finished for run in runs)
-    # The base answers alike, whatever it is to be trained by.
+    # The base answers alike, whatever it is to be trained by; so a run may take another's answers.
     first, second = (scores(of_arm[0], "before") for of_arm in done.values())
     assert first == second
+    again = replace(done[OPSD][0], output=tmp_path / "again")
+    execute([*runs, again], workers=1)
+    told = (again.output / "log.txt").read_text()
+    assert "step 2: accuracy" in told
+    assert "step 0: accuracy" not in told
+    assert scores(again, "before") == first
+    assert scores(again, "after") == scores(done[OPSD][0], "after")
     lines = table(done).splitlines()
     assert len(lines) == 2 + 1 + 2
     assert f"{accuracy('hard')(first):.1f}" == "0.0"  # cut after 24 tokens

@@ -12,6 +12,8 @@ from itertools import islice
 import pytest
 
 from nemo_popsd.testbed.problems import (
+    FAMILIES,
+    Difficulty,
     Problem,
     drill,
     problems,
@@ -62,6 +64,14 @@ def test_answers_and_references_are_right(split: str) -> None:
             (part.split(" gives ")[0], int(part.split(" gives ")[1])) for part in listed.split(", ")
         }
         assert answer == problem.answer
+
+
+def test_values_alone_tell_neither_operation_nor_order() -> None:
+    found = [p for p, _ in islice(problems("train", 3, Difficulty(families=FAMILIES, reference="values")), 200)]
+    for problem in found:
+        values = sorted(step.value for step in problem.steps)
+        assert problem.reference == f"Values {', '.join(map(str, values))}. Answer {problem.answer}."
+    assert any([step.value for step in p.steps] != sorted(step.value for step in p.steps) for p in found)
 
 
 def test_every_worked_line_is_right_or_corrected() -> None:

@@ -1,0 +1,141 @@
+"""What each target would do if it were followed exactly: `python -m experiments.ceiling`, on the tuning rows.
+
+An answer is drawn token by token from the target P itself; all its contexts see what was drawn so far. A student
+can at best become its target; where P is no better than the base, no training towards it can be. No held-out row is
+looked at, and nothing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
+
+from experiments.arms import ARMS
+from experiments.rows import FOLDER, tuning_problems, write
+from experiments.run import CONF
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.data.contexts import Borrowed
+from nemo_popsd.distillation.build import build_target
+from nemo_popsd.distillation.definition import target_from_logits
+from nemo_popsd.distillation.target import Target
+from nemo_popsd.testbed.contexts import count_markers, right
+from nemo_popsd.testbed.problems import Problem
+from nemo_popsd.testbed.templates import Context, user_turn
+
+MODEL = Path(__file__).with_name("model")
+_LONGEST = 256
+_BATCH = 64
+
+
+@dataclass
+class _Branch:
+    """A context of many rows, left-padded, with its cache."""
+
+    model: Any
+    tokens: Tensor
+    mask: Tensor
+    cache: Any
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, turns: Sequence[str]) -> _Branch:
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
+            for t in turns
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        return cls(
+            model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            StaticCache(config=model.config, max_cache_len=batch["input_ids"].shape[1] + _LONGEST),
+        )
+
+    def next_logits(self) -> Tensor:
+        """After the tokens that were appended last: [B, V]."""
+        width = self.tokens.shape[1]
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
+        found = self.model(
+            input_ids=self.tokens, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache
+        )
+        return found.logits[:, -1]
+
+    def append(self, tokens: Tensor) -> None:
+        self.tokens = tokens[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.tokens)], dim=1)
+
+
+@torch.no_grad()
+def follow(
+    model: Any, tokenizer: Any, problems: Sequence[Problem], target: Target, contexts: Sequence[Context], borrow: bool
+) -> list[list[int]]:
+    """One answer to each problem, drawn from the target at temperature 1; the student is the base.
+
+    Args:
+        model: the base.
+        tokenizer: its.
+        problems: what is asked.
+        target: whose answers.
+        contexts: of the student and base, the teacher, and the second context.
+        borrow: whether the teacher sees the next problem's reference instead of its own.
+    """
+    references = [problem.reference for problem in problems]
+    if borrow:
+        references = references[1:] + references[:1]
+    branches = [
+        _Branch.of(model, tokenizer, [user_turn(c, p.question, r) for p, r in zip(problems, references, strict=True)])
+        for c in contexts
+    ]
+    answers: list[list[int]] = [[] for _ in problems]
+    running = set(range(len(problems)))
+    while running and max(map(len, answers)) < _LONGEST:
+        base, privileged, reference = (branch.next_logits() for branch in branches)
+        log_p = target_from_logits(base, privileged, reference, base, target=target, vocab_size=base.shape[1])
+        drawn = torch.multinomial(log_p.exp(), 1)[:, 0]
+        for branch in branches:
+            branch.append(drawn)
+        for row in sorted(running):
+            answers[row].append(int(drawn[row]))
+            if answers[row][-1] == tokenizer.eos_token_id:
+                running.remove(row)
+    return answers
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="directory of the base")
+    parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="some of the arms")
+    options = parser.parse_args()
+    if not FOLDER.is_dir():
+        write()
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    problems = tuning_problems()
+    print("| target | right, % | markers per answer | tokens per answer |\n|---|---|---|---|", flush=True)
+    for arm in (arm for arm in ARMS if arm.name in options.arms):
+        settings = load_config(str(CONF), list(arm.overrides)).distillation.target
+        torch.manual_seed(1)
+        contexts: tuple[Context, Context, Context] = ("question", "question+reference", "reference")
+        borrow = settings.borrowed == Borrowed.PRIVILEGED
+        answers = []
+        for first in range(0, len(problems), _BATCH):
+            some = problems[first : first + _BATCH]
+            answers += follow(model, tokenizer, some, build_target(settings), contexts, borrow)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        accuracy = sum(right(t, p.answer) for t, p in zip(texts, problems, strict=True)) / len(problems)
+        error = (accuracy * (1 - accuracy) / len(problems)) ** 0.5
+        markers = sum(map(count_markers, texts)) / len(problems)
+        length = sum(map(len, answers)) / len(problems)
+        print(f"| {arm.title} | {100 * accuracy:.1f} ± {100 * error:.1f} | {markers:.2f} | {length:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
