@@ -1,24 +1,27 @@
-"""What each target would do if it were followed exactly: `python -m experiments.ceiling`, on the tuning rows.
+"""What there is to learn from each target: `python -m experiments.ceiling`, on the tuning rows; nothing is trained.
 
-An answer is drawn token by token from the target P itself; all its contexts see what was drawn so far. A student
-can at best become its target; where P is no better than the base, no training towards it can be. No held-out row is
-looked at, and nothing is trained.
+1. Answers are drawn token by token from the target P itself; all its contexts see what was drawn so far. A student can
+   at best become its target: where P is right no more often than the base, no training towards P can help.
+2. Worked solutions, in which values are guessed before they are checked: how likely each context finds the right digits
+   of a guess. Purification keeps what question and reference together say beyond the reference alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from experiments.arms import ARMS
-from experiments.rows import FOLDER, tuning_problems, write
+from experiments.rows import FOLDER, USUAL, tuning_problems, write
 from experiments.run import CONF
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.data.contexts import Borrowed
@@ -26,8 +29,8 @@ from nemo_popsd.distillation.build import build_target
 from nemo_popsd.distillation.definition import target_from_logits
 from nemo_popsd.distillation.target import Target
 from nemo_popsd.testbed.contexts import count_markers, right
-from nemo_popsd.testbed.problems import Problem
-from nemo_popsd.testbed.templates import Context, user_turn
+from nemo_popsd.testbed.problems import Difficulty, Problem, ReferenceStyle, response, thoughtful_thoughts
+from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
 
 MODEL = Path(__file__).with_name("model")
 _LONGEST = 256
@@ -107,10 +110,47 @@ def follow(
     return answers
 
 
+_GUESS = re.compile(r"(Then|Maybe|Perhaps) [a-i] =( \d)?")
+
+
+@torch.no_grad()
+def guesses(model: Any, tokenizer: Any, problems: Sequence[Problem], target: Target) -> dict[str, float]:
+    """Mean probability of the right digits of guessed values in worked solutions, by each context and by the target.
+
+    Args:
+        model: the base.
+        tokenizer: its.
+        problems: worked as in pre-training.
+        target: of the contexts question, question and reference, reference.
+    """
+    sums = dict.fromkeys((*CONTEXTS, "target"), 0.0)
+    digits = 0
+    for number, problem in enumerate(problems):
+        thoughts = thoughtful_thoughts(problem, random.Random(number), Difficulty(mistake=0.0))
+        answer = tokenizer.encode(response(thoughts, problem.answer), add_special_tokens=False)
+        texts = [tokenizer.decode(answer[:place]) for place in range(len(answer))]
+        places = [place for place, text in enumerate(texts) if _GUESS.fullmatch(text.rpartition("\n")[2].rstrip())]
+        places = [place for place in places if tokenizer.decode(answer[place]).strip().isdigit()]
+        logits = {}
+        for context in CONTEXTS:
+            turn = [{"role": "user", "content": user_turn(context, problem.question, problem.reference)}]
+            prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer.encode(prompt, add_special_tokens=False)
+            logits[context] = model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1][places]
+        base, privileged, reference = (logits[context] for context in CONTEXTS)
+        followed = target_from_logits(base, privileged, reference, base, target=target, vocab_size=base.shape[1])
+        right_ids = torch.tensor(answer)[places, None]
+        for name, log_probs in (*((c, x.log_softmax(-1)) for c, x in logits.items()), ("target", followed)):
+            sums[name] += float(log_probs.gather(1, right_ids).exp().sum())
+        digits += len(places)
+    return {name: total / digits for name, total in sums.items()}
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="directory of the base")
+    parser.add_argument("--reference", choices=get_args(ReferenceStyle), default=USUAL.reference, help="of the base")
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="some of the arms")
     options = parser.parse_args()
     if not FOLDER.is_dir():
@@ -118,23 +158,28 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    problems = tuning_problems()
+    problems = [replace(problem, style=options.reference) for problem in tuning_problems()]
     print("| target | right, % | markers per answer | tokens per answer |\n|---|---|---|---|", flush=True)
+    seen: set[tuple[Target, bool]] = set()
     for arm in (arm for arm in ARMS if arm.name in options.arms):
         settings = load_config(str(CONF), list(arm.overrides)).distillation.target
+        target, borrow = build_target(settings), settings.borrowed == Borrowed.PRIVILEGED
+        if (target, borrow) in seen:  # arms that differ in the divergence alone
+            continue
+        seen.add((target, borrow))
         torch.manual_seed(1)
-        contexts: tuple[Context, Context, Context] = ("question", "question+reference", "reference")
-        borrow = settings.borrowed == Borrowed.PRIVILEGED
         answers = []
         for first in range(0, len(problems), _BATCH):
             some = problems[first : first + _BATCH]
-            answers += follow(model, tokenizer, some, build_target(settings), contexts, borrow)
+            answers += follow(model, tokenizer, some, target, CONTEXTS, borrow)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
         accuracy = sum(right(t, p.answer) for t, p in zip(texts, problems, strict=True)) / len(problems)
         error = (accuracy * (1 - accuracy) / len(problems)) ** 0.5
         markers = sum(map(count_markers, texts)) / len(problems)
         length = sum(map(len, answers)) / len(problems)
         print(f"| {arm.title} | {100 * accuracy:.1f} ± {100 * error:.1f} | {markers:.2f} | {length:.1f} |", flush=True)
+    found = guesses(model, tokenizer, problems[:128], build_target(load_config(str(CONF), []).distillation.target))
+    print("\nprobability of the right digit of a guess: " + ", ".join(f"{name} {p:.3f}" for name, p in found.items()))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from experiments.arms import ARMS, RATES, SEEDS, TUNING_SEED, Arm
 from experiments.rows import FOLDER, write
+from nemo_popsd.config.loading import load_config, save_resolved
 from nemo_popsd.evaluation.records import EvaluationDirectory
 
 RUNS = Path("runs/experiments")
@@ -43,11 +44,15 @@ class Run:
     """Further overrides."""
 
     @property
+    def overrides(self) -> list[str]:
+        """What is set beyond `CONF`."""
+        words = [f"name={self.arm.name}", f"output={self.output}", f"seed={self.seed}", f"optimizer.lr={self.rate}"]
+        return [*words, f"data.validation.path={self.rows}", *self.arm.overrides, *self.more]
+
+    @property
     def command(self) -> list[str]:
         """What is executed."""
-        words = [f"name={self.arm.name}", f"output={self.output}", f"seed={self.seed}", f"optimizer.lr={self.rate}"]
-        words.append(f"data.validation.path={self.rows}")
-        return [sys.executable, "-m", "nemo_popsd", "train", str(CONF), *words, *self.arm.overrides, *self.more]
+        return [sys.executable, "-m", "nemo_popsd", "train", str(CONF), *self.overrides]
 
     @property
     def finished(self) -> bool:
@@ -96,6 +101,8 @@ def execute(runs: Sequence[Run], workers: int) -> None:
 def lend_first_evaluation(run: Run, finished: Sequence[Run]) -> None:
     """Gives a run that has not begun the answers of the untrained base, which follow from seed and rows alone.
 
+    The directory is then as the run itself leaves it if it is cut off behind its first evaluation.
+
     Args:
         run: which would draw the same again.
         finished: runs that may have drawn them.
@@ -106,6 +113,7 @@ def lend_first_evaluation(run: Run, finished: Sequence[Run]) -> None:
     lender = next((other for other in finished if (other.seed, other.rows) == (run.seed, run.rows)), None)
     if lender is not None:
         shutil.copytree(lender.output / "validation" / "step-000000", mine)
+        save_resolved(load_config(str(CONF), run.overrides), run.output / "config.yaml")
 
 
 def _carry_out(run: Run, runs: Sequence[Run]) -> int:

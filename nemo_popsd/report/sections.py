@@ -27,6 +27,8 @@ CURVES = {
     "response_tokens": ("Length of a rollout", "tokens"),
     "marker_rate": ("Epistemic markers", "per 1,000 rollout tokens"),
     "cut_share": ("Rollouts cut at the limit", "share"),
+    "rollout_age": ("Age of a rollout token", "steps, mean"),
+    "rollout_age_max": ("Age of the oldest rollout token", "steps"),
     "padding_share": ("Padding", "share of the tokens that went through the model"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),

@@ -6,15 +6,21 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from experiments.arms import ARMS, OPSD, PURIFIED, RATES
+from experiments.ceiling import follow, guesses
 from experiments.results import Estimate, accuracy, markers, scores, signal_table, table
 from experiments.rows import HARD, drawn, rows, tuning_problems, write
 from experiments.run import CONF, Run, execute, training_runs, tuning_runs
 from nemo_popsd.config.loading import load_config
+from nemo_popsd.distillation.target import LogLinearTarget, PurifiedTarget
+from nemo_popsd.testbed.contexts import sample_answers
 from nemo_popsd.testbed.problems import FAMILIES, split_of
+from nemo_popsd.testbed.templates import CONTEXTS, user_turn
 
 
 def test_files_share_no_question_and_hold_all_families_alike(tmp_path: Path) -> None:
@@ -109,3 +115,41 @@ def test_a_run_that_fails_is_told_and_the_others_are_carried_out(tmp_path: Path)
     with pytest.raises(RuntimeError, match=f"failed: {runs[0].output}, {runs[1].output}; see log.txt there"):
         execute(runs, workers=2)
     assert "nowhere.jsonl" in (runs[1].output / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from experiments.premise import MODEL
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.mark.parametrize(("family", "place"), [("base", 0), ("privileged", 1), ("reference", 2)])
+def test_following_a_sharp_target_is_greedy_decoding_from_its_context(
+    base: tuple[Any, Any], family: str, place: int
+) -> None:
+    """log P = 1e5 log π: all mass on the likeliest token, as transformers finds it without our caches and padding."""
+    chosen, context = tuning_problems()[:6], CONTEXTS[place]
+    target = LogLinearTarget(**{family: 1e5})
+    followed = follow(*base, chosen, target, CONTEXTS, borrow=False)
+    turns = [user_turn(context, problem.question, problem.reference) for problem in chosen]
+    greedy = sample_answers(*base, turns, temperature=0.0)
+    assert followed == greedy
+
+
+def test_a_borrowed_reference_is_the_next_problems(base: tuple[Any, Any]) -> None:
+    chosen = tuning_problems()[:4]
+    followed = follow(*base, chosen, LogLinearTarget(privileged=1e5), CONTEXTS, borrow=True)
+    references = [chosen[(number + 1) % 4].reference for number in range(4)]
+    turns = [user_turn(CONTEXTS[1], p.question, r) for p, r in zip(chosen, references, strict=True)]
+    assert followed == sample_answers(*base, turns, temperature=0.0)
+
+
+def test_guesses_of_a_target_that_is_the_base_are_the_bases(base: tuple[Any, Any]) -> None:
+    found = guesses(*base, tuning_problems()[:4], PurifiedTarget(beta=1e9))
+    assert found["target"] == pytest.approx(found["question"], rel=1e-4)
+    assert 0.3 < found["question"] < 1
+    assert found["question+reference"] != found["reference"]
