@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 
 class UserError(ValueError):
@@ -27,6 +29,11 @@ class UserError(ValueError):
         self.mend = mend
         self.advice = tuple(advice)
         super().__init__(f"{what}: got {got}; need {need}; {mend}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes, which learn `got` in words."""
+        rebuild = partial(UserError, self.what, got=str(self.got), need=self.need, mend=self.mend, advice=self.advice)
+        return rebuild, ()
 
 
 class StopRequested(Exception):  # noqa: N818 nothing went wrong

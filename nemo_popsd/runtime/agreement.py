@@ -42,14 +42,13 @@ def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) 
     if kind == "defect":
         raise RuntimeError(f"{what}: {words} (rank {rank})") from error
     if kind == "user":
-        named, *rest = words
-        raise UserError(named, **dict(zip(("got", "need", "mend"), rest, strict=True))) from error
+        raise words from error
     raise UserError(what, got=f"{words} (rank {rank})", need=need, mend=mend) from error
 
 
 def _kind(error: Exception) -> tuple[str, Any]:
     if isinstance(error, UserError):
-        return "user", (error.what, str(error.got), error.need, error.mend)
+        return "user", error
     return "system" if isinstance(error, OSError) else "defect", _words(error)
 
 

@@ -19,7 +19,9 @@ def _fail(rank: int, world_size: int) -> list[Any]:
 
     def damaged() -> None:
         if rank == 1:
-            raise UserError("model m", got="half a file", need="a whole one", mend="fetch it again")
+            raise UserError(
+                "model m", got="half a file", need="a whole one", mend="fetch it again", advice=["its log:", "..."]
+            )
 
     told: list[Any] = []
     for action in (full, defect, damaged, lambda: None):
@@ -27,15 +29,15 @@ def _fail(rank: int, world_size: int) -> list[Any]:
             do_together("saving", action, need="room", mend="free some")
             told.append(None)
         except (UserError, RuntimeError) as error:
-            told.append((type(error).__name__, str(error)))
+            told.append((type(error).__name__, str(error), getattr(error, "advice", ())))
     return told
 
 
 def test_all_ranks_learn_what_one_met() -> None:
     for told in run_ranks(_fail, 2):
         assert told == [
-            ("UserError", "saving: got No space left on device: /x (rank 1); need room; free some"),
-            ("RuntimeError", "saving: KeyError: 'a' (rank 1)"),
-            ("UserError", "model m: got half a file; need a whole one; fetch it again"),
+            ("UserError", "saving: got No space left on device: /x (rank 1); need room; free some", ()),
+            ("RuntimeError", "saving: KeyError: 'a' (rank 1)", ()),
+            ("UserError", "model m: got half a file; need a whole one; fetch it again", ("its log:", "...")),
             None,
         ]

@@ -15,8 +15,8 @@ from nemo_popsd.rollout.vllm.supervisor import ServerLost
 T = TypeVar("T")
 
 _LOOK_SECONDS = 0.1
-_RUNNING = ("running", ())
-_DONE = ("done", ())
+_RUNNING = ("running", None)
+_DONE = ("done", None)
 # Told first: what a user can mend, then a defect, then a server that another one replaces.
 _ORDER = ("user", "defect", "lost")
 
@@ -75,7 +75,8 @@ class ServerRanks:
             failures = [outcome for outcome in outcomes if outcome[0] in _ORDER]
             running = _RUNNING in outcomes
             if failures and not running:
-                raise _exception(min(failures, key=lambda outcome: _ORDER.index(outcome[0]))) from call.error
+                _, told = min(failures, key=lambda outcome: _ORDER.index(outcome[0]))
+                raise told from (call.error if told is not call.error else None)
             if not running:
                 return call.result
             if stop_requested():
@@ -132,21 +133,12 @@ class Call(Generic[T]):
         return self._thread is None or not self._thread.is_alive()
 
     @property
-    def outcome(self) -> tuple[str, tuple[Any, ...]]:
-        """In words that another process understands."""
+    def outcome(self) -> tuple[str, Exception | None]:
+        """What another process may learn: a kind, and what is to be raised there."""
         if self.error is None:
             return _DONE
         if isinstance(self.error, UserError):
-            told = self.error
-            return "user", (told.what, str(told.got), told.need, told.mend, told.advice)
+            return "user", self.error
         if isinstance(self.error, ServerLost):
-            return "lost", (str(self.error),)
-        return "defect", (f"{type(self.error).__name__}: {self.error}",)
-
-
-def _exception(outcome: tuple[str, tuple[Any, ...]]) -> Exception:
-    kind, words = outcome
-    if kind == "user":
-        what, got, need, mend, advice = words
-        return UserError(what, got=got, need=need, mend=mend, advice=advice)
-    return ServerLost(*words) if kind == "lost" else RuntimeError(f"vLLM engine: {words[0]}")
+            return "lost", self.error
+        return "defect", RuntimeError(f"vLLM engine: {type(self.error).__name__}: {self.error}")
