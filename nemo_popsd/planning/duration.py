@@ -37,11 +37,14 @@ class StepSeconds:
     """Frozen passes."""
     training: Seconds
     """Forward, backward, reduction, update."""
+    overlap: bool = False
+    """Whether the rollouts of the next step are drawn meanwhile, elsewhere."""
 
     @property
     def total(self) -> float:
         """Of the step."""
-        return self.rollout.total + self.frozen.total + self.training.total
+        trained = self.frozen.total + self.training.total
+        return max(self.rollout.total, trained) if self.overlap else self.rollout.total + trained
 
 
 def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> StepSeconds:
@@ -65,6 +68,7 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
             _sent(case, moved.training),
             trained_seconds * stages_waited / case.microbatches / layout.virtual_pipeline,
         ),
+        overlap=case.config.rollout.overlap and bool(case.config.rollout.vllm.launcher),
     )
 
 

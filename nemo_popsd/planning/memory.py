@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.planning.compute import target_vectors
-from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages
+from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, whole
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
 
@@ -112,6 +112,16 @@ def cache_bytes(case: Case, stage: Stage) -> float:
     )
 
 
+def server_bytes(case: Case) -> float:
+    """Bytes that a vLLM server takes of a GPU that it shares with the training; 0 without one, or on its own GPUs."""
+    rollout = case.config.rollout
+    if rollout.engine != "vllm" or rollout.vllm.launcher:
+        return 0.0
+    if rollout.vllm.cache_bytes:
+        return whole(case.sizes) * case.element / rollout.vllm.tensor + rollout.vllm.cache_bytes
+    return rollout.vllm.memory_share * case.plan.hardware.memory_gib * 2**30
+
+
 def optimizer_bytes(case: Case, parameters: Parameters) -> float:
     """Bytes of Adam's moments in fp32, and of fp32 main weights where the model is bf16."""
     each = 12 if case.element == 2 else 8
@@ -176,12 +186,15 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
     rollout = case.config.rollout
     sampled = 24 if rollout.top_p == 1 or rollout.temperature == 0 or 0 < rollout.top_k < sizes.vocab else 56
     forward = working_set(case) * case.element
+    drawing = {
+        "KV cache": cache_bytes(case, stage),
+        "prefill": min(case.decoded_rows * case.limits.prompt, max(PREFILL_TOKENS, case.limits.prompt)) * forward,
+        "sampling": case.decoded_rows * sizes.vocab / layout.tensor * float(sampled) if stage.last else 0.0,
+    }
+    if rollout.engine == "vllm":
+        drawing = {"vLLM": server_bytes(case)}
     phases = {
-        "rollout": {
-            "KV cache": cache_bytes(case, stage),
-            "prefill": min(case.decoded_rows * case.limits.prompt, max(PREFILL_TOKENS, case.limits.prompt)) * forward,
-            "sampling": case.decoded_rows * sizes.vocab / layout.tensor * float(sampled) if stage.last else 0.0,
-        },
+        "rollout": drawing,
         "frozen": {
             "frozen copy brought in": float(copy - kept_matrix) if offloaded else 0.0,
             "frozen forward": case.frozen_tokens / layout.context * forward,
@@ -193,5 +206,8 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
             "loss": loss_bytes(case) if stage.last else 0.0,
         },
     }
+    if rollout.engine == "vllm" and (rollout.overlap or not rollout.vllm.sleep):
+        for phase in ("frozen", "training"):
+            phases[phase]["vLLM"] = server_bytes(case)
     copied = float(copy - kept_matrix) if offloaded else 0.0
     return Memory(standing, phases, copied, copied + (states if cached else 0.0))

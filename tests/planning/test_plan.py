@@ -13,7 +13,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning import compute, memory, traffic
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout, misfits
-from nemo_popsd.planning.parameters import count, stages
+from nemo_popsd.planning.parameters import count, stages, whole
 from nemo_popsd.planning.plan import estimate, fastest, nearest, problems
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_sizes
@@ -167,6 +167,43 @@ def test_several_updates_and_states_on_the_host() -> None:
     assert states == away.memory.host > 0
     assert one.memory.peak("training") - away.memory.peak("training") == pytest.approx(states)
     assert away.traffic.from_host == 0
+
+
+def test_a_server_takes_its_share_of_the_gpu_for_as_long_as_it_is_awake() -> None:
+    server = ["rollout.engine=vllm", "rollout.vllm.python=python", "rollout.vllm.memory_share=0.3"]
+    sleeps, awake, ahead, elsewhere = (
+        estimate(case("Qwen3-8B", *server, *words))
+        for words in (
+            [],
+            ["rollout.vllm.sleep=false"],
+            ["rollout.overlap=true"],
+            ["rollout.overlap=true", "rollout.vllm.launcher=[srun]"],
+        )
+    )
+    own = estimate(case("Qwen3-8B"))
+    share = 0.3 * own.case.plan.hardware.memory_gib * 2**30
+    standing = sum(own.memory.standing.values())
+    assert sleeps.memory.peak("rollout") == pytest.approx(standing + share)
+    assert elsewhere.memory.peak("rollout") == standing
+    for phase in ("frozen", "training"):
+        assert sleeps.memory.peak(phase) == elsewhere.memory.peak(phase) == own.memory.peak(phase)
+        assert awake.memory.peak(phase) == ahead.memory.peak(phase) == pytest.approx(own.memory.peak(phase) + share)
+    for made in (sleeps, ahead):  # on shared GPUs the two compete
+        assert made.seconds.total == pytest.approx(own.seconds.total)
+    assert elsewhere.seconds.total == max(
+        own.seconds.rollout.total, own.seconds.frozen.total + own.seconds.training.total
+    )
+
+
+def test_an_exact_cache_counts_beside_the_weights() -> None:
+    words = [
+        "rollout.engine=vllm",
+        "rollout.vllm.python=python",
+        "rollout.vllm.cache_bytes=1000000",
+        "rollout.vllm.tensor=2",
+    ]
+    made = estimate(case("Qwen3-8B", *words, tensor=2))
+    assert made.memory.phases["rollout"]["vLLM"] == whole(made.case.sizes) * 2 / 2 + 1_000_000
 
 
 def test_pipeline_stages_keep_several_micro_batches_and_wait() -> None:
