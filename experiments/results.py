@@ -124,7 +124,7 @@ def signal_table(done: dict[Arm, list[Run]]) -> str:
         ("cos(Δ_total, Δ_ref)", "cos_total_ref", every),
         ("cos(Δ_total, Δ_it)", "cos_total_it", every),
     ]
-    header = ["arm", *(title for title, _, _ in columns), "s a step"]
+    header = ["arm", *(title for title, _, _ in columns), "s a step, two runs at a time"]
     lines = [header, ["---"] * len(header)]
     for arm, runs in done.items():
         logged = [training(run) for run in runs]
@@ -168,16 +168,17 @@ def plot_training(done: dict[Arm, list[Run]], file: Path) -> None:
         "marker_rate": "markers per 1,000 rollout tokens",
         "response_tokens": "tokens per rollout",
     }
-    figure, axes = pyplot.subplots(1, len(names), figsize=(15, 4))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(17, 4))
     for arm, runs in done.items():
         logged = [training(run) for run in runs]
         for axis, name in zip(axes, names, strict=True):
             curve = [statistics.fmean(values) for values in zip(*(found[name] for found in logged), strict=True)]
-            axis.plot(range(1, len(curve) + 1), curve, label=arm.title, linewidth=1.2)
+            style = "--" if arm.name.startswith("purified") else "-"
+            axis.plot(range(1, len(curve) + 1), curve, style, label=arm.title, linewidth=1.2)
     for axis, title in zip(axes, names.values(), strict=True):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
-    axes[-1].legend(fontsize=6)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(file)
     pyplot.close(figure)
