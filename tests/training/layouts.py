@@ -73,7 +73,9 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     if variant.shares is not None:
         mine = list(variant.shares[group.rank()])
         module.share_out = lambda trajectories, *_: [list(trajectories)]  # type: ignore[attr-defined]
-    step = run.on_policy_step(ScriptedEngine([response(number, LENGTHS[number]) for number in mine]))
+    run.steps = 1  # the first one checks itself
+    engine = ScriptedEngine([response(number, LENGTHS[number]) for number in mine], lambda: run.steps)
+    step = run.on_policy_step(engine)
     gradients: dict[str, Tensor] = {}
 
     def update() -> None:

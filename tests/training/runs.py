@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,15 +111,16 @@ def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) 
 class ScriptedEngine:
     """Gives responses that were written before; notes what it was asked."""
 
-    def __init__(self, responses: Sequence[Sequence[int]]) -> None:
+    def __init__(self, responses: Sequence[Sequence[int]], weights_version: Callable[[], int] = lambda: 0) -> None:
         self._responses = responses
+        self._weights_version = weights_version
         self.requests: list[Request] = []
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
         self.requests += requests
         assert len(requests) == len(self._responses)
         return [
-            Rollout(list(response), [0.0] * len(response), cut=response[-1] not in STOPS, weights_version=0)
+            Rollout(list(response), [0.0] * len(response), response[-1] not in STOPS, self._weights_version())
             for response in self._responses
         ]
 

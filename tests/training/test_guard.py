@@ -18,8 +18,10 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     from tests.training.runs import ScriptedEngine, response, row, settings, start
 
     run = start(model, settings())
-    numbers = [2 * rank, 2 * rank + 1]
-    step = run.on_policy_step(ScriptedEngine([response(number, 4 + number) for number in numbers]))
+    numbers, begins_with = [2 * rank, 2 * rank + 1], [0]
+    step = run.on_policy_step(
+        ScriptedEngine([response(number, 4 + number) for number in numbers], lambda: begins_with[0])
+    )
     rows = [row(number) for number in numbers]
     seen: dict[str, Any] = {"before": fingerprint(run.student.gpt)}
     healthy = module.FrozenBranches.target_states
@@ -33,6 +35,7 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
         return states
 
     def attempt(number: int) -> str:
+        begins_with[0] = number - 1
         try:
             step(number, rows, run.optimizer, run.update)
         except NonFiniteError as error:

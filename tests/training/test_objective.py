@@ -47,7 +47,7 @@ def whole_step(rank: int, world_size: int, models: dict[str, Path], scratch: Pat
     results: dict[str, Any] = {}
     for mean in ("sequence", "token"):
         config.distillation.loss_mean = mean
-        step = run.on_policy_step(ScriptedEngine([response(number, LENGTHS[number]) for number in mine]))
+        step = run.on_policy_step(ScriptedEngine([response(number, LENGTHS[number]) for number in mine], lambda: 1))
         gradients: dict[str, torch.Tensor] = {}
         update = lambda gradients=gradients: gradients.update(named_gradients(run, scratch / "gradients"))  # noqa: E731
         metrics = step(2, [row(number) for number in mine], run.optimizer, update)

@@ -182,7 +182,8 @@ def ask_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, int, i
     from tests.training.runs import ScriptedEngine, response, row, settings, start
 
     run = start(model, settings())
-    engine = ScriptedEngine([response(0, 3), response(1, 5)])
+    run.steps = 1
+    engine = ScriptedEngine([response(0, 3), response(1, 5)], lambda: run.steps)
     step = run.on_policy_step(engine)
     asked = []
     for number, order in ((2, (0, 1)), (3, (1, 0))):
