@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,3 +156,19 @@ def test_guesses_of_a_target_that_is_the_base_are_the_bases(base: tuple[Any, Any
     assert found["target"] == pytest.approx(found["question"], rel=1e-4)
     assert 0.3 < found["question"] < 1
     assert found["question+reference"] != found["reference"]
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_step_is_measured_by_its_parts() -> None:
+    words = ["training.prompts_per_step=4", "rollout.max_response_tokens=16", "--steps", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.cost", str(CONF), *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in done.stdout.splitlines() if "|" in line
+    }
+    opsd, purified = ([float(cell.strip(" |")) for cell in parts[name]] for name in ("OPSD", "Purified"))
+    assert opsd[0] == purified[0], "the same rollouts"
+    assert purified[1] > opsd[1] > 0, "three frozen contexts against one"
+    assert re.search(r"Purified takes \+\d+\.\d % of OPSD's step", done.stdout)
