@@ -130,6 +130,7 @@ def base() -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "place"), [("base", 0), ("privileged", 1), ("reference", 2)])
 def test_following_a_sharp_target_is_greedy_decoding_from_its_context(
     base: tuple[Any, Any], family: str, place: int
@@ -143,6 +144,7 @@ def test_following_a_sharp_target_is_greedy_decoding_from_its_context(
     assert followed == greedy
 
 
+@pytest.mark.slow
 def test_a_borrowed_reference_is_the_next_problems(base: tuple[Any, Any]) -> None:
     chosen = tuning_problems()[:4]
     followed = follow(*base, chosen, LogLinearTarget(privileged=1e5), CONTEXTS, borrow=True)
