@@ -1,7 +1,7 @@
 """What there is to learn from each target: `python -m experiments.ceiling`, on the tuning rows; nothing is trained.
 
-1. Answers are drawn token by token from the target P itself; all its contexts see what was drawn so far. A student can
-   at best become its target: where P is right no more often than the base, no training towards P can help.
+1. Answers are drawn token by token from the target P itself; all its contexts see what was drawn so far. They tell
+   what the student is drawn towards, though not how it fares on the way.
 2. Worked solutions, in which values are guessed before they are checked: how likely each context finds the right digits
    of a guess. Purification keeps what question and reference together say beyond the reference alone.
 """

@@ -194,7 +194,8 @@ def main() -> None:
     plot_training(done, HERE / "plots" / "training.svg")
     parts = [
         "# Results of `python -m experiments.results`",
-        f"{datetime.date.today():%d %B %Y}; {len(runs)} runs on {machine()}. ± are 95 % intervals over seeds.",
+        f"{datetime.date.today():%d %B %Y}; {len(runs)} runs, two at a time with one thread each, on {machine()}. "
+        "± are 95 % intervals over seeds.",
         f"Learning rates, chosen on the tuning rows: `{CHOSEN.name}`.",
         table(done),
         "![changes](plots/changes.svg)",

@@ -112,8 +112,13 @@ def lend_first_evaluation(run: Run, finished: Sequence[Run]) -> None:
         return
     lender = next((other for other in finished if (other.seed, other.rows) == (run.seed, run.rows)), None)
     if lender is not None:
-        shutil.copytree(lender.output / "validation" / "step-000000", mine)
+        # Under its name last: cut off before that, the run draws its own.
+        unnamed = run.output / "lent.partial"
+        shutil.rmtree(unnamed, ignore_errors=True)
+        shutil.copytree(lender.output / "validation" / "step-000000", unnamed)
         save_resolved(load_config(str(CONF), run.overrides), run.output / "config.yaml")
+        mine.parent.mkdir(exist_ok=True)
+        unnamed.rename(mine)
 
 
 def _carry_out(run: Run, runs: Sequence[Run]) -> int:

@@ -31,14 +31,15 @@ class RolloutConfig:
     tokens_per_step: int = 0
     """Response tokens after which a step leaves its rows: those that have not ended go on in the next step, by then
     with newer weights. Each data-parallel replica has an equal share. Finished in any case are the first row of each
-    replica, rows that would otherwise become older than `max_age`, and in the last step all. Which rows are left
+    replica, rows that would otherwise become older than `max_age` or wait a second time without having been begun, and
+    in the last step all. Which rows are left
     depends on layout and `batch_rows`. 0: every row ends in its own step. Needs `save`, which keeps what was begun."""
     overlap: bool = False
     """Draw the responses of the next step while this one is trained on, by the weights that this one begins with: from
     step 2 on they are one step old. Needs the engine `vllm`, which draws in other processes."""
     max_age: int = 1
     """With `overlap` or `tokens_per_step`: how many steps the weights that drew any token may be behind those that are
-    trained on it. Older responses are drawn anew."""
+    trained on it. Stored responses that are older are drawn anew."""
     save: bool = True
     """Write the rollouts of a step to `<output>/rollouts` before they are trained on; see `popsd rollouts show`. A
     step that is taken up again after a kill takes them from there."""

@@ -29,7 +29,7 @@ def summarize_step(
     computed: TokenCount,
     updates: int = 1,
 ) -> StepMetrics:
-    """Means over the global batch. One all-reduce of nineteen numbers over the world, and one of one number.
+    """Means over the global batch. One all-reduce of eighteen numbers over the world, and one of one number.
 
     Every token must be reported by one rank of those that share it, and every trajectory by one of those that share
     its model; the others hand in nothing of it (see `Student.reports` and `Student.counts`).
