@@ -32,8 +32,8 @@ class RolloutConfig:
     """Response tokens after which a step leaves its rows: those that have not ended go on in the next step, by then
     with newer weights. Each data-parallel replica has an equal share. Finished in any case are the first row of each
     replica, rows that would otherwise become older than `max_age` or wait a second time without having been begun, and
-    in the last step all. Which rows are left
-    depends on layout and `batch_rows`. 0: every row ends in its own step. Needs `save`, which keeps what was begun."""
+    in the last step all. Which rows are left depends on layout and `batch_rows`. 0: every row ends in its own step.
+    Needs `save`, which keeps what was begun."""
     overlap: bool = False
     """Draw the responses of the next step while this one is trained on, by the weights that this one begins with: from
     step 2 on they are one step old. Needs the engine `vllm`, which draws in other processes."""

@@ -26,7 +26,7 @@ from nemo_popsd.rollout.engine import (
 )
 from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
 from nemo_popsd.runtime.agreement import do_together
-from nemo_popsd.runtime.distributed import on_any_rank
+from nemo_popsd.runtime.distributed import greatest_of_all_ranks, on_any_rank
 from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.training.trajectory import Trajectory
 
@@ -115,7 +115,7 @@ class StepRollouts:
         if left:
             logger.info("step %d leaves %d of this replica's %d rows to the next one", number, left, len(rows))
         ended = [(row, rollout) for row, rollout in zip(rows, rollouts, strict=True) if not rollout.unfinished]
-        oldest = max((rollout.age(number - 1) for _, rollout in ended), default=0)
+        oldest = int(greatest_of_all_ranks(max((rollout.age(number - 1) for _, rollout in ended), default=0)))
         if oldest > self._settings.age_bound:
             raise RuntimeError(f"step {number} has rollouts by weights that are {oldest} steps old")
         return [Trajectory(row, rollout) for row, rollout in ended]
