@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
-import random
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -263,16 +265,20 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert max(grown) < 0.25 * whole, [round(growth / whole, 3) for growth in grown]
 
 
-def _convert_until_killed(rank: int, world_size: int, source: Path, nemo: Path, folder: Path, number: int) -> None:
-    """One conversion after the other, in both directions; from the second on, a kill is on its way."""
-    generator, took = random.Random(number), 0.0
-    for count in range(100):
-        start = time.perf_counter()
-        if count:
-            threading.Timer(generator.uniform(0, 2 * took), os.kill, (os.getpid(), signal.SIGKILL)).start()
-        to_huggingface(open_source(str(nemo)), folder / f"hf-{number}-{count}", "fp32", shard_bytes=20_000)
-        huggingface_to_nemo(HuggingFaceModel(source), folder / f"nemo-{number}-{count}", "fp32")
-        took = (time.perf_counter() - start) / 2
+def _convert_until_killed(rank: int, world_size: int, source: Path, nemo: Path, folder: Path, share: float) -> None:
+    """Two conversions in both directions; the second dies at one of the moments at which it touches its files."""
+    touched, last = itertools.count(1), math.inf
+
+    def killer(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename") and ".partial" in str(arguments[0]) and next(touched) >= last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(killer)
+    for moment in ("whole", "killed"):
+        to_huggingface(open_source(str(nemo)), folder / f"hf-{share}-{moment}", "fp32", shard_bytes=20_000)
+        huggingface_to_nemo(HuggingFaceModel(source), folder / f"nemo-{share}-{moment}", "fp32")
+        touches = next(touched) - 1
+        last = touches + 1 + round(share * touches)
 
 
 @pytest.mark.slow
@@ -281,10 +287,11 @@ def test_kill_9_while_converting_leaves_what_is_complete_or_nothing(places, sour
     kills = 8
     for number in range(kills):
         with pytest.raises(AssertionError, match="exit code -9"):
-            run_ranks(_convert_until_killed, 1, source, nemo, tmp_path, number)
+            run_ranks(_convert_until_killed, 1, source, nemo, tmp_path, (number + 0.5) / kills)
     found = [path for path in tmp_path.iterdir() if not path.name.endswith(".partial")]
     assert len(found) >= 2 * kills
-    assert any(path.name.endswith(".partial") for path in tmp_path.iterdir()), "no kill hit the writing"
+    cut_off = {path.name.partition("-")[0] for path in tmp_path.iterdir() if path.name.endswith(".partial")}
+    assert cut_off == {"hf", "nemo"}, "no kill hit the writing"
     want = _tensors(source)
     for path in found:
         if path.name.startswith("hf"):
