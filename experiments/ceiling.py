@@ -12,16 +12,16 @@ import argparse
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from experiments.arms import ARMS
-from experiments.rows import FOLDER, USUAL, tuning_problems, write
+from experiments.rows import FOLDER, tuning_problems, write
 from experiments.run import CONF
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.data.contexts import Borrowed
@@ -29,7 +29,7 @@ from nemo_popsd.distillation.build import build_target
 from nemo_popsd.distillation.definition import target_from_logits
 from nemo_popsd.distillation.target import Target
 from nemo_popsd.testbed.contexts import count_markers, right
-from nemo_popsd.testbed.problems import Difficulty, Problem, ReferenceStyle, response, thoughtful_thoughts
+from nemo_popsd.testbed.problems import Difficulty, Problem, response, thoughtful_thoughts
 from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
 
 MODEL = Path(__file__).with_name("model")
@@ -150,7 +150,6 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="directory of the base")
-    parser.add_argument("--reference", choices=get_args(ReferenceStyle), default=USUAL.reference, help="of the base")
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="some of the arms")
     options = parser.parse_args()
     if not FOLDER.is_dir():
@@ -158,7 +157,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    problems = [replace(problem, style=options.reference) for problem in tuning_problems()]
+    problems = tuning_problems()
     print("| target | right, % | markers per answer | tokens per answer |\n|---|---|---|---|", flush=True)
     seen: set[tuple[Target, bool]] = set()
     for arm in (arm for arm in ARMS if arm.name in options.arms):

@@ -18,7 +18,7 @@ from pathlib import Path
 from nemo_popsd.testbed.problems import FAMILIES, Difficulty, Problem, Split, problems
 
 FOLDER = Path(__file__).parent / "data"
-USUAL = Difficulty(families=FAMILIES)
+USUAL = Difficulty(families=FAMILIES, reference="versions")
 """As in pre-training."""
 HARD = replace(USUAL, shortest=6, longest=7)
 """Beyond pre-training."""

@@ -2,9 +2,9 @@
 
     python -m nemo_popsd.testbed.pretrain --output DIR
 
-It begins with drills of single operations; then the mixture holds all three contexts. From the question alone the model
-learns to think: to hesitate, check and correct itself. With a reference in the context it learns to state the values,
-so a reference makes it right and short.
+It begins with drills of single operations, and of finding values on a sheet if references are sheets; then the mixture
+holds all three contexts. From the question alone the model learns to think: to hesitate, check and correct itself. With
+a reference in the context it learns to state the values, so a reference makes it right and short.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from nemo_popsd.testbed.data import DATA_SEED
 from nemo_popsd.testbed.problems import (
     DIFFICULTY,
     FAMILIES,
+    NAMES,
     Difficulty,
     Problem,
     ReferenceStyle,
+    draw_problem,
     drill,
     problems,
     records,
@@ -69,7 +71,7 @@ class Recipe:
     no_thinking: float = 0.04
     """Share of sequences from any context with thinking switched off."""
     drill_steps: int = 200
-    """Steps at the beginning that see drills alone: the digits before the problems."""
+    """Steps at the beginning that see drills alone: sheets, if there are any, then the digits, before the problems."""
     drill_share: float = 0.05
     """Share of drills afterwards."""
     difficulty: Difficulty = field(default_factory=lambda: DIFFICULTY)
@@ -111,6 +113,22 @@ def draw_example(problem: Problem, rng: random.Random, recipe: Recipe) -> tuple[
     return context, response(thoughts, problem.answer, thinking=thinking), thinking
 
 
+def draw_drill(rng: random.Random, difficulty: Difficulty, sheets: float) -> tuple[str, str, bool]:
+    """Draw user turn, assistant text and whether thinking is on: a sheet without a task, or single operations.
+
+    Args:
+        rng: what draws.
+        difficulty: of the operations, and whether there are sheets: references of the style `versions`.
+        sheets: their share. A small model that meets version and sheet among problems alone does not connect them: the
+            sheet by itself explains most of a solution. So these are as long as there are names.
+    """
+    if difficulty.reference == "versions" and rng.random() < sheets:
+        problem = draw_problem(rng, replace(difficulty, shortest=len(NAMES) - 1, longest=len(NAMES) - 1))
+        user = user_turn("question+reference", problem.which, problem.reference)
+        return user, response(terse_thoughts(problem), problem.answer), True
+    return "Practise.", drill(rng, difficulty), False
+
+
 def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of `(ids, labels)`, both `[B, T]`; labels are set on the assistant's tokens alone.
 
@@ -124,7 +142,8 @@ def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tupl
         for problem, rng in (next(source) for _ in range(_POOL * recipe.batch)):
             drawn += 1
             if drawn <= recipe.drill_steps * recipe.batch or rng.random() < recipe.drill_share:
-                user, text, thinking = "Practise.", drill(rng, recipe.difficulty), False
+                sheets = 1.0 if drawn <= recipe.drill_steps * recipe.batch * 2 / 3 else 0.5
+                user, text, thinking = draw_drill(rng, recipe.difficulty, sheets)
             else:
                 context, text, thinking = draw_example(problem, rng, recipe)
                 user = user_turn(context, problem.question, problem.reference)
@@ -252,14 +271,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--reference", choices=get_args(ReferenceStyle), default=recipe.difficulty.reference, help="style of references"
     )
     parser.add_argument(
-        "--hesitate", type=float, default=recipe.difficulty.hesitate, help="share of steps that begin with a doubt"
-    )
-    parser.add_argument("--largest", type=int, default=recipe.difficulty.largest, help="largest constant of a sum")
-    parser.add_argument(
         "--question-reference-share", type=float, default=recipe.question_reference_share, help="of the mixture"
     )
+    parser.add_argument("--drill-share", type=float, default=recipe.drill_share, help="of the mixture")
+    parser.add_argument("--reference-share", type=float, default=recipe.reference_share, help="of the mixture")
     parser.add_argument(
         "--thoughtful-with-reference", type=float, default=recipe.thoughtful_with_reference, help="of those"
+    )
+    parser.add_argument(
+        "--drill-steps", type=int, default=recipe.drill_steps, help="steps at the beginning that see drills alone"
     )
     parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
     parser.add_argument("--quick-every", type=int, default=0, help="steps between quick evaluations; 0: none")
@@ -275,13 +295,14 @@ def main(arguments: list[str] | None = None) -> None:
         learning_rate=options.learning_rate,
         matrix_rate=options.matrix_rate,
         question_reference_share=options.question_reference_share,
+        reference_share=options.reference_share,
+        drill_share=options.drill_share,
         thoughtful_with_reference=options.thoughtful_with_reference,
+        drill_steps=options.drill_steps,
         difficulty=replace(
             recipe.difficulty,
             families=tuple(options.families),
             reference=options.reference,
-            hesitate=options.hesitate,
-            largest=options.largest,
         ),
     )
     if options.measure_only:

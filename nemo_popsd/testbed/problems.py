@@ -17,13 +17,14 @@ values alone. The **reference** is of another style: it names no variable and fo
     - 4 gives 7, * 3 gives 11, + 5 gives 12. Answer 12.
 
 It says which values occur, the question which variable has which: together they say more than either alone, without any
-arithmetic. A reference of the style `values` leaves out the operations, so that without the question nobody can tell
-which value comes when, whatever has been written so far::
+arithmetic. A small model hardly learns to put these together. A reference of the style `versions` asks less of it: a
+sheet for two versions of the problem, with a near miss beside each value; the question says which version it is::
 
-    Values 7, 11, 12. Answer 12.
+    Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d. Version: red.
+    b blue 21, b red 11, c blue 7, c red 7, d blue 12, d red 15. Answer 12.
 
 Everything is a pure function of (seed, split, index) and never uses `hash()`: any process draws the same problems. A
-question belongs to one split for good, by a digest of its text, so the splits cannot overlap.
+task belongs to one split for good, by a digest of its text, so the splits cannot overlap.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ FAMILIES: tuple[Family, ...] = ("chain", "ring", "sequence", "stock")
 """All families of problems."""
 
 Split = Literal["pretraining", "train", "validation"]
-ReferenceStyle = Literal["operations", "values"]
+ReferenceStyle = Literal["operations", "versions"]
 """What a reference says of the steps, besides the answer."""
 _BUCKETS: dict[Split, range] = {"validation": range(8), "train": range(8, 32), "pretraining": range(32, 256)}
+_VERSIONS = ("blue", "red")
 _HESITATIONS = ("Maybe", "Perhaps")
 _MOVES = {"+": "on", "-": "back"}
 _RULE = {"+": "plus {}", "-": "minus {}", "*": "times {}"}
@@ -106,12 +108,24 @@ class Problem:
     start: int
     steps: tuple[Step, ...]
     family: Family = "chain"
-    style: ReferenceStyle = "operations"
-    """Of the reference."""
+    version: str = ""
+    """Which of the two versions of a reference of the style `versions` is right; empty for the other style."""
+    misses: tuple[int, ...] = ()
+    """The values of the other version."""
 
     @property
     def question(self) -> str:
-        """The problem statement."""
+        """The problem statement, and the version if there is one."""
+        return f"{self.task} {self.which}" if self.version else self.task
+
+    @property
+    def which(self) -> str:
+        """The sentence that says which version it is."""
+        return f"Version: {self.version}."
+
+    @property
+    def task(self) -> str:
+        """The problem statement without the version."""
         if self.family == "chain":
             chain = "".join(f", {s.name} = {s.left} {s.op} {s.y}" for s in self.steps)
             return f"Let a = {self.start}{chain}, all modulo {MODULUS}. Find {self.steps[-1].name}."
@@ -135,13 +149,18 @@ class Problem:
 
     @property
     def reference(self) -> str:
-        """What each operation of the chain gives, or the values alone, in ascending order, and the answer.
+        """What each operation of the chain gives, in ascending order, or the values of two versions; and the answer.
 
-        Only the question tells which variable an operation belongs to.
+        Only the question tells which variable an operation belongs to, or which version is right.
         """
-        if self.style == "values":
-            values = ", ".join(str(value) for value in sorted(s.value for s in self.steps))
-            return f"Values {values}. Answer {self.answer}."
+        if self.version:
+            pairs = zip(self.steps, self.misses, strict=True)
+            values = ", ".join(
+                f"{s.name} {version} {s.value if version == self.version else miss}"
+                for s, miss in pairs
+                for version in _VERSIONS
+            )
+            return f"{values}. Answer {self.answer}."
         results = ", ".join(f"{s.op} {s.y} gives {s.value}" for s in sorted(self.steps, key=lambda s: (s.value, s.op)))
         return f"{results}. Answer {self.answer}."
 
@@ -172,7 +191,11 @@ def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Pro
         else:
             steps.append(_draw_step(rng, difficulty, i, value))
         value = steps[-1].value
-    return Problem(start=start, steps=tuple(steps), family=family, style=difficulty.reference)
+    problem = Problem(start=start, steps=tuple(steps), family=family)
+    if difficulty.reference == "versions":
+        misses = tuple(_mistake(step, rng) for step in steps)
+        problem = replace(problem, version=rng.choice(_VERSIONS), misses=misses)
+    return problem
 
 
 def _draw_step(rng: random.Random, difficulty: Difficulty, i: int, x: int) -> Step:
@@ -185,16 +208,16 @@ def _step(i: int, x: int, op: str, y: int) -> Step:
     return Step(name=NAMES[i + 1], op=op, left=NAMES[i], x=x, y=y)
 
 
-def split_of(question: str) -> Split:
-    """The one split that a question belongs to, by the first byte of the SHA-256 digest of its text."""
-    bucket = hashlib.sha256(question.encode()).digest()[0]
+def split_of(task: str) -> Split:
+    """The one split that a task belongs to, by the first byte of the SHA-256 digest of its text."""
+    bucket = hashlib.sha256(task.encode()).digest()[0]
     return next(split for split, buckets in _BUCKETS.items() if bucket in buckets)
 
 
 def problems(split: Split, seed: int, difficulty: Difficulty = DIFFICULTY) -> Iterator[tuple[Problem, random.Random]]:
     """Endless distinct problems of a split, each with a generator for its worked solution.
 
-    Distinct means that a question text is yielded once, so memory grows with what is drawn.
+    Distinct means that a task, whatever its version, is yielded once, so memory grows with what is drawn.
     """
     seen: set[bytes] = set()
     index = 0
@@ -202,9 +225,8 @@ def problems(split: Split, seed: int, difficulty: Difficulty = DIFFICULTY) -> It
         rng = random.Random(f"{seed}/{split}/{index}")
         index += 1
         problem = draw_problem(rng, difficulty)
-        question = problem.question
-        digest = hashlib.sha256(question.encode()).digest()[:8]
-        if split_of(question) == split and digest not in seen:
+        digest = hashlib.sha256(problem.task.encode()).digest()[:8]
+        if split_of(problem.task) == split and digest not in seen:
             seen.add(digest)
             yield problem, rng
 

@@ -26,17 +26,22 @@ from nemo_popsd.testbed.problems import FAMILIES, split_of
 from nemo_popsd.testbed.templates import CONTEXTS, user_turn
 
 
-def test_files_share_no_question_and_hold_all_families_alike(tmp_path: Path) -> None:
+def _task(row: dict[str, str]) -> str:
+    """The question without its version: what pre-training and the files must not share."""
+    return row["question"].partition(" Version: ")[0]
+
+
+def test_files_share_no_task_and_hold_all_families_alike(tmp_path: Path) -> None:
     write(tmp_path)
     files = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")
     }
     assert {name: len(found) for name, found in files.items()} == {"train": 1600, "tuning": 256, "held_out": 512}
-    questions = [row["question"] for found in files.values() for row in found]
-    assert len(set(questions)) == len(questions)
-    assert len({row["id"] for found in files.values() for row in found}) == len(questions)
+    tasks = [_task(row) for found in files.values() for row in found]
+    assert len(set(tasks)) == len(tasks)
+    assert len({row["id"] for found in files.values() for row in found}) == len(tasks)
     for name, found in files.items():
-        assert {split_of(row["question"]) for row in found} == {"validation" if name == "held_out" else "train"}
+        assert {split_of(_task(row)) for row in found} == {"validation" if name == "held_out" else "train"}
         of_family = [row["id"].split("/")[1] for row in found]
         assert {of_family.count(family) for family in FAMILIES} == {len(found) // len(FAMILIES)}
     assert [p.question for p in tuning_problems()] == [row["question"] for row in files["tuning"]]

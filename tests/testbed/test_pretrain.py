@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_popsd.testbed.contexts import count_markers, right
 from nemo_popsd.testbed.pretrain import Recipe, batches, evaluate, pretrain
+from nemo_popsd.testbed.problems import FAMILIES, Difficulty
 from nemo_popsd.testbed.tokenizer import build_tokenizer
 
 
@@ -60,6 +62,22 @@ def test_pretraining_begins_with_drills() -> None:
     texts = [text for _ in range(32) for text in tokenizer.batch_decode(next(stream)[0])]
     assert all("Practise." in text for text in texts[:64])
     assert not any("Practise." in text for text in texts[64:])
+
+
+def test_drills_with_versions_begin_with_sheets_without_a_task() -> None:
+    difficulty = Difficulty(families=FAMILIES, reference="versions")
+    tokenizer = build_tokenizer(difficulty)
+    stream = batches(tokenizer, replace(Recipe(), batch=4, drill_steps=48, drill_share=0.0, difficulty=difficulty))
+    texts = [text for _ in range(48) for text in tokenizer.batch_decode(next(stream)[0])]
+    sheets = [text for text in texts if "Practise." not in text]
+    assert all(text in sheets for text in texts[:64])  # what is sorted and shuffled at a time
+    assert 12 < len(sheets) - 128 < 52, "then one half"
+    for text in sheets:
+        user, _, assistant = text.partition("<|im_end|>")
+        [version] = re.findall(r"user\nVersion: (blue|red)\.\n", user)
+        found = re.findall(r"Then ([a-i]) = (\d+)", assistant)
+        assert found == re.findall(rf"([a-i]) {version} (\d+)", user)
+        assert len(found) == 8
 
 
 def test_answers_and_markers_are_read_from_the_text() -> None:

@@ -66,12 +66,21 @@ def test_answers_and_references_are_right(split: str) -> None:
         assert answer == problem.answer
 
 
-def test_values_alone_tell_neither_operation_nor_order() -> None:
-    found = [p for p, _ in islice(problems("train", 3, Difficulty(families=FAMILIES, reference="values")), 200)]
-    for problem in found:
-        values = sorted(step.value for step in problem.steps)
-        assert problem.reference == f"Values {', '.join(map(str, values))}. Answer {problem.answer}."
-    assert any([step.value for step in p.steps] != sorted(step.value for step in p.steps) for p in found)
+def test_the_question_says_which_version_of_the_reference_is_right() -> None:
+    difficulty = Difficulty(families=FAMILIES, reference="versions")
+    versions = []
+    for problem, _ in islice(problems("train", 3, difficulty), 200):
+        task, version = re.fullmatch(r"(.+) Version: (blue|red)\.", problem.question).groups()  # type: ignore[union-attr]
+        values, answer = re.fullmatch(r"(.+)\. Answer (\d+)\.", problem.reference).groups()  # type: ignore[union-attr]
+        listed = [part.split(" ") for part in values.split(", ")]
+        assert [(n, int(v)) for n, of, v in listed if of == version] == [(s.name, s.value) for s in problem.steps]
+        for (name, other, value), step in zip((p for p in listed if p[1] != version), problem.steps, strict=True):
+            assert (name, {other, version}) == (step.name, {"blue", "red"})
+            near = divmod(int(value), 10), divmod(step.value, 10)
+            assert sum(x == y for x, y in zip(*near, strict=True)) == 1, "one digit is right"
+        assert (task, answer) == (problem.task, problem.answer)
+        versions.append(version)
+    assert 60 < versions.count("blue") < 140
 
 
 def test_every_worked_line_is_right_or_corrected() -> None:
