@@ -21,7 +21,7 @@ arithmetic. A small model hardly learns to put these together. A reference of th
 sheet for two versions of the problem, with a near miss beside each value; the question says which version it is::
 
     Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d. Version: red.
-    b blue 21, b red 11, c blue 7, c red 7, d blue 12, d red 15. Answer 12.
+    b blue 21, b red 11, c blue 97, c red 7, d blue 15, d red 12. Answer 12.
 
 Everything is a pure function of (seed, split, index) and never uses `hash()`: any process draws the same problems. A
 task belongs to one split for good, by a digest of its text, so the splits cannot overlap.

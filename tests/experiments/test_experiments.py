@@ -162,7 +162,7 @@ def test_guesses_of_a_target_that_is_the_base_are_the_bases(base: tuple[Any, Any
     found = guesses(*base, tuning_problems()[:4], PurifiedTarget(beta=1e9))
     assert found["target"] == pytest.approx(found["question"], rel=1e-4)
     assert 0.3 < found["question"] < 1
-    assert found["question+reference"] != found["reference"]
+    assert found["question+reference"] > found["reference"] + 0.05, "what a gain of purification stands on"
 
 
 @pytest.mark.slow
