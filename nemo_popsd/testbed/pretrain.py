@@ -71,7 +71,8 @@ class Recipe:
     no_thinking: float = 0.04
     """Share of sequences from any context with thinking switched off."""
     drill_steps: int = 200
-    """Steps at the beginning that see drills alone: sheets, if there are any, then the digits, before the problems."""
+    """Steps at the beginning that see drills alone: the digits before the problems. If references are sheets, finding
+    values on them comes first: two thirds of these steps, and half of all later drills."""
     drill_share: float = 0.05
     """Share of drills afterwards."""
     difficulty: Difficulty = field(default_factory=lambda: DIFFICULTY)
