@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import TransientError, UserError
 
 
 def run_entry(name: str, *args: object, module: str = "entry", **options: object) -> int:
@@ -21,7 +21,7 @@ def run_entry(name: str, *args: object, module: str = "entry", **options: object
     set_up_console()
     try:
         return int(getattr(entry, name)(*args, **options) or 0)
-    except UserError:
+    except (UserError, TransientError):
         raise
     except Exception as error:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

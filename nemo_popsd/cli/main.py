@@ -1,4 +1,4 @@
-"""Entry point of `popsd`: parses the command line, runs a sub-command, and tells user errors in one line."""
+"""Entry point of `popsd`: parses the command line, runs a sub-command, and says in one line what went wrong."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 from nemo_popsd import __version__
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import TransientError, UserError
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 
 USER_ERROR = 2
-"""Exit status for what the user can mend."""
+"""Exit status for what the user must change."""
+TRANSIENT = 1
+"""Exit status for what another start may cure; Python's own for an exception that nobody caught."""
 
 _GRACE_SECONDS = 3.0
 """How long ranks other than 0 wait for rank 0 to tell the error (and torchrun to end them) before they tell it."""
@@ -48,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `popsd`; returns the exit status. Exceptions other than `UserError` keep their traceback."""
+    """Run `popsd`; returns the exit status. Exceptions other than those of `nemo_popsd.errors` escape."""
     args = parse(argv)
     # OpenMP's threads spin while they wait; on a shared CPU that made a small model's decoding twenty times slower.
     # Read when torch is first imported, which no module does before a sub-command runs.
@@ -58,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _tell(error)
         return USER_ERROR
+    except TransientError as error:
+        _tell(error)
+        return TRANSIENT
 
 
-def _tell(error: UserError) -> None:
+def _tell(error: UserError | TransientError) -> None:
     """Print `error` once for the ranks that met it alike.
 
     Rank 0 speaks at once and ends, whereupon torchrun ends the others; one that is still there after the grace met

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_popsd.cli import main as cli
 from nemo_popsd.config.loading import load_config
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import TransientError, UserError
 from nemo_popsd.observability import console
 from tests.evaluation.scores import score
 from tests.evaluation.server import Server
@@ -238,6 +238,17 @@ def test_other_ranks_give_rank_0_time_and_are_not_silent(
     assert cli.main(["config", "none.yaml"]) == 2
     assert slept == [cli._GRACE_SECONDS]
     assert capsys.readouterr().err.endswith("(rank 1)\n")
+
+
+def test_what_another_start_may_cure_is_one_line_and_status_1(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: object) -> None:
+        raise TransientError("rank 3", got="it ended", cure="start again", advice=["its log:"])
+
+    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
+    assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "popsd: error: rank 3: it ended; start again\nits log:\n"
 
 
 def test_defects_keep_their_traceback(calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
