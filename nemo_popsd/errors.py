@@ -106,10 +106,29 @@ def system_error(what: str, error: OSError, *, need: str, mend: str, where: str 
         where: added to what the system said, e.g. the rank.
     """
     got = (in_words(error) + f" {where}").rstrip()
+    if may_pass(error):
+        return TransientError(what, got=got, cure=START_AGAIN)
+    return UserError(what, got=got, need=need, mend=mend)
+
+
+def unless_it_may_pass(error: UserError) -> UserError | TransientError:
+    """`error`, or a `TransientError` in its place if it was made of a fault of the system that may pass.
+
+    Whoever reads a file calls it damaged when it cannot be read, whatever the reason; the reason is the context of the
+    exception, and stands here in one place for all of them.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        behind = behind.__cause__ or behind.__context__
+        if behind is not None and may_pass(behind):
+            return TransientError(error.what, got=error.got, cure=f"{START_AGAIN}; if it stays, {error.mend}")
+    return error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it is a fault of the system that nobody needs to change anything for."""
     number = _status(error)
-    if number is None or number in _FOR_THE_USER:
-        return UserError(what, got=got, need=need, mend=mend)
-    return TransientError(what, got=got, cure=START_AGAIN)
+    return number is not None and number not in _FOR_THE_USER
 
 
 def in_words(error: BaseException) -> str:
@@ -119,9 +138,9 @@ def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _status(error: OSError) -> int | None:
+def _status(error: BaseException) -> int | None:
     """The system's number for an error; libraries in Rust tell it in words alone."""
-    if error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = _STATUS_IN_WORDS.search(str(error))
     if found:

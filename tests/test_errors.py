@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from nemo_popsd.errors import TransientError, UserError, system_error
+from nemo_popsd.errors import START_AGAIN, TransientError, UserError, system_error, unless_it_may_pass
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,26 @@ def test_what_the_system_says_is_for_the_user_or_may_pass(error: OSError, kind: 
     assert words in str(told)
     assert "(rank 1)" in str(told)
     assert ("free some" in str(told)) == (kind is UserError)
+
+
+def fail_to_read(error: Exception) -> UserError:
+    """As readers do, which call a file damaged whatever the reason."""
+    try:
+        try:
+            raise error
+        except Exception:
+            raise UserError("checkpoint c", got="a file that cannot be read", need="one", mend="copy it") from None
+    except UserError as raised:
+        return raised
+
+
+def test_a_file_that_cannot_be_read_for_the_moment_is_not_damaged() -> None:
+    stale = unless_it_may_pass(fail_to_read(OSError(errno.ESTALE, "Stale file handle")))
+    assert type(stale) is TransientError
+    assert str(stale) == f"checkpoint c: a file that cannot be read; {START_AGAIN}; if it stays, copy it"
+    for error in (ValueError("no JSON"), FileNotFoundError(errno.ENOENT, "No such file"), OSError("no number")):
+        raised = fail_to_read(error)
+        assert unless_it_may_pass(raised) is raised
 
 
 def test_other_processes_get_them_whole() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from nemo_popsd import __version__
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
-from nemo_popsd.errors import TransientError, UserError
+from nemo_popsd.errors import TransientError, UserError, unless_it_may_pass
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 
@@ -57,12 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return int(args.run(args) or 0)
-    except UserError as error:
-        _tell(error)
-        return USER_ERROR
-    except TransientError as error:
-        _tell(error)
-        return TRANSIENT
+    except (UserError, TransientError) as error:
+        told = unless_it_may_pass(error) if isinstance(error, UserError) else error
+        _tell(told)
+        return USER_ERROR if isinstance(told, UserError) else TRANSIENT
 
 
 def _tell(error: UserError | TransientError) -> None:

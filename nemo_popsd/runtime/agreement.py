@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_popsd.errors import TransientError, UserError, in_words, system_error
+from nemo_popsd.errors import TransientError, UserError, in_words, system_error, unless_it_may_pass
 
 _KINDS = ("defect", "user", "transient")
 
@@ -50,7 +50,7 @@ def _kind(error: Exception, what: str, *, need: str, mend: str) -> tuple[str, An
     if isinstance(error, OSError):
         told: Exception = system_error(what, error, need=need, mend=mend, where=f"(rank {dist.get_rank()})")
     else:
-        told = error
+        told = unless_it_may_pass(error) if isinstance(error, UserError) else error
     if isinstance(told, UserError):
         return "user", told
     return ("transient", told) if isinstance(told, TransientError) else ("defect", in_words(error))
