@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from nemo_popsd import __version__
+from nemo_popsd import __version__, launcher
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
 from nemo_popsd.errors import TransientError, UserError, unless_it_may_pass
 
@@ -69,9 +72,19 @@ def _tell(error: UserError | TransientError) -> None:
     Rank 0 speaks at once and ends, whereupon torchrun ends the others; one that is still there after the grace met
     the error alone and must not be silent.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launcher.rank()
+    message = "popsd: error: " + " ".join(str(error).splitlines()) + (f" (rank {rank})" if rank else "")
+    moment = time.time()
     if rank != 0:
         time.sleep(_GRACE_SECONDS)
-    message = " ".join(str(error).splitlines())
-    lines = [f"popsd: error: {message}" + (f" (rank {rank})" if rank else ""), *error.advice]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    _leave_for_torchrun("\n".join([message, *error.advice]), moment)
+    print("\n".join([message, *error.advice]), file=sys.stderr, flush=True)
+
+
+def _leave_for_torchrun(message: str, moment: float) -> None:
+    """Puts `message` where torchrun looks for the reason of a failure; its report ends with the earliest one."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(moment))}}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")

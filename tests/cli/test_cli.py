@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setitem(sys.modules, "nemo_popsd.model.conversion", conversion)
     # It changes the logging of the whole process, which other tests read.
     monkeypatch.setattr(console, "set_up_console", lambda: None)
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     return made
 
@@ -214,7 +214,15 @@ def test_user_errors_are_one_line(
 def test_the_world_of_the_launcher_counts(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {
+        "RANK": 1,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 2,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     assert cli.main(["train", TINY, f"output={tmp_path}", "parallel.tensor=2"]) == 0
     assert cli.main(["train", TINY, f"output={tmp_path}", "training.prompts_per_step=31"]) == 2
     assert "training.prompts_per_step=30 or 32" in capsys.readouterr().err
