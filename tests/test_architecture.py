@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_popsd"
 
-# What a room may import of the others, `atomic`, `config`, `errors` and `launcher` aside. A room's own `config.py` is anybody's.
+# What a room may import of the others, `atomic`, `config`, `errors` and `launcher` aside. A room's own `config.py` is
+# anybody's.
 ALLOWED = {
     "distillation": set(),
     "data": {"testbed"},

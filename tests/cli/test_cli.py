@@ -287,5 +287,8 @@ def test_ranks_of_torchrun_tell_an_error_once_and_all_fail() -> None:
         env=environment,
     )
     assert done.returncode != 0
-    assert done.stderr.count("popsd: error: configuration none.yaml") == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("popsd: error: configuration none.yaml")]
+    assert len(lines) == 1, done.stderr
     assert "load_config" not in done.stderr
+    reported = done.stderr.partition("Root Cause")[2]
+    assert lines[0] in reported, "what torchrun itself says in the end"
