@@ -9,6 +9,7 @@ from typing import Any
 from nemo_popsd.cli.arguments import add_config_arguments
 from nemo_popsd.cli.launch import run_entry
 from nemo_popsd.launcher import read_launch
+from nemo_popsd.output_lock import OutputLock
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,4 +39,11 @@ def run(args: argparse.Namespace) -> int:
             if launch.rank == 0:
                 print(f"{config.output} is finished after {steps} steps; training.steps or overwrite=true do more")
             return 0
-    return run_entry("train", config)
+    if launch.rank != 0:
+        return run_entry("train", config)
+    # Rank 0 holds it for all; the others learn of it when they have met.
+    lock = OutputLock(config.output)
+    try:
+        return run_entry("train", config, lock=lock)
+    finally:
+        lock.release()
