@@ -1,7 +1,9 @@
-"""The one error that users see for what they can cause, and mend, themselves."""
+"""The errors that end a command with one line: what the user must change, and what starting again may cure."""
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -34,6 +36,116 @@ class UserError(ValueError):
         """For other processes, which learn `got` in words."""
         rebuild = partial(UserError, self.what, got=str(self.got), need=self.need, mend=self.mend, advice=self.advice)
         return rebuild, ()
+
+
+class TransientError(RuntimeError):
+    """A fault that no setting is to blame for and that starting again may cure: a process of the run died or hung, a
+    server died, a file system failed for a moment.
+
+    The command line prints it without a traceback and exits with status 1, which batch scripts answer with another
+    start, within their bound.
+
+    Args:
+        what: what was being done, e.g. ``"checkpoint runs/a/checkpoints/step-000050"``.
+        got: what happened.
+        cure: what to do about it.
+        advice: lines to print below the message, where one line cannot hold what helps.
+    """
+
+    def __init__(self, what: str, *, got: object, cure: str, advice: Sequence[str] = ()) -> None:
+        self.what = what
+        self.got = got
+        self.cure = cure
+        self.advice = tuple(advice)
+        super().__init__(f"{what}: {got}; {cure}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes, which learn `got` in words."""
+        return partial(TransientError, self.what, got=str(self.got), cure=self.cure, advice=self.advice), ()
+
+
+START_AGAIN = "start the same command again; a training run resumes from its newest checkpoint"
+"""The usual cure of a `TransientError`."""
+
+_FOR_THE_USER = frozenset(
+    (
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EEXIST,
+        errno.EFBIG,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EMFILE,
+        errno.EINVAL,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.ENOTEMPTY,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ETXTBSY,
+        errno.EXDEV,
+    )
+)
+_STATUS_IN_WORDS = re.compile(r"\(os error (\d+)\)")
+
+
+def system_error(what: str, error: OSError, *, need: str, mend: str, where: str = "") -> UserError | TransientError:
+    """What to raise where the operating system refused something.
+
+    No room, no permission, no such file and their like stay until the user changes something. Everything else (EIO,
+    ESTALE, ETIMEDOUT, a connection that broke, ...) may be gone at the next start.
+
+    Args:
+        what: what was being done or read.
+        error: what the system said. Without a number it counts as the user's: libraries raise such for bad files.
+        need: what would be accepted, if it is the user's.
+        mend: which setting or file to change, if it is the user's.
+        where: added to what the system said, e.g. the rank.
+    """
+    got = (in_words(error) + f" {where}").rstrip()
+    if may_pass(error):
+        return TransientError(what, got=got, cure=START_AGAIN)
+    return UserError(what, got=got, need=need, mend=mend)
+
+
+def unless_it_may_pass(error: UserError) -> UserError | TransientError:
+    """`error`, or a `TransientError` in its place if it was made of a fault of the system that may pass.
+
+    Whoever reads a file calls it damaged when it cannot be read, whatever the reason; the reason is the context of the
+    exception, and stands here in one place for all of them.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        behind = behind.__cause__ or behind.__context__
+        if behind is not None and may_pass(behind):
+            return TransientError(error.what, got=error.got, cure=f"{START_AGAIN}; if it stays, {error.mend}")
+    return error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it is a fault of the system that nobody needs to change anything for."""
+    number = _status(error)
+    return number is not None and number not in _FOR_THE_USER
+
+
+def in_words(error: BaseException) -> str:
+    """An error in one phrase: of the system's what it said of which file, of others type and text."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
+def _status(error: BaseException) -> int | None:
+    """The system's number for an error; libraries in Rust tell it in words alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _STATUS_IN_WORDS.search(str(error))
+    if found:
+        return int(found[1])
+    return errno.ETIMEDOUT if isinstance(error, TimeoutError | ConnectionError) else None
 
 
 class StopRequested(Exception):  # noqa: N818 nothing went wrong

@@ -165,7 +165,7 @@ def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = 
             )
     except (CheckpointException, CheckpointingException, EOFError, OSError, UnpicklingError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise _unusable(directory, f"one that cannot be read ({reason})") from error
+        raise _unusable(directory, f"one that cannot be read ({reason})") from reason
     missing: set[str] = set(absent)
     left_over: set[str] = set(unread)
     for number, model in enumerate(models):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 
@@ -18,8 +17,3 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
         default=[],
         help="setting to change, e.g. training.steps=20 (null, lists [a, b] and quotes as in YAML)",
     )
-
-
-def world_size() -> int:
-    """Number of ranks of this run, from the launcher's environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

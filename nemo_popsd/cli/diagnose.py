@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_popsd.cli.arguments import add_config_arguments, world_size
+from nemo_popsd.cli.arguments import add_config_arguments
 from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.launcher import read_launch
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,5 +31,5 @@ def run(args: argparse.Namespace) -> None:
     from nemo_popsd.config.loading import load_config
 
     config = load_config(args.config, args.overrides)
-    check_diagnosis_run(config, world_size=world_size(), checkpoint=args.checkpoint)
+    check_diagnosis_run(config, world_size=read_launch().world_size, checkpoint=args.checkpoint)
     run_entry("diagnose", config, args.checkpoint)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_popsd.cli.arguments import world_size
 from nemo_popsd.errors import UserError
+from nemo_popsd.launcher import world_size
 
 
 def add_parser(subparsers: Any) -> None:

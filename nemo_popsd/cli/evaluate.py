@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_popsd.cli.arguments import add_config_arguments, world_size
+from nemo_popsd.cli.arguments import add_config_arguments
 from nemo_popsd.cli.launch import run_entry
 from nemo_popsd.errors import UserError
+from nemo_popsd.launcher import read_launch
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from nemo_popsd.config.loading import load_config
 
     config = load_config(args.config, args.overrides)
-    check_evaluation_run(config, world_size=world_size(), checkpoint=args.checkpoint)
+    check_evaluation_run(config, world_size=read_launch().world_size, checkpoint=args.checkpoint)
     if config.evaluation.endpoint.url:
         from nemo_popsd.evaluation.served import evaluate_served
         from nemo_popsd.observability.console import set_up_console

@@ -1,21 +1,26 @@
-"""Entry point of `popsd`: parses the command line, runs a sub-command, and tells user errors in one line."""
+"""Entry point of `popsd`: parses the command line, runs a sub-command, and says in one line what went wrong."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from nemo_popsd import __version__
+from nemo_popsd import __version__, launcher
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import TransientError, UserError, unless_it_may_pass
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 
 USER_ERROR = 2
-"""Exit status for what the user can mend."""
+"""Exit status for what the user must change."""
+TRANSIENT = 1
+"""Exit status for what another start may cure; Python's own for an exception that nobody caught."""
 
 _GRACE_SECONDS = 3.0
 """How long ranks other than 0 wait for rank 0 to tell the error (and torchrun to end them) before they tell it."""
@@ -48,27 +53,38 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `popsd`; returns the exit status. Exceptions other than `UserError` keep their traceback."""
+    """Run `popsd`; returns the exit status. Exceptions other than those of `nemo_popsd.errors` escape."""
     args = parse(argv)
     # OpenMP's threads spin while they wait; on a shared CPU that made a small model's decoding twenty times slower.
     # Read when torch is first imported, which no module does before a sub-command runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return int(args.run(args) or 0)
-    except UserError as error:
-        _tell(error)
-        return USER_ERROR
+    except (UserError, TransientError) as error:
+        told = unless_it_may_pass(error) if isinstance(error, UserError) else error
+        _tell(told)
+        return USER_ERROR if isinstance(told, UserError) else TRANSIENT
 
 
-def _tell(error: UserError) -> None:
+def _tell(error: UserError | TransientError) -> None:
     """Print `error` once for the ranks that met it alike.
 
     Rank 0 speaks at once and ends, whereupon torchrun ends the others; one that is still there after the grace met
     the error alone and must not be silent.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launcher.rank()
+    message = "popsd: error: " + " ".join(str(error).splitlines()) + (f" (rank {rank})" if rank else "")
+    moment = time.time()
     if rank != 0:
         time.sleep(_GRACE_SECONDS)
-    message = " ".join(str(error).splitlines())
-    lines = [f"popsd: error: {message}" + (f" (rank {rank})" if rank else ""), *error.advice]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    _leave_for_torchrun("\n".join([message, *error.advice]), moment)
+    print("\n".join([message, *error.advice]), file=sys.stderr, flush=True)
+
+
+def _leave_for_torchrun(message: str, moment: float) -> None:
+    """Puts `message` where torchrun looks for the reason of a failure; its report ends with the earliest one."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(moment))}}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")

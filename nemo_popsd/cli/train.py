@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.cli.arguments import add_config_arguments, world_size
+from nemo_popsd.cli.arguments import add_config_arguments
 from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.launcher import read_launch
+from nemo_popsd.output_lock import OutputLock
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,13 +29,21 @@ def run(args: argparse.Namespace) -> int:
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.config.resuming import finished_steps, refuse_another_run
 
+    launch = read_launch()
     config = load_config(args.config, args.overrides)
-    check_training_run(config, world_size=world_size())
+    check_training_run(config, world_size=launch.world_size)
     if holds_a_run(config.output) and not config.overwrite:
         refuse_another_run(load_config(Path(config.output) / "config.yaml"), config)
         steps = finished_steps(config.output)
         if steps is not None and steps >= config.training.steps:
-            if os.environ.get("RANK", "0") == "0":
+            if launch.rank == 0:
                 print(f"{config.output} is finished after {steps} steps; training.steps or overwrite=true do more")
             return 0
-    return run_entry("train", config)
+    if launch.rank != 0:
+        return run_entry("train", config)
+    # Rank 0 holds it for all; the others learn of it when they have met.
+    lock = OutputLock(config.output)
+    try:
+        return run_entry("train", config, lock=lock)
+    finally:
+        lock.release()

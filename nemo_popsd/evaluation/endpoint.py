@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import TransientError, UserError
 from nemo_popsd.evaluation.config import EndpointConfig
 from nemo_popsd.evaluation.records import Sample
 from nemo_popsd.evaluation.sampling import Draw
@@ -58,6 +58,7 @@ class Endpoint:
         """
         self._config = config
         self._tokenizer = tokenizer
+        self._has_answered = False
         # Proxies are those of the environment (`http_proxy`, `no_proxy`), as for any client.
         self._opener = urllib.request.build_opener(_NoRedirect())
         entries = {str(entry["id"]): entry for entry in self._asked("models", None).get("data", [])}
@@ -77,8 +78,9 @@ class Endpoint:
         """Draws all of `draws`, `concurrency` at a time; yields each as it comes in.
 
         Raises:
-            UserError: the server refuses a request, or keeps failing. Requests under way are waited for, and what they
-                bring is yielded before.
+            UserError: the server refuses a request.
+            TransientError: it keeps failing, although it answered at first. In both cases requests under way are waited
+                for, and what they bring is yielded before.
         """
         left, taking, stop = iter(draws), threading.Lock(), threading.Event()
         results: queue.SimpleQueue[Sample | Exception | None] = queue.SimpleQueue()
@@ -160,7 +162,8 @@ class Endpoint:
         """The server's answer, asked again while it may come.
 
         Raises:
-            UserError: it refused, or failed `retries` + 1 times.
+            UserError: it refused, or has never answered in `retries` + 1 times.
+            TransientError: it has answered before, and failed `retries` + 1 times.
         """
         for attempt in range(self._config.retries + 1):
             try:
@@ -176,7 +179,11 @@ class Endpoint:
                 seconds = min(_LONGEST_PAUSE, pause if pause is not None else 2.0**attempt * random.uniform(0.5, 1.0))
                 logger.warning("endpoint: %s; asking again in %.1f s", complaint, seconds)
                 time.sleep(seconds)
-        raise self._failed(f"{complaint}, {self._config.retries + 1} times")
+        failed = self._failed(f"{complaint}, {self._config.retries + 1} times")
+        if not self._has_answered:
+            raise failed
+        cure = "start the same command again, which draws what is missing; look at the server"
+        raise TransientError(failed.what, got=failed.got, cure=cure)
 
     def _ask_once(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         headers = {"Accept": "application/json"}
@@ -192,6 +199,7 @@ class Endpoint:
             answer = json.loads(response.read())
         if not isinstance(answer, dict):
             raise ValueError("an answer that is no JSON object")
+        self._has_answered = True
         return answer
 
     def _key(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 class RunCheckpoints:
-    """Saves the state of a run at the boundaries of its steps. All ranks call its methods together."""
+    """Saves the state of a run at the boundaries of its steps. All ranks call its methods together.
+
+    Attributes:
+        check_lock: raises if the output is another run's by now; asked before anything is written or removed.
+    """
 
     def __init__(self, config: PopsdConfig, *, resumed: NemoCheckpoint | None) -> None:
         """Looks at nothing yet.
@@ -43,20 +48,23 @@ class RunCheckpoints:
         self._resumed = resumed
         self._pending: PendingSave | None = None
         self._random: dict[str, Tensor] = {}
+        self.check_lock: Callable[[], None] = lambda: None
 
     def at_boundary(self, model: Any) -> None:
         """Between two steps: completes what was written meanwhile, obeys signals, saves if it is time to.
 
-        Collectives: one all-reduce of one number, and another while a save is in flight.
+        Collectives: two all-reduces of one number, and another while a save is in flight.
 
         Raises:
             StopRequested: on every rank.
+            UserError, TransientError: on every rank: the output is another run's by now.
             UserError: a save failed, this one or the one in flight.
         """
         if self._resumed is not None:
             _restore_random_state(self._resumed)
             self._resumed = None
         self._random = capture_random_state()
+        self._refuse_lost_lock()
         if self._pending is not None and not on_any_rank(not self._pending.written):
             self.settle()
         model.stop.raise_if_requested()
@@ -75,6 +83,7 @@ class RunCheckpoints:
             UserError: it, or the save in flight, failed; older checkpoints are as they were.
         """
         self.settle()
+        self._refuse_lost_lock()
         metrics = self._output / FILE_NAME
         if dist.get_rank() == 0 and metrics.is_file():
             flush_file(metrics)
@@ -102,6 +111,7 @@ class RunCheckpoints:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        self._refuse_lost_lock()
         pending.finish()
         do_together(
             f"checkpoint {pending.path}",
@@ -111,7 +121,25 @@ class RunCheckpoints:
         )
         logger.info("checkpoint %s", pending.path)
 
+    def _refuse_lost_lock(self) -> None:
+        """Ends all ranks if the output is another run's by now: one all-reduce of one number, as long as it is not."""
+        error: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                self.check_lock()
+            except Exception as raised:
+                error = raised
+        if not on_any_rank(error is not None):
+            return
+
+        def fail() -> None:
+            if error is not None:
+                raise error
+
+        do_together(f"output {self._output}", fail, need="a directory that can be read", mend="set output")
+
     def _tidy(self, newest: Path) -> None:
+        self.check_lock()
         point_to(newest)
         settings = self._settings
         scores = read_metric(self._output, settings.best_metric) if settings.keep_best else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,25 +30,32 @@ from nemo_popsd.model.strategy import MegatronPlacement
 from nemo_popsd.observability.loggers import build_loggers
 from nemo_popsd.observability.progress import StepProgress
 from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.output_lock import OutputLock
 from nemo_popsd.report.run import AFTER, BEFORE
 from nemo_popsd.runtime.distributed import device, initialize, shutdown
 
 _LONGEST_EVALUATION = timedelta(days=7)
 
 
-def train(config: PopsdConfig) -> int:
+def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     """Trains below `config.output`, from the beginning or from its newest complete checkpoint; evaluates before and
     after, and writes a NeMo and a Hugging Face checkpoint.
+
+    Args:
+        config: the run.
+        lock: of its output, on rank 0; without one nothing tells two runs in one directory apart.
 
     Returns:
         0, or `SAVED_AND_STOPPED` if a signal asked to stop; then the last completed step is saved.
     """
     run = RunDirectory(config)
     initialize(config.parallel, seed=config.seed, timeout=timedelta(seconds=config.training.collective_timeout))
+    run.share_lock(lock)
     checkpoint = run.checkpoint()
     completed = checkpoint.step if checkpoint else 0
-    trainer = build_trainer(config, completed=completed)
+    trainer = build_trainer(config, completed=completed, may_write=run.is_own)
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
+    model.checkpoints.check_lock = run.check_lock
     run.begin(completed)
     _say(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
     model.stop.install()
@@ -81,6 +89,7 @@ def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run:
         _validate(trainer, model)
     _diagnose_in_training(model, AFTER)
     if config.training.export_huggingface:
+        run.refuse_lost_lock()
         model.export_huggingface(run.output / "huggingface")
     run.mark_finished(model.completed_steps)
     if validates and is_rank_zero():
@@ -139,7 +148,9 @@ def export(checkpoint: str, output: str) -> None:
     shutdown()
 
 
-def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0) -> Trainer:
+def build_trainer(
+    config: PopsdConfig, *, logs: bool = True, completed: int = 0, may_write: Callable[[], bool] = lambda: True
+) -> Trainer:
     """The Lightning trainer of a run: one device per process, since Megatron, not Lightning, connects them.
 
     Makes the process groups where there are none yet, so that each process knows its device.
@@ -148,8 +159,9 @@ def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0)
         config: the run.
         logs: whether metrics go anywhere.
         completed: steps that a resumed run has behind it; Lightning counts from 0 again.
+        may_write: whether the output is still this run's, asked before metrics are written.
     """
-    initialize(config.parallel, seed=config.seed)
+    initialize(config.parallel, seed=config.seed, timeout=timedelta(seconds=config.training.collective_timeout))
     validates = bool(config.data.validation.path) and config.training.validate_every > 0
     trainer = Trainer(
         accelerator=device().type if device().type == "cpu" else "gpu",
@@ -163,7 +175,7 @@ def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0)
         limit_val_batches=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        logger=(build_loggers(config, completed=completed) if logs else []) or False,
+        logger=(build_loggers(config, completed=completed, may_write=may_write) if logs else []) or False,
         callbacks=[
             StepProgress(config.training.steps, completed=completed, enabled=config.observability.progress_bar),
             StepBoundary(),

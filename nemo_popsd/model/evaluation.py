@@ -116,6 +116,7 @@ class HeldOut:
 
     def _conclude(self, samples: Sequence[Sample], prompts: Sequence[EvaluationPrompt]) -> EvaluationSummary:
         model, config = self._model, self._model.settings
+        model.checkpoints.check_lock()
         directory = validation_directory(config.output, model.completed_steps)
         directory.replace(self._settings(prompts), problems_of(prompts), samples)
         labels = {"model": f"step {model.completed_steps}", "set": VALIDATION}

@@ -235,7 +235,11 @@ class PurifiedOPSDModel(ModelPT):
             self.engine,
             self.sampling(self.settings.rollout),
             self._count_markers,
-            store=RolloutStore(self.settings.output) if self.settings.rollout.save else None,
+            store=(
+                RolloutStore(self.settings.output, check_lock=self.checkpoints.check_lock)
+                if self.settings.rollout.save
+                else None
+            ),
             training_rows=TrainingRows(dataset.by_id, lambda step: [dataset[i] for i in sampler.local_batch(step - 1)]),
             stop=self.stop,
         )

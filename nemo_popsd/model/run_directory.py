@@ -26,6 +26,7 @@ from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
 from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
+from nemo_popsd.output_lock import Hold, OutputLock
 from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.runtime.agreement import do_together
 
@@ -37,6 +38,30 @@ class RunDirectory:
         self._config = config
         self.output = Path(config.output)
         self._checkpoints = self.output / "checkpoints"
+        self._hold: Hold | None = None
+
+    def share_lock(self, lock: OutputLock | None) -> None:
+        """Tells all ranks of the lock that rank 0 has. Collective: one broadcast of an object."""
+        found = [None if lock is None else lock.hold]
+        dist.broadcast_object_list(found, src=0)
+        self._hold = found[0]
+
+    def is_own(self) -> bool:
+        """Whether the output is still this run's; on any rank."""
+        return self._hold is None or self._hold.is_own()
+
+    def check_lock(self) -> None:
+        """Refuses to write into an output that is another run's by now; on any rank.
+
+        Raises:
+            UserError, TransientError: see `nemo_popsd.output_lock.Hold.check`.
+        """
+        if self._hold is not None:
+            self._hold.check()
+
+    def refuse_lost_lock(self) -> None:
+        """The same on all ranks together. Collective: one gather of objects."""
+        self._on_rank_zero(lambda: None)
 
     def checkpoint(self) -> NemoCheckpoint | None:
         """The newest complete checkpoint, to resume from; None begins anew.
@@ -94,9 +119,14 @@ class RunDirectory:
         save_resolved(self._config, self.output / "config.yaml")
 
     def _on_rank_zero(self, action: Callable[[], None]) -> None:
+        def act() -> None:
+            if dist.get_rank() == 0:
+                self.check_lock()
+                action()
+
         do_together(
             f"output {self.output}",
-            lambda: action() if dist.get_rank() == 0 else None,
+            act,
             need="a directory that can be written",
             mend="set output",
         )

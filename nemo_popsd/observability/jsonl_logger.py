@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ class JsonlLogger(Logger):
 
     Args:
         directory: output directory of the run; made at the first call.
+        may_write: whether the directory is still this run's. If not, nothing is written; the run is about to end.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, may_write: Callable[[], bool] = lambda: True) -> None:
         super().__init__()
+        self._may_write = may_write
         self._path = Path(directory) / FILE_NAME
         self._opened = False
 
@@ -51,7 +53,7 @@ class JsonlLogger(Logger):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Append one line; values are numbers or one-element tensors."""
-        if not is_rank_zero():
+        if not is_rank_zero() or not self._may_write():
             return
         self._prepare()
         line: dict[str, Any] = {} if step is None else {"step": int(step)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from nemo_popsd.observability.jsonl_logger import JsonlLogger
 from nemo_popsd.observability.rank import is_rank_zero
 
 
-def build_loggers(config: PopsdConfig, *, completed: int = 0) -> list[Logger]:
+def build_loggers(
+    config: PopsdConfig, *, completed: int = 0, may_write: Callable[[], bool] = lambda: True
+) -> list[Logger]:
     """JSONL always; TensorBoard, Weights & Biases and MLflow by setting. Ranks other than 0 get none.
 
     Args:
         config: the run.
         completed: steps that a resumed run has behind it; TensorBoard hides what was
             written of later ones.
+        may_write: see `JsonlLogger`.
 
     Raises:
         UserError: W&B or MLflow is asked for and not installed (on every rank alike).
@@ -38,7 +42,7 @@ def build_loggers(config: PopsdConfig, *, completed: int = 0) -> list[Logger]:
     if not is_rank_zero():
         return []
     output = Path(config.output)
-    loggers: list[Logger] = [JsonlLogger(output)]
+    loggers: list[Logger] = [JsonlLogger(output, may_write=may_write)]
     if settings.tensorboard:
         purge = completed + 1 if (output / "tensorboard").exists() and not config.overwrite else None
         loggers.append(TensorBoardLogger(save_dir=output, name="tensorboard", version="", purge_step=purge))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from nemo_popsd.launcher import rank
 
 
 def is_rank_zero() -> bool:
@@ -10,4 +10,4 @@ def is_rank_zero() -> bool:
 
     Lightning cannot say: every rank runs a Trainer of its own with one device, and each believes to be global rank 0.
     """
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,15 @@ class StoredRollout:
 class RolloutStore:
     """Rollouts of one run below `<output>/rollouts`."""
 
-    def __init__(self, output: str | Path) -> None:
+    def __init__(self, output: str | Path, *, check_lock: Callable[[], None] = lambda: None) -> None:
+        """Keeps references only.
+
+        Args:
+            output: of the run.
+            check_lock: raises if the output is another run's by now; asked before anything is written.
+        """
         self.folder = Path(output) / FOLDER
+        self._check_lock = check_lock
 
     def write(self, step: int, rows: Sequence[StoredRollout], *, part: int, parts: int) -> None:
         """Writes one data-parallel rank's rows; they are on the disk when this returns.
@@ -62,7 +69,9 @@ class RolloutStore:
 
         Raises:
             OSError: from the file system.
+            UserError, TransientError: from `check_lock`.
         """
+        self._check_lock()
         path = self._step(step) / f"part-{part:04d}-of-{parts:04d}.jsonl"
         versions = {row.rollout.weights_version for row in rows}
         assert len(versions) == 1, versions

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import TransientError, UserError, in_words, system_error, unless_it_may_pass
 
-_KINDS = ("defect", "user", "system")
+_KINDS = ("defect", "user", "transient")
 
 
 def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) -> None:
@@ -24,7 +24,9 @@ def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) 
         mend: for the message.
 
     Raises:
-        UserError: some rank raised it, or the operating system refused something (no space, no permission) there.
+        UserError: some rank raised it, or the operating system refused something there that the user can change (no
+            space, no permission).
+        TransientError: some rank raised it, or the operating system failed there in a way that may pass.
         RuntimeError: anything else was raised on some rank; on that rank it is the cause.
     """
     error: Exception | None = None
@@ -33,26 +35,22 @@ def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) 
     except Exception as raised:
         error = raised
     told: list[tuple[str, Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if error is None else _kind(error))
+    dist.all_gather_object(told, None if error is None else _kind(error, what, need=need, mend=mend))
     failed = [(rank, *entry) for rank, entry in enumerate(told) if entry is not None]
     if not failed:
         return
-    # A defect is told before what a user can mend, and that before what the system said.
-    rank, kind, words = min(failed, key=lambda entry: _KINDS.index(entry[1]))
+    # A defect is told before what the user must change, and that before what another start may cure.
+    rank, kind, content = min(failed, key=lambda entry: _KINDS.index(entry[1]))
     if kind == "defect":
-        raise RuntimeError(f"{what}: {words} (rank {rank})") from error
-    if kind == "user":
-        raise words from error
-    raise UserError(what, got=f"{words} (rank {rank})", need=need, mend=mend) from error
+        raise RuntimeError(f"{what}: {content} (rank {rank})") from error
+    raise content from error
 
 
-def _kind(error: Exception) -> tuple[str, Any]:
-    if isinstance(error, UserError):
-        return "user", error
-    return "system" if isinstance(error, OSError) else "defect", _words(error)
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error}"
+def _kind(error: Exception, what: str, *, need: str, mend: str) -> tuple[str, Any]:
+    if isinstance(error, OSError):
+        told: Exception = system_error(what, error, need=need, mend=mend, where=f"(rank {dist.get_rank()})")
+    else:
+        told = unless_it_may_pass(error) if isinstance(error, UserError) else error
+    if isinstance(told, UserError):
+        return "user", told
+    return ("transient", told) if isinstance(told, TransientError) else ("defect", in_words(error))

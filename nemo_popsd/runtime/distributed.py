@@ -5,8 +5,9 @@ Megatron owns every group but the default one. A single process without a launch
 
 from __future__ import annotations
 
-import os
+import logging
 import random
+import threading
 from datetime import timedelta
 
 import numpy as np
@@ -14,10 +15,20 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.rendezvous import rendezvous
 
-from nemo_popsd.errors import UserError
+from nemo_popsd import launcher
+from nemo_popsd.errors import TransientError, UserError, in_words
 from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.runtime.cpu import adapt_to_cpu
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_START = timedelta(minutes=30)
+"""From the first rank that is ready to meet the others to the last."""
+_PATIENCE_SECONDS = 20.0
+_PATIENCE_OF_OTHERS_SECONDS = 300.0
+"""Before a rank says whom it waits for. Rank 0 speaks for all, unless it is rank 0 that does not come."""
 
 
 def device() -> torch.device:
@@ -27,14 +38,13 @@ def device() -> torch.device:
 
 def world_size() -> int:
     """Number of processes: of the default group, or as the launcher says where there is none yet."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else launcher.world_size()
 
 
 def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Makes the default group (NCCL with CUDA, gloo without), Megatron's groups and the seeds. Collective.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Idempotent for the
-    same layout.
+    Reads what the launcher says, see `nemo_popsd.launcher`. Idempotent for the same layout.
 
     Args:
         parallel: the layout; data parallelism takes the rest of the world.
@@ -42,17 +52,18 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
         timeout: a collective that waits longer fails on every rank.
 
     Raises:
-        UserError: the world does not divide by the layout, or this process has another one.
+        UserError: the world does not divide by the layout, this process has another one, or no GPU of its own.
+        TransientError: not all processes have come together in time.
     """
     adapt_to_cpu()
+    launch = launcher.read_launch()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_device(launch.local_rank)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=_store(launch, timeout), rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
     parallel.check_world(dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -77,6 +88,52 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
     np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def _take_device(number: int) -> None:
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            "launcher",
+            got=f"LOCAL_RANK={number} on a machine where torch sees {torch.cuda.device_count()} GPUs",
+            need="a GPU for each rank",
+            mend="start fewer ranks a node, or set CUDA_VISIBLE_DEVICES to more GPUs",
+        )
+    torch.cuda.set_device(number)
+
+
+def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
+    """Where the processes find each other; one process needs no port for that."""
+    if launch.world_size == 1:
+        return dist.HashStore()
+    place = f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
+    patience = _PATIENCE_SECONDS if launch.rank == 0 else _PATIENCE_OF_OTHERS_SECONDS
+    reminder = threading.Timer(patience, _say_who_is_awaited, (launch, place))
+    reminder.daemon = True
+    reminder.start()
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=_LONGEST_START))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise TransientError(
+            f"rank {launch.rank} of {launch.world_size}",
+            got=f"the ranks of the run have not met at {place} (limit {_LONGEST_START})",
+            cure="see why the others have not come; start all ranks of a run with the same MASTER_ADDR, MASTER_PORT "
+            "and WORLD_SIZE",
+            advice=[in_words(error)],
+        ) from error
+    finally:
+        reminder.cancel()
+    store.set_timeout(timeout)
+    return dist.PrefixStore("default_pg", store)
+
+
+def _say_who_is_awaited(launch: launcher.Launch, place: str) -> None:
+    logger.error(
+        "rank %d waits for the other ranks of WORLD_SIZE=%d at %s; if this is to be a single process, "
+        "`unset RANK WORLD_SIZE LOCAL_RANK`",
+        launch.rank,
+        launch.world_size,
+        place,
+    )
 
 
 def _sizes_of_groups() -> ParallelConfig:

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,8 +10,9 @@ import pytest
 
 from nemo_popsd.cli import main as cli
 from nemo_popsd.config.loading import load_config
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import TransientError, UserError
 from nemo_popsd.observability import console
+from nemo_popsd.output_lock import OutputLock
 from tests.evaluation.scores import score
 from tests.evaluation.server import Server
 from tests.evaluation.test_comparison import saved
@@ -25,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     made: list[tuple] = []
     entry = types.ModuleType("nemo_popsd.model.entry")
     for name in ("train", "evaluate", "diagnose", "export"):
-        setattr(entry, name, lambda *args, name=name: made.append((name, *args)))
+        setattr(entry, name, lambda *args, name=name, **options: made.append((name, *args)))
     monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
     conversion = types.ModuleType("nemo_popsd.model.conversion")
     for name in ("hf_to_nemo", "nemo_to_hf"):
@@ -33,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setitem(sys.modules, "nemo_popsd.model.conversion", conversion)
     # It changes the logging of the whole process, which other tests read.
     monkeypatch.setattr(console, "set_up_console", lambda: None)
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     return made
 
@@ -77,6 +79,26 @@ def test_train(calls: list[tuple], tmp_path: Path) -> None:
     overrides = [f"output={tmp_path}", "training.steps=3"]
     assert cli.main(["train", TINY, *overrides]) == 0
     assert calls == [("train", load_config(TINY, overrides))]
+
+
+def test_one_run_at_a_time_in_an_output(
+    calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = OutputLock(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["train", TINY, f"output={tmp_path}", "overwrite=true"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"another run in it, host {socket.gethostname()}, process {os.getpid()}" in err
+    assert "set output to another directory" in err
+    assert (calls, sorted(tmp_path.rglob("*"))) == ([], before)
+    other.release()
+    held: list[bool] = []
+    entry = sys.modules["nemo_popsd.model.entry"]
+    monkeypatch.setattr(entry, "train", lambda config, lock: held.append(lock.hold.is_own()))
+    assert cli.main(["train", TINY, f"output={tmp_path}"]) == 0
+    assert held == [True]
+    assert list(tmp_path.iterdir()) == [], "it is given back"
 
 
 def test_threads_do_not_spin_and_the_user_may_say_otherwise(
@@ -214,7 +236,15 @@ def test_user_errors_are_one_line(
 def test_the_world_of_the_launcher_counts(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {
+        "RANK": 1,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 2,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     assert cli.main(["train", TINY, f"output={tmp_path}", "parallel.tensor=2"]) == 0
     assert cli.main(["train", TINY, f"output={tmp_path}", "training.prompts_per_step=31"]) == 2
     assert "training.prompts_per_step=30 or 32" in capsys.readouterr().err
@@ -240,8 +270,19 @@ def test_other_ranks_give_rank_0_time_and_are_not_silent(
     assert capsys.readouterr().err.endswith("(rank 1)\n")
 
 
+def test_what_another_start_may_cure_is_one_line_and_status_1(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: object, **options: object) -> None:
+        raise TransientError("rank 3", got="it ended", cure="start again", advice=["its log:"])
+
+    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
+    assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "popsd: error: rank 3: it ended; start again\nits log:\n"
+
+
 def test_defects_keep_their_traceback(calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(config: object) -> None:
+    def fail(config: object, **options: object) -> None:
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
@@ -268,5 +309,8 @@ def test_ranks_of_torchrun_tell_an_error_once_and_all_fail() -> None:
         env=environment,
     )
     assert done.returncode != 0
-    assert done.stderr.count("popsd: error: configuration none.yaml") == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("popsd: error: configuration none.yaml")]
+    assert len(lines) == 1, done.stderr
     assert "load_config" not in done.stderr
+    reported = done.stderr.partition("Root Cause")[2]
+    assert lines[0] in reported, "what torchrun itself says in the end"

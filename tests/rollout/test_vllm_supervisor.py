@@ -1,4 +1,4 @@
-"""Servers that do not start are told in one error, on every rank, and leave nothing behind. No vLLM is needed here."""
+"""Servers that do not start end in one error, on every rank, and leave nothing behind. No vLLM is needed here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from nemo_popsd.errors import StopRequested, UserError
+from nemo_popsd.errors import StopRequested, TransientError, UserError
 from nemo_popsd.rollout.engine import Request, SamplingParams
 from nemo_popsd.rollout.vllm.config import VllmConfig
+from nemo_popsd.rollout.vllm.engine import VllmEngine
 from nemo_popsd.rollout.vllm.environment import SERVER, check_environment, server_environment
 from nemo_popsd.rollout.vllm.ranks import ServerRanks
 from nemo_popsd.rollout.vllm.supervisor import Launch, ServerLost, VllmServer
@@ -79,7 +80,7 @@ def test_a_python_without_vllm(tmp_path: Path) -> None:
 
 def test_a_server_that_ends_at_once(tmp_path: Path) -> None:
     python = program(tmp_path, "#!/bin/sh\necho no such device\nexit 7\n")
-    with pytest.raises(UserError, match="ended at once, exit status 7") as told:
+    with pytest.raises(ServerLost, match="ended at once, exit status 7") as told:
         VllmServer(launch(tmp_path, python))
     assert "no such device" in told.value.advice
 
@@ -87,7 +88,7 @@ def test_a_server_that_ends_at_once(tmp_path: Path) -> None:
 def test_a_server_that_says_nothing(tmp_path: Path) -> None:
     python = program(tmp_path, "#!/bin/sh\necho $$ > $(dirname $0)/pid\nsleep 300\n")
     begun = time.monotonic()
-    with pytest.raises(UserError, match="nothing within 1 s"):
+    with pytest.raises(ServerLost, match=r"not ready within rollout\.vllm\.start_seconds=1"):
         VllmServer(launch(tmp_path, python, start_seconds=1))
     assert time.monotonic() - begun < 10
     assert gone(int((tmp_path / "pid").read_text()))
@@ -95,8 +96,92 @@ def test_a_server_that_says_nothing(tmp_path: Path) -> None:
 
 def test_a_stranger_is_not_let_in(tmp_path: Path) -> None:
     python = speaker(tmp_path, "pass", honest=False)
-    with pytest.raises(UserError, match=r"ended at once|nothing within"):
+    with pytest.raises(ServerLost, match=r"ended at once|not ready within"):
         VllmServer(launch(tmp_path, python, start_seconds=3))
+
+
+LOADER = """
+import os, signal, socket, sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import popsd_wire as wire
+token = sys.stdin.readline().strip()
+host, _, port = sys.argv[-1].rpartition(":")
+connection = socket.create_connection((host, int(port)))
+wire.send(connection, {{"token": token, "protocol": wire.PROTOCOL, "pid": os.getpid()}})
+settings = wire.receive(connection)[0]
+wire.send(connection, {{"event": "imported", "vllm": "0.0"}})
+starts = Path(__file__).with_name("starts")
+number = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("x" * (number + 1))
+event = {events!r}[min(number, len({events!r}) - 1)]
+if event == "die":
+    print("loading half of it", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+if event != "ready":
+    wire.send(connection, {{"event": "failed", "stage": "load", "error": event}})
+    wire.receive(connection)
+wire.send(connection, {{"event": "ready", "interface": "none", "sleeps": False}})
+version = None
+while True:
+    request = wire.receive(connection)[0]
+    version = request.get("version", version)
+    if request["request"] == "generate" and number < {lost_at_requests}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    responses = [[[5], [-0.5]] for _ in request.get("requests", [])]
+    wire.send(connection, {{"version": version, "responses": responses}})
+"""
+"""A program that loads as the events say, one for each start, and then draws."""
+
+
+def loader(tmp_path: Path, *events: str, restarts: int = 2, lost_at_requests: int = 0) -> VllmEngine:
+    """The engine of one rank whose servers are such programs."""
+    text = LOADER.format(folder=str(SERVER.parent), events=events, lost_at_requests=lost_at_requests)
+    python = program(tmp_path, f"#!{sys.executable}\n{text}")
+    return VllmEngine(
+        ServerRanks(replica=None, domain=None, number=0),
+        start=lambda limit: VllmServer(launch(tmp_path, python)),
+        weights=list,
+        weights_version=lambda: 3,
+        longest=lambda: 8,
+        bucket_bytes=1024,
+        restarts=restarts,
+        sleep=False,
+    )
+
+
+def drawn(engine: VllmEngine) -> list[list[int]]:
+    rollouts = engine.generate([Request([1, 2], 1)], SamplingParams(0.0, 1.0, 0, 4, frozenset()))
+    engine.close()
+    return [rollout.response for rollout in rollouts]
+
+
+OUT_OF_MEMORY = "OutOfMemoryError: CUDA out of memory"
+
+
+@pytest.mark.parametrize("event", ["die", OUT_OF_MEMORY])
+def test_a_server_that_fails_while_it_loads_is_started_again(tmp_path: Path, event: str) -> None:
+    assert drawn(loader(tmp_path, event, "ready")) == [[5]]
+    assert (tmp_path / "starts").read_text() == "xx"
+
+
+def test_a_server_that_never_loads_is_nothing_that_a_setting_must_change(tmp_path: Path) -> None:
+    with pytest.raises(TransientError, match=r"lost 3 times \(rollout\.vllm\.restarts=2\): it ended while") as told:
+        drawn(loader(tmp_path, "die"))
+    assert (tmp_path / "starts").read_text() == "xxx"
+    assert "loading half of it" in told.value.advice, "the end of the log"
+
+
+def test_a_student_that_vllm_refuses_is_the_users_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot load the student .ValueError: no such architecture"):
+        drawn(loader(tmp_path, "ValueError: no such architecture"))
+    assert (tmp_path / "starts").read_text() == "x"
+
+
+def test_what_a_server_has_loaded_before_is_not_the_users(tmp_path: Path) -> None:
+    events = ("ready", "ValueError: Free memory on device is less than desired", "ready")
+    assert drawn(loader(tmp_path, *events, lost_at_requests=1)) == [[5]]
+    assert (tmp_path / "starts").read_text() == "xxx"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +279,7 @@ def together(rank: int, world_size: int, case: str) -> Any:
     actions: dict[str, Callable[[], Any]] = {
         "answer": lambda: [rank, "first"],
         "user": lambda: (_ for _ in ()).throw(UserError("x", got="1", need="2", mend="3", advice=["look"])),
-        "lost": lambda: (_ for _ in ()).throw(ServerLost("gone")),
+        "lost": lambda: (_ for _ in ()).throw(ServerLost("gone", ["its log"])),
         "defect": lambda: {}["missing"],
         "slow": lambda: time.sleep(20),
     }
@@ -215,13 +300,13 @@ def together(rank: int, world_size: int, case: str) -> Any:
     [
         ("answer", ([0, "first"], True)),
         ("user", ("UserError", "x: got 1; need 2; 3", ("look",))),
-        ("lost", ("ServerLost", "gone", ())),
+        ("lost", ("ServerLost", "gone", ("its log",))),
         ("defect", ("RuntimeError", "vLLM engine: KeyError: 'missing'", ())),
         ("slow", ("StopRequested", "", ())),
     ],
 )
 def test_every_rank_learns_what_came_of_it(case: str, expected: Any) -> None:
-    assert run_ranks(together, 2, case, timeout=30) == [expected, expected]
+    assert run_ranks(together, 2, case, timeout=90) == [expected, expected]
 
 
 def cannot_start(rank: int, world_size: int, output: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from nemo_popsd.errors import StopRequested, UserError
+from nemo_popsd.errors import START_AGAIN, StopRequested, TransientError, UserError
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.vllm.buckets import BucketSender
 from nemo_popsd.rollout.vllm.ranks import Call, ServerRanks
@@ -94,6 +94,7 @@ class VllmEngine:
         self._kind = kind
         self._stop_requested = stop_requested
         self._limit = 0
+        self._has_served = False
         self._last: VllmDrawing | None = None
         self.server: VllmServer | None = None
         self.last_update: WeightUpdate | None = None
@@ -103,7 +104,8 @@ class VllmEngine:
 
         Raises:
             StopRequested: the run was asked to stop; on all ranks.
-            UserError: the server cannot be started, or was lost again and again; on all ranks.
+            UserError: the server cannot be started, for a reason that the user must change; on all ranks.
+            TransientError: it was lost again and again, in loading or later; on all ranks.
             RuntimeError: a defect; on all ranks.
         """
         return self.begin(requests, sampling).result()
@@ -157,7 +159,7 @@ class VllmEngine:
             lost: what befell the servers of these requests so far; grows.
 
         Raises:
-            UserError: more often than `restarts`; see also `generate`.
+            TransientError: more often than `restarts`; see also `generate`.
         """
         while True:
             try:
@@ -170,12 +172,11 @@ class VllmEngine:
                 lost.append(str(error))
                 logger.warning("lost the vLLM server: %s", error)
                 if len(lost) > self._restarts:
-                    raise UserError(
+                    raise TransientError(
                         "rollouts by vLLM",
-                        got=f"a server that was lost {len(lost)} times: {lost[-1]}",
-                        need="one that answers",
-                        mend="see its log; set rollout.vllm.restarts, rollout.vllm.* or rollout.engine=megatron",
-                        advice=lost,
+                        got=f"the server was lost {len(lost)} times (rollout.vllm.restarts={self._restarts}): {error}",
+                        cure=f"{START_AGAIN}; if it stays, set rollout.vllm.* or rollout.engine=megatron",
+                        advice=[*lost, *error.advice],
                     ) from error
 
     def _have_server(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
@@ -184,9 +185,20 @@ class VllmEngine:
             self.close()
         if self.server is None:
             self._limit = max(needed, self._longest())
-            self.server = self._start(self._limit)
+            self.server = self._started()
         else:
             self.server.check_health()
+
+    def _started(self) -> VllmServer:
+        """A server, or the reason why there is none; what a server has loaded before is no mistake of the user's."""
+        try:
+            server = self._start(self._limit)
+        except UserError as error:
+            if self._has_served:
+                raise ServerLost(str(error), error.advice) from error
+            raise
+        self._has_served = True
+        return server
 
     def _send_weights(self, version: int) -> None:
         """Streams the weights of all ranks of the domain; collective over it, whatever becomes of the servers."""
@@ -279,7 +291,7 @@ class VllmDrawing:
         If the server was lost, another one draws them by the weights that are live now.
 
         Raises:
-            StopRequested, UserError, RuntimeError: see `VllmEngine.generate`.
+            StopRequested, UserError, TransientError, RuntimeError: see `VllmEngine.generate`.
         """
         if self._rollouts is None:
             self._rollouts = self._engine.until_it_lives(self._answer, self._lost)

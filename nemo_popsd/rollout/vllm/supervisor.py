@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_popsd.errors import UserError
+from nemo_popsd.errors import UserError, in_words, may_pass
 from nemo_popsd.rollout.vllm.environment import SERVER
 from nemo_popsd.rollout.vllm.serving import popsd_wire as wire
 
@@ -30,8 +30,38 @@ _STATUS_SECONDS = 1.0
 _TAIL_LINES = 15
 
 
+_DETERMINATE = frozenset(
+    (
+        "AssertionError",
+        "AttributeError",
+        "FileNotFoundError",
+        "ImportError",
+        "KeyError",
+        "ModuleNotFoundError",
+        "NotImplementedError",
+        "PermissionError",
+        "TypeError",
+        "ValidationError",
+        "ValueError",
+    )
+)
+"""Types of errors that a server which loads the student would raise again; any other may not come back."""
+
+
 class ServerLost(Exception):  # noqa: N818 what befell the server; the caller starts another
-    """The server died, fell silent, or failed at a request. It is gone by now."""
+    """The server died, while it loaded or later, fell silent, or failed at a request. It is gone by now.
+
+    Args:
+        what: what befell it.
+        advice: the end of its log, where that helps.
+    """
+
+    def __init__(self, what: str, advice: Sequence[str] = ()) -> None:
+        super().__init__(what, tuple(advice))
+        self.advice = tuple(advice)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -77,7 +107,9 @@ class VllmServer:
         """Starts the server and waits until its model is loaded, with random weights.
 
         Raises:
-            UserError: it cannot be started; the end of its log is in the advice.
+            UserError: there is no such Python, it has no vLLM, or vLLM refuses the student or a setting.
+            ServerLost: it died or said nothing in time, which the next one may not. The end of the log is in the
+                advice of both.
         """
         self.launch = launch
         self.version: int | None = None
@@ -182,22 +214,29 @@ class VllmServer:
             event, _ = wire.receive(self._connection)
         except TimeoutError:
             self._still_starting(deadline)
-            raise self._cannot_start(f"nothing within {self.launch.start_seconds:g} s") from None
+            raise self._silent() from None
         except (OSError, ValueError):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_EXIT_SECONDS)
-            raise self._cannot_start(f"a server that ended while it was loading{self._status()}") from None
+            raise self._lost_at_start(f"it ended while it was loading{self._status()}") from None
         if event.get("event") == name:
             return event
+        error = str(event.get("error", event))
         if event.get("stage") == "import":
-            raise self._cannot_start(f"a Python that cannot import vLLM ({event['error']})")
-        raise self._cannot_start(f"a vLLM that cannot load the student ({event.get('error', event)})")
+            raise self._cannot_start(f"a Python that cannot import vLLM ({error})")
+        if error.partition(":")[0] in _DETERMINATE:
+            raise self._cannot_start(f"a vLLM that cannot load the student ({error})")
+        raise self._lost_at_start(f"it failed while it was loading: {error}")
 
     def _still_starting(self, deadline: float) -> None:
         if self._process.poll() is not None:
-            raise self._cannot_start(f"a server that ended at once{self._status()}")
+            raise self._lost_at_start(f"it ended at once{self._status()}")
         if time.monotonic() >= deadline:
-            raise self._cannot_start(f"nothing within {self.launch.start_seconds:g} s")
+            raise self._silent()
+
+    def _silent(self) -> ServerLost:
+        seconds = self.launch.start_seconds
+        return self._lost_at_start(f"it was not ready within rollout.vllm.start_seconds={seconds:g}")
 
     def _status(self) -> str:
         return "" if self._process.returncode is None else f", exit status {self._process.returncode}"
@@ -208,8 +247,14 @@ class VllmServer:
             got=got,
             need="one that loads the student and answers",
             mend="see the end of its log below; set rollout.vllm.* or rollout.engine=megatron",
-            advice=[f"{self.launch.log}:", *self.launch.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]],
+            advice=self._end_of_log(),
         )
+
+    def _lost_at_start(self, what: str) -> ServerLost:
+        return ServerLost(f"{what}; its log is {self.launch.log}", self._end_of_log())
+
+    def _end_of_log(self) -> list[str]:
+        return [f"{self.launch.log}:", *self.launch.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]]
 
 
 def _start(command: list[str], launch: Launch, token: str, log: IO[str]) -> subprocess.Popen[str]:
@@ -225,6 +270,8 @@ def _start(command: list[str], launch: Launch, token: str, log: IO[str]) -> subp
             start_new_session=True,  # signals of a terminal or a batch system are for us
         )
     except OSError as error:
+        if may_pass(error):
+            raise ServerLost(f"{command[0]!r} cannot be run: {in_words(error)}") from error
         raise UserError(
             "vLLM server",
             got=f"{command[0]!r}, which cannot be run ({error.strerror})",

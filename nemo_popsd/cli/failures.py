@@ -1,0 +1,61 @@
+"""What a communication library says when another process of the run is lost, in one line of ours."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nemo_popsd.errors import START_AGAIN, TransientError
+from nemo_popsd.launcher import read_launch
+
+_LIBRARIES = re.compile(r"gloo|NCCL|TCPStore|c10d|ProcessGroup|socket", re.IGNORECASE)
+_WAITED = re.compile(r"time[d]?[ -]?out|timeout", re.IGNORECASE)
+_ENDED = re.compile(
+    r"connection (was |is )?(likely )?(closed|reset|refused|aborted)|broken pipe|remote process exited|"
+    r"communicator was aborted|pair closure|failed to (recv|send)|unexpected end of|connection was closed",
+    re.IGNORECASE,
+)
+_LONGEST_TEXT = 400
+
+
+def as_lost_peer(error: BaseException, *, command: str, config: Any) -> TransientError | None:
+    """What to raise in place of a library's error that means: another rank has ended, or does not answer.
+
+    Args:
+        error: what a rank met.
+        command: what was run, e.g. `train`.
+        config: of that run; others than `PopsdConfig` are ignored.
+
+    Returns:
+        None for any other error, which keeps its traceback.
+    """
+    text = " ".join(str(error).split())
+    if not _is_of_communication(error, text):
+        return None
+    launch = read_launch()
+    who = f"rank {launch.rank} of {launch.world_size}"
+    advice = [f"{type(error).__name__}: {text[:_LONGEST_TEXT]}"]
+    if _WAITED.search(text):
+        seconds = getattr(getattr(config, "training", None), "collective_timeout", None)
+        limit = f"training.collective_timeout={seconds:g} s" if seconds and command != "evaluate" else "its time limit"
+        return TransientError(
+            f"collective on {who}",
+            got=f"it waited longer than {limit} for another rank, which hangs, is stopped or needs longer",
+            cure=f"see where the other ranks are; {START_AGAIN}; set training.collective_timeout higher if they only "
+            "need longer",
+            advice=advice,
+        )
+    return TransientError(
+        f"collective on {who}",
+        got="another rank has ended, or the connection to it is lost",
+        cure=f"see the output of the rank that ended first; {START_AGAIN}",
+        advice=advice,
+    )
+
+
+def _is_of_communication(error: BaseException, text: str) -> bool:
+    """Torch has classes for some of them (DistNetworkError, ...); gloo's arrive as plain RuntimeError."""
+    named = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    if not named and not (isinstance(error, RuntimeError) and _LIBRARIES.search(text)):
+        return False
+    return bool(_WAITED.search(text) or _ENDED.search(text))

@@ -1,0 +1,154 @@
+"""What the launcher of a process (torchrun, slurm/rank.sh) says of it in environment variables. Needs no torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_popsd.errors import TransientError, UserError
+
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_OF_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_WHAT = "launcher"
+_SINGLE = f"for a single process `unset {' '.join(_OF_RANKS)}`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One process among those that were started together; without a launcher the only one."""
+
+    rank: int = 0
+    """Of this process."""
+    world_size: int = 1
+    """Number of processes."""
+    local_rank: int = 0
+    """Of this process among those of its machine: its GPU."""
+    address: str = ""
+    """Host where the processes meet; empty where there is one process."""
+    port: int = 0
+    """Port of that host."""
+    agent_listens: bool = False
+    """The launcher listens there, as torchrun does; otherwise rank 0 does."""
+
+
+def rank() -> int:
+    """This process's rank as far as it is known: 0 without a launcher, and where RANK is no number."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if _is_number(text) else 0
+
+
+def world_size() -> int:
+    """Number of processes, from WORLD_SIZE alone.
+
+    Raises:
+        UserError: it is no positive number.
+    """
+    return _number(os.environ, "WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """This process's place, as the launcher says.
+
+    Raises:
+        UserError: a variable is missing beside others, is no number, or contradicts another.
+    """
+    given = [name for name in _OF_RANKS if name in environment]
+    if not given:
+        return Launch()
+    world = _number(environment, "WORLD_SIZE", least=1) if "WORLD_SIZE" in environment else 0
+    needed = (*_OF_RANKS, *_OF_RENDEZVOUS) if world != 1 else _OF_RANKS
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        raise UserError(
+            _WHAT,
+            got=f"{_shown(environment, *given)} without {', '.join(missing)}",
+            need=f"{', '.join((*_OF_RANKS, *_OF_RENDEZVOUS))} together, as torchrun sets them, or none of them",
+            mend=f"start the command with torchrun, or {_SINGLE}",
+        )
+    own, local = (_number(environment, name, least=0) for name in ("RANK", "LOCAL_RANK"))
+    for name, value, of in (("RANK", own, "WORLD_SIZE"), ("LOCAL_RANK", local, "LOCAL_WORLD_SIZE")):
+        if of in environment and value >= _number(environment, of, least=1):
+            raise UserError(
+                _WHAT,
+                got=_shown(environment, name, of),
+                need=f"a {name} below {of}",
+                mend=f"start the command with torchrun, or {_SINGLE}",
+            )
+    if world == 1:
+        return Launch(local_rank=local)
+    return Launch(
+        rank=own,
+        world_size=world,
+        local_rank=local,
+        address=environment["MASTER_ADDR"],
+        port=_number(environment, "MASTER_PORT", least=1, most=65535),
+        agent_listens=environment.get(_AGENT_STORE) == "True",
+    )
+
+
+def check_rendezvous(launch: Launch) -> None:
+    """Refuses a meeting point that cannot be: a host that nobody knows, a port of this machine that is taken.
+
+    Raises:
+        UserError: the host or the port must be another one.
+        TransientError: the port is taken, or nobody can tell at the moment who the host is.
+    """
+    if launch.world_size == 1:
+        return
+    place = f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
+    try:
+        socket.getaddrinfo(launch.address, launch.port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_AGAIN:
+            cure = "look at the machine's name service, or set MASTER_ADDR to an address"
+            raise TransientError(_WHAT, got=f"{place}: {error.strerror}", cure=cure) from None
+        raise UserError(
+            _WHAT,
+            got=f"{place}, a host that is not known here ({error.strerror})",
+            need="the host of rank 0, by a name or an address that every rank can reach",
+            mend=f"set MASTER_ADDR, or {_SINGLE}",
+        ) from None
+    if launch.rank == 0 and not launch.agent_listens:
+        _check_port(launch.port, place)
+
+
+def _check_port(port: int, place: str) -> None:
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            cure = f"set MASTER_PORT to a free port, or end what listens there; {_SINGLE}"
+            raise TransientError(_WHAT, got=f"{place}: another process has this port", cure=cure) from None
+        raise UserError(
+            _WHAT,
+            got=f"{place}, where rank 0 cannot listen ({error.strerror})",
+            need="a port that this user may listen at",
+            mend="set MASTER_PORT",
+        ) from None
+
+
+def _number(environment: Mapping[str, str], name: str, *, least: int, most: int | None = None) -> int:
+    text = environment[name]
+    if _is_number(text) and int(text) >= least and (most is None or int(text) <= most):
+        return int(text)
+    raise UserError(
+        _WHAT,
+        got=_shown(environment, name),
+        need=f"a whole number of at least {least}" + ("" if most is None else f" and at most {most}"),
+        mend=f"start the command with torchrun, or {_SINGLE}",
+    )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def _shown(environment: Mapping[str, str], *names: str) -> str:
+    return ", ".join(f"{name}={environment.get(name, '')[:40]!r}" for name in names)
