@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,3 +209,28 @@ def test_a_kill_in_the_middle_leaves_the_old_export_intact(sources, tmp_path):
 
 def _export(rank: int, world_size: int, source: Path, output: Path) -> None:
     HuggingFaceModel(source).export(build_student(source, tensor=world_size).gpt, output)
+
+
+def test_what_is_written_does_not_depend_on_the_directory_it_was_read_from(sources, tmp_path):
+    """A run may go on for weeks after the checkpoint that it began from has been removed."""
+    source = tmp_path / "source"
+    shutil.copytree(sources["qwen3"], source)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "vocab.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    config = (source / "config.json").read_bytes()
+    model = HuggingFaceModel(source)
+    shutil.rmtree(source)
+    for name in ("all", "tokenizer"):
+        (tmp_path / name).mkdir()
+    model.copy_artifacts(tmp_path / "all", with_tensor_names=True)
+    model.copy_tokenizer(tmp_path / "tokenizer")
+    assert (tmp_path / "all" / "config.json").read_bytes() == config
+    assert {"tokenizer.json", "chat_template.jinja", "tensor_names.json"} <= {
+        f.name for f in (tmp_path / "all").iterdir()
+    }
+    assert sorted(file.name for file in (tmp_path / "tokenizer").iterdir()) == [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "vocab.json",
+    ]
