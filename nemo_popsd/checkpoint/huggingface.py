@@ -8,8 +8,8 @@ error rather than a warning, and an export is written shard by shard under a tem
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from nemo_popsd.checkpoint.safetensors_files import INDEX, SafetensorsFiles, wri
 from nemo_popsd.checkpoint.tensor_map import TensorMap
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.build import Model, chunks_of
+from nemo_popsd.ownership import EXPORT
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
 adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
@@ -53,6 +54,8 @@ class HuggingFaceModel:
         config: its ``config.json``.
         vocab_size: true vocabulary, without Megatron's padding.
         tensor_names: names of its tensors, but for rotary frequencies, which old checkpoints hold needlessly.
+        artifacts: content of its configuration, tokenizer and chat template files by name, read when it is opened: a
+            run writes them into checkpoints long after `directory` may have been removed.
     """
 
     def __init__(
@@ -73,6 +76,12 @@ class HuggingFaceModel:
         self.config = read_architecture(self.directory, setting=setting, trust_remote_code=trust_remote_code)
         self.vocab_size: int = self.config.vocab_size
         self.tensor_names = self._read_tensor_names()
+        self.artifacts = {
+            file.name: file.read_bytes()
+            for pattern in _ARTIFACTS
+            for file in sorted(self.directory.glob(pattern))
+            if file.name not in (TENSOR_NAMES, INDEX) and file.is_file()
+        }
 
     def _read_tensor_names(self) -> list[str]:
         listed = self.directory / TENSOR_NAMES
@@ -209,8 +218,8 @@ class HuggingFaceModel:
     ) -> None:
         """Writes `model` as a Hugging Face directory, artifacts included. Collective over all ranks.
 
-        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; what
-        stood there is replaced.
+        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; an earlier
+        export there is replaced, and anything else is refused.
 
         Args:
             model: the student, or its chunks; with LoRA its adapters are merged into the weights when `merge_adapters`.
@@ -237,8 +246,8 @@ class HuggingFaceModel:
     ) -> None:
         """Writes a Hugging Face directory with these tensors and this directory's artifacts, from this process alone.
 
-        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; what
-        stood there is replaced.
+        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; an earlier
+        export there is replaced, and anything else is refused.
 
         Args:
             output: directory to make.
@@ -246,7 +255,7 @@ class HuggingFaceModel:
             dtype: of the tensors, which ``config.json`` is made to say.
             shard_bytes: size at which a new file is begun.
         """
-        with new_directory(Path(output)) as partial:
+        with new_directory(Path(output), EXPORT) as partial:
             self.copy_artifacts(partial)
             _declare_dtype(partial / "config.json", dtype)
             written = write_shards(tensors, partial, shard_bytes)
@@ -254,19 +263,17 @@ class HuggingFaceModel:
                 raise RuntimeError(f"{partial}: tensors missing or left over: {sorted(unlike)[:4]}")
 
     def copy_artifacts(self, destination: Path, *, with_tensor_names: bool = False) -> None:
-        """Copies configuration, tokenizer, chat template and generation configuration, not the weights."""
-        for pattern in _ARTIFACTS:
-            for file in self.directory.glob(pattern):
-                if file.name not in (TENSOR_NAMES, INDEX):
-                    shutil.copy(file, destination / file.name)
+        """Writes configuration, tokenizer, chat template and generation configuration, not the weights."""
+        for name, content in self.artifacts.items():
+            (destination / name).write_bytes(content)
         if with_tensor_names:
             (destination / TENSOR_NAMES).write_text(json.dumps(self.tensor_names))
 
     def copy_tokenizer(self, destination: Path) -> None:
-        """Copies tokenizer and chat template alone."""
-        for pattern in _TOKENIZER_FILES:
-            for file in self.directory.glob(pattern):
-                shutil.copy(file, destination / file.name)
+        """Writes tokenizer and chat template alone."""
+        for name, content in self.artifacts.items():
+            if any(fnmatchcase(name, pattern) for pattern in _TOKENIZER_FILES):
+                (destination / name).write_bytes(content)
 
     def vocabulary_tensors(self) -> set[str]:
         """Names of the tensors with one row per vocabulary entry."""

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = unless_it_may_pass(error) if isinstance(error, UserError) else error
         _tell(told)
         return USER_ERROR if isinstance(told, UserError) else TRANSIENT
+    except KeyboardInterrupt:
+        print(f"popsd {args.command}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def _tell(error: UserError | TransientError) -> None:

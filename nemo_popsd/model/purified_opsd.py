@@ -105,6 +105,8 @@ class PurifiedOPSDModel(ModelPT):
             source = open_source(self.settings.student.source)
             self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
+        # Read here: a resumed run may outlive the checkpoint that it began from.
+        self._generation = read_generation_config(self.architecture.directory)
         self.data_fingerprint = ""
         self._longest = 0
         if self.settings.data.train.path:
@@ -305,13 +307,12 @@ class PurifiedOPSDModel(ModelPT):
 
     def sampling(self, section: Any) -> SamplingParams:
         """How `rollout` or `evaluation`, whichever `section` is, draws tokens from this model."""
-        generation = read_generation_config(self.architecture.directory)
         return SamplingParams(
             temperature=section.temperature,
             top_p=section.top_p,
             top_k=section.top_k,
             max_response_tokens=section.max_response_tokens,
-            stop_token_ids=frozenset(stop_token_ids(self.tokenizer, generation)),
+            stop_token_ids=frozenset(stop_token_ids(self.tokenizer, self._generation)),
         )
 
     def _count_markers(self, response: Sequence[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_popsd.atomic import new_directory
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.errors import UserError
+from nemo_popsd.ownership import EXPORT
 from tests.harness import run_ranks
 from tests.tiny_models import KINDS, build_student, load_dense, save_tiny_model, whole_logits
 
@@ -190,14 +193,14 @@ hf.HuggingFaceModel(source).export(student.gpt, output, shard_bytes=9_000)
 @pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_the_old_export_intact(sources, tmp_path):
     output = tmp_path / "export"
-    output.mkdir()
-    (output / "model.safetensors").write_bytes(b"the old one")
+    with new_directory(output, EXPORT) as partial:
+        (partial / "model.safetensors").write_bytes(b"the old one")
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", _KILLED_EXPORT, str(sources["qwen3"]), str(output)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in output.iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == [".nemo_popsd", "model.safetensors"]
     assert (output / "model.safetensors").read_bytes() == b"the old one"
     assert (tmp_path / "export.partial").is_dir()
     # The next export clears what the killed one left, and takes the place of the old one.
@@ -208,3 +211,28 @@ def test_a_kill_in_the_middle_leaves_the_old_export_intact(sources, tmp_path):
 
 def _export(rank: int, world_size: int, source: Path, output: Path) -> None:
     HuggingFaceModel(source).export(build_student(source, tensor=world_size).gpt, output)
+
+
+def test_what_is_written_does_not_depend_on_the_directory_it_was_read_from(sources, tmp_path):
+    """A run may go on for weeks after the checkpoint that it began from has been removed."""
+    source = tmp_path / "source"
+    shutil.copytree(sources["qwen3"], source)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "vocab.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    config = (source / "config.json").read_bytes()
+    model = HuggingFaceModel(source)
+    shutil.rmtree(source)
+    for name in ("all", "tokenizer"):
+        (tmp_path / name).mkdir()
+    model.copy_artifacts(tmp_path / "all", with_tensor_names=True)
+    model.copy_tokenizer(tmp_path / "tokenizer")
+    assert (tmp_path / "all" / "config.json").read_bytes() == config
+    assert {"tokenizer.json", "chat_template.jinja", "tensor_names.json"} <= {
+        f.name for f in (tmp_path / "all").iterdir()
+    }
+    assert sorted(file.name for file in (tmp_path / "tokenizer").iterdir()) == [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "vocab.json",
+    ]
