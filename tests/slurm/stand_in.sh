@@ -11,7 +11,7 @@ for name in RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS S
 done
 secret=${WANDB_API_KEY:-}
 echo "secret of ${#secret} letters"
-echo "beginning at step 1"
+[[ " $* " == *" act=wait "* ]] || echo "beginning at step 1"
 
 # end_first STATUS: rank 0 ends once all have begun, the others when they are ended.
 end_first() {
@@ -33,6 +33,7 @@ def stop(*_):
     os._exit(85)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGUSR1, stop)
+print("beginning at step 1", flush=True)
 time.sleep(600)'
   ;;
 esac

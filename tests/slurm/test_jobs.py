@@ -55,7 +55,7 @@ def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tm
         "name=a b",
         POPSD_SECRETS=str(secrets),
         HF_TOKEN=SECRET,
-        NCCL_PROXY=f"http://me:{SECRET}@proxy:1",
+        NCCL_PROXY="http://me:another-password@proxy:1",
     )
     slurm.wait_for(job, "COMPLETED", seconds=60)
     log = logs(place, "start-0/node-0.log") + logs(place, "start-0/node-1.log")
@@ -78,6 +78,7 @@ def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tm
     assert f"POPSD_SECRETS={secrets}" not in environment
     everything = "".join(path.read_text() for path in place.rglob("*") if path.is_file())
     assert SECRET not in everything
+    assert "another-password" not in everything
     assert SECRET not in Path(slurm.place / "controller.log").read_text()
 
     # Started again, for whatever reason, it finds that it is done.
