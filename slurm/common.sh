@@ -84,21 +84,28 @@ load_settings() {
   export POPSD_HOME POPSD_PYTHON PYTHONUNBUFFERED=1
 }
 
-# read_settings FILE: as your own shell does, where a variable that is not set is no error. One in it ends the job.
+# read_settings FILE: as your own shell does, where a variable that is not set is no error. A command in it that fails ends
+# the job.
 read_settings() {
   local problem
-  SETTINGS=$1 SETTINGS_LINE="?"
+  SETTINGS=$1
   [[ -f $SETTINGS && -r $SETTINGS ]] ||
     die "$USER_ERROR" "settings: got $SETTINGS, which is not a readable file; need a file like slurm/env.example.sh; set POPSD_ENV"
   problem=$(bash -n "$SETTINGS" 2>&1) ||
     die "$USER_ERROR" "settings: got ${problem%%$'\n'*}; need a file that bash can read; correct $SETTINGS"
-  trap 'die "$USER_ERROR" "settings: got status $? at line $SETTINGS_LINE of $SETTINGS; need commands that succeed; correct that line"' EXIT
-  trap 'SETTINGS_LINE=$LINENO' ERR
-  set -E +u
+  trap 'refuse_settings $? "line $LINENO"' ERR
+  trap 'refuse_settings $? "an exit"' EXIT
+  set +u
   # shellcheck source=env.example.sh
   source "$SETTINGS"
-  set -euo pipefail +E
+  set -euo pipefail
   trap - EXIT ERR
+}
+
+# refuse_settings STATUS PLACE
+refuse_settings() {
+  trap - EXIT ERR
+  die "$USER_ERROR" "settings: got status $1 at $2 of $SETTINGS; need commands that succeed; correct that line"
 }
 
 # choose_ranks COMMAND: as many as the job has tasks, the same number on each node.
