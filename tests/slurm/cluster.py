@@ -129,7 +129,7 @@ class Cluster:
             record = self.record(job)
             if record["JobState"] in states and int(record["Restarts"]) >= restarts:
                 return record
-            if (record["JobState"], record["Reason"]) == ("PENDING", "BeginTime") and not _runs_here(job):
+            if (record["JobState"], record["Reason"]) == ("PENDING", "BeginTime") and not _runs_here(record["JobId"]):
                 left = left or time.monotonic()
                 # Slurm counts in whole seconds: a start in that of the end is refused ("credential revoked").
                 if time.monotonic() > left + 1.2:

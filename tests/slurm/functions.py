@@ -47,7 +47,9 @@ class Job:
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
-    def run(self, script: str, *arguments: str, trace: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: str, *arguments: str, trace: bool = False, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run lines of bash after slurm/common.sh; `arguments` are the positional parameters.
 
         Args:

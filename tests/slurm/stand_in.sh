@@ -4,9 +4,13 @@
 set -euo pipefail
 [[ $1 == -m && $2 == nemo_popsd ]]
 echo "asked: ${*:3}"
-[[ $3 != doctor ]] || exit 0
+if [[ $3 == doctor ]]; then
+  [[ " $* " != *" act=slow_check "* ]] || sleep 100
+  exit 0
+fi
 for name in RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS SLURM_RESTART_COUNT \
-  SEEN_CONTAINER_IMAGE SEEN_CONTAINER_MOUNTS SEEN_CONTAINER_WORKDIR SEEN_NO_CONTAINER_MOUNT_HOME; do
+  SEEN_CONTAINER_IMAGE SEEN_CONTAINER_MOUNTS SEEN_CONTAINER_WORKDIR SEEN_NO_CONTAINER_MOUNT_HOME \
+  SEEN_CONTAINER_ENV; do
   echo "$name=${!name:-}"
 done
 secret=${WANDB_API_KEY:-}

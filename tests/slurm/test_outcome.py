@@ -1,4 +1,4 @@
-"""How a job ends, by what its ranks and its checks have left: done, started again, or ended with a status and a line."""
+"""How a job ends, by what its ranks and checks have left: done, started again, or ended with a status and a line."""
 
 from __future__ import annotations
 

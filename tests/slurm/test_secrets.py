@@ -38,7 +38,9 @@ def secrets(place: Path, text: str) -> str:
 )
 def test_what_a_line_says_reaches_the_steps(job: Job, text: str, value: str) -> None:
     job.program("srun", 'printf "%s" "$NAME"')
-    done = job.run('load_settings; CONTAINER=(); run_step check true; [[ -z ${NAME+set} ]]', POPSD_SECRETS=secrets(job.place, text))
+    done = job.run(
+        "load_settings; CONTAINER=(); run_step check true; [[ -z ${NAME+set} ]]", POPSD_SECRETS=secrets(job.place, text)
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, value, "")
 
 

@@ -16,7 +16,13 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.mark.parametrize(
     ("nodes", "tasks", "per_node", "ranks"),
-    [("1", "8", "8", "8 8"), ("1", "2", "8", "2 2"), ("2", "4", "8", "4 2"), ("2", "", "3", "6 3"), ("3", "", "", "3 1")],
+    [
+        ("1", "8", "8", "8 8"),
+        ("1", "2", "8", "2 2"),
+        ("2", "4", "8", "4 2"),
+        ("2", "", "3", "6 3"),
+        ("3", "", "", "3 1"),
+    ],
 )
 def test_there_are_as_many_ranks_as_slurm_has_counted(
     job: Job, nodes: str, tasks: str, per_node: str, ranks: str
@@ -74,7 +80,7 @@ def test_outside_an_array_arguments_are_left_alone(job: Job) -> None:
 
 def test_settings_are_read_as_a_login_shell_does(job: Job) -> None:
     file = job.place / "env.sh"
-    file.write_text('[[ -z $NOT_SET ]] && export POPSD_LOGS=/here\nfails() { false; }\nif X=$(fails); then :; fi\n')
+    file.write_text("[[ -z $NOT_SET ]] && export POPSD_LOGS=/here\nfails() { false; }\nif X=$(fails); then :; fi\n")
     done = job.run('load_settings; echo "$POPSD_LOGS"; set -o | grep -E "errexit|nounset"', POPSD_ENV=str(file))
     assert done.stdout.split() == ["/here", "errexit", "on", "nounset", "on"]
 
