@@ -2,14 +2,20 @@
 # What the jobs of this directory have in common. Sourced; defines functions and sets nothing but shell options.
 #
 #   popsd_job COMMAND ARGUMENT...     one rank of `popsd COMMAND ARGUMENT...` for each task of the job
+#   popsd_doctor ARGUMENT...          `popsd doctor ARGUMENT...` once on each node of the job
 #
 # Settings come from one file, see env.example.sh. What happens, in order: settings, a directory of logs for this start,
-# the rendezvous, checks on every node, the ranks, and a conclusion: DONE, a requeue, or an end.
+# the rendezvous, checks on every node, the ranks, and a conclusion (outcome.sh): DONE, a requeue, or an end.
 
 set -euo pipefail
 
 readonly SAVED_AND_STOPPED=85 # exit status of a rank that was asked to stop, and has saved
-readonly USER_ERROR=2         # exit status of what starting again cannot mend
+readonly USER_ERROR=2         # exit status of what only the user can change; such a job is not started again
+
+# shellcheck source=secrets.sh
+source "$(dirname "${BASH_SOURCE[0]}")/secrets.sh"
+# shellcheck source=outcome.sh
+source "$(dirname "${BASH_SOURCE[0]}")/outcome.sh"
 
 say() { printf '[popsd %(%F %T)T +%ds] %s\n' -1 "$SECONDS" "$*"; }
 
@@ -24,8 +30,10 @@ popsd_job() {
   trap ask_to_stop USR1
   trap 'INTERRUPTED=1; TERMINATED=1' TERM
   load_settings
+  choose_ranks "$1"
+  choose_arguments "$@"
   set_up_logs
-  say "job $SLURM_JOB_ID ($SLURM_JOB_NAME), start $RESTART: $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), $RANKS ranks"
+  say "job $JOB ($SLURM_JOB_NAME), start $RESTART: $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), $RANKS ranks"
   if [[ -e $JOB_DIR/DONE ]]; then
     say "done already: $JOB_DIR/DONE"
     exit 0
@@ -34,53 +42,156 @@ popsd_job() {
   choose_container
   choose_rendezvous
   show_environment
-  local words=("$@")
   # What the first start was allowed to overwrite, the next one resumes.
-  if [[ $1 == train ]] && run_has_begun; then words+=(overwrite=false); fi
-  check_nodes "${words[@]}"
-  run_ranks "${words[@]}"
+  if [[ $1 == train ]] && run_has_begun; then ARGUMENTS+=(overwrite=false); fi
+  check_nodes "${ARGUMENTS[@]}"
+  run_ranks "${ARGUMENTS[@]}"
 }
 
-# Settings: the file, then defaults. Secrets go into the environment and nowhere else.
+# popsd_doctor ARGUMENT...: what every node has, in the container if there is one. Its output is that of the job.
+popsd_doctor() {
+  load_settings
+  RANKS=$SLURM_NNODES
+  set_up_logs
+  choose_container
+  show_environment
+  POPSD_WORLD_SIZE=$RANKS run_step doctor --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
+    --label "${CONTAINER[@]}" bash "$POPSD_HOME/slurm/check.sh" --gpus "$GPUS_PER_NODE" "$@"
+}
+
+# Settings: the file, then defaults.
 load_settings() {
-  local file=${POPSD_ENV:-$POPSD_HOME/slurm/env.sh}
-  if [[ -e $file ]]; then
-    # shellcheck source=env.example.sh
-    source "$file"
-  elif [[ -n ${POPSD_ENV:-} ]]; then
-    die $USER_ERROR "settings: got POPSD_ENV=$file, which does not exist; need a file like slurm/env.example.sh"
-  fi
+  local file=${POPSD_ENV:-$POPSD_HOME/slurm/env.sh} name
+  if [[ -e $file || -n ${POPSD_ENV:-} ]]; then read_settings "$file"; fi
   : "${POPSD_PYTHON:=python}" "${POPSD_LOGS:=$SLURM_SUBMIT_DIR/logs}" "${POPSD_MIN_FREE_GIB:=50}"
-  : "${POPSD_MAX_RESTARTS:=20}" "${POPSD_MAX_CRASHES:=3}" "${CONTAINER_IMAGE:=}" "${CONTAINER_MOUNTS:=}"
+  : "${POPSD_MAX_RESTARTS:=20}" "${POPSD_MAX_CRASHES:=3}"
+  : "${CONTAINER_IMAGE:=}" "${CONTAINER_MOUNTS:=}" "${CONTAINER_ENV:=}"
+  for name in POPSD_MAX_RESTARTS POPSD_MAX_CRASHES; do
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "$USER_ERROR" "settings: got $name='${!name}'; need a whole number; set $name"
+  done
   RESTART=${SLURM_RESTART_COUNT:-0}
-  RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-$SLURM_NNODES} / SLURM_NNODES))}
-  RANKS=$((SLURM_NNODES * RANKS_PER_NODE))
+  # A task of a job array has a number of its own and the array's. Where both are equal, Slurm takes the bare number for
+  # the whole array: what asks about this task, or requeues it, must name it like this.
+  JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  JOB=${JOB:-$SLURM_JOB_ID}
   # What was asked for: an exclusive job is given all GPUs of its nodes. With a kind in front: h100:8.
   GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
   GPUS_PER_NODE=${GPUS_PER_NODE##*:}
-  if ((GPUS_PER_NODE && RANKS_PER_NODE > GPUS_PER_NODE)); then
-    die $USER_ERROR "layout: got $RANKS_PER_NODE ranks and $GPUS_PER_NODE GPUs a node; need a GPU for each rank; set sbatch's --ntasks-per-node and --gpus-per-node"
-  fi
-  if [[ -n ${POPSD_SECRETS:-} ]]; then
-    [[ $(stat --format=%a "$POPSD_SECRETS" 2>&1) == *00 ]] ||
-      die $USER_ERROR "POPSD_SECRETS: got $POPSD_SECRETS, which is missing or which others can read; need a file of yours alone; chmod 600 it"
-    set -a
-    # shellcheck source=/dev/null
-    source "$POPSD_SECRETS"
-    set +a
-  fi
-  # After `sbatch --export=NONE` srun would pass nothing on; and srun does not inherit sbatch's --cpus-per-task.
+  SECRET_NAMES=() SECRET_VALUES=()
+  [[ -z ${POPSD_SECRETS:-} ]] || read_secrets "$POPSD_SECRETS"
+  # After `sbatch --export=NONE` srun would pass nothing on.
   export SLURM_EXPORT_ENV=ALL
-  export SRUN_CPUS_PER_TASK=${POPSD_CPUS_PER_RANK:-$(((SLURM_CPUS_ON_NODE + RANKS_PER_NODE - 1) / RANKS_PER_NODE))}
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
   export POPSD_HOME POPSD_PYTHON PYTHONUNBUFFERED=1
 }
 
+# read_settings FILE: as your own shell does, where a variable that is not set is no error. A command in it that fails ends
+# the job.
+read_settings() {
+  local problem
+  SETTINGS=$1
+  [[ -f $SETTINGS && -r $SETTINGS ]] ||
+    die "$USER_ERROR" "settings: got $SETTINGS, which is not a readable file; need a file like slurm/env.example.sh; set POPSD_ENV"
+  problem=$(bash -n "$SETTINGS" 2>&1) ||
+    die "$USER_ERROR" "settings: got ${problem%%$'\n'*}; need a file that bash can read; correct $SETTINGS"
+  trap 'refuse_settings $? "line $LINENO"' ERR
+  trap 'refuse_settings $? "an exit"' EXIT
+  set +u
+  # shellcheck source=env.example.sh
+  source "$SETTINGS"
+  set -euo pipefail
+  trap - EXIT ERR
+}
+
+# refuse_settings STATUS PLACE
+refuse_settings() {
+  trap - EXIT ERR
+  die "$USER_ERROR" "settings: got status $1 at $2 of $SETTINGS; need commands that succeed; correct that line"
+}
+
+# choose_ranks COMMAND: as many as the job has tasks, the same number on each node.
+choose_ranks() {
+  # Slurm sets SLURM_NTASKS to what holds, also where --ntasks overrides the script's own --ntasks-per-node.
+  RANKS=${SLURM_NTASKS:-$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}
+  RANKS_PER_NODE=$((RANKS / SLURM_NNODES))
+  ((RANKS_PER_NODE * SLURM_NNODES == RANKS)) ||
+    die "$USER_ERROR" "layout: got $RANKS ranks on $SLURM_NNODES nodes; need the same number on each node; set sbatch's --ntasks-per-node instead of --ntasks"
+  if ((GPUS_PER_NODE && RANKS_PER_NODE > GPUS_PER_NODE)); then
+    die "$USER_ERROR" "layout: got $RANKS_PER_NODE ranks and $GPUS_PER_NODE GPUs a node; need a GPU for each rank; set sbatch's --ntasks-per-node and --gpus-per-node"
+  fi
+  case $1 in
+  convert | export) ((RANKS == 1)) || die "$USER_ERROR" "layout: got $RANKS ranks for popsd $1; need one; leave out sbatch's --nodes and --ntasks" ;;
+  esac
+  # srun does not inherit sbatch's --cpus-per-task.
+  export SRUN_CPUS_PER_TASK=${POPSD_CPUS_PER_RANK:-$(((SLURM_CPUS_ON_NODE + RANKS_PER_NODE - 1) / RANKS_PER_NODE))}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+}
+
+# choose_arguments COMMAND ARGUMENT...: sets ARGUMENTS. In a job array `%a` is the number of the task, as in sbatch's own
+# options, and what is written must depend on it: all tasks have the same command line.
+choose_arguments() {
+  local word written=""
+  ARGUMENTS=("$@")
+  [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] || return 0
+  for word in "${@:2}"; do
+    case $1,$word in
+    train,output=*) written=$word ;; # the last one holds
+    train,*) ;;
+    *%a*) written=$word ;;
+    esac
+  done
+  [[ $written == *%a* ]] ||
+    die "$USER_ERROR" "job array: got the same ${written:-arguments} for every task; need a place of its own for what each task writes; write %a where the number of the task belongs, as in output=runs/x_%a"
+  ARGUMENTS=("${ARGUMENTS[@]//%a/$SLURM_ARRAY_TASK_ID}")
+}
+
+# The directory of this start. Nothing can be logged before all nodes see it and can write there.
 set_up_logs() {
-  JOB_DIR=$POPSD_LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID
+  local problem
+  JOB_DIR=$POPSD_LOGS/${SLURM_JOB_NAME//[^[:alnum:]._-]/_}-$JOB
   RUN_DIR=$JOB_DIR/start-$RESTART
-  mkdir -p "$RUN_DIR" || die $USER_ERROR "logs: cannot make $RUN_DIR; set POPSD_LOGS to storage that all nodes share"
-  export POPSD_RUN_DIR=$RUN_DIR
+  # srun takes both for the start of a pattern, and has no way to write them in every place.
+  [[ $RUN_DIR != *[%\\]* ]] || refuse_logs "% or \\ in the path" "a path without them"
+  problem=$(mkdir -p "$RUN_DIR" 2>&1) || refuse_logs "${problem##*: }" "a directory that can be made"
+  export POPSD_LOGS POPSD_RUN_DIR=$RUN_DIR
+  problem=$(write_to_logs 2>&1) || refuse_logs "$problem" "room on storage that all nodes share"
+  ((SLURM_NNODES == 1)) || check_logs
+}
+
+# refuse_logs PROBLEM NEED
+refuse_logs() {
+  die "$USER_ERROR" "logs: got POPSD_LOGS=$POPSD_LOGS, $1; need $2; set POPSD_LOGS"
+}
+
+# The same on every node, before anything else runs there.
+check_logs() {
+  local problem
+  problem=$(srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --job-name=logs \
+    bash -c "$(declare -f write_to_logs); write_to_logs" 2>&1) && return 0
+  exit_if_ended_from_outside "the look at the logs was broken off" 1
+  grep --quiet '^on ' <<<"$problem" || count_crash 1 "srun could not start a step (${problem//$'\n'/; })"
+  problem=$(grep '^on ' <<<"$problem" | sort)
+  refuse_logs "${problem//$'\n'/; }" "room on storage that all nodes share"
+}
+
+# Whether this node sees POPSD_RUN_DIR and has room there. Runs on every node; says on one line what is wrong.
+write_to_logs() {
+  local try problem file=$POPSD_RUN_DIR/.room-${SLURM_NODEID:-0} where="on ${SLURMD_NODENAME:-$HOSTNAME}"
+  # A network file system may need a moment to show what another node has made.
+  for ((try = 0; try < 10; try++)); do
+    [[ ! -d $POPSD_RUN_DIR ]] || break
+    sleep 0.5
+  done
+  [[ -d $POPSD_RUN_DIR ]] || {
+    echo "$where it has not what the first node has made there"
+    return 1
+  }
+  if problem=$({ head --bytes=65536 /dev/zero >"$file"; } 2>&1); then
+    rm -f "$file"
+    return 0
+  fi
+  rm -f "$file"
+  echo "$where ${problem##*: }"
+  return 1
 }
 
 # Whether an earlier start of this job came as far as its first step or its checkpoint.
@@ -94,13 +205,19 @@ run_has_begun() {
 
 # CONTAINER: srun's flags for pyxis, or nothing.
 choose_container() {
+  local help path
   CONTAINER=()
   [[ -n $CONTAINER_IMAGE ]] || return 0
-  [[ $(srun --help 2>&1) == *--container-image* ]] ||
-    die $USER_ERROR "container: got CONTAINER_IMAGE=$CONTAINER_IMAGE and an srun without --container-image; need Slurm's plugin pyxis on this cluster; install it, or unset CONTAINER_IMAGE to run bare"
+  help=$(srun --help 2>&1)
+  [[ $help == *--container-image* ]] ||
+    die "$USER_ERROR" "container: got CONTAINER_IMAGE=$CONTAINER_IMAGE and an srun without --container-image; need Slurm's plugin pyxis on this cluster; install it, or unset CONTAINER_IMAGE to run bare"
   if [[ $CONTAINER_IMAGE == *.sqsh && ! -r $CONTAINER_IMAGE ]]; then
-    die $USER_ERROR "container: got CONTAINER_IMAGE=$CONTAINER_IMAGE, which cannot be read; import it with enroot (docs/slurm.md)"
+    die "$USER_ERROR" "container: got CONTAINER_IMAGE=$CONTAINER_IMAGE, which cannot be read; import it with enroot (docs/slurm.md)"
   fi
+  for path in "$POPSD_HOME" "$SLURM_SUBMIT_DIR" "$POPSD_LOGS"; do
+    [[ $path != *[,:]* ]] ||
+      die "$USER_ERROR" "container: got the path $path, with a comma or a colon; need one that pyxis can mount; move the project, POPSD_LOGS or the directory of submission"
+  done
   local mounts="$POPSD_HOME:$POPSD_HOME,$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR,$POPSD_LOGS:$POPSD_LOGS"
   CONTAINER=(
     --container-image="$CONTAINER_IMAGE"
@@ -108,6 +225,25 @@ choose_container() {
     --container-workdir="$SLURM_SUBMIT_DIR"
     --no-container-mount-home
   )
+}
+
+# container_environment: pyxis' flag for the variables of which the job's value must hold and not the image's. Asked for
+# when a step starts: only then have all of them their values.
+container_environment() {
+  local name names=()
+  ((${#CONTAINER[@]})) || return 0
+  [[ $(srun --help 2>&1) == *--container-env* ]] || return 0
+  for name in $(compgen -e); do
+    case $name in
+    CUDA_DEVICE_* | FI_* | GLOO_* | HF_* | MASTER_* | MLFLOW_* | NCCL_* | NVTE_* | OMP_* | POPSD_* | PYTHONUNBUFFERED) ;;
+    PYTORCH_* | TORCH_NCCL_* | UCX_* | VLLM_* | WANDB_*) ;;
+    *) continue ;;
+    esac
+    names+=("$name")
+  done
+  names+=("${SECRET_NAMES[@]}" ${CONTAINER_ENV:+"$CONTAINER_ENV"})
+  local IFS=,
+  echo "--container-env=${names[*]}"
 }
 
 # The first node, by a name or an address that the others can resolve, and a port that no other job of it takes.
@@ -121,50 +257,60 @@ choose_rendezvous() {
     node=${node#* NodeAddr=}
     MASTER_ADDR=${node%% *}
   fi
-  # Below 32768, where the kernel takes ports for outgoing connections.
-  MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + RESTART) % 12000))
+  # Below 32768, where the kernel takes ports for outgoing connections. SLURM_JOB_ID differs for the tasks of an array.
+  MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + RESTART % 7) % 12000))
   export MASTER_ADDR MASTER_PORT
+  say "rendezvous $MASTER_ADDR:$MASTER_PORT; logs and environment: $RUN_DIR"
 }
 
 # Variables that explain a run, without those that may hold a secret.
 show_environment() {
-  local name
+  local - name
+  set +x # the trace would show the values
   for name in $(compgen -e | sort); do
-    case $name in
-    *TOKEN* | *SECRET* | *KEY* | *PASSWORD* | *PASSWD* | *CREDENTIAL*) continue ;;
-    SLURM_JOB_* | SLURM_N* | SLURM_RESTART_COUNT | SLURM_GPUS* | SLURM_TASKS_PER_NODE) ;;
+    case ${name^^} in
+    *TOKEN* | *SECRET* | *KEY* | *PASS* | *CREDENTIAL* | *AUTH*) continue ;;
+    SLURM_JOB_* | SLURM_N* | SLURM_ARRAY_* | SLURM_RESTART_COUNT | SLURM_GPUS* | SLURM_TASKS_PER_NODE) ;;
     CONTAINER_* | CUDA_* | FI_* | GLOO_* | MASTER_* | NCCL_* | NVTE_* | OMP_* | POPSD_* | TORCH_* | UCX_*) ;;
     *) continue ;;
     esac
-    printf '%s=%q\n' "$name" "${!name}"
+    is_secret "$name" "${!name}" || printf '%s=%q\n' "$name" "${!name}"
   done | sed 's|://[^/@]*@|://...@|g' >"$RUN_DIR/environment" # user:password@host
-  say "rendezvous $MASTER_ADDR:$MASTER_PORT; logs and environment: $RUN_DIR"
 }
 
 # check_nodes COMMAND ARGUMENT...: devices, room, paths, and an output that all nodes share.
 check_nodes() {
-  local command=$1 asked=(--gpus "$GPUS_PER_NODE" --free-gib "$POPSD_MIN_FREE_GIB")
+  local status=0 command=$1 asked=(--gpus "$GPUS_PER_NODE" --free-gib "$POPSD_MIN_FREE_GIB")
   shift
   case $command in
   train) asked+=("$@") ;;
   evaluate) asked+=(--evaluate "$@") ;;
   esac
-  POPSD_WORLD_SIZE=$RANKS srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
-    --job-name=check --output="$RUN_DIR/check-%n.log" "${CONTAINER[@]}" \
-    bash "$POPSD_HOME/slurm/check.sh" "${asked[@]}" || {
-    tail --verbose --lines=5 "$RUN_DIR"/check-*.log >&2
-    die $USER_ERROR "the checks before the start found the above; the rest is in $RUN_DIR/check-*.log"
-  }
+  POPSD_WORLD_SIZE=$RANKS run_step check --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
+    --output="$RUN_DIR/check-%n.log" "${CONTAINER[@]}" bash "$POPSD_HOME/slurm/check.sh" "${asked[@]}" || status=$?
+  if ((status)) || [[ $TERMINATED ]]; then
+    exit_if_ended_from_outside "the checks were broken off" $((status ? status : 1))
+    conclude_check "$status"
+  fi
   say "checks passed on $SLURM_NNODES nodes"
+}
+
+# run_step NAME ARGUMENT...: srun with the secrets in its environment.
+run_step() {
+  local flag
+  flag=$(container_environment)
+  (srun_with_secrets --job-name="$1" ${flag:+"$flag"} "${@:2}")
 }
 
 # run_ranks COMMAND ARGUMENT...
 run_ranks() {
-  local code status=127
+  local code flag status=127
   say "starting $RANKS ranks of popsd $1; their output: $RUN_DIR/node-*.log"
+  flag=$(container_environment)
   # --wait: the last rank may write a checkpoint long after the others have ended.
-  srun --ntasks="$RANKS" --ntasks-per-node="$RANKS_PER_NODE" --kill-on-bad-exit=1 --wait=1800 --label \
-    --job-name="$1" --output="$RUN_DIR/node-%n.log" "${CONTAINER[@]}" bash "$POPSD_HOME/slurm/rank.sh" "$@" &
+  (srun_with_secrets --ntasks="$RANKS" --ntasks-per-node="$RANKS_PER_NODE" --kill-on-bad-exit=1 --wait=1800 --label \
+    --job-name="$1" --output="$RUN_DIR/node-%n.log" ${flag:+"$flag"} "${CONTAINER[@]}" \
+    bash "$POPSD_HOME/slurm/rank.sh" "$@") &
   SRUN_PID=$!
   [[ ! $STOP_ASKED ]] || ask_to_stop
   while :; do
@@ -191,90 +337,4 @@ ask_to_stop() {
 
 repeat_usr1() {
   while kill -USR1 "$1" 2>/dev/null; do sleep 5; done
-}
-
-# conclude STATUS: DONE, a requeue, or an end.
-conclude() {
-  local status=$1
-  if ended_with 0 $SAVED_AND_STOPPED && ! ended_with 0; then
-    echo 0 >"$JOB_DIR/crashes"
-    start_again "saved and stopped" $SAVED_AND_STOPPED
-  fi
-  if ended_with 0; then
-    printf 'job %s, start %s, %(%F %T)T\n' "$SLURM_JOB_ID" "$RESTART" -1 >"$JOB_DIR/DONE"
-    say "done: $JOB_DIR/DONE"
-    exit 0
-  fi
-  show_failure "$status"
-  ((status)) || status=1
-  if some_ended_with $USER_ERROR; then die $USER_ERROR "starting again would not mend this"; fi
-  # The loss of a node, a preemption: no failure of the run's own.
-  if ended_from_outside; then start_again "ended with $status" "$status"; fi
-  local crashes=0
-  [[ ! -e $JOB_DIR/crashes ]] || crashes=$(<"$JOB_DIR/crashes")
-  echo $((++crashes)) >"$JOB_DIR/crashes"
-  if ((crashes > POPSD_MAX_CRASHES)); then
-    die "$status" "failed $crashes times in a row; the bound is POPSD_MAX_CRASHES=$POPSD_MAX_CRASHES"
-  fi
-  start_again "failed ($crashes in a row)" "$status"
-}
-
-# start_again WHY STATUS: requeue, unless the job is being cancelled; STATUS is for the end.
-start_again() {
-  # A cancelled job's ranks save, too; a requeue would bring the job back.
-  if ended_from_outside; then
-    say "$1; ended from outside, not requeued by itself"
-    exit "$2"
-  fi
-  ((RESTART < POPSD_MAX_RESTARTS)) || die "$2" "$1; not requeued: POPSD_MAX_RESTARTS=$POPSD_MAX_RESTARTS is reached"
-  say "$1; requeueing"
-  scontrol requeue "$SLURM_JOB_ID" || die "$2" "$1; Slurm refuses the requeue; submit the same command again to resume"
-  # Slurm ends this shell. If it ended by itself its status could count as that of the job.
-  sleep 600
-  exit "$2"
-}
-
-# Whether Slurm is ending the job already: cancelled, preempted without grace, a node lost.
-ended_from_outside() {
-  [[ $TERMINATED || $(scontrol show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]
-}
-
-# ended_with STATUS...: whether every rank has told one of these. srun's own status is no proof of anything: that of ranks
-# which it has killed, or 0 where it has lost a node.
-ended_with() {
-  local rank status
-  for ((rank = 0; rank < RANKS; rank++)); do
-    status=$(told_by "$rank")
-    [[ $status && " $* " == *" $status "* ]] || return 1
-  done
-}
-
-# some_ended_with STATUS
-some_ended_with() {
-  local rank
-  for ((rank = 0; rank < RANKS; rank++)); do
-    [[ $(told_by "$rank") != "$1" ]] || return 0
-  done
-  return 1
-}
-
-told_by() {
-  local status=""
-  [[ ! -e $RUN_DIR/rank-$1.exit ]] || read -r status _ <"$RUN_DIR/rank-$1.exit"
-  printf '%s' "$status"
-}
-
-# The rank that ended first, and the last lines of its node.
-show_failure() {
-  local first node
-  first=$(grep --files-without-match '^0 ' "$RUN_DIR"/rank-*.exit 2>/dev/null | xargs --no-run-if-empty --delimiter='\n' \
-    ls -tr | sed --quiet 1p) || true
-  if [[ -z $first ]]; then
-    say "error: srun ended with $1 and no rank told why; see $RUN_DIR/node-*.log" >&2
-    return 0
-  fi
-  local status host
-  read -r status node host <"$first"
-  say "error: $(basename "$first" .exit) on $host ended first, with $status; the last lines of its node:" >&2
-  tail --lines=20 "$RUN_DIR/node-$node.log" >&2 || true
 }

@@ -20,5 +20,5 @@ POPSD_HOME=${POPSD_HOME:-${job%%/slurm/convert.sh*}}
 # shellcheck source=common.sh
 source "$POPSD_HOME/slurm/common.sh"
 
-(($# >= 3)) || die $USER_ERROR "usage: sbatch slurm/convert.sh hf-to-nemo|nemo-to-hf SRC OUT [OPTION ...]"
+(($# >= 3)) || die "$USER_ERROR" "usage: sbatch slurm/convert.sh hf-to-nemo|nemo-to-hf SRC OUT [OPTION ...]"
 popsd_job convert "$@"

@@ -18,6 +18,9 @@ export SBATCH_TIMELIMIT=${SBATCH_TIMELIMIT:-04:00:00}
 export CONTAINER_IMAGE=${CONTAINER_IMAGE:-}
 # What the job reads and writes besides this project and the directory of the submission: SRC:DST,SRC:DST
 export CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}
+# Where the image sets a variable, too, its own value wins under pyxis, except for those that the job names: NCCL_*, GLOO_*,
+# HF_*, WANDB_*, what is in POPSD_SECRETS, and others (slurm/common.sh, container_environment). Further ones: NAME,NAME
+export CONTAINER_ENV=${CONTAINER_ENV:-}
 
 # The interpreter: in the container, or of a virtual environment that all nodes see.
 export POPSD_PYTHON=${POPSD_PYTHON:-python}
@@ -32,11 +35,13 @@ export POPSD_MAX_CRASHES=${POPSD_MAX_CRASHES:-3}
 # export POPSD_EVALUATE_OPTIONS="--ntasks-per-node=4 --gpus-per-node=4"
 # Cores of a rank. Default: the node's, divided by its ranks.
 # export POPSD_CPUS_PER_RANK=12
-# A file with lines like WANDB_API_KEY=..., readable by you alone (chmod 600). Read by the job, never printed.
+# A file of lines WANDB_API_KEY=..., readable by you alone (chmod 600). It is read, not run: no $NAME, no $(command); a value
+# with spaces or special characters stands in single quotes. What is in it is in no log, whatever its name.
 # export POPSD_SECRETS=$HOME/.config/popsd-secrets
 
 # The network. Nothing is needed where NCCL finds InfiniBand by itself; see what your site says.
 # export NCCL_SOCKET_IFNAME=eth0        # interface of the rendezvous
+# export GLOO_SOCKET_IFNAME=eth0        # the same for what ranks exchange on the CPU: set both
 # export NCCL_IB_HCA=mlx5               # adapters for the data
 # export NCCL_DEBUG=WARN
 

@@ -22,5 +22,5 @@ POPSD_HOME=${POPSD_HOME:-${job%%/slurm/evaluate.sh*}}
 # shellcheck source=common.sh
 source "$POPSD_HOME/slurm/common.sh"
 
-(($#)) || die $USER_ERROR "usage: sbatch slurm/evaluate.sh CONF [key=value ...] [--checkpoint PATH]"
+(($#)) || die "$USER_ERROR" "usage: sbatch slurm/evaluate.sh CONF [key=value ...] [--checkpoint PATH]"
 popsd_job evaluate "$@"

@@ -20,5 +20,5 @@ POPSD_HOME=${POPSD_HOME:-${job%%/slurm/export.sh*}}
 # shellcheck source=common.sh
 source "$POPSD_HOME/slurm/common.sh"
 
-(($# == 2)) || die $USER_ERROR "usage: sbatch slurm/export.sh CHECKPOINT OUTPUT"
+(($# == 2)) || die "$USER_ERROR" "usage: sbatch slurm/export.sh CHECKPOINT OUTPUT"
 popsd_job export "$@"

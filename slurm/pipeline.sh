@@ -10,12 +10,16 @@
 set -euo pipefail
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=common.sh
+source "$home/slurm/common.sh"
 settings=${POPSD_ENV:-$home/slurm/env.sh}
-# shellcheck source=env.example.sh
-[[ ! -e $settings ]] || source "$settings"
+[[ ! -e $settings && -z ${POPSD_ENV:-} ]] || read_settings "$settings"
 
 options=()
 while (($#)) && [[ $1 == -* ]]; do
+  case $1 in
+  -a* | --array*) die "$USER_ERROR" "pipeline: got $1; need one run, whose stages follow each other; start a pipeline for each run" ;;
+  esac
   options+=("$1")
   shift
 done
@@ -36,6 +40,34 @@ setting() {
   printf '%s' "$value"
 }
 
+# place SECTION.KEY: the value of that key as a path that means the same in all jobs.
+place() {
+  local path single="^'([^']*)'\$" double='^"([^"\]*)"$'
+  path=$(setting "$1")
+  if [[ $path =~ $single || $path =~ $double ]]; then path=${BASH_REMATCH[1]}; fi
+  # As `popsd train` reads it. Not by the shell: it would also do what a command in there says.
+  # shellcheck disable=SC2016,SC2088
+  case $path in
+  null | '???') path= ;;
+  '~' | '~/'*) path=$HOME${path#'~'} ;;
+  '$HOME' | '$HOME/'*) path=$HOME${path#'$HOME'} ;;
+  '${HOME}' | '${HOME}/'*) path=$HOME${path#'${HOME}'} ;;
+  esac
+  [[ $path != *'$'* && $path != [\"\'~]* ]] ||
+    die "$USER_ERROR" "pipeline: got $1=$path; need a path that is written out, without variables, ~name and quotes inside quotes: four jobs must read it alike; give it as $1=PATH"
+  printf '%s' "$path"
+}
+
+# override KEY VALUE: where that is not what the configuration and the overrides say.
+override() {
+  local word kept=()
+  [[ $2 != "$(setting "$1")" ]] || return 0
+  for word in "${overrides[@]}"; do
+    [[ $word == "$1="* ]] || kept+=("$word")
+  done
+  overrides=("${kept[@]}" "$1=$2")
+}
+
 # from_file "SECTION KEY": the value of a plain line in the YAML file; sections by indentation.
 from_file() {
   awk -v path="$1" '
@@ -48,7 +80,12 @@ from_file() {
       if ((at == 1 ? indent == 0 : indent > indents[at - 1]) && index(line, wanted[at] ":") == 1) {
         value = substr(line, length(wanted[at]) + 2)
         if (at == depth) {
-          sub(/[ ]+#.*/, "", value); gsub(/^[ "\047]+|[ "\047]+$/, "", value)
+          sub(/\r$/, "", value); gsub(/^ +| +$/, "", value)
+          quote = substr(value, 1, 1)
+          if (quote == "\"" || quote == "\047") {
+            length_in_quotes = index(substr(value, 2), quote) + 1
+            if (substr(value, length_in_quotes + 1) ~ /^( +#.*)?$/) value = substr(value, 1, length_in_quotes)
+          } else sub(/(^| +)#.*/, "", value)
           # A list may also be written below its key, a line for each entry.
           while (value == "" && (getline line) > 0) if (line !~ /^[ ]*(#|$)/) { if (line ~ /^[ ]*-/) value = "list"; break }
           print value
@@ -74,14 +111,16 @@ submit() {
 
 overrides=("$@")
 read -r -a evaluation <<<"${POPSD_EVALUATE_OPTIONS:-}"
-source=$(setting student.source)
-output=$(setting output)
+source=$(place student.source)
+output=$(place output)
 validation=$(setting data.validation.path)
 sets=$(setting evaluation.sets)
 [[ -n $source && -n $output ]] || {
   echo "pipeline: got student.source='$source' and output='$output'; need both; set them in $conf or as key=value" >&2
   exit 2
 }
+override student.source "$source"
+override output "$output"
 something="[^][ \"']" # neither empty nor an empty list
 [[ $validation != null ]] || validation=
 id=

@@ -14,7 +14,8 @@ trap : TERM
 ((SLURM_LOCALID)) || echo "node $SLURM_NODEID is $SLURMD_NODENAME"
 status=0
 "$POPSD_PYTHON" -m nemo_popsd "$@" || status=$?
-echo "$status $SLURM_NODEID $SLURMD_NODENAME" >"$POPSD_RUN_DIR/rank-$RANK.exit"
+echo "$status $SLURM_NODEID $SLURMD_NODENAME" >"$POPSD_RUN_DIR/rank-$RANK.exit" ||
+  echo "popsd: error: logs: got POPSD_LOGS=$POPSD_LOGS, which cannot be written; need room there; set POPSD_LOGS" >&2
 # Asked to stop, and saved: the other ranks are about to end as well and must not be killed for this one.
 ((status != 85)) || exit 0
 exit "$status"

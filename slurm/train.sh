@@ -23,5 +23,5 @@ POPSD_HOME=${POPSD_HOME:-${job%%/slurm/train.sh*}}
 # shellcheck source=common.sh
 source "$POPSD_HOME/slurm/common.sh"
 
-(($#)) || die $USER_ERROR "usage: sbatch --nodes=N slurm/train.sh CONF [key=value ...]"
+(($#)) || die "$USER_ERROR" "usage: sbatch --nodes=N slurm/train.sh CONF [key=value ...]"
 popsd_job train "$@"

@@ -124,12 +124,16 @@ class Cluster:
         """
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
         deadline = time.monotonic() + seconds
+        left = None
         while True:
             record = self.record(job)
             if record["JobState"] in states and int(record["Restarts"]) >= restarts:
                 return record
-            if (record["JobState"], record["Reason"]) == ("PENDING", "BeginTime") and not _runs_here(job):
-                self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            if (record["JobState"], record["Reason"]) == ("PENDING", "BeginTime") and not _runs_here(record["JobId"]):
+                left = left or time.monotonic()
+                # Slurm counts in whole seconds: a start in that of the end is refused ("credential revoked").
+                if time.monotonic() > left + 1.2:
+                    self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             assert record["JobState"] not in ended - set(states), f"job {job} ended: {record}\n{self.output(job)}"
             assert time.monotonic() < deadline, f"job {job} is not {states}: {record}\n{self.output(job)}"
             time.sleep(0.3)

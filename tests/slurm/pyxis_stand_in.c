@@ -5,7 +5,7 @@
 SPANK_PLUGIN(pyxis_stand_in, 1)
 
 static const char *names[] = {"SEEN_CONTAINER_IMAGE", "SEEN_CONTAINER_MOUNTS", "SEEN_CONTAINER_WORKDIR",
-                              "SEEN_NO_CONTAINER_MOUNT_HOME"};
+                              "SEEN_NO_CONTAINER_MOUNT_HOME", "SEEN_CONTAINER_ENV"};
 
 static int seen(int option, const char *value, int remote)
 {
@@ -19,6 +19,7 @@ static struct spank_option options[] = {
     {"container-mounts", "SRC:DST", "mounts", 1, 1, seen},
     {"container-workdir", "PATH", "working directory", 1, 2, seen},
     {"no-container-mount-home", NULL, "no home", 0, 3, seen},
+    {"container-env", "NAMES", "variables of the host that win", 1, 4, seen},
 };
 
 int slurm_spank_init(spank_t spank, int argc, char **argv)

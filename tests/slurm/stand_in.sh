@@ -4,14 +4,18 @@
 set -euo pipefail
 [[ $1 == -m && $2 == nemo_popsd ]]
 echo "asked: ${*:3}"
-[[ $3 != doctor ]] || exit 0
+if [[ $3 == doctor ]]; then
+  [[ " $* " != *" act=slow_check "* ]] || sleep 100
+  exit 0
+fi
 for name in RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS SLURM_RESTART_COUNT \
-  SEEN_CONTAINER_IMAGE SEEN_CONTAINER_MOUNTS SEEN_CONTAINER_WORKDIR SEEN_NO_CONTAINER_MOUNT_HOME; do
+  SEEN_CONTAINER_IMAGE SEEN_CONTAINER_MOUNTS SEEN_CONTAINER_WORKDIR SEEN_NO_CONTAINER_MOUNT_HOME \
+  SEEN_CONTAINER_ENV; do
   echo "$name=${!name:-}"
 done
 secret=${WANDB_API_KEY:-}
 echo "secret of ${#secret} letters"
-echo "beginning at step 1"
+[[ " $* " == *" act=wait "* ]] || echo "beginning at step 1"
 
 # end_first STATUS: rank 0 ends once all have begun, the others when they are ended.
 end_first() {
@@ -33,6 +37,7 @@ def stop(*_):
     os._exit(85)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGUSR1, stop)
+print("beginning at step 1", flush=True)
 time.sleep(600)'
   ;;
 esac

@@ -12,28 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import STAND_IN, TWO, logs, submit, until_ranks_wait
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-STAND_IN = str(ROOT / "tests" / "slurm" / "stand_in.sh")
 SECRET = "0123456789-not-to-be-printed"
-TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=8")
-
-
-def submit(slurm: Cluster, place: Path, *words: str, script: str = "train", **variables: str) -> str:
-    """A job submitted in `place`, which is not the project's directory; its logs are there, too."""
-    settings = {"POPSD_PYTHON": STAND_IN, "POPSD_ENV": str(ROOT / "slurm" / "env.example.sh"), "OMP_NUM_THREADS": "1"}
-    settings["STAND_IN_PYTHON"] = sys.executable
-    flags = [word for word in words if word.startswith("--")]
-    arguments = [word for word in words if not word.startswith("--")]
-    path = str(ROOT / "slurm" / f"{script}.sh")
-    return slurm.submit(*flags, path, *arguments, cwd=place, **{**settings, **variables})
-
-
-def logs(place: Path, pattern: str) -> str:
-    """All logs of one name, one after the other."""
-    return "\n".join(path.read_text() for path in sorted(place.glob(f"logs/*/{pattern}")))
 
 
 @pytest.fixture(autouse=True)
@@ -45,17 +29,18 @@ def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tm
     secrets = tmp_path / "secrets"
     secrets.write_text(f"WANDB_API_KEY={SECRET}\n")
     secrets.chmod(0o600)
-    place = tmp_path / "a place" / "of submission"
+    place = tmp_path / "a place" / 'of \'sub"mission" é $HOME'
     place.mkdir(parents=True)
     job = submit(
         slurm,
         place,
         *TWO,
+        "--job-name=a/b c",
         "conf.yaml",
         "name=a b",
         POPSD_SECRETS=str(secrets),
         HF_TOKEN=SECRET,
-        NCCL_PROXY=f"http://me:{SECRET}@proxy:1",
+        NCCL_PROXY="http://me:another-password@proxy:1",
     )
     slurm.wait_for(job, "COMPLETED", seconds=60)
     log = logs(place, "start-0/node-0.log") + logs(place, "start-0/node-1.log")
@@ -71,13 +56,14 @@ def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tm
         assert f"asked: doctor --gpus 8 --free-gib 50 conf.yaml name=a b --sharing {node} 2 {job}.0" in check
     printed = slurm.output(job)
     assert "done: " in printed
-    assert (place / "logs" / f"popsd-train-{job}" / "DONE").read_text().startswith(f"job {job}, start 0")
+    assert (place / "logs" / f"a_b_c-{job}" / "DONE").read_text().startswith(f"job {job}, start 0")
     environment = logs(place, "start-0/environment")
     assert "MASTER_PORT=" in environment
     assert "NCCL_PROXY=http://...@proxy:1" in environment
     assert f"POPSD_SECRETS={secrets}" not in environment
     everything = "".join(path.read_text() for path in place.rglob("*") if path.is_file())
     assert SECRET not in everything
+    assert "another-password" not in everything
     assert SECRET not in Path(slurm.place / "controller.log").read_text()
 
     # Started again, for whatever reason, it finds that it is done.
@@ -127,7 +113,16 @@ def test_the_flags_of_a_container_reach_srun(slurm: Cluster, tmp_path: Path) -> 
         slurm.wait_until_idle()
         image = tmp_path / "image.sqsh"
         image.touch()
-        job = submit(slurm, tmp_path, *TWO, "conf.yaml", CONTAINER_IMAGE=str(image), CONTAINER_MOUNTS="/models:/m:ro")
+        environment = {"GLOO_SOCKET_IFNAME": "eth0", "CONTAINER_ENV": "LD_PRELOAD"}
+        job = submit(
+            slurm,
+            tmp_path,
+            *TWO,
+            "conf.yaml",
+            CONTAINER_IMAGE=str(image),
+            CONTAINER_MOUNTS="/models:/m:ro",
+            **environment,
+        )
         slurm.wait_for(job, "COMPLETED", seconds=60)
         said = logs(tmp_path, f"../popsd-train-{job}/start-0/node-1.log")
     finally:
@@ -135,6 +130,9 @@ def test_the_flags_of_a_container_reach_srun(slurm: Cluster, tmp_path: Path) -> 
     assert f"SEEN_CONTAINER_IMAGE={image}\n" in said
     assert f"SEEN_CONTAINER_WORKDIR={tmp_path}\n" in said
     assert "SEEN_NO_CONTAINER_MOUNT_HOME=yes\n" in said
+    names = re.search(r"SEEN_CONTAINER_ENV=(.*)", said)
+    assert names is not None
+    assert set(names[1].split(",")) >= {"GLOO_SOCKET_IFNAME", "MASTER_ADDR", "POPSD_RUN_DIR", "LD_PRELOAD"}
     mounts = re.search(r"SEEN_CONTAINER_MOUNTS=(.*)", said)
     assert mounts is not None
     own = [f"{path}:{path}" for path in (ROOT, tmp_path, tmp_path / "logs")]
@@ -148,6 +146,9 @@ def test_a_missing_path_and_missing_devices_are_found_before_anything_starts(slu
     job = submit(slurm, tmp_path, *two, *words, POPSD_PYTHON=sys.executable, POPSD_MIN_FREE_GIB="1000000")
     assert slurm.wait_for(job, "FAILED", seconds=240)["ExitCode"] == "2:0"
     printed = slurm.output(job)
+    assert re.search(
+        r"^    failed  data  data\.train\.path='/nowhere\.jsonl', .* set data\.train\.path$", printed, re.MULTILINE
+    )
     for node in range(2):
         assert f"check-{node}.log" in printed
         check = logs(tmp_path, f"start-0/check-{node}.log")
@@ -205,16 +206,6 @@ def test_usr1_saves_and_requeues_and_the_bound_holds(slurm: Cluster, tmp_path: P
     record = slurm.wait_for(job, "FAILED", seconds=60)
     assert (record["ExitCode"], record["Restarts"]) == ("85:0", "1")
     assert "POPSD_MAX_RESTARTS=1 is reached" in slurm.output(job)
-
-
-def until_ranks_wait(slurm: Cluster, place: Path, job: str, start: int = 0) -> None:
-    """Returns once all four ranks of `job` run."""
-
-    def all_run() -> bool:
-        assert slurm.record(job)["JobState"] != "FAILED", slurm.output(job)
-        return logs(place, f"start-{start}/node-*.log").count("beginning at step 1") == 4
-
-    slurm.until(all_run, 120, f"ranks of job {job}")
 
 
 def pipeline(slurm: Cluster, place: Path, *words: str, **variables: str) -> dict[str, str]:

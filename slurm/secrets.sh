@@ -1,0 +1,60 @@
+# shellcheck shell=bash
+# What the file says that POPSD_SECRETS names: given to the processes of the job's steps, and shown nowhere. Sourced by
+# common.sh.
+#
+# The values are held in shell variables that are not exported, so no command of the job script itself has them in its
+# environment. Whatever handles a value first switches off the trace (`set -x`), in which it would show.
+
+# read_secrets FILE: fills SECRET_NAMES and SECRET_VALUES from lines NAME=VALUE. The file is read and never run.
+read_secrets() {
+  local - file=$1 line number=0
+  set +x
+  SECRET_NAMES=() SECRET_VALUES=()
+  [[ -f $file && -r $file && -O $file && $(stat --dereference --format=%a "$file") == *00 ]] ||
+    die "$USER_ERROR" "POPSD_SECRETS: got $file, which is missing, not yours, or which others can read; need a file of yours alone; chmod 600 it"
+  while IFS= read -r line || [[ $line ]]; do
+    ((++number))
+    read_secret "${line%$'\r'}" ||
+      die "$USER_ERROR" "POPSD_SECRETS: got line $number of $file, which is not NAME=VALUE; need a value that is plain, or in single quotes where it has spaces or special characters (the file is read, not run); correct that line"
+  done <"$file"
+}
+
+# read_secret LINE: adds what it says; fails where it is neither NAME=VALUE nor blank nor a comment.
+read_secret() {
+  local name value blank='^[[:space:]]*(#|$)' single="^'([^']*)'[[:space:]]*(#.*)?\$"
+  local line='^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$'
+  local double='^"([^"$`\]*)"[[:space:]]*(#.*)?$' bare='^([^[:space:]"'\''$`\]*)([[:space:]]+#.*|[[:space:]]*)$'
+  [[ ! $1 =~ $blank ]] || return 0
+  [[ $1 =~ $line ]] || return 1
+  name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+  [[ $value =~ $single || $value =~ $double || $value =~ $bare ]] || return 1
+  value=${BASH_REMATCH[1]}
+  # Names that the shell does not let anyone set, such as UID.
+  (unset -v "$name") 2>/dev/null || return 1
+  SECRET_NAMES+=("$name")
+  SECRET_VALUES+=("$value")
+}
+
+# is_secret NAME VALUE: whether the variable is one of the secrets, or shows the value of one.
+is_secret() {
+  local index value
+  for index in "${!SECRET_NAMES[@]}"; do
+    value=${SECRET_VALUES[index]}
+    [[ $1 != "${SECRET_NAMES[index]}" ]] || return 0
+    [[ -z $value || $2 != "$value" ]] || return 0
+    # As a part of another value; a very short one would be found everywhere.
+    ((${#value} < 6)) || [[ $2 != *"$value"* ]] || return 0
+  done
+  return 1
+}
+
+# srun_with_secrets ARGUMENT...: srun, in whose environment alone the secrets are. Takes the place of the shell that calls
+# it: call it in a subshell.
+srun_with_secrets() {
+  local index
+  set +x
+  for index in "${!SECRET_NAMES[@]}"; do
+    export "${SECRET_NAMES[index]}=${SECRET_VALUES[index]}"
+  done
+  exec srun "$@"
+}
