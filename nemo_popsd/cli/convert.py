@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from nemo_popsd.cli.arguments import number
 from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.config.paths import path_argument
 
 _GIB = 1 << 30
 
@@ -20,12 +22,18 @@ def add_parser(subparsers: Any) -> None:
     )
     directions = parser.add_subparsers(title="directions", dest="direction", required=True, metavar="DIRECTION")
     to_nemo = directions.add_parser("hf-to-nemo", help="write a Hugging Face directory as a NeMo checkpoint")
-    to_nemo.add_argument("source", metavar="SRC", help="directory with config.json and *.safetensors")
-    to_nemo.add_argument("output", metavar="OUT", help="directory to write, or a file name ending in .nemo")
+    to_nemo.add_argument(
+        "source", metavar="SRC", type=path_argument, help="directory with config.json and *.safetensors"
+    )
+    to_nemo.add_argument(
+        "output", metavar="OUT", type=path_argument, help="directory to write, or a file name ending in .nemo"
+    )
     to_hf = directions.add_parser("nemo-to-hf", help="write a NeMo checkpoint as a Hugging Face directory")
-    to_hf.add_argument("source", metavar="SRC", help="NeMo checkpoint: directory or .nemo")
-    to_hf.add_argument("output", metavar="OUT", help="directory to write")
-    to_hf.add_argument("--shard-size", type=float, default=4.0, metavar="GIB", help="size of a file (4 GiB)")
+    to_hf.add_argument("source", metavar="SRC", type=path_argument, help="NeMo checkpoint: directory or .nemo")
+    to_hf.add_argument("output", metavar="OUT", type=path_argument, help="directory to write")
+    to_hf.add_argument(
+        "--shard-size", type=number(float, 1e-6, 1e6), default=4.0, metavar="GIB", help="size of a file (4 GiB)"
+    )
     for direction in (to_nemo, to_hf):
         direction.add_argument("--precision", choices=("bf16", "fp32"), help="of OUT (that of SRC)")
         direction.add_argument("--verify", action="store_true", help="compare every tensor, and logits on sample text")

@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_popsd.cli.arguments import add_config_arguments
 from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.config.paths import path_argument
 from nemo_popsd.launcher import read_launch
 
 
@@ -20,7 +21,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--checkpoint", metavar="PATH", default=None, help="what to diagnose; default: student.source, untrained"
+        "--checkpoint",
+        metavar="PATH",
+        type=path_argument,
+        default=None,
+        help="what to diagnose; default: student.source, untrained",
     )
     parser.set_defaults(run=run)
 

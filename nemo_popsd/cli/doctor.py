@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from nemo_popsd.cli.arguments import number
+from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
 from nemo_popsd.launcher import world_size
 
@@ -17,12 +19,18 @@ def add_parser(subparsers: Any) -> None:
         description="Compare what is installed with the declared ranges; look at devices, NCCL and disk. With CONF, "
         "check that run's settings and paths on this machine. Ends with 1 where something needed is missing.",
     )
-    parser.add_argument("config", metavar="CONF", nargs="?", default=None, help="a run's configuration file")
+    parser.add_argument("config", metavar="CONF", type=path_argument, nargs="?", help="a run's configuration file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
     parser.add_argument("--evaluate", action="store_true", help="CONF is for `popsd evaluate`, not for `popsd train`")
-    parser.add_argument("--checkpoint", metavar="PATH", default=None, help="with --evaluate: what will be evaluated")
-    parser.add_argument("--gpus", metavar="N", type=int, default=0, help="CUDA devices that must be visible")
-    parser.add_argument("--free-gib", metavar="GIB", type=float, default=0.0, help="room that must be free at output")
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", type=path_argument, default=None, help="with --evaluate: what will be evaluated"
+    )
+    parser.add_argument(
+        "--gpus", metavar="N", type=number(int, 0, 10**6), default=0, help="CUDA devices that must be visible"
+    )
+    parser.add_argument(
+        "--free-gib", metavar="GIB", type=number(float, 0, 1e9), default=0.0, help="room that must be free at output"
+    )
     parser.add_argument("--imports", action="store_true", help="import every package, too (a minute)")
     parser.add_argument("--strict", action="store_true", help="a version outside its range is an error as well")
     parser.add_argument(

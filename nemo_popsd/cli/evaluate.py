@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_popsd.cli.arguments import add_config_arguments
 from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
 from nemo_popsd.launcher import read_launch
 
@@ -21,11 +22,16 @@ def add_parser(subparsers: Any) -> None:
     )
     add_config_arguments(parser, optional=True)
     parser.add_argument(
-        "--checkpoint", metavar="PATH", default=None, help="what to evaluate; default: student.source, untrained"
+        "--checkpoint",
+        metavar="PATH",
+        type=path_argument,
+        default=None,
+        help="what to evaluate; default: student.source, untrained",
     )
     parser.add_argument(
         "--compare",
         metavar="DIR",
+        type=path_argument,
         nargs="+",
         default=[],
         help="evaluations to compare with the first, such as OUTPUT/evaluation/MODEL (all its sets); draws nothing",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.config.paths import path_argument
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,8 +18,8 @@ def add_parser(subparsers: Any) -> None:
         description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT, adapters merged, or its "
         "adapters alone for PEFT. An earlier export in OUTPUT is replaced; anything else there is refused.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="NeMo checkpoint of a run")
-    parser.add_argument("output", metavar="OUTPUT", help="directory to write")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_argument, help="NeMo checkpoint of a run")
+    parser.add_argument("output", metavar="OUTPUT", type=path_argument, help="directory to write")
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapters alone, as PEFT loads them")
     parser.set_defaults(run=run)
 

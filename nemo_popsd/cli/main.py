@@ -14,6 +14,8 @@ from pathlib import Path
 
 from nemo_popsd import __version__, launcher
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
+from nemo_popsd.cli.arguments import Parser
+from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_nobody_reads
 from nemo_popsd.errors import TransientError, UserError, unless_it_may_pass
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
@@ -29,7 +31,7 @@ _GRACE_SECONDS = 3.0
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `popsd` and all its sub-commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="popsd",
         description="Purified On-Policy Self-Distillation on NVIDIA NeMo and Megatron-core.",
         epilog="Several ranks: torchrun --nproc-per-node 2 -m nemo_popsd train CONF parallel.tensor=2",
@@ -47,12 +49,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     # argparse fills a `*` argument once; overrides that follow an option are left over.
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)} (popsd {args.command} --help)")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
 
 
+@quiet_when_nobody_reads
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `popsd`; returns the exit status. Exceptions other than those of `nemo_popsd.errors` escape."""
     args = parse(argv)
@@ -60,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is first imported, which no module does before a sub-command runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return int(args.run(args) or 0)
+        with missing_packages_named():
+            return int(args.run(args) or 0)
     except (UserError, TransientError) as error:
         told = unless_it_may_pass(error) if isinstance(error, UserError) else error
         _tell(told)

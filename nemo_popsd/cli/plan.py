@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from nemo_popsd.config.paths import path_argument
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
@@ -15,7 +17,9 @@ def add_parser(subparsers: Any) -> None:
         "FLOPs, bytes sent, seconds. A layout that does not fit or divide is refused, with the nearest that do. "
         "Needs no GPU, no weights and no data.",
     )
-    parser.add_argument("config", metavar="CONF", help="configuration file, e.g. conf/qwen3_8b.yaml")
+    parser.add_argument(
+        "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/qwen3_8b.yaml"
+    )
     parser.add_argument(
         "overrides",
         metavar="key=value",

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.config.paths import path_argument
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
@@ -15,10 +17,11 @@ def add_parser(subparsers: Any) -> None:
         description="Write one self-contained HTML page about the training runs in the directories RUN: did accuracy "
         "move, did the model keep thinking, what did the target push. Several runs are compared.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="output directory of a training run")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=path_argument, help="output directory of a training run")
     parser.add_argument(
         "--output",
         metavar="FILE",
+        type=path_argument,
         default=None,
         help="page to write, or to replace if it is an earlier one; default: report.html in the first RUN",
     )

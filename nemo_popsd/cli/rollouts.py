@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.cli.arguments import number
+from nemo_popsd.config.paths import path_argument
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
@@ -21,8 +24,10 @@ def add_parser(subparsers: Any) -> None:
         help="print steps, the rows of a step, or their text",
         description="Print what is there of each step; with --step its rows; with --text their prompts and responses.",
     )
-    show.add_argument("output", metavar="RUN", help="output directory of a run")
-    show.add_argument("--step", metavar="N", type=int, default=None, help="one step; default: all steps in short")
+    show.add_argument("output", metavar="RUN", type=path_argument, help="output directory of a run")
+    show.add_argument(
+        "--step", metavar="N", type=number(int, 0, 10**12), default=None, help="one step; default: all steps in short"
+    )
     show.add_argument("--row", metavar="ID", default=None, help="one row by its id, in every step or in --step")
     show.add_argument("--text", action="store_true", help="decode prompts and responses with the run's tokenizer")
     show.set_defaults(run=run)

@@ -1,109 +1,115 @@
-"""What the schema allows: its dotted keys, the type of each, and the known key nearest to a misspelt one."""
+"""What a schema allows: its dotted keys, the type of each, and the known keys nearest to a misspelt one."""
 
 from __future__ import annotations
 
 import difflib
-import types
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
 from functools import cache
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
+from nemo_popsd.config.bounds import hints
+from nemo_popsd.config.checks import shown
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.values import describe
 from nemo_popsd.errors import UserError
 
-_NEEDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (quote it)"}
+_CLOSE = 0.7
+_MOST_NAMED = 3
 
 
 @cache
-def known_keys() -> Mapping[str, Any]:
+def known_keys(schema: type = PopsdConfig) -> Mapping[str, Any]:
     """Dotted name of every section and every setting, with its type; sections have a dataclass as type."""
     found: dict[str, Any] = {}
 
     def visit(section: type, prefix: str) -> None:
-        hints = get_type_hints(section)
-        for item in fields(section):
-            name = prefix + item.name
-            found[name] = hints[item.name]
-            if is_dataclass(hints[item.name]):
-                visit(hints[item.name], name + ".")
+        for field, kind in hints(section).items():
+            name = prefix + field
+            found[name] = kind
+            if is_dataclass(kind):
+                visit(cast(type, kind), name + ".")
 
-    visit(PopsdConfig, "")
+    visit(schema, "")
     return found
 
 
-def nearest(key: str) -> str | None:
-    """The known key that `key` most likely means: by its whole name, else by its last part; None if none is near."""
-    settings = [name for name, kind in known_keys().items() if not is_dataclass(kind)]
-    sections = [name for name in known_keys() if name not in settings and not key.startswith(f"{name}.")]
-    for candidates in (settings, sections):
-        whole = difflib.get_close_matches(key, candidates, n=1, cutoff=0.7)
-        if whole:
-            return whole[0]
-    leaves = {_leaf(name): name for name in reversed(settings)}
-    last = difflib.get_close_matches(_leaf(key), leaves, n=1, cutoff=0.7)
-    return leaves[last[0]] if last else None
+def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
+    """The keys of `known` that `key` most likely means; none if none is close, several if they are equally likely.
+
+    A misspelt key of its own section comes first, then the same name elsewhere in the section's surroundings, then a
+    misspelt section, then the same name anywhere. What is misspelt has the first letter of what is meant: `node` may
+    be `nodes`, but not `mode`.
+    """
+    key = key[:200]  # difflib takes quadratic time
+    section, _, leaf = key.rpartition(".")
+    settings = [name for name, kind in known.items() if not is_dataclass(kind)]
+    sections = [name for name, kind in known.items() if is_dataclass(kind) and not key.startswith(f"{name}.")]
+    top = key.partition(".")[0] if section else None
+    siblings = [name for name in (*settings, *sections) if name.rpartition(".")[0] == section]
+    around = [name for name in settings if top is not None and name.partition(".")[0] == top]
+    for found in (
+        _close(leaf, siblings),
+        _equal(leaf, around),
+        _close(leaf, around),
+        _whole(key, settings),
+        _whole(key, sections),
+        _equal(leaf, settings),
+        _close(leaf, settings),
+    ):
+        if found:
+            return found[:_MOST_NAMED]
+    return []
 
 
-def unknown_key(where: str, key: str) -> UserError:
-    """The error for a key that the schema does not have, told at `where` (file and line, or the override)."""
-    near = nearest(key)
+def unknown_key(where: str, key: str, known: Mapping[str, Any] | None = None) -> UserError:
+    """The error for a key that the schema does not have.
+
+    Args:
+        where: file and line, or the override.
+        key: its dotted name.
+        known: what is known there; by default the keys of a run.
+    """
+    known = known_keys() if known is None else known
+    near = nearest(key, known)
     section = key.rpartition(".")[0]
-    if near is not None:
-        need = f"a known key; the nearest is {near}"
-    elif section in known_keys():
-        inside = [_leaf(name) for name in known_keys() if name.rpartition(".")[0] == section]
+    if near:
+        need = f"a known key; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
+    elif section in known and is_dataclass(known[section]):
+        inside = [_leaf(name) for name in known if name.rpartition(".")[0] == section]
         need = f"a key of {section}: {', '.join(inside)}"
     else:
-        need = "a known key; sections are " + ", ".join(
-            name for name, kind in known_keys().items() if "." not in name and is_dataclass(kind)
+        top = [name for name in known if "." not in name]
+        settings = [name for name in top if not is_dataclass(known[name])]
+        need = f"a known key: {', '.join(settings)}, or one of a section; sections are " + ", ".join(
+            name for name in top if is_dataclass(known[name])
         )
-    return UserError(where, got=f"unknown key {key}", need=need, mend="rename it or take it out")
+    return UserError(where, got=f"unknown key {_shown_key(key)}", need=need, mend="rename it or take it out")
 
 
-def wrong_type(where: str, key: str, value: object) -> UserError:
-    """The error for a `value` that `key` cannot hold, told at `where`."""
-    return UserError(where, got=f"{key}={value!r}", need=describe(known_keys()[key]), mend=f"set {key}")
+def wrong_type(where: str, key: str, kind: Any, got: str) -> UserError:
+    """The error for `got`, in words, which the setting `key` of type `kind` cannot hold."""
+    return UserError(where, got=got, need=describe(kind), mend=f"set {key}")
 
 
-def describe(kind: Any) -> str:
-    """What a value of type `kind` looks like in a file, in words."""
-    if is_dataclass(kind):
-        return "a section with keys of its own"
-    if _is_optional(kind):
-        return " or ".join([describe(_inner(kind)), "null"])
-    if get_origin(kind) is list:
-        return "a list of numbers, as in [0.1, 1]" if float in get_args(kind) else "a list of texts, as in [a, b]"
-    return _NEEDS[kind]
+def _close(leaf: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` whose last part is most similar to `leaf`, if it is close and begins alike."""
+    alike = {name: difflib.SequenceMatcher(None, leaf, _leaf(name)).ratio() for name in names}
+    alike = {name: ratio for name, ratio in alike.items() if ratio >= _CLOSE and _leaf(name)[:1] == leaf[:1]}
+    return [name for name, ratio in alike.items() if ratio == max(alike.values())]
 
 
-def accepts(kind: Any, value: object) -> bool:
-    """Whether a setting of type `kind` may hold `value` as YAML gave it; an interpolation is judged once resolved."""
-    if isinstance(value, str) and "${" in value:
-        return True
-    if _is_optional(kind):
-        return value is None or accepts(_inner(kind), value)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(accepts(get_args(kind)[0], item) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+def _equal(leaf: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if _leaf(name) == leaf]
 
 
-def is_text(kind: Any) -> bool:
-    """Whether `kind` is text, optional or not."""
-    return kind is str or (_is_optional(kind) and _inner(kind) is str)
+def _whole(key: str, names: Iterable[str]) -> list[str]:
+    return [name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.8) if name[:1] == key[:1]]
 
 
 def _leaf(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _is_optional(kind: Any) -> bool:
-    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
-
-
-def _inner(kind: Any) -> Any:
-    return next(argument for argument in get_args(kind) if argument is not type(None))
+def _shown_key(key: str) -> str:
+    return key if key.isprintable() and key and len(key) <= 100 else shown(key)

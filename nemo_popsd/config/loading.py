@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_popsd.atomic import write_text
+from nemo_popsd.config.bounds import Text, hints, ruled
+from nemo_popsd.config.checks import shown
 from nemo_popsd.config.consistency import check_sections
-from nemo_popsd.config.keys import accepts, is_text, known_keys, unknown_key, wrong_type
+from nemo_popsd.config.documents import read_file, read_override
+from nemo_popsd.config.interpolation import escaped, resolve
+from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.values import MISSING, check_text, from_plain
 from nemo_popsd.errors import UserError
+
+T = TypeVar("T")
 
 _NEMO_KEYS = ("target", "nemo_version")  # What NeMo's ModelPT adds to the configuration of every model.
 
@@ -30,43 +34,45 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
             except that the value of a text key is taken as it stands unless it is ``null`` or quoted.
 
     Raises:
-        UserError: the file cannot be read, a key is unknown (the nearest known one is named), a value has the wrong
-            type or is impossible, or two sections contradict each other.
+        UserError: the file cannot be read, a key is unknown (the nearest known one is named) or repeated, a value is
+            missing (``???``), has the wrong type or is impossible, or two sections contradict each other.
     """
-    merged = OmegaConf.structured(PopsdConfig)
-    try:
-        merged = OmegaConf.merge(merged, _read(Path(path)))
-        for override in overrides:
-            merged = OmegaConf.merge(merged, _parse_override(override))
-        config = cast(PopsdConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:  # interpolations that cannot be resolved or give the wrong type
-        raise UserError(
-            f"configuration {path}",
-            got=str(error).splitlines()[0],
-            need="values that resolve to the type of their key",
-            mend=f"set {error.full_key or 'the key'}",
-        ) from None
-    _expand_home(config)
-    check_sections(config)
+    return load_schema(PopsdConfig, read_file(Path(path)), overrides, what=f"configuration {path}")
+
+
+def load_schema(schema: type[T], tree: Mapping[str, Any], overrides: Sequence[str], *, what: str) -> T:
+    """An instance of `schema` with the values of `tree` (see `documents.read_file`), then those of `overrides`.
+
+    Raises:
+        UserError: as `load_config`; `what` names the whole in messages.
+    """
+    known = known_keys(cast(Any, schema))
+    values = {key: value for key, value in _flat(asdict(cast(Any, schema())), known) if not is_dataclass(known[key])}
+    values = {key: escaped(value) for key, value in values.items()}
+    values |= dict(_flat(tree, known))
+    for override in overrides:
+        key, value = read_override(override, known)
+        values |= dict(_flat(value, known, f"{key}.")) if is_dataclass(known[key]) else {key: value}
+    for key, value in values.items():
+        if MISSING in (value if isinstance(value, list) else [value]):
+            raise UserError(what, got=f"{key}={MISSING} (missing)", need="a value", mend=f"set {key}")
+    resolve(values, known, what)
+    rules = dict(ruled(schema))
+    for key, value in values.items():
+        rule = rules.get(key, Text.LINE)
+        if isinstance(rule, Text) and isinstance(value, str):
+            values[key] = check_text(key, value, rule)
+        elif isinstance(rule, Text) and isinstance(value, list):
+            values[key] = [check_text(key, item, rule) if isinstance(item, str) else item for item in value]
+    config = _build(schema, values)
+    if isinstance(config, PopsdConfig):
+        check_sections(config)
     return config
 
 
-def _expand_home(config: PopsdConfig) -> None:
-    """`~` in a path of the configuration is the home directory, here and nowhere later."""
-    config.output = os.path.expanduser(config.output)
-    paths = (
-        (config.student, "source"),
-        (config.data.train, "path"),
-        (config.data.validation, "path"),
-        (config.evaluation, "sets_directory"),
-    )
-    for section, name in paths:
-        setattr(section, name, os.path.expanduser(getattr(section, name)))
-
-
 def to_dict_config(config: PopsdConfig) -> DictConfig:
-    """`config` as the typed OmegaConf tree that NeMo's `ModelPT` keeps."""
-    return cast(DictConfig, OmegaConf.structured(config))
+    """`config` as the typed OmegaConf tree that NeMo's `ModelPT` keeps; texts with ``${`` stay what they are."""
+    return cast(DictConfig, OmegaConf.structured(escaped(config)))
 
 
 def from_dict_config(tree: DictConfig) -> PopsdConfig:
@@ -75,10 +81,17 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
     Raises:
         UserError: as `load_config`; a tree written by another version may hold keys that this one does not know.
     """
-    keys = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
-    plain = {key: value for key, value in keys.items() if key not in _NEMO_KEYS}
-    _check_tree(plain, lambda key: f"configuration key {key}")
-    config = cast(PopsdConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PopsdConfig), plain)))
+    plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+    values = dict(_flat(asdict(PopsdConfig()), known_keys()))
+    for key, value in _flat({key: value for key, value in plain.items() if key not in _NEMO_KEYS}, known_keys()):
+        where, kind = f"configuration key {key}", known_keys().get(key)
+        if kind is None:
+            raise unknown_key(where, key)
+        try:
+            values[key] = from_plain(kind, value)
+        except ValueError:
+            raise wrong_type(where, key, kind, f"{key}={shown(value)}") from None
+    config = _build(PopsdConfig, values)
     check_sections(config)
     return config
 
@@ -90,82 +103,20 @@ def save_resolved(config: PopsdConfig, path: str | Path) -> None:
     write_text(path, OmegaConf.to_yaml(to_dict_config(config)))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The tree of a YAML file, its keys and types checked."""
-    what = f"configuration {path}"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            what, got=f"no readable file ({error.strerror})", need="a YAML file", mend="correct the path"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(what, got=f"bytes that are not UTF-8 ({error})", need="a YAML file", mend="mend it") from None
-    try:
-        lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader))
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}", got=error.problem or str(error), need="valid YAML", mend="mend it") from None
-    except yaml.YAMLError as error:
-        raise UserError(what, got=str(error), need="valid YAML", mend="mend it") from None
-    if not isinstance(tree, dict):
-        raise UserError(what, got="no keys at the top", need="a YAML mapping of keys to values", mend="mend it")
-    _check_tree(tree, lambda key: f"{path}:{lines[key]}" if key in lines else what)
-    return cast(dict[str, Any], tree)
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    """The tree of one ``key=value``, its keys and types checked."""
-    where = f"override {override!r}"
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise UserError(where, got="no key and value", need="key=value, as in training.steps=20", mend="rewrite it")
-    if key not in known_keys():
-        raise unknown_key(where, key)
-    value: Any = text
-    if not is_text(known_keys()[key]) or text == "null" or text[:1] in ("'", '"'):
-        try:
-            parsed = OmegaConf.from_dotlist([f"value={text}"])
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or str(error)
-            raise UserError(
-                where, got=f"{text!r} ({problem})", need="a YAML value", mend="correct its quotes or brackets"
-            ) from None
-        value = OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[call-overload,index]
-    tree: dict[str, Any] = {}
-    inner = tree
-    *sections, leaf = key.split(".")
-    for section in sections:
-        inner = inner.setdefault(section, {})
-    inner[leaf] = value
-    _check_tree(tree, lambda _: where)
-    return tree
-
-
-def _check_tree(tree: Mapping[Any, Any], where: Callable[[str], str], prefix: str = "") -> None:
-    """Refuse the first unknown key or value of the wrong type in `tree`; `where` tells the place of a dotted key."""
+def _flat(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of the leaves of `tree`; of what is unknown or no mapping where one belongs, as well."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        kind = known_keys().get(key)
-        if kind is None:
-            raise unknown_key(where(key), key)
-        if not is_dataclass(kind):
-            if not accepts(kind, value):
-                raise wrong_type(where(key), key, value)
-        elif isinstance(value, Mapping):
-            _check_tree(value, where, f"{key}.")
+        if isinstance(value, Mapping) and is_dataclass(known.get(key)):
+            yield from _flat(value, known, f"{key}.")
         else:
-            raise wrong_type(where(key), key, value)
+            yield key, value
 
 
-def _key_lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
-    """Line of every dotted key below `node`, counted from 1."""
-    lines: dict[str, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key_node, value_node in node.value:
-            key = f"{prefix}{key_node.value}"
-            lines[key] = key_node.start_mark.line + 1
-            lines |= _key_lines(value_node, f"{key}.")
-    return lines
+def _build(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """An instance of the dataclass `schema`, and of those inside it, which check themselves."""
+    made: dict[str, Any] = {}
+    for name, kind in hints(cast(Any, schema)).items():
+        key = prefix + name
+        made[name] = _build(cast(type, kind), values, f"{key}.") if is_dataclass(kind) else values[key]
+    return schema(**made)

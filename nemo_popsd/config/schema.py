@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from nemo_popsd.config.checks import at_least
+from nemo_popsd.config.bounds import Bounds, Text, check_numbers
 from nemo_popsd.data.config import DataConfig
 from nemo_popsd.diagnosis.config import DiagnosisConfig
 from nemo_popsd.distillation.config import DistillationConfig
@@ -19,13 +20,13 @@ from nemo_popsd.training.config import TrainingConfig
 class PopsdConfig:
     """A run. Every key of `conf/*.yaml` is declared here or in a section; any other key is an error."""
 
-    name: str = "popsd"
+    name: Annotated[str, Text.NAME] = "popsd"
     """Name of the run."""
-    output: str = "runs/popsd"
+    output: Annotated[str, Text.PATH] = "runs/popsd"
     """Directory for checkpoints, metrics and the resolved configuration."""
     overwrite: bool = False
     """Begin anew where `output` already holds a run, whose files are removed; otherwise that run goes on."""
-    seed: int = 1234
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 1234
     """Seed of data order, rollouts and adapters. Nothing drawn from it depends on the parallel layout."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The model that is trained."""
@@ -49,4 +50,4 @@ class PopsdConfig:
     """Where metrics go."""
 
     def __post_init__(self) -> None:
-        at_least("seed", self.seed, 0)
+        check_numbers(self)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from nemo_popsd.config.checks import at_least, one_of, pattern
+from nemo_popsd.config.bounds import Bounds, Text, check_numbers
+from nemo_popsd.config.checks import one_of, pattern
 
 
 @dataclass(kw_only=True)
@@ -25,18 +27,14 @@ class ColumnsConfig:
 class SourceConfig:
     """One data set: a JSONL or Parquet file, a saved `datasets` directory, or `nemo_popsd:NAME` for an embedded one."""
 
-    path: str = ""
+    path: Annotated[str, Text.PATH] = ""
     """File, directory, or `nemo_popsd:tiny_train` / `nemo_popsd:tiny_validation`; empty means none."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """Column mapping."""
     answer_pattern: str | None = None
     """Expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`)."""
-    limit: int | None = None
+    limit: Annotated[int | None, Bounds(1, 10**12)] = None
     """Read only the first `limit` rows."""
-
-    def __post_init__(self) -> None:
-        pattern("answer_pattern", self.answer_pattern)
-        at_least("limit", self.limit, 1)
 
 
 @dataclass(kw_only=True)
@@ -47,18 +45,20 @@ class TemplatesConfig:
     `question_block` alone, which is empty for the reference-only teacher.
     """
 
-    student: str = "Problem: {question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    student: Annotated[str, Text.PROSE] = (
+        "Problem: {question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
     """What the student (and the frozen base) sees."""
-    question_block: str = "Problem: {question}\n\n"
+    question_block: Annotated[str, Text.PROSE] = "Problem: {question}\n\n"
     """The only difference between the two teachers' prompts."""
-    teacher: str = (
+    teacher: Annotated[str, Text.PROSE] = (
         "{question_block}Here is a reference solution:\n"
         "=== Reference Solution Begin ===\n{reference}\n=== Reference Solution End ===\n\n"
         "After understanding the reference solution, derive the answer independently, in your own words. "
         "Please reason step by step, and put your final answer within \\boxed{}."
     )
     """Body shared by both teachers; must not refer to a problem that the reference-only teacher cannot see."""
-    system: str | None = None
+    system: Annotated[str | None, Text.PROSE] = None
     """System turn shared by all four contexts; null means none."""
 
 
@@ -74,9 +74,9 @@ class DataConfig:
     """The user turns of the contexts."""
     enable_thinking: bool = True
     """Passed to the chat template; templates that ignore it are reported."""
-    max_prompt_tokens: int = 2048
+    max_prompt_tokens: Annotated[int, Bounds(1, 10**7)] = 2048
     """Longest student prompt, chat template included. Longer rows follow `overlong_rows`: a question is never cut."""
-    max_reference_tokens: int = 8192
+    max_reference_tokens: Annotated[int, Bounds(1, 10**7)] = 8192
     """Longest reference text in tokens. Longer ones follow `long_references`."""
     long_references: str = "truncate"
     """`truncate` (at the end, identically in both teacher contexts, counted), `drop`, or `error`."""
@@ -91,5 +91,8 @@ class DataConfig:
         one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))
         one_of("data.overlong_rows", self.overlong_rows, ("drop", "error"))
         one_of("data.malformed_rows", self.malformed_rows, ("error", "skip"))
-        at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
-        at_least("data.max_reference_tokens", self.max_reference_tokens, 1)
+        check_numbers(self, "data")
+        for name in ("train", "validation"):
+            source: SourceConfig = getattr(self, name)
+            check_numbers(source, f"data.{name}")
+            pattern(f"data.{name}.answer_pattern", source.answer_pattern)

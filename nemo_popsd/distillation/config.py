@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from nemo_popsd.config.checks import above, at_least, fraction, one_of
+from nemo_popsd.config.bounds import Bounds, check_numbers
+from nemo_popsd.config.checks import one_of
 
 _FAMILIES = ("purified", "opsd", "beta_opsd", "student_pmi", "other_reference", "wrong_reference")
 
@@ -17,24 +19,20 @@ class TargetConfig:
     """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582), `student_pmi` (PMI on the live
     student, an ablation), `other_reference` (OPSD whose teacher sees another row's reference, OP²SD, 2608.09228) or
     `wrong_reference` (OPSD's teacher against one that sees another row's reference)."""
-    beta: float = 1.0
+    beta: Annotated[float, Bounds(1e-3, 1e6)] = 1.0
     """Strength of the anchor, for `purified` and `student_pmi`: the PMI is divided by it, after the tanh."""
-    cap: float | None = 10.0
+    cap: Annotated[float | None, Bounds(1e-3, 1e6)] = 10.0
     """Bound c of the soft cap c·tanh(Δ/c), for `purified` and `student_pmi`; null means none."""
-    weight: float = 0.5
+    weight: Annotated[float, Bounds(0, 1)] = 0.5
     """Weight of the privileged teacher in `beta_opsd`."""
-    alpha: float = 1.0
+    alpha: Annotated[float, Bounds(1e-3, 1e3)] = 1.0
     """Strength of the contrast in `wrong_reference`."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Bounds(1e-3, 1e3)] = 1.0
     """Softmax temperature of every distribution in the loss; has nothing to do with rollout sampling."""
 
     def __post_init__(self) -> None:
         one_of("distillation.target.family", self.family, _FAMILIES)
-        above("distillation.target.alpha", self.alpha, 0)
-        above("distillation.target.beta", self.beta, 0)
-        above("distillation.target.cap", self.cap, 0)
-        fraction("distillation.target.weight", self.weight)
-        above("distillation.target.temperature", self.temperature, 0)
+        check_numbers(self, "distillation.target")
 
     @property
     def borrowed(self) -> str:
@@ -48,12 +46,12 @@ class DivergenceConfig:
 
     kind: str = "jsd"
     """`jsd`, `forward_kl` (KL(target ‖ student)) or `reverse_kl` (KL(student ‖ target))."""
-    weight: float = 0.5
+    weight: Annotated[float, Bounds(1e-6, 1 - 1e-6)] = 0.5
     """Weight of the target in the mixture of the JSD. The paper does not state it; 0.5 is ours."""
 
     def __post_init__(self) -> None:
         one_of("distillation.divergence.kind", self.kind, ("jsd", "forward_kl", "reverse_kl"))
-        fraction("distillation.divergence.weight", self.weight, allow_zero=False, allow_one=False)
+        check_numbers(self, "distillation.divergence")
 
 
 @dataclass(kw_only=True)
@@ -67,19 +65,17 @@ class DistillationConfig:
     loss_mean: str = "sequence"
     """`sequence`: mean over tokens of each response, then over responses (the paper's). `token`: over all tokens of
     the global batch (official OPSD's)."""
-    chunk_tokens: int | None = None
+    chunk_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
     """Response tokens whose logits exist at one time, on each tensor-parallel rank; null takes at most 1,024, and fewer
     where the target or the layout needs more buffers, so that the loss needs at most 0.8 of an fp32 [8192, V/tp]."""
     fused: str = "auto"
     """Whether the arithmetic between the loss's products is compiled into fused kernels: `auto` from 8,192 vocabulary
     entries of a rank on, `always` or `never`. Without a working compiler the log says so and it is not."""
-    diagnosed_tokens: int = 256
+    diagnosed_tokens: Annotated[int, Bounds(0, 10**7)] = 256
     """Tokens per step and data-parallel rank on which Δ norms and cosines are measured; 0 measures none.
     Needs both teachers on every row, also where the target (`opsd`, `beta_opsd`) needs no reference-only teacher."""
 
     def __post_init__(self) -> None:
         one_of("distillation.loss_mean", self.loss_mean, ("sequence", "token"))
-        if self.chunk_tokens is not None:
-            at_least("distillation.chunk_tokens", self.chunk_tokens, 1)
         one_of("distillation.fused", self.fused, ("auto", "always", "never"))
-        at_least("distillation.diagnosed_tokens", self.diagnosed_tokens, 0)
+        check_numbers(self, "distillation")

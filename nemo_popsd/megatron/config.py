@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from nemo_popsd.config.checks import above, at_least, fraction, one_of
+from nemo_popsd.config.bounds import Bounds, Text, check_numbers
+from nemo_popsd.config.checks import one_of
 from nemo_popsd.errors import UserError
+
+_SIZE = Bounds(1, 2**16)
 
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does."""
@@ -15,18 +19,17 @@ VOCABULARY_MULTIPLE = 128
 class LoRAConfig:
     """Low-rank adapters on the usual linears (Megatron-Bridge's LoRA)."""
 
-    rank: int = 64
+    rank: Annotated[int, Bounds(1, 16384)] = 64
     """Rank of the update (the paper's)."""
-    alpha: float = 128
+    alpha: Annotated[float, Bounds(0, 1e6, above=True)] = 128
     """The update is scaled by alpha / rank. Ours; the paper does not state it."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Bounds(0, 1)] = 0.0
     """Dropout before the adapter. Must be 0: with dropout the student would not equal the base at the start."""
     targets: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
     """Megatron's linears that get an adapter: q, k, v; o; gate, up; down."""
 
     def __post_init__(self) -> None:
-        at_least("student.lora.rank", self.rank, 1)
-        above("student.lora.alpha", self.alpha, 0)
+        check_numbers(self, "student.lora")
         if self.dropout != 0:
             raise UserError(
                 "configuration",
@@ -40,7 +43,7 @@ class LoRAConfig:
 class StudentConfig:
     """The model that is trained; its initial weights are the frozen base."""
 
-    source: str = ""
+    source: Annotated[str, Text.PATH] = ""
     """A Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), or `nemo_popsd:tiny_reasoner`."""
     precision: str = "bf16"
     """`bf16` (gradients and optimizer in fp32) or `fp32`."""
@@ -72,22 +75,21 @@ class StudentConfig:
 class ParallelConfig:
     """How the model is laid out over ranks. Data parallelism takes what is left of the world."""
 
-    tensor: int = 1
+    tensor: Annotated[int, _SIZE] = 1
     """Tensor-parallel size: matrices and vocabulary are split."""
     sequence: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks; needs `tensor` above 1."""
-    pipeline: int = 1
+    pipeline: Annotated[int, _SIZE] = 1
     """Pipeline-parallel size: layers are split into as many stages."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: Annotated[int, _SIZE] = 1
     """Model chunks of each stage, for the interleaved schedule; above 1 it needs `pipeline` above 1."""
-    context: int = 1
+    context: Annotated[int, _SIZE] = 1
     """Context-parallel size: each sequence is split, for long contexts."""
-    expert: int = 1
+    expert: Annotated[int, _SIZE] = 1
     """Expert-parallel size: the experts of a mixture-of-experts model are shared out, each whole on one rank."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert"):
-            at_least(f"parallel.{name}", getattr(self, name), 1)
+        check_numbers(self, "parallel")
         if self.sequence and self.tensor == 1:
             raise UserError(
                 "configuration",
@@ -138,34 +140,27 @@ class ParallelConfig:
 class OptimizerConfig:
     """Megatron's Adam, its schedule and clipping."""
 
-    lr: float = 5e-6
+    lr: Annotated[float, Bounds(0, 1, above=True)] = 5e-6
     """Peak learning rate (the paper's)."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, Bounds(0, 1)] = 0.0
     """Learning rate at the end of the decay."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Bounds(0, 10**8)] = 0
     """Steps of linear warm-up from 0."""
     decay: str = "constant"
     """`constant`, `linear` or `cosine`, from the warm-up's end to `training.steps`."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Bounds(0, 100)] = 0.0
     """Decoupled weight decay."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Bounds(0, 1, below=True)] = 0.9
     """Adam's decay of the first moment."""
-    beta2: float = 0.999
+    beta2: Annotated[float, Bounds(0, 1, below=True)] = 0.999
     """Adam's decay of the second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, Bounds(1e-30, 1)] = 1e-8
     """Adam's epsilon."""
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, Bounds(1e-6, 1e6, or_zero=True)] = 1.0
     """Largest global gradient norm; 0 does not clip."""
     distributed: bool = False
     """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
 
     def __post_init__(self) -> None:
-        above("optimizer.lr", self.lr, 0)
-        at_least("optimizer.min_lr", self.min_lr, 0)
-        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        check_numbers(self, "optimizer")
         one_of("optimizer.decay", self.decay, ("constant", "linear", "cosine"))
-        at_least("optimizer.weight_decay", self.weight_decay, 0)
-        fraction("optimizer.beta1", self.beta1, allow_one=False)
-        fraction("optimizer.beta2", self.beta2, allow_one=False)
-        above("optimizer.eps", self.eps, 0)
-        at_least("optimizer.clip_grad", self.clip_grad, 0)

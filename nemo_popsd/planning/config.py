@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from nemo_popsd.config.checks import above, at_least, fraction, one_of
+from nemo_popsd.config.bounds import Bounds, check_numbers
+from nemo_popsd.config.checks import one_of
 from nemo_popsd.errors import UserError
+
+_POSITIVE = Bounds(1e-3, 1e9)
+_SHARE = Bounds(1e-3, 1)
 
 
 @dataclass(kw_only=True)
@@ -16,62 +21,50 @@ class HardwareConfig:
     reported at. Set them to what your own runs show.
     """
 
-    memory_gib: float = 79.6
+    memory_gib: Annotated[float, _POSITIVE] = 79.6
     """Memory of one GPU, GiB (81,559 MiB, as the driver reports for an H100 SXM 80 GB)."""
-    usable_memory: float = 0.92
+    usable_memory: Annotated[float, _SHARE] = 0.92
     """Share of it that tensors may take; the rest is CUDA's context, NCCL's buffers and fragments. Ours."""
-    bf16_tflops: float = 989.0
+    bf16_tflops: Annotated[float, _POSITIVE] = 989.0
     """Dense bf16 peak, TFLOP/s (data sheet)."""
-    fp32_tflops: float = 67.0
+    fp32_tflops: Annotated[float, _POSITIVE] = 67.0
     """fp32 peak, TFLOP/s (data sheet); counts where `student.precision` is fp32."""
-    memory_gb_s: float = 3350.0
+    memory_gb_s: Annotated[float, _POSITIVE] = 3350.0
     """Bandwidth of the GPU's memory, GB/s (data sheet)."""
-    node_gb_s: float = 450.0
+    node_gb_s: Annotated[float, _POSITIVE] = 450.0
     """Bandwidth to GPUs of the same node, one direction, GB/s (NVLink 4: 900 in both, data sheet)."""
-    network_gb_s: float = 50.0
+    network_gb_s: Annotated[float, _POSITIVE] = 50.0
     """Bandwidth of one GPU to other nodes, one direction, GB/s (one 400 Gbit/s adapter per GPU, as in a DGX H100)."""
-    host_gb_s: float = 64.0
+    host_gb_s: Annotated[float, _POSITIVE] = 64.0
     """Bandwidth from pinned host memory, one direction, GB/s (PCIe 5 x16)."""
-    training_efficiency: float = 0.4
+    training_efficiency: Annotated[float, _SHARE] = 0.4
     """Share of the peak that forward and backward reach. Ours."""
-    forward_efficiency: float = 0.5
+    forward_efficiency: Annotated[float, _SHARE] = 0.5
     """Share of the peak that the frozen passes and the prefill reach. Ours."""
-    memory_efficiency: float = 0.6
+    memory_efficiency: Annotated[float, _SHARE] = 0.6
     """Share of the memory bandwidth that decoding reaches. Ours."""
-    link_efficiency: float = 0.7
+    link_efficiency: Annotated[float, _SHARE] = 0.7
     """Share of a link's bandwidth that a collective or copy reaches. Ours."""
-    layer_launch_us: float = 200.0
+    layer_launch_us: Annotated[float, Bounds(0, 1e9)] = 200.0
     """Least time of one layer of one decoding step, microseconds: it is launched kernel by kernel. Ours."""
-    latency_us: float = 20.0
+    latency_us: Annotated[float, Bounds(0, 1e9)] = 20.0
     """Time of a collective on next to no bytes, microseconds; counts in decoding. Ours."""
 
     def __post_init__(self) -> None:
-        for name in ("memory_gib", "bf16_tflops", "fp32_tflops", "memory_gb_s", "node_gb_s", "network_gb_s"):
-            above(f"hardware.{name}", getattr(self, name), 0)
-        above("hardware.host_gb_s", self.host_gb_s, 0)
-        for name in (
-            "usable_memory",
-            "training_efficiency",
-            "forward_efficiency",
-            "memory_efficiency",
-            "link_efficiency",
-        ):
-            fraction(f"hardware.{name}", getattr(self, name), allow_zero=False)
-        at_least("hardware.layer_launch_us", self.layer_launch_us, 0)
-        at_least("hardware.latency_us", self.latency_us, 0)
+        check_numbers(self, "hardware")
 
 
 @dataclass(kw_only=True)
 class WorkloadConfig:
     """What the rows and responses are like. Memory is planned for the run's limits whatever is set here."""
 
-    prompt_tokens: int | None = None
+    prompt_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
     """Mean length of a student prompt; null takes the limit, `data.max_prompt_tokens`."""
-    reference_tokens: int | None = None
+    reference_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
     """Mean length of a reference; null takes the limit, `data.max_reference_tokens`."""
-    response_tokens: int | None = None
+    response_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
     """Mean length of a response; null takes the limit, `rollout.max_response_tokens`."""
-    prompts_per_node: int | None = None
+    prompts_per_node: Annotated[int | None, Bounds(1, 2**16)] = None
     """The batch grows with the nodes: this many prompts for each replace `training.prompts_per_step`. Null: it does
     not."""
     layers: str = "fused"
@@ -79,8 +72,7 @@ class WorkloadConfig:
     `plain`, the ones that run without a GPU (compared with what they allocate by the tests)."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "reference_tokens", "response_tokens", "prompts_per_node"):
-            at_least(f"workload.{name}", getattr(self, name), 1)
+        check_numbers(self, "workload")
         one_of("workload.layers", self.layers, ("fused", "plain"))
 
 
@@ -88,9 +80,9 @@ class WorkloadConfig:
 class PlanConfig:
     """The settings of `popsd plan` that are none of a run's."""
 
-    nodes: list[int] = field(default_factory=lambda: [1])
+    nodes: Annotated[list[int], Bounds(1, 10**5)] = field(default_factory=lambda: [1])
     """Nodes to plan for; more than one number makes a table."""
-    gpus_per_node: int = 8
+    gpus_per_node: Annotated[int, Bounds(1, 1024)] = 8
     """GPUs of one node."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """GPU and links."""
@@ -100,6 +92,4 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if not self.nodes:
             raise UserError("plan", got="nodes=[]", need="at least one number of nodes", mend="set nodes=1")
-        for number in self.nodes:
-            at_least("nodes", number, 1)
-        at_least("gpus_per_node", self.gpus_per_node, 1)
+        check_numbers(self)

@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import cast
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nemo_popsd.errors import UserError
-from nemo_popsd.planning.config import HardwareConfig, PlanConfig, WorkloadConfig
-
-_SECTIONS = {"hardware": HardwareConfig, "workload": WorkloadConfig}
-
-
-def known_settings() -> list[str]:
-    """Dotted names of the plan's settings."""
-    inside = [f"{section}.{item.name}" for section, kind in _SECTIONS.items() for item in fields(kind)]
-    return ["nodes", "gpus_per_node", *inside]
+from nemo_popsd.config.checks import shown
+from nemo_popsd.config.keys import known_keys, unknown_key
+from nemo_popsd.config.loading import load_schema
+from nemo_popsd.planning.config import PlanConfig
 
 
 def split_settings(words: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     """The plan's settings among ``key=value`` words, and the other words, in order.
 
     Raises:
-        UserError: a setting of the plan is unknown, has the wrong type or an impossible value.
+        UserError: a key is neither the plan's nor the run's (the nearest of both is named), or a setting of the plan
+            has the wrong type or an impossible value.
     """
-    merged, rest = OmegaConf.structured(PlanConfig), []
+    of_plan, of_run = known_keys(PlanConfig), known_keys()
+    mine, rest = [], []
     for word in words:
-        key, _, text = word.partition("=")
-        if key not in ("nodes", "gpus_per_node") and key.partition(".")[0] not in _SECTIONS:
+        key, equals, text = word.partition("=")
+        key = key.strip()
+        if key in of_plan:
+            listed = key != "nodes" or text.startswith("[")
+            mine.append(word if listed else f"nodes=[{text}]")
+        elif not key or not equals or key in of_run:
             rest.append(word)
-            continue
-        if key not in known_settings():
-            near = difflib.get_close_matches(key, known_settings(), n=1, cutoff=0)[0]
-            raise UserError(
-                f"override {word!r}",
-                got=f"unknown key {key}",
-                need=f"a setting of the plan; the nearest is {near}",
-                mend="rename it or take it out",
-            )
-        value = f"[{text}]" if key == "nodes" and not text.startswith("[") else text
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{key}={value}"]))
-        except OmegaConfBaseException:
-            kind = "whole numbers, as in 1,2,4" if key == "nodes" else "a value of its type"
-            raise UserError(f"override {word!r}", got=f"{key}={text}", need=kind, mend=f"set {key}") from None
-    return cast(PlanConfig, OmegaConf.to_object(merged)), rest
+        else:
+            raise unknown_key(f"override {shown(word)}", key, {**of_plan, **of_run})
+    return load_schema(PlanConfig, {}, mine, what="popsd plan"), rest

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from nemo_popsd.config.checks import above, at_least, fraction, one_of
+from nemo_popsd.config.bounds import Bounds, check_numbers
+from nemo_popsd.config.checks import one_of
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.vllm.config import VllmConfig
 
@@ -15,20 +17,20 @@ class RolloutConfig:
 
     engine: str = "megatron"
     """What draws the responses: `megatron`, the training processes themselves, or `vllm`, a server beside them."""
-    temperature: float = 1.1
+    temperature: Annotated[float, Bounds(1e-3, 100, or_zero=True)] = 1.1
     """Sampling temperature; 0 is greedy. Has nothing to do with `distillation.target.temperature`."""
-    top_p: float = 0.95
+    top_p: Annotated[float, Bounds(1e-6, 1)] = 0.95
     """Sample from the smallest set of tokens with at least this mass; 1 keeps all."""
-    top_k: int = 20
+    top_k: Annotated[int, Bounds(0, 10**6)] = 20
     """Sample from the k most likely tokens; 0 keeps all."""
-    max_response_tokens: int = 1024
+    max_response_tokens: Annotated[int, Bounds(1, 10**7)] = 1024
     """Responses are cut here (the paper's limit)."""
-    batch_rows: int = 64
+    batch_rows: Annotated[int, Bounds(1, 10**6)] = 64
     """Most rows decoded together on each data-parallel rank, in evaluation too."""
-    cache_tokens: int = 262144
+    cache_tokens: Annotated[int, Bounds(1, 10**12)] = 262144
     """Tokens that the key-value cache of the engine `megatron` may hold; fewer rows are decoded together where prompt
     and limit are long. One token of Qwen3-8B takes 147 KB in bf16, shared out over the tensor-parallel ranks."""
-    tokens_per_step: int = 0
+    tokens_per_step: Annotated[int, Bounds(0, 10**12)] = 0
     """Response tokens after which a step leaves its rows: those that have not ended go on in the next step, by then
     with newer weights. Each data-parallel replica has an equal share. Finished in any case are the first row of each
     replica, rows that would otherwise become older than `max_age` or wait a second time without having been begun, and
@@ -37,7 +39,7 @@ class RolloutConfig:
     overlap: bool = False
     """Draw the responses of the next step while this one is trained on, by the weights that this one begins with: from
     step 2 on they are one step old. Needs the engine `vllm`, which draws in other processes."""
-    max_age: int = 1
+    max_age: Annotated[int, Bounds(0, 10**6)] = 1
     """With `overlap` or `tokens_per_step`: how many steps the weights that drew any token may be behind those that are
     trained on it. Stored responses that are older are drawn anew."""
     save: bool = True
@@ -48,14 +50,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         one_of("rollout.engine", self.engine, ("megatron", "vllm"))
-        at_least("rollout.temperature", self.temperature, 0)
-        fraction("rollout.top_p", self.top_p, allow_zero=False)
-        at_least("rollout.top_k", self.top_k, 0)
-        above("rollout.max_response_tokens", self.max_response_tokens, 0)
-        above("rollout.batch_rows", self.batch_rows, 0)
-        above("rollout.cache_tokens", self.cache_tokens, 0)
-        at_least("rollout.tokens_per_step", self.tokens_per_step, 0)
-        at_least("rollout.max_age", self.max_age, 0)
+        check_numbers(self, "rollout")
         if self.overlap and self.engine != "vllm":
             raise UserError(
                 "configuration",

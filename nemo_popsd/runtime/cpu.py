@@ -347,4 +347,6 @@ def adapt_to_cpu() -> None:
         try:
             adaptation.apply()
         except (AttributeError, ImportError) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "megatron.bridge":
+                raise  # it is not installed, which the command line says
             raise RuntimeError(f"{adaptation.name}: {error}; revise nemo_popsd/runtime/cpu.py") from error

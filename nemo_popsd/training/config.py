@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from nemo_popsd.config.checks import above, at_least, one_of
+from nemo_popsd.config.bounds import SECONDS_OF_30_DAYS, Bounds, check_numbers
+from nemo_popsd.config.checks import one_of
 from nemo_popsd.errors import UserError
 
 
@@ -12,16 +14,16 @@ from nemo_popsd.errors import UserError
 class TrainingConfig:
     """Steps, batches, and what happens every so many steps."""
 
-    steps: int = 200
+    steps: Annotated[int, Bounds(1, 10**8)] = 200
     """On-policy steps (the paper trains at most 200)."""
-    prompts_per_step: int = 32
+    prompts_per_step: Annotated[int, Bounds(1, 2**16)] = 32
     """Questions per step over all data-parallel ranks, one rollout each (the paper's batch)."""
-    updates_per_step: int = 1
+    updates_per_step: Annotated[int, Bounds(1, 2**16)] = 1
     """Optimizer updates per step, each on an equal part of its rollouts. The frozen passes are made once for all of
     them. From the second update on the student is no longer the one that drew the rollouts: off-policy by that much."""
-    microbatch_tokens: int = 8192
+    microbatch_tokens: Annotated[int, Bounds(1, 10**9)] = 8192
     """Tokens, padding included, of one forward and backward pass of the student; gradients accumulate over them."""
-    frozen_tokens: int = 32768
+    frozen_tokens: Annotated[int, Bounds(1, 10**9)] = 32768
     """Tokens, padding included, of one forward pass of the frozen branches, which keep no activations."""
     packing: bool = True
     """Put contexts one after the other in a forward pass instead of side by side: no padding but what the layout asks
@@ -29,9 +31,9 @@ class TrainingConfig:
     cache_on_host: bool = False
     """Keep what the frozen passes say of each token (4 to 6 bytes per token and hidden unit) in host memory until the
     loss needs it."""
-    validate_every: int = 50
+    validate_every: Annotated[int, Bounds(0, 10**8)] = 50
     """Evaluate on `data.validation` every so many steps; 0 only at the start and the end."""
-    checkpoint_every: int = 50
+    checkpoint_every: Annotated[int, Bounds(0, 10**8)] = 50
     """Save a NeMo checkpoint every so many steps; 0 only at the end."""
     self_check: bool = True
     """Before step 1, prove on one batch that the student equals the base and that, with the PMI off, loss and
@@ -39,23 +41,22 @@ class TrainingConfig:
     async_save: bool = False
     """Write checkpoints in the background, from copies in CPU memory, while training goes on. The next save, and the
     end of the run, wait for it; an error surfaces at the next step."""
-    keep_last: int = 2
+    keep_last: Annotated[int, Bounds(0, 10**8)] = 2
     """Checkpoints to keep besides `final`, the newest; 0 keeps all. An old one is removed once a newer is complete."""
-    keep_best: int = 0
+    keep_best: Annotated[int, Bounds(0, 10**8)] = 0
     """Checkpoints to keep besides those, the best by `best_metric`."""
     best_metric: str = "validation/accuracy"
     """Name in metrics.jsonl. A checkpoint at whose step it was not measured is none of the best."""
     best_is: str = "max"
     """Whether the greatest (`max`) or the least (`min`) value is best."""
-    collective_timeout: float = 1800
+    collective_timeout: Annotated[float, Bounds(1, SECONDS_OF_30_DAYS)] = 1800
     """Seconds that a rank waits for the others before it fails. Must exceed the difference between the fastest and
     the slowest rank's rollouts."""
     export_huggingface: bool = True
     """Write a Hugging Face checkpoint (adapters merged) at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "updates_per_step", "microbatch_tokens", "frozen_tokens"):
-            above(f"training.{name}", getattr(self, name), 0)
+        check_numbers(self, "training")
         if self.prompts_per_step % self.updates_per_step:
             raise UserError(
                 "configuration",
@@ -64,9 +65,4 @@ class TrainingConfig:
                 need="updates on equal parts",
                 mend="set training.updates_per_step to a divisor of training.prompts_per_step",
             )
-        at_least("training.validate_every", self.validate_every, 0)
-        at_least("training.checkpoint_every", self.checkpoint_every, 0)
-        at_least("training.keep_last", self.keep_last, 0)
-        at_least("training.keep_best", self.keep_best, 0)
         one_of("training.best_is", self.best_is, ("max", "min"))
-        above("training.collective_timeout", self.collective_timeout, 0)

@@ -295,7 +295,10 @@ def test_misused_commands(words: list[str], capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
-    assert "usage: popsd" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("popsd: error: ")
+    assert err.count("\n") == 1
+    assert "; see popsd" in err
 
 
 def test_ranks_of_torchrun_tell_an_error_once_and_all_fail() -> None:

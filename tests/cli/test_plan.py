@@ -77,10 +77,10 @@ def test_a_refusal_is_one_line_and_the_nearest_layouts(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nodes=none"], "need whole numbers"),
-        (["nodes=0"], "need at least 1"),
+        (["nodes=none"], "need a list of whole numbers"),
+        (["nodes=0"], "need whole numbers from 1 to 100,000"),
         (["hardware.memory=80"], "the nearest is hardware.memory_gib"),
-        (["hardware.link_efficiency=2"], "a number in (0, 1]"),
+        (["hardware.link_efficiency=2"], "a number from 0.001 to 1"),
         (["workload.layers=thin"], "one of fused, plain"),
         (["traning.steps=3"], "the nearest is training.steps"),
         (["student.source=none"], "Qwen3-32B"),

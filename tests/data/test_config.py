@@ -34,7 +34,8 @@ def test_bad_values_are_named(changes: dict[str, object], name: str) -> None:
     assert caught.value.got == name
 
 
+@pytest.mark.parametrize("section", ["train", "validation"])
 @pytest.mark.parametrize("changes", [{"answer_pattern": "("}, {"answer_pattern": "x"}, {"limit": 0}])
-def test_bad_source(changes: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=f"set {next(iter(changes))}"):
-        SourceConfig(**changes)  # type: ignore[arg-type]
+def test_a_bad_source_is_named_with_its_section(section: str, changes: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=rf"set data\.{section}\.{next(iter(changes))}$"):
+        DataConfig(**{section: SourceConfig(**changes)})  # type: ignore[arg-type]

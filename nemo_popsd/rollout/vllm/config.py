@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from nemo_popsd.config.checks import above, at_least, fraction, one_of
+from nemo_popsd.config.bounds import SECONDS_OF_30_DAYS, Bounds, Text, check_numbers
+from nemo_popsd.config.checks import one_of
 
 INTERFACES = ("auto", "weight-transfer", "worker-extension")
 
@@ -13,7 +15,7 @@ INTERFACES = ("auto", "weight-transfer", "worker-extension")
 class VllmConfig:
     """One server for each data-parallel replica, in an environment of its own."""
 
-    python: str = ".vllm-venv/bin/python"
+    python: Annotated[str, Text.PATH] = ".vllm-venv/bin/python"
     """Python of the environment that has vLLM 0.14.1 or newer; `make vllm-env` makes one for CPUs."""
     launcher: list[str] = field(default_factory=list)
     """Command put before it, to start the server elsewhere, e.g. `[srun, --overlap, --nodes=1, --nodelist=node7]`;
@@ -21,26 +23,26 @@ class VllmConfig:
     under the same paths. Without it the server shares machine and GPUs with the replica."""
     address: str = ""
     """Address under which a server started by `launcher` reaches the trainer; empty takes the host's name."""
-    tensor: int = 1
+    tensor: Annotated[int, Bounds(1, 4096)] = 1
     """Tensor-parallel size of the server; without `launcher` at most the replica's ranks, whose GPUs it uses."""
     dtype: str = "student"
     """`student` takes that of `student.precision`; otherwise `bf16`, `fp16` or `fp32`."""
-    memory_share: float = 0.4
+    memory_share: Annotated[float, Bounds(1e-3, 1)] = 0.4
     """Share of each GPU's memory for weights and key-value cache (vLLM's gpu_memory_utilization); on CPUs of the
     machine's memory."""
-    cache_bytes: int = 0
+    cache_bytes: Annotated[int, Bounds(0, 2**50)] = 0
     """Exact size of the key-value cache on each GPU; 0 leaves what `memory_share` has beside the weights."""
     eager: bool = False
     """Without compilation and CUDA graphs: starts sooner, decodes more slowly."""
     sleep: bool = True
     """Give the GPU's memory back between rollouts; on CPUs there is nothing to give back."""
-    bucket_bytes: int = 268435456
+    bucket_bytes: Annotated[int, Bounds(1, 2**50)] = 268435456
     """Weights travel in buckets of at most this size, or of the largest tensor, if that is larger."""
-    start_seconds: float = 900
+    start_seconds: Annotated[float, Bounds(0, SECONDS_OF_30_DAYS, above=True)] = 900
     """A server that is not ready after this long has failed."""
-    answer_seconds: float = 3600
+    answer_seconds: Annotated[float, Bounds(0, SECONDS_OF_30_DAYS, above=True)] = 3600
     """A server that has not answered after this long is lost: it is started anew and asked again."""
-    restarts: int = 2
+    restarts: Annotated[int, Bounds(0, 10**4)] = 2
     """Times that a lost server is started anew before the rollouts of a step are given up."""
     lora: str = "auto"
     """How LoRA gets into vLLM: `adapter` sends the adapters alone and has vLLM compute them beside the base that it
@@ -51,13 +53,7 @@ class VllmConfig:
     installed version has (see `nemo_popsd/rollout/vllm/serving/popsd_interfaces.py`)."""
 
     def __post_init__(self) -> None:
-        at_least("rollout.vllm.tensor", self.tensor, 1)
+        check_numbers(self, "rollout.vllm")
         one_of("rollout.vllm.dtype", self.dtype, ("student", "bf16", "fp16", "fp32"))
-        fraction("rollout.vllm.memory_share", self.memory_share, allow_zero=False)
-        at_least("rollout.vllm.cache_bytes", self.cache_bytes, 0)
-        above("rollout.vllm.bucket_bytes", self.bucket_bytes, 0)
-        above("rollout.vllm.start_seconds", self.start_seconds, 0)
-        above("rollout.vllm.answer_seconds", self.answer_seconds, 0)
-        at_least("rollout.vllm.restarts", self.restarts, 0)
         one_of("rollout.vllm.lora", self.lora, ("auto", "adapter", "merged"))
         one_of("rollout.vllm.interface", self.interface, INTERFACES)

@@ -1,0 +1,226 @@
+"""A YAML file, or the value of an override, as a tree of known keys and values of their types. Bounded in all sizes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from nemo_popsd.config.checks import shown
+from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
+from nemo_popsd.config.values import MISSING, inner, is_text, read_scalar
+from nemo_popsd.errors import UserError
+
+_MOST_BYTES = 1 << 17
+_MOST_NODES = 5_000
+_MOST_LEVELS = 16
+_TOO_MUCH = f"more than {_MOST_NODES:,} values (aliases repeat theirs) or {_MOST_LEVELS} levels"
+_TAGS = "tag:yaml.org,2002:"
+_MERGE = f"{_TAGS}merge"
+_QUOTED = ("'", '"', "|", ">")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The tree of a configuration file.
+
+    Values have the types of their keys; texts with ``${`` are interpolations that are still to be resolved, and
+    `MISSING` is left where it stands.
+
+    Raises:
+        UserError: it is no regular file of bounded size, no YAML in UTF-8, or has unknown or repeated keys, or a value
+            of a wrong type.
+    """
+    what = f"configuration {_named(path)}"
+    node = _compose(_text(path), what, lambda line: f"{_named(path)}:{line}")
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(
+            what, got="no keys at the top", need="a YAML mapping of keys to values", mend="correct the file"
+        )
+    return _Tree(known_keys(), path).section(node, "", 0)
+
+
+def read_override(override: str, known: Mapping[str, Any] | None = None) -> tuple[str, Any]:
+    """Key and value of one ``key=value``.
+
+    Args:
+        override: as given; the value is YAML, except that for a text key it is taken as it stands unless it is
+            ``null`` or quoted.
+        known: keys and types; by default those of a run.
+
+    Raises:
+        UserError: it has no key or no value, the key is unknown, or the value has the wrong type.
+    """
+    known = known_keys() if known is None else known
+    where = f"override {shown(override)}"
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(where, got="no key and value", need="key=value, as in training.steps=20", mend="rewrite it")
+    kind = known.get(key)
+    if kind is None:
+        raise unknown_key(where, key, known)
+    if is_text(kind) and text not in ("null", "~") and text[:1] not in ("'", '"'):
+        return key, text
+    node = _compose(text, where, lambda _: where)
+    if node is None:
+        raise wrong_type(where, key, kind, f"{key}= without a value")
+    return key, _Tree(known, where).value(node, key, kind, 0, where)
+
+
+def _text(path: Path) -> str:
+    what, need = f"configuration {_named(path)}", "a YAML file"
+    try:
+        # A fifo or a terminal would be waited for, a device read without end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                got = "a directory" if path.is_dir() else "no regular file (a device, a pipe or a socket)"
+                raise UserError(what, got=got, need=need, mend="correct the path")
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(what, got=f"no readable file ({reason})", need=need, mend="correct the path") from None
+    if len(data) > _MOST_BYTES:
+        got = f"more than {_MOST_BYTES // 1024} KiB"
+        raise UserError(what, got=got, need="a configuration, which is smaller", mend="correct the path")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        got = f"bytes that are not UTF-8 ({error.reason} at byte {error.start})"
+        raise UserError(what, got=got, need=need, mend="save it as UTF-8, or correct the path") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes while they are few and flat enough, and have no tags: the types of the keys decide."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._levels = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._nodes += 1
+        self._levels += 1
+        event = self.peek_event()
+        if self._nodes > _MOST_NODES or self._levels > _MOST_LEVELS:
+            raise yaml.composer.ComposerError(None, None, _TOO_MUCH, event.start_mark)
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            problem = f"the tag {shown(tag.replace(_TAGS, '!!'))}, which does not belong here"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        node = super().compose_node(parent, index)
+        self._levels -= 1
+        return node
+
+
+def _compose(text: str, what: str, where: Any) -> yaml.Node | None:
+    """The root of the one document in `text`."""
+    need, mend = "valid YAML", "correct it (quote what is meant as text)"
+    try:
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(where(line), got=_problem(error), need=need, mend=mend) from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise UserError(what, got=_first_line(error), need=need, mend=mend) from None
+
+
+class _Tree:
+    """Makes values of nodes. An alias is one node there and many values here, so they are counted again."""
+
+    def __init__(self, known: Mapping[str, Any], origin: Path | str) -> None:
+        self._known = known
+        self._origin = origin
+        self._nodes = 0
+
+    def section(self, node: yaml.MappingNode, prefix: str, level: int) -> dict[str, Any]:
+        """The keys of one section, `prefix` being its dotted name with a dot behind it."""
+        found: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in self._merged(node, level):
+            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            key, where = f"{prefix}{name}", self._where(key_node)
+            if name is None or "." in name or key not in self._known:
+                if name is not None and "." in name and key in self._known:
+                    nested = ": {".join(name.split(".")) + ": ..." + "}" * name.count(".")
+                    raise UserError(where, got=f"{name} as one key", need="a key below its section", mend=nested)
+                raise unknown_key(where, key if name is not None else f"{prefix}[{key_node.id}]", self._known)
+            if name in lines:
+                got = f"{key} again, first in line {lines[name]}"
+                raise UserError(where, got=got, need="each key once", mend="take one of them out")
+            lines[name] = key_node.start_mark.line + 1
+            found[name] = self.value(value_node, key, self._known[key], level + 1, where)
+        return found
+
+    def value(self, node: yaml.Node, key: str, kind: Any, level: int, where: str, need: Any = None) -> Any:
+        """What `node` holds for `key` of type `kind`; `need` is the type of the list whose item it is."""
+        self._count(level)
+        if isinstance(node, yaml.ScalarNode) and (node.value == MISSING or "${" in node.value):
+            if is_dataclass(kind):
+                raise wrong_type(where, key, kind, f"{key}={shown(node.value)}")
+            return node.value
+        if is_dataclass(kind):
+            if isinstance(node, yaml.MappingNode):
+                return self.section(node, f"{key}.", level)
+        elif get_origin(kind) is list and isinstance(node, yaml.SequenceNode):
+            return [self.value(item, key, get_args(kind)[0], level + 1, where, need=kind) for item in node.value]
+        elif isinstance(node, yaml.ScalarNode) and node.style in _QUOTED:
+            if inner(kind) is str:
+                return node.value
+        elif isinstance(node, yaml.ScalarNode):
+            try:
+                return read_scalar(kind, node.value)
+            except ValueError:
+                pass
+        raise wrong_type(where, key, need or kind, f"{key}={_written(node)}")
+
+    def _merged(self, node: yaml.MappingNode, level: int) -> list[tuple[yaml.Node, yaml.Node]]:
+        """The pairs of `node`, and of what it merges (``<<``) those that it does not have itself."""
+        self._count(level)
+        pairs = [(key, value) for key, value in node.value if key.tag != _MERGE]
+        for _, value in (pair for pair in node.value if pair[0].tag == _MERGE):
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    got = f"<< of {_written(source)}"
+                    raise UserError(self._where(source), got=got, need="a mapping to merge", mend="write its keys out")
+                own = {key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)}
+                pairs += [pair for pair in self._merged(source, level + 1) if pair[0].value not in own]
+        return pairs
+
+    def _count(self, level: int) -> None:
+        self._nodes += 1
+        if self._nodes > _MOST_NODES or level > _MOST_LEVELS:
+            what = f"configuration {_named(self._origin)}" if isinstance(self._origin, Path) else self._origin
+            raise UserError(what, got=_TOO_MUCH, need="a configuration, which is smaller", mend="take aliases out")
+
+    def _where(self, node: yaml.Node) -> str:
+        return f"{_named(self._origin)}:{node.start_mark.line + 1}" if isinstance(self._origin, Path) else self._origin
+
+
+def _named(path: Path) -> str:
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 300 else shown(text)
+
+
+def _written(node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    quoted = node.style in _QUOTED or not node.value.isprintable() or len(node.value) > 100
+    return shown(node.value) if quoted else node.value or "nothing"
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    return _first_line(", ".join(part for part in (error.context, error.problem) if part) or error)
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else "nothing readable"

@@ -1,0 +1,123 @@
+"""Interpolations (``${seed}``, ``${oc.env:HOME}``): OmegaConf resolves each once, and what it gives is typed here."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_popsd.config.checks import shown
+from nemo_popsd.config.keys import wrong_type
+from nemo_popsd.config.values import LONGEST_TEXT, from_interpolation
+from nemo_popsd.errors import UserError
+
+_MOST = 24
+_NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
+
+
+def escaped(value: Any) -> Any:
+    """`value`, a text, list or section, as OmegaConf has to be given it so that its texts are not interpolations."""
+    if is_dataclass(value):
+        made = copy.copy(value)  # which checks nothing again: a pattern may be none with what is added
+        for item in fields(value):
+            setattr(made, item.name, escaped(getattr(value, item.name)))
+        return made
+    if isinstance(value, list):
+        return [escaped(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
+    return value
+
+
+def resolve(values: dict[str, Any], known: Mapping[str, Any], what: str) -> None:
+    """Puts into `values` what their interpolations stand for, read as if it were written in their place.
+
+    Args:
+        values: by dotted key; changed in place.
+        known: types of the keys.
+        what: names the whole in messages.
+
+    Raises:
+        UserError: one cannot be resolved, refers to itself, or gives a value that its key cannot hold.
+    """
+    asked = [key for key, value in values.items() if any("${" in text for text in _texts(value))]
+    if not asked:
+        return
+    number = sum(text.count("${") for value in values.values() for text in _texts(value))
+    if number > _MOST:
+        got, need = f"{number} interpolations ${{...}}", f"at most {_MOST}"
+        raise UserError(what, got=got, need=need, mend="write values in their place")
+    _Resolution(values, known, what, asked).run()
+
+
+class _Resolution:
+    """Resolves what a text refers to before the text, so that no value is worked out more than once."""
+
+    def __init__(self, values: dict[str, Any], known: Mapping[str, Any], what: str, asked: list[str]) -> None:
+        self._values = values
+        self._known = known
+        self._what = what
+        self._open = dict.fromkeys(asked)
+        self._begun: set[str] = set()
+
+    def run(self) -> None:
+        nested: dict[str, Any] = {}
+        for key, value in self._values.items():
+            *sections, leaf = key.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[leaf] = None if key in self._open else value
+        self._tree = OmegaConf.create(nested)
+        while self._open:
+            self._resolve(next(iter(self._open)))
+
+    def _resolve(self, key: str) -> None:
+        if key in self._begun:
+            raise self._refused(key, "it refers to itself")
+        self._begun.add(key)
+        for other in self._referred(key):
+            if other in self._open:
+                self._resolve(other)
+        kind = self._known[key]
+        try:
+            OmegaConf.update(self._tree, key, self._values[key])
+            found = OmegaConf.select(self._tree, key)
+            found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        except (OmegaConfBaseException, RecursionError) as error:
+            lines = str(error).splitlines()
+            raise self._refused(key, lines[0][:200] if lines else "it cannot be resolved") from None
+        if any(len(text) > LONGEST_TEXT for text in _texts(found)):
+            raise self._refused(key, f"it gives more than {LONGEST_TEXT:,} characters")
+        try:
+            value = from_interpolation(kind, found)
+        except ValueError:
+            raise wrong_type(self._what, key, kind, f"{key}={shown(found)} from an interpolation") from None
+        self._values[key] = value
+        OmegaConf.update(self._tree, key, escaped(value))
+        del self._open[key]
+
+    def _referred(self, key: str) -> Iterator[str]:
+        """Keys whose names are in the interpolations of `key`; a relative name begins with dots."""
+        for text in _texts(self._values[key]):
+            for dots, name in _NAMES.findall(text[text.find("${") :]):
+                section = key.split(".")[: -len(dots)] if dots else []
+                yield ".".join([*section, name.rstrip(".")])
+
+    def _refused(self, key: str, problem: str) -> UserError:
+        return UserError(
+            self._what,
+            got=f"{key}={shown(self._values[key])}: {problem}",
+            need="an interpolation of a known key or of a variable, as in ${name} or ${oc.env:HOME} "
+            "(\\${ stands for the two characters)",
+            mend=f"set {key}",
+        )
+
+
+def _texts(value: object) -> list[str]:
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]

@@ -1,0 +1,59 @@
+"""The one rule for paths, in a configuration and on the command line: `~` is the home directory, `$` is refused.
+
+A shell expands `$HOME`, YAML does not: a path that keeps such a name would be made as a directory of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from nemo_popsd.config.checks import refuse, shown
+from nemo_popsd.errors import UserError
+
+_LONGEST_PATH = 3072
+"""Below Linux's 4,096 bytes, so that what is written inside has room."""
+_LONGEST_NAME = 255
+
+
+def given_path(setting: str, text: str) -> str:
+    """The path that `text` means, as all later code takes it.
+
+    Args:
+        setting: dotted name of the setting, or of the argument, for messages.
+        text: what was given; empty means none, where the setting allows that.
+
+    Raises:
+        UserError: a variable of the shell in it, a home directory that does not exist, a control character, or a
+            length that no file system takes.
+    """
+    if "$" in text:
+        raise UserError(
+            "configuration",
+            got=f"{setting}={shown(text)}, with a `$` that nothing expands",
+            need="the path itself, or ~ for the home directory",
+            mend=f"set {setting} without $; in a configuration ${{oc.env:NAME}} is the environment variable NAME",
+        )
+    path = os.path.expanduser(text)
+    parts = path.split("/")
+    if path.startswith("~") or "~" in parts:
+        raise refuse(setting, text, "a path in which `~` stands at the beginning, for a home directory that exists")
+    encoded = [os.fsencode(part) if part.isprintable() else b"" for part in parts]
+    if sum(map(len, encoded)) + len(parts) > _LONGEST_PATH or max(map(len, encoded)) > _LONGEST_NAME:
+        need = f"names of at most {_LONGEST_NAME} bytes in a path of at most {_LONGEST_PATH:,}"
+        raise refuse(setting, text, need)
+    return path
+
+
+def path_argument(text: str) -> str:
+    """`given_path` as the type of an argument of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: as `given_path`; argparse adds the name of the argument.
+    """
+    try:
+        if not text.isprintable():
+            raise refuse("the path", text, "a path without control characters")
+        return given_path("the path", text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(f"got {error.got}; need {error.need}") from None

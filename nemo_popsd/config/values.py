@@ -1,0 +1,149 @@
+"""From what is written in a file or an override to a value: by the type of the setting, not by the look of the text.
+
+YAML 1.1 reads `1:30` as 90, `010` as 8, `on` as true and `2026-11-28` as a date. Here a number is decimal, a truth
+value is `true` or `false`, and for a text setting everything is text, as written.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+import unicodedata
+from typing import Any, Union, get_args, get_origin
+
+from nemo_popsd.config.bounds import Text
+from nemo_popsd.config.checks import refuse
+from nemo_popsd.config.paths import given_path
+
+_NEEDS = {
+    bool: "true or false",
+    int: "a whole number in decimal digits",
+    float: "a number (0.5, 1e-5)",
+    str: "text (quote it)",
+}
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
+_NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"([-+]?)\.?(inf|nan)", re.IGNORECASE)
+_TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_NULL = ("", "~", "null", "Null", "NULL")
+_LONGEST_NUMBER = 40
+LONGEST_TEXT = 20_000
+"""In characters, of any text."""
+_LONGEST = {Text.NAME: 200, Text.LINE: 2_000, Text.PATH: LONGEST_TEXT, Text.PROSE: LONGEST_TEXT}
+
+MISSING = "???"
+"""OmegaConf's mark of a value that is still to be given."""
+
+
+def read_scalar(kind: Any, text: str) -> Any:
+    """The value of an unquoted `text` for a setting of type `kind`.
+
+    Raises:
+        ValueError: it is none, or no scalar is.
+    """
+    if text in _NULL:
+        if is_optional(kind):
+            return None
+        raise ValueError
+    kind = inner(kind)
+    if kind is str:
+        return text
+    if kind is bool:
+        if text in _TRUTH:
+            return _TRUTH[text]
+        raise ValueError
+    if kind is int and len(text) <= _LONGEST_NUMBER and _WHOLE.fullmatch(text):
+        return int(text)
+    if kind is float:
+        odd = _NOT_FINITE.fullmatch(text)
+        if odd:
+            return float(odd[1] + odd[2])  # refused by the bounds of the setting, which say what it may be
+        if _NUMBER.fullmatch(text):
+            return float(text)
+    raise ValueError
+
+
+def from_plain(kind: Any, value: object) -> Any:
+    """The value of type `kind` that `value`, of a type that YAML or an interpolation gives, stands for.
+
+    Raises:
+        ValueError: it has another type.
+    """
+    if value is None and is_optional(kind):
+        return None
+    kind = inner(kind)
+    if get_origin(kind) is list and isinstance(value, list):
+        return [from_plain(get_args(kind)[0], item) for item in value]
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _as_float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    raise ValueError
+
+
+def from_interpolation(kind: Any, value: object) -> Any:
+    """As `from_plain`, for what an interpolation gave: the text of a variable is read as if it were written there.
+
+    Raises:
+        ValueError: it has another type.
+    """
+    if get_origin(kind) is list and isinstance(value, list):
+        return [from_interpolation(get_args(kind)[0], item) for item in value]
+    if isinstance(value, str) and inner(kind) is not str:
+        return read_scalar(kind, value)
+    if inner(kind) is str and isinstance(value, bool | int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return from_plain(kind, value)
+
+
+def check_text(setting: str, value: str, rule: Text) -> str:
+    """`value`, with a path's `~` expanded, if its characters and length are right for what it is.
+
+    Raises:
+        UserError: they are not.
+    """
+    allowed = "\t\n\r\u2028\u2029" if rule is Text.PROSE else "\t" if rule is Text.LINE else ""
+    for character in value:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") and character not in allowed:
+            need = f"text without control characters (this one has U+{ord(character):04X})"
+            raise refuse(setting, value, need)
+    if len(value) > _LONGEST[rule] or (rule is Text.NAME and not value):
+        least = 1 if rule is Text.NAME else 0
+        raise refuse(setting, value, f"text of {least} to {_LONGEST[rule]:,} characters")
+    return given_path(setting, value) if rule is Text.PATH else value
+
+
+def describe(kind: Any) -> str:
+    """What a value of type `kind` looks like in a file, in words; a section has keys of its own."""
+    if is_optional(kind):
+        return " or ".join([describe(inner(kind)), "null"])
+    if get_origin(kind) is list:
+        item = get_args(kind)[0]
+        examples = {int: "whole numbers, as in [1, 4]", float: "numbers, as in [0.1, 1]", str: "texts, as in [a, b]"}
+        return f"a list of {examples[item]}"
+    return _NEEDS.get(kind, "a section with keys of its own")
+
+
+def is_text(kind: Any) -> bool:
+    """Whether `kind` is text, optional or not."""
+    return inner(kind) is str
+
+
+def is_optional(kind: Any) -> bool:
+    """Whether a setting of type `kind` may be null."""
+    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+
+
+def inner(kind: Any) -> Any:
+    """`kind` without null."""
+    return next(part for part in get_args(kind) if part is not type(None)) if is_optional(kind) else kind
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond every float
+        return math.copysign(math.inf, value)

@@ -1,0 +1,93 @@
+"""What may go wrong around any sub-command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.cli import boundary
+from nemo_popsd.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "conf" / "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    "words", [["config", TINY], ["plan", TINY, "nodes=1", "gpus_per_node=1"], ["doctor", "--json"], ["--help"]], ids=str
+)
+def test_an_output_that_nobody_reads_is_no_traceback(words: list[str]) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-m", "nemo_popsd", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert command.stdout is not None
+    assert command.stderr is not None
+    command.stdout.close()
+    assert command.wait(timeout=60) == (0 if words == ["--help"] else boundary.NOBODY_READS)
+    assert command.stderr.read() == ""
+
+
+def test_another_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    @boundary.quiet_when_nobody_reads
+    def command() -> int:
+        raise BrokenPipeError("of a server")
+
+    with pytest.raises(BrokenPipeError, match="of a server"):
+        command()
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("megatron.bridge", "pip install --no-deps 'megatron-bridge>=0.3,<0.4'"),
+        ("megatron.core.models", "pip install 'megatron-core>=0.16,<0.17'"),
+        ("nemo.core", "pip install 'nemo_toolkit[common]>=2.6,<3.1'"),
+        ("transformers", "pip install 'transformers>=4.57,<5'"),
+        ("lightning.pytorch", "pip install 'lightning>=2.4'"),
+        ("math_verify", "pip install 'math-verify[antlr4_9_3]>=0.9,<0.10'"),
+        ("mlflow", "pip install 'mlflow-skinny'"),
+        ("something_that_torch_needs", "pip install 'something-that-torch-needs'"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_says_how_to_install_it(
+    module: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(cli.show_config, "run", fail)
+    assert cli.main(["config", TINY]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"popsd: error: installation: got no package {module}; need ")
+    assert line in err
+    assert err.count("\n") == 1
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> None:
+        raise ModuleNotFoundError("No module named 'nemo_popsd.nothing'", name="nemo_popsd.nothing")
+
+    monkeypatch.setattr(cli.show_config, "run", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["config", TINY])
+
+
+@pytest.mark.slow
+def test_training_without_the_bridge(tmp_path: Path) -> None:
+    """The real import, in a process in which `megatron.bridge` cannot be found."""
+    code = f"""
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "megatron.bridge":
+            raise ModuleNotFoundError("No module named 'megatron.bridge'", name=name)
+sys.meta_path.insert(0, Hidden())
+from nemo_popsd.cli.main import main
+sys.exit(main(["train", {TINY!r}, "output={tmp_path}"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("popsd: error: installation: got no package megatron.bridge")

@@ -1,0 +1,72 @@
+"""One rule for all paths: `~` is the home directory, and nothing is made under a name that was meant to be expanded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.cli import main as cli
+from nemo_popsd.config.bounds import Text, ruled
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.config.paths import given_path
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+
+PATHS = [key for key, rule in ruled(PopsdConfig) if rule is Text.PATH]
+
+
+def test_the_paths_of_a_run() -> None:
+    assert {"output", "student.source", "data.train.path", "data.validation.path"} < set(PATHS)
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_is_expanded_and_variables_of_the_shell_are_refused(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (tmp_path / "file.yaml").write_text("")
+    made = load_config(tmp_path / "file.yaml", [f"{key}=~/x"])
+    for part in key.split("."):
+        made = getattr(made, part)
+    assert made == "/home/somebody/x"
+    for text in ("$HOME/x", "a/$USER", "~nobody-of-that-name/x", "a/~/b", "a" * 256, "a/" * 2000, "'\\$\\{HOME}'"):
+        with pytest.raises(UserError, match=rf"{key}=.*set {key}\b"):
+            load_config(tmp_path / "file.yaml", [f"{key}={text}"])
+    with pytest.raises(UserError, match=r"\$\{oc\.env:HOME\}"):
+        load_config(tmp_path / "file.yaml", [f"{key}=${{HOME}}/x"])
+    assert load_config(tmp_path / "file.yaml", [f"{key}=${{oc.env:HOME}}/x"]) == load_config(
+        tmp_path / "file.yaml", [f"{key}=~/x"]
+    )
+
+
+def test_what_is_no_variable_stays(tmp_path: Path) -> None:
+    for path in ("", "runs/x", "nemo_popsd:tiny_train", "/a/b~", "a b/é", "x.~1~"):
+        assert given_path("output", path) == path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "$HOME/conf.yaml"],
+        ["evaluate", "conf/tiny.yaml", "--checkpoint", "~nobody-of-that-name/x"],
+        ["diagnose", "conf/tiny.yaml", "--checkpoint", "$RUN/final"],
+        ["report", "$RUN"],
+        ["report", "run", "--output", "${HOME}/page.html"],
+        ["export", "a", "$HOME/hf"],
+        ["convert", "hf-to-nemo", "a", "b/~/c"],
+        ["rollouts", "show", "$RUN"],
+        ["evaluate", "--compare", "a", "$B"],
+        ["plan", "$CONF"],
+        ["config", "$CONF"],
+        ["doctor", "$CONF"],
+    ],
+    ids=lambda words: "-".join(words[:2]),
+)
+def test_arguments_follow_the_same_rule(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("popsd: error: ")
+    assert err.count("\n") == 1

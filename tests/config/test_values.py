@@ -1,0 +1,189 @@
+"""Values mean the same in files and overrides, by the type of their key and not by YAML 1.1's guesses."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_popsd.config.loading import from_dict_config, load_config, save_resolved, to_dict_config
+from nemo_popsd.errors import UserError
+
+PROSE = ["student", "teacher", "question_block", "system"]
+TEXTS = [
+    *(f"data.templates.{name}" for name in PROSE),
+    "evaluation.thinking_end",
+    *(f"data.{source}.columns.{name}" for source in ("train", "validation") for name in ("id", "answer", "question")),
+    "evaluation.endpoint.model",
+    "observability.wandb.project",
+    "observability.mlflow.experiment",
+]
+KEYS = {int: "training.steps", float: "rollout.temperature", bool: "data.shuffle", str: "name"}
+
+
+def value(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def both(folder: Path, key: str, text: str) -> list[Any]:
+    """`text` as the value of `key` in a file, and in an override: the value read, or None where it was refused."""
+    nested = "".join(f"{'  ' * level}{part}:\n" for level, part in enumerate(key.split(".")))
+    (folder / "file.yaml").write_text(f"{nested.rstrip()} {text}\n")
+    (folder / "empty.yaml").write_text("")
+    found: list[Any] = []
+    for name, words in (("file.yaml", []), ("empty.yaml", [f"{key}={text}"])):
+        told = ""
+        try:
+            found.append(value(load_config(folder / name, words), key))
+        except UserError as error:
+            found.append(None)
+            told = str(error)
+        assert (found[-1] is None) == (key in told), told
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "read"),
+    [
+        (int, "12", 12),
+        (int, "+12", 12),
+        (int, "1_000", 1000),
+        *(
+            (int, text, None)
+            for text in ("1:30", "010", "08", "0o10", "0x10", "0b11", "1e3", "1.0", "1__0", "'3'", "true")
+        ),
+        *((int, text, None) for text in ("null", "~", "2026-11-28", "\uff11\uff12", "\u0663", "9" * 5000)),
+        (float, "1e-2", 0.01),
+        (float, "1.0e-2", 0.01),
+        (float, ".5", 0.5),
+        (float, "1.", 1.0),
+        (float, "2", 2.0),
+        *(
+            (float, text, None)
+            for text in ("1:30", "01.5", "1e", "0x1", "'0.5'", "1_0.5", "half", "true", "1e400", ".nan")
+        ),
+        (bool, "true", True),
+        (bool, "False", False),
+        *((bool, text, None) for text in ("yes", "no", "on", "off", "y", "1", "0", "'true'", "null")),
+        *(
+            (str, text, text)
+            for text in ("1:30", "010", "yes", "no", "on", "off", "1e5", "2026-11-28", "5", "0x10", ".inf")
+        ),
+        (str, "'yes'", "yes"),
+        (str, '"a b"', "a b"),
+        (str, "null", None),
+        (str, "~", None),
+    ],
+)
+def test_values(kind: type, text: str, read: object, tmp_path: Path) -> None:
+    assert both(tmp_path, KEYS[kind], text) == [read, read]
+
+
+@pytest.mark.parametrize("key", ["training.steps", "name", "optimizer.lr", "data.train.path", "evaluation.markers"])
+@pytest.mark.parametrize("text", ["???", "'???'"])
+def test_a_missing_value_is_missing_and_not_the_default(key: str, text: str, tmp_path: Path) -> None:
+    assert both(tmp_path, key, text) == [None, None]
+    with pytest.raises(UserError, match=rf"{key}=\?\?\? \(missing\); need a value; set {key}"):
+        load_config(tmp_path / "file.yaml")
+
+
+def test_a_missing_value_may_be_given_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("training:\n  steps: ???")
+    assert load_config(tmp_path / "file.yaml", ["training.steps=3"]).training.steps == 3
+
+
+@pytest.mark.parametrize("text", ["[a, '???']", "['???']"])
+def test_in_a_list_too(text: str, tmp_path: Path) -> None:
+    assert both(tmp_path, "evaluation.markers", text) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("variable", "key", "read"),
+    [
+        ("12", "training.steps", 12),
+        ("010", "training.steps", None),
+        ("1:30", "training.steps", None),
+        ("yes", "data.shuffle", None),
+        ("true", "data.shuffle", True),
+        ("1e-2", "rollout.temperature", 0.01),
+        ("5", "name", "5"),
+    ],
+)
+def test_a_variable_is_read_as_if_it_were_written_there(
+    variable: str, key: str, read: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POPSD_TEST", variable)
+    assert both(tmp_path, key, "${oc.env:POPSD_TEST}") == [read, read]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: ${output}\noutput: ${name}",
+        "name: ${name}",
+        "name: ${",
+        "name: ${nope}",
+        "seed: ${student}",
+        "seed: ${name}",
+    ],
+)
+def test_interpolations_that_lead_nowhere(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"set (name|output|seed)$"):
+        load_config(tmp_path / "file.yaml")
+
+
+def test_interpolations_that_double_each_other_are_refused_at_once(tmp_path: Path) -> None:
+    words = [f"{a}=${{{b}}}${{{b}}}" for a, b in pairwise(TEXTS)]
+    (tmp_path / "file.yaml").write_text("")
+    start = time.monotonic()
+    assert len(load_config(tmp_path / "file.yaml", ["rollout.vllm.dtype=student", *words[-7:]]).name) == 5
+    with pytest.raises(UserError, match="characters"):
+        load_config(tmp_path / "file.yaml", words[-12:])
+    assert time.monotonic() - start < 5
+    with pytest.raises(UserError, match="need at most 24"):
+        load_config(tmp_path / "file.yaml", words)
+
+
+@pytest.mark.parametrize("text", ["${a}", "\\${a}", "a\\\\${b} $ {c} ${", "$", "\\", "{question}$", "${question}"])
+def test_texts_with_the_marks_of_an_interpolation_stay_what_they_are(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("")
+    config = load_config(tmp_path / "file.yaml")
+    config.data.templates.student, config.evaluation.markers = text, [text]
+    save_resolved(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert from_dict_config(to_dict_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("name", "a\nb"),
+        ("name", "a\x1bb"),
+        ("name", ""),
+        ("name", "n" * 201),
+        ("output", "a\x00b"),
+        ("student.source", "a\nb"),
+        ("data.templates.student", "{question}\x00"),
+        ("data.templates.student", "x" * 20001),
+        ("observability.wandb.project", "p\u2028q"),
+        ("evaluation.markers", ["a\x07"]),
+    ],
+)
+def test_texts_with_control_characters_or_without_end(key: str, text: object, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("")
+    with pytest.raises(UserError, match=f"set {key}$") as told:
+        load_config(tmp_path / "file.yaml", [f"{key}={json.dumps(text)}"])
+    assert len(str(told.value)) < 500
+    assert str(told.value).isprintable()
+
+
+def test_prose_has_lines(tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text('data: {templates: {student: "{question}\\n\\tthink"}}')
+    assert load_config(tmp_path / "file.yaml").data.templates.student == "{question}\n\tthink"
