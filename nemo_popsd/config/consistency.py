@@ -10,7 +10,7 @@ from nemo_popsd.atomic import beside
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.named_sets import named_source
-from nemo_popsd.data.sources import resolve_path
+from nemo_popsd.data.sources import check_source
 from nemo_popsd.errors import UserError
 from nemo_popsd.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
 from nemo_popsd.rollout.vllm.environment import check_environment
@@ -121,9 +121,9 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     check_layout(config, world_size=world_size)
     _check_student(config)
     _check_engine(config)
-    resolve_path(config.data.train.path, setting="data.train")
+    check_source(config.data.train, setting="data.train")
     if config.data.validation.path:
-        resolve_path(config.data.validation.path, setting="data.validation")
+        check_source(config.data.validation, setting="data.validation", need_reference=False, need_answer=True)
     check_output(config.output)
     output = Path(config.output).expanduser().resolve()
     found = [name for name in RUN_FILES if (output / name).exists()]
@@ -131,8 +131,8 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     removed = found if config.overwrite else ("checkpoints", "huggingface")
     for setting, path in (
         ("student.source", config.student.source),
-        ("data.train.path", config.data.train.path),
-        ("data.validation.path", config.data.validation.path),
+        *(("data.train.path", path) for path in (config.data.train.path, *config.data.train.more_paths)),
+        *(("data.validation.path", path) for path in (config.data.validation.path, *config.data.validation.more_paths)),
     ):
         if path and not path.startswith(PREFIX):
             place = Path(path).expanduser().resolve()
@@ -195,7 +195,7 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
     for name in config.evaluation.sets:
         named_source(name, config.evaluation.sets_directory)
     if not config.evaluation.sets:
-        resolve_path(config.data.validation.path, setting="data.validation")
+        check_source(config.data.validation, setting="data.validation", need_reference=False, need_answer=True)
     check_output(config.output)
 
 
@@ -214,7 +214,7 @@ def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str
     check_layout(config, world_size=world_size)
     _check_weights(config, checkpoint)
     _check_engine(config)
-    resolve_path(config.data.train.path, setting="data.train")
+    check_source(config.data.train, setting="data.train")
     check_output(config.output)
 
 

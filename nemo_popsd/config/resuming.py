@@ -19,6 +19,8 @@ FREE = (
     "student.frozen_copy",
     "parallel",
     "data.train.path",  # as the source: the rows must be the same
+    "data.train.more_paths",
+    "data.train.answer_pattern",  # reads nothing that is trained on
     "data.validation",
     "rollout.batch_rows",
     "rollout.cache_tokens",

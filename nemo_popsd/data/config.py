@@ -7,11 +7,17 @@ from typing import Annotated
 
 from nemo_popsd.config.bounds import Bounds, Text, check_numbers
 from nemo_popsd.config.checks import one_of, pattern
+from nemo_popsd.errors import UserError
 
 
 @dataclass(kw_only=True)
 class ColumnsConfig:
-    """Which column of the file holds which field of a record."""
+    """Which column of the file holds which field of a record.
+
+    A dot parts a column from a field in it (`reward_model.ground_truth`) or from the place in a list
+    (`messages.0.content`). A column of chat messages, each with `role` and `content`, may hold question or reference:
+    then it is the only message of the user, or of the assistant.
+    """
 
     id: str | None = None
     """Column with a unique row id; null numbers the rows by their line."""
@@ -25,14 +31,18 @@ class ColumnsConfig:
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One data set: a JSONL or Parquet file, a saved `datasets` directory, or `nemo_popsd:NAME` for an embedded one."""
+    """One data set: JSONL or Parquet files, a saved `datasets` directory, or `nemo_popsd:NAME` for an embedded one."""
 
     path: Annotated[str, Text.PATH] = ""
-    """File, directory, or `nemo_popsd:tiny_train` / `nemo_popsd:tiny_validation`; empty means none."""
+    """File; pattern of files (`data/train-*.parquet`); directory with the files of one split, also in its `data`, or
+    saved by `datasets`; `nemo_popsd:tiny_train` / `nemo_popsd:tiny_validation`; empty means none."""
+    more_paths: Annotated[list[str], Text.PATH] = field(default_factory=list)
+    """Further files, patterns or directories of the same columns, read after `path`."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """Column mapping."""
     answer_pattern: str | None = None
-    """Expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`)."""
+    """Expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`). For
+    `data.validation` alone, and not beside `columns.answer`."""
     limit: Annotated[int | None, Bounds(1, 10**12)] = None
     """Read only the first `limit` rows."""
 
@@ -88,6 +98,14 @@ class DataConfig:
     """Visit training rows in an order drawn from the seed, anew each epoch."""
 
     def __post_init__(self) -> None:
+        for name, source in (("data.train", self.train), ("data.validation", self.validation)):
+            if source.more_paths and not source.path:
+                raise UserError(
+                    "configuration",
+                    got=f"{name}.more_paths without {name}.path",
+                    need="the first path in path",
+                    mend=f"set {name}.path",
+                )
         one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))
         one_of("data.overlong_rows", self.overlong_rows, ("drop", "error"))
         one_of("data.malformed_rows", self.malformed_rows, ("error", "skip"))

@@ -105,9 +105,9 @@ def _cached(known: NamedSet) -> Iterator[Path]:
 
 
 def _columns(path: Path, known: NamedSet) -> ColumnsConfig:
-    from nemo_popsd.data.sources import column_names
+    from nemo_popsd.data.readers import column_names
 
-    names = column_names(path)
+    names = column_names(path, "evaluation.sets_directory")
     question = next((column for column in _QUESTIONS if column in names), None)
     answer = next((column for column in _ANSWERS if column in names), None)
     if question is None or answer is None:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
+
+_INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and symbols that show nothing."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether `text` shows nothing: it is empty, or all white space, controls and characters without width."""
+    return all(unicodedata.category(character) in _INVISIBLE or character in _FILLERS for character in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +34,7 @@ class Record:
 
     def __post_init__(self) -> None:
         # The readers refuse these with file and row; this guards records that are made in code.
-        if not self.question.strip():
+        if is_blank(self.question):
             raise ValueError(f"record {self.id!r}: blank question")
-        if self.reference is not None and not self.reference.strip():
+        if self.reference is not None and is_blank(self.reference):
             raise ValueError(f"record {self.id!r}: blank reference")

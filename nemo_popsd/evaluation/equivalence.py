@@ -1,15 +1,11 @@
-r"""Whether a predicted answer is the expected one: exact rules where they decide, math-verify for the rest.
+r"""Whether a predicted answer is the expected one: rules of our own, and math-verify for what they do not read.
 
-In this order:
-
-1. no answer is wrong;
-2. equal by the exact rules of `answers` is right, and two numbers that differ by them are wrong: numbers are compared
-   as fractions, so a rounded 0.333333 is not 1/3, which math-verify would let pass;
-3. an expected answer that is a word (three letters or more, nothing else) is compared as one, ignoring case: algebra
-   would read it as a product, in which the order of letters does not matter;
-4. everything else (roots, sets, intervals, "x = 5" against "5", units, expanded and factored forms) goes to
-   math-verify in a process of its own (`math_worker`). One that outlasts the limit, or dies, is wrong, is counted as
-   undecided, and is killed; the next comparison gets a new process.
+1. No answer is wrong.
+2. `nemo_popsd.evaluation.algebra` decides whatever it reads, and all that is no LaTeX: numbers exactly, expressions
+   with 50 and 100 digits, lists, intervals, equations, units and words by the rules of docs/evaluation.md.
+3. An answer with a LaTeX command that these rules do not know, such as an integral, goes to math-verify in a process of
+   its own (`math_worker`), which lets nothing pass that it has not read to the end. A comparison that outlasts the
+   limit or whose process dies is wrong, is counted as undecided, and is killed; the next one gets a new process.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import select
 import subprocess
 import sys
@@ -27,9 +22,14 @@ from pathlib import Path
 from types import TracebackType
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.evaluation.answers import answers_match, cleaned_answer, is_number
+from nemo_popsd.evaluation.algebra.lexer import cleaned
+from nemo_popsd.evaluation.algebra.sameness import same_answer
 
-_WORD = re.compile(r"[^\W\d_]{3,}")
+COMPARISON_RULES = 2
+"""Number of the rules by which answers are compared; kept with the scores, since scores by other rules do not compare.
+
+1: exact numbers, all else by math-verify. 2: the rules of docs/evaluation.md.
+"""
 _WORKER = Path(__file__).with_name("math_worker.py")
 _START_SECONDS = 120.0
 """Importing sympy takes two seconds, and many times that on a busy machine; no comparison's time."""
@@ -98,16 +98,11 @@ class AnswerVerifier:
         """The verdict on `predicted`; rules in the module."""
         if predicted is None:
             return Verdict(False, "missing")
-        if answers_match(predicted, expected):
-            return Verdict(True, "exact")
-        ours, theirs = cleaned_answer(predicted), cleaned_answer(expected)
-        if not ours or not theirs or (is_number(ours) and is_number(theirs)):
-            return Verdict(False, "exact")
-        if _WORD.fullmatch(theirs):
-            return Verdict(ours.casefold() == theirs.casefold(), "exact")
-        if (ours, theirs) not in self._known:
-            self._known[ours, theirs] = self._ask(predicted, expected)
-        return self._known[ours, theirs]
+        pair = (cleaned(predicted), cleaned(expected))
+        if pair not in self._known:
+            same = same_answer(predicted, expected)
+            self._known[pair] = self._ask(predicted, expected) if same is None else Verdict(same, "exact")
+        return self._known[pair]
 
     def _ask(self, predicted: str, expected: str) -> Verdict:
         worker = self._running()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.data.sources import resolve_path
+from nemo_popsd.data.files import resolve_path
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
 from nemo_popsd.evaluation.endpoint import Endpoint
 from nemo_popsd.evaluation.run import begin, conclude_all, plan, sample_settings

@@ -39,3 +39,8 @@ def test_bad_values_are_named(changes: dict[str, object], name: str) -> None:
 def test_a_bad_source_is_named_with_its_section(section: str, changes: dict[str, object]) -> None:
     with pytest.raises(UserError, match=rf"set data\.{section}\.{next(iter(changes))}$"):
         DataConfig(**{section: SourceConfig(**changes)})  # type: ignore[arg-type]
+
+
+def test_further_paths_need_a_first_one() -> None:
+    with pytest.raises(UserError, match=r"data\.train\.more_paths without data\.train\.path"):
+        DataConfig(train=SourceConfig(more_paths=["b.jsonl"]))

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from nemo_popsd.evaluation.answers import answers_match, extract_answer
+from nemo_popsd.evaluation.answers import extract_answer
 
 
 @pytest.mark.parametrize(
@@ -47,74 +47,6 @@ def test_pattern_replaces_the_box() -> None:
 def test_last_number_only_when_asked_for() -> None:
     assert extract_answer("3 and -1,234.5 in all.") is None
     assert extract_answer("3 and -1,234.5 in all.", last_number=True) == "-1,234.5"
-    assert extract_answer("it is 72.", last_number=True) is not None
-    assert answers_match(extract_answer("it is $72.", last_number=True), "72")
+    assert extract_answer("it is $72.", last_number=True) == "72."
     assert extract_answer(r"\boxed{5} of 9", last_number=True) == "5"
     assert extract_answer("x7 none", last_number=True) is None
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("72", "72"),
-        ("1,234,567", "1234567"),
-        ("1{,}234", "1234"),
-        ("$18", "18"),
-        (r"\$18.00", "18"),
-        ("18.", "18"),
-        ("0.50", ".5"),
-        ("1/2", "0.5"),
-        (r"\frac{1}{2}", "0.5"),
-        (r"\dfrac{3}{6}", r"\tfrac12"),
-        (r"-\frac{1}{2}", "-0.5"),
-        (r"\frac{-1}{2}", "-1/2"),
-        ("+7", "7"),
-        ("\u22125", "-5"),
-        ("007", "7"),
-        ("-0", "0"),
-        (r"50\%", "50%"),
-        (r"90^\circ", "90"),
-        (r"\text{Monday}", "Monday"),
-        (r"\boxed{12}", "12"),
-        (r"\mathrm{\text{B}}", "B"),
-        (r"\left( 1, 2 \right)", "(1,2)"),
-        (r"x^2 + 1", "x^2+1"),
-        (r"\(5\)", "5"),
-    ],
-)
-def test_equal(one: str, other: str) -> None:
-    assert answers_match(one, other)
-    assert answers_match(other, one)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("72", "73"),
-        ("0.333", "1/3"),
-        ("1,23", "123"),
-        ("12", "1,2"),
-        ("monday", "Monday"),
-        ("(1,2)", "(2,1)"),
-        ("5", "-5"),
-        ("x=5", "5"),
-        ("", ""),
-        ("1/0", "0/0"),
-        (r"\frac12", "12"),
-        (r"\text{a}+\text{b}", "a}+\\text{b"),
-        ("100000000000000000000000001", "100000000000000000000000000"),
-    ],
-)
-def test_unequal(one: str, other: str) -> None:
-    assert not answers_match(one, other)
-    assert not answers_match(other, one)
-
-
-def test_no_answer_never_matches() -> None:
-    assert not answers_match(None, "None")
-
-
-def test_monstrous_numbers_are_text() -> None:
-    assert answers_match("9" * 10_000, "9" * 10_000)
-    assert not answers_match("9" * 10_000, "9" * 9_999)
-    assert not answers_match("1e999999999", "1")

@@ -133,7 +133,6 @@ data:
   train:
     path: {rows.resolve()}
     columns: {{question: question, reference: answer}}
-    answer_pattern: '####\\s*(.+)'
     limit: 20
 training: {{steps: 3, prompts_per_step: 2}}
 rollout: {{max_response_tokens: 8}}

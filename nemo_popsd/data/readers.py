@@ -1,0 +1,217 @@
+"""Rows of one file, or of one directory that `datasets` has saved, whatever its format; told by the content.
+
+Each row comes with its number from 1, and is a mapping of columns or a `MalformedError` that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_popsd.data.files import is_saved_dataset
+from nemo_popsd.errors import UserError
+
+LONGEST_LINE = 64 << 20
+"""Bytes of a line of JSONL: a longer one is no row, and might not fit into memory."""
+_PARQUET_MAGIC = b"PAR1"
+_ARROW_MAGIC = b"\xff\xff\xff\xff"  # an Arrow stream, as `datasets` caches it
+_FOREIGN = {
+    b"\x1f\x8b": "gzip-compressed data",
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed data",
+    b"BZh": "bzip2-compressed data",
+    b"\xfd7zXZ": "xz-compressed data",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"ARROW1": "an Arrow file instead of a stream",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file that it stands for",
+    b"[": "one JSON array",
+}
+
+
+class MalformedError(Exception):
+    """One row cannot be used, for the reason given."""
+
+
+Row = tuple[int, "Mapping[str, Any] | MalformedError"]
+
+
+def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
+    """The rows of `path`, with the wanted columns at least.
+
+    Args:
+        path: a regular file, or a directory saved by `datasets`.
+        columns: wanted, as the configuration names them: a dot parts a column from a field in it.
+        setting: dotted name of the source in the configuration, for messages.
+
+    Raises:
+        UserError: it cannot be read, or lacks a column.
+    """
+    if path.is_dir():
+        return _saved_dataset_rows(path, columns, setting)
+    magic = _first_bytes(path, setting)
+    if magic.startswith(_PARQUET_MAGIC):
+        return _parquet_rows(path, columns, setting)
+    if magic.startswith(_ARROW_MAGIC):
+        return _arrow_rows(path, columns, setting)
+    if path.suffix == ".parquet" and not magic.startswith(b"version https://git-lfs"):
+        raise _unreadable(path, "no Parquet data, although the name ends in .parquet", setting)
+    for start, kind in _FOREIGN.items():
+        if magic.startswith(start):
+            raise _unreadable(path, kind, setting)
+    return _jsonl_rows(path, setting)
+
+
+def column_names(path: Path, setting: str) -> list[str]:
+    """Names of the columns of a file or directory that `rows_of` can read; of JSONL, those of its first row.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if path.is_dir():
+        return list(_saved_dataset(path, setting).column_names)
+    magic = _first_bytes(path, setting)
+    try:
+        if magic.startswith(_PARQUET_MAGIC):
+            return list(pyarrow.parquet.read_schema(path).names)
+        if magic.startswith(_ARROW_MAGIC):
+            with pa.memory_map(str(path)) as mapped:
+                return list(pa.ipc.open_stream(mapped).schema.names)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error, setting) from None
+    row = next((row for _, row in rows_of(path, (), setting)), None)
+    if not isinstance(row, dict):
+        raise UserError(str(path), got=str(row or "no row"), need="one JSON object a line", mend="fix the file")
+    return list(row)
+
+
+def _first_bytes(path: Path, setting: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(24)
+    except OSError as error:
+        raise _unreadable(path, error, setting) from None
+
+
+def _jsonl_rows(path: Path, setting: str) -> Iterator[Row]:
+    """Lines are split at the newline byte alone: U+2028 and its kin may stand inside a JSON string."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise _unreadable(path, f"a line {number} of more than {LONGEST_LINE >> 20} MiB", setting)
+                if line.strip():
+                    yield number, _jsonl_row(line)
+    except OSError as error:
+        raise _unreadable(path, error, setting) from None
+
+
+def _jsonl_row(line: bytes) -> Mapping[str, Any] | MalformedError:
+    try:
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        return MalformedError(f"bytes that are not UTF-8 ({error.reason} at byte {error.start})")
+    except (ValueError, RecursionError) as error:
+        return MalformedError(f"a line that is not JSON ({error})")
+    except MalformedError as error:
+        return error
+    return row if isinstance(row, dict) else MalformedError(f"a JSON {type(row).__name__} instead of an object")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise MalformedError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return made
+
+
+def _parquet_rows(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            wanted = _present(path, file.schema_arrow.names, columns, setting)
+            yield from _numbered(file.iter_batches(batch_size=1024, columns=wanted), lambda batch: batch.to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error, setting) from None
+
+
+def _arrow_rows(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            wanted = _present(path, stream.schema.names, columns, setting)
+            yield from _numbered(stream, lambda batch: batch.select(wanted).to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error, setting) from None
+
+
+def _numbered(batches: Iterable[Any], rows: Callable[[Any], Iterable[Mapping[str, Any]]]) -> Iterator[Row]:
+    return enumerate((row for batch in batches for row in rows(batch)), start=1)
+
+
+def _saved_dataset_rows(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
+    dataset = _saved_dataset(path, setting)
+    wanted = _present(path, dataset.column_names, columns, setting)
+    yield from enumerate(dataset.select_columns(wanted), start=1)
+
+
+def _saved_dataset(path: Path, setting: str) -> Any:
+    """The data set that `datasets` has saved at `path`; of one with splits, `train`."""
+    if not is_saved_dataset(path):
+        raise _unreadable(path, "a directory without the files that `datasets` saves", setting)
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except Exception as error:
+        # pyarrow, json and datasets raise unrelated types here; all mean that the directory is damaged.
+        raise _unreadable(path, error, setting) from None
+    if not isinstance(dataset, DatasetDict):
+        return dataset
+    if "train" not in dataset:
+        raise UserError(
+            str(path),
+            got=f"splits {', '.join(sorted(map(str, dataset)))}",
+            need="a split named train",
+            mend=f"set {setting}.path to one split's directory",
+        )
+    return dataset["train"]
+
+
+def _present(path: Path, found: Iterable[str], columns: Sequence[str], setting: str) -> list[str]:
+    """The columns of the file that hold the wanted ones.
+
+    Raises:
+        UserError: one is not there.
+    """
+    names = list(found)
+    held = {name: name if name in names else name.partition(".")[0] for name in columns}
+    missing = [name for name, column in held.items() if column not in names]
+    if missing:
+        raise UserError(
+            str(path),
+            got=f"columns {', '.join(names) or '(none)'}",
+            need=f"the mapped columns, {', '.join(missing)} among them",
+            mend=f"set {setting}.columns",
+        )
+    return list(dict.fromkeys(held.values()))
+
+
+def _unreadable(path: Path, problem: object, setting: str) -> UserError:
+    return UserError(
+        str(path),
+        got=" ".join(str(problem).split()),
+        need="JSONL (one object a line), Parquet, or a directory saved by `datasets`",
+        mend=f"fix the file or set {setting}.path",
+    )

@@ -1,0 +1,191 @@
+"""A number or an expression with what stands around it: a currency, a unit, a per-cent sign, a short sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemo_popsd.evaluation.algebra.expressions import FUNCTIONS, Expression, number, operation, parse_expression
+from nemo_popsd.evaluation.algebra.lexer import Token, UnreadableError, names
+from nemo_popsd.evaluation.algebra.units import CURRENCIES, NO_UNITS, SCALES, Unit, is_known, unit_of
+
+_PERCENT = ("percent", "percentage", "pct")
+_VERBS = names(
+    "is are was were be equals makes made earns earned has have had gets got needs needed costs cost pays paid takes "
+    "took sells sold spends spent saves saved buys bought reads eats uses used gives gave leaves weighs receives "
+    "received runs walks drives travels"
+)
+"""The word before the number of a sentence; any other, such as "than", means something else."""
+_NEGATIONS = names("not never no nor if unless without")
+_SHORTEST_WORD = 3
+_LETTERS = frozenset("mgshLl")
+"""Units of one letter."""
+_ORDINALS = frozenset(("th", "st", "nd", "rd"))
+_SCALES_OF_HEAT = {"C": "celsius", "F": "fahrenheit"}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """An expression with its unit."""
+
+    expression: Expression
+    unit: Unit | None = None
+    percent: bool = False
+    digits: Expression | None = None
+    """Of a number in another base, its digits read as decimal ones."""
+    base: int | None = None
+    """That base."""
+
+
+def without_sentence(tokens: Sequence[Token]) -> list[Token]:
+    """`tokens` without the words of a sentence that ends with a number and its unit: "Janet makes 18 dollars"."""
+    first = next((place for place, token in enumerate(tokens) if token.kind != "word"), len(tokens))
+    words = [token.text.lower() for token in tokens[:first]]
+    if len(words) < 2 or words[-1] not in _VERBS or any(w in _NEGATIONS or w.endswith("n't") for w in words):
+        return list(tokens)
+    return list(tokens[first:])
+
+
+def parse_quantity(tokens: Sequence[Token], *, letter_units: bool) -> Quantity:
+    """The quantity that all of `tokens` make.
+
+    Args:
+        tokens: of one answer.
+        letter_units: a letter close to a number may be a unit, as in 540m; otherwise it is a variable.
+
+    Raises:
+        UnreadableError: they make none.
+    """
+    tokens = list(tokens)
+    before: list[str] = []
+    sign = [tokens.pop(0)] if len(tokens) > 1 and tokens[0].is_symbol("-") and _is_currency(tokens[1]) else []
+    while tokens and _is_currency(tokens[0]):
+        before.append(tokens.pop(0).text)
+    tokens = sign + tokens
+    if not tokens:
+        raise UnreadableError("no number")
+    end = _end_of_value(tokens, letter_units)
+    behind = tokens[end:]
+    percent = [token for token in behind if token.is_symbol("%") or token.is_word(*_PERCENT)]
+    if len(percent) > 1 or (percent and (before or not (percent[0] is behind[0] or percent[0] is behind[-1]))):
+        raise UnreadableError("a per-cent sign in such a place")
+    behind = [token for token in behind if token not in percent]
+    expression = parse_expression(tokens[:end])
+    while behind and behind[0].is_word(*SCALES):
+        expression = operation("*", expression, number(SCALES[behind.pop(0).text.lower()]))
+    words = before + _phrase(behind)
+    if any(word in NO_UNITS for word in words) and not all(map(is_known, (w for w in words if w not in NO_UNITS))):
+        raise UnreadableError("words that are no unit")
+    if any(word in _FORBIDDEN for word in words):
+        raise UnreadableError("words that are no unit")
+    digits = base = None
+    if end == 1 and tokens[0].base is not None:
+        base = tokens[0].base
+        digits = number(int(tokens[0].text)) if tokens[0].text.isdigit() else None
+    return Quantity(expression, unit_of(words) if words else None, bool(percent), digits, base)
+
+
+_FORBIDDEN = NO_UNITS - {"squared", "cubed"}
+
+
+def _is_currency(token: Token) -> bool:
+    return token.is_symbol(*CURRENCIES) or token.is_word("usd", "eur", "gbp")
+
+
+def _end_of_value(tokens: Sequence[Token], letter_units: bool) -> int:
+    """Where the unit of a value begins: the longest end of `tokens` that can be one."""
+    end = place = len(tokens)
+    while place > 1:
+        token = tokens[place - 1]
+        if _is_power(tokens, place):
+            place -= 2
+            continue
+        degree = _length_of_degree(tokens, place)
+        if degree:
+            end = place - degree
+            break
+        if token.is_symbol("%", *CURRENCIES):
+            place -= 1
+            end = place
+            continue
+        if token.is_symbol("/") and place < len(tokens) and tokens[place].kind == "word":
+            place -= 1
+            continue
+        if token.kind != "word" or not _may_be_unit(tokens, place - 1, letter_units):
+            break
+        place -= 1
+        end = place
+    return len(tokens) if tokens[end - 1].is_symbol("/") else end
+
+
+def _is_power(tokens: Sequence[Token], place: int) -> bool:
+    """Whether "^2" or "^3" ends at `place`, behind a word."""
+    if place < 3 or not tokens[place - 2].is_symbol("^") or tokens[place - 3].kind != "word":
+        return False
+    return tokens[place - 1].text in ("2", "3") and is_known(tokens[place - 3].text)
+
+
+def _length_of_degree(tokens: Sequence[Token], place: int) -> int:
+    """Tokens of the degree sign that ends at `place`; 0 where none does, or where it is of the angle of a function."""
+    if any(token.text.lstrip("\\") in FUNCTIONS for token in tokens[:place]):
+        return 0
+    if place > 2 and tokens[place - 1].is_command(r"\circ") and tokens[place - 2].is_symbol("^"):
+        return 2
+    if place > 4 and tokens[place - 1].is_symbol("}") and tokens[place - 2].is_command(r"\circ"):
+        return 4 if tokens[place - 4].is_symbol("^") else 0
+    return 0
+
+
+def _may_be_unit(tokens: Sequence[Token], place: int, letter_units: bool) -> bool:
+    token, before = tokens[place], tokens[place - 1]
+    word = token.text.rstrip(".")
+    if word in _SCALES_OF_HEAT and (before.is_command(r"\circ") or _length_of_degree(tokens, place)):
+        return True
+    if word in FUNCTIONS or word in ("pi", "infinity", "inf"):
+        return False
+    if token.quoted or (word in _ORDINALS and before.kind == "number"):
+        return True
+    if is_known(word):
+        if len(word) > 1:
+            return True
+        if before.is_symbol("/") and place > 1 and tokens[place - 2].kind == "word":
+            return word in _LETTERS
+        if not letter_units and not token.spaced:
+            return False
+        return word in _LETTERS and (before.kind == "number" or before.is_symbol("}"))
+    if token.is_word(*_PERCENT, *SCALES):
+        return True
+    return (token.spaced and len(word) >= _SHORTEST_WORD) or _in_phrase(tokens, place)
+
+
+def _in_phrase(tokens: Sequence[Token], place: int) -> bool:
+    """Whether a short word stands between longer ones, as "of" and "a" do."""
+    token = tokens[place]
+    behind = tokens[place + 1] if place + 1 < len(tokens) else None
+    return token.spaced and behind is not None and behind.kind == "word" and len(behind.text) >= _SHORTEST_WORD
+
+
+def _phrase(tokens: Sequence[Token]) -> list[str]:
+    words: list[str] = []
+    place = 0
+    while place < len(tokens):
+        token = tokens[place]
+        if token.is_symbol("^") and place + 1 < len(tokens):
+            following = tokens[place + 1]
+            if following.is_command(r"\circ") or following.is_symbol("{"):
+                words.append("degree")
+                place += 2 if following.is_command(r"\circ") else 4
+            else:
+                words.append("^" + following.text)
+                place += 2
+            continue
+        if token.kind == "word" and words == ["degree"] and token.text in _SCALES_OF_HEAT:
+            words.append(_SCALES_OF_HEAT[token.text])
+        elif token.kind == "word":
+            words += token.text.rstrip(".").lower().replace("-", " ").split() if len(token.text) > 1 else [token.text]
+        elif token.is_symbol("/", *CURRENCIES):
+            words.append(token.text)
+        else:
+            raise UnreadableError(f"{token.text!r} in a unit")
+        place += 1
+    return words
