@@ -14,17 +14,22 @@ from nemo_popsd.megatron.layers import LocalCoreAttention, LocalRMSNorm
 from nemo_popsd.megatron.olmo3 import Olmo3Provider, olmo3_layer_spec
 
 
+def on_transformer_engine() -> bool:
+    """Whether the layers are Transformer Engine's: where there is CUDA."""
+    return torch.cuda.is_available()
+
+
 def choose_layer_spec(provider: Any) -> None:
     """Sets the provider's layer spec and the fusions that go with it.
 
-    With CUDA nothing changes: Megatron-Bridge's providers choose Transformer Engine themselves. The names of
+    On Transformer Engine the spec stays: Megatron-Bridge's providers choose it themselves. The names of
     the parameters in a distributed checkpoint are the same either way: the local spec maps its separate norms
     (``input_layernorm.weight``) to Transformer Engine's fused ones (``linear_qkv.layer_norm_weight``).
 
     Args:
         provider: a Megatron-Bridge ``GPTModelProvider`` (a ``TransformerConfig``); changed in place.
     """
-    if torch.cuda.is_available():
+    if on_transformer_engine():
         return
     provider.transformer_layer_spec = local_layer_spec
     for fusion in (

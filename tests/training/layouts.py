@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -178,7 +179,8 @@ def _main_gradients(run: Any, distributed: bool) -> Named:
 
 
 def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
-    """Tensors of this rank's stage, by their names in the whole model, put together over the tensor-parallel group."""
+    """Tensors of this rank's stage, by their names in a whole model of local layers, put together over the
+    tensor-parallel group."""
     from nemo_popsd.megatron.adapters import whole_model_name
 
     result = {}
@@ -186,8 +188,15 @@ def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
         for name, parameter, tensor in tensors:
             expert = not getattr(parameter, "allreduce", True)
             group = chunk.pg_collection.expt_tp if expert else run.student.tp_group
-            result[whole_model_name(chunk, name)] = _whole(name, parameter, tensor, group)
+            result[whole_model_name(chunk, local_name(name))] = _whole(name, parameter, tensor, group)
     return result
+
+
+def local_name(name: str) -> str:
+    """The name that a parameter of Transformer Engine's layers has in local ones: norms and experts of their own."""
+    name = re.sub(r"self_attention\.linear_qkv\.(to_wrap\.)?layer_norm_weight", "input_layernorm.weight", name)
+    name = re.sub(r"mlp\.linear_fc1\.(to_wrap\.)?layer_norm_weight", "pre_mlp_layernorm.weight", name)
+    return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
 
 
 def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:

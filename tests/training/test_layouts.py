@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
+from tests.layers import BOTH
 from tests.tiny_models import save_tiny_model
 from tests.training.layouts import Variant, deviations, train
 
@@ -67,8 +68,8 @@ def reference(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Results of the layouts so far, each run once."""
+def runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Results of the layouts on each kind of layers so far, each run once."""
     return {}
 
 
@@ -79,11 +80,13 @@ def variants_of(layout: str) -> dict[str, Variant]:
     return {name: variant for name, variant in VARIANTS.items() if variant.kind in kinds}
 
 
-def seen_in(layout: str, folder: Path, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    if layout not in runs:
+def seen_in(layout: str, layers: str, folder: Path, runs: dict[tuple[str, str], Any]) -> list[dict[str, Any]]:
+    key = layout, layers
+    if key not in runs:
         world_size, parallel, distributed = LAYOUTS[layout]
-        runs[layout] = run_ranks(train, world_size, folder, parallel, distributed, variants_of(layout), timeout=300.0)
-    return runs[layout]
+        arguments = world_size, folder, parallel, distributed, variants_of(layout)
+        runs[key] = run_ranks(train, *arguments, timeout=300.0, layers=layers)
+    return runs[key]
 
 
 def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -105,13 +108,14 @@ def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", BOTH)
 @pytest.mark.parametrize(("layout", "variant"), [(name, variant) for name in LAYOUTS for variant in variants_of(name)])
 def test_every_layout_gives_the_same_training(
-    layout: str, variant: str, folder: Path, reference: dict[str, Any], runs: dict[str, Any]
+    layout: str, variant: str, layers: str, folder: Path, reference: dict[str, Any], runs: dict[tuple[str, str], Any]
 ) -> None:
     expected = reference[variant.replace("packed", "padded")]
     assert expected["metrics"][0].loss > 0.01
-    same_training([rank[variant] for rank in seen_in(layout, folder, runs)], expected)
+    same_training([rank[variant] for rank in seen_in(layout, layers, folder, runs)], expected)
 
 
 SHARES = {
