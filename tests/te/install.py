@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.machinery
+import importlib.metadata
 import os
 import re
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,23 @@ class _Loader(importlib.machinery.SourceFileLoader):
             module.torch = self.view  # type: ignore[attr-defined]
 
 
-class _Finder:
+class _Finder(importlib.metadata.DistributionFinder):
+    """Finds Transformer Engine's modules and its version. On no path: ranks take theirs from the test process."""
+
     def __init__(self, view: types.ModuleType) -> None:
         self._view = view
+
+    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
+        if context is None or (context.name or "").replace("-", "_") != PACKAGE:
+            return []
+        here = importlib.metadata.DistributionFinder.Context(name=context.name, path=[str(folder())])
+        return importlib.metadata.MetadataPathFinder.find_distributions(here)
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> Any:
         if name != PACKAGE and not name.startswith(f"{PACKAGE}."):
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is not None and spec.origin is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+        spec = importlib.machinery.PathFinder.find_spec(name, path or [str(folder())])
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
             spec.loader = _Loader(spec.loader.name, spec.loader.path)
             spec.loader.view = self._view
         return spec
@@ -139,14 +148,15 @@ def install() -> None:
     if "megatron.core" in sys.modules or PACKAGE in sys.modules:
         raise RuntimeError("Transformer Engine is to be installed before Megatron is imported")
     sys.modules[extension.NAME] = extension.build(folder() / PACKAGE / "pytorch")
-    sys.path.append(str(folder()))
     view = _Torch()
-    sys.meta_path.insert(0, _Finder(view))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder(view))
     # Functions that torch would compile at their first call stay Python: a compiler takes longer than they ever do.
     torch._dynamo.config.disable = True
     # Else it looks for its CUDA library, which the wheel has not.
+    sys.path.append(str(folder()))  # of onnxscript, which it imports
     with _set(NVTE_PROJECT_BUILDING="1", NVTE_TORCH_COMPILE="0"):
         importlib.import_module(f"{PACKAGE}.pytorch")
+    sys.path.remove(str(folder()))
     bridge: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
     assert bridge.HAVE_TE
     bridge.torch = view

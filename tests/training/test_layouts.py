@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
-from tests.layers import BOTH
+from tests.harness import LOCAL, TRANSFORMER_ENGINE, run_ranks
+from tests.layers import BOTH, on_transformer_engine
 from tests.tiny_models import save_tiny_model
 from tests.training.layouts import Variant, deviations, train
 
@@ -139,22 +139,26 @@ def test_unequal_shares_and_an_empty_rank_give_the_union(folder: Path, reference
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "layout", "variant"),
+    ("fault", "layout", "variant", "layers"),
     [
-        ("gather that sums", "tp2 sp", "full, padded"),
-        ("gather that sums", "tp2 sp", "lora, packed"),
-        ("exchange that stays", "cp2", "full, packed"),
-        ("exchange that stays", "cp2", "lora, padded"),
-        ("mean over context", "cp2", "lora, padded"),
-        ("embedding of one stage", "pp2", "tied, padded"),
+        ("gather that sums", "tp2 sp", "full, padded", LOCAL),
+        ("gather that sums", "tp2 sp", "lora, packed", LOCAL),
+        ("exchange that stays", "cp2", "full, packed", LOCAL),
+        ("exchange that stays", "cp2", "lora, padded", LOCAL),
+        ("mean over context", "cp2", "lora, padded", LOCAL),
+        ("embedding of one stage", "pp2", "tied, padded", LOCAL),
+        pytest.param(
+            *("norm output without gradient", "tp2 sp", "lora, packed", TRANSFORMER_ENGINE),
+            marks=on_transformer_engine,
+        ),
     ],
 )
 def test_the_table_sees_faults_that_the_loss_does_not_show(
-    folder: Path, reference: dict[str, Any], fault: str, layout: str, variant: str
+    folder: Path, reference: dict[str, Any], fault: str, layout: str, variant: str, layers: str
 ) -> None:
     world_size, parallel, distributed = LAYOUTS[layout]
     chosen = {variant: VARIANTS[variant]}
-    ranks = run_ranks(train, world_size, folder, parallel, distributed, chosen, fault)
+    ranks = run_ranks(train, world_size, folder, parallel, distributed, chosen, fault, layers=layers)
     expected = reference[variant.replace("packed", "padded")]
     assert ranks[0][variant]["metrics"][0].loss == pytest.approx(expected["metrics"][0].loss, rel=1e-6)
     errors = [dict(deviations(rank[variant]["gradients"], expected["gradients"])) for rank in ranks]
