@@ -3,9 +3,16 @@
     install()        # before anything of Megatron is imported; the whole process then has the layers of a GPU
 
 Nothing on disk is changed. In Transformer Engine's modules, as they are imported, the name ``torch`` is a view of
-torch whose one CUDA device is the CPU, ``is_cuda`` asks for the CPU, and the device "cuda" is "cpu"; that is all. In
-the project one function answers as it does on a GPU (`nemo_popsd.megatron.spec.on_transformer_engine`), and what are
-CUDA or Triton sources rather than Python stays off (`KERNELS_THAT_STAY_OFF`).
+torch whose one CUDA device is the CPU, ``is_cuda`` asks for the CPU, the device "cuda" is "cpu", and fused attention
+takes fp32; that is all. In the project one function answers as it does on a GPU (`nemo_popsd.megatron.spec.on_transformer_engine`), and what are
+CUDA or Triton sources rather than Python stays off (`_HALF_PRECISION_ALONE = (
+    "torch.float16, torch.bfloat16",
+    "torch.bfloat16, torch.float16, torch.float8_e4m3fn",
+)
+"""Lists of what fused attention takes. The emulated one takes fp32 too: the layouts are compared in fp32, and it is the
+attention that a GPU has in bf16, with context parallelism in particular. NVTE_FUSED_ATTN=0 is the one of fp32."""
+
+KERNELS_THAT_STAY_OFF`).
 """
 
 from __future__ import annotations
@@ -97,6 +104,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         source = self.get_data(self.path).decode()
         changed = source.replace('"cuda", torch.cuda.current_device()', '"cuda"').replace('"cuda"', '"cpu"')
         changed = re.sub(r"\.is_cuda\b", ".is_cpu", changed).replace(".cuda()", ".cpu()")
+        for dtypes in _HALF_PRECISION_ALONE:
+            changed = changed.replace(f"[{dtypes}]", f"[{dtypes}, torch.float32]")
         return self.source_to_code(changed.encode(), self.path) if changed != source else super().get_code(fullname)
 
     def exec_module(self, module: types.ModuleType) -> None:
