@@ -11,8 +11,8 @@ How it works
     * Ranks are forked from one server process that has imported torch, megatron.core and hypothesis once per test
       session (`tests/preloaded.py`); a rank then starts in tenths of a second. The server imports and nothing more:
       it has a single thread and no process group, so forking it is safe.
-    * Which layers a model has is decided when Megatron is imported. Ranks with the layers that a GPU has are forked from
-      a second server (`tests/te/preloaded.py`), which starts when they are first asked for.
+    * Which layers a model has is decided when Megatron is imported. Ranks with the layers that a GPU has are forked
+      from a second server (`tests/te/preloaded.py`), which starts when they are first asked for.
     * The parent hosts the TCPStore on a port the kernel picks: no race for a port.
     * Arguments and results travel as plain pickles through a pipe: no shared memory that must outlive the rank.
     * A rank that has returned stays alive until all have: none sees a peer's connection close in mid-collective.

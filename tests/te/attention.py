@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -221,7 +222,7 @@ def fused_attn_bwd(
 def _halves(bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Places in a packed tensor of all sequences' first halves, and of their second ones."""
     places = bounds.tolist()
-    spans = [(begin, (begin + end) // 2, end) for begin, end in zip(places[:-1], places[1:], strict=True)]
+    spans = [(begin, (begin + end) // 2, end) for begin, end in pairwise(places)]
     return (
         torch.cat([torch.arange(begin, middle) for begin, middle, _ in spans]),
         torch.cat([torch.arange(middle, end) for _, middle, end in spans]),

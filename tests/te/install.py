@@ -5,14 +5,7 @@
 Nothing on disk is changed. In Transformer Engine's modules, as they are imported, the name ``torch`` is a view of
 torch whose one CUDA device is the CPU, ``is_cuda`` asks for the CPU, the device "cuda" is "cpu", and fused attention
 takes fp32; that is all. In the project one function answers as it does on a GPU (`nemo_popsd.megatron.spec.on_transformer_engine`), and what are
-CUDA or Triton sources rather than Python stays off (`_HALF_PRECISION_ALONE = (
-    "torch.float16, torch.bfloat16",
-    "torch.bfloat16, torch.float16, torch.float8_e4m3fn",
-)
-"""Lists of what fused attention takes. The emulated one takes fp32 too: the layouts are compared in fp32, and it is the
-attention that a GPU has in bf16, with context parallelism in particular. NVTE_FUSED_ATTN=0 is the one of fp32."""
-
-KERNELS_THAT_STAY_OFF`).
+CUDA or Triton sources rather than Python stays off (`KERNELS_THAT_STAY_OFF`).
 """
 
 from __future__ import annotations
@@ -37,6 +30,13 @@ ENVIRONMENT = "TE_ENV"
 """Names the folder that Transformer Engine was installed into."""
 _FOLDER = Path(__file__).resolve().parents[2] / ".te-site"
 PACKAGE = "transformer_engine"
+
+_HALF_PRECISION_ALONE = (
+    "torch.float16, torch.bfloat16",
+    "torch.bfloat16, torch.float16, torch.float8_e4m3fn",
+)
+"""Lists of what fused attention takes. The emulated one takes fp32 too: the layouts are compared in fp32, and it is the
+attention that a GPU has in bf16, with context parallelism in particular. NVTE_FUSED_ATTN=0 is the one of fp32."""
 
 KERNELS_THAT_STAY_OFF = ("gradient_accumulation_fusion", "moe_permute_fusion")
 """Settings of a model whose kernels are sources in CUDA (Apex) or Triton."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -193,7 +194,7 @@ def convert_bshd_to_thd(x: Tensor, bounds: Tensor, total: int) -> Tensor:
 
 def _spans(bounds: Tensor) -> list[tuple[int, int]]:
     places = bounds.tolist()
-    return list(zip(places[:-1], places[1:], strict=True))
+    return list(pairwise(places))
 
 
 def _angles_of(

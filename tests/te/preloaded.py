@@ -7,4 +7,4 @@ from tests.te.install import available, install
 if available():
     install()
 
-import tests.preloaded  # noqa: E402, F401
+import tests.preloaded  # noqa: F401

@@ -1,4 +1,4 @@
-"""Emulated fused attention against dense attention and its autograd, whole and in parts as context parallelism has it."""
+"""Emulated fused attention against dense attention and its autograd, whole and in the parts of context parallelism."""
 
 from __future__ import annotations
 

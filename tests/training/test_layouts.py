@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> dict[str, Any]:
     padded = {name: variant for name, variant in VARIANTS.items() if not variant.packing}
-    return run_ranks(train, 1, folder, {}, False, padded)[0]
+    return run_ranks(train, 1, folder, {}, False, padded, timeout=300.0)[0]
 
 
 @pytest.fixture(scope="module")
