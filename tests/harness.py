@@ -11,6 +11,8 @@ How it works
     * Ranks are forked from one server process that has imported torch, megatron.core and hypothesis once per test
       session (`tests/preloaded.py`); a rank then starts in tenths of a second. The server imports and nothing more:
       it has a single thread and no process group, so forking it is safe.
+    * Which layers a model has is decided when Megatron is imported. Ranks with the layers that a GPU has are forked
+      from a second server (`tests/te/preloaded.py`), which starts when they are first asked for.
     * The parent hosts the TCPStore on a port the kernel picks: no race for a port.
     * Arguments and results travel as plain pickles through a pipe: no shared memory that must outlive the rank.
     * A rank that has returned stays alive until all have: none sees a peer's connection close in mid-collective.
@@ -37,7 +39,12 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
+LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
+"""Layers that ranks can have: those of a machine without CUDA; those of a GPU, with emulated kernels (`tests.te`)."""
+
 _ROOT = Path(__file__).resolve().parents[1]
+_PRELOADED = {LOCAL: "tests.preloaded", TRANSFORMER_ENGINE: "tests.te.preloaded"}
+_SERVERS = {layers: forkserver.ForkServer() for layers in _PRELOADED}
 _CONTEXT = multiprocessing.get_context("forkserver")
 _HOST = "127.0.0.1"
 _EXIT_GRACE_SECONDS = 10.0
@@ -45,7 +52,9 @@ _STACK_DUMP_SECONDS = 0.5
 _FAILURE_GRACE_SECONDS = 0.3
 
 
-def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, layers: str = LOCAL
+) -> list[Any]:
     """Call ``worker(rank, world_size, *args)`` on every rank and return the results, by rank.
 
     In each rank the default process group (gloo) is initialised, torch uses one thread, the environment is the
@@ -57,6 +66,7 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
         world_size: number of ranks.
         args: picklable; tensors on the CPU are fine.
         timeout: seconds for the whole run.
+        layers: `LOCAL` or `TRANSFORMER_ENGINE`; see `tests.layers` for tests that run on both.
 
     Raises:
         AssertionError: a rank failed (the message holds the first failing rank and its traceback) or the time was up
@@ -67,7 +77,7 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
     store = dist.TCPStore(_HOST, 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     payload = pickle.dumps((worker, args))
     deadline = time.monotonic() + timeout
-    _start_fork_server()
+    server = _start_fork_server(layers)
     processes: list[Any] = []
     pipes: list[connection.Connection] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -86,10 +96,11 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
                 }
                 process = _CONTEXT.Process(
                     target=_rank_main,
-                    args=(payload, rank, world_size, environment, timeout, stack_files[rank], theirs),
+                    args=(payload, rank, world_size, environment, timeout, stack_files[rank], layers, theirs),
                     name=f"rank{rank}",
                 )
-                process.start()
+                with _forked_by(server):
+                    process.start()
                 theirs.close()
                 processes.append(process)
                 pipes.append(ours)
@@ -107,9 +118,10 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
                 pipe.close()
 
 
-def _start_fork_server() -> None:
+def _start_fork_server(layers: str) -> forkserver.ForkServer:
     """Start the server, or do nothing where it runs already (it serves the whole test session)."""
-    _CONTEXT.set_forkserver_preload(["tests.preloaded"])
+    server = _SERVERS[layers]
+    server.set_forkserver_preload([_PRELOADED[layers]])
     # One thread each: the server must have no thread pool when it forks.
     overlay = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
@@ -118,7 +130,19 @@ def _start_fork_server() -> None:
         "OPENBLAS_NUM_THREADS": "1",
     }
     with _environment(overlay):
-        forkserver.ensure_running()
+        server.ensure_running()
+    return server
+
+
+@contextlib.contextmanager
+def _forked_by(server: forkserver.ForkServer) -> Iterator[None]:
+    """Within, processes start from `server`; multiprocessing itself knows one server alone."""
+    before = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = server.connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = before
 
 
 @contextlib.contextmanager
@@ -209,6 +233,7 @@ def _rank_main(
     environment: dict[str, str],
     timeout: float,
     stack_file: str,
+    layers: str,
     pipe: connection.Connection,
 ) -> None:
     os.setsid()
@@ -220,6 +245,8 @@ def _rank_main(
     with open(stack_file, "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         try:
+            # The server ignores what its imports raise.
+            assert (layers == LOCAL) == ("transformer_engine" not in sys.modules), f"the server has no {layers} layers"
             content = _call_worker(payload, rank, world_size, timeout)
             message = pickle.dumps((True, time.monotonic(), content))
         except BaseException:

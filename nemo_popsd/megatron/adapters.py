@@ -49,6 +49,7 @@ class Adapters:
                 mend="set student.lora.targets",
             )
         self._lora(self._chunks, training=True)
+        gather_in_adapters(self._chunks)
         for chunk in chunks:
             for parameter in chunk.parameters():
                 set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -64,6 +65,19 @@ class Adapters:
             yield
         finally:
             self._lora.enable_adapter_layers(self._chunks)
+
+
+def gather_in_adapters(chunks: Sequence[GPTModel]) -> None:
+    """Under sequence parallelism, has each adapter gather its own input, rather than take it gathered from the layer.
+
+    Megatron-Bridge asks Transformer Engine's fused norm and linear to return the gathered output of the norm
+    (peft/utils.py:147). Transformer Engine, up to 2.20 at least, drops the gradient of that output
+    (layernorm_linear.py:961 of 2.12): every gradient below the adapter would be wrong, with nothing to see in the loss.
+    """
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, LoRALinear) and getattr(module.to_wrap, "return_layernorm_output_gathered", False):
+            module.to_wrap.return_layernorm_output_gathered = False
+            module.adapter.disable_sequence_parallel_comm = False
 
 
 def whole_model_name(chunk: GPTModel, name: str) -> str:

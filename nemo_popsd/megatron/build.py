@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 
-from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, ParallelConfig, StudentConfig
+from nemo_popsd.megatron.limits import refuse_impossible
 from nemo_popsd.megatron.spec import choose_layer_spec
 from nemo_popsd.runtime.distributed import device
 
@@ -26,7 +26,7 @@ def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig
 
     Args:
         provider: a fresh Megatron-Bridge ``GPTModelProvider`` with the architecture; changed in place.
-        student: precision and gradient checkpointing.
+        student: precision, adaptation and gradient checkpointing.
         parallel: the layout; Megatron's process groups must exist.
 
     Returns:
@@ -35,9 +35,9 @@ def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig
         times the tensor-parallel size.
 
     Raises:
-        UserError: the architecture does not divide by the layout.
+        UserError: the architecture does not divide by the layout, or the layers cannot compute it there.
     """
-    _refuse_indivisible(provider, parallel)
+    refuse_impossible(provider, student, parallel)
     provider.tensor_model_parallel_size = parallel.tensor
     provider.sequence_parallel = parallel.sequence
     provider.pipeline_model_parallel_size = parallel.pipeline
@@ -111,33 +111,6 @@ def _set_pipeline(provider: Any, parallel: ParallelConfig) -> None:
     if interleaved:
         provider.virtual_pipeline_model_parallel_size = parallel.virtual_pipeline
         provider.batch_p2p_comm = False
-
-
-def _refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
-    """Refuse heads, groups, layers or experts that the layout does not divide."""
-    groups = provider.num_query_groups or provider.num_attention_heads
-    experts = provider.num_moe_experts
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    for what, count, size, setting in (
-        ("attention heads", provider.num_attention_heads, parallel.tensor, "parallel.tensor"),
-        ("key-value heads", groups, parallel.tensor, "parallel.tensor"),
-        ("layers", provider.num_layers, stages, "parallel.pipeline or parallel.virtual_pipeline"),
-        ("experts", experts or 0, parallel.expert, "parallel.expert"),
-    ):
-        if count % size or (what == "experts" and size > 1 and not count):
-            raise UserError(
-                "layout",
-                got=f"{count} {what} with {parallel.describe()}",
-                need=f"a multiple of {size} {what}",
-                mend=f"set {setting}",
-            )
-    if experts and parallel.tensor > 1 and not parallel.sequence:
-        raise UserError(
-            "layout",
-            got=f"a mixture of {experts} experts with {parallel.describe()} and parallel.sequence=false",
-            need="sequence parallelism beside tensor parallelism, so that no token is dispatched twice",
-            mend="set parallel.sequence=true",
-        )
 
 
 def _mark_shards(model: GPTModel) -> None:

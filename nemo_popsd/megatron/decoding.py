@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.forward import hidden_states_only
 from nemo_popsd.megatron.kv_cache import CachedCoreAttention, Decode, Prefill, attentions, decode_step
+from nemo_popsd.megatron.microbatches import FEWEST_TOKENS
 from nemo_popsd.megatron.plain_layers import PlainLayers, are_plain
 
 _SEQUENCE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -135,6 +136,8 @@ class SlotDecoder:
             slots: [B] int64.
             inputs: [B, s] int64, padded on the right with any token.
         """
+        if inputs.shape[1] < FEWEST_TOKENS <= self.capacity:
+            inputs = torch.nn.functional.pad(inputs, (0, FEWEST_TOKENS - inputs.shape[1]))
         positions = torch.arange(inputs.shape[1], device=self._device)
         for rotation in self._rotations:
             rotation.take(positions)

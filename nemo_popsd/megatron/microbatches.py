@@ -18,6 +18,11 @@ from nemo_popsd.data.alignment import append_response, response_positions
 from nemo_popsd.megatron.alignment import WHOLE, Route, SequenceSplit, plan_route
 
 
+FEWEST_TOKENS = 2
+"""Of a forward: Transformer Engine does not know how one token with one key-value head lies in memory, and refuses it
+("qkv memory layout is not supported")."""
+
+
 @dataclass(frozen=True)
 class ContextSequence:
     """One context: the ids of its prompt and of the response that continues it."""
@@ -162,10 +167,10 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _shape(lengths: list[int], split: SequenceSplit, *, packed: bool) -> tuple[int, int]:
-    """(S, b) of a group with these lengths, which divide as the split asks of each; an empty group is one token."""
+    """(S, b) of a group with these lengths, which divide as the split asks of each; an empty group is padding alone."""
     if packed:
-        return _round_up(max(1, sum(lengths)), split.total_multiple), 1
-    return _round_up(max([1, *lengths]), split.total_multiple), max(1, len(lengths))
+        return _round_up(max(FEWEST_TOKENS, sum(lengths)), split.total_multiple), 1
+    return _round_up(max([FEWEST_TOKENS, *lengths]), split.total_multiple), max(1, len(lengths))
 
 
 def _pad(

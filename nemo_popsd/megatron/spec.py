@@ -9,22 +9,34 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch.nn.functional import silu
 
 from nemo_popsd.megatron.layers import LocalCoreAttention, LocalRMSNorm
 from nemo_popsd.megatron.olmo3 import Olmo3Provider, olmo3_layer_spec
 
 
+def on_transformer_engine() -> bool:
+    """Whether the layers are Transformer Engine's: where there is CUDA."""
+    return torch.cuda.is_available()
+
+
 def choose_layer_spec(provider: Any) -> None:
     """Sets the provider's layer spec and the fusions that go with it.
 
-    With CUDA nothing changes: Megatron-Bridge's providers choose Transformer Engine themselves. The names of
+    On Transformer Engine the spec stays: Megatron-Bridge's providers choose it themselves. They leave fusions off for
+    some architectures and have them on for others; all get those that compute the same. The names of
     the parameters in a distributed checkpoint are the same either way: the local spec maps its separate norms
     (``input_layernorm.weight``) to Transformer Engine's fused ones (``linear_qkv.layer_norm_weight``).
 
     Args:
         provider: a Megatron-Bridge ``GPTModelProvider`` (a ``TransformerConfig``); changed in place.
     """
-    if torch.cuda.is_available():
+    if on_transformer_engine():
+        provider.bias_dropout_fusion = True
+        provider.bias_activation_fusion = _has_swiglu(provider)
+        # The fused rotation of packed sequences leaves out the factor by which YaRN scales sines and cosines
+        # (rope_utils.py:254), and knows halves alone.
+        provider.apply_rope_fusion = provider.position_embedding_type == "rope" and not provider.rotary_interleaved
         return
     provider.transformer_layer_spec = local_layer_spec
     for fusion in (
@@ -39,6 +51,12 @@ def choose_layer_spec(provider: Any) -> None:
         "persist_layer_norm",
     ):
         setattr(provider, fusion, False)
+
+
+def _has_swiglu(provider: Any) -> bool:
+    """Whether the fused activation is that of the model's MLP: silu(gate)·up."""
+    plain = provider.gated_linear_unit and not provider.use_te_activation_func and not provider.glu_linear_offset
+    return bool(plain and provider.activation_func is silu)
 
 
 def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

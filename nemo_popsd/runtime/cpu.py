@@ -96,10 +96,11 @@ def _transformer_engine_names() -> None:
     """Lets Megatron-Bridge's LoRA import; none of the names can be instantiated.
 
     Made only after megatron-core was imported, which probes for Transformer Engine at import and must
-    not find any, and taken away again: only the importing modules keep a reference.
+    not find any, and taken away again: only the importing modules keep a reference. Where the real one imports (a
+    container without a GPU), nothing stands in for it.
     """
-    importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
-    if "megatron.bridge.peft.lora" in sys.modules:
+    specs: Any = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    if specs.HAVE_TE or "megatron.bridge.peft.lora" in sys.modules:
         return
 
     def refuse(self: object, *_: object, **__: object) -> None:

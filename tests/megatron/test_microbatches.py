@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,6 +87,9 @@ def test_packed_sequences_lie_one_after_the_other_within_their_bounds(lengths, b
     for batch in microbatches(sequences, budget, CPU, packed=True):
         seen += batch.rows
         tokens = [[*sequences[row].prompt, *sequences[row].response] for row in batch.rows]
+        alone = tokens[0] if sum(map(len, tokens)) == 1 else None
+        if alone is not None:  # a forward has two tokens at least
+            alone.append(0)
         assert batch.input_ids.tolist() == [[token for row in tokens for token in row]]
         assert batch.position_ids.tolist() == [[place for row in tokens for place in range(len(row))]]
         bounds = [0, *accumulate(map(len, tokens))]
@@ -94,7 +98,7 @@ def test_packed_sequences_lie_one_after_the_other_within_their_bounds(lengths, b
         assert batch.packed.max_seqlen_q == batch.packed.max_seqlen_kv == max(map(len, tokens))
         responses = [token for row in batch.rows for token in sequences[row].response]
         assert [batch.input_ids[0, place] for place in batch.route.take] == [token - 1 for token in responses]
-        assert batch.padding == 0
+        assert batch.padding == (alone is not None)
         assert batch.shape == (bounds[-1], 1)
         assert len(batch.rows) == 1 or bounds[-1] <= budget
     assert sorted(seen) == list(range(len(sequences)))
@@ -127,5 +131,14 @@ def test_a_rank_without_sequences_has_a_batch_without_rows():
     for packed in (False, True):
         assert microbatches([], 10, CPU, packed=packed) == []
         [batch] = microbatches([], 10, CPU, packed=packed, at_least=1)
-        assert (batch.rows, batch.response_lengths, batch.shape, batch.padding) == ([], [], (1, 1), 1)
+        assert (batch.rows, batch.response_lengths, batch.shape, batch.padding) == ([], [], (2, 1), 2)
         assert batch.route.take.tolist() == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_forward_has_two_tokens_at_least(packed):
+    """Transformer Engine refuses one token where a rank has one key-value head."""
+    [batch] = microbatches([ContextSequence([7], [])], 10, CPU, packed=packed)
+    assert batch.shape == (2, 1)
+    assert batch.input_ids.tolist() == [[7, 0]]
+    assert (batch.padding, batch.response_lengths) == (1, [0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,11 +151,19 @@ def _embedding_of_one_stage() -> None:
     optimizer.finalize_model_grads = finalize  # type: ignore[attr-defined]
 
 
+def _norm_output_without_gradient() -> None:
+    """Sequence parallelism on Transformer Engine: adapters take the norm's output from the layer, as Bridge has it."""
+    from nemo_popsd.megatron import adapters
+
+    adapters.gather_in_adapters = lambda chunks: None  # type: ignore[assignment]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "gather that sums": _gather_that_sums,
     "exchange that stays": _exchange_that_stays,
     "mean over context": _mean_over_context,
     "embedding of one stage": _embedding_of_one_stage,
+    "norm output without gradient": _norm_output_without_gradient,
 }
 """Each leaves the loss of the first step as it is and changes gradients."""
 
@@ -178,7 +187,8 @@ def _main_gradients(run: Any, distributed: bool) -> Named:
 
 
 def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
-    """Tensors of this rank's stage, by their names in the whole model, put together over the tensor-parallel group."""
+    """Tensors of this rank's stage, by their names in a whole model of local layers, put together over the
+    tensor-parallel group."""
     from nemo_popsd.megatron.adapters import whole_model_name
 
     result = {}
@@ -186,8 +196,15 @@ def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
         for name, parameter, tensor in tensors:
             expert = not getattr(parameter, "allreduce", True)
             group = chunk.pg_collection.expt_tp if expert else run.student.tp_group
-            result[whole_model_name(chunk, name)] = _whole(name, parameter, tensor, group)
+            result[whole_model_name(chunk, local_name(name))] = _whole(name, parameter, tensor, group)
     return result
+
+
+def local_name(name: str) -> str:
+    """The name that a parameter of Transformer Engine's layers has in local ones: norms and experts of their own."""
+    name = re.sub(r"self_attention\.linear_qkv\.(to_wrap\.)?layer_norm_weight", "input_layernorm.weight", name)
+    name = re.sub(r"mlp\.linear_fc1\.(to_wrap\.)?layer_norm_weight", "pre_mlp_layernorm.weight", name)
+    return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
 
 
 def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
@@ -195,11 +212,13 @@ def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
         return tensor.clone().float()
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
-    gate_and_up = "linear_fc1" in name and parameter.partition_dim == 0 and "linear_in" not in name
+    # Transformer Engine marks a grouped expert's weights as split along the first dimension, whatever they are.
+    dimension = 1 if re.search(r"experts\.linear_fc2\.weight\d", name) else parameter.partition_dim
+    gate_and_up = "linear_fc1" in name and dimension == 0 and "linear_in" not in name
     if gate_and_up:  # each rank has its part of the gate above its part of the up projection
         halves = [part.chunk(2) for part in parts]
         parts = [gate for gate, _ in halves] + [up for _, up in halves]
-    return torch.cat(parts, dim=parameter.partition_dim).float()
+    return torch.cat(parts, dim=dimension).float()
 
 
 @torch.no_grad()

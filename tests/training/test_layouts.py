@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import LOCAL, TRANSFORMER_ENGINE, run_ranks
+from tests.layers import BOTH, on_transformer_engine
 from tests.tiny_models import save_tiny_model
 from tests.training.layouts import Variant, deviations, train
 
@@ -63,12 +64,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> dict[str, Any]:
     padded = {name: variant for name, variant in VARIANTS.items() if not variant.packing}
-    return run_ranks(train, 1, folder, {}, False, padded)[0]
+    return run_ranks(train, 1, folder, {}, False, padded, timeout=300.0)[0]
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Results of the layouts so far, each run once."""
+def runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Results of the layouts on each kind of layers so far, each run once."""
     return {}
 
 
@@ -79,11 +80,13 @@ def variants_of(layout: str) -> dict[str, Variant]:
     return {name: variant for name, variant in VARIANTS.items() if variant.kind in kinds}
 
 
-def seen_in(layout: str, folder: Path, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    if layout not in runs:
+def seen_in(layout: str, layers: str, folder: Path, runs: dict[tuple[str, str], Any]) -> list[dict[str, Any]]:
+    key = layout, layers
+    if key not in runs:
         world_size, parallel, distributed = LAYOUTS[layout]
-        runs[layout] = run_ranks(train, world_size, folder, parallel, distributed, variants_of(layout), timeout=300.0)
-    return runs[layout]
+        arguments = world_size, folder, parallel, distributed, variants_of(layout)
+        runs[key] = run_ranks(train, *arguments, timeout=300.0, layers=layers)
+    return runs[key]
 
 
 def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -105,13 +108,14 @@ def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", BOTH)
 @pytest.mark.parametrize(("layout", "variant"), [(name, variant) for name in LAYOUTS for variant in variants_of(name)])
 def test_every_layout_gives_the_same_training(
-    layout: str, variant: str, folder: Path, reference: dict[str, Any], runs: dict[str, Any]
+    layout: str, variant: str, layers: str, folder: Path, reference: dict[str, Any], runs: dict[tuple[str, str], Any]
 ) -> None:
     expected = reference[variant.replace("packed", "padded")]
     assert expected["metrics"][0].loss > 0.01
-    same_training([rank[variant] for rank in seen_in(layout, folder, runs)], expected)
+    same_training([rank[variant] for rank in seen_in(layout, layers, folder, runs)], expected)
 
 
 SHARES = {
@@ -135,22 +139,26 @@ def test_unequal_shares_and_an_empty_rank_give_the_union(folder: Path, reference
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "layout", "variant"),
+    ("fault", "layout", "variant", "layers"),
     [
-        ("gather that sums", "tp2 sp", "full, padded"),
-        ("gather that sums", "tp2 sp", "lora, packed"),
-        ("exchange that stays", "cp2", "full, packed"),
-        ("exchange that stays", "cp2", "lora, padded"),
-        ("mean over context", "cp2", "lora, padded"),
-        ("embedding of one stage", "pp2", "tied, padded"),
+        ("gather that sums", "tp2 sp", "full, padded", LOCAL),
+        ("gather that sums", "tp2 sp", "lora, packed", LOCAL),
+        ("exchange that stays", "cp2", "full, packed", LOCAL),
+        ("exchange that stays", "cp2", "lora, padded", LOCAL),
+        ("mean over context", "cp2", "lora, padded", LOCAL),
+        ("embedding of one stage", "pp2", "tied, padded", LOCAL),
+        pytest.param(
+            *("norm output without gradient", "tp2 sp", "lora, packed", TRANSFORMER_ENGINE),
+            marks=on_transformer_engine,
+        ),
     ],
 )
 def test_the_table_sees_faults_that_the_loss_does_not_show(
-    folder: Path, reference: dict[str, Any], fault: str, layout: str, variant: str
+    folder: Path, reference: dict[str, Any], fault: str, layout: str, variant: str, layers: str
 ) -> None:
     world_size, parallel, distributed = LAYOUTS[layout]
     chosen = {variant: VARIANTS[variant]}
-    ranks = run_ranks(train, world_size, folder, parallel, distributed, chosen, fault)
+    ranks = run_ranks(train, world_size, folder, parallel, distributed, chosen, fault, layers=layers)
     expected = reference[variant.replace("packed", "padded")]
     assert ranks[0][variant]["metrics"][0].loss == pytest.approx(expected["metrics"][0].loss, rel=1e-6)
     errors = [dict(deviations(rank[variant]["gradients"], expected["gradients"])) for rank in ranks]

@@ -1,0 +1,85 @@
+"""What no layout or layer can compute, refused by name before a model is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+from nemo_popsd.megatron.spec import on_transformer_engine
+
+
+def refuse_impossible(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> None:
+    """Refuse an architecture that does not divide by the layout, or that the layers in use cannot compute in it.
+
+    Args:
+        provider: a Megatron-Bridge ``GPTModelProvider`` with the architecture.
+        student: precision and adaptation.
+        parallel: the layout.
+
+    Raises:
+        UserError: names the settings.
+    """
+    _refuse_indivisible(provider, parallel)
+    if on_transformer_engine():
+        _refuse_for_transformer_engine(provider, student, parallel)
+
+
+def _refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
+    """Refuse heads, groups, layers or experts that the layout does not divide."""
+    groups = provider.num_query_groups or provider.num_attention_heads
+    experts = provider.num_moe_experts
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    for what, count, size, setting in (
+        ("attention heads", provider.num_attention_heads, parallel.tensor, "parallel.tensor"),
+        ("key-value heads", groups, parallel.tensor, "parallel.tensor"),
+        ("layers", provider.num_layers, stages, "parallel.pipeline or parallel.virtual_pipeline"),
+        ("experts", experts or 0, parallel.expert, "parallel.expert"),
+    ):
+        if count % size or (what == "experts" and size > 1 and not count):
+            raise UserError(
+                "layout",
+                got=f"{count} {what} with {parallel.describe()}",
+                need=f"a multiple of {size} {what}",
+                mend=f"set {setting}",
+            )
+    if experts and parallel.tensor > 1 and not parallel.sequence:
+        raise UserError(
+            "layout",
+            got=f"a mixture of {experts} experts with {parallel.describe()} and parallel.sequence=false",
+            need="sequence parallelism beside tensor parallelism, so that no token is dispatched twice",
+            mend="set parallel.sequence=true",
+        )
+
+
+_OF_EXPERTS = ("linear_fc1", "linear_fc2")
+
+
+def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> None:
+    """Refuse what Transformer Engine, or Megatron-Bridge's LoRA on it, computes in no way or in another one."""
+    targets = [name for name in student.lora.targets if name in _OF_EXPERTS]
+    if provider.num_moe_experts and student.adaptation == "lora" and targets:
+        # The experts of a rank are one module there: they would share one adapter, another one on each
+        # expert-parallel rank, under one name in a checkpoint.
+        raise UserError(
+            "adapters",
+            got=f"student.lora.targets with {', '.join(targets)} for a mixture of {provider.num_moe_experts} experts",
+            need="adapters of attention alone: on a GPU all experts of a rank would share one adapter",
+            mend="set student.lora.targets=[linear_qkv,linear_proj], or student.adaptation=full",
+        )
+    if parallel.context == 1:
+        return
+    if student.precision == "fp32":
+        raise UserError(
+            "layout",
+            got=f"student.precision=fp32 with {parallel.describe()}",
+            need="bf16: Transformer Engine has no attention in fp32 for context parallelism",
+            mend="set student.precision=bf16, or parallel.context=1",
+        )
+    if provider.window_size is not None:
+        raise UserError(
+            "layout",
+            got=f"layers that attend within a window (OLMo-3's) with {parallel.describe()}",
+            need="whole sequences on each rank: Transformer Engine's ring of context-parallel ranks has no windows",
+            mend="set parallel.context=1, and parallel.tensor for long sequences",
+        )

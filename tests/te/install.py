@@ -1,0 +1,191 @@
+"""The real Transformer Engine (its Python modules) on a CPU, with the emulated extension, in this process.
+
+    install()        # before anything of Megatron is imported; the whole process then has the layers of a GPU
+
+Nothing on disk is changed. In Transformer Engine's modules, as they are imported, the name ``torch`` is a view of
+torch whose one CUDA device is the CPU, ``is_cuda`` asks for the CPU, the device "cuda" is "cpu", and fused attention
+takes fp32; that is all. In the project one function answers as it does on a GPU (`nemo_popsd.megatron.spec.on_transformer_engine`), and what are
+CUDA or Triton sources rather than Python stays off (`KERNELS_THAT_STAY_OFF`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.machinery
+import importlib.metadata
+import os
+import re
+import sys
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.te import extension
+
+ENVIRONMENT = "TE_ENV"
+"""Names the folder that Transformer Engine was installed into."""
+_FOLDER = Path(__file__).resolve().parents[2] / ".te-site"
+PACKAGE = "transformer_engine"
+
+_HALF_PRECISION_ALONE = (
+    "torch.float16, torch.bfloat16",
+    "torch.bfloat16, torch.float16, torch.float8_e4m3fn",
+)
+"""Lists of what fused attention takes. The emulated one takes fp32 too: the layouts are compared in fp32, and it is the
+attention that a GPU has in bf16, with context parallelism in particular. NVTE_FUSED_ATTN=0 is the one of fp32."""
+
+KERNELS_THAT_STAY_OFF = ("gradient_accumulation_fusion", "moe_permute_fusion")
+"""Settings of a model whose kernels are sources in CUDA (Apex) or Triton."""
+
+
+def folder() -> Path:
+    """Where Transformer Engine is installed, away from the environment: it would break Megatron's import there."""
+    return Path(os.environ.get(ENVIRONMENT, _FOLDER))
+
+
+def available() -> bool:
+    """Whether it is."""
+    return (folder() / PACKAGE / "pytorch").is_dir()
+
+
+class _Done:
+    """A stream, or an event: everything has happened when a call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: self
+
+
+class _Cuda(types.ModuleType):
+    """``torch.cuda`` of a Hopper card that is the CPU."""
+
+    def __init__(self, view: Any) -> None:
+        super().__init__("torch.cuda")
+        self._view = view
+        self.is_available = lambda: True
+        self.is_current_stream_capturing = lambda: False
+        self.nvtx = types.SimpleNamespace(range_push=lambda *_: None, range_pop=lambda: None)
+        self.Stream = self.Event = _Done
+        self.current_stream = _Done
+        self.stream = lambda _: contextlib.nullcontext()
+        self.get_device_capability = lambda *_: (9, 0)
+        card = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="H100 (emulated)")
+        self.get_device_properties = lambda *_: card
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view.cuda, name)
+
+
+class _Torch(types.ModuleType):
+    def __init__(self) -> None:
+        from nemo_popsd.runtime.torch_on_cpu import TORCH_ON_CPU
+
+        super().__init__("torch")
+        self._view = TORCH_ON_CPU
+        self.cuda = _Cuda(TORCH_ON_CPU)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Imports a module of Transformer Engine as it is on a machine whose card is the CPU."""
+
+    view: types.ModuleType
+
+    def get_code(self, fullname: str) -> Any:
+        source = self.get_data(self.path).decode()
+        changed = source.replace('"cuda", torch.cuda.current_device()', '"cuda"').replace('"cuda"', '"cpu"')
+        changed = re.sub(r"\.is_cuda\b", ".is_cpu", changed).replace(".cuda()", ".cpu()")
+        for dtypes in _HALF_PRECISION_ALONE:
+            changed = changed.replace(f"[{dtypes}]", f"[{dtypes}, torch.float32]")
+        return self.source_to_code(changed.encode(), self.path) if changed != source else super().get_code(fullname)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        if module.__name__ == f"{PACKAGE}.common":
+            module.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
+        if getattr(module, "torch", None) is torch:
+            module.torch = self.view  # type: ignore[attr-defined]
+
+
+class _Finder(importlib.metadata.DistributionFinder):
+    """Finds Transformer Engine's modules and its version. On no path: ranks take theirs from the test process."""
+
+    def __init__(self, view: types.ModuleType) -> None:
+        self._view = view
+
+    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
+        if context is None or (context.name or "").replace("-", "_") != PACKAGE:
+            return []
+        here = importlib.metadata.DistributionFinder.Context(name=context.name, path=[str(folder())])
+        return importlib.metadata.MetadataPathFinder.find_distributions(here)
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> Any:
+        if name != PACKAGE and not name.startswith(f"{PACKAGE}."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path or [str(folder())])
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+            spec.loader.view = self._view
+        return spec
+
+
+@contextlib.contextmanager
+def _set(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def install() -> None:
+    """Imports Transformer Engine, Megatron on it, and the project on both. Once in a process."""
+    if "megatron.core" in sys.modules or PACKAGE in sys.modules:
+        raise RuntimeError("Transformer Engine is to be installed before Megatron is imported")
+    sys.modules[extension.NAME] = extension.build(folder() / PACKAGE / "pytorch")
+    view = _Torch()
+    sys.meta_path.insert(0, _Finder(view))
+    # Functions that torch would compile at their first call stay Python: a compiler takes longer than they ever do.
+    torch._dynamo.config.disable = True
+    # Else it looks for its CUDA library, which the wheel has not.
+    sys.path.append(str(folder()))  # of onnxscript, which it imports
+    with _set(NVTE_PROJECT_BUILDING="1", NVTE_TORCH_COMPILE="0"):
+        importlib.import_module(f"{PACKAGE}.pytorch")
+    sys.path.remove(str(folder()))
+    bridge: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
+    assert bridge.HAVE_TE
+    bridge.torch = view
+    _choose_it()
+
+
+def _choose_it() -> None:
+    from nemo_popsd.runtime import cpu
+
+    cpu.ADAPTATIONS = tuple(a for a in cpu.ADAPTATIONS if a.name != "router without Transformer Engine")
+
+    from nemo_popsd.megatron import spec
+
+    right = spec.choose_layer_spec
+
+    def choose(provider: Any) -> None:
+        right(provider)
+        for kernel in KERNELS_THAT_STAY_OFF:
+            setattr(provider, kernel, False)
+
+    build: Any = importlib.import_module("nemo_popsd.megatron.build")
+    spec.on_transformer_engine = lambda: True
+    build.choose_layer_spec = choose
