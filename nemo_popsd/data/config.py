@@ -98,7 +98,13 @@ class DataConfig:
     """Visit training rows in an order drawn from the seed, anew each epoch."""
 
     def __post_init__(self) -> None:
+        one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))
+        one_of("data.overlong_rows", self.overlong_rows, ("drop", "error"))
+        one_of("data.malformed_rows", self.malformed_rows, ("error", "skip"))
+        check_numbers(self, "data")
         for name, source in (("data.train", self.train), ("data.validation", self.validation)):
+            check_numbers(source, name)
+            pattern(f"{name}.answer_pattern", source.answer_pattern)
             if source.more_paths and not source.path:
                 raise UserError(
                     "configuration",
@@ -106,11 +112,3 @@ class DataConfig:
                     need="the first path in path",
                     mend=f"set {name}.path",
                 )
-        one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))
-        one_of("data.overlong_rows", self.overlong_rows, ("drop", "error"))
-        one_of("data.malformed_rows", self.malformed_rows, ("error", "skip"))
-        check_numbers(self, "data")
-        for name in ("train", "validation"):
-            source: SourceConfig = getattr(self, name)
-            check_numbers(source, f"data.{name}")
-            pattern(f"data.{name}.answer_pattern", source.answer_pattern)
