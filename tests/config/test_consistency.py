@@ -24,6 +24,7 @@ def runnable(tmp_path: Path) -> PopsdConfig:
     config.student.source = "nemo_popsd:tiny_reasoner"
     config.data.train.path = "nemo_popsd:tiny_train"
     config.data.validation.path = "nemo_popsd:tiny_validation"
+    config.data.validation.columns.answer = "answer"
     return config
 
 
@@ -198,6 +199,7 @@ def test_an_export_is_not_written_over_anything_else(runnable: PopsdConfig) -> N
 def test_a_run_does_not_remove_what_it_reads(runnable: PopsdConfig, setting: str, overwrite: bool) -> None:
     inside = Path(runnable.output) / "checkpoints" / "final"
     inside.mkdir(parents=True)
+    (inside / "rows.jsonl").write_text("")
     write_mark(Path(runnable.output), RUN)
     runnable.overwrite = overwrite
     *sections, name = setting.split(".")

@@ -202,9 +202,9 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_loading_and_checking_import_no_torch(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, f"output: {tmp_path}\nstudent: {{source: {tmp_path}}}\ndata: {{train: {{path: {tmp_path}}}}}"
-    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    path = write(tmp_path, f"output: {tmp_path}\nstudent: {{source: {tmp_path}}}\ndata: {{train: {{path: {rows}}}}}")
     code = f"""
 import sys
 from nemo_popsd.config.loading import load_config
