@@ -96,6 +96,7 @@ def _disk(output: str, free_gib: float) -> list[Finding]:
             "ok" if free >= free_gib else "failed",
             f"{free:.1f} GiB free at {nearest}",
             f"{free_gib:g} GiB",
+            "" if free >= free_gib else "make room there, or set output; a job asks for POPSD_MIN_FREE_GIB",
         ),
         _examine_writing(directory, nearest),
     ]
@@ -109,7 +110,9 @@ def _examine_writing(directory: Path, nearest: Path) -> Finding:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return Finding("machine", "output", "failed", f"{directory}: {_first_line(error)}", "a writable directory")
+        return Finding(
+            "machine", "output", "failed", f"{directory}: {_first_line(error)}", "a writable directory", "set output"
+        )
     return Finding("machine", "output", "ok", str(directory))
 
 

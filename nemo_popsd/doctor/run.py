@@ -81,7 +81,9 @@ def examine_sharing(
             )
             shutil.rmtree(place, ignore_errors=True)
     except OSError as error:
-        return Finding("run", "shared output", "failed", str(error), "a directory that every node can write")
+        return Finding(
+            "run", "shared output", "failed", str(error), "a directory that every node can write", "set output"
+        )
     if seen < nodes:
         need = f"all {nodes} nodes"
         return Finding(

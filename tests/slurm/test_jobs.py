@@ -153,7 +153,7 @@ def test_a_missing_path_and_missing_devices_are_found_before_anything_starts(slu
         assert f"check-{node}.log" in printed
         check = logs(tmp_path, f"start-0/check-{node}.log")
         assert re.search(r"failed +data +data\.train\.path='/nowhere\.jsonl'", check)
-        assert re.search(r"failed +disk ", check)
+        assert re.search(r"failed +disk .*; make room there, or set output", check)
         if not os.path.exists("/dev/nvidia0"):
             assert re.search(r"failed +CUDA devices ", check)
     assert logs(tmp_path, "start-0/node-*.log") == ""

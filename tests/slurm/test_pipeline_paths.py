@@ -1,0 +1,85 @@
+"""The paths that slurm/pipeline.sh takes from one configuration for four jobs: they must mean the same in each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def pipeline(place: Path, text: str, *words: str) -> tuple[int, str, list[list[str]]]:
+    """Status, standard error and what sbatch was asked for, each job without its options."""
+    sbatch = place / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>asked\nprintf "\\n\\0" >>asked\necho 12\n')
+    sbatch.chmod(0o755)
+    (place / "conf.yaml").write_text(text)
+    options = [word for word in words if word.startswith("-")]
+    settings = [word for word in words if not word.startswith("-")]
+    done = subprocess.run(
+        [ROOT / "slurm" / "pipeline.sh", *options, "conf.yaml", *settings],
+        cwd=place,
+        env={"PATH": f"{sbatch.parent}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": "/home/me"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    asked = (place / "asked").read_text() if (place / "asked").exists() else ""
+    jobs = [[word for word in job.split("\0") if word and not word.startswith("--")] for job in asked.split("\n\0")]
+    return done.returncode, done.stderr, [job for job in jobs if job]
+
+
+def configuration(output: str) -> str:
+    return f"output: {output}\nstudent:\n  source: nemo_popsd:tiny_reasoner\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "path"),
+    [
+        (configuration("runs/a"), None, "runs/a"),
+        (configuration("runs/a # comment"), None, "runs/a"),
+        (configuration("'runs/a # b' # comment"), None, "runs/a # b"),
+        (configuration('"runs/a b"\r'), None, "runs/a b"),
+        (configuration("~/a"), None, "/home/me/a"),
+        (configuration("runs/a"), "output=~/a", "/home/me/a"),
+        (configuration("runs/a"), "output=$HOME/a b", "/home/me/a b"),
+        (configuration("runs/a"), "output=${HOME}/a", "/home/me/a"),
+        (configuration("runs/a"), "output='a b'", "a b"),
+        (configuration("runs/a"), "output=it's é", "it's é"),
+    ],
+)
+def test_all_stages_have_one_output(tmp_path: Path, text: str, word: str | None, path: str) -> None:
+    code, told, (train, export) = pipeline(tmp_path, text, *([word] if word else []))
+    assert (code, told) == (0, "")
+    assert export[1:] == [f"{path}/checkpoints/final", f"{path}/huggingface"]
+    written = [value for value in train if value.startswith("output=")]
+    # Where the configuration writes it out plainly, nothing need be said.
+    plain = word is None and f"output: {path}" in text
+    assert written == ([] if plain else [f"output={path}"])
+
+
+@pytest.mark.parametrize("output", ["$SCRATCH/a", "runs/${name}", "~other/a", "'a'b", '"a\\"b"', "'it''s'"])
+def test_an_output_that_only_one_stage_could_read_is_refused(tmp_path: Path, output: str) -> None:
+    code, told, jobs = pipeline(tmp_path, configuration(output))
+    assert (code, jobs) == (2, [])
+    (line,) = told.splitlines()
+    assert "error: pipeline: got output=" in line
+
+
+def test_an_array_of_pipelines_is_refused(tmp_path: Path) -> None:
+    code, told, jobs = pipeline(tmp_path, configuration("runs/a"), "--array=0-2")
+    assert (code, jobs) == (2, [])
+    assert "start a pipeline for each run" in told
+
+
+def test_settings_that_are_named_and_not_there_are_refused(tmp_path: Path) -> None:
+    environment = {**os.environ, "POPSD_ENV": "/nowhere/env.sh"}
+    (tmp_path / "conf.yaml").write_text(configuration("a"))
+    words = [ROOT / "slurm" / "pipeline.sh", "conf.yaml"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "settings: got /nowhere/env.sh, which is not a readable file" in done.stderr
