@@ -288,8 +288,10 @@ class _Parser:
         r"""The argument of a command: a group, or one atom; with `digit`, one digit of a number as in \frac12."""
         token = self.next
         if digit and token is not None and token.kind == "number" and len(token.text) > 1 and token.text.isdigit():
-            rest = Token("number", token.text[1:], False, Fraction(token.text[1:]))
-            self._tokens[self._place : self._place + 1] = [rest]
+            digits = (token.text[0], token.text[1:])
+            parts = [Token("number", text, False, Fraction(text)) for text in digits]
+            self._tokens[self._place : self._place + 1] = parts
+            self._place += 1
             return number(int(token.text[0]))
         if self._at("-"):
             self._take()

@@ -74,9 +74,9 @@ def parse_quantity(tokens: Sequence[Token], *, letter_units: bool) -> Quantity:
     while behind and behind[0].is_word(*SCALES):
         expression = operation("*", expression, number(SCALES[behind.pop(0).text.lower()]))
     words = before + _phrase(behind)
-    if any(word in NO_UNITS for word in words) and not all(map(is_known, (w for w in words if w not in NO_UNITS))):
-        raise UnreadableError("words that are no unit")
-    if any(word in _FORBIDDEN for word in words):
+    powers = [word for word in words if word in _POWERS]
+    units = [word for word in words if word not in _POWERS]
+    if any(word in NO_UNITS for word in units) or (powers and not (units and all(map(is_known, units)))):
         raise UnreadableError("words that are no unit")
     digits = base = None
     if end == 1 and tokens[0].base is not None:
@@ -85,7 +85,7 @@ def parse_quantity(tokens: Sequence[Token], *, letter_units: bool) -> Quantity:
     return Quantity(expression, unit_of(words) if words else None, bool(percent), digits, base)
 
 
-_FORBIDDEN = NO_UNITS - {"squared", "cubed"}
+_POWERS = ("squared", "cubed")
 
 
 def _is_currency(token: Token) -> bool:

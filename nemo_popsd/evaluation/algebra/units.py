@@ -58,7 +58,7 @@ SCALES = {
 """Words that multiply the number before them."""
 NO_UNITS = names(
     "or and not no than plus minus times over to from if but through until half quarter third halves quarters thirds "
-    "squared cubed pi root sqrt remainder mod modulo base except only between least most about approximately around "
+    "pi root sqrt remainder mod modulo base except only between least most about approximately around "
     "out is are was were equals percent"
 )
 """Words that change what the number before them means: an answer with one is no number with a unit."""
