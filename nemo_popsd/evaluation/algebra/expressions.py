@@ -337,7 +337,9 @@ class _Parser:
             else:
                 base = self._argument(digit=True)
         if power is not None and power.operation == "negative":
-            raise UnreadableError("an inverse function written as a power")
+            if name not in ("sin", "cos", "tan") or power.arguments != (number(1),):
+                raise UnreadableError("a negative power of a function")
+            name, power = f"arc{name}", None
         inner = self._function_argument()
         found = Expression("call", (inner,), name)
         if base is not None:

@@ -17,6 +17,7 @@ _VERBS = names(
 )
 """The word before the number of a sentence; any other, such as "than", means something else."""
 _NEGATIONS = names("not never no nor if unless without")
+_POWERS = ("squared", "cubed")
 _SHORTEST_WORD = 3
 _LETTERS = frozenset("mgshLl")
 """Units of one letter."""
@@ -85,9 +86,6 @@ def parse_quantity(tokens: Sequence[Token], *, letter_units: bool) -> Quantity:
     return Quantity(expression, unit_of(words) if words else None, bool(percent), digits, base)
 
 
-_POWERS = ("squared", "cubed")
-
-
 def _is_currency(token: Token) -> bool:
     return token.is_symbol(*CURRENCIES) or token.is_word("usd", "eur", "gbp")
 
@@ -115,7 +113,9 @@ def _end_of_value(tokens: Sequence[Token], letter_units: bool) -> int:
             break
         place -= 1
         end = place
-    return len(tokens) if tokens[end - 1].is_symbol("/") else end
+    if end < len(tokens) and tokens[end - 1].is_symbol("/"):  # 10/hour
+        return end - 1 if end > 1 and tokens[end - 2].kind == "number" and len(tokens[end].text) > 1 else len(tokens)
+    return end
 
 
 def _is_power(tokens: Sequence[Token], place: int) -> bool:
