@@ -22,6 +22,7 @@ def runnable(tmp_path: Path) -> PopsdConfig:
     config.student.source = "nemo_popsd:tiny_reasoner"
     config.data.train.path = "nemo_popsd:tiny_train"
     config.data.validation.path = "nemo_popsd:tiny_validation"
+    config.data.validation.columns.answer = "answer"
     return config
 
 
@@ -29,6 +30,17 @@ def test_a_run_that_can_start_and_nothing_is_made(runnable: PopsdConfig) -> None
     check_training_run(runnable, world_size=4)
     check_evaluation_run(runnable, world_size=1)
     assert not Path(runnable.output).parent.exists()
+
+
+def test_settings_of_the_data_are_checked_before_any_model_is_built(runnable: PopsdConfig) -> None:
+    runnable.data.validation.answer_pattern = "#### (.+)"
+    for check in (check_training_run, check_evaluation_run):
+        with pytest.raises(UserError, match=r"data\.validation\.columns\.answer='answer', which overrules it"):
+            check(runnable, world_size=1)
+    runnable.data.validation.answer_pattern = None
+    runnable.data.train.answer_pattern = "#### (.+)"
+    with pytest.raises(UserError, match=r"data\.train\.answer_pattern, which does nothing"):
+        check_training_run(runnable, world_size=1)
 
 
 def test_schedule() -> None:
@@ -162,6 +174,7 @@ def test_another_run_is_not_mixed_with_nor_removed_unasked(runnable: PopsdConfig
 def test_a_run_does_not_remove_what_it_reads(runnable: PopsdConfig, setting: str) -> None:
     inside = Path(runnable.output) / "checkpoints" / "final"
     inside.mkdir(parents=True)
+    (inside / "rows.jsonl").write_text("{}\n")
     runnable.overwrite = True
     *sections, name = setting.split(".")
     owner = runnable
