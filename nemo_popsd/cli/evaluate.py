@@ -1,4 +1,4 @@
-"""`popsd evaluate CONF [key=value ...] [--checkpoint PATH]` and `popsd evaluate --compare DIR DIR ...`."""
+"""`popsd evaluate CONF [key=value ...] [--checkpoint PATH]`, `popsd evaluate --compare DIR DIR ... [--base NAME]`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ def add_parser(subparsers: Any) -> None:
         type=path_argument,
         nargs="+",
         default=[],
-        help="evaluations to compare with the first, such as OUTPUT/evaluation/MODEL (all its sets); draws nothing",
+        help="evaluations to compare, such as OUTPUT/evaluation/MODEL (all its sets); draws nothing",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="NAME",
+        default=None,
+        help="with --compare: the evaluation that the others are compared with, by name or path; default: the first",
     )
     parser.set_defaults(run=run)
 
@@ -44,6 +50,10 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         _compare(args)
         return
+    if args.base is not None:
+        raise UserError(
+            "evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", mend="leave it out"
+        )
     if args.config is None:
         raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", mend="name one")
     from nemo_popsd.config.consistency import check_evaluation_run
@@ -72,4 +82,4 @@ def _compare(args: argparse.Namespace) -> None:
             need="directories of evaluations alone",
             mend="leave the rest out",
         )
-    print(compare_directories(args.compare, resamples=EvaluationConfig().resamples))
+    print(compare_directories(args.compare, resamples=EvaluationConfig().resamples, base=args.base))

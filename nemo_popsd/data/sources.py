@@ -35,6 +35,7 @@ def check_source(
     Raises:
         UserError: nothing usable at the path, or a setting is missing or does nothing.
     """
+    files = source_files([source.path, *source.more_paths], setting=setting)
     if need_reference and source.columns.reference is None:
         raise UserError(
             "training data",
@@ -51,7 +52,7 @@ def check_source(
         )
     if source.answer_pattern is not None:
         _refuse_idle_pattern(source, setting, need_answer=need_answer)
-    return source_files([source.path, *source.more_paths], setting=setting)
+    return files
 
 
 def read_records(

@@ -11,8 +11,10 @@ import numpy as np
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.config import EvaluationConfig
+from nemo_popsd.evaluation.equivalence import COMPARISON_RULES
 from nemo_popsd.evaluation.estimates import Interval, Ratio, changes, interval, resampled
 from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
+from nemo_popsd.evaluation.rescoring import rescored
 from nemo_popsd.evaluation.summary import RESAMPLING_SEED, EvaluationSummary, figures_of
 
 _LABELS = {
@@ -44,12 +46,15 @@ class Evaluation:
 
     @classmethod
     def read(cls, directory: EvaluationDirectory) -> Evaluation:
-        """What `EvaluationDirectory.conclude` wrote.
+        """What `EvaluationDirectory.conclude` wrote; scores by other rules of comparison are made again from samples.
 
         Raises:
-            UserError: the evaluation has not been concluded.
+            UserError: the evaluation has not been concluded, or samples that must be scored again are missing.
         """
-        fields = {k: v for k, v in directory.summary().items() if k in EvaluationSummary.__dataclass_fields__}
+        written = directory.summary()
+        if written.get("scoring", {}).get("comparison") != COMPARISON_RULES:
+            return cls.of(*rescored(directory))
+        fields = {k: v for k, v in written.items() if k in EvaluationSummary.__dataclass_fields__}
         return cls(EvaluationSummary(**fields), tuple(directory.scores()))
 
 
@@ -143,16 +148,28 @@ def read_evaluations(path: str | Path) -> dict[str, Evaluation]:
     return {found.name: Evaluation.read(EvaluationDirectory(found)) for found in inner}
 
 
-def compare_directories(paths: Sequence[str], *, resamples: int) -> str:
-    """The tables of several evaluations: one for each set that all have, and the average of the sets.
+def compare_directories(paths: Sequence[str], *, resamples: int, base: str | None = None) -> str:
+    """The tables of several evaluations: which of them is the base, one for each set that all have, and their average.
+
+    Args:
+        paths: directories of evaluations.
+        resamples: of each interval.
+        base: the one that the others are compared with, by its name in the tables, its last part or its path; None
+            means the first.
 
     Raises:
-        UserError: a path holds no concluded evaluation, or they have no set in common.
+        UserError: a path holds no concluded evaluation, they have no set in common, or `base` is none of them.
     """
-    found = {_short(path, paths): read_evaluations(path) for path in paths}
+    names = {path: _short(path, paths) for path in paths}
+    first = paths[0] if base is None else _chosen(base, names)
+    ordered = [first, *(path for path in paths if path != first)]
+    found = {names[path]: read_evaluations(path) for path in ordered}
+    how = "the first that was named; --base NAME chooses another" if base is None else "by --base"
+    title = f"base: {names[first]} ({how})\n\n" if len(paths) > 1 else ""
     single = all(len(sets) == 1 for sets in found.values())
     if single:  # whatever the sets are called; problems in common are checked
-        return comparison_table({name: next(iter(sets.values())) for name, sets in found.items()}, resamples=resamples)
+        only = {name: next(iter(sets.values())) for name, sets in found.items()}
+        return title + comparison_table(only, resamples=resamples)
     common = [name for name in next(iter(found.values())) if all(name in sets for sets in found.values())]
     if not common:
         raise UserError(
@@ -162,7 +179,7 @@ def compare_directories(paths: Sequence[str], *, resamples: int) -> str:
             mend="name other directories",
         )
     by_set = {name: {model: sets[name] for model, sets in found.items()} for name in common}
-    return tables_of_sets(by_set, resamples=resamples)
+    return title + tables_of_sets(by_set, resamples=resamples)
 
 
 def tables_of_sets(by_set: Mapping[str, Mapping[str, Evaluation]], *, resamples: int) -> str:
@@ -181,6 +198,25 @@ def _short(path: str, paths: Sequence[str]) -> str:
         if sum(other[-length:] == own[-length:] for other in parts) == 1:
             return "/".join(own[-length:])
     raise UserError("comparison", got=f"{path!r} twice", need="different directories", mend="name each once")
+
+
+def _chosen(base: str, names: Mapping[str, str]) -> str:
+    """The one path that `base` means.
+
+    Raises:
+        UserError: none, or several.
+    """
+    wanted = Path(base).absolute()
+    found = [path for path, name in names.items() if base == name or wanted == Path(path).absolute()]
+    found = found or [path for path in names if Path(path).absolute().name == base]
+    if len(found) != 1:
+        raise UserError(
+            "comparison",
+            got=f"--base {base}, which is {'none' if not found else 'several'} of the evaluations",
+            need=f"one of {', '.join(names.values())}",
+            mend="set --base to one of these names",
+        )
+    return found[0]
 
 
 def _paired(before: Evaluation, after: Evaluation) -> tuple[dict[str, Ratio], dict[str, Ratio]]:

@@ -84,7 +84,8 @@ class EvaluationConfig:
     without_box: str = "none"
     """Where that finds nothing: `none` means no answer, which is wrong; `last_number` takes the last number."""
     verify_seconds: Annotated[float, Bounds(0, 3600, above=True)] = 5.0
-    """Longest comparison of two answers by math-verify; one that takes longer is wrong, and counted."""
+    """Longest comparison of two answers by math-verify, which decides what the rules of docs/evaluation.md do not read;
+    one that takes longer is wrong, and counted."""
     markers: Annotated[list[str], Text.PROSE] = field(default_factory=lambda: list(DEFAULT_MARKERS))
     """Epistemic markers to count, as whole words in this very case."""
     thinking_end: Annotated[str, Text.PROSE] = "</think>"

@@ -13,7 +13,9 @@ Each of these directories holds
                           counts the responses to one problem from 0; `text` is decoded with special tokens, but without
                           the stop token; `tokens` counts the stop token too; `cut` says that the length limit ended it
     scores.jsonl          one line per sample with the fields of `SampleScore`; made anew from the samples each time
-    summary.json          the fields of `nemo_popsd.evaluation.summary.EvaluationSummary`, and `model`, `set`, `scoring`
+    summary.json          the fields of `nemo_popsd.evaluation.summary.EvaluationSummary`, and `model`, `set`, and
+                          `scoring`, whose `comparison` is the number of the rules by which answers were compared
+                          (`nemo_popsd.evaluation.equivalence.COMPARISON_RULES`)
 
 A kill may leave the last line of a samples file half written; it is passed over, and cut off before the next is added.
 """
@@ -174,7 +176,9 @@ class EvaluationDirectory:
         return found
 
     def problems(self) -> list[Problem]:
-        """The problems, in the order of the set."""
+        """The problems, in the order of the set; none where there is no such file."""
+        if not (self.path / _PROBLEMS).is_file():
+            return []
         return [Problem(**line) for line in _read_lines(self.path / _PROBLEMS)]
 
     def samples(self) -> dict[tuple[str, int], Sample]:

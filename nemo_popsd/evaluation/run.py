@@ -14,7 +14,7 @@ from nemo_popsd.data.dataset import EvaluationPrompt, build_evaluation_prompts
 from nemo_popsd.data.named_sets import named_source, refuse_another_size
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.comparison import Evaluation, tables_of_sets
-from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
+from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.records import (
     EvaluationDirectory,
     Problem,
@@ -156,6 +156,7 @@ def conclude_samples(
     answers = {prompt.record.id: _expected(prompt) for prompt in prompts}
     evaluation = Evaluation.of(score_samples(samples, answers, settings, verifier), settings)
     scoring = {
+        "comparison": COMPARISON_RULES,
         "markers": settings.markers,
         "answer_pattern": settings.answer_pattern,
         "without_box": settings.without_box,

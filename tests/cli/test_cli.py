@@ -171,7 +171,12 @@ def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, caps
     directories = [saved(tmp_path / name / "validation", made) for name, made in zip("ab", scores, strict=True)]
     assert cli.main(["evaluate", "--compare", *directories]) == 0
     told = capsys.readouterr().out
-    assert told.split()[:3] == ["a/validation", "b/validation", "change"]
+    assert told.startswith("base: a/validation (the first")
+    assert told.splitlines()[2].split() == ["a/validation", "b/validation", "change"]
+    assert cli.main(["evaluate", "--compare", *directories, "--base", "b/validation"]) == 0
+    assert capsys.readouterr().out.startswith("base: b/validation (by --base)")
+    assert cli.main(["evaluate", TINY, "--base", "b"]) == 2
+    assert "--base without --compare" in capsys.readouterr().err
     assert cli.main(["evaluate", TINY, "--compare", *directories]) == 2
     assert "leave the rest out" in capsys.readouterr().err
     assert cli.main(["evaluate"]) == 2

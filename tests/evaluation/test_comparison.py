@@ -12,6 +12,7 @@ from nemo_popsd.evaluation.comparison import (
     read_evaluations,
 )
 from nemo_popsd.evaluation.config import EvaluationConfig
+from nemo_popsd.evaluation.equivalence import COMPARISON_RULES
 from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
 from tests.evaluation.scores import score
 
@@ -24,7 +25,8 @@ def evaluation(scores: list[SampleScore]) -> Evaluation:
 
 def saved(path: Path, scores: list[SampleScore]) -> str:
     found = evaluation(scores)
-    EvaluationDirectory(path).conclude(found.scores, {"model": "m", "set": path.name, **found.summary.as_dict()})
+    labels = {"model": "m", "set": path.name, "scoring": {"comparison": COMPARISON_RULES}}
+    EvaluationDirectory(path).conclude(found.scores, {**labels, **found.summary.as_dict()})
     return str(path)
 
 
@@ -78,8 +80,21 @@ def test_tables_of_one_and_of_three() -> None:
 def test_directories_of_one_set_each(tmp_path: Path) -> None:
     paths = [saved(tmp_path / "x" / "step-0", BEFORE), saved(tmp_path / "y" / "step-0", AFTER)]
     table = compare_directories(paths, resamples=500)
-    assert table.splitlines()[0].split() == ["x/step-0", "y/step-0", "change"]
+    assert table.splitlines()[0] == "base: x/step-0 (the first that was named; --base NAME chooses another)"
+    assert table.splitlines()[2].split() == ["x/step-0", "y/step-0", "change"]
     assert "+5.0" in table
+
+
+def test_the_base_is_named(tmp_path: Path) -> None:
+    paths = [saved(tmp_path / name, scores) for name, scores in (("a_trained", AFTER), ("base", BEFORE))]
+    for base in ("base", paths[1]):
+        table = compare_directories(paths, resamples=500, base=base)
+        assert table.splitlines()[0] == "base: base (by --base)"
+        assert table.splitlines()[2].split() == ["base", "a_trained", "change"]
+        assert "+5.0" in table
+    with pytest.raises(UserError, match="--base other, which is none of the evaluations; need one of a_trained, base"):
+        compare_directories(paths, resamples=500, base="other")
+    assert compare_directories(paths[:1], resamples=500).splitlines()[0].split() == ["a_trained"]
 
 
 def test_models_with_several_sets_are_averaged(tmp_path: Path) -> None:
@@ -89,7 +104,8 @@ def test_models_with_several_sets_are_averaged(tmp_path: Path) -> None:
     saved(tmp_path / "trained" / "only_here", AFTER)
     text = compare_directories([str(tmp_path / "base"), str(tmp_path / "trained")], resamples=500)
     assert "only_here" not in text
-    assert text.splitlines()[0] == "aime24"
+    assert text.splitlines()[0].startswith("base: base (")
+    assert text.splitlines()[2] == "aime24"
     *_, title, base, trained = text.splitlines()
     assert title == "accuracy, average of aime24, aime25"
     assert base.startswith("  base: 50.0 % [")

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
-from nemo_popsd.evaluation.equivalence import AnswerVerifier
+from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier
 from nemo_popsd.evaluation.records import EvaluationDirectory, Sample
 from nemo_popsd.evaluation.run import PlannedSet, begin, conclude, conclude_all, fingerprint, plan, sample_settings
 from nemo_popsd.rollout.engine import SamplingParams
@@ -84,6 +84,7 @@ def test_what_is_concluded_is_what_was_asked_for(tmp_path: Path) -> None:
     summary = EvaluationDirectory(tmp_path / "s").summary()
     assert (summary["samples"], summary["accuracy"], summary["pass_at"]) == (4, 0.5, {"2": 1.0})
     assert (summary["model"], summary["set"], summary["scoring"]["without_box"]) == ("m", "s", "none")
+    assert summary["scoring"]["comparison"] == COMPARISON_RULES
     assert table.splitlines()[-1] == f"written to {tmp_path / 's'}"
     assert "average" not in table
 

@@ -288,8 +288,10 @@ class _Parser:
         r"""The argument of a command: a group, or one atom; with `digit`, one digit of a number as in \frac12."""
         token = self.next
         if digit and token is not None and token.kind == "number" and len(token.text) > 1 and token.text.isdigit():
-            rest = Token("number", token.text[1:], False, Fraction(token.text[1:]))
-            self._tokens[self._place : self._place + 1] = [rest]
+            digits = (token.text[0], token.text[1:])
+            parts = [Token("number", text, False, Fraction(text)) for text in digits]
+            self._tokens[self._place : self._place + 1] = parts
+            self._place += 1
             return number(int(token.text[0]))
         if self._at("-"):
             self._take()
@@ -335,7 +337,9 @@ class _Parser:
             else:
                 base = self._argument(digit=True)
         if power is not None and power.operation == "negative":
-            raise UnreadableError("an inverse function written as a power")
+            if name not in ("sin", "cos", "tan") or power.arguments != (number(1),):
+                raise UnreadableError("a negative power of a function")
+            name, power = f"arc{name}", None
         inner = self._function_argument()
         found = Expression("call", (inner,), name)
         if base is not None:

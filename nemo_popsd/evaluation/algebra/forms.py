@@ -170,7 +170,7 @@ class _Reader:
             name, expression = named
             value = self.answer(sides[-1])
             names = name.split(",")
-            if len(names) > 1 and isinstance(value, Several) and len(value.parts) == len(names):
+            if len(names) > 1 and isinstance(value, Several) and value.kind == "()" and len(value.parts) == len(names):
                 return Several("list", tuple(map(Named, names, value.parts)))
             return Named(name, value, expression)
         if len(sides) > 2:  # 2 + 3 = 4 + 1 = 5
@@ -347,7 +347,7 @@ def _words(tokens: Sequence[Token]) -> Words:
 def _name(tokens: Sequence[Token]) -> tuple[str, Expression | None] | None:
     """The name that a left side is: a variable, an unknown such as m + n, f(x), (a, b), or words. None for others."""
     tokens = list(tokens)
-    if tokens and tokens[0].is_symbol("(") and _closes_at_end(tokens):
+    if tokens and tokens[0].is_symbol("(") and tokens[-1].is_symbol(")") and _closes_at_end(tokens):
         names = [_name(part) for part in _split(tokens[1:-1], _is_separator)]
         return (",".join(found[0] for found in names if found), None) if len(names) > 1 and all(names) else None
     written = " ".join(token.text for token in tokens)

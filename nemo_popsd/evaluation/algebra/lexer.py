@@ -120,7 +120,17 @@ _SAME_COMMANDS = {
     **dict.fromkeys(("varphi",), "phi"),
     **dict.fromkeys(("sim", "simeq"), "approx"),
 }
-_SYMBOL_COMMANDS = {"<": "<", ">": ">", "vert": "|", "%": "%", "$": "$"}
+_SYMBOL_COMMANDS = {
+    "<": "<",
+    ">": ">",
+    "vert": "|",
+    "%": "%",
+    "$": "$",
+    "textdollar": "$",
+    "pounds": "\u00a3",
+    "euro": "\u20ac",
+    "yen": "\u00a5",
+}
 _IGNORED = names(
     "left right big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr displaystyle textstyle limits boxed fbox mathit "
     "mathbf boldsymbol bm mathsf mathnormal operatorname rm bf it ensuremath"
@@ -133,7 +143,7 @@ _KNOWN = names(
     "psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell overline"
 )
 _FOR_LIBRARY = names("int iint oint sum prod lim mathbb setminus cap max min gcd lcm det sup")
-_SPACES = {",": " ", ";": " ", ":": " ", " ": " ", "quad": "   ", "qquad": "   ", "!": "", "hspace": " ", "\n": " "}
+_SPACES = {",": " ", ";": " ", ":": " ", " ": " ", "quad": "   ", "qquad": "   ", "hspace": " ", "\n": " "}
 _MATRICES = frozenset(("matrix", "pmatrix", "bmatrix", "array", "smallmatrix"))
 
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
@@ -196,7 +206,7 @@ def _spaces_of_latex(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         return _SPACES.get(match[1], match[0])
 
-    return _COMMAND.sub(replace, text).replace("~", " ")
+    return _COMMAND.sub(replace, re.sub(r"\\!\s*", "", text)).replace("~", " ")
 
 
 def _tokens(text: str, grouped: bool, depth: int) -> list[Token]:

@@ -153,9 +153,9 @@ def _applied(expression: Expression, values: list[Value], context: Any) -> Value
         rounded = (math.floor if kind == "floor" else math.ceil)(_real_part(values[0], context))
         return Fraction(rounded)
     if kind == "!":
-        return Fraction(math.factorial(_small_integer(values[0])))
+        return _factorial(values[0], context)
     if kind == "binom":
-        return Fraction(math.comb(*(_small_integer(value) for value in values)))
+        return _binomial(values[0], values[1], context)
     return _called(expression.name, _as_float(values[0], context), context)
 
 
@@ -219,10 +219,25 @@ def _root(degree: Value, value: Value, context: Any) -> Value:
     return context.root(value, int(degree))
 
 
-def _small_integer(value: Value) -> int:
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= _LARGEST_ARGUMENT:
-        raise NoValueError("no small natural number")
-    return int(value)
+def _factorial(value: Value, context: Any) -> Value:
+    """Of natural numbers; of others, as a variable may stand for, by the gamma function."""
+    _refuse_large_argument(value)
+    if isinstance(value, Fraction) and value.denominator == 1:
+        return Fraction(math.factorial(int(value)))
+    return context.gamma(_as_float(value, context) + 1)
+
+
+def _binomial(above: Value, below: Value, context: Any) -> Value:
+    _refuse_large_argument(above)
+    _refuse_large_argument(below)
+    if all(isinstance(value, Fraction) and value.denominator == 1 and value >= 0 for value in (above, below)):
+        return Fraction(math.comb(int(above), int(below)))
+    return context.binomial(_as_float(above, context), _as_float(below, context))
+
+
+def _refuse_large_argument(value: Value) -> None:
+    if not abs(value) <= _LARGEST_ARGUMENT:
+        raise NoValueError("too large")
 
 
 def _refuse_large(bits: Any) -> None:

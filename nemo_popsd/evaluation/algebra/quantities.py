@@ -17,6 +17,7 @@ _VERBS = names(
 )
 """The word before the number of a sentence; any other, such as "than", means something else."""
 _NEGATIONS = names("not never no nor if unless without")
+_POWERS = ("squared", "cubed")
 _SHORTEST_WORD = 3
 _LETTERS = frozenset("mgshLl")
 """Units of one letter."""
@@ -74,18 +75,15 @@ def parse_quantity(tokens: Sequence[Token], *, letter_units: bool) -> Quantity:
     while behind and behind[0].is_word(*SCALES):
         expression = operation("*", expression, number(SCALES[behind.pop(0).text.lower()]))
     words = before + _phrase(behind)
-    if any(word in NO_UNITS for word in words) and not all(map(is_known, (w for w in words if w not in NO_UNITS))):
-        raise UnreadableError("words that are no unit")
-    if any(word in _FORBIDDEN for word in words):
+    powers = [word for word in words if word in _POWERS]
+    units = [word for word in words if word not in _POWERS]
+    if any(word in NO_UNITS for word in units) or (powers and not (units and all(map(is_known, units)))):
         raise UnreadableError("words that are no unit")
     digits = base = None
     if end == 1 and tokens[0].base is not None:
         base = tokens[0].base
         digits = number(int(tokens[0].text)) if tokens[0].text.isdigit() else None
     return Quantity(expression, unit_of(words) if words else None, bool(percent), digits, base)
-
-
-_FORBIDDEN = NO_UNITS - {"squared", "cubed"}
 
 
 def _is_currency(token: Token) -> bool:
@@ -115,7 +113,9 @@ def _end_of_value(tokens: Sequence[Token], letter_units: bool) -> int:
             break
         place -= 1
         end = place
-    return len(tokens) if tokens[end - 1].is_symbol("/") else end
+    if end < len(tokens) and tokens[end - 1].is_symbol("/"):  # 10/hour
+        return end - 1 if end > 1 and tokens[end - 2].kind == "number" and len(tokens[end].text) > 1 else len(tokens)
+    return end
 
 
 def _is_power(tokens: Sequence[Token], place: int) -> bool:

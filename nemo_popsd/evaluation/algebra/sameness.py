@@ -21,6 +21,7 @@ from nemo_popsd.evaluation.algebra.forms import (
     parse_answer,
 )
 from nemo_popsd.evaluation.algebra.lexer import (
+    Token,
     UnknownCommandError,
     UnreadableError,
     cleaned,
@@ -33,6 +34,8 @@ from nemo_popsd.evaluation.algebra.units import conversion
 
 _INFINITY = Expression("constant", name="infty")
 
+_CHOICES = frozenset("ABCDEFGHIJ")
+
 
 def same_answer(predicted: str, expected: str) -> bool | None:
     r"""Whether `predicted` is the answer `expected`; None where a LaTeX command is beyond the rules.
@@ -44,21 +47,43 @@ def same_answer(predicted: str, expected: str) -> bool | None:
         return False
     if _as_text(ours) == _as_text(theirs):
         return True
-    beyond = False
-    readings: list[list[Form]] = []
-    for text, letter_units in ((theirs, False), (ours, True)):
-        found: list[Form] = []
+    one, other = _Answer(theirs, letter_units=False), _Answer(ours, letter_units=True)
+    if any(same_form(expected, predicted) for expected in one.forms for predicted in other.forms):
+        return True
+    if one.written and (one.written == other.written or _chosen(other.written) == one.written):
+        return True
+    return None if one.beyond or other.beyond else False
+
+
+class _Answer:
+    """The readings of one answer: several where "1,234" may be a number or two, none where the grammar does not fit."""
+
+    def __init__(self, text: str, *, letter_units: bool) -> None:
+        self.forms: list[Form] = []
+        self.written: list[str] = []
+        """Its tokens, words without case."""
+        self.beyond = False
+        """Whether math-verify may read it."""
         for grouped in (True, False) if has_groups(text) else (True,):
             try:
-                found.append(parse_answer(tokens_of(text, grouped=grouped), letter_units=letter_units))
+                tokens = tokens_of(text, grouped=grouped)
+                self.written = self.written or _written(tokens)
+                self.forms.append(parse_answer(tokens, letter_units=letter_units))
             except UnknownCommandError:
-                beyond = True
+                self.beyond = True
             except UnreadableError:
                 continue
-        readings.append(found)
-    if any(same_form(one, other) for one in readings[0] for other in readings[1]):
-        return True
-    return None if beyond else False
+
+
+def _written(tokens: Sequence[Token]) -> list[str]:
+    folded = (token.text.casefold() if token.kind == "word" and len(token.text) > 1 else token.text for token in tokens)
+    return [text if token.base is None else f"{text}_{token.base}" for text, token in zip(folded, tokens, strict=True)]
+
+
+def _chosen(written: Sequence[str]) -> list[str]:
+    """The letter of a choice that is given with its text, as in "(C) 12"; else nothing."""
+    choice = len(written) > 3 and written[0] == "(" and written[2] == ")" and written[1] in _CHOICES
+    return [written[1]] if choice else []
 
 
 def _as_text(text: str) -> str:

@@ -38,6 +38,8 @@ _KINDS: dict[str, dict[str, Fraction]] = {
     "volume": {"ml milliliter millilitre": Fraction(1, 1000), "l liter litre": Fraction(1)},
     "angle": {"degree deg": Fraction(1)},
     "money": {"cent penny pennie": Fraction(1, 100), "$ dollar usd buck": Fraction(1)},
+    "rupee": {"\u20b9 rupee": Fraction(1)},
+    "yen": {"\u00a5 yen": Fraction(1)},
     "euro": {"\u20ac euro eur": Fraction(1)},
     "sterling": {"\u00a3 gbp": Fraction(1)},
     "person": {"person people": Fraction(1)},
@@ -46,7 +48,7 @@ _KNOWN = {
     name: (kind, factor) for kind, units in _KINDS.items() for names, factor in units.items() for name in names.split()
 }
 _SPEEDS = {"mph": ("mi", "h"), "kmh": ("km", "h"), "kph": ("km", "h"), "kmph": ("km", "h")}
-CURRENCIES = frozenset("$\u20ac\u00a3")
+CURRENCIES = frozenset("$\u20ac\u00a3\u20b9\u00a5")
 SCALES = {
     "dozen": 12,
     "hundred": 100,
@@ -57,9 +59,8 @@ SCALES = {
 }
 """Words that multiply the number before them."""
 NO_UNITS = names(
-    "or and not no than plus minus times over to from if but through until half quarter third halves quarters thirds "
-    "squared cubed pi root sqrt remainder mod modulo base except only between least most about approximately around "
-    "out is are was were equals percent"
+    "or and not no than plus minus if but half third halves thirds pi root sqrt remainder mod modulo base except "
+    "between least most about approximately around is are was were equals percent"
 )
 """Words that change what the number before them means: an answer with one is no number with a unit."""
 _FILLERS = names(

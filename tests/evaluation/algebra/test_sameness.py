@@ -14,6 +14,7 @@ from nemo_popsd.evaluation.algebra.sameness import same_answer
 from nemo_popsd.evaluation.equivalence import AnswerVerifier
 
 PAIRS = [json.loads(line) for line in Path(__file__).with_name("answer_pairs.jsonl").read_text().splitlines()]
+BEYOND_RULES = ("library", "hostile", "empty")
 GSM8K = Path(__file__).parents[4] / "shared" / "data"
 
 
@@ -40,6 +41,20 @@ def test_an_answer_is_itself() -> None:
     for pair in PAIRS:
         if pair["kind"] not in ("empty", "library"):
             assert same_answer(pair["expected"], pair["expected"]), pair["expected"]
+
+
+def test_another_digit_is_another_answer() -> None:
+    """Every digit of every answer counts, but those of a chain's first sides, of a repeated element and of parity."""
+    excepted = {"S = 2+3 = 5", r"\{1,1,2\}", "(-1)^{n+1}"}
+    texts = {pair[side] for pair in PAIRS for side in ("expected", "predicted") if pair["kind"] not in BEYOND_RULES}
+    wrong = []
+    for text in sorted(texts - excepted):
+        for place, digit in enumerate(text):
+            if digit in "0123456789":
+                other = f"{text[:place]}{(int(digit) + 1) % 10}{text[place + 1 :]}"
+                if same_answer(other, text):
+                    wrong.append((text, other))
+    assert wrong == []
 
 
 FORMS = (
