@@ -24,7 +24,8 @@ class PopsdConfig:
     output: str = "runs/popsd"
     """Directory for checkpoints, metrics and the resolved configuration."""
     overwrite: bool = False
-    """Begin anew where `output` already holds a run, whose files are removed; otherwise that run goes on."""
+    """Begin at step 1 where `output` already holds a run of nemo_popsd (its mark `.nemo_popsd` says so): the files that
+    it wrote are removed, and nothing else is. Otherwise that run goes on."""
     seed: int = 1234
     """Seed of data order, rollouts and adapters. Nothing drawn from it depends on the parallel layout."""
     student: StudentConfig = field(default_factory=StudentConfig)
