@@ -25,7 +25,8 @@ class PopsdConfig:
     output: Annotated[str, Text.PATH] = "runs/popsd"
     """Directory for checkpoints, metrics and the resolved configuration."""
     overwrite: bool = False
-    """Begin anew where `output` already holds a run, whose files are removed; otherwise that run goes on."""
+    """Begin at step 1 where `output` already holds a run of nemo_popsd (its mark `.nemo_popsd` says so): the files that
+    it wrote are removed, and nothing else is. Otherwise that run goes on."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 1234
     """Seed of data order, rollouts and adapters. Nothing drawn from it depends on the parallel layout."""
     student: StudentConfig = field(default_factory=StudentConfig)

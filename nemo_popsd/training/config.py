@@ -15,7 +15,9 @@ class TrainingConfig:
     """Steps, batches, and what happens every so many steps."""
 
     steps: Annotated[int, Bounds(1, 10**8)] = 200
-    """On-policy steps (the paper trains at most 200)."""
+    """On-policy steps (the paper trains at most 200). A finished run goes on if it is started again with more of them.
+    The schedule of the learning rate is a function of the step and of this number, so the rate then jumps to that of an
+    uninterrupted run of the new length: after a decay to `optimizer.min_lr` it rises again."""
     prompts_per_step: Annotated[int, Bounds(1, 2**16)] = 32
     """Questions per step over all data-parallel ranks, one rollout each (the paper's batch)."""
     updates_per_step: Annotated[int, Bounds(1, 2**16)] = 1

@@ -65,6 +65,52 @@ def test_a_killed_run_ends_with_the_same_bits(whole: Path, resumed: Path, adapta
     assert metrics(one, "train/loss") == metrics(other, "train/loss")
 
 
+def test_a_kill_before_the_first_checkpoint_changes_no_bit(whole: Path, runs: Path) -> None:
+    """The second start finds the first validation on the disk and does not make it again."""
+    output = runs / "killed early"
+    train_and_die(output, plan={"step": 1})
+    assert (output / "validation" / "step-000000" / "summary.json").is_file()
+    assert not list((output / "checkpoints").glob("step-*"))
+    assert train(output)[0][0] == 0
+    assert differences(whole / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
+
+
+def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(whole: Path, runs: Path) -> None:
+    """Resumed after step 2, which is removed when step 3 is complete: `final` has all files all the same."""
+    from nemo_popsd.checkpoint.manifest import read_manifest
+
+    output = runs / "outlived"
+    words = ("training.checkpoint_every=1", "training.keep_last=1", "training.export_huggingface=true")
+    train_and_die(output, *words, plan={"step": 3})
+    status, told = train(output, *words)[0]
+    assert status == 0
+    assert "resuming after step 2" in told
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["final", "latest", "step-000003"]
+    files = [sorted(read_manifest(path / "checkpoints" / "final")["files"]) for path in (whole / "full", output)]
+    assert files[0] == files[1]
+    assert {"huggingface/config.json", "huggingface/tokenizer.json"} <= set(files[0])
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in (output / "huggingface").iterdir()}
+    assert train(output, *words, "training.steps=5")[0][0] == 0
+
+
+def test_an_old_damaged_checkpoint_stops_nothing_and_stays(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole / "full", output)
+    (output / "DONE").unlink()
+    old = output / "checkpoints" / "step-000002"
+    (old / "manifest.json").write_bytes(b"")
+    words = ("training.steps=6", "training.checkpoint_every=1", "training.keep_last=1")
+    status, told = train(output, *words)[0]
+    assert status == 0, told
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "final",
+        "latest",
+        "step-000002",
+        "step-000005",
+    ]
+    assert (old / "weights" / "common.pt").is_file()
+
+
 @both
 def test_no_line_of_the_metrics_is_lost_or_doubled(resumed: Path, adaptation: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -166,12 +212,25 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
     status, told = train(output, "training.steps=5")[0]
     assert status == 2
     assert f"weights/{shard.name} was changed" in told
+    folder = output / "checkpoints"
+    move = f"mv {folder / 'final'} {folder / 'final.damaged'}"
+    assert f"{move}; then the same command goes on after step 2 from {folder / 'step-000002'}, which is whole" in told
+    (folder / "final").rename(folder / "final.damaged")
+    status, told = train(output, "training.steps=5")[0]
+    assert status == 0
+    assert "resuming after step 2" in told
+    assert (folder / "final.damaged").is_dir()
+    for name in ("final", "step-000002", "step-000004"):
+        (folder / name / "manifest.json").write_bytes(b"")
+    status, told = train(output, "training.steps=6")[0]
+    assert status == 2
+    assert f"move {folder} away to begin at step 1: no other checkpoint is whole" in told
 
 
 @pytest.mark.parametrize(
     ("where", "number", "saved"),
-    [("decoding", signal.SIGTERM, 2), ("trained", signal.SIGUSR1, 3)],
-    ids=["TERM while decoding", "USR1 while training"],
+    [("decoding", signal.SIGTERM, 2), ("trained", signal.SIGUSR1, 3), ("decoding", signal.SIGINT, 2)],
+    ids=["TERM while decoding", "USR1 while training", "Ctrl-C while decoding"],
 )
 def test_a_signal_to_one_rank_saves_and_stops_all(
     whole: Path, tmp_path: Path, where: str, number: signal.Signals, saved: int

@@ -42,8 +42,9 @@ def submit(slurm: Cluster, place: Path, *flags: str) -> str:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    # conf/tiny.yaml says overwrite=true, which must not make a job that is started again begin anew.
-    words = [str(ROOT / "slurm" / "train.sh"), str(ROOT / "conf" / "tiny.yaml"), f"output={place / 'run'}", *SETTINGS]
+    # What the first start may overwrite, one that is started again must not.
+    output = [f"output={place / 'run'}", "overwrite=true"]
+    words = [str(ROOT / "slurm" / "train.sh"), str(ROOT / "conf" / "tiny.yaml"), *output, *SETTINGS]
     return slurm.submit(*TWO, *flags, *words, cwd=place, **environment)
 
 
