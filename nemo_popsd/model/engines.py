@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,15 @@ def build_engine(
     return VllmEngine(
         ranks,
         start=lambda limit: VllmServer(
-            server_launch(settings, base or architecture.directory, limit, ranks.number, devices, adapter=bool(base))
+            server_launch(
+                settings,
+                base or architecture.directory,
+                limit,
+                ranks.number,
+                devices,
+                adapter=bool(base),
+                overrides=architecture.overrides,
+            )
         ),
         weights=lambda: (architecture.stream_adapters if base else architecture.stream)(student.chunks),
         kind="adapter" if base else "weights",
@@ -149,7 +157,14 @@ def adapter_base(settings: PopsdConfig, student: Student) -> Path | None:
 
 
 def server_launch(
-    settings: PopsdConfig, model: Path, limit: int, replica: int, devices: str | None, *, adapter: bool
+    settings: PopsdConfig,
+    model: Path,
+    limit: int,
+    replica: int,
+    devices: str | None,
+    *,
+    adapter: bool,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Launch:
     """How the server of a replica is started.
 
@@ -160,6 +175,7 @@ def server_launch(
         replica: number of the replica.
         devices: GPUs of the server; None leaves the choice to the environment.
         adapter: whether it reads the weights from `model` and is sent LoRA adapters; otherwise it is sent weights.
+        overrides: keys of ``config.json``, whatever the file says.
     """
     vllm = settings.rollout.vllm
     arguments: dict[str, Any] = {
@@ -179,6 +195,8 @@ def server_launch(
         "seed": 0,  # each request has its own
         "disable_log_stats": True,
     }
+    if overrides:
+        arguments["hf_overrides"] = dict(overrides)
     lora = settings.student.lora
     if adapter:
         rank = next(rank for rank in _LORA_RANKS if rank >= lora.rank)

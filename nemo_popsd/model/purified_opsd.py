@@ -24,7 +24,7 @@ from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
-from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, refuse_tokens_beyond, stop_token_ids
 from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.run import choose_rows, diagnose
 from nemo_popsd.errors import StopRequested, UserError
@@ -105,6 +105,7 @@ class PurifiedOPSDModel(ModelPT):
             source = open_source(self.settings.student.source)
             self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
+        refuse_tokens_beyond(self.tokenizer, self._generation_config(), self.architecture.vocab_size)
         self.data_fingerprint = ""
         self._longest = 0
         if self.settings.data.train.path:
@@ -153,7 +154,8 @@ class PurifiedOPSDModel(ModelPT):
         """Reads, checks and measures the training rows; each step takes this data-parallel rank's share."""
         source = _source(train_data_config)
         borrowed = Borrowed(self.settings.distillation.target.borrowed)
-        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer, borrowed)
+        size = self.architecture.vocab_size
+        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer, borrowed, vocab_size=size)
         self.data_fingerprint = dataset.fingerprint()
         self._refuse_beyond_positions(
             dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
@@ -172,7 +174,9 @@ class PurifiedOPSDModel(ModelPT):
 
     def setup_validation_data(self, val_data_config: SourceConfig | DictConfig) -> None:
         """Reads the held-out rows; data-parallel ranks share them out."""
-        prompts, _ = build_evaluation_prompts(self.settings.data, _source(val_data_config), self.tokenizer)
+        prompts, _ = build_evaluation_prompts(
+            self.settings.data, _source(val_data_config), self.tokenizer, vocab_size=self.architecture.vocab_size
+        )
         prompts = prompts[: self.settings.evaluation.problems]
         self.refuse_long_evaluation(prompts)
         ranks = parallel_state.get_data_parallel_world_size()
@@ -301,14 +305,16 @@ class PurifiedOPSDModel(ModelPT):
 
     def sampling(self, section: Any) -> SamplingParams:
         """How `rollout` or `evaluation`, whichever `section` is, draws tokens from this model."""
-        generation = read_generation_config(self.architecture.directory)
         return SamplingParams(
             temperature=section.temperature,
             top_p=section.top_p,
             top_k=section.top_k,
             max_response_tokens=section.max_response_tokens,
-            stop_token_ids=frozenset(stop_token_ids(self.tokenizer, generation)),
+            stop_token_ids=frozenset(stop_token_ids(self.tokenizer, self._generation_config())),
         )
+
+    def _generation_config(self) -> dict[str, Any] | None:
+        return read_generation_config(self.architecture.directory)
 
     def _count_markers(self, response: Sequence[int]) -> int:
         counts = count_markers(self.tokenizer.decode(list(response)), self.settings.evaluation.markers)
