@@ -37,7 +37,7 @@ class UserError(ValueError):
 
 
 class StopRequested(Exception):  # noqa: N818 nothing went wrong
-    """The run was asked to save and stop (SIGTERM, SIGUSR1). Raised on all ranks at the same point, at which the
+    """The run was asked to save and stop by a signal. Raised on all ranks at the same point, at which the
     weights are those of the last completed step.
     """
 

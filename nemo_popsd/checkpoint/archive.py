@@ -10,9 +10,12 @@ from nemo_popsd.errors import UserError
 
 
 def pack(directory: Path, archive: Path) -> None:
-    """Packs `directory` without compression; the file is on the disk when this returns."""
+    """Packs `directory` without compression; the file, which may be in it and is left out, is on the disk when this
+    returns.
+    """
+    itself = archive.name if archive.parent == directory else None
     with tarfile.open(archive, "w") as tar:
-        tar.add(directory, arcname=".")
+        tar.add(directory, arcname=".", filter=lambda member: None if member.name == f"./{itself}" else member)
     flush_file(archive)
 
 

@@ -28,6 +28,7 @@ from nemo_popsd.checkpoint.tensor_map import TensorMap
 from nemo_popsd.data.tokenizer import TOKENIZER_FILES
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.build import Model, chunks_of
+from nemo_popsd.ownership import EXPORT
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
 adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
@@ -217,8 +218,8 @@ class HuggingFaceModel:
     ) -> None:
         """Writes `model` as a Hugging Face directory, artifacts included. Collective over all ranks.
 
-        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; what
-        stood there is replaced.
+        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; an earlier
+        export there is replaced, and anything else is refused.
 
         Args:
             model: the student, or its chunks; with LoRA its adapters are merged into the weights when `merge_adapters`.
@@ -245,8 +246,8 @@ class HuggingFaceModel:
     ) -> None:
         """Writes a Hugging Face directory with these tensors and this directory's artifacts, from this process alone.
 
-        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; what
-        stood there is replaced.
+        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; an earlier
+        export there is replaced, and anything else is refused.
 
         Args:
             output: directory to make.
@@ -254,7 +255,7 @@ class HuggingFaceModel:
             dtype: of the tensors, which ``config.json`` is made to say.
             shard_bytes: size at which a new file is begun.
         """
-        with new_directory(Path(output)) as partial:
+        with new_directory(Path(output), EXPORT) as partial:
             self.copy_artifacts(partial)
             _declare_dtype(partial / "config.json", dtype)
             written = write_shards(tensors, partial, shard_bytes)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ import torch.distributed as dist
 
 from nemo_popsd.atomic import write_text
 from nemo_popsd.errors import UserError
+from nemo_popsd.ownership import MANIFEST as FILE_NAME
 
-FILE_NAME = "manifest.json"
 FORMAT = 2
-_BLOCK = 1 << 20
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is not as it was written: another one of the same run may be whole."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes, as `UserError`."""
+        rebuild = partial(
+            DamagedCheckpointError, self.what, got=str(self.got), need=self.need, mend=self.mend, advice=self.advice
+        )
+        return rebuild, ()
 
 
 def digest(path: Path) -> tuple[int, str]:
@@ -60,9 +71,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest, whole and unchanged.
 
     Raises:
-        UserError: there is none, it was written by another version, or it was changed.
+        DamagedCheckpointError: there is none, it was written by another version, or it was changed.
     """
     path = directory / FILE_NAME
+    if os.path.lexists(path) and not path.is_file():  # reading a named pipe would wait for ever
+        raise damaged(directory, f"a {FILE_NAME} that is no regular file")
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         if content["format"] != FORMAT:
@@ -71,9 +84,30 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise damaged(directory, f"a {FILE_NAME} that was changed after it was written")
     except FileNotFoundError:
         raise damaged(directory, f"no {FILE_NAME}: the checkpoint is incomplete or of another kind") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise damaged(directory, f"{FILE_NAME} that cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(directory, f"an unreadable {FILE_NAME} ({error!r})") from None
     return content
+
+
+def refuse_absent(directory: Path, names: Iterable[str]) -> None:
+    """Refuses a checkpoint without some of the files `names`; reads none of them.
+
+    Raises:
+        DamagedCheckpointError: names the files.
+    """
+    _raise_damage(directory, [_absent(directory / name, name) for name in sorted(names)])
+
+
+def verify_files(directory: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Compares some files with the manifest, on this process alone.
+
+    Raises:
+        DamagedCheckpointError: names the files that are missing, cut or changed.
+    """
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    _raise_damage(directory, [_damage(directory, name, files[name]) for name in sorted(names)])
 
 
 def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -81,7 +115,7 @@ def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
     files, and one gather of objects brings what they found together.
 
     Raises:
-        UserError: on every rank, naming the files that are missing, cut, changed or unknown.
+        DamagedCheckpointError: on every rank, naming the files that are missing, cut, changed or unknown.
     """
     files: dict[str, dict[str, Any]] = manifest["files"]
     together = dist.is_initialized()
@@ -93,14 +127,18 @@ def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
     if together:
         gathered = [[]] * ranks
         dist.all_gather_object(gathered, found)
-    if damage := sorted(text for texts in gathered for text in texts if text):
+    _raise_damage(directory, [text for texts in gathered for text in texts])
+
+
+def _raise_damage(directory: Path, found: Iterable[str | None]) -> None:
+    if damage := sorted(text for text in found if text):
         more = f" and {len(damage) - 4} more" if len(damage) > 4 else ""
         raise damaged(directory, "; ".join(damage[:4]) + more)
 
 
-def damaged(directory: Path, got: str) -> UserError:
+def damaged(directory: Path, got: str) -> DamagedCheckpointError:
     """The error for a checkpoint that cannot be used."""
-    return UserError(
+    return DamagedCheckpointError(
         f"checkpoint {directory}",
         got=got,
         need="a NeMo checkpoint as nemo_popsd wrote it",
@@ -110,13 +148,21 @@ def damaged(directory: Path, got: str) -> UserError:
 
 def _damage(directory: Path, name: str, recorded: Mapping[str, Any]) -> str | None:
     path = directory / name
-    if not path.is_file():
-        return f"{name} is missing"
+    if absent := _absent(path, name):
+        return absent
     if (size := path.stat().st_size) != recorded["bytes"]:
         return f"{name} has {size} bytes instead of {recorded['bytes']}"
-    if digest(path)[1] != recorded["sha256"]:
-        return f"{name} was changed (its SHA-256 is another)"
-    return None
+    try:
+        changed = digest(path)[1] != recorded["sha256"]
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return f"{name} was changed (its SHA-256 is another)" if changed else None
+
+
+def _absent(path: Path, name: str) -> str | None:
+    if path.is_file():
+        return None
+    return f"{name} is " + ("no regular file" if os.path.lexists(path) else "missing")
 
 
 def _sum(content: Mapping[str, Any]) -> str:

@@ -23,11 +23,11 @@ from yaml import YAMLError
 
 from nemo_popsd.checkpoint.archive import unpack
 from nemo_popsd.checkpoint.completeness import expected_shapes
+from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEIGHTS, missing_files, ranks_of
 from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.manifest import FILE_NAME, damaged, read_manifest, verify
+from nemo_popsd.checkpoint.manifest import FILE_NAME, damaged, read_manifest, refuse_absent, verify, verify_files
 from nemo_popsd.checkpoint.tensor_map import MegatronWeights, MergedWeights
-from nemo_popsd.checkpoint.training_state import FOLDER
 from nemo_popsd.checkpoint.weights import adapter_parameters, every_parameter, load_weights
 from nemo_popsd.config.loading import from_dict_config
 from nemo_popsd.config.schema import PopsdConfig
@@ -37,9 +37,7 @@ from nemo_popsd.megatron.build import Model, build_chunks, chunks_of, layout_of
 from nemo_popsd.megatron.student import LoadWeights
 from nemo_popsd.reading import YAML_BYTES, check_yaml, foreign_entry, read_text
 
-CONFIG_NAME = "model_config.yaml"
 _MEND = "copy it again, or use another checkpoint"
-_PARTS = (CONFIG_NAME, "huggingface", "weights")
 
 
 class NemoCheckpoint:
@@ -57,7 +55,8 @@ class NemoCheckpoint:
         """Opens it; a `.nemo` file is unpacked into a temporary directory. Reads no weights.
 
         Raises:
-            UserError: it is incomplete or no checkpoint of ours.
+            DamagedCheckpointError: it is incomplete, damaged or no checkpoint of ours. Files that its
+                manifest lists must be there; small ones are compared with it here, the others by `verify`.
         """
         self._unpacked: tempfile.TemporaryDirectory[str] | None = None
         self._verified = False
@@ -71,18 +70,23 @@ class NemoCheckpoint:
         if reason := foreign_entry(self.directory):
             raise damaged(Path(path), reason)
         self.manifest = read_manifest(self.directory)
-        for name in _PARTS:
-            if not (self.directory / name).exists():
-                raise damaged(Path(path), f"no {name}")
         try:
+            files, ranks = self.manifest["files"], ranks_of(self.manifest)
+            if missing := missing_files(files, ranks=ranks):
+                raise damaged(Path(path), f"no {missing[0]}, which its {FILE_NAME} does not list either")
+            small = [name for name in files if name.startswith((CONFIG_NAME, f"{ARCHITECTURE}/"))]
+            refuse_absent(self.directory, files)
+            verify_files(self.directory, self.manifest, small)
             check_yaml(read_text(self.directory / CONFIG_NAME, f"checkpoint {path}", mend=_MEND, limit=YAML_BYTES))
             tree = cast(DictConfig, OmegaConf.load(self.directory / CONFIG_NAME))
             self.step = int(self.manifest["step"])
             self.base: dict[str, str] | None = self.manifest["base"]
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, YAMLError) as error:
             raise damaged(Path(path), f"unreadable {CONFIG_NAME} or {FILE_NAME} ({error!r})") from None
         self.config: PopsdConfig = from_dict_config(tree)
-        self.architecture = HuggingFaceModel(self.directory / "huggingface")
+        self.architecture = HuggingFaceModel(self.directory / ARCHITECTURE)
 
     @property
     def adapters_only(self) -> bool:
@@ -92,7 +96,7 @@ class NemoCheckpoint:
     @property
     def has_training_state(self) -> bool:
         """Whether a run can be resumed from it."""
-        return (self.directory / FOLDER).is_dir()
+        return (self.directory / STATE).is_dir()
 
     def verify(self) -> None:
         """Compares every file with the manifest, once. Collective where there is a process group.
@@ -110,7 +114,7 @@ class NemoCheckpoint:
         """
         self.verify()
         which = adapter_parameters if self.adapters_only else every_parameter
-        load_weights(chunks_of(model), self.directory / "weights", which=which)
+        load_weights(chunks_of(model), self.directory / WEIGHTS, which=which)
 
     def tensors(self, read_base: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """What the student computes with, adapters merged, by Hugging Face names, each read when asked for.
@@ -135,7 +139,7 @@ class NemoCheckpoint:
             UserError: on every rank, if a file is damaged, or a tensor is missing or has another shape.
         """
         self.verify()
-        weights = MegatronWeights(DistributedTensors(self.directory / "weights"), self.architecture.tensor_map())
+        weights = MegatronWeights(DistributedTensors(self.directory / WEIGHTS), self.architecture.tensor_map())
         if not self.adapters_only:
             weights.require_complete(expected_shapes(self.architecture.config))
         if self.config.student.adaptation == "lora":

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from nemo_popsd.atomic import new_directory
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.errors import UserError
+from nemo_popsd.ownership import ADAPTER
 
 
 def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
@@ -22,10 +23,10 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
 
     Args:
         checkpoint: of a run with LoRA.
-        output: directory to make; what stood there is replaced.
+        output: directory to make; an earlier adapter there is replaced.
 
     Raises:
-        UserError: the checkpoint has no adapters, or adapters on experts.
+        UserError: the checkpoint has no adapters, or adapters on experts; or `output` is not ours to replace.
     """
     student, architecture = checkpoint.config.student, checkpoint.architecture
     if student.adaptation != "lora":
@@ -63,7 +64,7 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with new_directory(output) as partial:
+    with new_directory(output, ADAPTER) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         (partial / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone.
         (partial / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_popsd.atomic import PARTIAL, REPLACED, remove, write_text
-from nemo_popsd.checkpoint.manifest import FILE_NAME, read_manifest
-from nemo_popsd.checkpoint.training_state import FOLDER as TRAINING_STATE
+from nemo_popsd.atomic import is_ours, remove_directory, write_text
+from nemo_popsd.checkpoint.contents import STATE
+from nemo_popsd.checkpoint.manifest import DamagedCheckpointError, read_manifest
+from nemo_popsd.ownership import CHECKPOINT
 
 FINAL = "final"
 LATEST = "latest"
-"""File that holds the name of the newest complete checkpoint; for people and scripts, `newest` does not need it."""
+"""File that holds the name of the newest complete checkpoint."""
+_NAME = re.compile(r"step-(\d{6,})")
 
 
 def name_of(step: int) -> str:
@@ -19,20 +23,59 @@ def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def complete_checkpoints(folder: Path) -> dict[str, int]:
-    """Names and steps of the complete checkpoints in `folder`, by step; `final` after another of the same step."""
-    found: dict[str, int] = {}
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.suffix not in (PARTIAL, REPLACED) and (path / FILE_NAME).is_file():
-                found[path.name] = int(read_manifest(path)["step"])
-    return dict(sorted(found.items(), key=lambda item: (item[1], item[0] == FINAL)))
+def is_name(name: str) -> bool:
+    """Whether a run gives this name to a checkpoint. What has any other name in its folder is somebody else's."""
+    return name == FINAL or _NAME.fullmatch(name) is not None
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint from which a run can be resumed."""
-    names = [name for name in complete_checkpoints(folder) if (folder / name / TRAINING_STATE).is_dir()]
-    return folder / names[-1] if names else None
+@dataclass(frozen=True)
+class Checkpoints:
+    """What is in the folder of a run's checkpoints."""
+
+    folder: Path
+    complete: dict[str, int] = field(default_factory=dict)
+    """Names and steps of those with a whole manifest, by step; `final` after another of the same step."""
+    damaged: dict[str, DamagedCheckpointError] = field(default_factory=dict)
+    """What is wrong with the manifests of the others, by name."""
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Checkpoints:
+        """Reads the manifests; those of checkpoints that are being written, replaced or removed have other names."""
+        found: dict[str, int] = {}
+        damaged: dict[str, DamagedCheckpointError] = {}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if is_name(path.name) and path.is_dir() and any(path.iterdir()):
+                try:
+                    found[path.name] = int(read_manifest(path)["step"])
+                except DamagedCheckpointError as error:
+                    damaged[path.name] = error
+        return cls(folder, dict(sorted(found.items(), key=lambda item: (item[1], item[0] == FINAL))), damaged)
+
+    def resumable(self) -> list[str]:
+        """Names of the complete ones from which a run can be resumed, the newest last."""
+        return [name for name in self.complete if (self.folder / name / STATE).is_dir()]
+
+    def newest(self) -> Path | None:
+        """The newest one, to resume from; None where there is none.
+
+        Raises:
+            DamagedCheckpointError: the newest one's manifest is damaged.
+        """
+        names = self.resumable()
+        reached = self.complete[names[-1]] if names else -1
+        for name, error in self.damaged.items():
+            if self._may_be_newer(name, reached):
+                raise error
+        return self.folder / names[-1] if names else None
+
+    def _may_be_newer(self, damaged: str, reached: int) -> bool:
+        if match := _NAME.fullmatch(damaged):
+            return int(match[1]) > reached
+        try:
+            latest = (self.folder / LATEST).read_text().strip()
+        except (OSError, ValueError):
+            return True
+        return latest == damaged or latest not in self.complete
 
 
 def point_to(checkpoint: Path) -> None:
@@ -62,7 +105,16 @@ def superfluous(
     return [name for name, step in checkpoints.items() if name != FINAL and step not in stay]
 
 
-def prune(folder: Path, names: list[str]) -> None:
-    """Removes checkpoints; one that is removed half is incomplete, and the next call or run removes the rest."""
+def prune(folder: Path, names: list[str]) -> list[str]:
+    """Removes checkpoints; what a kill leaves of one is removed by the next run.
+
+    Returns:
+        The names of those that stay, since they hold something that no run wrote.
+    """
+    kept = []
     for name in names:
-        remove(folder / name)
+        if is_ours(folder / name, CHECKPOINT):
+            remove_directory(folder / name, CHECKPOINT)
+        else:
+            kept.append(name)
+    return kept

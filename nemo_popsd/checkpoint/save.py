@@ -21,18 +21,30 @@ from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_popsd.atomic import PARTIAL, flush_tree, put_in_place, remove
+from nemo_popsd.atomic import (
+    PARTIAL,
+    begin_partial,
+    flush_directory,
+    flush_tree,
+    put_in_place,
+    refuse_what_is_in_the_way,
+    remove_directory,
+)
 from nemo_popsd.checkpoint.archive import pack
+from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEIGHTS, missing_files
 from nemo_popsd.checkpoint.distributed_tensors import Piece
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.manifest import digest, digests, list_files, write_manifest
-from nemo_popsd.checkpoint.nemo import CONFIG_NAME
-from nemo_popsd.checkpoint.training_state import FOLDER, StagedState
+from nemo_popsd.checkpoint.training_state import StagedState
 from nemo_popsd.checkpoint.weights import StagedPieces, StagedWeights, adapter_parameters, every_parameter
+from nemo_popsd.errors import UserError
+from nemo_popsd.ownership import CHECKPOINT, refuse_foreign_archive
 from nemo_popsd.runtime.agreement import do_together
 from nemo_popsd.runtime.distributed import layout
 
 _LIBRARIES = ("nemo_popsd", "nemo_toolkit", "megatron-core", "megatron-bridge", "torch", "transformers")
+_PACKED = "packed"
+"""File in the partial directory that becomes the archive."""
 _ROOM = {
     "need": "room and the right to write it",
     "mend": "free space, or set output to another file system; what is in memory and older checkpoints are unchanged",
@@ -48,7 +60,7 @@ class Content:
     pieces: Sequence[Piece] = ()
     """The weights where there is no model; rank 0 computes them as it writes."""
     architecture: HuggingFaceModel
-    """Where tokenizer and configuration files are copied from."""
+    """Whose tokenizer and configuration files go into it."""
     config: DictConfig
     """The resolved configuration."""
     step: int
@@ -84,22 +96,24 @@ class PendingSave:
                 rank's share.
 
         Raises:
-            UserError: no room, or no right to write; nothing has been left behind.
+            UserError: no room, no right to write, or something that is not ours at `path` or at a name that it needs
+                while it is written; nothing has been left behind.
         """
         self.path = Path(path)
         self.step = content.step
         self._content = content
         self._partial = self.path.with_name(self.path.name + PARTIAL)
+        self._begun = False
         self._sums: dict[str, tuple[int, str]] = {}
         self._error: Exception | None = None
         self._state: StagedState | None = None
         self._together(self._make_partial)
         self._weights: StagedWeights | StagedPieces
         if content.pieces:
-            self._weights = StagedPieces(content.pieces, self._partial / "weights")
+            self._weights = StagedPieces(content.pieces, self._partial / WEIGHTS)
         else:
             which = adapter_parameters if content.adapters_only else every_parameter
-            self._weights = StagedWeights(content.models, self._partial / "weights", which=which, copy=background)
+            self._weights = StagedWeights(content.models, self._partial / WEIGHTS, which=which, copy=background)
         if content.optimizer is not None:
             self._state = StagedState(
                 content.models, content.optimizer, self._partial, random_state=content.random_state
@@ -151,18 +165,23 @@ class PendingSave:
         try:
             do_together(f"checkpoint {self.path}", action, **_ROOM)
         except Exception:
-            if dist.get_rank() == 0:
-                remove(self._partial)
+            if self._begun:
+                remove_directory(self._partial, CHECKPOINT)
             dist.barrier()
             raise
 
     def _make_partial(self) -> None:
         if dist.get_rank() == 0:
-            remove(self._partial)
-            (self._partial / "weights").mkdir(parents=True)
-            (self._partial / "huggingface").mkdir()
+            if self.path.suffix == ".nemo":
+                refuse_foreign_archive(self.path)
+            else:
+                refuse_what_is_in_the_way(self.path, CHECKPOINT)
+            begin_partial(self.path, CHECKPOINT)
+            self._begun = True
+            (self._partial / WEIGHTS).mkdir(parents=True)
+            (self._partial / ARCHITECTURE).mkdir()
             if self._content.optimizer is not None:
-                (self._partial / FOLDER).mkdir()
+                (self._partial / STATE).mkdir()
 
     def _refuse_without_room(self) -> None:
         """All ranks' bytes against what rank 0's file system has left: one gather of numbers."""
@@ -185,25 +204,39 @@ class PendingSave:
         content, partial = self._content, self._partial
         if self._state is not None:
             self._state.finish()
-        content.architecture.copy_artifacts(partial / "huggingface", with_tensor_names=True)
+        content.architecture.copy_artifacts(partial / ARCHITECTURE, with_tensor_names=True)
         OmegaConf.save(content.config, partial / CONFIG_NAME)
         files = list_files(partial)
-        missing = sorted(set(sums) - set(files))
-        assert not missing, f"{missing} are not on the file system of rank 0"
+        self._refuse_incomplete(files, sums)
         sums |= digests(partial, [name for name in files if name not in sums])
         flush_tree(partial)
         write_manifest(partial, self._facts(), sums)
         if self.path.suffix == ".nemo":
-            archive = self.path.with_name(f"{self.path.name}.tar{PARTIAL}")
-            try:
-                pack(partial, archive)
-            except OSError:
-                remove(archive)
-                raise
-            remove(partial)
-            put_in_place(archive, self.path)
+            archive = partial / _PACKED
+            pack(partial, archive)
+            refuse_foreign_archive(self.path)
+            archive.replace(self.path)
+            flush_directory(self.path.parent)
+            remove_directory(partial, CHECKPOINT)
         else:
-            put_in_place(partial, self.path)
+            put_in_place(partial, self.path, CHECKPOINT)
+
+    def _refuse_incomplete(self, files: Sequence[str], sums: Mapping[str, tuple[int, str]]) -> None:
+        """No manifest is written for a checkpoint that lacks anything: of what every checkpoint holds, of what the
+        ranks wrote, of the model's own files.
+        """
+        ranks = dist.get_world_size() if self._state is not None else 0
+        expected = {*sums, *(f"{ARCHITECTURE}/{name}" for name in self._content.architecture.artifacts)}
+        if self._state is not None:
+            expected |= {f"{STATE}/{name}" for name in self._state.names_of_all_ranks}
+        missing = missing_files(files, ranks=ranks) + sorted(expected - set(files))
+        if missing:
+            raise UserError(
+                f"checkpoint {self.path}",
+                got=f"no {', '.join(dict.fromkeys(missing))} after all ranks have written",
+                need="all files of the checkpoint, on a file system that all ranks share",
+                mend="set output to shared storage; older checkpoints are unchanged",
+            )
 
     def _facts(self) -> dict[str, Any]:
         content = self._content

@@ -32,12 +32,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_popsd.atomic import flush_file
+from nemo_popsd.checkpoint.contents import STATE, STATE_INDEX, random_file
 from nemo_popsd.checkpoint.manifest import damaged
 from nemo_popsd.megatron.optimizer_state import ParameterState, parameter_states, set_step_count, step_count
 from nemo_popsd.runtime.random_state import restore_random_state
 
-FOLDER = "training_state"
-_INDEX = "index.json"
 _READ_ERRORS = (OSError, KeyError, ValueError, TypeError, SafetensorError)
 
 
@@ -47,6 +46,7 @@ class StagedState:
     Attributes:
         files: what `write` writes.
         bytes: of the copies.
+        names_of_all_ranks: files that the ranks write together, by their names in the folder.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class StagedState:
         Args:
             models: this rank's parts of the model, bare.
             optimizer: Megatron's.
-            directory: the checkpoint; its folder `FOLDER` must exist.
+            directory: the checkpoint; its folder `STATE` must exist.
             random_state: of this rank.
         """
         self._random = dict(random_state)
         self._tensors: dict[str, Tensor] = {}
         rank = dist.get_rank()
-        self._folder = directory / FOLDER
+        self._folder = directory / STATE
         file = f"rank-{rank:05d}.safetensors"
         pieces: list[dict[str, Any]] = []
         for number, (state, sharding) in enumerate(_with_sharding(models, optimizer)):
@@ -89,8 +89,10 @@ class StagedState:
                     )
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, pieces)
-        self._index = {"step_count": step_count(optimizer), "pieces": [p for part in gathered for p in part]}
-        self._files = {self._folder / f"random-{rank:05d}.safetensors": self._random}
+        of_all = [piece for part in gathered for piece in part]
+        self._index = {"step_count": step_count(optimizer), "pieces": of_all}
+        self.names_of_all_ranks = {piece["file"] for piece in of_all} | set(map(random_file, range(len(gathered))))
+        self._files = {self._folder / random_file(rank): self._random}
         if self._tensors:
             self._files[self._folder / file] = self._tensors
         self.files = list(self._files)
@@ -113,7 +115,7 @@ class StagedState:
 
     def finish(self) -> None:
         """Writes the index; on rank 0."""
-        (self._folder / _INDEX).write_text(json.dumps(self._index))
+        (self._folder / STATE_INDEX).write_text(json.dumps(self._index))
 
 
 def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: Any) -> int:
@@ -124,9 +126,9 @@ def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: 
     Raises:
         UserError: a piece is missing or of another shape.
     """
-    folder = directory / FOLDER
+    folder = directory / STATE
     try:
-        index = json.loads((folder / _INDEX).read_text())
+        index = json.loads((folder / STATE_INDEX).read_text())
         reader = _Reader(folder, index["pieces"])
         for state, sharding in _with_sharding(models, optimizer):
             for name, part in state.values.items():
@@ -136,7 +138,7 @@ def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: 
                 part.copy_(whole.view(-1)[state.begin : state.begin + part.numel()])
         reader.close()
     except _READ_ERRORS as error:
-        raise damaged(directory, f"{FOLDER} that cannot be read ({error})") from error
+        raise damaged(directory, f"{STATE} that cannot be read ({error})") from error
     set_step_count(optimizer, index["step_count"])
     return int(index["step_count"])
 
@@ -148,7 +150,7 @@ def load_random_state(directory: Path) -> None:
         UserError: this rank's file cannot be read.
     """
     try:
-        restore_random_state(load_file(directory / FOLDER / f"random-{dist.get_rank():05d}.safetensors"))
+        restore_random_state(load_file(directory / STATE / random_file(dist.get_rank())))
     except _READ_ERRORS as error:
         raise damaged(directory, f"a random state that cannot be read ({error})") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from nemo_popsd.cli.launch import run_entry
@@ -14,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
         "export",
         help="write a NeMo checkpoint as a Hugging Face directory",
         description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT, adapters merged, or its "
-        "adapters alone for PEFT.",
+        "adapters alone for PEFT. An earlier export in OUTPUT is replaced; anything else there is refused.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="NeMo checkpoint of a run")
     parser.add_argument("output", metavar="OUTPUT", help="directory to write")
@@ -24,8 +25,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check both paths, then convert."""
+    from nemo_popsd.atomic import refuse_what_is_in_the_way
     from nemo_popsd.config.consistency import check_checkpoint, check_output
+    from nemo_popsd.ownership import ADAPTER, EXPORT, refuse_overlap
 
     check_checkpoint(args.checkpoint, setting="CHECKPOINT")
     check_output(args.output, setting="OUTPUT")
+    kind = ADAPTER if args.adapter else EXPORT
+    refuse_overlap(Path(args.output), {"CHECKPOINT": args.checkpoint}, setting="OUTPUT")
+    refuse_what_is_in_the_way(Path(args.output), kind, setting="OUTPUT")
     run_entry("export_adapter" if args.adapter else "export", args.checkpoint, args.output)

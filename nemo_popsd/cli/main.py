@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _tell(error)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"popsd {args.command}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def _tell(error: UserError) -> None:

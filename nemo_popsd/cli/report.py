@@ -17,7 +17,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="output directory of a training run")
     parser.add_argument(
-        "--output", metavar="FILE", default=None, help="page to write; default: report.html in the first RUN"
+        "--output",
+        metavar="FILE",
+        default=None,
+        help="page to write, or to replace if it is an earlier one; default: report.html in the first RUN",
     )
     parser.set_defaults(run=run)
 
@@ -25,7 +28,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read the runs and write the page."""
     from nemo_popsd.report import write_report
+    from nemo_popsd.report.page import NAME
 
     runs = [Path(run) for run in args.runs]
-    page = Path(args.output) if args.output else runs[0] / "report.html"
+    page = Path(args.output) if args.output else runs[0] / NAME
     print(f"report: {write_report(runs, page)}")

@@ -24,6 +24,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load and check the configuration, then train, or say that this has been done."""
+    from nemo_popsd.runtime.early_signals import ended_by_signals
+
+    with ended_by_signals():
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     from nemo_popsd.config.consistency import check_training_run, holds_a_run
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.config.resuming import finished_steps, refuse_another_run
@@ -35,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
         steps = finished_steps(config.output)
         if steps is not None and steps >= config.training.steps:
             if os.environ.get("RANK", "0") == "0":
-                print(f"{config.output} is finished after {steps} steps; training.steps or overwrite=true do more")
+                print(
+                    f"{config.output} is finished after {steps} steps; a greater training.steps goes on, "
+                    "overwrite=true trains it again from step 1, another output makes another run"
+                )
             return 0
     return run_entry("train", config)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_popsd.atomic import beside
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.named_sets import named_source
 from nemo_popsd.data.sources import resolve_path
 from nemo_popsd.errors import UserError
+from nemo_popsd.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
 from nemo_popsd.rollout.vllm.environment import check_environment
 from nemo_popsd.testbed.assets import PREFIX, asset
 
@@ -112,7 +115,7 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
 
     Raises:
         UserError: a contradiction, a layout that does not fit, a path that is empty or does not exist, or an output
-            directory that cannot be written.
+            directory that cannot be written, or that holds what no run of ours wrote.
     """
     check_sections(config)
     check_layout(config, world_size=world_size)
@@ -122,17 +125,10 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     if config.data.validation.path:
         resolve_path(config.data.validation.path, setting="data.validation")
     check_output(config.output)
-    found = [name for name in RUN_FILES if (Path(config.output).expanduser() / name).exists()]
-    if not config.overwrite:
-        if found and not holds_a_run(config.output):
-            raise UserError(
-                "configuration",
-                got=f"output={config.output!r}, which holds the {', '.join(found)} of another run and no config.yaml",
-                need="a directory without a run, or the run itself",
-                mend="set output, or overwrite=true to remove it",
-            )
-        return
     output = Path(config.output).expanduser().resolve()
+    found = [name for name in RUN_FILES if (output / name).exists()]
+    _check_ownership(config, output, found)
+    removed = found if config.overwrite else ("checkpoints", "huggingface")
     for setting, path in (
         ("student.source", config.student.source),
         ("data.train.path", config.data.train.path),
@@ -140,13 +136,42 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     ):
         if path and not path.startswith(PREFIX):
             place = Path(path).expanduser().resolve()
-            if any(place.is_relative_to(output / name) for name in found):
+            if any(place.is_relative_to(output / name) for name in removed):
+                what = "overwrite=true would remove" if config.overwrite else "the run would replace"
                 raise UserError(
                     "configuration",
-                    got=f"{setting}={path!r} inside output={config.output!r}, which overwrite=true would remove",
+                    got=f"{setting}={path!r} inside output={config.output!r}, which {what}",
                     need="a run that does not remove what it reads",
                     mend="set output",
                 )
+
+
+def _check_ownership(config: PopsdConfig, output: Path, found: Sequence[str]) -> None:
+    """Refuse a directory whose files the run would replace or remove although no run of ours wrote them.
+
+    A run marks its directory before it writes anything else. Without the mark, one with a config.yaml and files of a
+    run may be that of an earlier version: it can be resumed, where its settings are compared, but not be removed.
+    """
+    mark = read_mark(output)
+    if mark is None or mark.kind != RUN:
+        if found and (config.overwrite or not (output / "config.yaml").is_file()):
+            raise UserError(
+                "configuration",
+                got=f"output={config.output!r}, which holds {', '.join(found)} and no {MARK} that says that a run of "
+                "nemo_popsd wrote them",
+                need="a directory without such files, or that of a run; nothing was removed",
+                mend="set output to another directory; if it is a run of an earlier version, remove it yourself",
+            )
+        if not found and (output / "config.yaml").exists():
+            raise UserError(
+                "configuration",
+                got=f"output={config.output!r}, which holds a config.yaml that no run wrote and the run would replace",
+                need="a directory of the run's own",
+                mend="set output to another directory, or rename that file",
+            )
+    if config.training.export_huggingface:
+        for name in beside(output / "huggingface"):
+            refuse_foreign(name, EXPORT)
 
 
 def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: str | None = None) -> None:

@@ -24,13 +24,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.atomic import write_text
 from nemo_popsd.diagnosis.push import COMPONENTS, PushedTokens
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives
+from nemo_popsd.errors import UserError
+from nemo_popsd.ownership import DIAGNOSIS, MARK, read_mark, write_mark
 
 SUMMARY, ROLLOUTS = "summary.json", "rollouts.jsonl"
 FORMAT = 1
@@ -45,12 +49,36 @@ class Diagnosis:
     rollouts: list[dict[str, Any]]
 
     def write(self, directory: Path) -> None:
-        """Writes both files into `directory`, which is made; the summary last, so that it vouches for the rest."""
+        """Writes both files into `directory`, which is made; the summary last, so that it vouches for the rest.
+
+        Raises:
+            UserError: files of these names are there that no diagnosis wrote.
+        """
+        refuse_other_files(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        write_mark(directory, DIAGNOSIS)
         lines = "".join(json.dumps(rollout, ensure_ascii=False) + "\n" for rollout in self.rollouts)
-        (directory / ROLLOUTS).write_text(lines, encoding="utf-8")
+        write_text(directory / ROLLOUTS, lines)
         text = json.dumps(self.summary, ensure_ascii=False, indent=1)
-        (directory / SUMMARY).write_text(text + "\n", encoding="utf-8")
+        write_text(directory / SUMMARY, text + "\n")
+
+
+def refuse_other_files(directory: Path) -> None:
+    """Refuses a directory whose files a diagnosis would replace although none wrote them.
+
+    Raises:
+        UserError: names the file.
+    """
+    mark = read_mark(directory)
+    if mark is not None and mark.kind == DIAGNOSIS:
+        return
+    if present := [name for name in (SUMMARY, ROLLOUTS) if os.path.lexists(directory / name)]:
+        raise UserError(
+            f"diagnosis {directory}",
+            got=f"{', '.join(present)} and no {MARK} that says that a diagnosis of nemo_popsd wrote them",
+            need="a directory without such files, or an earlier diagnosis; nothing was changed",
+            mend=f"set output to another directory, or move {directory} away",
+        )
 
 
 def rounded(value: float) -> float | None:

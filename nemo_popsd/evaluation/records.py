@@ -24,18 +24,19 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nemo_popsd.atomic import write_text
+from nemo_popsd.atomic import remove_files, write_text
 from nemo_popsd.errors import UserError
 
 FORMAT = 1
 _SETTINGS, _PROBLEMS, _SCORES, _SUMMARY = "settings.json", "problems.jsonl", "scores.jsonl", "summary.json"
+FILES = (_SETTINGS, _PROBLEMS, "samples-*.jsonl", _SCORES, _SUMMARY)
+"""Patterns of the names above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +144,14 @@ class EvaluationDirectory:
 
     def replace(self, settings: SampleSettings, problems: Sequence[Problem], samples: Iterable[Sample]) -> None:
         """Makes the directory hold these samples and no others. On one rank."""
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
+        self.remove()
         self.begin(settings, problems)
         with self.append_to(0) as file:
             file.add(samples)
+
+    def remove(self) -> None:
+        """Removes the files of the evaluation, and the directory if nothing else is in it. On one rank."""
+        remove_files(self.path, FILES)
 
     def append_to(self, part: int) -> SampleWriter:
         """Opens the samples file of data-parallel replica `part` for writing."""

@@ -29,6 +29,18 @@ class StepBoundary(Callback):
         model: Any = pl_module
         model.checkpoints.at_boundary(model)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a step, before any validation."""
+        model: Any = pl_module
+        model.checkpoints.after_step()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The generators are as if it had not been: a run that stops during a validation, or is killed, ends alike."""
+        model: Any = pl_module
+        model.checkpoints.after_validation()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last one."""
         model: Any = pl_module

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_popsd.atomic import flush_file
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
-from nemo_popsd.checkpoint.retention import FINAL, complete_checkpoints, name_of, point_to, prune, superfluous
+from nemo_popsd.checkpoint.retention import FINAL, Checkpoints, name_of, point_to, prune, superfluous
 from nemo_popsd.checkpoint.save import Content, PendingSave
 from nemo_popsd.checkpoint.training_state import load_random_state, load_training_state
 from nemo_popsd.config.loading import to_dict_config
@@ -20,7 +20,7 @@ from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.observability.jsonl_logger import FILE_NAME, read_metric
 from nemo_popsd.runtime.agreement import do_together
 from nemo_popsd.runtime.distributed import layout, on_any_rank
-from nemo_popsd.runtime.random_state import capture_random_state
+from nemo_popsd.runtime.random_state import capture_random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class RunCheckpoints:
         self._resumed = resumed
         self._pending: PendingSave | None = None
         self._random: dict[str, Tensor] = {}
+        self._left_alone: set[str] = set()
 
     def at_boundary(self, model: Any) -> None:
         """Between two steps: completes what was written meanwhile, obeys signals, saves if it is time to.
@@ -63,6 +64,15 @@ class RunCheckpoints:
         steps, every = model.completed_steps, self._settings.checkpoint_every
         if every and steps > self._saved and steps % every == 0 and steps < self._settings.steps:
             self.save(model, name_of(steps))
+
+    def after_step(self) -> None:
+        """Remembers the random state: a validation may follow, and be cut short by a signal."""
+        self._random = capture_random_state()
+
+    def after_validation(self) -> None:
+        """Puts the generators back where the last step left them."""
+        if self._random:
+            restore_random_state(self._random)
 
     def at_end(self) -> None:
         """After the last step: remembers the random state that `final` is to hold."""
@@ -115,14 +125,19 @@ class RunCheckpoints:
         point_to(newest)
         settings = self._settings
         scores = read_metric(self._output, settings.best_metric) if settings.keep_best else {}
+        found = Checkpoints.in_folder(self.folder)
         names = superfluous(
-            complete_checkpoints(self.folder),
+            found.complete,
             scores,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
             greatest=settings.best_is == "max",
         )
-        prune(self.folder, names)
+        kept = dict.fromkeys(prune(self.folder, names), "it holds what no run wrote")
+        for name, reason in (kept | {name: str(error.got) for name, error in found.damaged.items()}).items():
+            if name not in self._left_alone:
+                logger.warning("checkpoint %s is left alone: %s", self.folder / name, reason)
+        self._left_alone |= kept.keys() | found.damaged.keys()
 
     def _content(self, model: Any) -> Content:
         return Content(

@@ -11,13 +11,20 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
+from nemo_popsd.ownership import refuse_overlap
+from nemo_popsd.testbed.assets import located
 
 
 class MegatronSaveRestoreConnector(SaveRestoreConnector):
     """What `ModelPT.save_to` and `restore_from` call; every rank takes part in both."""
 
     def save_to(self, model: Any, save_path: str) -> str:
-        """Writes a directory, or one packed file where `save_path` ends in `.nemo`: all weights, no training state."""
+        """Writes a directory, or one packed file where `save_path` ends in `.nemo`: all weights, no training state.
+
+        Raises:
+            UserError: on every rank, if `save_path` is what the model was read from, or is not ours to replace.
+        """
+        refuse_overlap(Path(save_path), {"student.source": located(model.settings.student.source)}, setting="save_path")
         content = Content(
             models=model.student.chunks,
             architecture=model.architecture,

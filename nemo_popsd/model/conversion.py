@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from tqdm import tqdm
 
-from nemo_popsd.atomic import put_in_place
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.source import open_source
@@ -77,9 +78,12 @@ def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_cod
         with _bar("comparing", len(model.tensor_names)) as step:
             found = verify(model, open_source(nemo), precision, trust_remote_code=trust_remote_code, compared=step)
     except UserError as error:
-        refused = written.with_name(written.name + ".refused")
+        names = (written.with_name(f"{written.name}.refused{number}") for number in ("", *range(2, 1000)))
+        refused = next(path for path in names if not os.path.lexists(path))
+        if dist.is_initialized():
+            dist.barrier()  # all ranks have looked before the name is taken
         if is_rank_zero():
-            put_in_place(written, refused)
+            written.rename(refused)
         mend = f"{error.mend}; it is at {refused} now"
         raise UserError(error.what, got=error.got, need=error.need, mend=mend) from error
     sample = "text" if found.text else "random tokens (no tokenizer)"

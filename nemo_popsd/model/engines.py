@@ -25,7 +25,7 @@ from nemo_popsd.rollout.vllm.engine import VllmEngine
 from nemo_popsd.rollout.vllm.environment import server_environment
 from nemo_popsd.rollout.vllm.ranks import ServerRanks
 from nemo_popsd.rollout.vllm.supervisor import Launch, VllmServer
-from nemo_popsd.testbed.assets import PREFIX, asset
+from nemo_popsd.testbed.assets import located
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def build_engine(
         start=lambda limit: VllmServer(
             server_launch(
                 settings,
-                base or architecture.directory,
+                base or _written_files(architecture, Path(settings.output) / LOGS / f"model-{ranks.number}"),
                 limit,
                 ranks.number,
                 devices,
@@ -135,7 +135,7 @@ def adapter_base(settings: PopsdConfig, student: Student) -> Path | None:
     source, wanted = settings.student.source, settings.rollout.vllm.lora
     if settings.student.adaptation != "lora" or wanted == "merged":
         return None
-    path = asset(source) if source.startswith(PREFIX) else Path(source).expanduser()
+    path = located(source)
     hindrance = ""
     if student.chunks[0].config.num_moe_experts is not None:
         hindrance = "a model with experts"
@@ -154,6 +154,15 @@ def adapter_base(settings: PopsdConfig, student: Student) -> Path | None:
         )
     logger.warning("vLLM gets the adapters merged into weights, rounded to its precision: %s", hindrance)
     return None
+
+
+def _written_files(architecture: HuggingFaceModel, place: Path) -> Path:
+    """The model's files in a place of the run's own: a server may start again when the directory that they were read
+    from, a checkpoint that is superfluous since, is gone.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    architecture.copy_artifacts(place)
+    return place
 
 
 def server_launch(

@@ -17,6 +17,7 @@ from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.sources import resolve_path
+from nemo_popsd.diagnosis.record import refuse_other_files
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.run import as_file_name, conclude_all, fingerprint, plan
 from nemo_popsd.megatron.config import ParallelConfig
@@ -29,8 +30,11 @@ from nemo_popsd.model.strategy import MegatronPlacement
 from nemo_popsd.observability.loggers import build_loggers
 from nemo_popsd.observability.progress import StepProgress
 from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.ownership import refuse_overlap
 from nemo_popsd.report.run import AFTER, BEFORE
 from nemo_popsd.runtime.distributed import device, initialize, shutdown
+from nemo_popsd.runtime.random_state import preserved_random_state
+from nemo_popsd.testbed.assets import located
 
 _LONGEST_EVALUATION = timedelta(days=7)
 
@@ -114,29 +118,49 @@ def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
     `<output>/diagnosis/<name>`.
     """
     config.data.validation = SourceConfig()
+    name = checkpoint or config.student.source
+    place = Path(config.output) / "diagnosis" / as_file_name(name)
+    refuse_other_files(place)
     opened = _open(config, checkpoint)
     model = PurifiedOPSDModel(to_dict_config(config), build_trainer(config, logs=False), checkpoint=opened)
-    name = checkpoint or config.student.source
-    write_diagnosis(model.diagnose(name), Path(config.output) / "diagnosis" / as_file_name(name))
+    write_diagnosis(model.diagnose(name), place)
     shutdown()
 
 
 def export_adapter(checkpoint: str, output: str) -> None:
-    """Writes the LoRA adapters of a NeMo checkpoint as a directory for PEFT. Rank 0 does it."""
+    """Writes the LoRA adapters of a NeMo checkpoint as a directory for PEFT. Rank 0 does it.
+
+    Raises:
+        UserError: no LoRA checkpoint, or `output` is not ours to replace.
+    """
     if is_rank_zero():
-        write_peft_adapter(NemoCheckpoint(checkpoint), Path(output))
+        opened = NemoCheckpoint(checkpoint)
+        _refuse_as_output(output, checkpoint, opened)
+        write_peft_adapter(opened, Path(output))
     _say(f"PEFT adapter: {output}")
 
 
 def export(checkpoint: str, output: str) -> None:
-    """Writes a NeMo checkpoint as a Hugging Face directory, adapters merged."""
-    config = NemoCheckpoint(checkpoint).config
+    """Writes a NeMo checkpoint as a Hugging Face directory, adapters merged.
+
+    Raises:
+        UserError: no checkpoint, or `output` is not ours to replace.
+    """
+    opened = NemoCheckpoint(checkpoint)
+    _refuse_as_output(output, checkpoint, opened)
+    config = opened.config
     config.data.train, config.data.validation = SourceConfig(), SourceConfig()
     config.parallel = ParallelConfig()
     model = PurifiedOPSDModel.restore_from(checkpoint, override_config_path=to_dict_config(config))
     model.export_huggingface(output)
     _say(f"Hugging Face checkpoint: {output}")
     shutdown()
+
+
+def _refuse_as_output(output: str, checkpoint: str, opened: NemoCheckpoint) -> None:
+    """Refuses to write an export over its checkpoint or the base, or into either."""
+    base = located(opened.config.student.source)
+    refuse_overlap(Path(output), {"CHECKPOINT": checkpoint, "the base model": base}, setting="OUTPUT")
 
 
 def build_trainer(config: PopsdConfig, *, logs: bool = True, completed: int = 0) -> Trainer:
@@ -188,16 +212,20 @@ def _open(config: PopsdConfig, checkpoint: str | None) -> NemoCheckpoint | None:
 
 
 def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
-    """Before the first step of a run and after its last, unless it is turned off."""
+    """Before the first step of a run and after its last, unless it is turned off. Changes no generator."""
     if model.settings.diagnosis.in_training and not (name == BEFORE and model.completed_steps):
         told = f"{model.settings.name}, {name} training"
-        write_diagnosis(model.diagnose(told), Path(model.settings.output) / "diagnosis" / name)
+        with preserved_random_state():
+            write_diagnosis(model.diagnose(told), Path(model.settings.output) / "diagnosis" / name)
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> None:
-    """Evaluates the current weights; they are not asked twice."""
+    """Evaluates the current weights; they are not asked twice. Changes no generator: a start that finds the evaluation
+    on the disk trains as one that makes it.
+    """
     if model.last_evaluation_step != model.completed_steps:
-        trainer.validate(model, verbose=False)
+        with preserved_random_state():
+            trainer.validate(model, verbose=False)
 
 
 def _say(text: str) -> None:

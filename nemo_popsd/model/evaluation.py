@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -28,14 +28,15 @@ from nemo_popsd.evaluation.run import (
 from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
 from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.model.engines import engine_name
-from nemo_popsd.runtime.agreement import do_together
+from nemo_popsd.runtime.agreement import from_rank_zero
 
 if TYPE_CHECKING:
     from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_ROOM = {"need": "room and the right to write it", "mend": "free space, or set output elsewhere"}
+_STEP = re.compile(r"step-(\d+)")
 
 
 def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, name: str, fingerprint: str) -> None:
@@ -60,7 +61,7 @@ def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, nam
     for one in planned:
         model.refuse_long_evaluation(one.prompts)
         wanted = sample_settings(one.prompts, settings, sampling, model=name, fingerprint=fingerprint, engine=engine)
-        drawn = _from_rank_zero(f"evaluation {one.directory.path}", partial(_samples_on_disk, one, wanted))
+        drawn = from_rank_zero(f"evaluation {one.directory.path}", partial(_samples_on_disk, one, wanted), **_ROOM)
         missing = missing_draws(one.prompts, settings.evaluation.samples_per_problem, drawn)
         mine = missing[replica::replicas]
         asked = mine
@@ -112,7 +113,7 @@ class HeldOut:
         place = {prompt.record.id: number for number, prompt in enumerate(prompts)}
         samples = sorted((s for part, _ in gathered for s in part), key=lambda s: (place[s.problem], s.sample))
         what = f"evaluation of step {model.completed_steps}"
-        return _from_rank_zero(what, lambda: self._conclude(samples, prompts))
+        return from_rank_zero(what, lambda: self._conclude(samples, prompts), **_ROOM)
 
     def _conclude(self, samples: Sequence[Sample], prompts: Sequence[EvaluationPrompt]) -> EvaluationSummary:
         model, config = self._model, self._model.settings
@@ -134,22 +135,6 @@ def _samples_on_disk(planned: PlannedSet, wanted: SampleSettings) -> set[tuple[s
     return set(planned.directory.samples())
 
 
-def _from_rank_zero(what: str, action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on every rank; if it raises there, every rank raises. Collective over all ranks:
-    a gather and a broadcast of objects.
-    """
-    found: list[Any] = [None]
-
-    def act() -> None:
-        if dist.get_rank() == 0:
-            found[0] = action()
-
-    do_together(what, act, need="room and the right to write it", mend="free space, or set output elsewhere")
-    dist.broadcast_object_list(found, src=0)
-    result: T = found[0]
-    return result
-
-
 def validation_directory(output: str, step: int) -> EvaluationDirectory:
     """Where a run keeps its evaluation of the weights after `step` steps."""
     return EvaluationDirectory(Path(output) / "validation" / f"step-{step:06d}")
@@ -158,8 +143,9 @@ def validation_directory(output: str, step: int) -> EvaluationDirectory:
 def remove_validations_after(output: Path, step: int) -> None:
     """Removes a run's evaluations of weights after more than `step` steps; on one rank."""
     for found in (output / "validation").glob("step-*"):
-        if int(found.name.removeprefix("step-")) > step:
-            shutil.rmtree(found)
+        match = _STEP.fullmatch(found.name)
+        if match and int(match[1]) > step:
+            EvaluationDirectory(found).remove()
 
 
 def before_and_after(output: str, steps: int, *, resamples: int) -> str:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from nemo_popsd.diagnosis.record import Diagnosis
+from nemo_popsd.errors import UserError
 from nemo_popsd.observability.rank import is_rank_zero
 from nemo_popsd.report import write_diagnosis_page, write_report
 from nemo_popsd.report.page import NAME
@@ -30,6 +31,8 @@ def report_run(output: Path) -> None:
         return
     try:
         page = write_report([output], output / NAME)
+    except UserError as error:
+        logger.warning("the run is complete, but its report was not written: %s", error)
     except Exception:
         logger.exception("the run is complete, but its report could not be written; try: popsd report %s", output)
     else:

@@ -105,7 +105,9 @@ class PurifiedOPSDModel(ModelPT):
             source = open_source(self.settings.student.source)
             self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
-        refuse_tokens_beyond(self.tokenizer, self._generation_config(), self.architecture.vocab_size)
+        # Read here: a resumed run may outlive the checkpoint that it began from.
+        self._generation = read_generation_config(self.architecture.directory)
+        refuse_tokens_beyond(self.tokenizer, self._generation, self.architecture.vocab_size)
         self.data_fingerprint = ""
         self._longest = 0
         if self.settings.data.train.path:
@@ -310,11 +312,8 @@ class PurifiedOPSDModel(ModelPT):
             top_p=section.top_p,
             top_k=section.top_k,
             max_response_tokens=section.max_response_tokens,
-            stop_token_ids=frozenset(stop_token_ids(self.tokenizer, self._generation_config())),
+            stop_token_ids=frozenset(stop_token_ids(self.tokenizer, self._generation)),
         )
-
-    def _generation_config(self) -> dict[str, Any] | None:
-        return read_generation_config(self.architecture.directory)
 
     def _count_markers(self, response: Sequence[int]) -> int:
         counts = count_markers(self.tokenizer.decode(list(response)), self.settings.evaluation.markers)

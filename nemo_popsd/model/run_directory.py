@@ -1,5 +1,6 @@
 """The output directory of a run: what a new attempt finds there, and what tells how far it came.
 
+.nemo_popsd     says that the directory is a run's
 config.yaml     resolved configuration of the last attempt
 metrics.jsonl   one line per step and per evaluation
 checkpoints/    step-000050, ..., final; the file `latest` names the newest
@@ -11,23 +12,49 @@ REQUEUE         the run was asked to stop and has saved
 
 from __future__ import annotations
 
-import shutil
+import logging
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_popsd.atomic import recover, remove, write_text
+from nemo_popsd.atomic import recover, remove_directory, remove_files, remove_partial_files, write_text
+from nemo_popsd.checkpoint.manifest import DamagedCheckpointError
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
-from nemo_popsd.checkpoint.retention import newest
-from nemo_popsd.config.consistency import RUN_FILES
+from nemo_popsd.checkpoint.retention import FINAL, LATEST, Checkpoints, is_name, prune
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.evaluation import records
 from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
+from nemo_popsd.observability import jsonl_logger
 from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
+from nemo_popsd.ownership import CHECKPOINT, EXPORT, MARK, RUN, read_mark, refuse_foreign, write_mark
+from nemo_popsd.rollout import storage
 from nemo_popsd.rollout.storage import RolloutStore
-from nemo_popsd.runtime.agreement import do_together
+from nemo_popsd.runtime.agreement import do_together, from_rank_zero
+
+logger = logging.getLogger(__name__)
+
+_DIAGNOSIS = ("summary.json", "rollouts.jsonl", "index.html", MARK)
+_FILES = (
+    (f"{storage.FOLDER}/step-*", storage.FILES),
+    (storage.FOLDER, ()),
+    ("validation/step-*", records.FILES),
+    ("validation", ()),
+    ("diagnosis/before", _DIAGNOSIS),
+    ("diagnosis/after", _DIAGNOSIS),
+    ("diagnosis", ()),
+    ("tensorboard", ("events.out.tfevents.*", "hparams.yaml")),
+    ("vllm/model-*", ("*",)),
+    ("vllm", ("server-*.log",)),
+    (".", (jsonl_logger.FILE_NAME, "report.html", DONE, REQUEUE)),
+)
+"""What a run writes besides checkpoints and its export: folders below `output`, and names in them. With `overwrite`
+these are removed and nothing else is.
+"""
+_ROOM = {"need": "a directory that can be written", "mend": "set output"}
 
 
 class RunDirectory:
@@ -39,26 +66,35 @@ class RunDirectory:
         self._checkpoints = self.output / "checkpoints"
 
     def checkpoint(self) -> NemoCheckpoint | None:
-        """The newest complete checkpoint, to resume from; None begins anew.
+        """The newest complete checkpoint, to resume from, compared with its manifest; None begins at step 1.
 
-        Half-written ones are removed. With `overwrite` nothing is looked at.
+        Half-written ones are removed. With `overwrite` nothing is looked at. A damaged one that is not the newest is
+        named in a warning and left alone.
 
         Raises:
-            UserError: its run had other settings.
+            DamagedCheckpointError: the newest is damaged; the message says how to go on from the newest that is whole.
+            UserError: its run had other settings, or something that no run wrote is in the way of its checkpoints.
         """
         if self._config.overwrite:
             return None
-        self._on_rank_zero(lambda: recover(self._checkpoints))
-        found = newest(self._checkpoints)
-        if found is None:
-            return None
-        checkpoint = NemoCheckpoint(found)
+        found = from_rank_zero(f"output {self.output}", self._look, **_ROOM)
+        name = None
+        try:
+            if (newest := found.newest()) is None:
+                return None
+            name = newest.name
+            checkpoint = self._whole(name)
+        except DamagedCheckpointError as error:
+            damaged = name or next(name for name, other in found.damaged.items() if str(other) == str(error))
+            raise self._with_a_way_on(error, damaged, found) from None
+        for older in found.damaged.values():
+            logger.warning("%s is left alone: %s", older.what, older.got)
         refuse_another_run(checkpoint.config, self._config)
         return checkpoint
 
     def begin(self, completed: int) -> None:
         """Makes the directory say that the run stands after step `completed`: what an attempt left of later steps goes,
-        with `overwrite` everything.
+        with `overwrite` everything that a run wrote.
         """
         self._on_rank_zero(lambda: self._begin(completed))
 
@@ -80,23 +116,67 @@ class RunDirectory:
         """Asks whoever started the run to start it again."""
         self._on_rank_zero(lambda: write_text(self.output / REQUEUE, f"{steps}\n"))
 
+    def _look(self) -> Checkpoints:
+        recover(self._checkpoints, CHECKPOINT, is_name)
+        refuse_foreign(self._checkpoints / FINAL, CHECKPOINT)
+        return Checkpoints.in_folder(self._checkpoints)
+
+    def _whole(self, name: str) -> NemoCheckpoint:
+        """A checkpoint, opened and compared with its manifest. Collective: a gather of objects for each.
+
+        Raises:
+            DamagedCheckpointError: on every rank.
+        """
+        opened: list[NemoCheckpoint] = []
+        path = self._checkpoints / name
+        do_together(f"checkpoint {path}", lambda: opened.append(NemoCheckpoint(path)), **_ROOM)
+        opened[0].verify()
+        return opened[0]
+
+    def _with_a_way_on(self, error: DamagedCheckpointError, damaged: str, found: Checkpoints) -> DamagedCheckpointError:
+        """The error with what to do: the newest other checkpoint that is whole is looked for. Collective."""
+        path = self._checkpoints / damaged
+        aside = path.with_name(f"{damaged}.damaged")
+        mend = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is whole"
+        for name in reversed(found.resumable()):
+            if name == damaged:
+                continue
+            try:
+                step = self._whole(name).step
+            except DamagedCheckpointError:
+                continue
+            mend = (
+                f"copy it again, or move it away: mv {shlex.quote(str(path))} {shlex.quote(str(aside))}; then the same "
+                f"command goes on after step {step} from {self._checkpoints / name}, which is whole"
+            )
+            break
+        return DamagedCheckpointError(error.what, got=error.got, need=error.need, mend=mend)
+
     def _begin(self, completed: int) -> None:
         if self._config.overwrite:
-            for name in RUN_FILES:
-                path = self.output / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            self._remove_run()
         self.output.mkdir(parents=True, exist_ok=True)
+        if read_mark(self.output) is None:
+            write_mark(self.output, RUN)
+        remove_partial_files(self.output)
         for name in (DONE, REQUEUE):
-            remove(self.output / name)
+            (self.output / name).unlink(missing_ok=True)
         keep_until(self.output, completed)
         remove_validations_after(self.output, completed)
         RolloutStore(self.output).remove_after(completed + 1)
         save_resolved(self._config, self.output / "config.yaml")
 
+    def _remove_run(self) -> None:
+        recover(self._checkpoints, CHECKPOINT, is_name)
+        if self._checkpoints.is_dir():
+            names = sorted(path.name for path in self._checkpoints.iterdir() if is_name(path.name))
+            for name in prune(self._checkpoints, names):
+                logger.warning("%s holds what no run wrote and stays", self._checkpoints / name)
+        remove_files(self._checkpoints, (LATEST,))
+        remove_directory(self.output / "huggingface", EXPORT)
+        for pattern, names_of_files in _FILES:
+            for folder in sorted(self.output.glob(pattern)) if pattern != "." else [self.output]:
+                remove_files(folder, names_of_files)
+
     def _on_rank_zero(self, action: Callable[[], None]) -> None:
-        do_together(
-            f"output {self.output}",
-            lambda: action() if dist.get_rank() == 0 else None,
-            need="a directory that can be written",
-            mend="set output",
-        )
+        do_together(f"output {self.output}", lambda: action() if dist.get_rank() == 0 else None, **_ROOM)

@@ -10,7 +10,7 @@ from nemo_popsd.report import sections
 from nemo_popsd.report.evaluation import evaluation
 from nemo_popsd.report.markup import esc, number
 from nemo_popsd.report.run import RunData, read_run
-from nemo_popsd.report.shell import document
+from nemo_popsd.report.shell import document, refuse_another_file
 
 NAME = "report.html"
 """The report of a run in its own directory."""
@@ -30,8 +30,9 @@ def write_report(directories: Sequence[Path], page: Path) -> Path:
     """Writes one page about the runs in `directories`, compared in that order, and returns its path.
 
     Raises:
-        UserError: a directory holds no run.
+        UserError: a directory holds no run, or `page` is a file that is no earlier page.
     """
+    refuse_another_file(page)
     runs = [read_run(directory) for directory in directories]
     text = _page(runs, page)
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 from nemo_popsd import __version__
+from nemo_popsd.errors import UserError
 from nemo_popsd.report.markup import esc
+
+_GENERATOR = '<meta name="generator" content="nemo_popsd'
 
 
 def document(title: str, over: str, header: str, body: str) -> str:
@@ -34,6 +39,7 @@ def document(title: str, over: str, header: str, body: str) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+{_GENERATOR} {esc(__version__)}">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
 <title>{esc(title)}</title>
@@ -47,6 +53,29 @@ def document(title: str, over: str, header: str, body: str) -> str:
 </body>
 </html>
 """
+
+
+def refuse_another_file(page: Path) -> None:
+    """Refuses to replace what no earlier call wrote: pages say in their first lines what made them.
+
+    Raises:
+        UserError: something else is at `page`.
+    """
+    reason = None
+    if page.is_symlink():
+        reason = f"a symbolic link to {os.readlink(page)}"
+    elif page.exists():
+        reason = "no regular file"
+        if page.is_file():
+            with page.open("rb") as file:
+                reason = None if _GENERATOR.encode() in file.read(4096) else "a file that is no page of nemo_popsd"
+    if reason:
+        raise UserError(
+            f"page {page}",
+            got=f"{reason}, where the page would be written",
+            need="a path where nothing is yet, or an earlier page",
+            mend=f"set --output to another file, or move {page} away; nothing was changed",
+        )
 
 
 @cache

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.atomic import write_text
 from nemo_popsd.errors import UserError
 from nemo_popsd.report.decomposition import (
     entropy_plots,
@@ -17,7 +18,7 @@ from nemo_popsd.report.decomposition import (
 )
 from nemo_popsd.report.markup import card, data_block, esc, fixed, signed
 from nemo_popsd.report.run import Diagnosed, read_diagnosis
-from nemo_popsd.report.shell import document
+from nemo_popsd.report.shell import document, refuse_another_file
 
 FULL_COLOUR = 3.0
 """|Δ| in nats from which a token has its full colour."""
@@ -50,7 +51,8 @@ def write_diagnosis_page(directory: Path) -> Path:
             mend="correct the path",
         )
     page = directory / "index.html"
-    page.write_text(_page(diagnosed), encoding="utf-8")
+    refuse_another_file(page)
+    write_text(page, _page(diagnosed))
     return page
 
 

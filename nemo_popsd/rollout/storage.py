@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.atomic import flush_directory, write_text
+from nemo_popsd.atomic import flush_directory, remove_files, write_text
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.engine import Rollout
 
 FOLDER = "rollouts"
+FILES = ("part-*.jsonl",)
+"""Patterns of the names of a step's files."""
 _PART = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
 _STEP = re.compile(r"step-(\d+)")
 
@@ -105,7 +106,7 @@ class RolloutStore:
         """Removes what later steps left: a run that goes on from `step` makes them again."""
         for later in self.steps():
             if later > step:
-                shutil.rmtree(self._step(later))
+                remove_files(self._step(later), FILES)
 
     def _step(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from nemo_popsd.errors import UserError
 
 _KINDS = ("defect", "user", "system")
+T = TypeVar("T")
 
 
 def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) -> None:
@@ -44,6 +45,31 @@ def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) 
     if kind == "user":
         raise words from error
     raise UserError(what, got=f"{words} (rank {rank})", need=need, mend=mend) from error
+
+
+def from_rank_zero(what: str, action: Callable[[], T], *, need: str, mend: str) -> T:
+    """What `action` returns on rank 0, on every rank. Collective over the world: a gather and a broadcast of objects.
+
+    Args:
+        what: for the message.
+        action: what rank 0 does; must not use collectives.
+        need: for the message, if the system refused.
+        mend: for the message.
+
+    Raises:
+        UserError: on every rank, as `do_together`.
+        RuntimeError: likewise.
+    """
+    found: list[Any] = [None]
+
+    def act() -> None:
+        if dist.get_rank() == 0:
+            found[0] = action()
+
+    do_together(what, act, need=need, mend=mend)
+    dist.broadcast_object_list(found, src=0)
+    result: T = found[0]
+    return result
 
 
 def _kind(error: Exception) -> tuple[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,6 +30,16 @@ def capture_random_state() -> dict[str, Tensor]:
     for name, value in get_cuda_rng_tracker().get_states().items():
         state[_TRACKER + name] = value.cpu()
     return state
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Within, numbers may be drawn; afterwards all generators are where they were."""
+    kept = capture_random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(kept)
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:

@@ -37,3 +37,12 @@ def asset(name: str) -> Path:
             mend="correct the name, or give the path of a file or folder of your own",
         )
     return FOLDER / path
+
+
+def located(name: str) -> Path:
+    """The path that the name of a model or a data set means: an embedded file, or a path of the user's own.
+
+    Raises:
+        UserError: no embedded file has that name.
+    """
+    return asset(name) if name.startswith(PREFIX) else Path(name).expanduser()

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_popsd.atomic import new_directory
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.errors import UserError
+from nemo_popsd.ownership import EXPORT
 from tests.harness import run_ranks
 from tests.tiny_models import KINDS, build_student, load_dense, save_tiny_model, whole_logits
 
@@ -123,13 +125,8 @@ def test_missing_left_over_and_resized_tensors_are_errors_on_every_rank(sources,
         f"201 rows in {embedding}": {**tensors, embedding: tensors[embedding][:201].clone()},
         f"300 rows in {embedding}": {**tensors, embedding: torch.ones(300, 32)},
     }
-    missing = {
-        "decoder.final_layernorm.weight": "model.norm.weight",
-        "decoder.layers.1.self_attention.linear_qkv.weight": "model.layers.1.self_attn.k_proj.weight",
-        "output_layer.weight": "lm_head.weight",
-    }
-    for parameter, tensor in missing.items():
-        variants[parameter] = {name: value for name, value in tensors.items() if name != tensor}
+    for missing in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"):
+        variants[f"no tensor {missing}"] = {name: value for name, value in tensors.items() if name != missing}
     folders = []
     for number, content in enumerate(variants.values()):
         folders.append(tmp_path / str(number))
@@ -191,14 +188,14 @@ hf.HuggingFaceModel(source).export(student.gpt, output, shard_bytes=9_000)
 @pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_the_old_export_intact(sources, tmp_path):
     output = tmp_path / "export"
-    output.mkdir()
-    (output / "model.safetensors").write_bytes(b"the old one")
+    with new_directory(output, EXPORT) as partial:
+        (partial / "model.safetensors").write_bytes(b"the old one")
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", _KILLED_EXPORT, str(sources["qwen3"]), str(output)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in output.iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == [".nemo_popsd", "model.safetensors"]
     assert (output / "model.safetensors").read_bytes() == b"the old one"
     assert (tmp_path / "export.partial").is_dir()
     # The next export clears what the killed one left, and takes the place of the old one.
@@ -232,5 +229,6 @@ def test_what_is_written_does_not_depend_on_the_directory_it_was_read_from(sourc
     assert sorted(file.name for file in (tmp_path / "tokenizer").iterdir()) == [
         "chat_template.jinja",
         "tokenizer.json",
+        "tokenizer_config.json",
         "vocab.json",
     ]

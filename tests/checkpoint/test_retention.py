@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from nemo_popsd.checkpoint.manifest import write_manifest
-from nemo_popsd.checkpoint.retention import complete_checkpoints, newest, point_to, prune, superfluous
+from nemo_popsd.checkpoint.manifest import digests, write_manifest
+from nemo_popsd.checkpoint.retention import Checkpoints, is_name, point_to, prune, superfluous
+from nemo_popsd.errors import UserError
 
 STEPS = {f"step-{step:06d}": step for step in (10, 20, 30, 40)}
 SCORES = {10: 0.5, 20: 0.7, 30: 0.7, 40: 0.1}
@@ -39,23 +41,72 @@ def test_a_checkpoint_without_the_metric_is_none_of_the_best() -> None:
 
 def _save(path: Path, step: int, *, resumable: bool = True) -> None:
     path.mkdir()
+    (path / "model_config.yaml").write_text("")
+    files = ["model_config.yaml"]
     if resumable:
         (path / "training_state").mkdir()
-    write_manifest(path, {"step": step}, {})
+        (path / "training_state" / "index.json").write_text("")
+        files.append("training_state/index.json")
+    write_manifest(path, {"step": step}, digests(path, files))
 
 
 def test_the_newest_is_the_newest_complete_one_that_can_be_resumed(tmp_path: Path) -> None:
-    assert newest(tmp_path / "nowhere") is None
+    assert Checkpoints.in_folder(tmp_path / "nowhere").newest() is None
     _save(tmp_path / "step-000002", 2)
     _save(tmp_path / "step-000010", 10)
-    _save(tmp_path / "weights-only", 12, resumable=False)
+    _save(tmp_path / "step-000012", 12, resumable=False)
     _save(tmp_path / "step-000014.partial", 14)
+    _save(tmp_path / "step-000013.removed", 13)
     (tmp_path / "step-000016").mkdir()
-    assert newest(tmp_path) == tmp_path / "step-000010"
+    found = Checkpoints.in_folder(tmp_path)
+    assert found.newest() == tmp_path / "step-000010"
     _save(tmp_path / "final", 10)
-    assert newest(tmp_path) == tmp_path / "final"
-    assert complete_checkpoints(tmp_path) == {"step-000002": 2, "step-000010": 10, "final": 10, "weights-only": 12}
+    found = Checkpoints.in_folder(tmp_path)
+    assert found.newest() == tmp_path / "final"
+    assert found.complete == {"step-000002": 2, "step-000010": 10, "final": 10, "step-000012": 12}
     point_to(tmp_path / "step-000010")
-    prune(tmp_path, ["step-000010"])
+    assert prune(tmp_path, ["step-000010"]) == []
     assert (tmp_path / "latest").read_text() == "step-000010\n"
     assert not (tmp_path / "step-000010").exists()
+
+
+def test_what_somebody_else_put_there_is_no_checkpoint_of_the_run_and_stays(tmp_path: Path) -> None:
+    """A copy that was given a name of one's own, and notes beside the weights."""
+    _save(tmp_path / "step-000002", 2)
+    _save(tmp_path / "my-best", 99)
+    assert Checkpoints.in_folder(tmp_path).complete == {"step-000002": 2}
+    assert not any(map(is_name, ("my-best", "step-12", "step-000002.damaged", "latest", "final.partial")))
+    (tmp_path / "step-000002" / "notes.txt").write_text("mine")
+    assert prune(tmp_path, ["step-000002"]) == ["step-000002"]
+    assert (tmp_path / "step-000002" / "notes.txt").read_text() == "mine"
+
+
+def test_an_old_damaged_manifest_is_passed_over_and_a_new_one_is_not(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        _save(tmp_path / f"step-{step:06d}", step)
+    (tmp_path / "step-000002" / "manifest.json").write_bytes(b"")
+    (tmp_path / "step-000004" / "manifest.json").unlink()
+    found = Checkpoints.in_folder(tmp_path)
+    assert found.newest() == tmp_path / "step-000006"
+    assert list(found.damaged) == ["step-000002", "step-000004"]
+    (tmp_path / "step-000006" / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "step-000006" / "manifest.json")
+    _save(tmp_path / "step-000005", 5)
+    with pytest.raises(UserError, match=r"step-000006: got a manifest\.json that is no regular file"):
+        Checkpoints.in_folder(tmp_path).newest()
+
+
+@pytest.mark.parametrize(("latest", "is_newest"), [("final", True), (None, True), ("step-000006", False)])
+def test_a_damaged_final_is_old_if_the_pointer_is_at_another(
+    tmp_path: Path, latest: str | None, is_newest: bool
+) -> None:
+    _save(tmp_path / "step-000006", 6)
+    _save(tmp_path / "final", 4)
+    (tmp_path / "final" / "manifest.json").write_text("{")
+    if latest:
+        point_to(tmp_path / latest)
+    if is_newest:
+        with pytest.raises(UserError, match="final: got an unreadable"):
+            Checkpoints.in_folder(tmp_path).newest()
+    else:
+        assert Checkpoints.in_folder(tmp_path).newest() == tmp_path / "step-000006"

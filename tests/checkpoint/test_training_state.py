@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_popsd.checkpoint.training_state import FOLDER, StagedState, load_training_state
+from nemo_popsd.checkpoint.contents import STATE
+from nemo_popsd.checkpoint.training_state import StagedState, load_training_state
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig, OptimizerConfig
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -36,7 +37,7 @@ def _optimizer(source: Path, name: str, tensor: int, split: bool) -> tuple[Any, 
 
 def _pieces(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    for file in sorted((folder / FOLDER).glob("rank-*.safetensors")):
+    for file in sorted((folder / STATE).glob("rank-*.safetensors")):
         found |= load_file(file)
     return found
 
@@ -44,7 +45,7 @@ def _pieces(folder: Path) -> dict[str, torch.Tensor]:
 def _write(student: Any, optimizer: StudentOptimizer, folder: Path) -> None:
     import torch.distributed as dist
 
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / STATE).mkdir(parents=True, exist_ok=True)
     dist.barrier()
     staged = StagedState(student.chunks, optimizer.megatron, folder, random_state={})
     staged.write()
@@ -94,7 +95,7 @@ def test_state_comes_back_from_another_layout_bit_for_bit(source: Path, filled: 
     run_ranks(_pass_on, world, source, filled, "1", between)
     for name in CASES:
         if "split" in between or between == "dp2":  # both ranks have written, and different pieces
-            files = [load_file(f) for f in sorted((filled / name / between / FOLDER).glob("rank-*"))]
+            files = [load_file(f) for f in sorted((filled / name / between / STATE).glob("rank-*"))]
             assert len(files) == 2
     run_ranks(_pass_on, 1, source, filled, between, "1 again")
     for name in CASES:

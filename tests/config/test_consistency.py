@@ -11,8 +11,10 @@ from nemo_popsd.config.consistency import (
     check_sections,
     check_training_run,
 )
+from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.ownership import EXPORT, RUN, write_mark
 from nemo_popsd.rollout.config import RolloutConfig
 
 
@@ -150,25 +152,60 @@ def test_output_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         check_output(str(tmp_path / "run"))
 
 
-def test_another_run_is_not_mixed_with_nor_removed_unasked(runnable: PopsdConfig) -> None:
-    (Path(runnable.output) / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds the checkpoints of another run.*overwrite=true"):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_no_run_wrote_is_neither_mixed_with_nor_removed(runnable: PopsdConfig, overwrite: bool) -> None:
+    output, runnable.overwrite = Path(runnable.output), overwrite
+    (output / "checkpoints" / "my_model").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds checkpoints and no \.nemo_popsd that says that a run"):
         check_training_run(runnable, world_size=1)
-    runnable.overwrite = True
+    write_mark(output, EXPORT)
+    with pytest.raises(UserError, match="holds checkpoints and no"):
+        check_training_run(runnable, world_size=1)
+    write_mark(output, RUN)
     check_training_run(runnable, world_size=1)
 
 
+def test_a_run_of_an_earlier_version_goes_on_and_is_not_removed(runnable: PopsdConfig) -> None:
+    output = Path(runnable.output)
+    (output / "checkpoints").mkdir(parents=True)
+    save_resolved(runnable, output / "config.yaml")
+    check_training_run(runnable, world_size=1)
+    runnable.overwrite = True
+    with pytest.raises(UserError, match="if it is a run of an earlier version, remove it yourself"):
+        check_training_run(runnable, world_size=1)
+
+
+def test_a_configuration_that_no_run_wrote_is_not_replaced(runnable: PopsdConfig) -> None:
+    Path(runnable.output).mkdir(parents=True)
+    (Path(runnable.output) / "config.yaml").write_text("seed: 7  # my own\n")
+    with pytest.raises(UserError, match=r"holds a config\.yaml that no run wrote"):
+        check_training_run(runnable, world_size=1)
+
+
+def test_an_export_is_not_written_over_anything_else(runnable: PopsdConfig) -> None:
+    exported = Path(runnable.output) / "huggingface"
+    exported.mkdir(parents=True)
+    write_mark(exported.parent, RUN)
+    (exported / "weights.bin").write_text("three weeks")
+    with pytest.raises(UserError, match=r"huggingface: got no \.nemo_popsd"):
+        check_training_run(runnable, world_size=1)
+    runnable.training.export_huggingface = False
+    check_training_run(runnable, world_size=1)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("setting", ["student.source", "data.train.path", "data.validation.path"])
-def test_a_run_does_not_remove_what_it_reads(runnable: PopsdConfig, setting: str) -> None:
+def test_a_run_does_not_remove_what_it_reads(runnable: PopsdConfig, setting: str, overwrite: bool) -> None:
     inside = Path(runnable.output) / "checkpoints" / "final"
     inside.mkdir(parents=True)
-    runnable.overwrite = True
+    write_mark(Path(runnable.output), RUN)
+    runnable.overwrite = overwrite
     *sections, name = setting.split(".")
     owner = runnable
     for section in sections:
         owner = getattr(owner, section)
     setattr(owner, name, str(inside))
-    with pytest.raises(UserError, match=f"{setting}=.*overwrite=true would remove"):
+    with pytest.raises(UserError, match=f"{setting}=.*(overwrite=true would remove|the run would replace)"):
         check_training_run(runnable, world_size=1)
 
 
