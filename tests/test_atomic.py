@@ -118,12 +118,15 @@ def test_what_is_not_ours_is_in_the_way_and_stays(tmp_path: Path, suffix: str) -
 
 
 def test_what_came_into_its_place_meanwhile_stays(tmp_path: Path) -> None:
+    def write(partial: Path) -> None:
+        (partial / "file").write_text("new")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "notes.txt").write_text("mine")
+
     new = atomic.new_directory(tmp_path / "model", EXPORT)
     with pytest.raises(UserError, match=r"model: got no \.nemo_popsd"), new as partial:
-        (partial / "file").write_text("new")
-        _directory(tmp_path / "model", "")
-        (tmp_path / "model" / MARK).rename(tmp_path / "model" / "notes.txt")
-    assert (tmp_path / "model" / "notes.txt").exists()
+        write(partial)
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
 
 
 def test_what_is_removed_half_has_lost_its_name_and_is_removed_later(

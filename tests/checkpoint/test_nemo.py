@@ -230,19 +230,34 @@ def test_garbage_is_refused_with_one_sentence(moved, tmp_path):
     (tmp_path / "empty.nemo").write_bytes(b"")
     with pytest.raises(UserError):
         NemoCheckpoint(tmp_path / "empty.nemo")
-    for part in ("weights", "huggingface", "manifest.json"):
-        (tmp_path / part).symlink_to(moved[0] / "full" / part)
-    (tmp_path / "model_config.yaml").write_text("optimizer: {nonsense: 1}\n")
+    copied = tmp_path / "copied"
+    shutil.copytree(moved[0] / "full", copied)
+    (copied / "model_config.yaml").write_text("optimizer: {nonsense: 1}\n")
+    with pytest.raises(UserError, match=r"model_config\.yaml has 25 bytes instead of"):
+        NemoCheckpoint(copied)
+    _seal(copied)
     with pytest.raises(UserError, match="nonsense"):
-        NemoCheckpoint(tmp_path)
-    (tmp_path / "model_config.yaml").write_text("a: [")
+        NemoCheckpoint(copied)
+    (copied / "model_config.yaml").write_text("a: [")
+    _seal(copied)
     with pytest.raises(UserError, match=r"unreadable model_config\.yaml"):
-        NemoCheckpoint(tmp_path)
-    (tmp_path / "manifest.json").unlink()
+        NemoCheckpoint(copied)
     for content in ("{", "[]", "{}"):
-        (tmp_path / "manifest.json").write_text(content)
+        (copied / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=r"unreadable manifest\.json"):
-            NemoCheckpoint(tmp_path)
+            NemoCheckpoint(copied)
+
+
+def test_what_every_checkpoint_must_hold_is_missed_though_the_manifest_fits(moved, tmp_path):
+    for name in ("huggingface/config.json", "huggingface/tensor_names.json", "weights/common.pt", "model_config.yaml"):
+        copied = tmp_path / name.replace("/", "-")
+        shutil.copytree(moved[0] / "full", copied)
+        (copied / name).unlink()
+        with pytest.raises(UserError, match=f"got {name} is missing"):
+            NemoCheckpoint(copied)
+        _seal(copied)
+        with pytest.raises(UserError, match=rf"no {name}, which its manifest\.json does not list either"):
+            NemoCheckpoint(copied)
 
 
 def _load_broken(rank: int, world_size: int, broken: list[Path]) -> list[str]:
@@ -252,9 +267,9 @@ def _load_broken(rank: int, world_size: int, broken: list[Path]) -> list[str]:
 
     initialize(ParallelConfig(), seed=1)
     for path in broken:
-        checkpoint = NemoCheckpoint(path)
-        [model] = build_chunks(checkpoint.architecture.provider(), checkpoint.config.student, ParallelConfig())
         try:
+            checkpoint = NemoCheckpoint(path)
+            [model] = build_chunks(checkpoint.architecture.provider(), checkpoint.config.student, ParallelConfig())
             checkpoint.load_trained(model)
             messages.append("")
         except UserError as error:

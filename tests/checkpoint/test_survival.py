@@ -49,6 +49,12 @@ def _run(source: Path, output: Path, *, background: bool) -> tuple[Any, Any]:
     return model, checkpoints
 
 
+def _source(directory: Path) -> Path:
+    """A tiny model with the file of a tokenizer, which the checkpoints of a run must hold."""
+    (save_tiny_model(directory) / "tokenizer.json").write_text("{}")
+    return directory
+
+
 def _mark(model: Any, step: int) -> None:
     """Every number of the state says the step."""
     from nemo_popsd.megatron.optimizer_state import parameter_states, set_step_count
@@ -103,7 +109,7 @@ def _load_and_save_until_killed(rank: int, world_size: int, source: Path, output
 @pytest.mark.slow
 def test_kill_9_at_random_moments_of_saving_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
     """Thirty processes, each of which loads what the one before has left, and is killed while it saves the next."""
-    source, output = save_tiny_model(tmp_path / "hf"), tmp_path / "run"
+    source, output = _source(tmp_path / "hf"), tmp_path / "run"
     output.mkdir()
     half_written = 0
     for number in range(KILLS):
@@ -188,7 +194,7 @@ def _reload(source: Path, checkpoint: Path, step: int) -> None:
 
 
 def test_a_full_disk_is_told_and_changes_nothing(small_disk: Path, tmp_path: Path) -> None:
-    source = save_tiny_model(tmp_path / "hf")
+    source = _source(tmp_path / "hf")
     [told] = run_ranks(_fill_the_disk, 1, source, small_disk, tmp_path)
     assert set(told) == {"False True", "False False", "True True", "True False", "rollouts"}
     for text in told.values():

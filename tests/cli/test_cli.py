@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from nemo_popsd.cli import main as cli
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
 from nemo_popsd.observability import console
+from nemo_popsd.ownership import ADAPTER, EXPORT, sizes_of, write_mark
 from tests.evaluation.scores import score
 from tests.evaluation.server import Server
 from tests.evaluation.test_comparison import saved
@@ -24,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What the sub-commands asked of the model, which is not built."""
     made: list[tuple] = []
     entry = types.ModuleType("nemo_popsd.model.entry")
-    for name in ("train", "evaluate", "diagnose", "export"):
+    for name in ("train", "evaluate", "diagnose", "export", "export_adapter"):
         setattr(entry, name, lambda *args, name=name: made.append((name, *args)))
     monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
     conversion = types.ModuleType("nemo_popsd.model.conversion")
@@ -158,10 +160,60 @@ def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, caps
 
 
 def test_export(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["export", str(tmp_path), str(tmp_path / "hf")]) == 0
-    assert calls == [("export", str(tmp_path), str(tmp_path / "hf"))]
-    assert cli.main(["export", str(tmp_path / "none"), str(tmp_path / "hf")]) == 2
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "hf"
+    checkpoint.mkdir()
+    assert cli.main(["export", str(checkpoint), str(output)]) == 0
+    assert calls == [("export", str(checkpoint), str(output))]
+    assert cli.main(["export", str(tmp_path / "none"), str(output)]) == 2
     assert "CHECKPOINT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapter", [[], ["--adapter"]])
+def test_export_replaces_nothing_but_an_earlier_export(
+    calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: list[str]
+) -> None:
+    checkpoint, output = tmp_path / "run" / "checkpoint", tmp_path / "hf"
+    checkpoint.mkdir(parents=True)
+    for other in (checkpoint, checkpoint / "deeper", checkpoint.parent, tmp_path / "link"):
+        if other.name == "link":
+            other.symlink_to(checkpoint)
+        assert cli.main(["export", *adapter, str(checkpoint), str(other)]) == 2
+        assert "CHECKPOINT" in capsys.readouterr().err
+    for place in (output, tmp_path / "hf.partial", tmp_path / "hf.replaced"):
+        place.mkdir()
+        (place / "weights.bin").write_text("three weeks")
+        assert cli.main(["export", *adapter, str(checkpoint), str(output)]) == 2
+        told = capsys.readouterr().err
+        assert f"{place}: got no .nemo_popsd" in told
+        assert "nothing was removed" in told
+        assert (place / "weights.bin").exists()
+        shutil.rmtree(place)
+    (output / "config.json").parent.mkdir()
+    (output / "config.json").write_text("{}")
+    write_mark(output, ADAPTER if adapter else EXPORT, sizes_of(output))
+    assert cli.main(["export", *adapter, str(checkpoint), str(output)]) == 0
+    assert len(calls) == 1
+    assert cli.main(["export", *([] if adapter else ["--adapter"]), str(checkpoint), str(output)]) == 2
+
+
+def test_a_report_replaces_nothing_but_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "thesis.html"
+    page.write_text("<html>three weeks</html>")
+    assert cli.main(["report", str(tmp_path), "--output", str(page)]) == 2
+    assert "a file that is no page of nemo_popsd" in capsys.readouterr().err
+    assert page.read_text() == "<html>three weeks</html>"
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "pipe")]) == 2
+    assert "no regular file" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nemo_popsd.report.write_report", interrupt)
+    assert cli.main(["report", "somewhere"]) == 130
+    assert capsys.readouterr().err == "popsd report: stopped by Ctrl-C\n"
 
 
 def test_convert(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
