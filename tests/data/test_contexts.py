@@ -187,6 +187,25 @@ def test_tokens_that_mark_a_turn_are_malformed_in_a_row(field: str) -> None:
     assert rejected.why is Misfit.MALFORMED
 
 
+def test_a_token_without_an_embedding_is_refused_where_it_is_used() -> None:
+    tokenizer = small.tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["modulo", "<tool>"])
+    made = ContextBuilder(tokenizer, DataConfig(malformed_rows="skip"), vocab_size=size)
+    assert isinstance(made.fit([record()])[0], FittedRow), "tokens that nothing uses may be there"
+    for column in ("question", "reference"):
+        row = record(3, **{column: "What is 7 modulo 3?"})
+        with pytest.raises(
+            UserError, match=rf"row row3: got the token 'modulo' with id {size} in its {column}.*={size}"
+        ):
+            made.fit([record(), row])
+    assert isinstance(made.fit([record(3, reference="7 modulo 3")], with_reference=False)[0], FittedRow)
+    ContextBuilder(tokenizer, DataConfig(), vocab_size=len(tokenizer)).fit([record(3, question="7 modulo 3?")])
+    tokenizer.chat_template = "<tool>" + small.THINKING
+    with pytest.raises(UserError, match=r"the prompt around a row: got the token '<tool>' with id"):
+        ContextBuilder(tokenizer, DataConfig(), vocab_size=size)
+
+
 def test_missing_reference_is_an_error_naming_the_row() -> None:
     with pytest.raises(UserError, match="row row4: got no reference"):
         builder().build(record(4, reference=None))
