@@ -52,10 +52,11 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_scaling": _LLAMA3, "max_position_embeddings": 256}),
+    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 5, "rope_scaling": _YARN, "pad_token_id": 0}),
 }
-KINDS = tuple(kind for kind in _KINDS if "moe" not in kind)
-"""The dense ones."""
+KINDS = tuple(kind for kind in _KINDS if kind not in ("qwen3_moe", "mistral"))
+"""Dense ones, on which every layout is tested."""
 
 
 def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0, **overrides: Any) -> Path:
@@ -65,7 +66,7 @@ def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0
 
     Args:
         directory: to make.
-        kind: one of `KINDS`, or `qwen3_moe`.
+        kind: one of `KINDS`, `qwen3_moe` or `mistral`.
         seed: of the weights.
         overrides: fields of the transformers configuration.
     """

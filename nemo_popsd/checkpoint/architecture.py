@@ -1,85 +1,101 @@
-"""Which architectures are converted, and what in a ``config.json`` Megatron-Bridge would silently compute otherwise."""
+"""Reading a ``config.json``: which architecture, and whether Megatron computes what it asks for."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING
 
 import nemo_popsd.checkpoint.olmo3  # noqa: F401  (registers the architecture)
+from nemo_popsd.checkpoint.families import FAMILIES
+from nemo_popsd.checkpoint.rotation import UnsupportedError
 from nemo_popsd.errors import UserError
-from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.reading import read_json
 
-adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
-from megatron.bridge import AutoBridge  # noqa: E402
-
-# megatron-core's constants (rotary_pos_embedding.py:106), of which Megatron-Bridge passes the factor alone.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-# Rotations whose frequencies depend on no sequence length.
-_ROTATIONS = {"Olmo3ForCausalLM": ("default", "linear", "llama3", "yarn")}
+CONFIG = "config.json"
+_CODE, _QUANTISED = "auto_map", "quantization_config"
 
 
-def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool) -> Any:
-    """The transformers configuration in `directory`, once it is known that Megatron computes the same model.
+@dataclass(frozen=True)
+class Architecture:
+    """What a ``config.json`` says, known to be what Megatron computes."""
+
+    config: Any
+    """The transformers configuration."""
+    content: dict[str, Any]
+    """Of the file, with the keys of transformers 4 added where it has only those of 5, and no names of code."""
+    changed: bool
+    """Whether `content` is another than that of the file."""
+
+
+def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool) -> Architecture:
+    """What the ``config.json`` in `directory` says. Runs no code of the directory.
 
     Args:
         directory: holds ``config.json``.
         setting: what an error asks the user to set.
-        trust_remote_code: whether Python files in `directory` may be run; without it none is.
+        trust_remote_code: accept a configuration that names Python files in `directory`. The architecture is that of
+            the table all the same.
 
     Raises:
-        UserError: no such directory, a configuration that cannot be read, or an architecture that is not converted.
+        UserError: no such directory, a configuration that cannot be read, an architecture that is not converted, or
+            one that Megatron would compute otherwise; it names the key.
     """
-    if not (directory / "config.json").is_file():
+    what = f"model {directory}"
+    if not (directory / CONFIG).exists():
         raise UserError(
-            f"model {directory}",
-            got="no config.json" if directory.is_dir() else "no such directory",
+            what,
+            got=f"no {CONFIG}" if directory.is_dir() else "no such directory",
             need="a local Hugging Face model directory",
             mend=f"set {setting}",
         )
+    content: dict[str, Any] = read_json(directory / CONFIG, what, mend=f"repair the file, or set {setting}")
+    names = content.get("architectures")
+    family = (
+        FAMILIES.get(names[0]) if isinstance(names, list) and len(names) == 1 and str(names[0]) == names[0] else None
+    )
+    if family is None or content.get("model_type") != family.model_type:
+        raise UserError(
+            what,
+            got=f"architectures={names}, model_type={content.get('model_type')!r}",
+            need="an architecture that is converted: "
+            + ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values()),
+            mend=f"set {setting}",
+        )
+    if content.get(_QUANTISED) is not None:
+        raise UserError(
+            what,
+            got=f"{_QUANTISED} in {CONFIG}",
+            need="a model that is not quantised, since transformers would quantise what Megatron does not",
+            mend=f"set {setting} to the model before quantisation, or take the key out if the weights are whole",
+        )
+    if _CODE in content and not trust_remote_code:
+        raise UserError(
+            what,
+            got=f"{_CODE} in {CONFIG}, which says that Python files of the model compute it",
+            need=f"a model that the code of transformers computes as {family.architecture}",
+            mend="take the key out if it does, or compare both with `popsd convert --verify --trust-remote-code`",
+        )
+    plain = {key: value for key, value in content.items() if key != _CODE}
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (KeyError, OSError, TypeError, ValueError) as error:
+        config, full = family.read(plain, CONFIG_MAPPING[family.model_type].from_dict)
+    except UnsupportedError as error:
         raise UserError(
-            f"model {directory}",
-            got=f"a config.json that is refused: {' '.join(str(error).split())}",
-            need="that of an architecture in transformers",
-            mend=f"set {setting}",
-        ) from None
-    # Not `AutoBridge.supports`, which says yes to every name that ends in ForCausalLM.
-    if not set(getattr(config, "architectures", None) or [""]) <= set(AutoBridge.list_supported_models()):
-        raise UserError(
-            f"model {directory}",
-            got=f"architectures={getattr(config, 'architectures', None)}",
-            need="one that Megatron-Bridge converts: " + ", ".join(AutoBridge.list_supported_models()),
-            mend=f"set {setting}",
-        )
-    if difference := _difference(config):
-        raise UserError(
-            f"model {directory}",
-            got=difference,
+            what,
+            got=f"{error} in {family.architecture}",
             need="a configuration that Megatron computes as transformers does",
-            mend=f"set {setting}, or take it out of config.json if the model is to be used without it",
-        )
-    return config
-
-
-def _difference(config: Any) -> str | None:
-    """What Megatron-Bridge reads and drops, or None."""
-    scaling = getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    architecture = config.architectures[0]
-    if kind == "llama3" and architecture == "LlamaForCausalLM":
-        if {name: scaling.get(name) for name in _LLAMA3} != _LLAMA3:
-            return f"rope_scaling={scaling} (only the factor may differ from {_LLAMA3})"
-    elif kind not in _ROTATIONS.get(architecture, ("default",)):
-        return f"rope_scaling of the kind {kind!r} in {architecture}"
-    if getattr(config, "attention_bias", False) and architecture == "Olmo3ForCausalLM":
-        return "attention_bias=true"
-    if getattr(config, "use_sliding_window", False):
-        return "use_sliding_window=true"
-    if getattr(config, "norm_topk_prob", True) is False:
-        return "norm_topk_prob=false"
-    return None
+            mend=f"set {setting}, or take it out of {CONFIG} if the model is to be used without it",
+        ) from None
+    # Whatever else transformers objects to.
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            what,
+            got=f"a {CONFIG} that transformers refuses: {' '.join(str(error).split())}",
+            need=f"that of a {family.architecture}",
+            mend=f"repair the file, or set {setting}",
+        ) from None
+    if trust_remote_code and _CODE in content:
+        config.auto_map = content[_CODE]
+    return Architecture(config, full, changed=full != content)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from nemo_popsd.atomic import flush_file
 from nemo_popsd.errors import UserError
+from nemo_popsd.reading import unreadable
+
+_NAME_BYTES = 255
 
 
 def pack(directory: Path, archive: Path) -> None:
@@ -22,31 +27,47 @@ def pack(directory: Path, archive: Path) -> None:
 def unpack(archive: Path, directory: Path) -> None:
     """Unpacks regular files and directories into `directory`; looks at every member before it writes the first.
 
+    An archive is not compressed, so that what is written is no larger than what is read.
+
     Raises:
-        UserError: no tar archive; or a member that leaves the directory, is a link or a device, or comes twice.
+        UserError: no tar archive; or a member that leaves the directory, is a link or a device, has holes, or comes
+            twice; or the system refuses to write one.
     """
+    if reason := unreadable(archive):
+        raise _unusable(archive, f"a file that {reason}")
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:") as tar:
             members = tar.getmembers()
-            seen: set[PurePosixPath] = set()
+            folders: dict[PurePosixPath, bool] = {}
             for member in members:
-                if reason := _refused(member, seen):
-                    raise _unusable(archive, f"{member.name!r}, {reason}")
-                seen.add(PurePosixPath(member.name))
+                if reason := _refused(member, folders):
+                    raise _unusable(archive, f"{member.name[:_NAME_BYTES]!r}, {reason}")
+                folders[PurePosixPath(member.name)] = member.isdir()
             tar.extractall(directory, members=members, filter="data")
     except (tarfile.TarError, EOFError) as error:
-        raise _unusable(archive, f"no whole tar archive ({str(error).splitlines()[0].rstrip(':')})") from None
+        reason = (str(error).splitlines() or [""])[0].rstrip(":")
+        raise _unusable(archive, f"no whole tar archive ({reason})") from None
+    except (OSError, ValueError, OverflowError) as error:
+        words = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) else str(error)
+        raise _unusable(archive, f"what cannot be unpacked into {directory} ({words})") from None
 
 
-def _refused(member: tarfile.TarInfo, seen: set[PurePosixPath]) -> str | None:
+def _refused(member: tarfile.TarInfo, folders: Mapping[PurePosixPath, bool]) -> str | None:
+    """Why `member` is not unpacked; `folders` says of each path before it whether it is a folder."""
     path = PurePosixPath(member.name)
+    if any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts):
+        return "a name that is too long"
     if path.is_absolute() or ".." in path.parts:
         return "a path outside the archive's folder"
     if member.issym() or member.islnk():
         return f"a link to {member.linkname!r}"
+    if member.issparse():
+        return "a file with holes"
     if not (member.isreg() or member.isdir()):
         return "neither a file nor a folder"
-    return "which comes twice" if path in seen else None
+    if any(not folders.get(parent, True) for parent in path.parents):
+        return "a path through a file"
+    return "which comes twice" if path in folders else None
 
 
 def _unusable(archive: Path, got: str) -> UserError:
@@ -54,5 +75,5 @@ def _unusable(archive: Path, got: str) -> UserError:
         f"checkpoint {archive}",
         got=got,
         need="a .nemo archive of plain files, as nemo_popsd writes it",
-        mend="give another archive; nothing was unpacked",
+        mend="give another archive, or set TMPDIR to a directory with room",
     )

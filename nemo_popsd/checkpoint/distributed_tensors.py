@@ -73,6 +73,11 @@ class DistributedTensors:
         """Those of the tensors whose keys begin with `prefix`."""
         return {entry.properties.dtype for key, entry in self._tensors.items() if key.startswith(prefix)}
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Of one tensor."""
+        dtype: torch.dtype = self._tensors[key].properties.dtype
+        return dtype
+
     def read(self, key: str, *position: int) -> Tensor:
         """One tensor, or the part of it at `position` along its first dimensions (a layer, an expert).
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from nemo_popsd.checkpoint.manifest import digest, list_files, read_manifest
+from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles
 
 _BLOCK_ROWS = 4096
 
@@ -20,8 +21,8 @@ def huggingface_fingerprint(directory: Path) -> str:
     Collective where there is a process group: the ranks share out the tensors, and one gather of objects brings the
     sums together. Every byte is read once; a few thousand rows are held at a time.
     """
-    places = {name: file for file in sorted(directory.glob("*.safetensors")) for name in _names(file)}
-    return _shared_out(places, lambda name: _tensor_sum(places[name], name))
+    files = SafetensorsFiles(directory)
+    return _shared_out(files, lambda name: _tensor_sum(directory / files.place(name), name))
 
 
 def files_fingerprint(directory: Path) -> str:
@@ -48,11 +49,6 @@ def _shared_out(names: Iterable[str], sum_of: Callable[[str], str]) -> str:
         gathered = [[]] * ranks
         dist.all_gather_object(gathered, mine)
     return _total(pair for part in gathered for pair in part)
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return [name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118 no mapping
 
 
 def _tensor_sum(file: Path, name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nemo_popsd.atomic import new_directory
-from nemo_popsd.checkpoint.architecture import read_architecture
-from nemo_popsd.checkpoint.safetensors_files import INDEX, SafetensorsFiles, write_shards
+from nemo_popsd.checkpoint.architecture import CONFIG, read_architecture
+from nemo_popsd.checkpoint.model_files import TENSOR_NAMES, read_artifacts, read_tensor_names
+from nemo_popsd.checkpoint.rotation import PARAMETERS, SCALING, THETA
+from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles, write_shards
 from nemo_popsd.checkpoint.tensor_map import TensorMap
+from nemo_popsd.data.tokenizer import TOKENIZER_FILES
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.build import Model, chunks_of
 from nemo_popsd.ownership import EXPORT
@@ -40,11 +43,6 @@ AutoMapping.register_module_type("LocalRMSNorm", "replicated")
 SHARD_BYTES = 4 << 30
 """Size at which an export begins a new file."""
 
-TENSOR_NAMES = "tensor_names.json"
-"""Lists the tensors of a directory whose weights lie elsewhere."""
-_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.jinja", "*.model")
-_ARTIFACTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
-
 
 class HuggingFaceModel:
     """Architecture, tokenizer files and (optionally) weights of one Hugging Face directory.
@@ -55,7 +53,10 @@ class HuggingFaceModel:
         vocab_size: true vocabulary, without Megatron's padding.
         tensor_names: names of its tensors, but for rotary frequencies, which old checkpoints hold needlessly.
         artifacts: content of its configuration, tokenizer and chat template files by name, read when it is opened: a
-            run writes them into checkpoints long after `directory` may have been removed.
+            run writes them into checkpoints long after `directory` may have been removed. What only transformers 5
+            reads is in the form that both versions read.
+        overrides: keys of ``config.json`` for a reader that may know the form of transformers 4 alone; empty where the
+            file has no other.
     """
 
     def __init__(
@@ -70,39 +71,38 @@ class HuggingFaceModel:
             trust_remote_code: whether Python files in `directory` may be run; without it none is.
 
         Raises:
-            UserError: something is missing, or it is no architecture that is converted (see `read_architecture`).
+            UserError: it is no architecture that is converted (see `read_architecture`), the tensors are not those of
+                the architecture (see `require_complete`), or a file cannot be read.
         """
         self.directory = Path(directory)
-        self.config = read_architecture(self.directory, setting=setting, trust_remote_code=trust_remote_code)
+        self.overrides: dict[str, Any] = {}
+        architecture = read_architecture(self.directory, setting=setting, trust_remote_code=trust_remote_code)
+        self.config = architecture.config
         self.vocab_size: int = self.config.vocab_size
-        self.tensor_names = self._read_tensor_names()
-        self.artifacts = {
-            file.name: file.read_bytes()
-            for pattern in _ARTIFACTS
-            for file in sorted(self.directory.glob(pattern))
-            if file.name not in (TENSOR_NAMES, INDEX) and file.is_file()
-        }
-
-    def _read_tensor_names(self) -> list[str]:
-        listed = self.directory / TENSOR_NAMES
-        if listed.is_file():
-            names: list[str] = json.loads(listed.read_text())
-            return names
-        return sorted(name for name in self.tensors() if not name.endswith("rotary_emb.inv_freq"))
+        self.tensor_names = read_tensor_names(self.directory, self.config, lambda: self._files, setting=setting)
+        self.artifacts = read_artifacts(self.directory, setting=setting)
+        if architecture.changed:
+            self.artifacts[CONFIG] = (json.dumps(architecture.content, indent=2) + "\n").encode()
+        if PARAMETERS in architecture.content:
+            self.overrides = {name: architecture.content[name] for name in (THETA, SCALING)}
 
     def tensors(self) -> SafetensorsFiles:
-        """The weights in the directory's files, read when asked for.
+        """The weights in the directory's files, whose headers have been read; the numbers are when asked for.
 
         Raises:
             UserError: there are none, or damaged ones.
         """
+        return self._files
+
+    @cached_property
+    def _files(self) -> SafetensorsFiles:
         return SafetensorsFiles(self.directory)
 
     def precision(self) -> str:
         """The one that holds every number of the files: `bf16` where all are bf16, otherwise `fp32`.
 
         Raises:
-            UserError: there are no weights, or quantised ones.
+            UserError: there are no weights.
         """
         return "bf16" if self.tensors().dtypes() <= {torch.bfloat16} else "fp32"
 
@@ -272,7 +272,7 @@ class HuggingFaceModel:
     def copy_tokenizer(self, destination: Path) -> None:
         """Writes tokenizer and chat template alone."""
         for name, content in self.artifacts.items():
-            if any(fnmatchcase(name, pattern) for pattern in _TOKENIZER_FILES):
+            if name in TOKENIZER_FILES:
                 (destination / name).write_bytes(content)
 
     def vocabulary_tensors(self) -> set[str]:
@@ -290,20 +290,12 @@ class _VocabularyPaddedState(Mapping[str, Tensor]):
         # What Megatron-Bridge asks for the names.
         self.source = SimpleNamespace(get_all_keys=lambda: list(tensors))
         self._tensors = tensors
-        self._owner = owner
         self._vocabulary = owner.vocabulary_tensors()
         self._rows = model.vocab_size
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         if name in self._vocabulary:
-            if tensor.shape[0] != self._owner.vocab_size:
-                raise UserError(
-                    f"model {self._owner.directory}",
-                    got=f"{tensor.shape[0]} rows in {name}",
-                    need=f"vocab_size={self._owner.vocab_size} rows, as config.json says",
-                    mend="check the files, or set student.source",
-                )
             tensor = pad(tensor, (0, 0, 0, self._rows - tensor.shape[0]))
         return tensor
 

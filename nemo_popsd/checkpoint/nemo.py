@@ -22,6 +22,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from nemo_popsd.checkpoint.archive import unpack
+from nemo_popsd.checkpoint.completeness import expected_shapes
 from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEIGHTS, missing_files, ranks_of
 from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
@@ -34,6 +35,9 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.adapters import Adapters, merged_state
 from nemo_popsd.megatron.build import Model, build_chunks, chunks_of, layout_of
 from nemo_popsd.megatron.student import LoadWeights
+from nemo_popsd.reading import YAML_BYTES, check_yaml, foreign_entry, read_text
+
+_MEND = "copy it again, or use another checkpoint"
 
 
 class NemoCheckpoint:
@@ -63,6 +67,8 @@ class NemoCheckpoint:
             self.directory = Path(self._unpacked.name)
         if not self.directory.is_dir():
             raise damaged(Path(path), "no such file or directory")
+        if reason := foreign_entry(self.directory):
+            raise damaged(Path(path), reason)
         self.manifest = read_manifest(self.directory)
         try:
             files, ranks = self.manifest["files"], ranks_of(self.manifest)
@@ -71,6 +77,7 @@ class NemoCheckpoint:
             small = [name for name in files if name.startswith((CONFIG_NAME, f"{ARCHITECTURE}/"))]
             refuse_absent(self.directory, files)
             verify_files(self.directory, self.manifest, small)
+            check_yaml(read_text(self.directory / CONFIG_NAME, f"checkpoint {path}", mend=_MEND, limit=YAML_BYTES))
             tree = cast(DictConfig, OmegaConf.load(self.directory / CONFIG_NAME))
             self.step = int(self.manifest["step"])
             self.base: dict[str, str] | None = self.manifest["base"]
@@ -127,9 +134,17 @@ class NemoCheckpoint:
         """Its weights as they are stored, which tell the factors of each adapter.
 
         Collective where there is a process group: the files are compared with the manifest first.
+
+        Raises:
+            UserError: on every rank, if a file is damaged, or a tensor is missing or has another shape.
         """
         self.verify()
-        return MegatronWeights(DistributedTensors(self.directory / WEIGHTS), self.architecture.tensor_map())
+        weights = MegatronWeights(DistributedTensors(self.directory / WEIGHTS), self.architecture.tensor_map())
+        if not self.adapters_only:
+            weights.require_complete(expected_shapes(self.architecture.config))
+        if self.config.student.adaptation == "lora":
+            weights.require_adapters(self.config.student.lora.targets)
+        return weights
 
     def precision(self) -> str:
         """Of its weights: `bf16` or `fp32`."""

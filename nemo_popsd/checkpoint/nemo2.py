@@ -18,13 +18,19 @@ import torch
 import yaml
 from torch import Tensor
 
+from nemo_popsd.checkpoint.architecture import read_architecture
+from nemo_popsd.checkpoint.completeness import expected_shapes
 from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors
-from nemo_popsd.checkpoint.huggingface import TENSOR_NAMES, HuggingFaceModel
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.model_files import GENERATION, TENSOR_NAMES
 from nemo_popsd.checkpoint.tensor_map import MegatronWeights
+from nemo_popsd.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILES, load_tokenizer
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.build import Model
+from nemo_popsd.reading import YAML_BYTES, check_yaml, foreign_entry, read_text
 
 _PREFIX = "module."
+_MEND = "convert it with NeMo's own export_ckpt"
 _ARCHITECTURES = {
     "Qwen3Model": ("Qwen3ForCausalLM", "qwen3"),
     "Qwen2Model": ("Qwen2ForCausalLM", "qwen2"),
@@ -72,17 +78,25 @@ class Nemo2Checkpoint:
             UserError: it is damaged, or a model that is not converted.
         """
         self.directory = Path(path)
+        if reason := foreign_entry(self.directory):
+            raise self._refused(reason, "a directory of plain files")
         self._stored = DistributedTensors(self.directory / "weights")
         self._place = tempfile.TemporaryDirectory(prefix="nemo_popsd_")
         place = Path(self._place.name)
         self._copy_tokenizer(place)
         content = self._huggingface_config()
         (place / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        (place / TENSOR_NAMES).write_text(json.dumps(_tensor_names(place)))
+        config = read_architecture(place, setting="student.source", trust_remote_code=False).config
+        shapes = expected_shapes(config)
+        (place / TENSOR_NAMES).write_text(json.dumps(sorted(shapes)))
         self.architecture = HuggingFaceModel(place)
+        self._weights().require_complete(shapes)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The weights by their Hugging Face names, each read when asked for."""
+        return self._weights()
+
+    def _weights(self) -> MegatronWeights:
         return MegatronWeights(self._stored, self.architecture.tensor_map(), prefix=_PREFIX)
 
     def load(self, model: Model) -> None:
@@ -95,9 +109,9 @@ class Nemo2Checkpoint:
 
     def _copy_tokenizer(self, place: Path) -> None:
         found = sorted(self.directory.glob("context/**/tokenizer_config.json"))
-        for file in found[0].parent.iterdir() if found else ():
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
-                shutil.copy(file, place / file.name)
+        for name in (GENERATION, *TOKENIZER_FILES) if found else ():
+            if (found[0].parent / name).is_file():
+                shutil.copy(found[0].parent / name, place / name)
 
     def _huggingface_config(self) -> dict[str, Any]:
         tree = self._model_tree()
@@ -139,9 +153,13 @@ class Nemo2Checkpoint:
     def _model_tree(self) -> dict[str, Any]:
         file = self.directory / "context" / "model.yaml"
         try:
+            text = read_text(file, f"NeMo 2 checkpoint {self.directory}", mend=_MEND, limit=YAML_BYTES)
+            check_yaml(text)
             # `safe_load` makes plain data only; a tag that asks for an object is an error.
-            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            tree = yaml.safe_load(text)
+        except UserError:
+            raise
+        except (ValueError, yaml.YAMLError) as error:
             raise self._refused(f"context/model.yaml that is refused: {' '.join(str(error).split())}", "one") from None
         if not isinstance(tree, dict):
             raise self._refused("context/model.yaml that describes no model", "one that does")
@@ -151,27 +169,12 @@ class Nemo2Checkpoint:
         """The true vocabulary: the configuration's, else the tokenizer's, else the rows there are, padding and all."""
         if config.get("vocab_size") is not None:
             return int(config["vocab_size"])
-        if (place / "tokenizer_config.json").is_file():
-            from transformers import AutoTokenizer
-
-            return len(AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False))
+        if (place / TOKENIZER_CONFIG).is_file():
+            return len(load_tokenizer(place, setting="SRC"))
         key = f"{_PREFIX}embedding.word_embeddings.weight"
         if key not in self._stored.shapes:
             raise self._refused(f"no tensor {key}", "weights of a GPT model")
         return int(self._stored.shapes[key][0])
 
     def _refused(self, got: str, need: str) -> UserError:
-        return UserError(
-            f"NeMo 2 checkpoint {self.directory}", got=got, need=need, mend="convert it with NeMo's own export_ckpt"
-        )
-
-
-def _tensor_names(place: Path) -> list[str]:
-    """Names of the tensors of the architecture in `place`, from a model without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_utils import no_init_weights
-
-    config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    with no_init_weights(), torch.device("meta"):
-        names = set(AutoModelForCausalLM.from_config(config).state_dict())
-    return sorted(names - {"lm_head.weight"} if config.tie_word_embeddings else names)
+        return UserError(f"NeMo 2 checkpoint {self.directory}", got=got, need=need, mend=_MEND)

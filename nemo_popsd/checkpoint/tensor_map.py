@@ -31,6 +31,7 @@ from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
 )
 
 _EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -72,6 +73,7 @@ class TensorMap:
     Attributes:
         names: of the Hugging Face tensors.
         tensors: the parameters they make up.
+        vocabulary: names of the tensors with one row per vocabulary entry.
     """
 
     def __init__(self, bridge: Any, provider: Any, names: Sequence[str], *, vocab_size: int, vocabulary: set[str]):
@@ -90,7 +92,7 @@ class TensorMap:
         self.names = list(names)
         self._provider = provider
         self._vocab_size = vocab_size
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         registry = bridge.mapping_registry()
         self._tied = provider.share_embeddings_and_output_weights
         self._embedding = str(registry.megatron_to_hf_lookup("embedding.word_embeddings.weight").hf_param)
@@ -127,7 +129,7 @@ class TensorMap:
         if len(parts) == 3:
             return merge_qkv_weights(self._provider, *parts)
         joined = torch.cat(list(parts)) if len(parts) == 2 else parts[0]
-        if tensor.parts[0] in self._vocabulary:
+        if tensor.parts[0] in self.vocabulary:
             joined = pad(joined, (0, 0, 0, self._padded_vocabulary - joined.shape[0]))
         return joined
 
@@ -137,30 +139,19 @@ class TensorMap:
             return tuple(split_qkv_weights(self._provider, joined))
         if len(tensor.parts) == 2:
             return joined.chunk(2)
-        return (joined[: self._vocab_size] if tensor.parts[0] in self._vocabulary else joined,)
+        return (joined[: self._vocab_size] if tensor.parts[0] in self.vocabulary else joined,)
 
     @property
     def _padded_vocabulary(self) -> int:
         return -(-self._vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def pieces(self, source: TensorSource, dtype: torch.dtype) -> Iterator[Piece]:
-        """What a distributed checkpoint with the tensors of `source` consists of; they are read when it is written.
-
-        Raises:
-            UserError: a vocabulary has not the size that ``config.json`` says.
-        """
+        """What a distributed checkpoint with the tensors of `source` consists of; they are read when it is written."""
         counts = (self._provider.num_layers, self._provider.num_moe_experts)
         for tensor in self.tensors:
             shapes = [source.shape(part) for part in tensor.parts]
             rows = sum(shape[0] for shape in shapes)
-            if tensor.parts[0] in self._vocabulary:
-                if rows != self._vocab_size:
-                    raise UserError(
-                        "model",
-                        got=f"{rows} rows in {tensor.parts[0]}",
-                        need=f"vocab_size={self._vocab_size} rows, as config.json says",
-                        mend="check the files",
-                    )
+            if tensor.parts[0] in self.vocabulary:
                 rows = self._padded_vocabulary
             outer = counts[: len(tensor.position)]
             yield Piece(
@@ -208,6 +199,40 @@ class MegatronWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._map.names)
 
+    def require_complete(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a checkpoint without all tensors of the architecture, each of its shape, from its index alone.
+
+        Args:
+            shapes: of the Hugging Face tensors, by name.
+
+        Raises:
+            UserError: names the first that is missing or another.
+        """
+        for tensor in self._map.tensors:
+            key, position = self._require(tensor.key, tensor)
+            stored = self._stored.shapes[key]
+            rows, inner = sum(shapes[part][0] for part in tensor.parts), shapes[tensor.parts[0]][1:]
+            padded = tensor.parts[0] in self._map.vocabulary and tuple(stored[:1]) >= (rows,)
+            whole = (stored[0] if padded else rows, *inner)
+            if tuple(stored[len(position) :]) != whole or any(
+                place >= count for place, count in zip(position, stored, strict=False)
+            ):
+                raise self._refused(f"{key} of the shape {list(stored)}, in which {tensor.name} is not {list(whole)}")
+            if self._stored.dtype(key) not in _DTYPES:
+                raise self._refused(f"{key} in {self._stored.dtype(key)}")
+
+    def require_adapters(self, targets: Sequence[str]) -> None:
+        """Refuse a checkpoint without both factors on every linear of `targets`.
+
+        Raises:
+            UserError: names the first that is missing.
+        """
+        for tensor in self._map.tensors:
+            linear = tensor.key.removesuffix(".weight")
+            if linear.rpartition(".")[2] in targets and linear != tensor.key and not _EXPERT.search(tensor.name):
+                for factor in ("linear_in", "linear_out"):
+                    self._require(f"{linear}.adapter.{factor}.weight", tensor)
+
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """A [r, in] and B [out, r] of the adapter on the tensor `name`, or None when it has none.
 
@@ -232,15 +257,22 @@ class MegatronWeights(Mapping[str, Tensor]):
         return (single, tuple(expert)) if single in self._stored.shapes else None
 
     def _read(self, key: str, tensor: MegatronTensor) -> Tensor:
+        place = self._require(key, tensor)
+        return self._stored.read(place[0], *place[1])
+
+    def _require(self, key: str, tensor: MegatronTensor) -> tuple[str, tuple[int, ...]]:
         place = self._place(key, tensor)
         if place is None:
-            raise UserError(
-                f"checkpoint {self._stored.directory}",
-                got=f"no tensor {self._prefix}{key}",
-                need="weights of the architecture in its configuration",
-                mend="give another checkpoint",
-            )
-        return self._stored.read(place[0], *place[1])
+            raise self._refused(f"no tensor {self._prefix}{key}")
+        return place
+
+    def _refused(self, got: str) -> UserError:
+        return UserError(
+            f"checkpoint {self._stored.directory}",
+            got=got,
+            need="weights of the architecture in its configuration",
+            mend="give another checkpoint",
+        )
 
 
 class MergedWeights(Mapping[str, Tensor]):

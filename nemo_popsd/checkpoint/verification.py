@@ -19,6 +19,7 @@ from torch import Tensor
 from nemo_popsd.checkpoint.conversion import DTYPES
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.source import Source
+from nemo_popsd.data.tokenizer import load_tokenizer
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.build import build_chunks
 from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
@@ -78,7 +79,7 @@ def verify(
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         different = _different_tensors(huggingface, tensors, DTYPES[precision], compared)
-        ids, text = _sample(huggingface, trust_remote_code)
+        ids, text = _sample(huggingface)
         expected = None if different else _transformers_logits(huggingface, ids, DTYPES[precision], trust_remote_code)
         found = [(different, ids, text, expected)]
     dist.broadcast_object_list(found, src=0)
@@ -106,19 +107,15 @@ def _different_tensors(
     return different
 
 
-def _sample(model: HuggingFaceModel, trust_remote_code: bool) -> tuple[list[int], bool]:
+def _sample(model: HuggingFaceModel) -> tuple[list[int], bool]:
     """Token ids of `_TEXT`, repeated to a length that shows positions apart; random ids where there is no tokenizer."""
-    from transformers import AutoTokenizer
-
     length = min(_TOKENS, getattr(model.config, "max_position_embeddings", _TOKENS))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        ids: list[int] = tokenizer(_TEXT * (1 + _TOKENS // 64), add_special_tokens=False)["input_ids"][:length]
-    # The tokenizer libraries raise bare Exception, KeyError, OSError and more where there is none.
-    except Exception:
-        ids = []
+        tokenizer = load_tokenizer(model.directory)
+    except UserError:
+        ids: list[int] = []
+    else:
+        ids = tokenizer(_TEXT * (1 + _TOKENS // 64), add_special_tokens=False)["input_ids"][:length]
     if ids and max(ids) < model.vocab_size:
         return ids, True
     generator = torch.Generator().manual_seed(0)
@@ -133,6 +130,7 @@ def _transformers_logits(
 
     reference: Any = AutoModelForCausalLM.from_pretrained(
         model.directory,
+        config=model.config,
         dtype=dtype,
         local_files_only=True,
         use_safetensors=True,

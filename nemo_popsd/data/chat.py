@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_THOUGHT = ("<think>", "</think>")
 
 
 class Encoded(NamedTuple):
@@ -62,17 +65,28 @@ class ChatFormat:
                 str(enable_thinking).lower(),
                 self.assistant_prefix,
             )
-        # Text of a row must not open or close a turn. The tokens for thinking are no such tokens in Qwen3 and
-        # R1 tokenizers, so references that quote a thought pass.
-        self._control_tokens = [token for token in tokenizer.all_special_tokens if token.strip()]
+        self._normalizer = tokenizer.backend_tokenizer.normalizer
+        self._marks = self._find_marks()
 
     def render(self, user_turn: str) -> str:
         """Prompt text: system turn if any, the user turn, and the assistant prefix."""
         return self._render(user_turn, True, thinking=self.enable_thinking)
 
-    def control_token_in(self, text: str) -> str | None:
-        """The first of the tokenizer's special tokens that is spelled out in `text`, or None."""
-        return next((token for token in self._control_tokens if token in text), None)
+    def mark_in(self, text: str) -> str | None:
+        """The first token that is spelled out in `text` and could open or close a turn there, or None.
+
+        These are the tokenizer's special tokens and every added token that the chat template writes, whether or not
+        the tokenizer calls it special. The two around a thought are not among them: a reference may quote one.
+        """
+        found = next((mark for mark in self._marks if mark in text), None)
+        if found is None and self._normalizer is not None and not text.isascii():
+            text = self._normalizer.normalize_str(text)
+            found = next((mark for mark in self._marks if mark in text), None)
+        return found
+
+    def beyond(self, vocab_size: int) -> dict[int, str]:
+        """The tokens for which a model with `vocab_size` embeddings has none, by id."""
+        return {number: token for token, number in self._tokenizer.get_vocab().items() if number >= vocab_size}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenise `texts` in one batch. No BOS is added, since the chat template has its own; nothing is cut."""
@@ -102,6 +116,19 @@ class ChatFormat:
         begin = len(text) - len(self.assistant_prefix)
         return [token for token, start in zip(encoded.ids, encoded.starts, strict=True) if start >= begin]
 
+    def _find_marks(self) -> list[str]:
+        template = self._tokenizer.chat_template
+        written = [*template.values()] if isinstance(template, dict) else [str(template)]
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+        system = {"role": "system", "content": "."}
+        for messages in ([question], [question, answer, question], [question, answer], [system, question]):
+            # A template may refuse a system turn, or an answer at the end.
+            with contextlib.suppress(UserError):
+                written.append(self._apply(messages, True, thinking=self.enable_thinking))
+        special = [token for token in self._tokenizer.all_special_tokens if token.strip()]
+        added = [token for token in self._tokenizer.get_added_vocab() if token.strip() and token not in _THOUGHT]
+        return [*special, *(t for t in added if t not in special and any(t in text for text in written))]
+
     def _find_assistant_prefix(self) -> str:
         probes = ("first probe 1", "second probe 2")
         added = []
@@ -121,16 +148,20 @@ class ChatFormat:
         )
 
     def _render(self, user_turn: str, add_generation_prompt: bool, *, thinking: bool) -> str:
-        import jinja2
-
         messages = [{"role": "user", "content": user_turn}]
         if self._system is not None:
             messages.insert(0, {"role": "system", "content": self._system})
+        return self._apply(messages, add_generation_prompt, thinking=thinking)
+
+    def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool, *, thinking: bool) -> str:
+        import jinja2
+
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
             )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        # A template is a program of somebody else's: what it raises is not all of jinja2.
+        except (jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise UserError(
                 "chat template",
                 got=f"{type(error).__name__}: {error}",

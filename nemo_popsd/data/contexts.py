@@ -98,17 +98,30 @@ class ContextBuilder:
             the response limit gives the sequence length that training must allow for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, vocab_size: int | None = None
+    ) -> None:
         """Check the templates and the chat template; nothing is tokenised yet but probes.
 
+        Args:
+            tokenizer: of the student.
+            config: the section `data`.
+            vocab_size: number of embeddings of the student; None leaves token ids unchecked.
+
         Raises:
-            UserError: from `check_templates` and `ChatFormat`.
+            UserError: from `check_templates` and `ChatFormat`, or the templates use a token without an embedding.
         """
         check_templates(config.templates)
         self._config = config
         self._chat = ChatFormat(tokenizer, system=config.templates.system, enable_thinking=config.enable_thinking)
         self.assistant_prefix = self._chat.assistant_prefix
         self.template_ignores_thinking = self._chat.ignores_thinking
+        self._vocab_size = vocab_size
+        self._beyond = self._chat.beyond(vocab_size) if vocab_size is not None else {}
+        if self._beyond:
+            turns = user_turns(config.templates, question="", reference="")
+            for text in (turns.student, turns.privileged):
+                self._refuse_beyond("the prompt around a row", "templates", self._chat.render(text))
         self.longest_context = self._longest_context()
 
     def fit(self, records: Sequence[Record], *, with_reference: bool = True) -> list[FittedRow | RejectedRow]:
@@ -119,13 +132,17 @@ class ContextBuilder:
             with_reference: False leaves references unread, as evaluation does.
 
         Raises:
-            UserError: naming the row, for a misfit whose setting says `error`, a missing reference, or a
-                student prompt that does not end in the assistant prefix.
+            UserError: naming the row, for a misfit whose setting says `error`, a missing reference, a token without
+                an embedding, or a student prompt that does not end in the assistant prefix.
         """
         rows: list[FittedRow | RejectedRow] = []
         for begin in range(0, len(records), _BATCH):
             batch = records[begin : begin + _BATCH]
             prompts = self._chat.encode([self._student_text(record) for record in batch])
+            if self._beyond:
+                for record in batch:
+                    self._refuse_beyond(f"row {record.id}", "question", self._student_text(record))
+                    self._refuse_beyond(f"row {record.id}", "reference", (with_reference and record.reference) or "")
             references: list[tuple[str | None, int]] = [(None, 0)] * len(batch)
             if with_reference:
                 references[:] = self._shorten([_reference_of(record) for record in batch])
@@ -222,10 +239,10 @@ class ContextBuilder:
 
     def _judge(self, record: Record, length: int, reference: str | None, tokens: int) -> FittedRow | RejectedRow:
         config = self._config
-        control = self._chat.control_token_in(f"{record.question}\n{reference or ''}")
-        if control is not None:
-            detail = f"the control token {control} in its text"
-            return self._reject(record, Misfit.MALFORMED, detail, "malformed_rows", config.malformed_rows)
+        for column, text in (("question", record.question), ("reference", reference or "")):
+            if (mark := self._chat.mark_in(text)) is not None:
+                detail = f"the token {mark} in its {column}, which marks a turn or the end of a text"
+                return self._reject(record, Misfit.MALFORMED, detail, "malformed_rows", config.malformed_rows)
         if tokens > config.max_reference_tokens and config.long_references != "truncate":
             detail = (
                 f"a reference of {tokens} tokens, more than data.max_reference_tokens={config.max_reference_tokens}"
@@ -244,13 +261,24 @@ class ContextBuilder:
             )
         return FittedRow(record, reference, truncated, length)
 
+    def _refuse_beyond(self, what: str, where: str, text: str) -> None:
+        """Refuse text with a token for which the model has no embedding."""
+        for token in self._chat.encode([text])[0].ids:
+            if token in self._beyond:
+                raise UserError(
+                    what,
+                    got=f"the token {self._beyond[token]!r} with id {token} in its {where}",
+                    need=f"ids below the model's vocab_size={self._vocab_size} (config.json)",
+                    mend="take the token out of tokenizer.json, or give the model an embedding for it",
+                )
+
     def _reject(self, record: Record, why: Misfit, detail: str, setting: str, policy: str) -> RejectedRow:
         if policy == "error":
             other = "skip" if why is Misfit.MALFORMED else "drop"
             raise UserError(
                 f"row {record.id}",
                 got=detail,
-                need="a row within the limits, without control tokens",
+                need="a row within the limits, without tokens of the chat template",
                 mend=f"mend the row, raise the limit, or set data.{setting}={other}",
             )
         return RejectedRow(record, why, f"row {record.id}: {detail}")

@@ -105,17 +105,20 @@ def build_dataset(
     source: SourceConfig,
     tokenizer: PreTrainedTokenizerBase,
     borrowed: Borrowed = Borrowed.NONE,
+    *,
+    vocab_size: int | None = None,
 ) -> tuple[PromptDataset, DataReport]:
     """Read, check and measure the rows of `source`; the report is logged as one line.
 
-    `borrowed` says which context of a row holds another row's reference.
+    `borrowed` says which context of a row holds another row's reference; `vocab_size` is the model's, against which
+    token ids are checked.
 
     Every rank calls this with the same arguments and gets the same rows in the same order; no collectives.
 
     Raises:
         UserError: from reading, from the templates, from a row under an `error` setting, or when no row is left.
     """
-    builder = ContextBuilder(tokenizer, config)
+    builder = ContextBuilder(tokenizer, config, vocab_size=vocab_size)
     rows, report = _fitted_rows(config, source, builder, evaluation=False)
     dataset = PromptDataset(rows, builder, borrowed)
     # One row in full, so that a chat template with a fault of its own is refused here and not in the first step.
@@ -124,14 +127,14 @@ def build_dataset(
 
 
 def build_evaluation_prompts(
-    config: DataConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase
+    config: DataConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
 ) -> tuple[list[EvaluationPrompt], DataReport]:
     """Read rows with answers and make the student's prompts; references are not needed and not looked at.
 
     Raises:
         UserError: as `build_dataset`, and for a row without a final answer (per `malformed_rows`).
     """
-    builder = ContextBuilder(tokenizer, config)
+    builder = ContextBuilder(tokenizer, config, vocab_size=vocab_size)
     rows, report = _fitted_rows(config, source, builder, evaluation=True)
     return [EvaluationPrompt(row.record, builder.student_prompt(row.record)) for row in rows], report
 

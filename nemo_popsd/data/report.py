@@ -18,7 +18,7 @@ class DataReport:
     rows_read: int = 0
     """Rows seen, up to the source's `limit`; blank lines are not rows."""
     malformed: int = 0
-    """Rows skipped because they could not be read, lack a field, or hold a control token."""
+    """Rows skipped because they could not be read, lack a field, or hold a token of the chat template."""
     first_malformed: str | None = None
     """Why the first of them was skipped."""
     references_truncated: int = 0

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.reading import read_json, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a tokenizer and its chat template."""
+_GENERIC = "PreTrainedTokenizerFast"
 
 
 def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreTrainedTokenizerBase:
     """The fast tokenizer saved in directory `path`. Nothing is downloaded and no code from `path` is run.
 
     Args:
-        path: directory in the Hugging Face layout.
+        path: directory in the Hugging Face layout, as transformers 4 or 5 writes it.
         setting: dotted name of `path` in the configuration, for messages.
 
     Raises:
@@ -30,15 +48,70 @@ def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreT
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         found = ", ".join(sorted(entry.name for entry in directory.iterdir())[:20]) or "nothing"
         raise UserError("tokenizer", got=f"{setting}={str(path)!r} with {found}", need=need, mend=f"set {setting}")
+    for name in TOKENIZER_FILES:
+        file = directory / name
+        if (file.exists() or file.is_symlink()) and (reason := unreadable(file)):
+            raise UserError(str(directory), got=f"{name}, which {reason}", need=need, mend="fetch the file again")
+    content: dict[str, Any] = {}
+    if (directory / TOKENIZER_CONFIG).is_file():
+        content = read_json(directory / TOKENIZER_CONFIG, str(directory), mend="repair the file")
+    translated = for_transformers_4(content, str(directory))
+    if translated == content:
+        return _load(directory, directory, need)
+    with tempfile.TemporaryDirectory(prefix="nemo_popsd_") as place:
+        for name in TOKENIZER_FILES:
+            if name != TOKENIZER_CONFIG and (directory / name).is_file():
+                (Path(place) / name).symlink_to((directory / name).absolute())
+        (Path(place) / TOKENIZER_CONFIG).write_text(json.dumps(translated), encoding="utf-8")
+        tokenizer = _load(Path(place), directory, need)
+    tokenizer.name_or_path = str(directory)
+    return tokenizer
+
+
+def for_transformers_4(content: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A ``tokenizer_config.json`` in the form that transformers 4 and 5 both read.
+
+    Transformers 5 writes a list of further special tokens under a name that was an object's before, and the name of a
+    class that is new. All that it computes with is in ``tokenizer.json``.
+
+    Args:
+        content: of the file.
+        what: for the message.
+
+    Raises:
+        UserError: a tokenizer that does not consist of ``tokenizer.json``.
+    """
+    translated = dict(content)
+    extra = content.get("extra_special_tokens")
+    if isinstance(extra, list):
+        older = content.get("additional_special_tokens") or []
+        translated["additional_special_tokens"] = [*older, *(token for token in extra if token not in older)]
+        del translated["extra_special_tokens"]
+    backend = content.get("backend")
+    if backend is not None and backend != "tokenizers":
+        raise UserError(
+            what,
+            got=f"{TOKENIZER_CONFIG} of transformers 5 with backend={backend!r}",
+            need="backend='tokenizers', that is a tokenizer.json",
+            mend="save the tokenizer as a fast one with transformers 5",
+        )
+    if backend is not None or content.get("tokenizer_class") == "TokenizersBackend":
+        translated.pop("backend", None)
+        translated["tokenizer_class"] = _GENERIC
+    return translated
+
+
+def _load(place: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, use_fast=True, trust_remote_code=False
+            str(place), local_files_only=True, use_fast=True, trust_remote_code=False
         )
     except Exception as error:
         # The tokenizer libraries raise bare Exception, KeyError, OSError and more for a damaged file.
-        raise UserError(str(directory), got=f"{type(error).__name__}: {error}", need=need, mend="mend it") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".replace(str(place), str(directory)).split())
+        raise UserError(str(directory), got=reason, need=need, mend="repair or fetch the file again") from None
     return tokenizer
 
 
@@ -49,14 +122,9 @@ def read_generation_config(path: str | Path) -> dict[str, Any] | None:
         UserError: the file is not a JSON object.
     """
     file = Path(path).expanduser() / "generation_config.json"
-    if not file.is_file():
+    if not file.exists():
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(str(file), got=str(error), need="a JSON object", mend="mend it") from None
-    if not isinstance(content, dict):
-        raise UserError(str(file), got=f"a JSON {type(content).__name__}", need="a JSON object", mend="mend it")
+    content: dict[str, Any] = read_json(file, str(file), mend="repair the file")
     return content
 
 
@@ -88,3 +156,33 @@ def stop_token_ids(
             mend="set eos_token in tokenizer_config.json or eos_token_id in generation_config.json",
         )
     return tuple(sorted(ids))
+
+
+def refuse_tokens_beyond(
+    tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None, vocab_size: int
+) -> None:
+    """Refuse special tokens for which the model has no embedding.
+
+    Args:
+        tokenizer: its eos and pad tokens are looked at.
+        generation_config: its ``eos_token_id`` is looked at.
+        vocab_size: number of embeddings.
+
+    Raises:
+        UserError: names the token, its id and who says so.
+    """
+    found = [
+        ("eos_token of the tokenizer", tokenizer.eos_token_id),
+        ("pad_token of the tokenizer", tokenizer.pad_token_id),
+    ]
+    configured = (generation_config or {}).get("eos_token_id")
+    for number in configured if isinstance(configured, list) else [configured]:
+        found.append(("eos_token_id of generation_config.json", number))
+    for name, number in found:
+        if type(number) is int and number >= vocab_size:
+            raise UserError(
+                "special tokens",
+                got=f"{name} with id {number} ({tokenizer.convert_ids_to_tokens(number)!r})",
+                need=f"ids below the model's vocab_size={vocab_size} (config.json)",
+                mend="set it to a token that the model has an embedding for",
+            )

@@ -59,8 +59,10 @@ def sources_of(config: PopsdConfig) -> dict[str, SourceConfig]:
     return {VALIDATION: config.data.validation}
 
 
-def plan(config: PopsdConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> list[PlannedSet]:
-    """Reads all sets. Every rank gets the same ones; nothing is written.
+def plan(
+    config: PopsdConfig, model: str, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
+) -> list[PlannedSet]:
+    """Reads all sets. Every rank gets the same ones; nothing is written. `vocab_size` is the model's, if it is known.
 
     Raises:
         UserError: from reading the rows, a named set has another size than it should, or math-verify is missing.
@@ -69,7 +71,8 @@ def plan(config: PopsdConfig, model: str, tokenizer: PreTrainedTokenizerBase) ->
     root = Path(config.output) / "evaluation" / as_file_name(model)
     planned = []
     for name, source in sources_of(config).items():
-        prompts, _ = build_evaluation_prompts(replace(config.data, validation=source), source, tokenizer)
+        data = replace(config.data, validation=source)
+        prompts, _ = build_evaluation_prompts(data, source, tokenizer, vocab_size=vocab_size)
         if config.evaluation.sets:
             refuse_another_size(name, len(prompts))
         planned.append(PlannedSet(name, prompts[: config.evaluation.problems], EvaluationDirectory(root / name)))

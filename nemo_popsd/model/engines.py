@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ def build_engine(
                 ranks.number,
                 devices,
                 adapter=bool(base),
+                overrides=architecture.overrides,
             )
         ),
         weights=lambda: (architecture.stream_adapters if base else architecture.stream)(student.chunks),
@@ -165,7 +166,14 @@ def _written_files(architecture: HuggingFaceModel, place: Path) -> Path:
 
 
 def server_launch(
-    settings: PopsdConfig, model: Path, limit: int, replica: int, devices: str | None, *, adapter: bool
+    settings: PopsdConfig,
+    model: Path,
+    limit: int,
+    replica: int,
+    devices: str | None,
+    *,
+    adapter: bool,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Launch:
     """How the server of a replica is started.
 
@@ -176,6 +184,7 @@ def server_launch(
         replica: number of the replica.
         devices: GPUs of the server; None leaves the choice to the environment.
         adapter: whether it reads the weights from `model` and is sent LoRA adapters; otherwise it is sent weights.
+        overrides: keys of ``config.json``, whatever the file says.
     """
     vllm = settings.rollout.vllm
     arguments: dict[str, Any] = {
@@ -195,6 +204,8 @@ def server_launch(
         "seed": 0,  # each request has its own
         "disable_log_stats": True,
     }
+    if overrides:
+        arguments["hf_overrides"] = dict(overrides)
     lora = settings.student.lora
     if adapter:
         rank = next(rank for rank in _LORA_RANKS if rank >= lora.rank)

@@ -115,7 +115,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
     name = checkpoint or config.student.source
     weights = resolve_path(name, setting="student.source")
-    planned = plan(config, name, model.tokenizer)
+    planned = plan(config, name, model.tokenizer, vocab_size=model.architecture.vocab_size)
     draw_missing(model, planned, name=name, fingerprint=fingerprint(weights))
     shutdown()
     if is_rank_zero():

@@ -24,7 +24,7 @@ from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, PromptRow, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.sampler import StepSampler, collate
-from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, refuse_tokens_beyond, stop_token_ids
 from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.run import choose_rows, diagnose
 from nemo_popsd.errors import StopRequested, UserError
@@ -107,6 +107,7 @@ class PurifiedOPSDModel(ModelPT):
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
         # Read here: a resumed run may outlive the checkpoint that it began from.
         self._generation = read_generation_config(self.architecture.directory)
+        refuse_tokens_beyond(self.tokenizer, self._generation, self.architecture.vocab_size)
         self.data_fingerprint = ""
         self._longest = 0
         if self.settings.data.train.path:
@@ -155,7 +156,8 @@ class PurifiedOPSDModel(ModelPT):
         """Reads, checks and measures the training rows; each step takes this data-parallel rank's share."""
         source = _source(train_data_config)
         borrowed = Borrowed(self.settings.distillation.target.borrowed)
-        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer, borrowed)
+        size = self.architecture.vocab_size
+        dataset, _ = build_dataset(self.settings.data, source, self.tokenizer, borrowed, vocab_size=size)
         self.data_fingerprint = dataset.fingerprint()
         self._refuse_beyond_positions(
             dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
@@ -174,7 +176,9 @@ class PurifiedOPSDModel(ModelPT):
 
     def setup_validation_data(self, val_data_config: SourceConfig | DictConfig) -> None:
         """Reads the held-out rows; data-parallel ranks share them out."""
-        prompts, _ = build_evaluation_prompts(self.settings.data, _source(val_data_config), self.tokenizer)
+        prompts, _ = build_evaluation_prompts(
+            self.settings.data, _source(val_data_config), self.tokenizer, vocab_size=self.architecture.vocab_size
+        )
         prompts = prompts[: self.settings.evaluation.problems]
         self.refuse_long_evaluation(prompts)
         ranks = parallel_state.get_data_parallel_world_size()

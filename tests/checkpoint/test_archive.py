@@ -44,6 +44,8 @@ def _special(name: str, kind: bytes, target: str = "") -> Callable[[tarfile.TarF
         ([_special("disk", tarfile.BLKTYPE)], "neither a file nor a folder"),
         ([_special("pipe", tarfile.FIFOTYPE)], "neither a file nor a folder"),
         ([_file("manifest.json"), _file("./manifest.json")], "comes twice"),
+        ([_file("é" * 200)], "a name that is too long"),
+        ([_file("a"), _file("a/b")], "'a/b', a path through a file"),
     ],
 )
 def test_hostile_members_are_refused_and_nothing_is_written(
@@ -67,3 +69,25 @@ def test_what_is_packed_comes_out(tmp_path: Path) -> None:
     pack(tmp_path / "in", tmp_path / "a.nemo")
     unpack(tmp_path / "a.nemo", tmp_path / "out")
     assert (tmp_path / "out" / "weights" / ".metadata").read_bytes() == b"\0\1"
+
+
+def test_what_unpacks_to_more_than_was_given_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "a.nemo"
+    with tarfile.open(archive, "w:gz") as tar:
+        _file("first")(tar)
+    with pytest.raises(UserError, match="no whole tar archive"):
+        unpack(archive, tmp_path)
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("holes")
+        member.size = 512
+        member.pax_headers = {"GNU.sparse.size": str(1 << 40), "GNU.sparse.map": "0,1"}
+        tar.addfile(member, io.BytesIO(b"x" * 512))
+    with pytest.raises(UserError, match="'holes', a file with holes"):
+        unpack(archive, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x1f\x8b garbage", b"garbage" * 200])
+def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.nemo").write_bytes(content)
+    with pytest.raises(UserError, match=r"is empty|no whole tar archive"):
+        unpack(tmp_path / "a.nemo", tmp_path)

@@ -125,13 +125,8 @@ def test_missing_left_over_and_resized_tensors_are_errors_on_every_rank(sources,
         f"201 rows in {embedding}": {**tensors, embedding: tensors[embedding][:201].clone()},
         f"300 rows in {embedding}": {**tensors, embedding: torch.ones(300, 32)},
     }
-    missing = {
-        "decoder.final_layernorm.weight": "model.norm.weight",
-        "decoder.layers.1.self_attention.linear_qkv.weight": "model.layers.1.self_attn.k_proj.weight",
-        "output_layer.weight": "lm_head.weight",
-    }
-    for parameter, tensor in missing.items():
-        variants[parameter] = {name: value for name, value in tensors.items() if name != tensor}
+    for missing in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"):
+        variants[f"no tensor {missing}"] = {name: value for name, value in tensors.items() if name != missing}
     folders = []
     for number, content in enumerate(variants.values()):
         folders.append(tmp_path / str(number))
@@ -234,5 +229,6 @@ def test_what_is_written_does_not_depend_on_the_directory_it_was_read_from(sourc
     assert sorted(file.name for file in (tmp_path / "tokenizer").iterdir()) == [
         "chat_template.jinja",
         "tokenizer.json",
+        "tokenizer_config.json",
         "vocab.json",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -210,11 +211,45 @@ def test_what_is_a_checkpoint(moved, source):
 
 @pytest.mark.parametrize("missing", ["manifest.json", "model_config.yaml", "weights", "huggingface"])
 def test_an_incomplete_checkpoint_is_refused(moved, tmp_path, missing):
-    for part in (".nemo_popsd", "manifest.json", "model_config.yaml", "weights", "huggingface"):
-        if part != missing:
-            (tmp_path / part).symlink_to(moved[0] / "full" / part)
+    copied = Path(shutil.copytree(moved[0] / "full", tmp_path / "copied"))
+    (copied / missing).rename(tmp_path / missing)
     with pytest.raises(UserError, match=f"(no {missing}|{missing}.* is missing).*need a NeMo checkpoint"):
-        NemoCheckpoint(tmp_path)
+        NemoCheckpoint(copied)
+
+
+@pytest.mark.parametrize("name", ["huggingface/merges.txt", "huggingface/config.json", "weights"])
+def test_a_link_out_of_a_checkpoint_is_not_followed(moved, tmp_path, name):
+    copied = Path(shutil.copytree(moved[0] / "full", tmp_path / "copied"))
+    if (copied / name).exists():
+        (copied / name).rename(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "elsewhere").write_text("a secret")
+    (copied / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"'{name}', a symbolic link out of the directory"):
+        NemoCheckpoint(copied)
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    with pytest.raises(UserError, match=rf"'{name}', which is neither a file nor a directory"):
+        NemoCheckpoint(copied)
+
+
+def test_a_checkpoint_may_be_reached_by_a_link_and_lie_in_the_cache_of_the_hub(moved, tmp_path):
+    (tmp_path / "newest").symlink_to(moved[0] / "full")
+    assert NemoCheckpoint(tmp_path / "newest").step == 17
+    snapshot = Path(shutil.copytree(moved[0] / "full", tmp_path / "models--a--b" / "snapshots" / "0"))
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (snapshot / "huggingface" / "config.json").rename(tmp_path / "models--a--b" / "blobs" / "0123")
+    (snapshot / "huggingface" / "config.json").symlink_to("../../../blobs/0123")
+    assert NemoCheckpoint(snapshot).step == 17
+
+
+def test_aliases_that_fill_the_memory_are_refused(moved, tmp_path):
+    copied = Path(shutil.copytree(moved[0] / "full", tmp_path / "copied"))
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]
+    (copied / "model_config.yaml").write_text("\n".join(lines))
+    _seal(copied)
+    with pytest.raises(UserError, match=r"model_config\.yaml .*aliases that expand to more than"):
+        NemoCheckpoint(copied)
 
 
 def test_garbage_is_refused_with_one_sentence(moved, tmp_path):

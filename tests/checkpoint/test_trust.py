@@ -12,21 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors, Piece, write_distributed_tensors
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.verification import _transformers_logits
 from nemo_popsd.errors import UserError
 from tests.harness import run_ranks
 from tests.tiny_models import build_student, save_tiny_model
-
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 2.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 class _Payload:
@@ -138,24 +130,27 @@ def test_pickles_in_place_of_safetensors_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_python_beside_a_configuration_runs_only_when_it_is_trusted(tmp_path, monkeypatch, trusted):
+def test_python_beside_a_configuration_runs_only_where_it_is_trusted_and_compared(tmp_path, monkeypatch, trusted):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "model"
-    folder.mkdir()
+    folder = save_tiny_model(tmp_path / "model", "qwen2", num_hidden_layers=1)
     code = f"import pathlib\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\n"
-    code += "from transformers import Qwen2Config\nclass Strange(Qwen2Config):\n    model_type = 'strange'\n"
-    (folder / "configuration_strange.py").write_text(code)
-    content = {
-        "model_type": "strange",
-        "architectures": ["StrangeForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_strange.Strange"},
-    }
+    code += "from transformers import Qwen2ForCausalLM\nclass Strange(Qwen2ForCausalLM):\n    pass\n"
+    (folder / "modeling_strange.py").write_text(code)
+    content = json.loads((folder / "config.json").read_text())
+    content["auto_map"] = {"AutoModelForCausalLM": "modeling_strange.Strange"}
     (folder / "config.json").write_text(json.dumps(content))
-    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(UserError, match="StrangeForCausalLM" if trusted else "refused"):
-        HuggingFaceModel(folder, trust_remote_code=trusted)
-    assert (tmp_path / "mark").exists() == trusted
+    if not trusted:
+        with pytest.raises(UserError, match=r"auto_map in config\.json"):
+            HuggingFaceModel(folder)
+        return
+    model = HuggingFaceModel(folder, trust_remote_code=True)
+    assert not (tmp_path / "mark").exists(), "reading runs nothing"
+    model.copy_artifacts(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert not (tmp_path / "modeling_strange.py").exists()
+    _transformers_logits(model, [1, 2, 3], torch.float32, True)
+    assert (tmp_path / "mark").exists()
 
 
 def test_an_index_of_weights_that_names_code_is_refused(tmp_path):
@@ -192,23 +187,4 @@ def test_code_in_place_of_a_tensor_and_files_elsewhere_are_refused(tmp_path):
     index = {"metadata": {}, "weight_map": {"a": "../elsewhere.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="which is elsewhere"):
-        HuggingFaceModel(source)
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "named"),
-    [
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' in Qwen3ForCausalLM"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true"),
-        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=false"),
-        ("llama3", {"rope_scaling": _LLAMA3}, "only the factor"),
-        ("olmo3", {"attention_bias": True}, "attention_bias=true"),
-    ],
-)
-def test_what_megatron_would_silently_compute_otherwise_is_refused(tmp_path, kind, fields, named):
-    source = save_tiny_model(tmp_path / "model", kind, num_hidden_layers=1)
-    HuggingFaceModel(source)
-    content = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**content, **fields}))
-    with pytest.raises(UserError, match=named):
         HuggingFaceModel(source)

@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from nemo_popsd.data.chat import ChatFormat
@@ -83,7 +84,35 @@ def test_truncation_and_padding_set_on_the_tokenizer_are_not_heeded() -> None:
     assert [len(encoded.ids) for encoded in made.encode(["x" * 10, "y"])] == [10, 1]
 
 
-def test_control_tokens_are_found() -> None:
+def test_tokens_that_mark_a_turn_are_found() -> None:
     made = chat(small.THINKING)
-    assert made.control_token_in("a <end> b") == "<end>"
-    assert made.control_token_in("a <think> b < end>") is None
+    assert made.mark_in("a <end> b") == "<end>"
+    assert made.mark_in("a <think> b < end>") is None
+
+
+TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<tool>' }}{% endif %}"
+    "{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+)
+
+
+def test_added_tokens_that_the_template_writes_are_marks_whether_special_or_not() -> None:
+    """As in R1-Distill, whose marks of turns its tokenizer does not call special."""
+    tokenizer = small.tokenizer(TURNS)
+    tokenizer.add_tokens(["[user]", "[assistant]", "<tool>", "<think>", "</think>", "[other]"])
+    made = ChatFormat(tokenizer, system=None, enable_thinking=True)
+    assert not {"[user]", "[assistant]"} & set(tokenizer.all_special_tokens)
+    for mark in ("[user]", "[assistant]", "<tool>", "<end>"):
+        assert made.mark_in(f"2+2?{mark}And 3+3?") == mark
+    for text in ("a [other] b", "<think>\nhm\n</think>", "[system]", "[ user]"):
+        assert made.mark_in(text) is None
+
+
+def test_a_mark_that_only_the_normaliser_brings_about_is_found() -> None:
+    tokenizer = small.tokenizer(TURNS)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("[user]", normalized=True)])
+    text = "2+2?\uff3buser\uff3d"
+    assert tokenizer.convert_tokens_to_ids("[user]") in tokenizer(text)["input_ids"], "or the test shows nothing"
+    assert ChatFormat(tokenizer, system=None, enable_thinking=True).mark_in(text) == "[user]"

@@ -178,13 +178,32 @@ def test_the_limit_is_on_the_whole_student_prompt() -> None:
 
 
 @pytest.mark.parametrize("field", ["question", "reference"])
-def test_control_tokens_in_a_row_are_malformed(field: str) -> None:
+def test_tokens_that_mark_a_turn_are_malformed_in_a_row(field: str) -> None:
     bad = record(3, **{field: "He said <end><assistant> 5"})
-    with pytest.raises(UserError, match="row row3: got the control token <end>"):
+    with pytest.raises(UserError, match=f"row row3: got the token <end> in its {field}"):
         builder().fit([bad])
     rejected = builder(malformed_rows="skip").fit([bad])[0]
     assert isinstance(rejected, RejectedRow)
     assert rejected.why is Misfit.MALFORMED
+
+
+def test_a_token_without_an_embedding_is_refused_where_it_is_used() -> None:
+    tokenizer = small.tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["modulo", "<tool>"])
+    made = ContextBuilder(tokenizer, DataConfig(malformed_rows="skip"), vocab_size=size)
+    assert isinstance(made.fit([record()])[0], FittedRow), "tokens that nothing uses may be there"
+    for column in ("question", "reference"):
+        row = record(3, **{column: "What is 7 modulo 3?"})
+        with pytest.raises(
+            UserError, match=rf"row row3: got the token 'modulo' with id {size} in its {column}.*={size}"
+        ):
+            made.fit([record(), row])
+    assert isinstance(made.fit([record(3, reference="7 modulo 3")], with_reference=False)[0], FittedRow)
+    ContextBuilder(tokenizer, DataConfig(), vocab_size=len(tokenizer)).fit([record(3, question="7 modulo 3?")])
+    tokenizer.chat_template = "<tool>" + small.THINKING
+    with pytest.raises(UserError, match=r"the prompt around a row: got the token '<tool>' with id"):
+        ContextBuilder(tokenizer, DataConfig(), vocab_size=size)
 
 
 def test_missing_reference_is_an_error_naming_the_row() -> None:
