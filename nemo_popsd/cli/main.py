@@ -59,11 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is first imported, which no module does before a sub-command runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return int(args.run(args) or 0)
+        status = int(args.run(args) or 0)
     except (UserError, TransientError) as error:
         told = unless_it_may_pass(error) if isinstance(error, UserError) else error
         _tell(told)
-        return USER_ERROR if isinstance(told, UserError) else TRANSIENT
+        status = USER_ERROR if isinstance(told, UserError) else TRANSIENT
+    _leave_hanging_trackers(status)
+    return status
+
+
+def _leave_hanging_trackers(status: int) -> None:
+    """Ends the process without what libraries do at exit if a tracker hangs: they would wait for it, too."""
+    trackers = sys.modules.get("nemo_popsd.observability.trackers")
+    if trackers is not None and trackers.any_hangs():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _tell(error: UserError | TransientError) -> None:
