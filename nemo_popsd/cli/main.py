@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nemo_popsd import __version__, launcher
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
-from nemo_popsd.errors import TransientError, UserError, unless_it_may_pass
+from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, unless_it_may_pass
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = unless_it_may_pass(error) if isinstance(error, UserError) else error
         _tell(told)
         status = USER_ERROR if isinstance(told, UserError) else TRANSIENT
+    if status == SAVED_AND_STOPPED:
+        _leave_for_torchrun("popsd: saved and stopped as a signal asked, which is no failure", time.time())
     _leave_hanging_trackers(status)
     return status
 
