@@ -16,7 +16,7 @@ from nemo_popsd import __version__, launcher
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
 from nemo_popsd.cli.arguments import Parser
 from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_nobody_reads
-from nemo_popsd.errors import TransientError, UserError, unless_it_may_pass
+from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, unless_it_may_pass
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 
@@ -64,14 +64,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with missing_packages_named():
-            return int(args.run(args) or 0)
+            status = int(args.run(args) or 0)
     except (UserError, TransientError) as error:
         told = unless_it_may_pass(error) if isinstance(error, UserError) else error
         _tell(told)
-        return USER_ERROR if isinstance(told, UserError) else TRANSIENT
+        status = USER_ERROR if isinstance(told, UserError) else TRANSIENT
     except KeyboardInterrupt:
         print(f"popsd {args.command}: stopped by Ctrl-C", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+        status = 128 + signal.SIGINT
+    if status == SAVED_AND_STOPPED:
+        _leave_for_torchrun("popsd: saved and stopped as a signal asked, which is no failure", time.time())
+    _leave_hanging_trackers(status)
+    return status
+
+
+def _leave_hanging_trackers(status: int) -> None:
+    """Ends the process without what libraries do at exit if a tracker hangs: they would wait for it, too."""
+    trackers = sys.modules.get("nemo_popsd.observability.trackers")
+    if trackers is not None and trackers.any_hangs():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _tell(error: UserError | TransientError) -> None:

@@ -35,10 +35,12 @@ def _train(args: argparse.Namespace) -> int:
     from nemo_popsd.config.consistency import check_training_run, holds_a_run
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.config.resuming import finished_steps, refuse_another_run
+    from nemo_popsd.observability.checks import check_trackers
 
     launch = read_launch()
     config = load_config(args.config, args.overrides)
     check_training_run(config, world_size=launch.world_size)
+    check_trackers(config.observability)
     if holds_a_run(config.output) and not config.overwrite:
         refuse_another_run(load_config(Path(config.output) / "config.yaml"), config)
         steps = finished_steps(config.output)

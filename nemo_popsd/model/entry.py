@@ -31,6 +31,7 @@ from nemo_popsd.model.strategy import MegatronPlacement
 from nemo_popsd.observability.loggers import build_loggers
 from nemo_popsd.observability.progress import StepProgress
 from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.observability.trackers import close_trackers
 from nemo_popsd.output_lock import OutputLock
 from nemo_popsd.ownership import refuse_overlap
 from nemo_popsd.report.run import AFTER, BEFORE
@@ -63,9 +64,12 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     run.begin(completed)
     _say(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
     model.stop.install()
+    succeeded: bool | None = False
     try:
         _train(config, trainer, model, run)
+        succeeded = True
     except StopRequested:
+        succeeded = None
         model.checkpoints.save_last_step(model)
         run.mark_stopped(model.completed_steps)
         again = "the same command" + (" with overwrite=false" if config.overwrite else "")
@@ -73,6 +77,7 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
         return SAVED_AND_STOPPED
     finally:
         model.stop.uninstall()
+        close_trackers(trainer.loggers, succeeded)
     shutdown()
     return 0
 

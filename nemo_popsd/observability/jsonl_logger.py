@@ -12,8 +12,10 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from nemo_popsd.atomic import write_text
+from nemo_popsd.errors import system_error
 from nemo_popsd.observability.rank import is_rank_zero
 
+_ROOM = {"need": "room and the right to write it", "mend": "free space, or set output to another file system"}
 FILE_NAME = "metrics.jsonl"
 """Name of the metrics file in a run's output directory."""
 
@@ -52,14 +54,22 @@ class JsonlLogger(Logger):
         return self._path
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Append one line; values are numbers or one-element tensors."""
+        """Append one line; values are numbers or one-element tensors.
+
+        Raises:
+            UserError, TransientError: it cannot be written. The run ends: it goes nowhere without its record.
+        """
         if not is_rank_zero() or not self._may_write():
             return
-        self._prepare()
         line: dict[str, Any] = {} if step is None else {"step": int(step)}
         line |= {name: _plain(value) for name, value in metrics.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+        text = json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
+        try:
+            self._prepare()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise system_error(f"metrics {self._path}", error, **_ROOM) from None
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the resolved configuration is a file of its own."""

@@ -1,3 +1,6 @@
+import errno
+import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -336,6 +339,62 @@ def test_what_another_start_may_cure_is_one_line_and_status_1(
     monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
     assert capsys.readouterr().err == "popsd: error: rank 3: it ended; start again\nits log:\n"
+
+
+def test_a_file_system_that_fails_for_a_moment_is_no_defect(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: object, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "x.jsonl")
+
+    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
+    assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
+    assert capsys.readouterr().err.startswith("popsd: error: train: Stale file handle: x.jsonl; start the same command")
+
+
+def test_torchrun_is_told_that_a_stopped_run_is_no_failure(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", lambda *args, **options: 85)
+    assert cli.main(["train", TINY, f"output={tmp_path / 'run'}"]) == 85
+    assert "saved and stopped" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+
+
+def test_a_tracker_that_hangs_does_not_hold_up_the_end(calls: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    assert cli.main(["config", "none.yaml"]) == 2
+    assert ended == []
+    hanging = types.ModuleType("nemo_popsd.observability.trackers")
+    hanging.any_hangs = lambda: True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, hanging.__name__, hanging)
+    cli.main(["config", "none.yaml"])
+    assert ended == [2]
+
+
+def test_a_launcher_that_contradicts_itself_is_one_line(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for words in (["train", TINY, f"output={tmp_path}"], ["evaluate", TINY], ["diagnose", TINY]):
+        assert cli.main(words) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "RANK='0' without WORLD_SIZE, LOCAL_RANK" in err
+    assert calls == []
+
+
+def test_wandb_without_a_key_is_refused_before_the_work(
+    calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert cli.main(["train", TINY, f"output={tmp_path / 'run'}", "observability.wandb.enabled=true"]) == 2
+    assert "set observability.wandb.mode=offline" in capsys.readouterr().err
+    assert calls == []
 
 
 def test_defects_keep_their_traceback(calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.observability.jsonl_logger import JsonlLogger
 from nemo_popsd.observability.loggers import build_loggers
+from nemo_popsd.observability.trackers import close_trackers
 from tests.observability.one_step import fit
 
 
@@ -70,7 +70,9 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_jsonl_and_tensorboard_of_a_trainer(tmp_path: Path) -> None:
-    fit(3, logger=build_loggers(PopsdConfig(output=str(tmp_path))))
+    loggers = build_loggers(PopsdConfig(output=str(tmp_path)))
+    fit(3, logger=loggers)
+    close_trackers(loggers, True)
     assert [(line["step"], line["train/loss"]) for line in lines(tmp_path / "metrics.jsonl")] == [
         (1, 0.5),
         (2, 1.5),
@@ -87,15 +89,15 @@ def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
     assert [type(logger) for logger in build_loggers(config)] == [JsonlLogger]
 
 
-@pytest.mark.parametrize("package", ["wandb", "mlflow"])
-def test_what_is_not_installed(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = PopsdConfig(output=str(tmp_path))
-    getattr(config.observability, package).enabled = True
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(UserError, match=rf"nemo_popsd\[{package}\]"):
-            build_loggers(config)
+def test_metrics_that_cannot_be_written_end_the_run_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics .*metrics.jsonl: got Is a directory.*free space, or set output"):
+        JsonlLogger(tmp_path).log_metrics({}, step=1)
+
+
+def test_nothing_is_written_into_what_is_another_runs(tmp_path: Path) -> None:
+    JsonlLogger(tmp_path, may_write=lambda: False).log_metrics({"a": 1.0}, step=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -104,23 +106,32 @@ def test_wandb_offline_for_real(tmp_path: Path) -> None:
     code = f"""
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.observability.loggers import build_loggers
-config = PopsdConfig(name="a-run", output={str(tmp_path / "run")!r})
+config = PopsdConfig(name="a-run", output={str(tmp_path / "run")!r}, overwrite=False)
 config.observability.tensorboard = False
 config.observability.wandb.enabled = True
 config.observability.wandb.mode = "offline"
-logger = build_loggers(config)[1]
-logger.log_metrics({{"train/loss": 0.125}}, step=1)
+from nemo_popsd.observability.trackers import close_trackers
 import wandb
-assert wandb.run.config["training"]["steps"] == 200
-assert wandb.run.offline
-wandb.finish()
+def attempt(loss, succeeded):
+    loggers = build_loggers(config)
+    seen = []
+    loggers[1].log_metrics({{"train/loss": loss}}, step=1.0)
+    loggers[1]._put(lambda inner: seen.append((wandb.run.id, wandb.run.offline, wandb.run.config["training"]["steps"])))
+    close_trackers(loggers, succeeded)
+    assert wandb.run is None
+    return seen[0]
+first = attempt(0.125, None)
+assert first[1:] == (True, 200), first
+config.training.steps = 300
+assert attempt(0.25, True) == (first[0], True, 300)
+config.overwrite = True
+assert attempt(0.5, True)[0] != first[0]
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "CONFIG", "DATA")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    content = written.read_bytes()
+    content = b"".join(file.read_bytes() for file in (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert b"train/loss" in content
     assert b"0.125" in content
     assert b"a-run" in content
@@ -146,14 +157,23 @@ def test_mlflow_offline_for_real(tmp_path: Path) -> None:
 import json, math, mlflow
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.observability.loggers import build_loggers
-from tests.observability.one_step import fit
-config = PopsdConfig(name="a-run", output={str(tmp_path / "run")!r})
+from nemo_popsd.observability.trackers import close_trackers
+config = PopsdConfig(name="a-run", output={str(tmp_path / "run")!r}, overwrite=False)
 config.observability.tensorboard = False
 config.observability.mlflow.enabled = True
-loggers = build_loggers(config)
-fit(3, logger=loggers)
+def attempt(rows, steps, succeeded):
+    config.training.steps = steps  # parameters of a run are those of its first attempt
+    loggers = build_loggers(config)
+    for row in rows:
+        loggers[1].log_metrics({{"train/loss": row - 0.5}}, step=float(row))  # as Lightning hands a step on
+    close_trackers(loggers, succeeded)
+    return loggers[1]
+attempt((1, 2), 200, None)  # asked to stop
 client = mlflow.MlflowClient({(tmp_path / "run" / "mlflow").as_uri()!r})
 (experiment,) = [found for found in client.search_experiments() if found.name == "nemo_popsd"]
+(run,) = client.search_runs([experiment.experiment_id])
+assert run.info.status == "RUNNING", run.info
+attempt((3,), 300, True)
 (run,) = client.search_runs([experiment.experiment_id])
 assert run.info.run_name == "a-run", run.info
 assert run.info.status == "FINISHED", run.info
@@ -161,6 +181,9 @@ history = client.get_metric_history(run.info.run_id, "train/loss")
 assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 1.5), (3, 2.5)], history
 assert run.data.params["training/steps"] == "200", run.data.params
 assert run.data.params["distillation/target/family"] == "purified"
+config.overwrite = True
+attempt((1,), 200, False)
+assert sorted(found.info.status for found in client.search_runs([experiment.experiment_id])) == ["FAILED", "FINISHED"]
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
     done = subprocess.run(

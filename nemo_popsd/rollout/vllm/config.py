@@ -39,11 +39,12 @@ class VllmConfig:
     bucket_bytes: Annotated[int, Bounds(1, 2**50)] = 268435456
     """Weights travel in buckets of at most this size, or of the largest tensor, if that is larger."""
     start_seconds: Annotated[float, Bounds(0, SECONDS_OF_30_DAYS, above=True)] = 900
-    """A server that is not ready after this long has failed."""
+    """A server that is not ready after this long is lost: it is ended and another is started."""
     answer_seconds: Annotated[float, Bounds(0, SECONDS_OF_30_DAYS, above=True)] = 3600
-    """A server that has not answered after this long is lost: it is started anew and asked again."""
+    """A server that has not answered after this long is lost: another is started and asked again."""
     restarts: Annotated[int, Bounds(0, 10**4)] = 2
-    """Times that a lost server is started anew before the rollouts of a step are given up."""
+    """Times that a lost server, one that died while it loaded included, is started again before the rollouts of a step
+    are given up."""
     lora: str = "auto"
     """How LoRA gets into vLLM: `adapter` sends the adapters alone and has vLLM compute them beside the base that it
     reads from `student.source`, as training does; `merged` sends all weights with the adapters in them, rounded to

@@ -1,0 +1,135 @@
+"""A tracker that fails or hangs costs a run nothing but its own record."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_popsd.observability import trackers
+from nemo_popsd.observability.jsonl_logger import JsonlLogger
+from nemo_popsd.observability.trackers import Tracker, close_trackers, keep_id, read_id
+from tests.observability.one_step import fit
+
+
+class Inner:
+    """A logger that fails where it is told to, and remembers what it was given."""
+
+    def __init__(self, fails: str = "", error: BaseException | None = None) -> None:
+        self.seen: list[Any] = []
+        self._fails = fails
+        self._error = error or ConnectionError("service\nunavailable")
+        self._do("build")
+
+    def _do(self, what: str, *content: Any) -> None:
+        if what == self._fails:
+            raise self._error
+        self.seen.append((what, *content))
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None) -> None:
+        self._do("log", metrics, step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._do("hyperparameters", params)
+
+    def save(self) -> None:
+        self._do("save")
+
+    def finish(self, succeeded: bool | None) -> None:
+        self._do("finish", succeeded)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(trackers, "_hanging", [])
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def tracker(fails: str = "", error: BaseException | None = None, **options: Any) -> tuple[Tracker, list[Inner]]:
+    made: list[Inner] = []
+
+    def build() -> Inner:
+        made.append(Inner(fails, error))
+        return made[0]
+
+    return Tracker("Service", build, lambda inner, succeeded: inner.finish(succeeded), **options), made
+
+
+def test_everything_is_passed_on_in_order_and_steps_are_whole_numbers() -> None:
+    one, made = tracker(takes_hyperparameters=True)
+    one.log_hyperparams({"a": 1})
+    metrics = {"loss": 0.5}
+    one.log_metrics(metrics, step=3.0)  # type: ignore[arg-type]
+    metrics["loss"] = 7.0
+    one.log_metrics({"loss": 0.25})
+    one.finalize("success")
+    one.close(True)
+    saved = ("save",)
+    assert made[0].seen == [
+        ("build",),
+        ("hyperparameters", {"a": 1}),
+        ("log", {"loss": 0.5}, 3),
+        saved,
+        ("log", {"loss": 0.25}, None),
+        saved,
+        ("finish", True),
+    ]
+    assert type(made[0].seen[2][2]) is int
+
+
+def test_what_is_never_used_is_never_built() -> None:
+    one, made = tracker()
+    one.log_hyperparams({"a": 1})
+    one.close(True)
+    assert made == []
+
+
+@pytest.mark.parametrize("fails", ["build", "log", "save", "finish"])
+@pytest.mark.parametrize("error", [ConnectionError("service\nunavailable"), SystemExit("quit")], ids=["error", "exit"])
+def test_a_failure_is_reported_once_and_the_run_goes_on(
+    fails: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
+    one, _ = tracker(fails, error)
+    other, seen = tracker()
+    fit(3, logger=[JsonlLogger(tmp_path), one, other])
+    close_trackers([one, other], True)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    (told,) = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    assert told == f"Service is left out from now on: {words}; the run goes on, and metrics.jsonl has everything"
+    assert seen[0].seen[-1] == ("finish", True)
+    assert not trackers.any_hangs()
+
+
+def test_one_that_hangs_is_left_behind_in_time(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
+    forever = threading.Event()
+    one = Tracker("Service", Inner, lambda inner, succeeded: forever.wait())  # type: ignore[arg-type,return-value]
+    one.log_metrics({"loss": 0.5}, step=1)
+    begun = time.monotonic()
+    one.close(True)
+    assert 0.4 < time.monotonic() - begun < 5
+    assert "Service is left out from now on: it does not end within 0.5 s" in caplog.text
+    assert trackers.any_hangs()
+    forever.set()
+
+
+def test_names_are_kept_with_the_run(tmp_path: Path) -> None:
+    assert read_id(tmp_path, "wandb") is None
+    keep_id(tmp_path, "wandb", "a")
+    keep_id(tmp_path, "mlflow", "b")
+    keep_id(tmp_path, "wandb", "c")
+    assert (read_id(tmp_path, "wandb"), read_id(tmp_path, "mlflow"), read_id(tmp_path, "x")) == ("c", "b", None)
+    for damaged in ("", "{", "[1]", '{"wandb": 3}'):
+        (tmp_path / trackers.IDS).write_text(damaged)
+        assert read_id(tmp_path, "wandb") is None
+        keep_id(tmp_path, "wandb", "d")
+        assert read_id(tmp_path, "wandb") == "d"
