@@ -52,6 +52,13 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
                 # A clone: linears that share one A, and rows of one B, share storage, which safetensors refuses.
                 tensors[f"base_model.model.{module}.lora_{letter}.weight"] = factor.clone()
             targets.add(module.rpartition(".")[2])
+    if bad := [name for name, factor in tensors.items() if not bool(factor.isfinite().all())]:
+        raise UserError(
+            f"checkpoint {checkpoint.directory}",
+            got=f"NaN or Inf in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
+            need="finite weights",
+            mend="export an earlier checkpoint",
+        )
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -50,6 +50,7 @@ class StudentOptimizer(torch.optim.Optimizer):
         megatron: the Megatron optimizer.
         scheduler: learning rate and weight decay by step.
         grad_norm: global gradient norm of the last step, before clipping.
+        trained: this rank's parameters that are trained.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class StudentOptimizer(torch.optim.Optimizer):
         self.grad_norm = 0.0
         chunks[0].module.config.grad_scale_func = self.megatron.scale_loss
         self.chunks = list(chunks)
-        trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
-        super().__init__(trained, {"lr": config.lr})
+        self.trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        super().__init__(self.trained, {"lr": config.lr})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears Megatron's gradient buffers."""

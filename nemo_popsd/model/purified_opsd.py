@@ -39,9 +39,10 @@ from nemo_popsd.model.engines import build_engine
 from nemo_popsd.model.evaluation import HeldOut
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
-from nemo_popsd.runtime.distributed import initialize
+from nemo_popsd.runtime.distributed import initialize, on_any_rank
 from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.testbed import asset
+from nemo_popsd.training.guard import non_finite
 from nemo_popsd.training.rollouts import TrainingRows
 from nemo_popsd.training.step import OnPolicyStep
 
@@ -333,7 +334,18 @@ class PurifiedOPSDModel(ModelPT):
         return super().restore_from(str(restore_path), *args, **kwargs)
 
     def export_huggingface(self, output: str | Path) -> None:
-        """Writes the student as a Hugging Face directory, adapters merged. Collective over all ranks."""
+        """Writes the student as a Hugging Face directory, adapters merged. Collective over all ranks.
+
+        Raises:
+            UserError: on all ranks, if a weight is not finite.
+        """
+        if on_any_rank(non_finite(self.chunks.parameters())):
+            raise UserError(
+                f"export to {output}",
+                got="weights that are NaN or Inf",
+                need="finite ones, which any model is made of",
+                mend="export an earlier checkpoint",
+            )
         self.architecture.export(self.student.chunks, output)
 
     @classmethod

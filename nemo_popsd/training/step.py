@@ -21,7 +21,7 @@ from nemo_popsd.runtime.distributed import device
 from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.training.balance import share_out
 from nemo_popsd.training.branches import FrozenBranches, TargetStates
-from nemo_popsd.training.guard import refuse_non_finite
+from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_update
 from nemo_popsd.training.objective import LossReport, Objective
 from nemo_popsd.training.rollouts import StepRollouts, TrainingRows
 from nemo_popsd.training.self_check import check_student_equals_base
@@ -96,7 +96,7 @@ class OnPolicyStep:
             update: steps `optimizer`, through whatever counts updates; called `training.updates_per_step` times.
 
         Raises:
-            NonFiniteError: on every rank, before the update.
+            NonFiniteError: on every rank, before the update, or after it if it left weights that are not finite.
             RuntimeError: the self-check before step 1 failed.
             StopRequested: on every rank, before anything was trained on.
             UserError: the rollouts could not be written.
@@ -125,6 +125,7 @@ class OnPolicyStep:
                 reported = self._accumulate(part, batches, of_part, optimizer)
                 refuse_non_finite(number, reported, [t.row_id for t in part], optimizer.prepare())
                 update()
+                refuse_non_finite_update(number, optimizer.trained, optimizer.learning_rate)
                 reports += reported
         counted = trajectories if self._student.counts else []
         return summarize_step(

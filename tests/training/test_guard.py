@@ -57,6 +57,15 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     refuse_non_finite(10, [], [], 1.0)
     seen["healthy"] = attempt(11)
     seen["trained"] = fingerprint(run.student.gpt)
+    true_step = run.optimizer.megatron.step
+
+    def beyond_sense() -> None:  # as a rate of 1e38 does, whose gradients were finite; on one rank
+        true_step()
+        if rank == 1:
+            run.optimizer.trained[-1].data.mul_(1e30).mul_(1e30)
+
+    run.optimizer.megatron.step = beyond_sense  # type: ignore[method-assign]
+    seen["update"] = attempt(12)
     return seen
 
 
@@ -78,6 +87,12 @@ def test_an_infinite_gradient_norm_alone_stops_every_rank(ranks: list[dict[str, 
         assert "step 8" in seen["norm"]
         assert "all losses are finite; gradient norm inf" in seen["norm"]
         assert "step 9" in seen["one rank's norm"]
+
+
+def test_weights_that_an_update_leaves_without_sense_stop_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert "step 12: got weights that are NaN or Inf after the update" in seen["update"]
+        assert "set optimizer.lr lower" in seen["update"]
 
 
 def test_no_weight_is_changed_and_a_healthy_step_goes_on(ranks: list[dict[str, Any]]) -> None:
