@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.meeting import prepare_meeting
 
 
 def device() -> torch.device:
@@ -50,10 +51,13 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            # NCCL is told its device: otherwise it guesses one at the first barrier.
+            options = {"device_id": device()} if torch.cuda.is_available() else {}
+            dist.init_process_group(backend, timeout=timeout, **options)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel.check_world(dist.get_world_size())
+    prepare_meeting()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
