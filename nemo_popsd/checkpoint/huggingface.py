@@ -174,7 +174,7 @@ class HuggingFaceModel:
         bridge.load_weights_hf_to_megatron(pretrained, chunks)
 
     def stream(self, model: Model, *, merge_adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """All tensors under their Hugging Face names, one after the other, whole on every rank.
+        """All tensors under their Hugging Face names, one after the other, whole on every rank, on the model's device.
 
         Iterating is collective over the ranks that share the model (tensor, pipeline, expert): all go to the end.
 
@@ -186,6 +186,7 @@ class HuggingFaceModel:
         stream = self._bridge.stream_weights_megatron_to_hf(
             chunks_of(model),
             SimpleNamespace(state=SimpleNamespace(source=names), config=self.config),
+            cpu=False,  # the one rank that writes copies them to its host
             show_progress=False,
             merge_adapter_weights=merge_adapters,
         )
@@ -229,7 +230,8 @@ class HuggingFaceModel:
         """
         tensors = self.stream(model, merge_adapters=merge_adapters)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            self.write(output, tensors, dtype=chunks_of(model)[0].config.params_dtype, shard_bytes=shard_bytes)
+            on_host = ((name, tensor.cpu()) for name, tensor in tensors)
+            self.write(output, on_host, dtype=chunks_of(model)[0].config.params_dtype, shard_bytes=shard_bytes)
         else:
             for _ in tensors:  # The stream gathers: every rank takes part.
                 pass

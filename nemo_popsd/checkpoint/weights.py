@@ -62,7 +62,8 @@ class StagedWeights:
             self._transforms = request.async_fn.args[0]
             _, buckets, self._results = request.async_fn_args
             self._buckets = request.preload_fn() if request.preload_fn else buckets
-        if copy:
+        # What is on a device was copied already, to write it.
+        if copy and all(p.device.type == "cpu" for model in models for p in model.parameters()):
             self._buckets = [
                 (path, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
                 for path, key, (objects, tensors) in self._buckets

@@ -119,7 +119,9 @@ def _bare(chunk: torch.nn.Module) -> GPTModel:
 
 
 @torch.no_grad()
-def frozen_hidden_states(chunks: Sequence[GPTModel], batches: Sequence[MicroBatch]) -> list[Tensor]:
+def frozen_hidden_states(
+    chunks: Sequence[GPTModel], batches: Sequence[MicroBatch], *, training: bool = False
+) -> list[Tensor]:
     """Hidden states at the response positions of each sequence: [R_i, H] in the model's dtype, detached.
 
     Under context parallelism R_i counts the tokens that this rank owns. Collectives: those of Megatron's forward and
@@ -128,6 +130,7 @@ def frozen_hidden_states(chunks: Sequence[GPTModel], batches: Sequence[MicroBatc
     Args:
         chunks: the frozen weights (see `nemo_popsd.megatron.base`).
         batches: from `student_batches`.
+        training: run in training mode, without gradients: with the kernels that a forward of training has.
 
     Returns:
         By sequence on the last pipeline stage, nothing on the others.
@@ -137,13 +140,13 @@ def frozen_hidden_states(chunks: Sequence[GPTModel], batches: Sequence[MicroBatc
         assert non_loss_data
         return batch.rows, hidden_NH.split(batch.response_lengths)
 
-    training = [chunk.training for chunk in chunks]
+    before = [chunk.training for chunk in chunks]
     for chunk in chunks:
-        chunk.eval()
+        chunk.train(training)
     try:
         results = _run_schedule(chunks, batches, keep, forward_only=True)
     finally:
-        for chunk, mode in zip(chunks, training, strict=True):
+        for chunk, mode in zip(chunks, before, strict=True):
             chunk.train(mode)
     states = {row: part for rows, parts in results for row, part in zip(rows, parts, strict=True)}
     return [states[index] for index in range(len(states))]

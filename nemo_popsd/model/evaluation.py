@@ -29,6 +29,7 @@ from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
 from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.model.engines import engine_name
 from nemo_popsd.runtime.agreement import from_rank_zero
+from nemo_popsd.runtime.meeting import wait_for_all
 
 if TYPE_CHECKING:
     from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
@@ -75,7 +76,7 @@ def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, nam
                 if file is not None:
                     file.add(samples[: len(mine) - start])
                 logger.info("%s: %d of %d samples of this replica", one.name, min(start + rows, len(mine)), len(mine))
-    dist.barrier()
+    wait_for_all()
 
 
 class HeldOut:
@@ -101,8 +102,10 @@ class HeldOut:
     def conclude(self) -> EvaluationSummary:
         """Scores what all replicas drew, on rank 0, and tells every rank what it comes to.
 
-        Collective over all ranks: a gather of objects over the data-parallel group, a gather and a broadcast over all.
+        Collective over all ranks: a barrier that waits for the slowest replica, a gather of objects over the
+        data-parallel group, a gather and a broadcast over all.
         """
+        wait_for_all()
         model = self._model
         mine, self._samples, self._prompts = (self._samples, self._prompts), [], []
         gathered: list[tuple[list[Sample], list[EvaluationPrompt]]] = [mine] * model.student.dp_group.size()

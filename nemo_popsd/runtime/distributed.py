@@ -21,6 +21,7 @@ from nemo_popsd import launcher
 from nemo_popsd.errors import TransientError, UserError, in_words
 from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.meeting import prepare_meeting
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,16 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=_store(launch, timeout), rank=launch.rank, world_size=launch.world_size, timeout=timeout
+            backend,
+            store=_store(launch, timeout),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            # NCCL is told its device: otherwise it guesses one at the first barrier.
+            device_id=device() if torch.cuda.is_available() else None,
         )
     parallel.check_world(dist.get_world_size())
+    prepare_meeting()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

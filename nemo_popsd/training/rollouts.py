@@ -27,6 +27,7 @@ from nemo_popsd.rollout.engine import (
 from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
 from nemo_popsd.runtime.agreement import do_together
 from nemo_popsd.runtime.distributed import greatest_of_all_ranks, on_any_rank
+from nemo_popsd.runtime.meeting import wait_for_all
 from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.training.trajectory import Trajectory
 
@@ -144,6 +145,7 @@ class StepRollouts:
             result = action()
         except StopRequested:  # on the ranks of this model, but not yet on others
             self._stop.request()
+        wait_for_all()  # replicas draw for unequally long
         self._stop.raise_if_requested()
         return cast(T, result)
 

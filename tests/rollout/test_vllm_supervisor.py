@@ -232,6 +232,8 @@ def test_servers_see_nothing_of_our_rank_and_our_modules() -> None:
         "PYTHONPATH": "/ours",
         "VIRTUAL_ENV": "/venv",
         "TORCHELASTIC_RUN_ID": "x",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # a server that sleeps refuses it
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3",
     }
     theirs = server_environment(ours, "2,3")

