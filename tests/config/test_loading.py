@@ -205,7 +205,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_loading_and_checking_import_no_torch(tmp_path: Path) -> None:
     path = write(
-        tmp_path, f"output: {tmp_path}\nstudent: {{source: {tmp_path}}}\ndata: {{train: {{path: {tmp_path}}}}}"
+        tmp_path, f"output: {tmp_path}\nstudent: {{source: {tmp_path}}}\ndata: {{train: {{path: {__file__}}}}}"
     )
     code = f"""
 import sys
