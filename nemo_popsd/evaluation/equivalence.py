@@ -101,7 +101,7 @@ class AnswerVerifier:
         pair = (cleaned(predicted), cleaned(expected))
         if pair not in self._known:
             same = same_answer(predicted, expected)
-            self._known[pair] = self._ask(predicted, expected) if same is None else Verdict(same, "exact")
+            self._known[pair] = self._ask(*pair) if same is None else Verdict(same, "exact")
         return self._known[pair]
 
     def _ask(self, predicted: str, expected: str) -> Verdict:

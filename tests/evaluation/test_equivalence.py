@@ -27,6 +27,7 @@ def verifier() -> Iterator[AnswerVerifier]:
         (r"\int_0^1 x\,dx", r"\frac{1}{2}", True),
         (r"\int_0^1 x\,dx", r"\frac{1}{3}", False),
         (r"\sum_{k=1}^{10} k", "55", True),
+        (r"\[\sum_{k=1}^{10} k\]", "$55$", True),
         (r"\mathbb{R}\setminus\{1\}", r"(-\infty,1)\cup(1,\infty)", True),
         (r"\mathbb{R}", r"(-\infty,0)", False),
         # What math-verify by itself lets pass: a part that it does not read, tiny numbers, the case of a letter.
