@@ -47,15 +47,12 @@ class Job:
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
-    def run(
-        self, script: str, *arguments: str, trace: bool = False, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run lines of bash after slurm/common.sh; `arguments` are the positional parameters.
 
         Args:
             script: the lines.
             arguments: ``$1`` and so on.
-            trace: with ``set -x``.
             variables: of the environment, besides those that Slurm sets.
         """
         environment = {
@@ -68,7 +65,7 @@ class Job:
             "POPSD_ENV": str(ROOT / "slurm" / "env.example.sh"),
             **variables,
         }
-        lines = f'source "{ROOT}/slurm/common.sh"\n{"set -x" if trace else ""}\n{script}\n'
+        lines = f'source "{ROOT}/slurm/common.sh"\n{script}\n'
         return subprocess.run(
             ["bash", "-c", lines, "job", *arguments],
             cwd=self.place,

@@ -79,7 +79,7 @@ def test_an_array_of_pipelines_is_refused(tmp_path: Path) -> None:
 def test_settings_that_are_named_and_not_there_are_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "POPSD_ENV": "/nowhere/env.sh"}
     (tmp_path / "conf.yaml").write_text(configuration("a"))
-    words = [ROOT / "slurm" / "pipeline.sh", "conf.yaml"]
+    words = [str(ROOT / "slurm" / "pipeline.sh"), "conf.yaml"]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "settings: got /nowhere/env.sh, which is not a readable file" in done.stderr

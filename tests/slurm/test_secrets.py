@@ -83,10 +83,9 @@ def test_only_a_file_of_the_users_alone_is_read(job: Job) -> None:
 def test_no_log_shows_a_secret_whatever_its_name(job: Job) -> None:
     file = secrets(job.place, f"NCCL_PLAIN={SECRET}\nPOPSD_PIN=17\nEMPTY=\n")
     job.program("srun", 'echo "given ${#NCCL_PLAIN}: $*"')
-    steps = "load_settings; set_up_logs; CONTAINER=(); show_environment; run_step check --output=x true"
+    steps = "set -x; load_settings; set_up_logs; CONTAINER=(); show_environment; run_step check --output=x true"
     done = job.run(
         steps,
-        trace=True,
         POPSD_SECRETS=file,
         NCCL_PLAIN=SECRET,
         POPSD_SAME=SECRET,
