@@ -12,6 +12,8 @@ stands on its own.
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +39,7 @@ from nemo_popsd.megatron.build import Model, build_chunks, chunks_of, layout_of
 from nemo_popsd.megatron.student import LoadWeights
 from nemo_popsd.reading import YAML_BYTES, check_yaml, foreign_entry, read_text
 
+_INTERPOLATION = re.compile(r"(?<!\\)\$\{")
 _MEND = "copy it again, or use another checkpoint"
 
 
@@ -79,6 +82,8 @@ class NemoCheckpoint:
             verify_files(self.directory, self.manifest, small)
             check_yaml(read_text(self.directory / CONFIG_NAME, f"checkpoint {path}", mend=_MEND, limit=YAML_BYTES))
             tree = cast(DictConfig, OmegaConf.load(self.directory / CONFIG_NAME))
+            if _INTERPOLATION.search(json.dumps(OmegaConf.to_container(tree, resolve=False), default=str)):
+                raise ValueError("an interpolation, which a resolved configuration has none of")
             self.step = int(self.manifest["step"])
             self.base: dict[str, str] | None = self.manifest["base"]
         except UserError:

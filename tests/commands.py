@@ -1,0 +1,65 @@
+"""One `popsd` command after the other, each in a process of its own that begins with everything imported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.harness import _CONTEXT, _die_with_parent, _start_fork_server
+
+HANGS = None
+"""What `run_command` returns for a command that did not end in time."""
+
+
+def run_command(argv: list[str], log: Path, *, timeout: float, environment: dict[str, str] | None = None) -> int | None:
+    """Run ``popsd *argv`` and return its exit status, or `HANGS`; a traceback counts as 1.
+
+    Args:
+        argv: arguments.
+        log: file for what it prints.
+        timeout: seconds after which it is killed.
+        environment: variables to set besides the caller's.
+    """
+    _start_fork_server()
+    process: Any = _CONTEXT.Process(target=_main, args=(argv, str(log), {**os.environ, **(environment or {})}))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return HANGS
+    return int(process.exitcode)
+
+
+def _main(argv: list[str], log: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    _die_with_parent()
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    status = 1
+    try:
+        import torch
+
+        from nemo_popsd.cli.main import main
+
+        torch.set_num_threads(1)
+        status = main(argv)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
