@@ -282,7 +282,8 @@ class OutputLock:
                 if time.monotonic() - asked > LEAVE_SECONDS:
                     alive.unlink(missing_ok=True)
                     return
-                os.kill(os.getpid(), signal.SIGUSR1)
+                if callable(signal.getsignal(signal.SIGUSR1)):  # otherwise it would end the process, or not be heard
+                    os.kill(os.getpid(), signal.SIGUSR1)
 
     def _asking(self) -> Iterator[Holder]:
         for path in self._folder.glob("leave-*"):

@@ -215,7 +215,7 @@ def test_one_that_hangs_gives_the_lock_up(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(output_lock, "LEAVE_SECONDS", 0.3)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     first = OutputLock(tmp_path)
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # nobody hears yet, or any more: it must not be killed by it
     try:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         second = OutputLock(tmp_path)

@@ -18,7 +18,11 @@ _ENDED = re.compile(
 _LONGEST_TEXT = 400
 
 
-def as_lost_peer(error: BaseException, *, command: str, config: Any) -> TransientError | None:
+class LostPeerError(TransientError):
+    """The effect, on this rank, of what befell another one."""
+
+
+def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeerError | None:
     """What to raise in place of a library's error that means: another rank has ended, or does not answer.
 
     Args:
@@ -38,14 +42,14 @@ def as_lost_peer(error: BaseException, *, command: str, config: Any) -> Transien
     if _WAITED.search(text):
         seconds = getattr(getattr(config, "training", None), "collective_timeout", None)
         limit = f"training.collective_timeout={seconds:g} s" if seconds and command != "evaluate" else "its time limit"
-        return TransientError(
+        return LostPeerError(
             f"collective on {who}",
             got=f"it waited longer than {limit} for another rank, which hangs, is stopped or needs longer",
             cure=f"see where the other ranks are; {START_AGAIN}; set training.collective_timeout higher if they only "
             "need longer",
             advice=advice,
         )
-    return TransientError(
+    return LostPeerError(
         f"collective on {who}",
         got="another rank has ended, or the connection to it is lost",
         cure=f"see the output of the rank that ended first; {START_AGAIN}",

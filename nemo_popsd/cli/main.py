@@ -16,6 +16,7 @@ from nemo_popsd import __version__, launcher
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
 from nemo_popsd.cli.arguments import Parser
 from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_nobody_reads
+from nemo_popsd.cli.failures import LostPeerError
 from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, unless_it_may_pass
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
@@ -27,6 +28,8 @@ TRANSIENT = 1
 
 _GRACE_SECONDS = 3.0
 """How long ranks other than 0 wait for rank 0 to tell the error (and torchrun to end them) before they tell it."""
+_EFFECT_SECONDS = 2.0
+"""What is added to the moment of an effect: torchrun takes the earliest error, in whole seconds, for the cause."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,7 +98,7 @@ def _tell(error: UserError | TransientError) -> None:
     """
     rank = launcher.rank()
     message = "popsd: error: " + " ".join(str(error).splitlines()) + (f" (rank {rank})" if rank else "")
-    moment = time.time()
+    moment = time.time() + (_EFFECT_SECONDS if isinstance(error, LostPeerError) else 0.0)
     if rank != 0:
         time.sleep(_GRACE_SECONDS)
     _leave_for_torchrun("\n".join([message, *error.advice]), moment)

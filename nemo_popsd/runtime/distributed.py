@@ -57,10 +57,10 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
         TransientError: not all processes have come together in time.
     """
     adapt_to_cpu()
-    launch = launcher.read_launch()
     if torch.cuda.is_available():
-        _take_device(launch.local_rank)
+        _take_device(launcher.read_launch().local_rank)
     if not dist.is_initialized():
+        launch = launcher.read_launch()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend,
