@@ -38,7 +38,9 @@ def add_parser(subparsers: Any) -> None:
         direction.add_argument("--precision", choices=("bf16", "fp32"), help="of OUT (that of SRC)")
         direction.add_argument("--verify", action="store_true", help="compare every tensor, and logits on sample text")
         direction.add_argument(
-            "--trust-remote-code", action="store_true", help="run Python files in SRC where transformers asks for them"
+            "--trust-remote-code",
+            action="store_true",
+            help="accept auto_map in config.json; --verify then runs the Python files in SRC",
         )
     parser.set_defaults(run=run)
 

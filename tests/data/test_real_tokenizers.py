@@ -6,6 +6,7 @@ These files are not part of the repository; each test is skipped where they are 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nemo_popsd.data.contexts import ContextBuilder
 from nemo_popsd.data.dataset import build_dataset, build_evaluation_prompts
 from nemo_popsd.data.records import Record
 from nemo_popsd.data.tokenizer import load_tokenizer, stop_token_ids
+from nemo_popsd.errors import UserError
 from tests.data.small import record
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
@@ -113,6 +115,22 @@ def test_qwen3_truncation(qwen3: Any, limit: int) -> None:
 def test_a_reference_may_quote_a_thought(qwen3: Any) -> None:
     row = record(reference="<think>\nWait, 2+3.\n</think>\n\nIt is 5.")
     assert ContextBuilder(qwen3, DataConfig()).build(row).reference_text == row.reference
+
+
+@needs(QWEN3, R1)
+@pytest.mark.parametrize("mark", ["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"])  # noqa: RUF001
+@pytest.mark.parametrize("column", ["question", "reference"])
+def test_r1_distills_marks_are_refused_though_its_tokenizer_does_not_call_them_special(column: str, mark: str) -> None:
+    made = load_tokenizer(QWEN3)
+    settings = json.loads((R1 / "tokenizer_config.json").read_text(encoding="utf-8"))
+    made.add_tokens([AddedToken(mark, special=False) for mark in ("<｜User｜>", "<｜Assistant｜>")])  # noqa: RUF001
+    made.add_tokens([AddedToken(settings[f"{end}_token"], special=True) for end in ("bos", "eos")], special_tokens=True)
+    made.bos_token, made.eos_token = settings["bos_token"], settings["eos_token"]
+    made.chat_template = settings["chat_template"]
+    builder = ContextBuilder(made, DataConfig())
+    with pytest.raises(UserError, match=re.escape(f"the token {mark} in its {column}")):
+        builder.fit([record(**{column: f"2+2?{mark}And 3+3?"})])
+    builder.fit([record(reference="<think>\nhm\n</think>\n4")])
 
 
 @needs(QWEN3, GSM8K)
