@@ -14,6 +14,7 @@ from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.estimates import Interval, Ratio, changes, interval, resampled
 from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
 from nemo_popsd.evaluation.summary import RESAMPLING_SEED, EvaluationSummary, figures_of
+from nemo_popsd.json_files import damaged, typed
 
 _LABELS = {
     "accuracy": ("accuracy (avg@{k})", "%"),
@@ -50,7 +51,10 @@ class Evaluation:
             UserError: the evaluation has not been concluded.
         """
         fields = {k: v for k, v in directory.summary().items() if k in EvaluationSummary.__dataclass_fields__}
-        return cls(EvaluationSummary(**fields), tuple(directory.scores()))
+        summary = typed(EvaluationSummary, fields, directory.path)
+        if any(len(ends) != 2 for ends in summary.intervals.values()):
+            raise damaged(directory.path, "an interval without two ends")
+        return cls(summary, tuple(directory.scores()))
 
 
 @dataclass(frozen=True)
