@@ -116,9 +116,9 @@ def _is(kind: Any, value: object) -> bool:
     if origin in (list, tuple):
         return isinstance(value, list) and all(_is(inside[0], item) for item in value)
     if kind is float:
-        return isinstance(value, float) or (_is(int, value) and abs(value) < 2**1000)  # type: ignore[arg-type]
+        return isinstance(value, float) or _is(int, value)
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, type(None) if kind is None else kind)
 
 
