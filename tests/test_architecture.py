@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_popsd"
 
 # What a room may import of the others. A room's own `config.py` is anybody's, and so are the modules in SHARED.
-SHARED = {"atomic", "config", "errors", "launcher", "output_lock", "ownership", "reading"}
+SHARED = {"atomic", "config", "errors", "json_files", "launcher", "output_lock", "ownership", "reading"}
 ALLOWED = {
     "distillation": set(),
     "data": {"testbed"},

@@ -26,7 +26,7 @@ _DISTRIBUTIONS = {
     "math_verify": "math-verify",
     "transformer_engine": "transformer-engine",
     "mlflow": "mlflow-skinny",
-    "yaml": "omegaconf",
+    "yaml": "pyyaml",
 }
 _WITHOUT_DEPENDENCIES = ("megatron-bridge",)
 """Their metadata asks for packages that have no builds for CPUs (see Makefile)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +78,8 @@ def check_layout(config: PopsdConfig, *, world_size: int) -> None:
     parallel.check_world(world_size)
     replicas = world_size // parallel.replica_ranks
     if prompts % replicas:
-        below, above = prompts // replicas * replicas, -(-prompts // replicas) * replicas
+        fits = math.lcm(replicas, config.training.updates_per_step)
+        below, above = prompts // fits * fits, -(-prompts // fits) * fits
         fitting = " or ".join(str(value) for value in (below, above) if value)
         raise UserError(
             "configuration",
@@ -119,6 +121,7 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     """
     check_sections(config)
     check_layout(config, world_size=world_size)
+    _check_best_metric(config)
     _check_student(config)
     _check_engine(config)
     check_source(config.data.train, setting="data.train")
@@ -251,6 +254,19 @@ def check_new_output(path: str, *, setting: str) -> None:
             mend=f"remove it, or give another {setting}",
         )
     check_output(path, setting=setting)
+
+
+def _check_best_metric(config: PopsdConfig) -> None:
+    training = config.training
+    if training.keep_best and training.best_metric.startswith("validation/") and not config.data.validation.path:
+        raise UserError(
+            "configuration",
+            got=f"training.keep_best={training.keep_best} by training.best_metric={training.best_metric} without "
+            "data.validation.path",
+            need="a metric that is measured",
+            mend="set data.validation.path, training.best_metric=train/loss with training.best_is=min, or "
+            "training.keep_best=0",
+        )
 
 
 def _check_endpoint(config: PopsdConfig, *, world_size: int, checkpoint: str | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from nemo_popsd.config.checks import shown
 from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
 from nemo_popsd.config.values import MISSING, inner, is_text, read_scalar
 from nemo_popsd.errors import UserError
+from nemo_popsd.json_files import open_regular
 
 _MOST_BYTES = 1 << 17
 _MOST_NODES = 5_000
@@ -77,16 +76,9 @@ def read_override(override: str, known: Mapping[str, Any] | None = None) -> tupl
 def _text(path: Path) -> str:
     what, need = f"configuration {_named(path)}", "a YAML file"
     try:
-        # A fifo or a terminal would be waited for, a device read without end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                got = "a directory" if path.is_dir() else "no regular file (a device, a pipe or a socket)"
-                raise UserError(what, got=got, need=need, mend="correct the path")
+        with open_regular(path) as file:
             data = file.read(_MOST_BYTES + 1)
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(what, got=f"no readable file ({reason})", need=need, mend="correct the path") from None
     if len(data) > _MOST_BYTES:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.config.checks import shown
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 
@@ -65,13 +66,19 @@ def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
     before, after = _flat(asdict(old)), _flat(asdict(new))
     changed = [key for key in after if before.get(key) != after[key] and not _is_free(key)]
     if changed:
+        told = [f"{key}={_short(after[key])} (was {_short(before.get(key))})" for key in changed[:_NAMED]]
+        more = f" and {len(changed) - _NAMED} more settings" if len(changed) > _NAMED else ""
         raise UserError(
             "resuming",
-            got=", ".join(f"{key}={after[key]!r} (was {before.get(key)!r})" for key in changed),
-            need=f"the settings of the run in output={new.output!r}",
-            mend=f"set {', '.join(changed)} back, set output for another run, or overwrite=true to begin anew",
+            got=", ".join(told) + more,
+            need=f"the settings of the run in output={shown(new.output)} (its config.yaml)",
+            mend=f"set {', '.join(changed[:_NAMED])}{more} back, set output for another run, or overwrite=true to "
+            "begin again",
         )
 
+
+_NAMED = 6
+"""Settings that one message repeats."""
 
 DONE = "DONE"
 """File in `output` that tells a finished run: its step."""
@@ -85,6 +92,11 @@ def finished_steps(output: str) -> int | None:
         return int((Path(output) / DONE).read_text())
     except (OSError, ValueError):
         return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _is_free(key: str) -> bool:

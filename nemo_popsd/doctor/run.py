@@ -41,7 +41,9 @@ def examine_run(
             check_training_run(config, world_size=world_size)
     except UserError as error:
         return [Finding("run", error.what, "failed", str(error.got), error.need, error.mend)], output
-    return [Finding("run", "configuration", "ok", f"{conf} for {world_size} ranks")], output
+    return [
+        Finding("run", "configuration", "ok", f"{conf} for {world_size} rank{'s' if world_size > 1 else ''}")
+    ], output
 
 
 def examine_sharing(

@@ -16,6 +16,7 @@ from nemo_popsd.evaluation.estimates import Interval, Ratio, changes, interval, 
 from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
 from nemo_popsd.evaluation.rescoring import rescored
 from nemo_popsd.evaluation.summary import RESAMPLING_SEED, EvaluationSummary, figures_of
+from nemo_popsd.json_files import damaged, typed
 
 _LABELS = {
     "accuracy": ("accuracy (avg@{k})", "%"),
@@ -55,7 +56,10 @@ class Evaluation:
         if written.get("scoring", {}).get("comparison") != COMPARISON_RULES:
             return cls.of(*rescored(directory))
         fields = {k: v for k, v in written.items() if k in EvaluationSummary.__dataclass_fields__}
-        return cls(EvaluationSummary(**fields), tuple(directory.scores()))
+        summary = typed(EvaluationSummary, fields, directory.path)
+        if any(len(ends) != 2 for ends in summary.intervals.values()):
+            raise damaged(directory.path, "an interval without two ends")
+        return cls(summary, tuple(directory.scores()))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from typing import Any
 
 from nemo_popsd.atomic import remove_files, write_text
 from nemo_popsd.errors import UserError
+from nemo_popsd.json_files import damaged, read_json, read_json_lines, typed
 
 FORMAT = 1
 _SETTINGS, _PROBLEMS, _SCORES, _SUMMARY = "settings.json", "problems.jsonl", "scores.jsonl", "summary.json"
@@ -179,7 +180,7 @@ class EvaluationDirectory:
         """The problems, in the order of the set; none where there is no such file."""
         if not (self.path / _PROBLEMS).is_file():
             return []
-        return [Problem(**line) for line in _read_lines(self.path / _PROBLEMS)]
+        return [typed(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
 
     def samples(self) -> dict[tuple[str, int], Sample]:
         """All whole samples by problem and number.
@@ -189,8 +190,8 @@ class EvaluationDirectory:
         """
         found: dict[tuple[str, int], Sample] = {}
         for file in sorted(self.path.glob("samples-*.jsonl")):
-            for line in _read_lines(file):
-                sample = Sample(**line)
+            for where, line in _read_lines(file):
+                sample = typed(Sample, line, where)
                 if (sample.problem, sample.sample) in found:
                     raise UserError(
                         str(file),
@@ -215,7 +216,7 @@ class EvaluationDirectory:
         """
         if not (self.path / _SCORES).is_file():
             raise self._incomplete(_SCORES)
-        return [SampleScore(**line) for line in _read_lines(self.path / _SCORES)]
+        return [typed(SampleScore, line, where) for where, line in _read_lines(self.path / _SCORES)]
 
     def summary(self) -> dict[str, Any]:
         """What `conclude` wrote.
@@ -305,28 +306,14 @@ def _lines(objects: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(path, error) from None
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise damaged(path, "no object")
     return content
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of the whole lines of `path`."""
-    number = 0
-    with path.open("rb") as file:
-        for line in file:
-            number += 1
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise _damaged(f"{path}:{number}", error) from None
-
-
-def _damaged(where: object, error: ValueError) -> UserError:
-    return UserError(str(where), got=f"damaged data ({error})", need="what an evaluation wrote", mend="remove it")
+def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place and object of each whole line of `path`."""
+    return read_json_lines(path, cut=True)

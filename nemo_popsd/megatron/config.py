@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -123,6 +124,7 @@ class ParallelConfig:
         Raises:
             UserError: names the settings and the nearest number of ranks that fits.
         """
+        fits = math.lcm(self.replica_ranks, self.expert * self.pipeline)
         for size, named in (
             (self.replica_ranks, "tensor · pipeline · context"),
             (self.expert * self.pipeline, "expert · pipeline"),
@@ -132,7 +134,7 @@ class ParallelConfig:
                     "layout",
                     got=f"{self.describe()} with {ranks} rank{'s' if ranks > 1 else ''}",
                     need=f"a number of ranks that {size} ({named}) divides",
-                    mend=f"set parallel.*, or start a multiple of {size} ranks (torchrun --nproc-per-node {size})",
+                    mend=f"set parallel.*, or start a multiple of {fits} ranks (torchrun --nproc-per-node {fits})",
                 )
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.config.checks import shown
 from nemo_popsd.errors import UserError
+from nemo_popsd.json_files import parsed, read_json
 from nemo_popsd.testbed.assets import PREFIX, asset
 
 _EMBEDDED = Path(__file__).parent / "models"
@@ -87,9 +89,10 @@ def read_sizes(source: str) -> tuple[ModelSizes, str]:
     path = Path(source).expanduser()
     for file in (path / "config.json", path / "huggingface" / "config.json"):
         if file.is_file():
-            return _parse(_load(file.read_text(), str(file)), path.name), str(file)
+            return _parse(_object(read_json(file), str(file)), path.name), str(file)
     if path.suffix == ".nemo" and path.is_file():
-        return _parse(_load(_from_archive(path), source), path.stem), f"config.json in {source}"
+        found = _object(parsed(_from_archive(path), source), source)
+        return _parse(found, path.stem), f"config.json in {source}"
     embedded = {name.lower(): name for name in embedded_models()}
     name = embedded.get(path.name.lower())
     if name is None or path.exists():
@@ -103,27 +106,36 @@ def read_sizes(source: str) -> tuple[ModelSizes, str]:
     return _parse(json.loads((_EMBEDDED / f"{name}.json").read_text()), name), origin
 
 
-def _from_archive(path: Path) -> str:
+def _from_archive(path: Path) -> bytes:
     try:
         with tarfile.open(path) as archive:
             member = next(m for m in archive if m.name.removeprefix("./") == "huggingface/config.json")
             file = archive.extractfile(member)
             assert file is not None
-            return file.read().decode()
-    except (tarfile.TarError, StopIteration):
+            return file.read()
+    except (tarfile.TarError, EOFError, OSError, StopIteration):
         raise UserError(
             "plan", got=f"{path} without huggingface/config.json", need="a NeMo checkpoint", mend="set student.source"
         ) from None
 
 
-def _load(text: str, where: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(where, got=f"no JSON ({error})", need="a config.json", mend="mend it") from None
+def _object(found: object, where: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
-        raise UserError(where, got="no object", need="a config.json", mend="mend it")
+        raise UserError(where, got="no object", need="a config.json", mend="correct it, or set student.source")
     return found
+
+
+def _whole(config: Mapping[str, Any], name: str, default: object = None) -> int:
+    """A size: a positive whole number, as every model has it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = config.get(name, default)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 10**9:
+        raise ValueError(f"{name}={shown(value)}")
+    return value
 
 
 def _parse(config: Mapping[str, Any], name: str) -> ModelSizes:
@@ -138,25 +150,28 @@ def _parse(config: Mapping[str, Any], name: str) -> ModelSizes:
             mend="set student.source",
         )
     try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
         sparse = kind == "qwen3_moe"
         return ModelSizes(
             name=name,
-            vocab=int(config["vocab_size"]),
+            vocab=_whole(config, "vocab_size"),
             hidden=hidden,
-            layers=int(config["num_hidden_layers"]),
+            layers=_whole(config, "num_hidden_layers"),
             heads=heads,
-            groups=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            intermediate=int(config["moe_intermediate_size" if sparse else "intermediate_size"]),
+            groups=_whole(config, "num_key_value_heads", heads),
+            head_dim=_whole(config, "head_dim", hidden // heads),
+            intermediate=_whole(config, "moe_intermediate_size" if sparse else "intermediate_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family["qkv_bias"] or bool(config.get("attention_bias", False)),
             output_bias=bool(config.get("attention_bias", False)),
             qk_norm=family["qk_norm"],
-            experts=int(config["num_experts"]) if sparse else 0,
-            experts_per_token=int(config["num_experts_per_tok"]) if sparse else 0,
+            experts=_whole(config, "num_experts") if sparse else 0,
+            experts_per_token=_whole(config, "num_experts_per_tok") if sparse else 0,
         )
-    except KeyError as error:
+    except ValueError as error:
         raise UserError(
-            f"model {name}", got=f"config.json without {error}", need="the sizes of the model", mend="mend it"
+            f"model {name}",
+            got=f"a config.json with {error}",
+            need="the sizes of the model, whole numbers above 0",
+            mend="correct it, or set student.source",
         ) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_popsd.evaluation.markers import DEFAULT_MARKERS, marker_spans
+from nemo_popsd.json_files import damaged
 from nemo_popsd.report.markup import esc
 from nemo_popsd.report.run import AFTER, BEFORE, RunData, read_lines
 
@@ -70,28 +71,35 @@ def _scored_pairs(run: RunData) -> list[Pair]:
             str(problem["id"]),
             str(problem.get("question", "")),
             problem.get("answer"),
-            before.get(problem["id"]),
-            after.get(problem["id"]),
+            before.get(str(problem["id"])),
+            after.get(str(problem["id"])),
         )
         for problem in problems
-        if problem.get("id") in before
+        if str(problem.get("id")) in before
     ]
 
 
 def _first_samples(directory: Path) -> dict[Any, Answer]:
     scores = {
-        line.get("problem"): bool(line.get("correct"))
+        str(line.get("problem")): bool(line.get("correct"))
         for line in read_lines(directory / "scores.jsonl")
         if line.get("sample") == 0
     }
     return {
-        line["problem"]: Answer(
-            str(line.get("text", "")), int(line.get("tokens", 0)), bool(line.get("cut")), scores.get(line["problem"])
+        str(line["problem"]): Answer(
+            str(line.get("text", "")), _tokens(line, file), bool(line.get("cut")), scores.get(str(line["problem"]))
         )
         for file in sorted(directory.glob("samples-*.jsonl"))
         for line in read_lines(file)
         if line.get("sample") == 0 and "problem" in line
     }
+
+
+def _tokens(line: dict[str, Any], file: Path) -> int:
+    tokens = line.get("tokens", 0)
+    if not isinstance(tokens, int):
+        raise damaged(file, f"tokens={tokens!r}")
+    return tokens
 
 
 def _rollout(rollout: dict[str, Any] | None) -> Answer | None:

@@ -13,7 +13,6 @@ What is read below a run's directory; whatever is absent is left out of the page
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.json_files import damaged, open_regular, read_json, read_json_lines
 
 TRAIN, VALIDATION = "train/", "validation/"
 BEFORE, AFTER = "before", "after"
@@ -108,8 +108,9 @@ def read_run(directory: Path) -> RunData:
         UserError: the directory holds no run.
     """
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        with open_regular(directory / "config.yaml") as file:
+            config = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(
             "report",
             got=f"{str(directory)!r} without a readable config.yaml ({type(error).__name__})",
@@ -121,9 +122,12 @@ def read_run(directory: Path) -> RunData:
     for folder in sorted((directory / "validation").glob("step-*")):
         summary = _object(folder / "summary.json")
         if summary and folder.name.removeprefix("step-").isdigit():
-            values, intervals = flat_figures(summary)
+            values, intervals = flat_figures(summary, folder)
             validations[int(folder.name.removeprefix("step-"))] = Validation(values, intervals, folder)
-    manifest = directory / "checkpoints" / "final" / "manifest.json"
+    final = directory / "checkpoints" / "final" / "manifest.json"
+    manifest = _object(final) or {}
+    if not all(isinstance(manifest.get(name, {}), dict) for name in ("versions", "layout")):
+        raise damaged(final, "versions or layout that are no objects")
     return RunData(
         directory=directory,
         config=config if isinstance(config, dict) else {},
@@ -139,7 +143,7 @@ def read_run(directory: Path) -> RunData:
             for folder in sorted((directory / "diagnosis").glob("*"))
             if (diagnosed := read_diagnosis(folder)) is not None
         },
-        manifest=_object(manifest) or {},
+        manifest=manifest,
     )
 
 
@@ -150,8 +154,14 @@ def read_diagnosis(directory: Path) -> Diagnosed | None:
     return Diagnosed(summary, rollouts) if summary and rollouts else None
 
 
-def flat_figures(summary: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Numbers of an evaluation's summary, and their intervals, by name."""
+def flat_figures(
+    summary: Mapping[str, Any], where: object = "summary"
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Numbers of an evaluation's summary, and their intervals, by name.
+
+    Raises:
+        UserError: an interval at `where`, a file, is none.
+    """
     values: dict[str, float] = {}
     for name, value in summary.items():
         if isinstance(value, Mapping) and name != "intervals":
@@ -159,9 +169,14 @@ def flat_figures(summary: Mapping[str, Any]) -> tuple[dict[str, float], dict[str
             values |= {key: number for key, number in inner.items() if number is not None}
         elif (number := _float(value)) is not None:
             values[name] = number
-    intervals = summary.get("intervals")
-    found = intervals.items() if isinstance(intervals, Mapping) else ()
-    return values, {name: (float(low), float(high)) for name, (low, high) in found}
+    intervals: dict[str, tuple[float, float]] = {}
+    found = summary.get("intervals")
+    for name, ends in found.items() if isinstance(found, Mapping) else ():
+        numbers = [_float(end) for end in ends] if isinstance(ends, list) else []
+        if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
+            raise damaged(where, f"the interval of {name} is {ends!r}")
+        intervals[name] = numbers[0], numbers[1]
+    return values, intervals
 
 
 def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int, dict[str, float]]]:
@@ -169,7 +184,9 @@ def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int
     training: dict[str, dict[int, float]] = {}
     validations: dict[int, dict[str, float]] = {}
     for line in read_lines(file):
-        step = int(line.get("step", 0))
+        step = line.get("step", 0)
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise damaged(file, f"step={step!r}")
         for key, raw in line.items():
             value = _float(raw)
             if value is None:
@@ -188,28 +205,30 @@ def _float(value: object) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; a line that a kill cut off, and a file that is not there, hold none."""
-    if not file.is_file():
+    """Objects of a JSONL file; a last line that a kill cut off, and a file that is not there, hold none.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    if not file.exists():
         return []
     found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
+    for where, value in read_json_lines(file, cut=True):
+        if not isinstance(value, dict):
+            raise damaged(where, "no object")
+        found.append(value)
     return found
 
 
 def _object(file: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+    if not file.exists():
         return None
-    return value if isinstance(value, dict) else None
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise damaged(file, "no object")
+    return value

@@ -18,6 +18,7 @@ from typing import Any
 
 from nemo_popsd.atomic import flush_directory, remove_files, write_text
 from nemo_popsd.errors import UserError
+from nemo_popsd.json_files import read_json_lines
 from nemo_popsd.rollout.engine import Rollout
 
 FOLDER = "rollouts"
@@ -135,19 +136,24 @@ def _line(row: StoredRollout) -> dict[str, Any]:
 
 def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for _, line in read_json_lines(path)]
         head, rows = lines[0], lines[1:]
         if len(rows) != head["rows"]:
             raise ValueError(f"{len(rows)} rows instead of {head['rows']}")
         version = head["weights_version"]
         return head, [_row(row, version) for row in rows]
-    except (ValueError, LookupError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"rollouts {path}", got=str(error), need="a file as a run writes it", mend="remove it"
         ) from None
 
 
 def _row(line: dict[str, Any], version: int) -> StoredRollout:
+    lists = ((name, [*line[name]]) for name in ("prompt", "response", "log_probs"))
+    if odd := [name for name, values in lists if not all(type(value) in (int, float) for value in values)]:
+        raise ValueError(f"{odd[0]} without numbers")
     reason, segments = line["finish_reason"], line.get("segments", ())
     parts = tuple((by, tokens) for by, tokens in segments)
     rollout = Rollout(line["response"], line["log_probs"], reason == "length", version, reason == "unfinished", parts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from nemo_popsd.config.bounds import SECONDS_OF_30_DAYS, Bounds, check_numbers
-from nemo_popsd.config.checks import one_of
+from nemo_popsd.config.checks import one_of, refuse
 from nemo_popsd.errors import UserError
 
 
@@ -67,4 +67,6 @@ class TrainingConfig:
                 need="updates on equal parts",
                 mend="set training.updates_per_step to a divisor of training.prompts_per_step",
             )
+        if not self.best_metric.startswith(("train/", "validation/")):
+            raise refuse("training.best_metric", self.best_metric, "the name of a metric, as in validation/accuracy")
         one_of("training.best_is", self.best_is, ("max", "min"))

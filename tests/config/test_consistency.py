@@ -16,6 +16,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.ownership import EXPORT, RUN, write_mark
 from nemo_popsd.rollout.config import RolloutConfig
+from nemo_popsd.training.config import TrainingConfig
 
 
 @pytest.fixture
@@ -80,6 +81,29 @@ def test_layouts_that_do_not_fit(tensor: int, prompts: int, world: int, message:
     config.parallel.tensor, config.training.prompts_per_step = tensor, prompts
     with pytest.raises(UserError, match=message):
         check_layout(config, world_size=world)
+
+
+def test_the_numbers_that_a_message_proposes_fit_everything() -> None:
+    config = PopsdConfig()
+    config.training.prompts_per_step, config.training.updates_per_step = 30, 3
+    with pytest.raises(UserError, match=r"set training\.prompts_per_step=24 or 36$"):
+        check_layout(config, world_size=4)
+    config.parallel.tensor, config.parallel.expert = 3, 2
+    with pytest.raises(UserError, match=r"a multiple of 6 ranks \(torchrun --nproc-per-node 6\)"):
+        check_layout(config, world_size=4)
+    config.training.prompts_per_step = 6
+    check_layout(config, world_size=6)
+
+
+def test_the_best_checkpoint_needs_a_metric_that_is_measured(runnable: PopsdConfig) -> None:
+    runnable.data.validation.path = ""
+    runnable.training.keep_best = 1
+    with pytest.raises(UserError, match=r"training\.keep_best=1 .*without data\.validation\.path"):
+        check_training_run(runnable, world_size=1)
+    runnable.training.best_metric = "train/loss"
+    check_training_run(runnable, world_size=1)
+    with pytest.raises(UserError, match=r"set training\.best_metric$"):
+        TrainingConfig(best_metric="nope")
 
 
 @pytest.mark.parametrize("source", ["", "no/such/model", "nemo_popsd:tiny_resoner"])

@@ -58,9 +58,9 @@ NUMBERS: list[Any] = [
 ]
 TEXTS = [
     "", "x", "a b", "é𝄞\u202e", "\x00", "\x1b[31m", "a\nb", "\u2028", "\udcff", "'", '"', "[", "{a", "a: b", "#",
-    "a #b", "null", "true", "yes", "off", "1e5", "1e400", "0x10", "1_000", "010", "1:30", "2026-11-28", ".5", "1.", "1e",
-    "???", "${seed}", "${nope}", "${oc.env:HOME}", "${oc.env:NOPE_X}", "${oc.env:NOPE,7}", "${name}${name}", "${", "$",
-    "\\${a}", "${oc.decode:'['}", "${student}", "${oc.create:{a:1}}", "${.steps}", "${oc.dict.keys:student}", "${${name}}",
+    "a #b", "null", "true", "yes", "off", "1e5", "1e400", "0x10", "1_000", "010", "1:30", "2026-11-28", ".5", "1.",
+    "1e", "???", "${seed}", "${nope}", "${oc.env:HOME}", "${oc.env:NOPE_X}", "${oc.env:NOPE,7}", "${name}${name}", "${",
+    "$", "\\${a}", "${oc.decode:'['}", "${student}", "${oc.create:{a:1}}", "${.steps}", "${${name}}",
     "../../etc", "~", "~/x", "~nobody-here/x", "$HOME/x", "/dev/null", "/dev/zero", "/proc/self/mem", "/", "a" * 300,
     "a/" * 3000, "a" * 50_000, "nemo_popsd:", "nemo_popsd:../../x", "nemo_popsd:nope", "http://x", "-", "--help", "=",
     "==", "!!python/object:os.system x", "!!int 3", "&a *a", "<<", "(a+)+$", "(", "{question!r}", "{0}",

@@ -146,7 +146,7 @@ def test_broken_yaml_names_the_line(tmp_path: Path, text: str, message: str) -> 
 
 def test_unreadable_files(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none.yaml")
-    assert "Is a directory" in refusal(tmp_path)
+    assert "a directory" in refusal(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
     assert "not UTF-8" in refusal(tmp_path / "latin.yaml")
 
