@@ -47,7 +47,9 @@ class StudentConfig:
     source: Annotated[str, Text.PATH] = ""
     """A Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), or `nemo_popsd:tiny_reasoner`."""
     precision: str = "bf16"
-    """`bf16` (gradients and optimizer in fp32) or `fp32`."""
+    """`bf16` (gradients and optimizer in fp32) or `fp32`. On a GPU Transformer Engine multiplies fp32 matrices in TF32
+    (10 bits of mantissa) unless NVIDIA_TF32_OVERRIDE=0 is set before the start, attends in fp32 without a fused kernel
+    (memory grows with the square of the length), and not at all under context parallelism."""
     adaptation: str = "lora"
     """`lora`: adapters are trained, the base is the same weights with the adapters off. `full`: all weights are
     trained, the base is a frozen copy."""

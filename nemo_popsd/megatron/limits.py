@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron import spec
 from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
-from nemo_popsd.megatron.spec import on_transformer_engine
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS_OF_CONTEXT = ("bf16",)
+"""In which Transformer Engine attends over context-parallel ranks."""
 
 
 def refuse_impossible(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> None:
@@ -21,7 +28,7 @@ def refuse_impossible(provider: Any, student: StudentConfig, parallel: ParallelC
         UserError: names the settings.
     """
     _refuse_indivisible(provider, parallel)
-    if on_transformer_engine():
+    if spec.on_transformer_engine():
         _refuse_for_transformer_engine(provider, student, parallel)
 
 
@@ -56,7 +63,13 @@ _OF_EXPERTS = ("linear_fc1", "linear_fc2")
 
 
 def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> None:
-    """Refuse what Transformer Engine, or Megatron-Bridge's LoRA on it, computes in no way or in another one."""
+    """Refuse what Transformer Engine, or Megatron-Bridge's LoRA on it, computes in no way or in another one; warn of
+    fp32 that is not."""
+    if student.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        logger.warning(
+            "student.precision=fp32: Transformer Engine multiplies fp32 matrices in TF32, with 10 bits of mantissa; set "
+            "NVIDIA_TF32_OVERRIDE=0 in the environment for all 23"
+        )
     targets = [name for name in student.lora.targets if name in _OF_EXPERTS]
     if provider.num_moe_experts and student.adaptation == "lora" and targets:
         # The experts of a rank are one module there: they would share one adapter, another one on each
@@ -69,11 +82,11 @@ def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parall
         )
     if parallel.context == 1:
         return
-    if student.precision == "fp32":
+    if student.precision not in PRECISIONS_OF_CONTEXT:
         raise UserError(
             "layout",
-            got=f"student.precision=fp32 with {parallel.describe()}",
-            need="bf16: Transformer Engine has no attention in fp32 for context parallelism",
+            got=f"student.precision={student.precision} with {parallel.describe()}",
+            need="bf16: Transformer Engine has no other attention for context parallelism",
             mend="set student.precision=bf16, or parallel.context=1",
         )
     if provider.window_size is not None:

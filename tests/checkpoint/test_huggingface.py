@@ -47,9 +47,9 @@ def _convert(rank: int, world_size: int, sources: dict[str, Path], output: Path)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def converted(request, sources, tmp_path_factory):
+def converted(request, sources, tmp_path_factory, layers):
     output = tmp_path_factory.mktemp(f"exports{request.param}")
-    return request.param, output, run_ranks(_convert, request.param, sources, output, timeout=300.0)
+    return request.param, output, run_ranks(_convert, request.param, sources, output, timeout=300.0, layers=layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,10 +57,10 @@ def _save(rank: int, world_size: int, sources: dict[str, Path], folder: Path) ->
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def saved(request, tmp_path_factory):
+def saved(request, tmp_path_factory, layers):
     folder = tmp_path_factory.mktemp("adapters")
     sources = {kind: save_tiny_model(folder / f"{kind}_source", kind) for kind in KINDS}
-    return folder, sources, run_ranks(_save, request.param, sources, folder)[0]
+    return folder, sources, run_ranks(_save, request.param, sources, folder, layers=layers)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

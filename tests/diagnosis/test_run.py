@@ -118,9 +118,9 @@ def test_rows_that_are_named_are_shown_and_come_first(one: Any) -> None:
     ],
     ids=["tensor", "data", "pipeline", "context", "context-packed"],
 )
-def test_two_ranks_find_what_one_finds(one: Any, tmp_path: Path, layout: list[str]) -> None:
+def test_two_ranks_find_what_one_finds(one: Any, tmp_path: Path, layout: list[str], layers: str) -> None:
     want = one[0]
-    for got, _, _ in run_ranks(diagnosed, 2, tmp_path, *layout):
+    for got, _, _ in run_ranks(diagnosed, 2, tmp_path, *layout, layers=layers):
         assert [r["pieces"] for r in got.rollouts] == [r["pieces"] for r in want.rollouts]
         for mine, theirs in zip(got.rollouts, want.rollouts, strict=True):
             for name in MEASURES:

@@ -124,7 +124,7 @@ def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, layers):
     return {size: tmp_path_factory.mktemp(f"exports{size}") for size in (1, 2)}
 
 
@@ -133,8 +133,8 @@ def _examine_all(rank: int, world_size: int, sources: dict[str, Path], folder: P
 
 
 @pytest.fixture(scope="module")
-def results(sources, folders):
-    return {size: run_ranks(_examine_all, size, sources, folders[size]) for size in (1, 2)}
+def results(sources, folders, layers):
+    return {size: run_ranks(_examine_all, size, sources, folders[size], layers=layers) for size in (1, 2)}
 
 
 each_layout = pytest.mark.parametrize("size", [1, 2], ids=["tp1", "tp2"])

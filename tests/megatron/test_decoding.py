@@ -70,10 +70,10 @@ def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [1, 2], ids=["tp1", "tp2 sp"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_is_full_recomputation(tmp_path: Path, kind: str, size: int) -> None:
+def test_decoding_is_full_recomputation(tmp_path: Path, kind: str, size: int, layers: str) -> None:
     source = save_tiny_model(tmp_path, kind)
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=2e-5)  # noqa: E731
-    for seen in run_ranks(observe, size, source):
+    for seen in run_ranks(observe, size, source, layers=layers):
         whole: Tensor = seen["whole"]
         for row, begin in enumerate(PROMPTS):
             close(seen["steps"][row], whole[row, begin : begin + STEPS])
@@ -106,6 +106,6 @@ def refuse(rank: int, world_size: int, source: Path) -> list[str]:
     return messages
 
 
-def test_what_the_cache_cannot_stand_for_is_refused(tmp_path: Path) -> None:
-    (messages,) = run_ranks(refuse, 1, save_tiny_model(tmp_path))
+def test_what_the_cache_cannot_stand_for_is_refused(tmp_path: Path, layers: str) -> None:
+    (messages,) = run_ranks(refuse, 1, save_tiny_model(tmp_path), layers=layers)
     assert ["core attention Identity" in messages[0], "rotary embedding Identity" in messages[1]] == [True, True]

@@ -85,13 +85,13 @@ def _both(rank: int, world_size: int, dense: dict[str, tuple[Path, Path, float]]
 
 
 @pytest.fixture(scope="module")
-def one_rank(dense):
-    return run_ranks(_tensor_parallel, 1, dense)
+def one_rank(dense, layers):
+    return run_ranks(_tensor_parallel, 1, dense, layers=layers)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(dense):
-    return run_ranks(_both, 2, dense)
+def two_ranks(dense, layers):
+    return run_ranks(_both, 2, dense, layers=layers)
 
 
 def _check(results: list[dict[str, Any]], case: str, dense: Any) -> None:

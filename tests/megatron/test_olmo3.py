@@ -70,8 +70,8 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def observed(request, source):
-    return run_ranks(_observe, request.param, source)
+def observed(request, source, layers):
+    return run_ranks(_observe, request.param, source, layers=layers)
 
 
 def test_gradients_are_those_of_transformers(observed, source):

@@ -125,11 +125,11 @@ def _inner(optimizer: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, layers):
     folder = tmp_path_factory.mktemp("trained")
     source = save_tiny_model(folder / "source", "qwen3")
-    one = run_ranks(_two_layouts, 1, source, folder)
-    two = run_ranks(_two_layouts, 2, source, folder)
+    one = run_ranks(_two_layouts, 1, source, folder, layers=layers)
+    two = run_ranks(_two_layouts, 2, source, folder, layers=layers)
     return source, folder, [one[0]], two
 
 

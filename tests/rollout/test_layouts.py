@@ -63,8 +63,8 @@ def one(model: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_responses_are_those_of_one_process(model: Path, one: dict[str, Any], layout: str) -> None:
-    ranks = run_ranks(observe, LAYOUTS[layout][0], model, LAYOUTS[layout][1])
+def test_responses_are_those_of_one_process(model: Path, one: dict[str, Any], layout: str, layers: str) -> None:
+    ranks = run_ranks(observe, LAYOUTS[layout][0], model, LAYOUTS[layout][1], layers=layers)
     for seen in ranks:
         for name in ("greedy", "random", "one"):
             for actual, expected in zip(seen[name], one[name], strict=True):
@@ -118,9 +118,9 @@ def one_mixture(mixture: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_experts_on_several_ranks_draw_what_one_process_does(
-    mixture: Path, one_mixture: dict[str, Any], layout: str
+    mixture: Path, one_mixture: dict[str, Any], layout: str, layers: str
 ) -> None:
-    ranks = run_ranks(observe_experts, EXPERTS[layout][0], mixture, EXPERTS[layout][1])
+    ranks = run_ranks(observe_experts, EXPERTS[layout][0], mixture, EXPERTS[layout][1], layers=layers)
     assert set().union(*(seen["numbers"] for seen in ranks)) == set(range(len(REQUESTS)))
     for seen in ranks:
         for number, actual, left in zip(seen["numbers"], seen["random"], seen["left"], strict=True):

@@ -3,9 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.vllm.config import VllmConfig
 from tests.model.runs import TINY
 
@@ -41,3 +43,32 @@ def test_it_is_a_section_of_a_run() -> None:
         load_config(TINY, ["rollout.engine=sglang"])
     with pytest.raises(UserError, match=r"nearest is rollout\.vllm\.bucket_bytes"):
         load_config(TINY, ["rollout.vllm.bucket_size=1"])
+
+
+def test_torch_gives_its_cached_memory_back_before_a_server_takes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server on the trainer's card starts, or wakes, in every call."""
+    from nemo_popsd.rollout.vllm.engine import VllmEngine
+
+    happened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("memory"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**33))
+
+    class Ranks:
+        def together(self, *_: Any, **__: Any) -> None:
+            happened.append("server")
+            raise RuntimeError("no server here")
+
+    engine = VllmEngine(
+        Ranks(),  # type: ignore[arg-type]
+        start=lambda _: pytest.fail("started"),
+        weights=lambda: (),
+        weights_version=lambda: 0,
+        longest=lambda: 1,
+        bucket_bytes=1,
+        restarts=0,
+        sleep=True,
+    )
+    with pytest.raises(RuntimeError, match="no server here"):
+        engine.ask([], SamplingParams(1.0, 1.0, 0, 1))
+    assert happened == ["memory", "server"]

@@ -178,7 +178,7 @@ def _choose_it() -> None:
 
     cpu.ADAPTATIONS = tuple(a for a in cpu.ADAPTATIONS if a.name != "router without Transformer Engine")
 
-    from nemo_popsd.megatron import spec
+    from nemo_popsd.megatron import limits, spec
 
     right = spec.choose_layer_spec
 
@@ -189,4 +189,5 @@ def _choose_it() -> None:
 
     build: Any = importlib.import_module("nemo_popsd.megatron.build")
     spec.on_transformer_engine = lambda: True
+    limits.PRECISIONS_OF_CONTEXT = ("bf16", "fp32")  # as the emulated attention has it
     build.choose_layer_spec = choose

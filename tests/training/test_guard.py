@@ -70,8 +70,9 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(poisoned_step, 2, save_tiny_model(tmp_path_factory.mktemp("model") / "hf"))
+def ranks(tmp_path_factory: pytest.TempPathFactory, layers: str) -> list[dict[str, Any]]:
+    model = save_tiny_model(tmp_path_factory.mktemp("model") / "hf")
+    return run_ranks(poisoned_step, 2, model, layers=layers)
 
 
 def test_nan_in_one_ranks_row_stops_every_rank_and_names_it(ranks: list[dict[str, Any]]) -> None:

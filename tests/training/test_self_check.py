@@ -61,8 +61,8 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_zero_at_the_start_and_an_explanation_otherwise(model: Path, tensor: int, adaptation: str) -> None:
-    for seen in run_ranks(check, tensor, model, tensor, adaptation):
+def test_zero_at_the_start_and_an_explanation_otherwise(model: Path, tensor: int, adaptation: str, layers: str) -> None:
+    for seen in run_ranks(check, tensor, model, tensor, adaptation, layers=layers):
         assert seen["fresh"] == "passed"
         assert seen["numbers"] == [(0.0, 0.0)]
         assert len(seen["modes"]) >= 2
