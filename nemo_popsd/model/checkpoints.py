@@ -14,10 +14,11 @@ from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import FINAL, Checkpoints, name_of, point_to, prune, superfluous
 from nemo_popsd.checkpoint.save import Content, PendingSave
 from nemo_popsd.checkpoint.training_state import load_random_state, load_training_state
-from nemo_popsd.config.loading import to_dict_config
+from nemo_popsd.config.loading import save_resolved, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.observability.jsonl_logger import FILE_NAME, read_metric
+from nemo_popsd.ownership import RUN, read_mark, write_mark
 from nemo_popsd.runtime.agreement import do_together
 from nemo_popsd.runtime.distributed import layout, on_any_rank
 from nemo_popsd.runtime.random_state import capture_random_state, restore_random_state
@@ -85,10 +86,13 @@ class RunCheckpoints:
             UserError: it, or the save in flight, failed; older checkpoints are as they were.
         """
         self.settle()
-        metrics = self._output / FILE_NAME
-        if dist.get_rank() == 0 and metrics.is_file():
-            flush_file(metrics)
         path = self.folder / name
+        do_together(
+            f"checkpoint {path}",
+            lambda: self._prepare() if dist.get_rank() == 0 else None,
+            need="the run's own directory",
+            mend="look at the file system",
+        )
         self._pending = PendingSave(path, self._content(model), background=self._settings.async_save)
         self._saved = model.completed_steps
         if not self._settings.async_save:
@@ -120,6 +124,19 @@ class RunCheckpoints:
             mend="look at the file system",
         )
         logger.info("checkpoint %s", pending.path)
+
+    def _prepare(self) -> None:
+        """Metrics go to the disk before the checkpoint that counts on them. A directory that was removed under the run
+        is made again: what is in memory is worth saving.
+        """
+        metrics = self._output / FILE_NAME
+        if metrics.is_file():
+            flush_file(metrics)
+        if read_mark(self._output) is None:
+            logger.warning("output %s was removed while the run goes on; it is made again", self._output)
+            self._output.mkdir(parents=True, exist_ok=True)
+            write_mark(self._output, RUN)
+            save_resolved(self._config, self._output / "config.yaml")
 
     def _tidy(self, newest: Path) -> None:
         point_to(newest)
