@@ -22,7 +22,7 @@ MARK = ".nemo_popsd"
 MANIFEST = "manifest.json"
 """File that lists what a checkpoint holds."""
 EXPORT, ADAPTER, CHECKPOINT = "Hugging Face export", "PEFT adapter", "checkpoint"
-RUN, DIAGNOSIS = "training run", "diagnosis"
+RUN, DIAGNOSIS, EVALUATION = "training run", "diagnosis", "evaluation"
 """What a mark says that a directory is."""
 _FORMAT = 1
 _MEMBERS = 64
@@ -79,7 +79,7 @@ def foreign(path: Path, kind: str) -> str | None:
     """Why `path` is not, or not only, what this package wrote as `kind`.
 
     Returns:
-        None if it is ours alone, and for nothing or an empty directory, where nothing can be lost.
+        None if it is ours alone, and for nothing or a directory without a file, where nothing can be lost.
     """
     if path.is_symlink():
         return f"a symbolic link to {os.readlink(path)}"
@@ -93,7 +93,7 @@ def foreign(path: Path, kind: str) -> str | None:
     if mark is None:
         written = _listed_by_manifest(path) if kind == CHECKPOINT else None
         if written is None:
-            return f"no {MARK} that says that nemo_popsd wrote it" if any(path.iterdir()) else None
+            return f"no {MARK} that says that nemo_popsd wrote it" if present else None
     elif mark.kind != kind:
         return f"a {mark.kind}"
     else:

@@ -59,6 +59,8 @@ def test_where_nothing_can_be_lost_nothing_is_foreign(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert foreign(tmp_path / "empty", EXPORT) is None
     assert foreign(tmp_path / "nothing", EXPORT) is None
+    (tmp_path / "empty" / MARK).write_text("")  # as a full disk leaves it
+    assert foreign(tmp_path / "empty", EXPORT) is None
 
 
 def test_a_checkpoint_of_an_earlier_version_is_known_by_its_manifest(tmp_path: Path) -> None:

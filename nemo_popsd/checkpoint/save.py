@@ -11,6 +11,7 @@ import errno
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -166,7 +167,8 @@ class PendingSave:
             do_together(f"checkpoint {self.path}", action, **_ROOM)
         except Exception:
             if self._begun:
-                remove_directory(self._partial, CHECKPOINT)
+                with suppress(OSError, UserError):  # the others wait; the next save removes it
+                    remove_directory(self._partial, CHECKPOINT)
             dist.barrier()
             raise
 

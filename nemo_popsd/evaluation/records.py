@@ -35,6 +35,7 @@ from typing import Any
 from nemo_popsd.atomic import remove_files, write_text
 from nemo_popsd.errors import UserError
 from nemo_popsd.json_files import damaged, read_json, read_json_lines, typed
+from nemo_popsd.ownership import EVALUATION, MARK, read_mark, write_mark
 
 FORMAT = 1
 _SETTINGS, _PROBLEMS, _SCORES, _SUMMARY = "settings.json", "problems.jsonl", "scores.jsonl", "summary.json"
@@ -132,14 +133,16 @@ class EvaluationDirectory:
         Problems may be added to those present, or be fewer; those in both must have the same prompt.
 
         Raises:
-            UserError: samples of other settings are there.
+            UserError: samples of other settings, or files that no evaluation wrote, are there.
         """
         new = {"format": FORMAT, **asdict(settings), "stop_token_ids": list(settings.stop_token_ids)}
         present = _read_json(self.path / _SETTINGS)
+        self._refuse_other_files(present)
         if present is not None and any(self.path.glob("samples-*.jsonl")):
             self._refuse_other_settings(present, new)
             new["prompts"] = {**present["prompts"], **new["prompts"]}
         self.path.mkdir(parents=True, exist_ok=True)
+        write_mark(self.path, EVALUATION)
         known = {problem.id: problem for problem in self.problems()} if present is not None else {}
         known.update((problem.id, problem) for problem in problems)
         write_text(self.path / _PROBLEMS, _lines(asdict(problem) for problem in known.values()))
@@ -154,7 +157,7 @@ class EvaluationDirectory:
 
     def remove(self) -> None:
         """Removes the files of the evaluation, and the directory if nothing else is in it. On one rank."""
-        remove_files(self.path, FILES)
+        remove_files(self.path, (*FILES, MARK))
 
     def append_to(self, part: int) -> SampleWriter:
         """Opens the samples file of data-parallel replica `part` for writing."""
@@ -228,6 +231,18 @@ class EvaluationDirectory:
         if found is None:
             raise self._incomplete(_SUMMARY)
         return found
+
+    def _refuse_other_files(self, settings: Mapping[str, Any] | None) -> None:
+        mark = read_mark(self.path)
+        if (mark is not None and mark.kind == EVALUATION) or (settings is not None and "prompts" in settings):
+            return
+        if present := [name for name in (_SETTINGS, _PROBLEMS, _SCORES, _SUMMARY) if os.path.lexists(self.path / name)]:
+            raise UserError(
+                f"evaluation {self.path}",
+                got=f"{', '.join(present)} and no {MARK} that says that an evaluation of nemo_popsd wrote them",
+                need="a directory without such files, or an earlier evaluation; nothing was changed",
+                mend=f"set output to another directory, or move {self.path} away",
+            )
 
     def _refuse_other_settings(self, present: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         compared = [key for key in new if key not in ("model", "prompts")]

@@ -94,10 +94,13 @@ class RunCheckpoints:
         """
         self.settle()
         self._refuse_lost_lock()
-        metrics = self._output / FILE_NAME
-        if dist.get_rank() == 0 and metrics.is_file():
-            flush_file(metrics)
         path = self.folder / name
+        do_together(
+            f"checkpoint {path}",
+            lambda: self._flush_metrics() if dist.get_rank() == 0 else None,
+            need="the run's own directory",
+            mend="free space, or set output",
+        )
         self._pending = PendingSave(path, self._content(model), background=self._settings.async_save)
         self._saved = model.completed_steps
         if not self._settings.async_save:
@@ -127,7 +130,7 @@ class RunCheckpoints:
             f"checkpoint {pending.path}",
             lambda: self._tidy(pending.path) if dist.get_rank() == 0 else None,
             need="the right to replace older checkpoints",
-            mend="look at the file system",
+            mend="free space, or set output",
         )
         logger.info("checkpoint %s", pending.path)
 
@@ -147,6 +150,12 @@ class RunCheckpoints:
                 raise error
 
         do_together(f"output {self._output}", fail, need="a directory that can be read", mend="set output")
+
+    def _flush_metrics(self) -> None:
+        """Metrics are on the disk before the checkpoint that counts on them."""
+        metrics = self._output / FILE_NAME
+        if metrics.is_file():
+            flush_file(metrics)
 
     def _tidy(self, newest: Path) -> None:
         self.check_lock()

@@ -42,7 +42,7 @@ _DIAGNOSIS = ("summary.json", "rollouts.jsonl", "index.html", MARK)
 _FILES = (
     (f"{storage.FOLDER}/step-*", storage.FILES),
     (storage.FOLDER, ()),
-    ("validation/step-*", records.FILES),
+    ("validation/step-*", (*records.FILES, MARK)),
     ("validation", ()),
     ("diagnosis/before", _DIAGNOSIS),
     ("diagnosis/after", _DIAGNOSIS),
