@@ -68,8 +68,8 @@ def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parall
     """
     if student.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         logger.warning(
-            "student.precision=fp32: Transformer Engine multiplies fp32 matrices in TF32, with 10 bits of mantissa; set "
-            "NVIDIA_TF32_OVERRIDE=0 in the environment for all 23"
+            "student.precision=fp32: Transformer Engine multiplies fp32 matrices in TF32 (10 bits of mantissa instead "
+            "of 23); set NVIDIA_TF32_OVERRIDE=0 in the environment for full fp32"
         )
     targets = [name for name in student.lora.targets if name in _OF_EXPERTS]
     if provider.num_moe_experts and student.adaptation == "lora" and targets:
