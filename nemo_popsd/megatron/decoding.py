@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.forward import hidden_states_only
+from nemo_popsd.megatron.kernels import cached_attention
 from nemo_popsd.megatron.kv_cache import CachedCoreAttention, Decode, Prefill, attentions, decode_step
 from nemo_popsd.megatron.plain_layers import PlainLayers, are_plain
 
@@ -153,9 +154,9 @@ class SlotDecoder:
         """
         for rotation in self._rotations:
             rotation.take(positions[None])
-        hidden_1BH = self._forward(
-            inputs[:, None], positions[:, None], decode_step(positions, reach, self._windows, self._dtype)
-        )
+        step = decode_step(positions, reach, self._windows, self._dtype)
+        with cached_attention(self._device):
+            hidden_1BH = self._forward(inputs[:, None], positions[:, None], step)
         if hidden_1BH is None:
             return None
         last = self._chunks[-1]
