@@ -216,7 +216,7 @@ def test_nothing_else_in_the_package_patches_a_library():
     """But for two lines, which say why: the queue of a checkpoint's writers, and the unpickler of its readers."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
-        if file != Path(cpu.__file__):
+        if file not in (Path(cpu.__file__), Path(local_layers.__file__)):
             found |= {(str(file.relative_to(PACKAGE)), target) for target in _patched(ast.parse(file.read_text()))}
     assert found == {
         ("checkpoint/weights.py", "filesystem_async._results_queue"),
