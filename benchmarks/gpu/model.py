@@ -161,10 +161,14 @@ class KeepingEngine:
 
 
 class ScriptedEngine:
-    """Gives the responses that are set, in order."""
+    """Gives the responses that are set, in order, as drawn by the weights of `version`."""
 
     responses: Sequence[list[int]] = ()
+    version = 0
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
         """See `RolloutEngine`."""
-        return [Rollout(response, [0.0] * len(response), cut=True, weights_version=0) for response in self.responses]
+        return [
+            Rollout(response, [0.0] * len(response), cut=True, weights_version=self.version)
+            for response in self.responses
+        ]

@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.journal import Report
-from benchmarks.gpu.model import random_model, settings, start
-from nemo_popsd.model.engines import build_engine
-from nemo_popsd.rollout.engine import Request, SamplingParams
 
 
 def run(report: Report, *, rehearse: bool, work: Path) -> None:
@@ -26,6 +23,14 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
     if not python:
         report("updates", kind="not measured: vLLM is not installed (set POPSD_VLLM_PYTHON)")
         return
+    _measure(report, python, rehearse=rehearse, work=work)
+
+
+def _measure(report: Report, python: str, *, rehearse: bool, work: Path) -> None:
+    from benchmarks.gpu.model import random_model, settings, start
+    from nemo_popsd.model.engines import build_engine
+    from nemo_popsd.rollout.engine import Request, SamplingParams
+
     config = settings(random_model(work, rehearse=rehearse), rehearse=rehearse)
     config.output = str(work / "serving")
     config.rollout.engine = "vllm"

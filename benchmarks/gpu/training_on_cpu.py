@@ -19,7 +19,7 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
     engine = ScriptedEngine()
     step = repeated.step(engine)
     for number, there in enumerate(kept, 1):
-        engine.responses = there["responses"]
+        engine.responses, engine.version = there["responses"], number - 1
         here = step(number, repeated.rows(number), repeated.optimizer, repeated.update)
         loss = abs(there["loss"] / here.loss - 1)
         norm = abs(there["grad_norm"] / here.grad_norm - 1)
