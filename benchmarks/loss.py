@@ -24,7 +24,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.forms import Ours, Outcome, Problem, Products, forms, make_problem
-from benchmarks.measure import interleaved, machine, peak_bytes, table
+from benchmarks.measure import interleaved, machine, peak_bytes
+from benchmarks.tables import table
 from nemo_popsd.distillation import hidden_pair
 from nemo_popsd.distillation.chunks import LARGEST_CHUNK
 

@@ -64,12 +64,6 @@ def machine() -> str:
     return ", ".join([f"{name} ({features}), {os.cpu_count()} CPUs", f"{torch.get_num_threads()} threads", *parts])
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.measure import table
+from benchmarks.tables import table
 
 Row = dict[str, Any]
 
