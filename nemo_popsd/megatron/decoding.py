@@ -72,7 +72,7 @@ class SlotDecoder:
     angles from which each row takes its own position's. A step of decoding goes through the modules of the layers
     rather than through the layers, where these are megatron-core's own (`PlainLayers`). It has the same shapes
     whatever the rows are, but for the number of slots and the reach, and nothing in it waits for the host, so that a
-    graph of it could be captured; that is not done.
+    CUDA graph of it can be captured; the engine does not (`benchmarks.gpu` tries it).
 
     Attributes:
         slots: rows that the cache has room for.

@@ -37,6 +37,11 @@ def chosen_layers(setting: str) -> str:
     return setting
 
 
+def on_transformer_engine(setting: str) -> bool:
+    """Whether the layers of a run with `student.layers=setting` are Transformer Engine's here; see `chosen_layers`."""
+    return chosen_layers(setting) == "transformer_engine"
+
+
 def choose_layer_spec(provider: Any, setting: str) -> None:
     """Sets the provider's layer spec and the fusions that go with it, and logs which layers it is.
 
@@ -52,9 +57,9 @@ def choose_layer_spec(provider: Any, setting: str) -> None:
     Raises:
         UserError: see `chosen_layers`.
     """
-    layers = chosen_layers(setting)
-    logger.info("layers: %s (student.layers=%s)", layers, setting)
-    if layers == "transformer_engine":
+    fused = on_transformer_engine(setting)
+    logger.info("layers: %s (student.layers=%s)", "transformer_engine" if fused else "local", setting)
+    if fused:
         return
     provider.transformer_layer_spec = local_layer_spec
     for fusion in (

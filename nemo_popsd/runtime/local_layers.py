@@ -9,33 +9,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
-import importlib.util
 import inspect
-import logging
 import re
 import sys
 import types
-from functools import cache
 from typing import Any
 
 import torch
 
 from nemo_popsd.runtime.adaptation import Adaptation
 
-logger = logging.getLogger(__name__)
 
-
-@cache
 def transformer_engine_imports() -> bool:
-    """Whether this machine has a Transformer Engine that imports. Imports it, where it is installed, once."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return False
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # its compiled part may be missing, or made for another torch: it fails in many ways
-        logger.warning("Transformer Engine is installed and does not import (%s): local layers are used", error)
-        return False
-    return True
+    """Whether this machine has a Transformer Engine that imports, as megatron-core found. Imports megatron-core."""
+    return bool(importlib.import_module("megatron.core.models.gpt.gpt_layer_specs").HAVE_TE)
 
 
 def _transformer_engine_names() -> None:
@@ -44,7 +31,6 @@ def _transformer_engine_names() -> None:
     Made only after megatron-core was imported, which probes for Transformer Engine at import and must
     not find any, and taken away again: only the importing modules keep a reference.
     """
-    importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     if transformer_engine_imports() or "megatron.bridge.peft.lora" in sys.modules:
         return
 
