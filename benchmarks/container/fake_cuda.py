@@ -186,6 +186,7 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 def pretend_driver() -> None:
     """For the rest of the process, torch believes in one CUDA device. Before anything of Megatron is imported."""
+    torch._C._ensureCUDADeviceGuardSet()  # C++ switches devices without a driver, as fake tensors need it
     for name, answer in (
         ("is_available", True),
         ("is_initialized", False),
