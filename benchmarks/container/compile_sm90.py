@@ -151,7 +151,7 @@ def _cases(mode: Any) -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     with mode:
 
         def f32(*shape: int) -> Tensor:
-            return torch.empty(*shape, device=GPU)
+            return torch.empty(shape, device=GPU)
 
         constants = rowwise.Constants(*(f32() for _ in rowwise.Constants._fields))
         coefficients = rowwise.Coefficients(*(f32() for _ in rowwise.Coefficients._fields))

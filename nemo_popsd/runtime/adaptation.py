@@ -35,4 +35,6 @@ def apply_all(adaptations: Iterable[Adaptation], *, listed_in: str) -> None:
         try:
             adaptation.apply()
         except (AttributeError, ImportError) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "megatron.bridge":
+                raise  # it is not installed, which the command line says
             raise RuntimeError(f"{adaptation.name}: {error}; revise {listed_in}") from error
