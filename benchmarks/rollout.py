@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loss import table
 from benchmarks.measure import machine
+from benchmarks.tables import table
 from nemo_popsd.data.tokenizer import load_tokenizer
 from nemo_popsd.testbed import asset
 

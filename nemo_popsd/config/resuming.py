@@ -16,6 +16,7 @@ FREE = (
     "output",
     "overwrite",
     "student.source",  # wherever it lies now, its fingerprint must be the same
+    "student.layers",
     "student.recompute",
     "student.frozen_copy",
     "parallel",

@@ -42,7 +42,7 @@ class Question:
 def examine(question: Question) -> list[Finding]:
     """Findings of all sections that `question` asks for. Never raises for what is missing or broken."""
     devices = cuda_devices()
-    findings = examine_packages(on_gpu=bool(devices))
+    findings = examine_packages()
     run: list[Finding] = []
     output: str | None = None
     if question.conf is not None:

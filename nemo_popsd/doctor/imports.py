@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ NEEDED = (
 """`nemo_popsd.model.entry` imports megatron.bridge, with the stand-ins that a machine without CUDA needs."""
 
 ON_GPU = ("transformer_engine.pytorch", "megatron.bridge")
-"""Cannot be imported without Transformer Engine; needed where there are CUDA devices."""
+"""Cannot be imported without Transformer Engine; needed where it is installed and there are CUDA devices."""
 
 _NEED_A_DRIVER = ("libcuda", "nvidia driver", "cuda driver", "no cuda-capable device", "found no nvidia")
 
@@ -31,10 +32,11 @@ def examine_imports(devices: Sequence[str], *, seconds: float = 300.0) -> list[F
         devices: what `machine.cuda_devices` returned.
         seconds: for each import.
     """
+    fused = bool(devices) and importlib.util.find_spec("transformer_engine") is not None
     findings = [_examine(module, needed=True, judged=bool(devices), seconds=seconds) for module in NEEDED]
     return [
         *findings,
-        *(_examine(module, needed=bool(devices), judged=bool(devices), seconds=seconds) for module in ON_GPU),
+        *(_examine(module, needed=fused, judged=bool(devices), seconds=seconds) for module in ON_GPU),
     ]
 
 

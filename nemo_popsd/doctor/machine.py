@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ def cuda_devices() -> list[str]:
 
 
 def examine_machine(devices: Sequence[str], *, gpus: int, output: str, free_gib: float) -> list[Finding]:
-    """Findings on devices, NCCL, shared memory and the output directory.
+    """Findings on devices, layers, NCCL, shared memory and the output directory.
 
     Args:
         devices: what `cuda_devices` returned.
@@ -38,6 +39,7 @@ def examine_machine(devices: Sequence[str], *, gpus: int, output: str, free_gib:
     """
     return [
         _examine_devices(devices, gpus),
+        _examine_layers(devices),
         _examine_nccl(devices),
         _examine_shared_memory(devices),
         *_disk(output, free_gib),
@@ -62,6 +64,15 @@ def _without_devices() -> str:
     if torch.version.cuda is None:
         return f"none: torch {torch.__version__} is built without CUDA"
     return f"none: torch {torch.__version__} for CUDA {torch.version.cuda} sees no device"
+
+
+def _examine_layers(devices: Sequence[str]) -> Finding:
+    """Which layers `student.layers=auto` takes here; that Transformer Engine imports is seen by `examine_imports`."""
+    if not devices:
+        return Finding("machine", "layers", "ok", "local", note="plain torch, on the CPU")
+    if importlib.util.find_spec("transformer_engine") is None:
+        return Finding("machine", "layers", "ok", "local", note="plain torch: Transformer Engine is not installed")
+    return Finding("machine", "layers", "ok", "transformer_engine")
 
 
 def _examine_nccl(devices: Sequence[str]) -> Finding:

@@ -20,7 +20,7 @@ _NEEDED_EXTRAS = ("bridge",)
 _NOTES = {
     "packaging": "without it no version was compared with its range",
     "megatron-bridge": "install with --no-deps where there is no CUDA",
-    "transformer-engine": "the layers on a GPU; without one the local layers are used",
+    "transformer-engine": "the fused layers on a GPU; without it the local layers run there (student.layers=local)",
     "wandb": "only for observability.wandb",
     "apex": "fused kernels of NVIDIA's apex, built from source; PyPI's package of that name is another one",
 }
@@ -73,18 +73,14 @@ def declared() -> tuple[str, list[Requirement]]:
     return found["Requires-Python"] or "", [entry for entry in requirements if entry.extra != "dev"]
 
 
-def examine_packages(*, on_gpu: bool) -> list[Finding]:
-    """One finding for Python, the project and every declared distribution, and one for apex.
-
-    Args:
-        on_gpu: the machine has CUDA devices, so that Transformer Engine is needed.
-    """
+def examine_packages() -> list[Finding]:
+    """One finding for Python, the project and every declared distribution, and one for apex."""
     python_range, requirements = declared()
     python = platform.python_version()
     return [
         Finding("packages", "python", _compare(python, python_range), python, python_range),
         _own(),
-        *(_examine(entry, needed=entry.needed or (on_gpu and entry.extra == "gpu")) for entry in requirements),
+        *(_examine(entry, needed=entry.needed) for entry in requirements),
         _examine(Requirement("apex", "apex", "", "built from source"), needed=False),
     ]
 

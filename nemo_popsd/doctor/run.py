@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -41,9 +42,11 @@ def examine_run(
             check_training_run(config, world_size=world_size)
     except UserError as error:
         return [Finding("run", error.what, "failed", str(error.got), error.need, error.mend)], output
-    return [
-        Finding("run", "configuration", "ok", f"{conf} for {world_size} rank{'s' if world_size > 1 else ''}")
-    ], output
+    if config.student.layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        got, mend = "transformer_engine, which is not installed", "install it, or set student.layers=auto"
+        return [Finding("run", "student.layers", "failed", got, "layers that this machine has", mend)], output
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return [Finding("run", "configuration", "ok", f"{conf} for {ranks}")], output
 
 
 def examine_sharing(

@@ -35,7 +35,8 @@ def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig
         times the tensor-parallel size.
 
     Raises:
-        UserError: the architecture does not divide by the layout, or the layers cannot compute it there.
+        UserError: the architecture does not divide by the layout, the layers cannot compute it there, or the layers
+            that are asked for are not installed.
     """
     refuse_impossible(provider, student, parallel)
     provider.tensor_model_parallel_size = parallel.tensor
@@ -64,7 +65,7 @@ def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig
         provider.recompute_granularity = "full"
         provider.recompute_method = "uniform"
         provider.recompute_num_layers = 1
-    choose_layer_spec(provider)
+    choose_layer_spec(provider, student.layers)
     provider.finalize()
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]

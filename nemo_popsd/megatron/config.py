@@ -58,12 +58,16 @@ class StudentConfig:
     frozen passes; its output matrix stays on the device, where the loss needs it. LoRA has no copy."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters, when `adaptation` is `lora`."""
+    layers: str = "auto"
+    """`transformer_engine`, `local` (plain torch, on a GPU or a CPU), or `auto`: Transformer Engine on a GPU where it
+    imports, else local. Checkpoints are the same; the numbers are, but for rounding."""
     recompute: bool = False
     """Gradient checkpointing: recompute each layer in the backward pass."""
 
     def __post_init__(self) -> None:
         one_of("student.precision", self.precision, ("bf16", "fp32"))
         one_of("student.adaptation", self.adaptation, ("lora", "full"))
+        one_of("student.layers", self.layers, ("auto", "transformer_engine", "local"))
         one_of("student.frozen_copy", self.frozen_copy, ("device", "host"))
         if self.frozen_copy == "host" and self.adaptation == "lora":
             raise UserError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.forward import hidden_states_only
+from nemo_popsd.megatron.kernels import cached_attention
 from nemo_popsd.megatron.kv_cache import CachedCoreAttention, Decode, Prefill, attentions, decode_step
 from nemo_popsd.megatron.microbatches import FEWEST_TOKENS
 from nemo_popsd.megatron.plain_layers import PlainLayers, are_plain
@@ -72,7 +73,7 @@ class SlotDecoder:
     angles from which each row takes its own position's. A step of decoding goes through the modules of the layers
     rather than through the layers, where these are megatron-core's own (`PlainLayers`). It has the same shapes
     whatever the rows are, but for the number of slots and the reach, and nothing in it waits for the host, so that a
-    graph of it could be captured; that is not done.
+    CUDA graph of it can be captured; the engine does not (`benchmarks.gpu` tries it).
 
     Attributes:
         slots: rows that the cache has room for.
@@ -156,9 +157,9 @@ class SlotDecoder:
         """
         for rotation in self._rotations:
             rotation.take(positions[None])
-        hidden_1BH = self._forward(
-            inputs[:, None], positions[:, None], decode_step(positions, reach, self._windows, self._dtype)
-        )
+        step = decode_step(positions, reach, self._windows, self._dtype)
+        with cached_attention(self._device):
+            hidden_1BH = self._forward(inputs[:, None], positions[:, None], step)
         if hidden_1BH is None:
             return None
         last = self._chunks[-1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.kernels import cache_positions
 
 _KNOWN_CORES = ("LocalCoreAttention", "TEDotProductAttention")
 
@@ -49,7 +50,7 @@ class CachedCoreAttention(torch.nn.Module):
     row attends to the first r positions and hides by a mask what lies beyond its own length or window.
 
     Attributes:
-        keys: [slots, g, capacity, d]; values alike.
+        keys: [slots, g, capacity, d], or somewhat more positions (`cache_positions`); values alike.
         values: zeros at first, since a hidden position still is multiplied by 0.
     """
 
@@ -78,7 +79,7 @@ class CachedCoreAttention(torch.nn.Module):
                 mend="use another model",
             )
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        shape = slots, groups, capacity, width
+        shape = slots, groups, cache_positions(capacity, device), width
         self.keys = torch.zeros(shape, dtype=config.params_dtype, device=device)
         self.values = torch.zeros(shape, dtype=config.params_dtype, device=device)
         self.forward_of: Prefill | Decode | None = None

@@ -1,4 +1,4 @@
-"""Norm and core attention of the local layer spec: what Transformer Engine does on a GPU, in plain torch.
+"""Norm and core attention of the local layer spec: what Transformer Engine does, in plain torch, on any device.
 
 Used where there is no Transformer Engine (see `nemo_popsd.megatron.spec`). megatron-core's own local
 versions do not serve: its torch norm refuses sequence parallelism (torch_norm.py:32) and its
@@ -19,7 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from nemo_popsd.megatron.kernels import causal_attention, packed_kernel
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
@@ -34,7 +35,7 @@ class LocalRMSNorm(torch.nn.RMSNorm):
             raise ValueError(
                 f"got normalization={config.normalization!r} with "
                 f"layernorm_zero_centered_gamma={config.layernorm_zero_centered_gamma}; the local layer spec needs "
-                "RMSNorm without zero-centred weights; use the Transformer Engine spec (a GPU)"
+                "RMSNorm without zero-centred weights; set student.layers=transformer_engine (a GPU)"
             )
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -44,7 +45,8 @@ class LocalCoreAttention(MegatronModule):
     """Causal attention of one tensor-parallel rank's heads: padded, packed, context-parallel.
 
     - *Padded* batches are padded on the right: causality alone keeps padding out of every real token.
-    - *Packed* (thd): tokens attend within their own sequence, bounded by ``cu_seqlens_q``.
+    - *Packed* (thd): tokens attend within their own sequence, bounded by ``cu_seqlens_q``: all at once where torch
+      offers that (`packed_kernel`), else one sequence after the other.
     - *Context parallel*: every sequence is cut into 2·cp chunks and rank r holds chunks r and
       2·cp−1−r. Keys and values are gathered over the group (one all-gather each, one reduce-scatter each
       in the backward; b·s·g·d elements), queries stay.
@@ -72,7 +74,7 @@ class LocalCoreAttention(MegatronModule):
         if dropout or config.softmax_type != "vanilla":
             raise ValueError(
                 f"got attention_dropout={dropout}, softmax_type={config.softmax_type!r}; the local core attention "
-                "needs 0 and 'vanilla'; use the Transformer Engine spec (a GPU)"
+                "needs 0 and 'vanilla'; set student.layers=transformer_engine (a GPU)"
             )
         self.window: int | None = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
@@ -109,6 +111,9 @@ class LocalCoreAttention(MegatronModule):
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             bounds = packed_seq_params.cu_seqlens_q_padded
             bounds = packed_seq_params.cu_seqlens_q if bounds is None else bounds
+            kernel = packed_kernel(query, self.softmax_scale, self.window) if self.cp_group is None else None
+            if kernel is not None:
+                return kernel(query, key, value, bounds, packed_seq_params.max_seqlen_q).flatten(1)
             share = 1 if self.cp_group is None else self.cp_group.size()
             lengths = (torch.diff(bounds) // share).tolist()
             parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
@@ -127,15 +132,7 @@ class LocalCoreAttention(MegatronModule):
         elif self.window is not None and self.window < key.shape[0]:
             mask = self._visible(torch.arange(key.shape[0], device=key.device), key.shape[0])
         q_bnsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context_bnsd = scaled_dot_product_attention(
-            q_bnsd,
-            k_bgsd,
-            v_bgsd,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=q_bnsd.shape[1] != k_bgsd.shape[1],
-        )
+        context_bnsd = causal_attention(q_bnsd, k_bgsd, v_bgsd, mask=mask, scale=self.softmax_scale)
         return context_bnsd.permute(2, 0, 1, 3).flatten(2)
 
     def _visible(self, positions: Tensor, keys: int) -> Tensor:

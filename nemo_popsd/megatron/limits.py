@@ -28,7 +28,7 @@ def refuse_impossible(provider: Any, student: StudentConfig, parallel: ParallelC
         UserError: names the settings.
     """
     _refuse_indivisible(provider, parallel)
-    if spec.on_transformer_engine():
+    if spec.on_transformer_engine(student.layers):
         _refuse_for_transformer_engine(provider, student, parallel)
 
 

@@ -1,7 +1,8 @@
-"""The one choice of layers: Transformer Engine on a GPU, our local norm and core attention elsewhere."""
+"""The one choice of layers: Transformer Engine where a GPU has it, our local norm and core attention elsewhere."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,27 +12,56 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch.nn.functional import silu
 
+from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.layers import LocalCoreAttention, LocalRMSNorm
 from nemo_popsd.megatron.olmo3 import Olmo3Provider, olmo3_layer_spec
+from nemo_popsd.runtime.local_layers import transformer_engine_imports
+
+logger = logging.getLogger(__name__)
 
 
-def on_transformer_engine() -> bool:
-    """Whether the layers are Transformer Engine's: where there is CUDA."""
-    return torch.cuda.is_available()
+def chosen_layers(setting: str) -> str:
+    """`transformer_engine` or `local`: what this machine takes for `student.layers`.
+
+    Raises:
+        UserError: Transformer Engine is asked for and does not import here.
+    """
+    if setting == "auto":
+        return "transformer_engine" if torch.cuda.is_available() and transformer_engine_imports() else "local"
+    if setting == "transformer_engine" and not transformer_engine_imports():
+        raise UserError(
+            "layers",
+            got="student.layers=transformer_engine on a machine where Transformer Engine does not import",
+            need="Transformer Engine, as in the NGC NeMo container",
+            mend="install it, or set student.layers=local (or auto)",
+        )
+    return setting
 
 
-def choose_layer_spec(provider: Any) -> None:
-    """Sets the provider's layer spec and the fusions that go with it.
+def on_transformer_engine(setting: str) -> bool:
+    """Whether the layers of a run with `student.layers=setting` are Transformer Engine's here; see `chosen_layers`."""
+    return chosen_layers(setting) == "transformer_engine"
+
+
+def choose_layer_spec(provider: Any, setting: str) -> None:
+    """Sets the provider's layer spec and the fusions that go with it, and logs which layers it is.
 
     On Transformer Engine the spec stays: Megatron-Bridge's providers choose it themselves. They leave fusions off for
-    some architectures and have them on for others; all get those that compute the same. The names of
-    the parameters in a distributed checkpoint are the same either way: the local spec maps its separate norms
-    (``input_layernorm.weight``) to Transformer Engine's fused ones (``linear_qkv.layer_norm_weight``).
+    some architectures and have them on for others; all get those that compute the same. The names of the parameters in
+    a distributed checkpoint are the same either way: the local spec maps its separate norms
+    (``input_layernorm.weight``) to Transformer Engine's fused ones (``linear_qkv.layer_norm_weight``). The other
+    fusions are kernels of Transformer Engine, apex and grouped_gemm, which local layers do without on any device.
 
     Args:
         provider: a Megatron-Bridge ``GPTModelProvider`` (a ``TransformerConfig``); changed in place.
+        setting: `student.layers`.
+
+    Raises:
+        UserError: see `chosen_layers`.
     """
-    if on_transformer_engine():
+    fused = on_transformer_engine(setting)
+    logger.info("layers: %s (student.layers=%s)", "transformer_engine" if fused else "local", setting)
+    if fused:
         provider.bias_dropout_fusion = True
         provider.bias_activation_fusion = _has_swiglu(provider)
         # The fused rotation of packed sequences leaves out the factor by which YaRN scales sines and cosines

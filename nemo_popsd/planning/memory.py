@@ -35,18 +35,18 @@ class LayerActivations:
 def kept_by_layer(case: Case) -> LayerActivations:
     """What one layer keeps for its backward pass.
 
-    `plain` layers are those of `nemo_popsd.megatron.spec` without a GPU; with frozen weights their norms keep less.
+    `plain` layers are the local ones of `nemo_popsd.megatron.spec`; with frozen weights their norms keep less.
     `fused` ones keep the norms' inputs and outputs, joined and split queries, rotated queries and keys, attention's
     output, both halves of the MLP's first linear and the second's input.
     """
-    sizes, plain = case.sizes, case.plan.workload.layers == "plain"
+    sizes, plain = case.sizes, case.plain
     query, key, width = sizes.query_width, sizes.key_width, sizes.intermediate
     visits = max(1, sizes.experts_per_token)
     normalises = plain and not case.lora
     residual = 6 if normalises else 4
     attention = 4 * query + 3 * key + (query + key if normalises and sizes.qk_norm else 0)
     if plain and case.config.training.packing:
-        attention += query  # sequences attend one by one and are put together again
+        attention += query  # where sequences attend one by one, they are put together again
     dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
     adapters = len(case.config.student.lora.targets) * case.config.student.lora.rank if case.lora else 0
     return LayerActivations(
@@ -58,7 +58,7 @@ def kept_by_layer(case: Case) -> LayerActivations:
 
 def working_set(case: Case) -> float:
     """Elements per token that exist at once while one layer runs forward without gradient."""
-    sizes, layout, plain = case.sizes, case.layout, case.plan.workload.layers == "plain"
+    sizes, layout, plain = case.sizes, case.layout, case.plain
     visits = max(1, sizes.experts_per_token)
     mlp = (5 if plain else 3) * sizes.intermediate * visits / layout.expert_tensor
     joined = (4 * sizes.query_width + 3 * sizes.key_width) / layout.tensor

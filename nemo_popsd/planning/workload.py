@@ -101,6 +101,11 @@ class Case:
         return self.config.student.adaptation == "lora"
 
     @property
+    def plain(self) -> bool:
+        """Whether layers keep what plain torch keeps: the run asks for local layers, or the plan for `plain` ones."""
+        return self.config.student.layers == "local" or self.plan.workload.layers == "plain"
+
+    @property
     def prompts(self) -> int:
         """Prompts of one step over all ranks."""
         per_node = self.plan.workload.prompts_per_node

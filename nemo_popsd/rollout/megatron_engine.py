@@ -129,9 +129,10 @@ class MegatronEngine:
                 width = schedule.width
                 inputs, positions, uniform = state.step(width)
                 logits = decoder.next_logits(inputs, positions, reach_of(schedule.longest, longest))
-                tokens, log_probs = self._choose(logits, sampling, uniform)
-                state.advance(tokens)
-                ended = schedule.accept(tokens.tolist(), log_probs.tolist(), sampling)
+                chosen = self._choose(logits, sampling, uniform)
+                state.advance(chosen[:, 0].long())
+                drawn = chosen.tolist()  # the one place where a step waits for the device
+                ended = schedule.accept([int(token) for token, _ in drawn], [value for _, value in drawn], sampling)
                 if ended := ended + schedule.leave_unfinished(sampling.token_budget):
                     state.leave(ended)
                     state.move(schedule.narrow(), decoder)
@@ -150,8 +151,8 @@ class MegatronEngine:
             rollouts.append(Rollout(row.response, row.log_probs, row.cut, version, row.unfinished, segments))
         return rollouts
 
-    def _choose(self, logits: Tensor | None, sampling: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B] int64 and their log-probabilities [B], the same on all ranks that decode these rows."""
+    def _choose(self, logits: Tensor | None, sampling: SamplingParams, uniform: Tensor) -> Tensor:
+        """Tokens and their log-probabilities [B, 2] float64, the same on all ranks that decode these rows."""
         chosen = torch.empty(len(uniform), 2, dtype=torch.float64, device=uniform.device)
         if logits is not None:
             group = parallel_state.get_tensor_model_parallel_group()
@@ -163,7 +164,7 @@ class MegatronEngine:
         ):
             if group.size() > 1:
                 dist.broadcast(chosen, src=dist.get_global_rank(group, source % group.size()), group=group)
-        return chosen[:, 0].long(), chosen[:, 1]
+        return chosen
 
 
 class _SlotState:

@@ -1,4 +1,4 @@
-"""Megatron-core and Megatron-Bridge on a machine without CUDA. With CUDA, `adapt_to_cpu` does nothing.
+"""Megatron-core and Megatron-Bridge on a machine without CUDA. With CUDA, nothing in `ADAPTATIONS` is applied.
 
 Both libraries are written for GPUs: they name the device literally, keep random state on it and ask
 for tensor types by their CUDA names. Every adaptation is one entry of `ADAPTATIONS`, with the lines
@@ -12,36 +12,17 @@ a view of torch (`torch_on_cpu`) whose CUDA calls are answered by the CPU.
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import importlib.util
 import inspect
 import logging
 import re
-import sys
-import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nemo_popsd.errors import UserError
+from nemo_popsd.runtime.adaptation import Adaptation, apply_all
+from nemo_popsd.runtime.local_layers import LOCAL_LAYERS
 from nemo_popsd.runtime.torch_on_cpu import TORCH_ON_CPU
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """One thing that a library does which only a GPU can.
-
-    Attributes:
-        name: what is adapted.
-        needed_by: file and line of the library, and what stands there.
-        apply: makes the change; raises RuntimeError when the library no longer has that line.
-    """
-
-    name: str
-    needed_by: str
-    apply: Callable[[], None]
 
 
 def _rebind_torch(module_name: str) -> Callable[[], None]:
@@ -90,62 +71,6 @@ def _cpu_rng_state() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
     # random.py:264 warns that the CPU's random state changed within a region: here that is the region's own.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-
-
-def _transformer_engine_names() -> None:
-    """Lets Megatron-Bridge's LoRA import; none of the names can be instantiated.
-
-    Made only after megatron-core was imported, which probes for Transformer Engine at import and must
-    not find any, and taken away again: only the importing modules keep a reference. Where the real one imports (a
-    container without a GPU), nothing stands in for it.
-    """
-    specs: Any = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
-    if specs.HAVE_TE or "megatron.bridge.peft.lora" in sys.modules:
-        return
-
-    def refuse(self: object, *_: object, **__: object) -> None:
-        raise RuntimeError("Transformer Engine is not installed on this machine")
-
-    names = ("Linear", "LayerNormLinear")
-    pytorch = types.ModuleType("transformer_engine.pytorch")
-    for name in names:
-        setattr(pytorch, name, type(name, (torch.nn.Module,), {"__init__": refuse}))
-    pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
-    engine = types.ModuleType("transformer_engine")
-    engine.pytorch = pytorch  # type: ignore[attr-defined]
-    # importlib.util.find_spec, which other libraries probe with, refuses a module without a spec.
-    engine.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None)
-    pytorch.__spec__ = importlib.machinery.ModuleSpec("transformer_engine.pytorch", None)
-    sys.modules["transformer_engine"] = engine
-    sys.modules["transformer_engine.pytorch"] = pytorch
-    before = set(sys.modules)
-    try:
-        importlib.import_module("megatron.bridge.peft.lora")
-    finally:
-        del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
-    # What probed for Transformer Engine while the stand-in was there must not believe in it: peft/utils.py:129 would
-    # test layers against its classes.
-    for name in set(sys.modules) - before:
-        if name.startswith("megatron.") and getattr(sys.modules[name], "HAVE_TE", False):
-            sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
-
-
-def _expert_numbers() -> None:
-    mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
-    stock = mapping.gather_from_ep_ranks
-    if getattr(stock, "numbered", False):
-        return
-
-    def gather_from_ep_ranks(self: Any, *args: object, **kwargs: object) -> object:
-        name, number = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
-        self.megatron_param = f"{name}{number[1]}" if number else name
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            self.megatron_param = name
-
-    gather_from_ep_ranks.numbered = True  # type: ignore[attr-defined]
-    mapping.gather_from_ep_ranks = gather_from_ep_ranks
 
 
 def _contiguous_scatter() -> None:
@@ -202,35 +127,6 @@ def _splits_of_dispatched_tokens() -> None:
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
 
 
-def _router_without_transformer_engine() -> None:
-    """Defines the name by which the router asks for a kernel of Transformer Engine, as not there."""
-    module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    if "te_general_gemm" not in inspect.getsource(module):
-        raise RuntimeError(f"{module.__name__} asks for no te_general_gemm; revise nemo_popsd/runtime/cpu.py")
-    module.te_general_gemm = None  # type: ignore[attr-defined]
-
-
-def _names_of_local_experts() -> None:
-    """Counts the experts of `SequentialMLP` through the whole model, as the library does for those of a grouped one."""
-    module = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
-    stock = module._megatron_local_name_to_global
-    if getattr(stock, "counts_local_experts", False):
-        return
-
-    def local_name_to_global(models: Any, config: Any, param_name: str, vp_stage: int | None = None) -> Any:
-        from megatron.core import parallel_state
-
-        name = stock(models, config, param_name, vp_stage)
-        group = parallel_state.get_expert_model_parallel_group()
-        if group.size() > 1 and ".adapter." not in name:
-            first = config.num_moe_experts // group.size() * group.rank()
-            name = re.sub(r"(?<=\.local_experts\.)\d+", lambda match: str(int(match[0]) + first), name)
-        return name
-
-    local_name_to_global.counts_local_experts = True  # type: ignore[attr-defined]
-    module._megatron_local_name_to_global = local_name_to_global  # type: ignore[attr-defined]
-
-
 _TORCH_MODULES = {
     "megatron.bridge.models.conversion.param_mapping": "param_mapping.py:986 torch.cuda.current_device()",
     "megatron.core.dist_checkpointing.strategies.filesystem_async": "filesystem_async.py:230 synchronize()",
@@ -255,12 +151,6 @@ _TORCH_MODULES = {
 }
 
 ADAPTATIONS: tuple[Adaptation, ...] = (
-    # First: importing anything of Megatron-Bridge needs it.
-    Adaptation(
-        "Transformer Engine's names for the import of LoRA",
-        "megatron/bridge/peft/lora.py:21 and lora_layers.py:20 import transformer_engine.pytorch unconditionally",
-        _transformer_engine_names,
-    ),
     *(Adaptation(f"torch in {module}", line, _rebind_torch(module)) for module, line in _TORCH_MODULES.items()),
     Adaptation(
         "random state of tensor-parallel regions",
@@ -299,55 +189,28 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         _rotary_embedding_of_a_context_rank,
     ),
     Adaptation(
-        "router without Transformer Engine",
-        "moe_utils.py:1192 a name that is imported with Transformer Engine alone",
-        _router_without_transformer_engine,
-    ),
-    Adaptation(
         "splits of dispatched tokens",
         "moe_utils.py:1098 tensors are made arrays where they are on a GPU",
         _splits_of_dispatched_tokens,
-    ),
-    Adaptation(
-        "numbers of experts that are modules of their own",
-        "megatron/bridge/models/conversion/param_mapping.py:677 looks for the expert's number at the end of the name, "
-        "where only Transformer Engine's grouped experts have it",
-        _expert_numbers,
     ),
     Adaptation(
         "contiguous shards in Megatron-Bridge's scatter",
         "megatron/bridge/models/conversion/param_mapping.py:504 scatters views; gloo sends wrong bytes for them",
         _contiguous_scatter,
     ),
-    Adaptation(
-        "names of a rank's experts",
-        "model_bridge.py:148 counts those of the GPU's grouped layer alone through the model",
-        _names_of_local_experts,
-    ),
 )
 """Everything that is changed on a machine without CUDA, in the order of application."""
 
 
 def adapt_to_cpu() -> None:
-    """Applies `ADAPTATIONS` when there is no CUDA. Idempotent; imports megatron-core and Megatron-Bridge.
+    """Applies `LOCAL_LAYERS` and, when there is no CUDA, `ADAPTATIONS`.
+
+    Idempotent; imports megatron-core and Megatron-Bridge.
 
     Raises:
         RuntimeError: a library no longer has what an adaptation changes.
-        UserError: there is CUDA, but not the Transformer Engine that Megatron-Bridge imports and the GPU's layers need.
     """
-    if torch.cuda.is_available():
-        if importlib.util.find_spec("transformer_engine") is None:
-            raise UserError(
-                "machine",
-                got="a CUDA device without Transformer Engine",
-                need="both, as in the NGC NeMo container, or neither",
-                mend="set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU",
-            )
-        return
-    for adaptation in ADAPTATIONS:
-        try:
-            adaptation.apply()
-        except (AttributeError, ImportError) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == "megatron.bridge":
-                raise  # it is not installed, which the command line says
-            raise RuntimeError(f"{adaptation.name}: {error}; revise nemo_popsd/runtime/cpu.py") from error
+    # First: importing anything of Megatron-Bridge needs it.
+    apply_all(LOCAL_LAYERS, listed_in="nemo_popsd/runtime/local_layers.py")
+    if not torch.cuda.is_available():
+        apply_all(ADAPTATIONS, listed_in="nemo_popsd/runtime/cpu.py")

@@ -110,3 +110,17 @@ def test_configurations_that_are_named_exist() -> None:
             named |= set(re.findall(r"conf/[\w./-]+\.yaml", path.read_text()))
     assert "conf/tiny.yaml" in named
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_hides_a_gpu_from_the_tests_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "bin").mkdir()
+    for name in ("popsd", "python"):
+        command = tmp_path / "bin" / name
+        command.write_text('#!/bin/sh\necho "devices: ${CUDA_VISIBLE_DEVICES-all}"\n')
+        command.chmod(0o755)
+    for stamp in (".runtime-installed", ".dev-installed"):
+        (tmp_path / stamp).touch()
+    assert make("train", f"VENV={tmp_path}").stdout.splitlines()[-1] == "devices: all"
+    assert make("test", f"VENV={tmp_path}").stdout.splitlines()[-1] == "devices: "

@@ -44,6 +44,17 @@ def test_nccl_is_needed_with_devices(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["NCCL"].state == state
 
 
+def test_layers_are_those_that_auto_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(devices: list[str]) -> Finding:
+        return by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["layers"]
+
+    assert layers([]).found == layers([H100]).found == "local"
+    assert "not installed" in layers([H100]).note
+    (tmp_path / "transformer_engine.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert (layers([]).found, layers([H100]).found) == ("local", "transformer_engine")
+
+
 def test_little_shared_memory_matters_with_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def state(devices: list[str]) -> str:
         return by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["/dev/shm"].state
@@ -112,7 +123,10 @@ def test_imports_are_tried_and_judged(tmp_path: Path, monkeypatch: pytest.Monkey
     assert without["broken_module"].found == "RuntimeError: no such symbol"
     assert without["silent_module"].found == "exit status 3"
     with_gpu = by_name(examine_imports([H100]))
-    assert with_gpu["driverless_module"].state == with_gpu["nowhere_module"].state == "failed"
+    assert (with_gpu["driverless_module"].state, with_gpu["nowhere_module"].state) == ("failed", "optional")
+    (tmp_path / "transformer_engine.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert by_name(examine_imports([H100]))["nowhere_module"].state == "failed", "installed, and broken"
     monkeypatch.setattr(imports, "NEEDED", ("endless_module",))
     assert by_name(examine_imports([], seconds=0.5))["endless_module"].found == "nothing for 0.5 s"
 

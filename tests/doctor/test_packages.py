@@ -60,7 +60,7 @@ def test_neither_source_nor_distribution(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(packages, "_SOURCE", tmp_path)
     monkeypatch.setattr(packages, "DISTRIBUTION", "popsd_that_nobody_installed")
     assert declared() == ("", [])
-    assert {finding.name: finding.state for finding in examine_packages(on_gpu=False)} == {
+    assert {finding.name: finding.state for finding in examine_packages()} == {
         "python": "ok",
         "popsd_that_nobody_installed": "missing",
         "apex": "optional",
@@ -69,15 +69,13 @@ def test_neither_source_nor_distribution(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_this_environment_has_everything() -> None:
     assert missing_requirements() == []
-    assert not {f.name for f in examine_packages(on_gpu=False) if f.state in ("missing", "outside", "failed")}
+    assert not {f.name for f in examine_packages() if f.state in ("missing", "outside", "failed")}
 
 
-def test_transformer_engine_is_needed_with_a_gpu_alone() -> None:
-    by_gpu = {
-        on_gpu: {finding.name: finding.state for finding in examine_packages(on_gpu=on_gpu)} for on_gpu in (False, True)
-    }
-    assert by_gpu[False]["transformer-engine"] == "optional"
-    assert by_gpu[True]["transformer-engine"] == "missing"
+def test_transformer_engine_is_needed_nowhere() -> None:
+    found = {finding.name: finding for finding in examine_packages()}
+    assert found["transformer-engine"].state == "optional"
+    assert "local layers" in found["transformer-engine"].note
 
 
 def test_an_empty_environment_is_told_what_is_missing(empty: CleanEnvironment) -> None:

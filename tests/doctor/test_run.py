@@ -35,6 +35,7 @@ def test_a_run_that_can_start(tmp_path: Path) -> None:
         ("output=/etc/hostname/nowhere", "set output"),
         ("training.prompts_per_step=31", "set training.prompts_per_step="),
         ("training.stepz=3", "training.steps"),
+        ("student.layers=transformer_engine", "set student.layers=auto"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_mending(tmp_path: Path, override: str, message: str) -> None:

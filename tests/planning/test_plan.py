@@ -220,3 +220,11 @@ def test_settings_of_the_plan_and_of_the_run_are_told_apart() -> None:
     plan, rest = split_settings(["nodes=1,2,4", "training.steps=3", "hardware.memory_gib=141", "gpus_per_node=4"])
     assert (plan.nodes, plan.gpus_per_node, plan.hardware.memory_gib) == ([1, 2, 4], 4, 141)
     assert rest == ["training.steps=3"]
+
+
+def test_local_layers_of_a_run_are_plain_ones() -> None:
+    plain = PlanConfig()
+    plain.workload.layers = "plain"
+    asked = estimate(case("Qwen3-8B", plan=plain)).memory
+    assert estimate(case("Qwen3-8B", "student.layers=local")).memory == asked
+    assert estimate(case("Qwen3-8B")).memory.peak("training") < asked.peak("training")

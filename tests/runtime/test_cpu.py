@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import ParallelConfig
-from nemo_popsd.runtime import cpu
-from nemo_popsd.runtime.cpu import ADAPTATIONS, Adaptation, adapt_to_cpu
+from nemo_popsd.runtime import cpu, local_layers
+from nemo_popsd.runtime.adaptation import Adaptation
+from nemo_popsd.runtime.cpu import ADAPTATIONS, adapt_to_cpu
+from nemo_popsd.runtime.local_layers import LOCAL_LAYERS
 from nemo_popsd.runtime.torch_on_cpu import TORCH_ON_CPU
 from tests.harness import run_ranks
 
@@ -120,20 +121,30 @@ def test_applying_twice_changes_nothing():
     assert clip.__code__.co_consts == before[1]
 
 
-def test_with_cuda_nothing_is_applied(monkeypatch):
-    def apply() -> None:
-        raise AssertionError("applied")
-
-    monkeypatch.setattr(cpu, "ADAPTATIONS", (Adaptation("one", "nowhere", apply),))
+def test_with_cuda_nothing_is_applied_but_what_local_layers_need(monkeypatch):
+    applied = []
+    one, other = (Adaptation(name, "nowhere", lambda name=name: applied.append(name)) for name in ("cpu", "local"))
+    monkeypatch.setattr(cpu, "ADAPTATIONS", (one,))
+    monkeypatch.setattr(cpu, "LOCAL_LAYERS", (other,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: object())
     adapt_to_cpu()
-    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"a CUDA device without Transformer Engine.*CUDA_VISIBLE_DEVICES="):
-        adapt_to_cpu()
+    assert applied == ["local"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(AssertionError, match="applied"):
-        adapt_to_cpu()
+    adapt_to_cpu()
+    assert applied == ["local", "local", "cpu"]
+
+
+def test_a_transformer_engine_that_imports_is_left_alone(monkeypatch):
+    moe = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    adaptations = {a.name: a for a in LOCAL_LAYERS}
+    monkeypatch.setattr(local_layers, "transformer_engine_imports", lambda: True)
+    monkeypatch.setattr(moe, "te_general_gemm", "its own", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron.bridge.peft.lora", raising=False)
+    for name in ("router without Transformer Engine", "Transformer Engine's names for the import of LoRA"):
+        adaptations[name].apply()
+    assert moe.te_general_gemm == "its own"
+    assert "transformer_engine" not in sys.modules
+    assert "megatron.bridge.peft.lora" not in sys.modules, "not imported over a stand-in"
 
 
 def test_a_target_that_has_vanished_is_an_error(monkeypatch):
@@ -161,13 +172,13 @@ def test_a_target_that_has_vanished_is_an_error(monkeypatch):
         (mapping, "scatter_to_tp_ranks", cpu._contiguous_scatter),
         (rope, "get_pos_emb_on_this_cp_rank", cpu._rotary_embedding_of_a_context_rank),
         (dispatcher, "maybe_move_tensor_to_cpu", cpu._splits_of_dispatched_tokens),
-        (bridge, "_megatron_local_name_to_global", cpu._names_of_local_experts),
+        (bridge, "_megatron_local_name_to_global", local_layers._names_of_local_experts),
         (language.LanguageModule, "setup_embeddings_and_output_layer", cpu._embedding_between_stages),
     ):
         with monkeypatch.context() as patch:
             patch.delattr(owner, attribute)
             patch.setattr(cpu, "ADAPTATIONS", (Adaptation(attribute, "nowhere", apply),))
-            with pytest.raises(RuntimeError, match=r"revise nemo_popsd/runtime/cpu\.py"):
+            with pytest.raises(RuntimeError, match=r"revise nemo_popsd/runtime/(cpu|local_layers)\.py"):
                 adapt_to_cpu()
 
 
@@ -175,7 +186,7 @@ def test_a_target_that_has_vanished_is_an_error(monkeypatch):
     (version("megatron-core"), version("megatron-bridge")) != ("0.16.1", "0.3.1"),
     reason="the lines are those of megatron-core 0.16.1 and megatron-bridge 0.3.1",
 )
-@pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=lambda a: a.name)
+@pytest.mark.parametrize("adaptation", LOCAL_LAYERS + ADAPTATIONS, ids=lambda a: a.name)
 def test_the_lines_that_need_it_are_there(adaptation):
     root = Path(importlib.import_module("megatron.core").__path__[0]).parent
     wanted = re.compile(
@@ -205,7 +216,7 @@ def test_nothing_else_in_the_package_patches_a_library():
     """But for two lines, which say why: the queue of a checkpoint's writers, and the unpickler of its readers."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
-        if file != Path(cpu.__file__):
+        if file not in (Path(cpu.__file__), Path(local_layers.__file__)):
             found |= {(str(file.relative_to(PACKAGE)), target) for target in _patched(ast.parse(file.read_text()))}
     assert found == {
         ("checkpoint/weights.py", "filesystem_async._results_queue"),

@@ -5,7 +5,7 @@
 Nothing on disk is changed. In Transformer Engine's modules, as they are imported, the name ``torch`` is a view of
 torch whose one CUDA device is the CPU, ``is_cuda`` asks for the CPU, the device "cuda" is "cpu", and fused attention
 takes fp32; that is all. In the project one function answers as it does on a GPU
-(`nemo_popsd.megatron.spec.on_transformer_engine`), and what is CUDA or Triton rather than Python stays off
+(`nemo_popsd.megatron.spec.chosen_layers`), and what is CUDA or Triton rather than Python stays off
 (`KERNELS_THAT_STAY_OFF`).
 """
 
@@ -174,20 +174,16 @@ def install() -> None:
 
 
 def _choose_it() -> None:
-    from nemo_popsd.runtime import cpu
-
-    cpu.ADAPTATIONS = tuple(a for a in cpu.ADAPTATIONS if a.name != "router without Transformer Engine")
-
     from nemo_popsd.megatron import limits, spec
 
     right = spec.choose_layer_spec
 
-    def choose(provider: Any) -> None:
-        right(provider)
+    def choose(provider: Any, setting: str) -> None:
+        right(provider, setting)
         for kernel in KERNELS_THAT_STAY_OFF:
             setattr(provider, kernel, False)
 
     build: Any = importlib.import_module("nemo_popsd.megatron.build")
-    spec.on_transformer_engine = lambda: True
+    spec.chosen_layers = lambda setting: "transformer_engine"
     limits.PRECISIONS_OF_CONTEXT = ("bf16", "fp32")  # as the emulated attention has it
     build.choose_layer_spec = choose

@@ -77,7 +77,7 @@ def _refusals(rank: int, world_size: int, models: Path) -> dict[str, str]:
     from nemo_popsd.megatron.config import LoRAConfig, ParallelConfig, StudentConfig
 
     limits.PRECISIONS_OF_CONTEXT = ("bf16",)
-    build.choose_layer_spec = lambda provider: (_ for _ in ()).throw(AssertionError("not refused"))
+    build.choose_layer_spec = lambda *_: (_ for _ in ()).throw(AssertionError("not refused"))
     attention = LoRAConfig(targets=["linear_qkv", "linear_proj"])
     cases = {
         "experts": ("qwen3_moe", {}, {}),

@@ -1,0 +1,66 @@
+"""What a GPU does with this package, in eight minutes, most valuable first.
+
+    python -m benchmarks.gpu [--output DIR] [--minutes 8] [--only PART ...]    on a machine with a GPU
+    python -m benchmarks.gpu --rehearse                                        tiny sizes on a CPU, two minutes
+
+Each part has a process and a time limit of its own, so that one that crashes, hangs or runs out of memory costs no
+other; each result is in DIR/results.jsonl the moment it is known, and DIR/results.md has the tables after each part.
+A machine without the packages: `python -m benchmarks.bundle`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from benchmarks.gpu.runner import Part, run_parts
+
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+PARTS = (
+    Part("doctor", "Machine and packages", "benchmarks.gpu.machine", 60),
+    Part("exactness", "Loss, gradients and attention against float64", "benchmarks.gpu.exactness", 100),
+    Part("training", "Self-check, three steps, peak memory of each phase", "benchmarks.gpu.training", 120),
+    Part("speed", "Time and memory of the loss", "benchmarks.gpu.speed", 90),
+    Part("decoding", "Decoding", "benchmarks.gpu.decoding", 90),
+    Part("cpu", "The same three steps on the CPU, in fp32", "benchmarks.gpu.training_on_cpu", 120, ON_CPU),
+    Part("serving", "New weights to vLLM", "benchmarks.gpu.serving", 150),
+)
+_REHEARSED_LIMIT = 240.0
+"""Seconds of a part in a rehearsal, which may share its cores with others."""
+
+
+def main() -> int:
+    """The command; returns the exit status: 1 where a part failed or ran out of time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu_benchmark"), help="directory of the results")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="some parts")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    options = parser.parse_args()
+    parts = [part for part in PARTS if not options.only or part.name in options.only]
+    if options.rehearse:
+        parts = [Part(p.name, p.title, p.module, _REHEARSED_LIMIT, {**p.environment, **ON_CPU}) for p in parts]
+        options.minutes = _REHEARSED_LIMIT * len(parts) / 60
+    os.environ.setdefault("POPSD_VLLM_PYTHON", "")
+    now = datetime.datetime.now().astimezone()
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
+    statuses = run_parts(
+        parts,
+        options.output,
+        head=f"# Results of `{command}`\n\n{now:%d %B %Y, %H:%M %Z}. The first table names the card and the versions.",
+        total_seconds=60 * options.minutes,
+        rehearse=options.rehearse,
+    )
+    shutil.rmtree(options.output / "work", ignore_errors=True)
+    print((options.output / "results.md").read_text())
+    return int(any(status != "ok" for status in statuses.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""A random model in the shape of Qwen3-0.6B, a run on it, and rows whose lengths are the run's limits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.contexts import Contexts
+from nemo_popsd.data.dataset import PromptRow
+from nemo_popsd.data.records import Record
+from nemo_popsd.megatron.optimizer import StudentOptimizer
+from nemo_popsd.megatron.student import Student
+from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams
+from nemo_popsd.rollout.megatron_engine import MegatronEngine
+from nemo_popsd.runtime.distributed import initialize
+from nemo_popsd.training.step import OnPolicyStep
+
+STEPS = 3
+RESPONSES = "responses.json"
+"""Below the parts' common folder: what the steps were trained on, and their losses."""
+
+_QWEN3_600M: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,  # wide enough that the branches differ by more than bf16 rounds
+}
+_TINY = _QWEN3_600M | {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+
+
+def random_model(work: Path, *, rehearse: bool) -> Path:
+    """Directory of the model in bf16, made at the first call below `work`."""
+    directory = work / "model"
+    if not (directory / "config.json").exists():
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = Qwen3ForCausalLM(Qwen3Config(**(_TINY if rehearse else _QWEN3_600M), dtype="bfloat16"))
+        model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def settings(directory: Path, *, rehearse: bool, precision: str = "bf16", adaptation: str = "lora") -> PopsdConfig:
+    """A run on packed sequences; all rows are as long as its limits."""
+    config = PopsdConfig()
+    config.student.source = str(directory)
+    config.student.precision, config.student.adaptation = precision, adaptation
+    limits = (8, 16, 8) if rehearse else (128, 256, 256)
+    config.data.max_prompt_tokens, config.data.max_reference_tokens, config.rollout.max_response_tokens = limits
+    config.training.prompts_per_step, config.training.steps = 4, STEPS
+    config.training.packing, config.training.self_check = True, False
+    config.rollout.save = False
+    config.optimizer.warmup_steps = 0
+    config.optimizer.lr = 1e-4
+    return config
+
+
+@dataclass
+class Run:
+    """What a step needs."""
+
+    config: PopsdConfig
+    architecture: HuggingFaceModel
+    student: Student
+    optimizer: StudentOptimizer
+    steps: int = 0
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The run's; nothing ends a response but the limit."""
+        section = self.config.rollout
+        return SamplingParams(
+            section.temperature, section.top_p, section.top_k, section.max_response_tokens, frozenset()
+        )
+
+    def engine(self, rows: int | None = None) -> MegatronEngine:
+        """Draws from the live weights, at most `rows` together."""
+        return MegatronEngine(
+            self.student.chunks,
+            vocab_size=self.student.vocab_size,
+            batch_rows=rows or self.config.rollout.batch_rows,
+            cache_tokens=self.config.rollout.cache_tokens,
+            weights_version=lambda: self.steps,
+        )
+
+    def step(self, engine: RolloutEngine) -> OnPolicyStep:
+        """The package's step."""
+        return OnPolicyStep(self.config, self.student, engine, self.sampling, lambda response: 0)
+
+    def update(self) -> None:
+        """Updates the weights and counts."""
+        self.optimizer.step()
+        self.steps += 1
+
+    def rows(self, step: int) -> list[PromptRow]:
+        """Rows of a step; each context is as long as the limits let it be."""
+        draw = random.Random(step)
+        data = self.config.data
+        made = []
+        for number in range(self.config.training.prompts_per_step):
+            prompt, reference = (
+                [draw.randrange(self.student.vocab_size) for _ in range(length)]
+                for length in (data.max_prompt_tokens, data.max_reference_tokens)
+            )
+            contexts = Contexts(prompt, [*reference, *prompt], reference, "r", reference_truncated=False)
+            made.append(PromptRow(Record(f"row{step}.{number}", "q", "r", None), contexts))
+        return made
+
+
+def start(config: PopsdConfig) -> Run:
+    """Process group of one, student and optimizer."""
+    initialize(config.parallel, seed=config.seed)
+    source = HuggingFaceModel(Path(config.student.source))
+    student = Student(source, config.student, config.parallel, seed=config.seed, load_initial=source.load)
+    optimizer = StudentOptimizer(
+        student.wrap(config.optimizer),
+        config.optimizer,
+        steps=config.training.steps,
+        bf16=config.student.precision == "bf16",
+    )
+    return Run(config, source, student, optimizer)
+
+
+class KeepingEngine:
+    """Draws as `engine` does, and keeps the responses."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+        self.responses: list[list[int]] = []
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
+        """See `RolloutEngine`."""
+        rollouts = self._engine.generate(requests, sampling)
+        self.responses = [rollout.response for rollout in rollouts]
+        return rollouts
+
+
+class ScriptedEngine:
+    """Gives the responses that are set, in order, as drawn by the weights of `version`."""
+
+    responses: Sequence[list[int]] = ()
+    version = 0
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
+        """See `RolloutEngine`."""
+        return [
+            Rollout(response, [0.0] * len(response), cut=True, weights_version=self.version)
+            for response in self.responses
+        ]

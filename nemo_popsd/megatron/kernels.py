@@ -1,0 +1,123 @@
+"""Attention kernels by device: the one place where a GPU and a CPU choose differently. The numbers are the same.
+
+Shapes: s sequence, b batch, t packed tokens, n query heads and g key-value heads of this tensor-parallel rank, d head
+dimension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+_CACHE_STEP = 256
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of whole sequences through torch's fused kernels: [b, n, s, d], [b, g, s, d], [b, g, s, d].
+
+    On a GPU, FlashAttention (bf16, no mask) takes grouped heads as they are. The memory-efficient kernel, which takes
+    fp32 and masks, does not: there keys and values are repeated, since torch's fallback would write all scores.
+
+    Args:
+        query: of all heads.
+        key: of the key-value heads.
+        value: as `key`.
+        mask: which keys each query sees, bool; None for causal attention.
+        scale: of the scores.
+
+    Returns:
+        [b, n, s, d].
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and not _takes_groups(query, mask):
+        key, value = (_for_each_query_head(x, query) for x in (key, value))
+        grouped = False
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch's fused kernel for these inputs takes fewer key-value heads than query heads."""
+    return not query.is_cuda or (mask is None and query.dtype in _FLASH_DTYPES)
+
+
+def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values, heads in dimension 1, repeated for the query heads that share them."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
+
+
+def packed_kernel(query: Tensor, scale: float, window: int | None) -> Callable[..., Tensor] | None:
+    """PyTorch's attention over packed sequences, where it computes what `causal_attention` does for each of them.
+
+    Args:
+        query: [t, n, d].
+        scale: of the scores.
+        window: how many tokens a token sees, itself included; None for all before it.
+
+    Returns:
+        From query, key and value ([t, n, d], [t, g, d], [t, g, d]), the bounds of the sequences [number + 1] int32 and
+        the longest length to [t, n, d]; None where the sequences have to attend one by one: on a CPU, in fp32, with a
+        head that FlashAttention does not take, or with a torch that offers no such function.
+    """
+    width = query.shape[-1]
+    if not (query.is_cuda and query.dtype in _FLASH_DTYPES and width <= 256 and width % 8 == 0):
+        return None
+    return _variable_lengths(scale, window, width**-0.5)
+
+
+@cache
+def _variable_lengths(scale: float, window: int | None, default_scale: float) -> Callable[..., Tensor] | None:
+    """`torch.nn.attention.varlen.varlen_attn` (torch 2.10 and newer), whose parameters differ between versions."""
+    try:
+        varlen_attn: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {}
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif "is_causal" in known and window is None:
+        options["is_causal"] = True
+    else:
+        return None
+    if "scale" in known:
+        options["scale"] = scale
+    elif scale != default_scale:
+        return None
+    groups = "enable_gqa" in known
+    if groups:
+        options["enable_gqa"] = True
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        if not groups:
+            key, value = (_for_each_query_head(x, query) for x in (key, value))
+        attended: Tensor = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+        return attended
+
+    return attend
+
+
+def cache_positions(capacity: int, device: torch.device) -> int:
+    """Positions to allocate of each slot where `capacity` are in use: on a GPU one of few, so that strides repeat."""
+    return capacity if device.type == "cpu" else -(-capacity // _CACHE_STEP) * _CACHE_STEP
+
+
+def cached_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, attention to the cache takes a kernel that needs no plan of its own for each length and stride.
+
+    On a GPU cuDNN, which torch prefers for it, would build one for each new shape.
+    """
+    if device.type == "cpu":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

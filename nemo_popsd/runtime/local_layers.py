@@ -1,0 +1,136 @@
+"""What the libraries need for layers without Transformer Engine, on any device: a machine without it, and its experts.
+
+Megatron-Bridge imports Transformer Engine unconditionally, and both libraries know the experts of its grouped layer
+alone. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`; where Transformer Engine
+imports, the entries that stand for it change nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import inspect
+import re
+import sys
+import types
+from typing import Any
+
+import torch
+
+from nemo_popsd.runtime.adaptation import Adaptation
+
+
+def transformer_engine_imports() -> bool:
+    """Whether this machine has a Transformer Engine that imports, as megatron-core found. Imports megatron-core."""
+    return bool(importlib.import_module("megatron.core.models.gpt.gpt_layer_specs").HAVE_TE)
+
+
+def _transformer_engine_names() -> None:
+    """Lets Megatron-Bridge's LoRA import; none of the names can be instantiated. A real Transformer Engine stays.
+
+    Made only after megatron-core was imported, which probes for Transformer Engine at import and must
+    not find any, and taken away again: only the importing modules keep a reference.
+    """
+    if transformer_engine_imports() or "megatron.bridge.peft.lora" in sys.modules:
+        return
+
+    def refuse(self: object, *_: object, **__: object) -> None:
+        raise RuntimeError("Transformer Engine is not installed on this machine")
+
+    names = ("Linear", "LayerNormLinear")
+    pytorch = types.ModuleType("transformer_engine.pytorch")
+    for name in names:
+        setattr(pytorch, name, type(name, (torch.nn.Module,), {"__init__": refuse}))
+    pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
+    engine = types.ModuleType("transformer_engine")
+    engine.pytorch = pytorch  # type: ignore[attr-defined]
+    # importlib.util.find_spec, which other libraries probe with, refuses a module without a spec.
+    engine.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None)
+    pytorch.__spec__ = importlib.machinery.ModuleSpec("transformer_engine.pytorch", None)
+    sys.modules["transformer_engine"] = engine
+    sys.modules["transformer_engine.pytorch"] = pytorch
+    before = set(sys.modules)
+    try:
+        importlib.import_module("megatron.bridge.peft.lora")
+    finally:
+        del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
+    # What probed for Transformer Engine while the stand-in was there must not believe in it: peft/utils.py:129 would
+    # test layers against its classes.
+    for name in set(sys.modules) - before:
+        if name.startswith("megatron.") and getattr(sys.modules[name], "HAVE_TE", False):
+            sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
+
+
+def _expert_numbers() -> None:
+    mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
+    stock = mapping.gather_from_ep_ranks
+    if getattr(stock, "numbered", False):
+        return
+
+    def gather_from_ep_ranks(self: Any, *args: object, **kwargs: object) -> object:
+        name, number = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
+        self.megatron_param = f"{name}{number[1]}" if number else name
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            self.megatron_param = name
+
+    gather_from_ep_ranks.numbered = True  # type: ignore[attr-defined]
+    mapping.gather_from_ep_ranks = gather_from_ep_ranks
+
+
+def _router_without_transformer_engine() -> None:
+    """Defines the name by which the router asks for a kernel of Transformer Engine, as not there."""
+    module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if "te_general_gemm" not in inspect.getsource(module):
+        raise RuntimeError(f"{module.__name__} asks for no te_general_gemm; revise nemo_popsd/runtime/local_layers.py")
+    if not transformer_engine_imports():
+        module.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _names_of_local_experts() -> None:
+    """Counts the experts of `SequentialMLP` through the whole model, as the library does for those of a grouped one."""
+    module = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
+    stock = module._megatron_local_name_to_global
+    if getattr(stock, "counts_local_experts", False):
+        return
+
+    def local_name_to_global(models: Any, config: Any, param_name: str, vp_stage: int | None = None) -> Any:
+        from megatron.core import parallel_state
+
+        name = stock(models, config, param_name, vp_stage)
+        group = parallel_state.get_expert_model_parallel_group()
+        if group.size() > 1 and ".adapter." not in name:
+            first = config.num_moe_experts // group.size() * group.rank()
+            name = re.sub(r"(?<=\.local_experts\.)\d+", lambda match: str(int(match[0]) + first), name)
+        return name
+
+    local_name_to_global.counts_local_experts = True  # type: ignore[attr-defined]
+    module._megatron_local_name_to_global = local_name_to_global  # type: ignore[attr-defined]
+
+
+LOCAL_LAYERS: tuple[Adaptation, ...] = (
+    # First: importing anything of Megatron-Bridge needs it.
+    Adaptation(
+        "Transformer Engine's names for the import of LoRA",
+        "megatron/bridge/peft/lora.py:21 and lora_layers.py:20 import transformer_engine.pytorch unconditionally",
+        _transformer_engine_names,
+    ),
+    Adaptation(
+        "router without Transformer Engine",
+        "moe_utils.py:1192 a name that is imported with Transformer Engine alone",
+        _router_without_transformer_engine,
+    ),
+    Adaptation(
+        "numbers of experts that are modules of their own",
+        "megatron/bridge/models/conversion/param_mapping.py:677 looks for the expert's number at the end of the name, "
+        "where only Transformer Engine's grouped experts have it",
+        _expert_numbers,
+    ),
+    Adaptation(
+        "names of a rank's experts",
+        "model_bridge.py:148 counts those of the GPU's grouped layer alone through the model",
+        _names_of_local_experts,
+    ),
+)
+"""Everything that is changed for local layers, in the order of application."""

@@ -1,0 +1,52 @@
+"""Which layers are taken, on which machine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.megatron import spec
+from nemo_popsd.megatron.config import StudentConfig
+
+
+@pytest.mark.parametrize(
+    ("setting", "cuda", "engine", "chosen"),
+    [
+        ("auto", True, True, "transformer_engine"),
+        ("auto", True, False, "local"),
+        ("auto", False, True, "local"),
+        ("auto", False, False, "local"),
+        ("local", True, True, "local"),
+        ("transformer_engine", True, True, "transformer_engine"),
+    ],
+)
+def test_the_machine_decides_only_where_it_may(monkeypatch, setting, cuda, engine, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(spec, "transformer_engine_imports", lambda: engine)
+    assert spec.chosen_layers(setting) == chosen
+
+
+def test_transformer_engine_that_is_not_there_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(spec, "transformer_engine_imports", lambda: False)
+    with pytest.raises(UserError, match=r"student\.layers=transformer_engine.*does not import.*student\.layers=local"):
+        spec.chosen_layers("transformer_engine")
+
+
+def test_local_layers_need_no_fused_kernel_on_a_gpu_either(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(spec, "transformer_engine_imports", lambda: False)
+    provider = SimpleNamespace(gradient_accumulation_fusion=True, apply_rope_fusion=True)
+    with caplog.at_level("INFO", logger=spec.__name__):
+        spec.choose_layer_spec(provider, "auto")
+    assert provider.transformer_layer_spec is spec.local_layer_spec
+    assert not provider.gradient_accumulation_fusion
+    assert not provider.apply_rope_fusion
+    assert "layers: local (student.layers=auto)" in caplog.text
+
+
+def test_a_setting_that_is_none_of_the_three_is_refused():
+    with pytest.raises(UserError, match=r"student\.layers"):
+        StudentConfig(layers="torch")
