@@ -63,9 +63,7 @@ _OF_EXPERTS = ("linear_fc1", "linear_fc2")
 
 
 def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> None:
-    """Refuse what Transformer Engine, or Megatron-Bridge's LoRA on it, computes in no way or in another one; warn of
-    fp32 that is not.
-    """
+    """Refuse what Transformer Engine, or Megatron-Bridge's LoRA on it, does not compute right; warn of TF32."""
     if student.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         logger.warning(
             "student.precision=fp32: Transformer Engine multiplies fp32 matrices in TF32 (10 bits of mantissa instead "
