@@ -24,7 +24,7 @@ ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 PARTS = (
     Part("doctor", "Machine and packages", "benchmarks.gpu.machine", 60),
-    Part("exactness", "Loss, gradients and attention against float64", "benchmarks.gpu.exactness", 100),
+    Part("exactness", "Loss, gradients and attention against float64", "benchmarks.gpu.exactness", 130),
     Part("training", "Self-check, three steps, peak memory of each phase", "benchmarks.gpu.training", 120),
     Part("speed", "Time and memory of the loss", "benchmarks.gpu.speed", 90),
     Part("decoding", "Decoding", "benchmarks.gpu.decoding", 90),
