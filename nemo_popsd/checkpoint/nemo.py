@@ -17,7 +17,6 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -81,7 +80,9 @@ class NemoCheckpoint:
             refuse_absent(self.directory, files)
             verify_files(self.directory, self.manifest, small)
             check_yaml(read_text(self.directory / CONFIG_NAME, f"checkpoint {path}", mend=_MEND, limit=YAML_BYTES))
-            tree = cast(DictConfig, OmegaConf.load(self.directory / CONFIG_NAME))
+            tree = OmegaConf.load(self.directory / CONFIG_NAME)
+            if not isinstance(tree, DictConfig):
+                raise TypeError("no keys with values")
             if _INTERPOLATION.search(json.dumps(OmegaConf.to_container(tree, resolve=False), default=str)):
                 raise ValueError("an interpolation, which a resolved configuration has none of")
             self.step = int(self.manifest["step"])
