@@ -52,8 +52,8 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
             # NCCL is told its device: otherwise it guesses one at the first barrier.
-            options = {"device_id": device()} if torch.cuda.is_available() else {}
-            dist.init_process_group(backend, timeout=timeout, **options)
+            own = device() if torch.cuda.is_available() else None
+            dist.init_process_group(backend, timeout=timeout, device_id=own)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel.check_world(dist.get_world_size())
