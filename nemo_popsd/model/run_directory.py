@@ -142,6 +142,7 @@ class RunDirectory:
         self._on_rank_zero(lambda: write_text(self.output / REQUEUE, f"{steps}\n"))
 
     def _look(self) -> Checkpoints:
+        self.check_lock()
         recover(self._checkpoints, CHECKPOINT, is_name)
         refuse_foreign(self._checkpoints / FINAL, CHECKPOINT)
         return Checkpoints.in_folder(self._checkpoints)
