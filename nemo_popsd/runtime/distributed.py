@@ -69,15 +69,8 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             world_size=launch.world_size,
             timeout=timeout,
             # NCCL is told its device: otherwise it guesses one at the first barrier.
-<<<<<<< HEAD
             device_id=device() if torch.cuda.is_available() else None,
         )
-=======
-            own = device() if torch.cuda.is_available() else None
-            dist.init_process_group(backend, timeout=timeout, device_id=own)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
->>>>>>> te
     parallel.check_world(dist.get_world_size())
     prepare_meeting()
     if not parallel_state.model_parallel_is_initialized():
