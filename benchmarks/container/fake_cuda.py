@@ -154,6 +154,7 @@ def cases(model: Path) -> list[tuple[str, Callable[[], str]]]:
 def _as_on_a_gpu() -> Any:
     """Answers for the driver that is not there, and for what fake parameters cannot do."""
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     from nemo_popsd.megatron import adapters
@@ -164,6 +165,7 @@ def _as_on_a_gpu() -> Any:
         for owner, name, other in (
             (CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
             (adapters, "_draw_whole", lambda *_: None),  # copies numbers from the host
+            (rope_utils, "_apply_rotary_pos_emb_thd", lambda t, *_, **__: t),  # asks the host for the lengths
             (nn.Module, "_apply", _apply),
         ):
             stack.enter_context(patch.object(owner, name, other))
