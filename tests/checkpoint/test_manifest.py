@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +53,27 @@ def test_damage_is_named(checkpoint: Path, damage: Callable[[Path], object], tol
     damage(checkpoint / "weights" / "__0_0.distcp")
     with pytest.raises(UserError, match=told):
         manifest.verify(checkpoint, manifest.read_manifest(checkpoint))
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "link to nothing"])
+@pytest.mark.parametrize("name", [manifest.FILE_NAME, "model_config.yaml", "weights/__0_0.distcp"])
+def test_what_is_no_file_is_named_and_not_waited_for(checkpoint: Path, name: str, kind: str) -> None:
+    file = checkpoint / name
+    file.unlink()
+    if kind == "directory":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/nowhere")
+    with pytest.raises(manifest.DamagedCheckpointError, match=rf"{file.name}.* no regular file"):
+        manifest.verify(checkpoint, manifest.read_manifest(checkpoint))
+
+
+def test_the_error_reaches_other_processes_as_it_is() -> None:
+    error = pickle.loads(pickle.dumps(manifest.damaged(Path("here"), "a hole")))
+    assert isinstance(error, manifest.DamagedCheckpointError)
+    assert str(error) == str(manifest.damaged(Path("here"), "a hole"))
 
 
 def test_a_manifest_that_was_changed_is_refused(checkpoint: Path) -> None:

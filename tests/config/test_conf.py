@@ -25,6 +25,7 @@ def test_every_file_loads_and_is_named_after_its_run(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     assert config.output == f"runs/{path.stem}"
+    assert not config.overwrite, "after an interruption the same command must go on"
 
 
 def test_tiny_repeats_the_templates_of_the_embedded_model() -> None:

@@ -59,6 +59,7 @@ def _train(rank: int, world_size: int, output: Path, words: tuple[str, ...], pla
 
     from nemo_popsd.cli.main import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
     if plan and plan["rank"] == rank:
         _plant(plan)
     told = io.StringIO()

@@ -262,11 +262,17 @@ def test_saving_in_the_background_keeping_the_best_and_overwriting(whole: Path, 
     kept = {f"step-{step:06d}" for step in (3, min(losses, key=lambda step: losses[step]))}
     assert {path.name for path in (output / "checkpoints").glob("step-*")} == kept
     assert differences(whole / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
+    for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
+        (output / name).mkdir(exist_ok=True)
+        (output / name / "notes.txt").write_text("mine")
     status, told = train(output, "overwrite=true", "training.steps=1", "training.validate_every=0")[0]
     assert status == 0
+    for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
+        assert (output / name / "notes.txt").read_text() == "mine"
     assert "beginning at step 1" in told
     assert [step for step, _ in metrics(output, "train/loss")] == [1]
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["final", "latest"]
+    left = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert left == ["final", "latest", "my-model", "step-000003"]
     assert len(rollouts(output)) == 1
 
 

@@ -110,6 +110,7 @@ def _interrupted(rank: int, world_size: int, times: int) -> bool:
     from nemo_popsd.runtime.signals import StopSignals
 
     initialize(ParallelConfig(), seed=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
     stop = StopSignals()
     stop.install()
     for number in range(times):
@@ -148,6 +149,8 @@ _EARLY = """
 import os, signal, sys, threading
 from nemo_popsd.runtime.early_signals import ended_by_signals
 
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_DFL)
 with ended_by_signals():
     print("ready", flush=True)
     lock = threading.Lock()
