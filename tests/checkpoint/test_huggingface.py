@@ -234,5 +234,6 @@ def test_what_is_written_does_not_depend_on_the_directory_it_was_read_from(sourc
     assert sorted(file.name for file in (tmp_path / "tokenizer").iterdir()) == [
         "chat_template.jinja",
         "tokenizer.json",
+        "tokenizer_config.json",
         "vocab.json",
     ]
