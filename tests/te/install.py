@@ -64,6 +64,18 @@ class _Done:
         return lambda *_, **__: self
 
 
+class _Once:
+    """A request that may be waited for again, as one of NCCL may: gloo's would wait for another message."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def wait(self) -> None:
+        request, self._request = self._request, None
+        if request is not None:
+            request.wait()
+
+
 class _Cuda(types.ModuleType):
     """``torch.cuda`` of a Hopper card that is the CPU."""
 
@@ -170,6 +182,9 @@ def install() -> None:
     bridge: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
     assert bridge.HAVE_TE
     bridge.torch = view
+    ring: Any = importlib.import_module(f"{PACKAGE}.pytorch.attention.dot_product_attention.context_parallel")
+    exchange = ring.flash_attn_p2p_communicate
+    ring.flash_attn_p2p_communicate = lambda *arguments: [_Once(request) for request in exchange(*arguments)]
     _choose_it()
 
 

@@ -28,7 +28,7 @@ def _logits(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
             "core": type(gpt.decoder.layers[0].self_attention.core_attention).__name__,
             "fusions": {name: getattr(gpt.config, name) for name in FUSIONS},
         }
-        for name, fused in (("fused", "1"), ("unfused", "0")):
+        for name, fused in (("unfused", "0"), ("fused", "1")):  # the last is what Megatron expects
             os.environ["NVTE_FUSED_ATTN"] = fused
             _choose_attention_again()
             seen[kind][name] = whole_logits(gpt.eval(), IDS, 203)
