@@ -41,7 +41,7 @@ def test_another_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("megatron.bridge", "pip install --no-deps 'megatron-bridge>=0.3,<0.4'"),
+        ("megatron.bridge", "pip install --no-deps 'megatron-bridge>=0.3.1,<0.4'"),
         ("megatron.core.models", "pip install 'megatron-core>=0.16,<0.17'"),
         ("nemo.core", "pip install 'nemo_toolkit[common]>=2.6,<3.1'"),
         ("transformers", "pip install 'transformers>=4.57,<5'"),

@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     ],
     ids=lambda words: "-".join(words),
 )
-def test_help_answers_at_once_and_imports_nothing_heavy(words: list[str]) -> None:
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = f"""
 import sys
 from nemo_popsd.cli.main import main
@@ -73,11 +72,9 @@ except SystemExit as stop:
 heavy = [name for name in ("torch", "omegaconf", "lightning", "nemo", "megatron") if name in sys.modules]
 sys.exit(f"imported {{heavy}}" if heavy else 0)
 """
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" ".join(["usage: popsd", *words]))
-    assert time.perf_counter() - start < 1.5
 
 
 def test_train(calls: list[tuple], tmp_path: Path) -> None:

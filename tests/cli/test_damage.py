@@ -130,4 +130,4 @@ def test_damage(
             assert len(err) < 1500, told
         counts["refused" if status else "accepted"] += 1
     print(f"\n{command}: {dict(counts)}")
-    assert counts["refused"] > counts["accepted"] / 5
+    assert counts["refused"], "no damage was noticed"

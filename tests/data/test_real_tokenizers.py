@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,20 +136,19 @@ def test_r1_distills_marks_are_refused_though_its_tokenizer_does_not_call_them_s
 
 @needs(QWEN3, GSM8K)
 def test_gsm8k_as_it_stands(qwen3: Any) -> None:
-    source = SourceConfig(
-        path=str(GSM8K), columns=ColumnsConfig(reference="answer"), answer_pattern=r"####\s*(.+)", limit=100
-    )
-    config = DataConfig(train=source, max_reference_tokens=64)
-    dataset, report = build_dataset(config, source, qwen3)
+    train = SourceConfig(path=str(GSM8K), columns=ColumnsConfig(reference="answer"), limit=100)
+    held_out = replace(train, answer_pattern=r"####\s*(.+)")
+    config = DataConfig(train=train, validation=held_out, max_reference_tokens=64)
+    dataset, report = build_dataset(config, train, qwen3)
     assert report.rows_kept == 100
     assert 0 < report.references_truncated < 100
-    assert dataset[0].record.answer == "72"
-    assert all(row.record.answer for row in dataset)
     for row in dataset:
         teacher, probe = (qwen3.decode(ids) for ids in (row.contexts.privileged, row.contexts.reference))
         assert teacher.replace(f"Problem: {row.record.question}\n\n", "", 1) == probe
-    prompts, _ = build_evaluation_prompts(config, source, qwen3)
+    prompts, _ = build_evaluation_prompts(config, held_out, qwen3)
     assert len(prompts) == 100
+    assert prompts[0].record.answer == "72"
+    assert all(prompt.record.answer for prompt in prompts)
 
 
 @needs(QWEN3)
