@@ -27,12 +27,12 @@ def refuse_impossible(provider: Any, student: StudentConfig, parallel: ParallelC
     Raises:
         UserError: names the settings.
     """
-    _refuse_indivisible(provider, parallel)
+    refuse_indivisible(provider, parallel)
     if spec.on_transformer_engine(student.layers):
         _refuse_for_transformer_engine(provider, student, parallel)
 
 
-def _refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
+def refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
     """Refuse heads, groups, layers or experts that the layout does not divide."""
     groups = provider.num_query_groups or provider.num_attention_heads
     experts = provider.num_moe_experts

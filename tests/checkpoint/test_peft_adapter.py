@@ -22,6 +22,7 @@ from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig, StudentConfig
+from nemo_popsd.ownership import MARK
 from tests.harness import run_ranks
 from tests.tiny_models import build_student, load_dense, save_tiny_model, whole_logits
 
@@ -69,9 +70,8 @@ def test_peft_computes_the_student_on_the_original_model(saved, kind, tmp_path):
 
     folder, sources, logits = saved
     output = tmp_path / "adapter"
-    output.mkdir()
-    (output / "old").write_text("of an earlier export")
-    write_peft_adapter(NemoCheckpoint(folder / kind), output)
+    for _ in range(2):  # the second replaces the first
+        write_peft_adapter(NemoCheckpoint(folder / kind), output)
     base = load_dense(sources[kind])
     with torch.no_grad():
         before = base(IDS).logits
@@ -87,6 +87,7 @@ def test_peft_computes_the_student_on_the_original_model(saved, kind, tmp_path):
     )
     assert len(load_file(output / "adapter_model.safetensors")) == 2 * 2 * len(content["target_modules"])
     assert {path.name for path in output.iterdir()} == {
+        MARK,
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
@@ -139,8 +140,8 @@ def test_what_has_no_such_form_is_refused(tmp_path):
     run_ranks(_convert, 1, save_tiny_model(tmp_path / "moe", "qwen3_moe"), tmp_path / "nemo")
     with pytest.raises(UserError, match="adaptation=full"):
         write_peft_adapter(NemoCheckpoint(tmp_path / "nemo"), tmp_path / "out")
-    settings = tmp_path / "nemo" / "model_config.yaml"
-    settings.write_text(settings.read_text().replace("adaptation: full", "adaptation: lora"))
+    checkpoint = NemoCheckpoint(tmp_path / "nemo")
+    checkpoint.config.student.adaptation = "lora"
     with pytest.raises(UserError, match="experts"):
-        write_peft_adapter(NemoCheckpoint(tmp_path / "nemo"), tmp_path / "out")
+        write_peft_adapter(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.build import _refuse_indivisible
 from nemo_popsd.megatron.config import ParallelConfig
+from nemo_popsd.megatron.limits import refuse_indivisible
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ ARCHITECTURE = {"num_attention_heads": 8, "num_query_groups": 4, "num_layers": 6
 )
 def test_architectures_that_do_not_divide(fields: dict[str, Any], architecture: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        _refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, **architecture}), ParallelConfig(**fields))
+        refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, **architecture}), ParallelConfig(**fields))
 
 
 def test_an_architecture_that_divides() -> None:
     layout = ParallelConfig(tensor=4, sequence=True, pipeline=3, virtual_pipeline=2, expert=2)
-    _refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, "num_moe_experts": 4}), layout)
+    refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, "num_moe_experts": 4}), layout)
