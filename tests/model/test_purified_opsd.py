@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_popsd.errors import UserError
 from tests.harness import run_ranks
 from tests.tiny_models import load_dense, whole_logits
 
@@ -91,6 +92,12 @@ def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
     columns = {"id": "id", "answer": "answer"}
     model.setup_validation_data(DictConfig({"path": "nemo_popsd:tiny_validation", "limit": 2, "columns": columns}))
     seen["validation rows"] = sum(len(batch) for batch in model._validation_dl)
+    with torch.no_grad():
+        next(parameter for parameter in model.student.gpt.parameters() if parameter.requires_grad).fill_(torch.inf)
+    try:
+        model.export_huggingface(output / "not finite")
+    except UserError as error:
+        seen["not finite"] = str(error), (output / "not finite").exists()
     return seen
 
 
@@ -157,6 +164,13 @@ def test_an_export_computes_the_same_in_transformers(lives: dict[str, Any], fold
     with torch.no_grad():
         torch.testing.assert_close(dense(IDS).logits, lives[adaptation]["trained"], atol=2e-4, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(folder / adaptation / "huggingface").chat_template
+
+
+@both
+def test_weights_that_are_not_finite_are_not_exported(lives: dict[str, Any], adaptation: str) -> None:
+    told, written = lives[adaptation]["not finite"]
+    assert "got weights that are NaN or Inf" in told
+    assert not written
 
 
 @both
