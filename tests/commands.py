@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.harness import _CONTEXT, _die_with_parent, _start_fork_server
+from tests.harness import _CONTEXT, LOCAL, _die_with_parent, _forked_by, _start_fork_server
 
 HANGS = None
 """What `run_command` returns for a command that did not end in time."""
@@ -25,9 +25,10 @@ def run_command(argv: list[str], log: Path, *, timeout: float, environment: dict
         timeout: seconds after which it is killed.
         environment: variables to set besides the caller's.
     """
-    _start_fork_server()
+    server = _start_fork_server(LOCAL)
     process: Any = _CONTEXT.Process(target=_main, args=(argv, str(log), {**os.environ, **(environment or {})}))
-    process.start()
+    with _forked_by(server):
+        process.start()
     process.join(timeout)
     if process.is_alive():
         with contextlib.suppress(ProcessLookupError):

@@ -126,7 +126,7 @@ def observe(rank: int, world_size: int, name: str, directory: Path) -> dict[str,
             provider = source.provider()
             provider.init_model_with_meta_device = True
             with torch.device("meta"):
-                [gpt] = build_chunks(provider, StudentConfig(precision="bf16"), parallel)
+                [gpt] = build_chunks(provider, StudentConfig(precision="bf16", adaptation="full"), parallel)
             for own, parameter in gpt.named_parameters():
                 assert parameter.device.type == "meta", own
                 assert parameter.dtype == torch.bfloat16, own
