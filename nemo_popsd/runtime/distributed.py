@@ -118,12 +118,13 @@ def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
     reminder = threading.Timer(patience, _say_who_is_awaited, (launch, place))
     reminder.daemon = True
     reminder.start()
+    limit = min(timeout, _LONGEST_START)
     try:
-        store, _, _ = next(rendezvous("env://", timeout=_LONGEST_START))
+        store, _, _ = next(rendezvous("env://", timeout=limit))
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise TransientError(
             f"rank {launch.rank} of {launch.world_size}",
-            got=f"the ranks of the run have not met at {place} (limit {_LONGEST_START})",
+            got=f"the ranks of the run have not met at {place} within {limit}",
             cure="see why the others have not come; start all ranks of a run with the same MASTER_ADDR, MASTER_PORT "
             "and WORLD_SIZE",
             advice=[in_words(error)],

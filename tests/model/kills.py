@@ -39,6 +39,8 @@ _SETTINGS = (
     "training.checkpoint_every=1",
     "training.self_check=false",
     "diagnosis.in_training=false",
+    # A rank whose peer is killed before they have met waits for it as long.
+    "training.collective_timeout=30",
 )
 
 
