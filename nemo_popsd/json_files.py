@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -62,10 +63,14 @@ def parsed(text: bytes | str, where: object) -> Any:
         UserError: it is none.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        raw = text.encode() if isinstance(text, str) else text
+        if rb"\ud" in raw.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         problem = "nested without end" if isinstance(error, RecursionError) else str(error)
         raise damaged(where, problem) from None
+    return value
 
 
 def typed(kind: type[T], value: object, where: object) -> T:
@@ -87,6 +92,11 @@ def typed(kind: type[T], value: object, where: object) -> T:
         return kind(**value)
     except TypeError as error:
         raise damaged(where, str(error).partition(".")[2] or str(error)) from None
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def damaged(where: object, problem: str) -> UserError:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import open_regular, read_json, read_json_lines, typed
+from nemo_popsd.json_files import open_regular, parsed, read_json, read_json_lines, typed
 
 
 @dataclass
@@ -79,3 +79,9 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
             read_json(path)
     with pytest.raises(UserError, match="No such file"):
         read_json(tmp_path / "none")
+
+
+def test_half_of_a_surrogate_pair_is_no_text() -> None:
+    assert parsed(r'"\ud83d\ude00"', "here") == "\U0001f600"
+    with pytest.raises(UserError, match="here: got damaged data"):
+        parsed(r'["\ud83d"]', "here")

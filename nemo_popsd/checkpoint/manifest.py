@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from nemo_popsd.atomic import write_text
 from nemo_popsd.errors import UserError
+from nemo_popsd.json_files import checksum
 from nemo_popsd.ownership import MANIFEST as FILE_NAME
 
 FORMAT = 2
@@ -64,7 +65,7 @@ def write_manifest(directory: Path, facts: Mapping[str, Any], files: Mapping[str
         **facts,
         "files": {name: {"bytes": size, "sha256": sha} for name, (size, sha) in sorted(files.items())},
     }
-    write_text(directory / FILE_NAME, json.dumps({**content, "sum": _sum(content)}, indent=2) + "\n")
+    write_text(directory / FILE_NAME, json.dumps({**content, "sum": checksum(content)}, indent=2) + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise damaged(directory, f"format {content['format']} in {FILE_NAME}")
-        if content.pop("sum") != _sum(content):
+        if content.pop("sum") != checksum(content):
             raise damaged(directory, f"a {FILE_NAME} that was changed after it was written")
     except FileNotFoundError:
         raise damaged(directory, f"no {FILE_NAME}: the checkpoint is incomplete or of another kind") from None
@@ -163,7 +164,3 @@ def _absent(path: Path, name: str) -> str | None:
     if path.is_file():
         return None
     return f"{name} is " + ("no regular file" if os.path.lexists(path) else "missing")
-
-
-def _sum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

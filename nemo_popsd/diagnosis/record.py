@@ -7,6 +7,7 @@ summary.json
     rollouts, tokens
     measures        what each per-token figure is
     groups          see `nemo_popsd.diagnosis.groups`
+    rollouts_sha256, sum  of rollouts.jsonl, and of everything else in this file
     push            tokens: as above; "components": for each of total, reference, question, target the lists "promoted"
                     and "suppressed" of entries {id, text, mass, push: {component: ...}}; "markers": for each marker
                     of one token the same sums over its entries, or null. Sums are per 1,000 response tokens.
@@ -22,6 +23,7 @@ rollouts.jsonl
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from nemo_popsd.atomic import write_text
 from nemo_popsd.diagnosis.push import COMPONENTS, PushedTokens
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives
 from nemo_popsd.errors import UserError
+from nemo_popsd.json_files import checksum
 from nemo_popsd.ownership import DIAGNOSIS, MARK, read_mark, write_mark
 
 SUMMARY, ROLLOUTS = "summary.json", "rollouts.jsonl"
@@ -59,7 +62,8 @@ class Diagnosis:
         write_mark(directory, DIAGNOSIS)
         lines = "".join(json.dumps(rollout, ensure_ascii=False) + "\n" for rollout in self.rollouts)
         write_text(directory / ROLLOUTS, lines)
-        text = json.dumps(self.summary, ensure_ascii=False, indent=1)
+        summary = {**self.summary, "rollouts_sha256": hashlib.sha256(lines.encode()).hexdigest()}
+        text = json.dumps({**summary, "sum": checksum(summary)}, ensure_ascii=False, indent=1)
         write_text(directory / SUMMARY, text + "\n")
 
 

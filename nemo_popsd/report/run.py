@@ -13,6 +13,7 @@ What is read below a run's directory; whatever is absent is left out of the page
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 import yaml
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import damaged, open_regular, read_json, read_json_lines
+from nemo_popsd.json_files import checksum, damaged, open_regular, read_json, read_json_lines
 
 TRAIN, VALIDATION = "train/", "validation/"
 BEFORE, AFTER = "before", "after"
@@ -148,10 +149,21 @@ def read_run(directory: Path) -> RunData:
 
 
 def read_diagnosis(directory: Path) -> Diagnosed | None:
-    """The diagnosis in `directory`; None where there is none, or half of one."""
+    """The diagnosis in `directory`; None where there is none, or half of one.
+
+    Raises:
+        UserError: its files are not what a diagnosis wrote.
+    """
     summary = _object(directory / "summary.json")
     rollouts = read_lines(directory / "rollouts.jsonl")
-    return Diagnosed(summary, rollouts) if summary and rollouts else None
+    if not summary or not rollouts:
+        return None
+    if "sum" in summary:  # diagnoses of earlier versions have none
+        if summary.pop("sum") != checksum(summary):
+            raise damaged(directory / "summary.json", "it was changed after it was written")
+        if summary["rollouts_sha256"] != hashlib.sha256((directory / "rollouts.jsonl").read_bytes()).hexdigest():
+            raise damaged(directory / "rollouts.jsonl", "it was changed after it was written")
+    return Diagnosed(summary, rollouts)
 
 
 def flat_figures(
