@@ -55,9 +55,12 @@ def container(tmp_path: Path) -> CleanEnvironment:
     for name, version in {**CONTAINER, "numpy": "1.26.4"}.items():
         environment.declare(name, version)
     there = {name.lower().replace("_", "-") for name in CONTAINER} | ABSENT | {"packaging"}
+    others = {"transformers": "4.57.1", "omegaconf": "2.3.0", "pyyaml": "6.0.2"}
     for entry in declared()[1]:
         if entry.needed and entry.name not in there:
-            environment.declare(entry.name, {"transformers": "4.57.1", "omegaconf": "2.3.0"}.get(entry.name, "4.0"))
+            environment.declare(
+                entry.name, {"transformers": "4.57.1", "omegaconf": "2.3.0", "pyyaml": "6.0.2"}.get(entry.name, "4.0")
+            )
     return environment
 
 
