@@ -58,9 +58,7 @@ def container(tmp_path: Path) -> CleanEnvironment:
     others = {"transformers": "4.57.1", "omegaconf": "2.3.0", "pyyaml": "6.0.2"}
     for entry in declared()[1]:
         if entry.needed and entry.name not in there:
-            environment.declare(
-                entry.name, {"transformers": "4.57.1", "omegaconf": "2.3.0", "pyyaml": "6.0.2"}.get(entry.name, "4.0")
-            )
+            environment.declare(entry.name, others.get(entry.name, "4.0"))
     return environment
 
 
