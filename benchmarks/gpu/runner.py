@@ -41,7 +41,7 @@ class Part:
 def run_parts(
     parts: Sequence[Part], output: Path, *, head: str, total_seconds: float, rehearse: bool = False
 ) -> dict[str, str]:
-    """Runs `parts` in order; after each, the tables are written anew.
+    """Runs `parts` in order; after each, the tables are written again.
 
     Args:
         parts: most valuable first.

@@ -76,14 +76,16 @@ def _examine_layers(devices: Sequence[str]) -> Finding:
 
 
 def _examine_nccl(devices: Sequence[str]) -> Finding:
+    version, note = "", "ranks on the CPU speak gloo"
     try:
         import torch
 
-        version = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
-    except Exception:
-        version = ""
+        if torch.distributed.is_nccl_available():
+            version, note = ".".join(map(str, torch.cuda.nccl.version())), ""
+    except Exception as error:  # whatever a broken installation raises is the finding
+        note = f"{type(error).__name__}: {error}"
     state: State = "ok" if version else "missing" if devices else "optional"
-    return Finding("machine", "NCCL", state, version, note="" if version else "ranks on the CPU speak gloo")
+    return Finding("machine", "NCCL", state, version, note=note)
 
 
 def _examine_shared_memory(devices: Sequence[str]) -> Finding:
