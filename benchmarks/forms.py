@@ -22,10 +22,10 @@ from nemo_popsd.distillation import (
     hidden_pair,
     loss_from_hidden,
     loss_from_logits,
-    mean_row,
 )
-from nemo_popsd.distillation.collectives import gather_shards, sum_for_replicas, sum_for_shards
 from nemo_popsd.distillation.definition import log_softmax
+from nemo_popsd.parallel.collectives import gather_shards, sum_for_replicas, sum_for_shards
+from nemo_popsd.parallel.vocabulary import mean_row
 
 PEERS_CHUNK = 512
 """Tokens of a chunk in the chunked forms, as released implementations have it."""

@@ -18,9 +18,10 @@ import torch
 
 from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.megatron.base import FrozenCopy
-from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.megatron.student import Student
-from nemo_popsd.runtime.distributed import device, initialize
+from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.distributed import device, initialize
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.measure import machine
 from benchmarks.tables import table
 from nemo_popsd.data.tokenizer import load_tokenizer
-from nemo_popsd.testbed import asset
+from nemo_popsd.embedded.names import asset
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("RESULTS-rollout.md")

@@ -31,11 +31,12 @@ def megatron(model: str) -> dict[str, Callable[..., Answer]]:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     from nemo_popsd.checkpoint.source import open_source
-    from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+    from nemo_popsd.megatron.config import StudentConfig
     from nemo_popsd.megatron.student import Student
+    from nemo_popsd.parallel.config import ParallelConfig
+    from nemo_popsd.parallel.distributed import initialize
     from nemo_popsd.rollout.engine import Request, SamplingParams
     from nemo_popsd.rollout.megatron_engine import MegatronEngine
-    from nemo_popsd.runtime.distributed import initialize
 
     initialize(ParallelConfig(), seed=0)
     source = open_source(model)

@@ -18,14 +18,14 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.measure import machine
+from nemo_popsd.commands.entry import build_trainer
 from nemo_popsd.config.loading import load_config, to_dict_config
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.distillation.config import TargetConfig
 from nemo_popsd.model import PurifiedOPSDModel
-from nemo_popsd.model.entry import build_trainer
+from nemo_popsd.parallel.distributed import shutdown
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams
-from nemo_popsd.runtime.distributed import shutdown
 from nemo_popsd.training.step import OnPolicyStep
 
 PARTS = ("rollout", "frozen", "train")

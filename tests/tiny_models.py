@@ -103,9 +103,10 @@ def build_student(
     Call it on every rank. `parallel` are further fields of `ParallelConfig`, `config` of `StudentConfig`.
     """
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-    from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+    from nemo_popsd.megatron.config import StudentConfig
     from nemo_popsd.megatron.student import Student
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.parallel.config import ParallelConfig
+    from nemo_popsd.parallel.distributed import initialize
 
     layout = ParallelConfig(**{"tensor": tensor, **(parallel or {})})
     initialize(layout, seed=1)

@@ -100,9 +100,10 @@ def layers(architecture: Any, precision: str, adapted: bool) -> str:
 
     from nemo_popsd.megatron.adapters import Adapters
     from nemo_popsd.megatron.build import build_chunks
-    from nemo_popsd.megatron.config import LoRAConfig, ParallelConfig, StudentConfig
+    from nemo_popsd.megatron.config import LoRAConfig, StudentConfig
     from nemo_popsd.megatron.decoding import SlotDecoder
     from nemo_popsd.megatron.forward import hidden_states_only
+    from nemo_popsd.parallel.config import ParallelConfig
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         config = StudentConfig(precision=precision, layers="local")

@@ -17,9 +17,9 @@ from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.data.records import Record
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
-from nemo_popsd.runtime.distributed import initialize
 from nemo_popsd.training.step import OnPolicyStep
 
 STEPS = 3

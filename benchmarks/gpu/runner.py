@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.gpu.journal import append, as_markdown, read
-from nemo_popsd.atomic import write_text
+from nemo_popsd.files.atomic import write_text
 
 _SHORTEST = 5.0
 _TAIL_LINES = 15

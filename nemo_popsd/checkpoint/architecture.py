@@ -12,7 +12,7 @@ import nemo_popsd.checkpoint.olmo3  # noqa: F401  (registers the architecture)
 from nemo_popsd.checkpoint.families import FAMILIES
 from nemo_popsd.checkpoint.rotation import UnsupportedError
 from nemo_popsd.errors import UserError
-from nemo_popsd.reading import read_json
+from nemo_popsd.files.reading import read_json
 
 CONFIG = "config.json"
 _CODE, _QUANTISED = "auto_map", "quantization_config"

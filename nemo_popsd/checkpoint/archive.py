@@ -7,9 +7,9 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from nemo_popsd.atomic import flush_file
 from nemo_popsd.errors import UserError
-from nemo_popsd.reading import unreadable
+from nemo_popsd.files.atomic import flush_file
+from nemo_popsd.files.reading import unreadable
 
 _NAME_BYTES = 255
 

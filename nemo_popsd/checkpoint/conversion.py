@@ -15,8 +15,9 @@ from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.checkpoint.source import Source
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
-from nemo_popsd.runtime.distributed import initialize, world_size
+from nemo_popsd.megatron.config import StudentConfig
+from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.distributed import initialize, world_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Precisions by the names that `student.precision` has for them."""

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nemo_popsd.atomic import new_directory
 from nemo_popsd.checkpoint.architecture import CONFIG, read_architecture
 from nemo_popsd.checkpoint.model_files import TENSOR_NAMES, read_artifacts, read_tensor_names
 from nemo_popsd.checkpoint.rotation import PARAMETERS, SCALING, THETA
@@ -27,8 +26,9 @@ from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles, write_shar
 from nemo_popsd.checkpoint.tensor_map import TensorMap
 from nemo_popsd.data.tokenizer import TOKENIZER_FILES
 from nemo_popsd.errors import UserError
+from nemo_popsd.files.atomic import new_directory
+from nemo_popsd.files.ownership import EXPORT
 from nemo_popsd.megatron.build import Model, chunks_of
-from nemo_popsd.ownership import EXPORT
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
 adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.

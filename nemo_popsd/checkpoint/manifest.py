@@ -15,10 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_popsd.atomic import write_text
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import checksum
-from nemo_popsd.ownership import MANIFEST as FILE_NAME
+from nemo_popsd.files.atomic import write_text
+from nemo_popsd.files.json_files import checksum
+from nemo_popsd.files.ownership import MANIFEST as FILE_NAME
 
 FORMAT = 2
 

@@ -14,7 +14,7 @@ from nemo_popsd.checkpoint.completeness import require_complete
 from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles
 from nemo_popsd.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILES, for_transformers_4
 from nemo_popsd.errors import UserError
-from nemo_popsd.reading import read_json, unreadable
+from nemo_popsd.files.reading import read_json, unreadable
 
 TENSOR_NAMES = "tensor_names.json"
 """Lists the tensors of a directory whose weights lie elsewhere."""

@@ -33,10 +33,10 @@ from nemo_popsd.checkpoint.weights import adapter_parameters, every_parameter, l
 from nemo_popsd.config.loading import from_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.files.reading import YAML_BYTES, check_yaml, foreign_entry, read_text
 from nemo_popsd.megatron.adapters import Adapters, merged_state
 from nemo_popsd.megatron.build import Model, build_chunks, chunks_of, layout_of
 from nemo_popsd.megatron.student import LoadWeights
-from nemo_popsd.reading import YAML_BYTES, check_yaml, foreign_entry, read_text
 
 _INTERPOLATION = re.compile(r"(?<!\\)\$\{")
 _MEND = "copy it again, or use another checkpoint"

@@ -26,8 +26,8 @@ from nemo_popsd.checkpoint.model_files import GENERATION, TENSOR_NAMES
 from nemo_popsd.checkpoint.tensor_map import MegatronWeights
 from nemo_popsd.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILES, load_tokenizer
 from nemo_popsd.errors import UserError
+from nemo_popsd.files.reading import YAML_BYTES, check_yaml, foreign_entry, read_text
 from nemo_popsd.megatron.build import Model
-from nemo_popsd.reading import YAML_BYTES, check_yaml, foreign_entry, read_text
 
 _PREFIX = "module."
 _MEND = "convert it with NeMo's own export_ckpt"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from nemo_popsd.atomic import new_directory
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.errors import UserError
-from nemo_popsd.ownership import ADAPTER
+from nemo_popsd.files.atomic import new_directory
+from nemo_popsd.files.ownership import ADAPTER
 
 
 def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_popsd.atomic import is_ours, remove_directory, write_text
 from nemo_popsd.checkpoint.contents import STATE
 from nemo_popsd.checkpoint.manifest import DamagedCheckpointError, read_manifest
-from nemo_popsd.ownership import CHECKPOINT
+from nemo_popsd.files.atomic import is_ours, remove_directory, write_text
+from nemo_popsd.files.ownership import CHECKPOINT
 
 FINAL = "final"
 LATEST = "latest"

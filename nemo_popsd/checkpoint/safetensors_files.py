@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.reading import read_json, unreadable
+from nemo_popsd.files.reading import read_json, unreadable
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -22,15 +22,6 @@ from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_popsd.atomic import (
-    PARTIAL,
-    begin_partial,
-    flush_directory,
-    flush_tree,
-    put_in_place,
-    refuse_what_is_in_the_way,
-    remove_directory,
-)
 from nemo_popsd.checkpoint.archive import pack
 from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEIGHTS, missing_files
 from nemo_popsd.checkpoint.distributed_tensors import Piece
@@ -39,9 +30,18 @@ from nemo_popsd.checkpoint.manifest import digest, digests, list_files, write_ma
 from nemo_popsd.checkpoint.training_state import StagedState
 from nemo_popsd.checkpoint.weights import StagedPieces, StagedWeights, adapter_parameters, every_parameter
 from nemo_popsd.errors import UserError
-from nemo_popsd.ownership import CHECKPOINT, refuse_foreign_archive
-from nemo_popsd.runtime.agreement import do_together
-from nemo_popsd.runtime.distributed import layout
+from nemo_popsd.files.atomic import (
+    PARTIAL,
+    begin_partial,
+    flush_directory,
+    flush_tree,
+    put_in_place,
+    refuse_what_is_in_the_way,
+    remove_directory,
+)
+from nemo_popsd.files.ownership import CHECKPOINT, refuse_foreign_archive
+from nemo_popsd.parallel.agreement import do_together
+from nemo_popsd.parallel.distributed import layout
 
 _LIBRARIES = ("nemo_popsd", "nemo_toolkit", "megatron-core", "megatron-bridge", "torch", "transformers")
 _PACKED = "packed"

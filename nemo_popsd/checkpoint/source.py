@@ -12,9 +12,9 @@ from nemo_popsd.checkpoint.fingerprint import checkpoint_fingerprint, files_fing
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
 from nemo_popsd.checkpoint.nemo2 import Nemo2Checkpoint, is_nemo2_checkpoint
+from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.megatron.build import Model
 from nemo_popsd.megatron.student import LoadWeights
-from nemo_popsd.testbed.assets import PREFIX, asset
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_popsd.atomic import flush_file
 from nemo_popsd.checkpoint.contents import STATE, STATE_INDEX, random_file
 from nemo_popsd.checkpoint.manifest import damaged
+from nemo_popsd.files.atomic import flush_file
 from nemo_popsd.megatron.optimizer_state import ParameterState, parameter_states, set_step_count, step_count
 from nemo_popsd.runtime.random_state import restore_random_state
 

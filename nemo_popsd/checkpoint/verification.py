@@ -22,8 +22,9 @@ from nemo_popsd.checkpoint.source import Source
 from nemo_popsd.data.tokenizer import load_tokenizer
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.build import build_chunks
-from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
-from nemo_popsd.runtime.distributed import device, initialize, world_size
+from nemo_popsd.megatron.config import StudentConfig
+from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.distributed import device, initialize, world_size
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest difference of two logits, relative to the greatest logit, by precision. Kernels that sum in another order

@@ -8,7 +8,7 @@ from typing import Any
 from nemo_popsd.cli.arguments import number
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
-from nemo_popsd.launcher import world_size
+from nemo_popsd.parallel.launcher import world_size
 
 
 def add_parser(subparsers: Any) -> None:

@@ -9,7 +9,7 @@ from nemo_popsd.cli.arguments import add_config_arguments
 from nemo_popsd.cli.launch import run_entry
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
-from nemo_popsd.launcher import read_launch
+from nemo_popsd.parallel.launcher import read_launch
 
 
 def add_parser(subparsers: Any) -> None:

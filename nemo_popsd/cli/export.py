@@ -26,9 +26,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check both paths, then convert."""
-    from nemo_popsd.atomic import refuse_what_is_in_the_way
     from nemo_popsd.config.consistency import check_checkpoint, check_output
-    from nemo_popsd.ownership import ADAPTER, EXPORT, refuse_overlap
+    from nemo_popsd.files.atomic import refuse_what_is_in_the_way
+    from nemo_popsd.files.ownership import ADAPTER, EXPORT, refuse_overlap
 
     check_checkpoint(args.checkpoint, setting="CHECKPOINT")
     check_output(args.output, setting="OUTPUT")

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from nemo_popsd.errors import START_AGAIN, TransientError
-from nemo_popsd.launcher import read_launch
+from nemo_popsd.parallel.launcher import read_launch
 
 _LIBRARIES = re.compile(r"gloo|NCCL|TCPStore|c10d|ProcessGroup|socket", re.IGNORECASE)
 _WAITED = re.compile(r"time[d]?[ -]?out|timeout", re.IGNORECASE)

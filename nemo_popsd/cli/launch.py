@@ -8,11 +8,11 @@ from typing import Any
 
 from nemo_popsd.cli.failures import as_lost_peer
 from nemo_popsd.errors import START_AGAIN, TransientError, UserError, in_words, may_pass
-from nemo_popsd.launcher import check_rendezvous, read_launch
+from nemo_popsd.parallel.launcher import check_rendezvous, read_launch
 
 
 def run_entry(name: str, *args: Any, module: str = "entry", **options: Any) -> int:
-    """Call ``nemo_popsd.model.<module>.<name>(*args, **options)``, with a console that shows our own lines.
+    """Call ``nemo_popsd.commands.<module>.<name>(*args, **options)``, with a console that shows our own lines.
 
     Returns the exit status.
 
@@ -27,7 +27,7 @@ def run_entry(name: str, *args: Any, module: str = "entry", **options: Any) -> i
     if not _connected():
         check_rendezvous(read_launch())
     set_up_console()
-    entry = importlib.import_module(f"nemo_popsd.model.{module}")
+    entry = importlib.import_module(f"nemo_popsd.commands.{module}")
     set_up_console()
     try:
         return int(getattr(entry, name)(*args, **options) or 0)

@@ -12,12 +12,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_popsd import __version__, launcher
+from nemo_popsd import __version__
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
 from nemo_popsd.cli.arguments import Parser
 from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_nobody_reads
 from nemo_popsd.cli.failures import LostPeerError
 from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, unless_it_may_pass
+from nemo_popsd.parallel import launcher
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 

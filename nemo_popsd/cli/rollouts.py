@@ -100,7 +100,7 @@ def _decoder(run: Path) -> Any:
     """Decodes token ids with the tokenizer of the run's newest checkpoint, or of its source before there is one."""
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.data.tokenizer import load_tokenizer
-    from nemo_popsd.testbed.assets import PREFIX, asset
+    from nemo_popsd.embedded.names import PREFIX, asset
 
     kept = sorted((run / "checkpoints").glob("*/huggingface/tokenizer_config.json"))
     if kept:

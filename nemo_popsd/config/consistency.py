@@ -7,15 +7,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_popsd.atomic import beside
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.named_sets import named_source
 from nemo_popsd.data.sources import check_source
+from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
-from nemo_popsd.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
+from nemo_popsd.files.atomic import beside
+from nemo_popsd.files.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
 from nemo_popsd.rollout.vllm.environment import check_environment
-from nemo_popsd.testbed.assets import PREFIX, asset
 
 RUN_FILES = (
     "metrics.jsonl",

@@ -9,11 +9,11 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from nemo_popsd.config.checks import shown
 from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
 from nemo_popsd.config.values import MISSING, inner, is_text, read_scalar
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import open_regular
+from nemo_popsd.files.json_files import open_regular
+from nemo_popsd.settings.checks import shown
 
 _MOST_BYTES = 1 << 17
 _MOST_NODES = 5_000

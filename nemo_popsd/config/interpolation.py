@@ -11,10 +11,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_popsd.config.checks import shown
 from nemo_popsd.config.keys import wrong_type
 from nemo_popsd.config.values import LONGEST_TEXT, from_interpolation
 from nemo_popsd.errors import UserError
+from nemo_popsd.settings.checks import shown
 
 _MOST = 24
 _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")

@@ -8,11 +8,11 @@ from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, cast
 
-from nemo_popsd.config.bounds import hints
-from nemo_popsd.config.checks import shown
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.values import describe
 from nemo_popsd.errors import UserError
+from nemo_popsd.settings.bounds import hints
+from nemo_popsd.settings.checks import shown
 
 _CLOSE = 0.7
 _MOST_NAMED = 3

@@ -9,9 +9,6 @@ from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_popsd.atomic import write_text
-from nemo_popsd.config.bounds import Text, hints, ruled
-from nemo_popsd.config.checks import shown
 from nemo_popsd.config.consistency import check_sections
 from nemo_popsd.config.documents import read_file, read_override
 from nemo_popsd.config.interpolation import escaped, resolve
@@ -19,6 +16,9 @@ from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.values import MISSING, check_text, from_plain
 from nemo_popsd.errors import UserError
+from nemo_popsd.files.atomic import write_text
+from nemo_popsd.settings.bounds import Text, hints, ruled
+from nemo_popsd.settings.checks import shown
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from nemo_popsd.config.checks import refuse, shown
 from nemo_popsd.errors import UserError
+from nemo_popsd.settings.checks import refuse, shown
 
 _LONGEST_PATH = 3072
 """Below Linux's 4,096 bytes, so that what is written inside has room."""

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.config.checks import shown
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.settings.checks import shown
 
 FREE = (
     "name",

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from nemo_popsd.config.bounds import Bounds, Text, check_numbers
 from nemo_popsd.data.config import DataConfig
 from nemo_popsd.diagnosis.config import DiagnosisConfig
 from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.evaluation.config import EvaluationConfig
-from nemo_popsd.megatron.config import OptimizerConfig, ParallelConfig, StudentConfig
+from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
 from nemo_popsd.observability.config import ObservabilityConfig
+from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.rollout.config import RolloutConfig
+from nemo_popsd.settings.bounds import Bounds, Text, check_numbers
 from nemo_popsd.training.config import TrainingConfig
 
 

@@ -12,9 +12,9 @@ import types
 import unicodedata
 from typing import Any, Union, get_args, get_origin
 
-from nemo_popsd.config.bounds import Text
-from nemo_popsd.config.checks import refuse
 from nemo_popsd.config.paths import given_path
+from nemo_popsd.settings.bounds import Text
+from nemo_popsd.settings.checks import refuse
 
 _NEEDS = {
     bool: "true or false",

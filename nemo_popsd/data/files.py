@@ -36,7 +36,7 @@ def resolve_path(path: str, *, setting: str) -> Path:
     if not path:
         raise UserError("data", got=f"{setting}.path=''", need="a file or a directory", mend=f"set {setting}.path")
     if path.startswith(EMBEDDED):
-        from nemo_popsd.testbed import asset
+        from nemo_popsd.embedded.names import asset
 
         return Path(asset(path))
     resolved = Path(path).expanduser()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.reading import read_json, unreadable
+from nemo_popsd.files.reading import read_json, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

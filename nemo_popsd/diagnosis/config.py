@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from nemo_popsd.config.bounds import Bounds, check_numbers
 from nemo_popsd.errors import UserError
+from nemo_popsd.settings.bounds import Bounds, check_numbers
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.diagnosis.shards import largest_of_shards
-from nemo_popsd.distillation.collectives import group_rank, reduce_sum_
+from nemo_popsd.parallel.collectives import group_rank, reduce_sum_
 
 COMPONENTS = ("total", "reference", "question", "target")
 """In the order of the rows of `VocabularyPush.push`."""

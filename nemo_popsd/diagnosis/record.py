@@ -32,12 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.atomic import write_text
 from nemo_popsd.diagnosis.push import COMPONENTS, PushedTokens
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import checksum
-from nemo_popsd.ownership import DIAGNOSIS, MARK, read_mark, write_mark
+from nemo_popsd.files.atomic import write_text
+from nemo_popsd.files.json_files import checksum
+from nemo_popsd.files.ownership import DIAGNOSIS, MARK, read_mark, write_mark
 
 SUMMARY, ROLLOUTS = "summary.json", "rollouts.jsonl"
 FORMAT = 1

@@ -28,14 +28,14 @@ from nemo_popsd.diagnosis.record import (
 )
 from nemo_popsd.diagnosis.tokens import Alternatives, BranchStates, diagnose_tokens
 from nemo_popsd.distillation.build import build_target
-from nemo_popsd.distillation.vocabulary import true_width
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
 from nemo_popsd.megatron.microbatches import ContextSequence
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.parallel.distributed import device
+from nemo_popsd.parallel.signals import StopSignals
+from nemo_popsd.parallel.vocabulary import true_width
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams, row_seed
-from nemo_popsd.runtime.distributed import device
-from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.training.config import TrainingConfig
 from nemo_popsd.training.trajectory import Trajectory
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_popsd.distillation.collectives import group_rank, group_size
+from nemo_popsd.parallel.collectives import group_rank, group_size
 
 
 class Largest(NamedTuple):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nemo_popsd.diagnosis.push import VocabularyPush
 from nemo_popsd.diagnosis.shards import Largest, at_ids, largest_of_shards
-from nemo_popsd.distillation.collectives import reduce_max_, reduce_sum_
 from nemo_popsd.distillation.products import product_into, statistics_dtype
 from nemo_popsd.distillation.target import Target
-from nemo_popsd.distillation.vocabulary import row_max, true_width
+from nemo_popsd.parallel.collectives import reduce_max_, reduce_sum_
+from nemo_popsd.parallel.vocabulary import row_max, true_width
 
 DISTRIBUTIONS = ("student", "base", "privileged", "reference", "target")
 """In the order of `Alternatives`."""

@@ -12,8 +12,6 @@ rowwise.py        the arithmetic of the steps on a tile of logits, as pure funct
 fusion.py         the same functions, compiled into fused kernels
 statistics.py     what to watch of every token
 decomposition.py  what to watch of a sample: the paper's decomposition of the teacher's signal
-vocabulary.py     which entries of a shard are true vocabulary; the mean row
-collectives.py    all communication, each sum with its adjoint
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
         frozen_states,
         hidden_pair,
     )
-    from nemo_popsd.distillation.vocabulary import mean_row
 
 __all__ = [
     "DecompositionStatistics",
@@ -56,7 +53,6 @@ __all__ = [
     "hidden_pair",
     "loss_from_hidden",
     "loss_from_logits",
-    "mean_row",
 ]
 
 _HOMES = {
@@ -76,7 +72,6 @@ _HOMES = {
     "Target": "target",
     "frozen_states": "target",
     "hidden_pair": "target",
-    "mean_row": "vocabulary",
 }
 
 

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_popsd.distillation.collectives import gather_shards, group_size, reduce_sum_, sum_shards_
 from nemo_popsd.distillation.divergence import Divergence
 from nemo_popsd.distillation.fusion import Stages
 from nemo_popsd.distillation.rowwise import MEASURES, Coefficients, Constants, capped_difference, total, watched
 from nemo_popsd.distillation.target import Target
+from nemo_popsd.parallel.collectives import gather_shards, group_size, reduce_sum_, sum_shards_
 
 
 class ChunkLogits(NamedTuple):

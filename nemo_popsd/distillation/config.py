@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from nemo_popsd.config.bounds import Bounds, check_numbers
-from nemo_popsd.config.checks import one_of
+from nemo_popsd.settings.bounds import Bounds, check_numbers
+from nemo_popsd.settings.checks import one_of
 
 _FAMILIES = ("purified", "opsd", "beta_opsd", "student_pmi", "other_reference", "wrong_reference")
 

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_popsd.distillation.collectives import reduce_max_, reduce_sum_, sum_for_shards
 from nemo_popsd.distillation.divergence import Divergence, divergence_of_log_probs
 from nemo_popsd.distillation.target import Target
-from nemo_popsd.distillation.vocabulary import row_max, true_width
+from nemo_popsd.parallel.collectives import reduce_max_, reduce_sum_, sum_for_shards
+from nemo_popsd.parallel.vocabulary import row_max, true_width
 
 
 def loss_from_logits(

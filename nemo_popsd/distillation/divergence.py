@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_popsd.distillation.collectives import sum_for_replicas
 from nemo_popsd.errors import UserError
+from nemo_popsd.parallel.collectives import sum_for_replicas
 
 KINDS = ("jsd", "forward_kl", "reverse_kl")
 

@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from nemo_popsd.distillation.checks import check_inputs
 from nemo_popsd.distillation.chunks import default_chunk_tokens
-from nemo_popsd.distillation.collectives import group_size, reduce_sum_
 from nemo_popsd.distillation.decomposition import (
     DecompositionStatistics,
     DiagnosedTokens,
@@ -32,7 +31,8 @@ from nemo_popsd.distillation.products import statistics_dtype
 from nemo_popsd.distillation.statistics import TokenStatistics
 from nemo_popsd.distillation.sweep import Plan, Sweep
 from nemo_popsd.distillation.target import FrozenStates, HiddenPair, Target
-from nemo_popsd.distillation.vocabulary import mean_row, true_width, true_widths
+from nemo_popsd.parallel.collectives import group_size, reduce_sum_
+from nemo_popsd.parallel.vocabulary import mean_row, true_width, true_widths
 
 _UPSTREAM_TOLERANCE = 1e-4
 """Relative: a trainer divides by the number of micro-batches and multiplies with it again, in fp32."""

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from nemo_popsd.distillation.chunks import chunk_slices, sampled_slices
 from nemo_popsd.distillation.closed_form import ChunkDivergence, ChunkLogits, Overlap
-from nemo_popsd.distillation.collectives import group_size
 from nemo_popsd.distillation.decomposition import DiagnosedTokens, decompose, measure_sample
 from nemo_popsd.distillation.divergence import Divergence
 from nemo_popsd.distillation.fusion import Stages
 from nemo_popsd.distillation.products import ChunkProducts, Products, add_product_, product_into, statistics_dtype
 from nemo_popsd.distillation.target import Target
+from nemo_popsd.parallel.collectives import group_size
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ NEEDED = (
     "lightning.pytorch",
     "nemo.core",
     "megatron.core",
-    "nemo_popsd.model.entry",
+    "nemo_popsd.commands.entry",
 )
-"""`nemo_popsd.model.entry` imports megatron.bridge, with the stand-ins that a machine without CUDA needs."""
+"""`nemo_popsd.commands.entry` imports megatron.bridge, with the stand-ins that a machine without CUDA needs."""
 
 ON_GPU = ("transformer_engine.pytorch", "megatron.bridge")
 """Cannot be imported without Transformer Engine; needed where it is installed and there are CUDA devices."""

@@ -16,7 +16,7 @@ from nemo_popsd.evaluation.estimates import Interval, Ratio, changes, interval, 
 from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
 from nemo_popsd.evaluation.rescoring import rescored
 from nemo_popsd.evaluation.summary import RESAMPLING_SEED, EvaluationSummary, figures_of
-from nemo_popsd.json_files import damaged, typed
+from nemo_popsd.files.json_files import damaged, typed
 
 _LABELS = {
     "accuracy": ("accuracy (avg@{k})", "%"),

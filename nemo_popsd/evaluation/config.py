@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from nemo_popsd.config.bounds import SECONDS_OF_30_DAYS, Bounds, Text, check_numbers
-from nemo_popsd.config.checks import one_of, pattern, refuse
 from nemo_popsd.data.named_sets import NAMED_SETS
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.markers import DEFAULT_MARKERS
+from nemo_popsd.settings.bounds import SECONDS_OF_30_DAYS, Bounds, Text, check_numbers
+from nemo_popsd.settings.checks import one_of, pattern, refuse
 
 
 @dataclass(kw_only=True)

@@ -32,10 +32,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nemo_popsd.atomic import remove_files, write_text
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import damaged, read_json, read_json_lines, typed
-from nemo_popsd.ownership import EVALUATION, MARK, read_mark, write_mark
+from nemo_popsd.files.atomic import remove_files, write_text
+from nemo_popsd.files.json_files import damaged, read_json, read_json_lines, typed
+from nemo_popsd.files.ownership import EVALUATION, MARK, read_mark, write_mark
 
 FORMAT = 1
 _SETTINGS, _PROBLEMS, _SCORES, _SUMMARY = "settings.json", "problems.jsonl", "scores.jsonl", "summary.json"

@@ -15,10 +15,11 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 
-from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, ParallelConfig, StudentConfig
+from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, StudentConfig
 from nemo_popsd.megatron.limits import refuse_impossible
 from nemo_popsd.megatron.spec import choose_layer_spec
-from nemo_popsd.runtime.distributed import device
+from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.distributed import device
 
 
 def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> list[GPTModel]:

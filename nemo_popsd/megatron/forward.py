@@ -20,8 +20,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nemo_popsd.megatron.alignment import SequenceSplit, bring_together
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
+from nemo_popsd.megatron.response_routing import SequenceSplit, bring_together
 
 Report = TypeVar("Report")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron import spec
-from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+from nemo_popsd.megatron.config import StudentConfig
+from nemo_popsd.parallel.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from nemo_popsd.data.alignment import append_response, response_positions
-from nemo_popsd.megatron.alignment import WHOLE, Route, SequenceSplit, plan_route
+from nemo_popsd.megatron.response_routing import WHOLE, Route, SequenceSplit, plan_route
 
 FEWEST_TOKENS = 2
 """Of a forward: Transformer Engine does not know how one token with one key-value head lies in memory, and refuses it

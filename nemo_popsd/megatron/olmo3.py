@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from nemo_popsd.distillation.collectives import sum_for_shards
+from nemo_popsd.parallel.collectives import sum_for_shards
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
 adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.

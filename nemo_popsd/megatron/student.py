@@ -13,14 +13,16 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemo_popsd.distillation import MainGradient, mean_row
+from nemo_popsd.distillation import MainGradient
 from nemo_popsd.megatron.adapters import Adapters
-from nemo_popsd.megatron.alignment import SequenceSplit
 from nemo_popsd.megatron.base import AdaptersOff, FrozenBase, FrozenCopy
 from nemo_popsd.megatron.build import Model, build_chunks
-from nemo_popsd.megatron.config import OptimizerConfig, ParallelConfig, StudentConfig
+from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.forward import output_weight, upstream_of_loss
 from nemo_popsd.megatron.optimizer import wrap_for_training
+from nemo_popsd.megatron.response_routing import SequenceSplit
+from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.vocabulary import mean_row
 
 logger = logging.getLogger(__name__)
 

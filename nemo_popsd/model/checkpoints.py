@@ -10,17 +10,17 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_popsd.atomic import flush_file
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import FINAL, Checkpoints, name_of, point_to, prune, superfluous
 from nemo_popsd.checkpoint.save import Content, PendingSave
 from nemo_popsd.checkpoint.training_state import load_random_state, load_training_state
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.files.atomic import flush_file
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.observability.jsonl_logger import FILE_NAME, read_metric
-from nemo_popsd.runtime.agreement import do_together
-from nemo_popsd.runtime.distributed import layout, on_any_rank
+from nemo_popsd.parallel.agreement import do_together
+from nemo_popsd.parallel.distributed import layout, on_any_rank
 from nemo_popsd.runtime.random_state import capture_random_state, restore_random_state
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
-from nemo_popsd.ownership import refuse_overlap
-from nemo_popsd.testbed.assets import located
+from nemo_popsd.embedded.names import located
+from nemo_popsd.files.ownership import refuse_overlap
 
 
 class MegatronSaveRestoreConnector(SaveRestoreConnector):

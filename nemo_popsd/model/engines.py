@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.embedded.names import located
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.rollout.engine import RolloutEngine
@@ -25,7 +26,6 @@ from nemo_popsd.rollout.vllm.engine import VllmEngine
 from nemo_popsd.rollout.vllm.environment import server_environment
 from nemo_popsd.rollout.vllm.ranks import ServerRanks
 from nemo_popsd.rollout.vllm.supervisor import Launch, VllmServer
-from nemo_popsd.testbed.assets import located
 
 logger = logging.getLogger(__name__)
 

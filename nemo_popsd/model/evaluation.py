@@ -28,8 +28,8 @@ from nemo_popsd.evaluation.run import (
 from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
 from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.model.engines import engine_name
-from nemo_popsd.runtime.agreement import from_rank_zero
-from nemo_popsd.runtime.meeting import wait_for_all
+from nemo_popsd.parallel.agreement import from_rank_zero
+from nemo_popsd.parallel.waiting import wait_for_all
 
 if TYPE_CHECKING:
     from nemo_popsd.model.purified_opsd import PurifiedOPSDModel

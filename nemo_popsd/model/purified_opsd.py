@@ -27,6 +27,7 @@ from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, refuse_tokens_beyond, stop_token_ids
 from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.run import choose_rows, diagnose
+from nemo_popsd.embedded.names import asset
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.summary import EvaluationSummary
@@ -37,11 +38,10 @@ from nemo_popsd.model.checkpoints import RunCheckpoints, resume_optimizer
 from nemo_popsd.model.connector import MegatronSaveRestoreConnector
 from nemo_popsd.model.engines import build_engine
 from nemo_popsd.model.evaluation import HeldOut
+from nemo_popsd.parallel.distributed import initialize, on_any_rank
+from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
-from nemo_popsd.runtime.distributed import initialize, on_any_rank
-from nemo_popsd.runtime.signals import StopSignals
-from nemo_popsd.testbed import asset
 from nemo_popsd.training.guard import non_finite
 from nemo_popsd.training.rollouts import TrainingRows
 from nemo_popsd.training.step import OnPolicyStep

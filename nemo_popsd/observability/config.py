@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_popsd.config.checks import one_of
+from nemo_popsd.settings.checks import one_of
 
 
 @dataclass(kw_only=True)

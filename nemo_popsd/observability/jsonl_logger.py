@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from nemo_popsd.atomic import write_text
 from nemo_popsd.errors import system_error
+from nemo_popsd.files.atomic import write_text
 from nemo_popsd.observability.rank import is_rank_zero
 
 _ROOM = {"need": "room and the right to write it", "mend": "free space, or set output to another file system"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_popsd.launcher import rank
+from nemo_popsd.parallel.launcher import rank
 
 
 def is_rank_zero() -> bool:

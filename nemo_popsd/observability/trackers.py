@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from nemo_popsd.atomic import write_text
+from nemo_popsd.files.atomic import write_text
 from nemo_popsd.observability.jsonl_logger import FILE_NAME
 
 logger = logging.getLogger(__name__)

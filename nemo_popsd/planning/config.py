@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from nemo_popsd.config.bounds import Bounds, check_numbers
-from nemo_popsd.config.checks import one_of
 from nemo_popsd.errors import UserError
+from nemo_popsd.settings.bounds import Bounds, check_numbers
+from nemo_popsd.settings.checks import one_of
 
 _POSITIVE = Bounds(1e-3, 1e9)
 _SHARE = Bounds(1e-3, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from nemo_popsd.megatron.config import ParallelConfig
+from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.planning.sizes import ModelSizes
 
 DIMENSIONS = tuple(item.name for item in fields(ParallelConfig))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_popsd.config.checks import shown
 from nemo_popsd.config.keys import known_keys, unknown_key
 from nemo_popsd.config.loading import load_schema
 from nemo_popsd.planning.config import PlanConfig
+from nemo_popsd.settings.checks import shown
 
 
 def split_settings(words: Sequence[str]) -> tuple[PlanConfig, list[str]]:

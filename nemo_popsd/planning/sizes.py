@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.config.checks import shown
+from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import parsed, read_json
-from nemo_popsd.testbed.assets import PREFIX, asset
+from nemo_popsd.files.json_files import parsed, read_json
+from nemo_popsd.settings.checks import shown
 
 _EMBEDDED = Path(__file__).parent / "models"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_popsd.atomic import write_text
+from nemo_popsd.files.atomic import write_text
 from nemo_popsd.report import sections
 from nemo_popsd.report.evaluation import evaluation
 from nemo_popsd.report.markup import esc, number

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_popsd.evaluation.markers import DEFAULT_MARKERS, marker_spans
-from nemo_popsd.json_files import damaged
+from nemo_popsd.files.json_files import damaged
 from nemo_popsd.report.markup import esc
 from nemo_popsd.report.run import AFTER, BEFORE, RunData, read_lines
 

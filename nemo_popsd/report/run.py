@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import checksum, damaged, open_regular, read_json, read_json_lines
+from nemo_popsd.files.json_files import checksum, damaged, open_regular, read_json, read_json_lines
 
 TRAIN, VALIDATION = "train/", "validation/"
 BEFORE, AFTER = "before", "after"

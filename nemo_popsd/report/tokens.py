@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.atomic import write_text
 from nemo_popsd.errors import UserError
+from nemo_popsd.files.atomic import write_text
 from nemo_popsd.report.decomposition import (
     entropy_plots,
     marker_push_table,

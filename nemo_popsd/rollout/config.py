@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from nemo_popsd.config.bounds import Bounds, check_numbers
-from nemo_popsd.config.checks import one_of
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.vllm.config import VllmConfig
+from nemo_popsd.settings.bounds import Bounds, check_numbers
+from nemo_popsd.settings.checks import one_of
 
 
 @dataclass(kw_only=True)

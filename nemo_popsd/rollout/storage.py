@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.atomic import flush_directory, remove_files, write_text
 from nemo_popsd.errors import UserError
-from nemo_popsd.json_files import read_json_lines
+from nemo_popsd.files.atomic import flush_directory, remove_files, write_text
+from nemo_popsd.files.json_files import read_json_lines
 from nemo_popsd.rollout.engine import Rollout
 
 FOLDER = "rollouts"

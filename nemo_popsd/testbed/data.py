@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from nemo_popsd.testbed.assets import FOLDER
+from nemo_popsd.embedded.names import FOLDER
 from nemo_popsd.testbed.problems import Split, records
 
 DATA_SEED = 7

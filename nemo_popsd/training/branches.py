@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from nemo_popsd.distillation import DiagnosedTokens, FrozenStates, Target, frozen_states
-from nemo_popsd.megatron.alignment import SequenceSplit
 from nemo_popsd.megatron.base import FrozenBase
 from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
 from nemo_popsd.megatron.microbatches import TokenCount
+from nemo_popsd.megatron.response_routing import SequenceSplit
 from nemo_popsd.training.trajectory import Trajectory
 
 

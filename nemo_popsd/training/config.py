@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from nemo_popsd.config.bounds import SECONDS_OF_30_DAYS, Bounds, check_numbers
-from nemo_popsd.config.checks import one_of, refuse
 from nemo_popsd.errors import UserError
+from nemo_popsd.settings.bounds import SECONDS_OF_30_DAYS, Bounds, check_numbers
+from nemo_popsd.settings.checks import one_of, refuse
 
 
 @dataclass(kw_only=True)

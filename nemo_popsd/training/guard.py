@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 
-from nemo_popsd.runtime.distributed import on_any_rank
+from nemo_popsd.parallel.distributed import on_any_rank
 from nemo_popsd.training.objective import LossReport
 
 

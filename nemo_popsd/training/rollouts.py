@@ -15,6 +15,10 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.parallel.agreement import do_together
+from nemo_popsd.parallel.distributed import greatest_of_all_ranks, on_any_rank
+from nemo_popsd.parallel.signals import StopSignals
+from nemo_popsd.parallel.waiting import wait_for_all
 from nemo_popsd.rollout.engine import (
     ConcurrentEngine,
     Drawing,
@@ -25,10 +29,6 @@ from nemo_popsd.rollout.engine import (
     row_seed,
 )
 from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
-from nemo_popsd.runtime.agreement import do_together
-from nemo_popsd.runtime.distributed import greatest_of_all_ranks, on_any_rank
-from nemo_popsd.runtime.meeting import wait_for_all
-from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.training.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)

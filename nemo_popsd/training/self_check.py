@@ -13,7 +13,7 @@ from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states, 
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
-from nemo_popsd.runtime.distributed import device, greatest_of_all_ranks
+from nemo_popsd.parallel.distributed import device, greatest_of_all_ranks
 from nemo_popsd.training.branches import TargetStates
 from nemo_popsd.training.objective import LossReport, Objective
 

@@ -15,10 +15,10 @@ from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.observability.metrics import StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
+from nemo_popsd.parallel.distributed import device
+from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
-from nemo_popsd.runtime.distributed import device
-from nemo_popsd.runtime.signals import StopSignals
 from nemo_popsd.training.balance import share_out
 from nemo_popsd.training.branches import FrozenBranches, TargetStates
 from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_update

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nemo_popsd.megatron.microbatches import TokenCount
 from nemo_popsd.observability.metrics import StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
-from nemo_popsd.runtime.distributed import device, greatest_of_all_ranks
+from nemo_popsd.parallel.distributed import device, greatest_of_all_ranks
 from nemo_popsd.training.objective import LossReport
 from nemo_popsd.training.trajectory import Trajectory
 

@@ -20,7 +20,8 @@ from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
+from nemo_popsd.megatron.config import StudentConfig
+from nemo_popsd.parallel.config import ParallelConfig
 from tests.counted_kills import CountedKill
 from tests.harness import run_ranks
 from tests.tiny_models import KINDS, load_dense, save_tiny_model, whole_logits
@@ -36,7 +37,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
 
 def _built(source: Any, world_size: int) -> Any:
     from nemo_popsd.megatron.build import build_chunks
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.parallel.distributed import initialize
 
     provider = source.architecture.provider()
     layout = ParallelConfig(tensor=world_size, sequence=world_size > 1 and provider.num_moe_experts is not None)
@@ -197,7 +198,7 @@ def test_verification_accepts_what_is_equal_and_names_what_is_not(places, source
 def _measure(rank: int, world_size: int, shallow: Path, deep: Path, folder: Path) -> list[int]:
     """How much more of its own memory (file pages, which the kernel can drop, not counted) this process needs in each
     direction for a deep model, once a shallow one with tensors of the same sizes has been converted."""
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.parallel.distributed import initialize
 
     initialize(ParallelConfig(), seed=1)
     grown = []
@@ -288,7 +289,7 @@ def test_kill_9_while_converting_leaves_what_is_complete_or_nothing(places, sour
 def _refuse(rank: int, world_size: int, source: Path, output: Path) -> str:
     """A conversion whose mapping is right for the tensors and wrong for the logits."""
     from nemo_popsd.checkpoint import verification
-    from nemo_popsd.model.conversion import hf_to_nemo
+    from nemo_popsd.commands.conversion import hf_to_nemo
 
     verification.TOLERANCE["fp32"] = -1.0  # no difference is below it
     try:

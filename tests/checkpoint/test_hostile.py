@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.manifest import digests, list_files, read_manifest, write_manifest
-from nemo_popsd.testbed.assets import asset
-from tests.commands import HANGS, run_command
+from nemo_popsd.embedded.names import asset
+from tests.command_runner import HANGS, run_command
 from tests.harness import run_ranks
 
 CASES = int(os.environ.get("POPSD_HOSTILE_CASES", "5"))

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_popsd.atomic import new_directory
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.errors import UserError
-from nemo_popsd.ownership import EXPORT, MARK
+from nemo_popsd.files.atomic import new_directory
+from nemo_popsd.files.ownership import EXPORT, MARK
 from tests.harness import run_ranks
 from tests.tiny_models import KINDS, build_student, load_dense, save_tiny_model, whole_logits
 

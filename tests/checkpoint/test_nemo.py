@@ -22,7 +22,8 @@ from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.config import LoRAConfig, ParallelConfig, StudentConfig
+from nemo_popsd.megatron.config import LoRAConfig, StudentConfig
+from nemo_popsd.parallel.config import ParallelConfig
 from tests.harness import run_ranks
 from tests.tiny_models import build_student, load_dense, save_tiny_model, whole_logits
 
@@ -103,7 +104,7 @@ def _save(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, A
 
 
 def _load(rank: int, world_size: int, folder: Path, again: Path) -> dict[str, Any]:
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.parallel.distributed import initialize
 
     initialize(ParallelConfig(tensor=world_size), seed=1)
     result: dict[str, Any] = {}
@@ -298,7 +299,7 @@ def test_what_every_checkpoint_must_hold_is_missed_though_the_manifest_fits(move
 def _load_broken(rank: int, world_size: int, broken: list[Path]) -> list[str]:
     messages = []
     from nemo_popsd.megatron.build import build_chunks
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.parallel.distributed import initialize
 
     initialize(ParallelConfig(), seed=1)
     for path in broken:

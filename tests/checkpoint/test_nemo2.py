@@ -29,8 +29,9 @@ def _expected() -> tuple[Tensor, Tensor]:
 def _logits(rank: int, world_size: int) -> Tensor:
     """Of Megatron's model, loaded as `student.source` is."""
     from nemo_popsd.megatron.build import build_chunks
-    from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.megatron.config import StudentConfig
+    from nemo_popsd.parallel.config import ParallelConfig
+    from nemo_popsd.parallel.distributed import initialize
 
     initialize(ParallelConfig(tensor=world_size), seed=1)
     source = open_source(str(MADE))

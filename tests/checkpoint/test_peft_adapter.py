@@ -21,8 +21,8 @@ from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.files.ownership import MARK
 from nemo_popsd.megatron.config import LoRAConfig, StudentConfig
-from nemo_popsd.ownership import MARK
 from tests.harness import run_ranks
 from tests.tiny_models import build_student, load_dense, save_tiny_model, whole_logits
 
@@ -105,7 +105,7 @@ def test_converted_the_adapters_are_in_the_weights(saved, kind, tmp_path):
 
 
 def _command(rank: int, world_size: int, nemo: Path, output: Path) -> None:
-    from nemo_popsd.model.conversion import nemo_to_hf
+    from nemo_popsd.commands.conversion import nemo_to_hf
 
     options = {"precision": None, "shard_bytes": 1 << 20, "trust_remote_code": False}
     nemo_to_hf(str(nemo), str(output), verifies=True, **options)  # type: ignore[arg-type]

@@ -78,8 +78,8 @@ def _marks(model: Any) -> set[float]:
 
 def _load_and_save_until_killed(rank: int, world_size: int, source: Path, output: Path, number: int) -> None:
     from nemo_popsd.checkpoint.retention import FINAL, name_of
+    from nemo_popsd.commands.run_directory import RunDirectory
     from nemo_popsd.model.checkpoints import resume_optimizer
-    from nemo_popsd.model.run_directory import RunDirectory
 
     model, checkpoints = _run(source, output, background=number % 2 == 1)
     step = 0
@@ -128,9 +128,9 @@ def small_disk(tmp_path: Path) -> Any:
 
 def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhere: Path) -> dict[str, str]:
     from nemo_popsd.checkpoint.retention import name_of
+    from nemo_popsd.parallel.agreement import do_together
     from nemo_popsd.rollout.engine import Rollout
     from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
-    from nemo_popsd.runtime.agreement import do_together
 
     told: dict[str, str] = {}
     usage = shutil.disk_usage

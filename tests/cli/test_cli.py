@@ -14,9 +14,9 @@ import pytest
 from nemo_popsd.cli import main as cli
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import TransientError, UserError
+from nemo_popsd.files.output_lock import OutputLock
+from nemo_popsd.files.ownership import ADAPTER, EXPORT, sizes_of, write_mark
 from nemo_popsd.observability import console
-from nemo_popsd.output_lock import OutputLock
-from nemo_popsd.ownership import ADAPTER, EXPORT, sizes_of, write_mark
 from tests.evaluation.scores import score
 from tests.evaluation.server import Server
 from tests.evaluation.test_comparison import saved
@@ -29,14 +29,14 @@ TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What the sub-commands asked of the model, which is not built."""
     made: list[tuple] = []
-    entry = types.ModuleType("nemo_popsd.model.entry")
+    entry = types.ModuleType("nemo_popsd.commands.entry")
     for name in ("train", "evaluate", "diagnose", "export", "export_adapter"):
         setattr(entry, name, lambda *args, name=name, **options: made.append((name, *args)))
-    monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
-    conversion = types.ModuleType("nemo_popsd.model.conversion")
+    monkeypatch.setitem(sys.modules, "nemo_popsd.commands.entry", entry)
+    conversion = types.ModuleType("nemo_popsd.commands.conversion")
     for name in ("hf_to_nemo", "nemo_to_hf"):
         setattr(conversion, name, lambda *args, name=name, **options: made.append((name, *args, options)))
-    monkeypatch.setitem(sys.modules, "nemo_popsd.model.conversion", conversion)
+    monkeypatch.setitem(sys.modules, "nemo_popsd.commands.conversion", conversion)
     # It changes the logging of the whole process, which other tests read.
     monkeypatch.setattr(console, "set_up_console", lambda: None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -96,7 +96,7 @@ def test_one_run_at_a_time_in_an_output(
     assert (calls, sorted(tmp_path.rglob("*"))) == ([], before)
     other.release()
     held: list[bool] = []
-    entry = sys.modules["nemo_popsd.model.entry"]
+    entry = sys.modules["nemo_popsd.commands.entry"]
     monkeypatch.setattr(entry, "train", lambda config, lock: held.append(lock.hold.is_own()))
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 0
     assert held == [True]
@@ -333,7 +333,7 @@ def test_what_another_start_may_cure_is_one_line_and_status_1(
     def fail(config: object, **options: object) -> None:
         raise TransientError("rank 3", got="it ended", cure="start again", advice=["its log:"])
 
-    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
+    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", fail)
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
     assert capsys.readouterr().err == "popsd: error: rank 3: it ended; start again\nits log:\n"
 
@@ -344,7 +344,7 @@ def test_a_file_system_that_fails_for_a_moment_is_no_defect(
     def fail(config: object, **options: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle", "x.jsonl")
 
-    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
+    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", fail)
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
     assert capsys.readouterr().err.startswith("popsd: error: train: Stale file handle: x.jsonl; start the same command")
 
@@ -353,7 +353,7 @@ def test_torchrun_is_told_that_a_stopped_run_is_no_failure(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", lambda *args, **options: 85)
+    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", lambda *args, **options: 85)
     assert cli.main(["train", TINY, f"output={tmp_path / 'run'}"]) == 85
     assert "saved and stopped" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
@@ -398,7 +398,7 @@ def test_defects_keep_their_traceback(calls: list[tuple], monkeypatch: pytest.Mo
     def fail(config: object, **options: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(sys.modules["nemo_popsd.model.entry"], "train", fail)
+    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         cli.main(["train", TINY, f"output={tmp_path}"])
 

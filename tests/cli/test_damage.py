@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from nemo_popsd.cli.main import main
+from nemo_popsd.embedded.names import asset
 from nemo_popsd.rollout.engine import Rollout
 from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
-from nemo_popsd.testbed.assets import asset
 from tests.evaluation.scores import score
 from tests.evaluation.test_comparison import saved
 from tests.report.runs_on_disk import write_run, write_samples

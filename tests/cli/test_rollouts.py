@@ -66,7 +66,7 @@ def test_rows_that_were_left_and_rows_by_several_weights(output: Path, capsys: p
 
 def test_rows_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nemo_popsd.data.tokenizer import load_tokenizer
-    from nemo_popsd.testbed import asset
+    from nemo_popsd.embedded.names import asset
 
     decode = load_tokenizer(asset("nemo_popsd:tiny_reasoner")).decode
     assert main(["rollouts", "show", str(output), "--step", "1", "--row", "a", "--text"]) == 0

@@ -14,7 +14,7 @@ from nemo_popsd.config.consistency import (
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
-from nemo_popsd.ownership import EXPORT, RUN, write_mark
+from nemo_popsd.files.ownership import EXPORT, RUN, write_mark
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.training.config import TrainingConfig
 

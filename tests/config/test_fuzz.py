@@ -32,11 +32,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from nemo_popsd.cli.main import main
-from nemo_popsd.config.bounds import Bounds, Text, ruled
 from nemo_popsd.config.keys import known_keys
 from nemo_popsd.config.loading import load_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning.config import PlanConfig
+from nemo_popsd.settings.bounds import Bounds, Text, ruled
 
 CASES = int(os.environ.get("POPSD_FUZZ_CASES", "200"))
 SEED = int(os.environ.get("POPSD_FUZZ_SEED", "20261128"))
@@ -262,11 +262,11 @@ def verdict(case: Case, status: int | None, out: str, err: str, accepted: list[P
 def accepted(monkeypatch: pytest.MonkeyPatch) -> list[PopsdConfig]:
     """Configurations with which a model would be built, which it is not."""
     made: list[PopsdConfig] = []
-    entry = types.ModuleType("nemo_popsd.model.entry")
+    entry = types.ModuleType("nemo_popsd.commands.entry")
     keep: Callable[..., int] = lambda config, *_, **__: made.append(config) or 0  # noqa: E731
     for name in ("train", "evaluate", "diagnose"):
         setattr(entry, name, keep)
-    monkeypatch.setitem(sys.modules, "nemo_popsd.model.entry", entry)
+    monkeypatch.setitem(sys.modules, "nemo_popsd.commands.entry", entry)
     monkeypatch.setattr("nemo_popsd.observability.console.set_up_console", lambda: None)
     monkeypatch.setattr("nemo_popsd.evaluation.served.evaluate_served", keep)
     monkeypatch.setattr("nemo_popsd.doctor.examination.cuda_devices", list)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from nemo_popsd.cli import main as cli
-from nemo_popsd.config.bounds import Text, ruled
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.config.paths import given_path
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.settings.bounds import Text, ruled
 
 PATHS = [key for key, rule in ruled(PopsdConfig) if rule is Text.PATH]
 

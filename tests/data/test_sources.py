@@ -1,7 +1,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,7 +63,7 @@ def test_embedded_names_resolve_through_the_testbed(tmp_path: Path, monkeypatch:
         asked.append(name)
         return path
 
-    monkeypatch.setitem(__import__("sys").modules, "nemo_popsd.testbed", SimpleNamespace(asset=asset))
+    monkeypatch.setattr("nemo_popsd.embedded.names.asset", asset)
     records, report = read_records(SourceConfig(path="nemo_popsd:tiny_train"))
     assert asked == ["nemo_popsd:tiny_train"]
     assert len(records) == 1

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nemo_popsd.diagnosis.groups import MEASURES
+from nemo_popsd.embedded.names import asset
 from nemo_popsd.errors import UserError
 from nemo_popsd.report import write_diagnosis_page
-from nemo_popsd.testbed.assets import asset
 from tests.harness import run_ranks
 from tests.tiny_models import load_dense
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_popsd.diagnosis.push import COMPONENTS, VocabularyPush
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, BranchStates, TokenDiagnosis, diagnose_tokens
 from nemo_popsd.distillation import LogLinearTarget, PurifiedTarget
-from nemo_popsd.distillation.vocabulary import true_width
 from nemo_popsd.errors import UserError
+from nemo_popsd.parallel.vocabulary import true_width
 from tests.distillation.dense import log_probs, make_problem, relative, target_log_probs
 from tests.harness import run_ranks
 

@@ -20,9 +20,9 @@ from nemo_popsd.distillation import (
     fusion,
     hidden_pair,
     loss_from_hidden,
-    mean_row,
 )
 from nemo_popsd.distillation.products import share_storage
+from nemo_popsd.parallel.vocabulary import mean_row
 from tests.distillation.calls import DIVERGENCES, diagnosed, hidden_loss, with_
 from tests.distillation.dense import make_problem
 from tests.harness import run_ranks

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from nemo_popsd import distillation
 from nemo_popsd.distillation import Divergence, LogLinearTarget, PurifiedTarget, loss_from_logits
+from nemo_popsd.parallel.vocabulary import mean_row
 from tests.distillation.calls import DIVERGENCES, TARGETS, hidden_loss, logits_loss
 from tests.distillation.dense import dense, make_problem, relative
 from tests.harness import run_ranks
@@ -79,7 +80,7 @@ def test_trap_1_padding_has_no_mass_no_share_in_the_mean_and_no_gradient(form, j
 
 def test_trap_1_the_mean_row_is_over_the_true_vocabulary():
     problem = make_problem(2, vocab=20, padded=32, junk=100.0)
-    mean = distillation.mean_row(problem.teacher_weight, 20)
+    mean = mean_row(problem.teacher_weight, 20)
     torch.testing.assert_close(mean, problem.teacher_weight[:20].mean(0))
 
 
@@ -184,7 +185,7 @@ def _errors_of_hidden_form(rank, size, problem, divergence) -> tuple[float, floa
 
 def _plant_raw_all_reduces(rank: int, world_size: int):
     from nemo_popsd.distillation import definition, divergence, hidden
-    from nemo_popsd.distillation.collectives import sum_for_replicas, sum_for_shards
+    from nemo_popsd.parallel.collectives import sum_for_replicas, sum_for_shards
 
     warnings.simplefilter("ignore")  # recent versions of torch warn of the raw all-reduce
     problem = make_problem(4)

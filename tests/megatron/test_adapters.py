@@ -63,8 +63,8 @@ def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str
     from nemo_popsd.megatron.adapters import merged_state
     from nemo_popsd.megatron.base import fingerprint
     from nemo_popsd.megatron.build import build_chunks
-    from nemo_popsd.megatron.config import ParallelConfig
-    from nemo_popsd.runtime.distributed import on_any_rank
+    from nemo_popsd.parallel.config import ParallelConfig
+    from nemo_popsd.parallel.distributed import on_any_rank
 
     plain = build_student(source, tensor=world_size).gpt
     settings: dict[str, Any] = {"adaptation": "lora", "lora": LORA}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.config import ParallelConfig
 from nemo_popsd.megatron.limits import refuse_indivisible
+from nemo_popsd.parallel.config import ParallelConfig
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,9 @@ def observe(rank: int, world_size: int, name: str, directory: Path) -> dict[str,
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.megatron.adapters import whole_model_name
     from nemo_popsd.megatron.build import build_chunks
-    from nemo_popsd.megatron.config import ParallelConfig, StudentConfig
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.megatron.config import StudentConfig
+    from nemo_popsd.parallel.config import ParallelConfig
+    from nemo_popsd.parallel.distributed import initialize
 
     dist.destroy_process_group()
     shapes = whole_shapes(name, directory)

@@ -125,9 +125,9 @@ def test_samples_of_other_weights_are_refused_on_every_rank(tmp_path: Path) -> N
 
 
 def held_out(rank: int, world_size: int, output: Path, tensor: int) -> Any:
+    from nemo_popsd.commands.entry import build_trainer
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.model import PurifiedOPSDModel
-    from nemo_popsd.model.entry import build_trainer
 
     config = load_config(TINY, overrides(output, tensor))
     trainer = build_trainer(config)

@@ -48,9 +48,9 @@ def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
     """One run; what can be seen of it from outside."""
     from nemo.core.classes import ModelPT
 
+    from nemo_popsd.commands.entry import build_trainer
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.model import PurifiedOPSDModel
-    from nemo_popsd.model.entry import build_trainer
 
     config = load_config(TINY, overrides(folder, adaptation))
     output = Path(config.output)
@@ -181,9 +181,9 @@ def test_data_is_set_up_from_plain_trees(lives: dict[str, Any], adaptation: str)
 
 def elsewhere(rank: int, world_size: int, folder: Path, tensor: int) -> dict[str, Any]:
     """The checkpoints of one rank, restored on two."""
+    from nemo_popsd.commands.entry import build_trainer
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.model import PurifiedOPSDModel
-    from nemo_popsd.model.entry import build_trainer
 
     seen: dict[str, Any] = {}
     for adaptation in ("full", "lora"):

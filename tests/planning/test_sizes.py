@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_popsd.embedded.names import asset
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.parameters import whole
 from nemo_popsd.planning.sizes import embedded_models, read_sizes
-from nemo_popsd.testbed.assets import asset
 
 # As the model cards state them, in billions.
 PUBLISHED = {

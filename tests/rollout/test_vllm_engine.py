@@ -51,7 +51,7 @@ def prompts(rows: int) -> list[list[int]]:
     """Questions as the embedded model knows them."""
     from nemo_popsd.data.dataset import build_evaluation_prompts
     from nemo_popsd.data.tokenizer import load_tokenizer
-    from nemo_popsd.testbed.assets import asset
+    from nemo_popsd.embedded.names import asset
 
     config = settings(Path("unused"))
     tokenizer = load_tokenizer(asset("nemo_popsd:tiny_reasoner"), setting="student.source")
@@ -70,8 +70,8 @@ def disturb(student: Any, share: float) -> None:
 def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """All that the tests look at, from one start of a server and one restart."""
     from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+    from nemo_popsd.embedded.names import asset
     from nemo_popsd.rollout.vllm import supervisor
-    from nemo_popsd.testbed.assets import asset
 
     model = asset("nemo_popsd:tiny_reasoner")
     config = settings(output, *words)
@@ -258,7 +258,7 @@ def test_replicas_that_share_experts_start_a_server_anew_together(tmp_path: Path
 
 def draw_and_die(rank: int, world_size: int, output: Path) -> None:
     """Is killed while its server is busy."""
-    from nemo_popsd.testbed.assets import asset
+    from nemo_popsd.embedded.names import asset
 
     vllm = engine(settings(output), build_student(asset("nemo_popsd:tiny_reasoner")))
     endless = SamplingParams(0.0, 1.0, 0, 300, frozenset())

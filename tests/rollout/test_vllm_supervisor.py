@@ -312,7 +312,7 @@ def test_every_rank_learns_what_came_of_it(case: str, expected: Any) -> None:
 
 
 def cannot_start(rank: int, world_size: int, output: Path) -> Any:
-    from nemo_popsd.testbed.assets import asset
+    from nemo_popsd.embedded.names import asset
     from tests.rollout.vllm_servers import engine, settings
     from tests.tiny_models import build_student
 

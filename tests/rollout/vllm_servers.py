@@ -38,8 +38,8 @@ def settings(output: Path, *words: str) -> Any:
 def engine(config: Any, student: Any, *, version: Any = lambda: 0, longest: int = 400, **arguments: Any) -> Any:
     """The engine of `config` for `student`. Collective."""
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+    from nemo_popsd.embedded.names import asset
     from nemo_popsd.model.engines import build_engine
-    from nemo_popsd.testbed.assets import asset
 
     return build_engine(
         config,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_popsd.megatron.config import ParallelConfig
+from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.runtime import cpu, local_layers
 from nemo_popsd.runtime.adaptation import Adaptation
 from nemo_popsd.runtime.cpu import ADAPTATIONS, adapt_to_cpu
@@ -246,7 +246,7 @@ def _patched(tree: ast.AST) -> set[str]:
 def _random_state(rank: int, world_size: int) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.parallel.distributed import initialize
 
     records: list[str] = []
     handler = logging.Handler()
@@ -268,7 +268,7 @@ def _scatter(rank: int, world_size: int) -> dict[str, Any]:
     """Columns of a matrix: views that are not contiguous; ours, and the library's own."""
     from megatron.bridge.models.conversion.param_mapping import ColumnParallelMapping
 
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.parallel.distributed import initialize
 
     initialize(ParallelConfig(tensor=world_size), seed=3)
     whole = torch.arange(12.0).reshape(3, 4)

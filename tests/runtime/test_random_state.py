@@ -12,8 +12,8 @@ def _draw(rank: int, world_size: int) -> list[Any]:
     import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from nemo_popsd.megatron.config import ParallelConfig
-    from nemo_popsd.runtime.distributed import initialize
+    from nemo_popsd.parallel.config import ParallelConfig
+    from nemo_popsd.parallel.distributed import initialize
     from nemo_popsd.runtime.random_state import capture_random_state, restore_random_state
 
     def numbers() -> list[float]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_popsd.testbed.assets import asset
+from nemo_popsd.embedded.names import asset
 from tests.slurm.cluster import Cluster
 from tests.tiny_models import load_dense
 

@@ -74,7 +74,8 @@ def _refusals(rank: int, world_size: int, models: Path) -> dict[str, str]:
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.errors import UserError
     from nemo_popsd.megatron import build, limits
-    from nemo_popsd.megatron.config import LoRAConfig, ParallelConfig, StudentConfig
+    from nemo_popsd.megatron.config import LoRAConfig, StudentConfig
+    from nemo_popsd.parallel.config import ParallelConfig
 
     limits.PRECISIONS_OF_CONTEXT = ("bf16",)
     build.choose_layer_spec = lambda *_: (_ for _ in ()).throw(AssertionError("not refused"))

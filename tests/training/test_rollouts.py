@@ -1,4 +1,4 @@
-"""Which weights draw what a step trains on, with the real engine; vLLM itself is in tests/model/test_overlap.py."""
+"""Which weights draw what a step trains on, with the real engine; vLLM itself is in tests/commands/test_overlap.py."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from nemo_popsd.config.bounds import SECONDS_OF_30_DAYS, Bounds, Text, check_numbers
-from nemo_popsd.config.checks import one_of
+from nemo_popsd.settings.bounds import SECONDS_OF_30_DAYS, Bounds, Text, check_numbers
+from nemo_popsd.settings.checks import one_of
 
 INTERFACES = ("auto", "weight-transfer", "worker-extension")
 

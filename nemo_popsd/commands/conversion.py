@@ -1,0 +1,106 @@
+"""What `popsd convert` does, once the paths are checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.source import open_source
+from nemo_popsd.checkpoint.verification import TOLERANCE, verify
+from nemo_popsd.errors import UserError
+from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.distributed import initialize, shutdown, world_size
+
+
+def hf_to_nemo(source: str, output: str, *, precision: str | None, verifies: bool, trust_remote_code: bool) -> None:
+    """Converts a Hugging Face directory into a NeMo checkpoint. Rank 0 converts, all ranks verify.
+
+    Args:
+        source: directory.
+        output: directory, or a file name ending in `.nemo`.
+        precision: of the checkpoint; None keeps every number of the files.
+        verifies: compare both sides afterwards.
+        trust_remote_code: run Python files in `source` where transformers asks for them.
+    """
+    initialize(ParallelConfig(tensor=world_size()), seed=0)
+    model = HuggingFaceModel(source, setting="SRC", trust_remote_code=trust_remote_code)
+    precision = precision or model.precision()
+    with _bar("converting", len(model.tensor_map().tensors)) as step:
+        huggingface_to_nemo(model, Path(output), precision, written=step)
+    _say(f"NeMo checkpoint: {output} ({len(model.tensor_names)} tensors, {precision})")
+    if verifies:
+        _verify(model, output, precision, trust_remote_code, written=Path(output))
+    shutdown()
+
+
+def nemo_to_hf(
+    source: str,
+    output: str,
+    *,
+    precision: str | None,
+    shard_bytes: int,
+    verifies: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Converts a NeMo checkpoint into a Hugging Face directory, adapters merged. Rank 0 converts, all ranks verify.
+
+    Args:
+        source: directory or `.nemo` file.
+        output: directory.
+        precision: of the files; None keeps that of the checkpoint.
+        verifies: compare both sides afterwards.
+        shard_bytes: size at which a new file is begun.
+        trust_remote_code: run Python files in `source` where transformers asks for them.
+    """
+    initialize(ParallelConfig(tensor=world_size()), seed=0)
+    opened = open_source(source, trust_remote_code=trust_remote_code)
+    precision = precision or opened.precision()
+    with _bar("converting", len(opened.architecture.tensor_names)) as step:
+        to_huggingface(opened, Path(output), precision, shard_bytes=shard_bytes, written=step)
+    _say(f"Hugging Face checkpoint: {output} ({len(opened.architecture.tensor_names)} tensors, {precision})")
+    if verifies:
+        model = HuggingFaceModel(output, setting="OUT", trust_remote_code=trust_remote_code)
+        _verify(model, source, precision, trust_remote_code, written=Path(output))
+    shutdown()
+
+
+def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_code: bool, *, written: Path) -> None:
+    """Compares both sides; what was written loses its name if they differ."""
+    try:
+        with _bar("comparing", len(model.tensor_names)) as step:
+            found = verify(model, open_source(nemo), precision, trust_remote_code=trust_remote_code, compared=step)
+    except UserError as error:
+        names = (written.with_name(f"{written.name}.refused{number}") for number in ("", *range(2, 1000)))
+        refused = next(path for path in names if not os.path.lexists(path))
+        if dist.is_initialized():
+            dist.barrier()  # all ranks have looked before the name is taken
+        if is_rank_zero():
+            written.rename(refused)
+        mend = f"{error.mend}; it is at {refused} now"
+        raise UserError(error.what, got=error.got, need=error.need, mend=mend) from error
+    sample = "text" if found.text else "random tokens (no tokenizer)"
+    _say(
+        f"verified: {found.tensors} tensors equal bit for bit; logits of {found.tokens} tokens of {sample} differ by "
+        f"at most {found.difference:.1e} of the greatest (limit {TOLERANCE[precision]:g}); same likeliest token at "
+        f"{100 * found.same_choice:.1f} % of the positions"
+    )
+
+
+@contextmanager
+def _bar(what: str, tensors: int) -> Iterator[Callable[[], object]]:
+    """Progress over `tensors` on rank 0's terminal; yields what to call after each."""
+    with tqdm(total=tensors, desc=what, unit=" tensors", disable=not is_rank_zero()) as bar:
+        yield bar.update
+
+
+def _say(text: str) -> None:
+    if is_rank_zero():
+        print(text, flush=True)

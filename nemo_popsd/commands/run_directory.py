@@ -1,0 +1,213 @@
+"""The output directory of a run: what a new attempt finds there, and what tells how far it came.
+
+.nemo_popsd     says that the directory is a run's
+config.yaml     resolved configuration of the last attempt
+metrics.jsonl   one line per step and per evaluation
+checkpoints/    step-000050, ..., final; the file `latest` names the newest
+validation/     what each evaluation drew and found: step-000000, ...
+rollouts/       what each step was trained on
+DONE            the run is finished
+REQUEUE         the run was asked to stop and has saved
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nemo_popsd.checkpoint.manifest import DamagedCheckpointError
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.checkpoint.retention import FINAL, LATEST, Checkpoints, is_name, prune
+from nemo_popsd.config.loading import save_resolved
+from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.evaluation import records
+from nemo_popsd.files.atomic import recover, remove_directory, remove_files, remove_partial_files, write_text
+from nemo_popsd.files.output_lock import Hold, OutputLock
+from nemo_popsd.files.ownership import CHECKPOINT, EXPORT, MARK, RUN, read_mark, refuse_foreign, write_mark
+from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
+from nemo_popsd.observability import jsonl_logger
+from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
+from nemo_popsd.parallel.agreement import do_together, from_rank_zero
+from nemo_popsd.rollout import storage
+from nemo_popsd.rollout.storage import RolloutStore
+
+logger = logging.getLogger(__name__)
+
+_DIAGNOSIS = ("summary.json", "rollouts.jsonl", "index.html", MARK)
+_FILES = (
+    (f"{storage.FOLDER}/step-*", storage.FILES),
+    (storage.FOLDER, ()),
+    ("validation/step-*", (*records.FILES, MARK)),
+    ("validation", ()),
+    ("diagnosis/before", _DIAGNOSIS),
+    ("diagnosis/after", _DIAGNOSIS),
+    ("diagnosis", ()),
+    ("tensorboard", ("events.out.tfevents.*", "hparams.yaml")),
+    ("vllm/model-*", ("*",)),
+    ("vllm", ("server-*.log",)),
+    (".", (jsonl_logger.FILE_NAME, "report.html", DONE, REQUEUE)),
+)
+"""What a run writes besides checkpoints and its export: folders below `output`, and names in them. With `overwrite`
+these are removed and nothing else is.
+"""
+_ROOM = {"need": "a directory that can be written", "mend": "set output"}
+
+
+class RunDirectory:
+    """What all ranks read, and rank 0 writes, below `output`. Methods are called by all ranks together."""
+
+    def __init__(self, config: PopsdConfig) -> None:
+        self._config = config
+        self.output = Path(config.output)
+        self._checkpoints = self.output / "checkpoints"
+        self._hold: Hold | None = None
+
+    def share_lock(self, lock: OutputLock | None) -> None:
+        """Tells all ranks of the lock that rank 0 has. Collective: one broadcast of an object."""
+        found = [None if lock is None else lock.hold]
+        dist.broadcast_object_list(found, src=0)
+        self._hold = found[0]
+
+    def is_own(self) -> bool:
+        """Whether the output is still this run's; on any rank."""
+        return self._hold is None or self._hold.is_own()
+
+    def check_lock(self) -> None:
+        """Refuses to write into an output that is another run's by now; on any rank.
+
+        Raises:
+            UserError, TransientError: see `nemo_popsd.files.output_lock.Hold.check`.
+        """
+        if self._hold is not None:
+            self._hold.check()
+
+    def refuse_lost_lock(self) -> None:
+        """The same on all ranks together. Collective: one gather of objects."""
+        self._on_rank_zero(lambda: None)
+
+    def checkpoint(self) -> NemoCheckpoint | None:
+        """The newest complete checkpoint, to resume from, compared with its manifest; None begins at step 1.
+
+        Half-written ones are removed. With `overwrite` nothing is looked at. A damaged one that is not the newest is
+        named in a warning and left alone.
+
+        Raises:
+            DamagedCheckpointError: the newest is damaged; the message says how to go on from the newest that is whole.
+            UserError: its run had other settings, or something that no run wrote is in the way of its checkpoints.
+        """
+        if self._config.overwrite:
+            return None
+        found = from_rank_zero(f"output {self.output}", self._look, **_ROOM)
+        name = None
+        try:
+            if (newest := found.newest()) is None:
+                return None
+            name = newest.name
+            checkpoint = self._whole(name)
+        except DamagedCheckpointError as error:
+            damaged = name or next(name for name, other in found.damaged.items() if str(other) == str(error))
+            raise self._with_a_way_on(error, damaged, found) from None
+        for older in found.damaged.values():
+            logger.warning("%s is left alone: %s", older.what, older.got)
+        refuse_another_run(checkpoint.config, self._config)
+        return checkpoint
+
+    def begin(self, completed: int) -> None:
+        """Makes the directory say that the run stands after step `completed`: what an attempt left of later steps goes,
+        with `overwrite` everything that a run wrote.
+        """
+        self._on_rank_zero(lambda: self._begin(completed))
+
+    def first_validation_is_missing(self) -> bool:
+        """Whether an evaluation before the first step is due, which no attempt has made yet."""
+        return bool(self._config.data.validation.path) and not validation_directory(str(self.output), 0).concluded
+
+    def validation_is_missing(self, completed: int) -> bool:
+        """Whether the evaluation that was due after step `completed` was cut off."""
+        every = self._config.training.validate_every
+        due = bool(self._config.data.validation.path) and every > 0 and completed > 0 and completed % every == 0
+        return due and completed not in read_metric(self.output, "validation/accuracy")
+
+    def mark_finished(self, steps: int) -> None:
+        """From now on the same command has nothing to do."""
+        self._on_rank_zero(lambda: write_text(self.output / DONE, f"{steps}\n"))
+
+    def mark_stopped(self, steps: int) -> None:
+        """Asks whoever started the run to start it again."""
+        self._on_rank_zero(lambda: write_text(self.output / REQUEUE, f"{steps}\n"))
+
+    def _look(self) -> Checkpoints:
+        self.check_lock()
+        recover(self._checkpoints, CHECKPOINT, is_name)
+        refuse_foreign(self._checkpoints / FINAL, CHECKPOINT)
+        return Checkpoints.in_folder(self._checkpoints)
+
+    def _whole(self, name: str) -> NemoCheckpoint:
+        """A checkpoint, opened and compared with its manifest. Collective: a gather of objects for each.
+
+        Raises:
+            DamagedCheckpointError: on every rank.
+        """
+        opened: list[NemoCheckpoint] = []
+        path = self._checkpoints / name
+        do_together(f"checkpoint {path}", lambda: opened.append(NemoCheckpoint(path)), **_ROOM)
+        opened[0].verify()
+        return opened[0]
+
+    def _with_a_way_on(self, error: DamagedCheckpointError, damaged: str, found: Checkpoints) -> DamagedCheckpointError:
+        """The error with what to do: the newest other checkpoint that is whole is looked for. Collective."""
+        path = self._checkpoints / damaged
+        aside = path.with_name(f"{damaged}.damaged")
+        mend = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is whole"
+        for name in reversed(found.resumable()):
+            if name == damaged:
+                continue
+            try:
+                step = self._whole(name).step
+            except DamagedCheckpointError:
+                continue
+            mend = (
+                f"copy it again, or move it away: mv {shlex.quote(str(path))} {shlex.quote(str(aside))}; then the same "
+                f"command goes on after step {step} from {self._checkpoints / name}, which is whole"
+            )
+            break
+        return DamagedCheckpointError(error.what, got=error.got, need=error.need, mend=mend)
+
+    def _begin(self, completed: int) -> None:
+        if self._config.overwrite:
+            self._remove_run()
+        self.output.mkdir(parents=True, exist_ok=True)
+        if read_mark(self.output) is None:
+            write_mark(self.output, RUN)
+        remove_partial_files(self.output)
+        for name in (DONE, REQUEUE):
+            (self.output / name).unlink(missing_ok=True)
+        keep_until(self.output, completed)
+        remove_validations_after(self.output, completed)
+        RolloutStore(self.output).remove_after(completed + 1)
+        save_resolved(self._config, self.output / "config.yaml")
+
+    def _remove_run(self) -> None:
+        recover(self._checkpoints, CHECKPOINT, is_name)
+        if self._checkpoints.is_dir():
+            names = sorted(path.name for path in self._checkpoints.iterdir() if is_name(path.name))
+            for name in prune(self._checkpoints, names):
+                logger.warning("%s holds what no run wrote and stays", self._checkpoints / name)
+        remove_files(self._checkpoints, (LATEST,))
+        remove_directory(self.output / "huggingface", EXPORT)
+        for pattern, names_of_files in _FILES:
+            for folder in sorted(self.output.glob(pattern)) if pattern != "." else [self.output]:
+                remove_files(folder, names_of_files)
+
+    def _on_rank_zero(self, action: Callable[[], None]) -> None:
+        def act() -> None:
+            if dist.get_rank() == 0:
+                self.check_lock()
+                action()
+
+        do_together(f"output {self.output}", act, **_ROOM)

@@ -1,0 +1,1 @@
+"""Files and directories that the project writes, replaces, reads strictly, locks and owns."""

@@ -1,0 +1,212 @@
+"""Files and directories that are complete or absent, whatever kills the process or the machine in between.
+
+The order is always: write under another name, flush file and directory to the disk, rename, flush the directory that
+holds the name. Directories carry the mark of `nemo_popsd.files.ownership` from their first moment: what has none is
+never removed or replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from nemo_popsd.files.ownership import MARK, foreign, read_mark, refuse_foreign, sizes_of, write_mark
+
+PARTIAL = ".partial"
+"""Suffix of what is still being written."""
+REPLACED = ".replaced"
+"""Suffix of what a new directory has taken the place of, for the moment that takes."""
+REMOVED = ".removed"
+"""Suffix of a directory that is being removed."""
+_PARTIAL_FILE = re.compile(r".+\.popsd-[0-9a-f]{8}" + re.escape(PARTIAL))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that holds the old or the new text at any moment, never half of one."""
+    partial = path.with_name(f"{path.name}.popsd-{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush_directory(path.parent)
+
+
+def remove_partial_files(directory: Path) -> None:
+    """Removes what calls of `write_text` that were killed left anywhere below `directory`."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if _PARTIAL_FILE.fullmatch(name):
+                (Path(folder) / name).unlink()
+
+
+def flush_tree(directory: Path) -> None:
+    """Waits until every file and directory below `directory`, itself included, is on the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            flush_file(Path(folder) / name)
+        flush_directory(Path(folder))
+
+
+def flush_file(path: Path) -> None:
+    """Waits until the file's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_directory(directory: Path) -> None:
+    """Waits until the names in `directory` are on the disk."""
+    flush_file(directory)
+
+
+def beside(path: Path) -> tuple[Path, ...]:
+    """The names that writing `path` needs: itself, and those that it has for a while."""
+    return path, *(path.with_name(path.name + suffix) for suffix in (PARTIAL, REPLACED, REMOVED))
+
+
+def refuse_what_is_in_the_way(path: Path, kind: str, *, setting: str = "output") -> None:
+    """Refuses to write the directory `path` where anything that is not ours has its name, or one that it needs.
+
+    Raises:
+        UserError: names what is there.
+    """
+    for name in beside(path):
+        refuse_foreign(name, kind, setting=setting)
+
+
+def put_in_place(new: Path, path: Path, kind: str) -> None:
+    """Renames the directory `new`, which is marked and on the disk already, to `path`.
+
+    A directory of ours that is there is renamed aside first and removed last: one of the two is complete at any
+    moment, and `recover` finds it.
+
+    Raises:
+        UserError: what is at `path` is not ours; nothing has been changed.
+    """
+    refuse_foreign(path, kind)
+    if path.is_dir():
+        replaced = path.with_name(path.name + REPLACED)
+        remove_directory(replaced, kind)
+        path.rename(replaced)
+        new.rename(path)
+        flush_directory(path.parent)
+        remove_directory(replaced, kind)
+    else:
+        new.rename(path)
+        flush_directory(path.parent)
+
+
+def begin_partial(path: Path, kind: str) -> Path:
+    """Makes the marked, otherwise empty directory in which `path` is written, and returns it.
+
+    Raises:
+        UserError: something that is not ours is in the way; nothing has been changed.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    remove_directory(partial, kind)
+    partial.mkdir(parents=True)
+    write_mark(partial, kind)
+    return partial
+
+
+@contextmanager
+def new_directory(path: Path, kind: str) -> Iterator[Path]:
+    """Yields a directory that is `path` once the block has ended, with all that was put into it; an earlier one of ours
+    is replaced then, and not before. If the block raises, it is removed.
+
+    Raises:
+        UserError: what is at `path` is not ours; nothing has been changed.
+    """
+    refuse_what_is_in_the_way(path, kind)
+    partial = begin_partial(path, kind)
+    try:
+        yield partial
+        write_mark(partial, kind, sizes_of(partial))
+        flush_tree(partial)
+    except BaseException:
+        remove_directory(partial, kind)
+        raise
+    put_in_place(partial, path, kind)
+
+
+def recover(folder: Path, kind: str, is_name: Callable[[str], bool]) -> None:
+    """Cleans `folder` after a kill: half-written and half-removed directories go, one that was set aside comes back if
+    nothing took its place.
+
+    Args:
+        folder: may be absent.
+        kind: of the directories in it.
+        is_name: whether a name is one that we give; any other entry is left alone.
+
+    Raises:
+        UserError: something that is not ours has a name that a directory of ours needs while it is written.
+    """
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        original = entry.with_name(entry.stem)
+        if entry.suffix not in (PARTIAL, REPLACED, REMOVED) or not is_name(original.name):
+            continue
+        refuse_foreign(entry, kind)
+        if entry.suffix == REPLACED and not original.exists():
+            entry.rename(original)
+        else:
+            remove_directory(entry, kind)
+
+
+def remove_directory(path: Path, kind: str) -> None:
+    """Removes a directory of ours, or nothing.
+
+    It loses its name first: what a kill leaves is marked as being removed, and never looks like a complete one. The
+    mark goes last.
+
+    Raises:
+        UserError: it is not ours, or not only.
+    """
+    refuse_foreign(path, kind)
+    if not path.is_dir():
+        return
+    if path.suffix not in (PARTIAL, REPLACED, REMOVED):
+        doomed = path.with_name(path.name + REMOVED)
+        remove_directory(doomed, kind)
+        path = path.rename(doomed)
+    if read_mark(path) is None:
+        with contextlib.suppress(OSError):  # a full disk must not keep anything from being removed
+            write_mark(path, kind)
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != MARK:
+            entry.unlink()
+    (path / MARK).unlink(missing_ok=True)
+    path.rmdir()
+
+
+def remove_files(directory: Path, patterns: Sequence[str]) -> None:
+    """Removes the files of `directory` whose names match, and then `directory` itself if nothing else is in it."""
+    if not directory.is_dir():
+        return
+    for entry in sorted(directory.iterdir()):
+        if not entry.is_dir() and any(fnmatchcase(entry.name, pattern) for pattern in patterns):
+            entry.unlink()
+    if not directory.is_symlink() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def is_ours(path: Path, kind: str) -> bool:
+    """Whether `path` is a directory that may be removed as one of `kind`."""
+    return path.is_dir() and foreign(path, kind) is None

@@ -1,0 +1,186 @@
+"""Process groups and random state: torch.distributed's one default group, and Megatron's inside it.
+
+Megatron owns every group but the default one. A single process without a launcher gets a group of one.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.rendezvous import rendezvous
+
+from nemo_popsd.errors import TransientError, UserError, in_words
+from nemo_popsd.parallel import launcher
+from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.waiting import prepare_meeting
+from nemo_popsd.runtime.cpu import adapt_to_cpu
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_START = timedelta(minutes=30)
+"""From the first rank that is ready to meet the others to the last."""
+_PATIENCE_SECONDS = 20.0
+_PATIENCE_OF_OTHERS_SECONDS = 300.0
+"""Before a rank says whom it waits for. Rank 0 speaks for all, unless it is rank 0 that does not come."""
+
+
+def device() -> torch.device:
+    """This process's device: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def world_size() -> int:
+    """Number of processes: of the default group, or as the launcher says where there is none yet."""
+    return dist.get_world_size() if dist.is_initialized() else launcher.world_size()
+
+
+def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Makes the default group (NCCL with CUDA, gloo without), Megatron's groups and the seeds. Collective.
+
+    Reads what the launcher says, see `nemo_popsd.parallel.launcher`. Idempotent for the same layout.
+
+    Args:
+        parallel: the layout; data parallelism takes the rest of the world.
+        seed: base seed, the same on every rank; Megatron derives those of tensor-parallel regions.
+        timeout: a collective that waits longer fails on every rank.
+
+    Raises:
+        UserError: the world does not divide by the layout, this process has another one, or no GPU of its own.
+        TransientError: not all processes have come together in time.
+    """
+    adapt_to_cpu()
+    if torch.cuda.is_available():
+        _take_device(launcher.read_launch().local_rank)
+    if not dist.is_initialized():
+        launch = launcher.read_launch()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend,
+            store=_store(launch, timeout),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            # NCCL is told its device: otherwise it guesses one at the first barrier.
+            device_id=device() if torch.cuda.is_available() else None,
+        )
+    parallel.check_world(dist.get_world_size())
+    prepare_meeting()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            # An expert is whole on its rank where experts are shared out, and split like other matrices elsewhere.
+            expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
+        )
+    present = _sizes_of_groups()
+    if present.describe() != parallel.describe():
+        raise UserError(
+            "layout",
+            got=f"{parallel.describe()} in a process whose groups were made for {present.describe()}",
+            need="one layout in the life of a process",
+            mend=f"set {present.describe()}, or build the trainer from the same configuration as the model",
+        )
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _take_device(number: int) -> None:
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            "launcher",
+            got=f"LOCAL_RANK={number} on a machine where torch sees {torch.cuda.device_count()} GPUs",
+            need="a GPU for each rank",
+            mend="start fewer ranks a node, or set CUDA_VISIBLE_DEVICES to more GPUs",
+        )
+    torch.cuda.set_device(number)
+
+
+def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
+    """Where the processes find each other; one process needs no port for that."""
+    if launch.world_size == 1:
+        return dist.HashStore()
+    place = f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
+    patience = _PATIENCE_SECONDS if launch.rank == 0 else _PATIENCE_OF_OTHERS_SECONDS
+    reminder = threading.Timer(patience, _say_who_is_awaited, (launch, place))
+    reminder.daemon = True
+    reminder.start()
+    limit = min(timeout, _LONGEST_START)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=limit))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise TransientError(
+            f"rank {launch.rank} of {launch.world_size}",
+            got=f"the ranks of the run have not met at {place} within {limit}",
+            cure="see why the others have not come; start all ranks of a run with the same MASTER_ADDR, MASTER_PORT "
+            "and WORLD_SIZE",
+            advice=[in_words(error)],
+        ) from error
+    finally:
+        reminder.cancel()
+    store.set_timeout(timeout)
+    return dist.PrefixStore("default_pg", store)
+
+
+def _say_who_is_awaited(launch: launcher.Launch, place: str) -> None:
+    logger.error(
+        "rank %d waits for the other ranks of WORLD_SIZE=%d at %s; if this is to be a single process, "
+        "`unset RANK WORLD_SIZE LOCAL_RANK`",
+        launch.rank,
+        launch.world_size,
+        place,
+    )
+
+
+def _sizes_of_groups() -> ParallelConfig:
+    return ParallelConfig(
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        context=parallel_state.get_context_parallel_world_size(),
+        expert=parallel_state.get_expert_model_parallel_world_size(),
+    )
+
+
+def shutdown() -> None:
+    """Destroys Megatron's groups and the default one."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def layout() -> dict[str, int]:
+    """Sizes of the parallel groups."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def greatest_of_all_ranks(number: float) -> float:
+    """The greatest `number` of the world: one all-reduce of one number."""
+    value = torch.tensor(number, device=device(), dtype=torch.float64)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value.item())
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank of the world: one all-reduce of one number."""
+    return greatest_of_all_ranks(float(flag)) > 0

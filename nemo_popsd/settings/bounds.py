@@ -1,0 +1,115 @@
+"""What a setting may hold beyond its type, declared with it: `Annotated[int, Bounds(1, 100)]`, `Annotated[str, PATH]`.
+
+Every number of every section declares finite bounds, so that nothing absurd (an infinite time-out, a seed that no
+generator takes, a batch that fills the memory) gets further than the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, get_type_hints
+
+from nemo_popsd.settings.checks import refuse
+
+SECONDS_OF_30_DAYS = 30 * 24 * 3600
+"""The longest time-out that a setting takes."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The interval of a number, or of each number of a list."""
+
+    low: float
+    """Least value."""
+    high: float
+    """Greatest value."""
+    above: bool = False
+    """`low` itself is excluded."""
+    below: bool = False
+    """`high` itself is excluded."""
+    or_zero: bool = False
+    """0 is allowed as well, where it turns something off."""
+
+    def hold(self, value: float) -> bool:
+        """Whether `value` lies within; NaN never does."""
+        if self.or_zero and value == 0:
+            return True
+        over = value > self.low if self.above else value >= self.low
+        under = value < self.high if self.below else value <= self.high
+        return over and under
+
+    def __str__(self) -> str:
+        low, high = (f"{int(end):,}" if end == int(end) else f"{end:g}" for end in (self.low, self.high))
+        interval = f"from {low} to {high}"
+        if self.above or self.below:
+            interval = f"{'above' if self.above else 'from'} {low} and {'below' if self.below else 'at most'} {high}"
+        return f"{interval}, or 0" if self.or_zero else interval
+
+
+class Text(Enum):
+    """What a text is for, which says which characters and lengths it may have."""
+
+    LINE = "line"
+    """One line, the default."""
+    NAME = "name"
+    """A short line that is not empty; it also names things outside the configuration."""
+    PATH = "path"
+    """A path: `~` at its beginning is the home directory (see `nemo_popsd.config.paths`)."""
+    PROSE = "prose"
+    """Text of any number of lines."""
+
+
+Rule = Bounds | Text
+
+
+@cache
+def hints(schema: type) -> Mapping[str, Any]:
+    """The type of each field of the dataclass `schema`."""
+    return get_type_hints(schema)
+
+
+@cache
+def rules(schema: type) -> Mapping[str, Rule]:
+    """What is declared of each field of the dataclass `schema`; sections inside it are not entered."""
+    found: dict[str, Rule] = {}
+    for name, hint in get_type_hints(schema, include_extras=True).items():
+        for rule in getattr(hint, "__metadata__", ()):
+            if isinstance(rule, Rule):
+                found[name] = rule
+    return found
+
+
+def check_numbers(section: Any, name: str = "") -> None:
+    """Refuse a number of `section` beyond its bounds; sections inside it have checked themselves.
+
+    Args:
+        section: an instance of a section's dataclass.
+        name: its dotted name, "" for the whole configuration.
+
+    Raises:
+        UserError: names the setting and its bounds.
+    """
+    schema: Any = type(section)
+    kinds = hints(schema)
+    for field, rule in rules(schema).items():
+        value = getattr(section, field)
+        if not isinstance(rule, Bounds) or value is None:
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            if not rule.hold(number):
+                kind = "whole number" if kinds[field] in (int, int | None, list[int]) else "number"
+                need = f"{kind}s {rule}" if isinstance(value, list) else f"a {kind} {rule}"
+                raise refuse(f"{name}.{field}" if name else field, value, need)
+
+
+def ruled(schema: type, prefix: str = "") -> Iterator[tuple[str, Rule]]:
+    """Dotted name and rule of every setting that declares one, in `schema` and the sections inside it."""
+    for name, rule in rules(schema).items():
+        yield prefix + name, rule
+    for name, hint in hints(schema).items():
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from ruled(hint, f"{prefix}{name}.")

@@ -1,0 +1,374 @@
+"""Runs that are killed, signalled, moved and taken up again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_popsd.cli.main import main
+from nemo_popsd.errors import SAVED_AND_STOPPED
+from tests.model.runs import LORA, SETTINGS, TINY, differences, metrics, rollouts, state, train, train_and_die
+
+pytestmark = pytest.mark.slow
+
+ADAPTATIONS = {"full": (), "lora": (LORA,)}
+both = pytest.mark.parametrize("adaptation", list(ADAPTATIONS))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Path) -> Path:
+    """Four steps without a break, with and without adapters."""
+    for adaptation, words in ADAPTATIONS.items():
+        assert train(runs / "whole" / adaptation, *words)[0][0] == 0
+    return runs / "whole"
+
+
+@pytest.fixture(scope="module")
+def resumed(runs: Path) -> Path:
+    """Killed in step 4, with a checkpoint after step 2; then the same command again."""
+    for adaptation, words in ADAPTATIONS.items():
+        output = runs / "resumed" / adaptation
+        train_and_die(output, *words, plan={"step": 4})
+        assert [step for step, _ in metrics(output, "train/loss")] == [1, 2, 3]
+        assert sorted(rollouts(output)) == [f"step-{step:06d}/part-0000-of-0001.jsonl" for step in (1, 2, 3, 4)]
+        with (output / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "train/l')  # as a kill in mid-write leaves it
+        (output / "checkpoints" / "step-000003.partial").mkdir()
+        written = (output / "rollouts" / "step-000003" / "part-0000-of-0001.jsonl").stat().st_mtime_ns
+        status, told = train(output, *words)[0]
+        assert status == 0
+        assert "resuming after step 2" in told
+        part = output / "rollouts" / "step-000003" / "part-0000-of-0001.jsonl"
+        assert part.stat().st_mtime_ns == written  # its rollouts were not drawn again
+    return runs / "resumed"
+
+
+@both
+def test_a_killed_run_ends_with_the_same_bits(whole: Path, resumed: Path, adaptation: str) -> None:
+    one, other = whole / adaptation, resumed / adaptation
+    assert differences(one / "checkpoints" / "final", other / "checkpoints" / "final") == []
+    assert any("random-00000" in name for name in state(one / "checkpoints" / "final"))
+    assert rollouts(one) == rollouts(other)
+    assert len(rollouts(one)) == 4
+    assert metrics(one, "train/loss") == metrics(other, "train/loss")
+
+
+def test_a_kill_before_the_first_checkpoint_changes_no_bit(whole: Path, runs: Path) -> None:
+    """The second start finds the first validation on the disk and does not make it again."""
+    output = runs / "killed early"
+    train_and_die(output, plan={"step": 1})
+    assert (output / "validation" / "step-000000" / "summary.json").is_file()
+    assert not list((output / "checkpoints").glob("step-*"))
+    assert train(output)[0][0] == 0
+    assert differences(whole / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
+
+
+def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(whole: Path, runs: Path) -> None:
+    """Resumed after step 2, which is removed when step 3 is complete: `final` has all files all the same."""
+    from nemo_popsd.checkpoint.manifest import read_manifest
+
+    output = runs / "outlived"
+    words = ("training.checkpoint_every=1", "training.keep_last=1", "training.export_huggingface=true")
+    train_and_die(output, *words, plan={"step": 3})
+    status, told = train(output, *words)[0]
+    assert status == 0
+    assert "resuming after step 2" in told
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["final", "latest", "step-000003"]
+    files = [sorted(read_manifest(path / "checkpoints" / "final")["files"]) for path in (whole / "full", output)]
+    assert files[0] == files[1]
+    assert {"huggingface/config.json", "huggingface/tokenizer.json"} <= set(files[0])
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in (output / "huggingface").iterdir()}
+    assert train(output, *words, "training.steps=5")[0][0] == 0
+
+
+def test_an_old_damaged_checkpoint_stops_nothing_and_stays(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole / "full", output)
+    (output / "DONE").unlink()
+    old = output / "checkpoints" / "step-000002"
+    (old / "manifest.json").write_bytes(b"")
+    words = ("training.steps=6", "training.checkpoint_every=1", "training.keep_last=1")
+    status, told = train(output, *words)[0]
+    assert status == 0, told
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "final",
+        "latest",
+        "step-000002",
+        "step-000005",
+    ]
+    assert (old / "weights" / "common.pt").is_file()
+
+
+@both
+def test_no_line_of_the_metrics_is_lost_or_doubled(resumed: Path, adaptation: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert [step for step, _ in metrics(resumed / adaptation, "train/loss")] == [1, 2, 3, 4]
+    assert [step for step, _ in metrics(resumed / adaptation, "validation/accuracy")] == [0, 2, 4]
+    events = EventAccumulator(str(resumed / adaptation / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_two_seeded_runs_are_equal_bit_for_bit(whole: Path, runs: Path) -> None:
+    assert train(runs / "again")[0][0] == 0
+    assert differences(whole / "full" / "checkpoints" / "final", runs / "again" / "checkpoints" / "final") == []
+    assert rollouts(whole / "full") == rollouts(runs / "again")
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "layout"),
+    [
+        ("full", "parallel.tensor=2"),
+        ("full", "optimizer.distributed=true"),
+        ("lora", "parallel.tensor=2 optimizer.distributed=true"),
+        ("full", "parallel.pipeline=2"),
+        ("lora", "parallel.pipeline=2 optimizer.distributed=true"),
+    ],
+)
+def test_in_another_layout_the_losses_are_equal(whole: Path, tmp_path: Path, adaptation: str, layout: str) -> None:
+    """Steps 3 and 4 on two ranks, steps 5 and 6 on one again."""
+    moved = tmp_path / "moved"
+    shutil.copytree(whole / adaptation, moved)
+    shutil.rmtree(moved / "checkpoints" / "final")
+    (moved / "DONE").unlink()
+    words = ADAPTATIONS[adaptation]
+    assert [status for status, _ in train(moved, *words, *layout.split(), ranks=2)] == [0, 0]
+    shutil.copytree(whole / adaptation, tmp_path / "stayed")
+    for output in (moved, tmp_path / "stayed"):
+        assert train(output, *words, "training.steps=6", "training.checkpoint_every=0")[0][0] == 0
+    there, here = metrics(moved, "train/loss"), metrics(tmp_path / "stayed", "train/loss")
+    assert [step for step, _ in there] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in there] == pytest.approx([loss for _, loss in here], rel=3e-5)
+
+
+def test_a_finished_run_says_so(
+    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    before = (whole / "full" / "metrics.jsonl").read_bytes()
+    assert main(["train", TINY, f"output={whole / 'full'}", *SETTINGS]) == 0
+    assert "is finished after 4 steps" in capsys.readouterr().out
+    assert (whole / "full" / "metrics.jsonl").read_bytes() == before
+
+
+def test_adapters_alone_are_saved_and_the_old_checkpoints_go(whole: Path) -> None:
+    lora, full = (whole / name / "checkpoints" for name in ("lora", "full"))
+    assert json.loads((lora / "final" / "manifest.json").read_text())["weights"] == "adapters"
+    size = {p: sum(f.stat().st_size for f in (p / "final" / "weights").glob("*.distcp")) for p in (lora, full)}
+    assert size[lora] < size[full] / 3
+    assert (lora / "latest").read_text() == "final\n"
+    assert sorted(path.name for path in lora.iterdir()) == ["final", "latest", "step-000002"]
+
+
+def test_another_base_other_rows_and_other_settings_are_refused(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lora"
+    shutil.copytree(whole / "lora", output)
+    (output / "DONE").unlink()
+    from nemo_popsd.embedded.names import asset
+
+    other = tmp_path / "other"
+    shutil.copytree(asset("nemo_popsd:tiny_reasoner"), other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    words = (LORA, "training.steps=5")
+    status, told = train(output, *words, f"student.source={other}")[0]
+    assert status == 2
+    assert f"got student.source='{other}' with fingerprint" in told
+    assert "need the base that it was trained from: 'nemo_popsd:tiny_reasoner'" in told
+    status, told = train(output, *words, "data.train.limit=7")[0]
+    assert (status, "data.train.limit=7 (was 8)" in told) == (2, True)
+    rows = tmp_path / "rows.jsonl"
+    text = asset("nemo_popsd:tiny_train").read_text().splitlines()[1:9]
+    rows.write_text("\n".join(text) + "\n")
+    status, told = train(output, *words, f"data.train.path={rows}")[0]
+    assert (status, "got other training rows" in told) == (2, True)
+    status, told = train(output, *words, "optimizer.lr=0.5", "seed=3")[0]
+    assert (status, "seed=3 (was 1234), optimizer.lr=0.5" in told) == (2, True)
+
+
+def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole / "full", output)
+    (output / "DONE").unlink()
+    shard = min((output / "checkpoints" / "final" / "weights").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    status, told = train(output, "training.steps=5")[0]
+    assert status == 2
+    assert f"weights/{shard.name} was changed" in told
+    folder = output / "checkpoints"
+    move = f"mv {folder / 'final'} {folder / 'final.damaged'}"
+    assert f"{move}; then the same command goes on after step 2 from {folder / 'step-000002'}, which is whole" in told
+    (folder / "final").rename(folder / "final.damaged")
+    status, told = train(output, "training.steps=5")[0]
+    assert status == 0
+    assert "resuming after step 2" in told
+    assert (folder / "final.damaged").is_dir()
+    for name in ("final", "step-000002", "step-000004"):
+        (folder / name / "manifest.json").write_bytes(b"")
+    status, told = train(output, "training.steps=6")[0]
+    assert status == 2
+    assert f"move {folder} away to begin at step 1: no other checkpoint is whole" in told
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "saved"),
+    [("decoding", signal.SIGTERM, 2), ("trained", signal.SIGUSR1, 3), ("decoding", signal.SIGINT, 2)],
+    ids=["TERM while decoding", "USR1 while training", "Ctrl-C while decoding"],
+)
+def test_a_signal_to_one_rank_saves_and_stops_all(
+    whole: Path, tmp_path: Path, where: str, number: signal.Signals, saved: int
+) -> None:
+    """Rank 1 of two data-parallel ranks gets it in step 3: a step that decodes is dropped, one that trains ends."""
+    output = tmp_path / "run"
+    plan = {"rank": 1, "where": where, "step": 3, "signal": number}
+    limits = ("rollout.max_response_tokens=60", "rollout.temperature=3.0", "training.checkpoint_every=0")
+    ranks = train(output, *limits, ranks=2, plan=plan)
+    assert [status for status, _ in ranks] == [SAVED_AND_STOPPED] * 2
+    assert f"saved after step {saved}" in ranks[0][1]
+    assert (output / "REQUEUE").read_text() == f"{saved}\n"
+    assert not (output / "DONE").exists()
+    assert [path.name for path in (output / "checkpoints").glob("step-*")] == [f"step-{saved:06d}"]
+    assert ("step-000003/part-0000-of-0002.jsonl" in rollouts(output)) == (where == "trained")
+    assert [status for status, _ in train(output, *limits, ranks=2)] == [0, 0]
+    assert not (output / "REQUEUE").exists()
+    assert (output / "DONE").read_text() == "4\n"
+    assert [step for step, _ in metrics(output, "train/loss")] == [1, 2, 3, 4]
+
+
+def test_saving_in_the_background_keeping_the_best_and_overwriting(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    background = ("training.async_save=true", "training.checkpoint_every=1")
+    keep = ("training.keep_last=1", "training.keep_best=1", "training.best_metric=train/loss", "training.best_is=min")
+    assert train(output, *background, *keep)[0][0] == 0
+    assert metrics(output, "train/loss") == metrics(whole / "full", "train/loss")
+    losses = dict(metrics(output, "train/loss")[:3])
+    kept = {f"step-{step:06d}" for step in (3, min(losses, key=lambda step: losses[step]))}
+    assert {path.name for path in (output / "checkpoints").glob("step-*")} == kept
+    assert differences(whole / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
+    for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
+        (output / name).mkdir(exist_ok=True)
+        (output / name / "notes.txt").write_text("mine")
+    status, told = train(output, "overwrite=true", "training.steps=1", "training.validate_every=0")[0]
+    assert status == 0
+    for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
+        assert (output / name / "notes.txt").read_text() == "mine"
+    assert "beginning at step 1" in told
+    assert [step for step, _ in metrics(output, "train/loss")] == [1]
+    left = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert left == ["final", "latest", "my-model", "step-000003"]
+    assert len(rollouts(output)) == 1
+
+
+BUDGET = (
+    "rollout.tokens_per_step=40",
+    "rollout.batch_rows=2",
+    "training.prompts_per_step=6",
+    "data.train.limit=12",
+)
+"""Six rows of at most 12 tokens, two at a time; an epoch of two steps, so that a row and its successor meet."""
+
+
+@pytest.fixture(scope="module")
+def budgeted(runs: Path) -> Path:
+    assert train(runs / "budget", *BUDGET)[0][0] == 0
+    return runs / "budget"
+
+
+def test_rows_that_a_step_leaves_are_trained_on_in_the_next(budgeted: Path) -> None:
+    from nemo_popsd.rollout.storage import RolloutStore
+
+    store = RolloutStore(budgeted)
+    left: dict[tuple[str, int], list[int]] = {}
+    ended = 0
+    for step in store.steps():
+        rows = {(row.row_id, row.seed): row for row in store.read(step)}
+        assert set(left) < set(rows)
+        for key, begun in left.items():
+            rollout = rows[key].rollout
+            assert rollout.response[: len(begun)] == begun
+            assert not rollout.unfinished
+            if begun:
+                assert rollout.parts == ((step - 2, len(begun)), (step - 1, len(rollout.response) - len(begun)))
+        left = {key: row.rollout.response for key, row in rows.items() if row.rollout.unfinished}
+        assert bool(left) == (step < 4), "every step but the last leaves some"
+        ended += len(rows) - len(left)
+    assert ended == 4 * 6, "each row is trained on once"
+
+
+def test_a_killed_run_finds_the_rows_that_were_left(budgeted: Path, runs: Path) -> None:
+    """Killed in step 4, taken up after step 2: steps 3 and 4 go on with what steps 2 and 3 left."""
+    output = runs / "budget, killed"
+    train_and_die(output, *BUDGET, plan={"step": 4})
+    assert train(output, *BUDGET)[0][0] == 0
+    assert differences(budgeted / "checkpoints" / "final", output / "checkpoints" / "final") == []
+    assert rollouts(budgeted) == rollouts(output)
+    assert metrics(budgeted, "train/loss") == metrics(output, "train/loss")
+
+
+def test_without_the_rows_that_were_left_a_run_does_not_go_on(budgeted: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(budgeted, moved)
+    shutil.rmtree(moved / "checkpoints" / "final")
+    (moved / "DONE").unlink()
+    shutil.rmtree(moved / "rollouts" / "step-000002")
+    status, told = train(moved, *BUDGET)[0]
+    assert status == 2
+    assert "not all of step 2's in" in told
+
+
+LAYOUTS = {
+    "two replicas": [],
+    "two stages": ["parallel.pipeline=2"],
+    "two context ranks": ["parallel.context=2"],
+    "two shards": ["parallel.tensor=2"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_on_each_row_once(runs: Path, layout: str) -> None:
+    from nemo_popsd.rollout.storage import RolloutStore
+
+    output = runs / f"budget, {layout}"
+    assert [status for status, _ in train(output, *BUDGET, *LAYOUTS[layout], ranks=2)] == [0, 0]
+    store = RolloutStore(output)
+    assert all(store.unfinished(step) for step in (1, 2, 3))
+    assert store.unfinished(4) == []
+    ended = [row.seed for step in store.steps() for row in store.read(step) if not row.rollout.unfinished]
+    assert len(ended) == len(set(ended)) == 4 * 6
+    assert max(age for _, age in metrics(output, "train/rollout_age_max")) <= 1
+
+
+def test_rows_may_wait_for_as_long_as_their_age_allows(runs: Path) -> None:
+    """Several steps' weights draw one response; killed and taken up, the run ends with the same bits."""
+    from nemo_popsd.rollout.storage import RolloutStore
+
+    patient = (*BUDGET, "rollout.tokens_per_step=30", "rollout.max_age=2")
+    one, other = runs / "patient", runs / "patient, killed"
+    assert train(one, *patient)[0][0] == 0
+    train_and_die(other, *patient, plan={"step": 4})
+    assert train(other, *patient)[0][0] == 0
+    store = RolloutStore(one)
+    parts = [row.rollout.parts for step in store.steps() for row in store.read(step) if not row.rollout.unfinished]
+    assert len(parts) == 4 * 6
+    assert max(len(of_row) for of_row in parts) == 3
+    assert max(age for _, age in metrics(one, "train/rollout_age_max")) == 2
+    assert rollouts(one) == rollouts(other)
+    assert metrics(one, "train/loss") == metrics(other, "train/loss")
+    assert differences(one / "checkpoints" / "final", other / "checkpoints" / "final") == []

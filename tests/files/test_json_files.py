@@ -1,0 +1,87 @@
+"""JSON that something else wrote, or half of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.files.json_files import open_regular, parsed, read_json, read_json_lines, typed
+
+
+@dataclass
+class Row:
+    name: str
+    tokens: int
+    share: float | None
+    counts: dict[str, int] = field(default_factory=dict)
+    ends: tuple[float, ...] = ()
+
+
+GOOD: dict[str, Any] = {"name": "a", "tokens": 3, "share": 0.5, "counts": {"x": 1}, "ends": [0, 1.5]}
+
+
+def test_an_object_of_its_type() -> None:
+    assert typed(Row, GOOD, "f").counts == {"x": 1}
+    assert typed(Row, {"name": "a", "tokens": 3, "share": None}, "f").share is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": "3"},
+        {"tokens": 3.5},
+        {"tokens": True},
+        {"tokens": 10**400},
+        {"share": "x"},
+        {"share": 10**400},
+        {"counts": []},
+        {"counts": {"x": None}},
+        {"ends": 3},
+        {"ends": ["a"]},
+        {"other": 1},
+    ],
+    ids=str,
+)
+def test_an_object_of_another(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"f:3: got damaged data \(.*{next(iter(change))}"):
+        typed(Row, {**GOOD, **change}, "f:3")
+
+
+@pytest.mark.parametrize("value", [None, [], 3, "x", {}, {"name": "a"}], ids=str)
+def test_no_object_at_all(value: object) -> None:
+    with pytest.raises(UserError, match="damaged data"):
+        typed(Row, value, "f")
+
+
+def test_lines(tmp_path: Path) -> None:
+    file = tmp_path / "f.jsonl"
+    file.write_bytes(b'{"a": 1}\n\n{"a": 2}\n{"a"')
+    assert [value for _, value in read_json_lines(file, cut=True)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(UserError, match=r"f\.jsonl:4: got damaged data"):
+        list(read_json_lines(file))
+    for middle in (b'{"a"', b"\x00\x00", b"\xff", b"[" * 100_000):
+        file.write_bytes(b'{"a": 1}\n' + middle + b'\n{"a": 2}\n')
+        with pytest.raises(UserError, match=r"f\.jsonl:2: got damaged data"):
+            list(read_json_lines(file, cut=True))
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(path)
+        with pytest.raises(UserError, match="not a regular file"):
+            read_json(path)
+    with pytest.raises(UserError, match="No such file"):
+        read_json(tmp_path / "none")
+
+
+def test_half_of_a_surrogate_pair_is_no_text() -> None:
+    assert parsed(r'"\ud83d\ude00"', "here") == "\U0001f600"
+    with pytest.raises(UserError, match="here: got damaged data"):
+        parsed(r'["\ud83d"]', "here")

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_popsd.errors import START_AGAIN, TransientError, UserError
+from tests.harness import run_ranks
+
+
+def _fail(rank: int, world_size: int) -> list[Any]:
+    from nemo_popsd.parallel.agreement import do_together
+
+    def full() -> None:
+        if rank == 1:
+            raise OSError(28, "No space left on device", "/x")
+
+    def defect() -> None:
+        if rank == 1:
+            raise KeyError("a")
+
+    def damaged() -> None:
+        if rank == 1:
+            raise UserError(
+                "model m", got="half a file", need="a whole one", mend="fetch it again", advice=["its log:", "..."]
+            )
+
+    def stale() -> None:
+        if rank == 1:
+            raise OSError(116, "Stale file handle", "/x")
+
+    def gone() -> None:
+        raise TransientError("server", got="it died", cure="start again", advice=["its log:", "..."])
+
+    def one_of_each() -> None:
+        stale()
+        raise OSError(28, "No space left on device")
+
+    told: list[Any] = []
+    for action in (full, defect, damaged, stale, gone, one_of_each, lambda: None):
+        try:
+            do_together("saving", action, need="room", mend="free some")
+            told.append(None)
+        except (UserError, RuntimeError) as error:
+            told.append((type(error).__name__, str(error), getattr(error, "advice", ())))
+    return told
+
+
+def test_all_ranks_learn_what_one_met() -> None:
+    for told in run_ranks(_fail, 2):
+        assert told == [
+            ("UserError", "saving: got No space left on device: /x (rank 1); need room; free some", ()),
+            ("RuntimeError", "saving: KeyError: 'a' (rank 1)", ()),
+            ("UserError", "model m: got half a file; need a whole one; fetch it again", ("its log:", "...")),
+            ("TransientError", f"saving: Stale file handle: /x (rank 1); {START_AGAIN}", ()),
+            ("TransientError", "server: it died; start again", ("its log:", "...")),
+            ("UserError", "saving: got No space left on device (rank 0); need room; free some", ()),
+            None,
+        ]

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
+from nemo_popsd.parallel.config import ParallelConfig
+from tests.harness import run_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def _decode(rank: int, world_size: int, tensor: int) -> dict[str, Any]:
+    """Rank 1 gets the signal while the ranks decode; all must leave at the same token."""
+    import torch.distributed as dist
+
+    from nemo_popsd.parallel.distributed import initialize
+    from nemo_popsd.parallel.signals import StopSignals
+
+    initialize(ParallelConfig(tensor=tensor), seed=1)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    stop = StopSignals()
+    stop.install()
+    stop.raise_if_requested()
+    looks = 0
+    while looks < 20_000 and not stop.while_decoding():
+        looks += 1
+        if rank == 1 and looks == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.0005)
+    knows = stop.requested
+    with pytest.raises(StopRequested):
+        stop.raise_if_requested()
+    dist.barrier()
+    stop.uninstall()
+    after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    return {"looks": looks, "knew": knows, "restored": before == after}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_signal_to_one_rank_cuts_the_decoding_of_all_short(tensor: int) -> None:
+    zero, one = run_ranks(_decode, 2, tensor)
+    assert (zero["knew"], one["knew"]) == (False, True)
+    assert zero["looks"] < 20_000
+    assert one["looks"] < 20_000
+    if tensor == 2:
+        assert zero["looks"] == one["looks"]
+    assert zero["restored"]
+    assert one["restored"]
+
+
+def _while_waiting(rank: int, world_size: int) -> bool:
+    """Rank 1 gets the signal while it waits inside a collective, where Python's handlers do not run."""
+    import threading
+
+    from nemo_popsd.parallel.distributed import initialize, on_any_rank
+    from nemo_popsd.parallel.signals import StopSignals
+
+    initialize(ParallelConfig(), seed=1)
+    stop = StopSignals()
+    stop.install()
+    if rank == 1:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        on_any_rank(False)
+        return True
+    deadline = time.monotonic() + 30
+    told = False
+    while not told and time.monotonic() < deadline:
+        told = stop.while_decoding()
+        time.sleep(0.001)
+    on_any_rank(False)
+    return told
+
+
+def test_a_rank_that_waits_in_a_collective_passes_the_signal_on() -> None:
+    assert run_ranks(_while_waiting, 2) == [True, True]
+
+
+def _another_handler(rank: int, world_size: int) -> bool:
+    """Somebody takes the signal after us, as Lightning does; `retake` takes it back."""
+    from nemo_popsd.parallel.distributed import initialize
+    from nemo_popsd.parallel.signals import StopSignals
+
+    initialize(ParallelConfig(), seed=1)
+    stop = StopSignals()
+    stop.retake()
+    stop.install()
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    stop.retake()
+    os.kill(os.getpid(), signal.SIGTERM)
+    return stop.requested
+
+
+def test_the_signals_can_be_taken_back() -> None:
+    assert run_ranks(_another_handler, 1) == [True]
+
+
+def _interrupted(rank: int, world_size: int, times: int) -> bool:
+    """Ctrl-C, so many times, while the main thread waits where Python's handlers do not run."""
+    import threading
+
+    from nemo_popsd.parallel.distributed import initialize
+    from nemo_popsd.parallel.signals import StopSignals
+
+    initialize(ParallelConfig(), seed=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
+    stop = StopSignals()
+    stop.install()
+    for number in range(times):
+        threading.Timer(0.1 + 0.2 * number, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Event().wait(0.7)
+    return stop.requested
+
+
+def test_ctrl_c_asks_to_stop_and_a_second_one_ends_at_once() -> None:
+    assert run_ranks(_interrupted, 1, 1) == [True]
+    with pytest.raises(AssertionError, match="exit code 130"):
+        run_ranks(_interrupted, 1, 2)
+
+
+def _ignoring(rank: int, world_size: int) -> list[bool]:
+    """What the process was told to ignore, as by nohup, stays ignored; a batch system's warning does not."""
+    from nemo_popsd.parallel.distributed import initialize
+    from nemo_popsd.parallel.signals import StopSignals
+
+    initialize(ParallelConfig(), seed=1)
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    stop = StopSignals()
+    stop.install()
+    taken = [signal.getsignal(number) != signal.SIG_IGN for number in numbers]
+    stop.uninstall()
+    return taken
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    assert run_ranks(_ignoring, 1) == [[False, False, True]]
+
+
+_EARLY = """
+import os, signal, sys, threading
+from nemo_popsd.runtime.early_signals import ended_by_signals
+
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_DFL)
+with ended_by_signals():
+    print("ready", flush=True)
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_before_the_first_step_a_signal_is_one_line_and_asks_for_the_same_command_again(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _EARLY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        told = process.stderr.read()
+        assert process.wait(10) == SAVED_AND_STOPPED
+    assert told.startswith(f"popsd: stopped by {number.name}; no step was in progress")
+    assert told.count("\n") == 1

@@ -1,0 +1,58 @@
+"""Ranks that work for unequally long meet, though collectives of the default group would have given up."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.distributed import initialize, shutdown
+from nemo_popsd.parallel.waiting import wait_for_all
+from tests.harness import run_ranks
+
+PATIENCE_OF_COLLECTIVES = 3.0
+
+
+def _meet(rank: int, world_size: int) -> str:
+    dist.destroy_process_group()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the harness hosts the store
+    initialize(ParallelConfig(), seed=1, timeout=timedelta(seconds=PATIENCE_OF_COLLECTIVES))
+    initialize(ParallelConfig(), seed=1)
+    if rank == 1:
+        time.sleep(1.5 * PATIENCE_OF_COLLECTIVES)
+    wait_for_all()
+    if rank == 1:
+        time.sleep(1.5 * PATIENCE_OF_COLLECTIVES)
+    try:
+        dist.barrier()
+    except RuntimeError:
+        return "gave up"
+    finally:
+        if rank == 0:
+            shutdown()
+    return "met"
+
+
+@pytest.mark.slow
+def test_ranks_meet_after_the_time_that_a_collective_has() -> None:
+    assert "gave up" in run_ranks(_meet, 2), "the default group has lost its patience, as it must"
+
+
+def _die(rank: int, world_size: int) -> str:
+    initialize(ParallelConfig(), seed=1)
+    if rank == 1:
+        os._exit(3)
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError):
+        wait_for_all()
+    assert time.monotonic() - begun < 60
+    raise ValueError("noticed")
+
+
+def test_a_rank_that_dies_is_noticed_at_once() -> None:
+    with pytest.raises(AssertionError, match="exit code 3"):
+        run_ranks(_die, 2)
