@@ -1,4 +1,4 @@
-"""The errors that end a command with one line: what the user must change, and what starting again may cure."""
+"""The errors that end a command with one line: what the user must change, and what starting again may fix."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ class UserError(ValueError):
             ``"data/train.jsonl:17"``.
         got: what was found.
         need: what would be accepted.
-        mend: which setting or file to change.
+        fix: which setting or file to change.
         advice: lines to print below the message, where one line cannot hold what helps.
     """
 
-    def __init__(self, what: str, *, got: object, need: str, mend: str, advice: Sequence[str] = ()) -> None:
+    def __init__(self, what: str, *, got: object, need: str, fix: str, advice: Sequence[str] = ()) -> None:
         self.what = what
         self.got = got
         self.need = need
-        self.mend = mend
+        self.fix = fix
         self.advice = tuple(advice)
-        super().__init__(f"{what}: got {got}; need {need}; {mend}")
+        super().__init__(f"{what}: got {got}; need {need}; {fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For other processes, which learn `got` in words."""
-        rebuild = partial(UserError, self.what, got=str(self.got), need=self.need, mend=self.mend, advice=self.advice)
+        rebuild = partial(UserError, self.what, got=str(self.got), need=self.need, fix=self.fix, advice=self.advice)
         return rebuild, ()
 
 
 class TransientError(RuntimeError):
-    """A fault that no setting is to blame for and that starting again may cure: a process of the run died or hung, a
+    """A fault that no setting is to blame for and that starting again may fix: a process of the run died or hung, a
     server died, a file system failed for a moment.
 
     The command line prints it without a traceback and exits with status 1, which batch scripts answer with another
@@ -48,24 +48,24 @@ class TransientError(RuntimeError):
     Args:
         what: what was being done, e.g. ``"checkpoint runs/a/checkpoints/step-000050"``.
         got: what happened.
-        cure: what to do about it.
+        fix: what to do about it.
         advice: lines to print below the message, where one line cannot hold what helps.
     """
 
-    def __init__(self, what: str, *, got: object, cure: str, advice: Sequence[str] = ()) -> None:
+    def __init__(self, what: str, *, got: object, fix: str, advice: Sequence[str] = ()) -> None:
         self.what = what
         self.got = got
-        self.cure = cure
+        self.fix = fix
         self.advice = tuple(advice)
-        super().__init__(f"{what}: {got}; {cure}")
+        super().__init__(f"{what}: {got}; {fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For other processes, which learn `got` in words."""
-        return partial(TransientError, self.what, got=str(self.got), cure=self.cure, advice=self.advice), ()
+        return partial(TransientError, self.what, got=str(self.got), fix=self.fix, advice=self.advice), ()
 
 
 START_AGAIN = "start the same command again; a training run resumes from its newest checkpoint"
-"""The usual cure of a `TransientError`."""
+"""The usual fix of a `TransientError`."""
 
 _FOR_THE_USER = frozenset(
     (
@@ -92,7 +92,7 @@ _FOR_THE_USER = frozenset(
 _STATUS_IN_WORDS = re.compile(r"\(os error (\d+)\)")
 
 
-def system_error(what: str, error: OSError, *, need: str, mend: str, where: str = "") -> UserError | TransientError:
+def system_error(what: str, error: OSError, *, need: str, fix: str, where: str = "") -> UserError | TransientError:
     """What to raise where the operating system refused something.
 
     No room, no permission, no such file and their like stay until the user changes something. Everything else (EIO,
@@ -102,13 +102,13 @@ def system_error(what: str, error: OSError, *, need: str, mend: str, where: str 
         what: what was being done or read.
         error: what the system said. Without a number it counts as the user's: libraries raise such for bad files.
         need: what would be accepted, if it is the user's.
-        mend: which setting or file to change, if it is the user's.
+        fix: which setting or file to change, if it is the user's.
         where: added to what the system said, e.g. the rank.
     """
     got = (in_words(error) + f" {where}").rstrip()
     if may_pass(error):
-        return TransientError(what, got=got, cure=START_AGAIN)
-    return UserError(what, got=got, need=need, mend=mend)
+        return TransientError(what, got=got, fix=START_AGAIN)
+    return UserError(what, got=got, need=need, fix=fix)
 
 
 def unless_it_may_pass(error: UserError) -> UserError | TransientError:
@@ -121,7 +121,7 @@ def unless_it_may_pass(error: UserError) -> UserError | TransientError:
     while behind is not None:
         behind = behind.__cause__ or behind.__context__
         if behind is not None and may_pass(behind):
-            return TransientError(error.what, got=error.got, cure=f"{START_AGAIN}; if it stays, {error.mend}")
+            return TransientError(error.what, got=error.got, fix=f"{START_AGAIN}; if it stays, {error.fix}")
     return error
 
 

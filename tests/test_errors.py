@@ -26,7 +26,7 @@ from nemo_popsd.errors import START_AGAIN, TransientError, UserError, system_err
     ],
 )
 def test_what_the_system_says_is_for_the_user_or_may_pass(error: OSError, kind: type, words: str) -> None:
-    told = system_error("saving", error, need="room", mend="free some", where="(rank 1)")
+    told = system_error("saving", error, need="room", fix="free some", where="(rank 1)")
     assert type(told) is kind
     assert words in str(told)
     assert "(rank 1)" in str(told)
@@ -39,7 +39,7 @@ def fail_to_read(error: Exception) -> UserError:
         try:
             raise error
         except Exception:
-            raise UserError("checkpoint c", got="a file that cannot be read", need="one", mend="copy it") from None
+            raise UserError("checkpoint c", got="a file that cannot be read", need="one", fix="copy it") from None
     except UserError as raised:
         return raised
 
@@ -55,8 +55,8 @@ def test_a_file_that_cannot_be_read_for_the_moment_is_not_damaged() -> None:
 
 def test_other_processes_get_them_whole() -> None:
     for error in (
-        UserError("a", got=ValueError("b"), need="c", mend="d", advice=["e"]),
-        TransientError("a", got=ValueError("b"), cure="c", advice=["e"]),
+        UserError("a", got=ValueError("b"), need="c", fix="d", advice=["e"]),
+        TransientError("a", got=ValueError("b"), fix="c", advice=["e"]),
     ):
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), str(copy), copy.advice) == (type(error), str(error), ("e",))

@@ -163,7 +163,7 @@ def _cases(mode: Any) -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         ("measure", rowwise.measure, (s, t, d, mean, constants)),
         ("measure_capped", rowwise.measure_capped, (s, bend, t, d, other, mean, coefficients, constants)),
         ("mix", rowwise.mix, (s, t, measures, constants)),
-        ("slope_jsd", rowwise.slope_jsd, (s, t, divergence, weight, out, constants)),
+        ("jsd_grad", rowwise.jsd_grad, (s, t, divergence, weight, out, constants)),
         ("slope_forward", rowwise.slope_forward, (s, t, measures, weight, out)),
         ("slope_reverse", rowwise.slope_reverse, (s, t, measures, weight, out)),
     ]

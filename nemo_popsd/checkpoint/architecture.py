@@ -49,9 +49,9 @@ def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool)
             what,
             got=f"no {CONFIG}" if directory.is_dir() else "no such directory",
             need="a local Hugging Face model directory",
-            mend=f"set {setting}",
+            fix=f"set {setting}",
         )
-    content: dict[str, Any] = read_json(directory / CONFIG, what, mend=f"repair the file, or set {setting}")
+    content: dict[str, Any] = read_json(directory / CONFIG, what, fix=f"repair the file, or set {setting}")
     names = content.get("architectures")
     family = (
         FAMILIES.get(names[0]) if isinstance(names, list) and len(names) == 1 and str(names[0]) == names[0] else None
@@ -62,21 +62,21 @@ def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool)
             got=f"architectures={names}, model_type={content.get('model_type')!r}",
             need="an architecture that is converted: "
             + ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values()),
-            mend=f"set {setting}",
+            fix=f"set {setting}",
         )
     if content.get(_QUANTISED) is not None:
         raise UserError(
             what,
             got=f"{_QUANTISED} in {CONFIG}",
             need="a model that is not quantised, since transformers would quantise what Megatron does not",
-            mend=f"set {setting} to the model before quantisation, or take the key out if the weights are whole",
+            fix=f"set {setting} to the model before quantisation, or take the key out if the weights are whole",
         )
     if _CODE in content and not trust_remote_code:
         raise UserError(
             what,
             got=f"{_CODE} in {CONFIG}, which says that Python files of the model compute it",
             need=f"a model that the code of transformers computes as {family.architecture}",
-            mend="take the key out if it does, or compare both with `popsd convert --verify --trust-remote-code`",
+            fix="take the key out if it does, or compare both with `popsd convert --verify --trust-remote-code`",
         )
     plain = {key: value for key, value in content.items() if key != _CODE}
     try:
@@ -86,7 +86,7 @@ def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool)
             what,
             got=f"{error} in {family.architecture}",
             need="a configuration that Megatron computes as transformers does",
-            mend=f"set {setting}, or take it out of {CONFIG} if the model is to be used without it",
+            fix=f"set {setting}, or take it out of {CONFIG} if the model is to be used without it",
         ) from None
     # Whatever else transformers objects to.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -94,7 +94,7 @@ def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool)
             what,
             got=f"a {CONFIG} that transformers refuses: {' '.join(str(error).split())}",
             need=f"that of a {family.architecture}",
-            mend=f"repair the file, or set {setting}",
+            fix=f"repair the file, or set {setting}",
         ) from None
     if trust_remote_code and _CODE in content:
         config.auto_map = content[_CODE]

@@ -75,5 +75,5 @@ def _unusable(archive: Path, got: str) -> UserError:
         f"checkpoint {archive}",
         got=got,
         need="a .nemo archive of plain files, as nemo_popsd writes it",
-        mend="give another archive, or set TMPDIR to a directory with room",
+        fix="give another archive, or set TMPDIR to a directory with room",
     )

@@ -45,7 +45,7 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def require_complete(
-    what: str, config: Any, held: Mapping[str, tuple[int, ...] | None], *, places: Mapping[str, str], mend: str
+    what: str, config: Any, held: Mapping[str, tuple[int, ...] | None], *, places: Mapping[str, str], fix: str
 ) -> None:
     """Refuse tensors that are not those of the architecture.
 
@@ -54,7 +54,7 @@ def require_complete(
         config: the transformers configuration.
         held: shape by name; None where only the name is known. A tied output matrix may be there or not.
         places: file by name, for the message.
-        mend: for the message.
+        fix: for the message.
 
     Raises:
         UserError: a tensor is missing, has another shape, or does not belong to the architecture.
@@ -64,7 +64,7 @@ def require_complete(
 
     def refused(got: str) -> UserError:
         return UserError(
-            what, got=got, need=f"the {len(expected)} tensors of {config.architectures[0]} in config.json", mend=mend
+            what, got=got, need=f"the {len(expected)} tensors of {config.architectures[0]} in config.json", fix=fix
         )
 
     if missing := sorted(expected.keys() - held.keys()):

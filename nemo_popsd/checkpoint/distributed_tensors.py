@@ -223,5 +223,5 @@ def _unusable(directory: Path, got: str) -> UserError:
         f"checkpoint {directory}",
         got=got,
         need="a distributed checkpoint of tensors, complete and undamaged",
-        mend="give another checkpoint",
+        fix="give another checkpoint",
     )

@@ -167,7 +167,7 @@ class HuggingFaceModel:
                 f"model {self.directory}",
                 got=f"parameters without a tensor: {without[:4]}, tensors without a parameter: {left_over[:4]}",
                 need="the tensors of the architecture in config.json, no more and no fewer",
-                mend="check the files, or set student.source",
+                fix="check the files, or set student.source",
             )
         # Its own looks for the last stage's output matrix in that stage's first chunk (model_bridge.py:1165).
         bridge._broadcast_shared_embeddings = _copy_tied_embedding

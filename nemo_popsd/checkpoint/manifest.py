@@ -29,7 +29,7 @@ class DamagedCheckpointError(UserError):
     def __reduce__(self) -> tuple[Any, ...]:
         """For other processes, as `UserError`."""
         rebuild = partial(
-            DamagedCheckpointError, self.what, got=str(self.got), need=self.need, mend=self.mend, advice=self.advice
+            DamagedCheckpointError, self.what, got=str(self.got), need=self.need, fix=self.fix, advice=self.advice
         )
         return rebuild, ()
 
@@ -143,7 +143,7 @@ def damaged(directory: Path, got: str) -> DamagedCheckpointError:
         f"checkpoint {directory}",
         got=got,
         need="a NeMo checkpoint as nemo_popsd wrote it",
-        mend="copy it again, or use another checkpoint",
+        fix="copy it again, or use another checkpoint",
     )
 
 

@@ -40,13 +40,13 @@ def read_tensor_names(
         UserError: from `open_files` and `require_complete`; or a list that is damaged, an adapter beside the weights,
             or an output matrix that contradicts the configuration.
     """
-    what, mend = f"model {directory}", f"fetch the files again, or set {setting}"
+    what, fix = f"model {directory}", f"fetch the files again, or set {setting}"
     listed = directory / TENSOR_NAMES
     if (listed.exists() or listed.is_symlink()) and not any(directory.glob("*.safetensors")):
-        names: list[str] = read_json(listed, what, mend=mend, kind=list)
+        names: list[str] = read_json(listed, what, fix=fix, kind=list)
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-            raise UserError(what, got=f"{TENSOR_NAMES} that is no list of names", need="names, each once", mend=mend)
-        require_complete(what, config, dict.fromkeys(names), places={}, mend=mend)
+            raise UserError(what, got=f"{TENSOR_NAMES} that is no list of names", need="names, each once", fix=fix)
+        require_complete(what, config, dict.fromkeys(names), places={}, fix=fix)
         return sorted(names)
     files = open_files()
     if (directory / _ADAPTER).exists():
@@ -54,16 +54,16 @@ def read_tensor_names(
             what,
             got=f"{_ADAPTER} beside the weights, so that transformers loads an adapter",
             need="a whole model",
-            mend="merge the adapter into the model, or move its files elsewhere",
+            fix="merge the adapter into the model, or move its files elsewhere",
         )
     places = {name: files.place(name) for name in files}
-    require_complete(what, config, {name: files.shape(name) for name in files}, places=places, mend=mend)
+    require_complete(what, config, {name: files.shape(name) for name in files}, places=places, fix=fix)
     if config.tie_word_embeddings and _HEAD in files and not _equal(files, _HEAD, _EMBEDDING):
         raise UserError(
             what,
             got=f"tie_word_embeddings=true and a {_HEAD} that is not the embedding",
             need="one output matrix",
-            mend=f"set tie_word_embeddings=false in {CONFIG}, or remove {_HEAD}, whichever is meant",
+            fix=f"set tie_word_embeddings=false in {CONFIG}, or remove {_HEAD}, whichever is meant",
         )
     return sorted(files)
 
@@ -87,11 +87,11 @@ def read_artifacts(directory: Path, *, setting: str) -> dict[str, bytes]:
                     what,
                     got=f"{name}, which {reason}",
                     need="the plain files of a model",
-                    mend=f"fetch it again, or set {setting}",
+                    fix=f"fetch it again, or set {setting}",
                 )
             artifacts[name] = file.read_bytes()
     if TOKENIZER_CONFIG in artifacts:
-        content = read_json(directory / TOKENIZER_CONFIG, what, mend="repair the file")
+        content = read_json(directory / TOKENIZER_CONFIG, what, fix="repair the file")
         translated = for_transformers_4(content, what)
         if translated != content:
             artifacts[TOKENIZER_CONFIG] = (json.dumps(translated, indent=2, ensure_ascii=False) + "\n").encode()

@@ -79,7 +79,7 @@ class NemoCheckpoint:
             small = [name for name in files if name.startswith((CONFIG_NAME, f"{ARCHITECTURE}/"))]
             refuse_absent(self.directory, files)
             verify_files(self.directory, self.manifest, small)
-            check_yaml(read_text(self.directory / CONFIG_NAME, f"checkpoint {path}", mend=_MEND, limit=YAML_BYTES))
+            check_yaml(read_text(self.directory / CONFIG_NAME, f"checkpoint {path}", fix=_MEND, limit=YAML_BYTES))
             tree = OmegaConf.load(self.directory / CONFIG_NAME)
             if not isinstance(tree, DictConfig):
                 raise TypeError("no keys with values")
@@ -189,7 +189,7 @@ class NemoCheckpoint:
                 got=f"student.source={source!r} with fingerprint {fingerprint[:12]}",
                 need=f"the base that it was trained from: {self.base['source']!r} with fingerprint "
                 f"{self.base['fingerprint'][:12]}",
-                mend="set student.source",
+                fix="set student.source",
             )
 
 

@@ -153,7 +153,7 @@ class Nemo2Checkpoint:
     def _model_tree(self) -> dict[str, Any]:
         file = self.directory / "context" / "model.yaml"
         try:
-            text = read_text(file, f"NeMo 2 checkpoint {self.directory}", mend=_MEND, limit=YAML_BYTES)
+            text = read_text(file, f"NeMo 2 checkpoint {self.directory}", fix=_MEND, limit=YAML_BYTES)
             check_yaml(text)
             # `safe_load` makes plain data only; a tag that asks for an object is an error.
             tree = yaml.safe_load(text)
@@ -177,4 +177,4 @@ class Nemo2Checkpoint:
         return int(self._stored.shapes[key][0])
 
     def _refused(self, got: str, need: str) -> UserError:
-        return UserError(f"NeMo 2 checkpoint {self.directory}", got=got, need=need, mend=_MEND)
+        return UserError(f"NeMo 2 checkpoint {self.directory}", got=got, need=need, fix=_MEND)

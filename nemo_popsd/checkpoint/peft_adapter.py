@@ -34,14 +34,14 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
             f"checkpoint {checkpoint.directory}",
             got=f"student.adaptation={student.adaptation}",
             need="a checkpoint of a run with LoRA",
-            mend="export the whole model, without --adapter",
+            fix="export the whole model, without --adapter",
         )
     if architecture.provider().num_moe_experts is not None:
         raise UserError(
             f"checkpoint {checkpoint.directory}",
             got="adapters on a model with experts",
             need="a dense model: PEFT has no form for adapters that experts share",
-            mend="export the whole model, without --adapter",
+            fix="export the whole model, without --adapter",
         )
     weights = checkpoint.adapters()
     tensors, targets = {}, set()
@@ -57,7 +57,7 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
             f"checkpoint {checkpoint.directory}",
             got=f"NaN or Inf in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
             need="finite weights",
-            mend="export an earlier checkpoint",
+            fix="export an earlier checkpoint",
         )
     content = {
         "peft_type": "LORA",

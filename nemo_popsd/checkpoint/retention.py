@@ -78,7 +78,7 @@ class Checkpoints:
         return latest == damaged or latest not in self.complete
 
 
-def point_to(checkpoint: Path) -> None:
+def update_latest(checkpoint: Path) -> None:
     """Replaces the pointer to the newest checkpoint, atomically."""
     write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
 

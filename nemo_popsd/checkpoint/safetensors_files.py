@@ -51,7 +51,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
                 f"model {directory}",
                 got="no *.safetensors",
                 need="weights in safetensors format",
-                mend="save the model with safe_serialization=True, or set student.source",
+                fix="save the model with safe_serialization=True, or set student.source",
             )
         index = directory / INDEX
         listed = self._read_index(index) if index.exists() or index.is_symlink() else None
@@ -98,7 +98,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         return {header.dtype for header in self._headers.values()}
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        content = read_json(index, f"model {self.directory}", mend="fetch it again")
+        content = read_json(index, f"model {self.directory}", fix="fetch it again")
         listed = content.get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
             raise self._damaged(INDEX, "has no weight_map of names and files")
@@ -149,8 +149,8 @@ class SafetensorsFiles(Mapping[str, Tensor]):
     def _damaged(self, file: str, how: str) -> UserError:
         return self._refused(f"{file}, which {how}", "undamaged files", "fetch them again")
 
-    def _refused(self, got: str, need: str, mend: str) -> UserError:
-        return UserError(f"model {self.directory}", got=got, need=need, mend=mend)
+    def _refused(self, got: str, need: str, fix: str) -> UserError:
+        return UserError(f"model {self.directory}", got=got, need=need, fix=fix)
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> set[str]:

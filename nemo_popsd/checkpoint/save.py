@@ -32,15 +32,15 @@ from nemo_popsd.checkpoint.weights import StagedPieces, StagedWeights, adapter_p
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import (
     PARTIAL,
+    atomic_replace,
     begin_partial,
     flush_directory,
     flush_tree,
-    put_in_place,
     refuse_what_is_in_the_way,
     remove_directory,
 )
 from nemo_popsd.files.ownership import CHECKPOINT, refuse_foreign_archive
-from nemo_popsd.parallel.agreement import do_together
+from nemo_popsd.parallel.agreement import raise_on_all_ranks
 from nemo_popsd.parallel.distributed import layout
 
 _LIBRARIES = ("nemo_popsd", "nemo_toolkit", "megatron-core", "megatron-bridge", "torch", "transformers")
@@ -48,7 +48,7 @@ _PACKED = "packed"
 """File in the partial directory that becomes the archive."""
 _ROOM = {
     "need": "room and the right to write it",
-    "mend": "free space, or set output to another file system; what is in memory and older checkpoints are unchanged",
+    "fix": "free space, or set output to another file system; what is in memory and older checkpoints are unchanged",
 }
 
 
@@ -164,7 +164,7 @@ class PendingSave:
     def _together(self, action: Callable[[], None]) -> None:
         """Does `action`, and on a failure of any rank removes what was written."""
         try:
-            do_together(f"checkpoint {self.path}", action, **_ROOM)
+            raise_on_all_ranks(f"checkpoint {self.path}", action, **_ROOM)
         except Exception:
             if self._begun:
                 with suppress(OSError, UserError):  # the others wait; the next save removes it
@@ -221,7 +221,7 @@ class PendingSave:
             flush_directory(self.path.parent)
             remove_directory(partial, CHECKPOINT)
         else:
-            put_in_place(partial, self.path, CHECKPOINT)
+            atomic_replace(partial, self.path, CHECKPOINT)
 
     def _refuse_incomplete(self, files: Sequence[str], sums: Mapping[str, tuple[int, str]]) -> None:
         """No manifest is written for a checkpoint that lacks anything: of what every checkpoint holds, of what the
@@ -237,7 +237,7 @@ class PendingSave:
                 f"checkpoint {self.path}",
                 got=f"no {', '.join(dict.fromkeys(missing))} after all ranks have written",
                 need="all files of the checkpoint, on a file system that all ranks share",
-                mend="set output to shared storage; older checkpoints are unchanged",
+                fix="set output to shared storage; older checkpoints are unchanged",
             )
 
     def _facts(self) -> dict[str, Any]:

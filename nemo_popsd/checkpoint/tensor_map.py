@@ -107,7 +107,7 @@ class TensorMap:
                     "model",
                     got=f"a tensor {name}" + (f" of the kind {type(mapping).__name__}" if mapping else ""),
                     need=f"the tensors that {type(bridge).__name__} knows",
-                    mend="check the files, or give another model",
+                    fix="check the files, or give another model",
                 )
             tensor = MegatronTensor(mapping.megatron_param, _parts(mapping.hf_param))
             self.tensors.append(tensor)
@@ -117,7 +117,7 @@ class TensorMap:
                 "model",
                 got=f"no tensor {missing[0]}",
                 need="the tensors of the architecture in config.json",
-                mend="check the files, or give another model",
+                fix="check the files, or give another model",
             )
 
     def owner(self, name: str) -> MegatronTensor:
@@ -271,7 +271,7 @@ class MegatronWeights(Mapping[str, Tensor]):
             f"checkpoint {self._stored.directory}",
             got=got,
             need="weights of the architecture in its configuration",
-            mend="give another checkpoint",
+            fix="give another checkpoint",
         )
 
 

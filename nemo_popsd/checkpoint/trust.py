@@ -2,7 +2,7 @@
 
 Two of their files are pickles. `.metadata` is given to `pickle.load` by torch (filesystem.py:930), and an entry of it
 may say that a tensor is to be read with an unrestricted `torch.load` (default_planner.py:387); `common.pt` is read with
-torch's weights-only unpickler, unless an environment variable says otherwise. `without_code` closes all three ways.
+torch's weights-only unpickler, unless an environment variable says otherwise. `safe_unpickling` closes all three ways.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def load_metadata(file: IO[bytes]) -> Metadata:
 
 
 @contextmanager
-def without_code() -> Iterator[None]:
+def safe_unpickling() -> Iterator[None]:
     """Within, torch's and Megatron's checkpoint readers run no code from the files they read."""
     forced = os.environ.pop(_FORCE, None)
     kept = filesystem.pickle

@@ -164,5 +164,5 @@ def _unequal(model: HuggingFaceModel, got: str) -> UserError:
         f"verification of {model.directory}",
         got=got,
         need="one model on both sides",
-        mend="do not use what was written; if the source is intact, report it with its config.json",
+        fix="do not use what was written; if the source is intact, report it with its config.json",
     )

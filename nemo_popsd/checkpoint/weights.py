@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_tensors
-from nemo_popsd.checkpoint.trust import without_code
+from nemo_popsd.checkpoint.trust import safe_unpickling
 from nemo_popsd.errors import UserError
 
 Which = Callable[[str], bool]
@@ -160,7 +160,7 @@ def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = 
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise _unusable(directory, "no Megatron distributed checkpoint")
     try:
-        with without_code():
+        with safe_unpickling():
             states, unread, absent = dist_checkpointing.load(
                 _sharded_state(models, which), str(directory), strict=StrictHandling.RETURN_ALL
             )
@@ -207,5 +207,5 @@ def _unusable(directory: Path, got: str) -> UserError:
         f"checkpoint {directory}",
         got=got,
         need="weights written by nemo_popsd for the model in model_config.yaml",
-        mend="give another checkpoint",
+        fix="give another checkpoint",
     )

@@ -62,7 +62,7 @@ def _how_to_install(module: str) -> UserError | None:
         "installation",
         got=f"no package {module}",
         need=line,
-        mend=f"install it: {sys.executable} -m pip install {option}'{line}' (`popsd doctor` shows everything missing)",
+        fix=f"install it: {sys.executable} -m pip install {option}'{line}' (`popsd doctor` shows everything missing)",
     )
 
 

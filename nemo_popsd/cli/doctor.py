@@ -82,6 +82,6 @@ def _sharing(words: list[str] | None) -> tuple[int, int, str] | None:
             "popsd doctor",
             got=f"--sharing {node} {nodes}",
             need="a node's number below the number of nodes",
-            mend="mend it",
+            fix="fix it",
         )
     return int(node), int(nodes), mark

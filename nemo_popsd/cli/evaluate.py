@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.base is not None:
         raise UserError(
-            "evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", mend="leave it out"
+            "evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", fix="leave it out"
         )
     if args.config is None:
-        raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", mend="name one")
+        raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", fix="name one")
     from nemo_popsd.config.consistency import check_evaluation_run
     from nemo_popsd.config.loading import load_config
 
@@ -80,6 +80,6 @@ def _compare(args: argparse.Namespace) -> None:
             "evaluate",
             got="--compare together with a configuration or --checkpoint",
             need="directories of evaluations alone",
-            mend="leave the rest out",
+            fix="leave the rest out",
         )
     print(compare_directories(args.compare, resamples=EvaluationConfig().resamples, base=args.base))

@@ -45,14 +45,14 @@ def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeer
         return LostPeerError(
             f"collective on {who}",
             got=f"it waited longer than {limit} for another rank, which hangs, is stopped or needs longer",
-            cure=f"see where the other ranks are; {START_AGAIN}; set training.collective_timeout higher if they only "
+            fix=f"see where the other ranks are; {START_AGAIN}; set training.collective_timeout higher if they only "
             "need longer",
             advice=advice,
         )
     return LostPeerError(
         f"collective on {who}",
         got="another rank has ended, or the connection to it is lost",
-        cure=f"see the output of the rank that ended first; {START_AGAIN}",
+        fix=f"see the output of the rank that ended first; {START_AGAIN}",
         advice=advice,
     )
 

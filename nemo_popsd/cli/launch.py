@@ -38,7 +38,7 @@ def run_entry(name: str, *args: Any, module: str = "entry", **options: Any) -> i
         if lost is not None:
             raise lost from error
         if isinstance(error, OSError) and may_pass(error):
-            raise TransientError(name, got=in_words(error), cure=START_AGAIN) from error
+            raise TransientError(name, got=in_words(error), fix=START_AGAIN) from error
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)

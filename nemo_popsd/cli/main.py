@@ -25,7 +25,7 @@ _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts,
 USER_ERROR = 2
 """Exit status for what the user must change."""
 TRANSIENT = 1
-"""Exit status for what another start may cure; Python's own for an exception that nobody caught."""
+"""Exit status for what another start may fix; Python's own for an exception that nobody caught."""
 
 _GRACE_SECONDS = 3.0
 """How long ranks other than 0 wait for rank 0 to tell the error (and torchrun to end them) before they tell it."""

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
             f"rollouts of {args.output}",
             got=f"no step {args.step}, but {_ranges(steps)}" if steps else f"nothing in {store.folder}",
             need="the output of a run with rollout.save=true",
-            mend="give another RUN or --step",
+            fix="give another RUN or --step",
         )
     if args.step is None and args.row is None and not args.text:
         for step in steps:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 _print_row(step, row, decode)
     if not found:
         raise UserError(
-            f"rollouts of {args.output}", got=f"no row {args.row!r}", need="the id of a row", mend="give another --row"
+            f"rollouts of {args.output}", got=f"no row {args.row!r}", need="the id of a row", fix="give another --row"
         )
 
 

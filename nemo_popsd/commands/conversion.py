@@ -84,8 +84,8 @@ def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_cod
             dist.barrier()  # all ranks have looked before the name is taken
         if is_rank_zero():
             written.rename(refused)
-        mend = f"{error.mend}; it is at {refused} now"
-        raise UserError(error.what, got=error.got, need=error.need, mend=mend) from error
+        fix = f"{error.fix}; it is at {refused} now"
+        raise UserError(error.what, got=error.got, need=error.need, fix=fix) from error
     sample = "text" if found.text else "random tokens (no tokenizer)"
     _say(
         f"verified: {found.tensors} tensors equal bit for bit; logits of {found.tokens} tokens of {sample} differ by "

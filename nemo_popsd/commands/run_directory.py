@@ -32,7 +32,7 @@ from nemo_popsd.files.ownership import CHECKPOINT, EXPORT, MARK, RUN, read_mark,
 from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
 from nemo_popsd.observability import jsonl_logger
 from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
-from nemo_popsd.parallel.agreement import do_together, from_rank_zero
+from nemo_popsd.parallel.agreement import from_rank_zero, raise_on_all_ranks
 from nemo_popsd.rollout import storage
 from nemo_popsd.rollout.storage import RolloutStore
 
@@ -55,7 +55,7 @@ _FILES = (
 """What a run writes besides checkpoints and its export: folders below `output`, and names in them. With `overwrite`
 these are removed and nothing else is.
 """
-_ROOM = {"need": "a directory that can be written", "mend": "set output"}
+_ROOM = {"need": "a directory that can be written", "fix": "set output"}
 
 
 class RunDirectory:
@@ -155,7 +155,7 @@ class RunDirectory:
         """
         opened: list[NemoCheckpoint] = []
         path = self._checkpoints / name
-        do_together(f"checkpoint {path}", lambda: opened.append(NemoCheckpoint(path)), **_ROOM)
+        raise_on_all_ranks(f"checkpoint {path}", lambda: opened.append(NemoCheckpoint(path)), **_ROOM)
         opened[0].verify()
         return opened[0]
 
@@ -163,7 +163,7 @@ class RunDirectory:
         """The error with what to do: the newest other checkpoint that is whole is looked for. Collective."""
         path = self._checkpoints / damaged
         aside = path.with_name(f"{damaged}.damaged")
-        mend = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is whole"
+        fix = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is whole"
         for name in reversed(found.resumable()):
             if name == damaged:
                 continue
@@ -171,12 +171,12 @@ class RunDirectory:
                 step = self._whole(name).step
             except DamagedCheckpointError:
                 continue
-            mend = (
+            fix = (
                 f"copy it again, or move it away: mv {shlex.quote(str(path))} {shlex.quote(str(aside))}; then the same "
                 f"command goes on after step {step} from {self._checkpoints / name}, which is whole"
             )
             break
-        return DamagedCheckpointError(error.what, got=error.got, need=error.need, mend=mend)
+        return DamagedCheckpointError(error.what, got=error.got, need=error.need, fix=fix)
 
     def _begin(self, completed: int) -> None:
         if self._config.overwrite:
@@ -210,4 +210,4 @@ class RunDirectory:
                 self.check_lock()
                 action()
 
-        do_together(f"output {self.output}", act, **_ROOM)
+        raise_on_all_ranks(f"output {self.output}", act, **_ROOM)

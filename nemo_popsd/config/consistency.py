@@ -45,7 +45,7 @@ def check_sections(config: PopsdConfig) -> None:
             "configuration",
             got=f"optimizer.warmup_steps={optimizer.warmup_steps} with training.steps={training.steps}",
             need="a warm-up no longer than the run",
-            mend="set optimizer.warmup_steps or training.steps",
+            fix="set optimizer.warmup_steps or training.steps",
         )
     if config.rollout.tokens_per_step and training.updates_per_step > 1:
         raise UserError(
@@ -53,14 +53,14 @@ def check_sections(config: PopsdConfig) -> None:
             got=f"rollout.tokens_per_step={config.rollout.tokens_per_step} with training.updates_per_step="
             f"{training.updates_per_step}",
             need="one update on the rows of a step, whose number the budget leaves open",
-            mend="set training.updates_per_step=1 or rollout.tokens_per_step=0",
+            fix="set training.updates_per_step=1 or rollout.tokens_per_step=0",
         )
     if optimizer.min_lr > optimizer.lr:
         raise UserError(
             "configuration",
             got=f"optimizer.min_lr={optimizer.min_lr} with optimizer.lr={optimizer.lr}",
             need="a final rate no higher than the peak",
-            mend="set optimizer.min_lr or optimizer.lr",
+            fix="set optimizer.min_lr or optimizer.lr",
         )
 
 
@@ -86,7 +86,7 @@ def check_layout(config: PopsdConfig, *, world_size: int) -> None:
             got=f"training.prompts_per_step={prompts} with {replicas} data-parallel replicas "
             f"({world_size} ranks, {parallel.describe()})",
             need=f"a multiple of {replicas}",
-            mend=f"set training.prompts_per_step={fitting}",
+            fix=f"set training.prompts_per_step={fitting}",
         )
 
 
@@ -101,7 +101,7 @@ def _check_engine(config: PopsdConfig) -> None:
             got=f"rollout.vllm.tensor={rollout.vllm.tensor} on the {ranks} ranks of a replica "
             f"({config.parallel.describe()})",
             need="at most as many GPUs as the replica has",
-            mend="set rollout.vllm.tensor, or rollout.vllm.launcher to start servers elsewhere",
+            fix="set rollout.vllm.tensor, or rollout.vllm.launcher to start servers elsewhere",
         )
     check_environment(rollout.vllm)
 
@@ -145,7 +145,7 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
                     "configuration",
                     got=f"{setting}={path!r} inside output={config.output!r}, which {what}",
                     need="a run that does not remove what it reads",
-                    mend="set output",
+                    fix="set output",
                 )
 
 
@@ -163,14 +163,14 @@ def _check_ownership(config: PopsdConfig, output: Path, found: Sequence[str]) ->
                 got=f"output={config.output!r}, which holds {', '.join(found)} and no {MARK} that says that a run of "
                 "nemo_popsd wrote them",
                 need="a directory without such files, or that of a run; nothing was removed",
-                mend="set output to another directory; if it is a run of an earlier version, remove it yourself",
+                fix="set output to another directory; if it is a run of an earlier version, remove it yourself",
             )
         if not found and (output / "config.yaml").exists():
             raise UserError(
                 "configuration",
                 got=f"output={config.output!r}, which holds a config.yaml that no run wrote and the run would replace",
                 need="a directory of the run's own",
-                mend="set output to another directory, or rename that file",
+                fix="set output to another directory, or rename that file",
             )
     if config.training.export_huggingface:
         for name in beside(output / "huggingface"):
@@ -228,7 +228,7 @@ def check_checkpoint(path: str, *, setting: str) -> None:
             "checkpoint",
             got=f"{setting} {path!r}, which does not exist (looked in {Path.cwd()})",
             need="a checkpoint that a run has written",
-            mend="correct the path",
+            fix="correct the path",
         )
 
 
@@ -241,7 +241,7 @@ def check_output(path: str, *, setting: str = "output") -> None:
     got = f"{setting}={path!r}"
     if path:
         got += f", where {nearest} " + ("cannot be written" if nearest.is_dir() else "is a file")
-    raise UserError("configuration", got=got, need="a directory that can be made and written", mend=f"set {setting}")
+    raise UserError("configuration", got=got, need="a directory that can be made and written", fix=f"set {setting}")
 
 
 def check_new_output(path: str, *, setting: str) -> None:
@@ -251,7 +251,7 @@ def check_new_output(path: str, *, setting: str) -> None:
             "configuration",
             got=f"{setting}={path!r}, which exists",
             need="a path where nothing is yet",
-            mend=f"remove it, or give another {setting}",
+            fix=f"remove it, or give another {setting}",
         )
     check_output(path, setting=setting)
 
@@ -264,7 +264,7 @@ def _check_best_metric(config: PopsdConfig) -> None:
             got=f"training.keep_best={training.keep_best} by training.best_metric={training.best_metric} without "
             "data.validation.path",
             need="a metric that is measured",
-            mend="set data.validation.path, training.best_metric=train/loss with training.best_is=min, or "
+            fix="set data.validation.path, training.best_metric=train/loss with training.best_is=min, or "
             "training.keep_best=0",
         )
 
@@ -275,21 +275,21 @@ def _check_endpoint(config: PopsdConfig, *, world_size: int, checkpoint: str | N
             "configuration",
             got=f"evaluation.endpoint.url with {world_size} ranks",
             need="one process: the server has the accelerators",
-            mend="start `popsd evaluate` without torchrun, or set evaluation.endpoint.url=''",
+            fix="start `popsd evaluate` without torchrun, or set evaluation.endpoint.url=''",
         )
     if checkpoint is not None:
         raise UserError(
             "configuration",
             got="evaluation.endpoint.url together with --checkpoint",
             need="one of them: what the server has loaded is what is evaluated",
-            mend="serve the exported checkpoint (`popsd export`) and leave --checkpoint out",
+            fix="serve the exported checkpoint (`popsd export`) and leave --checkpoint out",
         )
     if config.evaluation.endpoint.dialect == "openai" and config.evaluation.top_k:
         raise UserError(
             "configuration",
             got=f"evaluation.top_k={config.evaluation.top_k} with evaluation.endpoint.dialect=openai",
             need="a setting that the standard API knows",
-            mend="set evaluation.top_k=0 or evaluation.endpoint.dialect=vllm",
+            fix="set evaluation.top_k=0 or evaluation.endpoint.dialect=vllm",
         )
 
 
@@ -309,5 +309,5 @@ def _check_student(config: PopsdConfig) -> None:
             "configuration",
             got=f"student.source={source!r}" + (f", which does not exist (looked in {Path.cwd()})" if source else ""),
             need=f"a Hugging Face directory, a NeMo checkpoint, or {PREFIX}tiny_reasoner",
-            mend="set student.source",
+            fix="set student.source",
         )

@@ -39,9 +39,7 @@ def read_file(path: Path) -> dict[str, Any]:
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(
-            what, got="no keys at the top", need="a YAML mapping of keys to values", mend="correct the file"
-        )
+        raise UserError(what, got="no keys at the top", need="a YAML mapping of keys to values", fix="correct the file")
     return _Tree(known_keys(), path).section(node, "", 0)
 
 
@@ -61,7 +59,7 @@ def read_override(override: str, known: Mapping[str, Any] | None = None) -> tupl
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(where, got="no key and value", need="key=value, as in training.steps=20", mend="rewrite it")
+        raise UserError(where, got="no key and value", need="key=value, as in training.steps=20", fix="rewrite it")
     kind = known.get(key)
     if kind is None:
         raise unknown_key(where, key, known)
@@ -80,15 +78,15 @@ def _text(path: Path) -> str:
             data = file.read(_MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(what, got=f"no readable file ({reason})", need=need, mend="correct the path") from None
+        raise UserError(what, got=f"no readable file ({reason})", need=need, fix="correct the path") from None
     if len(data) > _MOST_BYTES:
         got = f"more than {_MOST_BYTES // 1024} KiB"
-        raise UserError(what, got=got, need="a configuration, which is smaller", mend="correct the path")
+        raise UserError(what, got=got, need="a configuration, which is smaller", fix="correct the path")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         got = f"bytes that are not UTF-8 ({error.reason} at byte {error.start})"
-        raise UserError(what, got=got, need=need, mend="save it as UTF-8, or correct the path") from None
+        raise UserError(what, got=got, need=need, fix="save it as UTF-8, or correct the path") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -115,14 +113,14 @@ class _Loader(yaml.SafeLoader):
 
 def _compose(text: str, what: str, where: Any) -> yaml.Node | None:
     """The root of the one document in `text`."""
-    need, mend = "valid YAML", "correct it (quote what is meant as text)"
+    need, fix = "valid YAML", "correct it (quote what is meant as text)"
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(where(line), got=_problem(error), need=need, mend=mend) from None
+        raise UserError(where(line), got=_problem(error), need=need, fix=fix) from None
     except (yaml.YAMLError, UnicodeError) as error:
-        raise UserError(what, got=_first_line(error), need=need, mend=mend) from None
+        raise UserError(what, got=_first_line(error), need=need, fix=fix) from None
 
 
 class _Tree:
@@ -143,11 +141,11 @@ class _Tree:
             if name is None or "." in name or key not in self._known:
                 if name is not None and "." in name and key in self._known:
                     nested = ": {".join(name.split(".")) + ": ..." + "}" * name.count(".")
-                    raise UserError(where, got=f"{name} as one key", need="a key below its section", mend=nested)
+                    raise UserError(where, got=f"{name} as one key", need="a key below its section", fix=nested)
                 raise unknown_key(where, key if name is not None else f"{prefix}[{key_node.id}]", self._known)
             if name in lines:
                 got = f"{key} again, first in line {lines[name]}"
-                raise UserError(where, got=got, need="each key once", mend="take one of them out")
+                raise UserError(where, got=got, need="each key once", fix="take one of them out")
             lines[name] = key_node.start_mark.line + 1
             found[name] = self.value(value_node, key, self._known[key], level + 1, where)
         return found
@@ -182,7 +180,7 @@ class _Tree:
             for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 if not isinstance(source, yaml.MappingNode):
                     got = f"<< of {_written(source)}"
-                    raise UserError(self._where(source), got=got, need="a mapping to merge", mend="write its keys out")
+                    raise UserError(self._where(source), got=got, need="a mapping to merge", fix="write its keys out")
                 own = {key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)}
                 pairs += [pair for pair in self._merged(source, level + 1) if pair[0].value not in own]
         return pairs
@@ -191,7 +189,7 @@ class _Tree:
         self._nodes += 1
         if self._nodes > _MOST_NODES or level > _MOST_LEVELS:
             what = f"configuration {_named(self._origin)}" if isinstance(self._origin, Path) else self._origin
-            raise UserError(what, got=_TOO_MUCH, need="a configuration, which is smaller", mend="take aliases out")
+            raise UserError(what, got=_TOO_MUCH, need="a configuration, which is smaller", fix="take aliases out")
 
     def _where(self, node: yaml.Node) -> str:
         return f"{_named(self._origin)}:{node.start_mark.line + 1}" if isinstance(self._origin, Path) else self._origin

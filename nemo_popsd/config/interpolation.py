@@ -51,7 +51,7 @@ def resolve(values: dict[str, Any], known: Mapping[str, Any], what: str) -> None
     number = sum(text.count("${") for value in values.values() for text in _texts(value))
     if number > _MOST:
         got, need = f"{number} interpolations ${{...}}", f"at most {_MOST}"
-        raise UserError(what, got=got, need=need, mend="write values in their place")
+        raise UserError(what, got=got, need=need, fix="write values in their place")
     _Resolution(values, known, what, asked).run()
 
 
@@ -115,7 +115,7 @@ class _Resolution:
             got=f"{key}={shown(self._values[key])}: {problem}",
             need="an interpolation of a known key or of a variable, as in ${name} or ${oc.env:HOME} "
             "(\\${ stands for the two characters)",
-            mend=f"set {key}",
+            fix=f"set {key}",
         )
 
 

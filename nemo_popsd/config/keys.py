@@ -84,12 +84,12 @@ def unknown_key(where: str, key: str, known: Mapping[str, Any] | None = None) ->
         need = f"a known key: {', '.join(settings)}, or one of a section; sections are " + ", ".join(
             name for name in top if is_dataclass(known[name])
         )
-    return UserError(where, got=f"unknown key {_shown_key(key)}", need=need, mend="rename it or take it out")
+    return UserError(where, got=f"unknown key {_shown_key(key)}", need=need, fix="rename it or take it out")
 
 
 def wrong_type(where: str, key: str, kind: Any, got: str) -> UserError:
     """The error for `got`, in words, which the setting `key` of type `kind` cannot hold."""
-    return UserError(where, got=got, need=describe(kind), mend=f"set {key}")
+    return UserError(where, got=got, need=describe(kind), fix=f"set {key}")
 
 
 def _close(leaf: str, names: Iterable[str]) -> list[str]:

@@ -55,7 +55,7 @@ def load_schema(schema: type[T], tree: Mapping[str, Any], overrides: Sequence[st
         values |= dict(_flat(value, known, f"{key}.")) if is_dataclass(known[key]) else {key: value}
     for key, value in values.items():
         if MISSING in (value if isinstance(value, list) else [value]):
-            raise UserError(what, got=f"{key}={MISSING} (missing)", need="a value", mend=f"set {key}")
+            raise UserError(what, got=f"{key}={MISSING} (missing)", need="a value", fix=f"set {key}")
     resolve(values, known, what)
     rules = dict(ruled(schema))
     for key, value in values.items():

@@ -32,7 +32,7 @@ def given_path(setting: str, text: str) -> str:
             "configuration",
             got=f"{setting}={shown(text)}, with a `$` that nothing expands",
             need="the path itself, or ~ for the home directory",
-            mend=f"set {setting} without $; in a configuration ${{oc.env:NAME}} is the environment variable NAME",
+            fix=f"set {setting} without $; in a configuration ${{oc.env:NAME}} is the environment variable NAME",
         )
     path = os.path.expanduser(text)
     parts = path.split("/")

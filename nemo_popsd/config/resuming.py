@@ -73,7 +73,7 @@ def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
             "resuming",
             got=", ".join(told) + more,
             need=f"the settings of the run in output={shown(new.output)} (its config.yaml)",
-            mend=f"set {', '.join(changed[:_NAMED])}{more} back, set output for another run, or overwrite=true to "
+            fix=f"set {', '.join(changed[:_NAMED])}{more} back, set output for another run, or overwrite=true to "
             "begin again",
         )
 

@@ -45,14 +45,14 @@ class ChatFormat:
                 "tokenizer",
                 got=f"{tokenizer.name_or_path or type(tokenizer).__name__} without a chat template",
                 need="a chat template",
-                mend="add chat_template to its tokenizer_config.json",
+                fix="add chat_template to its tokenizer_config.json",
             )
         if not tokenizer.is_fast:
             raise UserError(
                 "tokenizer",
                 got=f"{type(tokenizer).__name__}, which has no character offsets",
                 need="a fast tokenizer",
-                mend="add tokenizer.json to the model's directory",
+                fix="add tokenizer.json to the model's directory",
             )
         self._tokenizer = tokenizer
         self._system = system
@@ -144,7 +144,7 @@ class ChatFormat:
             "chat template",
             got=f"prompts that end in {after[0]!r} and {after[1]!r}",
             need="one assistant prefix in which every prompt ends",
-            mend="use a chat template that heeds add_generation_prompt",
+            fix="use a chat template that heeds add_generation_prompt",
         )
 
     def _render(self, user_turn: str, add_generation_prompt: bool, *, thinking: bool) -> str:
@@ -166,6 +166,6 @@ class ChatFormat:
                 "chat template",
                 got=f"{type(error).__name__}: {error}",
                 need="a template that renders a user turn" + ("" if self._system is None else " after a system turn"),
-                mend="mend the template" + ("" if self._system is None else " or set data.templates.system=null"),
+                fix="fix the template" + ("" if self._system is None else " or set data.templates.system=null"),
             ) from None
         return str(rendered)

@@ -110,5 +110,5 @@ class DataConfig:
                     "configuration",
                     got=f"{name}.more_paths without {name}.path",
                     need="the first path in path",
-                    mend=f"set {name}.path",
+                    fix=f"set {name}.path",
                 )

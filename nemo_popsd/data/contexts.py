@@ -189,7 +189,7 @@ class ContextBuilder:
                 f"row {record.id}",
                 got=f"a context of {longest} tokens",
                 need=f"at most {self.longest_context}, the bound announced for these templates and limits",
-                mend="leave the row out",
+                fix="leave the row out",
             )
         return Contexts(
             student=encoded[0].ids,
@@ -207,7 +207,7 @@ class ContextBuilder:
         """
         row = self.fit([record])[0]
         if isinstance(row, RejectedRow):
-            raise UserError(f"row {record.id}", got=row.detail, need="a row within the limits", mend="leave it out")
+            raise UserError(f"row {record.id}", got=row.detail, need="a row within the limits", fix="leave it out")
         return self.contexts(row)
 
     def student_prompt(self, record: Record) -> list[int]:
@@ -257,7 +257,7 @@ class ContextBuilder:
                 f"row {record.id}",
                 got=f"nothing left of the reference at data.max_reference_tokens={config.max_reference_tokens}",
                 need="room for at least a few words",
-                mend="set data.max_reference_tokens higher",
+                fix="set data.max_reference_tokens higher",
             )
         return FittedRow(record, reference, truncated, length)
 
@@ -269,7 +269,7 @@ class ContextBuilder:
                     what,
                     got=f"the token {self._beyond[token]!r} with id {token} in its {where}",
                     need=f"ids below the model's vocab_size={self._vocab_size} (config.json)",
-                    mend="take the token out of tokenizer.json, or give the model an embedding for it",
+                    fix="take the token out of tokenizer.json, or give the model an embedding for it",
                 )
 
     def _reject(self, record: Record, why: Misfit, detail: str, setting: str, policy: str) -> RejectedRow:
@@ -279,7 +279,7 @@ class ContextBuilder:
                 f"row {record.id}",
                 got=detail,
                 need="a row within the limits, without tokens of the chat template",
-                mend=f"mend the row, raise the limit, or set data.{setting}={other}",
+                fix=f"fix the row, raise the limit, or set data.{setting}={other}",
             )
         return RejectedRow(record, why, f"row {record.id}: {detail}")
 
@@ -305,7 +305,7 @@ class ContextBuilder:
             f"row {record.id}",
             got=ends,
             need=f"the same assistant prefix {self.assistant_prefix!r} in every prompt",
-            mend="mend the chat template, or end data.templates.student and data.templates.teacher alike",
+            fix="fix the chat template, or end data.templates.student and data.templates.teacher alike",
         )
 
 
@@ -317,7 +317,7 @@ def _reference_of(record: Record) -> str:
 
 def _missing_reference(record: Record) -> UserError:
     return UserError(
-        f"row {record.id}", got="no reference", need="a reference solution", mend="mend the row or columns.reference"
+        f"row {record.id}", got="no reference", need="a reference solution", fix="fix the row or columns.reference"
     )
 
 
@@ -327,5 +327,5 @@ def _require_verbatim(record: Record, what: str, part: str, texts: Sequence[str]
             f"row {record.id}",
             got=f"a rendered prompt without the {what} as it stands in the row",
             need=f"a chat template that leaves the user's text alone, so that all contexts share the {what}",
-            mend="mend the chat template",
+            fix="fix the chat template",
         )

@@ -92,7 +92,7 @@ class PromptDataset(Dataset[PromptRow]):
             "data",
             got=f"{count} rows, none of which has another reference than row {row.record.id}",
             need="rows with different references, since this target borrows one",
-            mend="set data.train or distillation.target.family",
+            fix="set data.train or distillation.target.family",
         )
 
     def index(self, row_id: str) -> int | None:
@@ -169,6 +169,6 @@ def _fitted_rows(
             "data",
             got=str(report),
             need="at least one row that fits",
-            mend="set data.max_prompt_tokens or data.max_reference_tokens higher",
+            fix="set data.max_prompt_tokens or data.max_reference_tokens higher",
         )
     return rows, report

@@ -34,7 +34,7 @@ def resolve_path(path: str, *, setting: str) -> Path:
         UserError: `path` is empty, does not exist, or is neither a regular file nor a directory.
     """
     if not path:
-        raise UserError("data", got=f"{setting}.path=''", need="a file or a directory", mend=f"set {setting}.path")
+        raise UserError("data", got=f"{setting}.path=''", need="a file or a directory", fix=f"set {setting}.path")
     if path.startswith(EMBEDDED):
         from nemo_popsd.embedded.names import asset
 
@@ -48,14 +48,14 @@ def resolve_path(path: str, *, setting: str) -> Path:
             "data",
             got=f"{setting}.path={path!r}, which does not exist (looked in {Path.cwd()}; {reason})",
             need=NEED,
-            mend=f"set {setting}.path",
+            fix=f"set {setting}.path",
         ) from None
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise UserError(
             "data",
             got=f"{setting}.path={path!r}, which is neither a regular file nor a directory",
             need=NEED,
-            mend=f"set {setting}.path to a copy of the rows in a file",
+            fix=f"set {setting}.path to a copy of the rows in a file",
         )
     return resolved
 
@@ -75,7 +75,7 @@ def source_files(paths: Sequence[str], *, setting: str) -> list[Path]:
     seen: set[Path] = set()
     for file in found:
         if file.resolve() in seen:
-            raise UserError("data", got=f"{str(file)!r} twice", need="each file once", mend=f"set {setting}.path")
+            raise UserError("data", got=f"{str(file)!r} twice", need="each file once", fix=f"set {setting}.path")
         seen.add(file.resolve())
     return found
 
@@ -110,7 +110,7 @@ def _of_pattern(path: str, setting: str) -> list[Path]:
             "data",
             got=f"{setting}.path={path!r}, which fits no file (looked in {Path.cwd()})",
             need=NEED,
-            mend=f"set {setting}.path",
+            fix=f"set {setting}.path",
         )
     files = [resolve_path(name, setting=setting) for name in found]
     for file in files:
@@ -119,7 +119,7 @@ def _of_pattern(path: str, setting: str) -> list[Path]:
                 "data",
                 got=f"{setting}.path={path!r}, which fits the directory {str(file)!r}",
                 need="a pattern of files alone",
-                mend=f"set {setting}.path",
+                fix=f"set {setting}.path",
             )
     _refuse_missing_shards(files, setting)
     return files
@@ -176,5 +176,5 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _refused(path: Path, got: str, need: str, mend: str) -> UserError:
-    return UserError(str(path), got=got, need=need, mend=mend)
+def _refused(path: Path, got: str, need: str, fix: str) -> UserError:
+    return UserError(str(path), got=got, need=need, fix=fix)

@@ -62,7 +62,7 @@ def named_source(name: str, directory: str = "") -> SourceConfig:
         f"problem set {name}",
         got=f"nothing at any of {', '.join(looked)}",
         need=f"a file with its {known.problems} problems and answers; nothing is downloaded",
-        mend=f"set evaluation.sets_directory to a directory with {name}.jsonl (columns problem, answer), "
+        fix=f"set evaluation.sets_directory to a directory with {name}.jsonl (columns problem, answer), "
         f"or fetch {known.repositories[0][0]} with `datasets` on a machine with network and copy its cache",
     )
 
@@ -78,7 +78,7 @@ def refuse_another_size(name: str, problems: int) -> None:
             f"problem set {name}",
             got=f"{problems} usable problems",
             need=f"its {NAMED_SETS[name].problems}: figures under its name must be comparable",
-            mend="mend the file or data.max_prompt_tokens, or evaluate it as data.validation.path",
+            fix="fix the file or data.max_prompt_tokens, or evaluate it as data.validation.path",
         )
 
 
@@ -115,7 +115,7 @@ def _columns(path: Path, known: NamedSet) -> ColumnsConfig:
             str(path),
             got=f"columns {', '.join(names) or '(none)'}",
             need=f"one of {', '.join(_QUESTIONS)} and one of {', '.join(_ANSWERS)}",
-            mend="rename its columns, or evaluate it as data.validation.path with data.validation.columns",
+            fix="rename its columns, or evaluate it as data.validation.path with data.validation.columns",
         )
     if known.answer_pattern is not None:
         return ColumnsConfig(question=question, reference=answer, answer=None)

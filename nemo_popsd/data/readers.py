@@ -86,7 +86,7 @@ def column_names(path: Path, setting: str) -> list[str]:
         raise _unreadable(path, error, setting) from None
     row = next((row for _, row in rows_of(path, (), setting)), None)
     if not isinstance(row, dict):
-        raise UserError(str(path), got=str(row or "no row"), need="one JSON object a line", mend="fix the file")
+        raise UserError(str(path), got=str(row or "no row"), need="one JSON object a line", fix="fix the file")
     return list(row)
 
 
@@ -184,7 +184,7 @@ def _saved_dataset(path: Path, setting: str) -> Any:
             str(path),
             got=f"splits {', '.join(sorted(map(str, dataset)))}",
             need="a split named train",
-            mend=f"set {setting}.path to one split's directory",
+            fix=f"set {setting}.path to one split's directory",
         )
     return dataset["train"]
 
@@ -203,7 +203,7 @@ def _present(path: Path, found: Iterable[str], columns: Sequence[str], setting: 
             str(path),
             got=f"columns {', '.join(names) or '(none)'}",
             need=f"the mapped columns, {', '.join(missing)} among them",
-            mend=f"set {setting}.columns",
+            fix=f"set {setting}.columns",
         )
     return list(dict.fromkeys(held.values()))
 
@@ -213,5 +213,5 @@ def _unreadable(path: Path, problem: object, setting: str) -> UserError:
         str(path),
         got=" ".join(str(problem).split()),
         need="JSONL (one object a line), Parquet, or a directory saved by `datasets`",
-        mend=f"fix the file or set {setting}.path",
+        fix=f"fix the file or set {setting}.path",
     )

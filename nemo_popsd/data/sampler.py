@@ -50,13 +50,13 @@ class StepSampler(Sampler[list[int]]):
             UserError: `prompts_per_step` is not a positive multiple of `dp_size`, or there are no rows.
         """
         if rows < 1:
-            raise UserError("data", got="no rows", need="at least one", mend="set data.train.path")
+            raise UserError("data", got="no rows", need="at least one", fix="set data.train.path")
         if prompts_per_step < 1 or prompts_per_step % dp_size:
             raise UserError(
                 "batch",
                 got=f"training.prompts_per_step={prompts_per_step} on {dp_size} data-parallel ranks",
                 need=f"a positive multiple of {dp_size}",
-                mend="set training.prompts_per_step, or the parallel sizes",
+                fix="set training.prompts_per_step, or the parallel sizes",
             )
         if not 0 <= dp_rank < dp_size or start_step < 0:
             raise ValueError(f"dp_rank={dp_rank} of dp_size={dp_size}, start_step={start_step}")

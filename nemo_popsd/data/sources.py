@@ -41,14 +41,14 @@ def check_source(
             "training data",
             got=f"{setting}.columns.reference=null",
             need="a reference solution for every row",
-            mend=f"set {setting}.columns.reference",
+            fix=f"set {setting}.columns.reference",
         )
     if need_answer and source.columns.answer is None and source.answer_pattern is None:
         raise UserError(
             "evaluation data",
             got=f"neither {setting}.columns.answer nor {setting}.answer_pattern",
             need="a final answer for every row",
-            mend="set one of them",
+            fix="set one of them",
         )
     if source.answer_pattern is not None:
         _refuse_idle_pattern(source, setting, need_answer=need_answer)
@@ -92,7 +92,7 @@ def read_records(
                     where,
                     got=str(problem),
                     need="a row with every mapped column filled in",
-                    mend=f"fix the row, set {setting}.columns, or set data.malformed_rows=skip",
+                    fix=f"fix the row, set {setting}.columns, or set data.malformed_rows=skip",
                 ) from None
             report.skip(f"row {where.rpartition(':')[2] if len(files) == 1 else where}: {problem}")
             continue
@@ -101,7 +101,7 @@ def read_records(
                 where,
                 got=f"id {record.id!r} again, first in {first_seen[record.id]}",
                 need="unique ids",
-                mend=f"fix the rows, or set {setting}.columns.id to another column or null",
+                fix=f"fix the rows, or set {setting}.columns.id to another column or null",
             )
         first_seen[record.id] = f"row {where.rpartition(':')[2]}" if len(files) == 1 else where
         records.append(record)
@@ -109,7 +109,7 @@ def read_records(
         got = f"{report.rows_read} rows, none usable"
         if report.first_malformed is not None:
             got += f" (first: {report.first_malformed})"
-        raise UserError(source.path, got=got, need="at least one row", mend=f"set {setting}.path or {setting}.columns")
+        raise UserError(source.path, got=got, need="at least one row", fix=f"set {setting}.path or {setting}.columns")
     return records, report
 
 
@@ -127,16 +127,16 @@ def _refuse_idle_pattern(source: SourceConfig, setting: str, *, need_answer: boo
     """Refuse a pattern for answers that would be ignored."""
     name = f"{setting}.answer_pattern"
     if not need_answer:
-        got, mend = f"{name}, which does nothing: training reads no answers", f"remove {name}"
+        got, fix = f"{name}, which does nothing: training reads no answers", f"remove {name}"
     elif source.columns.answer is not None:
         got = f"{name} beside {setting}.columns.answer={source.columns.answer!r}, which overrules it"
-        mend = f"remove {name}, or set {setting}.columns.answer=null"
+        fix = f"remove {name}, or set {setting}.columns.answer=null"
     elif source.columns.reference is None:
         got = f"{name} without {setting}.columns.reference, in which it would look"
-        mend = f"set {setting}.columns.reference, or {setting}.columns.answer instead of the pattern"
+        fix = f"set {setting}.columns.reference, or {setting}.columns.answer instead of the pattern"
     else:
         return
-    raise UserError("configuration", got=got, need="settings that have an effect", mend=mend)
+    raise UserError("configuration", got=got, need="settings that have an effect", fix=fix)
 
 
 def _record(row: Mapping[str, Any], name: str, source: SourceConfig, *, need_answer: bool) -> Record:

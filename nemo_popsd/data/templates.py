@@ -67,14 +67,14 @@ def check_templates(templates: TemplatesConfig) -> None:
                 "templates",
                 got=f"{setting} without {{{missing}}}",
                 need=f"the placeholder {{{missing}}}",
-                mend=f"set {setting}",
+                fix=f"set {setting}",
             )
         for foreign in sorted(found - allowed):
             raise UserError(
                 "templates",
                 got=f"{setting} with {{{foreign}}}",
                 need=f"only {_braced(allowed)} there",
-                mend=f"set {setting}",
+                fix=f"set {setting}",
             )
     pointing = _POINTS_AT_PROBLEM.search(_PLACEHOLDER.sub(" ", templates.teacher))
     if pointing is not None:
@@ -82,7 +82,7 @@ def check_templates(templates: TemplatesConfig) -> None:
             "templates",
             got=f"data.templates.teacher with the words {pointing.group()!r}",
             need="a body that does not refer to the problem, which the reference-only teacher does not see",
-            mend="move those words into data.templates.question_block",
+            fix="move those words into data.templates.question_block",
         )
 
 

@@ -44,17 +44,17 @@ def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreT
     directory = Path(path).expanduser()
     need = "a directory with tokenizer.json and tokenizer_config.json"
     if not directory.is_dir():
-        raise UserError("tokenizer", got=f"{setting}={str(path)!r}, no directory", need=need, mend=f"set {setting}")
+        raise UserError("tokenizer", got=f"{setting}={str(path)!r}, no directory", need=need, fix=f"set {setting}")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         found = ", ".join(sorted(entry.name for entry in directory.iterdir())[:20]) or "nothing"
-        raise UserError("tokenizer", got=f"{setting}={str(path)!r} with {found}", need=need, mend=f"set {setting}")
+        raise UserError("tokenizer", got=f"{setting}={str(path)!r} with {found}", need=need, fix=f"set {setting}")
     for name in TOKENIZER_FILES:
         file = directory / name
         if (file.exists() or file.is_symlink()) and (reason := unreadable(file)):
-            raise UserError(str(directory), got=f"{name}, which {reason}", need=need, mend="fetch the file again")
+            raise UserError(str(directory), got=f"{name}, which {reason}", need=need, fix="fetch the file again")
     content: dict[str, Any] = {}
     if (directory / TOKENIZER_CONFIG).is_file():
-        content = read_json(directory / TOKENIZER_CONFIG, str(directory), mend="repair the file")
+        content = read_json(directory / TOKENIZER_CONFIG, str(directory), fix="repair the file")
     translated = for_transformers_4(content, str(directory))
     if translated == content:
         return _load(directory, directory, need)
@@ -93,7 +93,7 @@ def for_transformers_4(content: Mapping[str, Any], what: str) -> dict[str, Any]:
             what,
             got=f"{TOKENIZER_CONFIG} of transformers 5 with backend={backend!r}",
             need="backend='tokenizers', that is a tokenizer.json",
-            mend="save the tokenizer as a fast one with transformers 5",
+            fix="save the tokenizer as a fast one with transformers 5",
         )
     if backend is not None or content.get("tokenizer_class") == "TokenizersBackend":
         translated.pop("backend", None)
@@ -111,7 +111,7 @@ def _load(place: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         # The tokenizer libraries raise bare Exception, KeyError, OSError and more for a damaged file.
         reason = " ".join(f"{type(error).__name__}: {error}".replace(str(place), str(directory)).split())
-        raise UserError(str(directory), got=reason, need=need, mend="repair or fetch the file again") from None
+        raise UserError(str(directory), got=reason, need=need, fix="repair or fetch the file again") from None
     return tokenizer
 
 
@@ -124,7 +124,7 @@ def read_generation_config(path: str | Path) -> dict[str, Any] | None:
     file = Path(path).expanduser() / "generation_config.json"
     if not file.exists():
         return None
-    content: dict[str, Any] = read_json(file, str(file), mend="repair the file")
+    content: dict[str, Any] = read_json(file, str(file), fix="repair the file")
     return content
 
 
@@ -153,7 +153,7 @@ def stop_token_ids(
             "stop tokens",
             got=f"eos_token_id {foreign[0]!r}" if foreign else "no eos_token_id",
             need="at least one token id at which a response ends",
-            mend="set eos_token in tokenizer_config.json or eos_token_id in generation_config.json",
+            fix="set eos_token in tokenizer_config.json or eos_token_id in generation_config.json",
         )
     return tuple(sorted(ids))
 
@@ -184,5 +184,5 @@ def refuse_tokens_beyond(
                 "special tokens",
                 got=f"{name} with id {number} ({tokenizer.convert_ids_to_tokens(number)!r})",
                 need=f"ids below the model's vocab_size={vocab_size} (config.json)",
-                mend="set it to a token that the model has an embedding for",
+                fix="set it to a token that the model has an embedding for",
             )

@@ -46,5 +46,5 @@ class DiagnosisConfig:
                 "configuration",
                 got=f"diagnosis.entropy_edges={edges!r}",
                 need="numbers in rising order, each once",
-                mend="set diagnosis.entropy_edges",
+                fix="set diagnosis.entropy_edges",
             )

@@ -81,7 +81,7 @@ def refuse_other_files(directory: Path) -> None:
             f"diagnosis {directory}",
             got=f"{', '.join(present)} and no {MARK} that says that a diagnosis of nemo_popsd wrote them",
             need="a directory without such files, or an earlier diagnosis; nothing was changed",
-            mend=f"set output to another directory, or move {directory} away",
+            fix=f"set output to another directory, or move {directory} away",
         )
 
 

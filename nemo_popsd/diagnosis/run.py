@@ -74,7 +74,7 @@ def choose_rows(dataset: PromptDataset, config: PopsdConfig) -> list[DiagnosedRo
             got=f"diagnosis.shown_rows={settings.shown_rows!r}, of which "
             f"{settings.shown_rows[named.index(None)]!r} is not among the {len(dataset)} rows",
             need="ids of rows of data.train that are within its limits",
-            mend="set diagnosis.shown_rows",
+            fix="set diagnosis.shown_rows",
         )
     first = list(range(min(settings.rows, len(dataset))))
     shown = [index for index in named if index is not None] or first[: settings.shown]

@@ -240,7 +240,7 @@ class ChunkDivergence:
             for tile, _ in measured:
                 out_RV = None if out_CV is None else out_CV[tile]
                 kl_pm_R = kl_pm_C[tile.start - start : tile.stop - start]
-                self._stages.slope_jsd(
+                self._stages.jsd_grad(
                     logits.student[tile], t_CV[tile], kl_pm_R, weights_C[tile], out_RV, self._constants
                 )
                 _bend_(logits, tile, out_RV)

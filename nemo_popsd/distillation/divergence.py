@@ -38,9 +38,9 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError("divergence", got=f"kind={self.kind!r}", need=f"one of {', '.join(KINDS)}", mend="set kind")
+            raise UserError("divergence", got=f"kind={self.kind!r}", need=f"one of {', '.join(KINDS)}", fix="set kind")
         if not 0 < self.weight < 1:
-            raise UserError("divergence", got=f"weight={self.weight!r}", need="a number in (0, 1)", mend="set weight")
+            raise UserError("divergence", got=f"weight={self.weight!r}", need="a number in (0, 1)", fix="set weight")
 
 
 def divergence_of_log_probs(

@@ -37,7 +37,7 @@ class Stages(NamedTuple):
     measure: Callable[..., Tensor]
     measure_capped: Callable[..., Tensor]
     mix: Callable[..., tuple[Tensor, Tensor]]
-    slope_jsd: Callable[..., None]
+    jsd_grad: Callable[..., None]
     slope_forward: Callable[..., Tensor]
     slope_reverse: Callable[..., Tensor]
     fused: bool
@@ -84,7 +84,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-_FUNCTIONS = ("measure", "measure_capped", "mix", "slope_jsd", "slope_forward", "slope_reverse")
+_FUNCTIONS = ("measure", "measure_capped", "mix", "jsd_grad", "slope_forward", "slope_reverse")
 _eager = Stages(fused=False, **{name: getattr(rowwise, name) for name in _FUNCTIONS})
 _fused: Stages | None = None
 
@@ -101,7 +101,7 @@ def choose_stages(setting: str, width: int, dtype: torch.dtype) -> Stages:
         UserError: unknown setting.
     """
     if setting not in SETTINGS:
-        raise UserError("loss", got=f"fused={setting!r}", need=f"one of {', '.join(SETTINGS)}", mend="set fused")
+        raise UserError("loss", got=f"fused={setting!r}", need=f"one of {', '.join(SETTINGS)}", fix="set fused")
     large = width >= _SMALLEST_FUSED_VOCABULARY and dtype == torch.float32
     if setting == "never" or _Compiled.broken or (setting == "auto" and not large):
         return _eager

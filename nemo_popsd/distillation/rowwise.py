@@ -238,7 +238,7 @@ def mix(s_RV: Tensor, t_RV: Tensor, measures_PKR: Tensor, constants: Constants) 
     return watched(totals), parts
 
 
-def slope_jsd(
+def jsd_grad(
     p_RV: Tensor,
     log_m_over_p_RV: Tensor,
     kl_pm_R: Tensor,

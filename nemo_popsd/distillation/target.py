@@ -54,7 +54,7 @@ class Target(Protocol):
 
 
 def _refuse(name: str, value: object, need: str) -> UserError:
-    return UserError("distillation target", got=f"{name}={value!r}", need=need, mend=f"set {name}")
+    return UserError("distillation target", got=f"{name}={value!r}", need=need, fix=f"set {name}")
 
 
 def _require_positive(name: str, value: float) -> None:

@@ -41,10 +41,10 @@ def examine_run(
         else:
             check_training_run(config, world_size=world_size)
     except UserError as error:
-        return [Finding("run", error.what, "failed", str(error.got), error.need, error.mend)], output
+        return [Finding("run", error.what, "failed", str(error.got), error.need, error.fix)], output
     if config.student.layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        got, mend = "transformer_engine, which is not installed", "install it, or set student.layers=auto"
-        return [Finding("run", "student.layers", "failed", got, "layers that this machine has", mend)], output
+        got, fix = "transformer_engine, which is not installed", "install it, or set student.layers=auto"
+        return [Finding("run", "student.layers", "failed", got, "layers that this machine has", fix)], output
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     return [Finding("run", "configuration", "ok", f"{conf} for {ranks}")], output
 

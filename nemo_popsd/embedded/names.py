@@ -34,7 +34,7 @@ def asset(name: str) -> Path:
             "embedded file",
             got=repr(name),
             need="one of " + ", ".join(PREFIX + known for known in _ASSETS),
-            mend="correct the name, or give the path of a file or folder of your own",
+            fix="correct the name, or give the path of a file or folder of your own",
         )
     return FOLDER / path
 

@@ -180,7 +180,7 @@ def compare_directories(paths: Sequence[str], *, resamples: int, base: str | Non
             "comparison",
             got="; ".join(f"{name} with {', '.join(sets)}" for name, sets in found.items()),
             need="a set of problems that all have",
-            mend="name other directories",
+            fix="name other directories",
         )
     by_set = {name: {model: sets[name] for model, sets in found.items()} for name in common}
     return title + tables_of_sets(by_set, resamples=resamples)
@@ -201,7 +201,7 @@ def _short(path: str, paths: Sequence[str]) -> str:
     for length in range(1, len(own) + 1):
         if sum(other[-length:] == own[-length:] for other in parts) == 1:
             return "/".join(own[-length:])
-    raise UserError("comparison", got=f"{path!r} twice", need="different directories", mend="name each once")
+    raise UserError("comparison", got=f"{path!r} twice", need="different directories", fix="name each once")
 
 
 def _chosen(base: str, names: Mapping[str, str]) -> str:
@@ -218,7 +218,7 @@ def _chosen(base: str, names: Mapping[str, str]) -> str:
             "comparison",
             got=f"--base {base}, which is {'none' if not found else 'several'} of the evaluations",
             need=f"one of {', '.join(names.values())}",
-            mend="set --base to one of these names",
+            fix="set --base to one of these names",
         )
     return found[0]
 
@@ -230,7 +230,7 @@ def _paired(before: Evaluation, after: Evaluation) -> tuple[dict[str, Ratio], di
             "comparison",
             got="evaluations of different problems",
             need="at least one problem that both have",
-            mend="compare evaluations of one set",
+            fix="compare evaluations of one set",
         )
     old, new = (figures_of([s for s in side.scores if s.problem in common]) for side in (before, after))
     return old, new

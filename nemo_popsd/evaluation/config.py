@@ -50,7 +50,7 @@ class EndpointConfig:
                 "configuration",
                 got="an evaluation.endpoint.url that is no plain http(s) address",  # it may hold a password
                 need="http(s)://HOST[:PORT]/v1 without a user, a password or a query",
-                mend="set evaluation.endpoint.url, and the key in the environment",
+                fix="set evaluation.endpoint.url, and the key in the environment",
             )
 
 

@@ -68,7 +68,7 @@ class Endpoint:
                 f"endpoint {config.url}",
                 got=f"models {', '.join(served) or '(none)'}",
                 need=f"the model {config.model!r}" if config.model else "exactly one model, or a name",
-                mend="set evaluation.endpoint.model",
+                fix="set evaluation.endpoint.model",
             )
         self.model = config.model or served[0]
         root = entries[self.model].get("root")
@@ -130,7 +130,7 @@ class Endpoint:
                 f"endpoint {self._config.url}",
                 got=f"an answer without {error}",
                 need="choices with text and finish_reason, and usage, as the completions API has them",
-                mend="set evaluation.endpoint.url to a server that speaks it",
+                fix="set evaluation.endpoint.url to a server that speaks it",
             ) from None
         return Sample(problem=draw.prompt.record.id, sample=draw.sample, text=text, tokens=tokens, cut=cut)
 
@@ -182,8 +182,8 @@ class Endpoint:
         failed = self._failed(f"{complaint}, {self._config.retries + 1} times")
         if not self._has_answered:
             raise failed
-        cure = "start the same command again, which draws what is missing; look at the server"
-        raise TransientError(failed.what, got=failed.got, cure=cure)
+        fix = "start the same command again, which draws what is missing; look at the server"
+        raise TransientError(failed.what, got=failed.got, fix=fix)
 
     def _ask_once(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         headers = {"Accept": "application/json"}
@@ -223,7 +223,7 @@ class Endpoint:
             f"endpoint {self._config.url}",
             got=complaint,
             need="an OpenAI-compatible server that answers",
-            mend=f"start it, or set evaluation.endpoint.url (the key's variable {self._config.key_variable} {key})",
+            fix=f"start it, or set evaluation.endpoint.url (the key's variable {self._config.key_variable} {key})",
         )
 
 

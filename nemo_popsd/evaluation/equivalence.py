@@ -61,7 +61,7 @@ def require_math_verify() -> None:
             "evaluation",
             got="no package math_verify",
             need="math-verify, which compares answers, with antlr 4.9 as omegaconf has it",
-            mend="pip install 'math-verify[antlr4_9_3]>=0.9,<0.10'",
+            fix="pip install 'math-verify[antlr4_9_3]>=0.9,<0.10'",
         )
 
 

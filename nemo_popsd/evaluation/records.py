@@ -200,7 +200,7 @@ class EvaluationDirectory:
                         str(file),
                         got=f"sample {sample.sample} of problem {sample.problem!r} a second time",
                         need="each sample once",
-                        mend="remove the directory and evaluate again",
+                        fix="remove the directory and evaluate again",
                     )
                 found[sample.problem, sample.sample] = sample
         return found
@@ -241,7 +241,7 @@ class EvaluationDirectory:
                 f"evaluation {self.path}",
                 got=f"{', '.join(present)} and no {MARK} that says that an evaluation of nemo_popsd wrote them",
                 need="a directory without such files, or an earlier evaluation; nothing was changed",
-                mend=f"set output to another directory, or move {self.path} away",
+                fix=f"set output to another directory, or move {self.path} away",
             )
 
     def _refuse_other_settings(self, present: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -257,7 +257,7 @@ class EvaluationDirectory:
                 f"samples in {self.path}",
                 got="; ".join(told),
                 need="the settings that they were drawn with: samples of two settings are never mixed",
-                mend="set output to another directory, or remove this one",
+                fix="set output to another directory, or remove this one",
             )
 
     def _incomplete(self, name: str) -> UserError:
@@ -265,7 +265,7 @@ class EvaluationDirectory:
             "evaluation",
             got=f"no {name} in {str(self.path)!r}",
             need="the directory of an evaluation that has ended",
-            mend="name one, such as OUTPUT/evaluation/MODEL/SET, or run `popsd evaluate` to its end",
+            fix="name one, such as OUTPUT/evaluation/MODEL/SET, or run `popsd evaluate` to its end",
         )
 
 
@@ -288,7 +288,7 @@ class SampleWriter:
                 str(path),
                 got="another process that draws samples into it",
                 need="one evaluation at a time in a directory",
-                mend="wait for it, or set output to another directory",
+                fix="wait for it, or set output to another directory",
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -35,7 +35,7 @@ def rescored(directory: EvaluationDirectory) -> tuple[list[SampleScore], Evaluat
             f"evaluation in {directory.path}",
             got=f"scores by other rules of comparison, and {missing} of {len(scored)} samples missing",
             need="scores by one set of rules",
-            mend="run `popsd evaluate` again for it",
+            fix="run `popsd evaluate` again for it",
         )
     logger.warning("%s was scored by other rules of comparison: scored again from its samples", directory.path)
     with AnswerVerifier(config.verify_seconds) as verifier:

@@ -137,7 +137,7 @@ def conclude(planned: PlannedSet, config: PopsdConfig, verifier: AnswerVerifier,
             f"samples in {planned.directory.path}",
             got=f"{absent} of {len(keys)} missing",
             need="what all ranks have drawn, on a file system that all of them share",
-            mend="set output to such a place",
+            fix="set output to such a place",
         )
     samples = [drawn[key] for key in keys]
     return conclude_samples(

@@ -88,7 +88,7 @@ def refuse_what_is_in_the_way(path: Path, kind: str, *, setting: str = "output")
         refuse_foreign(name, kind, setting=setting)
 
 
-def put_in_place(new: Path, path: Path, kind: str) -> None:
+def atomic_replace(new: Path, path: Path, kind: str) -> None:
     """Renames the directory `new`, which is marked and on the disk already, to `path`.
 
     A directory of ours that is there is renamed aside first and removed last: one of the two is complete at any
@@ -140,7 +140,7 @@ def new_directory(path: Path, kind: str) -> Iterator[Path]:
     except BaseException:
         remove_directory(partial, kind)
         raise
-    put_in_place(partial, path, kind)
+    atomic_replace(partial, path, kind)
 
 
 def recover(folder: Path, kind: str, is_name: Callable[[str], bool]) -> None:

@@ -105,7 +105,7 @@ def damaged(where: object, problem: str) -> UserError:
         str(where),
         got=f"damaged data ({problem[:200]})",
         need="the file as it was written",
-        mend="restore it from a copy, or remove it",
+        fix="restore it from a copy, or remove it",
     )
 
 
@@ -139,7 +139,7 @@ def _content(path: Path) -> bytes:
     except OSError as error:
         problem = error.strerror or type(error).__name__
         raise UserError(
-            str(path), got=f"no readable file ({problem})", need="a file of JSON", mend="correct or remove it"
+            str(path), got=f"no readable file ({problem})", need="a file of JSON", fix="correct or remove it"
         ) from error
 
 

@@ -43,7 +43,7 @@ _POLL_SECONDS = 0.5
 _TRIES = 5
 _HOLDER = re.compile(r"holder-(\d{6,})")
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_ROOM = {"need": "a directory that can be written", "mend": "free space, or set output"}
+_ROOM = {"need": "a directory that can be written", "fix": "free space, or set output"}
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,20 @@ class Hold:
             return
         if number == 0 or holder.token == self.token:
             raise TransientError(
-                what, got=f"the lock of this run, {self.folder}, is gone; the run ends unsaved", cure=START_AGAIN
+                what, got=f"the lock of this run, {self.folder}, is gone; the run ends unsaved", fix=START_AGAIN
             )
         if holder.follows(this_process()):
             raise TransientError(
                 what,
                 got=f"a later start of the same job has taken over: {holder.describe()}",
-                cure="leave it to that start, which goes on from the newest checkpoint",
+                fix="leave it to that start, which goes on from the newest checkpoint",
             )
         raise UserError(
             what,
             got=f"another run that has taken it over, since this one gave no sign of life for {STALE_SECONDS:g} s: "
             f"{holder.describe()}",
             need="one run at a time in a directory; this one ends and writes nothing more",
-            mend="set output to another directory, or stop the other run",
+            fix="set output to another directory, or stop the other run",
         )
 
 
@@ -204,7 +204,7 @@ class OutputLock:
                 raise TransientError(
                     f"output {str(self._output)!r}",
                     got=f"an earlier start of this job, which was asked to leave and has not: {holder.describe()}",
-                    cure=f"stop that process; {START_AGAIN}",
+                    fix=f"stop that process; {START_AGAIN}",
                 )
         return True
 
@@ -259,7 +259,7 @@ class OutputLock:
             f"output {str(self._output)!r}",
             got=f"another run in it, {holder.describe()}",
             need=f"one run at a time in a directory{tasks}",
-            mend="set output to another directory, or stop that run",
+            fix="set output to another directory, or stop that run",
         )
 
     # Holding it

@@ -124,7 +124,7 @@ def refuse_foreign(path: Path, kind: str, *, setting: str = "output") -> None:
             f"{kind} {path}",
             got=f"{reason}, where the {kind} would be written",
             need=f"a path where nothing is yet, or an earlier {kind} of nemo_popsd, unchanged",
-            mend=f"set {setting} to another directory, or move {path} away; nothing was removed",
+            fix=f"set {setting} to another directory, or move {path} away; nothing was removed",
         )
 
 
@@ -148,7 +148,7 @@ def refuse_foreign_archive(path: Path, *, setting: str = "output") -> None:
             f"archive {path}",
             got=f"{reason}, where the archive would be written",
             need="a path where nothing is yet, or an earlier archive of nemo_popsd",
-            mend=f"set {setting} to another file, or move {path} away; nothing was removed",
+            fix=f"set {setting} to another file, or move {path} away; nothing was removed",
         )
 
 
@@ -178,7 +178,7 @@ def refuse_overlap(path: Path, keep: Mapping[str, str | Path], *, setting: str) 
             setting,
             got=f"{setting}={str(path)!r}, which {relation} {what} {str(place)!r}",
             need="a directory of its own: what is read is never written over",
-            mend=f"give another {setting}; nothing was removed",
+            fix=f"give another {setting}; nothing was removed",
         )
 
 

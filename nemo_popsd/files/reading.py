@@ -52,13 +52,13 @@ def unreadable(file: Path) -> str | None:
     return "is a git-lfs pointer in place of the file (run `git lfs pull`)" if begin == _POINTER else None
 
 
-def read_text(file: Path, what: str, *, mend: str, limit: int = JSON_BYTES) -> str:
+def read_text(file: Path, what: str, *, fix: str, limit: int = JSON_BYTES) -> str:
     """The text of a plain UTF-8 file.
 
     Args:
         file: to read.
         what: for the message: whose file it is.
-        mend: for the message.
+        fix: for the message.
         limit: largest size in bytes.
 
     Raises:
@@ -75,23 +75,23 @@ def read_text(file: Path, what: str, *, mend: str, limit: int = JSON_BYTES) -> s
     if reason is None and text.startswith("\ufeff"):
         reason = "begins with a byte order mark, which transformers does not read"
     if reason is not None:
-        raise UserError(what, got=f"{file.name}, which {reason}", need="a plain text file", mend=mend)
+        raise UserError(what, got=f"{file.name}, which {reason}", need="a plain text file", fix=fix)
     return text
 
 
-def read_json(file: Path, what: str, *, mend: str, kind: type = dict) -> Any:
+def read_json(file: Path, what: str, *, fix: str, kind: type = dict) -> Any:
     """The value in a JSON file, read strictly: no key twice in an object, every number finite.
 
     Args:
         file: to read.
         what: for the message: whose file it is.
-        mend: for the message.
+        fix: for the message.
         kind: `dict` or `list`, which the value must be.
 
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
-    text = read_text(file, what, mend=mend)
+    text = read_text(file, what, fix=fix)
     try:
         value = json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_not_finite, parse_float=_finite)
     except RecursionError:
@@ -103,7 +103,7 @@ def read_json(file: Path, what: str, *, mend: str, kind: type = dict) -> Any:
             return value
         reason = f"a JSON {type(value).__name__}"
     need = "a JSON object" if kind is dict else "a JSON list"
-    raise UserError(what, got=f"{file.name}: {reason}", need=need, mend=mend)
+    raise UserError(what, got=f"{file.name}: {reason}", need=need, fix=fix)
 
 
 def check_yaml(text: str) -> None:

@@ -46,7 +46,7 @@ class Adapters:
                 "adapters",
                 got=f"student.lora.targets={list(config.targets)}",
                 need=f"some of {', '.join(sorted(possible))}",
-                mend="set student.lora.targets",
+                fix="set student.lora.targets",
             )
         self._lora(self._chunks, training=True)
         gather_in_adapters(self._chunks)

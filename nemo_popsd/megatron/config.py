@@ -35,7 +35,7 @@ class LoRAConfig:
                 "configuration",
                 got=f"student.lora.dropout={self.dropout}",
                 need="0: the branches are compared under the same weights",
-                mend="set student.lora.dropout=0",
+                fix="set student.lora.dropout=0",
             )
 
 
@@ -73,7 +73,7 @@ class StudentConfig:
                 "configuration",
                 got="student.frozen_copy='host' with student.adaptation='lora'",
                 need="full fine-tuning: under LoRA the base is the student with its adapters off, and there is no copy",
-                mend="set student.frozen_copy=device, or student.adaptation=full",
+                fix="set student.frozen_copy=device, or student.adaptation=full",
             )
 
 

@@ -229,7 +229,7 @@ class _Rotation(torch.nn.Module):
                 "rollout",
                 got=f"rotary embedding {kind}",
                 need=f"one of {', '.join(_KNOWN_ROTATIONS)}, whose angles depend on the position alone",
-                mend="use another model",
+                fix="use another model",
             )
         found = original(capacity)
         self._table, *self._rest = found if isinstance(found, tuple) else (found,)

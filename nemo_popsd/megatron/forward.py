@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
-from nemo_popsd.megatron.response_routing import SequenceSplit, bring_together
+from nemo_popsd.megatron.response_routing import SequenceSplit, gather_response_states
 
 Report = TypeVar("Report")
 
@@ -96,7 +96,7 @@ def _run_schedule(
 
         def at_responses(hidden_SBH: Tensor, **options: Any) -> Any:
             """Called where the last layer is; keeps the states that predict owned response tokens, [N, H]."""
-            return loss(batch, bring_together(hidden_SBH, batch.route, split), **options)
+            return loss(batch, gather_response_states(hidden_SBH, batch.route, split), **options)
 
         return hidden_SBH, at_responses
 
@@ -125,7 +125,7 @@ def frozen_hidden_states(
     """Hidden states at the response positions of each sequence: [R_i, H] in the model's dtype, detached.
 
     Under context parallelism R_i counts the tokens that this rank owns. Collectives: those of Megatron's forward and
-    of `bring_together`.
+    of `gather_response_states`.
 
     Args:
         chunks: the frozen weights (see `nemo_popsd.megatron.base`).

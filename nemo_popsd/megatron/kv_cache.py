@@ -76,7 +76,7 @@ class CachedCoreAttention(torch.nn.Module):
                 "rollout",
                 got=f"core attention {kind} with softmax_type={config.softmax_type!r}",
                 need=f"one of {', '.join(_KNOWN_CORES)} with 'vanilla', which the cache can stand for",
-                mend="use another model",
+                fix="use another model",
             )
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         shape = slots, groups, cache_positions(capacity, device), width

@@ -49,14 +49,14 @@ def refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
                 "layout",
                 got=f"{count} {what} with {parallel.describe()}",
                 need=f"a multiple of {size} {what}",
-                mend=f"set {setting}",
+                fix=f"set {setting}",
             )
     if experts and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(
             "layout",
             got=f"a mixture of {experts} experts with {parallel.describe()} and parallel.sequence=false",
             need="sequence parallelism beside tensor parallelism, so that no token is dispatched twice",
-            mend="set parallel.sequence=true",
+            fix="set parallel.sequence=true",
         )
 
 
@@ -78,7 +78,7 @@ def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parall
             "adapters",
             got=f"student.lora.targets with {', '.join(targets)} for a mixture of {provider.num_moe_experts} experts",
             need="adapters of attention alone: on a GPU all experts of a rank would share one adapter",
-            mend="set student.lora.targets=[linear_qkv,linear_proj], or student.adaptation=full",
+            fix="set student.lora.targets=[linear_qkv,linear_proj], or student.adaptation=full",
         )
     if parallel.context == 1:
         return
@@ -87,12 +87,12 @@ def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parall
             "layout",
             got=f"student.precision={student.precision} with {parallel.describe()}",
             need="bf16: Transformer Engine has no other attention for context parallelism",
-            mend="set student.precision=bf16, or parallel.context=1",
+            fix="set student.precision=bf16, or parallel.context=1",
         )
     if provider.window_size is not None:
         raise UserError(
             "layout",
             got=f"layers that attend within a window (OLMo-3's) with {parallel.describe()}",
             need="whole sequences on each rank: Transformer Engine's ring of context-parallel ranks has no windows",
-            mend="set parallel.context=1, and parallel.tensor for long sequences",
+            fix="set parallel.context=1, and parallel.tensor for long sequences",
         )

@@ -3,8 +3,8 @@
 Context parallelism gives each rank two chunks of every sequence, sequence parallelism a slice of what its context rank
 holds. The contexts of one response have different lengths, so its tokens lie on other ranks in each of them. The loss
 needs student, base, teacher and probe of a token in one place, and that place must not depend on the context: the owner
-of a response token is a function of the response alone (`owned`). `bring_together` moves the states of response tokens,
-and of nothing else, from where a forward left them to their owners, with the exact adjoint in the backward.
+of a response token is a function of the response alone (`owned`). `gather_response_states` moves the states of response
+tokens, and of nothing else, from where a forward left them to their owners, with the exact adjoint in the backward.
 
 Shapes: S length of the sequence dimension (padded length, or all tokens of a packed batch), b its other dimension (1
 when packed), H hidden size, M response tokens that lie on this context-parallel rank, N those it owns.
@@ -166,7 +166,7 @@ def plan_route(
     )
 
 
-def bring_together(hidden_SBH: Tensor, route: Route, split: SequenceSplit) -> Tensor:
+def gather_response_states(hidden_SBH: Tensor, route: Route, split: SequenceSplit) -> Tensor:
     """The states that predict the response tokens which this rank owns, [N, H], from its hidden states.
 
     Moves, with e bytes per number, forward and again backward unless said otherwise: without sequence and context

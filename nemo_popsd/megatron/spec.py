@@ -33,7 +33,7 @@ def chosen_layers(setting: str) -> str:
             "layers",
             got="student.layers=transformer_engine on a machine where Transformer Engine does not import",
             need="Transformer Engine, as in the NGC NeMo container",
-            mend="install it, or set student.layers=local (or auto)",
+            fix="install it, or set student.layers=local (or auto)",
         )
     return setting
 

@@ -167,7 +167,7 @@ class Student:
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
-    def is_first_of_replica(self) -> bool:
+    def is_replica_leader(self) -> bool:
         """Whether this rank speaks for the ranks that hold one copy of the model together."""
         return not (
             parallel_state.get_tensor_model_parallel_rank()

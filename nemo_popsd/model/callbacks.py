@@ -27,7 +27,7 @@ class StepBoundary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The boundary."""
         model: Any = pl_module
-        model.checkpoints.at_boundary(model)
+        model.checkpoints.maybe_save(model)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

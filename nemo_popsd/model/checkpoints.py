@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
-from nemo_popsd.checkpoint.retention import FINAL, Checkpoints, name_of, point_to, prune, superfluous
+from nemo_popsd.checkpoint.retention import FINAL, Checkpoints, name_of, prune, superfluous, update_latest
 from nemo_popsd.checkpoint.save import Content, PendingSave
 from nemo_popsd.checkpoint.training_state import load_random_state, load_training_state
 from nemo_popsd.config.loading import to_dict_config
@@ -19,7 +19,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.files.atomic import flush_file
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.observability.jsonl_logger import FILE_NAME, read_metric
-from nemo_popsd.parallel.agreement import do_together
+from nemo_popsd.parallel.agreement import raise_on_all_ranks
 from nemo_popsd.parallel.distributed import layout, on_any_rank
 from nemo_popsd.runtime.random_state import capture_random_state, restore_random_state
 
@@ -51,7 +51,7 @@ class RunCheckpoints:
         self.check_lock: Callable[[], None] = lambda: None
         self._left_alone: set[str] = set()
 
-    def at_boundary(self, model: Any) -> None:
+    def maybe_save(self, model: Any) -> None:
         """Between two steps: completes what was written meanwhile, obeys signals, saves if it is time to.
 
         Collectives: two all-reduces of one number, and another while a save is in flight.
@@ -67,7 +67,7 @@ class RunCheckpoints:
         self._random = capture_random_state()
         self._refuse_lost_lock()
         if self._pending is not None and not on_any_rank(not self._pending.written):
-            self.settle()
+            self.wait()
         model.stop.raise_if_requested()
         steps, every = model.completed_steps, self._settings.checkpoint_every
         if every and steps > self._saved and steps % every == 0 and steps < self._settings.steps:
@@ -92,45 +92,45 @@ class RunCheckpoints:
         Raises:
             UserError: it, or the save in flight, failed; older checkpoints are as they were.
         """
-        self.settle()
+        self.wait()
         self._refuse_lost_lock()
         path = self.folder / name
-        do_together(
+        raise_on_all_ranks(
             f"checkpoint {path}",
             lambda: self._flush_metrics() if dist.get_rank() == 0 else None,
             need="the run's own directory",
-            mend="free space, or set output",
+            fix="free space, or set output",
         )
         self._pending = PendingSave(path, self._content(model), background=self._settings.async_save)
         self._saved = model.completed_steps
         if not self._settings.async_save:
-            self.settle()
+            self.wait()
         return path
 
     def save_last_step(self, model: Any) -> None:
         """Saves the last completed step unless that has happened."""
         if model.completed_steps > self._saved:
             self.save(model, name_of(model.completed_steps))
-        self.settle()
+        self.wait()
 
     def save_final(self, model: Any) -> Path:
         """Saves what the run ends with, and waits for it."""
         path = self.save(model, FINAL)
-        self.settle()
+        self.wait()
         return path
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits for the save in flight; then the pointer moves, and old checkpoints go."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         self._refuse_lost_lock()
         pending.finish()
-        do_together(
+        raise_on_all_ranks(
             f"checkpoint {pending.path}",
             lambda: self._tidy(pending.path) if dist.get_rank() == 0 else None,
             need="the right to replace older checkpoints",
-            mend="free space, or set output",
+            fix="free space, or set output",
         )
         logger.info("checkpoint %s", pending.path)
 
@@ -149,7 +149,7 @@ class RunCheckpoints:
             if error is not None:
                 raise error
 
-        do_together(f"output {self._output}", fail, need="a directory that can be read", mend="set output")
+        raise_on_all_ranks(f"output {self._output}", fail, need="a directory that can be read", fix="set output")
 
     def _flush_metrics(self) -> None:
         """Metrics are on the disk before the checkpoint that counts on them."""
@@ -159,7 +159,7 @@ class RunCheckpoints:
 
     def _tidy(self, newest: Path) -> None:
         self.check_lock()
-        point_to(newest)
+        update_latest(newest)
         settings = self._settings
         scores = read_metric(self._output, settings.best_metric) if settings.keep_best else {}
         found = Checkpoints.in_folder(self.folder)

@@ -150,7 +150,7 @@ def adapter_base(settings: PopsdConfig, student: Student) -> Path | None:
             "configuration",
             got=f"rollout.vllm.lora=adapter with {hindrance}",
             need=f"a dense model in a Hugging Face directory, and a rank of at most {_LORA_RANKS[-1]}",
-            mend="set rollout.vllm.lora=merged",
+            fix="set rollout.vllm.lora=merged",
         )
     logger.warning("vLLM gets the adapters merged into weights, rounded to its precision: %s", hindrance)
     return None

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROOM = {"need": "room and the right to write it", "mend": "free space, or set output elsewhere"}
+_ROOM = {"need": "room and the right to write it", "fix": "free space, or set output elsewhere"}
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -69,7 +69,7 @@ def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, nam
         if settings.parallel.expert > 1:
             # Ranks that share experts ask equally often: who has fewer draws one again, and keeps it to itself.
             asked = mine + missing[: len(missing[::replicas]) - len(mine)]
-        with one.directory.append_to(replica) if model.student.is_first_of_replica else nullcontext() as file:
+        with one.directory.append_to(replica) if model.student.is_replica_leader else nullcontext() as file:
             for start in range(0, len(asked), rows):
                 chunk = asked[start : start + rows]
                 samples = draw_samples(chunk, model.engine, sampling, model.tokenizer, seed=settings.seed)

@@ -189,7 +189,7 @@ class PurifiedOPSDModel(ModelPT):
                 "data.validation",
                 got=f"{len(prompts)} problems for {ranks} data-parallel ranks",
                 need="equally many for each rank under expert parallelism" if in_step else "at least one for each rank",
-                mend="set data.validation.path or evaluation.problems",
+                fix="set data.validation.path or evaluation.problems",
             )
         mine = prompts[parallel_state.get_data_parallel_rank() :: ranks]
         rows = self.settings.rollout.batch_rows
@@ -210,7 +210,7 @@ class PurifiedOPSDModel(ModelPT):
                 "sequence length",
                 got=f"contexts of up to {longest} tokens, response included",
                 need=f"at most the model's {limit} positions (max_position_embeddings in its config.json)",
-                mend=f"set {settings}",
+                fix=f"set {settings}",
             )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -344,7 +344,7 @@ class PurifiedOPSDModel(ModelPT):
                 f"export to {output}",
                 got="weights that are NaN or Inf",
                 need="finite ones, which any model is made of",
-                mend="export an earlier checkpoint",
+                fix="export an earlier checkpoint",
             )
         self.architecture.export(self.student.chunks, output)
 
@@ -383,7 +383,7 @@ def _refuse_other_rows(checkpoint: NemoCheckpoint, fingerprint: str) -> None:
             "resuming",
             got="other training rows than those that the run began with",
             need=f"the same rows, wherever they lie (they were in {checkpoint.config.data.train.path!r})",
-            mend="set data.train.path, or output for another run, or overwrite=true to begin anew",
+            fix="set data.train.path, or output for another run, or overwrite=true to begin anew",
         )
 
 

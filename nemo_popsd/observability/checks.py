@@ -29,7 +29,7 @@ def check_trackers(config: ObservabilityConfig) -> None:
                 "configuration",
                 got=f"observability.{package}.enabled=true without the package {package}",
                 need=f"pip install 'nemo_popsd[{package}]'",
-                mend=f"install it, or set observability.{package}.enabled=false",
+                fix=f"install it, or set observability.{package}.enabled=false",
             )
     if config.wandb.enabled and config.wandb.mode == "online" and is_rank_zero() and not _has_wandb_key():
         raise UserError(
@@ -37,7 +37,7 @@ def check_trackers(config: ObservabilityConfig) -> None:
             got="observability.wandb.mode=online without a key: no WANDB_API_KEY, and no entry for "
             f"{_wandb_host()} in the netrc file",
             need="a key of the W&B server",
-            mend="set WANDB_API_KEY or run `wandb login`; or set observability.wandb.mode=offline",
+            fix="set WANDB_API_KEY or run `wandb login`; or set observability.wandb.mode=offline",
         )
 
 

@@ -15,7 +15,7 @@ from nemo_popsd.errors import system_error
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.observability.rank import is_rank_zero
 
-_ROOM = {"need": "room and the right to write it", "mend": "free space, or set output to another file system"}
+_ROOM = {"need": "room and the right to write it", "fix": "free space, or set output to another file system"}
 FILE_NAME = "metrics.jsonl"
 """Name of the metrics file in a run's output directory."""
 

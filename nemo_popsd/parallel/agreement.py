@@ -13,7 +13,7 @@ _KINDS = ("defect", "user", "transient")
 T = TypeVar("T")
 
 
-def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) -> None:
+def raise_on_all_ranks(what: str, action: Callable[[], None], *, need: str, fix: str) -> None:
     """Calls `action`, which must not use collectives, and raises on every rank if it raised on any.
 
     Collective over the world: one gather of objects.
@@ -22,7 +22,7 @@ def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) 
         what: for the message.
         action: what this rank does.
         need: for the message, if the system refused.
-        mend: for the message.
+        fix: for the message.
 
     Raises:
         UserError: some rank raised it, or the operating system refused something there that the user can change (no
@@ -36,28 +36,28 @@ def do_together(what: str, action: Callable[[], None], *, need: str, mend: str) 
     except Exception as raised:
         error = raised
     told: list[tuple[str, Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if error is None else _kind(error, what, need=need, mend=mend))
+    dist.all_gather_object(told, None if error is None else _kind(error, what, need=need, fix=fix))
     failed = [(rank, *entry) for rank, entry in enumerate(told) if entry is not None]
     if not failed:
         return
-    # A defect is told before what the user must change, and that before what another start may cure.
+    # A defect is told before what the user must change, and that before what another start may fix.
     rank, kind, content = min(failed, key=lambda entry: _KINDS.index(entry[1]))
     if kind == "defect":
         raise RuntimeError(f"{what}: {content} (rank {rank})") from error
     raise content from error
 
 
-def from_rank_zero(what: str, action: Callable[[], T], *, need: str, mend: str) -> T:
+def from_rank_zero(what: str, action: Callable[[], T], *, need: str, fix: str) -> T:
     """What `action` returns on rank 0, on every rank. Collective over the world: a gather and a broadcast of objects.
 
     Args:
         what: for the message.
         action: what rank 0 does; must not use collectives.
         need: for the message, if the system refused.
-        mend: for the message.
+        fix: for the message.
 
     Raises:
-        UserError, TransientError, RuntimeError: on every rank, as `do_together`.
+        UserError, TransientError, RuntimeError: on every rank, as `raise_on_all_ranks`.
     """
     found: list[Any] = [None]
 
@@ -65,15 +65,15 @@ def from_rank_zero(what: str, action: Callable[[], T], *, need: str, mend: str) 
         if dist.get_rank() == 0:
             found[0] = action()
 
-    do_together(what, act, need=need, mend=mend)
+    raise_on_all_ranks(what, act, need=need, fix=fix)
     dist.broadcast_object_list(found, src=0)
     result: T = found[0]
     return result
 
 
-def _kind(error: Exception, what: str, *, need: str, mend: str) -> tuple[str, Any]:
+def _kind(error: Exception, what: str, *, need: str, fix: str) -> tuple[str, Any]:
     if isinstance(error, OSError):
-        told: Exception = system_error(what, error, need=need, mend=mend, where=f"(rank {dist.get_rank()})")
+        told: Exception = system_error(what, error, need=need, fix=fix, where=f"(rank {dist.get_rank()})")
     else:
         told = unless_it_may_pass(error) if isinstance(error, UserError) else error
     if isinstance(told, UserError):

@@ -36,14 +36,14 @@ class ParallelConfig:
                 "configuration",
                 got="parallel.sequence=true with parallel.tensor=1",
                 need="tensor-parallel ranks to split sequences over",
-                mend="set parallel.tensor above 1, or parallel.sequence=false",
+                fix="set parallel.tensor above 1, or parallel.sequence=false",
             )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise UserError(
                 "configuration",
                 got=f"parallel.virtual_pipeline={self.virtual_pipeline} with parallel.pipeline=1",
                 need="pipeline stages to interleave",
-                mend="set parallel.pipeline above 1, or parallel.virtual_pipeline=1",
+                fix="set parallel.pipeline above 1, or parallel.virtual_pipeline=1",
             )
 
     @property
@@ -74,5 +74,5 @@ class ParallelConfig:
                     "layout",
                     got=f"{self.describe()} with {ranks} rank{'s' if ranks > 1 else ''}",
                     need=f"a number of ranks that {size} ({named}) divides",
-                    mend=f"set parallel.*, or start a multiple of {fits} ranks (torchrun --nproc-per-node {fits})",
+                    fix=f"set parallel.*, or start a multiple of {fits} ranks (torchrun --nproc-per-node {fits})",
                 )

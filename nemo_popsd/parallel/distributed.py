@@ -90,7 +90,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             "layout",
             got=f"{parallel.describe()} in a process whose groups were made for {present.describe()}",
             need="one layout in the life of a process",
-            mend=f"set {present.describe()}, or build the trainer from the same configuration as the model",
+            fix=f"set {present.describe()}, or build the trainer from the same configuration as the model",
         )
     random.seed(seed)
     np.random.seed(seed)
@@ -104,7 +104,7 @@ def _take_device(number: int) -> None:
             "launcher",
             got=f"LOCAL_RANK={number} on a machine where torch sees {torch.cuda.device_count()} GPUs",
             need="a GPU for each rank",
-            mend="start fewer ranks a node, or set CUDA_VISIBLE_DEVICES to more GPUs",
+            fix="start fewer ranks a node, or set CUDA_VISIBLE_DEVICES to more GPUs",
         )
     torch.cuda.set_device(number)
 
@@ -125,7 +125,7 @@ def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
         raise TransientError(
             f"rank {launch.rank} of {launch.world_size}",
             got=f"the ranks of the run have not met at {place} within {limit}",
-            cure="see why the others have not come; start all ranks of a run with the same MASTER_ADDR, MASTER_PORT "
+            fix="see why the others have not come; start all ranks of a run with the same MASTER_ADDR, MASTER_PORT "
             "and WORLD_SIZE",
             advice=[in_words(error)],
         ) from error
@@ -174,7 +174,7 @@ def layout() -> dict[str, int]:
     }
 
 
-def greatest_of_all_ranks(number: float) -> float:
+def all_reduce_max(number: float) -> float:
     """The greatest `number` of the world: one all-reduce of one number."""
     value = torch.tensor(number, device=device(), dtype=torch.float64)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
@@ -183,4 +183,4 @@ def greatest_of_all_ranks(number: float) -> float:
 
 def on_any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank of the world: one all-reduce of one number."""
-    return greatest_of_all_ranks(float(flag)) > 0
+    return all_reduce_max(float(flag)) > 0

@@ -67,7 +67,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             _WHAT,
             got=f"{_shown(environment, *given)} without {', '.join(missing)}",
             need=f"{', '.join((*_OF_RANKS, *_OF_RENDEZVOUS))} together, as torchrun sets them, or none of them",
-            mend=f"start the command with torchrun, or {_SINGLE}",
+            fix=f"start the command with torchrun, or {_SINGLE}",
         )
     own, local = (_number(environment, name, least=0) for name in ("RANK", "LOCAL_RANK"))
     for name, value, of in (("RANK", own, "WORLD_SIZE"), ("LOCAL_RANK", local, "LOCAL_WORLD_SIZE")):
@@ -76,7 +76,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 _WHAT,
                 got=_shown(environment, name, of),
                 need=f"a {name} below {of}",
-                mend=f"start the command with torchrun, or {_SINGLE}",
+                fix=f"start the command with torchrun, or {_SINGLE}",
             )
     if world == 1:
         return Launch(local_rank=local)
@@ -104,13 +104,13 @@ def check_rendezvous(launch: Launch) -> None:
         socket.getaddrinfo(launch.address, launch.port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         if error.errno == socket.EAI_AGAIN:
-            cure = "look at the machine's name service, or set MASTER_ADDR to an address"
-            raise TransientError(_WHAT, got=f"{place}: {error.strerror}", cure=cure) from None
+            fix = "look at the machine's name service, or set MASTER_ADDR to an address"
+            raise TransientError(_WHAT, got=f"{place}: {error.strerror}", fix=fix) from None
         raise UserError(
             _WHAT,
             got=f"{place}, a host that is not known here ({error.strerror})",
             need="the host of rank 0, by a name or an address that every rank can reach",
-            mend=f"set MASTER_ADDR, or {_SINGLE}",
+            fix=f"set MASTER_ADDR, or {_SINGLE}",
         ) from None
     if launch.rank == 0 and not launch.agent_listens:
         _check_port(launch.port, place)
@@ -124,13 +124,13 @@ def _check_port(port: int, place: str) -> None:
         ).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            cure = f"set MASTER_PORT to a free port, or end what listens there; {_SINGLE}"
-            raise TransientError(_WHAT, got=f"{place}: another process has this port", cure=cure) from None
+            fix = f"set MASTER_PORT to a free port, or end what listens there; {_SINGLE}"
+            raise TransientError(_WHAT, got=f"{place}: another process has this port", fix=fix) from None
         raise UserError(
             _WHAT,
             got=f"{place}, where rank 0 cannot listen ({error.strerror})",
             need="a port that this user may listen at",
-            mend="set MASTER_PORT",
+            fix="set MASTER_PORT",
         ) from None
 
 
@@ -142,7 +142,7 @@ def _number(environment: Mapping[str, str], name: str, *, least: int, most: int 
         _WHAT,
         got=_shown(environment, name),
         need=f"a whole number of at least {least}" + ("" if most is None else f" and at most {most}"),
-        mend=f"start the command with torchrun, or {_SINGLE}",
+        fix=f"start the command with torchrun, or {_SINGLE}",
     )
 
 

@@ -29,7 +29,7 @@ def true_width(width: int, vocab_size: int, tp_group: dist.ProcessGroup | None =
             "vocabulary",
             got=f"vocab_size={vocab_size} with an output matrix of {shards} x {width} rows",
             need=f"1 to {width * shards} entries",
-            mend="give the size of the tokenizer's vocabulary that the model was built for",
+            fix="give the size of the tokenizer's vocabulary that the model was built for",
         )
     return true_widths(width, vocab_size, tp_group)[group_rank(tp_group)]
 

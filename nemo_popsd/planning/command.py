@@ -55,7 +55,7 @@ def _one(case: Case, fastest_layout: bool) -> Estimate:
         f"plan of {case.sizes.name} on {case.layout.nodes} x {case.layout.gpus_per_node} GPUs",
         got="; ".join(against),
         need="a layout that divides and fits",
-        mend="set parallel.*, or nodes",
+        fix="set parallel.*, or nodes",
         advice=report.advice([] if fastest_layout else nearest(case)),
     )
 

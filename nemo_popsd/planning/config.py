@@ -92,5 +92,5 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         if not self.nodes:
-            raise UserError("plan", got="nodes=[]", need="at least one number of nodes", mend="set nodes=1")
+            raise UserError("plan", got="nodes=[]", need="at least one number of nodes", fix="set nodes=1")
         check_numbers(self)

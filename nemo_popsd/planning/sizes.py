@@ -100,7 +100,7 @@ def read_sizes(source: str) -> tuple[ModelSizes, str]:
             "plan",
             got=f"student.source={source!r}" + (", which has no config.json" if path.exists() else ""),
             need="a model's directory, or a name out of " + ", ".join(embedded_models()),
-            mend="set student.source",
+            fix="set student.source",
         )
     origin = f"sizes that ship with nemo_popsd as {name}; {source} is not on this machine"
     return _parse(json.loads((_EMBEDDED / f"{name}.json").read_text()), name), origin
@@ -115,13 +115,13 @@ def _from_archive(path: Path) -> bytes:
             return file.read()
     except (tarfile.TarError, EOFError, OSError, StopIteration):
         raise UserError(
-            "plan", got=f"{path} without huggingface/config.json", need="a NeMo checkpoint", mend="set student.source"
+            "plan", got=f"{path} without huggingface/config.json", need="a NeMo checkpoint", fix="set student.source"
         ) from None
 
 
 def _object(found: object, where: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
-        raise UserError(where, got="no object", need="a config.json", mend="correct it, or set student.source")
+        raise UserError(where, got="no object", need="a config.json", fix="correct it, or set student.source")
     return found
 
 
@@ -147,7 +147,7 @@ def _parse(config: Mapping[str, Any], name: str) -> ModelSizes:
             f"model {name}",
             got=f"model_type={kind!r}" + ("" if sparse_everywhere else " with dense layers among sparse ones"),
             need="one of " + ", ".join(_FAMILIES) + ", all layers alike",
-            mend="set student.source",
+            fix="set student.source",
         )
     try:
         heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
@@ -173,5 +173,5 @@ def _parse(config: Mapping[str, Any], name: str) -> ModelSizes:
             f"model {name}",
             got=f"a config.json with {error}",
             need="the sizes of the model, whole numbers above 0",
-            mend="correct it, or set student.source",
+            fix="correct it, or set student.source",
         ) from None

@@ -116,7 +116,7 @@ def read_run(directory: Path) -> RunData:
             "report",
             got=f"{str(directory)!r} without a readable config.yaml ({type(error).__name__})",
             need="the output directory of a training run",
-            mend="correct the path",
+            fix="correct the path",
         ) from None
     training, logged = _metrics(directory / "metrics.jsonl")
     validations = {step: Validation(values) for step, values in logged.items()}

@@ -74,7 +74,7 @@ def refuse_another_file(page: Path) -> None:
             f"page {page}",
             got=f"{reason}, where the page would be written",
             need="a path where nothing is yet, or an earlier page",
-            mend=f"set --output to another file, or move {page} away; nothing was changed",
+            fix=f"set --output to another file, or move {page} away; nothing was changed",
         )
 
 

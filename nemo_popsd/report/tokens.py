@@ -48,7 +48,7 @@ def write_diagnosis_page(directory: Path) -> Path:
             "report",
             got=f"{str(directory)!r} without summary.json and rollouts.jsonl",
             need="the directory of a diagnosis",
-            mend="correct the path",
+            fix="correct the path",
         )
     page = directory / "index.html"
     refuse_another_file(page)

@@ -56,7 +56,7 @@ class RolloutConfig:
                 "configuration",
                 got=f"rollout.overlap=true with rollout.engine={self.engine}",
                 need="the engine that draws beside the training processes, not in them",
-                mend="set rollout.engine=vllm or rollout.overlap=false",
+                fix="set rollout.engine=vllm or rollout.overlap=false",
             )
         if self.max_age == 0 and (self.overlap or self.tokens_per_step):
             other = "rollout.overlap=true" if self.overlap else f"rollout.tokens_per_step={self.tokens_per_step}"
@@ -64,21 +64,21 @@ class RolloutConfig:
                 "configuration",
                 got=f"rollout.max_age=0 with {other}",
                 need="an age of at least 1: such responses are trained on a step after the one that drew them",
-                mend=f"set rollout.max_age=1, or rollout.{'overlap=false' if self.overlap else 'tokens_per_step=0'}",
+                fix=f"set rollout.max_age=1, or rollout.{'overlap=false' if self.overlap else 'tokens_per_step=0'}",
             )
         if self.tokens_per_step and self.engine != "megatron":
             raise UserError(
                 "configuration",
                 got=f"rollout.tokens_per_step={self.tokens_per_step} with rollout.engine={self.engine}",
                 need="the engine that can leave a response and go on with it",
-                mend="set rollout.engine=megatron or rollout.tokens_per_step=0",
+                fix="set rollout.engine=megatron or rollout.tokens_per_step=0",
             )
         if self.tokens_per_step and not self.save:
             raise UserError(
                 "configuration",
                 got=f"rollout.tokens_per_step={self.tokens_per_step} with rollout.save=false",
                 need="the rollouts on disk, where rows wait for the next step",
-                mend="set rollout.save=true or rollout.tokens_per_step=0",
+                fix="set rollout.save=true or rollout.tokens_per_step=0",
             )
 
     @property

@@ -37,7 +37,7 @@ class Request:
     """Determines the random numbers of this response, whatever else is in the batch (see `row_seed`)."""
     begun: Rollout | None = None
     """What an earlier call drew and left unfinished: goes on from there, with the random numbers that come next."""
-    must_end: bool = False
+    run_to_end: bool = False
     """Whether it is drawn to its end, whatever the token budget."""
 
 
@@ -79,7 +79,7 @@ class RolloutEngine(Protocol):
         """One response per request, in order. Collective over the ranks that share the model."""
 
 
-class Drawing(Protocol):
+class PendingRollouts(Protocol):
     """Responses that are being drawn."""
 
     def result(self) -> list[Rollout]:
@@ -90,7 +90,7 @@ class Drawing(Protocol):
 class ConcurrentEngine(RolloutEngine, Protocol):
     """Draws outside the training processes, which can do something else meanwhile."""
 
-    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> Drawing:
+    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> PendingRollouts:
         """Begins to draw, by the weights as they are now. Collective over the ranks that share the model."""
 
 

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits that are sharded over the vocabulary: temperature, top-k, top-p, one uniform number each.
+"""Sampling tokens from logits that are sharded over the vocabulary: temperature, top-k, top-p, one uniform number each.
 
 What is drawn is defined on the whole vocabulary and does not depend on how it is sharded, up to the rounding of sums:
 one shard takes the same steps as many, without the collectives. Logits are never gathered.

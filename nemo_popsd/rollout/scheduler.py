@@ -89,7 +89,7 @@ class SlotSchedule:
             prefill_tokens: most tokens, padding included, of one prefill of several rows.
         """
         rows = [Row.of(number, request) for number, request in enumerate(requests)]
-        rows.sort(key=lambda row: (not row.request.must_end, row.request.begun is None, row.position, row.context))
+        rows.sort(key=lambda row: (not row.request.run_to_end, row.request.begun is None, row.position, row.context))
         self._waiting = rows[::-1]
         self._prefill_tokens = prefill_tokens
         self.slots: list[Row | None] = [None] * slots
@@ -170,9 +170,9 @@ class SlotSchedule:
         """
         if not budget or not self.done or self.drawn + len(self.live) <= budget:
             return []
-        left = [(slot, row) for slot, row in self.live if not row.request.must_end]
-        waiting = [row for row in self._waiting if not row.request.must_end]
-        self._waiting = [row for row in self._waiting if row.request.must_end]
+        left = [(slot, row) for slot, row in self.live if not row.request.run_to_end]
+        waiting = [row for row in self._waiting if not row.request.run_to_end]
+        self._waiting = [row for row in self._waiting if row.request.run_to_end]
         for row in [*waiting, *(row for _, row in left)]:
             row.unfinished = True
             self.done.append(row)

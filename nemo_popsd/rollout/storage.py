@@ -145,9 +145,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
     except UserError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"rollouts {path}", got=str(error), need="a file as a run writes it", mend="remove it"
-        ) from None
+        raise UserError(f"rollouts {path}", got=str(error), need="a file as a run writes it", fix="remove it") from None
 
 
 def _row(line: dict[str, Any], version: int) -> StoredRollout:

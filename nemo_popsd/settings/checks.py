@@ -22,7 +22,7 @@ def shown(value: object) -> str:
 
 def refuse(name: str, value: object, need: str) -> UserError:
     """The error for a `value` that the setting `name` cannot have."""
-    return UserError("configuration", got=f"{name}={shown(value)}", need=need, mend=f"set {name}")
+    return UserError("configuration", got=f"{name}={shown(value)}", need=need, fix=f"set {name}")
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nemo_popsd.training.trajectory import Trajectory
 
 
-def share_out(trajectories: Sequence[Trajectory], group: dist.ProcessGroup, updates: int) -> list[list[Trajectory]]:
+def rebalance(trajectories: Sequence[Trajectory], group: dist.ProcessGroup, updates: int) -> list[list[Trajectory]]:
     """This rank's trajectories for each of a step's updates, shared out anew by their lengths.
 
     Update u takes the trajectories u, u + updates, ... of the step, counted over all ranks, in any layout. Rollouts

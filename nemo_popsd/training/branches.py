@@ -86,7 +86,7 @@ class FrozenBranches:
     def target_states(self, trajectories: Sequence[Trajectory]) -> list[TargetStates]:
         """Target states of each trajectory, detached; none but on the last pipeline stage.
 
-        Collectives: those of Megatron's forwards and of `bring_together`.
+        Collectives: those of Megatron's forwards and of `gather_response_states`.
         """
         branches: dict[str, list[Tensor]] = {}
         wanted = self._wanted_branches()

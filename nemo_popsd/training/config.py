@@ -65,7 +65,7 @@ class TrainingConfig:
                 got=f"training.updates_per_step={self.updates_per_step} with training.prompts_per_step="
                 f"{self.prompts_per_step}",
                 need="updates on equal parts",
-                mend="set training.updates_per_step to a divisor of training.prompts_per_step",
+                fix="set training.updates_per_step to a divisor of training.prompts_per_step",
             )
         if not self.best_metric.startswith(("train/", "validation/")):
             raise refuse("training.best_metric", self.best_metric, "the name of a metric, as in validation/accuracy")

@@ -15,13 +15,13 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.megatron.student import Student
-from nemo_popsd.parallel.agreement import do_together
-from nemo_popsd.parallel.distributed import greatest_of_all_ranks, on_any_rank
+from nemo_popsd.parallel.agreement import raise_on_all_ranks
+from nemo_popsd.parallel.distributed import all_reduce_max, on_any_rank
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.parallel.waiting import wait_for_all
 from nemo_popsd.rollout.engine import (
     ConcurrentEngine,
-    Drawing,
+    PendingRollouts,
     Request,
     Rollout,
     RolloutEngine,
@@ -52,7 +52,7 @@ class _Ahead:
 
     step: int
     requests: list[Request]
-    drawing: Drawing
+    drawing: PendingRollouts
 
 
 class StepRollouts:
@@ -116,7 +116,7 @@ class StepRollouts:
         if left:
             logger.info("step %d leaves %d of this replica's %d rows to the next one", number, left, len(rows))
         ended = [(row, rollout) for row, rollout in zip(rows, rollouts, strict=True) if not rollout.unfinished]
-        oldest = int(greatest_of_all_ranks(max((rollout.age(number - 1) for _, rollout in ended), default=0)))
+        oldest = int(all_reduce_max(max((rollout.age(number - 1) for _, rollout in ended), default=0)))
         if oldest > self._settings.age_bound:
             raise RuntimeError(f"step {number} has rollouts by weights that are {oldest} steps old")
         return [Trajectory(row, rollout) for row, rollout in ended]
@@ -167,7 +167,7 @@ class StepRollouts:
                 "rollouts",
                 got=f"not all of step {number}'s in {self._store.folder}",
                 need="them, since rows that the step left wait there (rollout.tokens_per_step)",
-                mend="bring them back, or set output for another run",
+                fix="bring them back, or set output for another run",
             )
         assert left is not None
         mine = left[self._student.dp_group.rank() :: self._student.dp_group.size()]
@@ -180,7 +180,7 @@ class StepRollouts:
         It ends now if waiting again would make it too old, or if it waited without having been begun.
         """
         old = left.rollout.age(number + 1) > self._settings.age_bound
-        return Request(left.prompt, left.seed, left.rollout, must_end=old or not left.rollout.response)
+        return Request(left.prompt, left.seed, left.rollout, run_to_end=old or not left.rollout.response)
 
     def _stored(self, number: int, rows: Sequence[PromptRow], requests: Sequence[Request]) -> list[Rollout] | None:
         """Rollouts of these rows from an attempt that was cut off, if every rank finds its own, young enough.
@@ -211,12 +211,12 @@ class StepRollouts:
         ]
 
         def write() -> None:
-            if self._student.is_first_of_replica:
+            if self._student.is_replica_leader:
                 store.write(number, lines, part=group.rank(), parts=group.size())
 
-        do_together(
+        raise_on_all_ranks(
             f"rollouts of step {number}",
             write,
             need="room and the right to write them; nothing was trained on them yet",
-            mend="free space, set output elsewhere, or set rollout.save=false",
+            fix="free space, set output elsewhere, or set rollout.save=false",
         )

@@ -13,7 +13,7 @@ from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states, 
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
-from nemo_popsd.parallel.distributed import device, greatest_of_all_ranks
+from nemo_popsd.parallel.distributed import all_reduce_max, device
 from nemo_popsd.training.branches import TargetStates
 from nemo_popsd.training.objective import LossReport, Objective
 
@@ -66,7 +66,7 @@ def check_student_equals_base(
     optimizer.zero_grad()
     # Nothing where another stage has the loss, or other ranks own all tokens.
     per_token = torch.cat([torch.zeros(1, device=device()), *(report.per_token for report in reports)])
-    worst = greatest_of_all_ranks(float(per_token.abs().nan_to_num(nan=math.inf).max()))
+    worst = all_reduce_max(float(per_token.abs().nan_to_num(nan=math.inf).max()))
     tolerance = TOLERANCE[next(student.chunks[0].parameters()).dtype]
     logger.info("self-check with student = base and PMI off: loss at most %.3g, gradient norm %.3g", worst, grad_norm)
     if not (worst <= tolerance and grad_norm <= tolerance):

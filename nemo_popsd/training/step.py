@@ -19,7 +19,7 @@ from nemo_popsd.parallel.distributed import device
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
-from nemo_popsd.training.balance import share_out
+from nemo_popsd.training.balance import rebalance
 from nemo_popsd.training.branches import FrozenBranches, TargetStates
 from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_update
 from nemo_popsd.training.objective import LossReport, Objective
@@ -103,7 +103,7 @@ class OnPolicyStep:
         """
         settings, watch = self._config.training, Stopwatch()
         with watch.phase("rollout"):
-            parts = share_out(self._rollouts.of(number, rows), self._student.dp_group, settings.updates_per_step)
+            parts = rebalance(self._rollouts.of(number, rows), self._student.dp_group, settings.updates_per_step)
         trajectories = [trajectory for part in parts for trajectory in part]
         if number == 1 and settings.self_check:
             sequences = [t.student for t in trajectories[:_CHECKED_SEQUENCES]]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nemo_popsd.megatron.microbatches import TokenCount
 from nemo_popsd.observability.metrics import StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
-from nemo_popsd.parallel.distributed import device, greatest_of_all_ranks
+from nemo_popsd.parallel.distributed import all_reduce_max, device
 from nemo_popsd.training.objective import LossReport
 from nemo_popsd.training.trajectory import Trajectory
 
@@ -65,7 +65,7 @@ def summarize_step(
         sums[f"{name}_tokens"] = sum(len(value) for value in finite)
     totals = torch.tensor(list(map(float, sums.values())), dtype=torch.float64, device=device())
     dist.all_reduce(totals)
-    oldest = greatest_of_all_ranks(max((t.rollout.age(weights_version) for t in trajectories), default=0))
+    oldest = all_reduce_max(max((t.rollout.age(weights_version) for t in trajectories), default=0))
     total = dict(zip(sums, totals.tolist(), strict=True))
     tokens = max(total["tokens"], 1.0)
     seconds = {phase: stopwatch.seconds(phase) for phase in ("rollout", "frozen", "train")}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_popsd.checkpoint.manifest import digests, write_manifest
-from nemo_popsd.checkpoint.retention import Checkpoints, is_name, point_to, prune, superfluous
+from nemo_popsd.checkpoint.retention import Checkpoints, is_name, prune, superfluous, update_latest
 from nemo_popsd.errors import UserError
 
 STEPS = {f"step-{step:06d}": step for step in (10, 20, 30, 40)}
@@ -64,7 +64,7 @@ def test_the_newest_is_the_newest_complete_one_that_can_be_resumed(tmp_path: Pat
     found = Checkpoints.in_folder(tmp_path)
     assert found.newest() == tmp_path / "final"
     assert found.complete == {"step-000002": 2, "step-000010": 10, "final": 10, "step-000012": 12}
-    point_to(tmp_path / "step-000010")
+    update_latest(tmp_path / "step-000010")
     assert prune(tmp_path, ["step-000010"]) == []
     assert (tmp_path / "latest").read_text() == "step-000010\n"
     assert not (tmp_path / "step-000010").exists()
@@ -104,7 +104,7 @@ def test_a_damaged_final_is_old_if_the_pointer_is_at_another(
     _save(tmp_path / "final", 4)
     (tmp_path / "final" / "manifest.json").write_text("{")
     if latest:
-        point_to(tmp_path / latest)
+        update_latest(tmp_path / latest)
     if is_newest:
         with pytest.raises(UserError, match="final: got an unreadable"):
             Checkpoints.in_folder(tmp_path).newest()

@@ -94,7 +94,7 @@ def _load_and_save_until_killed(rank: int, world_size: int, source: Path, output
         step += 1
         _mark(model, step)
         checkpoints.save(model, FINAL if step % 3 == 0 else name_of(step))
-        checkpoints.settle()
+        checkpoints.wait()
         kill.arm((number + 0.5) / KILLS)  # the first save is let through, so that there is a previous one
 
 
@@ -128,7 +128,7 @@ def small_disk(tmp_path: Path) -> Any:
 
 def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhere: Path) -> dict[str, str]:
     from nemo_popsd.checkpoint.retention import name_of
-    from nemo_popsd.parallel.agreement import do_together
+    from nemo_popsd.parallel.agreement import raise_on_all_ranks
     from nemo_popsd.rollout.engine import Rollout
     from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
 
@@ -139,7 +139,7 @@ def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhe
         model, checkpoints = _run(source, output, background=background)
         _mark(model, 1)
         checkpoints.save(model, name_of(1))
-        checkpoints.settle()
+        checkpoints.wait()
         free = usage(disk).free
         (disk / "somebody else's").write_bytes(bytes(free - 100_000))
         for known in (True, False):  # whether the file system tells how little is left
@@ -149,7 +149,7 @@ def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhe
             before = {name: value.clone() for name, value in model.student.gpt.named_parameters()}
             try:
                 checkpoints.save(model, name_of(2))
-                checkpoints.settle()
+                checkpoints.wait()
             except UserError as error:
                 told[f"{background} {known}"] = str(error)
             shutil.disk_usage = usage
@@ -160,14 +160,14 @@ def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhe
             _reload(source, output / "checkpoints" / "step-000001", 1)
         (disk / "somebody else's").unlink()
         checkpoints.save(model, name_of(2))  # room again: the same state is saved
-        checkpoints.settle()
+        checkpoints.wait()
         _reload(source, output / "checkpoints" / "step-000002", 2)
         shutil.rmtree(output)
     (disk / "somebody else's").write_bytes(bytes(usage(disk).free - 20_000))
     rows = [StoredRollout("r", 1, [1], Rollout(list(range(5000)), [0.5] * 5000, False, 0))]
     try:
         store = RolloutStore(disk)
-        do_together("rollouts", lambda: store.write(1, rows, part=0, parts=1), need="room", mend="free space")
+        raise_on_all_ranks("rollouts", lambda: store.write(1, rows, part=0, parts=1), need="room", fix="free space")
     except UserError as error:
         told["rollouts"] = str(error)
     assert store.complete(1, 0) is None

@@ -308,7 +308,7 @@ def test_the_world_of_the_launcher_counts(
 
 
 def test_messages_of_several_lines_become_one(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._tell(UserError("a", got="b\nc", need="d", mend="e"))
+    cli._tell(UserError("a", got="b\nc", need="d", fix="e"))
     assert capsys.readouterr().err == "popsd: error: a: got b c; need d; e\n"
 
 
@@ -331,7 +331,7 @@ def test_what_another_start_may_cure_is_one_line_and_status_1(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(config: object, **options: object) -> None:
-        raise TransientError("rank 3", got="it ended", cure="start again", advice=["its log:"])
+        raise TransientError("rank 3", got="it ended", fix="start again", advice=["its log:"])
 
     monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", fail)
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1

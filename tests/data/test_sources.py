@@ -201,7 +201,7 @@ def test_missing_column_lists_the_columns_found(tmp_path: Path) -> None:
         read_records(source(path), setting="data.validation", malformed_rows="skip")
     assert caught.value.got == "columns problem, reference"
     assert "question" in caught.value.need
-    assert caught.value.mend == "set data.validation.columns"
+    assert caught.value.fix == "set data.validation.columns"
 
 
 def test_no_usable_row_is_an_error_with_the_first_reason(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def test_the_room_needs_torch_alone():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "[]",
-        "['nemo_popsd.errors', 'nemo_popsd.parallel', 'nemo_popsd.parallel.collectives', 'nemo_popsd.parallel.vocabulary']",
+        "['nemo_popsd.errors', 'nemo_popsd.parallel', 'nemo_popsd.parallel.collectives', "
+        "'nemo_popsd.parallel.vocabulary']",
     ]
 
 

@@ -61,7 +61,7 @@ def test_what_a_killed_write_left_is_removed_and_what_looks_like_it_is_not(
 
 def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
     _directory(tmp_path / "run", "old")
-    atomic.put_in_place(_directory(tmp_path / "run.partial", "new"), tmp_path / "run", CHECKPOINT)
+    atomic.atomic_replace(_directory(tmp_path / "run.partial", "new"), tmp_path / "run", CHECKPOINT)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (tmp_path / "run" / "data").read_text() == "new"
 
@@ -83,7 +83,7 @@ def test_recovery_from_a_kill_while_a_directory_is_replaced(
     else:
         monkeypatch.setattr(atomic, "flush_directory", _kill)
     with pytest.raises(KeyboardInterrupt):
-        atomic.put_in_place(new, tmp_path / "run", CHECKPOINT)
+        atomic.atomic_replace(new, tmp_path / "run", CHECKPOINT)
     monkeypatch.undo()
     atomic.recover(tmp_path, CHECKPOINT, _is_name)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

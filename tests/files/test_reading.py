@@ -61,15 +61,15 @@ def test_json_is_read_strictly(tmp_path: Path, content: bytes, named: str) -> No
     file = tmp_path / "file.json"
     file.write_bytes(content)
     with pytest.raises(UserError, match=f"^model m: got .*{named}.*; fetch it") as refused:
-        read_text(file, "model m", mend="fetch it", limit=100) if b"   " in content else read_json(
-            file, "model m", mend="fetch it"
+        read_text(file, "model m", fix="fetch it", limit=100) if b"   " in content else read_json(
+            file, "model m", fix="fetch it"
         )
     assert "\n" not in str(refused.value)
 
 
 def test_json_that_is_whole(tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text('{"a": [1, 2.5, null]}')
-    assert read_json(tmp_path / "file.json", "model m", mend="fetch it") == {"a": [1, 2.5, None]}
+    assert read_json(tmp_path / "file.json", "model m", fix="fetch it") == {"a": [1, 2.5, None]}
 
 
 def test_aliases_are_counted_as_often_as_they_are_used() -> None:

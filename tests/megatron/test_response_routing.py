@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemo_popsd.megatron.microbatches import ContextSequence, microbatches
-from nemo_popsd.megatron.response_routing import WHOLE, SequenceSplit, bring_together
+from nemo_popsd.megatron.response_routing import WHOLE, SequenceSplit, gather_response_states
 from tests.harness import run_ranks
 
 CASES = {
@@ -80,7 +80,7 @@ def _travel(rank: int, world_size: int, contexts: int, slices: int) -> dict[str,
                 # A token's state is its id, in H variations; what a rank holds is cut from its input.
                 local = batch.input_ids.t().chunk(slices)[split.tensor_rank].double()
                 states = torch.stack([local * (number + 1) for number in range(HIDDEN)], dim=-1).requires_grad_()
-                owned = bring_together(states, batch.route, split)
+                owned = gather_response_states(states, batch.route, split)
                 # A gradient that depends on the token alone, alike on every slice, as the loss gives it.
                 owned.backward(1.0 / (1.0 + owned.detach()))
                 responses = [sequences[row].response[split.owned(sequences[row].response)] for row in batch.rows]
@@ -136,4 +136,4 @@ def test_without_a_split_nothing_is_moved() -> None:
 
     [batch] = microbatches([ContextSequence([7, 8], [9, 4]), ContextSequence([5], [6])], 100, torch.device("cpu"))
     states: Tensor = batch.input_ids.t()[..., None].double()
-    assert bring_together(states, batch.route, WHOLE).squeeze(1).tolist() == [8.0, 9.0, 5.0]
+    assert gather_response_states(states, batch.route, WHOLE).squeeze(1).tolist() == [8.0, 9.0, 5.0]

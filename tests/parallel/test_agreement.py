@@ -7,7 +7,7 @@ from tests.harness import run_ranks
 
 
 def _fail(rank: int, world_size: int) -> list[Any]:
-    from nemo_popsd.parallel.agreement import do_together
+    from nemo_popsd.parallel.agreement import raise_on_all_ranks
 
     def full() -> None:
         if rank == 1:
@@ -20,7 +20,7 @@ def _fail(rank: int, world_size: int) -> list[Any]:
     def damaged() -> None:
         if rank == 1:
             raise UserError(
-                "model m", got="half a file", need="a whole one", mend="fetch it again", advice=["its log:", "..."]
+                "model m", got="half a file", need="a whole one", fix="fetch it again", advice=["its log:", "..."]
             )
 
     def stale() -> None:
@@ -28,7 +28,7 @@ def _fail(rank: int, world_size: int) -> list[Any]:
             raise OSError(116, "Stale file handle", "/x")
 
     def gone() -> None:
-        raise TransientError("server", got="it died", cure="start again", advice=["its log:", "..."])
+        raise TransientError("server", got="it died", fix="start again", advice=["its log:", "..."])
 
     def one_of_each() -> None:
         stale()
@@ -37,7 +37,7 @@ def _fail(rank: int, world_size: int) -> list[Any]:
     told: list[Any] = []
     for action in (full, defect, damaged, stale, gone, one_of_each, lambda: None):
         try:
-            do_together("saving", action, need="room", mend="free some")
+            raise_on_all_ranks("saving", action, need="room", fix="free some")
             told.append(None)
         except (UserError, RuntimeError) as error:
             told.append((type(error).__name__, str(error), getattr(error, "advice", ())))

@@ -109,7 +109,7 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
     for name, rows in (("left", 64), ("left, two rows", 2)):
         seen[name] = engine(rows).generate(REQUESTS, budgeted)
         version[0] = 1
-        rest = [replace(q, begun=r, must_end=True) for q, r in zip(REQUESTS, seen[name], strict=True) if r.unfinished]
+        rest = [replace(q, begun=r, run_to_end=True) for q, r in zip(REQUESTS, seen[name], strict=True) if r.unfinished]
         others = [Request([9, 9], seed=7), Request([8] * 5, seed=8), Request([4], seed=9)]
         seen[f"{name}, then"] = engine(rows).generate([*others, *rest], replace(budgeted, token_budget=1))
         version[0] = 0

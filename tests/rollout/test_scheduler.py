@@ -108,7 +108,7 @@ def test_rows_that_must_end_come_first_and_then_those_that_were_begun() -> None:
         Request([1], 0),
         Request([1, 2, 3], 1, begun),
         Request([2], 2),
-        Request([3, 2, 1], 3, begun, must_end=True),
+        Request([3, 2, 1], 3, begun, run_to_end=True),
     ]
     schedule = SlotSchedule(requests, 3, prefill_tokens=100)
     admission = schedule.admit()
@@ -185,7 +185,7 @@ def test_a_budget_leaves_rows_that_later_calls_finish(
         if not begun and sum(not row.unfinished for row in rows) > 1:
             assert drawn <= budget + limit * slots  # up to the end of the first row
         for row in rows:
-            if row.request.must_end:
+            if row.request.run_to_end:
                 assert not row.unfinished
             if not row.unfinished:
                 ended[row.request.seed] = row.response
@@ -195,7 +195,7 @@ def test_a_budget_leaves_rows_that_later_calls_finish(
             replace(
                 row.request,
                 begun=Rollout(row.response, row.log_probs, False, 0, unfinished=True),
-                must_end=times_left[row.request.seed] >= patience,
+                run_to_end=times_left[row.request.seed] >= patience,
             )
             for row in left
         ]

@@ -280,7 +280,7 @@ def together(rank: int, world_size: int, case: str) -> Any:
     ranks = ServerRanks(replica=group, domain=group, number=0)
     actions: dict[str, Callable[[], Any]] = {
         "answer": lambda: [rank, "first"],
-        "user": lambda: (_ for _ in ()).throw(UserError("x", got="1", need="2", mend="3", advice=["look"])),
+        "user": lambda: (_ for _ in ()).throw(UserError("x", got="1", need="2", fix="3", advice=["look"])),
         "lost": lambda: (_ for _ in ()).throw(ServerLost("gone", ["its log"])),
         "defect": lambda: {}["missing"],
         "slow": lambda: time.sleep(20),

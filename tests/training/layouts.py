@@ -73,7 +73,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     mine = list(range(group.rank() * share, (group.rank() + 1) * share))
     if variant.shares is not None:
         mine = list(variant.shares[group.rank()])
-        module.share_out = lambda trajectories, *_: [list(trajectories)]  # type: ignore[attr-defined]
+        module.rebalance = lambda trajectories, *_: [list(trajectories)]  # type: ignore[attr-defined]
     run.steps = 1  # the first one checks itself
     engine = ScriptedEngine([response(number, LENGTHS[number]) for number in mine], lambda: run.steps)
     step = run.on_policy_step(engine)

@@ -31,13 +31,13 @@ def _share_out(rank: int, world_size: int) -> dict[str, Any]:
     """What this rank gets of six rollouts, contiguous thirds of which each of three ranks had drawn."""
     import torch.distributed as dist
 
-    from nemo_popsd.training.balance import share_out
+    from nemo_popsd.training.balance import rebalance
     from tests.training.runs import trajectory
 
     numbers = list(range(6))[rank * 6 // world_size : (rank + 1) * 6 // world_size]
     drawn = [trajectory(number, [40, 1, 1, 1, 40, 40][number]) for number in numbers]
     return {
-        f"{updates} updates": [[t.row_id for t in part] for part in share_out(drawn, dist.group.WORLD, updates)]
+        f"{updates} updates": [[t.row_id for t in part] for part in rebalance(drawn, dist.group.WORLD, updates)]
         for updates in (1, 2, 3)
     } | {"costs": {t.row_id: (t.cost, t.rollout.response) for t in drawn}}
 

@@ -177,7 +177,7 @@ class VllmEngine:
                     raise TransientError(
                         "rollouts by vLLM",
                         got=f"the server was lost {len(lost)} times (rollout.vllm.restarts={self._restarts}): {error}",
-                        cure=f"{START_AGAIN}; if it stays, set rollout.vllm.* or rollout.engine=megatron",
+                        fix=f"{START_AGAIN}; if it stays, set rollout.vllm.* or rollout.engine=megatron",
                         advice=[*lost, *error.advice],
                     ) from error
 

@@ -52,7 +52,7 @@ def check_environment(config: VllmConfig) -> str | None:
             "configuration",
             got=f"rollout.vllm.python={config.python!r} with " + (f"vLLM {version}" if version else "no vLLM"),
             need=f"the Python of an environment that has vLLM {'.'.join(map(str, OLDEST))} or newer",
-            mend="set rollout.vllm.python, or make an environment for CPUs with `make vllm-env`",
+            fix="set rollout.vllm.python, or make an environment for CPUs with `make vllm-env`",
         )
     return version
 
@@ -92,7 +92,7 @@ def _installed(python: str) -> str:
             "configuration",
             got=f"rollout.vllm.python={python!r}, which cannot be run ({error.__class__.__name__})",
             need="the Python of an environment that has vLLM",
-            mend="set rollout.vllm.python, or make an environment for CPUs with `make vllm-env`",
+            fix="set rollout.vllm.python, or make an environment for CPUs with `make vllm-env`",
         ) from None
     return asked.stdout.strip()
 

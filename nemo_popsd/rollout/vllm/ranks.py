@@ -17,7 +17,7 @@ T = TypeVar("T")
 _LOOK_SECONDS = 0.1
 _RUNNING = ("running", None)
 _DONE = ("done", None)
-# Told first: what a user can mend, then a defect, then a server that another one replaces.
+# Told first: what a user can fix, then a defect, then a server that another one replaces.
 _ORDER = ("user", "defect", "lost")
 
 

@@ -246,7 +246,7 @@ class VllmServer:
             f"vLLM server of {self.launch.python}",
             got=got,
             need="one that loads the student and answers",
-            mend="see the end of its log below; set rollout.vllm.* or rollout.engine=megatron",
+            fix="see the end of its log below; set rollout.vllm.* or rollout.engine=megatron",
             advice=self._end_of_log(),
         )
 
@@ -276,7 +276,7 @@ def _start(command: list[str], launch: Launch, token: str, log: IO[str]) -> subp
             "vLLM server",
             got=f"{command[0]!r}, which cannot be run ({error.strerror})",
             need="the Python of an environment that has vLLM",
-            mend="set rollout.vllm.python or rollout.vllm.launcher, or make an environment with `make vllm-env`",
+            fix="set rollout.vllm.python or rollout.vllm.launcher, or make an environment with `make vllm-env`",
         ) from None
     assert process.stdin is not None
     with contextlib.suppress(OSError):  # It has ended already; that is told later.
