@@ -89,7 +89,7 @@ def _text(path: Path) -> str:
         raise UserError(what, got=got, need=need, fix="save it as UTF-8, or correct the path") from None
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Composes nodes while they are few and flat enough, and have no tags: the types of the keys decide."""
 
     def __init__(self, text: str) -> None:

@@ -105,7 +105,7 @@ def _load(place: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # type: ignore[no-untyped-call]
             str(place), local_files_only=True, use_fast=True, trust_remote_code=False
         )
     except Exception as error:
