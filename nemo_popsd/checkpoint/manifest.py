@@ -34,16 +34,16 @@ class DamagedCheckpointError(UserError):
         return rebuild, ()
 
 
-def digest(path: Path) -> tuple[int, str]:
+def file_digest(path: Path) -> tuple[int, str]:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         total = hashlib.file_digest(file, "sha256")
         return file.tell(), total.hexdigest()
 
 
-def digests(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
+def file_digests(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of the files `names` below `directory`."""
-    return {name: digest(directory / name) for name in names}
+    return {name: file_digest(directory / name) for name in names}
 
 
 def list_files(directory: Path) -> list[str]:
@@ -154,7 +154,7 @@ def _damage(directory: Path, name: str, recorded: Mapping[str, Any]) -> str | No
     if (size := path.stat().st_size) != recorded["bytes"]:
         return f"{name} has {size} bytes instead of {recorded['bytes']}"
     try:
-        changed = digest(path)[1] != recorded["sha256"]
+        changed = file_digest(path)[1] != recorded["sha256"]
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return f"{name} was changed (its SHA-256 is another)" if changed else None

@@ -6,8 +6,8 @@
     weights/            Megatron distributed checkpoint of the student: all of it, or its adapters alone
     training_state/     optimizer and random state, in the checkpoints that a run resumes from
 
-A checkpoint with adapters alone needs the base that it was trained from, and knows it by its fingerprint. Any other
-stands on its own.
+A checkpoint with adapters alone needs the base that it was trained from, and records the digest of the base's weights.
+Any other checkpoint is complete without further files.
 """
 
 from __future__ import annotations
@@ -177,17 +177,17 @@ class NemoCheckpoint:
         for chunk, merged in zip(plain, adapted, strict=True):
             chunk.load_state_dict(merged_state(merged, self.config.student.lora))
 
-    def refuse_other_base(self, source: str, fingerprint: str) -> None:
+    def refuse_other_base(self, source: str, weights_digest: str) -> None:
         """Refuses the weights at `source` unless they are those that this checkpoint was trained from.
 
         Raises:
             UserError: names both.
         """
-        if self.base is not None and fingerprint != self.base["fingerprint"]:
+        if self.base is not None and weights_digest != self.base["fingerprint"]:
             raise UserError(
                 f"checkpoint {self.directory}",
-                got=f"student.source={source!r} with fingerprint {fingerprint[:12]}",
-                need=f"the base that it was trained from: {self.base['source']!r} with fingerprint "
+                got=f"student.source={source!r} with digest {weights_digest[:12]}",
+                need=f"the base that it was trained from: {self.base['source']!r} with digest "
                 f"{self.base['fingerprint'][:12]}",
                 fix="set student.source",
             )

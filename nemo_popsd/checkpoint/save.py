@@ -26,7 +26,7 @@ from nemo_popsd.checkpoint.archive import pack
 from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEIGHTS, missing_files
 from nemo_popsd.checkpoint.distributed_tensors import Piece
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.manifest import digest, digests, list_files, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digest, file_digests, list_files, write_manifest
 from nemo_popsd.checkpoint.training_state import StagedState
 from nemo_popsd.checkpoint.weights import StagedPieces, StagedWeights, adapter_parameters, every_parameter
 from nemo_popsd.errors import UserError
@@ -67,7 +67,7 @@ class Content:
     step: int
     """Optimizer steps behind the weights."""
     base: Mapping[str, str] | None = None
-    """`source` and `fingerprint` of the weights that training began with."""
+    """`source` of the weights that training started from, and their digest as `fingerprint`."""
     adapters_only: bool = False
     """Leave the base's weights out."""
     optimizer: Any = None
@@ -153,7 +153,7 @@ class PendingSave:
             if self._state is not None:
                 self._state.write()
                 files += self._state.files
-            self._sums = {path.relative_to(self._partial).as_posix(): digest(path) for path in files}
+            self._sums = {path.relative_to(self._partial).as_posix(): file_digest(path) for path in files}
         except Exception as error:
             self._error = error
 
@@ -210,7 +210,7 @@ class PendingSave:
         OmegaConf.save(content.config, partial / CONFIG_NAME)
         files = list_files(partial)
         self._refuse_incomplete(files, sums)
-        sums |= digests(partial, [name for name in files if name not in sums])
+        sums |= file_digests(partial, [name for name in files if name not in sums])
         flush_tree(partial)
         write_manifest(partial, self._facts(), sums)
         if self.path.suffix == ".nemo":

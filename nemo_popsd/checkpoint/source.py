@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemo_popsd.checkpoint.fingerprint import checkpoint_fingerprint, files_fingerprint, huggingface_fingerprint
+from nemo_popsd.checkpoint.digest import checkpoint_digest, directory_digest, huggingface_digest
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
 from nemo_popsd.checkpoint.nemo2 import Nemo2Checkpoint, is_nemo2_checkpoint
@@ -25,7 +25,7 @@ class Source:
     """Model and tokenizer files."""
     load: LoadWeights
     """Fills a plain model."""
-    fingerprint: Callable[[], str]
+    weights_digest: Callable[[], str]
     """Tells the weights from any others, whatever the layout; reads all of them. Collective over all ranks."""
     tensors: Callable[[], Mapping[str, Tensor]]
     """The weights by their Hugging Face names, read one at a time, when asked for. Calling it is collective where there
@@ -59,18 +59,16 @@ def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
         return Source(
             checkpoint.architecture,
             load,
-            lambda: checkpoint_fingerprint(checkpoint.directory),
+            lambda: checkpoint_digest(checkpoint.directory),
             tensors,
             checkpoint.precision,
         )
     if is_nemo2_checkpoint(path):
         nemo2 = Nemo2Checkpoint(path)
         weights = nemo2.directory / "weights"
-        return Source(
-            nemo2.architecture, nemo2.load, lambda: files_fingerprint(weights), nemo2.tensors, nemo2.precision
-        )
+        return Source(nemo2.architecture, nemo2.load, lambda: directory_digest(weights), nemo2.tensors, nemo2.precision)
     model = HuggingFaceModel(path, trust_remote_code=trust_remote_code)
-    return Source(model, model.load, lambda: huggingface_fingerprint(path), model.tensors, model.precision)
+    return Source(model, model.load, lambda: huggingface_digest(path), model.tensors, model.precision)
 
 
 def base_of(checkpoint: NemoCheckpoint, otherwise: str) -> str:
@@ -83,7 +81,7 @@ def checked_base(checkpoint: NemoCheckpoint, name: str) -> LoadWeights:
     """What fills a plain model with the base that `checkpoint` was trained from.
 
     Args:
-        checkpoint: knows the base's fingerprint.
+        checkpoint: records the digest of the base's weights.
         name: where the base lies now.
 
     Returns:
@@ -99,5 +97,5 @@ def checked_base(checkpoint: NemoCheckpoint, name: str) -> LoadWeights:
 def _opened_base(checkpoint: NemoCheckpoint, name: str) -> Source:
     """The base of `checkpoint` at `name`. Collective where there is a process group: reads all of it once."""
     source = open_source(name)
-    checkpoint.refuse_other_base(name, source.fingerprint())
+    checkpoint.refuse_other_base(name, source.weights_digest())
     return source

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors import safe_open
 
-from nemo_popsd.checkpoint.manifest import digest, list_files, read_manifest
+from nemo_popsd.checkpoint.manifest import file_digest, list_files, read_manifest
 from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles
 
 _BLOCK_ROWS = 4096
 
 
-def huggingface_fingerprint(directory: Path) -> str:
+def huggingface_digest(directory: Path) -> str:
     """SHA-256 over names, types, shapes and bits of every tensor of a Hugging Face directory.
 
     Collective where there is a process group: the ranks share out the tensors, and one gather of objects brings the
@@ -25,14 +25,14 @@ def huggingface_fingerprint(directory: Path) -> str:
     return _shared_out(files, lambda name: _tensor_sum(directory / files.place(name), name))
 
 
-def files_fingerprint(directory: Path) -> str:
+def directory_digest(directory: Path) -> str:
     """SHA-256 over names and bytes of the files of a NeMo 2 checkpoint's weights. Collective where there is a process
     group, as that of a Hugging Face directory is.
     """
-    return _shared_out(list_files(directory), lambda name: digest(directory / name)[1])
+    return _shared_out(list_files(directory), lambda name: file_digest(directory / name)[1])
 
 
-def checkpoint_fingerprint(directory: Path) -> str:
+def checkpoint_digest(directory: Path) -> str:
     """SHA-256 over the sums that a NeMo checkpoint's manifest has of its weights, and over its own base's."""
     manifest = read_manifest(directory)
     files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith("weights/")}
