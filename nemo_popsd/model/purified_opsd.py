@@ -16,6 +16,7 @@ from nemo.utils import AppState
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
+from nemo_popsd.checkpoint.finite import non_finite_error
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.source import checked_base, open_source
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
@@ -340,12 +341,7 @@ class PurifiedOPSDModel(ModelPT):
             UserError: on all ranks, if a weight is not finite.
         """
         if on_any_rank(non_finite(self.chunks.parameters())):
-            raise UserError(
-                f"export to {output}",
-                got="weights that are NaN or Inf",
-                need="finite ones, which any model is made of",
-                fix="export an earlier checkpoint",
-            )
+            raise non_finite_error(f"export to {output}")
         self.architecture.export(self.student.chunks, output)
 
     @classmethod
