@@ -23,7 +23,7 @@ from nemo_popsd.data.files import resolve_path
 from nemo_popsd.diagnosis.record import refuse_other_files
 from nemo_popsd.embedded.names import located
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
-from nemo_popsd.evaluation.run import as_file_name, conclude_all, fingerprint, plan
+from nemo_popsd.evaluation.run import as_file_name, conclude_all, plan, weights_digest
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.files.ownership import refuse_overlap
 from nemo_popsd.model.callbacks import StepBoundary
@@ -121,7 +121,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     name = checkpoint or config.student.source
     weights = resolve_path(name, setting="student.source")
     planned = plan(config, name, model.tokenizer, vocab_size=model.architecture.vocab_size)
-    draw_missing(model, planned, name=name, fingerprint=fingerprint(weights))
+    draw_missing(model, planned, name=name, weights_digest=weights_digest(weights))
     shutdown()
     if is_rank_zero():
         _say(conclude_all(planned, config, model=name))

@@ -57,7 +57,7 @@ class PromptDataset(Dataset[PromptRow]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def fingerprint(self) -> str:
+    def data_digest(self) -> str:
         """SHA-256 over id, question and reference of every row, in order: tells the rows, wherever their file lies."""
         total = hashlib.sha256()
         for row in self._rows:

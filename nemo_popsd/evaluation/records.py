@@ -5,8 +5,8 @@
 
 Each of these directories holds
 
-    settings.json         what the samples depend on: format, model, its fingerprint, engine, seed, sampling, and for
-                          each problem a digest of its prompt. Samples of other settings are never added
+    settings.json         what the samples depend on: format, model, digest of its weights, engine, seed, sampling, and
+                          for each problem a digest of its prompt. Samples of other settings are never added
     problems.jsonl        {"id", "question", "answer"} per problem, in the order of the set
     samples-00000.jsonl   {"problem", "sample", "text", "tokens", "cut"} per response, in the order drawn. One file per
                           data-parallel replica, appended to: a line is on the disk before the next is drawn. `sample`
@@ -41,6 +41,8 @@ FORMAT = 1
 _SETTINGS, _PROBLEMS, _SCORES, _SUMMARY = "settings.json", "problems.jsonl", "scores.jsonl", "summary.json"
 FILES = (_SETTINGS, _PROBLEMS, "samples-*.jsonl", _SCORES, _SUMMARY)
 """Patterns of the names above."""
+_OLDER_DIGEST_KEY = "fingerprint"
+"""Key under which earlier versions wrote `SampleSettings.weights_digest`; it is still read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,8 @@ class SampleSettings:
 
     model: str
     """Name for people; not compared."""
-    fingerprint: str
-    """Of the weights, or the name under which an endpoint serves them."""
+    weights_digest: str
+    """Digest of the weights, or the name under which an endpoint serves them."""
     engine: str
     """What drew the samples."""
     seed: int
@@ -137,6 +139,8 @@ class EvaluationDirectory:
         """
         new = {"format": FORMAT, **asdict(settings), "stop_token_ids": list(settings.stop_token_ids)}
         present = _read_json(self.path / _SETTINGS)
+        if present is not None and _OLDER_DIGEST_KEY in present:
+            present["weights_digest"] = present.pop(_OLDER_DIGEST_KEY)
         self._refuse_other_files(present)
         if present is not None and any(self.path.glob("samples-*.jsonl")):
             self._refuse_other_settings(present, new)

@@ -90,13 +90,13 @@ def sample_settings(
     sampling: SamplingParams,
     *,
     model: str,
-    fingerprint: str,
+    weights_digest: str,
     engine: str,
 ) -> SampleSettings:
     """What samples of `prompts` depend on."""
     return SampleSettings(
         model=model,
-        fingerprint=fingerprint,
+        weights_digest=weights_digest,
         engine=engine,
         seed=config.seed,
         temperature=sampling.temperature,
@@ -178,7 +178,7 @@ def conclude_all(planned: Sequence[PlannedSet], config: PopsdConfig, *, model: s
     return f"{tables_of_sets(found, resamples=config.evaluation.resamples)}\n{places}"
 
 
-def fingerprint(path: str | Path) -> str:
+def weights_digest(path: str | Path) -> str:
     """16 hexadecimal digits that stand for the weights at `path`, a file or a directory.
 
     Of every file: name, size, and up to 64 blocks of 64 KiB evenly spaced over it, so an 8-billion-parameter model

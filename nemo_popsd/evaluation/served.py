@@ -35,7 +35,7 @@ def evaluate_served(config: PopsdConfig) -> str:
     engine = f"endpoint, {settings.endpoint.dialect}, {settings.endpoint.prompts}"
     for one in planned:
         # Which weights these are, only the server knows: one that was restarted with others looks the same from here.
-        names = {"model": endpoint.model, "fingerprint": endpoint.identity, "engine": engine}
+        names = {"model": endpoint.model, "weights_digest": endpoint.identity, "engine": engine}
         begin(one, sample_settings(one.prompts, config, sampling, **names))
         missing = one.missing(settings.samples_per_problem)
         with one.directory.append_to(0) as file:

@@ -186,7 +186,7 @@ class RunCheckpoints:
             adapters_only=model.student.adapters is not None,
             optimizer=model.optimizer.megatron,
             random_state=self._random,
-            facts={"data": model.data_fingerprint},
+            facts={"data": model.data_digest},
         )
 
 

@@ -40,7 +40,7 @@ _ROOM = {"need": "room and the right to write it", "fix": "free space, or set ou
 _STEP = re.compile(r"step-(\d+)")
 
 
-def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, name: str, fingerprint: str) -> None:
+def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, name: str, weights_digest: str) -> None:
     """Draws what the sets miss, data-parallel replicas sharing it out; each appends to a file of its own.
 
     Samples go to the disk whenever a replica has drawn `rollout.batch_rows` of them. Collective over all ranks: one
@@ -50,7 +50,7 @@ def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, nam
         model: what is evaluated.
         planned: the sets, the same on every rank.
         name: of the model, for people.
-        fingerprint: of its weights.
+        weights_digest: of its weights.
 
     Raises:
         UserError: samples of other settings are there, or contexts exceed the model's positions.
@@ -61,7 +61,9 @@ def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, nam
     replica, replicas, rows = model.student.dp_group.rank(), model.student.dp_group.size(), settings.rollout.batch_rows
     for one in planned:
         model.refuse_long_evaluation(one.prompts)
-        wanted = sample_settings(one.prompts, settings, sampling, model=name, fingerprint=fingerprint, engine=engine)
+        wanted = sample_settings(
+            one.prompts, settings, sampling, model=name, weights_digest=weights_digest, engine=engine
+        )
         drawn = from_rank_zero(f"evaluation {one.directory.path}", partial(_samples_on_disk, one, wanted), **_ROOM)
         missing = missing_draws(one.prompts, settings.evaluation.samples_per_problem, drawn)
         mine = missing[replica::replicas]
@@ -131,7 +133,7 @@ class HeldOut:
         model, config = self._model, self._model.settings
         step = f"step {model.completed_steps}"
         sampling, engine = model.sampling(config.evaluation), engine_name(config)
-        return sample_settings(prompts, config, sampling, model=step, fingerprint=step, engine=engine)
+        return sample_settings(prompts, config, sampling, model=step, weights_digest=step, engine=engine)
 
 
 def _samples_on_disk(planned: PlannedSet, wanted: SampleSettings) -> set[tuple[str, int]]:

@@ -16,6 +16,7 @@ from nemo.utils import AppState
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
+from nemo_popsd.checkpoint.finite import non_finite_error
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.source import checked_base, open_source
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
@@ -65,8 +66,8 @@ class PurifiedOPSDModel(ModelPT):
         stop: whether the run was asked to save and stop.
         checkpoints: saves the run.
         optimizer: of the student, once training has been set up.
-        base: source and fingerprint of the weights that training began with, once it has been set up.
-        data_fingerprint: of the training rows; empty without any.
+        base: source and digest of the weights that training began with, once it has been set up.
+        data_digest: of the training rows; empty without any.
     """
 
     def __init__(
@@ -109,12 +110,12 @@ class PurifiedOPSDModel(ModelPT):
         # Read here: a resumed run may outlive the checkpoint that it began from.
         self._generation = read_generation_config(self.architecture.directory)
         refuse_tokens_beyond(self.tokenizer, self._generation, self.architecture.vocab_size)
-        self.data_fingerprint = ""
+        self.data_digest = ""
         self._longest = 0
         if self.settings.data.train.path:
             self.setup_training_data(self.settings.data.train)
         if checkpoint is not None and resume:
-            _refuse_other_rows(checkpoint, self.data_fingerprint)
+            _refuse_other_rows(checkpoint, self.data_digest)
         if self.settings.data.validation.path:
             self.setup_validation_data(self.settings.data.validation)
         self.student = Student(
@@ -159,7 +160,7 @@ class PurifiedOPSDModel(ModelPT):
         borrowed = Borrowed(self.settings.distillation.target.borrowed)
         size = self.architecture.vocab_size
         dataset, _ = build_dataset(self.settings.data, source, self.tokenizer, borrowed, vocab_size=size)
-        self.data_fingerprint = dataset.fingerprint()
+        self.data_digest = dataset.data_digest()
         self._refuse_beyond_positions(
             dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
             "data.max_prompt_tokens, data.max_reference_tokens or rollout.max_response_tokens",
@@ -232,8 +233,8 @@ class PurifiedOPSDModel(ModelPT):
         )
         if self._checkpoint is not None and self._resumes:
             resume_optimizer(self._checkpoint, self.student.chunks, optimizer)
-        fingerprint = self.base["fingerprint"] if self.base else open_source(self.settings.student.source).fingerprint()
-        self.base = {"source": self.settings.student.source, "fingerprint": fingerprint}
+        digest = self.base["fingerprint"] if self.base else open_source(self.settings.student.source).weights_digest()
+        self.base = {"source": self.settings.student.source, "fingerprint": digest}
         loader: Any = self._train_dl
         dataset, sampler = cast(PromptDataset, loader.dataset), cast(StepSampler, loader.batch_sampler)
         self._step = OnPolicyStep(
@@ -340,12 +341,7 @@ class PurifiedOPSDModel(ModelPT):
             UserError: on all ranks, if a weight is not finite.
         """
         if on_any_rank(non_finite(self.chunks.parameters())):
-            raise UserError(
-                f"export to {output}",
-                got="weights that are NaN or Inf",
-                need="finite ones, which any model is made of",
-                fix="export an earlier checkpoint",
-            )
+            raise non_finite_error(f"export to {output}")
         self.architecture.export(self.student.chunks, output)
 
     @classmethod
@@ -377,8 +373,8 @@ class PurifiedOPSDModel(ModelPT):
         ]
 
 
-def _refuse_other_rows(checkpoint: NemoCheckpoint, fingerprint: str) -> None:
-    if checkpoint.manifest["data"] != fingerprint:
+def _refuse_other_rows(checkpoint: NemoCheckpoint, data_digest: str) -> None:
+    if checkpoint.manifest["data"] != data_digest:
         raise UserError(
             "resuming",
             got="other training rows than those that the run began with",

@@ -17,10 +17,10 @@ from transformers import Qwen3MoeConfig
 
 from nemo_popsd.checkpoint.completeness import expected_shapes
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
+from nemo_popsd.checkpoint.digest import huggingface_digest
 from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_tensors
-from nemo_popsd.checkpoint.fingerprint import huggingface_fingerprint
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.manifest import digests, list_files, read_manifest, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digests, list_files, read_manifest, write_manifest
 from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.errors import UserError
 from tests.harness import run_ranks
@@ -240,7 +240,7 @@ def test_layouts_that_people_have_are_read(models: dict[str, Path], tmp_path: Pa
     for folder in folders.values():
         tensors = HuggingFaceModel(folder).tensors()
         assert {name: tensors[name].sum() for name in tensors} == {name: t.sum() for name, t in expected.items()}
-        assert huggingface_fingerprint(folder) == huggingface_fingerprint(source)
+        assert huggingface_digest(folder) == huggingface_digest(source)
 
 
 def test_only_what_a_model_consists_of_is_carried_into_an_export(models: dict[str, Path], tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def _copy(source: Path, folder: Path) -> Path:
 def _resigned(checkpoint: Path) -> None:
     """Makes the manifest agree with the files, as that of a checkpoint that was written incomplete does."""
     facts = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("format", "files")}
-    write_manifest(checkpoint, facts, digests(checkpoint, list_files(checkpoint)))
+    write_manifest(checkpoint, facts, file_digests(checkpoint, list_files(checkpoint)))
 
 
 def _incomplete(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.manifest import digests, list_files, read_manifest, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digests, list_files, read_manifest, write_manifest
 from nemo_popsd.embedded.names import asset
 from tests.command_runner import HANGS, run_command
 from tests.harness import run_ranks
@@ -255,7 +255,7 @@ def _code(mark: Path) -> Change:
 
 def _seal(folder: Path) -> None:
     facts = {key: value for key, value in read_manifest(folder).items() if key not in ("format", "files")}
-    write_manifest(folder, facts, digests(folder, list_files(folder)))
+    write_manifest(folder, facts, file_digests(folder, list_files(folder)))
 
 
 def _sealed(change: Change) -> Change:

@@ -19,7 +19,7 @@ def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "__0_0.distcp").write_bytes(bytes(range(256)) * 50)
     (tmp_path / "model_config.yaml").write_text("a: 1\n")
-    manifest.write_manifest(tmp_path, {"step": 7}, manifest.digests(tmp_path, manifest.list_files(tmp_path)))
+    manifest.write_manifest(tmp_path, {"step": 7}, manifest.file_digests(tmp_path, manifest.list_files(tmp_path)))
     return tmp_path
 
 

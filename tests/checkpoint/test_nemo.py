@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.manifest import digests, list_files, read_manifest, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digests, list_files, read_manifest, write_manifest
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
 from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.checkpoint.source import open_source
@@ -344,7 +344,7 @@ def test_weights_that_are_damaged_or_of_another_model_are_refused(moved, tmp_pat
 def _seal(directory: Path) -> None:
     """A manifest that fits the files as they are."""
     facts = {k: v for k, v in read_manifest(directory).items() if k not in ("files", "format")}
-    write_manifest(directory, facts, digests(directory, list_files(directory)))
+    write_manifest(directory, facts, file_digests(directory, list_files(directory)))
 
 
 def _save_twice(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:

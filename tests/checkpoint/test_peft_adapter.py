@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
-from nemo_popsd.checkpoint.fingerprint import huggingface_fingerprint
+from nemo_popsd.checkpoint.digest import huggingface_digest
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.peft_adapter import write_peft_adapter
@@ -49,7 +49,7 @@ def _save(rank: int, world_size: int, sources: dict[str, Path], folder: Path) ->
             architecture=HuggingFaceModel(source),
             config=tree,
             step=5,
-            base={"source": str(source), "fingerprint": huggingface_fingerprint(source)},
+            base={"source": str(source), "fingerprint": huggingface_digest(source)},
             adapters_only=kind != "llama",
         )
         save_nemo(folder / kind, content)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_popsd.checkpoint.manifest import digests, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digests, write_manifest
 from nemo_popsd.checkpoint.retention import Checkpoints, is_name, prune, superfluous, update_latest
 from nemo_popsd.errors import UserError
 
@@ -47,7 +47,7 @@ def _save(path: Path, step: int, *, resumable: bool = True) -> None:
         (path / "training_state").mkdir()
         (path / "training_state" / "index.json").write_text("")
         files.append("training_state/index.json")
-    write_manifest(path, {"step": step}, digests(path, files))
+    write_manifest(path, {"step": step}, file_digests(path, files))
 
 
 def test_the_newest_is_the_newest_complete_one_that_can_be_resumed(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def _run(source: Path, output: Path, *, background: bool) -> tuple[Any, Any]:
         completed_steps=0,
         base={"source": "s", "fingerprint": "f"},
         optimizer=optimizer,
-        data_fingerprint="d",
+        data_digest="d",
     )
     checkpoints = RunCheckpoints(config, resumed=None)
     checkpoints.at_end()

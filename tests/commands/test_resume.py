@@ -188,7 +188,7 @@ def test_another_base_other_rows_and_other_settings_are_refused(whole: Path, tmp
     words = (LORA, "training.steps=5")
     status, told = train(output, *words, f"student.source={other}")[0]
     assert status == 2
-    assert f"got student.source='{other}' with fingerprint" in told
+    assert f"got student.source='{other}' with digest" in told
     assert "need the base that it was trained from: 'nemo_popsd:tiny_reasoner'" in told
     status, told = train(output, *words, "data.train.limit=7")[0]
     assert (status, "data.train.limit=7 (was 8)" in told) == (2, True)

@@ -225,7 +225,7 @@ def test_a_repeated_command_draws_only_what_is_missing(server: Server, tmp_path:
     with pytest.raises(UserError, match=r"temperature=0\.5 where the samples have 1\.0"):
         evaluate_served(configured(tmp_path, server, "evaluation.temperature=0.5"))
     server.root = "/models/other"
-    with pytest.raises(UserError, match="fingerprint='served from /models/other'"):
+    with pytest.raises(UserError, match="weights_digest='served from /models/other'"):
         evaluate_served(configured(tmp_path, server))
     assert len(server.requests) == 12
     directory = EvaluationDirectory(tmp_path / "evaluation" / "served" / "validation")

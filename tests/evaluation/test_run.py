@@ -11,7 +11,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier
 from nemo_popsd.evaluation.records import EvaluationDirectory, Sample
-from nemo_popsd.evaluation.run import PlannedSet, begin, conclude, conclude_all, fingerprint, plan, sample_settings
+from nemo_popsd.evaluation.run import PlannedSet, begin, conclude, conclude_all, plan, sample_settings, weights_digest
 from nemo_popsd.rollout.engine import SamplingParams
 from tests.data.small import rows, tokenizer, write_jsonl
 from tests.evaluation.test_sampling import prompts
@@ -19,23 +19,23 @@ from tests.evaluation.test_sampling import prompts
 SAMPLING = SamplingParams(1.0, 1.0, 0, max_response_tokens=8, stop_token_ids=frozenset({2}))
 
 
-def test_fingerprints_follow_the_weights_and_not_the_place(tmp_path: Path) -> None:
+def test_digests_follow_the_weights_and_not_the_place(tmp_path: Path) -> None:
     model = tmp_path / "model"
     (model / "inner").mkdir(parents=True)
     (model / "config.json").write_text("{}")
     weights = model / "inner" / "weights"
     weights.write_bytes(bytes(5 << 20))
-    first = fingerprint(model)
+    first = weights_digest(model)
     shutil.copytree(model, tmp_path / "copy")
-    assert fingerprint(tmp_path / "copy") == first
-    assert fingerprint(weights) != first
+    assert weights_digest(tmp_path / "copy") == first
+    assert weights_digest(weights) != first
     with weights.open("r+b") as file:  # training moves all weights a little
         for position in range(0, 5 << 20, 1 << 16):
             file.seek(position)
             file.write(b"\x01")
-    second = fingerprint(model)
+    second = weights_digest(model)
     weights.rename(model / "weights")
-    assert len({first, second, fingerprint(model)}) == 3
+    assert len({first, second, weights_digest(model)}) == 3
 
 
 def config(tmp_path: Path) -> PopsdConfig:
@@ -71,7 +71,7 @@ def test_a_named_set_must_be_whole(tmp_path: Path) -> None:
 def drawn(tmp_path: Path, numbers: list[int]) -> PlannedSet:
     settings = PopsdConfig()
     one = PlannedSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
-    begin(one, sample_settings(one.prompts, settings, SAMPLING, model="m", fingerprint="f", engine="e"))
+    begin(one, sample_settings(one.prompts, settings, SAMPLING, model="m", weights_digest="f", engine="e"))
     with one.directory.append_to(0) as file:
         file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, cut=False) for p in ("p0", "p1") for n in numbers)
     return one

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_popsd.checkpoint.manifest import digests, list_files, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digests, list_files, write_manifest
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import new_directory
 from nemo_popsd.files.ownership import (
@@ -66,7 +66,7 @@ def test_where_nothing_can_be_lost_nothing_is_foreign(tmp_path: Path) -> None:
 def test_a_checkpoint_of_an_earlier_version_is_known_by_its_manifest(tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
     assert foreign(tmp_path, CHECKPOINT) is not None
-    write_manifest(tmp_path, {"step": 1}, digests(tmp_path, list_files(tmp_path)))
+    write_manifest(tmp_path, {"step": 1}, file_digests(tmp_path, list_files(tmp_path)))
     assert foreign(tmp_path, CHECKPOINT) is None
     (tmp_path / "weights").write_text("damaged, which is no edit of anybody's")
     assert foreign(tmp_path, CHECKPOINT) is None

@@ -55,7 +55,7 @@ def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) 
     model.engine.generate = counted  # type: ignore[method-assign]
     for _ in range(calls):
         try:
-            draw_missing(model, planned, name="m", fingerprint="f")
+            draw_missing(model, planned, name="m", weights_digest="f")
         except KeyboardInterrupt:
             seen["kept"] = sum(
                 len(path.read_text().splitlines()) for path in planned[0].directory.path.glob("samples-*")
@@ -110,9 +110,9 @@ def evaluate_other_weights(rank: int, world_size: int, output: Path) -> str:
     config = load_config(TINY, overrides(output))
     model = PurifiedOPSDModel(to_dict_config(config))
     planned = plan(config, "m", model.tokenizer)
-    draw_missing(model, planned, name="m", fingerprint="f")
+    draw_missing(model, planned, name="m", weights_digest="f")
     try:
-        draw_missing(model, planned, name="m", fingerprint="other")
+        draw_missing(model, planned, name="m", weights_digest="other")
     except UserError as error:
         return str(error)
     return ""
@@ -121,7 +121,7 @@ def evaluate_other_weights(rank: int, world_size: int, output: Path) -> str:
 def test_samples_of_other_weights_are_refused_on_every_rank(tmp_path: Path) -> None:
     told = run_ranks(evaluate_other_weights, 2, tmp_path)
     assert told[0] == told[1]
-    assert "fingerprint" in told[0]
+    assert "weights_digest" in told[0]
 
 
 def held_out(rank: int, world_size: int, output: Path, tensor: int) -> Any:

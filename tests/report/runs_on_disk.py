@@ -71,7 +71,7 @@ def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text:
     samples = [Sample(key, n, text.format(key), 7 + n, False) for key in correct for n in range(2)]
     settings = SampleSettings(
         model="m",
-        fingerprint="f",
+        weights_digest="f",
         engine="e",
         seed=1,
         temperature=1.0,
