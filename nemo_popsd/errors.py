@@ -105,13 +105,13 @@ def system_error(what: str, error: OSError, *, need: str, fix: str, where: str =
         fix: which setting or file to change, if it is the user's.
         where: added to what the system said, e.g. the rank.
     """
-    got = (in_words(error) + f" {where}").rstrip()
-    if may_pass(error):
+    got = (describe_error(error) + f" {where}").rstrip()
+    if is_transient(error):
         return TransientError(what, got=got, fix=START_AGAIN)
     return UserError(what, got=got, need=need, fix=fix)
 
 
-def unless_it_may_pass(error: UserError) -> UserError | TransientError:
+def user_or_transient(error: UserError) -> UserError | TransientError:
     """`error`, or a `TransientError` in its place if it was made of a fault of the system that may pass.
 
     Whoever reads a file calls it damaged when it cannot be read, whatever the reason; the reason is the context of the
@@ -120,18 +120,18 @@ def unless_it_may_pass(error: UserError) -> UserError | TransientError:
     behind: BaseException | None = error
     while behind is not None:
         behind = behind.__cause__ or behind.__context__
-        if behind is not None and may_pass(behind):
+        if behind is not None and is_transient(behind):
             return TransientError(error.what, got=error.got, fix=f"{START_AGAIN}; if it stays, {error.fix}")
     return error
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether it is a fault of the system that nobody needs to change anything for."""
     number = _status(error)
     return number is not None and number not in _FOR_THE_USER
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in one phrase: of the system's what it said of which file, of others type and text."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

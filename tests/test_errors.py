@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from nemo_popsd.errors import START_AGAIN, TransientError, UserError, system_error, unless_it_may_pass
+from nemo_popsd.errors import START_AGAIN, TransientError, UserError, system_error, user_or_transient
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,12 @@ def fail_to_read(error: Exception) -> UserError:
 
 
 def test_a_file_that_cannot_be_read_for_the_moment_is_not_damaged() -> None:
-    stale = unless_it_may_pass(fail_to_read(OSError(errno.ESTALE, "Stale file handle")))
+    stale = user_or_transient(fail_to_read(OSError(errno.ESTALE, "Stale file handle")))
     assert type(stale) is TransientError
     assert str(stale) == f"checkpoint c: a file that cannot be read; {START_AGAIN}; if it stays, copy it"
     for error in (ValueError("no JSON"), FileNotFoundError(errno.ENOENT, "No such file"), OSError("no number")):
         raised = fail_to_read(error)
-        assert unless_it_may_pass(raised) is raised
+        assert user_or_transient(raised) is raised
 
 
 def test_other_processes_get_them_whole() -> None:

@@ -39,7 +39,7 @@ def asset(name: str) -> Path:
     return FOLDER / path
 
 
-def located(name: str) -> Path:
+def local_path(name: str) -> Path:
     """The path that the name of a model or a data set means: an embedded file, or a path of the user's own.
 
     Raises:

@@ -34,7 +34,7 @@ from typing import Any
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import remove_files, write_text
-from nemo_popsd.files.json_files import damaged, read_json, read_json_lines, typed
+from nemo_popsd.files.json_files import as_dataclass, damaged, read_json, read_json_lines
 from nemo_popsd.files.ownership import EVALUATION, MARK, read_mark, write_mark
 
 FORMAT = 1
@@ -183,7 +183,7 @@ class EvaluationDirectory:
         """The problems, in the order of the set; none where there is no such file."""
         if not (self.path / _PROBLEMS).is_file():
             return []
-        return [typed(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
+        return [as_dataclass(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
 
     def samples(self) -> dict[tuple[str, int], Sample]:
         """All whole samples by problem and number.
@@ -194,7 +194,7 @@ class EvaluationDirectory:
         found: dict[tuple[str, int], Sample] = {}
         for file in sorted(self.path.glob("samples-*.jsonl")):
             for where, line in _read_lines(file):
-                sample = typed(Sample, line, where)
+                sample = as_dataclass(Sample, line, where)
                 if (sample.problem, sample.sample) in found:
                     raise UserError(
                         str(file),
@@ -219,7 +219,7 @@ class EvaluationDirectory:
         """
         if not (self.path / _SCORES).is_file():
             raise self._incomplete(_SCORES)
-        return [typed(SampleScore, line, where) for where, line in _read_lines(self.path / _SCORES)]
+        return [as_dataclass(SampleScore, line, where) for where, line in _read_lines(self.path / _SCORES)]
 
     def summary(self) -> dict[str, Any]:
         """What `conclude` wrote.

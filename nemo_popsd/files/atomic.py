@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from nemo_popsd.files.ownership import MARK, foreign, read_mark, refuse_foreign, sizes_of, write_mark
+from nemo_popsd.files.ownership import MARK, foreign_reason, read_mark, refuse_foreign, sizes_of, write_mark
 
 PARTIAL = ".partial"
 """Suffix of what is still being written."""
@@ -73,18 +73,18 @@ def flush_directory(directory: Path) -> None:
     flush_file(directory)
 
 
-def beside(path: Path) -> tuple[Path, ...]:
+def names_needed(path: Path) -> tuple[Path, ...]:
     """The names that writing `path` needs: itself, and those that it has for a while."""
     return path, *(path.with_name(path.name + suffix) for suffix in (PARTIAL, REPLACED, REMOVED))
 
 
-def refuse_what_is_in_the_way(path: Path, kind: str, *, setting: str = "output") -> None:
+def refuse_occupied(path: Path, kind: str, *, setting: str = "output") -> None:
     """Refuses to write the directory `path` where anything that is not ours has its name, or one that it needs.
 
     Raises:
         UserError: names what is there.
     """
-    for name in beside(path):
+    for name in names_needed(path):
         refuse_foreign(name, kind, setting=setting)
 
 
@@ -110,7 +110,7 @@ def atomic_replace(new: Path, path: Path, kind: str) -> None:
         flush_directory(path.parent)
 
 
-def begin_partial(path: Path, kind: str) -> Path:
+def make_partial(path: Path, kind: str) -> Path:
     """Makes the marked, otherwise empty directory in which `path` is written, and returns it.
 
     Raises:
@@ -131,8 +131,8 @@ def new_directory(path: Path, kind: str) -> Iterator[Path]:
     Raises:
         UserError: what is at `path` is not ours; nothing has been changed.
     """
-    refuse_what_is_in_the_way(path, kind)
-    partial = begin_partial(path, kind)
+    refuse_occupied(path, kind)
+    partial = make_partial(path, kind)
     try:
         yield partial
         write_mark(partial, kind, sizes_of(partial))
@@ -207,6 +207,6 @@ def remove_files(directory: Path, patterns: Sequence[str]) -> None:
         directory.rmdir()
 
 
-def is_ours(path: Path, kind: str) -> bool:
+def is_owned(path: Path, kind: str) -> bool:
     """Whether `path` is a directory that may be removed as one of `kind`."""
-    return path.is_dir() and foreign(path, kind) is None
+    return path.is_dir() and foreign_reason(path, kind) is None

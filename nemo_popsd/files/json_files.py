@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it is no readable file of JSON.
     """
-    return parsed(_content(path), path)
+    return parse_json(_content(path), path)
 
 
 def read_json_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[str, Any]]:
@@ -53,10 +53,10 @@ def read_json_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[str, Any
     for number, line in enumerate(whole if cut else [*whole, last], start=1):
         if line.strip():
             where = f"{path}:{number}"
-            yield where, parsed(line, where)
+            yield where, parse_json(line, where)
 
 
-def parsed(text: bytes | str, where: object) -> Any:
+def parse_json(text: bytes | str, where: object) -> Any:
     """The value of a JSON `text`.
 
     Raises:
@@ -73,7 +73,7 @@ def parsed(text: bytes | str, where: object) -> Any:
     return value
 
 
-def typed(kind: type[T], value: object, where: object) -> T:
+def as_dataclass(kind: type[T], value: object, where: object) -> T:
     """`value` as a dataclass of type `kind`, whose fields it must have, and in their types.
 
     Raises:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nemo_popsd.errors import START_AGAIN, TransientError, UserError, in_words, may_pass, system_error
+from nemo_popsd.errors import START_AGAIN, TransientError, UserError, describe_error, is_transient, system_error
 from nemo_popsd.files.lock_holder import Holder, this_process
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Hold:
     number: int
     token: str
 
-    def is_own(self) -> bool:
+    def is_held(self) -> bool:
         """Whether nobody has taken the lock over or removed it: one listing and one small file."""
         try:
             self.check()
@@ -134,7 +134,7 @@ class OutputLock:
             return
         self._ended.set()
         self._thread.join(BEAT_SECONDS)
-        own = self.hold.is_own()
+        own = self.hold.is_held()
         with contextlib.suppress(OSError):
             if own:
                 (self._folder / f"holder-{self.hold.number:06d}").unlink(missing_ok=True)
@@ -277,7 +277,7 @@ class OutputLock:
             except FileNotFoundError:
                 return  # lost, which the next check tells
             except OSError as error:
-                logger.warning("no sign of life in %s: %s", self._folder, in_words(error))
+                logger.warning("no sign of life in %s: %s", self._folder, describe_error(error))
             if asked is not None:
                 if time.monotonic() - asked > LEAVE_SECONDS:
                     alive.unlink(missing_ok=True)
@@ -311,7 +311,7 @@ def _current_in_spite_of_hiccups(folder: Path) -> tuple[int, Holder]:
         try:
             return _current(folder)
         except OSError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             time.sleep(_POLL_SECONDS)
     return _current(folder)

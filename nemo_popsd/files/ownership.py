@@ -75,7 +75,7 @@ def sizes_of(directory: Path) -> dict[str, int]:
     return found
 
 
-def foreign(path: Path, kind: str) -> str | None:
+def foreign_reason(path: Path, kind: str) -> str | None:
     """Why `path` is not, or not only, what this package wrote as `kind`.
 
     Returns:
@@ -119,7 +119,7 @@ def refuse_foreign(path: Path, kind: str, *, setting: str = "output") -> None:
     Raises:
         UserError: something else is there.
     """
-    if reason := foreign(path, kind):
+    if reason := foreign_reason(path, kind):
         raise UserError(
             f"{kind} {path}",
             got=f"{reason}, where the {kind} would be written",

@@ -33,7 +33,7 @@ class Bounds:
     or_zero: bool = False
     """0 is allowed as well, where it turns something off."""
 
-    def hold(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         """Whether `value` lies within; NaN never does."""
         if self.or_zero and value == 0:
             return True
@@ -99,17 +99,17 @@ def check_numbers(section: Any, name: str = "") -> None:
         if not isinstance(rule, Bounds) or value is None:
             continue
         for number in value if isinstance(value, list) else [value]:
-            if not rule.hold(number):
+            if not rule.contains(number):
                 kind = "whole number" if kinds[field] in (int, int | None, list[int]) else "number"
                 need = f"{kind}s {rule}" if isinstance(value, list) else f"a {kind} {rule}"
                 raise refuse(f"{name}.{field}" if name else field, value, need)
 
 
-def ruled(schema: type, prefix: str = "") -> Iterator[tuple[str, Rule]]:
+def declared_rules(schema: type, prefix: str = "") -> Iterator[tuple[str, Rule]]:
     """Dotted name and rule of every setting that declares one, in `schema` and the sections inside it."""
     for name, rule in rules(schema).items():
         yield prefix + name, rule
     for name, hint in hints(schema).items():
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            yield from ruled(hint, f"{prefix}{name}.")
+            yield from declared_rules(hint, f"{prefix}{name}.")

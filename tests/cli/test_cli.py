@@ -97,7 +97,7 @@ def test_one_run_at_a_time_in_an_output(
     other.release()
     held: list[bool] = []
     entry = sys.modules["nemo_popsd.commands.entry"]
-    monkeypatch.setattr(entry, "train", lambda config, lock: held.append(lock.hold.is_own()))
+    monkeypatch.setattr(entry, "train", lambda config, lock: held.append(lock.hold.is_held()))
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 0
     assert held == [True]
     assert list(tmp_path.iterdir()) == [], "it is given back"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.json_files import open_regular, parsed, read_json, read_json_lines, typed
+from nemo_popsd.files.json_files import as_dataclass, open_regular, parse_json, read_json, read_json_lines
 
 
 @dataclass
@@ -26,8 +26,8 @@ GOOD: dict[str, Any] = {"name": "a", "tokens": 3, "share": 0.5, "counts": {"x": 
 
 
 def test_an_object_of_its_type() -> None:
-    assert typed(Row, GOOD, "f").counts == {"x": 1}
-    assert typed(Row, {"name": "a", "tokens": 3, "share": None}, "f").share is None
+    assert as_dataclass(Row, GOOD, "f").counts == {"x": 1}
+    assert as_dataclass(Row, {"name": "a", "tokens": 3, "share": None}, "f").share is None
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_an_object_of_its_type() -> None:
 )
 def test_an_object_of_another(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"f:3: got damaged data \(.*{next(iter(change))}"):
-        typed(Row, {**GOOD, **change}, "f:3")
+        as_dataclass(Row, {**GOOD, **change}, "f:3")
 
 
 @pytest.mark.parametrize("value", [None, [], 3, "x", {}, {"name": "a"}], ids=str)
 def test_no_object_at_all(value: object) -> None:
     with pytest.raises(UserError, match="damaged data"):
-        typed(Row, value, "f")
+        as_dataclass(Row, value, "f")
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -82,6 +82,6 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_half_of_a_surrogate_pair_is_no_text() -> None:
-    assert parsed(r'"\ud83d\ude00"', "here") == "\U0001f600"
+    assert parse_json(r'"\ud83d\ude00"', "here") == "\U0001f600"
     with pytest.raises(UserError, match="here: got damaged data"):
-        parsed(r'["\ud83d"]', "here")
+        parse_json(r'["\ud83d"]', "here")

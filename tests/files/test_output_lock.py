@@ -78,11 +78,11 @@ def test_who_comes_second_is_refused_at_once(tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_clean_end(tmp_path: Path) -> None:
     for _ in range(2):
         lock = OutputLock(tmp_path / "run")
-        assert lock.hold.is_own()
+        assert lock.hold.is_held()
         lock.release()
         lock.release()
         assert list((tmp_path / "run").iterdir()) == []
-        assert not lock.hold.is_own()
+        assert not lock.hold.is_held()
 
 
 def test_the_next_one_on_the_machine_does_not_wait_for_a_killed_one(
@@ -104,7 +104,7 @@ def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) 
     first = OutputLock(tmp_path)
     change_holder(tmp_path, begun=this_process().begun - 1)
     second = OutputLock(tmp_path)
-    assert second.hold.is_own()
+    assert second.hold.is_held()
     for lock in (first, second):
         lock.release()
 

@@ -15,7 +15,7 @@ from nemo_popsd.files.ownership import (
     CHECKPOINT,
     EXPORT,
     MARK,
-    foreign,
+    foreign_reason,
     read_mark,
     refuse_foreign_archive,
     refuse_overlap,
@@ -33,47 +33,47 @@ def export(tmp_path: Path) -> Path:
 
 
 def test_an_export_is_ours_until_anything_in_it_is_somebody_elses(export: Path) -> None:
-    assert foreign(export, EXPORT) is None
-    assert foreign(export, ADAPTER) == "a Hugging Face export"
+    assert foreign_reason(export, EXPORT) is None
+    assert foreign_reason(export, ADAPTER) == "a Hugging Face export"
     (export / "deeper" / "README.md").write_text("a model card")
-    assert foreign(export, EXPORT) == "deeper/README.md, which nemo_popsd did not write"
+    assert foreign_reason(export, EXPORT) == "deeper/README.md, which nemo_popsd did not write"
     (export / "deeper" / "README.md").unlink()
     (export / "link").symlink_to(export)
-    assert foreign(export, EXPORT) == "link, which nemo_popsd did not write"
+    assert foreign_reason(export, EXPORT) == "link, which nemo_popsd did not write"
     (export / "link").unlink()
     (export / "config.json").write_text('{"edited": true}')
-    assert foreign(export, EXPORT) == "config.json, which was changed after nemo_popsd wrote it"
+    assert foreign_reason(export, EXPORT) == "config.json, which was changed after nemo_popsd wrote it"
 
 
 def test_neither_links_nor_files_nor_marks_of_somebody_else(export: Path) -> None:
     (export.parent / "link").symlink_to(export)
-    assert foreign(export.parent / "link", EXPORT) == f"a symbolic link to {export}"
-    assert foreign(export / "config.json", EXPORT) == "no directory"
+    assert foreign_reason(export.parent / "link", EXPORT) == f"a symbolic link to {export}"
+    assert foreign_reason(export / "config.json", EXPORT) == "no directory"
     for text in ("", "{", "[]", '{"kind": "Hugging Face export"}', '{"written_by": "nemo_popsd", "kind": 3}'):
         (export / MARK).write_text(text)
         assert read_mark(export) is None
-        assert foreign(export, EXPORT) == f"no {MARK} that says that nemo_popsd wrote it"
+        assert foreign_reason(export, EXPORT) == f"no {MARK} that says that nemo_popsd wrote it"
 
 
 def test_where_nothing_can_be_lost_nothing_is_foreign(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert foreign(tmp_path / "empty", EXPORT) is None
-    assert foreign(tmp_path / "nothing", EXPORT) is None
+    assert foreign_reason(tmp_path / "empty", EXPORT) is None
+    assert foreign_reason(tmp_path / "nothing", EXPORT) is None
     (tmp_path / "empty" / MARK).write_text("")  # as a full disk leaves it
-    assert foreign(tmp_path / "empty", EXPORT) is None
+    assert foreign_reason(tmp_path / "empty", EXPORT) is None
 
 
 def test_a_checkpoint_of_an_earlier_version_is_known_by_its_manifest(tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
-    assert foreign(tmp_path, CHECKPOINT) is not None
+    assert foreign_reason(tmp_path, CHECKPOINT) is not None
     write_manifest(tmp_path, {"step": 1}, digests(tmp_path, list_files(tmp_path)))
-    assert foreign(tmp_path, CHECKPOINT) is None
+    assert foreign_reason(tmp_path, CHECKPOINT) is None
     (tmp_path / "weights").write_text("damaged, which is no edit of anybody's")
-    assert foreign(tmp_path, CHECKPOINT) is None
+    assert foreign_reason(tmp_path, CHECKPOINT) is None
     (tmp_path / "notes.txt").write_text("mine")
-    assert foreign(tmp_path, CHECKPOINT) == "notes.txt, which nemo_popsd did not write"
+    assert foreign_reason(tmp_path, CHECKPOINT) == "notes.txt, which nemo_popsd did not write"
     write_mark(tmp_path, CHECKPOINT)
-    assert foreign(tmp_path, CHECKPOINT) == "notes.txt, which nemo_popsd did not write"
+    assert foreign_reason(tmp_path, CHECKPOINT) == "notes.txt, which nemo_popsd did not write"
 
 
 def test_only_a_packed_checkpoint_is_replaced_by_one(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.settings import split_settings
-from nemo_popsd.settings.bounds import Bounds, check_numbers, ruled
+from nemo_popsd.settings.bounds import Bounds, check_numbers, declared_rules
 
 NUMBERS = (int, float, int | None, float | None, list[int], list[float])
 SETTINGS = [
@@ -24,7 +24,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("schema", "key"), SETTINGS, ids=[key for _, key in SETTINGS])
 def test_every_number_is_bounded(schema: type, key: str, tmp_path: Path) -> None:
-    bounds = dict(ruled(schema)).get(key)
+    bounds = dict(declared_rules(schema)).get(key)
     assert isinstance(bounds, Bounds), f"declare the bounds of {key}: Annotated[..., Bounds(low, high)]"
     assert -math.inf < bounds.low < bounds.high < math.inf
     kind = known_keys(schema)[key]
@@ -61,8 +61,8 @@ def test_the_defaults_are_within_their_bounds() -> None:
 )
 def test_bounds(bounds: Bounds, words: str, good: list[float], bad: list[float]) -> None:
     assert str(bounds) == words
-    assert all(map(bounds.hold, good))
-    assert not any(map(bounds.hold, bad))
+    assert all(map(bounds.contains, good))
+    assert not any(map(bounds.contains, bad))
 
 
 @pytest.mark.parametrize(
