@@ -331,4 +331,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Place and object of each whole line of `path`."""
-    return read_json_lines(path, cut=True)
+    return read_json_lines(path, skip_partial=True)

@@ -211,7 +211,7 @@ def test_export_replaces_nothing_but_an_earlier_export(
         (place / "weights.bin").write_text("three weeks")
         assert cli.main(["export", *adapter, str(checkpoint), str(output)]) == 2
         told = capsys.readouterr().err
-        assert f"{place}: got no .nemo_popsd" in told
+        assert f"{place}: got a directory without the mark .nemo_popsd" in told
         assert "nothing was removed" in told
         assert (place / "weights.bin").exists()
         shutil.rmtree(place)
