@@ -12,7 +12,7 @@ import nemo_popsd.checkpoint.olmo3  # noqa: F401  (registers the architecture)
 from nemo_popsd.checkpoint.families import FAMILIES
 from nemo_popsd.checkpoint.rotation import UnsupportedError
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.reading import read_json
+from nemo_popsd.files.reading import read_strict_json
 
 CONFIG = "config.json"
 _CODE, _QUANTISED = "auto_map", "quantization_config"
@@ -52,7 +52,7 @@ def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool)
             need="a local Hugging Face model directory",
             fix=f"set {setting}",
         )
-    content: dict[str, Any] = read_json(directory / CONFIG, what, fix=f"repair the file, or set {setting}")
+    content: dict[str, Any] = read_strict_json(directory / CONFIG, what, fix=f"repair the file, or set {setting}")
     names = content.get("architectures")
     family = (
         FAMILIES.get(names[0]) if isinstance(names, list) and len(names) == 1 and str(names[0]) == names[0] else None

@@ -14,7 +14,7 @@ from nemo_popsd.checkpoint.completeness import require_complete
 from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles
 from nemo_popsd.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILES, for_transformers_4
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.reading import read_json, unreadable
+from nemo_popsd.files.reading import read_strict_json, unreadable
 
 TENSOR_NAMES = "tensor_names.json"
 """File that lists the tensors of a directory without weights."""
@@ -43,7 +43,7 @@ def read_tensor_names(
     what, fix = f"model {directory}", f"download the files again, or set {setting}"
     listed = directory / TENSOR_NAMES
     if (listed.exists() or listed.is_symlink()) and not any(directory.glob("*.safetensors")):
-        names: list[str] = read_json(listed, what, fix=fix, kind=list)
+        names: list[str] = read_strict_json(listed, what, fix=fix, kind=list)
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             raise UserError(
                 what, got=f"{TENSOR_NAMES} that is not a list of unique names", need="a list of names", fix=fix
@@ -93,7 +93,7 @@ def read_artifacts(directory: Path, *, setting: str) -> dict[str, bytes]:
                 )
             artifacts[name] = file.read_bytes()
     if TOKENIZER_CONFIG in artifacts:
-        content = read_json(directory / TOKENIZER_CONFIG, what, fix="repair the file")
+        content = read_strict_json(directory / TOKENIZER_CONFIG, what, fix="repair the file")
         translated = for_transformers_4(content, what)
         if translated != content:
             artifacts[TOKENIZER_CONFIG] = (json.dumps(translated, indent=2, ensure_ascii=False) + "\n").encode()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_popsd.checkpoint.contents import STATE
 from nemo_popsd.checkpoint.manifest import DamagedCheckpointError, read_manifest
-from nemo_popsd.files.atomic import is_ours, remove_directory, write_text
+from nemo_popsd.files.atomic import is_owned, remove_directory, write_text
 from nemo_popsd.files.ownership import CHECKPOINT
 
 FINAL = "final"
@@ -113,7 +113,7 @@ def prune(folder: Path, names: list[str]) -> list[str]:
     """
     kept = []
     for name in names:
-        if is_ours(folder / name, CHECKPOINT):
+        if is_owned(folder / name, CHECKPOINT):
             remove_directory(folder / name, CHECKPOINT)
         else:
             kept.append(name)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.reading import read_json, unreadable
+from nemo_popsd.files.reading import read_strict_json, unreadable
 
 T = TypeVar("T")
 INDEX = "model.safetensors.index.json"
@@ -99,7 +99,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         return {header.dtype for header in self._headers.values()}
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        content = read_json(index, f"model {self.directory}", fix="download it again")
+        content = read_strict_json(index, f"model {self.directory}", fix="download it again")
         listed = content.get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
             raise self._damaged(INDEX, "has no weight_map of names and files")

@@ -33,10 +33,10 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import (
     PARTIAL,
     atomic_replace,
-    begin_partial,
     flush_directory,
     flush_tree,
-    refuse_what_is_in_the_way,
+    make_partial,
+    refuse_occupied,
     remove_directory,
 )
 from nemo_popsd.files.ownership import CHECKPOINT, refuse_foreign_archive
@@ -179,8 +179,8 @@ class PendingSave:
             if self.path.suffix == ".nemo":
                 refuse_foreign_archive(self.path)
             else:
-                refuse_what_is_in_the_way(self.path, CHECKPOINT)
-            begin_partial(self.path, CHECKPOINT)
+                refuse_occupied(self.path, CHECKPOINT)
+            make_partial(self.path, CHECKPOINT)
             self._owns_partial = True
             (self._partial / WEIGHTS).mkdir(parents=True)
             (self._partial / ARCHITECTURE).mkdir()

@@ -73,9 +73,9 @@ class RunDirectory:
         dist.broadcast_object_list(found, src=0)
         self._hold = found[0]
 
-    def is_own(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the output is still this run's; on any rank."""
-        return self._hold is None or self._hold.is_own()
+        return self._hold is None or self._hold.is_held()
 
     def check_lock(self) -> None:
         """Refuses to write into an output that is another run's by now; on any rank.

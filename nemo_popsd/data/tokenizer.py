@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.reading import read_json, unreadable
+from nemo_popsd.files.reading import read_strict_json, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreT
             raise UserError(str(directory), got=f"{name}, which {reason}", need=need, fix="fetch the file again")
     content: dict[str, Any] = {}
     if (directory / TOKENIZER_CONFIG).is_file():
-        content = read_json(directory / TOKENIZER_CONFIG, str(directory), fix="repair the file")
+        content = read_strict_json(directory / TOKENIZER_CONFIG, str(directory), fix="repair the file")
     translated = for_transformers_4(content, str(directory))
     if translated == content:
         return _load(directory, directory, need)
@@ -124,7 +124,7 @@ def read_generation_config(path: str | Path) -> dict[str, Any] | None:
     file = Path(path).expanduser() / "generation_config.json"
     if not file.exists():
         return None
-    content: dict[str, Any] = read_json(file, str(file), fix="repair the file")
+    content: dict[str, Any] = read_strict_json(file, str(file), fix="repair the file")
     return content
 
 

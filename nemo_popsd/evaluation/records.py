@@ -34,7 +34,7 @@ from typing import Any
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import remove_files, write_text
-from nemo_popsd.files.json_files import damaged, read_json, read_json_lines, typed
+from nemo_popsd.files.json_files import as_dataclass, damaged, read_json, read_json_lines
 from nemo_popsd.files.ownership import EVALUATION, MARK, read_mark, write_mark
 
 FORMAT = 1
@@ -187,7 +187,7 @@ class EvaluationDirectory:
         """The problems, in the order of the set; none where there is no such file."""
         if not (self.path / _PROBLEMS).is_file():
             return []
-        return [typed(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
+        return [as_dataclass(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
 
     def samples(self) -> dict[tuple[str, int], Sample]:
         """All whole samples by problem and number.
@@ -198,7 +198,7 @@ class EvaluationDirectory:
         found: dict[tuple[str, int], Sample] = {}
         for file in sorted(self.path.glob("samples-*.jsonl")):
             for where, line in _read_lines(file):
-                sample = typed(Sample, line, where)
+                sample = as_dataclass(Sample, line, where)
                 if (sample.problem, sample.sample) in found:
                     raise UserError(
                         str(file),
@@ -223,7 +223,7 @@ class EvaluationDirectory:
         """
         if not (self.path / _SCORES).is_file():
             raise self._incomplete(_SCORES)
-        return [typed(SampleScore, line, where) for where, line in _read_lines(self.path / _SCORES)]
+        return [as_dataclass(SampleScore, line, where) for where, line in _read_lines(self.path / _SCORES)]
 
     def summary(self) -> dict[str, Any]:
         """What `conclude` wrote.
@@ -335,4 +335,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Place and object of each whole line of `path`."""
-    return read_json_lines(path, cut=True)
+    return read_json_lines(path, skip_partial=True)

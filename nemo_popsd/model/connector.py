@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
-from nemo_popsd.embedded.names import located
+from nemo_popsd.embedded.names import local_path
 from nemo_popsd.files.ownership import refuse_overlap
 
 
@@ -24,7 +24,9 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
         Raises:
             UserError: on every rank, if `save_path` is what the model was read from, or is not ours to replace.
         """
-        refuse_overlap(Path(save_path), {"student.source": located(model.settings.student.source)}, setting="save_path")
+        refuse_overlap(
+            Path(save_path), {"student.source": local_path(model.settings.student.source)}, setting="save_path"
+        )
         content = Content(
             models=model.student.chunks,
             architecture=model.architecture,

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.embedded.names import located
+from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.rollout.engine import RolloutEngine
@@ -135,7 +135,7 @@ def adapter_base(settings: PopsdConfig, student: Student) -> Path | None:
     source, wanted = settings.student.source, settings.rollout.vllm.lora
     if settings.student.adaptation != "lora" or wanted == "merged":
         return None
-    path = located(source)
+    path = local_path(source)
     hindrance = ""
     if student.chunks[0].config.num_moe_experts is not None:
         hindrance = "a model with experts"

@@ -230,7 +230,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     found = []
-    for where, value in read_json_lines(file, cut=True):
+    for where, value in read_json_lines(file, skip_partial=True):
         if not isinstance(value, dict):
             raise damaged(where, "no object")
         found.append(value)

@@ -181,7 +181,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), r"model\.safetensors, which cannot"),
     "cut header": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:99]), "which cannot be read"),
     "device": (_link("/dev/zero"), r"model\.safetensors, which is a device"),
-    "link to nothing": (_link("nowhere"), r"model\.safetensors, which is a link to nothing"),
+    "link to nothing": (_link("nowhere"), r"model\.safetensors, which is a dangling link"),
     "directory": (_link("."), r"model\.safetensors, which is a directory"),
     "pipe": (_pipe(WEIGHTS), r"model\.safetensors, which is a pipe"),
     "pipe as configuration": (_pipe("config.json"), r"config\.json, which is a pipe"),

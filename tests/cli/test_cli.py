@@ -97,7 +97,7 @@ def test_one_run_at_a_time_in_an_output(
     other.release()
     held: list[bool] = []
     entry = sys.modules["nemo_popsd.commands.entry"]
-    monkeypatch.setattr(entry, "train", lambda config, lock: held.append(lock.hold.is_own()))
+    monkeypatch.setattr(entry, "train", lambda config, lock: held.append(lock.hold.is_held()))
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 0
     assert held == [True]
     assert list(tmp_path.iterdir()) == [], "it is given back"
@@ -211,7 +211,7 @@ def test_export_replaces_nothing_but_an_earlier_export(
         (place / "weights.bin").write_text("three weeks")
         assert cli.main(["export", *adapter, str(checkpoint), str(output)]) == 2
         told = capsys.readouterr().err
-        assert f"{place}: got no .nemo_popsd" in told
+        assert f"{place}: got a directory without the mark .nemo_popsd" in told
         assert "nothing was removed" in told
         assert (place / "weights.bin").exists()
         shutil.rmtree(place)

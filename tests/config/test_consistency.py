@@ -223,7 +223,7 @@ def test_an_export_is_not_written_over_anything_else(runnable: PopsdConfig) -> N
     exported.mkdir(parents=True)
     write_mark(exported.parent, RUN)
     (exported / "weights.bin").write_text("three weeks")
-    with pytest.raises(UserError, match=r"huggingface: got no \.nemo_popsd"):
+    with pytest.raises(UserError, match=r"huggingface: got a directory without the mark \.nemo_popsd"):
         check_training_run(runnable, world_size=1)
     runnable.training.export_huggingface = False
     check_training_run(runnable, world_size=1)
