@@ -197,7 +197,7 @@ class PendingSave:
         def check() -> None:
             free = shutil.disk_usage(self._partial).free
             if dist.get_rank() == 0 and free < needed:
-                raise OSError(errno.ENOSPC, f"not enough space: {needed:,} bytes needed, {free:,} free")
+                raise OSError(errno.ENOSPC, f"no space left on the device: {needed:,} bytes needed, {free:,} free")
 
         self._on_all_ranks(check)
 
