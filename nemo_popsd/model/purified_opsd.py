@@ -159,7 +159,7 @@ class PurifiedOPSDModel(ModelPT):
         borrowed = Borrowed(self.settings.distillation.target.borrowed)
         size = self.architecture.vocab_size
         dataset, _ = build_dataset(self.settings.data, source, self.tokenizer, borrowed, vocab_size=size)
-        self.data_fingerprint = dataset.fingerprint()
+        self.data_fingerprint = dataset.digest()
         self._refuse_beyond_positions(
             dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
             "data.max_prompt_tokens, data.max_reference_tokens or rollout.max_response_tokens",

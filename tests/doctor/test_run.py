@@ -56,7 +56,7 @@ def sharing(outputs: list[Path], seconds: float) -> list[tuple[str, str]]:
 
     def on_node(node: int) -> tuple[str, str]:
         ready.wait()
-        finding = examine_sharing(str(outputs[node]), node=node, nodes=len(outputs), mark="7.0", seconds=seconds)
+        finding = examine_sharing(str(outputs[node]), node=node, nodes=len(outputs), token="7.0", seconds=seconds)
         return finding.state, finding.found
 
     with ThreadPoolExecutor(len(outputs)) as pool:
@@ -75,4 +75,4 @@ def test_a_node_with_a_disk_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_output_that_cannot_be_made() -> None:
-    assert examine_sharing("/proc/nowhere", node=0, nodes=1, mark="m").state == "failed"
+    assert examine_sharing("/proc/nowhere", node=0, nodes=1, token="m").state == "failed"
