@@ -1,4 +1,4 @@
-"""Plots and tables of the paper's decomposition: by position, by entropy, for markers, and by push of the components."""
+"""Plots and tables of the paper's decomposition: by position, by entropy, for markers, and the push of components."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def flat_figures(
 
 
 def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int, dict[str, float]]]:
-    """Training and validation metrics; of several lines for a step the last counts, since a resumed run repeats steps."""
+    """Training and validation metrics; the last line of a step counts, since a resumed run repeats steps."""
     training: dict[str, dict[int, float]] = {}
     validations: dict[int, dict[str, float]] = {}
     for line in read_lines(file):
