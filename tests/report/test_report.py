@@ -126,7 +126,7 @@ def test_without_samples_the_rollouts_of_the_diagnoses_are_shown(tmp_path: Path)
 def test_missing_data_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: young\n")
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
-    for expected in (
+    for text in (
         "No validation was run",
         "No step was trained",
         "The run has no stored answers",
