@@ -250,7 +250,7 @@ def check_new_output(path: str, *, setting: str) -> None:
         raise UserError(
             "configuration",
             got=f"{setting}={path!r}, which exists",
-            need="a path where nothing is yet",
+            need="a path that does not exist",
             fix=f"remove it, or give another {setting}",
         )
     check_output(path, setting=setting)

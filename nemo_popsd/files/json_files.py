@@ -81,7 +81,7 @@ def decode_json(text: bytes | str, *, strict: bool = False) -> Any:
     """
     rules: dict[str, Any] = {}
     if strict:
-        rules = {"object_pairs_hook": _unique_keys, "parse_constant": _refuse_constant, "parse_float": _finite}
+        rules = {"object_pairs_hook": unique_keys, "parse_constant": _refuse_constant, "parse_float": _finite}
     try:
         value = json.loads(text, **rules)
     except RecursionError:
@@ -162,7 +162,12 @@ def _content(path: Path) -> bytes:
         ) from error
 
 
-def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: names a repeated key.
+    """
     content = dict(pairs)
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]

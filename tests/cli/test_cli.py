@@ -227,11 +227,11 @@ def test_a_report_replaces_nothing_but_a_page(tmp_path: Path, capsys: pytest.Cap
     page = tmp_path / "thesis.html"
     page.write_text("<html>three weeks</html>")
     assert cli.main(["report", str(tmp_path), "--output", str(page)]) == 2
-    assert "a file that is no page of nemo_popsd" in capsys.readouterr().err
+    assert "a file that is not a page of nemo_popsd" in capsys.readouterr().err
     assert page.read_text() == "<html>three weeks</html>"
     os.mkfifo(tmp_path / "pipe")
     assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "pipe")]) == 2
-    assert "no regular file" in capsys.readouterr().err
+    assert "something other than a regular file" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

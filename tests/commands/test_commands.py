@@ -77,9 +77,21 @@ def test_train_leaves_what_it_promises(trained: Path) -> None:
 
 def test_the_report_of_a_run_answers_from_what_the_run_left(trained: Path) -> None:
     page = (trained / "report.html").read_text()
-    for absent in ("not measured", "not diagnosed", "No validation", "No answers", "No step", "Neither metrics nor"):
+    for absent in (
+        "not measured",
+        "not diagnosed",
+        "No validation",
+        "no stored answers",
+        "No step",
+        "neither metrics nor",
+    ):
         assert absent not in page, absent
-    for told in ("Did accuracy move?", "Held-out questions: of 2", "What is pushed in tiny", "megatron-core"):
+    for told in (
+        "Did the accuracy change?",
+        "Held-out questions: of 2",
+        "Push of each component in tiny",
+        "megatron-core",
+    ):
         assert told in page, told
     for moment in ("before", "after"):
         assert (trained / "diagnosis" / moment / "index.html").is_file()

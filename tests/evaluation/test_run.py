@@ -60,7 +60,7 @@ def test_a_named_set_must_be_whole(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.evaluation.sets, settings.evaluation.sets_directory = ["aime24"], str(tmp_path)
     write_jsonl(tmp_path / "aime24.jsonl", rows(29))
-    with pytest.raises(UserError, match="got 29 usable problems; need its 30"):
+    with pytest.raises(UserError, match="got 29 usable problems; need 30"):
         plan(settings, "m", tokenizer())
     write_jsonl(tmp_path / "aime24.jsonl", rows(30))
     settings.evaluation.problems = 2
