@@ -15,7 +15,8 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig, OptimizerConfig
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.optimizer_state import parameter_states, set_step_count, step_count
-from tests.harness import run_ranks
+from tests.harness import LOCAL, TRANSFORMER_ENGINE, run_ranks
+from tests.layers import on_transformer_engine
 from tests.tiny_models import build_student, save_tiny_model
 
 CASES: dict[str, dict[str, Any]] = {
@@ -87,14 +88,29 @@ def _load_and_write(rank: int, world_size: int, source: Path, folder: Path, befo
 
 
 LAYOUTS["1 again"] = (1, 1, False)
+LAYOUTS["tp2 on transformer engine"] = LAYOUTS["tp2"]
+LAYOUTS["dp2 split on transformer engine"] = LAYOUTS["dp2 split"]
 
 
-@pytest.mark.parametrize("between", ["tp2", "dp2", "dp2 split", "tp2 split"])
-def test_state_that_another_layout_wrote_is_bit_equal(source: Path, filled: Path, between: str) -> None:
+@pytest.mark.parametrize(
+    ("between", "layers"),
+    [
+        ("tp2", LOCAL),
+        ("dp2", LOCAL),
+        ("dp2 split", LOCAL),
+        ("tp2 split", LOCAL),
+        # Their norms are parameters of the linears that follow.
+        pytest.param("tp2 on transformer engine", TRANSFORMER_ENGINE, marks=on_transformer_engine),
+        pytest.param("dp2 split on transformer engine", TRANSFORMER_ENGINE, marks=on_transformer_engine),
+    ],
+)
+def test_state_that_another_layout_wrote_is_bit_equal(
+    source: Path, filled: Path, between: str, layers: str
+) -> None:
     world, _, _ = LAYOUTS[between]
-    run_ranks(_load_and_write, world, source, filled, "1", between)
+    run_ranks(_load_and_write, world, source, filled, "1", between, layers=layers)
     for name in CASES:
-        if "split" in between or between == "dp2":  # both ranks wrote different pieces
+        if "dp2" in between or "split" in between:  # both ranks wrote different pieces
             files = [load_file(f) for f in sorted((filled / name / between / STATE).glob("rank-*"))]
             assert len(files) == 2
     run_ranks(_load_and_write, 1, source, filled, between, "1 again")
