@@ -5,10 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.layers import layers  # noqa: F401  (a fixture)
 from tests.scheduling import group, is_quick, longest_first
+
+# Workers share the cores: the time of one example says nothing. pytest-timeout bounds each test.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marker
