@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.cli.arguments import add_config_arguments
-from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
 from nemo_popsd.parallel.launcher import read_launch
+
+if TYPE_CHECKING:
+    from nemo_popsd.config.schema import PopsdConfig
 
 
 def add_parser(subparsers: Any) -> None:
@@ -62,13 +66,19 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     check_evaluation_run(config, world_size=read_launch().world_size, checkpoint=args.checkpoint)
     if config.evaluation.endpoint.url:
-        from nemo_popsd.evaluation.served import evaluate_served
+        from nemo_popsd.commands.served import evaluate_endpoint
         from nemo_popsd.observability.console import set_up_console
 
         set_up_console()
-        print(evaluate_served(config))
+        evaluate_endpoint(config)
     else:
-        run_entry("evaluate", config, args.checkpoint)
+        run_command(_load, config, args.checkpoint)
+
+
+def _load() -> Callable[[PopsdConfig, str | None], None]:
+    from nemo_popsd.commands.entry import evaluate
+
+    return evaluate
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_popsd.cli.arguments import add_config_arguments
-from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.cli.launch import run_command
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.parallel.launcher import read_launch
 
@@ -52,10 +53,16 @@ def _train(args: argparse.Namespace) -> int:
                 )
             return 0
     if launch.rank != 0:
-        return run_entry("train", config)
+        return run_command(_load, config)
     # Rank 0 holds it for all; the others learn of it when they have met.
     lock = OutputLock(config.output)
     try:
-        return run_entry("train", config, lock=lock)
+        return run_command(_load, config, lock=lock)
     finally:
         lock.release()
+
+
+def _load() -> Callable[..., int]:
+    from nemo_popsd.commands.entry import train
+
+    return train

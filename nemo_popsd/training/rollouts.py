@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
-from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.megatron.student import Student
@@ -19,6 +18,7 @@ from nemo_popsd.parallel.agreement import raise_on_all_ranks
 from nemo_popsd.parallel.distributed import all_reduce_max, on_any_rank
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.parallel.waiting import wait_for_all
+from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.rollout.engine import (
     ConcurrentEngine,
     PendingRollouts,
@@ -63,11 +63,13 @@ class StepRollouts:
 
     def __init__(
         self,
-        config: PopsdConfig,
+        settings: RolloutConfig,
         student: Student,
         engine: RolloutEngine,
         sampling: SamplingParams,
         *,
+        seed: int,
+        last_step: int,
         store: RolloutStore | None,
         rows: TrainingRows | None,
         stop: StopSignals,
@@ -75,17 +77,19 @@ class StepRollouts:
         """Keeps references only.
 
         Args:
-            config: the run.
-            student: for its place among the ranks.
-            engine: draws from the student's live weights; a `ConcurrentEngine` for `rollout.overlap`.
-            sampling: how.
-            store: where rollouts are put before they are trained on; None keeps them in memory alone.
-            rows: needed with `rollout.overlap` and, as `store` is, with `rollout.tokens_per_step`.
-            stop: asked after the rollouts, which a signal cuts short.
+            settings: token budget, overlap and age limit.
+            student: for its position among the ranks.
+            engine: generates from the student's live weights; a `ConcurrentEngine` for `rollout.overlap`.
+            sampling: how tokens are sampled.
+            seed: seed of the run.
+            last_step: `training.steps`; the last step leaves no response unfinished.
+            store: where rollouts are written before they are trained on; None keeps them in memory only.
+            rows: required with `rollout.overlap` and, as `store` is, with `rollout.tokens_per_step`.
+            stop: checked after the rollouts, which a signal interrupts.
         """
-        self._seed = config.seed
-        self._settings = config.rollout
-        self._last_step = config.training.steps
+        self._seed = seed
+        self._settings = settings
+        self._last_step = last_step
         self._student = student
         self._engine = engine
         self._sampling = sampling

@@ -68,7 +68,7 @@ def train(rank: int, world_size: int, model: Path, output: Path, overlap: bool) 
     engine = BesideEngine(run.engine())
     store = RolloutStore(output)
     rows = TrainingRows(lambda name: rows_of(0, 0, 1)[0], lambda number: rows_of(number, rank, world_size))
-    step = run.on_policy_step(engine, store=store, training_rows=rows)
+    step = run.on_policy_step(engine, store=store, rows=rows)
     seen: dict[str, Any] = {"metrics": [], "by now": [], "ahead": []}
     for number in range(1, STEPS + 1):
         for name, of in (("by now", number), ("ahead", number + 1)):
@@ -133,7 +133,7 @@ def take_up(rank: int, world_size: int, model: Path, output: Path, bound: int, s
     store.write(STEPS, lines, part=0, parts=1)
     engine = BesideEngine(run.engine())
     training_rows = TrainingRows(lambda name: rows[0], lambda number: rows_of(number, 0, 1))
-    step = run.on_policy_step(engine, store=store, training_rows=training_rows)
+    step = run.on_policy_step(engine, store=store, rows=training_rows)
     metrics = step(STEPS, rows, run.optimizer, run.update)
     return {"age": metrics.rollout_age_max, "drawn": engine.generated}
 
