@@ -341,10 +341,10 @@ def test_what_another_start_may_cure_is_one_line_and_status_1(
 def test_a_file_system_that_fails_for_a_moment_is_no_defect(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(config: object, **options: object) -> None:
+    def train(config: object, **options: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle", "x.jsonl")
 
-    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", fail)
+    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", train)
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
     assert capsys.readouterr().err.startswith("popsd: error: train: Stale file handle: x.jsonl; start the same command")
 
