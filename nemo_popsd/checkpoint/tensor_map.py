@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors, Piece
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE
-from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.cpu import adapt_megatron
 
-adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     AutoMapping,
     GatedMLPMapping,
