@@ -182,6 +182,6 @@ class ScriptedEngine:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
         """See `RolloutEngine`."""
         return [
-            Rollout(response, [0.0] * len(response), cut=True, weights_version=self.version)
+            Rollout(response, [0.0] * len(response), truncated=True, weights_version=self.version)
             for response in self.responses
         ]

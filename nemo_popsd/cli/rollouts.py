@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _print_summary(step: int, rows: list[Any]) -> None:
     lengths = [len(row.rollout.response) for row in rows]
-    cut = sum(row.rollout.cut for row in rows)
+    cut = sum(row.rollout.truncated for row in rows)
     version = rows[0].rollout.weights_version if rows else "-"
     left = sum(row.rollout.unfinished for row in rows)
     print(

@@ -57,7 +57,7 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
     model.checkpoints.check_lock = run.check_lock
     run.begin(completed)
-    _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "starting at step 1")
+    _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
     model.stop.install()
     succeeded: bool | None = False
     try:

@@ -1,4 +1,4 @@
-"""One on-policy step: rollouts, frozen branches, loss and gradients, updates, metrics."""
+"""One training step: rollouts, frozen branches, loss and gradients, updates, metrics."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ class OnPolicyStep:
 
         Args:
             step: index of the step, counted from 1.
-            rows: this data-parallel rank's share of the step.
-            optimizer: the student's.
-            update: steps `optimizer`, through whatever counts updates; called `training.updates_per_step` times.
+            rows: of this data-parallel rank.
+            optimizer: of the student.
+            update: steps `optimizer` and counts the update; called `training.updates_per_step` times.
 
         Raises:
-            NonFiniteError: on every rank, before the update, or after it if it left weights that are not finite.
+            NonFiniteError: on every rank, before the update, or after it if a weight is not finite.
             RuntimeError: the self-check before step 1 failed.
             StopRequested: on every rank, before anything was trained on.
             UserError: the rollouts could not be written.
@@ -102,7 +102,7 @@ class OnPolicyStep:
         computed, reports = self._branches.computed, []
         with watch.phase("train"):
             for part in parts:
-                of_part, states = states[: len(part)], states[len(part) :]
+                part_states, states = states[: len(part)], states[len(part) :]
                 batches = student_batches(
                     self._student.chunks,
                     [t.student for t in part],
@@ -110,7 +110,7 @@ class OnPolicyStep:
                     packed=settings.packing,
                 )
                 computed += TokenCount.of(batches)
-                reported = self._accumulate(part, batches, of_part, optimizer)
+                reported = self._accumulate(part, batches, part_states, optimizer)
                 refuse_non_finite(step, reported, [t.row_id for t in part], optimizer.prepare())
                 update()
                 refuse_non_finite_update(step, optimizer.trained, optimizer.learning_rate)

@@ -166,7 +166,9 @@ def response(number: int, length: int) -> list[int]:
 
 def trajectory(number: int, length: int) -> Trajectory:
     """Row `number` with a response of `length` tokens."""
-    return Trajectory(row(number), Rollout(response(number, length), [0.0] * length, cut=False, weights_version=0))
+    return Trajectory(
+        row(number), Rollout(response(number, length), [0.0] * length, truncated=False, weights_version=0)
+    )
 
 
 def _ids(name: str, shortest: int, longest: int) -> list[int]:

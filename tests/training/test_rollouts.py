@@ -37,15 +37,15 @@ class BesideEngine:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self.begun = 0
+        self.submitted = 0
         self.generated = 0
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
         self.generated += 1
         return self._engine.generate(requests, sampling)
 
-    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> Drawn:
-        self.begun += 1
+    def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> Drawn:
+        self.submitted += 1
         return Drawn(self._engine.generate(requests, sampling))
 
 
@@ -78,7 +78,7 @@ def train(rank: int, world_size: int, model: Path, output: Path, overlap: bool) 
             ]
             seen[name].append([r.response for r in run.engine().generate(requests, run.sampling)])
         seen["metrics"].append(step(number, rows_of(number, rank, world_size), run.optimizer, run.update))
-    seen["asked"] = engine.generated, engine.begun
+    seen["asked"] = engine.generated, engine.submitted
     return seen
 
 
