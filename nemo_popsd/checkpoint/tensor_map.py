@@ -7,6 +7,7 @@ one tensor, the experts of a layer the second. So nothing here needs a model or 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class TensorMap:
 
     @property
     def _padded_vocabulary(self) -> int:
-        return -(-self._vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return math.ceil(self._vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def pieces(self, source: TensorSource, dtype: torch.dtype) -> Iterator[Piece]:
         """What a distributed checkpoint with the tensors of `source` consists of; they are read when it is written."""

@@ -188,7 +188,7 @@ def _draw(
     mine = list(range(len(rows)))[dp_rank::dp_size]
     asked = list(mine)
     if settings.expert_parallel:
-        asked += [0] * (-(-len(rows) // dp_size) - len(mine))
+        asked += [0] * (math.ceil(len(rows) / dp_size) - len(mine))
     requests = [
         Request(row.contexts.student, row_seed(settings.seed, "diagnosis", row.record.id))
         for row in (rows[index].row for index in asked)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -110,7 +111,7 @@ def _variable_lengths(scale: float, window: int | None, default_scale: float) ->
 
 def cache_positions(capacity: int, device: torch.device) -> int:
     """Positions to allocate of each slot where `capacity` are in use: on a GPU one of few, so that strides repeat."""
-    return capacity if device.type == "cpu" else -(-capacity // _CACHE_STEP) * _CACHE_STEP
+    return capacity if device.type == "cpu" else math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP
 
 
 def cached_attention(device: torch.device) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,7 +85,7 @@ class MegatronEngine:
             return self._generate(requests, sampling, self._stop_requested)
         shares: list[list[Rollout] | None] = [None] * size
         try:
-            share = replace(sampling, token_budget=-(-sampling.token_budget // size))
+            share = replace(sampling, token_budget=math.ceil(sampling.token_budget / size))
             own = self._generate(requests[rank::size], share, self._stop_requested)
         except StopRequested:
             own = None

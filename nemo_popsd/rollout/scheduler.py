@@ -5,6 +5,7 @@ Decisions depend only on the requests and the sampled tokens, which are the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -211,10 +212,10 @@ class SlotSchedule:
 
     def _width_of(self, sequences: int) -> int:
         """The smallest width that fits: one eighth of the slots, two eighths, ...; below one eighth 1, 2, 4, ..."""
-        share = -(-len(self.slots) // _SHARES)
+        share = math.ceil(len(self.slots) / _SHARES)
         if sequences < share:
             return min(share, 1 << max(0, sequences - 1).bit_length())
-        return min(len(self.slots), -(-sequences // share) * share)
+        return min(len(self.slots), math.ceil(sequences / share) * share)
 
 
 def _prefilled(group: list[tuple[int, DecodingSequence]]) -> int:
@@ -228,4 +229,4 @@ def reach_of(longest: int, capacity: int) -> int:
     One of a few lengths; beyond 256 at most an eighth too long.
     """
     step = max(32, 1 << max(0, longest.bit_length() - 4))
-    return min(capacity, -(-longest // step) * step)
+    return min(capacity, math.ceil(longest / step) * step)

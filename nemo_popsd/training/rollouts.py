@@ -10,6 +10,7 @@ docs/staleness.md describes the effect on the objective.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
@@ -160,7 +161,7 @@ class StepRollouts:
         """Token budget of this replica in `step`; 0 finishes all responses."""
         if step == self._last_step:
             return 0
-        return -(-self._settings.tokens_per_step // self._student.dp_group.size())
+        return math.ceil(self._settings.tokens_per_step / self._student.dp_group.size())
 
     def _left_by(self, step: int) -> tuple[list[PromptRow], list[Request]]:
         """This replica's share of the responses that `step` left unfinished: rows, and requests that continue them."""
