@@ -66,7 +66,7 @@ class RunCheckpoints:
         self._pending: PendingSave | None = None
         self._random: dict[str, Tensor] = {}
         self.check_lock: Callable[[], None] = lambda: None
-        self._left_alone: set[str] = set()
+        self._reported: set[str] = set()
 
     def maybe_save(self) -> None:
         """Between two steps: finishes a save that has been written, handles signals, saves if a checkpoint is due.
@@ -190,9 +190,9 @@ class RunCheckpoints:
         )
         kept = dict.fromkeys(prune(self.folder, names), "it contains files that no run wrote")
         for name, reason in (kept | {name: str(error.got) for name, error in found.damaged.items()}).items():
-            if name not in self._left_alone:
-                logger.warning("checkpoint %s is left alone: %s", self.folder / name, reason)
-        self._left_alone |= kept.keys() | found.damaged.keys()
+            if name not in self._reported:
+                logger.warning("checkpoint %s is kept: %s", self.folder / name, reason)
+        self._reported |= kept.keys() | found.damaged.keys()
 
 
 def resume_optimizer(checkpoint: NemoCheckpoint, models: Sequence[GPTModel], optimizer: StudentOptimizer) -> None:

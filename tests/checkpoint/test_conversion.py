@@ -304,5 +304,5 @@ def _refuse(rank: int, world_size: int, source: Path, output: Path) -> str:
 def test_what_does_not_stand_the_verification_loses_its_name(sources, tmp_path, size):
     for told in run_ranks(_refuse, size, sources["qwen3"], tmp_path / "out"):
         assert "logits that differ" in told
-        assert f"it is at {tmp_path / 'out.refused'} now" in told
+        assert f"renamed to {tmp_path / 'out.refused'}" in told
     assert [path.name for path in tmp_path.iterdir()] == ["out.refused"]

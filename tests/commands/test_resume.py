@@ -214,7 +214,7 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
     assert f"weights/{shard.name} was changed" in told
     folder = output / "checkpoints"
     move = f"mv {folder / 'final'} {folder / 'final.damaged'}"
-    assert f"{move}; then the same command goes on after step 2 from {folder / 'step-000002'}, which is whole" in told
+    assert f"{move}; then the same command resumes after step 2 from {folder / 'step-000002'}, which is intact" in told
     (folder / "final").rename(folder / "final.damaged")
     status, told = train(output, "training.steps=5")[0]
     assert status == 0
@@ -224,7 +224,7 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
         (folder / name / "manifest.json").write_bytes(b"")
     status, told = train(output, "training.steps=6")[0]
     assert status == 2
-    assert f"move {folder} away to begin at step 1: no other checkpoint is whole" in told
+    assert f"move {folder} away to begin at step 1: no other checkpoint is intact" in told
 
 
 @pytest.mark.parametrize(
