@@ -18,8 +18,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="Hugging Face directory to NeMo checkpoint, or back",
-        description="Convert a model between the formats, tensor by tensor: memory for one shard is enough, and one "
-        "process. Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
+        description="Convert a model between the formats, tensor by tensor, in one process with memory for one shard. "
+        "Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
     )
     directions = parser.add_subparsers(title="directions", dest="direction", required=True, metavar="DIRECTION")
     to_nemo = directions.add_parser("hf-to-nemo", help="write a Hugging Face directory as a NeMo checkpoint")

@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "diagnose",
         help="decompose the teacher's signal token by token",
-        description="Draw rollouts to rows of `data.train` and tell, for each token, what teacher, reference-only "
-        "teacher and target say of it: a page, with its figures as JSON beside it, in `<output>/diagnosis`.",
+        description="Generate responses to rows of `data.train` and compare, for each token, the log-probabilities of "
+        "student, teacher, reference-only teacher and target. Writes a page and its data to `<output>/diagnosis`.",
     )
     add_config_arguments(parser)
     parser.add_argument(

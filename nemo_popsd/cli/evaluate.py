@@ -21,8 +21,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="measure accuracy, markers and response length on problem sets, or compare such evaluations",
-        description="Sample responses to problems as CONF says (evaluation.sets, or data.validation) and report "
-        "accuracy, epistemic behaviour and length with intervals. A repeated command draws only what is missing.",
+        description="Sample responses to the problems of CONF (evaluation.sets, or data.validation) and report "
+        "accuracy, epistemic behaviour and length with intervals. A repeated command generates only missing samples.",
     )
     add_config_arguments(parser, optional=True)
     parser.add_argument(
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
         type=path_argument,
         nargs="+",
         default=[],
-        help="evaluations to compare, such as OUTPUT/evaluation/MODEL (all its sets); draws nothing",
+        help="evaluations to compare, such as OUTPUT/evaluation/MODEL (all its sets); generates nothing",
     )
     parser.add_argument(
         "--base",
@@ -50,14 +50,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare what is on the disk; or load and check the configuration, then evaluate."""
+    """Compare evaluations on disk; or load and check the configuration, then evaluate."""
     if args.compare:
         _compare(args)
         return
     if args.base is not None:
-        raise UserError(
-            "evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", fix="leave it out"
-        )
+        raise UserError("evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", fix="omit it")
     if args.config is None:
         raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", fix="name one")
     from nemo_popsd.config.consistency import check_evaluation_run
@@ -89,7 +87,7 @@ def _compare(args: argparse.Namespace) -> None:
         raise UserError(
             "evaluate",
             got="--compare together with a configuration or --checkpoint",
-            need="directories of evaluations alone",
-            fix="leave the rest out",
+            need="only directories of evaluations",
+            fix="omit the other arguments",
         )
     print(compare_directories(args.compare, resamples=EvaluationConfig().resamples, base=args.base))

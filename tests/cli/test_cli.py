@@ -180,7 +180,7 @@ def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, caps
     assert cli.main(["evaluate", TINY, "--base", "b"]) == 2
     assert "--base without --compare" in capsys.readouterr().err
     assert cli.main(["evaluate", TINY, "--compare", *directories]) == 2
-    assert "leave the rest out" in capsys.readouterr().err
+    assert "omit the other arguments" in capsys.readouterr().err
     assert cli.main(["evaluate"]) == 2
     assert "need CONF, or --compare" in capsys.readouterr().err
     assert calls == []
@@ -308,7 +308,7 @@ def test_the_world_of_the_launcher_counts(
 
 
 def test_messages_of_several_lines_become_one(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._tell(UserError("a", got="b\nc", need="d", fix="e"))
+    cli._report(UserError("a", got="b\nc", need="d", fix="e"))
     assert capsys.readouterr().err == "popsd: error: a: got b c; need d; e\n"
 
 
