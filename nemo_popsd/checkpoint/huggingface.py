@@ -29,9 +29,9 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import new_directory
 from nemo_popsd.files.ownership import EXPORT
 from nemo_popsd.megatron.build import Model, chunks_of
-from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.cpu import adapt_megatron
 
-adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import AutoMapping  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402

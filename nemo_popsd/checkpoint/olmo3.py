@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_popsd.megatron.olmo3 import Olmo3Provider, transformer_engine_layer_spec
 
-# Imported after nemo_popsd.megatron.olmo3, which calls `adapt_to_cpu`: without CUDA the import fails before that call.
+# Imported after nemo_popsd.megatron.olmo3, which calls `adapt_megatron`: without CUDA the import fails earlier.
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry  # isort: skip
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # isort: skip
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping  # isort: skip

@@ -7,6 +7,7 @@ the expert index the second. So this module needs neither a model nor a layout.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from torch.nn.functional import pad
 from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors, Piece
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE
-from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.cpu import adapt_megatron
 
-adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     AutoMapping,
     GatedMLPMapping,
@@ -146,7 +147,7 @@ class TensorMap:
 
     @property
     def _padded_vocabulary(self) -> int:
-        return -(-self._vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return math.ceil(self._vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def pieces(self, source: TensorSource, dtype: torch.dtype) -> Iterator[Piece]:
         """Yields the pieces of a distributed checkpoint with the tensors of `source`, which are read on writing."""

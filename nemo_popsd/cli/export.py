@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 
 
@@ -35,4 +36,16 @@ def run(args: argparse.Namespace) -> None:
     kind = ADAPTER if args.adapter else EXPORT
     refuse_overlap(Path(args.output), {"CHECKPOINT": args.checkpoint}, setting="OUTPUT")
     refuse_occupied(Path(args.output), kind, setting="OUTPUT")
-    run_entry("export_adapter" if args.adapter else "export", args.checkpoint, args.output)
+    run_command(_load_adapter_export if args.adapter else _load_export, args.checkpoint, args.output)
+
+
+def _load_export() -> Callable[[str, str], None]:
+    from nemo_popsd.commands.entry import export
+
+    return export
+
+
+def _load_adapter_export() -> Callable[[str, str], None]:
+    from nemo_popsd.commands.entry import export_adapter
+
+    return export_adapter

@@ -79,7 +79,7 @@ def check_layout(config: PopsdConfig, *, world_size: int) -> None:
     replicas = world_size // parallel.replica_ranks
     if prompts % replicas:
         fits = math.lcm(replicas, config.training.updates_per_step)
-        below, above = prompts // fits * fits, -(-prompts // fits) * fits
+        below, above = prompts // fits * fits, math.ceil(prompts / fits) * fits
         fitting = " or ".join(str(value) for value in (below, above) if value)
         raise UserError(
             "configuration",

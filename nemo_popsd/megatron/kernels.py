@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -124,7 +125,7 @@ def _variable_lengths(scale: float, window: int | None, default_scale: float) ->
 
 def cache_positions(capacity: int, device_type: str) -> int:
     """Positions to allocate of each slot for `capacity` in use: on a GPU a multiple of 256, so that strides repeat."""
-    return capacity if device_type == "cpu" else -(-capacity // _CACHE_STEP) * _CACHE_STEP
+    return capacity if device_type == "cpu" else math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP
 
 
 def cached_attention(device: torch.device) -> AbstractContextManager[Any]:

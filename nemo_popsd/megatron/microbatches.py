@@ -7,6 +7,7 @@ a packed sequence's own padding, where the layout asks for any, belongs to the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -164,7 +165,7 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+    return math.ceil(number / multiple) * multiple
 
 
 def _shape(lengths: list[int], split: SequenceSplit, *, packed: bool) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from nemo_popsd.errors import TransientError, UserError, describe_error
 from nemo_popsd.parallel import launcher
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.waiting import prepare_meeting
-from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.cpu import adapt_megatron
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
         UserError: the world does not divide by the layout, this process has another one, or no GPU of its own.
         TransientError: not all processes have come together in time.
     """
-    adapt_to_cpu()
+    adapt_megatron()
     if torch.cuda.is_available():
         _take_device(launcher.read_launch().local_rank)
     if not dist.is_initialized():

@@ -329,5 +329,5 @@ def _refuse(rank: int, world_size: int, source: Path, output: Path) -> str:
 def test_a_conversion_that_fails_its_verification_is_renamed(sources, tmp_path, size):
     for message in run_ranks(_refuse, size, sources["qwen3"], tmp_path / "out"):
         assert "logits that differ" in message
-        assert f"it is at {tmp_path / 'out.refused'} now" in message
+        assert f"renamed to {tmp_path / 'out.refused'}" in message
     assert [path.name for path in tmp_path.iterdir()] == ["out.refused"]

@@ -21,26 +21,42 @@ KILLS = 30
 
 
 def _run(source: Path, output: Path, *, background: bool) -> tuple[Any, Any]:
-    """A stand-in for the model with what `RunCheckpoints` uses, and the `RunCheckpoints`."""
+    """The parts of a run that is saved, and its `RunCheckpoints`."""
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+    from nemo_popsd.checkpoint.save import Content
+    from nemo_popsd.config.loading import to_dict_config
     from nemo_popsd.megatron.config import OptimizerConfig
     from nemo_popsd.megatron.optimizer import StudentOptimizer
     from nemo_popsd.model.checkpoints import RunCheckpoints
+    from nemo_popsd.parallel.signals import StopSignals
 
     config = PopsdConfig(output=str(output))
     config.training.async_save, config.training.keep_last = background, 1
     student = build_student(source)
     optimizer = StudentOptimizer(student.wrap(OptimizerConfig()), OptimizerConfig(), steps=9, bf16=False)
-    model = SimpleNamespace(
-        student=student,
-        architecture=HuggingFaceModel(source),
-        settings=config,
-        completed_steps=0,
-        base={"source": "s", "fingerprint": "f"},
-        optimizer=optimizer,
-        data_digest="d",
+    architecture = HuggingFaceModel(source)
+    model = SimpleNamespace(student=student, settings=config, completed_steps=0, optimizer=optimizer)
+
+    def content() -> Content:
+        return Content(
+            models=student.chunks,
+            architecture=architecture,
+            config=to_dict_config(config),
+            step=model.completed_steps,
+            base={"source": "s", "fingerprint": "f"},
+            adapters_only=student.adapters is not None,
+            optimizer=optimizer.megatron,
+            facts={"data": "d"},
+        )
+
+    checkpoints = RunCheckpoints(
+        config.training,
+        output,
+        content=content,
+        completed_steps=lambda: model.completed_steps,
+        stop=StopSignals(),
+        resumed=None,
     )
-    checkpoints = RunCheckpoints(config, resumed=None)
     checkpoints.at_end()
     return model, checkpoints
 
@@ -93,7 +109,7 @@ def _load_and_save_until_killed(rank: int, world_size: int, source: Path, output
     while True:
         step += 1
         _mark(model, step)
-        checkpoints.save(model, FINAL if step % 3 == 0 else name_of(step))
+        checkpoints.save(FINAL if step % 3 == 0 else name_of(step))
         checkpoints.wait()
         kill.arm((attempt + 0.5) / KILLS)  # after the first save, so that there is a previous checkpoint
 
@@ -138,7 +154,7 @@ def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhe
         output = disk / f"background={background}"
         model, checkpoints = _run(source, output, background=background)
         _mark(model, 1)
-        checkpoints.save(model, name_of(1))
+        checkpoints.save(name_of(1))
         checkpoints.wait()
         free = usage(disk).free
         (disk / "other data").write_bytes(bytes(free - 100_000))
@@ -148,7 +164,7 @@ def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhe
             _mark(model, 2)
             before = {name: value.clone() for name, value in model.student.gpt.named_parameters()}
             try:
-                checkpoints.save(model, name_of(2))
+                checkpoints.save(name_of(2))
                 checkpoints.wait()
             except UserError as error:
                 messages[f"{background} {known}"] = str(error)
@@ -159,7 +175,7 @@ def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhe
             assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step-000001"]
             _reload(source, output / "checkpoints" / "step-000001", 1)
         (disk / "other data").unlink()
-        checkpoints.save(model, name_of(2))  # there is space again: the same state is saved
+        checkpoints.save(name_of(2))  # there is space again: the same state is saved
         checkpoints.wait()
         _reload(source, output / "checkpoints" / "step-000002", 2)
         shutil.rmtree(output)

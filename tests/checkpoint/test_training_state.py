@@ -104,9 +104,7 @@ LAYOUTS["dp2 split on transformer engine"] = LAYOUTS["dp2 split"]
         pytest.param("dp2 split on transformer engine", TRANSFORMER_ENGINE, marks=on_transformer_engine),
     ],
 )
-def test_state_that_another_layout_wrote_is_bit_equal(
-    source: Path, filled: Path, between: str, layers: str
-) -> None:
+def test_state_that_another_layout_wrote_is_bit_equal(source: Path, filled: Path, between: str, layers: str) -> None:
     world, _, _ = LAYOUTS[between]
     run_ranks(_load_and_write, world, source, filled, "1", between, layers=layers)
     for name in CASES:

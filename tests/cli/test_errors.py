@@ -37,7 +37,7 @@ def test_user_errors_are_one_line(
 
 
 def test_messages_of_several_lines_become_one(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._tell(UserError("a", got="b\nc", need="d", fix="e"))
+    cli._report(UserError("a", got="b\nc", need="d", fix="e"))
     assert capsys.readouterr().err == "popsd: error: a: got b c; need d; e\n"
 
 
@@ -59,10 +59,10 @@ def test_other_ranks_give_rank_0_time_and_are_not_silent(
 def test_what_another_start_may_cure_is_one_line_and_status_1(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(config: object, **options: object) -> None:
+    def train(config: object, **options: object) -> None:
         raise TransientError("rank 3", got="it ended", fix="start again", advice=["its log:"])
 
-    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", fail)
+    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", train)
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
     assert capsys.readouterr().err == "popsd: error: rank 3: it ended; start again\nits log:\n"
 
@@ -70,10 +70,10 @@ def test_what_another_start_may_cure_is_one_line_and_status_1(
 def test_a_file_system_that_fails_for_a_moment_is_no_defect(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(config: object, **options: object) -> None:
+    def train(config: object, **options: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle", "x.jsonl")
 
-    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", fail)
+    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", train)
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 1
     assert capsys.readouterr().err.startswith("popsd: error: train: Stale file handle: x.jsonl; start the same command")
 
@@ -103,10 +103,10 @@ def test_a_launcher_that_contradicts_itself_is_one_line(
 
 
 def test_defects_keep_their_traceback(calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(config: object, **options: object) -> None:
+    def train(config: object, **options: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", fail)
+    monkeypatch.setattr(sys.modules["nemo_popsd.commands.entry"], "train", train)
     with pytest.raises(RuntimeError, match="a defect"):
         cli.main(["train", TINY, f"output={tmp_path}"])
 

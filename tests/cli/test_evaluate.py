@@ -44,7 +44,7 @@ def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, caps
     assert cli.main(["evaluate", TINY, "--base", "b"]) == 2
     assert "--base without --compare" in capsys.readouterr().err
     assert cli.main(["evaluate", TINY, "--compare", *directories]) == 2
-    assert "leave the rest out" in capsys.readouterr().err
+    assert "omit the other arguments" in capsys.readouterr().err
     assert cli.main(["evaluate"]) == 2
     assert "need CONF, or --compare" in capsys.readouterr().err
     assert calls == []

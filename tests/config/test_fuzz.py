@@ -268,7 +268,7 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> list[PopsdConfig]:
         setattr(entry, name, keep)
     monkeypatch.setitem(sys.modules, "nemo_popsd.commands.entry", entry)
     monkeypatch.setattr("nemo_popsd.observability.console.set_up_console", lambda: None)
-    monkeypatch.setattr("nemo_popsd.evaluation.served.evaluate_served", keep)
+    monkeypatch.setattr("nemo_popsd.commands.served.evaluate_endpoint", keep)
     monkeypatch.setattr("nemo_popsd.doctor.examination.cuda_devices", list)
     monkeypatch.setattr("nemo_popsd.doctor.run.examine_sharing", lambda *_, **__: None)
     # Taken on `output` before a model is built; made-up directories are not to be made.

@@ -9,9 +9,18 @@ import pytest
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier
 from nemo_popsd.evaluation.records import EvaluationDirectory, Sample
-from nemo_popsd.evaluation.run import PlannedSet, begin, conclude, conclude_all, plan, sample_settings, weights_digest
+from nemo_popsd.evaluation.run import (
+    ProblemSet,
+    begin,
+    conclude,
+    conclude_all,
+    prepare_sets,
+    sample_settings,
+    weights_digest,
+)
 from nemo_popsd.rollout.engine import SamplingParams
 from tests.data.small import rows, tokenizer, write_jsonl
 from tests.evaluation.test_sampling import prompts
@@ -47,10 +56,14 @@ def config(tmp_path: Path) -> PopsdConfig:
     return made
 
 
-def test_the_plan_names_sets_places_and_problems(tmp_path: Path) -> None:
+def prepared(config: PopsdConfig, model: str) -> list[ProblemSet]:
+    return prepare_sets(config.evaluation, config.data, tokenizer(), model=model, output=config.output)
+
+
+def test_prepared_sets_have_names_directories_and_problems(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.evaluation.problems = 3
-    (one,) = plan(settings, "nemo_popsd:runs/a/", tokenizer())
+    (one,) = prepared(settings, "nemo_popsd:runs/a/")
     assert (one.name, len(one.prompts)) == ("validation", 3)
     assert one.directory.path == tmp_path / "evaluation" / "nemo_popsd_runs_a" / "validation"
     assert not one.directory.path.exists()
@@ -61,25 +74,23 @@ def test_a_named_set_must_be_whole(tmp_path: Path) -> None:
     settings.evaluation.sets, settings.evaluation.sets_directory = ["aime24"], str(tmp_path)
     write_jsonl(tmp_path / "aime24.jsonl", rows(29))
     with pytest.raises(UserError, match="got 29 usable problems; need 30"):
-        plan(settings, "m", tokenizer())
+        prepared(settings, "m")
     write_jsonl(tmp_path / "aime24.jsonl", rows(30))
     settings.evaluation.problems = 2
-    (one,) = plan(settings, "m", tokenizer())
+    (one,) = prepared(settings, "m")
     assert (one.name, len(one.prompts)) == ("aime24", 2)
 
 
-def drawn(tmp_path: Path, numbers: list[int]) -> PlannedSet:
-    settings = PopsdConfig()
-    one = PlannedSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
-    begin(one, sample_settings(one.prompts, settings, SAMPLING, model="m", weights_digest="f", engine="e"))
+def drawn(tmp_path: Path, numbers: list[int]) -> ProblemSet:
+    one = ProblemSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
+    begin(one, sample_settings(one.prompts, SAMPLING, seed=1, model="m", weights_digest="f", engine="e"))
     with one.directory.append_to(0) as file:
         file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, cut=False) for p in ("p0", "p1") for n in numbers)
     return one
 
 
 def test_what_is_concluded_is_what_was_asked_for(tmp_path: Path) -> None:
-    settings = PopsdConfig()
-    settings.evaluation.samples_per_problem = 2
+    settings = EvaluationConfig(samples_per_problem=2)
     table = conclude_all([drawn(tmp_path, [2, 1, 0])], settings, model="m")
     summary = EvaluationDirectory(tmp_path / "s").summary()
     assert (summary["samples"], summary["accuracy"], summary["pass_at"]) == (4, 0.5, {"2": 1.0})
@@ -90,7 +101,6 @@ def test_what_is_concluded_is_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_samples_that_other_ranks_kept_to_themselves_are_missed(tmp_path: Path) -> None:
-    settings = PopsdConfig()
-    settings.evaluation.samples_per_problem = 2
+    settings = EvaluationConfig(samples_per_problem=2)
     with AnswerVerifier(1) as verifier, pytest.raises(UserError, match=r"2 of 4 missing.*all of them share"):
         conclude(drawn(tmp_path, [0]), settings, verifier, model="m")
