@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE
 from nemo_popsd.runtime.cpu import adapt_to_cpu
 
 adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     AutoMapping,
     GatedMLPMapping,
@@ -29,6 +30,7 @@ from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     merge_qkv_weights,
     split_qkv_weights,
 )
+from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 
 _EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +78,15 @@ class TensorMap:
         vocabulary: names of the tensors of shape [V, H] with one vector per vocabulary entry.
     """
 
-    def __init__(self, bridge: Any, provider: Any, names: Sequence[str], *, vocab_size: int, vocabulary: set[str]):
+    def __init__(
+        self,
+        bridge: MegatronModelBridge,
+        provider: GPTModelProvider,
+        names: Sequence[str],
+        *,
+        vocab_size: int,
+        vocabulary: set[str],
+    ):
         """Looks up every name.
 
         Args:
