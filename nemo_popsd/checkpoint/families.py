@@ -96,7 +96,9 @@ class Family:
         full = with_rotation(content, by_layer=self.windows)
         for newer, older in self.aliases.items():
             if newer in full and full.setdefault(older, full[newer]) != full[newer]:
-                raise UnsupportedError(f"{newer}={_shortened(full[newer])} beside {older}={_shortened(full[older])}")
+                raise UnsupportedError(
+                    f"{newer}={_shortened(full[newer])} contradicting {older}={_shortened(full[older])}"
+                )
         self._refuse_unknown(full)
         for key in ("torch_dtype", "dtype"):
             if full.get(key) not in _DTYPES:

@@ -54,10 +54,10 @@ def with_rotation(content: Mapping[str, Any], *, by_layer: bool) -> dict[str, An
     if theta is None:
         raise UnsupportedError(f"{PARAMETERS} without {THETA}")
     if content.get(THETA) not in (None, theta):
-        raise UnsupportedError(f"{THETA}={content[THETA]!r} beside {PARAMETERS}.{THETA}={theta!r}")
+        raise UnsupportedError(f"{THETA}={content[THETA]!r} contradicting {PARAMETERS}.{THETA}={theta!r}")
     older = content.get(SCALING)
     if older is not None and (not isinstance(older, dict) or _scaling(older) != scaling):
-        raise UnsupportedError(f"{SCALING}={older} beside {PARAMETERS}={parameters}")
+        raise UnsupportedError(f"{SCALING}={older} contradicting {PARAMETERS}={parameters}")
     return {**content, THETA: theta, SCALING: scaling}
 
 
