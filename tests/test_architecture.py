@@ -28,7 +28,7 @@ ALLOWED = {
     "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
     "checkpoint": {"data", "megatron", "runtime", "testbed"},
     "testbed": {"data", "evaluation"},
-    "planning": {"distillation", "rollout", "testbed"},
+    "planning": {"distillation", "megatron", "rollout", "testbed"},
     "config": {
         "data",
         "diagnosis",
