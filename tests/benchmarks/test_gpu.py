@@ -67,7 +67,7 @@ def test_limits_are_within_what_the_command_promises() -> None:
     assert sum(p.seconds for p in PARTS[:3]) < 8 * 60, "the most valuable ones in any case"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=150)
 def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--output", str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if name != "POPSD_VLLM_PYTHON"}
