@@ -73,7 +73,7 @@ def drawn(tmp_path: Path, numbers: list[int]) -> PlannedSet:
     one = PlannedSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
     begin(one, sample_settings(one.prompts, settings, SAMPLING, model="m", fingerprint="f", engine="e"))
     with one.directory.append_to(0) as file:
-        file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, cut=False) for p in ("p0", "p1") for n in numbers)
+        file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, truncated=False) for p in ("p0", "p1") for n in numbers)
     return one
 
 
