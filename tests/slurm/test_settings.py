@@ -121,7 +121,7 @@ def test_logs_that_cannot_be_created_are_refused(job: Job, logs: str, told: str)
 def test_a_full_disk_for_logs_is_refused(job: Job) -> None:
     (job.start / ".space-0").symlink_to("/dev/full")
     line = job.refusal("load_settings; set_up_logs")
-    assert line.startswith(f"logs: got POPSD_LOGS={job.place}/logs, on node1 No space left on device; need room")
+    assert line.startswith(f"logs: got POPSD_LOGS={job.place}/logs, on node1 No space left on device; need space")
 
 
 def test_the_directory_of_a_job_does_not_depend_on_special_characters(job: Job) -> None:
