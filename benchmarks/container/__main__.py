@@ -1,11 +1,11 @@
-"""The container's versions without a container and without a GPU: what of a GPU's path holds with them.
+"""Checks of the GPU code with the container's versions, without a container and without a GPU.
 
     make container-check                     an environment (gigabytes), then all checks
     python -m benchmarks.container --python .container-venv/bin/python [--only NAME ...] [--write]
 
 Python 3.12, torch's CUDA build, megatron-core, Megatron-Bridge and NeMo are those of the NGC container
 (`requirements/container-py312.txt`). Checks: the fast tests; loss, sampling and local layers on fake CUDA tensors; the
-loss's kernels compiled to machine code for an H100. `--write` puts what they printed into RESULTS-container.md.
+loss's kernels compiled to machine code for an H100. `--write` writes their output into RESULTS-container.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def checks(python: str, model: str) -> dict[str, list[str]]:
 
 
 def main() -> int:
-    """The command; returns 1 where a check failed."""
+    """Runs the command; returns 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="of the environment with the container's versions")
     parser.add_argument("--only", nargs="+", default=[], help="some checks")
@@ -52,13 +52,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = f"{folder}/model"
         subprocess.run([options.python, "-c", _MODEL, model], cwd=ROOT, env=environment, check=True)
-        told = subprocess.run(
+        versions = subprocess.run(
             [options.python, "-c", _VERSIONS], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
         )
         command = shlex.join(["python", "-m", "benchmarks.container", *sys.argv[1:]])
-        head = (
-            f"# Results of `{command}`\n\n{datetime.date.today():%d %B %Y}. {told.stdout.strip()}. No GPU, no driver."
-        )
+        head = f"# Results of `{command}`\n\n{datetime.date.today():%d %B %Y}. {versions.stdout.strip()}. No GPU."
         parts = [head]
         for name, words in checks(options.python, model).items():
             if options.only and name not in options.only:
@@ -80,7 +78,7 @@ def main() -> int:
 
 
 _SUMMARY = ("FAILED", "ERROR", *map(str, range(10)))
-"""How the lines of pytest's output begin that say what failed, and how many tests passed."""
+"""Prefixes of the lines of pytest's output with the failures and the number of passed tests."""
 
 
 if __name__ == "__main__":
