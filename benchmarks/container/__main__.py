@@ -1,4 +1,4 @@
-"""Checks with the versions of the NGC container, without the container and without a GPU.
+"""Checks of the GPU code with the container's versions, without a container and without a GPU.
 
     make container-check                     an environment (gigabytes), then all checks
     python -m benchmarks.container --python .container-venv/bin/python [--only NAME ...] [--logs FOLDER] [--write]

@@ -28,4 +28,4 @@ def takes_packed(device_type: str, *, half: bool, width: int) -> bool:
 
 def cache_positions(capacity: int, device_type: str) -> int:
     """Positions to allocate of each slot for `capacity` in use: on a GPU a multiple of 256, so that strides repeat."""
-    return capacity if device_type == "cpu" else -(-capacity // _CACHE_STEP) * _CACHE_STEP
+    return capacity if device_type == "cpu" else math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP

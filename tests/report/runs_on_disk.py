@@ -89,7 +89,7 @@ def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text:
             correct=correct[s.problem],
             decided_by="text",
             vote=0,
-            cut=False,
+            truncated=False,
             tokens=s.tokens,
             markers=count_markers(s.text, config.markers),
             segments=1,
