@@ -13,20 +13,19 @@ import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch.distributed as dist
 
 from benchmarks.measure import machine
-from nemo_popsd.commands.entry import build_trainer
 from nemo_popsd.config.loading import load_config, to_dict_config
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.distillation.config import TargetConfig
 from nemo_popsd.model import PurifiedOPSDModel
+from nemo_popsd.model.trainer import build_trainer
+from nemo_popsd.model.training import build_step
 from nemo_popsd.parallel.distributed import shutdown
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams
-from nemo_popsd.training.step import OnPolicyStep
 
 PARTS = ("rollout", "frozen", "train")
 METHODS = {"OPSD": "opsd", "Purified": "purified"}
@@ -49,9 +48,9 @@ class DrawOnce:
 
 
 def _rows(model: PurifiedOPSDModel) -> Iterator[list[PromptRow]]:
-    loader: Any = model._train_dl
+    assert model.training_data is not None
     while True:
-        yield from loader
+        yield from model.training_data.loader()
 
 
 def main() -> None:
@@ -68,15 +67,19 @@ def main() -> None:
     model = PurifiedOPSDModel(to_dict_config(config), build_trainer(config, logs=False))
     optimizer = model.configure_optimizers()
     engine = DrawOnce(model.engine)
+    assert model.training_data is not None
     steps = {}
     for name, family in METHODS.items():
         target = replace(config.distillation, target=TargetConfig(family=family))
-        steps[name] = OnPolicyStep(
-            replace(config, distillation=target),
+        steps[name] = build_step(
+            replace(config, distillation=target, rollout=replace(config.rollout, save=False)),
             model.student,
             engine,
             model.sampling(config.rollout),
-            lambda response: 0,
+            model.tokenizer,
+            model.training_data,
+            check_lock=lambda: None,
+            stop=model.stop,
         )
     seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in METHODS}
     rows = _rows(model)

@@ -1,4 +1,4 @@
-"""The README's picture of the package, held against the package."""
+"""The direction of imports between packages, what some of them must not import, and the README's list of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,61 +14,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_popsd"
 
-# What a room may import of the others. A room's own `config.py` is anybody's, and so are the modules in SHARED.
-SHARED = {"atomic", "config", "errors", "json_files", "launcher", "output_lock", "ownership", "reading"}
-ALLOWED = {
-    "distillation": set(),
-    "data": {"testbed"},
-    "runtime": set(),
-    "diagnosis": {"data", "distillation", "evaluation", "megatron", "rollout", "runtime", "training"},
-    "report": {"evaluation"},
-    "observability": set(),
-    "rollout": {"megatron"},
-    "megatron": {"data", "distillation", "runtime"},
-    "evaluation": {"data", "rollout"},
-    "training": {"data", "distillation", "megatron", "observability", "rollout", "runtime"},
-    "checkpoint": {"data", "megatron", "runtime", "testbed"},
-    "testbed": {"data", "evaluation"},
-    "planning": {"distillation", "rollout", "testbed"},
-    "config": {
-        "data",
-        "diagnosis",
-        "distillation",
-        "evaluation",
-        "megatron",
-        "observability",
-        "rollout",
-        "training",
-        "testbed",
-    },
-    "model": {
-        "checkpoint",
-        "data",
-        "diagnosis",
-        "evaluation",
-        "megatron",
-        "observability",
-        "report",
-        "rollout",
-        "runtime",
-        "testbed",
-        "training",
-    },
-    "cli": {
-        "data",
-        "doctor",
-        "evaluation",
-        "model",
-        "observability",
-        "planning",
-        "report",
-        "rollout",
-        "runtime",
-        "testbed",
-    },
-    "doctor": set(),
-}
-MATHEMATICS_OF_DIAGNOSIS = ("config.py", "groups.py", "pieces.py", "push.py", "record.py", "shards.py", "tokens.py")
+# From bottom to top: a package imports packages of lower layers only. Packages of one layer do not import each other.
+LAYERS = (
+    ("errors",),
+    ("files", "settings", "embedded"),
+    ("runtime",),
+    ("parallel",),
+    ("data", "distillation"),
+    ("megatron",),
+    ("rollout",),
+    ("observability", "evaluation"),
+    ("training",),
+    ("diagnosis",),
+    ("testbed", "report"),
+    ("config",),
+    ("checkpoint", "planning", "doctor"),  # a checkpoint has the whole configuration of its run
+    ("model",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
 FREE_OF_MEGATRON = (
     "config",
     "data",
@@ -80,44 +46,124 @@ FREE_OF_MEGATRON = (
     "doctor",
     "report",
 )
+FREE_OF_TORCH = ("files", "settings", "embedded", "config", "planning", "report")
+MATHEMATICS_OF_DIAGNOSIS = ("config.py", "groups.py", "pieces.py", "push.py", "record.py", "shards.py", "tokens.py")
 
 
 def imports(file: Path) -> set[str]:
-    found: set[str] = set()
+    """Every module that a file imports: at the top, inside functions, and under TYPE_CHECKING."""
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import"
+            assert node.module
+            modules.add(node.module)
+            if node.module == "nemo_popsd":
+                modules.update(f"nemo_popsd.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    return found
+            modules.update(alias.name for alias in node.names)
+    return modules
 
 
-def rooms() -> list[str]:
+def packages() -> list[str]:
     return sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
 
 
-def test_every_room_has_a_rule() -> None:
-    assert rooms() == sorted(ALLOWED)
-
-
-@pytest.mark.parametrize("room", sorted(ALLOWED))
-def test_dependencies_point_one_way(room: str) -> None:
-    for file in (PACKAGE / room).rglob("*.py"):
+def graph(root: Path) -> dict[str, dict[str, str]]:
+    """For each package and top-level module of `root`: those that it imports, each with a file that does."""
+    name = root.name
+    edges: dict[str, dict[str, str]] = {}
+    for file in sorted(root.rglob("*.py")):
+        source = file.relative_to(root).parts[0].removesuffix(".py")
+        if source == "__init__":
+            continue
+        found = edges.setdefault(source, {})
         for module in imports(file):
             parts = module.split(".")
-            if parts[0] != "nemo_popsd" or len(parts) < 2 or parts[-1] == "config":
+            if parts[0] != name or len(parts) < 2 or parts[1] == source:
                 continue
-            allowed = {*ALLOWED[room], room, *SHARED}
-            assert parts[1] in allowed, f"{file.relative_to(ROOT)} imports {module}"
+            if (root / parts[1]).is_dir() or (root / f"{parts[1]}.py").is_file():
+                found.setdefault(parts[1], str(file.relative_to(root)))
+    return edges
 
 
-@pytest.mark.parametrize("room", FREE_OF_MEGATRON)
-def test_rooms_that_know_nothing_of_megatron_or_nemo(room: str) -> None:
-    for file in (PACKAGE / room).rglob("*.py"):
+def circle(edges: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Packages that import each other in a circle; empty if there is none."""
+    free: set[str] = set()
+
+    def follow(path: list[str]) -> list[str]:
+        for target in edges.get(path[-1], {}):
+            if target in path:
+                return [*path[path.index(target) :], target]
+            if target not in free and (result := follow([*path, target])):
+                return result
+        free.add(path[-1])
+        return []
+
+    for source in edges:
+        if result := follow([source]):
+            return result
+    return []
+
+
+def upward(edges: Mapping[str, Mapping[str, str]], layers: Sequence[Sequence[str]]) -> list[str]:
+    """Imports that do not go to a lower layer."""
+    level = {package: index for index, layer in enumerate(layers) for package in layer}
+    return [
+        f"{file} imports {target}"
+        for source, targets in edges.items()
+        for target, file in targets.items()
+        if level[target] >= level[source]
+    ]
+
+
+def test_no_packages_import_each_other_in_a_circle() -> None:
+    assert circle(graph(PACKAGE)) == []
+
+
+def test_packages_import_lower_layers_only() -> None:
+    edges = graph(PACKAGE)
+    known = {*edges, *(target for targets in edges.values() for target in targets)}
+    assert known == {package for layer in LAYERS for package in layer}
+    assert upward(edges, LAYERS) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from nemo_popsd.high.config import Settings",
+        "from nemo_popsd import high",
+        "import nemo_popsd.high.config",
+        "def load():\n    from nemo_popsd.high import x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from nemo_popsd.high import x",
+    ],
+)
+def test_an_import_back_up_is_seen_wherever_it_is(tmp_path: Path, statement: str) -> None:
+    root = tmp_path / "nemo_popsd"
+    for name, text in (("low", statement), ("middle", "import nemo_popsd.low"), ("high", "import nemo_popsd.middle")):
+        (root / name).mkdir(parents=True)
+        (root / name / "config.py").write_text(text)
+    edges = graph(root)
+    assert set(circle(edges)) == {"low", "middle", "high"}
+    assert upward(edges, [["low"], ["middle"], ["high"]]) == ["low/config.py imports high"]
+    (root / "low" / "config.py").write_text("import json")
+    assert circle(graph(root)) == []
+    assert upward(graph(root), [["low"], ["middle"], ["high"]]) == []
+
+
+@pytest.mark.parametrize("package", FREE_OF_MEGATRON)
+def test_packages_that_import_neither_megatron_nor_nemo(package: str) -> None:
+    for file in (PACKAGE / package).rglob("*.py"):
         assert not {m.split(".")[0] for m in imports(file)} & {"megatron", "nemo"}, file.relative_to(ROOT)
 
 
-def test_the_engine_interface_and_the_sampling_know_nothing_of_megatron() -> None:
+@pytest.mark.parametrize("package", FREE_OF_TORCH)
+def test_packages_that_do_not_import_torch(package: str) -> None:
+    for file in (PACKAGE / package).rglob("*.py"):
+        assert "torch" not in {m.split(".")[0] for m in imports(file)}, file.relative_to(ROOT)
+
+
+def test_the_engine_interface_the_sampling_and_vllm_do_not_import_megatron() -> None:
     for name in ("engine.py", "sampling.py", "storage.py", "config.py"):
         assert not any("megatron" in module for module in imports(PACKAGE / "rollout" / name))
     for file in (PACKAGE / "rollout" / "vllm").rglob("*.py"):
@@ -125,26 +171,25 @@ def test_the_engine_interface_and_the_sampling_know_nothing_of_megatron() -> Non
 
 
 @pytest.mark.parametrize("name", MATHEMATICS_OF_DIAGNOSIS)
-def test_the_mathematics_of_the_diagnosis_knows_neither_megatron_nor_the_loop(name: str) -> None:
-    rooms = {
-        module.split(".")[1] for module in imports(PACKAGE / "diagnosis" / name) if module.startswith("nemo_popsd.")
-    }
-    assert rooms <= {"atomic", "config", "diagnosis", "distillation", "errors", "evaluation", "json_files", "ownership"}
+def test_the_mathematics_of_the_diagnosis_needs_neither_a_model_nor_an_engine(name: str) -> None:
+    modules = {module for module in imports(PACKAGE / "diagnosis" / name) if module.startswith("nemo_popsd.")}
+    allowed = {"diagnosis", "distillation", "errors", "evaluation", "files", "parallel", "settings"}
+    assert {module.split(".")[1] for module in modules if module.split(".")[-1] != "config"} <= allowed
 
 
-def test_the_report_needs_the_standard_library_and_yaml_alone() -> None:
+def test_the_report_needs_only_the_standard_library_and_yaml() -> None:
     for file in (PACKAGE / "report").rglob("*.py"):
         foreign = {m.split(".")[0] for m in imports(file)} - set(sys.stdlib_module_names)
         assert foreign <= {"yaml", "nemo_popsd"}, file.relative_to(ROOT)
 
 
-def test_the_readme_lists_every_room_and_command() -> None:
+def test_the_documents_name_every_package_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
-    listed = re.findall(r"^  (\w+)/ ", readme, flags=re.MULTILINE)
-    assert sorted(listed) == rooms()
+    documents = readme + "".join(file.read_text() for file in sorted((ROOT / "docs").rglob("*.md")))
+    assert [package for package in packages() if not re.search(rf"\b{package}/", documents)] == []
     commands = ["train", "evaluate", "diagnose", "report", "export", "convert", "plan", "rollouts", "config", "doctor"]
     for command in commands:
-        assert f"popsd {command}" in readme
+        assert f"popsd {command}" in documents
 
 
 def test_modules_stay_small() -> None:

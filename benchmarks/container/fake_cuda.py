@@ -209,9 +209,9 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     options = parser.parse_args()
     pretend_driver()
-    from nemo_popsd.runtime.cpu import adapt_to_cpu
+    from nemo_popsd.runtime.cpu import adapt_megatron
 
-    adapt_to_cpu()  # with a device: what local layers need, and nothing of the CPU's
+    adapt_megatron()  # with a device: what local layers need, and nothing of the CPU's
     rows, failed = [], 0
     with _as_on_a_gpu():
         for name, check in cases(options.model):

@@ -18,8 +18,10 @@ from nemo_popsd.data.records import Record
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.parallel.distributed import initialize
+from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
+from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.step import OnPolicyStep
 
 STEPS = 3
@@ -110,7 +112,18 @@ class Run:
 
     def step(self, engine: RolloutEngine) -> OnPolicyStep:
         """The package's step."""
-        return OnPolicyStep(self.config, self.student, engine, self.sampling, lambda response: 0)
+        rollouts = StepRollouts(
+            self.config.rollout,
+            self.student,
+            engine,
+            self.sampling,
+            seed=self.config.seed,
+            last_step=self.config.training.steps,
+            store=None,
+            rows=None,
+            stop=StopSignals(),
+        )
+        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, lambda response: 0)
 
     def update(self) -> None:
         """Updates the weights and counts."""
@@ -169,6 +182,6 @@ class ScriptedEngine:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
         """See `RolloutEngine`."""
         return [
-            Rollout(response, [0.0] * len(response), cut=True, weights_version=self.version)
+            Rollout(response, [0.0] * len(response), truncated=True, weights_version=self.version)
             for response in self.responses
         ]

@@ -14,22 +14,22 @@ Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which says in one line what is wrong, as every other error of `popsd` is said."""
+    """argparse's parser, which prints an error as one line like every other error of `popsd`."""
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` and exits with 2."""
-        told = " ".join(message.split())
-        told = told if told.isprintable() else ascii(told)[1:-1]
-        told = told if len(told) <= 1000 else f"{told[:1000]}..."
-        print(f"popsd: error: {told}; see {self.prog} --help", file=sys.stderr, flush=True)
+        text = " ".join(message.split())
+        text = text if text.isprintable() else ascii(text)[1:-1]
+        text = text if len(text) <= 1000 else f"{text[:1000]}..."
+        print(f"popsd: error: {text}; see {self.prog} --help", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add the configuration file, which may be `optional`, and its overrides."""
-    how: dict[str, Any] = {"nargs": "?", "default": None} if optional else {}
+    options: dict[str, Any] = {"nargs": "?", "default": None} if optional else {}
     parser.add_argument(
-        "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/tiny.yaml", **how
+        "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/tiny.yaml", **options
     )
     parser.add_argument(
         "overrides",
@@ -40,12 +40,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     )
 
 
-def number(kind: Callable[[str], Number], low: Number, high: Number) -> Callable[[str], Number]:
-    """The type of an argument that is a number within bounds."""
+def number(convert: Callable[[str], Number], low: Number, high: Number) -> Callable[[str], Number]:
+    """The type of an argument that is a number from `low` to `high`."""
 
     def parse(text: str) -> Number:
         try:
-            value = kind(text)
+            value = convert(text)
         except ValueError:
             value = math.nan  # type: ignore[assignment]
         if not low <= value <= high:

@@ -1,4 +1,4 @@
-"""What may go wrong around any sub-command: a package that is not installed, an output that nobody reads."""
+"""Errors that any sub-command may have: a package that is not installed, an output that is closed early."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nemo_popsd.errors import UserError
 
 P = ParamSpec("P")
 
-NOBODY_READS = 141
-"""Exit status of a command whose output went into a pipe that was closed, as a shell gives it for SIGPIPE."""
+OUTPUT_CLOSED = 141
+"""Exit status of a command whose output is a closed pipe, the same as a shell's for SIGPIPE."""
 
-# By module, where it is not the name of the distribution. Of the others the top-level name is looked up.
+# Distributions whose name differs from the module's. For other modules the top-level name is used.
 _DISTRIBUTIONS = {
     "megatron.bridge": "megatron-bridge",
     "megatron.core": "megatron-core",
@@ -29,26 +29,26 @@ _DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 _WITHOUT_DEPENDENCIES = ("megatron-bridge",)
-"""Their metadata asks for packages that have no builds for CPUs (see Makefile)."""
+"""Their metadata requires packages that have no builds for CPUs (see Makefile)."""
 
 
 @contextmanager
 def missing_packages_named() -> Iterator[None]:
-    """Turns the failed import of a package into one line that says how to install it.
+    """Turns the failed import of a package into an error that names the command to install it.
 
     Raises:
-        UserError: in place of `ModuleNotFoundError`, but for a module of our own, which is a defect.
+        UserError: in place of `ModuleNotFoundError`, unless the module belongs to this package, which is a defect.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        told = _how_to_install(error.name or "")
-        if told is None:
+        missing = _missing(error.name or "")
+        if missing is None:
             raise
-        raise told from error
+        raise missing from error
 
 
-def _how_to_install(module: str) -> UserError | None:
+def _missing(module: str) -> UserError | None:
     from nemo_popsd.doctor.packages import declared
 
     parts = module.split(".")
@@ -66,7 +66,7 @@ def _how_to_install(module: str) -> UserError | None:
     )
 
 
-def quiet_when_nobody_reads(command: Callable[P, int]) -> Callable[P, int]:
+def quiet_when_output_closes(command: Callable[P, int]) -> Callable[P, int]:
     """Ends `command` without a traceback when its standard output is closed early, as in ``popsd doctor | head``."""
 
     @functools.wraps(command)
@@ -75,24 +75,24 @@ def quiet_when_nobody_reads(command: Callable[P, int]) -> Callable[P, int]:
             status = command(*args, **kwargs)
             sys.stdout.flush()
         except BrokenPipeError:
-            if not _lead_closed_output_nowhere():
-                raise  # another pipe than ours
-            return NOBODY_READS
+            if not _redirect_closed_output():
+                raise  # a pipe other than standard output
+            return OUTPUT_CLOSED
         except SystemExit:  # from the parser, after --help
-            _lead_closed_output_nowhere()
+            _redirect_closed_output()
             raise
         return status
 
     return run
 
 
-def _lead_closed_output_nowhere() -> bool:
-    """Whether nobody reads standard output any more; Python's own flush at the end must not fail then."""
+def _redirect_closed_output() -> bool:
+    """Whether standard output has been closed; it then goes to /dev/null, so that Python's flush at exit succeeds."""
     with suppress(BrokenPipeError):
         sys.stdout.flush()
     try:
         descriptor = sys.stdout.fileno()
-    except OSError:  # replaced by an object that is no file
+    except OSError:  # replaced by an object that is not a file
         return False
     poll = select.poll()
     poll.register(descriptor, 0)

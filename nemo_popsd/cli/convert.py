@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from nemo_popsd.cli.arguments import number
-from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 
 _GIB = 1 << 30
@@ -17,8 +18,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="Hugging Face directory to NeMo checkpoint, or back",
-        description="Convert a model between the formats, tensor by tensor: memory for one shard is enough, and one "
-        "process. Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
+        description="Convert a model between the formats, tensor by tensor, in one process with memory for one shard. "
+        "Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
     )
     directions = parser.add_subparsers(title="directions", dest="direction", required=True, metavar="DIRECTION")
     to_nemo = directions.add_parser("hf-to-nemo", help="write a Hugging Face directory as a NeMo checkpoint")
@@ -51,11 +52,25 @@ def run(args: argparse.Namespace) -> None:
 
     check_checkpoint(args.source, setting="SRC")
     check_new_output(args.output, setting="OUT")
-    options = {
+    options: dict[str, Any] = {
         "precision": args.precision,
         "verifies": args.verify,
         "trust_remote_code": args.trust_remote_code,
     }
-    if args.direction == "nemo-to-hf":
-        options["shard_bytes"] = max(1, int(args.shard_size * _GIB))
-    run_entry(args.direction.replace("-", "_"), args.source, args.output, module="conversion", **options)
+    if args.direction == "hf-to-nemo":
+        run_command(_load_hf_to_nemo, args.source, args.output, **options)
+    else:
+        shard_bytes = max(1, int(args.shard_size * _GIB))
+        run_command(_load_nemo_to_hf, args.source, args.output, shard_bytes=shard_bytes, **options)
+
+
+def _load_hf_to_nemo() -> Callable[..., None]:
+    from nemo_popsd.commands.conversion import hf_to_nemo
+
+    return hf_to_nemo
+
+
+def _load_nemo_to_hf() -> Callable[..., None]:
+    from nemo_popsd.commands.conversion import nemo_to_hf
+
+    return nemo_to_hf

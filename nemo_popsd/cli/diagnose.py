@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.cli.arguments import add_config_arguments
-from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.parallel.launcher import read_launch
+
+if TYPE_CHECKING:
+    from nemo_popsd.config.schema import PopsdConfig
 
 
 def add_parser(subparsers: Any) -> None:
@@ -16,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "diagnose",
         help="decompose the teacher's signal token by token",
-        description="Draw rollouts to rows of `data.train` and tell, for each token, what teacher, reference-only "
-        "teacher and target say of it: a page, with its figures as JSON beside it, in `<output>/diagnosis`.",
+        description="Generate responses to rows of `data.train` and compare, for each token, the log-probabilities of "
+        "student, teacher, reference-only teacher and target. Writes a page and its data to `<output>/diagnosis`.",
     )
     add_config_arguments(parser)
     parser.add_argument(
@@ -37,4 +41,10 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     check_diagnosis_run(config, world_size=read_launch().world_size, checkpoint=args.checkpoint)
-    run_entry("diagnose", config, args.checkpoint)
+    run_command(_load, config, args.checkpoint)
+
+
+def _load() -> Callable[[PopsdConfig, str | None], None]:
+    from nemo_popsd.commands.entry import diagnose
+
+    return diagnose

@@ -15,11 +15,11 @@ def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="say what this machine has of what a run needs",
-        description="Compare what is installed with the declared ranges; look at devices, NCCL and disk. With CONF, "
-        "check that run's settings and paths on this machine. Ends with 1 where something needed is missing.",
+        help="check whether this machine has what a run needs",
+        description="Compare the installed packages with the declared ranges; check devices, NCCL and disk. With CONF, "
+        "check the settings and paths of that run on this machine. Exit status 1 if something required is missing.",
     )
-    parser.add_argument("config", metavar="CONF", type=path_argument, nargs="?", help="a run's configuration file")
+    parser.add_argument("config", metavar="CONF", type=path_argument, nargs="?", help="configuration file of a run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
     parser.add_argument("--evaluate", action="store_true", help="CONF is for `popsd evaluate`, not for `popsd train`")
     parser.add_argument(
@@ -29,20 +29,20 @@ def add_parser(subparsers: Any) -> None:
         "--gpus", metavar="N", type=number(int, 0, 10**6), default=0, help="CUDA devices that must be visible"
     )
     parser.add_argument(
-        "--free-gib", metavar="GIB", type=number(float, 0, 1e9), default=0.0, help="room that must be free at output"
+        "--free-gib", metavar="GIB", type=number(float, 0, 1e9), default=0.0, help="space that must be free at output"
     )
-    parser.add_argument("--imports", action="store_true", help="import every package, too (a minute)")
-    parser.add_argument("--strict", action="store_true", help="a version outside its range is an error as well")
+    parser.add_argument("--imports", action="store_true", help="also import every package (a minute)")
+    parser.add_argument("--strict", action="store_true", help="treat a version outside its range as an error")
     parser.add_argument(
         "--sharing",
         metavar=("NODE", "NODES", "MARK"),
         nargs=3,
         default=None,
-        help="with CONF, on all nodes at once: prove that they see one output directory",
+        help="with CONF, on all nodes at once: verify that they share one output directory",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--missing", action="store_true", help="print only the missing requirements, one a line, for pip"
+        "--missing", action="store_true", help="print only the missing requirements, one per line, for pip"
     )
     parser.set_defaults(run=run)
 
@@ -81,7 +81,7 @@ def _sharing(words: list[str] | None) -> tuple[int, int, str] | None:
         raise UserError(
             "popsd doctor",
             got=f"--sharing {node} {nodes}",
-            need="a node's number below the number of nodes",
-            fix="fix it",
+            need="the index of a node, below the number of nodes",
+            fix="correct NODE or NODES",
         )
     return int(node), int(nodes), mark

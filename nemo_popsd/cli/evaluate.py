@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.cli.arguments import add_config_arguments
-from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
 from nemo_popsd.parallel.launcher import read_launch
+
+if TYPE_CHECKING:
+    from nemo_popsd.config.schema import PopsdConfig
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,8 +21,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="measure accuracy, markers and response length on problem sets, or compare such evaluations",
-        description="Sample responses to problems as CONF says (evaluation.sets, or data.validation) and report "
-        "accuracy, epistemic behaviour and length with intervals. A repeated command draws only what is missing.",
+        description="Sample responses to the problems of CONF (evaluation.sets, or data.validation) and report "
+        "accuracy, epistemic behaviour and length with intervals. A repeated command generates only missing samples.",
     )
     add_config_arguments(parser, optional=True)
     parser.add_argument(
@@ -34,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
         type=path_argument,
         nargs="+",
         default=[],
-        help="evaluations to compare, such as OUTPUT/evaluation/MODEL (all its sets); draws nothing",
+        help="evaluations to compare, such as OUTPUT/evaluation/MODEL (all its sets); generates nothing",
     )
     parser.add_argument(
         "--base",
@@ -46,14 +50,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare what is on the disk; or load and check the configuration, then evaluate."""
+    """Compare evaluations on disk; or load and check the configuration, then evaluate."""
     if args.compare:
         _compare(args)
         return
     if args.base is not None:
-        raise UserError(
-            "evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", fix="leave it out"
-        )
+        raise UserError("evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", fix="omit it")
     if args.config is None:
         raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", fix="name one")
     from nemo_popsd.config.consistency import check_evaluation_run
@@ -62,13 +64,19 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     check_evaluation_run(config, world_size=read_launch().world_size, checkpoint=args.checkpoint)
     if config.evaluation.endpoint.url:
-        from nemo_popsd.evaluation.served import evaluate_served
+        from nemo_popsd.commands.served import evaluate_endpoint
         from nemo_popsd.observability.console import set_up_console
 
         set_up_console()
-        print(evaluate_served(config))
+        evaluate_endpoint(config)
     else:
-        run_entry("evaluate", config, args.checkpoint)
+        run_command(_load, config, args.checkpoint)
+
+
+def _load() -> Callable[[PopsdConfig, str | None], None]:
+    from nemo_popsd.commands.entry import evaluate
+
+    return evaluate
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -79,7 +87,7 @@ def _compare(args: argparse.Namespace) -> None:
         raise UserError(
             "evaluate",
             got="--compare together with a configuration or --checkpoint",
-            need="directories of evaluations alone",
-            fix="leave the rest out",
+            need="only directories of evaluations",
+            fix="omit the other arguments",
         )
     print(compare_directories(args.compare, resamples=EvaluationConfig().resamples, base=args.base))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 
 
@@ -27,12 +28,24 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check both paths, then convert."""
     from nemo_popsd.config.consistency import check_checkpoint, check_output
-    from nemo_popsd.files.atomic import refuse_what_is_in_the_way
+    from nemo_popsd.files.atomic import refuse_occupied
     from nemo_popsd.files.ownership import ADAPTER, EXPORT, refuse_overlap
 
     check_checkpoint(args.checkpoint, setting="CHECKPOINT")
     check_output(args.output, setting="OUTPUT")
     kind = ADAPTER if args.adapter else EXPORT
     refuse_overlap(Path(args.output), {"CHECKPOINT": args.checkpoint}, setting="OUTPUT")
-    refuse_what_is_in_the_way(Path(args.output), kind, setting="OUTPUT")
-    run_entry("export_adapter" if args.adapter else "export", args.checkpoint, args.output)
+    refuse_occupied(Path(args.output), kind, setting="OUTPUT")
+    run_command(_load_adapter_export if args.adapter else _load_export, args.checkpoint, args.output)
+
+
+def _load_export() -> Callable[[str, str], None]:
+    from nemo_popsd.commands.entry import export
+
+    return export
+
+
+def _load_adapter_export() -> Callable[[str, str], None]:
+    from nemo_popsd.commands.entry import export_adapter
+
+    return export_adapter

@@ -1,4 +1,4 @@
-"""What a communication library says when another process of the run is lost, in one line of ours."""
+"""Recognising the errors of communication libraries that mean that another rank was lost."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _LONGEST_TEXT = 400
 
 
 class LostPeerError(TransientError):
-    """The effect, on this rank, of what befell another one."""
+    """An error on this rank that a failure of another rank caused."""
 
 
 def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeerError | None:
-    """What to raise in place of a library's error that means: another rank has ended, or does not answer.
+    """The error to raise in place of a library's, if that means that another rank has ended or does not answer.
 
     Args:
-        error: what a rank met.
-        command: what was run, e.g. `train`.
-        config: of that run; others than `PopsdConfig` are ignored.
+        error: raised on this rank.
+        command: name of the command, e.g. `train`.
+        config: of the run; anything but a `PopsdConfig` is ignored.
 
     Returns:
         None for any other error, which keeps its traceback.
@@ -45,7 +45,7 @@ def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeer
         return LostPeerError(
             f"collective on {who}",
             got=f"it waited longer than {limit} for another rank, which hangs, is stopped or needs longer",
-            fix=f"see where the other ranks are; {START_AGAIN}; set training.collective_timeout higher if they only "
+            fix=f"see what the other ranks do; {START_AGAIN}; set training.collective_timeout higher if they only "
             "need longer",
             advice=advice,
         )
@@ -58,7 +58,7 @@ def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeer
 
 
 def _is_of_communication(error: BaseException, text: str) -> bool:
-    """Torch has classes for some of them (DistNetworkError, ...); gloo's arrive as plain RuntimeError."""
+    """Torch has classes for some of these errors (DistNetworkError, ...); gloo raises plain RuntimeError."""
     named = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     if not named and not (isinstance(error, RuntimeError) and _LIBRARIES.search(text)):
         return False

@@ -1,25 +1,34 @@
-"""From a checked command to the work: the heavy imports happen here and nowhere earlier."""
+"""Running a command after its arguments have been checked; only here are torch, Megatron and NeMo imported."""
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import ParamSpec
 
 from nemo_popsd.cli.failures import as_lost_peer
-from nemo_popsd.errors import START_AGAIN, TransientError, UserError, in_words, may_pass
+from nemo_popsd.errors import START_AGAIN, TransientError, UserError, describe_error, is_transient
 from nemo_popsd.parallel.launcher import check_rendezvous, read_launch
 
+P = ParamSpec("P")
 
-def run_entry(name: str, *args: Any, module: str = "entry", **options: Any) -> int:
-    """Call ``nemo_popsd.commands.<module>.<name>(*args, **options)``, with a console that shows our own lines.
 
-    Returns the exit status.
+def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kwargs: P.kwargs) -> int:
+    """Imports a command and calls it with `args` and `kwargs`, with the console set up for the package's messages.
 
-    A traceback is left for torchrun, which prints the one of the rank that failed first when all have ended.
+    A traceback is recorded for torchrun, which prints that of the rank that failed first when all ranks have ended.
+
+    Args:
+        load: imports the command and returns it. Not called before the console is set up, since libraries print at
+            import.
+        args: of the command.
+        kwargs: of the command.
+
+    Returns:
+        The exit status.
 
     Raises:
-        UserError, TransientError: from the entry, or in place of what a library says where a peer or a file system
+        UserError, TransientError: from the command, or in place of a library's error where a peer or a file system
             failed.
     """
     from nemo_popsd.observability.console import set_up_console
@@ -27,18 +36,18 @@ def run_entry(name: str, *args: Any, module: str = "entry", **options: Any) -> i
     if not _connected():
         check_rendezvous(read_launch())
     set_up_console()
-    entry = importlib.import_module(f"nemo_popsd.commands.{module}")
-    set_up_console()
+    command = load()
+    set_up_console()  # again: libraries set up their loggers at import
     try:
-        return int(getattr(entry, name)(*args, **options) or 0)
+        return int(command(*args, **kwargs) or 0)
     except (UserError, TransientError):
         raise
     except Exception as error:
-        lost = as_lost_peer(error, command=name, config=args[0] if args else None)
+        lost = as_lost_peer(error, command=command.__name__, config=args[0] if args else None)
         if lost is not None:
             raise lost from error
-        if isinstance(error, OSError) and may_pass(error):
-            raise TransientError(name, got=in_words(error), fix=START_AGAIN) from error
+        if isinstance(error, OSError) and is_transient(error):
+            raise TransientError(command.__name__, got=describe_error(error), fix=START_AGAIN) from error
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
@@ -46,6 +55,6 @@ def run_entry(name: str, *args: Any, module: str = "entry", **options: Any) -> i
 
 
 def _connected() -> bool:
-    """Whether this process has met the others already, as one that runs several commands has."""
+    """Whether this process is connected to the others already, as one that runs several commands is."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""Entry point of `popsd`: parses the command line, runs a sub-command, and says in one line what went wrong."""
+"""Entry point of `popsd`: parses the command line, runs a sub-command, and prints an error as one line."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pathlib import Path
 from nemo_popsd import __version__
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
 from nemo_popsd.cli.arguments import Parser
-from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_nobody_reads
+from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_output_closes
 from nemo_popsd.cli.failures import LostPeerError
-from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, unless_it_may_pass
+from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, user_or_transient
 from nemo_popsd.parallel import launcher
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 
 USER_ERROR = 2
-"""Exit status for what the user must change."""
+"""Exit status for an error that the user must fix."""
 TRANSIENT = 1
-"""Exit status for what another start may fix; Python's own for an exception that nobody caught."""
+"""Exit status for an error that may not occur again after a restart; also Python's for an uncaught exception."""
 
 _GRACE_SECONDS = 3.0
-"""How long ranks other than 0 wait for rank 0 to tell the error (and torchrun to end them) before they tell it."""
+"""How long ranks other than 0 wait for rank 0 to print the error, and torchrun to end them, before they print it."""
 _EFFECT_SECONDS = 2.0
-"""What is added to the moment of an effect: torchrun takes the earliest error, in whole seconds, for the cause."""
+"""Added to the time of an error that another rank caused: torchrun reports the earliest error, in whole seconds."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; overrides may stand before and after options."""
+    """Parse the command line; overrides may come before and after options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse fills a `*` argument once; overrides that follow an option are left over.
@@ -59,31 +59,31 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@quiet_when_nobody_reads
+@quiet_when_output_closes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `popsd`; returns the exit status. Exceptions other than those of `nemo_popsd.errors` escape."""
     args = parse(argv)
     # OpenMP's threads spin while they wait; on a shared CPU that made a small model's decoding twenty times slower.
-    # Read when torch is first imported, which no module does before a sub-command runs.
+    # torch reads this at import, which happens only when a sub-command runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with missing_packages_named():
             status = int(args.run(args) or 0)
     except (UserError, TransientError) as error:
-        told = unless_it_may_pass(error) if isinstance(error, UserError) else error
-        _tell(told)
-        status = USER_ERROR if isinstance(told, UserError) else TRANSIENT
+        reported = user_or_transient(error) if isinstance(error, UserError) else error
+        _report(reported)
+        status = USER_ERROR if isinstance(reported, UserError) else TRANSIENT
     except KeyboardInterrupt:
         print(f"popsd {args.command}: stopped by Ctrl-C", file=sys.stderr, flush=True)
         status = 128 + signal.SIGINT
     if status == SAVED_AND_STOPPED:
-        _leave_for_torchrun("popsd: saved and stopped as a signal asked, which is no failure", time.time())
+        _leave_for_torchrun("popsd: saved and stopped on request of a signal; this is not a failure", time.time())
     _leave_hanging_trackers(status)
     return status
 
 
 def _leave_hanging_trackers(status: int) -> None:
-    """Ends the process without what libraries do at exit if a tracker hangs: they would wait for it, too."""
+    """Ends the process without the exit handlers of libraries if a tracker hangs: they would wait for it too."""
     trackers = sys.modules.get("nemo_popsd.observability.trackers")
     if trackers is not None and trackers.any_hangs():
         sys.stdout.flush()
@@ -91,11 +91,11 @@ def _leave_hanging_trackers(status: int) -> None:
         os._exit(status)
 
 
-def _tell(error: UserError | TransientError) -> None:
-    """Print `error` once for the ranks that met it alike.
+def _report(error: UserError | TransientError) -> None:
+    """Print `error` once for all ranks that raised it.
 
-    Rank 0 speaks at once and ends, whereupon torchrun ends the others; one that is still there after the grace met
-    the error alone and must not be silent.
+    Rank 0 prints at once and ends, and torchrun ends the others. A rank that still runs after the grace period was the
+    only one with the error and prints it.
     """
     rank = launcher.rank()
     message = "popsd: error: " + " ".join(str(error).splitlines()) + (f" (rank {rank})" if rank else "")
@@ -107,7 +107,7 @@ def _tell(error: UserError | TransientError) -> None:
 
 
 def _leave_for_torchrun(message: str, moment: float) -> None:
-    """Puts `message` where torchrun looks for the reason of a failure; its report ends with the earliest one."""
+    """Writes `message` to the file that torchrun reads for the reason of a failure; it reports the earliest."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(moment))}}}

@@ -13,9 +13,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="estimate memory, work and time of a run before it is queued",
-        description="Estimate what a step of CONF takes per GPU on N nodes, by formula (docs/planning.md): memory, "
-        "FLOPs, bytes sent, seconds. A layout that does not fit or divide is refused, with the nearest that do. "
-        "Needs no GPU, no weights and no data.",
+        description="Estimate a step of CONF per GPU on N nodes by formula (docs/planning.md): memory, FLOPs, bytes "
+        "sent, seconds. A layout that does not fit or divide is refused, with the nearest ones that do. Needs no GPU, "
+        "no weights and no data.",
     )
     parser.add_argument(
         "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/qwen3_8b.yaml"
@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         help="nodes=4 (or 1,2,4 for a table), gpus_per_node=8, hardware.* and workload.* "
         "(nemo_popsd/planning/config.py), or a setting of the run",
     )
-    parser.add_argument("--fastest", action="store_true", help="take the layout with the shortest estimated step")
+    parser.add_argument("--fastest", action="store_true", help="use the layout with the shortest estimated step")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
 

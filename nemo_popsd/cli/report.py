@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         help="write one page about one or several runs",
-        description="Write one self-contained HTML page about the training runs in the directories RUN: did accuracy "
-        "move, did the model keep thinking, what did the target push. Several runs are compared.",
+        description="Write one self-contained HTML page about the training runs in the directories RUN: whether "
+        "accuracy changed, whether the model kept thinking, what the target promoted. Several runs are compared.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=path_argument, help="output directory of a training run")
     parser.add_argument(

@@ -15,26 +15,31 @@ def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "rollouts",
-        help="look at the rollouts that a run was trained on",
-        description="Look at the rollouts that a run has written to disk (rollout.save).",
+        help="show the rollouts that a run was trained on",
+        description="Show the rollouts that a run has written to disk (rollout.save).",
     )
     actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
     show = actions.add_parser(
         "show",
-        help="print steps, the rows of a step, or their text",
-        description="Print what is there of each step; with --step its rows; with --text their prompts and responses.",
+        help="print steps, the rollouts of a step, or their text",
+        description="Print one line per step; with --step or --row each rollout as JSON; with --text its prompt and "
+        "response.",
     )
     show.add_argument("output", metavar="RUN", type=path_argument, help="output directory of a run")
     show.add_argument(
-        "--step", metavar="N", type=number(int, 0, 10**12), default=None, help="one step; default: all steps in short"
+        "--step",
+        metavar="N",
+        type=number(int, 0, 10**12),
+        default=None,
+        help="one step; default: all steps",
     )
-    show.add_argument("--row", metavar="ID", default=None, help="one row by its id, in every step or in --step")
+    show.add_argument("--row", metavar="ID", default=None, help="rollouts of the row with this id")
     show.add_argument("--text", action="store_true", help="decode prompts and responses with the run's tokenizer")
     show.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print steps, or rows as JSON lines, or rows as text."""
+    """Print a summary of steps, or rollouts as JSON lines or as text."""
     from nemo_popsd.errors import UserError
     from nemo_popsd.rollout.storage import RolloutStore
 
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         for row in store.read(step):
             if args.row in (None, row.row_id):
                 found = True
-                _print_row(step, row, decode)
+                _print_rollout(step, row, decode)
     if not found:
         raise UserError(
             f"rollouts of {args.output}", got=f"no row {args.row!r}", need="the id of a row", fix="give another --row"
@@ -66,16 +71,16 @@ def run(args: argparse.Namespace) -> None:
 
 def _print_summary(step: int, rows: list[Any]) -> None:
     lengths = [len(row.rollout.response) for row in rows]
-    cut = sum(row.rollout.cut for row in rows)
+    truncated = sum(row.rollout.truncated for row in rows)
     version = rows[0].rollout.weights_version if rows else "-"
     left = sum(row.rollout.unfinished for row in rows)
     print(
-        f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, {cut} cut at the limit"
-        + (f", {left} left to the next step" if left else "")
+        f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, "
+        f"{truncated} truncated at the limit" + (f", {left} left unfinished" if left else "")
     )
 
 
-def _print_row(step: int, row: Any, decode: Any) -> None:
+def _print_rollout(step: int, row: Any, decode: Any) -> None:
     if decode is None:
         line = {
             "step": step,
@@ -97,7 +102,7 @@ def _print_row(step: int, row: Any, decode: Any) -> None:
 
 
 def _decoder(run: Path) -> Any:
-    """Decodes token ids with the tokenizer of the run's newest checkpoint, or of its source before there is one."""
+    """Decodes token ids with the tokenizer of the run's newest checkpoint, or of its source if there is none yet."""
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.data.tokenizer import load_tokenizer
     from nemo_popsd.embedded.names import PREFIX, asset

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_popsd.cli.arguments import add_config_arguments
-from nemo_popsd.cli.launch import run_entry
+from nemo_popsd.cli.launch import run_command
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.parallel.launcher import read_launch
 
@@ -24,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load and check the configuration, then train, or say that this has been done."""
+    """Load and check the configuration, then train, unless the run is finished."""
     from nemo_popsd.runtime.early_signals import ended_by_signals
 
     with ended_by_signals():
@@ -47,15 +48,21 @@ def _train(args: argparse.Namespace) -> int:
         if steps is not None and steps >= config.training.steps:
             if launch.rank == 0:
                 print(
-                    f"{config.output} is finished after {steps} steps; a greater training.steps goes on, "
-                    "overwrite=true trains it again from step 1, another output makes another run"
+                    f"{config.output} is finished after {steps} steps; a larger training.steps continues it, "
+                    "overwrite=true trains it again from step 1, another output starts another run"
                 )
             return 0
     if launch.rank != 0:
-        return run_entry("train", config)
-    # Rank 0 holds it for all; the others learn of it when they have met.
+        return run_command(_load, config)
+    # Rank 0 holds the lock for all ranks; `commands.entry.train` shares it with them.
     lock = OutputLock(config.output)
     try:
-        return run_entry("train", config, lock=lock)
+        return run_command(_load, config, lock=lock)
     finally:
         lock.release()
+
+
+def _load() -> Callable[..., int]:
+    from nemo_popsd.commands.entry import train
+
+    return train

@@ -1,4 +1,4 @@
-"""What `popsd convert` does, once the paths are checked."""
+"""The command `convert`, after the paths have been checked."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def hf_to_nemo(source: str, output: str, *, precision: str | None, verifies: boo
     Args:
         source: directory.
         output: directory, or a file name ending in `.nemo`.
-        precision: of the checkpoint; None keeps every number of the files.
-        verifies: compare both sides afterwards.
-        trust_remote_code: run Python files in `source` where transformers asks for them.
+        precision: of the checkpoint; None keeps that of the files.
+        verifies: compare source and output afterwards.
+        trust_remote_code: run Python files in `source` if transformers needs them.
     """
     initialize(ParallelConfig(tensor=world_size()), seed=0)
     model = HuggingFaceModel(source, setting="SRC", trust_remote_code=trust_remote_code)
     precision = precision or model.precision()
     with _bar("converting", len(model.tensor_map().tensors)) as step:
         huggingface_to_nemo(model, Path(output), precision, written=step)
-    _say(f"NeMo checkpoint: {output} ({len(model.tensor_names)} tensors, {precision})")
+    _print(f"NeMo checkpoint: {output} ({len(model.tensor_names)} tensors, {precision})")
     if verifies:
         _verify(model, output, precision, trust_remote_code, written=Path(output))
     shutdown()
@@ -56,16 +56,16 @@ def nemo_to_hf(
         source: directory or `.nemo` file.
         output: directory.
         precision: of the files; None keeps that of the checkpoint.
-        verifies: compare both sides afterwards.
-        shard_bytes: size at which a new file is begun.
-        trust_remote_code: run Python files in `source` where transformers asks for them.
+        verifies: compare source and output afterwards.
+        shard_bytes: size at which a new file is started.
+        trust_remote_code: run Python files in `source` if transformers needs them.
     """
     initialize(ParallelConfig(tensor=world_size()), seed=0)
     opened = open_source(source, trust_remote_code=trust_remote_code)
     precision = precision or opened.precision()
     with _bar("converting", len(opened.architecture.tensor_names)) as step:
         to_huggingface(opened, Path(output), precision, shard_bytes=shard_bytes, written=step)
-    _say(f"Hugging Face checkpoint: {output} ({len(opened.architecture.tensor_names)} tensors, {precision})")
+    _print(f"Hugging Face checkpoint: {output} ({len(opened.architecture.tensor_names)} tensors, {precision})")
     if verifies:
         model = HuggingFaceModel(output, setting="OUT", trust_remote_code=trust_remote_code)
         _verify(model, source, precision, trust_remote_code, written=Path(output))
@@ -73,34 +73,34 @@ def nemo_to_hf(
 
 
 def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_code: bool, *, written: Path) -> None:
-    """Compares both sides; what was written loses its name if they differ."""
+    """Compares source and output; the output is renamed if they differ."""
     try:
         with _bar("comparing", len(model.tensor_names)) as step:
             found = verify(model, open_source(nemo), precision, trust_remote_code=trust_remote_code, compared=step)
     except UserError as error:
-        names = (written.with_name(f"{written.name}.refused{number}") for number in ("", *range(2, 1000)))
+        names = (written.with_name(f"{written.name}.refused{suffix}") for suffix in ("", *range(2, 1000)))
         refused = next(path for path in names if not os.path.lexists(path))
         if dist.is_initialized():
-            dist.barrier()  # all ranks have looked before the name is taken
+            dist.barrier()  # all ranks have chosen the name before it exists
         if is_rank_zero():
             written.rename(refused)
-        fix = f"{error.fix}; it is at {refused} now"
+        fix = f"{error.fix}; the output was renamed to {refused}"
         raise UserError(error.what, got=error.got, need=error.need, fix=fix) from error
     sample = "text" if found.text else "random tokens (no tokenizer)"
-    _say(
+    _print(
         f"verified: {found.tensors} tensors equal bit for bit; logits of {found.tokens} tokens of {sample} differ by "
-        f"at most {found.difference:.1e} of the greatest (limit {TOLERANCE[precision]:g}); same likeliest token at "
+        f"at most {found.difference:.1e} of the largest (limit {TOLERANCE[precision]:g}); same most likely token at "
         f"{100 * found.same_choice:.1f} % of the positions"
     )
 
 
 @contextmanager
 def _bar(what: str, tensors: int) -> Iterator[Callable[[], object]]:
-    """Progress over `tensors` on rank 0's terminal; yields what to call after each."""
+    """A progress bar over `tensors` on the terminal of rank 0; yields the function to call after each."""
     with tqdm(total=tensors, desc=what, unit=" tensors", disable=not is_rank_zero()) as bar:
         yield bar.update
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     if is_rank_zero():
         print(text, flush=True)

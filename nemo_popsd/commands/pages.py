@@ -1,4 +1,4 @@
-"""The pages that runs leave, written on rank 0."""
+"""Writing the HTML pages of runs and diagnoses, on rank 0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> None:
-    """Writes the files of a diagnosis and its page, and prints where the page is."""
+    """Writes the files of a diagnosis and its page, and prints the path of the page."""
     if is_rank_zero():
         diagnosis.write(directory)
         print(f"diagnosis: {write_diagnosis_page(directory)}", flush=True)
@@ -24,8 +24,7 @@ def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> None:
 def report_run(output: Path) -> None:
     """Writes the report of the run in `output` and prints its path.
 
-    A run that trained is a success whatever becomes of its page: an error is told with its traceback, as a defect of
-    ours, and goes no further.
+    A failure here does not fail the run, which is complete: it is logged, with a traceback if it is a defect.
     """
     if not is_rank_zero():
         return

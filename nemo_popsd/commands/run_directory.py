@@ -1,13 +1,13 @@
-"""The output directory of a run: what a new attempt finds there, and what tells how far it came.
+"""The output directory of a run: its files, and what a resumed run keeps of them.
 
-.nemo_popsd     says that the directory is a run's
+.nemo_popsd     marks the directory as that of a run
 config.yaml     resolved configuration of the last attempt
 metrics.jsonl   one line per step and per evaluation
 checkpoints/    step-000050, ..., final; the file `latest` names the newest
-validation/     what each evaluation drew and found: step-000000, ...
-rollouts/       what each step was trained on
+validation/     samples and scores of each evaluation: step-000000, ...
+rollouts/       the rollouts of each step
 DONE            the run is finished
-REQUEUE         the run was asked to stop and has saved
+REQUEUE         the run was requested to stop and has saved
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _FILES = (
     ("vllm", ("server-*.log",)),
     (".", (jsonl_logger.FILE_NAME, "report.html", DONE, REQUEUE)),
 )
-"""What a run writes besides checkpoints and its export: folders below `output`, and names in them. With `overwrite`
-these are removed and nothing else is.
+"""What a run writes besides checkpoints and its export: directories in `output`, and names of files in them. With
+`overwrite` these files are removed and no others.
 """
-_ROOM = {"need": "a directory that can be written", "fix": "set output"}
+_SPACE = {"need": "a directory that can be written", "fix": "set output"}
 
 
 class RunDirectory:
-    """What all ranks read, and rank 0 writes, below `output`. Methods are called by all ranks together."""
+    """The files in `output`, which all ranks read and rank 0 writes. All ranks call its methods together."""
 
     def __init__(self, config: PopsdConfig) -> None:
         self._config = config
@@ -68,17 +68,17 @@ class RunDirectory:
         self._hold: Hold | None = None
 
     def share_lock(self, lock: OutputLock | None) -> None:
-        """Tells all ranks of the lock that rank 0 has. Collective: one broadcast of an object."""
-        found = [None if lock is None else lock.hold]
-        dist.broadcast_object_list(found, src=0)
-        self._hold = found[0]
+        """Gives all ranks the lock that rank 0 holds. Collective: one broadcast of an object."""
+        box = [None if lock is None else lock.hold]
+        dist.broadcast_object_list(box, src=0)
+        self._hold = box[0]
 
-    def is_own(self) -> bool:
-        """Whether the output is still this run's; on any rank."""
-        return self._hold is None or self._hold.is_own()
+    def is_held(self) -> bool:
+        """Whether the output still belongs to this run; on any rank."""
+        return self._hold is None or self._hold.is_held()
 
     def check_lock(self) -> None:
-        """Refuses to write into an output that is another run's by now; on any rank.
+        """Refuses to write into an output that belongs to another run; on any rank.
 
         Raises:
             UserError, TransientError: see `nemo_popsd.files.output_lock.Hold.check`.
@@ -87,93 +87,94 @@ class RunDirectory:
             self._hold.check()
 
     def refuse_lost_lock(self) -> None:
-        """The same on all ranks together. Collective: one gather of objects."""
+        """Does what `check_lock` does on all ranks together. Collective: one gather of objects."""
         self._on_rank_zero(lambda: None)
 
     def checkpoint(self) -> NemoCheckpoint | None:
-        """The newest complete checkpoint, to resume from, compared with its manifest; None begins at step 1.
+        """The newest complete checkpoint, verified against its manifest, to resume from; None starts at step 1.
 
-        Half-written ones are removed. With `overwrite` nothing is looked at. A damaged one that is not the newest is
-        named in a warning and left alone.
+        Removes incomplete checkpoints. With `overwrite` it reads nothing. A damaged checkpoint that is not the newest
+        is named in a warning and kept.
 
         Raises:
-            DamagedCheckpointError: the newest is damaged; the message says how to go on from the newest that is whole.
-            UserError: its run had other settings, or something that no run wrote is in the way of its checkpoints.
+            DamagedCheckpointError: the newest is damaged; the message explains how to resume from an earlier one.
+            UserError: its run had other settings, or files that no run wrote are in the place of its checkpoints.
         """
         if self._config.overwrite:
             return None
-        found = from_rank_zero(f"output {self.output}", self._look, **_ROOM)
+        found = from_rank_zero(f"output {self.output}", self._list_checkpoints, **_SPACE)
         name = None
         try:
             if (newest := found.newest()) is None:
                 return None
             name = newest.name
-            checkpoint = self._whole(name)
+            checkpoint = self._verified(name)
         except DamagedCheckpointError as error:
             damaged = name or next(name for name, other in found.damaged.items() if str(other) == str(error))
-            raise self._with_a_way_on(error, damaged, found) from None
+            raise self._with_fix(error, damaged, found) from None
         for older in found.damaged.values():
-            logger.warning("%s is left alone: %s", older.what, older.got)
+            logger.warning("%s is kept: %s", older.what, older.got)
         refuse_another_run(checkpoint.config, self._config)
         return checkpoint
 
     def begin(self, completed: int) -> None:
-        """Makes the directory say that the run stands after step `completed`: what an attempt left of later steps goes,
-        with `overwrite` everything that a run wrote.
+        """Prepares the directory for a run after step `completed`.
+
+        Removes what an earlier attempt wrote for later steps; with `overwrite`, everything that a run wrote.
         """
         self._on_rank_zero(lambda: self._begin(completed))
 
     def first_validation_is_missing(self) -> bool:
-        """Whether an evaluation before the first step is due, which no attempt has made yet."""
+        """Whether the evaluation before the first step is due and no attempt has finished it."""
         return bool(self._config.data.validation.path) and not validation_directory(str(self.output), 0).concluded
 
     def validation_is_missing(self, completed: int) -> bool:
-        """Whether the evaluation that was due after step `completed` was cut off."""
+        """Whether the evaluation that was due after step `completed` was interrupted."""
         every = self._config.training.validate_every
         due = bool(self._config.data.validation.path) and every > 0 and completed > 0 and completed % every == 0
         return due and completed not in read_metric(self.output, "validation/accuracy")
 
     def mark_finished(self, steps: int) -> None:
-        """From now on the same command has nothing to do."""
+        """Marks the run as finished: the same command then has nothing to do."""
         self._on_rank_zero(lambda: write_text(self.output / DONE, f"{steps}\n"))
 
     def mark_stopped(self, steps: int) -> None:
-        """Asks whoever started the run to start it again."""
+        """Marks the run as stopped: the batch system may start it again."""
         self._on_rank_zero(lambda: write_text(self.output / REQUEUE, f"{steps}\n"))
 
-    def _look(self) -> Checkpoints:
+    def _list_checkpoints(self) -> Checkpoints:
         self.check_lock()
         recover(self._checkpoints, CHECKPOINT, is_name)
         refuse_foreign(self._checkpoints / FINAL, CHECKPOINT)
         return Checkpoints.in_folder(self._checkpoints)
 
-    def _whole(self, name: str) -> NemoCheckpoint:
-        """A checkpoint, opened and compared with its manifest. Collective: a gather of objects for each.
+    def _verified(self, name: str) -> NemoCheckpoint:
+        """A checkpoint, opened and verified against its manifest. Collective: two gathers of objects.
 
         Raises:
             DamagedCheckpointError: on every rank.
         """
         opened: list[NemoCheckpoint] = []
         path = self._checkpoints / name
-        raise_on_all_ranks(f"checkpoint {path}", lambda: opened.append(NemoCheckpoint(path)), **_ROOM)
+        raise_on_all_ranks(f"checkpoint {path}", lambda: opened.append(NemoCheckpoint(path)), **_SPACE)
         opened[0].verify()
         return opened[0]
 
-    def _with_a_way_on(self, error: DamagedCheckpointError, damaged: str, found: Checkpoints) -> DamagedCheckpointError:
-        """The error with what to do: the newest other checkpoint that is whole is looked for. Collective."""
+    def _with_fix(self, error: DamagedCheckpointError, damaged: str, found: Checkpoints) -> DamagedCheckpointError:
+        """The error with a fix that names the newest intact checkpoint, which is looked for. Collective."""
         path = self._checkpoints / damaged
         aside = path.with_name(f"{damaged}.damaged")
-        fix = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is whole"
+        fix = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is intact"
         for name in reversed(found.resumable()):
             if name == damaged:
                 continue
             try:
-                step = self._whole(name).step
+                step = self._verified(name).step
             except DamagedCheckpointError:
                 continue
             fix = (
                 f"copy it again, or move it away: mv {shlex.quote(str(path))} {shlex.quote(str(aside))}; then the same "
-                f"command goes on after step {step} from {self._checkpoints / name}, which is whole"
+                f"command resumes after step {step} from {self._checkpoints / name}, which is intact"
             )
             break
         return DamagedCheckpointError(error.what, got=error.got, need=error.need, fix=fix)
@@ -197,7 +198,7 @@ class RunDirectory:
         if self._checkpoints.is_dir():
             names = sorted(path.name for path in self._checkpoints.iterdir() if is_name(path.name))
             for name in prune(self._checkpoints, names):
-                logger.warning("%s holds what no run wrote and stays", self._checkpoints / name)
+                logger.warning("%s has files that no run wrote and is kept", self._checkpoints / name)
         remove_files(self._checkpoints, (LATEST,))
         remove_directory(self.output / "huggingface", EXPORT)
         for pattern, names_of_files in _FILES:
@@ -210,4 +211,4 @@ class RunDirectory:
                 self.check_lock()
                 action()
 
-        raise_on_all_ranks(f"output {self.output}", act, **_ROOM)
+        raise_on_all_ranks(f"output {self.output}", act, **_SPACE)

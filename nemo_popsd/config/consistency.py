@@ -13,7 +13,7 @@ from nemo_popsd.data.named_sets import named_source
 from nemo_popsd.data.sources import check_source
 from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.atomic import beside
+from nemo_popsd.files.atomic import names_needed
 from nemo_popsd.files.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
 from nemo_popsd.rollout.vllm.environment import check_environment
 
@@ -79,7 +79,7 @@ def check_layout(config: PopsdConfig, *, world_size: int) -> None:
     replicas = world_size // parallel.replica_ranks
     if prompts % replicas:
         fits = math.lcm(replicas, config.training.updates_per_step)
-        below, above = prompts // fits * fits, -(-prompts // fits) * fits
+        below, above = prompts // fits * fits, math.ceil(prompts / fits) * fits
         fitting = " or ".join(str(value) for value in (below, above) if value)
         raise UserError(
             "configuration",
@@ -173,7 +173,7 @@ def _check_ownership(config: PopsdConfig, output: Path, found: Sequence[str]) ->
                 fix="set output to another directory, or rename that file",
             )
     if config.training.export_huggingface:
-        for name in beside(output / "huggingface"):
+        for name in names_needed(output / "huggingface"):
             refuse_foreign(name, EXPORT)
 
 
@@ -250,7 +250,7 @@ def check_new_output(path: str, *, setting: str) -> None:
         raise UserError(
             "configuration",
             got=f"{setting}={path!r}, which exists",
-            need="a path where nothing is yet",
+            need="a path that does not exist",
             fix=f"remove it, or give another {setting}",
         )
     check_output(path, setting=setting)

@@ -15,7 +15,7 @@ FREE = (
     "name",
     "output",
     "overwrite",
-    "student.source",  # wherever it lies now, its fingerprint must be the same
+    "student.source",  # wherever it lies now, the digest of its weights must be the same
     "student.layers",
     "student.recompute",
     "student.frozen_copy",

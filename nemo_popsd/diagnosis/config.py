@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from nemo_popsd.distillation.config import TargetConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.settings.bounds import Bounds, check_numbers
 
 
@@ -48,3 +51,29 @@ class DiagnosisConfig:
                 need="numbers in rising order, each once",
                 fix="set diagnosis.entropy_edges",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisSettings:
+    """Everything that a diagnosis reads of a run's configuration."""
+
+    diagnosis: DiagnosisConfig
+    """The section of its own."""
+    target: TargetConfig
+    """`distillation.target`."""
+    rollout: RolloutConfig
+    """How responses are sampled; recorded beside the results."""
+    seed: int
+    """Seed of the run."""
+    markers: Sequence[str]
+    """`evaluation.markers`."""
+    frozen_tokens: int
+    """`training.frozen_tokens`."""
+    packing: bool
+    """`training.packing`."""
+    expert_parallel: bool
+    """Whether data-parallel ranks share experts, so that their forwards are collective."""
+    data_path: str
+    """`data.train.path`; recorded."""
+    student_source: str
+    """`student.source`; recorded."""

@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptDataset, PromptRow
+from nemo_popsd.diagnosis.config import DiagnosisConfig, DiagnosisSettings
 from nemo_popsd.diagnosis.groups import MEASURES, TokenFigures, group_figures
 from nemo_popsd.diagnosis.pieces import marked_tokens, marker_entries, token_pieces
 from nemo_popsd.diagnosis.push import COMPONENTS, VocabularyPush
@@ -36,7 +36,6 @@ from nemo_popsd.parallel.distributed import device
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.parallel.vocabulary import true_width
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams, row_seed
-from nemo_popsd.training.config import TrainingConfig
 from nemo_popsd.training.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -60,13 +59,12 @@ class DiagnosedRow:
     """Whether its rollout is kept with alternatives for each token."""
 
 
-def choose_rows(dataset: PromptDataset, config: PopsdConfig) -> list[DiagnosedRow]:
-    """The rows that `config.diagnosis` names, those to be shown first named first; the same on every rank.
+def choose_rows(dataset: PromptDataset, settings: DiagnosisConfig) -> list[DiagnosedRow]:
+    """The rows that `settings` names, those to be shown first named first; the same on every rank.
 
     Raises:
         UserError: a row that is to be shown is not there.
     """
-    settings = config.diagnosis
     named = [dataset.index(row_id) for row_id in settings.shown_rows]
     if None in named:
         raise UserError(
@@ -88,7 +86,7 @@ def diagnose(
     sampling: SamplingParams,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[DiagnosedRow],
-    config: PopsdConfig,
+    settings: DiagnosisSettings,
     *,
     name: str,
     step: int,
@@ -107,7 +105,7 @@ def diagnose(
         sampling: how.
         tokenizer: the student's.
         rows: from `choose_rows`, the same on every rank.
-        config: the run.
+        settings: what the run's configuration says of it.
         name: of what is diagnosed.
         step: optimizer steps behind the live weights.
         stop: asked after the rollouts, which a signal cuts short.
@@ -118,26 +116,26 @@ def diagnose(
     Raises:
         StopRequested: on every rank.
     """
-    drawn = _draw(student, engine, sampling, rows, config, stop)
+    drawn = _draw(student, engine, sampling, rows, settings, stop)
     push = _empty_push(student) if student.holds_output else None
     parts: list[_Diagnosed] = []
-    for some in _in_step(student, _within(drawn, config.training.frozen_tokens)):
-        states = _branch_states(student, [d.trajectory for d in some], config.training)
+    for some in _in_step(student, _within(drawn, settings.frozen_tokens)):
+        states = _branch_states(student, [d.trajectory for d in some], settings)
         if push is not None:
             parts += [
-                _diagnosed(student, d, of, push, config, shown=rows[d.row].shown)
+                _diagnosed(student, d, of, push, settings, shown=rows[d.row].shown)
                 for d, of in zip(some, states, strict=True)
             ]
     pushed = None
     if push is not None:
         push.reduce_over_(parallel_state.get_data_parallel_group(with_context_parallel=True))
-        pushed = _push(push, student, tokenizer, config)
+        pushed = _push(push, student, tokenizer, settings)
     # What one of the ranks that share a vocabulary knows, all of them know; first pipeline stages know nothing.
     told = parts if student.owns_loss else []
     gathered: list[tuple[list[_Diagnosed], dict[str, Any] | None]] = [([], None)] * dist.get_world_size()
     dist.all_gather_object(gathered, (told, pushed))
     records = [
-        _rollout_record(rows[number].row, _joined(owned), tokenizer, config.evaluation.markers)
+        _rollout_record(rows[number].row, _joined(owned), tokenizer, settings.markers)
         for number, owned in _by_row(part for found, _ in gathered for part in found)
     ]
     pushed = next(found for _, found in gathered if found is not None)
@@ -145,11 +143,11 @@ def diagnose(
         "format": FORMAT,
         "name": name,
         "step": step,
-        "settings": _settings(config, len(rows)),
+        "settings": _recorded(settings, len(rows)),
         "rollouts": len(records),
         "tokens": pushed["tokens"],
         "measures": MEASURES,
-        "groups": _groups(records, config),
+        "groups": _groups(records, settings.diagnosis),
         "push": pushed,
     }
     return Diagnosis(summary, records)
@@ -180,7 +178,7 @@ def _draw(
     engine: RolloutEngine,
     sampling: SamplingParams,
     rows: Sequence[DiagnosedRow],
-    config: PopsdConfig,
+    settings: DiagnosisSettings,
     stop: StopSignals | None,
 ) -> list[_Drawn]:
     """One rollout for each of this data-parallel rank's rows. Ranks that share experts draw equally many: who has
@@ -189,10 +187,10 @@ def _draw(
     dp_rank, dp_size = student.dp_group.rank(), student.dp_group.size()
     mine = list(range(len(rows)))[dp_rank::dp_size]
     asked = list(mine)
-    if config.parallel.expert > 1:
-        asked += [0] * (-(-len(rows) // dp_size) - len(mine))
+    if settings.expert_parallel:
+        asked += [0] * (math.ceil(len(rows) / dp_size) - len(mine))
     requests = [
-        Request(row.contexts.student, row_seed(config.seed, "diagnosis", row.record.id))
+        Request(row.contexts.student, row_seed(settings.seed, "diagnosis", row.record.id))
         for row in (rows[index].row for index in asked)
     ]
     rollouts: list[Rollout] = []
@@ -263,13 +261,13 @@ def _within(drawn: Sequence[_Drawn], tokens: int) -> Iterator[list[_Drawn]]:
         yield part
 
 
-def _branch_states(student: Student, part: Sequence[Trajectory], config: TrainingConfig) -> list[BranchStates]:
+def _branch_states(student: Student, part: Sequence[Trajectory], settings: DiagnosisSettings) -> list[BranchStates]:
     """Hidden states of the four contexts at the response tokens that this rank owns of each trajectory; none but on
     the last pipeline stage.
     """
 
     def states(chunks: list[GPTModel], sequences: list[ContextSequence]) -> list[Tensor]:
-        batches = student_batches(chunks, sequences, config.frozen_tokens, packed=config.packing)
+        batches = student_batches(chunks, sequences, settings.frozen_tokens, packed=settings.packing)
         return frozen_hidden_states(chunks, batches)
 
     live = states(student.chunks, [t.student for t in part])
@@ -281,7 +279,13 @@ def _branch_states(student: Student, part: Sequence[Trajectory], config: Trainin
 
 
 def _diagnosed(
-    student: Student, drawn: _Drawn, states: BranchStates, push: VocabularyPush, config: PopsdConfig, *, shown: bool
+    student: Student,
+    drawn: _Drawn,
+    states: BranchStates,
+    push: VocabularyPush,
+    settings: DiagnosisSettings,
+    *,
+    shown: bool,
 ) -> _Diagnosed:
     """Decomposes the signal on this rank's tokens of one rollout, and adds it to `push`."""
     rollout = drawn.trajectory.rollout
@@ -291,12 +295,12 @@ def _diagnosed(
         torch.tensor(rollout.response[owned], dtype=torch.long, device=states.student.device),
         student.weight.detach(),
         student.base_weight,
-        target=build_target(config.distillation.target),
+        target=build_target(settings.target),
         vocab_size=student.vocab_size,
         push=push,
-        alternatives=min(config.diagnosis.alternatives, student.vocab_size) if shown else 0,
+        alternatives=min(settings.diagnosis.alternatives, student.vocab_size) if shown else 0,
         tp_group=student.tp_group,
-        chunk_tokens=config.diagnosis.chunk_tokens,
+        chunk_tokens=settings.diagnosis.chunk_tokens,
         soft_cap=student.soft_cap,
     )
     columns: dict[str, Tensor] = {field: column.cpu() for field, column in found._asdict().items()}
@@ -321,7 +325,7 @@ def _rollout_record(
         "row": row.record.id,
         "question": row.record.question,
         "reference": row.contexts.reference_text,
-        "cut": found.rollout.cut,
+        "cut": found.rollout.truncated,
         "pieces": pieces,
         "marked": [int(mark) for mark in marked_tokens(pieces, markers)],
         "values": {name: [rounded(value) for value in column] for name, column in found.values.items()},
@@ -329,7 +333,7 @@ def _rollout_record(
     }
 
 
-def _groups(rollouts: Sequence[dict[str, Any]], config: PopsdConfig) -> dict[str, Any]:
+def _groups(rollouts: Sequence[dict[str, Any]], settings: DiagnosisConfig) -> dict[str, Any]:
     tokens = [
         TokenFigures(
             position,
@@ -339,7 +343,6 @@ def _groups(rollouts: Sequence[dict[str, Any]], config: PopsdConfig) -> dict[str
         for rollout in rollouts
         for position, marked in enumerate(rollout["marked"])
     ]
-    settings = config.diagnosis
     return group_figures(tokens, position_bins=settings.position_bins, entropy_edges=settings.entropy_edges)
 
 
@@ -348,9 +351,9 @@ def _number(value: float | None) -> float:
 
 
 def _push(
-    push: VocabularyPush, student: Student, tokenizer: PreTrainedTokenizerBase, config: PopsdConfig
+    push: VocabularyPush, student: Student, tokenizer: PreTrainedTokenizerBase, settings: DiagnosisSettings
 ) -> dict[str, Any]:
-    count = min(config.diagnosis.listed_tokens, student.vocab_size)
+    count = min(settings.diagnosis.listed_tokens, student.vocab_size)
     promoted, suppressed = push.extremes(count, student.tp_group)
     components: dict[str, Any] = {}
     for row, name in enumerate(COMPONENTS):
@@ -361,7 +364,7 @@ def _push(
             components[name][direction] = [
                 pushed_entry(tokens, place, text, push.tokens) for place, text in enumerate(texts)
             ]
-    entries = marker_entries(tokenizer, config.evaluation.markers, student.vocab_size)
+    entries = marker_entries(tokenizer, settings.markers, student.vocab_size)
     device = push.mass.device
     found = {
         marker: push.look_up(torch.tensor(ids, dtype=torch.long, device=device), student.tp_group)
@@ -374,13 +377,14 @@ def _push(
     }
 
 
-def _settings(config: PopsdConfig, rows: int) -> dict[str, Any]:
+def _recorded(settings: DiagnosisSettings, rows: int) -> dict[str, Any]:
+    """The settings that summary.json repeats."""
     return {
-        "data": config.data.train.path,
+        "data": settings.data_path,
         "rows": rows,
-        "student": config.student.source,
-        "seed": config.seed,
-        "rollout": {k: v for k, v in asdict(config.rollout).items() if k not in ("batch_rows", "cache_tokens")},
-        "target": asdict(config.distillation.target),
-        "markers": list(config.evaluation.markers),
+        "student": settings.student_source,
+        "seed": settings.seed,
+        "rollout": {k: v for k, v in asdict(settings.rollout).items() if k not in ("batch_rows", "cache_tokens")},
+        "target": asdict(settings.target),
+        "markers": list(settings.markers),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -142,4 +143,4 @@ def _length(part: slice) -> int:
 
 
 def _aligned(rows: int) -> int:
-    return -(-rows // _ALIGNMENT) * _ALIGNMENT
+    return math.ceil(rows / _ALIGNMENT) * _ALIGNMENT

@@ -5,6 +5,7 @@ Legend: N tokens, C tokens of a chunk, D diagnosed tokens, H hidden size, V rows
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ class Sweep:
         if self._dh_NH is not None:
             # Without dW there is one product, and with a second collective to hide behind it, two halves of it.
             halved = self._dw_VH is None and plan.divergence.kind == "jsd" and group_size(plan.tp_group) > 1
-            rows = max(1, -(-len(gradient_CV) // (2 if halved else 1)))
+            rows = max(1, math.ceil(len(gradient_CV) / (2 if halved else 1)))
             parts = zip(self._dh_NH[chunk].split(rows), gradient_CV.split(rows), strict=True)
             self._pending.extend(partial(_hidden_gradient, *part, self._w_VH) for part in parts)
         if self._dw_VH is not None:

@@ -16,7 +16,7 @@ from nemo_popsd.evaluation.estimates import Interval, Ratio, changes, interval, 
 from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
 from nemo_popsd.evaluation.rescoring import rescored
 from nemo_popsd.evaluation.summary import RESAMPLING_SEED, EvaluationSummary, figures_of
-from nemo_popsd.files.json_files import damaged, typed
+from nemo_popsd.files.json_files import as_dataclass, damaged
 
 _LABELS = {
     "accuracy": ("accuracy (avg@{k})", "%"),
@@ -56,7 +56,7 @@ class Evaluation:
         if written.get("scoring", {}).get("comparison") != COMPARISON_RULES:
             return cls.of(*rescored(directory))
         fields = {k: v for k, v in written.items() if k in EvaluationSummary.__dataclass_fields__}
-        summary = typed(EvaluationSummary, fields, directory.path)
+        summary = as_dataclass(EvaluationSummary, fields, directory.path)
         if any(len(ends) != 2 for ends in summary.intervals.values()):
             raise damaged(directory.path, "an interval without two ends")
         return cls(summary, tuple(directory.scores()))

@@ -5,8 +5,8 @@
 
 Each of these directories holds
 
-    settings.json         what the samples depend on: format, model, its fingerprint, engine, seed, sampling, and for
-                          each problem a digest of its prompt. Samples of other settings are never added
+    settings.json         what the samples depend on: format, model, digest of its weights, engine, seed, sampling, and
+                          for each problem a digest of its prompt. Samples of other settings are never added
     problems.jsonl        {"id", "question", "answer"} per problem, in the order of the set
     samples-00000.jsonl   {"problem", "sample", "text", "tokens", "cut"} per response, in the order drawn. One file per
                           data-parallel replica, appended to: a line is on the disk before the next is drawn. `sample`
@@ -34,13 +34,15 @@ from typing import Any
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import remove_files, write_text
-from nemo_popsd.files.json_files import damaged, read_json, read_json_lines, typed
+from nemo_popsd.files.json_files import as_dataclass, damaged, read_json, read_json_lines
 from nemo_popsd.files.ownership import EVALUATION, MARK, read_mark, write_mark
 
 FORMAT = 1
 _SETTINGS, _PROBLEMS, _SCORES, _SUMMARY = "settings.json", "problems.jsonl", "scores.jsonl", "summary.json"
 FILES = (_SETTINGS, _PROBLEMS, "samples-*.jsonl", _SCORES, _SUMMARY)
 """Patterns of the names above."""
+_OLDER_DIGEST_KEY = "fingerprint"
+"""Key under which earlier versions wrote `SampleSettings.weights_digest`; it is still read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,8 @@ class SampleSettings:
 
     model: str
     """Name for people; not compared."""
-    fingerprint: str
-    """Of the weights, or the name under which an endpoint serves them."""
+    weights_digest: str
+    """Digest of the weights, or the name under which an endpoint serves them."""
     engine: str
     """What drew the samples."""
     seed: int
@@ -137,6 +139,8 @@ class EvaluationDirectory:
         """
         new = {"format": FORMAT, **asdict(settings), "stop_token_ids": list(settings.stop_token_ids)}
         present = _read_json(self.path / _SETTINGS)
+        if present is not None and _OLDER_DIGEST_KEY in present:
+            present["weights_digest"] = present.pop(_OLDER_DIGEST_KEY)
         self._refuse_other_files(present)
         if present is not None and any(self.path.glob("samples-*.jsonl")):
             self._refuse_other_settings(present, new)
@@ -183,7 +187,7 @@ class EvaluationDirectory:
         """The problems, in the order of the set; none where there is no such file."""
         if not (self.path / _PROBLEMS).is_file():
             return []
-        return [typed(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
+        return [as_dataclass(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
 
     def samples(self) -> dict[tuple[str, int], Sample]:
         """All whole samples by problem and number.
@@ -194,7 +198,7 @@ class EvaluationDirectory:
         found: dict[tuple[str, int], Sample] = {}
         for file in sorted(self.path.glob("samples-*.jsonl")):
             for where, line in _read_lines(file):
-                sample = typed(Sample, line, where)
+                sample = as_dataclass(Sample, line, where)
                 if (sample.problem, sample.sample) in found:
                     raise UserError(
                         str(file),
@@ -219,7 +223,7 @@ class EvaluationDirectory:
         """
         if not (self.path / _SCORES).is_file():
             raise self._incomplete(_SCORES)
-        return [typed(SampleScore, line, where) for where, line in _read_lines(self.path / _SCORES)]
+        return [as_dataclass(SampleScore, line, where) for where, line in _read_lines(self.path / _SCORES)]
 
     def summary(self) -> dict[str, Any]:
         """What `conclude` wrote.
@@ -331,4 +335,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Place and object of each whole line of `path`."""
-    return read_json_lines(path, cut=True)
+    return read_json_lines(path, skip_partial=True)

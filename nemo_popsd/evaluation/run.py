@@ -1,4 +1,7 @@
-"""An evaluation from its sets to its tables: what is drawn where, and what becomes of it. Engines are the caller's."""
+"""From problem sets to tables: which samples are missing, where they are written, how they are scored.
+
+The engine that generates them belongs to the caller.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.data.config import SourceConfig
+from nemo_popsd.data.config import DataConfig, SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, build_evaluation_prompts
 from nemo_popsd.data.named_sets import named_source, refuse_another_size
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.comparison import Evaluation, tables_of_sets
+from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.records import (
     EvaluationDirectory,
@@ -30,53 +33,67 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VALIDATION = "validation"
-"""Name of the set that `data.validation` holds."""
+"""Name of the set in `data.validation`."""
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
-class PlannedSet:
-    """One set of problems and where its evaluation lies."""
+class ProblemSet:
+    """One set of problems and the directory of its evaluation."""
 
     name: str
     prompts: list[EvaluationPrompt]
     directory: EvaluationDirectory
 
     def missing(self, samples_per_problem: int) -> list[Draw]:
-        """What is left to draw."""
+        """The samples that the directory does not have yet."""
         return missing_draws(self.prompts, samples_per_problem, self.directory.samples())
 
 
-def sources_of(config: PopsdConfig) -> dict[str, SourceConfig]:
-    """What is evaluated, by the name of the set.
+def sources_of(settings: EvaluationConfig, data: DataConfig) -> dict[str, SourceConfig]:
+    """The sources of the problem sets, by name of the set.
 
     Raises:
         UserError: a named set is not on this machine.
     """
-    settings = config.evaluation
     if settings.sets:
         return {name: named_source(name, settings.sets_directory) for name in settings.sets}
-    return {VALIDATION: config.data.validation}
+    return {VALIDATION: data.validation}
 
 
-def plan(
-    config: PopsdConfig, model: str, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
-) -> list[PlannedSet]:
-    """Reads all sets. Every rank gets the same ones; nothing is written. `vocab_size` is the model's, if it is known.
+def prepare_sets(
+    settings: EvaluationConfig,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model: str,
+    output: str | Path,
+    vocab_size: int | None = None,
+) -> list[ProblemSet]:
+    """Reads all problem sets. Every rank gets the same ones; nothing is written.
+
+    Args:
+        settings: which sets, and how many problems of each.
+        data: how rows become prompts; `data.validation` is the set where `settings` names none.
+        tokenizer: the model's.
+        model: path or name of the model; names the directory of the evaluation.
+        output: directory of the run; sets are evaluated in `<output>/evaluation/<model>/<set>`.
+        vocab_size: vocabulary of the model, if it is known.
 
     Raises:
         UserError: from reading the rows, a named set has another size than it should, or math-verify is missing.
     """
     require_math_verify()
-    root = Path(config.output) / "evaluation" / as_file_name(model)
-    planned = []
-    for name, source in sources_of(config).items():
-        data = replace(config.data, validation=source)
-        prompts, _ = build_evaluation_prompts(data, source, tokenizer, vocab_size=vocab_size)
-        if config.evaluation.sets:
+    root = Path(output) / "evaluation" / as_file_name(model)
+    sets = []
+    for name, source in sources_of(settings, data).items():
+        prompts, _ = build_evaluation_prompts(
+            replace(data, validation=source), source, tokenizer, vocab_size=vocab_size
+        )
+        if settings.sets:
             refuse_another_size(name, len(prompts))
-        planned.append(PlannedSet(name, prompts[: config.evaluation.problems], EvaluationDirectory(root / name)))
-    return planned
+        sets.append(ProblemSet(name, prompts[: settings.problems], EvaluationDirectory(root / name)))
+    return sets
 
 
 def as_file_name(model: str) -> str:
@@ -86,19 +103,19 @@ def as_file_name(model: str) -> str:
 
 def sample_settings(
     prompts: Iterable[EvaluationPrompt],
-    config: PopsdConfig,
     sampling: SamplingParams,
     *,
+    seed: int,
     model: str,
-    fingerprint: str,
+    weights_digest: str,
     engine: str,
 ) -> SampleSettings:
-    """What samples of `prompts` depend on."""
+    """Everything that samples of `prompts` depend on."""
     return SampleSettings(
         model=model,
-        fingerprint=fingerprint,
+        weights_digest=weights_digest,
         engine=engine,
-        seed=config.seed,
+        seed=seed,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
@@ -108,40 +125,47 @@ def sample_settings(
     )
 
 
-def begin(planned: PlannedSet, settings: SampleSettings) -> None:
-    """Makes or checks the directory of a set; on one rank.
+def begin(problem_set: ProblemSet, settings: SampleSettings) -> None:
+    """Creates or checks the directory of a set; on one rank.
 
     Raises:
-        UserError: samples of other settings are there.
+        UserError: it has samples that were generated with other settings.
     """
-    planned.directory.begin(settings, problems_of(planned.prompts))
+    problem_set.directory.begin(settings, problems_of(problem_set.prompts))
 
 
 def problems_of(prompts: Iterable[EvaluationPrompt]) -> list[Problem]:
-    """What is kept of the prompts' rows."""
+    """The problems as they are recorded on disk."""
     return [Problem(p.record.id, p.record.question, _expected(p)) for p in prompts]
 
 
-def conclude(planned: PlannedSet, config: PopsdConfig, verifier: AnswerVerifier, *, model: str) -> Evaluation:
-    """Scores the samples of a set that the configuration asks for, and writes scores and summary; on one rank.
+def conclude(
+    problem_set: ProblemSet, settings: EvaluationConfig, verifier: AnswerVerifier, *, model: str
+) -> Evaluation:
+    """Scores the samples of a set that `settings` requests, and writes scores and summary; on one rank.
 
     Raises:
         UserError: samples are missing, because ranks do not share a file system.
     """
-    drawn = planned.directory.samples()
-    wanted = missing_draws(planned.prompts, config.evaluation.samples_per_problem)
+    drawn = problem_set.directory.samples()
+    wanted = missing_draws(problem_set.prompts, settings.samples_per_problem)
     keys = [(draw.prompt.record.id, draw.sample) for draw in wanted]
     absent = sum(key not in drawn for key in keys)
     if absent:
         raise UserError(
-            f"samples in {planned.directory.path}",
+            f"samples in {problem_set.directory.path}",
             got=f"{absent} of {len(keys)} missing",
-            need="what all ranks have drawn, on a file system that all of them share",
-            fix="set output to such a place",
+            need="the samples of all ranks, on a file system that all of them share",
+            fix="set output to a directory on such a file system",
         )
     samples = [drawn[key] for key in keys]
     return conclude_samples(
-        planned.directory, samples, planned.prompts, config, verifier, labels={"model": model, "set": planned.name}
+        problem_set.directory,
+        samples,
+        problem_set.prompts,
+        settings,
+        verifier,
+        labels={"model": model, "set": problem_set.name},
     )
 
 
@@ -149,13 +173,12 @@ def conclude_samples(
     directory: EvaluationDirectory,
     samples: Sequence[Sample],
     prompts: Iterable[EvaluationPrompt],
-    config: PopsdConfig,
+    settings: EvaluationConfig,
     verifier: AnswerVerifier,
     *,
     labels: Mapping[str, str],
 ) -> Evaluation:
-    """Scores `samples`, all that there are to each problem, and writes scores and summary."""
-    settings = config.evaluation
+    """Scores `samples`, which are all samples of each problem, and writes scores and summary."""
     answers = {prompt.record.id: _expected(prompt) for prompt in prompts}
     evaluation = Evaluation.of(score_samples(samples, answers, settings, verifier), settings)
     scoring = {
@@ -170,19 +193,20 @@ def conclude_samples(
     return evaluation
 
 
-def conclude_all(planned: Sequence[PlannedSet], config: PopsdConfig, *, model: str) -> str:
-    """Concludes every set; the tables, and where the files are."""
-    with AnswerVerifier(config.evaluation.verify_seconds) as verifier:
-        found = {one.name: {model: conclude(one, config, verifier, model=model)} for one in planned}
-    places = "\n".join(f"written to {one.directory.path}" for one in planned)
-    return f"{tables_of_sets(found, resamples=config.evaluation.resamples)}\n{places}"
+def conclude_all(problem_sets: Sequence[ProblemSet], settings: EvaluationConfig, *, model: str) -> str:
+    """Concludes every set; returns the tables and the paths of the files."""
+    with AnswerVerifier(settings.verify_seconds) as verifier:
+        evaluations = {one.name: {model: conclude(one, settings, verifier, model=model)} for one in problem_sets}
+    places = "\n".join(f"written to {one.directory.path}" for one in problem_sets)
+    return f"{tables_of_sets(evaluations, resamples=settings.resamples)}\n{places}"
 
 
-def fingerprint(path: str | Path) -> str:
-    """16 hexadecimal digits that stand for the weights at `path`, a file or a directory.
+def weights_digest(path: str | Path) -> str:
+    """16 hexadecimal digits that identify the weights at `path`, a file or a directory.
 
-    Of every file: name, size, and up to 64 blocks of 64 KiB evenly spaced over it, so an 8-billion-parameter model
-    takes milliseconds. Training moves weights everywhere; a change of a few bytes may go unseen.
+    A SHA-256 over each file's name, size, and up to 64 blocks of 64 KiB evenly spaced over it, so an
+    8-billion-parameter model takes milliseconds. Training changes weights everywhere; a change of a few bytes may go
+    undetected.
     """
     path = Path(path)
     digest = hashlib.sha256()

@@ -49,14 +49,14 @@ def draw_samples(
     requests = [Request(draw.prompt.prompt, draw.seed(seed)) for draw in draws]
     samples = []
     for draw, rollout in zip(draws, engine.generate(requests, sampling), strict=True):
-        said = rollout.response if rollout.cut else rollout.response[:-1]
+        said = rollout.response if rollout.truncated else rollout.response[:-1]
         samples.append(
             Sample(
                 problem=draw.prompt.record.id,
                 sample=draw.sample,
                 text=tokenizer.decode(said, skip_special_tokens=False),
                 tokens=len(rollout.response),
-                cut=rollout.cut,
+                cut=rollout.truncated,
             )
         )
     return samples

@@ -1,30 +1,38 @@
-"""`popsd evaluate` with an endpoint: one process, no model in it."""
+"""`popsd evaluate` with `evaluation.endpoint`: a server generates the samples, one process requests them."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
-from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.config import DataConfig
 from nemo_popsd.data.files import resolve_path
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
+from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.endpoint import Endpoint
-from nemo_popsd.evaluation.run import begin, conclude_all, plan, sample_settings
+from nemo_popsd.evaluation.run import begin, conclude_all, prepare_sets, sample_settings
 from nemo_popsd.rollout.engine import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate_served(config: PopsdConfig) -> str:
-    """Draws what is missing from `evaluation.endpoint`, a line on the disk per response; returns the tables.
+def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str, output: str | Path, seed: int) -> str:
+    """Generates the missing samples at `settings.endpoint`, writing each response at once; returns the tables.
+
+    Args:
+        settings: problem sets, sampling and endpoint.
+        data: how rows become prompts.
+        source: `student.source`, of which only tokenizer and chat template are read.
+        output: directory of the run.
+        seed: seed of the run.
 
     Raises:
         UserError: sets or samples do not fit (see `nemo_popsd.evaluation.run`), or the server fails.
     """
-    settings = config.evaluation
-    directory = resolve_path(config.student.source, setting="student.source")
+    directory = resolve_path(source, setting="student.source")
     tokenizer = load_tokenizer(directory, setting="student.source")
     endpoint = Endpoint(settings.endpoint, tokenizer)
-    planned = plan(config, endpoint.model, tokenizer)
+    problem_sets = prepare_sets(settings, data, tokenizer, model=endpoint.model, output=output)
     sampling = SamplingParams(
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -33,14 +41,14 @@ def evaluate_served(config: PopsdConfig) -> str:
         stop_token_ids=frozenset(stop_token_ids(tokenizer, read_generation_config(directory))),
     )
     engine = f"endpoint, {settings.endpoint.dialect}, {settings.endpoint.prompts}"
-    for one in planned:
-        # Which weights these are, only the server knows: one that was restarted with others looks the same from here.
-        names = {"model": endpoint.model, "fingerprint": endpoint.identity, "engine": engine}
-        begin(one, sample_settings(one.prompts, config, sampling, **names))
+    for one in problem_sets:
+        # The server alone knows its weights: a restart with other weights is not visible here.
+        names = {"model": endpoint.model, "weights_digest": endpoint.identity, "engine": engine}
+        begin(one, sample_settings(one.prompts, sampling, seed=seed, **names))
         missing = one.missing(settings.samples_per_problem)
         with one.directory.append_to(0) as file:
-            for number, sample in enumerate(endpoint.draw(missing, sampling, seed=config.seed), start=1):
+            for count, sample in enumerate(endpoint.draw(missing, sampling, seed=seed), start=1):
                 file.add([sample])
-                if number % settings.endpoint.concurrency == 0:
-                    logger.info("%s: %d of %d samples", one.name, number, len(missing))
-    return conclude_all(planned, config, model=endpoint.model)
+                if count % settings.endpoint.concurrency == 0:
+                    logger.info("%s: %d of %d samples", one.name, count, len(missing))
+    return conclude_all(problem_sets, settings, model=endpoint.model)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig
-from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.cpu import adapt_megatron
 
-adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge.peft.lora import LoRA  # noqa: E402
 from megatron.bridge.peft.lora_layers import LoRALinear  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402

@@ -79,7 +79,7 @@ class CachedCoreAttention(torch.nn.Module):
                 fix="use another model",
             )
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        shape = slots, groups, cache_positions(capacity, device), width
+        shape = slots, groups, cache_positions(capacity, device.type), width
         self.keys = torch.zeros(shape, dtype=config.params_dtype, device=device)
         self.values = torch.zeros(shape, dtype=config.params_dtype, device=device)
         self.forward_of: Prefill | Decode | None = None

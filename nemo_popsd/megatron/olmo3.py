@@ -32,9 +32,9 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from torch import Tensor
 
 from nemo_popsd.parallel.collectives import sum_for_shards
-from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.cpu import adapt_megatron
 
-adapt_to_cpu()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 
 

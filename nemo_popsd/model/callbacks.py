@@ -6,42 +6,44 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_popsd.model.checkpoints import RunCheckpoints
+from nemo_popsd.parallel.signals import StopSignals
+
 
 class StepBoundary(Callback):
-    """Saves and obeys signals between steps, on all ranks together.
+    """Saves checkpoints and handles signals between steps, on all ranks together.
 
-    Before a step rather than after one: by then Lightning has written the metrics of the last step and has validated,
-    so a checkpoint never stands for more steps than metrics.jsonl does.
+    Saves before a step, not after one: at that point Lightning has written the metrics of the last step and has
+    validated, so a checkpoint never covers more steps than metrics.jsonl does.
     """
 
+    def __init__(self, checkpoints: RunCheckpoints, stop: StopSignals) -> None:
+        """Keeps references only."""
+        self._checkpoints = checkpoints
+        self._stop = stop
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals back from Lightning, which would stop one rank alone."""
-        model: Any = pl_module
-        model.stop.retake()
+        """Reinstalls the signal handlers; Lightning's would stop one rank alone."""
+        self._stop.retake()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same."""
-        model: Any = pl_module
-        model.stop.retake()
+        """Reinstalls the signal handlers."""
+        self._stop.retake()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The boundary."""
-        model: Any = pl_module
-        model.checkpoints.maybe_save(model)
+        """Saves if a checkpoint is due."""
+        self._checkpoints.maybe_save()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After a step, before any validation."""
-        model: Any = pl_module
-        model.checkpoints.after_step()
+        """Records the random state after a step, before any validation."""
+        self._checkpoints.after_step()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The generators are as if it had not been: a run that stops during a validation, or is killed, ends alike."""
-        model: Any = pl_module
-        model.checkpoints.after_validation()
+        """Restores the random state, so that a run trains alike whether or not a validation was interrupted."""
+        self._checkpoints.after_validation()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last one."""
-        model: Any = pl_module
-        model.checkpoints.at_end()
+        """Records the random state for the final checkpoint."""
+        self._checkpoints.at_end()

@@ -1,65 +1,82 @@
-"""The checkpoints of a run: when one is due, one in flight at a time, which of the old ones go."""
+"""The checkpoints of a run: when one is due, at most one in flight, which of the old ones are removed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import FINAL, Checkpoints, name_of, prune, superfluous, update_latest
 from nemo_popsd.checkpoint.save import Content, PendingSave
 from nemo_popsd.checkpoint.training_state import load_random_state, load_training_state
-from nemo_popsd.config.loading import to_dict_config
-from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.files.atomic import flush_file
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.observability.jsonl_logger import FILE_NAME, read_metric
 from nemo_popsd.parallel.agreement import raise_on_all_ranks
 from nemo_popsd.parallel.distributed import layout, on_any_rank
+from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.runtime.random_state import capture_random_state, restore_random_state
+from nemo_popsd.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 
 class RunCheckpoints:
-    """Saves the state of a run at the boundaries of its steps. All ranks call its methods together.
+    """Saves the state of a run between its steps. All ranks call its methods together.
 
     Attributes:
-        check_lock: raises if the output is another run's by now; asked before anything is written or removed.
+        check_lock: raises if the output belongs to another run; called before anything is written or removed.
+        folder: directory of the checkpoints.
     """
 
-    def __init__(self, config: PopsdConfig, *, resumed: NemoCheckpoint | None) -> None:
-        """Looks at nothing yet.
+    def __init__(
+        self,
+        settings: TrainingConfig,
+        output: str | Path,
+        *,
+        content: Callable[[], Content],
+        completed_steps: Callable[[], int],
+        stop: StopSignals,
+        resumed: NemoCheckpoint | None,
+    ) -> None:
+        """Reads nothing yet.
 
         Args:
-            config: the run.
-            resumed: the checkpoint from which the run goes on.
+            settings: when to save, and what to keep.
+            output: directory of the run.
+            content: weights, optimizer and facts after the last completed step; the random state is added here.
+            completed_steps: number of steps behind the current weights.
+            stop: raised from `maybe_save`.
+            resumed: the checkpoint from which the run continues.
         """
-        self._config = config
-        self._settings = config.training
-        self._output = Path(config.output)
+        self._settings = settings
+        self._output = Path(output)
+        self._content = content
+        self._completed_steps = completed_steps
+        self._stop = stop
         self.folder = self._output / "checkpoints"
         self._saved = resumed.step if resumed else 0
         self._resumed = resumed
         self._pending: PendingSave | None = None
         self._random: dict[str, Tensor] = {}
         self.check_lock: Callable[[], None] = lambda: None
-        self._left_alone: set[str] = set()
+        self._reported: set[str] = set()
 
-    def maybe_save(self, model: Any) -> None:
-        """Between two steps: completes what was written meanwhile, obeys signals, saves if it is time to.
+    def maybe_save(self) -> None:
+        """Between two steps: finishes a save that has been written, handles signals, saves if a checkpoint is due.
 
         Collectives: two all-reduces of one number, and another while a save is in flight.
 
         Raises:
             StopRequested: on every rank.
-            UserError, TransientError: on every rank: the output is another run's by now.
-            UserError: a save failed, this one or the one in flight.
+            UserError, TransientError: on every rank: the output belongs to another run.
+            UserError: this save, or the one in flight, failed.
         """
         if self._resumed is not None:
             _restore_random_state(self._resumed)
@@ -68,29 +85,29 @@ class RunCheckpoints:
         self._refuse_lost_lock()
         if self._pending is not None and not on_any_rank(not self._pending.written):
             self.wait()
-        model.stop.raise_if_requested()
-        steps, every = model.completed_steps, self._settings.checkpoint_every
+        self._stop.raise_if_requested()
+        steps, every = self._completed_steps(), self._settings.checkpoint_every
         if every and steps > self._saved and steps % every == 0 and steps < self._settings.steps:
-            self.save(model, name_of(steps))
+            self.save(name_of(steps))
 
     def after_step(self) -> None:
-        """Remembers the random state: a validation may follow, and be cut short by a signal."""
+        """Records the random state: a validation may follow, and a signal may interrupt it."""
         self._random = capture_random_state()
 
     def after_validation(self) -> None:
-        """Puts the generators back where the last step left them."""
+        """Restores the random state after the last step."""
         if self._random:
             restore_random_state(self._random)
 
     def at_end(self) -> None:
-        """After the last step: remembers the random state that `final` is to hold."""
+        """Records the random state for the final checkpoint, after the last step."""
         self._random = capture_random_state()
 
-    def save(self, model: Any, name: str) -> Path:
+    def save(self, name: str) -> Path:
         """Saves weights and training state after the last completed step, in the background if that is set.
 
         Raises:
-            UserError: it, or the save in flight, failed; older checkpoints are as they were.
+            UserError: it, or the save in flight, failed; older checkpoints are unchanged.
         """
         self.wait()
         self._refuse_lost_lock()
@@ -101,26 +118,27 @@ class RunCheckpoints:
             need="the run's own directory",
             fix="free space, or set output",
         )
-        self._pending = PendingSave(path, self._content(model), background=self._settings.async_save)
-        self._saved = model.completed_steps
+        content = replace(self._content(), random_state=self._random)
+        self._pending = PendingSave(path, content, background=self._settings.async_save)
+        self._saved = content.step
         if not self._settings.async_save:
             self.wait()
         return path
 
-    def save_last_step(self, model: Any) -> None:
-        """Saves the last completed step unless that has happened."""
-        if model.completed_steps > self._saved:
-            self.save(model, name_of(model.completed_steps))
+    def save_last_step(self) -> None:
+        """Saves the last completed step unless it has been saved."""
+        if (steps := self._completed_steps()) > self._saved:
+            self.save(name_of(steps))
         self.wait()
 
-    def save_final(self, model: Any) -> Path:
-        """Saves what the run ends with, and waits for it."""
-        path = self.save(model, FINAL)
+    def save_final(self) -> Path:
+        """Saves the final checkpoint, and waits for it."""
+        path = self.save(FINAL)
         self.wait()
         return path
 
     def wait(self) -> None:
-        """Waits for the save in flight; then the pointer moves, and old checkpoints go."""
+        """Waits for the save in flight; then updates the file `latest` and removes old checkpoints."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -129,13 +147,13 @@ class RunCheckpoints:
         raise_on_all_ranks(
             f"checkpoint {pending.path}",
             lambda: self._tidy(pending.path) if dist.get_rank() == 0 else None,
-            need="the right to replace older checkpoints",
+            need="permission to replace older checkpoints",
             fix="free space, or set output",
         )
         logger.info("checkpoint %s", pending.path)
 
     def _refuse_lost_lock(self) -> None:
-        """Ends all ranks if the output is another run's by now: one all-reduce of one number, as long as it is not."""
+        """Raises on all ranks if the output belongs to another run. One all-reduce of one number while it does not."""
         error: Exception | None = None
         if dist.get_rank() == 0:
             try:
@@ -152,7 +170,7 @@ class RunCheckpoints:
         raise_on_all_ranks(f"output {self._output}", fail, need="a directory that can be read", fix="set output")
 
     def _flush_metrics(self) -> None:
-        """Metrics are on the disk before the checkpoint that counts on them."""
+        """Flushes the metrics to disk before the checkpoint that relies on them."""
         metrics = self._output / FILE_NAME
         if metrics.is_file():
             flush_file(metrics)
@@ -170,33 +188,20 @@ class RunCheckpoints:
             keep_best=settings.keep_best,
             greatest=settings.best_is == "max",
         )
-        kept = dict.fromkeys(prune(self.folder, names), "it holds what no run wrote")
+        kept = dict.fromkeys(prune(self.folder, names), "it contains files that no run wrote")
         for name, reason in (kept | {name: str(error.got) for name, error in found.damaged.items()}).items():
-            if name not in self._left_alone:
-                logger.warning("checkpoint %s is left alone: %s", self.folder / name, reason)
-        self._left_alone |= kept.keys() | found.damaged.keys()
-
-    def _content(self, model: Any) -> Content:
-        return Content(
-            models=model.student.chunks,
-            architecture=model.architecture,
-            config=to_dict_config(model.settings),
-            step=model.completed_steps,
-            base=model.base,
-            adapters_only=model.student.adapters is not None,
-            optimizer=model.optimizer.megatron,
-            random_state=self._random,
-            facts={"data": model.data_fingerprint},
-        )
+            if name not in self._reported:
+                logger.warning("checkpoint %s is kept: %s", self.folder / name, reason)
+        self._reported |= kept.keys() | found.damaged.keys()
 
 
-def resume_optimizer(checkpoint: NemoCheckpoint, models: Any, optimizer: StudentOptimizer) -> None:
-    """Puts optimizer and schedule where they were when `checkpoint` was written, whatever its layout."""
+def resume_optimizer(checkpoint: NemoCheckpoint, models: Sequence[GPTModel], optimizer: StudentOptimizer) -> None:
+    """Restores optimizer and schedule from `checkpoint`, which may have been written in another layout."""
     optimizer.resume(load_training_state(checkpoint.directory, models, optimizer.megatron))
 
 
 def _restore_random_state(checkpoint: NemoCheckpoint) -> None:
-    """At the first boundary, not before: while Lightning sets up its loops it draws numbers.
+    """Called at the first boundary, not before: Lightning uses the generators while it sets up its loops.
 
     In another layout the generators start from the seed again: rollouts, data order and adapters do not depend on them.
     """

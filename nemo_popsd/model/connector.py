@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
@@ -11,28 +11,36 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
-from nemo_popsd.embedded.names import located
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.embedded.names import local_path
 from nemo_popsd.files.ownership import refuse_overlap
+
+
+class Saveable(Protocol):
+    """The parts of a model that the connector saves."""
+
+    @property
+    def settings(self) -> PopsdConfig:
+        """The configuration, which names what the model was read from."""
+
+    def content(self) -> Content:
+        """Weights and configuration, without training state."""
 
 
 class MegatronSaveRestoreConnector(SaveRestoreConnector):
     """What `ModelPT.save_to` and `restore_from` call; every rank takes part in both."""
 
-    def save_to(self, model: Any, save_path: str) -> str:
+    def save_to(self, model: Saveable, save_path: str) -> str:
         """Writes a directory, or one packed file where `save_path` ends in `.nemo`: all weights, no training state.
 
         Raises:
-            UserError: on every rank, if `save_path` is what the model was read from, or is not ours to replace.
+            UserError: on every rank, if `save_path` is what the model was read from, or has files that this package
+                did not write.
         """
-        refuse_overlap(Path(save_path), {"student.source": located(model.settings.student.source)}, setting="save_path")
-        content = Content(
-            models=model.student.chunks,
-            architecture=model.architecture,
-            config=to_dict_config(model.settings),
-            step=model.completed_steps,
-            base=model.base,
+        refuse_overlap(
+            Path(save_path), {"student.source": local_path(model.settings.student.source)}, setting="save_path"
         )
-        save_nemo(save_path, content)
+        save_nemo(save_path, model.content())
         return save_path
 
     def restore_from(
@@ -46,19 +54,19 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
         trainer: Any = None,
         validate_access_integrity: bool = True,
     ) -> Any:
-        """Builds a model from a checkpoint, in the layout that the configuration says.
+        """Builds a model from a checkpoint, in the layout of the configuration.
 
-        `map_location`, `strict` and `validate_access_integrity` are NeMo's; here weights go to the rank's device, all
-        of them or none.
+        `map_location`, `strict` and `validate_access_integrity` are part of NeMo's signature and are not used: weights
+        are loaded on the rank's device, and all of them must be present.
 
         Args:
             calling_cls: the model class.
             restore_path: directory or `.nemo` file.
-            override_config_path: YAML file or tree whose values replace those of the checkpoint, `parallel` say.
+            override_config_path: YAML file or tree whose values replace those of the checkpoint, such as `parallel`.
             map_location: not used.
             strict: not used.
             return_config: return the configuration and build nothing.
-            trainer: handed to the model.
+            trainer: passed to the model.
             validate_access_integrity: not used.
         """
         checkpoint = NemoCheckpoint(Path(restore_path))

@@ -1,11 +1,12 @@
-"""Evaluating the model that these processes hold: on problem sets by command, and on held-out rows during a run."""
+"""Evaluating the model in these processes: problem sets by command, and validation during a training run."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import EvaluationPrompt
 from nemo_popsd.evaluation.comparison import Evaluation, comparison_table
+from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.records import EvaluationDirectory, Sample, SampleSettings
 from nemo_popsd.evaluation.run import (
     VALIDATION,
-    PlannedSet,
+    ProblemSet,
     begin,
     conclude_samples,
     problems_of,
@@ -27,134 +30,202 @@ from nemo_popsd.evaluation.run import (
 )
 from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
 from nemo_popsd.evaluation.summary import EvaluationSummary
+from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.engines import engine_name
 from nemo_popsd.parallel.agreement import from_rank_zero
 from nemo_popsd.parallel.waiting import wait_for_all
+from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
 
 if TYPE_CHECKING:
-    from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-_ROOM = {"need": "room and the right to write it", "fix": "free space, or set output elsewhere"}
+_SPACE = {"need": "space and write permission", "fix": "free space, or set output elsewhere"}
 _STEP = re.compile(r"step-(\d+)")
 
 
-def draw_missing(model: PurifiedOPSDModel, planned: Sequence[PlannedSet], *, name: str, fingerprint: str) -> None:
-    """Draws what the sets miss, data-parallel replicas sharing it out; each appends to a file of its own.
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """What generates the samples of an evaluation."""
 
-    Samples go to the disk whenever a replica has drawn `rollout.batch_rows` of them. Collective over all ranks: one
+    engine: RolloutEngine
+    """Generates from the current weights."""
+    engine_name: str
+    """As samples record it."""
+    sampling: SamplingParams
+    """How tokens are sampled."""
+    tokenizer: PreTrainedTokenizerBase
+    """The model's."""
+    student: Student
+    """For this rank's position among the ranks."""
+    settings: EvaluationConfig
+    """The section `evaluation`."""
+    seed: int
+    """Seed of the run."""
+    batch_rows: int
+    """`rollout.batch_rows`: samples that are generated, and then written, together."""
+    expert_parallel: bool
+    """Whether data-parallel ranks share experts, so that they must generate equally often."""
+
+    @classmethod
+    def of(
+        cls,
+        config: PopsdConfig,
+        student: Student,
+        engine: RolloutEngine,
+        sampling: SamplingParams,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Sampler:
+        """The sampler of a run, with the settings of `config`."""
+        return cls(
+            engine=engine,
+            engine_name=engine_name(config),
+            sampling=sampling,
+            tokenizer=tokenizer,
+            student=student,
+            settings=config.evaluation,
+            seed=config.seed,
+            batch_rows=config.rollout.batch_rows,
+            expert_parallel=config.parallel.expert > 1,
+        )
+
+    def sample_settings(self, prompts: Sequence[EvaluationPrompt], *, model: str, digest: str) -> SampleSettings:
+        """What samples of `prompts` by the weights with this digest depend on."""
+        return sample_settings(
+            prompts, self.sampling, seed=self.seed, model=model, weights_digest=digest, engine=self.engine_name
+        )
+
+
+def draw_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, model: str, digest: str) -> None:
+    """Generates the samples that the sets lack, split over data-parallel replicas; each appends to its own file.
+
+    Samples are written whenever a replica has generated `rollout.batch_rows` of them. Collective over all ranks: one
     gather and a broadcast of objects per set, and a barrier at the end.
 
     Args:
-        model: what is evaluated.
-        planned: the sets, the same on every rank.
-        name: of the model, for people.
-        fingerprint: of its weights.
+        sampler: generates them.
+        problem_sets: the same on every rank.
+        model: path or name of the model, as samples record it.
+        digest: of its weights.
 
     Raises:
-        UserError: samples of other settings are there, or contexts exceed the model's positions.
+        UserError: a set has samples that were generated with other settings.
     """
-    settings = model.settings
-    sampling = model.sampling(settings.evaluation)
-    engine = engine_name(settings)
-    replica, replicas, rows = model.student.dp_group.rank(), model.student.dp_group.size(), settings.rollout.batch_rows
-    for one in planned:
-        model.refuse_long_evaluation(one.prompts)
-        wanted = sample_settings(one.prompts, settings, sampling, model=name, fingerprint=fingerprint, engine=engine)
-        drawn = from_rank_zero(f"evaluation {one.directory.path}", partial(_samples_on_disk, one, wanted), **_ROOM)
-        missing = missing_draws(one.prompts, settings.evaluation.samples_per_problem, drawn)
-        mine = missing[replica::replicas]
-        asked = mine
-        if settings.parallel.expert > 1:
-            # Ranks that share experts ask equally often: who has fewer draws one again, and keeps it to itself.
-            asked = mine + missing[: len(missing[::replicas]) - len(mine)]
-        with one.directory.append_to(replica) if model.student.is_replica_leader else nullcontext() as file:
-            for start in range(0, len(asked), rows):
-                chunk = asked[start : start + rows]
-                samples = draw_samples(chunk, model.engine, sampling, model.tokenizer, seed=settings.seed)
+    student, rows = sampler.student, sampler.batch_rows
+    replica, replicas = student.dp_group.rank(), student.dp_group.size()
+    for one in problem_sets:
+        wanted = sampler.sample_settings(one.prompts, model=model, digest=digest)
+        on_disk = from_rank_zero(f"evaluation {one.directory.path}", partial(_samples_on_disk, one, wanted), **_SPACE)
+        missing = missing_draws(one.prompts, sampler.settings.samples_per_problem, on_disk)
+        own = missing[replica::replicas]
+        requested = own
+        if sampler.expert_parallel:
+            # Ranks that share experts generate equally often: one with fewer samples repeats one and discards it.
+            requested = own + missing[: len(missing[::replicas]) - len(own)]
+        with one.directory.append_to(replica) if student.is_replica_leader else nullcontext() as file:
+            for start in range(0, len(requested), rows):
+                batch = requested[start : start + rows]
+                samples = draw_samples(batch, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed)
                 if file is not None:
-                    file.add(samples[: len(mine) - start])
-                logger.info("%s: %d of %d samples of this replica", one.name, min(start + rows, len(mine)), len(mine))
+                    file.add(samples[: len(own) - start])
+                logger.info("%s: %d of %d samples of this replica", one.name, min(start + rows, len(own)), len(own))
     wait_for_all()
 
 
-class HeldOut:
-    """The evaluation of held-out rows that a training run makes now and then: collected batch by batch, then concluded.
+class Validation:
+    """The evaluation of `data.validation` during a training run: generated batch by batch, then concluded.
 
-    Written to `<output>/validation/step-NNNNNN`, as `nemo_popsd.evaluation.records` says.
+    Written to `<output>/validation/step-NNNNNN` in the format of `nemo_popsd.evaluation.records`.
     """
 
-    def __init__(self, model: PurifiedOPSDModel) -> None:
-        self._model = model
+    def __init__(self, sampler: Sampler, output: str | Path, *, check_lock: Callable[[], None]) -> None:
+        """Keeps references only.
+
+        Args:
+            sampler: generates the samples.
+            output: directory of the run.
+            check_lock: raises if the output belongs to another run; called before anything is written.
+        """
+        self._sampler = sampler
+        self._output = output
+        self._check_lock = check_lock
         self._samples: list[Sample] = []
         self._prompts: list[EvaluationPrompt] = []
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> None:
-        """Draws responses to some of this replica's problems. Collective over the ranks that share the model."""
+        """Generates responses to some of this replica's problems. Collective over the ranks that share the model."""
         require_math_verify()
-        model = self._model
-        draws = missing_draws(prompts, model.settings.evaluation.samples_per_problem)
-        sampling = model.sampling(model.settings.evaluation)
-        self._samples += draw_samples(draws, model.engine, sampling, model.tokenizer, seed=model.settings.seed)
+        sampler = self._sampler
+        draws = missing_draws(prompts, sampler.settings.samples_per_problem)
+        self._samples += draw_samples(draws, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed)
         self._prompts += prompts
 
-    def conclude(self) -> EvaluationSummary:
-        """Scores what all replicas drew, on rank 0, and tells every rank what it comes to.
+    def conclude(self, step: int) -> EvaluationSummary:
+        """Scores the samples of all replicas on rank 0 and returns their summary on every rank.
 
         Collective over all ranks: a barrier that waits for the slowest replica, a gather of objects over the
         data-parallel group, a gather and a broadcast over all.
+
+        Args:
+            step: training steps behind the weights.
         """
         wait_for_all()
-        model = self._model
-        mine, self._samples, self._prompts = (self._samples, self._prompts), [], []
-        gathered: list[tuple[list[Sample], list[EvaluationPrompt]]] = [mine] * model.student.dp_group.size()
-        dist.all_gather_object(gathered, mine, group=model.student.dp_group)
-        # Replicas take turns in the rows of the set: back to its order, whatever the layout.
+        group = self._sampler.student.dp_group
+        own, self._samples, self._prompts = (self._samples, self._prompts), [], []
+        gathered: list[tuple[list[Sample], list[EvaluationPrompt]]] = [own] * group.size()
+        dist.all_gather_object(gathered, own, group=group)
+        # Replicas take turns in the problems of the set: this restores its order in any layout.
         turns = zip_longest(*(part for _, part in gathered))
         prompts = [prompt for turn in turns for prompt in turn if prompt is not None]
-        place = {prompt.record.id: number for number, prompt in enumerate(prompts)}
+        place = {prompt.record.id: index for index, prompt in enumerate(prompts)}
         samples = sorted((s for part, _ in gathered for s in part), key=lambda s: (place[s.problem], s.sample))
-        what = f"evaluation of step {model.completed_steps}"
-        return from_rank_zero(what, lambda: self._conclude(samples, prompts), **_ROOM)
+        what = f"evaluation of step {step}"
+        summary = from_rank_zero(what, lambda: self._conclude(step, samples, prompts), **_SPACE)
+        logger.info(
+            "step %d: accuracy %.1f %% on %d validation problems, %.0f tokens per response, "
+            "%.1f markers per 1,000 tokens",
+            step,
+            100 * summary.accuracy,
+            summary.problems,
+            summary.mean_tokens,
+            summary.markers_per_1000_tokens,
+        )
+        return summary
 
-    def _conclude(self, samples: Sequence[Sample], prompts: Sequence[EvaluationPrompt]) -> EvaluationSummary:
-        model, config = self._model, self._model.settings
-        model.checkpoints.check_lock()
-        directory = validation_directory(config.output, model.completed_steps)
-        directory.replace(self._settings(prompts), problems_of(prompts), samples)
-        labels = {"model": f"step {model.completed_steps}", "set": VALIDATION}
-        with AnswerVerifier(config.evaluation.verify_seconds) as verifier:
-            return conclude_samples(directory, samples, prompts, config, verifier, labels=labels).summary
-
-    def _settings(self, prompts: Sequence[EvaluationPrompt]) -> SampleSettings:
-        model, config = self._model, self._model.settings
-        step = f"step {model.completed_steps}"
-        sampling, engine = model.sampling(config.evaluation), engine_name(config)
-        return sample_settings(prompts, config, sampling, model=step, fingerprint=step, engine=engine)
+    def _conclude(self, step: int, samples: Sequence[Sample], prompts: Sequence[EvaluationPrompt]) -> EvaluationSummary:
+        self._check_lock()
+        settings, name = self._sampler.settings, f"step {step}"
+        directory = validation_directory(self._output, step)
+        directory.replace(
+            self._sampler.sample_settings(prompts, model=name, digest=name), problems_of(prompts), samples
+        )
+        labels = {"model": name, "set": VALIDATION}
+        with AnswerVerifier(settings.verify_seconds) as verifier:
+            return conclude_samples(directory, samples, prompts, settings, verifier, labels=labels).summary
 
 
-def _samples_on_disk(planned: PlannedSet, wanted: SampleSettings) -> set[tuple[str, int]]:
-    begin(planned, wanted)
-    return set(planned.directory.samples())
+def _samples_on_disk(problem_set: ProblemSet, wanted: SampleSettings) -> set[tuple[str, int]]:
+    begin(problem_set, wanted)
+    return set(problem_set.directory.samples())
 
 
-def validation_directory(output: str, step: int) -> EvaluationDirectory:
-    """Where a run keeps its evaluation of the weights after `step` steps."""
+def validation_directory(output: str | Path, step: int) -> EvaluationDirectory:
+    """Where a run writes the evaluation of its weights after `step` steps."""
     return EvaluationDirectory(Path(output) / "validation" / f"step-{step:06d}")
 
 
 def remove_validations_after(output: Path, step: int) -> None:
     """Removes a run's evaluations of weights after more than `step` steps; on one rank."""
-    for found in (output / "validation").glob("step-*"):
-        match = _STEP.fullmatch(found.name)
+    for path in (output / "validation").glob("step-*"):
+        match = _STEP.fullmatch(path.name)
         if match and int(match[1]) > step:
-            EvaluationDirectory(found).remove()
+            EvaluationDirectory(path).remove()
 
 
 def before_and_after(output: str, steps: int, *, resamples: int) -> str:
     """The table of a run's evaluations before its first and after its last step; on one rank, from the disk."""
-    found = {"before": validation_directory(output, 0), "after": validation_directory(output, steps)}
-    # A run that was given held-out rows only when it was resumed has nothing from before its first step.
-    present = {name: Evaluation.read(directory) for name, directory in found.items() if directory.concluded}
+    directories = {"before": validation_directory(output, 0), "after": validation_directory(output, steps)}
+    # A run that got validation problems only when it was resumed has no evaluation from before its first step.
+    present = {name: Evaluation.read(directory) for name, directory in directories.items() if directory.concluded}
     return comparison_table(present, resamples=resamples)

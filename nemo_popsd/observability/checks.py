@@ -1,4 +1,4 @@
-"""What trackers need, looked at before anything expensive. Needs no torch and imports none of them."""
+"""Checks that trackers can work, before anything expensive. Imports neither torch nor a tracker."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def check_trackers(config: ObservabilityConfig) -> None:
     """Refuses trackers that cannot work.
 
     Raises:
-        UserError: W&B or MLflow is asked for and not installed (on every rank alike), or W&B would need a key that is
-            nowhere (on rank 0, which alone logs).
+        UserError: W&B or MLflow is enabled and not installed (on every rank), or W&B needs a key and there is none (on
+            rank 0, the only one that logs).
     """
     for package, wanted in (("wandb", config.wandb.enabled), ("mlflow", config.mlflow.enabled)):
         if wanted and importlib.util.find_spec(package) is None:
@@ -46,7 +46,7 @@ def _wandb_host() -> str:
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb would find a key where it looks for one, or was told by its own variable not to go online."""
+    """Whether wandb would find a key, or is set not to go online by its own variable."""
     if any(os.environ.get(name) for name in _KEYS) or os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
         return True
     settings = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings"

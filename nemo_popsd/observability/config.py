@@ -1,4 +1,4 @@
-"""Configuration of where metrics go."""
+"""Configuration of loggers and of the progress bar."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MlflowConfig:
 
 @dataclass(kw_only=True)
 class ObservabilityConfig:
-    """Where metrics go, besides the terminal. `metrics.jsonl` is always written."""
+    """Where metrics are logged, besides the terminal. `metrics.jsonl` is always written."""
 
     tensorboard: bool = True
     """Write TensorBoard events to `<output>/tensorboard`."""

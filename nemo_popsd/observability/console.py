@@ -1,4 +1,4 @@
-"""What appears on the terminal: our own lines from rank 0, and no library's complaint about what we chose."""
+"""Output on the terminal: the package's own messages from rank 0, without expected warnings of libraries."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _EXPECTED_WARNINGS = (
 
 _EXPECTED_LINES = (
     "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as the spec says
-    # transformers 4.57 says so of every local tokenizer with a large vocabulary, of whatever family.
+    # transformers 4.57 warns about every local tokenizer with a large vocabulary, of any family.
     "The tokenizer you are loading from",
-    "`torch_dtype` is deprecated",  # Megatron-Bridge reads a Hugging Face configuration by its old name
+    "`torch_dtype` is deprecated",  # Megatron-Bridge uses the old name of a key of Hugging Face configurations
 )
 
 _FILTERED_LOGGERS = (
@@ -29,7 +29,7 @@ _FILTERED_LOGGERS = (
 )
 
 _QUIET_LOGGERS = (
-    "lightning.pytorch",  # announces devices that it finds and does not find
+    "lightning.pytorch",  # prints the devices that it finds and does not find
     "lightning.pytorch.utilities.rank_zero",
     "nv_one_logger",  # NeMo's telemetry, which is not set up
     "nemo_logger",
@@ -37,10 +37,10 @@ _QUIET_LOGGERS = (
 
 
 def set_up_console() -> None:
-    """Shows the package's log on rank 0 and silences what libraries say of expected conditions.
+    """Shows the package's log on rank 0 and hides expected warnings of libraries.
 
-    Call it before Megatron and NeMo are imported, for what they say at import, and again after, since they set their
-    loggers up at import. Errors and unexpected warnings stay.
+    Call it before Megatron and NeMo are imported, since they print at import, and again afterwards, since they set up
+    their loggers at import. Errors and unexpected warnings are still shown.
     """
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -15,7 +15,7 @@ from nemo_popsd.errors import system_error
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.observability.rank import is_rank_zero
 
-_ROOM = {"need": "room and the right to write it", "fix": "free space, or set output to another file system"}
+_SPACE = {"need": "space and write permission", "fix": "free space, or set output to another file system"}
 FILE_NAME = "metrics.jsonl"
 """Name of the metrics file in a run's output directory."""
 
@@ -23,13 +23,13 @@ FILE_NAME = "metrics.jsonl"
 class JsonlLogger(Logger):
     """Writes `<directory>/metrics.jsonl` on rank 0: ``{"step": 3, "train/loss": 0.12, ...}``, one line per call.
 
-    Every line is on its way to the disk when the call returns. A resumed run appends, once `keep_until` has taken out
-    the steps that are trained again. What JSON cannot say (NaN, infinities) is written as the strings
-    "nan", "inf" and "-inf", which ``float`` reads back.
+    Every line has been handed to the operating system when the call returns. A resumed run appends, after `keep_until`
+    has removed the steps that are trained again. NaN and infinities, which JSON does not have, are written as the
+    strings "nan", "inf" and "-inf", which ``float`` reads.
 
     Args:
-        directory: output directory of the run; made at the first call.
-        may_write: whether the directory is still this run's. If not, nothing is written; the run is about to end.
+        directory: output directory of the run; created at the first call.
+        may_write: whether the directory still belongs to this run. If not, nothing is written; the run is about to end.
     """
 
     def __init__(self, directory: str | Path, *, may_write: Callable[[], bool] = lambda: True) -> None:
@@ -57,7 +57,7 @@ class JsonlLogger(Logger):
         """Append one line; values are numbers or one-element tensors.
 
         Raises:
-            UserError, TransientError: it cannot be written. The run ends: it goes nowhere without its record.
+            UserError, TransientError: it cannot be written. The run ends, since it must not continue without metrics.
         """
         if not is_rank_zero() or not self._may_write():
             return
@@ -69,45 +69,45 @@ class JsonlLogger(Logger):
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise system_error(f"metrics {self._path}", error, **_ROOM) from None
+            raise system_error(f"metrics {self._path}", error, **_SPACE) from None
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved configuration is a file of its own."""
+        """Does nothing: the resolved configuration has its own file."""
 
     def _prepare(self) -> None:
-        """Make the directory; cut a last line that a kill left half written, so that all lines stay JSON."""
+        """Create the directory; remove an incomplete last line, which a kill may leave, so that all lines are JSON."""
         if self._opened:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
-            whole = self._path.read_bytes()
-            end = whole.rfind(b"\n") + 1
-            if end != len(whole):
+            content = self._path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            if end != len(content):
                 with self._path.open("r+b") as file:
                     file.truncate(end)
         self._opened = True
 
 
 def read_metric(directory: str | Path, name: str) -> dict[int, float]:
-    """Values of a metric by step; of a step with several the last."""
+    """Values of a metric by step; the last one of a step with several."""
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         return {}
-    lines = [json.loads(line) for line in _whole_lines(path)]
+    lines = [json.loads(line) for line in _complete_lines(path)]
     return {line["step"]: float(line[name]) for line in lines if name in line}
 
 
 def keep_until(directory: str | Path, step: int) -> None:
-    """Takes the lines of later steps, and half a line at the end, out of the metrics file; atomically."""
+    """Removes the lines of later steps, and an incomplete last line, from the metrics file; atomically."""
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         return
-    kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
+    kept = [line for line in _complete_lines(path) if json.loads(line).get("step", 0) <= step]
     write_text(path, "".join(kept))
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines with their ends; a kill may have left half a line at the end."""
+def _complete_lines(path: Path) -> list[str]:
+    """Lines with their line ends, without an incomplete last line, which a kill may leave."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return [line + "\n" for line in text.split("\n")[:-1]]
 

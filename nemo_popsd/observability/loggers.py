@@ -1,17 +1,17 @@
-"""The loggers that a configuration asks for."""
+"""Building the loggers of a run from `observability`."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.observability.config import MlflowConfig, ObservabilityConfig, WandbConfig
 from nemo_popsd.observability.jsonl_logger import JsonlLogger
 from nemo_popsd.observability.rank import is_rank_zero
 from nemo_popsd.observability.trackers import Tracker, keep_id, read_id
@@ -19,78 +19,95 @@ from nemo_popsd.observability.trackers import Tracker, keep_id, read_id
 _WANDB, _MLFLOW = "wandb", "mlflow"
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoggedRun:
+    """What loggers are given of a run."""
+
+    name: str
+    """Name of the run in W&B and MLflow."""
+    output: Path
+    """Directory that local files go to."""
+    overwrite: bool
+    """Whether the run starts again; in W&B and MLflow it then gets a new entry."""
+    parameters: Mapping[str, Any]
+    """The resolved configuration, nested by section."""
+
+
 def build_loggers(
-    config: PopsdConfig, *, completed: int = 0, may_write: Callable[[], bool] = lambda: True
+    settings: ObservabilityConfig,
+    run: LoggedRun,
+    *,
+    completed: int = 0,
+    may_write: Callable[[], bool] = lambda: True,
 ) -> list[Logger]:
     """JSONL always; TensorBoard, Weights & Biases and MLflow by setting, as trackers. Ranks other than 0 get none.
 
-    A run that is resumed goes on under the names that it has in W&B and MLflow; with `overwrite` it gets new ones.
+    A resumed run keeps its entries in W&B and MLflow.
 
     Args:
-        config: the run.
-        completed: steps that a resumed run has behind it; TensorBoard hides what was
-            written of later ones.
+        settings: which trackers are enabled, and how.
+        run: what they record.
+        completed: steps that a resumed run has already trained; TensorBoard hides what was written of later ones.
         may_write: see `JsonlLogger`.
     """
     if not is_rank_zero():
         return []
-    settings, output = config.observability, Path(config.output)
+    output = run.output
     loggers: list[Logger] = [JsonlLogger(output, may_write=may_write)]
     if settings.tensorboard:
-        purge = completed + 1 if (output / "tensorboard").exists() and not config.overwrite else None
+        purge = completed + 1 if (output / "tensorboard").exists() and not run.overwrite else None
 
         def tensorboard() -> Logger:
             return TensorBoardLogger(save_dir=output, name="tensorboard", version="", purge_step=purge)
 
         loggers.append(Tracker("TensorBoard", tensorboard, _finish_tensorboard, takes_hyperparameters=True))
     if settings.wandb.enabled:
-        loggers.append(Tracker("W&B", lambda: _wandb_logger(config, output), _finish_wandb))
+        loggers.append(Tracker("W&B", lambda: _wandb_logger(settings.wandb, run), _finish_wandb))
     if settings.mlflow.enabled:
-        loggers.append(Tracker("MLflow", lambda: _mlflow_logger(config, output), _finish_mlflow))
+        loggers.append(Tracker("MLflow", lambda: _mlflow_logger(settings.mlflow, run), _finish_mlflow))
     return loggers
 
 
-def _wandb_logger(config: PopsdConfig, output: Path) -> WandbLogger:
-    settings = config.observability.wandb
-    output.mkdir(parents=True, exist_ok=True)  # wandb falls back to /tmp for a directory that does not exist
-    name = None if config.overwrite else read_id(output, _WANDB)
-    if name is None:
-        name = secrets.token_hex(8)
-        keep_id(output, _WANDB, name)
+def _wandb_logger(settings: WandbConfig, run: LoggedRun) -> WandbLogger:
+    run.output.mkdir(parents=True, exist_ok=True)  # wandb falls back to /tmp for a directory that does not exist
+    run_id = None if run.overwrite else read_id(run.output, _WANDB)
+    if run_id is None:
+        run_id = secrets.token_hex(8)
+        keep_id(run.output, _WANDB, run_id)
     logger = WandbLogger(
-        save_dir=output,
-        name=config.name,
+        save_dir=run.output,
+        name=run.name,
         project=settings.project,
         offline=settings.mode == "offline",
-        id=name,
+        id=run_id,
         resume="allow",
-        config=asdict(config),
+        config=dict(run.parameters),
         allow_val_change=True,
     )
-    _ = logger.experiment  # begins the run
+    _ = logger.experiment  # starts the run
     return logger
 
 
-def _mlflow_logger(config: PopsdConfig, output: Path) -> MLFlowLogger:
-    """The configuration becomes the run's parameters, of which MLflow keeps 250 characters each, and the first."""
-    settings = config.observability.mlflow
-    # Read when mlflow is imported or a store opened; what the user has set stays. Files need no database package, which
-    # mlflow-skinny lacks; recent versions want to be asked for them. It reports its use to its makers otherwise.
+def _mlflow_logger(settings: MlflowConfig, run: LoggedRun) -> MLFlowLogger:
+    """The configuration becomes the run's parameters. MLflow keeps their first values, cut at 250 characters."""
+    # Read when mlflow is imported or a store is opened; values that the user has set stay. The file store needs no
+    # database package, which mlflow-skinny lacks; recent versions require this variable for it. The second variable
+    # turns off telemetry.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    known = None if config.overwrite else read_id(output, _MLFLOW)
+    run_id = None if run.overwrite else read_id(run.output, _MLFLOW)
     logger = MLFlowLogger(
         experiment_name=settings.experiment,
-        run_name=config.name,
-        tracking_uri=settings.tracking_uri or (output / "mlflow").absolute().as_uri(),
-        run_id=known,
+        run_name=run.name,
+        tracking_uri=settings.tracking_uri or (run.output / "mlflow").absolute().as_uri(),
+        run_id=run_id,
     )
-    if known is None:
-        logger.log_hyperparams(asdict(config))
-        output.mkdir(parents=True, exist_ok=True)
-        keep_id(output, _MLFLOW, str(logger.run_id))
+    if run_id is None:
+        logger.log_hyperparams(dict(run.parameters))
+        run.output.mkdir(parents=True, exist_ok=True)
+        keep_id(run.output, _MLFLOW, str(logger.run_id))
     else:
-        logger.experiment.update_run(known, status="RUNNING")
+        logger.experiment.update_run(run_id, status="RUNNING")
     return logger
 
 

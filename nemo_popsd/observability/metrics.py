@@ -1,4 +1,4 @@
-"""The metrics of a training step: one name, unit and meaning for each, used by the loop, the loggers and the bar."""
+"""The metrics of a training step: name, unit and meaning of each, for the loop, the loggers and the progress bar."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ PREFIX = "train/"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """One on-policy step, over all data-parallel ranks. None: not measured in this step, and not logged.
+    """One training step, over all data-parallel ranks. None: not measured in this step, and not logged.
 
     Divergences and entropies are means over response tokens, in nats, over the full true vocabulary.
     """
 
     loss: float
-    """What is minimised, averaged as `distillation.loss_mean` says; the mean over the step's updates."""
+    """The loss, averaged as set by `distillation.loss_mean`; mean over the updates of the step."""
     forward_kl: float
     """KL(target ‖ student)."""
     reverse_kl: float
@@ -26,7 +26,7 @@ class StepMetrics:
     target_entropy: float
     """Entropy of the target."""
     delta_ratio: float | None = None
-    """‖Δ_ref‖ / ‖Δ_total‖ on a sample of tokens: above 1 where the part induced by the reference alone dominates."""
+    """‖Δ_ref‖ / ‖Δ_total‖ on a sample of tokens: above 1 where the part induced by the reference dominates."""
     cos_total_it: float | None = None
     """cos(Δ_total, Δ_it) on the same sample, of the question-conditioned part."""
     cos_total_ref: float | None = None
@@ -34,28 +34,28 @@ class StepMetrics:
     response_tokens: float
     """Mean length of a response, in tokens."""
     cut_share: float
-    """Share of responses cut at `rollout.max_response_tokens`."""
+    """Share of responses truncated at `rollout.max_response_tokens`."""
     marker_rate: float
     """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
     rollout_age: float
-    """How many steps the weights that drew a response token are behind those that it trains; mean over the tokens."""
+    """Number of steps between the weights that generated a response token and those trained on it; mean over tokens."""
     rollout_age_max: float
-    """The same of the oldest token."""
+    """The same for the oldest token."""
     padding_share: float
-    """Share of padding among the tokens that went through the student and the frozen branches."""
+    """Share of padding among the tokens of the forward passes of student and frozen branches."""
     grad_norm: float
-    """Global gradient norm before clipping; of the step's last update where it has several."""
+    """Global gradient norm before clipping, of the last update of the step."""
     learning_rate: float
     """Learning rate of this step."""
     tokens_per_second: float
     """Response tokens per second of the whole step, all ranks together."""
     seconds_rollout: float
-    """Seconds of sampling; with `rollout.overlap` of waiting for it."""
+    """Seconds of generating responses; with `rollout.overlap`, of waiting for them."""
     seconds_frozen: float
     """Seconds of the base, privileged-teacher and reference-only forwards."""
     seconds_train: float
     """Seconds of the student's forward, backward and optimizer step."""
 
     def as_dict(self) -> dict[str, float]:
-        """Metrics that were measured, under `PREFIX`, in the order of declaration."""
+        """The measured metrics, with `PREFIX`, in the order of declaration."""
         return {PREFIX + name: value for name, value in asdict(self).items() if value is not None}

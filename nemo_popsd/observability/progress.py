@@ -24,7 +24,7 @@ class StepProgress(ProgressBar):
 
     Args:
         steps: steps of the whole run (`training.steps`).
-        completed: steps that a resumed run has behind it.
+        completed: steps that a resumed run has already trained.
         enabled: `observability.progress_bar`.
     """
 
@@ -37,19 +37,19 @@ class StepProgress(ProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Always: Lightning asks this to know whether `LightningModule.print` may go through `print` below."""
+        """Always true: if it is, `LightningModule.print` uses `print` below."""
         return True
 
     def disable(self) -> None:
-        """Show nothing from now on (Lightning calls this on ranks other than 0)."""
+        """Turn the progress off (Lightning calls this on ranks other than 0)."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Show progress from now on, on rank 0."""
+        """Turn the progress on, on rank 0."""
         self._enabled = is_rank_zero()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the bar where standard error is a terminal."""
+        """Show the bar if standard error is a terminal."""
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=self._completed, desc="step", dynamic_ncols=True)
 
@@ -69,11 +69,11 @@ class StepProgress(ProgressBar):
             print(f"step {self._completed}/{self._steps}{values}", file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it is."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the bar as it stands, so that the error is not written into it."""
+        """Leave the bar as it is, so that the error is not written into it."""
         self._close()
 
     def _close(self) -> None:
@@ -82,7 +82,7 @@ class StepProgress(ProgressBar):
             self._bar = None
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on rank 0, bar or no bar, without tearing it (what `LightningModule.print` calls)."""
+        """Print on rank 0, above the bar if there is one (called by `LightningModule.print`)."""
         if is_rank_zero():
             tqdm.write(" ".join(str(argument) for argument in args), **kwargs)
 

@@ -1,4 +1,4 @@
-"""Which process speaks for all."""
+"""Which process logs and prints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from nemo_popsd.parallel.launcher import rank
 def is_rank_zero() -> bool:
     """Whether this process is rank 0 of the whole run, from the launcher's ``RANK``.
 
-    Lightning cannot say: every rank runs a Trainer of its own with one device, and each believes to be global rank 0.
+    Lightning does not know: every rank has its own Trainer with one device, and each Trainer has global rank 0.
     """
     return rank() == 0

@@ -13,8 +13,8 @@ import torch
 class Stopwatch:
     """Adds up the seconds of named phases.
 
-    Once CUDA is in use, each phase waits for the device at both ends (two synchronisations a phase), so that a kernel
-    is counted where it ran and not where its result was first needed. On CPU it costs two clock readings.
+    Once CUDA is in use, each phase waits for the device at both ends (two synchronisations per phase), so that the time
+    of a kernel counts for the phase that launched it. On CPU it costs two clock readings.
     """
 
     def __init__(self) -> None:

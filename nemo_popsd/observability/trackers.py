@@ -1,4 +1,4 @@
-"""Third-party loggers, none of which may cost a run its result: they work beside it, and one that fails is left out."""
+"""Third-party loggers. They run in threads beside the run; one that fails is dropped and does not fail the run."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from nemo_popsd.observability.jsonl_logger import FILE_NAME
 logger = logging.getLogger(__name__)
 
 IDS = "trackers.json"
-"""File in `output` with the names that a run has in tracking services, so that a resumed run goes on under them."""
+"""File in `output` with the ids that a run has in tracking services, so that a resumed run continues under them."""
 CLOSE_SECONDS = 120.0
-"""What a tracker gets for what it has not written yet, once the result of the run is saved."""
+"""Seconds that a tracker has to finish writing, once the result of the run is saved."""
 
 _hanging: list[str] = []
 
 
 class Tracker(Logger):
-    """Passes metrics on to another logger, from a thread of its own, and survives whatever becomes of that one.
+    """Passes metrics to another logger in a separate thread, and tolerates its failure.
 
-    The thread begins at the first call. An error of the other logger is reported once, and it gets nothing more.
-    Lightning finalises loggers when `fit` or `validate` ends; this one waits for `close`, when the result is saved.
+    The thread starts at the first call. The first error of the other logger is reported, and the logger gets no more
+    calls. Lightning finalises loggers when `fit` or `validate` ends; this one waits for `close`, when the result is
+    saved.
 
     Args:
         label: for messages, e.g. `MLflow`.
-        build: makes the other logger; called in the thread.
-        finish: ends it. Its second argument tells whether the run succeeded; None: it was asked to stop and goes on.
-        takes_hyperparameters: pass on what Lightning logs of the model's.
+        build: creates the other logger; called in the thread.
+        finish: ends it. Its second argument is whether the run succeeded; None if it was requested to stop.
+        takes_hyperparameters: pass on the hyperparameters that Lightning logs.
     """
 
     def __init__(
@@ -67,28 +68,28 @@ class Tracker(Logger):
         return ""
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Has them logged; Lightning gives the step as a number with a fraction, which some services refuse."""
-        values, number = dict(metrics), None if step is None else int(step)
+        """Logs them in the thread, with an integer step: Lightning passes a float, which some services refuse."""
+        values, index = dict(metrics), None if step is None else int(step)
 
         def log(inner: Any) -> None:
-            inner.log_metrics(values, step=number)
+            inner.log_metrics(values, step=index)
             inner.save()
 
         self._put(log)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Has them logged, if that was asked for; the resolved configuration is a file of its own."""
+        """Logs them in the thread if `takes_hyperparameters`; the resolved configuration has its own file."""
         if self._takes_hyperparameters:
             self._put(lambda inner: inner.log_hyperparams(params, *args, **kwargs))
 
     def finalize(self, status: str) -> None:
-        """Nothing: see `close`."""
+        """Does nothing: see `close`."""
 
     def close(self, succeeded: bool | None) -> None:
-        """Has everything written and the other logger ended, for which it gets `CLOSE_SECONDS`.
+        """Writes the remaining calls and ends the other logger; waits at most `CLOSE_SECONDS`.
 
         Args:
-            succeeded: whether the run did; None: it was asked to stop and goes on later.
+            succeeded: whether the run did; None if it was requested to stop and will be resumed.
         """
         if self._thread is None:
             return
@@ -118,7 +119,7 @@ class Tracker(Logger):
     def _report(self, problem: str) -> None:
         self._failed = True
         logger.warning(
-            "%s is left out from now on: %s; the run goes on, and %s has everything", self._label, problem, FILE_NAME
+            "%s is turned off: %s; the run continues, and %s has all metrics", self._label, problem, FILE_NAME
         )
 
 
@@ -130,12 +131,12 @@ def close_trackers(loggers: Iterable[Any], succeeded: bool | None) -> None:
 
 
 def any_hangs() -> bool:
-    """Whether a tracker hangs, whose library would also hold up the end of the process."""
+    """Whether a tracker hangs; its library would also block the exit of the process."""
     return bool(_hanging)
 
 
 def read_id(output: Path, service: str) -> str | None:
-    """The name of the run in `output` in a tracking service; None if it has none yet."""
+    """The id of the run in `output` in a tracking service; None if it has none yet."""
     try:
         found = json.loads((output / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -145,7 +146,7 @@ def read_id(output: Path, service: str) -> str | None:
 
 
 def keep_id(output: Path, service: str, name: str) -> None:
-    """Remembers the name of the run in `output` in a tracking service."""
+    """Stores the id of the run in `output` in a tracking service."""
     try:
         found = json.loads((output / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):

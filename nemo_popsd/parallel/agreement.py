@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from nemo_popsd.errors import TransientError, UserError, in_words, system_error, unless_it_may_pass
+from nemo_popsd.errors import TransientError, UserError, describe_error, system_error, user_or_transient
 
 _CATEGORIES = ("defect", "user", "transient")
 """In the order in which they are raised."""
@@ -75,7 +75,7 @@ def _categorized(error: Exception, what: str, *, need: str, fix: str) -> tuple[s
     if isinstance(error, OSError):
         reported: Exception = system_error(what, error, need=need, fix=fix, where=f"(rank {dist.get_rank()})")
     else:
-        reported = unless_it_may_pass(error) if isinstance(error, UserError) else error
+        reported = user_or_transient(error) if isinstance(error, UserError) else error
     if isinstance(reported, UserError):
         return "user", reported
-    return ("transient", reported) if isinstance(reported, TransientError) else ("defect", in_words(error))
+    return ("transient", reported) if isinstance(reported, TransientError) else ("defect", describe_error(error))

@@ -17,11 +17,11 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed.rendezvous import rendezvous
 
-from nemo_popsd.errors import TransientError, UserError, in_words
+from nemo_popsd.errors import TransientError, UserError, describe_error
 from nemo_popsd.parallel import launcher
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.waiting import prepare_meeting
-from nemo_popsd.runtime.cpu import adapt_to_cpu
+from nemo_popsd.runtime.cpu import adapt_megatron
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             rank.
         TransientError: not all processes were ready in time.
     """
-    adapt_to_cpu()
+    adapt_megatron()
     if torch.cuda.is_available():
         _select_device(launcher.read_launch().local_rank)
     if not dist.is_initialized():
@@ -128,7 +128,7 @@ def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
             got=f"not all ranks of the run connected to {place} within {limit}",
             fix="find out why the other ranks did not start; start all ranks of a run with the same MASTER_ADDR, "
             "MASTER_PORT and WORLD_SIZE",
-            advice=[in_words(error)],
+            advice=[describe_error(error)],
         ) from error
     finally:
         reminder.cancel()

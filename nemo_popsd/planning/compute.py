@@ -5,6 +5,7 @@ Counted are matrix products and attention. With pipeline stages the last one is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from nemo_popsd.config.schema import PopsdConfig
@@ -150,7 +151,7 @@ def attended(case: Case) -> float:
     """Positions that a step of decoding looks at, on average over the steps of a row."""
     mean, capacity = case.means, case.limits.student
     begin, steps = int(mean.prompt), max(1, int(mean.response))
-    sampled = range(begin, begin + steps, -(-steps // 256))
+    sampled = range(begin, begin + steps, math.ceil(steps / 256))
     return sum(reach_of(position + 1, max(capacity, position + 1)) for position in sampled) / len(sampled)
 
 

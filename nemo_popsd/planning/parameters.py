@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, LoRAConfig
@@ -56,7 +57,7 @@ def linears(sizes: ModelSizes) -> tuple[Linear, ...]:
 def padded_vocabulary(sizes: ModelSizes, layout: Layout) -> int:
     """V_p, rows of embedding and output matrix over all ranks."""
     multiple = VOCABULARY_MULTIPLE * layout.tensor
-    return -(-sizes.vocab // multiple) * multiple
+    return math.ceil(sizes.vocab / multiple) * multiple
 
 
 @dataclass(frozen=True)

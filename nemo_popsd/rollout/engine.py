@@ -1,4 +1,4 @@
-"""What rollout engines offer: token ids in, token ids and log-probabilities out."""
+"""The interface of rollout engines: token ids in, token ids and log-probabilities out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn; nothing here touches the loss."""
+    """How tokens are sampled; nothing here affects the loss."""
 
     temperature: float
     """Divides the logits; 0 takes the most likely token."""
@@ -19,26 +19,26 @@ class SamplingParams:
     top_k: int
     """Keep the k most likely tokens; 0 keeps all."""
     max_response_tokens: int
-    """Responses are cut here."""
+    """Longer responses are truncated here."""
     stop_token_ids: frozenset[int]
-    """Any of these ends a response, and is its last token."""
+    """Any of these ends a response and is its last token."""
     token_budget: int = 0
-    """Tokens after which rows are left unfinished, over the ranks that have the same requests; 0 finishes all. Rows
-    that must end do so in any case, and so does the first row."""
+    """Tokens after which responses are left unfinished, summed over the ranks with the same requests; 0 finishes all.
+    Requests with `run_to_end`, and the first response to end, always finish."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to draw."""
+    """One response to generate."""
 
     prompt: Sequence[int]
-    """Token ids; never text, which would lose the chat template."""
+    """Token ids, not text, which would lose the chat template."""
     seed: int
-    """Determines the random numbers of this response, whatever else is in the batch (see `row_seed`)."""
-    begun: Rollout | None = None
-    """What an earlier call drew and left unfinished: goes on from there, with the random numbers that come next."""
+    """Determines the random numbers of this response, independently of the batch (see `row_seed`)."""
+    partial: Rollout | None = None
+    """The unfinished response of an earlier call, which is continued with the random numbers that come next."""
     run_to_end: bool = False
-    """Whether it is drawn to its end, whatever the token budget."""
+    """Whether it is generated to its end, whatever the token budget."""
 
 
 @dataclass(frozen=True)
@@ -46,58 +46,58 @@ class Rollout:
     """One response."""
 
     response: list[int]
-    """Token ids, the stop token included where there is one; empty only if unfinished."""
+    """Token ids, including the stop token if there is one; empty only if unfinished."""
     log_probs: list[float]
     """Log-probability of each token under the model itself: temperature 1, nothing filtered."""
-    cut: bool
-    """Whether the limit was reached without a stop token."""
+    truncated: bool
+    """Whether it reached the limit without a stop token."""
     weights_version: int
-    """Number of steps behind the weights that drew it; of several, those of the last call."""
+    """Number of training steps behind the weights that generated it; of several, those of the last call."""
     unfinished: bool = False
-    """Whether it was left before its end, for a token budget."""
+    """Whether it was left before its end because of a token budget."""
     segments: tuple[tuple[int, int], ...] = ()
-    """Weights version and number of tokens of each part, in order, if other versions drew any; else empty."""
+    """Weights version and number of tokens of each part, in order, if several versions generated it; else empty."""
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
-        """Weights version and number of tokens of each part; one, if one version drew all."""
+        """Weights version and number of tokens of each part; a single part if one version generated all."""
         return self.segments or ((self.weights_version, len(self.response)),)
 
     def age(self, version: int) -> int:
-        """How many steps the weights that drew its oldest token are behind those of `version`."""
-        return version - min(drawn_by for drawn_by, _ in self.parts)
+        """Number of steps between the weights that generated its oldest token and those of `version`."""
+        return version - min(part_version for part_version, _ in self.parts)
 
     def token_ages(self, version: int) -> int:
         """Sum of the ages of its tokens."""
-        return sum((version - drawn_by) * tokens for drawn_by, tokens in self.parts)
+        return sum((version - part_version) * tokens for part_version, tokens in self.parts)
 
 
 class RolloutEngine(Protocol):
-    """Draws responses from the student's weights."""
+    """Generates responses from the student's weights."""
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
-        """One response per request, in order. Collective over the ranks that share the model."""
+        """Returns one response per request, in order. Collective over the ranks that share the model."""
 
 
 class PendingRollouts(Protocol):
-    """Responses that are being drawn."""
+    """Responses that are being generated."""
 
     def result(self) -> list[Rollout]:
-        """One per request, in order; waits for them. Collective over the ranks that share the model."""
+        """Waits, and returns one response per request, in order. Collective over the ranks that share the model."""
 
 
 @runtime_checkable
 class ConcurrentEngine(RolloutEngine, Protocol):
-    """Draws outside the training processes, which can do something else meanwhile."""
+    """Generates outside the training processes, which can continue meanwhile."""
 
-    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> PendingRollouts:
-        """Begins to draw, by the weights as they are now. Collective over the ranks that share the model."""
+    def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> PendingRollouts:
+        """Starts to generate with the current weights. Collective over the ranks that share the model."""
 
 
 def row_seed(seed: int, *parts: object) -> int:
-    """A 63-bit seed from the run's seed and what names the row: step, row id, sample.
+    """A 63-bit seed from the run's seed and what identifies the response: step, row id, sample.
 
-    A hash, not a sum: seeds of neighbouring steps and rows are unrelated, and no layout enters.
+    A hash, not a sum: seeds of neighbouring steps and rows are unrelated. The parallel layout has no influence.
     """
     text = "\x1f".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

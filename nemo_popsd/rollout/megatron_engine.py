@@ -1,7 +1,8 @@
-"""Rollouts from the training process's own model: its live weights, its layout, a key-value cache."""
+"""The engine in the training processes: it decodes with the live weights, in the layout of training."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,21 +17,21 @@ from nemo_popsd.errors import StopRequested
 from nemo_popsd.megatron.decoding import SlotDecoder
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
-from nemo_popsd.rollout.scheduler import PREFILL_TOKENS, Admission, Row, SlotSchedule, reach_of
+from nemo_popsd.rollout.scheduler import PREFILL_TOKENS, Admission, DecodingSequence, SlotSchedule, reach_of
 
 
 class MegatronEngine:
-    """Draws a token for each of many rows at a time; rows that are done leave, rows that wait enter.
+    """Decodes many sequences together, one token each per step; sequences leave when done, waiting ones enter.
 
-    Each row has a slot of a cache, at a position of its own (`SlotDecoder`, `SlotSchedule`). Prompts are prefilled
-    several at once when slots are free, never twice, and once for all rows that have the same prompt. Once none waits,
-    the rows that remain move together, so that a step is no wider than they need.
+    Each sequence has a slot of a cache and its own position in it (`SlotDecoder`, `SlotSchedule`). Prompts are
+    prefilled several at once when slots are free, and once for all sequences with the same prompt. When none waits, the
+    remaining sequences move together, so that a step is no wider than they need.
 
-    Tensor parallelism: logits stay sharded; what is exchanged to draw from them is in `sampling.draw` (with top-k, one
-    all-gather of [B, k + 1] numbers), and all ranks draw the same from it. Sequence parallelism is off while decoding.
-    Context-parallel ranks share the rows out among them and exchange the responses at the end (one gather of objects).
-    Pipeline stages pass each token on and wait for each other: decoding takes as long as on one stage; they get the
-    drawn tokens from the last one (a broadcast of [B, 2] float64). Ranks that share experts decode the rows of all of
+    Tensor parallelism: logits stay sharded; `sampling.draw` documents its collectives (with top-k, one all-gather of
+    [B, k + 1] numbers), and all ranks sample the same token. Sequence parallelism is off while decoding.
+    Context-parallel ranks split the sequences and exchange the responses at the end (one gather of objects). Pipeline
+    stages pass each token on and wait for each other, so decoding takes as long as on one stage; they get the sampled
+    tokens from the last one (a broadcast of [B, 2] float64). Ranks that share experts decode the sequences of all of
     them, so that each step of one is a step of all, and get the tokens from one of them (the same broadcast), since
     they may have rounded differently.
 
@@ -57,12 +58,12 @@ class MegatronEngine:
 
         Args:
             chunks: the student's, bare.
-            vocab_size: true vocabulary; padded entries are never drawn.
-            batch_rows: most rows decoded together.
-            cache_tokens: most tokens that the cache has room for, unless a single row needs more: slots times the
-                longest prompt and the limit.
-            weights_version: number of optimizer steps behind the current weights.
-            stop_requested: asked for every token, by all ranks of the model together; they are told the same.
+            vocab_size: true vocabulary; padded entries are never sampled.
+            batch_rows: most sequences decoded together.
+            cache_tokens: largest size of the cache, in tokens: slots times the longest prompt plus the limit. One
+                sequence always fits.
+            weights_version: number of training steps behind the current weights.
+            stop_requested: called for every token by all ranks of the model together; returns the same on each.
         """
         self._chunks = list(chunks)
         self._vocab_size = vocab_size
@@ -76,42 +77,42 @@ class MegatronEngine:
         """See `nemo_popsd.rollout.engine.RolloutEngine`.
 
         Raises:
-            StopRequested: the run was asked to stop; on all ranks that share these rows. Ranks that share experts
-                decode to the end first: each needs the others for every token.
+            StopRequested: the run was requested to stop; on all ranks that share these sequences. Ranks that share
+                experts decode to the end first: each needs the others for every token.
         """
         if parallel_state.get_expert_model_parallel_world_size() > 1:
-            return self._generate_in_step(requests, sampling)
+            return self._generate_with_shared_experts(requests, sampling)
         group = parallel_state.get_context_parallel_group()
         size, rank = group.size(), group.rank()
         if size == 1:
             return self._generate(requests, sampling, self._stop_requested)
         shares: list[list[Rollout] | None] = [None] * size
         try:
-            share = replace(sampling, token_budget=-(-sampling.token_budget // size))
-            mine = self._generate(requests[rank::size], share, self._stop_requested)
+            share = replace(sampling, token_budget=math.ceil(sampling.token_budget / size))
+            own = self._generate(requests[rank::size], share, self._stop_requested)
         except StopRequested:
-            mine = None
-        dist.all_gather_object(shares, mine, group=group)
+            own = None
+        dist.all_gather_object(shares, own, group=group)
         complete = [share for share in shares if share is not None]
         if len(complete) < size:
             raise StopRequested
-        return [complete[row % size][row // size] for row in range(len(requests))]
+        return [complete[index % size][index // size] for index in range(len(requests))]
 
-    def _generate_in_step(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
-        """Decodes the rows of all ranks that share experts, on each of them: a layer of one needs those of the others.
+    def _generate_with_shared_experts(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
+        """Decodes the sequences of all ranks that share experts on each of these ranks, whose layers need each other.
 
-        Ranks that share more than experts have the same rows, which are decoded once.
+        Ranks of the same replica have the same sequences, which are decoded once.
         """
         group = parallel_state.get_expert_model_parallel_group()
         share = parallel_state.get_data_parallel_rank()
         gathered: list[tuple[int, list[Request]]] = [(0, [])] * group.size()
         dist.all_gather_object(gathered, (share, list(requests)), group=group)
         by_share = dict(sorted(gathered, key=lambda pair: pair[0]))
-        everyone = [request for part in by_share.values() for request in part]
-        of_all = replace(sampling, token_budget=sampling.token_budget * len(by_share))
-        together = self._generate(everyone, of_all, lambda: False)
+        all_requests = [request for part in by_share.values() for request in part]
+        all_sampling = replace(sampling, token_budget=sampling.token_budget * len(by_share))
+        rollouts = self._generate(all_requests, all_sampling, lambda: False)
         begin = sum(len(part) for other, part in by_share.items() if other < share)
-        return together[begin : begin + len(requests)]
+        return rollouts[begin : begin + len(requests)]
 
     def _generate(
         self, requests: Sequence[Request], sampling: SamplingParams, stop_requested: Callable[[], bool]
@@ -134,28 +135,32 @@ class MegatronEngine:
                 logits = decoder.next_logits(inputs, positions, reach_of(schedule.longest, longest))
                 chosen = self._choose(logits, sampling, uniform)
                 state.advance(chosen[:, 0].long())
-                drawn = chosen.tolist()  # the one place where a step waits for the device
-                ended = schedule.accept([int(token) for token, _ in drawn], [value for _, value in drawn], sampling)
+                sampled = chosen.tolist()  # the only point where a step waits for the device
+                ended = schedule.accept([int(token) for token, _ in sampled], [value for _, value in sampled], sampling)
                 if ended := ended + schedule.leave_unfinished(sampling.token_budget):
                     state.leave(ended)
                     state.move(schedule.narrow(), decoder)
         return self._rollouts(schedule.done)
 
-    def _rollouts(self, rows: list[Row]) -> list[Rollout]:
+    def _rollouts(self, sequences: list[DecodingSequence]) -> list[Rollout]:
         version = self._weights_version()
         rollouts = []
-        for row in sorted(rows, key=lambda row: row.number):
+        for sequence in sorted(sequences, key=lambda sequence: sequence.index):
             parts: list[tuple[int, int]] = []
-            if row.request.begun is not None:
-                earlier = row.request.begun
-                parts = [*earlier.parts, (version, len(row.response) - len(earlier.response))]
+            if sequence.request.partial is not None:
+                earlier = sequence.request.partial
+                parts = [*earlier.parts, (version, len(sequence.response) - len(earlier.response))]
                 parts = [part for part in parts if part[1]]
-            segments = tuple(parts) if any(drawn_by != version for drawn_by, _ in parts) else ()
-            rollouts.append(Rollout(row.response, row.log_probs, row.cut, version, row.unfinished, segments))
+            segments = tuple(parts) if any(part_version != version for part_version, _ in parts) else ()
+            rollouts.append(
+                Rollout(
+                    sequence.response, sequence.log_probs, sequence.truncated, version, sequence.unfinished, segments
+                )
+            )
         return rollouts
 
     def _choose(self, logits: Tensor | None, sampling: SamplingParams, uniform: Tensor) -> Tensor:
-        """Tokens and their log-probabilities [B, 2] float64, the same on all ranks that decode these rows."""
+        """Tokens and their log-probabilities [B, 2] float64, the same on all ranks that decode these sequences."""
         chosen = torch.empty(len(uniform), 2, dtype=torch.float64, device=uniform.device)
         if logits is not None:
             group = parallel_state.get_tensor_model_parallel_group()
@@ -171,52 +176,56 @@ class MegatronEngine:
 
 
 class _SlotState:
-    """What the steps need of the rows, by slot, on the device."""
+    """The state of the sequences that the steps need, by slot, on the device."""
 
     def __init__(self, slots: int, limit: int, device: torch.device) -> None:
         self._limit, self._device = limit, device
-        # Last token, its position, number of drawn tokens, and what a step adds to the last two: 0 without a row.
-        self._last, self._position, self._drawn, self._advance = torch.zeros(4, slots, dtype=torch.long, device=device)
+        # Last token, its position, number of generated tokens, and the increment of the last two: 0 without a sequence.
+        self._last, self._position, self._generated, self._advance = torch.zeros(
+            4, slots, dtype=torch.long, device=device
+        )
         self._uniforms = torch.zeros(slots, limit, dtype=torch.float64, device=device)
 
     def enter(self, admission: Admission, decoder: SlotDecoder) -> None:
-        """Fills the slots of new rows, their prompts' keys included."""
+        """Fills the slots of new sequences, including the keys of their prompts."""
         for group in admission.prefills:
-            longest = max(row.position for _, row in group)
-            padded = [(row.context[:-1] + [0] * longest)[:longest] for _, row in group]
+            longest = max(sequence.position for _, sequence in group)
+            padded = [(sequence.context[:-1] + [0] * longest)[:longest] for _, sequence in group]
             decoder.prefill(self._tensor([slot for slot, _ in group]), self._tensor(padded))
         for source, target, length in admission.copies:
             decoder.copy(self._tensor([source]), self._tensor([target]), length)
-        slots = self._tensor([slot for slot, _ in admission.rows])
-        rows = [row for _, row in admission.rows]
-        self._last[slots] = self._tensor([row.last for row in rows])
-        self._position[slots] = self._tensor([row.position for row in rows])
-        self._drawn[slots] = self._tensor([len(row.response) for row in rows])
+        slots = self._tensor([slot for slot, _ in admission.sequences])
+        sequences = [sequence for _, sequence in admission.sequences]
+        self._last[slots] = self._tensor([sequence.last for sequence in sequences])
+        self._position[slots] = self._tensor([sequence.position for sequence in sequences])
+        self._generated[slots] = self._tensor([len(sequence.response) for sequence in sequences])
         self._advance[slots] = 1
-        self._uniforms[slots] = uniforms([row.request.seed for row in rows], self._limit).to(self._device)
+        self._uniforms[slots] = uniforms([sequence.request.seed for sequence in sequences], self._limit).to(
+            self._device
+        )
 
     def step(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions and random numbers of the first `width` slots: [B] each."""
-        number = self._drawn[:width].clamp(max=self._limit - 1)
-        uniform = self._uniforms[:width].gather(1, number[:, None]).squeeze(1)
+        index = self._generated[:width].clamp(max=self._limit - 1)
+        uniform = self._uniforms[:width].gather(1, index[:, None]).squeeze(1)
         return self._last[:width], self._position[:width], uniform
 
     def advance(self, tokens: Tensor) -> None:
-        """Goes on to the tokens [B] of the first B slots."""
+        """Appends the tokens [B] to the first B slots."""
         width = len(tokens)
         self._last[:width] = tokens
-        for counter in (self._position, self._drawn):
+        for counter in (self._position, self._generated):
             counter[:width] += self._advance[:width]
 
     def leave(self, slots: list[int]) -> None:
-        """Holds the slots where they are: behind the last position that their rows wrote."""
+        """Freezes the slots after the last position that their sequences wrote."""
         self._advance[self._tensor(slots)] = 0
 
     def move(self, moves: list[tuple[int, int, int]], decoder: SlotDecoder) -> None:
-        """Moves rows to other slots."""
+        """Moves sequences to other slots."""
         for source, target, length in moves:
             decoder.copy(self._tensor([source]), self._tensor([target]), length)
-            for values in (self._last, self._position, self._drawn, self._advance, self._uniforms):
+            for values in (self._last, self._position, self._generated, self._advance, self._uniforms):
                 values[target] = values[source]
 
     def _tensor(self, values: Sequence[Any]) -> Tensor:

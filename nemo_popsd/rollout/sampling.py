@@ -1,9 +1,9 @@
 """Sampling tokens from logits that are sharded over the vocabulary: temperature, top-k, top-p, one uniform number each.
 
-What is drawn is defined on the whole vocabulary and does not depend on how it is sharded, up to the rounding of sums:
-one shard takes the same steps as many, without the collectives. Logits are never gathered.
+The sampled token is defined on the whole vocabulary and does not depend on how it is sharded, up to the rounding of
+sums: one shard takes the same steps as several, without the collectives. Logits are never gathered.
 
-Shapes: B rows, V entries of this shard's vocabulary, R shards, K candidates.
+Shapes: B sequences, V entries of this shard's vocabulary, R shards, K candidates.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _DIGITS = (24, 16, 8, 0)
 
 
 def uniforms(seeds: list[int], tokens: int) -> Tensor:
-    """Random numbers in [0, 1) for `tokens` draws of each row: [B, tokens] float64 on the CPU.
+    """Random numbers in [0, 1) for `tokens` tokens of each sequence: [B, tokens] float64 on the CPU.
 
-    Each row has a generator of its own, so its numbers depend on its seed alone.
+    Each sequence has its own generator, so its numbers depend only on its seed.
     """
-    rows = [torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows)
+    numbers = [torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(numbers)
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Which columns of the logits a rank has."""
+    """The columns of the logits that a rank holds."""
 
     first: int
     """Token id of its first column."""
     vocab_size: int
-    """True size of the whole vocabulary; columns of ids from here on are padding and never drawn."""
+    """True size of the whole vocabulary; columns of larger ids are padding and never sampled."""
     group: dist.ProcessGroup | None = None
-    """Ranks that hold the other columns, in the order of the ids; None where one rank holds all."""
+    """Ranks that hold all columns, in the order of the ids; None if this rank holds all."""
 
     @property
     def ranks(self) -> int:
@@ -47,29 +47,29 @@ class VocabularyShard:
 
     @property
     def rank(self) -> int:
-        """Index of this one."""
+        """Index of this shard."""
         return 0 if self.group is None else self.group.rank()
 
     def true_columns(self, logits_BV: Tensor) -> Tensor:
-        """The columns that are no padding, in fp32; one of -inf where there are none."""
+        """The columns that are not padding, in fp32; one column of -inf if there are none."""
         count = min(logits_BV.shape[1], self.vocab_size - self.first)
         if count <= 0:
             return torch.full_like(logits_BV[:, :1], -torch.inf, dtype=torch.float32)
         return logits_BV[:, :count].float()
 
     def gather(self, x: Tensor) -> Tensor:
-        """`x` of all shards, [R, ...]: one all-gather, none with one shard."""
+        """`x` of all shards, [R, ...]. One all-gather, none with one shard."""
         if self.ranks == 1:
             return x[None]
         everything = x.new_empty(self.ranks, *x.shape)
         dist.all_gather_into_tensor(everything.flatten(0, 1), x.contiguous(), group=self.group)
         return everything
 
-    def only_mine(self, x: Tensor, mine_B: Tensor) -> Tensor:
-        """`x` [B, ...] of the one shard for which `mine_B` holds: one all-reduce, none with one shard."""
+    def select_owner(self, x: Tensor, owned_B: Tensor) -> Tensor:
+        """`x` [B, ...] of the one shard for which `owned_B` is true. One all-reduce, none with one shard."""
         if self.ranks == 1:
             return x
-        chosen = torch.where(mine_B.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
+        chosen = torch.where(owned_B.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
         dist.all_reduce(chosen, group=self.group)
         return chosen
 
@@ -77,26 +77,26 @@ class VocabularyShard:
 def draw(
     logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
-    """Draws one token per row by inverting the distribution function of the filtered, tempered softmax.
+    """Samples one token per sequence by inverting the distribution function of the filtered, tempered softmax.
 
-    Filters in the usual order: temperature, then top-k, then top-p on what is left: tokens in the order of falling
-    logits, of equal ones the smaller id first, until their mass reaches top_p; the most likely always stays. Each
-    token's mass is formed in fp32, masses are summed in float64. With top-k the kept tokens are laid out by falling
-    probability, without by their ids.
+    Filters in the usual order: temperature, then top-k, then top-p on the remaining tokens: in the order of falling
+    logits (equal ones by id) until their mass reaches top_p; the most likely token always remains. Each token's mass is
+    computed in fp32, and masses are summed in float64. The distribution function orders the tokens by falling
+    probability with top-k, and by id without.
 
-    Collectives over the shards, of one token of all rows; none with one shard:
+    Collectives over the shards, for one token of all sequences; none with one shard:
 
     - greedy or top-k: one all-gather of [B, k + 1] int64 (the best k of each shard, and its log-sum-exp)
     - no filter: one all-gather of [B, 3] float64 and one all-reduce of [B, 2] float64
     - top-p alone: six all-gathers, four of them of [B, 256] float64, and one all-reduce of [B, 2] float64
 
-    Every rank computes the result from the same numbers, so the ranks agree to the bit.
+    Every rank computes the result from the same numbers, so the ranks agree bit for bit.
 
     Args:
-        logits_BV: this shard's, any float dtype.
+        logits_BV: of this shard, any float dtype.
         sampling: temperature 0 takes the most likely token.
-        uniform_B: in [0, 1), float64, the same on all shards.
-        shard: this rank's.
+        uniform_B: random numbers in [0, 1), float64, the same on all shards.
+        shard: of this rank.
 
     Returns:
         Token ids [B] int64, and their log-probabilities [B] fp32 under the softmax of all logits at temperature 1,
@@ -115,7 +115,7 @@ def draw(
 def _draw_among_best(
     logits_BV: Tensor, count: int, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
-    """Merges each shard's best: the best of all are among them."""
+    """Merges the best candidates of each shard, which include the best of all."""
     ids_V = torch.arange(shard.first, shard.first + logits_BV.shape[1], device=logits_BV.device)
     keys_BV = (_sortable(logits_BV).long() << 32) | (_LOW - ids_V)
     keys_BK = keys_BV.topk(min(count, keys_BV.shape[1]), dim=-1).values
@@ -127,7 +127,7 @@ def _draw_among_best(
     keys_BK = both_RBK[..., :-1].transpose(0, 1).flatten(1).topk(count, dim=-1).values
     values_BK = _from_sortable((keys_BK >> 32).int())
     mass_BK = (values_BK.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    # A candidate stays when the mass before it has not reached top_p; so the first always stays.
+    # A candidate remains if the mass before it has not reached top_p; so the first always remains.
     last_B1 = (mass_BK < top_p).sum(-1, keepdim=True) if top_p < 1 else torch.full_like(keys_BK[:, :1], count)
     threshold_B1 = uniform_B[:, None] * mass_BK.gather(-1, last_B1.clamp_(max=count - 1))
     chosen_B1 = (mass_BK <= threshold_B1).sum(-1, keepdim=True).clamp_(max=count - 1)
@@ -138,7 +138,7 @@ def _draw_among_best(
 def _draw_from_all(
     logits_BV: Tensor, temperature: float, uniform_B: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
-    """Finds the shard by the shards' masses, the token by its own."""
+    """Finds the shard by the masses of the shards, then the token by the masses in it."""
     scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
     greatest_B = scaled_BV.amax(-1)
     weights_BV = (scaled_BV - _finite(greatest_B)[:, None]).exp()
@@ -153,7 +153,7 @@ def _draw_from_all(
 def _draw_from_nucleus(
     logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
-    """Finds the smallest logit that stays, eight bits at a time, by the masses of all that share the bits so far."""
+    """Finds the smallest logit that remains, eight bits at a time, by the masses of the logits with the same bits."""
     scaled_BV = logits_BV / temperature
     stacked_RB2 = shard.gather(torch.stack([scaled_BV.amax(-1), logits_BV.logsumexp(-1)], dim=-1).double())
     greatest_B, normaliser_B = stacked_RB2[..., 0].amax(0), stacked_RB2[..., 1].logsumexp(0)
@@ -169,7 +169,7 @@ def _draw_from_nucleus(
         sums_B256 = mass_B256.cumsum(-1)
         if shift == _DIGITS[0]:
             goal_B1 = top_p * sums_B256[:, -1:]
-        # Rounding may leave the goal unreached: then the last that has a mass.
+        # Rounding may leave the goal unreached: then the last digit with a mass.
         last_B1 = (sums_B256 < sums_B256[:, -1:]).sum(-1, keepdim=True)
         digit_B1 = torch.minimum((before_B1 + sums_B256 < goal_B1).sum(-1, keepdim=True), last_B1)
         before_B1 = before_B1 + sums_B256.gather(1, digit_B1) - mass_B256.gather(1, digit_B1)
@@ -199,25 +199,25 @@ def _invert(
     """Inverts the distribution function in the order of the ids.
 
     Args:
-        logits_BV: this shard's.
-        sums_BV: running sums of this shard's masses in the shard's own unit, float64.
-        mass_RB: every shard's mass, in one unit for all.
-        scale_RB: every shard's own unit in that one.
+        logits_BV: of this shard.
+        sums_BV: running sums of the masses of this shard in the unit of the shard, float64.
+        mass_RB: mass of each shard, in a common unit.
+        scale_RB: unit of each shard in the common unit.
         normaliser_B: log-sum-exp of all logits.
         uniform_B: the random numbers.
-        shard: this rank's.
+        shard: of this rank.
     """
     until_RB = mass_RB.cumsum(0)
     threshold_B = uniform_B * until_RB[-1]
-    # Less than the sum of all, so there is a shard, and it has a mass.
+    # Smaller than the total, so there is such a shard, and its mass is positive.
     owner_B = (until_RB <= threshold_B).sum(0)
-    mine_B = owner_B == shard.rank
+    owned_B = owner_B == shard.rank
     beyond_B = threshold_B - (until_RB[shard.rank] - mass_RB[shard.rank])
     local_B1 = (beyond_B / scale_RB[shard.rank])[:, None]
     last_B1 = (sums_BV < sums_BV[:, -1:]).sum(-1, keepdim=True)
     index_B1 = torch.minimum((sums_BV <= local_B1).sum(-1, keepdim=True), last_B1)
     chosen_B2 = torch.cat([(index_B1 + shard.first).double(), logits_BV.gather(1, index_B1).double()], dim=1)
-    chosen_B2 = shard.only_mine(chosen_B2, mine_B)
+    chosen_B2 = shard.select_owner(chosen_B2, owned_B)
     return chosen_B2[:, 0].long(), (chosen_B2[:, 1] - normaliser_B).float()
 
 
@@ -226,7 +226,7 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _sortable(x: Tensor) -> Tensor:
-    """Int32 numbers in the order of the fp32 numbers `x`; both zeros are one."""
+    """Int32 keys in the order of the fp32 numbers `x`; both zeros have the same key."""
     return _flip((x + 0.0).view(torch.int32))
 
 

@@ -1,41 +1,45 @@
-"""Which row sits in which slot of the cache: rows enter as others leave. Plain Python; equal on all ranks.
+"""Which sequence has which slot of the cache: sequences enter slots that others have left. Plain Python.
 
-Decisions follow from the requests and the drawn tokens alone, which all ranks of a model have in common.
+Decisions depend only on the requests and the sampled tokens, which are the same on all ranks of a model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nemo_popsd.rollout.engine import Request, SamplingParams
 
 PREFILL_TOKENS = 8192
-"""Most tokens of one prefill of several prompts: its activations, of a layer at a time, are small beside training's."""
+"""Most tokens of one prefill of several prompts. Its activations, of one layer at a time, are small compared with
+those of training."""
 _SHARES = 8
-"""Rows enter once an eighth of the slots is free, and the computed width shrinks by eighths: each costs a forward, or
-copies, beside the steps."""
+"""Sequences enter once an eighth of the slots is free, and the computed width shrinks by eighths: each entry costs a
+forward pass, and each shrinking costs copies."""
 
 
 @dataclass
-class Row:
-    """A request and what was drawn for it so far."""
+class DecodingSequence:
+    """A request and the tokens generated for it so far."""
 
-    number: int
+    index: int
     """Index of the request."""
     request: Request
     response: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    cut: bool = False
+    truncated: bool = False
     """Whether it ended at the limit."""
     unfinished: bool = False
-    """Whether it was left before its end."""
+    """Whether it was left before its end, for a token budget."""
 
     @classmethod
-    def of(cls, number: int, request: Request) -> Row:
-        """The row of a request, with what was drawn for it earlier."""
-        begun = request.begun
-        return cls(number, request) if begun is None else cls(number, request, [*begun.response], [*begun.log_probs])
+    def of(cls, index: int, request: Request) -> DecodingSequence:
+        """The sequence of a request, with the tokens of an earlier call."""
+        partial = request.partial
+        return (
+            cls(index, request) if partial is None else cls(index, request, [*partial.response], [*partial.log_probs])
+        )
 
     @property
     def context(self) -> list[int]:
@@ -44,101 +48,108 @@ class Row:
 
     @property
     def position(self) -> int:
-        """Of the token that the next step puts into the cache: the last of prompt and response so far."""
+        """Position of the token that the next step writes to the cache: the last of prompt and response so far."""
         return len(self.request.prompt) + len(self.response) - 1
 
     @property
     def last(self) -> int:
-        """That token."""
+        """The token at `position`."""
         return self.response[-1] if self.response else self.request.prompt[-1]
 
 
 @dataclass(frozen=True)
 class Admission:
-    """Rows that enter their slots."""
+    """Sequences that enter slots."""
 
-    rows: list[tuple[int, Row]]
-    """Slot and row, of all of them."""
-    prefills: list[list[tuple[int, Row]]]
-    """Those whose prompts have to be computed, in the groups in which they are computed together."""
+    sequences: list[tuple[int, DecodingSequence]]
+    """Slot and sequence of each."""
+    prefills: list[list[tuple[int, DecodingSequence]]]
+    """Those whose prompts must be computed, in groups that are computed together."""
     copies: list[tuple[int, int, int]]
-    """Source slot, target slot and number of tokens, after the prefills: prompts that the cache has already."""
+    """Source slot, target slot and length of prompts that the cache already has; copied after the prefills."""
 
 
 class SlotSchedule:
-    """Rows that wait, rows in their slots, rows that are done.
+    """The queue of waiting sequences, the sequences in slots, and those that are done.
 
-    The keys of a prompt are computed once for all rows that have it and are side by side in the queue: a slot keeps
-    its row's prompt until another row takes it. The last token of a prompt is not prefilled: it is the first step's.
-    The prompt of a row that was begun earlier includes what was drawn then; such rows come first, those that must end
-    before all others.
+    The keys of a prompt are computed once for all sequences with that prompt that are adjacent in the queue: a slot
+    keeps the prompt of its sequence until another sequence takes the slot. The last token of a prompt is not
+    prefilled; the first step computes it. The prompt of a partial response includes its tokens. Partial responses come
+    first, and those that run to their end before all others.
 
     Attributes:
-        width: the first so many slots are computed in each step.
-        slots: the row in each slot, or None.
-        done: rows that ended, or were left unfinished.
-        drawn: tokens so far.
+        width: number of leading slots that each step computes.
+        slots: the sequence in each slot, or None.
+        done: sequences that ended or were left unfinished.
+        generated: number of tokens so far.
     """
 
     def __init__(self, requests: Sequence[Request], slots: int, *, prefill_tokens: int) -> None:
-        """Queues all requests, those with prompts of like length and with the same prompt side by side.
+        """Queues all requests, sorted so that prompts of similar length, and equal prompts, are adjacent.
 
         Args:
-            requests: prompts are not empty.
-            slots: rows in the cache at one time.
-            prefill_tokens: most tokens, padding included, of one prefill of several rows.
+            requests: with non-empty prompts.
+            slots: most sequences in the cache at one time.
+            prefill_tokens: most tokens, padding included, of one prefill of several sequences.
         """
-        rows = [Row.of(number, request) for number, request in enumerate(requests)]
-        rows.sort(key=lambda row: (not row.request.run_to_end, row.request.begun is None, row.position, row.context))
-        self._waiting = rows[::-1]
+        sequences = [DecodingSequence.of(index, request) for index, request in enumerate(requests)]
+        sequences.sort(
+            key=lambda sequence: (
+                not sequence.request.run_to_end,
+                sequence.request.partial is None,
+                sequence.position,
+                sequence.context,
+            )
+        )
+        self._waiting = sequences[::-1]
         self._prefill_tokens = prefill_tokens
-        self.slots: list[Row | None] = [None] * slots
+        self.slots: list[DecodingSequence | None] = [None] * slots
         self._held: list[tuple[int, ...] | None] = [None] * slots
         self.width = slots
-        self.done: list[Row] = []
-        self.drawn = 0
+        self.done: list[DecodingSequence] = []
+        self.generated = 0
 
     @property
-    def live(self) -> list[tuple[int, Row]]:
-        """Slot and row of the rows that are being drawn."""
-        return [(slot, row) for slot, row in enumerate(self.slots) if row is not None]
+    def live(self) -> list[tuple[int, DecodingSequence]]:
+        """Slot and sequence of the sequences that are being decoded."""
+        return [(slot, sequence) for slot, sequence in enumerate(self.slots) if sequence is not None]
 
     @property
     def unfinished(self) -> bool:
-        """Whether any row waits or is being drawn."""
-        return bool(self._waiting) or any(row is not None for row in self.slots)
+        """Whether any sequence waits or is being decoded."""
+        return bool(self._waiting) or any(sequence is not None for sequence in self.slots)
 
     @property
     def longest(self) -> int:
-        """Positions that the next step's rows see at most."""
-        return max(row.position for _, row in self.live) + 1
+        """Largest number of positions that a sequence of the next step attends to."""
+        return max(sequence.position for _, sequence in self.live) + 1
 
     def admit(self) -> Admission | None:
-        """Lets waiting rows into free slots, once enough of them are free; None where none enters."""
-        free = [slot for slot, row in enumerate(self.slots) if row is None]
+        """Puts waiting sequences into free slots once enough slots are free; None if none enters."""
+        free = [slot for slot, sequence in enumerate(self.slots) if sequence is None]
         enough = max(1, len(self.slots) // _SHARES)
         if not self._waiting or len(free) < min(enough, len(self._waiting)):
             return None
-        rows, prefills, copies = [], [], []
+        sequences, prefills, copies = [], [], []
         while free and self._waiting:
-            row = self._waiting.pop()
-            prompt = tuple(row.context)
+            sequence = self._waiting.pop()
+            prompt = tuple(sequence.context)
             source = self._held.index(prompt) if prompt in self._held else None
             slot = source if source in free else free[0]
             assert slot is not None
             free.remove(slot)
             if source is None:
-                prefills.append((slot, row))
+                prefills.append((slot, sequence))
             elif source != slot:
                 copies.append((source, slot, len(prompt) - 1))
-            self.slots[slot], self._held[slot] = row, prompt
-            rows.append((slot, row))
-        return Admission(rows, self._grouped([pair for pair in prefills if pair[1].position > 0]), copies)
+            self.slots[slot], self._held[slot] = sequence, prompt
+            sequences.append((slot, sequence))
+        return Admission(sequences, self._grouped([pair for pair in prefills if pair[1].position > 0]), copies)
 
-    def _grouped(self, rows: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
-        """In groups, padded each to its longest, within the budget; at least one row in each."""
-        groups: list[list[tuple[int, Row]]] = []
-        for pair in rows:
+    def _grouped(self, sequences: list[tuple[int, DecodingSequence]]) -> list[list[tuple[int, DecodingSequence]]]:
+        """Splits into groups within the budget, each padded to its longest; at least one sequence in each."""
+        groups: list[list[tuple[int, DecodingSequence]]] = []
+        for pair in sequences:
             if groups and _prefilled([*groups[-1], pair]) <= self._prefill_tokens:
                 groups[-1].append(pair)
             else:
@@ -146,45 +157,45 @@ class SlotSchedule:
         return groups
 
     def accept(self, tokens: Sequence[int], log_probs: Sequence[float], sampling: SamplingParams) -> list[int]:
-        """Appends a step's tokens, by slot, to the rows; returns the slots of those that ended."""
+        """Appends the tokens of a step, indexed by slot, to the sequences; returns the slots of those that ended."""
         ended = []
-        for slot, row in self.live:
-            self.drawn += 1
-            row.response.append(tokens[slot])
-            row.log_probs.append(log_probs[slot])
+        for slot, sequence in self.live:
+            self.generated += 1
+            sequence.response.append(tokens[slot])
+            sequence.log_probs.append(log_probs[slot])
             stopped = tokens[slot] in sampling.stop_token_ids
-            if stopped or len(row.response) >= sampling.max_response_tokens:
-                row.cut = not stopped
-                self.done.append(row)
+            if stopped or len(sequence.response) >= sampling.max_response_tokens:
+                sequence.truncated = not stopped
+                self.done.append(sequence)
                 self.slots[slot] = None
                 ended.append(slot)
         return ended
 
     def leave_unfinished(self, budget: int) -> list[int]:
-        """Once a step more would draw more than `budget` tokens, leaves all rows but those that must end.
+        """Leaves all sequences except those that run to their end, once another step would exceed `budget` tokens.
 
-        Not before one row has ended, so that there is something to train on.
+        Never before one sequence has ended, so that there is something to train on.
 
         Returns:
-            The slots of those that were being drawn.
+            The slots of those that were being decoded.
         """
-        if not budget or not self.done or self.drawn + len(self.live) <= budget:
+        if not budget or not self.done or self.generated + len(self.live) <= budget:
             return []
-        left = [(slot, row) for slot, row in self.live if not row.request.run_to_end]
-        waiting = [row for row in self._waiting if not row.request.run_to_end]
-        self._waiting = [row for row in self._waiting if row.request.run_to_end]
-        for row in [*waiting, *(row for _, row in left)]:
-            row.unfinished = True
-            self.done.append(row)
+        left = [(slot, sequence) for slot, sequence in self.live if not sequence.request.run_to_end]
+        waiting = [sequence for sequence in self._waiting if not sequence.request.run_to_end]
+        self._waiting = [sequence for sequence in self._waiting if sequence.request.run_to_end]
+        for sequence in [*waiting, *(sequence for _, sequence in left)]:
+            sequence.unfinished = True
+            self.done.append(sequence)
         for slot, _ in left:
             self.slots[slot] = None
         return [slot for slot, _ in left]
 
     def narrow(self) -> list[tuple[int, int, int]]:
-        """Once nothing waits, brings the rows into fewer slots where that makes a step narrower.
+        """Moves the sequences into fewer slots if nothing waits and that makes a step narrower.
 
         Returns:
-            Source slot, target slot, and tokens to copy, of the rows that have to move.
+            Source slot, target slot and number of tokens to copy, of the sequences that move.
         """
         live = self.live
         width = self._width_of(len(live))
@@ -193,26 +204,29 @@ class SlotSchedule:
         self.width = width
         free = [slot for slot in range(width) if self.slots[slot] is None]
         moves = []
-        for (slot, row), target in zip([pair for pair in live if pair[0] >= width], free, strict=False):
-            self.slots[target], self.slots[slot] = row, None
+        for (slot, sequence), target in zip([pair for pair in live if pair[0] >= width], free, strict=False):
+            self.slots[target], self.slots[slot] = sequence, None
             self._held[target], self._held[slot] = self._held[slot], None
-            moves.append((slot, target, row.position))
+            moves.append((slot, target, sequence.position))
         return moves
 
-    def _width_of(self, rows: int) -> int:
-        """The least width in use that has room: an eighth of the slots, two eighths, ...; below that 1, 2, 4, ..."""
-        share = -(-len(self.slots) // _SHARES)
-        if rows < share:
-            return min(share, 1 << max(0, rows - 1).bit_length())
-        return min(len(self.slots), -(-rows // share) * share)
+    def _width_of(self, sequences: int) -> int:
+        """The smallest width that fits: one eighth of the slots, two eighths, ...; below one eighth 1, 2, 4, ..."""
+        share = math.ceil(len(self.slots) / _SHARES)
+        if sequences < share:
+            return min(share, 1 << max(0, sequences - 1).bit_length())
+        return min(len(self.slots), math.ceil(sequences / share) * share)
 
 
-def _prefilled(group: list[tuple[int, Row]]) -> int:
-    """Tokens of one prefill, padding included."""
-    return len(group) * max(row.position for _, row in group)
+def _prefilled(group: list[tuple[int, DecodingSequence]]) -> int:
+    """Number of tokens of one prefill, padding included."""
+    return len(group) * max(sequence.position for _, sequence in group)
 
 
 def reach_of(longest: int, capacity: int) -> int:
-    """How far attention looks for `longest` positions: one of a few lengths, at most an eighth too long beyond 256."""
+    """Number of cached positions that attention reads for `longest` positions.
+
+    One of a few lengths; beyond 256 at most an eighth too long.
+    """
     step = max(32, 1 << max(0, longest.bit_length() - 4))
-    return min(capacity, -(-longest // step) * step)
+    return min(capacity, math.ceil(longest / step) * step)

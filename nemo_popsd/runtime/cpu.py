@@ -273,7 +273,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
 """Everything that is changed on a machine without CUDA, in the order of application."""
 
 
-def adapt_to_cpu() -> None:
+def adapt_megatron() -> None:
     """Applies `LOCAL_LAYERS` and, when there is no CUDA, `ADAPTATIONS`.
 
     Idempotent; imports megatron-core and Megatron-Bridge.

@@ -1,4 +1,4 @@
-"""Who trains on which rollout: equal work for data-parallel ranks, and the parts of a step that updates are made on."""
+"""Assigning rollouts to data-parallel ranks by equal work, and to the updates of a step."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from nemo_popsd.training.trajectory import Trajectory
 
 
 def rebalance(trajectories: Sequence[Trajectory], group: dist.ProcessGroup, updates: int) -> list[list[Trajectory]]:
-    """This rank's trajectories for each of a step's updates, shared out anew by their lengths.
+    """This rank's trajectories for each update of a step, assigned by their lengths.
 
-    Update u takes the trajectories u, u + updates, ... of the step, counted over all ranks, in any layout. Rollouts
-    have ended where they ended: within each update they are shared out so that every rank computes about as many
-    tokens. Nothing that a rollout was drawn with depends on this.
+    Update u takes the trajectories u, u + updates, ... of the step, counted over all ranks, in any layout. Within each
+    update they are assigned so that every rank computes about the same number of tokens. The responses themselves do
+    not depend on this.
 
-    Every rank gathers the whole step as objects (one gather over `group`; token ids and texts, some 4 bytes for each
-    token of a row's contexts) and computes the same shares.
+    Every rank gathers all trajectories of the step as objects (one gather over `group`; token ids and texts, about 4
+    bytes for each token of a row's contexts) and computes the same assignment.
 
     Args:
-        trajectories: of this rank; on all ranks together they are the step.
+        trajectories: of this rank; those of all ranks together are the step.
         group: data-parallel group.
-        updates: parts.
+        updates: number of updates.
+
+    Returns:
+        One list for each update.
     """
     step = list(trajectories)
     if group.size() > 1:
@@ -37,10 +40,10 @@ def rebalance(trajectories: Sequence[Trajectory], group: dist.ProcessGroup, upda
 
 
 def balanced_shares(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of `costs` shared out over `ranks`: the dearest first, each to the rank with the least so far.
+    """Indices of `costs` for each rank: the most expensive first, each to the rank with the least cost so far.
 
-    No rank has more than 4/3 of the best possible greatest sum (Graham's bound for this rule). Deterministic; each
-    share in ascending order. Where there are fewer costs than ranks, some shares are empty.
+    No rank has more than 4/3 of the smallest possible maximum (Graham's bound for this rule). Deterministic; each share
+    is in ascending order. With fewer costs than ranks, some shares are empty.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]

@@ -12,43 +12,45 @@ from nemo_popsd.settings.checks import one_of, refuse
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """Steps, batches, and what happens every so many steps."""
+    """Steps, batches, and how often to evaluate and save."""
 
     steps: Annotated[int, Bounds(1, 10**8)] = 200
-    """On-policy steps (the paper trains at most 200). A finished run goes on if it is started again with more of them.
-    The schedule of the learning rate is a function of the step and of this number, so the rate then jumps to that of an
-    uninterrupted run of the new length: after a decay to `optimizer.min_lr` it rises again."""
+    """Training steps (the paper trains at most 200). A finished run continues if it is started again with more steps.
+    The learning rate is a function of the step and of this value, so it then jumps to that of an uninterrupted run of
+    the new length: after a decay to `optimizer.min_lr` it rises again."""
     prompts_per_step: Annotated[int, Bounds(1, 2**16)] = 32
     """Questions per step over all data-parallel ranks, one rollout each (the paper's batch)."""
     updates_per_step: Annotated[int, Bounds(1, 2**16)] = 1
-    """Optimizer updates per step, each on an equal part of its rollouts. The frozen passes are made once for all of
-    them. From the second update on the student is no longer the one that drew the rollouts: off-policy by that much."""
+    """Optimizer updates per step, each on an equal part of its rollouts. The frozen branches run once for all of them.
+    From the second update on, the student has newer weights than those that generated the rollouts: slightly
+    off-policy."""
     microbatch_tokens: Annotated[int, Bounds(1, 10**9)] = 8192
     """Tokens, padding included, of one forward and backward pass of the student; gradients accumulate over them."""
     frozen_tokens: Annotated[int, Bounds(1, 10**9)] = 32768
     """Tokens, padding included, of one forward pass of the frozen branches, which keep no activations."""
     packing: bool = True
-    """Put contexts one after the other in a forward pass instead of side by side: no padding but what the layout asks
-    for (`train/padding_share` says how much)."""
+    """Concatenate sequences in a forward pass instead of padding them to the longest: the only padding is what the
+    layout requires (`train/padding_share`)."""
     cache_on_host: bool = False
-    """Keep what the frozen passes say of each token (4 to 6 bytes per token and hidden unit) in host memory until the
-    loss needs it."""
+    """Keep the outputs of the frozen branches (4 to 6 bytes per token and hidden unit) in host memory until the loss
+    needs them."""
     validate_every: Annotated[int, Bounds(0, 10**8)] = 50
-    """Evaluate on `data.validation` every so many steps; 0 only at the start and the end."""
+    """Number of steps between evaluations on `data.validation`; 0 evaluates only before the first and after the last
+    step."""
     checkpoint_every: Annotated[int, Bounds(0, 10**8)] = 50
-    """Save a NeMo checkpoint every so many steps; 0 only at the end."""
+    """Number of steps between NeMo checkpoints; 0 saves only at the end."""
     self_check: bool = True
-    """Before step 1, prove on one batch that the student equals the base and that, with the PMI off, loss and
-    gradient are 0."""
+    """Before step 1, verify on one batch that the student equals the base and that, with the PMI off, loss and gradient
+    are 0."""
     async_save: bool = False
-    """Write checkpoints in the background, from copies in CPU memory, while training goes on. The next save, and the
-    end of the run, wait for it; an error surfaces at the next step."""
+    """Write checkpoints in the background, from copies in CPU memory, while training continues. The next save, and the
+    end of the run, wait for it; an error is raised at the next step."""
     keep_last: Annotated[int, Bounds(0, 10**8)] = 2
     """Checkpoints to keep besides `final`, the newest; 0 keeps all. An old one is removed once a newer is complete."""
     keep_best: Annotated[int, Bounds(0, 10**8)] = 0
-    """Checkpoints to keep besides those, the best by `best_metric`."""
+    """Checkpoints to keep in addition, the best by `best_metric`."""
     best_metric: str = "validation/accuracy"
-    """Name in metrics.jsonl. A checkpoint at whose step it was not measured is none of the best."""
+    """Name in metrics.jsonl. A checkpoint without a measurement at its step is not among the best."""
     best_is: str = "max"
     """Whether the greatest (`max`) or the least (`min`) value is best."""
     collective_timeout: Annotated[float, Bounds(1, SECONDS_OF_30_DAYS)] = 1800

@@ -1,4 +1,4 @@
-"""Stops every rank when anything is not finite, before the update or right after it, and says where it came from."""
+"""Stops every rank when a loss, gradient or weight is not finite, and names the rows that it came from."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from nemo_popsd.training.objective import LossReport
 
 
 class NonFiniteError(RuntimeError):
-    """NaN or Inf in a loss or gradient, before the update, or in weights, after it. Nothing was saved since."""
+    """NaN or Inf in a loss or gradient before the update, or in weights after it. Nothing has been saved since."""
 
 
 def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequence[str], grad_norm: float) -> None:
     """Raises the same error on every rank if any rank has a loss, or the gradient norm is, not finite.
 
-    Collectives over the world: one all-reduce of one number, and one gather of names if something is wrong.
+    The host waits once for the device. Collectives over the world: one all-reduce of one number, and one gather of
+    names if something is not finite.
 
     Args:
-        step: number of the step, from 1.
+        step: index of the step, counted from 1.
         reports: of this rank's micro-batches; none where another pipeline stage has the loss.
         row_ids: ids of this rank's trajectories.
         grad_norm: global gradient norm.
@@ -30,7 +31,7 @@ def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequenc
     Raises:
         NonFiniteError: naming the step, the ranks and the rows.
     """
-    bad = [row_ids[row] for report in reports for row in _non_finite_rows(report)]
+    bad = [row_ids[index] for index in _non_finite_sequences(reports)]
     if not on_any_rank(bool(bad) or not math.isfinite(grad_norm)):
         return
     by_rank: list[list[str] | None] = [None] * dist.get_world_size()
@@ -43,16 +44,16 @@ def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequenc
 
 
 def refuse_non_finite_update(step: int, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> None:
-    """Raises the same error on every rank if the update of a step left weights on any that are not finite.
+    """Raises the same error on every rank if a weight on any rank is not finite after the update of a step.
 
-    A gradient may be finite and its update not, as with a learning rate beyond all sense. Without this the last step
-    of a run would save such weights, and any other would be blamed on the rows of the next.
+    A finite gradient may have an update that is not, for example with a very large learning rate. Without this check
+    the last step of a run would save such weights, and an earlier one would be reported as a fault of the next rows.
 
     Collective over the world: one all-reduce of one number.
 
     Args:
-        step: number of the step, from 1.
-        parameters: what is trained.
+        step: index of the step, counted from 1.
+        parameters: those that are trained.
         learning_rate: of the update.
 
     Raises:
@@ -72,6 +73,11 @@ def non_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return bool(found) and not bool(torch.stack(found).all())
 
 
-def _non_finite_rows(report: LossReport) -> list[int]:
-    finite = torch.isfinite(report.per_token).split(report.response_lengths)
-    return [row for row, tokens in zip(report.rows, finite, strict=True) if not bool(tokens.all())]
+def _non_finite_sequences(reports: Sequence[LossReport]) -> list[int]:
+    """Indices of the trajectories with a per-token loss that is NaN or Inf. The host waits once for the device."""
+    if not reports:
+        return []
+    finite = torch.cat([torch.isfinite(report.per_token) for report in reports]).cpu()
+    lengths = [length for report in reports for length in report.response_lengths]
+    indices = [index for report in reports for index in report.rows]
+    return [index for index, tokens in zip(indices, finite.split(lengths), strict=True) if not bool(tokens.all())]

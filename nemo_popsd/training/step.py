@@ -1,4 +1,4 @@
-"""One on-policy step: rollouts, frozen branches, loss and gradients, updates, metrics."""
+"""One training step: rollouts, frozen branches, loss and gradients, updates, metrics."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.distillation.build import build_divergence, build_target
+from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.megatron.forward import forward_backward, student_batches
 from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -16,14 +16,12 @@ from nemo_popsd.megatron.student import Student
 from nemo_popsd.observability.metrics import StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 from nemo_popsd.parallel.distributed import device
-from nemo_popsd.parallel.signals import StopSignals
-from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
-from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.training.balance import rebalance
 from nemo_popsd.training.branches import FrozenBranches, TargetStates
+from nemo_popsd.training.config import TrainingConfig
 from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_update
 from nemo_popsd.training.objective import LossReport, Objective
-from nemo_popsd.training.rollouts import StepRollouts, TrainingRows
+from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.self_check import check_student_equals_base
 from nemo_popsd.training.summary import summarize_step
 from nemo_popsd.training.trajectory import Trajectory
@@ -32,80 +30,70 @@ _CHECKED_SEQUENCES = 4
 
 
 class OnPolicyStep:
-    """Carries out steps; the only state is what is being drawn for the next one (`rollout.overlap`)."""
+    """Carries out training steps. Its only state is in `rollouts`: what is being generated for the next step."""
 
     def __init__(
         self,
-        config: PopsdConfig,
+        training: TrainingConfig,
+        distillation: DistillationConfig,
         student: Student,
-        engine: RolloutEngine,
-        sampling: SamplingParams,
+        rollouts: StepRollouts,
         count_markers: Callable[[Sequence[int]], int],
-        *,
-        store: RolloutStore | None = None,
-        training_rows: TrainingRows | None = None,
-        stop: StopSignals | None = None,
     ) -> None:
-        """Builds target, objective and branches.
+        """Builds target, objective and frozen branches.
 
         Args:
-            config: the run.
+            training: batches and updates.
+            distillation: target and loss.
             student: the model and its base.
-            engine: draws rollouts from the student's live weights.
-            sampling: how.
-            count_markers: epistemic markers in the text of a response's token ids.
-            store: see `StepRollouts`, as for the next two.
-            training_rows: see there.
-            stop: see there.
+            rollouts: where each step gets its trajectories.
+            count_markers: number of epistemic markers in the text of a response's token ids.
         """
-        self._config = config
+        self._training = training
         self._student = student
+        self._rollouts = rollouts
         self._count_markers = count_markers
-        self._rollouts = StepRollouts(
-            config, student, engine, sampling, store=store, rows=training_rows, stop=stop or StopSignals()
-        )
-        settings = config.distillation
-        target = build_target(settings.target)
+        target = build_target(distillation.target)
         self._objective = Objective(
             student,
             target,
-            build_divergence(settings.divergence),
-            loss_mean=settings.loss_mean,
-            chunk_tokens=settings.chunk_tokens,
-            fused=settings.fused,
+            build_divergence(distillation.divergence),
+            loss_mean=distillation.loss_mean,
+            chunk_tokens=distillation.chunk_tokens,
+            fused=distillation.fused,
         )
         self._branches = FrozenBranches(
             student.base,
             target,
-            token_budget=config.training.frozen_tokens,
-            diagnosed_tokens=settings.diagnosed_tokens,
+            token_budget=training.frozen_tokens,
+            diagnosed_tokens=distillation.diagnosed_tokens,
             soft_cap=student.soft_cap,
-            packed=config.training.packing,
-            on_host=config.training.cache_on_host,
+            packed=training.packing,
+            on_host=training.cache_on_host,
         )
 
     def __call__(
-        self, number: int, rows: Sequence[PromptRow], optimizer: StudentOptimizer, update: Callable[[], None]
+        self, step: int, rows: Sequence[PromptRow], optimizer: StudentOptimizer, update: Callable[[], None]
     ) -> StepMetrics:
-        """Carries out step `number`. Collective over all ranks.
+        """Carries out one step. Collective over all ranks.
 
         Args:
-            number: of the step, from 1.
-            rows: this data-parallel rank's share of the step.
-            optimizer: the student's.
-            update: steps `optimizer`, through whatever counts updates; called `training.updates_per_step` times.
+            step: index of the step, counted from 1.
+            rows: of this data-parallel rank.
+            optimizer: of the student.
+            update: steps `optimizer` and counts the update; called `training.updates_per_step` times.
 
         Raises:
-            NonFiniteError: on every rank, before the update, or after it if it left weights that are not finite.
+            NonFiniteError: on every rank, before the update, or after it if a weight is not finite.
             RuntimeError: the self-check before step 1 failed.
             StopRequested: on every rank, before anything was trained on.
             UserError: the rollouts could not be written.
         """
-        settings, watch = self._config.training, Stopwatch()
+        settings, watch = self._training, Stopwatch()
         with watch.phase("rollout"):
-            parts = rebalance(self._rollouts.of(number, rows), self._student.dp_group, settings.updates_per_step)
+            parts = rebalance(self._rollouts.of(step, rows), self._student.dp_group, settings.updates_per_step)
         trajectories = [trajectory for part in parts for trajectory in part]
-        if number == 1 and settings.self_check:
+        if step == 1 and settings.self_check:
             sequences = [t.student for t in trajectories[:_CHECKED_SEQUENCES]]
             budget, packed = settings.microbatch_tokens, settings.packing
             check_student_equals_base(self._student, optimizer, self._objective, sequences, budget, packed=packed)
@@ -114,7 +102,7 @@ class OnPolicyStep:
         computed, reports = self._branches.computed, []
         with watch.phase("train"):
             for part in parts:
-                of_part, states = states[: len(part)], states[len(part) :]
+                part_states, states = states[: len(part)], states[len(part) :]
                 batches = student_batches(
                     self._student.chunks,
                     [t.student for t in part],
@@ -122,16 +110,16 @@ class OnPolicyStep:
                     packed=settings.packing,
                 )
                 computed += TokenCount.of(batches)
-                reported = self._accumulate(part, batches, of_part, optimizer)
-                refuse_non_finite(number, reported, [t.row_id for t in part], optimizer.prepare())
+                reported = self._accumulate(part, batches, part_states, optimizer)
+                refuse_non_finite(step, reported, [t.row_id for t in part], optimizer.prepare())
                 update()
-                refuse_non_finite_update(number, optimizer.trained, optimizer.learning_rate)
+                refuse_non_finite_update(step, optimizer.trained, optimizer.learning_rate)
                 reports += reported
         counted = trajectories if self._student.owns_trajectories else []
         return summarize_step(
             reports if self._student.owns_loss else [],
             counted,
-            weights_version=number - 1,
+            weights_version=step - 1,
             markers=sum(self._count_markers(t.rollout.response) for t in counted),
             grad_norm=optimizer.grad_norm,
             learning_rate=optimizer.learning_rate,

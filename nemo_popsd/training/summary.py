@@ -49,7 +49,7 @@ def summarize_step(
         "loss": sum(float(report.loss) for report in reports),
         "tokens": sum(len(t.rollout.response) for t in trajectories),
         "responses": len(trajectories),
-        "cut": sum(t.rollout.cut for t in trajectories),
+        "cut": sum(t.rollout.truncated for t in trajectories),
         "markers": markers,
         "ages": sum(t.rollout.token_ages(weights_version) for t in trajectories),
         "computed": computed.real + computed.padding,

@@ -1,4 +1,4 @@
-"""One training row with the response that the student gave to it."""
+"""One training row with the student's response to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_popsd.rollout.engine import Rollout
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A row and its rollout: the same response ids continue each of the row's contexts."""
+    """A row and its rollout: the same response tokens follow each of the row's contexts."""
 
     row: PromptRow
     rollout: Rollout
@@ -23,20 +23,20 @@ class Trajectory:
 
     @property
     def cost(self) -> int:
-        """Work that it makes, in tokens of one forward: three frozen ones, and the student's forward and backward."""
+        """Its work in tokens of one forward pass: three frozen passes, and the student's forward and backward."""
         return 4 * len(self.student) + len(self.privileged) + len(self.reference)
 
     @property
     def student(self) -> ContextSequence:
-        """Question and response; also the frozen base's context."""
+        """Question and response: the sequence of the student and of the frozen base."""
         return ContextSequence(self.row.contexts.student, self.rollout.response)
 
     @property
     def privileged(self) -> ContextSequence:
-        """Question, reference and response."""
+        """Question, reference and response: the sequence of the privileged teacher."""
         return ContextSequence(self.row.contexts.privileged, self.rollout.response)
 
     @property
     def reference(self) -> ContextSequence:
-        """Reference and response, without the question."""
+        """Reference and response without the question: the sequence of the reference-only teacher."""
         return ContextSequence(self.row.contexts.reference, self.rollout.response)

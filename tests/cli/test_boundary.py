@@ -25,12 +25,12 @@ def test_an_output_that_nobody_reads_is_no_traceback(words: list[str]) -> None:
     assert command.stdout is not None
     assert command.stderr is not None
     command.stdout.close()
-    assert command.wait(timeout=60) == (0 if words == ["--help"] else boundary.NOBODY_READS)
+    assert command.wait(timeout=60) == (0 if words == ["--help"] else boundary.OUTPUT_CLOSED)
     assert command.stderr.read() == ""
 
 
 def test_another_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    @boundary.quiet_when_nobody_reads
+    @boundary.quiet_when_output_closes
     def command() -> int:
         raise BrokenPipeError("of a server")
 

@@ -26,8 +26,8 @@ def output(tmp_path: Path) -> Path:
 def test_steps_in_short(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rollouts", "show", str(output)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "step 1: 2 rollouts by weights 0, 6 tokens, 1 cut at the limit",
-        "step 2: 2 rollouts by weights 1, 6 tokens, 1 cut at the limit",
+        "step 1: 2 rollouts by weights 0, 6 tokens, 1 truncated at the limit",
+        "step 2: 2 rollouts by weights 1, 6 tokens, 1 truncated at the limit",
     ]
 
 
@@ -55,7 +55,7 @@ def test_rows_that_were_left_and_rows_by_several_weights(output: Path, capsys: p
     RolloutStore(output).write(3, rows, part=0, parts=1)
     assert main(["rollouts", "show", str(output)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "step 3: 2 rollouts by weights 2, 2 tokens, 0 cut at the limit, 1 left to the next step"
+    assert last == "step 3: 2 rollouts by weights 2, 2 tokens, 0 truncated at the limit, 1 left unfinished"
     assert main(["rollouts", "show", str(output), "--step", "3"]) == 0
     left, several = map(json.loads, capsys.readouterr().out.splitlines())
     assert (left["finish_reason"], left["response"]) == ("unfinished", [])

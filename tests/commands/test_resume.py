@@ -188,7 +188,7 @@ def test_another_base_other_rows_and_other_settings_are_refused(whole: Path, tmp
     words = (LORA, "training.steps=5")
     status, told = train(output, *words, f"student.source={other}")[0]
     assert status == 2
-    assert f"got student.source='{other}' with fingerprint" in told
+    assert f"got student.source='{other}' with digest" in told
     assert "need the base that it was trained from: 'nemo_popsd:tiny_reasoner'" in told
     status, told = train(output, *words, "data.train.limit=7")[0]
     assert (status, "data.train.limit=7 (was 8)" in told) == (2, True)
@@ -196,7 +196,7 @@ def test_another_base_other_rows_and_other_settings_are_refused(whole: Path, tmp
     text = asset("nemo_popsd:tiny_train").read_text().splitlines()[1:9]
     rows.write_text("\n".join(text) + "\n")
     status, told = train(output, *words, f"data.train.path={rows}")[0]
-    assert (status, "got other training rows" in told) == (2, True)
+    assert (status, "got training rows that differ" in told) == (2, True)
     status, told = train(output, *words, "optimizer.lr=0.5", "seed=3")[0]
     assert (status, "seed=3 (was 1234), optimizer.lr=0.5" in told) == (2, True)
 
@@ -214,7 +214,7 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
     assert f"weights/{shard.name} was changed" in told
     folder = output / "checkpoints"
     move = f"mv {folder / 'final'} {folder / 'final.damaged'}"
-    assert f"{move}; then the same command goes on after step 2 from {folder / 'step-000002'}, which is whole" in told
+    assert f"{move}; then the same command resumes after step 2 from {folder / 'step-000002'}, which is intact" in told
     (folder / "final").rename(folder / "final.damaged")
     status, told = train(output, "training.steps=5")[0]
     assert status == 0
@@ -224,7 +224,7 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
         (folder / name / "manifest.json").write_bytes(b"")
     status, told = train(output, "training.steps=6")[0]
     assert status == 2
-    assert f"move {folder} away to begin at step 1: no other checkpoint is whole" in told
+    assert f"move {folder} away to begin at step 1: no other checkpoint is intact" in told
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_without_the_rows_that_were_left_a_run_does_not_go_on(budgeted: Path, tm
     shutil.rmtree(moved / "rollouts" / "step-000002")
     status, told = train(moved, *BUDGET)[0]
     assert status == 2
-    assert "not all of step 2's in" in told
+    assert "files of step 2 missing in" in told
 
 
 LAYOUTS = {

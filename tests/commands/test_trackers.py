@@ -44,7 +44,7 @@ def with_trackers(rank: int, world_size: int, output: Path) -> Any:
 def test_a_run_ends_well_whatever_becomes_of_its_trackers(tmp_path: Path) -> None:
     ((status, text, state, trained, validated),) = run_ranks(with_trackers, 1, tmp_path, timeout=300)
     assert status == 0, text
-    assert text.count("TensorBoard is left out from now on: OSError: [Errno 28] No space left on device") == 1, text
+    assert text.count("TensorBoard is turned off: OSError: [Errno 28] No space left on device") == 1, text
     assert (state, trained, validated) == ("FINISHED", [1, 2], [0, 2])
     assert [step for step, _ in runs.metrics(tmp_path, "train/loss")] == [1, 2]
     assert (tmp_path / "DONE").exists()

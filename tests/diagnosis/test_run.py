@@ -40,7 +40,7 @@ def diagnosed(rank: int, world_size: int, folder: Path, *more: str) -> tuple[Any
     ]
     model = PurifiedOPSDModel(to_dict_config(load_config(TINY, [*settings, *more])))
     found = model.diagnose("the embedded model")
-    rows = choose_rows(model._train_dl.dataset, model.settings)
+    rows = choose_rows(model.training_data.dataset, model.settings.diagnosis)
     tokenizer = model.tokenizer
     ids = [tokenizer.encode("".join(r["pieces"]), add_special_tokens=False) for r in found.rollouts]
     return found, [row.row.contexts for row in rows], ids

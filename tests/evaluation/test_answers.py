@@ -32,9 +32,9 @@ def test_last_box(text: str, answer: str | None) -> None:
 
 
 def test_endless_boxes_take_linear_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert extract_answer(r"\boxed{" * 40_000) is None
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_pattern_replaces_the_box() -> None:

@@ -1,3 +1,4 @@
+import math
 import random
 import time
 
@@ -61,7 +62,7 @@ def test_repeated_share_by_hand() -> None:
 def test_loops_at_the_end_are_found(turn: int) -> None:
     lead = [f"w{number}" for number in range(50)]
     period = [f"p{number}" for number in range(turn)]
-    times = max(4, -(-LOOP_WORDS // turn))
+    times = max(4, math.ceil(LOOP_WORDS / turn))
     assert ends_in_loop(lead + period * times)
     assert ends_in_loop(lead + period[1:] + period * times + period[:1])  # it may be cut anywhere
     assert not ends_in_loop(lead + period * times + ["end"])

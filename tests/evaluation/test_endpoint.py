@@ -211,22 +211,30 @@ def configured(output: Path, server: Server, *more: str) -> PopsdConfig:
     return load_config(TINY, [*settings, "evaluation.samples_per_problem=2", *more])
 
 
+def evaluated(output: Path, server: Server, *more: str) -> str:
+    """The tables of `popsd evaluate`."""
+    config = configured(output, server, *more)
+    return evaluate_served(
+        config.evaluation, config.data, source=config.student.source, output=config.output, seed=config.seed
+    )
+
+
 def test_a_repeated_command_draws_only_what_is_missing(server: Server, tmp_path: Path) -> None:
-    table = evaluate_served(configured(tmp_path, server))
+    table = evaluated(tmp_path, server)
     assert "accuracy (avg@2)" in table
     assert len(server.requests) == 6
-    assert evaluate_served(configured(tmp_path, server)) == table
+    assert evaluated(tmp_path, server) == table
     assert len(server.requests) == 6
-    more = evaluate_served(configured(tmp_path, server, "evaluation.samples_per_problem=3", "evaluation.problems=4"))
+    more = evaluated(tmp_path, server, "evaluation.samples_per_problem=3", "evaluation.problems=4")
     assert "avg@3" in more
     assert len(server.requests) == 12
     # Fewer than there are: the first ones are looked at, as if the others had not been drawn.
-    assert evaluate_served(configured(tmp_path, server)) == table
+    assert evaluated(tmp_path, server) == table
     with pytest.raises(UserError, match=r"temperature=0\.5 where the samples have 1\.0"):
-        evaluate_served(configured(tmp_path, server, "evaluation.temperature=0.5"))
+        evaluated(tmp_path, server, "evaluation.temperature=0.5")
     server.root = "/models/other"
-    with pytest.raises(UserError, match="fingerprint='served from /models/other'"):
-        evaluate_served(configured(tmp_path, server))
+    with pytest.raises(UserError, match="weights_digest='served from /models/other'"):
+        evaluated(tmp_path, server)
     assert len(server.requests) == 12
     directory = EvaluationDirectory(tmp_path / "evaluation" / "served" / "validation")
     assert directory.summary()["closed_thinking_share"] == 1.0

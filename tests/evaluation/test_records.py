@@ -21,7 +21,7 @@ from tests.evaluation.scores import score
 
 SETTINGS = SampleSettings(
     model="a",
-    fingerprint="f",
+    weights_digest="f",
     engine="e",
     seed=1,
     temperature=1.0,
@@ -110,7 +110,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"fingerprint": "other"},
+        {"weights_digest": "other"},
         {"engine": "other"},
         {"seed": 2},
         {"temperature": 0.6},
@@ -132,6 +132,19 @@ def test_samples_of_two_settings_are_never_mixed(tmp_path: Path, changes: dict[s
     assert next(iter(changes)).removesuffix("s") in str(told.value)
     assert (directory.path / "settings.json").read_bytes() == before
     begun(tmp_path, model="moved elsewhere")
+
+
+def test_settings_with_the_older_name_of_the_digest_are_read(tmp_path: Path) -> None:
+    directory = begun(tmp_path)
+    with directory.append_to(0) as file:
+        file.add([sample()])
+    settings = directory.settings()
+    settings["fingerprint"] = settings.pop("weights_digest")
+    (directory.path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="weights_digest='other' where the samples have 'f'"):
+        begun(tmp_path, weights_digest="other")
+    assert begun(tmp_path).settings()["weights_digest"] == "f"
+    assert len(directory.samples()) == 1
 
 
 def test_settings_may_change_before_the_first_sample(tmp_path: Path) -> None:

@@ -9,9 +9,18 @@ import pytest
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier
 from nemo_popsd.evaluation.records import EvaluationDirectory, Sample
-from nemo_popsd.evaluation.run import PlannedSet, begin, conclude, conclude_all, fingerprint, plan, sample_settings
+from nemo_popsd.evaluation.run import (
+    ProblemSet,
+    begin,
+    conclude,
+    conclude_all,
+    prepare_sets,
+    sample_settings,
+    weights_digest,
+)
 from nemo_popsd.rollout.engine import SamplingParams
 from tests.data.small import rows, tokenizer, write_jsonl
 from tests.evaluation.test_sampling import prompts
@@ -19,23 +28,23 @@ from tests.evaluation.test_sampling import prompts
 SAMPLING = SamplingParams(1.0, 1.0, 0, max_response_tokens=8, stop_token_ids=frozenset({2}))
 
 
-def test_fingerprints_follow_the_weights_and_not_the_place(tmp_path: Path) -> None:
+def test_digests_follow_the_weights_and_not_the_place(tmp_path: Path) -> None:
     model = tmp_path / "model"
     (model / "inner").mkdir(parents=True)
     (model / "config.json").write_text("{}")
     weights = model / "inner" / "weights"
     weights.write_bytes(bytes(5 << 20))
-    first = fingerprint(model)
+    first = weights_digest(model)
     shutil.copytree(model, tmp_path / "copy")
-    assert fingerprint(tmp_path / "copy") == first
-    assert fingerprint(weights) != first
+    assert weights_digest(tmp_path / "copy") == first
+    assert weights_digest(weights) != first
     with weights.open("r+b") as file:  # training moves all weights a little
         for position in range(0, 5 << 20, 1 << 16):
             file.seek(position)
             file.write(b"\x01")
-    second = fingerprint(model)
+    second = weights_digest(model)
     weights.rename(model / "weights")
-    assert len({first, second, fingerprint(model)}) == 3
+    assert len({first, second, weights_digest(model)}) == 3
 
 
 def config(tmp_path: Path) -> PopsdConfig:
@@ -47,10 +56,14 @@ def config(tmp_path: Path) -> PopsdConfig:
     return made
 
 
-def test_the_plan_names_sets_places_and_problems(tmp_path: Path) -> None:
+def prepared(config: PopsdConfig, model: str) -> list[ProblemSet]:
+    return prepare_sets(config.evaluation, config.data, tokenizer(), model=model, output=config.output)
+
+
+def test_prepared_sets_have_names_directories_and_problems(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.evaluation.problems = 3
-    (one,) = plan(settings, "nemo_popsd:runs/a/", tokenizer())
+    (one,) = prepared(settings, "nemo_popsd:runs/a/")
     assert (one.name, len(one.prompts)) == ("validation", 3)
     assert one.directory.path == tmp_path / "evaluation" / "nemo_popsd_runs_a" / "validation"
     assert not one.directory.path.exists()
@@ -60,26 +73,24 @@ def test_a_named_set_must_be_whole(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.evaluation.sets, settings.evaluation.sets_directory = ["aime24"], str(tmp_path)
     write_jsonl(tmp_path / "aime24.jsonl", rows(29))
-    with pytest.raises(UserError, match="got 29 usable problems; need its 30"):
-        plan(settings, "m", tokenizer())
+    with pytest.raises(UserError, match="got 29 usable problems; need 30"):
+        prepared(settings, "m")
     write_jsonl(tmp_path / "aime24.jsonl", rows(30))
     settings.evaluation.problems = 2
-    (one,) = plan(settings, "m", tokenizer())
+    (one,) = prepared(settings, "m")
     assert (one.name, len(one.prompts)) == ("aime24", 2)
 
 
-def drawn(tmp_path: Path, numbers: list[int]) -> PlannedSet:
-    settings = PopsdConfig()
-    one = PlannedSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
-    begin(one, sample_settings(one.prompts, settings, SAMPLING, model="m", fingerprint="f", engine="e"))
+def drawn(tmp_path: Path, numbers: list[int]) -> ProblemSet:
+    one = ProblemSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
+    begin(one, sample_settings(one.prompts, SAMPLING, seed=1, model="m", weights_digest="f", engine="e"))
     with one.directory.append_to(0) as file:
         file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, cut=False) for p in ("p0", "p1") for n in numbers)
     return one
 
 
 def test_what_is_concluded_is_what_was_asked_for(tmp_path: Path) -> None:
-    settings = PopsdConfig()
-    settings.evaluation.samples_per_problem = 2
+    settings = EvaluationConfig(samples_per_problem=2)
     table = conclude_all([drawn(tmp_path, [2, 1, 0])], settings, model="m")
     summary = EvaluationDirectory(tmp_path / "s").summary()
     assert (summary["samples"], summary["accuracy"], summary["pass_at"]) == (4, 0.5, {"2": 1.0})
@@ -90,7 +101,6 @@ def test_what_is_concluded_is_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_samples_that_other_ranks_kept_to_themselves_are_missed(tmp_path: Path) -> None:
-    settings = PopsdConfig()
-    settings.evaluation.samples_per_problem = 2
+    settings = EvaluationConfig(samples_per_problem=2)
     with AnswerVerifier(1) as verifier, pytest.raises(UserError, match=r"2 of 4 missing.*all of them share"):
         conclude(drawn(tmp_path, [0]), settings, verifier, model="m")

@@ -26,7 +26,7 @@ class Engine:
             cut = number % 2 == 1
             text = f"<user> \\boxed{{{len(request.prompt)}}}" + ("" if cut else "<end>")
             ids = tokenizer()(text, add_special_tokens=False)["input_ids"]
-            rollouts.append(Rollout(ids, [0.0] * len(ids), cut=cut, weights_version=0))
+            rollouts.append(Rollout(ids, [0.0] * len(ids), truncated=cut, weights_version=0))
         return rollouts
 
 

@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,7 +150,7 @@ def test_names_shapes_counts_and_shards_are_those_of_transformers(name: str, lay
         shape, split = seen["parameters"][parameter]
         rows, columns = sum(shapes[part][0] for part in parts), shapes[parts[0]][1:]
         if set(parts) & seen["vocabulary"]:
-            rows = -(-rows // multiple) * multiple
+            rows = math.ceil(rows / multiple) * multiple
         whole = (rows, *columns)
         if not parameter.endswith(NOT_SPLIT):
             # Row-parallel linears are split along their inputs, everything else along the first dimension.

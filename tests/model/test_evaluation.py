@@ -34,7 +34,7 @@ def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) 
     """The command's work `calls` times over: first cut short after two calls of the engine, then to the end."""
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.data.config import SourceConfig
-    from nemo_popsd.evaluation.run import conclude_all, plan
+    from nemo_popsd.evaluation.run import conclude_all, prepare_sets
     from nemo_popsd.model import PurifiedOPSDModel
     from nemo_popsd.model.evaluation import draw_missing
 
@@ -42,7 +42,7 @@ def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) 
     without_rows = load_config(TINY, overrides(output, tensor))
     without_rows.data.train, without_rows.data.validation = SourceConfig(), SourceConfig()
     model = PurifiedOPSDModel(to_dict_config(without_rows))
-    planned = plan(config, "m", model.tokenizer)
+    sets = prepare_sets(config.evaluation, config.data, model.tokenizer, model="m", output=output)
     seen: dict[str, Any] = {"requests": []}
     generate = model.engine.generate
 
@@ -55,16 +55,14 @@ def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) 
     model.engine.generate = counted  # type: ignore[method-assign]
     for _ in range(calls):
         try:
-            draw_missing(model, planned, name="m", fingerprint="f")
+            draw_missing(model.sampler, sets, model="m", digest="f")
         except KeyboardInterrupt:
-            seen["kept"] = sum(
-                len(path.read_text().splitlines()) for path in planned[0].directory.path.glob("samples-*")
-            )
+            seen["kept"] = sum(len(path.read_text().splitlines()) for path in sets[0].directory.path.glob("samples-*"))
             import torch.distributed as dist
 
             dist.barrier()
     if rank == 0:
-        seen["table"] = conclude_all(planned, config, model="m")
+        seen["table"] = conclude_all(sets, config.evaluation, model="m")
     return seen
 
 
@@ -103,16 +101,16 @@ def evaluate_other_weights(rank: int, world_size: int, output: Path) -> str:
     """The same directory for the samples of two models."""
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.errors import UserError
-    from nemo_popsd.evaluation.run import plan
+    from nemo_popsd.evaluation.run import prepare_sets
     from nemo_popsd.model import PurifiedOPSDModel
     from nemo_popsd.model.evaluation import draw_missing
 
     config = load_config(TINY, overrides(output))
     model = PurifiedOPSDModel(to_dict_config(config))
-    planned = plan(config, "m", model.tokenizer)
-    draw_missing(model, planned, name="m", fingerprint="f")
+    sets = prepare_sets(config.evaluation, config.data, model.tokenizer, model="m", output=output)
+    draw_missing(model.sampler, sets, model="m", digest="f")
     try:
-        draw_missing(model, planned, name="m", fingerprint="other")
+        draw_missing(model.sampler, sets, model="m", digest="other")
     except UserError as error:
         return str(error)
     return ""
@@ -121,13 +119,13 @@ def evaluate_other_weights(rank: int, world_size: int, output: Path) -> str:
 def test_samples_of_other_weights_are_refused_on_every_rank(tmp_path: Path) -> None:
     told = run_ranks(evaluate_other_weights, 2, tmp_path)
     assert told[0] == told[1]
-    assert "fingerprint" in told[0]
+    assert "weights_digest" in told[0]
 
 
-def held_out(rank: int, world_size: int, output: Path, tensor: int) -> Any:
-    from nemo_popsd.commands.entry import build_trainer
+def validate(rank: int, world_size: int, output: Path, tensor: int) -> Any:
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.model import PurifiedOPSDModel
+    from nemo_popsd.model.trainer import build_trainer
 
     config = load_config(TINY, overrides(output, tensor))
     trainer = build_trainer(config)
@@ -138,7 +136,7 @@ def held_out(rank: int, world_size: int, output: Path, tensor: int) -> Any:
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["DP2", "TP2"])
 def test_a_run_evaluates_alike_in_any_layout_and_leaves_its_samples(single: Path, tmp_path: Path, tensor: int) -> None:
-    found = run_ranks(held_out, 2, tmp_path, tensor)
+    found = run_ranks(validate, 2, tmp_path, tensor)
     assert found[0] == found[1]
     directory = EvaluationDirectory(tmp_path / "validation" / "step-000000")
     assert directory.samples() == samples(single)

@@ -48,9 +48,9 @@ def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
     """One run; what can be seen of it from outside."""
     from nemo.core.classes import ModelPT
 
-    from nemo_popsd.commands.entry import build_trainer
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.model import PurifiedOPSDModel
+    from nemo_popsd.model.trainer import build_trainer
 
     config = load_config(TINY, overrides(folder, adaptation))
     output = Path(config.output)
@@ -88,7 +88,7 @@ def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
         seen["base"] = whole_logits(base.eval(), IDS, vocab_size)
     train = DictConfig({"path": "nemo_popsd:tiny_train", "limit": 3, "columns": {"id": "id"}})
     model.setup_training_data(train)
-    seen["train rows"] = len(model._train_dl.dataset)
+    seen["train rows"] = len(model.training_data.dataset)
     columns = {"id": "id", "answer": "answer"}
     model.setup_validation_data(DictConfig({"path": "nemo_popsd:tiny_validation", "limit": 2, "columns": columns}))
     seen["validation rows"] = sum(len(batch) for batch in model._validation_dl)
@@ -181,9 +181,9 @@ def test_data_is_set_up_from_plain_trees(lives: dict[str, Any], adaptation: str)
 
 def elsewhere(rank: int, world_size: int, folder: Path, tensor: int) -> dict[str, Any]:
     """The checkpoints of one rank, restored on two."""
-    from nemo_popsd.commands.entry import build_trainer
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.model import PurifiedOPSDModel
+    from nemo_popsd.model.trainer import build_trainer
 
     seen: dict[str, Any] = {}
     for adaptation in ("full", "lora"):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.observability.config import ObservabilityConfig
 from nemo_popsd.observability.jsonl_logger import JsonlLogger
-from nemo_popsd.observability.loggers import build_loggers
+from nemo_popsd.observability.loggers import LoggedRun, build_loggers
 from nemo_popsd.observability.trackers import close_trackers
 from tests.observability.one_step import fit
 
@@ -20,6 +20,10 @@ from tests.observability.one_step import fit
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
+
+
+def run_in(output: Path) -> LoggedRun:
+    return LoggedRun(name="a-run", output=output, overwrite=False, parameters={"training": {"steps": 200}})
 
 
 def strict(line: str) -> dict:
@@ -64,13 +68,13 @@ def test_resume_appends_and_drops_a_half_written_line(tmp_path: Path, tail: str)
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     JsonlLogger(tmp_path / "run").log_metrics({"a": 1.0}, step=1)
-    assert build_loggers(PopsdConfig(output=str(tmp_path / "run"))) == []
-    fit(1, logger=build_loggers(PopsdConfig(output=str(tmp_path / "run"))))
+    assert build_loggers(ObservabilityConfig(), run_in(tmp_path / "run")) == []
+    fit(1, logger=build_loggers(ObservabilityConfig(), run_in(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
 def test_jsonl_and_tensorboard_of_a_trainer(tmp_path: Path) -> None:
-    loggers = build_loggers(PopsdConfig(output=str(tmp_path)))
+    loggers = build_loggers(ObservabilityConfig(), run_in(tmp_path))
     fit(3, logger=loggers)
     close_trackers(loggers, True)
     assert [(line["step"], line["train/loss"]) for line in lines(tmp_path / "metrics.jsonl")] == [
@@ -84,9 +88,8 @@ def test_jsonl_and_tensorboard_of_a_trainer(tmp_path: Path) -> None:
 
 
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
-    config = PopsdConfig(output=str(tmp_path))
-    config.observability.tensorboard = False
-    assert [type(logger) for logger in build_loggers(config)] == [JsonlLogger]
+    loggers = build_loggers(ObservabilityConfig(tensorboard=False), run_in(tmp_path))
+    assert [type(logger) for logger in loggers] == [JsonlLogger]
 
 
 def test_metrics_that_cannot_be_written_end_the_run_in_one_line(tmp_path: Path) -> None:
@@ -105,7 +108,9 @@ def test_wandb_offline_for_real(tmp_path: Path) -> None:
     """In a process of its own: wandb keeps a service running and holds on to the environment."""
     code = f"""
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.observability.loggers import build_loggers
+from nemo_popsd.observability.loggers import LoggedRun, build_loggers
+from dataclasses import asdict
+from pathlib import Path
 config = PopsdConfig(name="a-run", output={str(tmp_path / "run")!r}, overwrite=False)
 config.observability.tensorboard = False
 config.observability.wandb.enabled = True
@@ -113,7 +118,10 @@ config.observability.wandb.mode = "offline"
 from nemo_popsd.observability.trackers import close_trackers
 import wandb
 def attempt(loss, succeeded):
-    loggers = build_loggers(config)
+    run = LoggedRun(
+        name=config.name, output=Path(config.output), overwrite=config.overwrite, parameters=asdict(config)
+    )
+    loggers = build_loggers(config.observability, run)
     seen = []
     loggers[1].log_metrics({{"train/loss": loss}}, step=1.0)
     loggers[1]._put(lambda inner: seen.append((wandb.run.id, wandb.run.offline, wandb.run.config["training"]["steps"])))
@@ -156,14 +164,19 @@ def test_mlflow_offline_for_real(tmp_path: Path) -> None:
     code = f"""
 import json, math, mlflow
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.observability.loggers import build_loggers
+from nemo_popsd.observability.loggers import LoggedRun, build_loggers
 from nemo_popsd.observability.trackers import close_trackers
+from dataclasses import asdict
+from pathlib import Path
 config = PopsdConfig(name="a-run", output={str(tmp_path / "run")!r}, overwrite=False)
 config.observability.tensorboard = False
 config.observability.mlflow.enabled = True
 def attempt(rows, steps, succeeded):
     config.training.steps = steps  # parameters of a run are those of its first attempt
-    loggers = build_loggers(config)
+    run = LoggedRun(
+        name=config.name, output=Path(config.output), overwrite=config.overwrite, parameters=asdict(config)
+    )
+    loggers = build_loggers(config.observability, run)
     for row in rows:
         loggers[1].log_metrics({{"train/loss": row - 0.5}}, step=float(row))  # as Lightning hands a step on
     close_trackers(loggers, succeeded)

@@ -102,7 +102,7 @@ def test_a_failure_is_reported_once_and_the_run_goes_on(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     (told,) = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
     words = " ".join(f"{type(error).__name__}: {error}".split())
-    assert told == f"Service is left out from now on: {words}; the run goes on, and metrics.jsonl has everything"
+    assert told == f"Service is turned off: {words}; the run continues, and metrics.jsonl has all metrics"
     assert seen[0].seen[-1] == ("finish", True)
     assert not trackers.any_hangs()
 
@@ -117,7 +117,7 @@ def test_one_that_hangs_is_left_behind_in_time(
     begun = time.monotonic()
     one.close(True)
     assert 0.4 < time.monotonic() - begun < 5
-    assert "Service is left out from now on: it does not end within 0.5 s" in caplog.text
+    assert "Service is turned off: it does not end within 0.5 s" in caplog.text
     assert trackers.any_hangs()
     forever.set()
 

@@ -87,11 +87,10 @@ def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
 def _never_stops(run: Any, engine: Any) -> Any:
     """The step of the package, its responses as long as the limit."""
     from nemo_popsd.rollout.engine import SamplingParams
-    from nemo_popsd.training.step import OnPolicyStep
 
     section = run.config.rollout
     sampling = SamplingParams(1.0, section.top_p, section.top_k, section.max_response_tokens, frozenset())
-    return OnPolicyStep(run.config, run.student, engine, sampling, lambda _: 0)
+    return run.on_policy_step(engine, sampling=sampling)
 
 
 def _watch_caches() -> list[int]:

@@ -70,7 +70,7 @@ def test_responses_are_those_of_one_process(model: Path, one: dict[str, Any], la
             for actual, expected in zip(seen[name], one[name], strict=True):
                 assert actual.response == expected.response, name
                 assert actual.log_probs == pytest.approx(expected.log_probs, abs=2e-5)
-                assert (actual.cut, actual.weights_version) == (expected.cut, 3)
+                assert (actual.truncated, actual.weights_version) == (expected.truncated, 3)
         assert seen["none"] == []
         assert seen["same after"], "the training forward is what it was"
         assert seen["trains"]
@@ -125,7 +125,7 @@ def test_experts_on_several_ranks_draw_what_one_process_does(
     for seen in ranks:
         for number, actual, left in zip(seen["numbers"], seen["random"], seen["left"], strict=True):
             expected = one_mixture["random"][number]
-            assert (actual.response, actual.cut) == (expected.response, expected.cut)
+            assert (actual.response, actual.truncated) == (expected.response, expected.truncated)
             assert actual.log_probs == pytest.approx(expected.log_probs, abs=2e-5)
             assert left.response == expected.response[: len(left.response)]
     assert any(left.unfinished for seen in ranks for left in seen["left"])

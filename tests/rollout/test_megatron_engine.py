@@ -109,7 +109,9 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
     for name, rows in (("left", 64), ("left, two rows", 2)):
         seen[name] = engine(rows).generate(REQUESTS, budgeted)
         version[0] = 1
-        rest = [replace(q, begun=r, run_to_end=True) for q, r in zip(REQUESTS, seen[name], strict=True) if r.unfinished]
+        rest = [
+            replace(q, partial=r, run_to_end=True) for q, r in zip(REQUESTS, seen[name], strict=True) if r.unfinished
+        ]
         others = [Request([9, 9], seed=7), Request([8] * 5, seed=8), Request([4], seed=9)]
         seen[f"{name}, then"] = engine(rows).generate([*others, *rest], replace(budgeted, token_budget=1))
         version[0] = 0
@@ -153,7 +155,7 @@ def until(response: list[int], stops: frozenset[int]) -> list[int]:
 
 def test_greedy_tokens_are_those_of_transformers(one: dict[str, Any], greedy: list[list[int]]) -> None:
     assert responses(one["greedy"]) == greedy
-    assert all(rollout.cut and len(rollout.response) == LIMIT for rollout in one["greedy"])
+    assert all(rollout.truncated and len(rollout.response) == LIMIT for rollout in one["greedy"])
 
 
 def test_a_stop_token_ends_a_response_and_is_in_it_once(
@@ -162,7 +164,7 @@ def test_a_stop_token_ends_a_response_and_is_in_it_once(
     """Rows end at very different times, so the batch shrinks on the way."""
     assert responses(one["stopped"]) == [until(response, stops) for response in greedy]
     for rollout in one["stopped"]:
-        assert rollout.cut == (rollout.response[-1] not in stops)
+        assert rollout.truncated == (rollout.response[-1] not in stops)
         assert not stops & set(rollout.response[:-1])
 
 
@@ -187,7 +189,7 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch(one: dict[str, Any]) -> 
     assert len(lengths) > 3  # rows leave the batch at different times
     for name in ("one by one", "three rows", "alone", "small cache"):
         assert responses(one[name]) == responses(one["random"]), name
-        assert [r.cut for r in one[name]] == [r.cut for r in one["random"]]
+        assert [r.truncated for r in one[name]] == [r.truncated for r in one["random"]]
     assert responses(one["top-p, two rows"]) == responses(one["top-p"]) != responses(one["random"])
 
 
@@ -218,7 +220,7 @@ def test_rows_that_a_budget_leaves_go_on_as_if_nothing_had_been(
     then = one[f"{name}, then"]
     for number, rollout in zip(unfinished, then[3:], strict=True):
         assert not rollout.unfinished
-        assert (rollout.response, rollout.cut) == (whole[number].response, whole[number].cut)
+        assert (rollout.response, rollout.truncated) == (whole[number].response, whole[number].truncated)
         assert rollout.log_probs == pytest.approx(whole[number].log_probs, abs=1e-5)
         begun = len(left[number].response)
         assert rollout.parts == (
@@ -246,7 +248,7 @@ def test_padded_entries_are_never_drawn(one: dict[str, Any], two: list[dict[str,
 def test_no_requests_and_one_token(one: dict[str, Any]) -> None:
     assert one["none"] == []
     assert responses(one["one token"]) == [response[:1] for response in responses(one["random"])]
-    assert all(r.cut == (r.response[0] not in RANDOM.stop_token_ids) for r in one["one token"])
+    assert all(r.truncated == (r.response[0] not in RANDOM.stop_token_ids) for r in one["one token"])
 
 
 def test_weights_are_live_and_their_version_is_told(one: dict[str, Any]) -> None:

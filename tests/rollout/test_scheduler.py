@@ -92,29 +92,29 @@ def test_every_row_is_answered_once_from_its_own_keys(
 ) -> None:
     requests = [Request(prompt, seed=seed * 100 + number) for number, prompt in enumerate(prompts)]
     schedule, cache, _ = play(requests, slots, limit)
-    by_number = sorted(schedule.done, key=lambda row: row.number)
-    assert [row.number for row in by_number] == list(range(len(requests)))
+    by_number = sorted(schedule.done, key=lambda row: row.index)
+    assert [row.index for row in by_number] == list(range(len(requests)))
     for row, request in zip(by_number, requests, strict=True):
         assert row.response == response_of(request, limit)
         assert row.log_probs == [-float(token) for token in row.response]
-        assert row.cut == (row.response[-1] != STOP)
+        assert row.truncated == (row.response[-1] != STOP)
     distinct = {tuple(prompt) for prompt in prompts if len(prompt) > 1}
     assert len(cache.prefilled) == len(distinct), "a prompt was computed twice"
 
 
 def test_rows_that_must_end_come_first_and_then_those_that_were_begun() -> None:
-    begun = Rollout([4, 4], [-1.0, -1.0], False, 0, unfinished=True)
+    partial = Rollout([4, 4], [-1.0, -1.0], False, 0, unfinished=True)
     requests = [
         Request([1], 0),
-        Request([1, 2, 3], 1, begun),
+        Request([1, 2, 3], 1, partial),
         Request([2], 2),
-        Request([3, 2, 1], 3, begun, run_to_end=True),
+        Request([3, 2, 1], 3, partial, run_to_end=True),
     ]
     schedule = SlotSchedule(requests, 3, prefill_tokens=100)
     admission = schedule.admit()
     assert admission is not None
-    assert [row.number for _, row in admission.rows] == [3, 1, 0]
-    assert [row.response for _, row in admission.rows] == [[4, 4], [4, 4], []]
+    assert [row.index for _, row in admission.sequences] == [3, 1, 0]
+    assert [row.response for _, row in admission.sequences] == [[4, 4], [4, 4], []]
 
 
 def test_waiting_rows_take_the_place_of_those_that_end() -> None:
@@ -134,7 +134,7 @@ def test_a_step_is_no_wider_than_the_rows_that_remain_need() -> None:
     sampling = SamplingParams(1.0, 1.0, 0, 1000, frozenset({STOP}))
     widths = []
     for slot in [*range(0, 64, 2), *range(1, 64, 2)]:
-        at = next(place for place, row in schedule.live if row.number == slot)
+        at = next(place for place, row in schedule.live if row.index == slot)
         tokens = [STOP if place == at else 5 for place in range(schedule.width)]
         schedule.accept(tokens, [0.0] * len(tokens), sampling)
         schedule.narrow()
@@ -170,19 +170,20 @@ def test_a_budget_leaves_rows_that_later_calls_finish(
     times_left: Counter[int] = Counter()
     waiting = [Request(prompt, seed=seed * 100 + number) for number, prompt in enumerate(prompts)]
     ended: dict[int, list[int]] = {}
-    begun: list[Request] = []
-    while waiting or begun:
+    partial: list[Request] = []
+    while waiting or partial:
         fresh, waiting = waiting[:5], waiting[5:]
-        requests = [*begun, *fresh]
+        requests = [*partial, *fresh]
         schedule, _, _ = play(requests, slots, limit, budget=budget)
-        rows = sorted(schedule.done, key=lambda row: row.number)
-        assert [row.number for row in rows] == list(range(len(requests)))
+        rows = sorted(schedule.done, key=lambda row: row.index)
+        assert [row.index for row in rows] == list(range(len(requests)))
         assert any(not row.unfinished for row in rows)
         drawn = sum(
-            len(row.response) - len(q.begun.response if q.begun else []) for row, q in zip(rows, requests, strict=True)
+            len(row.response) - len(q.partial.response if q.partial else [])
+            for row, q in zip(rows, requests, strict=True)
         )
-        assert schedule.drawn == drawn
-        if not begun and sum(not row.unfinished for row in rows) > 1:
+        assert schedule.generated == drawn
+        if not partial and sum(not row.unfinished for row in rows) > 1:
             assert drawn <= budget + limit * slots  # up to the end of the first row
         for row in rows:
             if row.request.run_to_end:
@@ -191,10 +192,10 @@ def test_a_budget_leaves_rows_that_later_calls_finish(
                 ended[row.request.seed] = row.response
         left = [row for row in rows if row.unfinished]
         times_left.update(row.request.seed for row in left)
-        begun = [
+        partial = [
             replace(
                 row.request,
-                begun=Rollout(row.response, row.log_probs, False, 0, unfinished=True),
+                partial=Rollout(row.response, row.log_probs, False, 0, unfinished=True),
                 run_to_end=times_left[row.request.seed] >= patience,
             )
             for row in left

@@ -11,19 +11,19 @@ from nemo_popsd.rollout.engine import Rollout
 from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
 
 
-def row(name: str, version: int = 6, *, cut: bool = False) -> StoredRollout:
+def row(name: str, version: int = 6, *, truncated: bool = False) -> StoredRollout:
     (value,) = struct.unpack("f", struct.pack("f", -0.1234567))  # a float32, as tensors give it
-    return StoredRollout(name, 2**62 + 1, [5, 6], Rollout([7, 8, 9], [value, -0.0, -1e-7], cut, version))
+    return StoredRollout(name, 2**62 + 1, [5, 6], Rollout([7, 8, 9], [value, -0.0, -1e-7], truncated, version))
 
 
 def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
-    store.write(7, [row("a"), row("b", cut=True)], part=0, parts=2)
+    store.write(7, [row("a"), row("b", truncated=True)], part=0, parts=2)
     assert store.complete(7, {6}) is None  # a part is missing
     store.write(7, [row("c")], part=1, parts=2)
     found = store.complete(7, {6})
     seed = row("a").seed
-    assert found == {("a", seed): row("a"), ("b", seed): row("b", cut=True), ("c", seed): row("c")}
+    assert found == {("a", seed): row("a"), ("b", seed): row("b", truncated=True), ("c", seed): row("c")}
     assert str(found["a", seed].rollout.log_probs) == str(row("a").rollout.log_probs)
     assert [line.row_id for line in store.read(7)] == ["a", "b", "c"]
     assert [line.finish_reason for line in store.read(7)] == ["stop", "length", "stop"]

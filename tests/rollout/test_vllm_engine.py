@@ -164,7 +164,7 @@ def same(actual: Sequence[Rollout], expected: Sequence[Rollout], version: int) -
     for one, other in zip(actual, expected, strict=True):
         assert one.response == other.response
         assert one.log_probs == pytest.approx(other.log_probs, abs=5e-5)
-        assert (one.cut, one.weights_version) == (other.cut, version)
+        assert (one.truncated, one.weights_version) == (other.truncated, version)
 
 
 def test_greedy_tokens_are_those_of_the_megatron_engine(ranks: list[dict[str, Any]]) -> None:
@@ -174,8 +174,8 @@ def test_greedy_tokens_are_those_of_the_megatron_engine(ranks: list[dict[str, An
             same(vllm, megatron, version)
         before, after = ([r.response for r in seen[name][0]] for name in ("before", "after"))
         assert before != after, "the update shows"
-        assert any(r.cut for r in seen["before"][1])
-        assert any(not r.cut for r in seen["before"][1])
+        assert any(r.truncated for r in seen["before"][1])
+        assert any(not r.truncated for r in seen["before"][1])
 
 
 def test_seeds_determine_the_draws_and_filters_hold(ranks: list[dict[str, Any]]) -> None:

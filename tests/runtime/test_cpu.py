@@ -18,7 +18,7 @@ import torch
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.runtime import cpu, local_layers
 from nemo_popsd.runtime.adaptation import Adaptation
-from nemo_popsd.runtime.cpu import ADAPTATIONS, adapt_to_cpu
+from nemo_popsd.runtime.cpu import ADAPTATIONS, adapt_megatron
 from nemo_popsd.runtime.local_layers import LOCAL_LAYERS
 from nemo_popsd.runtime.torch_on_cpu import TORCH_ON_CPU
 from tests.citations import cited_source
@@ -38,7 +38,7 @@ FUNCTIONS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _adapted():
-    adapt_to_cpu()
+    adapt_megatron()
 
 
 def _constants(code: types.CodeType) -> list[Any]:
@@ -116,7 +116,7 @@ def test_applying_twice_changes_nothing():
     scatter = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
     clip = importlib.import_module("megatron.core.optimizer.clip_grads").clip_grad_by_total_norm_fp32
     before = (scatter.scatter_to_tp_ranks, clip.__code__.co_consts)
-    adapt_to_cpu()
+    adapt_megatron()
     assert scatter.scatter_to_tp_ranks is before[0]
     assert clip.__code__.co_consts == before[1]
 
@@ -127,10 +127,10 @@ def test_with_cuda_nothing_is_applied_but_what_local_layers_need(monkeypatch):
     monkeypatch.setattr(cpu, "ADAPTATIONS", (one,))
     monkeypatch.setattr(cpu, "LOCAL_LAYERS", (other,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    adapt_to_cpu()
+    adapt_megatron()
     assert applied == ["local"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    adapt_to_cpu()
+    adapt_megatron()
     assert applied == ["local", "local", "cpu"]
 
 
@@ -160,7 +160,7 @@ def test_a_target_that_has_vanished_is_an_error(monkeypatch):
     for name, apply in gone.items():
         monkeypatch.setattr(cpu, "ADAPTATIONS", (Adaptation(name, (), "", apply),))
         with pytest.raises(RuntimeError, match=r"revise nemo_popsd/runtime/cpu\.py"):
-            adapt_to_cpu()
+            adapt_megatron()
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
@@ -179,7 +179,7 @@ def test_a_target_that_has_vanished_is_an_error(monkeypatch):
             patch.delattr(owner, attribute)
             patch.setattr(cpu, "ADAPTATIONS", (Adaptation(attribute, (), "", apply),))
             with pytest.raises(RuntimeError, match=r"revise nemo_popsd/runtime/(cpu|local_layers)\.py"):
-                adapt_to_cpu()
+                adapt_megatron()
 
 
 @pytest.mark.parametrize("adaptation", LOCAL_LAYERS + ADAPTATIONS, ids=lambda a: a.name)

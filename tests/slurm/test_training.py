@@ -33,10 +33,23 @@ SETTINGS = [
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=60", "--signal=B:USR1@120")
 
 
+PYTHON = f"""#!/bin/sh
+# The nodes are checked in the first start alone: each further check would only import all packages again.
+case "$3-${{SLURM_RESTART_COUNT:-0}}" in
+doctor-0) ;;
+doctor-*) exit 0 ;;
+esac
+exec {sys.executable} "$@"
+"""
+
+
 def submit(slurm: Cluster, place: Path, *flags: str) -> str:
     place.mkdir()
+    python = place / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
     environment = {
-        "POPSD_PYTHON": sys.executable,
+        "POPSD_PYTHON": str(python),
         "POPSD_ENV": str(ROOT / "slurm" / "env.example.sh"),
         "POPSD_MIN_FREE_GIB": "1",
         "OMP_NUM_THREADS": "1",

@@ -19,8 +19,11 @@ from nemo_popsd.data.records import Record
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.parallel.distributed import initialize
+from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
+from nemo_popsd.rollout.storage import RolloutStore
+from nemo_popsd.training.rollouts import StepRollouts, TrainingRows
 from nemo_popsd.training.step import OnPolicyStep
 from nemo_popsd.training.trajectory import Trajectory
 
@@ -76,10 +79,29 @@ class Run:
             weights_version=lambda: self.steps,
         )
 
-    def on_policy_step(self, engine: Any = None, **arguments: Any) -> OnPolicyStep:
+    def on_policy_step(
+        self,
+        engine: Any = None,
+        *,
+        sampling: SamplingParams | None = None,
+        store: RolloutStore | None = None,
+        rows: TrainingRows | None = None,
+        stop: StopSignals | None = None,
+    ) -> OnPolicyStep:
         """The step of the package; a response's markers are its even tokens."""
+        rollouts = StepRollouts(
+            self.config.rollout,
+            self.student,
+            engine or self.engine(),
+            sampling or self.sampling,
+            seed=self.config.seed,
+            last_step=self.config.training.steps,
+            store=store,
+            rows=rows,
+            stop=stop or StopSignals(),
+        )
         count = lambda response: sum(token % 2 == 0 for token in response)  # noqa: E731
-        return OnPolicyStep(self.config, self.student, engine or self.engine(), self.sampling, count, **arguments)
+        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, count)
 
     def update(self) -> None:
         """Updates the weights and counts."""
@@ -144,7 +166,9 @@ def response(number: int, length: int) -> list[int]:
 
 def trajectory(number: int, length: int) -> Trajectory:
     """Row `number` with a response of `length` tokens."""
-    return Trajectory(row(number), Rollout(response(number, length), [0.0] * length, cut=False, weights_version=0))
+    return Trajectory(
+        row(number), Rollout(response(number, length), [0.0] * length, truncated=False, weights_version=0)
+    )
 
 
 def _ids(name: str, shortest: int, longest: int) -> list[int]:

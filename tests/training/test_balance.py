@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hypothesis import given
@@ -16,7 +17,7 @@ def test_each_index_has_one_rank_and_no_rank_much_more_than_it_must(costs: list[
     shares = balanced_shares(costs, ranks)
     assert sorted(index for share in shares for index in share) == list(range(len(costs)))
     assert all(share == sorted(share) for share in shares)
-    least = max([0, *costs, -(-sum(costs) // ranks)])  # no sharing out can do better than this
+    least = max([0, *costs, math.ceil(sum(costs) / ranks)])  # no sharing out can do better than this
     assert max(sum(costs[i] for i in share) for share in shares) <= least + max([0, *costs]) * (1 - 1 / ranks)
 
 

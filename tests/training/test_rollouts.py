@@ -37,15 +37,15 @@ class BesideEngine:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self.begun = 0
+        self.submitted = 0
         self.generated = 0
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
         self.generated += 1
         return self._engine.generate(requests, sampling)
 
-    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> Drawn:
-        self.begun += 1
+    def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> Drawn:
+        self.submitted += 1
         return Drawn(self._engine.generate(requests, sampling))
 
 
@@ -68,7 +68,7 @@ def train(rank: int, world_size: int, model: Path, output: Path, overlap: bool) 
     engine = BesideEngine(run.engine())
     store = RolloutStore(output)
     rows = TrainingRows(lambda name: rows_of(0, 0, 1)[0], lambda number: rows_of(number, rank, world_size))
-    step = run.on_policy_step(engine, store=store, training_rows=rows)
+    step = run.on_policy_step(engine, store=store, rows=rows)
     seen: dict[str, Any] = {"metrics": [], "by now": [], "ahead": []}
     for number in range(1, STEPS + 1):
         for name, of in (("by now", number), ("ahead", number + 1)):
@@ -78,7 +78,7 @@ def train(rank: int, world_size: int, model: Path, output: Path, overlap: bool) 
             ]
             seen[name].append([r.response for r in run.engine().generate(requests, run.sampling)])
         seen["metrics"].append(step(number, rows_of(number, rank, world_size), run.optimizer, run.update))
-    seen["asked"] = engine.generated, engine.begun
+    seen["asked"] = engine.generated, engine.submitted
     return seen
 
 
@@ -133,7 +133,7 @@ def take_up(rank: int, world_size: int, model: Path, output: Path, bound: int, s
     store.write(STEPS, lines, part=0, parts=1)
     engine = BesideEngine(run.engine())
     training_rows = TrainingRows(lambda name: rows[0], lambda number: rows_of(number, 0, 1))
-    step = run.on_policy_step(engine, store=store, training_rows=training_rows)
+    step = run.on_policy_step(engine, store=store, rows=training_rows)
     metrics = step(STEPS, rows, run.optimizer, run.update)
     return {"age": metrics.rollout_age_max, "drawn": engine.generated}
 

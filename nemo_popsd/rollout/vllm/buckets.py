@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ class _Bucket:
         dtype = str(tensor.dtype).removeprefix("torch.")
         self.tensors.append([name, dtype, list(tensor.shape), self._used])
         end = self._used + count * tensor.element_size()
-        self._used = min(-(-end // _ALIGNMENT) * _ALIGNMENT, self._capacity)
+        self._used = min(math.ceil(end / _ALIGNMENT) * _ALIGNMENT, self._capacity)
 
     @contextmanager
     def sealed(self) -> Iterator[None]:

@@ -109,9 +109,9 @@ class VllmEngine:
             TransientError: it was lost more than `restarts` times, while loading or later; on all ranks.
             RuntimeError: a defect; on all ranks.
         """
-        return self.begin(requests, sampling).result()
+        return self.submit(requests, sampling).result()
 
-    def begin(self, requests: Sequence[Request], sampling: SamplingParams) -> VllmDrawing:
+    def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> VllmDrawing:
         """See `nemo_popsd.rollout.engine.ConcurrentEngine`. Collective as `generate` is, and raises the same.
 
         A server has one thing to do at a time: what was begun before is waited for first.
@@ -279,7 +279,7 @@ def _release_cached_memory() -> None:
 
 
 class VllmDrawing:
-    """Responses that a server draws while the ranks do something else; see `VllmEngine.begin`."""
+    """Responses that a server draws while the ranks do something else; see `VllmEngine.submit`."""
 
     def __init__(self, engine: VllmEngine, requests: Sequence[Request], sampling: SamplingParams) -> None:
         """Sends the requests. Collective over the domain."""

@@ -1,0 +1,22 @@
+"""What a package below needs of several sections, collected from the whole configuration. Imports no torch."""
+
+from __future__ import annotations
+
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.diagnosis.config import DiagnosisSettings
+
+
+def diagnosis_settings(config: PopsdConfig) -> DiagnosisSettings:
+    """Everything that a diagnosis reads of `config`."""
+    return DiagnosisSettings(
+        diagnosis=config.diagnosis,
+        target=config.distillation.target,
+        rollout=config.rollout,
+        seed=config.seed,
+        markers=config.evaluation.markers,
+        frozen_tokens=config.training.frozen_tokens,
+        packing=config.training.packing,
+        expert_parallel=config.parallel.expert > 1,
+        data_path=config.data.train.path,
+        student_source=config.student.source,
+    )

@@ -1,0 +1,150 @@
+"""The rows of a run on this rank: training data with its sampler, and the problems of `data.validation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import parallel_state
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.config import SourceConfig
+from nemo_popsd.data.contexts import Borrowed
+from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, PromptRow, build_dataset, build_evaluation_prompts
+from nemo_popsd.data.sampler import StepSampler, collate
+from nemo_popsd.errors import UserError
+from nemo_popsd.training.rollouts import TrainingRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows that are trained on, and the order in which steps visit them."""
+
+    dataset: PromptDataset
+    """All rows; the same on every rank."""
+    sampler: StepSampler
+    """Indices of this data-parallel rank's rows, step by step."""
+
+    def loader(self) -> DataLoader[PromptRow]:
+        """One batch per step: this data-parallel rank's share of it."""
+        return DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate)
+
+    def rows(self) -> TrainingRows:
+        """Access to rows by id and by step."""
+        return TrainingRows(
+            self.dataset.by_id, lambda step: [self.dataset[index] for index in self.sampler.local_batch(step - 1)]
+        )
+
+
+def read_training_data(
+    config: PopsdConfig,
+    source: SourceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    completed_steps: int,
+) -> TrainingData:
+    """Reads, checks and measures the rows of `source`.
+
+    Args:
+        config: the run.
+        source: usually `data.train`.
+        tokenizer: the student's.
+        vocab_size: the student's.
+        completed_steps: steps that have been trained; the loader starts after them.
+
+    Raises:
+        UserError: see `build_dataset`.
+    """
+    borrowed = Borrowed(config.distillation.target.borrowed)
+    dataset, _ = build_dataset(config.data, source, tokenizer, borrowed, vocab_size=vocab_size)
+    sampler = StepSampler(
+        len(dataset),
+        prompts_per_step=config.training.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        start_step=completed_steps,
+    )
+    return TrainingData(dataset, sampler)
+
+
+def read_validation_prompts(
+    config: PopsdConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int
+) -> list[EvaluationPrompt]:
+    """The problems of `source`, at most `evaluation.problems`; the same on every rank.
+
+    Raises:
+        UserError: too few problems for the data-parallel ranks; see also `build_evaluation_prompts`.
+    """
+    prompts, _ = build_evaluation_prompts(config.data, source, tokenizer, vocab_size=vocab_size)
+    prompts = prompts[: config.evaluation.problems]
+    ranks = parallel_state.get_data_parallel_world_size()
+    equally = config.parallel.expert > 1  # ranks that share experts generate equally often
+    if len(prompts) < ranks or (equally and len(prompts) % ranks):
+        raise UserError(
+            "data.validation",
+            got=f"{len(prompts)} problems for {ranks} data-parallel ranks",
+            need="equally many for each rank under expert parallelism" if equally else "at least one for each rank",
+            fix="set data.validation.path or evaluation.problems",
+        )
+    return prompts
+
+
+def validation_loader(prompts: Sequence[EvaluationPrompt], batch_rows: int) -> DataLoader[EvaluationPrompt]:
+    """This data-parallel rank's share of `prompts`, in batches of at most `batch_rows`."""
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    own: Any = prompts[rank::ranks]
+    return DataLoader(own, batch_size=batch_rows, collate_fn=collate)
+
+
+def as_source(config: SourceConfig | DictConfig) -> SourceConfig:
+    """`config` as a `SourceConfig`; NeMo's set-up methods pass a tree."""
+    if isinstance(config, SourceConfig):
+        return config
+    source: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), config))
+    return source
+
+
+def refuse_other_rows(checkpoint: NemoCheckpoint, digest: str) -> None:
+    """Refuses to resume on rows that differ from those of the run that wrote `checkpoint`.
+
+    Raises:
+        UserError: `digest` is not that of its training rows.
+    """
+    if checkpoint.manifest["data"] != digest:
+        raise UserError(
+            "resuming",
+            got="training rows that differ from those that the run started with",
+            need=f"the same rows, in any place (they were in {checkpoint.config.data.train.path!r})",
+            fix="set data.train.path, or output for another run, or overwrite=true to start again at step 1",
+        )
+
+
+def refuse_beyond_positions(model: Any, longest: int, settings: str) -> None:
+    """Refuses sequences that are longer than the model has positions.
+
+    Args:
+        model: the Hugging Face configuration; without `max_position_embeddings` nothing is refused.
+        longest: number of tokens of the longest context, response included.
+        settings: names of the settings that limit it.
+
+    Raises:
+        UserError: `longest` exceeds the positions.
+    """
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            "sequence length",
+            got=f"contexts of up to {longest} tokens, response included",
+            need=f"at most the model's {limit} positions (max_position_embeddings in its config.json)",
+            fix=f"set {settings}",
+        )

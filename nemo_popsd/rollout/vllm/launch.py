@@ -1,0 +1,283 @@
+"""From the settings of a run to an engine with its server: arguments, LoRA, devices, groups of ranks.
+
+Knows nothing of Megatron: what a server must know of the student is in `ServedModel`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_popsd.embedded.names import local_path
+from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.config import RolloutConfig
+from nemo_popsd.rollout.vllm.config import VllmConfig
+from nemo_popsd.rollout.vllm.engine import VllmEngine
+from nemo_popsd.rollout.vllm.environment import server_environment
+from nemo_popsd.rollout.vllm.ranks import ServerRanks
+from nemo_popsd.rollout.vllm.supervisor import Launch, VllmServer
+
+logger = logging.getLogger(__name__)
+
+LOGS = "vllm"
+"""Folder of the servers' logs in `output`."""
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of max_lora_rank that vLLM accepts
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+WeightStream = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Names and full tensors, the same on every rank; iterating is collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterShape:
+    """LoRA adapters as a server must know them."""
+
+    rank: int
+    """`student.lora.rank`."""
+    alpha: float
+    """`student.lora.alpha`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """The student, as far as a server is concerned."""
+
+    source: str
+    """`student.source`."""
+    precision: str
+    """`student.precision`."""
+    lora: AdapterShape | None
+    """Shape of the adapters; None under full fine-tuning."""
+    has_experts: bool
+    """Whether it is a mixture of experts."""
+    weights: WeightStream
+    """All tensors under Hugging Face's names, adapters merged."""
+    adapters: WeightStream
+    """The adapters under PEFT's names."""
+    write_files: Callable[[Path], object]
+    """Writes ``config.json`` and the tokenizer files into a directory."""
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of ``config.json`` that replace those in the file."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The copy of the model that this rank holds a part of."""
+
+    index: int
+    """Data-parallel rank; the server has the same index."""
+    shares_experts: bool
+    """Whether replicas share experts, so that the weights are gathered over the world."""
+
+
+def build_vllm_engine(
+    settings: RolloutConfig,
+    model: ServedModel,
+    replica: Replica,
+    *,
+    output: str | Path,
+    timeout: timedelta,
+    weights_version: Callable[[], int],
+    longest: Callable[[], int],
+    stop_requested: Callable[[], bool],
+) -> VllmEngine:
+    """The engine of this rank. Collective over the world; starts no server yet.
+
+    Args:
+        settings: the section `rollout`.
+        model: the student.
+        replica: of this rank.
+        output: directory of the run; logs are written below it.
+        timeout: a rank that waits longer for the others fails.
+        weights_version: number of training steps behind the current weights.
+        longest: number of tokens of the longest sequence to expect.
+        stop_requested: see `StopSignals.while_decoding`.
+
+    Raises:
+        UserError: `rollout.vllm.lora=adapter` is not possible with this model.
+    """
+    vllm = settings.vllm
+    output = Path(output)
+    base = adapter_base(vllm, model)
+    ranks = server_ranks(replica, timeout=timeout)
+    devices = None if vllm.launcher else _devices(ranks, vllm.tensor)
+    return VllmEngine(
+        ranks,
+        start=lambda limit: VllmServer(
+            server_launch(
+                settings,
+                model,
+                base or _written_files(model, output / LOGS / f"model-{replica.index}"),
+                output=output,
+                limit=limit,
+                replica=replica.index,
+                devices=devices,
+                adapter=base is not None,
+            )
+        ),
+        weights=model.weights if base is None else model.adapters,
+        kind="weights" if base is None else "adapter",
+        weights_version=weights_version,
+        longest=longest,
+        bucket_bytes=vllm.bucket_bytes,
+        restarts=vllm.restarts,
+        sleep=vllm.sleep,
+        stop_requested=stop_requested,
+    )
+
+
+def server_ranks(replica: Replica, *, timeout: timedelta) -> ServerRanks:
+    """The groups of this rank's replica and of the ranks it gathers weights with. Collective over the world.
+
+    Args:
+        replica: of this rank.
+        timeout: a rank that waits longer for the others fails.
+    """
+    if dist.get_world_size() == 1:
+        return ServerRanks(replica=None, domain=None, number=replica.index)
+    indices: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(indices, replica.index)
+    members: dict[int, list[int]] = defaultdict(list)
+    for rank, index in enumerate(indices):
+        members[index].append(rank)
+    groups: dict[int, Any] = {
+        index: dist.new_group(ranks, backend="gloo", timeout=timeout) for index, ranks in sorted(members.items())
+    }
+    own = groups[replica.index] if len(members[replica.index]) > 1 else None
+    domain = own
+    if replica.shares_experts:
+        domain = dist.new_group(list(range(len(indices))), backend="gloo", timeout=timeout)
+    return ServerRanks(replica=own, domain=domain, number=replica.index)
+
+
+def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
+    """Directory that vLLM reads the base from when only the adapters are sent to it; None when all weights are sent.
+
+    Merged weights are rounded to vLLM's precision. In bf16 that drops a change of a weight of less than one part in
+    512, so that the effect of young adapters would be missing from the rollouts.
+
+    Raises:
+        UserError: `rollout.vllm.lora=adapter` is not possible with this model.
+    """
+    if model.lora is None or settings.lora == "merged":
+        return None
+    path = local_path(model.source)
+    obstacle = ""
+    if model.has_experts:
+        obstacle = "a model with experts"
+    elif model.lora.rank > _LORA_RANKS[-1]:
+        obstacle = f"student.lora.rank={model.lora.rank}"
+    elif not any(path.glob("*.safetensors")):
+        obstacle = f"student.source={model.source!r}, which is not a Hugging Face directory"
+    if not obstacle:
+        return path
+    if settings.lora == "adapter":
+        raise UserError(
+            "configuration",
+            got=f"rollout.vllm.lora=adapter with {obstacle}",
+            need=f"a dense model in a Hugging Face directory, and a rank of at most {_LORA_RANKS[-1]}",
+            fix="set rollout.vllm.lora=merged",
+        )
+    logger.warning("vLLM gets the adapters merged into weights, rounded to its precision: %s", obstacle)
+    return None
+
+
+def server_launch(
+    settings: RolloutConfig,
+    model: ServedModel,
+    directory: Path,
+    *,
+    output: Path,
+    limit: int,
+    replica: int,
+    devices: str | None,
+    adapter: bool,
+) -> Launch:
+    """How the server of a replica is started.
+
+    Args:
+        settings: the section `rollout`.
+        model: the student.
+        directory: with the ``config.json``.
+        output: directory of the run.
+        limit: number of tokens of the longest sequence.
+        replica: index of the replica.
+        devices: GPUs of the server; None leaves the choice to the environment.
+        adapter: whether the server reads the weights from `directory` and is sent LoRA adapters; otherwise it is sent
+            all weights.
+    """
+    vllm = settings.vllm
+    arguments: dict[str, Any] = {
+        "model": str(directory.absolute()),
+        "skip_tokenizer_init": True,
+        "load_format": "auto" if adapter else "dummy",  # weights that the student sends are not read from files first
+        "generation_config": "vllm",  # no sampling defaults of the model
+        "dtype": _DTYPES[model.precision if vllm.dtype == "student" else vllm.dtype],
+        "tensor_parallel_size": vllm.tensor,
+        "max_model_len": limit,
+        "max_num_seqs": settings.batch_rows,
+        "gpu_memory_utilization": vllm.memory_share,
+        "enforce_eager": vllm.eager,
+        # A prefix computed with the weights of the last step is stale, and sharing must not change a response.
+        "enable_prefix_caching": False,
+        "logprobs_mode": "raw_logprobs",  # of the model itself: temperature 1, nothing filtered
+        "seed": 0,  # each request has its own
+        "disable_log_stats": True,
+    }
+    if model.config_overrides:
+        arguments["hf_overrides"] = dict(model.config_overrides)
+    lora = model.lora if adapter else None
+    if lora is not None:
+        rank = next(rank for rank in _LORA_RANKS if rank >= lora.rank)
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    if vllm.cache_bytes:
+        arguments["kv_cache_memory_bytes"] = vllm.cache_bytes
+    return Launch(
+        python=os.path.expanduser(vllm.python),
+        launcher=[word.replace("{replica}", str(replica)) for word in vllm.launcher],
+        environment=server_environment(os.environ, devices),
+        settings={
+            "arguments": arguments,
+            "interface": vllm.interface,
+            "sleep": vllm.sleep,
+            "adapter": None if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha},
+        },
+        log=output.absolute() / LOGS / f"server-{replica}.log",
+        address=vllm.address or socket.gethostname(),
+        start_seconds=vllm.start_seconds,
+        answer_seconds=vllm.answer_seconds,
+    )
+
+
+def _written_files(model: ServedModel, directory: Path) -> Path:
+    """The model's files in the run's own directory. A server may start again after the directory that they were read
+    from, a superseded checkpoint, has been removed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    model.write_files(directory)
+    return directory
+
+
+def _devices(ranks: ServerRanks, count: int) -> str | None:
+    """The first `count` GPUs of the replica on the machine of its leader. Collective over the replica."""
+    if not torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    index = torch.cuda.current_device()
+    own = socket.gethostname(), visible.split(",")[index] if visible else str(index)
+    gathered: list[tuple[str, str]] = [own]
+    if ranks.replica is not None:
+        gathered = [own] * dist.get_world_size(ranks.replica)
+        dist.all_gather_object(gathered, own, group=ranks.replica)
+    return ",".join([device for host, device in gathered if host == gathered[0][0]][:count])

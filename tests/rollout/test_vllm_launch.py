@@ -1,0 +1,63 @@
+"""Arguments of a vLLM server, and which weights it is sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.rollout.config import RolloutConfig
+from nemo_popsd.rollout.vllm.config import VllmConfig
+from nemo_popsd.rollout.vllm.launch import AdapterShape, ServedModel, adapter_base, server_launch
+
+MODEL = ServedModel(
+    source="nemo_popsd:tiny_reasoner",
+    precision="bf16",
+    lora=AdapterShape(rank=12, alpha=24.0),
+    has_experts=False,
+    weights=list,
+    adapters=list,
+    write_files=lambda directory: None,
+)
+
+
+def settings(model: ServedModel, *, adapter: bool) -> dict[str, Any]:
+    place: dict[str, Any] = {"output": Path("/run"), "limit": 10, "replica": 3, "devices": None}
+    return server_launch(RolloutConfig(), model, Path("/model"), adapter=adapter, **place).settings
+
+
+def test_a_server_gets_the_overrides_of_the_models_configuration() -> None:
+    overrides = {"rope_theta": 1000000.0, "rope_scaling": None}
+    with_overrides = replace(MODEL, config_overrides=overrides)
+    assert settings(with_overrides, adapter=True)["arguments"]["hf_overrides"] == overrides
+    assert "hf_overrides" not in settings(MODEL, adapter=True)["arguments"]
+
+
+def test_a_server_of_adapters_reads_the_base_and_one_of_merged_weights_does_not() -> None:
+    adapters, merged = settings(MODEL, adapter=True), settings(MODEL, adapter=False)
+    assert adapters["adapter"] == {"r": 12, "lora_alpha": 24.0}
+    assert adapters["arguments"]["max_lora_rank"] == 16
+    assert adapters["arguments"]["load_format"] == "auto"
+    assert merged["adapter"] is None
+    assert merged["arguments"]["load_format"] == "dummy"
+    assert "enable_lora" not in merged["arguments"]
+
+
+def test_which_models_are_served_with_adapters(tmp_path: Path) -> None:
+    auto = VllmConfig()
+    base = adapter_base(auto, MODEL)
+    assert base is not None
+    assert any(base.glob("*.safetensors"))
+    assert adapter_base(replace(auto, lora="merged"), MODEL) is None
+    assert adapter_base(auto, replace(MODEL, lora=None)) is None
+    for other, obstacle in (
+        (replace(MODEL, has_experts=True), "a model with experts"),
+        (replace(MODEL, lora=AdapterShape(rank=513, alpha=1.0)), "student.lora.rank=513"),
+        (replace(MODEL, source=str(tmp_path)), "which is not a Hugging Face directory"),
+    ):
+        assert adapter_base(auto, other) is None
+        with pytest.raises(UserError, match=obstacle):
+            adapter_base(replace(auto, lora="adapter"), other)
