@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 _CACHE_STEP = 256
 _WIDEST_FLASH_HEAD = 256
 

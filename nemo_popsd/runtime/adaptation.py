@@ -1,4 +1,4 @@
-"""One change to a library, with the line that needs it, and how changes are made."""
+"""One change to a library, with the functions that need it, and how changes are applied."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Adaptation:
-    """One thing that a library does which this machine, or these layers, cannot.
+    """A change to something that a library does and that this machine, or these layers, cannot do.
 
     Attributes:
         name: what is adapted.
-        needed_by: file and line of the library, and what stands there.
-        apply: makes the change; raises RuntimeError when the library no longer has that line.
+        needed_by: dotted names of the library's functions that need it, or of modules where importing them fails.
+        reason: what these functions do.
+        apply: makes the change; raises RuntimeError when the library no longer has what is changed.
     """
 
     name: str
-    needed_by: str
+    needed_by: tuple[str, ...]
+    reason: str
     apply: Callable[[], None]
 
 
@@ -36,5 +38,5 @@ def apply_all(adaptations: Iterable[Adaptation], *, listed_in: str) -> None:
             adaptation.apply()
         except (AttributeError, ImportError) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == "megatron.bridge":
-                raise  # it is not installed, which the command line says
+                raise  # It is not installed, which the command line reports.
             raise RuntimeError(f"{adaptation.name}: {error}; revise {listed_in}") from error

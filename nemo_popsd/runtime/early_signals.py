@@ -1,5 +1,6 @@
-"""Signals to a run that is starting or ending, when no step is in progress: one line, and the exit status that asks for
-the same command again. Imports no torch, so that it is there before anything slow.
+"""Signals while a run starts or ends and no step is in progress: one line, and the exit status that requests a restart.
+
+Does not import torch, so that it works before the slow imports.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ _LEFT_IF_IGNORED = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within, a signal ends the process with one line, wherever it is; `StopSignals` takes the signals over while there
-    is something to save. What the process was told to ignore (nohup, a job in the background) stays ignored.
+    """Context in which a signal ends the process with one line; `StopSignals` takes over once there is a run to save.
 
-    Outside the main thread, where Python takes no signals, nothing happens.
+    Signals that the process ignores from the start (nohup, a background job) stay ignored. Does nothing outside the
+    main thread, where Python cannot handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
     # A thread, since the main one may be waiting for other processes where Python's own handlers do not run.
-    threading.Thread(target=_end, args=(ours,), name="early signals", daemon=True).start()
-    woken = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end, args=(reader,), name="early signals", daemon=True).start()
+    woken = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     taken = [n for n in SIGNALS if not (n in _LEFT_IF_IGNORED and signal.getsignal(n) == signal.SIG_IGN)]
     previous = {number: signal.signal(number, _nothing) for number in taken}
     try:
@@ -44,22 +45,22 @@ def ended_by_signals() -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(woken)
-        theirs.close()  # ends the thread
+        writer.close()  # ends the thread
 
 
 def say(text: str) -> None:
-    """Prints a line to stderr, if anything is there to take it."""
+    """Prints a line to stderr, if it is open."""
     with contextlib.suppress(OSError):  # the terminal is gone
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """The thread does it; a handler of Python's must be there, so that the thread hears of the signal."""
+    """Python needs a handler to write the signal to the wake-up socket, which the thread reads."""
 
 
-def _end(ours: socket.socket) -> None:
-    with ours:
-        for byte in ours.recv(64):
+def _end(reader: socket.socket) -> None:
+    with reader:
+        for byte in reader.recv(64):
             if byte in SIGNALS:
                 name = signal.Signals(byte).name
                 say(f"popsd: stopped by {name}; no step was in progress; what has been saved is unchanged")

@@ -1,8 +1,8 @@
-"""What the libraries need for layers without Transformer Engine, on any device: a machine without it, and its experts.
+"""Changes to the libraries that layers without Transformer Engine need, on any device.
 
-Megatron-Bridge imports Transformer Engine unconditionally, and both libraries know the experts of its grouped layer
-alone. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`; where Transformer Engine
-imports, the entries that stand for it change nothing.
+Megatron-Bridge imports Transformer Engine unconditionally, and both libraries support only the experts of its grouped
+layer. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`; where Transformer Engine
+imports, the entries that replace it change nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from nemo_popsd.runtime.adaptation import Adaptation
 
 
 def transformer_engine_imports() -> bool:
-    """Whether this machine has a Transformer Engine that imports, as megatron-core found. Imports megatron-core."""
+    """Whether Transformer Engine imports on this machine, according to megatron-core, which this imports."""
     return bool(importlib.import_module("megatron.core.models.gpt.gpt_layer_specs").HAVE_TE)
 
 
 def _transformer_engine_names() -> None:
-    """Lets Megatron-Bridge's LoRA import; none of the names can be instantiated. A real Transformer Engine stays.
+    """Makes Megatron-Bridge's LoRA importable with stand-in classes that cannot be instantiated.
 
-    Made only after megatron-core was imported, which probes for Transformer Engine at import and must
-    not find any, and taken away again: only the importing modules keep a reference.
+    Does nothing where Transformer Engine imports. megatron-core looks for Transformer Engine when it is imported and
+    must not find the stand-in, so it is imported first; afterwards the stand-in is removed from `sys.modules`.
     """
     if transformer_engine_imports() or "megatron.bridge.peft.lora" in sys.modules:
         return
@@ -54,22 +54,22 @@ def _transformer_engine_names() -> None:
         importlib.import_module("megatron.bridge.peft.lora")
     finally:
         del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
-    # What probed for Transformer Engine while the stand-in was there must not believe in it: peft/utils.py:129 would
-    # test layers against its classes.
+    # Modules that found the stand-in must not use it: `megatron.bridge.peft.utils.get_adapter_attributes_from_linear`
+    # would test layers against its classes.
     for name in set(sys.modules) - before:
         if name.startswith("megatron.") and getattr(sys.modules[name], "HAVE_TE", False):
             sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
 
 
-def _expert_numbers() -> None:
+def _expert_indices() -> None:
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
     stock = mapping.gather_from_ep_ranks
     if getattr(stock, "numbered", False):
         return
 
     def gather_from_ep_ranks(self: Any, *args: object, **kwargs: object) -> object:
-        name, number = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
-        self.megatron_param = f"{name}{number[1]}" if number else name
+        name, expert = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
+        self.megatron_param = f"{name}{expert[1]}" if expert else name
         try:
             return stock(self, *args, **kwargs)
         finally:
@@ -80,10 +80,10 @@ def _expert_numbers() -> None:
 
 
 def _router_without_transformer_engine() -> None:
-    """Defines the name by which the router asks for a kernel of Transformer Engine, as not there."""
+    """Defines the router's name of a kernel of Transformer Engine as None, where Transformer Engine is missing."""
     module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if "te_general_gemm" not in inspect.getsource(module):
-        raise RuntimeError(f"{module.__name__} asks for no te_general_gemm; revise nemo_popsd/runtime/local_layers.py")
+        raise RuntimeError(f"{module.__name__} does not use te_general_gemm; revise nemo_popsd/runtime/local_layers.py")
     if not transformer_engine_imports():
         module.te_general_gemm = None  # type: ignore[attr-defined]
 
@@ -113,23 +113,26 @@ LOCAL_LAYERS: tuple[Adaptation, ...] = (
     # First: importing anything of Megatron-Bridge needs it.
     Adaptation(
         "Transformer Engine's names for the import of LoRA",
-        "megatron/bridge/peft/lora.py:21 and lora_layers.py:20 import transformer_engine.pytorch unconditionally",
+        ("megatron.bridge.peft.lora", "megatron.bridge.peft.lora_layers"),
+        "import transformer_engine.pytorch unconditionally",
         _transformer_engine_names,
     ),
     Adaptation(
         "router without Transformer Engine",
-        "moe_utils.py:1192 a name that is imported with Transformer Engine alone",
+        ("megatron.core.transformer.moe.moe_utils.RouterGatingLinearFunction.forward",),
+        "uses te_general_gemm, a name that is defined only where Transformer Engine imports",
         _router_without_transformer_engine,
     ),
     Adaptation(
-        "numbers of experts that are modules of their own",
-        "megatron/bridge/models/conversion/param_mapping.py:677 looks for the expert's number at the end of the name, "
-        "where only Transformer Engine's grouped experts have it",
-        _expert_numbers,
+        "indices of experts that are separate modules",
+        ("megatron.bridge.models.conversion.param_mapping.MegatronParamMapping.gather_from_ep_ranks",),
+        "looks for the expert's index at the end of the name, where only Transformer Engine's grouped experts have it",
+        _expert_indices,
     ),
     Adaptation(
         "names of a rank's experts",
-        "model_bridge.py:148 counts those of the GPU's grouped layer alone through the model",
+        ("megatron.bridge.models.conversion.model_bridge._megatron_local_name_to_global",),
+        "counts only the experts of the grouped layer through the whole model",
         _names_of_local_experts,
     ),
 )

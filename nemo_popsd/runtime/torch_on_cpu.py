@@ -1,6 +1,6 @@
-"""A view of torch in which CUDA is the CPU: what adapted library modules hold under the name ``torch``.
+"""A view of torch in which CUDA is the CPU, bound to the name ``torch`` in adapted library modules.
 
-Nothing of torch itself is changed; see `nemo_popsd.runtime.cpu` for who gets the view.
+torch itself is not changed; `nemo_popsd.runtime.cpu` lists the modules that get the view.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 class _NoStream:
-    """A stream, and an event of it, where everything has happened when a call returns."""
+    """A CUDA stream and event on the CPU, where every operation has finished when its call returns."""
 
     def __enter__(self) -> None: ...
 
@@ -57,7 +57,7 @@ class _CudaOnCpu(types.ModuleType):
 
 
 class _TorchOnCpu(types.ModuleType):
-    """``torch`` as Megatron sees it: everything is torch's own, but for CUDA devices."""
+    """``torch`` as Megatron sees it: torch's own attributes, except for CUDA devices."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -70,4 +70,4 @@ class _TorchOnCpu(types.ModuleType):
 
 
 TORCH_ON_CPU = _TorchOnCpu()
-"""The view that adapted modules hold under the name ``torch``."""
+"""The view that is bound to the name ``torch`` in adapted modules."""

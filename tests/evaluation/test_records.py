@@ -135,15 +135,15 @@ def test_samples_of_different_settings_are_not_mixed(tmp_path: Path, changes: di
 
 
 def test_settings_with_the_older_name_of_the_digest_are_read(tmp_path: Path) -> None:
-    directory = begun(tmp_path)
+    directory = opened(tmp_path)
     with directory.append_to(0) as file:
         file.add([sample()])
     settings = directory.settings()
     settings["fingerprint"] = settings.pop("weights_digest")
     (directory.path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="weights_digest='other' where the samples have 'f'"):
-        begun(tmp_path, weights_digest="other")
-    assert begun(tmp_path).settings()["weights_digest"] == "f"
+        opened(tmp_path, weights_digest="other")
+    assert opened(tmp_path).settings()["weights_digest"] == "f"
     assert len(directory.samples()) == 1
 
 
