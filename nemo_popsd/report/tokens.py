@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, Statistic
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.report.decomposition import (
@@ -23,16 +24,13 @@ from nemo_popsd.report.shell import document, refuse_another_file
 FULL_COLOUR = 3.0
 """|Δ| in nats from which a token has its full colour."""
 _SWITCH = (("show-both", "both"), ("show-it", "Δ_it"), ("show-ref", "Δ_ref"))
+_STATISTICS: tuple[Statistic, ...] = (*TOKEN_STATISTICS, *SIGNAL_STATISTICS)
 _INSPECTED = (
     "delta_total",
     "delta_reference",
     "delta_question",
     "delta_target",
-    "student_entropy",
-    "target_entropy",
-    "norm_ratio",
-    "cosine_question",
-    "cosine_reference",
+    *(statistic.name for statistic in _STATISTICS),
 )
 
 
@@ -132,7 +130,8 @@ def _reader(rollout: Mapping[str, Any], name: str) -> str:
     kept = {
         "first": strongest,
         "pieces": rollout["pieces"],
-        "values": {key: values[key] for key in _INSPECTED},
+        "values": {key: values[key] for key in _INSPECTED if key in values},
+        "statistics": [[statistic.name, statistic.symbol] for statistic in _STATISTICS if statistic.name in values],
         "alternatives": rollout["alternatives"],
     }
     cut = '<span class="badge">cut at the limit</span>' if rollout["cut"] else ""

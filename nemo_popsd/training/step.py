@@ -8,7 +8,8 @@ import torch
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptRow
-from nemo_popsd.distillation.build import build_divergence, build_target
+from nemo_popsd.distillation.divergence import build_divergence
+from nemo_popsd.distillation.families import build_target
 from nemo_popsd.megatron.forward import forward_backward, student_batches
 from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -79,7 +80,6 @@ class OnPolicyStep:
             target,
             token_budget=config.training.frozen_tokens,
             diagnosed_tokens=settings.diagnosed_tokens,
-            soft_cap=student.soft_cap,
             packed=config.training.packing,
             on_host=config.training.cache_on_host,
         )
