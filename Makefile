@@ -73,6 +73,7 @@ lint: $(DEV_STAMP) ## ruff, formatting, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+container-check: export TE_ENV := $(abspath $(CONTAINER_ENV))/te-site
 container-check: $(CONTAINER_STAMP) ## the versions of the NGC container, without a GPU: tests, fake CUDA tensors, kernels (8 GB, not in CI)
 	$(CONTAINER_ENV)/bin/python -m benchmarks.container --python $(CONTAINER_ENV)/bin/python --write $(ARGS)
 
@@ -113,11 +114,12 @@ $(TE_STAMP): $(TE) | $(VENV)/bin/python
 	@$(PIP) --no-deps --upgrade --target $(TE_ENV) -r $(TE)
 	@touch $@
 
-$(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) pyproject.toml
+$(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) $(TE) pyproject.toml
 	@test -n "$(CONTAINER_PYTHON)" || { echo "make: got no python3.12; need the container's Python; set CONTAINER_PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "installing the container's versions into $(CONTAINER_ENV) (gigabytes)"
 	@$(CONTAINER_PYTHON) -m venv $(CONTAINER_ENV)
 	@$(CONTAINER_PIP) -r $(CONTAINER_LOCK)
 	@$(CONTAINER_PIP) --no-deps -r $(BRIDGE)
+	@$(CONTAINER_PIP) --no-deps --upgrade --target $(CONTAINER_ENV)/te-site -r $(TE)
 	@$(CONTAINER_PIP) --no-deps --no-build-isolation -e .
 	@touch $@
