@@ -89,6 +89,7 @@ docs: $(DOCS_STAMP) ## the documents as a site in build/site; fails on a broken 
 	$(DOCS_ENV)/bin/cffconvert --validate
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict # with --quiet it counts no warnings
 
+container-check: export TE_ENV := $(abspath $(CONTAINER_ENV))/te-site
 container-check: $(CONTAINER_STAMP) ## the versions of the NGC container, without a GPU: tests, fake CUDA tensors, kernels (8 GB, not in CI)
 	$(CONTAINER_ENV)/bin/python -m benchmarks.container --python $(CONTAINER_ENV)/bin/python --write $(ARGS)
 
@@ -133,11 +134,12 @@ $(DOCS_STAMP): $(DOCS_LOCK) | $(DOCS_ENV)/bin/python
 	@$(DOCS_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -r $(DOCS_LOCK)
 	@touch $@
 
-$(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) pyproject.toml
+$(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) $(TE) pyproject.toml
 	@test -n "$(CONTAINER_PYTHON)" || { echo "make: got no python3.12; need the container's Python; set CONTAINER_PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "installing the container's versions into $(CONTAINER_ENV) (gigabytes)"
 	@$(CONTAINER_PYTHON) -m venv $(CONTAINER_ENV)
 	@$(CONTAINER_PIP) -r $(CONTAINER_LOCK)
 	@$(CONTAINER_PIP) --no-deps -r $(BRIDGE)
+	@$(CONTAINER_PIP) --no-deps --upgrade --target $(CONTAINER_ENV)/te-site -r $(TE)
 	@$(CONTAINER_PIP) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -26,9 +26,12 @@ RESULTS = ROOT / "benchmarks" / "RESULTS-container.md"
 _TITLE = "# Results of `make container-check`"
 _VERSIONS = """
 from importlib import metadata
-import platform
+import os, platform
 names = ("torch", "triton", "megatron-core", "megatron-bridge", "nemo-toolkit", "transformers", "lightning", "numpy")
-print(", ".join([f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in names)]))
+versions = [f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in names)]
+folder = [os.environ["TE_ENV"]] if os.environ.get("TE_ENV") else []
+modules = metadata.distributions(name="transformer-engine", path=folder)
+print(", ".join(versions + [f"transformer-engine {module.version} (Python modules)" for module in modules]))
 """
 _MODEL = "import sys; from tests.tiny_models import save_tiny_model; save_tiny_model(sys.argv[1], 'qwen3', head_dim=16)"
 _SUMMARY = ("FAILED", "ERROR", *map(str, range(10)))

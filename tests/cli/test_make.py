@@ -109,6 +109,14 @@ def test_the_three_loops_select_by_marker(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_installs_transformer_engine_beside_the_versions_of_the_container(tmp_path: Path) -> None:
+    environment = tmp_path / "container"
+    fresh = make("-n", "container-check", "CONTAINER_PYTHON=python3", f"CONTAINER_ENV={environment}").stdout
+    assert f"--no-deps --upgrade --target {environment}/te-site -r requirements/te-cpu.txt" in fresh
+    assert fresh.index("-r requirements/container-py312.txt") < fresh.index("-r requirements/te-cpu.txt")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_alone_lists_every_target() -> None:
     listed = {line.split()[0] for line in make().stdout.splitlines()}
     declared = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
