@@ -68,9 +68,9 @@ class WorkloadConfig:
     """The batch grows with the nodes: this many prompts for each replace `training.prompts_per_step`. Null: it does
     not."""
     layers: str = "fused"
-    """Which layers keep activations: `fused`, Transformer Engine's (from reading, not measured by us); `plain`, the
-    local ones (compared with what they allocate on a CPU by the tests), whatever is set here with
-    `student.layers=local`."""
+    """Which layers keep activations: `fused`, Transformer Engine's (compared by the tests with what its modules keep,
+    with emulated kernels); `plain`, the local ones (compared with what they allocate on a CPU), whatever is set here
+    with `student.layers=local`."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "workload")
