@@ -229,7 +229,7 @@ def test_trap_3_a_planted_raw_all_reduce_keeps_the_loss_and_fails_the_gradient_c
 
 @pytest.mark.parametrize("form", ["hidden", "logits"])
 def test_trap_10_the_temperature_of_the_loss_divides_all_four_distributions_alike(form):
-    """With τ on h equals τ = 1 on h/τ for student, base, teacher and reference-only teacher; the gradient carries one 1/τ."""
+    """With τ on h equals τ = 1 on h/τ for all four distributions; the gradient carries one 1/τ."""
     tau = 1.7
     problem = make_problem(5)
     scaled = type(problem)(
