@@ -1,7 +1,7 @@
-"""The paper's analysis on any model and data: what each part of the teacher's signal says of every token.
+"""The paper's analysis on any model and data: the parts of the teacher's signal at every token.
 
 tokens.py       one set of tokens: decomposition, divergences, most likely alternatives; chunked, over vocabulary shards
-shards.py       the k largest entries of a vocabulary that lies in shards
+shards.py       the k largest entries of a sharded vocabulary
 push.py         which vocabulary entries each component raises and lowers, summed over tokens
 pieces.py       the text of each token; which tokens belong to an epistemic marker
 groups.py       means and quartiles by position, by entropy, for marker tokens and others

@@ -14,20 +14,20 @@ from nemo_popsd.settings.bounds import Bounds, check_numbers
 
 @dataclass(kw_only=True)
 class DiagnosisConfig:
-    """Which rollouts the teacher's signal is decomposed on, and how finely it is told.
+    """Which rollouts the teacher's signal is decomposed on, and how much of it is recorded.
 
-    Rows come from `data.train` (a reference solution is needed), rollouts are drawn as `rollout` says.
+    Rows come from `data.train` (a reference solution is needed), rollouts are generated as `rollout` sets.
     """
 
     rows: Annotated[int, Bounds(1, 10**6)] = 16
-    """The first so many rows of `data.train`, one rollout each."""
+    """How many rows, from the start of `data.train`; one rollout each."""
     shown_rows: list[str] = field(default_factory=list)
     """Ids of rows whose rollouts are shown token by token, beside those of `rows` also further down the file. Empty
     shows the first `shown`."""
     shown: Annotated[int, Bounds(0, 10**4)] = 4
     """Rollouts shown token by token where `shown_rows` names none."""
     alternatives: Annotated[int, Bounds(1, 10**4)] = 8
-    """Most likely tokens of student, base, teacher, probe and target that are kept for each token shown."""
+    """Most likely tokens of student, base, both teachers and target that are kept for each token shown."""
     listed_tokens: Annotated[int, Bounds(1, 10**4)] = 20
     """Tokens listed as most promoted, and as most suppressed, by each component."""
     position_bins: Annotated[int, Bounds(1, 10**4)] = 16

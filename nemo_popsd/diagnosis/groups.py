@@ -91,8 +91,8 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
-    """Linear between the neighbours, as numpy's default."""
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
+    """Interpolated linearly between the neighbours, as numpy does by default."""
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])

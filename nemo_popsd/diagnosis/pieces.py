@@ -17,7 +17,7 @@ _BATCH = 4096
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to the response, special tokens included; joined, they are its text.
 
-    A character whose bytes lie in several tokens belongs to the last of them; the others add nothing. Decodes a few
+    A character whose bytes span several tokens belongs to the last of them; the others add nothing. Decodes a few
     tokens at a time, so that spaces which a tokenizer drops at the start of a text are kept.
     """
     pieces: list[str] = []
@@ -49,7 +49,7 @@ def marked_tokens(pieces: Sequence[str], markers: Sequence[str]) -> list[bool]:
 def marker_entries(
     tokenizer: PreTrainedTokenizerBase, markers: Sequence[str], vocab_size: int
 ) -> Mapping[str, list[int]]:
-    """The vocabulary entries that are one whole marker each, white space around it aside, by marker.
+    """The vocabulary entries that are exactly one marker, apart from white space around it, by marker.
 
     A marker of several tokens has none: its first token ("Let") mostly opens something else.
     """

@@ -1,11 +1,11 @@
-"""What a diagnosis leaves on disk: `summary.json` with all aggregates, `rollouts.jsonl` with one rollout a line.
+"""The files of a diagnosis: `summary.json` with all aggregates, `rollouts.jsonl` with one rollout per line.
 
 summary.json
     format          1
     name, step      what was diagnosed, and the optimizer steps behind it
     settings        rows, rollout sampling, target, temperature, markers
     rollouts, tokens
-    measures        what each per-token figure is
+    measures        the meaning of each per-token figure
     groups          see `nemo_popsd.diagnosis.groups`
     rollouts_sha256, sum  of rollouts.jsonl, and of everything else in this file
     push            tokens: as above; "components": for each of total, reference, question, target the lists "promoted"
@@ -16,7 +16,7 @@ rollouts.jsonl
     pieces          the text of each token
     marked          1 for tokens of a marker, else 0
     values          for each measure, and for log_student, log_base, log_privileged, log_reference, log_target of the
-                    token that stands there, a list by token; null where not defined
+                    response's token, a list by token; null where not defined
     alternatives    null, or "texts" (each token once) and for student, base, privileged, reference and target a list
                     by token of [index into texts, probability, index, probability, ...]
 """
@@ -52,10 +52,10 @@ class Diagnosis:
     rollouts: list[dict[str, Any]]
 
     def write(self, directory: Path) -> None:
-        """Writes both files into `directory`, which is made; the summary last, so that it vouches for the rest.
+        """Writes both files into `directory`, which is created; the summary last: where it exists, both are complete.
 
         Raises:
-            UserError: files of these names are there that no diagnosis wrote.
+            UserError: files of these names exist that no diagnosis wrote.
         """
         refuse_other_files(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class Diagnosis:
 
 
 def refuse_other_files(directory: Path) -> None:
-    """Refuses a directory whose files a diagnosis would replace although none wrote them.
+    """Refuses a directory with files of these names that no diagnosis wrote.
 
     Raises:
         UserError: names the file.
@@ -79,27 +79,27 @@ def refuse_other_files(directory: Path) -> None:
     if present := [name for name in (SUMMARY, ROLLOUTS) if os.path.lexists(directory / name)]:
         raise UserError(
             f"diagnosis {directory}",
-            got=f"{', '.join(present)} and no {MARK} that says that a diagnosis of nemo_popsd wrote them",
+            got=f"{', '.join(present)} but no {MARK} of a diagnosis of nemo_popsd",
             need="a directory without such files, or an earlier diagnosis; nothing was changed",
             fix=f"set output to another directory, or move {directory} away",
         )
 
 
 def rounded(value: float) -> float | None:
-    """`value` to five significant digits; None for NaN and infinities, which JSON has not."""
+    """`value` to five significant digits; None for NaN and infinities, which JSON does not have."""
     if not math.isfinite(value):
         return None
     return float(f"{value:.{_DIGITS}g}")
 
 
-def pushed_entry(tokens: PushedTokens, place: int, text: str, total_tokens: int) -> dict[str, Any]:
+def pushed_entry(tokens: PushedTokens, index: int, text: str, total_tokens: int) -> dict[str, Any]:
     """One vocabulary entry for the summary, per 1,000 tokens."""
     scale = 1000 / max(total_tokens, 1)
     return {
-        "id": int(tokens.ids[place]),
+        "id": int(tokens.ids[index]),
         "text": text,
-        "mass": rounded(float(tokens.mass[place]) * scale),
-        "push": _by_component(tokens.push[:, place].tolist(), scale),
+        "mass": rounded(float(tokens.mass[index]) * scale),
+        "push": _by_component(tokens.push[:, index].tolist(), scale),
     }
 
 

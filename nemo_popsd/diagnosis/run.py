@@ -1,4 +1,4 @@
-"""From a student, an engine and rows to a diagnosis: rollouts, four forwards, decomposition, aggregates."""
+"""A diagnosis from a student, an engine and rows: rollouts, four forwards, decomposition, aggregates."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def choose_rows(dataset: PromptDataset, settings: DiagnosisConfig) -> list[Diagn
     """The rows that `settings` names, those to be shown first named first; the same on every rank.
 
     Raises:
-        UserError: a row that is to be shown is not there.
+        UserError: a row of `shown_rows` is missing.
     """
     named = [dataset.index(row_id) for row_id in settings.shown_rows]
     if None in named:
@@ -91,23 +91,23 @@ def diagnose(
     step: int,
     stop: StopSignals | None = None,
 ) -> Diagnosis:
-    """Draws one rollout for each row and decomposes the teacher's signal on all its tokens. Collective.
+    """Generates one rollout for each row and decomposes the teacher's signal on all its tokens. Collective.
 
     Random numbers depend on the run's seed and the row, not on the step: diagnoses before and after training differ
-    by the weights alone. Rows are shared out over data-parallel ranks, and each rank of the last pipeline stage
+    by the weights alone. Rows are distributed over data-parallel ranks, and each rank of the last pipeline stage
     decomposes the tokens that it owns; hidden states of `training.frozen_tokens` response tokens exist at one time, and
     logits of `diagnosis.chunk_tokens`. One gather of objects over all ranks.
 
     Args:
         student: live and frozen weights.
-        engine: draws from the live ones.
-        sampling: how.
+        engine: generates with the live ones.
+        sampling: its parameters.
         tokenizer: the student's.
         rows: from `choose_rows`, the same on every rank.
         settings: what the run's configuration says of it.
         name: of what is diagnosed.
         step: optimizer steps behind the live weights.
-        stop: asked after the rollouts, which a signal cuts short.
+        stop: checked after the rollouts, which a signal ends early.
 
     Returns:
         The same on every rank.
@@ -162,7 +162,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Diagnosed:
-    """What was found on one rollout, on the CPU: what ranks tell each other."""
+    """The figures of one rollout, on the CPU: what ranks exchange."""
 
     row: int
     rollout: Rollout

@@ -195,8 +195,8 @@ class ChunkedLoss:
         if self._dh_NH is not None:
             # Without dW there is one product; two halves of it overlap with the two collectives of the JSD.
             halved = self._dw_VH is None and spec.divergence.kind == "jsd" and spec.shard.ranks > 1
-            size = max(1, -(-len(gradient_CV) // (2 if halved else 1)))
-            parts = zip(self._dh_NH[tokens].split(size), gradient_CV.split(size), strict=True)
+            pieces = 2 if halved else 1
+            parts = zip(self._dh_NH[tokens].chunk(pieces), gradient_CV.chunk(pieces), strict=True)
             self._pending.extend(partial(_hidden_gradient, *part, self._w_VH) for part in parts)
         if self._dw_VH is not None:
             states = self._h_NH[tokens]

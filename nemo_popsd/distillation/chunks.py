@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # sizes are planned where there is no torch
     from torch import Tensor
 
 LARGEST_CHUNK = 1024
-"""Tokens. Every chunk reads and writes the whole dW once: with fewer tokens that outweighs its product."""
+"""Tokens. Every chunk reads and writes all of dW once: with fewer tokens that outweighs its product."""
 
 _ROW_TOKENS = 8192
 _SHARE_OF_A_ROW = 0.4
@@ -20,8 +20,8 @@ _MULTIPLE = 64
 def default_chunk_tokens(buffers: float) -> int:
     """Tokens of a chunk whose `buffers` [C, V] buffers in fp32 take at most 0.4 of an fp32 [8192, V] tensor.
 
-    That leaves the other half of 0.8 for what grows with [N, H] and for dW where no one keeps it. The number does not
-    depend on V: the memory of a chunk and that of everything else are proportional to it alike.
+    That leaves the other half of 0.8 for what grows with [N, H] and for dW where no trainer keeps it. The result does
+    not depend on V: the memory of a chunk and that of everything else are proportional to it alike.
     """
     affordable = int(_SHARE_OF_A_ROW * _ROW_TOKENS / buffers)
     return min(LARGEST_CHUNK, affordable // _MULTIPLE * _MULTIPLE)

@@ -12,7 +12,7 @@ from nemo_popsd.settings.checks import one_of
 
 @dataclass(kw_only=True)
 class TargetConfig:
-    """The target distribution: one member of the log-linear family (section "target" of the README)."""
+    """The target distribution: a family by name, and its parameters; see `nemo_popsd.distillation.families`."""
 
     family: str = "purified"
     """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582), `student_pmi` (PMI on the live
@@ -27,7 +27,7 @@ class TargetConfig:
     alpha: Annotated[float, Bounds(1e-3, 1e3)] = 1.0
     """Strength of the contrast in `wrong_reference`."""
     temperature: Annotated[float, Bounds(1e-3, 1e3)] = 1.0
-    """Softmax temperature of every distribution in the loss; has nothing to do with rollout sampling."""
+    """Softmax temperature of every distribution in the loss; independent of rollout sampling."""
 
     def __post_init__(self) -> None:
         one_of("distillation.target.family", self.family, tuple(FAMILIES))
@@ -69,7 +69,7 @@ class DistillationConfig:
     where the target or the layout needs more buffers, so that the loss needs at most 0.8 of an fp32 [8192, V/tp]."""
     fused: str = "auto"
     """Whether the arithmetic between the loss's products is compiled into fused kernels: `auto` from 8,192 vocabulary
-    entries of a rank on, `always` or `never`. Without a working compiler the log says so and it is not."""
+    entries of a rank on, `always` or `never`. Without a working compiler it is not, and a warning is logged."""
     diagnosed_tokens: Annotated[int, Bounds(0, 10**7)] = 256
     """Tokens per step and data-parallel rank on which Δ norms and cosines are measured; 0 measures none.
     Needs both teachers on every row, also where the target (`opsd`, `beta_opsd`) needs no reference-only teacher."""

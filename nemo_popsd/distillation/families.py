@@ -1,4 +1,4 @@
-"""Target families: the coefficients of each target distribution, and what they imply for everything that asks.
+"""Target families: the coefficients of each target distribution, and what follows from them.
 
     log P = a_S·sg[log π_θ] + a_0·log π_0 + a_T·log π_T + a_R·log π_ref − log Z
 

@@ -10,6 +10,7 @@ W rows with padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -167,9 +168,8 @@ def loss_from_hidden(
         separate_gradient=separate_gradient,
     )
     with torch.autocast(student_hidden.device.type, enabled=False):
-        total, per_token, statistics_SN, products_5D = _HiddenLossFunction.apply(
-            student_hidden, student_weight, spec, main_gradient
-        )
+        apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _HiddenLossFunction.apply
+        total, per_token, statistics_SN, products_5D = apply(student_hidden, student_weight, spec, main_gradient)
     return HiddenLoss(
         total,
         per_token,

@@ -1,14 +1,13 @@
 """Every collective of the distillation losses, over the tensor-parallel group that holds the vocabulary in shards.
 
-A group of None, or of one rank, means that this rank holds the whole vocabulary: nothing is sent.
+A group of None, or of one rank, means that this rank holds the full vocabulary: nothing is sent.
 
-Under autograd a raw `torch.distributed.all_reduce` is wrong without looking wrong: it alters values where autograd
-sees no operation, so losses agree with the dense result and gradients do not. There are two right adjoints, and which
-one depends on who consumes the sum:
+Under autograd a raw `torch.distributed.all_reduce` gives the right loss and a wrong gradient: autograd does not see the
+operation. There are two correct adjoints, and the consumer of the sum decides which one applies:
 
     `sum_for_shards`: the sum goes back into each rank's own shard (a softmax denominator). The ranks' gradients of the
         sum differ and each is a part of the whole: backward is an all-reduce too.
-    `sum_for_replicas`: the sum is used alike on every rank (a loss). Every rank holds the whole gradient already:
+    `sum_for_replicas`: the sum is used alike on every rank (a loss). Every rank holds the full gradient already:
         backward is the identity.
 """
 
@@ -51,14 +50,14 @@ def reduce_sum_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def gather_shards(
     parts: Sequence[Tensor], group: dist.ProcessGroup | None, meanwhile: Callable[[], None] | None = None
 ) -> list[Tensor]:
-    """What every rank of the group holds of each of `parts`: [n, ...] to [P, n, ...]. One all-gather, no gradient.
+    """Gathers `parts` of every rank of the group: [n, ...] to [P, n, ...] each. One all-gather, no gradient.
 
     The same bits on every rank: each of them adds up the shards in the same order.
 
     Args:
         parts: tensors of one dtype, of the same shapes on every rank.
         group: the group; P ranks.
-        meanwhile: work that is put in while the all-gather is under way.
+        meanwhile: work to run while the all-gather is under way.
     """
     size = group_size(group)
     if size == 1:
@@ -76,7 +75,7 @@ def gather_shards(
 
 
 def sum_shards_(x: Tensor, group: dist.ProcessGroup | None, meanwhile: Callable[[], None] | None = None) -> Tensor:
-    """As `reduce_sum_`, with work that is put in while the all-reduce is under way."""
+    """As `reduce_sum_`, with work to run while the all-reduce is under way."""
     assert not x.requires_grad, "for constants only"
     work = None
     if group_size(group) > 1:

@@ -1,4 +1,4 @@
-"""What a run will take, before anything is queued: memory, FLOPs, bytes moved and time by formula. No torch.
+"""What a run needs, before it is queued: memory, FLOPs, bytes moved and time by formula. No torch.
 
 config.py      nodes, hardware and lengths that the estimate assumes
 sizes.py       the numbers of a model, from its config.json or from a file that ships here

@@ -1,6 +1,6 @@
 """Floating-point operations of one GPU in one step, two per multiply-add. Formulas: docs/planning.md, "FLOPs".
 
-Counted are matrix products and attention. With pipeline stages the last one is counted: it has the loss.
+Counted are matrix products and attention. With pipeline stages the last one is counted, which has the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Flops:
     linear: float
     """Of the layers' linears, adapters included."""
     attention: float = 0.0
-    """Of attention within a sequence, its whole square, as flop counters count it."""
+    """Of attention within a sequence, the full square, as flop counters count it."""
     cached: float = 0.0
     """Of attention of new tokens to the cache."""
     head: float = 0.0
@@ -49,7 +49,7 @@ def layer_weights(case: Case) -> tuple[float, float]:
     model, adapters = float(sizes.hidden * sizes.experts), 0.0  # the router
     for linear in linears(sizes):
         visits = sizes.experts_per_token if linear.expert else 1
-        # Tokens of all e ranks of an expert group meet the experts of one of them: shared out, k each on average.
+        # Tokens of all e ranks of an expert group are routed to the experts of one of them: k each on average.
         split = layout.expert_tensor if linear.expert else layout.tensor
         spread = layout.tensor if linear.expert and layout.sequence and layout.expert_tensor == 1 else 1
         model += linear.weights * visits / split / spread
@@ -108,7 +108,7 @@ def loss(case: Case, responses: float, diagnosed: float) -> Flops:
 
 
 def decoding(case: Case, rows: float, length: float) -> Flops:
-    """One step of decoding: a token for each of this rank's `rows`, which look at `length` positions of the cache."""
+    """One step of decoding: a token for each of this rank's `rows`, which attend to `length` positions of the cache."""
     layout, sizes = case.layout, case.sizes
     linear = forward(case, rows * layout.context, 0, adapters=case.lora).linear
     cached = 4 * rows * length * sizes.query_width * sizes.layers / layout.pipeline / layout.tensor
@@ -129,14 +129,14 @@ class StepFlops:
 
 
 def prefill(case: Case) -> Flops:
-    """The prompts of all rows that a rank draws, put into the cache but for their last tokens."""
+    """The prompts of all rows that a rank generates for, written to the cache except their last tokens."""
     length = case.means.prompt - 1
     tokens = case.drawn_rows * length * case.layout.context  # no sequence is split while decoding
     return forward(case, tokens, tokens * length, adapters=case.lora)
 
 
 def attended(case: Case) -> float:
-    """Positions that a step of decoding looks at, on average over the steps of a row."""
+    """Positions that a step of decoding attends to, on average over the steps of a response."""
     mean, capacity = case.means, case.limits.student
     begin, steps = int(mean.prompt), max(1, int(mean.response))
     sampled = range(begin, begin + steps, math.ceil(steps / 256))

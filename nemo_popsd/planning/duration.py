@@ -38,7 +38,7 @@ class StepSeconds:
     training: Seconds
     """Forward, backward, reduction, update."""
     overlap: bool = False
-    """Whether the rollouts of the next step are drawn meanwhile, elsewhere."""
+    """Whether the rollouts of the next step are generated meanwhile, on other GPUs."""
 
     @property
     def total(self) -> float:
@@ -89,7 +89,7 @@ def _rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
 
 
 def _weights_read(case: Case) -> int:
-    """Elements that a decoding step reads on one rank: all but the embedding, of which a token reads one row."""
+    """Elements that a decoding step reads on one rank: all but the embedding, of which a token reads one vector."""
     sizes, layout, read = case.sizes, case.layout, 0
     for stage in stages(sizes, layout):
         parameters = count(sizes, layout, stage, case.config.student.lora if case.lora else None)

@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def expert_tensor(self) -> int:
-        """Ranks over which the matrices of the MLP are split: t, or 1 where experts are shared out."""
+        """Ranks over which the matrices of the MLP are split: t, or 1 with expert parallelism."""
         return 1 if self.expert > 1 else self.tensor
 
     @property
@@ -80,7 +80,7 @@ class Layout:
 
 
 def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
-    """Why `layout` cannot be, each in words with both numbers; empty where nothing speaks against it.
+    """Why `layout` is impossible, each reason with both numbers; empty where it is possible.
 
     Args:
         layout: any numbers of at least 1.

@@ -151,7 +151,7 @@ def cache_bytes(case: Case, stage: Stage) -> float:
 
 
 def server_bytes(case: Case) -> float:
-    """Bytes that a vLLM server takes of a GPU that it shares with the training; 0 without one, or on its own GPUs."""
+    """Bytes of a vLLM server on a GPU that it shares with the training; 0 without one, or on its own GPUs."""
     rollout = case.config.rollout
     if rollout.engine != "vllm" or rollout.vllm.launcher:
         return 0.0

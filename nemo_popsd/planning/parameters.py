@@ -1,4 +1,4 @@
-"""How many parameters one rank holds, by kind: what Megatron allocates, vocabulary padding included."""
+"""How many parameters one rank holds, by type: what Megatron allocates, vocabulary padding included."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Elements of the whole matrix."""
+        """Elements of the full matrix."""
         return self.inputs * self.outputs
 
     def share(self, tensor: int) -> int:
@@ -55,7 +55,7 @@ def linears(sizes: ModelSizes) -> tuple[Linear, ...]:
 
 
 def padded_vocabulary(sizes: ModelSizes, layout: Layout) -> int:
-    """V_p, rows of embedding and output matrix over all ranks."""
+    """V_p, vectors of embedding and output matrix over all ranks."""
     multiple = VOCABULARY_MULTIPLE * layout.tensor
     return math.ceil(sizes.vocab / multiple) * multiple
 
@@ -130,7 +130,7 @@ def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | No
 
 
 def whole(sizes: ModelSizes) -> int:
-    """Parameters of the whole model as published: no padding, no adapters."""
+    """Parameters of the full model as published: no padding, no adapters."""
     hidden, experts = sizes.hidden, max(1, sizes.experts)
     vocabulary = sizes.vocab * hidden * (1 if sizes.tied else 2)
     norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)

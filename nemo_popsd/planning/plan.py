@@ -1,4 +1,4 @@
-"""The estimate of one layout, what speaks against it, the nearest layouts that fit, and the fastest."""
+"""The estimate of one layout, why it is impossible, the nearest layouts that fit, and the fastest."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nemo_popsd.planning.workload import Case
 GIB = 2**30
 
 Changes = Mapping[str, object]
-"""Settings of the run, by dotted name, that differ from those asked for."""
+"""Settings of the run, by dotted name, that differ from the requested ones."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one step of a run takes on one layout, per GPU. Estimated, not measured."""
+    """What one step of a run needs on one layout, per GPU. Estimated, not measured."""
 
     case: Case
-    """What was asked."""
+    """The run and its layout."""
     memory: Memory
     """Bytes, planned for the limits."""
     flops: compute.StepFlops
@@ -53,7 +53,7 @@ def estimate(case: Case) -> Estimate:
 
 
 def problems(case: Case) -> list[str]:
-    """Why the run cannot be: numbers that do not divide or, where all do, memory. Empty where it can."""
+    """Why the run is impossible: numbers that do not divide or, where all do, memory. Empty where it is possible."""
     found = misfits(case.layout, case.sizes, case.prompts)
     if found:
         return found
@@ -98,7 +98,7 @@ def _if_possible(case: Case) -> Estimate | None:
 
 
 def _candidates(case: Case) -> Iterator[Changes]:
-    """Changes worth trying: powers of two for the sizes; what saves memory on or as it is."""
+    """Changes to try: powers of two for the sizes; what saves memory, on or unchanged."""
     layout = case.layout
     sizes = {
         "tensor": _powers(min(layout.gpus_per_node, case.sizes.groups)),
@@ -118,7 +118,7 @@ def _candidates(case: Case) -> Iterator[Changes]:
     for values in itertools.product(*choices.values()):
         changes = dict(zip(choices, values, strict=True))
         if "sequence" in DIMENSIONS:
-            # As asked for while the tensor-parallel size is; with another one, on wherever it can be.
+            # Unchanged where the tensor-parallel size is unchanged; with another one, on wherever possible.
             kept = changes["parallel.tensor"] == layout.tensor and not case.sizes.experts
             changes["parallel.sequence"] = layout.sequence if kept else changes["parallel.tensor"] != 1
         if "virtual_pipeline" in DIMENSIONS and changes.get("parallel.pipeline") == 1:
@@ -140,7 +140,7 @@ def _powers(largest: int) -> list[int]:
 
 
 def _distance(case: Case, changes: Changes) -> float:
-    """How far from what was asked: doublings and halvings of sizes, one for each switch but the one that follows t."""
+    """Distance from the request: doublings and halvings of sizes, one for each switch except the one that follows t."""
     distance = 0.0
     for name, value in changes.items():
         before = case.setting(name)

@@ -57,7 +57,7 @@ def overrides(changes: Changes) -> str:
 
 
 def advice(found: Sequence[tuple[Changes, Estimate]]) -> list[str]:
-    """The nearest layouts, one a line, each to be added to the command."""
+    """The nearest layouts, one a line, each to add to the command."""
     if not found:
         return ["no layout on these GPUs fits: take more nodes, or lower the limits of lengths and tokens"]
     lines = ["nearest layouts that fit (estimates):"]
@@ -91,7 +91,7 @@ def gpu_hours(made: Estimate) -> float:
 
 
 def as_data(made: Estimate, origin: str) -> dict[str, Any]:
-    """All numbers of one layout: bytes, operations, seconds, per GPU unless they say otherwise."""
+    """All numbers of one layout: bytes, operations, seconds, per GPU unless named otherwise."""
     case, layout = made.case, made.case.layout
     return {
         "estimate": True,

@@ -16,7 +16,7 @@ from nemo_popsd.settings.checks import shown
 
 _EMBEDDED = Path(__file__).parent / "models"
 
-# What `config.json` does not say of a family: biases of q, k and v; norms of queries and keys.
+# What `config.json` does not state about a family: biases of q, k and v; norms of queries and keys.
 _FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
@@ -30,7 +30,7 @@ class ModelSizes:
     """A decoder of one of the known families; the symbols are those of docs/planning.md."""
 
     name: str
-    """What it is called."""
+    """Its name."""
     vocab: int
     """V, true vocabulary."""
     hidden: int
@@ -121,15 +121,15 @@ def _from_archive(path: Path) -> bytes:
 
 def _object(found: object, where: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
-        raise UserError(where, got="no object", need="a config.json", fix="correct it, or set student.source")
+        raise UserError(where, got="not an object", need="a config.json", fix="correct it, or set student.source")
     return found
 
 
 def _whole(config: Mapping[str, Any], name: str, default: object = None) -> int:
-    """A size: a positive whole number, as every model has it.
+    """A size: a positive integer, which every model has.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     value = config.get(name, default)
     value = default if value is None else value
@@ -172,6 +172,6 @@ def _parse(config: Mapping[str, Any], name: str) -> ModelSizes:
         raise UserError(
             f"model {name}",
             got=f"a config.json with {error}",
-            need="the sizes of the model, whole numbers above 0",
+            need="the sizes of the model, integers above 0",
             fix="correct it, or set student.source",
         ) from None

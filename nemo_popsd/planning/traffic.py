@@ -35,7 +35,7 @@ def tensor_forward(case: Case, tokens: float, *, adapters: bool) -> float:
 
 
 def tensor_backward(case: Case, tokens: float) -> float:
-    """Bytes of the backward's: [tokens, H] summed twice a layer, and once more for each adapter on whole inputs.
+    """Bytes of the backward's: [tokens, H] summed twice a layer, and once more for each adapter on full inputs.
 
     Sequence parallelism under full fine-tuning gathers two inputs a layer once more.
     """
@@ -60,7 +60,7 @@ def context_forward(case: Case, tokens: float) -> float:
 
 
 def stage_transfer(case: Case, tokens: float) -> float:
-    """Bytes of hidden states that a stage hands on in one forward."""
+    """Bytes of hidden states that a stage sends on in one forward."""
     layout = case.layout
     if layout.pipeline == 1:
         return 0.0
@@ -79,7 +79,7 @@ def expert_forward(case: Case, tokens: float) -> float:
 
 
 def sampling_calls(case: Case) -> int:
-    """Collectives of one draw from sharded logits, of all rows."""
+    """Collectives of sampling one token per row from sharded logits."""
     rollout = case.config.rollout
     if rollout.temperature == 0 or 0 < rollout.top_k < case.sizes.vocab:
         return 1

@@ -1,4 +1,4 @@
-"""One step in numbers: rows of a rank, lengths, micro-batches, branches, what is decoded together."""
+"""The sizes of one step: rows of a rank, lengths, micro-batches, branches, what is decoded together."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def frozen_branches(config: DistillationConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One run on one layout: all that the formulas take."""
+    """One run on one layout: the input of all formulas."""
 
     config: PopsdConfig
     """The run."""
@@ -159,7 +159,7 @@ class Case:
 
     @property
     def owned_rows(self) -> float:
-        """r/c, rows whose responses' loss a rank computes: context-parallel ranks share response tokens out."""
+        """r/c, rows whose responses' loss a rank computes: context-parallel ranks divide the response tokens."""
         return self.rows / self.layout.context
 
     @property
@@ -184,8 +184,8 @@ class Case:
 
     @property
     def drawn_rows(self) -> int:
-        """Responses that a rank draws: context-parallel ranks share the rows out, ranks that share experts draw the
-        rows of all of them.
+        """Responses that a rank generates: context-parallel ranks divide the rows, ranks that share experts generate
+        for the rows of all of them.
         """
         if self.layout.expert > 1:
             return self.rows * self.layout.expert

@@ -44,7 +44,7 @@ class LossReport:
 
 
 class Objective:
-    """Divergence of the student from the target, weighted by the global batch."""
+    """Divergence of the student from the target, weighted over the global batch."""
 
     def __init__(
         self,

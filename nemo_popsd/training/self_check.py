@@ -49,7 +49,7 @@ def check_student_equals_base(
     """
     batches = student_batches(student.chunks, sequences, token_budget, packed=packed)
     with student.base.model() as base:
-        # As the student computes: in evaluation mode a GPU may take another kernel of attention, with other rounding.
+        # In training mode, as the student: a GPU may use another attention kernel for evaluation, with other rounding.
         hidden = frozen_hidden_states(base, batches, training=True)
     off = Target(base=1.0, temperature=objective.target.temperature)
     plain = objective.with_target(off)

@@ -1,4 +1,4 @@
-"""From the ranks' reports to the step's metrics, the same on every rank."""
+"""The metrics of a step from the reports of all ranks, the same on every rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def summarize_step(
     the device once for its own sums, however many micro-batches and sequences there are.
 
     Every token must be reported by one rank of those that share it, and every trajectory by one of those that share
-    its model; the others hand in nothing of it (see `Student.owns_loss` and `Student.owns_trajectories`).
+    its model; the others pass nothing of it (see `Student.owns_loss` and `Student.owns_trajectories`).
 
     Args:
         reports: of this rank's micro-batches.

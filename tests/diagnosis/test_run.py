@@ -67,19 +67,19 @@ def test_what_is_said_of_each_token_is_what_the_dense_model_says(one: Any) -> No
         assert len(response) == len(rollout["pieces"])  # what was written reads back as the same tokens
         student = dense_log_probs(model, context.student, response)
         teacher = dense_log_probs(model, context.privileged, response)
-        probe = dense_log_probs(model, context.reference, response)
+        reference_only = dense_log_probs(model, context.reference, response)
         at = torch.tensor(response)[:, None]
-        delta = teacher - probe
+        delta = teacher - reference_only
         shift = 10 * torch.tanh((delta - delta.mean(-1, keepdim=True)) / 10)
         target = torch.log_softmax(student + shift, -1)
         want = {
             "log_student": student.gather(1, at),
             "log_base": student.gather(1, at),
             "log_privileged": teacher.gather(1, at),
-            "log_reference": probe.gather(1, at),
+            "log_reference": reference_only.gather(1, at),
             "log_target": target.gather(1, at),
             "delta_question": delta.gather(1, at),
-            "norm_ratio": (probe - student).norm(dim=-1) / (teacher - student).norm(dim=-1),
+            "norm_ratio": (reference_only - student).norm(dim=-1) / (teacher - student).norm(dim=-1),
             "forward_kl": (target.exp() * (target - student)).sum(-1),
             "student_entropy": -(student.exp() * student).sum(-1),
         }
@@ -160,6 +160,6 @@ def missing(rank: int, world_size: int, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_a_row_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
-    (told,) = run_ranks(missing, 1, tmp_path)
-    assert "'nowhere' is not among the 5 rows" in told
-    assert "set diagnosis.shown_rows" in told
+    (message,) = run_ranks(missing, 1, tmp_path)
+    assert "'nowhere' is not among the 5 rows" in message
+    assert "set diagnosis.shown_rows" in message

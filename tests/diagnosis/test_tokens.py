@@ -64,8 +64,8 @@ def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
     group = dist.group.WORLD if world_size > 1 else None
     worst: dict[str, float] = {}
     for target in TARGETS.values():
-        student, base, teacher, probe, goal = dense_distributions(whole.to(torch.float64), target)
-        total, induced, question = teacher - student, probe - student, teacher - probe
+        student, base, teacher, reference_only, goal = dense_distributions(whole.to(torch.float64), target)
+        total, induced, question = teacher - student, reference_only - student, teacher - reference_only
         deltas = dict(zip(COMPONENTS, (total, induced, question, goal - student), strict=True))
         at = lambda x: x.gather(1, TOKENS[:, None]).squeeze(1)  # noqa: E731
         p, q = student.exp(), goal.exp()
@@ -80,7 +80,7 @@ def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
             "log_student": at(student),
             "log_base": at(base),
             "log_privileged": at(teacher),
-            "log_reference": at(probe),
+            "log_reference": at(reference_only),
             "log_target": at(goal),
         }
         found, largest, push = diagnosed(whole.shard(rank, world_size), target, group)
@@ -97,7 +97,7 @@ def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
             assert suppressed.ids.tolist() == (-want[name]).topk(5).indices.tolist()
             torch.testing.assert_close(promoted.push[row], dense_most.values, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(promoted.mass, want["mass"][promoted.ids], rtol=1e-4, atol=1e-6)
-        for row, x in enumerate((student, base, teacher, probe, goal)):
+        for row, x in enumerate((student, base, teacher, reference_only, goal)):
             dense_best = x.topk(ALTERNATIVES)
             assert torch.equal(largest.ids[row], dense_best.indices), DISTRIBUTIONS[row]
             want[f"{DISTRIBUTIONS[row]} alternatives"] = dense_best.values
@@ -127,7 +127,7 @@ def test_all_figures_agree_with_dense_formulas_in_shards() -> None:
 
 
 def shard_of_padding(rank: int, world_size: int) -> tuple[list[list[int]], list[int]]:
-    """Vocabulary 12 of 4 x 8 rows: rank 1 holds half of it, ranks 2 and 3 nothing but padding."""
+    """Vocabulary 12 of 4 x 8 rows: rank 1 holds half of it, ranks 2 and 3 padding alone."""
     problem = make_problem(4, vocab=12)
     problem = type(problem)(**{**vars(problem), "vocab": 12}).shard(rank, world_size)
     shard = problem.vocab_shard(dist.group.WORLD)
@@ -148,7 +148,7 @@ def shard_of_padding(rank: int, world_size: int) -> tuple[list[list[int]], list[
 
 
 @pytest.mark.slow
-def test_shards_of_nothing_but_padding_take_part() -> None:
+def test_shards_of_padding_alone_take_part() -> None:
     results = run_ranks(shard_of_padding, 4)
     assert all(result == results[0] for result in results)
     alternatives, promoted = results[0]

@@ -117,7 +117,7 @@ def test_matrix_products_of_a_chunk_are_those_that_are_needed(target, vectors, d
         assert products(dh=True, dw=True, grad=False, shared=shared) == forward
 
 
-def test_a_shared_matrix_is_told_by_its_memory():
+def test_a_shared_matrix_is_recognised_by_its_memory():
     whole = torch.zeros(6, 4)
     assert share_storage(whole, whole.detach())
     assert share_storage(whole[:5], whole.view(6, 4)[:5])

@@ -85,7 +85,7 @@ def test_fused_keeps_an_exact_zero():
         assert result.per_token.count_nonzero() == hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
 
 
-def test_fused_does_not_swallow_what_is_not_finite():
+def test_fused_keeps_non_finite_values():
     problem = make_problem(5, vocab=60, padded=64).to(torch.float32)
     for field, divergence in itertools.product(("student", "base", "privileged"), KINDS.values()):
         hidden = getattr(problem, field).clone()
@@ -105,7 +105,7 @@ def test_small_vocabularies_and_float64_are_not_compiled_by_default():
         fusion.choose_kernels("yes", 10, torch.float32)
 
 
-def test_without_a_compiler_the_log_says_so_and_the_loss_is_computed_all_the_same(monkeypatch, caplog):
+def test_without_a_compiler_a_warning_is_logged_and_the_loss_is_computed_uncompiled(monkeypatch, caplog):
     def no_compiler(*args, **kwargs):
         raise RuntimeError("no working C++ compiler found")
 

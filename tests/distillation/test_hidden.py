@@ -66,7 +66,7 @@ def test_the_total_is_the_weighted_sum_and_the_rest_has_no_gradient():
     assert relative(hidden.grad, want.dh) < 1e-10
     assert relative(weight.grad, want.dw) < 1e-10
     assert result.total.requires_grad
-    for tensor in (result.per_token, *result.statistics):
+    for tensor in (result.per_token, result.statistics.values):
         assert not tensor.requires_grad
     with pytest.raises(RuntimeError, match="does not require grad"):
         result.per_token.sum().backward()
@@ -212,7 +212,7 @@ def test_the_gradient_is_added_to_the_one_that_the_trainer_keeps():
             assert weight.grad is None
 
 
-def test_a_weight_that_is_used_elsewhere_too_keeps_that_gradient():
+def test_a_weight_with_a_second_use_keeps_that_gradient():
     """Tied embeddings: the loss's part goes to the kept gradient, the embedding's part through autograd."""
     problem = make_problem(19)
     for placeholder in (False, True):
@@ -237,7 +237,7 @@ def test_a_weight_that_is_used_elsewhere_too_keeps_that_gradient():
         assert weight.grad[7:].count_nonzero() == 0
 
 
-def test_a_broken_promise_about_the_scale_is_refused():
+def test_a_backward_pass_with_another_scale_is_refused():
     problem = make_problem(20)
 
     def main(dtype=torch.float64, rows: int = 32):

@@ -32,7 +32,7 @@ def test_the_named_members_have_the_coefficients_of_the_table(name):
 
 
 def test_the_defaults_are_the_papers():
-    assert (Target.purified().beta, Target.purified().cap) == (1.0, 10.0)
+    assert Target.purified() == Target.purified(beta=1.0, cap=10.0, temperature=1.0)
     assert (Divergence().kind, Divergence().weight) == ("jsd", 0.5)
 
 

@@ -113,7 +113,7 @@ def test_trap_2_the_tail_is_raised_by_e_to_the_c_over_beta_to_fp32_accuracy(form
     assert (got - want).abs().sum(-1).max() / 2 < 1e-5
 
 
-def test_trap_2_bf16_log_probabilities_would_not_do():
+def test_trap_2_bf16_log_probabilities_are_not_enough():
     """The same target from log-probabilities in bf16 is a thousand times outside of the limit above."""
     problem = tail_problem()
     want = dense(problem, Target.purified(), FORWARD).q
@@ -229,7 +229,7 @@ def test_trap_3_a_planted_raw_all_reduce_keeps_the_loss_and_fails_the_gradient_c
 
 @pytest.mark.parametrize("form", ["hidden", "logits"])
 def test_trap_10_the_temperature_of_the_loss_divides_all_four_distributions_alike(form):
-    """With τ on h equals τ = 1 on h/τ for student, base, teacher and probe; the gradient carries one 1/τ."""
+    """With τ on h equals τ = 1 on h/τ for all four distributions; the gradient carries one 1/τ."""
     tau = 1.7
     problem = make_problem(5)
     scaled = type(problem)(
@@ -254,7 +254,7 @@ def test_trap_10_the_temperature_of_the_loss_divides_all_four_distributions_alik
             torch.testing.assert_close(got_z.grad, want_z.grad / tau)
 
 
-def test_trap_10_no_entry_point_knows_of_sampling():
+def test_trap_10_no_entry_point_has_sampling_arguments():
     for function in (distillation.loss_from_hidden, loss_from_logits, Target):
         for name in inspect.signature(function).parameters:
             assert not name.startswith(("top_", "sampl", "rollout")), (function, name)
@@ -276,7 +276,7 @@ def _poison_one_rank(rank: int, world_size: int):
     return found
 
 
-def test_trap_11_what_is_not_finite_on_one_rank_shows_in_the_loss_of_every_rank():
+def test_trap_11_a_non_finite_weight_on_one_rank_makes_the_loss_of_every_rank_non_finite():
     """Neither a maximum nor the clamp of the log-ratio may swallow it."""
     by_rank = run_ranks(_poison_one_rank, 2)
     for found in by_rank:
@@ -286,7 +286,7 @@ def test_trap_11_what_is_not_finite_on_one_rank_shows_in_the_loss_of_every_rank(
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
-def test_trap_11_a_token_that_is_not_finite_is_told_from_its_neighbours(divergence):
+def test_trap_11_a_token_that_is_not_finite_leaves_its_neighbours_unchanged(divergence):
     """The trainer names samples: the per-token losses of the others stay what they were."""
     clean = make_problem(7)
     want, _, _ = hidden_loss(clean, Target.purified(), divergence)

@@ -1,4 +1,4 @@
-"""docs/planning.md shows what its commands print. `python -m tests.planning.test_docs` writes the outputs anew."""
+"""docs/planning.md shows what its commands print. `python -m tests.planning.test_docs` rewrites the outputs."""
 
 from __future__ import annotations
 

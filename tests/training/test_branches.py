@@ -110,7 +110,7 @@ def test_states_are_those_of_separate_forwards_of_the_right_contexts(
         assert states.diagnosed is None
 
 
-def test_each_member_of_the_family_gets_its_vectors(seen: dict[str, Any], dense: list[dict[str, torch.Tensor]]) -> None:
+def test_each_target_gets_its_vectors(seen: dict[str, Any], dense: list[dict[str, torch.Tensor]]) -> None:
     for row, expected in enumerate(dense):
         base, privileged, reference = (expected[name] for name in ("student", "privileged", "reference"))
         close(seen["uncapped"][row].vectors.anchor, base + (privileged - reference) / 2)
