@@ -137,7 +137,7 @@ def transformers(model: str) -> dict[str, Callable[..., Answer]]:
 
 
 def vllm(model: str) -> dict[str, Callable[..., Answer]]:
-    """VLLM with its own scheduling, up to `batch` sequences."""
+    """The engine vLLM with its own scheduling, up to `batch` sequences."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
 

@@ -1,4 +1,4 @@
-"""Parts of a benchmark that go well, crash, hang or are killed, as the environment says."""
+"""Parts of a benchmark that succeed, crash, hang or are killed, depending on the environment."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks.gpu.journal import Report
 
 
 def run(report: Report, *, rehearse: bool, work: Path) -> None:
-    """Does what POPSD_TEST_PART says."""
+    """Behaves as POPSD_TEST_PART requests."""
     report("found", rehearse=rehearse, value=1.5)
     what = os.environ["POPSD_TEST_PART"]
     if what == "crash":
-        raise ValueError("the kernel is not there")
+        raise ValueError("the kernel is missing")
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "hang":

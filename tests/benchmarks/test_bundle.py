@@ -1,4 +1,4 @@
-"""The wheels for a machine without a network: of the lock, complete, and not too large."""
+"""The wheels for a machine without a network have the versions of the lock, are complete and not too large."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_versions_are_those_of_the_lock() -> None:
     assert len(bundled) == len(bundle.NAMES) + len(bundle.BESIDE)
 
 
-def test_a_name_that_the_lock_has_not_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_outside_of_the_lock_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "NAMES", ("megatron-core", "nowhere-at-all"))
     with pytest.raises(ValueError, match="not in the lock: nowhere-at-all"):
         bundle.pins()
 
 
-def test_what_pip_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_arguments_of_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[list[str]] = []
 
     def pip(command: list[str], *, check: bool) -> None:

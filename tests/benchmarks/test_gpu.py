@@ -1,4 +1,4 @@
-"""The parts of `python -m benchmarks.gpu` cost each other nothing, and all of them run on a CPU."""
+"""The parts of `python -m benchmarks.gpu` are independent of each other, and all run on a CPU."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_part_that_crashes_hangs_or_is_killed_costs_no_other_one(tmp_path: Path) -> None:
+def test_a_part_that_crashes_hangs_or_is_killed_does_not_affect_others(tmp_path: Path) -> None:
     parts = [part("crash"), part("hang", 8), part("killed"), part("pass")]
     statuses = run_parts(parts, tmp_path, head="# Results", total_seconds=300)
     assert statuses == {"crash": "failed", "hang": "time limit", "killed": "failed", "pass": "ok"}
     rows = journal.read(tmp_path / "results.jsonl")
     assert [row["part"] for row in rows if row.get("table") == "found"] == list(statuses), "found before the end"
     ends = {row["part"]: row for row in rows if "status" in row}
-    assert "ValueError: the kernel is not there" in ends["crash"]["tail"]
+    assert "ValueError: the kernel is missing" in ends["crash"]["tail"]
     assert 7 < ends["hang"]["seconds"] < 30
     deadline = time.monotonic() + 10
     while alive(child := int((tmp_path / "work" / "child").read_text())):
@@ -49,12 +49,12 @@ def test_a_part_that_crashes_hangs_or_is_killed_costs_no_other_one(tmp_path: Pat
     assert "*time limit* after" in told
 
 
-def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
+def test_parts_without_time_are_reported(tmp_path: Path) -> None:
     assert run_parts([part("pass")], tmp_path, head="#", total_seconds=1) == {"pass": "no time left"}
     assert "*no time left*" in (tmp_path / "results.md").read_text()
 
 
-def test_rows_that_a_kill_cut_off_are_left_out(tmp_path: Path) -> None:
+def test_partial_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     journal.append(file, {"part": "a", "table": "t", "x": None, "y": 12345.0})
     file.write_text(file.read_text() + '{"part": "a", "ta')
@@ -62,7 +62,7 @@ def test_rows_that_a_kill_cut_off_are_left_out(tmp_path: Path) -> None:
     assert "| - | 12,345 |" in journal.as_markdown(journal.read(file), {"a": "A"}, "#")
 
 
-def test_limits_are_within_what_the_command_promises() -> None:
+def test_the_sum_of_the_limits_is_within_the_promised_time() -> None:
     assert len({p.name for p in PARTS}) == len(PARTS)
     assert sum(p.seconds for p in PARTS[:3]) < 8 * 60, "the most valuable ones in any case"
 

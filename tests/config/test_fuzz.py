@@ -73,7 +73,7 @@ VALUES = [*NUMBERS, *TEXTS, *LISTS]
 
 @dataclass(frozen=True)
 class Case:
-    """One command line, and what its files hold."""
+    """A command line and the content of its files."""
 
     label: str
     argv: list[str]
@@ -89,7 +89,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def raw_texts(base: str) -> list[bytes]:
-    """Whole files that somebody, or some program, might give in place of a recipe."""
+    """Complete files of other kinds in place of a configuration."""
     bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
     # fmt: off
     texts: list[str | bytes] = [
@@ -114,12 +114,12 @@ def raw_texts(base: str) -> list[bytes]:
 
 
 def cases(rng: random.Random, folder: Path) -> Iterator[Case]:
-    """Without end: files with wrong values, files with damaged text, overrides, options."""
+    """An endless sequence of cases: files with wrong values, damaged files, overrides, options."""
     recipes = [path.read_text(encoding="utf-8") for path in RECIPES]
     raw = raw_texts(recipes[-1])
 
     def of(key: str) -> Any:
-        """A value that `key` may well take, or any."""
+        """A plausible value of `key`, or any value."""
         kind = known_keys().get(key)
         likely = {int: [1, 2, 4, 8], float: [0.1, 0.5, 1], bool: [True, False], str: ["x", "none", "auto", "/data/x"]}
         return rng.choice(likely[kind]) if kind in likely and rng.random() < 0.4 else rng.choice(VALUES)
@@ -231,7 +231,7 @@ def out_of_bounds(config: PopsdConfig) -> str | None:
 
 
 def verdict(case: Case, status: int | None, out: str, err: str, accepted: list[PopsdConfig]) -> str | None:
-    """What is wrong with how a case ended; None if nothing is."""
+    """The problem with the end of a case; None if there is none."""
     command, lines = case.argv[0], err.splitlines()
     if status is None:
         return err[-900:]
@@ -260,7 +260,7 @@ def verdict(case: Case, status: int | None, out: str, err: str, accepted: list[P
 
 @pytest.fixture
 def accepted(monkeypatch: pytest.MonkeyPatch) -> list[PopsdConfig]:
-    """Configurations with which a model would be built, which it is not."""
+    """The configurations that were accepted; no model is built."""
     made: list[PopsdConfig] = []
     entry = types.ModuleType("nemo_popsd.commands.entry")
     keep: Callable[..., int] = lambda config, *_, **__: made.append(config) or 0  # noqa: E731

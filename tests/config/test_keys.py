@@ -1,4 +1,4 @@
-"""The known key that an unknown one is taken for: a wrong suggestion is worse than none."""
+"""The suggestion of a known key for an unknown one; a wrong suggestion is worse than none."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from nemo_popsd.planning.config import PlanConfig
         ("distillation.beta", ["distillation.target.beta"]),
         ("optimizer.weight", ["optimizer.weight_decay"]),
         ("learning_rate", []),
-        # Equally likely: all are named.
+        # Equally similar keys are all named.
         ("temperature", ["rollout.temperature", "distillation.target.temperature", "evaluation.temperature"]),
         ("tensor", ["parallel.tensor", "rollout.vllm.tensor"]),
-        # Not to be mistaken for the mode of W&B, nor for anything else that differs in its first letter.
+        # No suggestion of W&B's mode or of another key with a different first letter.
         ("node", []),
         ("observability.wandb.node", ["observability.wandb.mode"]),
         ("zzz", []),
@@ -35,7 +35,7 @@ def test_nearest(key: str, meant: list[str]) -> None:
     assert nearest(key, known_keys()) == meant
 
 
-def test_a_plan_has_keys_of_its_own() -> None:
+def test_a_plan_has_its_own_keys() -> None:
     known = {**known_keys(PlanConfig), **known_keys()}
     assert nearest("node", known) == ["nodes"]
     assert nearest("gpus", known) == []
@@ -43,7 +43,7 @@ def test_a_plan_has_keys_of_its_own() -> None:
     assert nearest("steps", known) == ["training.steps"]
 
 
-def test_without_a_near_one_the_keys_of_the_section_are_listed() -> None:
+def test_without_a_similar_key_the_keys_of_the_section_are_listed() -> None:
     assert "a key of rollout: engine, temperature" in str(unknown_key("f", "rollout.zzz"))
     assert "sections are student, parallel" in str(unknown_key("f", "node"))
     assert len(str(unknown_key("f", "k" * 10**6))) < 800

@@ -48,7 +48,7 @@ def test_file_then_overrides_in_order(tmp_path: Path) -> None:
         ("student.recompute=true", lambda c: c.student.recompute, True),
         ("evaluation.markers=[Wait, 'Let me think']", lambda c: c.evaluation.markers, ["Wait", "Let me think"]),
         ("student.lora={rank: 8, alpha: 16}", lambda c: (c.student.lora.rank, c.student.lora.alpha), (8, 16.0)),
-        # Text is taken as it stands: none of these may be read as a comment, a mapping, a number or a boolean.
+        # Text is unchanged: none of these may be read as a comment, a mapping, a number or a boolean.
         (r"data.train.answer_pattern=#### (.+)", lambda c: c.data.train.answer_pattern, "#### (.+)"),
         ("data.train.answer_pattern=null", lambda c: c.data.train.answer_pattern, None),
         ("data.templates.student=Q: {question}", lambda c: c.data.templates.student, "Q: {question}"),
@@ -121,7 +121,7 @@ def test_wrong_types(tmp_path: Path, text: str, message: str) -> None:
     assert message in told
 
 
-def test_checks_of_the_sections_come_through(tmp_path: Path) -> None:
+def test_the_checks_of_the_sections_are_applied(tmp_path: Path) -> None:
     assert refusal(write(tmp_path, "training: {steps: 0}")) == (
         "configuration: got training.steps=0; need a whole number from 1 to 100,000,000; set training.steps"
     )
@@ -176,7 +176,7 @@ def test_saved_configuration_loads_to_the_same(tmp_path: Path) -> None:
     assert OmegaConf.to_object(to_dict_config(config)) == config
 
 
-def test_tree_of_a_model_with_what_nemo_adds(tmp_path: Path) -> None:
+def test_the_configuration_of_a_model_may_contain_keys_of_nemo(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, ""), ["training.steps=3", "distillation.target.cap=null"])
     tree = OmegaConf.create(OmegaConf.to_yaml(to_dict_config(config)))
     tree.target, tree.nemo_version = "nemo_popsd.model.PurifiedOPSDModel", "3.0.0"
@@ -217,7 +217,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
     assert done.returncode == 0, done.stderr
 
 
-def test_home_is_expanded_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded_when_the_configuration_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     path = write(tmp_path, "output: ~/runs\nstudent: {source: ~/model}\ndata: {train: {path: ~/rows.jsonl}}")
     config = load_config(path)

@@ -1,4 +1,4 @@
-"""Values mean the same in files and overrides, by the type of their key and not by YAML 1.1's guesses."""
+"""Values mean the same in files and overrides, by the type of their key and not by the rules of YAML 1.1."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def value(config: Any, key: str) -> Any:
 
 
 def both(folder: Path, key: str, text: str) -> list[Any]:
-    """`text` as the value of `key` in a file, and in an override: the value read, or None where it was refused."""
+    """`text` as the value of `key` in a file, and in an override: the value read, or None if it was refused."""
     nested = "".join(f"{'  ' * level}{part}:\n" for level, part in enumerate(key.split(".")))
     (folder / "file.yaml").write_text(f"{nested.rstrip()} {text}\n")
     (folder / "empty.yaml").write_text("")
@@ -115,7 +115,7 @@ def test_in_a_list_too(text: str, tmp_path: Path) -> None:
         ("5", "name", "5"),
     ],
 )
-def test_a_variable_is_read_as_if_it_were_written_there(
+def test_the_value_of_a_variable_is_read_like_literal_text(
     variable: str, key: str, read: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POPSD_TEST", variable)
@@ -133,13 +133,13 @@ def test_a_variable_is_read_as_if_it_were_written_there(
         "seed: ${name}",
     ],
 )
-def test_interpolations_that_lead_nowhere(text: str, tmp_path: Path) -> None:
+def test_unresolvable_interpolations_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(UserError, match=r"set (name|output|seed)$"):
         load_config(tmp_path / "file.yaml")
 
 
-def test_interpolations_that_double_each_other_are_refused_at_once(tmp_path: Path) -> None:
+def test_exponential_interpolations_are_refused_quickly(tmp_path: Path) -> None:
     words = [f"{a}=${{{b}}}${{{b}}}" for a, b in pairwise(TEXTS)]
     (tmp_path / "file.yaml").write_text("")
     start = time.monotonic()
@@ -152,7 +152,7 @@ def test_interpolations_that_double_each_other_are_refused_at_once(tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["${a}", "\\${a}", "a\\\\${b} $ {c} ${", "$", "\\", "{question}$", "${question}"])
-def test_texts_with_the_marks_of_an_interpolation_stay_what_they_are(text: str, tmp_path: Path) -> None:
+def test_texts_with_braces_of_an_interpolation_are_unchanged(text: str, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text("")
     config = load_config(tmp_path / "file.yaml")
     config.data.templates.student, config.evaluation.markers = text, [text]
@@ -176,7 +176,7 @@ def test_texts_with_the_marks_of_an_interpolation_stay_what_they_are(text: str, 
         ("evaluation.markers", ["a\x07"]),
     ],
 )
-def test_texts_with_control_characters_or_without_end(key: str, text: object, tmp_path: Path) -> None:
+def test_texts_with_control_characters_or_of_great_length_are_refused(key: str, text: object, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text("")
     with pytest.raises(UserError, match=f"set {key}$") as told:
         load_config(tmp_path / "file.yaml", [f"{key}={json.dumps(text)}"])

@@ -27,11 +27,11 @@ from nemo_popsd.testbed.templates import CONTEXTS, user_turn
 
 
 def _task(row: dict[str, str]) -> str:
-    """The question without its version: what pre-training and the files must not share."""
+    """The question without its version, which pre-training and the files must not share."""
     return row["question"].partition(" Version: ")[0]
 
 
-def test_files_share_no_task_and_hold_all_families_alike(tmp_path: Path) -> None:
+def test_files_share_no_task_and_contain_all_families_equally(tmp_path: Path) -> None:
     write(tmp_path)
     files = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")
@@ -56,7 +56,7 @@ def test_an_arm_is_a_configuration(arm) -> None:  # type: ignore[no-untyped-def]
     assert {name for name in vars(config) if getattr(config, name) != getattr(base, name)} == changed
 
 
-def test_every_arm_is_tuned_alike_and_trained_with_every_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_arm_has_the_same_rates_and_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("experiments.run.CHOSEN", tmp_path / "rates.json")
     (tmp_path / "rates.json").write_text(json.dumps({arm.name: RATES[0] for arm in ARMS}))
     assert {run.rows.name for run in tuning_runs()} == {"tuning.jsonl"}
@@ -67,7 +67,7 @@ def test_every_arm_is_tuned_alike_and_trained_with_every_seed(monkeypatch: pytes
     assert len(set(outputs)) == len(outputs)
 
 
-def test_intervals_are_students() -> None:
+def test_intervals_use_students_t() -> None:
     found = Estimate.of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.mean == 3.0
     # Tables of Student's t have 2.776 for 4 degrees of freedom.
@@ -95,10 +95,10 @@ def test_runs_make_a_table(tmp_path: Path) -> None:
         for arm, seeds in ((OPSD, [1]), (PURIFIED, [1, 2]))
     }
     runs = [run for of_arm in done.values() for run in of_arm]
-    for of_arm in done.values():  # each for itself, so that none has anything to lend
+    for of_arm in done.values():  # each separately, so that no run can reuse answers
         execute(of_arm, workers=1)
     assert all(run.finished for run in runs)
-    # The base answers alike, whatever it is to be trained by; so a run may take another's answers.
+    # The base's answers do not depend on the arm, so a run may reuse those of another.
     first, second = (scores(of_arm[0], "before") for of_arm in done.values())
     assert first == second
     again = replace(done[OPSD][0], output=tmp_path / "again")
@@ -110,15 +110,15 @@ def test_runs_make_a_table(tmp_path: Path) -> None:
     assert scores(again, "after") == scores(done[OPSD][0], "after")
     lines = table(done).splitlines()
     assert len(lines) == 2 + 1 + 2
-    assert f"{accuracy('hard')(first):.1f}" == "0.0"  # cut after 24 tokens
+    assert f"{accuracy('hard')(first):.1f}" == "0.0"  # truncated after 24 tokens
     mean = Estimate.of([markers(scores(run, "after")) for run in done[PURIFIED]]).text()
     assert mean in lines[-1]
     assert len(signal_table(done).splitlines()) == 2 + 2
-    execute(runs, workers=1)  # nothing is left to do
+    execute(runs, workers=1)  # all runs are finished
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_told_and_the_others_are_carried_out(tmp_path: Path) -> None:
+def test_a_failed_run_is_reported_and_the_others_are_executed(tmp_path: Path) -> None:
     runs = [Run(OPSD, 1, rate, tmp_path / rate, tmp_path / "nowhere.jsonl") for rate in RATES]
     with pytest.raises(RuntimeError, match=f"failed: {runs[0].output}, {runs[1].output}; see log.txt there"):
         execute(runs, workers=2)
@@ -140,7 +140,7 @@ def base() -> tuple[Any, Any]:
 def test_following_a_sharp_target_is_greedy_decoding_from_its_context(
     base: tuple[Any, Any], family: str, place: int
 ) -> None:
-    """log P = 1e5 log π: all mass on the likeliest token, as transformers finds it without our caches and padding."""
+    """log P = 1e5 log π: all probability on the most likely token; compared with plain transformers."""
     chosen, context = tuning_problems()[:6], CONTEXTS[place]
     target = Target(**{family: 1e5})
     followed = follow(*base, chosen, target, CONTEXTS, borrow=False)
@@ -158,7 +158,7 @@ def test_a_borrowed_reference_is_the_next_problems(base: tuple[Any, Any]) -> Non
     assert followed == sample_answers(*base, turns, temperature=0.0)
 
 
-def test_guesses_of_a_target_that_is_the_base_are_the_bases(base: tuple[Any, Any]) -> None:
+def test_a_target_equal_to_the_base_has_its_guesses(base: tuple[Any, Any]) -> None:
     found = guesses(*base, tuning_problems()[:4], Target.purified(beta=1e9))
     assert found["target"] == pytest.approx(found["question"], rel=1e-4)
     assert 0.3 < found["question"] < 1
@@ -166,7 +166,7 @@ def test_guesses_of_a_target_that_is_the_base_are_the_bases(base: tuple[Any, Any
 
 
 @pytest.mark.slow
-def test_the_cost_of_a_step_is_measured_by_its_parts() -> None:
+def test_the_cost_of_a_step_is_the_sum_of_its_parts() -> None:
     words = ["training.prompts_per_step=4", "rollout.max_response_tokens=16", "--steps", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.cost", str(CONF), *words], capture_output=True, text=True, timeout=300
