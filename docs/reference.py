@@ -130,10 +130,25 @@ def metrics() -> Iterator[Metric]:
     from nemo_popsd.observability.metrics import PREFIX, StepMetrics
 
     for name, text in field_texts(class_node(PACKAGE / "observability/metrics.py", StepMetrics.__name__)).items():
-        yield Metric(PREFIX + name, text)
+        # Per-token statistics are one field, a mapping: each is declared beside its formula.
+        if name == "statistics":
+            yield from (Metric(PREFIX + statistic, text) for statistic, text in declared_statistics().items())
+        else:
+            yield Metric(PREFIX + name, text)
     # numpy is not imported for the sake of its strings.
     for name, text in field_texts(class_node(PACKAGE / "evaluation/summary.py", "EvaluationSummary")).items():
         yield Metric(f"validation/{name}", text)
+
+
+def declared_statistics() -> dict[str, str]:
+    """Name of each per-token statistic with symbol, unit and meaning."""
+    import nemo_popsd.observability.metrics as module
+
+    found = {}
+    for declared in getattr(module, "DECLARED", ()):
+        unit = f" ({declared.unit})" if declared.unit else ""
+        found[declared.name] = f"{declared.symbol}{unit}: {declared.meaning}"
+    return found
 
 
 def settings_page() -> str:

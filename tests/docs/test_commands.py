@@ -126,7 +126,7 @@ def test_the_first_run_works_as_it_is_written(tmp_path: Path) -> None:
         assert run(words, tmp_path, log) == 0, f"{shlex.join(words)}\n{log.read_text()[-4000:]}"
     listed = re.findall(r"^\| (`[^|]+) \| ", (ROOT / page).read_text(), re.MULTILINE)
     names = [name for cell in listed for name in re.findall(r"`([^`]+)`", cell)]
-    assert "checkpoints/step-000004" in names
+    assert "checkpoints/final" in names
     for name in names:
         if not name.startswith("make "):
             assert (tmp_path / "runs" / "tour" / name).exists(), name
