@@ -75,8 +75,8 @@ def _print_summary(step: int, rows: list[Any]) -> None:
     version = rows[0].rollout.weights_version if rows else "-"
     left = sum(row.rollout.unfinished for row in rows)
     print(
-        f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, {truncated} truncated at the limit"
-        + (f", {left} left unfinished" if left else "")
+        f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, "
+        f"{truncated} truncated at the limit" + (f", {left} left unfinished" if left else "")
     )
 
 

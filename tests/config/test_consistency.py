@@ -192,7 +192,7 @@ def test_output_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_no_run_wrote_is_neither_mixed_with_nor_removed(runnable: PopsdConfig, overwrite: bool) -> None:
     output, runnable.overwrite = Path(runnable.output), overwrite
     (output / "checkpoints" / "my_model").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds checkpoints and no \.nemo_popsd that says that a run"):
+    with pytest.raises(UserError, match=r"has checkpoints and no \.nemo_popsd to mark them as written by a run"):
         check_training_run(runnable, world_size=1)
     write_mark(output, EXPORT)
     with pytest.raises(UserError, match="holds checkpoints and no"):
@@ -214,7 +214,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_not_removed(runnable: PopsdC
 def test_a_configuration_that_no_run_wrote_is_not_replaced(runnable: PopsdConfig) -> None:
     Path(runnable.output).mkdir(parents=True)
     (Path(runnable.output) / "config.yaml").write_text("seed: 7  # my own\n")
-    with pytest.raises(UserError, match=r"holds a config\.yaml that no run wrote"):
+    with pytest.raises(UserError, match=r"has a config\.yaml that no run wrote"):
         check_training_run(runnable, world_size=1)
 
 
