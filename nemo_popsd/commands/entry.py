@@ -199,8 +199,8 @@ def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> None:
-    """Evaluates the current weights unless that has been done. Keeps the random state, so that a run trains alike
-    whether or not it finds the evaluation on disk.
+    """Evaluates the current weights unless that has been done. Keeps the random state, so that a run trains
+    identically whether or not it finds the evaluation on disk.
     """
     if model.last_evaluation_step != model.completed_steps:
         with preserved_random_state():

@@ -23,14 +23,14 @@ _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
 def escaped(value: Any) -> Any:
     """`value`, a text, list or section, escaped so that OmegaConf does not take its texts for interpolations."""
     if is_dataclass(value):
-        made = copy.copy(value)  # without its checks: an escaped pattern may be invalid
+        result = copy.copy(value)  # without its checks: an escaped pattern may be invalid
         for item in fields(value):
-            setattr(made, item.name, escaped(getattr(value, item.name)))
-        return made
+            setattr(result, item.name, escaped(getattr(value, item.name)))
+        return result
     if isinstance(value, list):
         return [escaped(item) for item in value]
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
     return value
 
 

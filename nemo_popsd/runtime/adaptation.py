@@ -1,4 +1,4 @@
-"""One change to a library, with the line that needs it, and how changes are made."""
+"""A change to a library, with the line of the library that needs it, and how changes are applied."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Adaptation:
-    """One thing that a library does which this machine, or these layers, cannot.
+    """A change to a library for something that does not work on this machine or with local layers.
 
     Attributes:
         name: what is adapted.
-        needed_by: file and line of the library, and what stands there.
-        apply: makes the change; raises RuntimeError when the library no longer has that line.
+        needed_by: file and line of the library, and the code there.
+        apply: makes the change; raises RuntimeError if the library no longer has that code.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Adaptation:
 
 
 def apply_all(adaptations: Iterable[Adaptation], *, listed_in: str) -> None:
-    """Applies each, in order.
+    """Applies each adaptation, in order.
 
     Args:
         adaptations: what to change; each is idempotent.
@@ -36,5 +36,5 @@ def apply_all(adaptations: Iterable[Adaptation], *, listed_in: str) -> None:
             adaptation.apply()
         except (AttributeError, ImportError) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == "megatron.bridge":
-                raise  # it is not installed, which the command line says
+                raise  # it is not installed; the command line reports that
             raise RuntimeError(f"{adaptation.name}: {error}; revise {listed_in}") from error

@@ -1,12 +1,12 @@
 """Megatron-core and Megatron-Bridge on a machine without CUDA. With CUDA, nothing in `ADAPTATIONS` is applied.
 
-Both libraries are written for GPUs: they name the device literally, keep random state on it and ask
-for tensor types by their CUDA names. Every adaptation is one entry of `ADAPTATIONS`, with the lines
-(of megatron-core 0.16.1 and megatron-bridge 0.3.1) that need it. An entry that no longer finds what it
-adapts raises, so that an upgrade of a library cannot pass unnoticed.
+Both libraries are written for GPUs: they name the device literally, keep random state on it and compare tensor types
+by their CUDA names. Every adaptation is one entry of `ADAPTATIONS`, with the lines of the libraries (megatron-core
+0.16.1 and megatron-bridge 0.3.1) that need it. An entry whose code is no longer in the library raises, so that an
+upgrade cannot pass unnoticed.
 
-Nothing of ``torch`` itself is patched. In the listed Megatron modules the *name* ``torch`` is bound to
-a view of torch (`torch_on_cpu`) whose CUDA calls are answered by the CPU.
+``torch`` itself is not patched. In the listed Megatron modules the *name* ``torch`` is bound to a view of torch
+(`torch_on_cpu`) whose CUDA calls run on the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _rebind_torch(module_name: str) -> Callable[[], None]:
     def apply() -> None:
         module = importlib.import_module(module_name)
         if getattr(module, "torch", None) not in (torch, TORCH_ON_CPU):
-            raise RuntimeError(f"{module_name} no longer holds the name 'torch'; revise nemo_popsd/runtime/cpu.py")
+            raise RuntimeError(f"{module_name} no longer has the name 'torch'; revise nemo_popsd/runtime/cpu.py")
         module.torch = TORCH_ON_CPU  # type: ignore[attr-defined]
 
     return apply
@@ -38,7 +38,7 @@ def _rebind_torch(module_name: str) -> Callable[[], None]:
 def _cpu_tensor_types(module_name: str, qualified_name: str) -> Callable[[], None]:
     """Rewrites ``'torch.cuda.FloatTensor'`` and the like to their CPU names among a function's constants.
 
-    The code object is changed in place, so that every reference to the function sees it.
+    The code object is changed in place, so that every reference to the function is affected.
     """
 
     def on_cpu(constant: object) -> object:
@@ -69,7 +69,7 @@ def _cpu_rng_state() -> None:
             raise RuntimeError(f"megatron.core.tensor_parallel.random has no {name}; revise nemo_popsd/runtime/cpu.py")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
-    # random.py:264 warns that the CPU's random state changed within a region: here that is the region's own.
+    # random.py:264 warns that the CPU's random state changed in a region; here it is the state of the region itself.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
@@ -87,7 +87,7 @@ def _contiguous_scatter() -> None:
 
 
 def _embedding_between_stages() -> None:
-    """Makes ``.cuda()`` of the copied embedding ``.cpu()``, in its code: nothing else there has that name."""
+    """Replaces ``.cuda()`` of the copied embedding by ``.cpu()`` in the code object, which has no other ``cuda``."""
     module = importlib.import_module("megatron.core.models.common.language_module.language_module")
     code = module.LanguageModule.setup_embeddings_and_output_layer.__code__
     if "cuda" in code.co_names:
@@ -108,13 +108,13 @@ def _rotary_embedding_of_a_context_rank() -> None:
 
 
 def _chunks_of_context_rank(embedding: torch.Tensor, dimension: int, group: Any) -> torch.Tensor:
-    """Of 2·cp chunks along `dimension`, this context-parallel rank's two: the same as the library's own."""
+    """The two of 2·cp chunks along `dimension` that belong to this context-parallel rank, as in the library."""
     chunks = embedding.chunk(2 * group.size(), dim=dimension)
     return torch.cat([chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]], dim=dimension)
 
 
 def _splits_of_dispatched_tokens() -> None:
-    """Has the splits of an all-to-all as numpy arrays, which the library makes of tensors on a GPU alone."""
+    """Converts the splits of an all-to-all to numpy arrays, which the library does only for tensors on a GPU."""
     module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     stock = module.maybe_move_tensor_to_cpu
     if getattr(stock, "numpy_on_cpu", False):
@@ -190,7 +190,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
     ),
     Adaptation(
         "splits of dispatched tokens",
-        "moe_utils.py:1098 tensors are made arrays where they are on a GPU",
+        "moe_utils.py:1098 converts tensors to arrays only if they are on a GPU",
         _splits_of_dispatched_tokens,
     ),
     Adaptation(
@@ -199,18 +199,18 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         _contiguous_scatter,
     ),
 )
-"""Everything that is changed on a machine without CUDA, in the order of application."""
+"""All changes on a machine without CUDA, in the order of application."""
 
 
 def adapt_megatron() -> None:
-    """Applies `LOCAL_LAYERS` and, when there is no CUDA, `ADAPTATIONS`.
+    """Adapts Megatron to local layers (`LOCAL_LAYERS`) and, without CUDA, to the CPU (`ADAPTATIONS`).
 
     Idempotent; imports megatron-core and Megatron-Bridge.
 
     Raises:
-        RuntimeError: a library no longer has what an adaptation changes.
+        RuntimeError: a library no longer has the code that an adaptation changes.
     """
-    # First: importing anything of Megatron-Bridge needs it.
+    # First: any import of Megatron-Bridge needs it.
     apply_all(LOCAL_LAYERS, listed_in="nemo_popsd/runtime/local_layers.py")
     if not torch.cuda.is_available():
         apply_all(ADAPTATIONS, listed_in="nemo_popsd/runtime/cpu.py")

@@ -1,8 +1,8 @@
-"""What the libraries need for layers without Transformer Engine, on any device: a machine without it, and its experts.
+"""Changes to the libraries for layers without Transformer Engine, on any device.
 
-Megatron-Bridge imports Transformer Engine unconditionally, and both libraries know the experts of its grouped layer
-alone. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`; where Transformer Engine
-imports, the entries that stand for it change nothing.
+Megatron-Bridge imports Transformer Engine unconditionally, and both libraries support experts only in its grouped
+layer. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`; the entries that replace
+Transformer Engine do nothing where it can be imported.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from nemo_popsd.runtime.adaptation import Adaptation
 
 
 def transformer_engine_imports() -> bool:
-    """Whether this machine has a Transformer Engine that imports, as megatron-core found. Imports megatron-core."""
+    """Whether megatron-core could import Transformer Engine on this machine. Imports megatron-core."""
     return bool(importlib.import_module("megatron.core.models.gpt.gpt_layer_specs").HAVE_TE)
 
 
 def _transformer_engine_names() -> None:
-    """Lets Megatron-Bridge's LoRA import; none of the names can be instantiated. A real Transformer Engine stays.
+    """Makes Megatron-Bridge's LoRA importable with placeholder classes, which cannot be instantiated.
 
-    Made only after megatron-core was imported, which probes for Transformer Engine at import and must
-    not find any, and taken away again: only the importing modules keep a reference.
+    The placeholders exist only during that import: megatron-core, imported before, probes for Transformer Engine and
+    must not find it. An installed Transformer Engine is not replaced.
     """
     if transformer_engine_imports() or "megatron.bridge.peft.lora" in sys.modules:
         return
@@ -54,14 +54,14 @@ def _transformer_engine_names() -> None:
         importlib.import_module("megatron.bridge.peft.lora")
     finally:
         del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
-    # What probed for Transformer Engine while the stand-in was there must not believe in it: peft/utils.py:129 would
-    # test layers against its classes.
+    # Modules that probed for Transformer Engine during the import found the placeholders; peft/utils.py:129 would test
+    # layers against them.
     for name in set(sys.modules) - before:
         if name.startswith("megatron.") and getattr(sys.modules[name], "HAVE_TE", False):
             sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
 
 
-def _expert_numbers() -> None:
+def _expert_indices() -> None:
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
     stock = mapping.gather_from_ep_ranks
     if getattr(stock, "numbered", False):
@@ -80,16 +80,16 @@ def _expert_numbers() -> None:
 
 
 def _router_without_transformer_engine() -> None:
-    """Defines the name by which the router asks for a kernel of Transformer Engine, as not there."""
+    """Sets the name of a Transformer Engine kernel in the router's module to None, which means that it is missing."""
     module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if "te_general_gemm" not in inspect.getsource(module):
-        raise RuntimeError(f"{module.__name__} asks for no te_general_gemm; revise nemo_popsd/runtime/local_layers.py")
+        raise RuntimeError(f"{module.__name__} does not use te_general_gemm; revise nemo_popsd/runtime/local_layers.py")
     if not transformer_engine_imports():
         module.te_general_gemm = None  # type: ignore[attr-defined]
 
 
 def _names_of_local_experts() -> None:
-    """Counts the experts of `SequentialMLP` through the whole model, as the library does for those of a grouped one."""
+    """Numbers the experts of `SequentialMLP` over all ranks, as the library does for those of the grouped layer."""
     module = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
     stock = module._megatron_local_name_to_global
     if getattr(stock, "counts_local_experts", False):
@@ -118,19 +118,19 @@ LOCAL_LAYERS: tuple[Adaptation, ...] = (
     ),
     Adaptation(
         "router without Transformer Engine",
-        "moe_utils.py:1192 a name that is imported with Transformer Engine alone",
+        "moe_utils.py:1192 a name that is imported only with Transformer Engine",
         _router_without_transformer_engine,
     ),
     Adaptation(
-        "numbers of experts that are modules of their own",
-        "megatron/bridge/models/conversion/param_mapping.py:677 looks for the expert's number at the end of the name, "
+        "indices of experts that are separate modules",
+        "megatron/bridge/models/conversion/param_mapping.py:677 reads the expert's index at the end of the name, "
         "where only Transformer Engine's grouped experts have it",
-        _expert_numbers,
+        _expert_indices,
     ),
     Adaptation(
         "names of a rank's experts",
-        "model_bridge.py:148 counts those of the GPU's grouped layer alone through the model",
+        "model_bridge.py:148 numbers only those of the GPU's grouped layer over all ranks",
         _names_of_local_experts,
     ),
 )
-"""Everything that is changed for local layers, in the order of application."""
+"""All changes for local layers, in the order of application."""

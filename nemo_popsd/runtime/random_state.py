@@ -1,4 +1,4 @@
-"""Every random generator of this process as tensors, to be saved and put back."""
+"""The state of every random generator of this process as tensors, to save and restore."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def capture_random_state() -> dict[str, Tensor]:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Within, numbers may be drawn; afterwards all generators are where they were."""
+    """Restores the state of all generators at the end of the block."""
     kept = capture_random_state()
     try:
         yield
@@ -43,7 +43,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Puts back what `capture_random_state` gave on the same rank of the same layout."""
+    """Restores a state from `capture_random_state` on the same rank of the same layout."""
     gauss = state["python/gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss, cached = state["numpy/rest"].tolist()

@@ -1,6 +1,6 @@
-"""A view of torch in which CUDA is the CPU: what adapted library modules hold under the name ``torch``.
+"""A view of torch in which CUDA is the CPU, to which adapted library modules bind the name ``torch``.
 
-Nothing of torch itself is changed; see `nemo_popsd.runtime.cpu` for who gets the view.
+torch itself is not changed; `nemo_popsd.runtime.cpu` lists the modules that get the view.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 class _NoStream:
-    """A stream, and an event of it, where everything has happened when a call returns."""
+    """A stream, and an event of it, whose work is complete when a call returns."""
 
     def __enter__(self) -> None: ...
 
@@ -40,7 +40,7 @@ class _NoStream:
 
 
 class _CudaOnCpu(types.ModuleType):
-    """``torch.cuda`` as Megatron sees it: one device, the CPU, with the CPU's generator."""
+    """``torch.cuda`` for Megatron: one device, the CPU, with the generator of the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -57,7 +57,7 @@ class _CudaOnCpu(types.ModuleType):
 
 
 class _TorchOnCpu(types.ModuleType):
-    """``torch`` as Megatron sees it: everything is torch's own, but for CUDA devices."""
+    """``torch`` for Megatron: the same as torch, except for CUDA devices."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -70,4 +70,4 @@ class _TorchOnCpu(types.ModuleType):
 
 
 TORCH_ON_CPU = _TorchOnCpu()
-"""The view that adapted modules hold under the name ``torch``."""
+"""The view to which adapted modules bind the name ``torch``."""
