@@ -103,7 +103,7 @@ def test_one_run_at_a_time_in_an_output(
     assert list(tmp_path.iterdir()) == [], "it is given back"
 
 
-def test_threads_do_not_spin_and_the_user_may_say_otherwise(
+def test_threads_do_not_spin_unless_the_user_sets_it(
     calls: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
@@ -196,7 +196,7 @@ def test_export(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("adapter", [[], ["--adapter"]])
-def test_export_replaces_nothing_but_an_earlier_export(
+def test_export_replaces_only_an_earlier_export(
     calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: list[str]
 ) -> None:
     checkpoint, output = tmp_path / "run" / "checkpoint", tmp_path / "hf"
@@ -223,7 +223,7 @@ def test_export_replaces_nothing_but_an_earlier_export(
     assert cli.main(["export", *([] if adapter else ["--adapter"]), str(checkpoint), str(output)]) == 2
 
 
-def test_a_report_replaces_nothing_but_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_replaces_only_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "thesis.html"
     page.write_text("<html>three weeks</html>")
     assert cli.main(["report", str(tmp_path), "--output", str(page)]) == 2
@@ -290,7 +290,7 @@ def test_user_errors_are_one_line(
     assert message in err
 
 
-def test_the_world_of_the_launcher_counts(
+def test_the_world_size_of_the_launcher_is_checked(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {
@@ -312,7 +312,7 @@ def test_messages_of_several_lines_become_one(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "popsd: error: a: got b c; need d; e\n"
 
 
-def test_other_ranks_give_rank_0_time_and_are_not_silent(
+def test_other_ranks_wait_for_rank_0_and_then_print(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slept: list[float] = []
@@ -327,7 +327,7 @@ def test_other_ranks_give_rank_0_time_and_are_not_silent(
     assert capsys.readouterr().err.endswith("(rank 1)\n")
 
 
-def test_what_another_start_may_cure_is_one_line_and_status_1(
+def test_an_error_that_a_restart_may_fix_is_one_line_and_status_1(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(config: object, **options: object) -> None:
@@ -338,7 +338,7 @@ def test_what_another_start_may_cure_is_one_line_and_status_1(
     assert capsys.readouterr().err == "popsd: error: rank 3: it ended; start again\nits log:\n"
 
 
-def test_a_file_system_that_fails_for_a_moment_is_no_defect(
+def test_a_transient_file_system_error_is_not_a_defect(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train(config: object, **options: object) -> None:
@@ -349,7 +349,7 @@ def test_a_file_system_that_fails_for_a_moment_is_no_defect(
     assert capsys.readouterr().err.startswith("popsd: error: train: Stale file handle: x.jsonl; start the same command")
 
 
-def test_torchrun_is_told_that_a_stopped_run_is_no_failure(
+def test_torchrun_reports_that_a_stopped_run_is_not_a_failure(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
@@ -358,7 +358,7 @@ def test_torchrun_is_told_that_a_stopped_run_is_no_failure(
     assert "saved and stopped" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
 
-def test_a_tracker_that_hangs_does_not_hold_up_the_end(calls: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_hangs_does_not_block_the_exit(calls: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     assert cli.main(["config", "none.yaml"]) == 2
@@ -414,7 +414,7 @@ def test_misused_commands(words: list[str], capsys: pytest.CaptureFixture[str]) 
     assert "; see popsd" in err
 
 
-def test_ranks_of_torchrun_tell_an_error_once_and_all_fail() -> None:
+def test_ranks_of_torchrun_print_an_error_once_and_all_fail() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(

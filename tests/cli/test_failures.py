@@ -64,5 +64,5 @@ def test_a_peer_that_does_not_answer(error: Exception) -> None:
     ],
     ids=lambda error: str(error)[-30:],
 )
-def test_defects_stay_what_they_are(error: Exception) -> None:
+def test_defects_are_not_converted(error: Exception) -> None:
     assert as_lost_peer(error, command="train", config=PopsdConfig()) is None

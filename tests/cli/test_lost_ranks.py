@@ -41,7 +41,7 @@ def hang(rank: int, world_size: int, output: Path, port: int) -> Any:
     return found
 
 
-def test_a_rank_that_hangs_is_told_with_the_setting_and_one_that_wakes_ends(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_reported_with_the_setting_and_ends_when_it_wakes(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
     told = run_ranks(hang, 2, tmp_path, port, timeout=240)

@@ -61,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_train_leaves_what_it_promises(trained: Path) -> None:
+def test_train_writes_checkpoints_export_and_report(trained: Path) -> None:
     assert len(losses(trained)) == 5
     assert (trained / "checkpoints" / "final" / "manifest.json").is_file()
     assert (trained / "DONE").read_text() == "5\n"
@@ -75,7 +75,7 @@ def test_train_leaves_what_it_promises(trained: Path) -> None:
     assert load_config(trained / "config.yaml") == load_config(TINY, [f"output={trained}", *SHORT])
 
 
-def test_the_report_of_a_run_answers_from_what_the_run_left(trained: Path) -> None:
+def test_the_report_of_a_run_has_its_results(trained: Path) -> None:
     page = (trained / "report.html").read_text()
     for absent in ("not measured", "not diagnosed", "No validation", "No answers", "No step", "Neither metrics nor"):
         assert absent not in page, absent
@@ -178,7 +178,7 @@ def test_the_death_of_a_rank_ends_the_other(tmp_path: Path) -> None:
     assert "SIGKILL" in (tmp_path / "stderr").read_text() or "exitcode: -9" in (tmp_path / "stderr").read_text()
 
 
-def test_the_first_failure_is_told_by_torchrun_and_ends_all_ranks(tmp_path: Path) -> None:
+def test_torchrun_reports_the_first_failure_and_ends_all_ranks(tmp_path: Path) -> None:
     """Rank 1 fails in step 2; rank 0 fails after it, at the collective that it waits in."""
     script = tmp_path / "train.py"
     script.write_text(

@@ -80,7 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_steps_are_trained_on_what_the_weights_before_drew(whole: Path) -> None:
+def test_steps_train_on_responses_of_the_previous_weights(whole: Path) -> None:
     assert versions(whole) == [{0}, {0}, {1}, {2}]
     assert ages(whole) == [0, 1, 1, 1]
     assert [step for step, _ in runs.metrics(whole, "validation/accuracy")] == [0, 2, 4]
@@ -110,7 +110,7 @@ def test_two_shards_gather_weights_for_one_server(whole: Path, tmp_path: Path) -
     assert losses == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_server_killed_meanwhile_leaves_younger_responses(tmp_path: Path) -> None:
+def test_responses_after_a_killed_server_come_from_newer_weights(tmp_path: Path) -> None:
     """Those of step 3 are being drawn in step 2; another server draws them, by the weights that are live by then."""
     output = tmp_path / "run"
     ((status, told, pids),) = run_ranks(train, 1, output, [], None, 1, timeout=300)

@@ -75,7 +75,7 @@ def test_a_kill_before_the_first_checkpoint_changes_no_bit(whole: Path, runs: Pa
     assert differences(whole / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
 
 
-def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(whole: Path, runs: Path) -> None:
+def test_a_resumed_run_does_not_need_the_checkpoint_that_it_started_from(whole: Path, runs: Path) -> None:
     """Resumed after step 2, which is removed when step 3 is complete: `final` has all files all the same."""
     from nemo_popsd.checkpoint.manifest import read_manifest
 
@@ -93,7 +93,7 @@ def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(whole: Path, r
     assert train(output, *words, "training.steps=5")[0][0] == 0
 
 
-def test_an_old_damaged_checkpoint_stops_nothing_and_stays(whole: Path, tmp_path: Path) -> None:
+def test_an_old_damaged_checkpoint_is_kept_and_does_not_stop_the_run(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole / "full", output)
     (output / "DONE").unlink()
@@ -112,7 +112,7 @@ def test_an_old_damaged_checkpoint_stops_nothing_and_stays(whole: Path, tmp_path
 
 
 @both
-def test_no_line_of_the_metrics_is_lost_or_doubled(resumed: Path, adaptation: str) -> None:
+def test_no_line_of_the_metrics_is_lost_or_duplicated(resumed: Path, adaptation: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert [step for step, _ in metrics(resumed / adaptation, "train/loss")] == [1, 2, 3, 4]
@@ -154,7 +154,7 @@ def test_in_another_layout_the_losses_are_equal(whole: Path, tmp_path: Path, ada
     assert [loss for _, loss in there] == pytest.approx([loss for _, loss in here], rel=3e-5)
 
 
-def test_a_finished_run_says_so(
+def test_a_finished_run_is_reported_as_finished(
     whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE"):
@@ -165,7 +165,7 @@ def test_a_finished_run_says_so(
     assert (whole / "full" / "metrics.jsonl").read_bytes() == before
 
 
-def test_adapters_alone_are_saved_and_the_old_checkpoints_go(whole: Path) -> None:
+def test_only_adapters_are_saved_and_old_checkpoints_are_removed(whole: Path) -> None:
     lora, full = (whole / name / "checkpoints" for name in ("lora", "full"))
     assert json.loads((lora / "final" / "manifest.json").read_text())["weights"] == "adapters"
     size = {p: sum(f.stat().st_size for f in (p / "final" / "weights").glob("*.distcp")) for p in (lora, full)}
@@ -291,7 +291,7 @@ def budgeted(runs: Path) -> Path:
     return runs / "budget"
 
 
-def test_rows_that_a_step_leaves_are_trained_on_in_the_next(budgeted: Path) -> None:
+def test_unfinished_responses_are_trained_on_in_the_next_step(budgeted: Path) -> None:
     from nemo_popsd.rollout.storage import RolloutStore
 
     store = RolloutStore(budgeted)
@@ -312,7 +312,7 @@ def test_rows_that_a_step_leaves_are_trained_on_in_the_next(budgeted: Path) -> N
     assert ended == 4 * 6, "each row is trained on once"
 
 
-def test_a_killed_run_finds_the_rows_that_were_left(budgeted: Path, runs: Path) -> None:
+def test_a_killed_run_continues_unfinished_responses(budgeted: Path, runs: Path) -> None:
     """Killed in step 4, taken up after step 2: steps 3 and 4 go on with what steps 2 and 3 left."""
     output = runs / "budget, killed"
     train_and_die(output, *BUDGET, plan={"step": 4})
@@ -322,7 +322,7 @@ def test_a_killed_run_finds_the_rows_that_were_left(budgeted: Path, runs: Path) 
     assert metrics(budgeted, "train/loss") == metrics(output, "train/loss")
 
 
-def test_without_the_rows_that_were_left_a_run_does_not_go_on(budgeted: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_unfinished_responses_is_not_resumed(budgeted: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(budgeted, moved)
     shutil.rmtree(moved / "checkpoints" / "final")
@@ -355,7 +355,7 @@ def test_every_layout_trains_on_each_row_once(runs: Path, layout: str) -> None:
     assert max(age for _, age in metrics(output, "train/rollout_age_max")) <= 1
 
 
-def test_rows_may_wait_for_as_long_as_their_age_allows(runs: Path) -> None:
+def test_unfinished_responses_wait_until_their_age_bound(runs: Path) -> None:
     """Several steps' weights draw one response; killed and taken up, the run ends with the same bits."""
     from nemo_popsd.rollout.storage import RolloutStore
 

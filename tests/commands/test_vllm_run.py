@@ -96,7 +96,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return output, told
 
 
-def test_a_run_draws_from_vllm_and_leaves_no_server(run: tuple[Path, list[Any]]) -> None:
+def test_a_run_generates_with_vllm_and_leaves_no_server(run: tuple[Path, list[Any]]) -> None:
     output, told = run
     assert [step for step, _ in runs.metrics(output, "train/loss")] == [1, 2]
     store = RolloutStore(output)
@@ -107,7 +107,7 @@ def test_a_run_draws_from_vllm_and_leaves_no_server(run: tuple[Path, list[Any]])
     assert "vLLM" in (output / "vllm" / "server-0.log").read_text()
 
 
-def test_an_exported_model_goes_straight_into_vllm_and_transformers(run: tuple[Path, list[Any]]) -> None:
+def test_vllm_and_transformers_load_an_exported_model(run: tuple[Path, list[Any]]) -> None:
     output, _ = run
     (expected,) = run_ranks(drawn, 1, output / "checkpoints" / "final", timeout=120)
     before = run_ranks(untrained, 1, timeout=120)[0]

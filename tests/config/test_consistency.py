@@ -29,7 +29,7 @@ def runnable(tmp_path: Path) -> PopsdConfig:
     return config
 
 
-def test_a_run_that_can_start_and_nothing_is_made(runnable: PopsdConfig) -> None:
+def test_a_valid_run_passes_and_nothing_is_created(runnable: PopsdConfig) -> None:
     check_training_run(runnable, world_size=4)
     check_evaluation_run(runnable, world_size=1)
     assert not Path(runnable.output).parent.exists()
@@ -83,7 +83,7 @@ def test_layouts_that_do_not_fit(tensor: int, prompts: int, world: int, message:
         check_layout(config, world_size=world)
 
 
-def test_the_numbers_that_a_message_proposes_fit_everything() -> None:
+def test_the_proposed_numbers_fit() -> None:
     config = PopsdConfig()
     config.training.prompts_per_step, config.training.updates_per_step = 30, 3
     with pytest.raises(UserError, match=r"set training\.prompts_per_step=24 or 36$"):
@@ -107,7 +107,7 @@ def test_the_best_checkpoint_needs_a_metric_that_is_measured(runnable: PopsdConf
 
 
 @pytest.mark.parametrize("source", ["", "no/such/model", "nemo_popsd:tiny_resoner"])
-def test_student_that_is_not_there(runnable: PopsdConfig, source: str) -> None:
+def test_missing_student(runnable: PopsdConfig, source: str) -> None:
     runnable.student.source = source
     with pytest.raises(UserError, match="nemo_popsd:tiny_reasoner"):
         check_training_run(runnable, world_size=1)
@@ -115,13 +115,13 @@ def test_student_that_is_not_there(runnable: PopsdConfig, source: str) -> None:
 
 @pytest.mark.parametrize("section", ["train", "validation"])
 @pytest.mark.parametrize("path", ["no/such/file.jsonl", "nemo_popsd:tiny"])
-def test_data_that_is_not_there(runnable: PopsdConfig, section: str, path: str) -> None:
+def test_missing_data(runnable: PopsdConfig, section: str, path: str) -> None:
     getattr(runnable.data, section).path = path
     with pytest.raises(UserError):
         check_training_run(runnable, world_size=1)
 
 
-def test_training_needs_rows_and_evaluation_needs_held_out_rows(runnable: PopsdConfig) -> None:
+def test_training_needs_rows_and_evaluation_needs_problems(runnable: PopsdConfig) -> None:
     runnable.data.validation.path = ""
     check_training_run(runnable, world_size=1)
     with pytest.raises(UserError, match=r"set data\.validation\.path"):
@@ -131,7 +131,7 @@ def test_training_needs_rows_and_evaluation_needs_held_out_rows(runnable: PopsdC
         check_training_run(runnable, world_size=1)
 
 
-def test_named_sets_replace_held_out_rows(
+def test_named_sets_replace_the_validation_set(
     runnable: PopsdConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -146,7 +146,7 @@ def test_named_sets_replace_held_out_rows(
     check_evaluation_run(runnable, world_size=1)
 
 
-def test_an_endpoint_is_asked_by_one_process_about_what_it_serves(runnable: PopsdConfig, tmp_path: Path) -> None:
+def test_an_endpoint_needs_one_process_and_no_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
     runnable.evaluation.endpoint.url = "http://localhost:8000/v1"
     check_evaluation_run(runnable, world_size=1)
     with pytest.raises(UserError, match=r"evaluation\.endpoint\.url with 2 ranks"):
@@ -189,7 +189,9 @@ def test_output_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_no_run_wrote_is_neither_mixed_with_nor_removed(runnable: PopsdConfig, overwrite: bool) -> None:
+def test_files_that_no_run_wrote_are_neither_mixed_with_a_run_nor_removed(
+    runnable: PopsdConfig, overwrite: bool
+) -> None:
     output, runnable.overwrite = Path(runnable.output), overwrite
     (output / "checkpoints" / "my_model").mkdir(parents=True)
     with pytest.raises(UserError, match=r"has checkpoints and no \.nemo_popsd to mark them as written by a run"):
@@ -201,7 +203,7 @@ def test_what_no_run_wrote_is_neither_mixed_with_nor_removed(runnable: PopsdConf
     check_training_run(runnable, world_size=1)
 
 
-def test_a_run_of_an_earlier_version_goes_on_and_is_not_removed(runnable: PopsdConfig) -> None:
+def test_a_run_of_an_earlier_version_is_resumed_but_not_removed(runnable: PopsdConfig) -> None:
     output = Path(runnable.output)
     (output / "checkpoints").mkdir(parents=True)
     save_resolved(runnable, output / "config.yaml")
@@ -261,7 +263,7 @@ def test_a_token_budget_needs_rollouts_on_disk_and_one_update() -> None:
     check_sections(config)
 
 
-def test_an_engine_that_cannot_run_is_refused_before_anything_is_made(runnable: PopsdConfig, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_run_is_refused_before_anything_is_created(runnable: PopsdConfig, tmp_path: Path) -> None:
     runnable.rollout.vllm.python = str(tmp_path / "no" / "python")
     check_training_run(runnable, world_size=1)  # not looked at, since the engine is another
     runnable.rollout.engine = "vllm"

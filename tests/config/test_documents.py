@@ -59,7 +59,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         (b"training: {<<: 3}", "got << of 3"),
     ],
 )
-def test_files_that_are_no_configuration(text: bytes, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_a_configuration(text: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_bytes(text)
     assert message in refusal(tmp_path / "file.yaml")
 
@@ -78,7 +78,7 @@ def test_aliases_that_repeat_without_end(tmp_path: Path) -> None:
     assert "5,000 values" in refusal(tmp_path / "file.yaml")
 
 
-def test_what_yaml_offers_and_people_use(tmp_path: Path) -> None:
+def test_common_features_of_yaml(tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_bytes(
         b"\xef\xbb\xbfdata:\r\n  train:\r\n    columns: &c {id: id, answer: null}\r\n"
         b"  validation:\r\n    columns: {<<: *c, answer: a}\r\n"

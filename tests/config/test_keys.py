@@ -35,7 +35,7 @@ def test_nearest(key: str, meant: list[str]) -> None:
     assert nearest(key, known_keys()) == meant
 
 
-def test_a_plan_has_keys_of_its_own() -> None:
+def test_a_plan_has_its_own_keys() -> None:
     known = {**known_keys(PlanConfig), **known_keys()}
     assert nearest("node", known) == ["nodes"]
     assert nearest("gpus", known) == []
@@ -43,7 +43,7 @@ def test_a_plan_has_keys_of_its_own() -> None:
     assert nearest("steps", known) == ["training.steps"]
 
 
-def test_without_a_near_one_the_keys_of_the_section_are_listed() -> None:
+def test_without_a_near_key_those_of_the_section_are_listed() -> None:
     assert "a key of rollout: engine, temperature" in str(unknown_key("f", "rollout.zzz"))
     assert "sections are student, parallel" in str(unknown_key("f", "node"))
     assert len(str(unknown_key("f", "k" * 10**6))) < 800

@@ -176,7 +176,7 @@ def test_saved_configuration_loads_to_the_same(tmp_path: Path) -> None:
     assert OmegaConf.to_object(to_dict_config(config)) == config
 
 
-def test_tree_of_a_model_with_what_nemo_adds(tmp_path: Path) -> None:
+def test_tree_of_a_model_with_the_keys_that_nemo_adds(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, ""), ["training.steps=3", "distillation.target.cap=null"])
     tree = OmegaConf.create(OmegaConf.to_yaml(to_dict_config(config)))
     tree.target, tree.nemo_version = "nemo_popsd.model.PurifiedOPSDModel", "3.0.0"

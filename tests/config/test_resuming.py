@@ -14,7 +14,7 @@ def test_every_free_setting_exists() -> None:
     assert set(FREE) <= set(known_keys())
 
 
-def test_what_is_free_may_change() -> None:
+def test_free_settings_may_change() -> None:
     new = PopsdConfig(name="other", overwrite=True)
     new.training.steps = new.training.checkpoint_every = 7
     new.parallel.tensor, new.optimizer.distributed = 2, True
@@ -22,7 +22,7 @@ def test_what_is_free_may_change() -> None:
     refuse_another_run(PopsdConfig(), new)
 
 
-def test_anything_else_is_named() -> None:
+def test_other_settings_are_named() -> None:
     new = PopsdConfig(seed=5)
     new.optimizer.lr, new.student.lora.rank, new.data.train.limit = 1.0, 8, 3
     with pytest.raises(UserError) as refused:

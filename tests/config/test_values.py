@@ -133,7 +133,7 @@ def test_a_variable_is_read_as_if_it_were_written_there(
         "seed: ${name}",
     ],
 )
-def test_interpolations_that_lead_nowhere(text: str, tmp_path: Path) -> None:
+def test_interpolations_without_a_value(text: str, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(UserError, match=r"set (name|output|seed)$"):
         load_config(tmp_path / "file.yaml")
@@ -152,7 +152,7 @@ def test_interpolations_that_double_each_other_are_refused_at_once(tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["${a}", "\\${a}", "a\\\\${b} $ {c} ${", "$", "\\", "{question}$", "${question}"])
-def test_texts_with_the_marks_of_an_interpolation_stay_what_they_are(text: str, tmp_path: Path) -> None:
+def test_escaped_interpolations_are_kept(text: str, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text("")
     config = load_config(tmp_path / "file.yaml")
     config.data.templates.student, config.evaluation.markers = text, [text]

@@ -79,7 +79,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["DP2", "TP2"])
-def test_layouts_draw_the_same_and_interrupted_ones_nothing_twice(single: Path, tmp_path: Path, tensor: int) -> None:
+def test_every_layout_generates_the_same_samples_and_none_twice_after_an_interruption(
+    single: Path, tmp_path: Path, tensor: int
+) -> None:
     first, second = run_ranks(evaluate, 2, tmp_path, tensor, 2)
     # Two of ten samples a call; tensor-parallel ranks draw the same, data-parallel ones share.
     assert first["kept"] in (2, 4)
@@ -135,7 +137,7 @@ def validate(rank: int, world_size: int, output: Path, tensor: int) -> Any:
 
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["DP2", "TP2"])
-def test_a_run_evaluates_alike_in_any_layout_and_leaves_its_samples(single: Path, tmp_path: Path, tensor: int) -> None:
+def test_validation_is_equal_in_every_layout_and_writes_its_samples(single: Path, tmp_path: Path, tensor: int) -> None:
     found = run_ranks(validate, 2, tmp_path, tensor)
     assert found[0] == found[1]
     directory = EvaluationDirectory(tmp_path / "validation" / "step-000000")

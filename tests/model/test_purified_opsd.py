@@ -142,13 +142,13 @@ def test_what_is_saved_is_restored(lives: dict[str, Any], adaptation: str, form:
 
 
 @both
-def test_a_restored_run_goes_on_from_its_base(lives: dict[str, Any], adaptation: str) -> None:
+def test_a_restored_model_keeps_its_base(lives: dict[str, Any], adaptation: str) -> None:
     assert lives[adaptation]["goes on"] == 6
     assert torch.equal(lives[adaptation]["base"], lives[adaptation]["untrained"])
 
 
 @both
-def test_configurations_come_back_and_can_be_changed(lives: dict[str, Any], adaptation: str) -> None:
+def test_restored_configurations_can_be_overridden(lives: dict[str, Any], adaptation: str) -> None:
     seen = lives[adaptation]
     assert seen["config"].rollout.batch_rows == 64
     assert seen["config"].student.adaptation == adaptation

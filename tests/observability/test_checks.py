@@ -28,7 +28,7 @@ def wandb(**settings: object) -> ObservabilityConfig:
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
-def test_what_is_not_installed(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_are_not_installed(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PopsdConfig().observability
     getattr(config, package).enabled = True
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -8,7 +8,7 @@ from nemo_popsd.observability.metrics import StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 
 
-def test_names_and_what_was_not_measured() -> None:
+def test_names_without_metrics_that_were_not_measured() -> None:
     required = {item.name: 1.0 for item in fields(StepMetrics) if item.name[:6] not in ("delta_", "cos_to")}
     logged = StepMetrics(**required).as_dict()
     assert logged == {f"train/{name}": 1.0 for name in required}

@@ -82,7 +82,7 @@ def test_everything_is_passed_on_in_order_and_steps_are_whole_numbers() -> None:
     assert type(made[0].seen[2][2]) is int
 
 
-def test_what_is_never_used_is_never_built() -> None:
+def test_a_tracker_without_calls_is_not_built() -> None:
     one, made = tracker()
     one.log_hyperparams({"a": 1})
     one.close(True)
@@ -91,7 +91,7 @@ def test_what_is_never_used_is_never_built() -> None:
 
 @pytest.mark.parametrize("fails", ["build", "log", "save", "finish"])
 @pytest.mark.parametrize("error", [ConnectionError("service\nunavailable"), SystemExit("quit")], ids=["error", "exit"])
-def test_a_failure_is_reported_once_and_the_run_goes_on(
+def test_a_failure_is_reported_once_and_the_run_continues(
     fails: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
@@ -107,7 +107,7 @@ def test_a_failure_is_reported_once_and_the_run_goes_on(
     assert not trackers.any_hangs()
 
 
-def test_one_that_hangs_is_left_behind_in_time(
+def test_a_tracker_that_hangs_is_abandoned_in_time(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
@@ -122,7 +122,7 @@ def test_one_that_hangs_is_left_behind_in_time(
     forever.set()
 
 
-def test_names_are_kept_with_the_run(tmp_path: Path) -> None:
+def test_ids_are_stored_with_the_run(tmp_path: Path) -> None:
     assert read_id(tmp_path, "wandb") is None
     keep_id(tmp_path, "wandb", "a")
     keep_id(tmp_path, "mlflow", "b")

@@ -59,14 +59,14 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=lambda s: f"T{s.temperature}-p{s.top_p}-k{s.top_k}")
-def test_draws_follow_the_filtered_distribution(sampling: SamplingParams) -> None:
+def test_tokens_follow_the_filtered_distribution(sampling: SamplingParams) -> None:
     logits = 2 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     expected, drawn = reference_distribution(logits, sampling), drawn_distribution(logits, sampling)
     assert (drawn[expected == 0] == 0).all()
     torch.testing.assert_close(drawn, expected, atol=2e-4, rtol=0)
 
 
-def test_seeded_draws_pass_a_chi_square_test() -> None:
+def test_seeded_tokens_pass_a_chi_square_test() -> None:
     draws, logits = 20_000, torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])
     numbers = uniforms(list(range(draws)), 1).squeeze(1)
     counts = torch.bincount(sample(logits.expand(draws, -1), params(), numbers), minlength=5)
@@ -95,7 +95,7 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
     assert tokens.tolist() == [1, 0]
 
 
-def test_entries_that_cannot_be_drawn_are_not() -> None:
+def test_entries_without_probability_are_not_sampled() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0]])
     largest = torch.tensor([1 - 2**-53], dtype=torch.float64)
     for number in (torch.zeros(1, dtype=torch.float64), largest):
@@ -112,7 +112,7 @@ def test_entries_that_cannot_be_drawn_are_not() -> None:
     top_k=st.integers(0, 50),
     number=st.floats(0, 1, exclude_max=True),
 )
-def test_every_draw_lies_in_the_filtered_support(
+def test_every_token_is_in_the_filtered_support(
     seed: int, size: int, spread: float, temperature: float, top_p: float, top_k: int, number: float
 ) -> None:
     logits = spread * torch.randn(size, generator=torch.Generator().manual_seed(seed))
@@ -128,7 +128,7 @@ def test_every_draw_lies_in_the_filtered_support(
     assert int(among[2]) == int(alone)
 
 
-def test_random_numbers_depend_on_the_rows_own_seed_alone() -> None:
+def test_random_numbers_depend_only_on_the_seed() -> None:
     several = uniforms([3, 7, 2**62 + 1], 5)
     assert several.dtype == torch.float64
     assert ((several >= 0) & (several < 1)).all()

@@ -109,7 +109,9 @@ def test_a_grid_of_uniform_numbers_gives_the_dense_distribution(
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", SIZES)
-def test_two_shards_draw_what_one_does(one: dict[str, Any], two: list[dict[str, Any]], kind: str, name: str) -> None:
+def test_two_shards_sample_the_same_as_one(
+    one: dict[str, Any], two: list[dict[str, Any]], kind: str, name: str
+) -> None:
     for ties in (False, True):
         tokens, log_probs = one[kind, ties, name]
         for seen in two:
@@ -131,7 +133,7 @@ def test_log_probabilities_are_the_models_own(two: list[dict[str, Any]], kind: s
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("greedy", "narrow top-p")])
-def test_seeded_draws_pass_a_chi_square_test(one: dict[str, Any], two: list[dict[str, Any]], name: str) -> None:
+def test_seeded_tokens_pass_a_chi_square_test(one: dict[str, Any], two: list[dict[str, Any]], name: str) -> None:
     for kind, size in SIZES.items():
         expected = DRAWS * dense(size, SETTINGS[name], ties=False)
         for seen in (one, two[0]):
@@ -150,7 +152,7 @@ def test_seeded_draws_pass_a_chi_square_test(one: dict[str, Any], two: list[dict
             assert statistic < limit, (kind, statistic, limit)
 
 
-def test_collectives_are_as_few_as_promised(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_number_of_collectives_is_as_documented(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for name in SETTINGS:
         kind = "greedy" if "top-k" in name or name == "recipe" else "top-p" if "top-p" in name else name
         assert one["collectives", name] == (0, 0)

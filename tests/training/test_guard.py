@@ -90,13 +90,13 @@ def test_an_infinite_gradient_norm_alone_stops_every_rank(ranks: list[dict[str, 
         assert "step 9" in seen["one rank's norm"]
 
 
-def test_weights_that_an_update_leaves_without_sense_stop_every_rank(ranks: list[dict[str, Any]]) -> None:
+def test_weights_that_are_not_finite_after_an_update_stop_every_rank(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert "step 12: got weights that are NaN or Inf after the update" in seen["update"]
         assert "set optimizer.lr lower" in seen["update"]
 
 
-def test_no_weight_is_changed_and_a_healthy_step_goes_on(ranks: list[dict[str, Any]]) -> None:
+def test_no_weight_is_changed_and_a_healthy_step_continues(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert seen["after"] == seen["before"]
         assert seen["steps"] == 0

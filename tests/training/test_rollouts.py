@@ -95,7 +95,7 @@ def stored(output: Path, part: int) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_the_next_step_is_drawn_by_the_weights_that_this_one_begins_with(
+def test_the_next_step_is_generated_by_the_weights_that_this_one_starts_with(
     model: Path, tmp_path: Path, overlap: bool
 ) -> None:
     for rank, seen in enumerate(run_ranks(train, 2, model, tmp_path, overlap)):
@@ -142,7 +142,7 @@ def take_up(rank: int, world_size: int, model: Path, output: Path, bound: int, s
     ("bound", "stored_by", "expected"),
     [(1, 3, (0, 0)), (1, 2, (1, 0)), (1, 1, (0, 1)), (2, 1, (2, 0)), (2, 0, (0, 1))],
 )
-def test_what_lies_there_is_trained_on_unless_it_is_too_old(
+def test_stored_rollouts_are_trained_on_unless_they_are_too_old(
     model: Path, tmp_path: Path, bound: int, stored_by: int, expected: tuple[int, int]
 ) -> None:
     (seen,) = run_ranks(take_up, 1, model, tmp_path, bound, stored_by)
