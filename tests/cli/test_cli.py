@@ -27,7 +27,7 @@ TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """What the sub-commands asked of the model, which is not built."""
+    """The calls of the commands, which do nothing here."""
     made: list[tuple] = []
     entry = types.ModuleType("nemo_popsd.commands.entry")
     for name in ("train", "evaluate", "diagnose", "export", "export_adapter"):
@@ -172,9 +172,9 @@ def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, caps
     scores = [[score("p"), score("q", right)] for right in (False, True)]
     directories = [saved(tmp_path / name / "validation", made) for name, made in zip("ab", scores, strict=True)]
     assert cli.main(["evaluate", "--compare", *directories]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("base: a/validation (the first")
-    assert told.splitlines()[2].split() == ["a/validation", "b/validation", "change"]
+    printed_text = capsys.readouterr().out
+    assert printed_text.startswith("base: a/validation (the first")
+    assert printed_text.splitlines()[2].split() == ["a/validation", "b/validation", "change"]
     assert cli.main(["evaluate", "--compare", *directories, "--base", "b/validation"]) == 0
     assert capsys.readouterr().out.startswith("base: b/validation (by --base)")
     assert cli.main(["evaluate", TINY, "--base", "b"]) == 2
@@ -210,9 +210,9 @@ def test_export_replaces_only_an_earlier_export(
         place.mkdir()
         (place / "weights.bin").write_text("three weeks")
         assert cli.main(["export", *adapter, str(checkpoint), str(output)]) == 2
-        told = capsys.readouterr().err
-        assert f"{place}: got no .nemo_popsd" in told
-        assert "nothing was removed" in told
+        printed_text = capsys.readouterr().err
+        assert f"{place}: got no .nemo_popsd" in printed_text
+        assert "nothing was removed" in printed_text
         assert (place / "weights.bin").exists()
         shutil.rmtree(place)
     (output / "config.json").parent.mkdir()

@@ -79,10 +79,12 @@ def test_rollouts_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "printed"),
     [(["--step", "3"], "no step 3, but steps 1 to 2"), (["--row", "c"], "no row 'c'")],
 )
-def test_missing_steps_and_rows(output: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
+def test_missing_steps_and_rows(
+    output: Path, capsys: pytest.CaptureFixture[str], words: list[str], printed: str
+) -> None:
     assert main(["rollouts", "show", str(output), *words]) == 2
-    assert told in capsys.readouterr().err
+    assert printed in capsys.readouterr().err
     assert main(["rollouts", "show", str(output / "nowhere")]) == 2

@@ -34,7 +34,7 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 
 
 def environment() -> dict[str, str]:
-    """No rank of ours, one thread."""
+    """Without the variables of a launcher, with one thread."""
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -67,11 +67,11 @@ def test_train_writes_checkpoints_export_and_report(trained: Path) -> None:
     assert (trained / "DONE").read_text() == "5\n"
     assert (trained / "huggingface" / "model.safetensors").is_file()
     assert (trained / "tensorboard").is_dir()
-    told = (trained / "stdout").read_text()
-    assert "accuracy" in told
-    assert "before" in told
-    assert "after" in told
-    assert told.splitlines()[-1] == f"report: {trained / 'report.html'}"
+    printed = (trained / "stdout").read_text()
+    assert "accuracy" in printed
+    assert "before" in printed
+    assert "after" in printed
+    assert printed.splitlines()[-1] == f"report: {trained / 'report.html'}"
     assert load_config(trained / "config.yaml") == load_config(TINY, [f"output={trained}", *SHORT])
 
 
@@ -79,8 +79,8 @@ def test_the_report_of_a_run_has_its_results(trained: Path) -> None:
     page = (trained / "report.html").read_text()
     for absent in ("not measured", "not diagnosed", "No validation", "No answers", "No step", "Neither metrics nor"):
         assert absent not in page, absent
-    for told in ("Did accuracy move?", "Held-out questions: of 2", "What is pushed in tiny", "megatron-core"):
-        assert told in page, told
+    for printed in ("Did accuracy move?", "Held-out questions: of 2", "What is pushed in tiny", "megatron-core"):
+        assert printed in page, printed
     for moment in ("before", "after"):
         assert (trained / "diagnosis" / moment / "index.html").is_file()
 
@@ -225,9 +225,9 @@ def test_a_broken_row_a_wrong_key_and_a_missing_file_are_one_line(tmp_path: Path
     assert "nowhere.jsonl" in one_line(run(ONE, "train", TINY, output, "data.train.path=nowhere.jsonl"))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"id": "a", "question": "1+1?", "reference": "2"}\n{"id": "b", "question": "2+2?"}\n')
-    told = one_line(run(ONE, "train", TINY, output, f"data.train.path={broken}"))
-    assert "broken.jsonl:2" in told
-    assert "reference" in told
+    printed = one_line(run(ONE, "train", TINY, output, f"data.train.path={broken}"))
+    assert "broken.jsonl:2" in printed
+    assert "reference" in printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -235,7 +235,7 @@ def test_a_long_reference_is_one_line_where_the_setting_says_error(tmp_path: Pat
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"id": "long", "question": "1+1?", "reference": "so 2 " * 400}) + "\n")
     settings = [f"output={tmp_path / 'run'}", f"data.train.path={rows}", "data.long_references=error"]
-    told = one_line(run(ONE, "train", TINY, *settings))
-    assert "row long" in told
+    printed = one_line(run(ONE, "train", TINY, *settings))
+    assert "row long" in printed
     limit = load_config(TINY).data.max_reference_tokens
-    assert f"data.max_reference_tokens={limit}" in told
+    assert f"data.max_reference_tokens={limit}" in printed

@@ -1,4 +1,4 @@
-"""Pages that runs leave: a report that cannot be written is told, and fails nothing."""
+"""Pages of runs: a report that cannot be written is logged and does not fail the run."""
 
 from __future__ import annotations
 

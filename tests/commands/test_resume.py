@@ -47,11 +47,11 @@ def resumed(runs: Path) -> Path:
             file.write('{"step": 4, "train/l')  # as a kill in mid-write leaves it
         (output / "checkpoints" / "step-000003.partial").mkdir()
         written = (output / "rollouts" / "step-000003" / "part-0000-of-0001.jsonl").stat().st_mtime_ns
-        status, told = train(output, *words)[0]
+        status, printed = train(output, *words)[0]
         assert status == 0
-        assert "resuming after step 2" in told
+        assert "resuming after step 2" in printed
         part = output / "rollouts" / "step-000003" / "part-0000-of-0001.jsonl"
-        assert part.stat().st_mtime_ns == written  # its rollouts were not drawn again
+        assert part.stat().st_mtime_ns == written  # its rollouts were not generated again
     return runs / "resumed"
 
 
@@ -82,9 +82,9 @@ def test_a_resumed_run_does_not_need_the_checkpoint_that_it_started_from(whole: 
     output = runs / "outlived"
     words = ("training.checkpoint_every=1", "training.keep_last=1", "training.export_huggingface=true")
     train_and_die(output, *words, plan={"step": 3})
-    status, told = train(output, *words)[0]
+    status, printed = train(output, *words)[0]
     assert status == 0
-    assert "resuming after step 2" in told
+    assert "resuming after step 2" in printed
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["final", "latest", "step-000003"]
     files = [sorted(read_manifest(path / "checkpoints" / "final")["files"]) for path in (whole / "full", output)]
     assert files[0] == files[1]
@@ -100,8 +100,8 @@ def test_an_old_damaged_checkpoint_is_kept_and_does_not_stop_the_run(whole: Path
     old = output / "checkpoints" / "step-000002"
     (old / "manifest.json").write_bytes(b"")
     words = ("training.steps=6", "training.checkpoint_every=1", "training.keep_last=1")
-    status, told = train(output, *words)[0]
-    assert status == 0, told
+    status, printed = train(output, *words)[0]
+    assert status == 0, printed
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
         "final",
         "latest",
@@ -186,19 +186,19 @@ def test_another_base_other_rows_and_other_settings_are_refused(whole: Path, tmp
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     words = (LORA, "training.steps=5")
-    status, told = train(output, *words, f"student.source={other}")[0]
+    status, printed = train(output, *words, f"student.source={other}")[0]
     assert status == 2
-    assert f"got student.source='{other}' with fingerprint" in told
-    assert "need the base that it was trained from: 'nemo_popsd:tiny_reasoner'" in told
-    status, told = train(output, *words, "data.train.limit=7")[0]
-    assert (status, "data.train.limit=7 (was 8)" in told) == (2, True)
+    assert f"got student.source='{other}' with fingerprint" in printed
+    assert "need the base that it was trained from: 'nemo_popsd:tiny_reasoner'" in printed
+    status, printed = train(output, *words, "data.train.limit=7")[0]
+    assert (status, "data.train.limit=7 (was 8)" in printed) == (2, True)
     rows = tmp_path / "rows.jsonl"
     text = asset("nemo_popsd:tiny_train").read_text().splitlines()[1:9]
     rows.write_text("\n".join(text) + "\n")
-    status, told = train(output, *words, f"data.train.path={rows}")[0]
-    assert (status, "got training rows that differ" in told) == (2, True)
-    status, told = train(output, *words, "optimizer.lr=0.5", "seed=3")[0]
-    assert (status, "seed=3 (was 1234), optimizer.lr=0.5" in told) == (2, True)
+    status, printed = train(output, *words, f"data.train.path={rows}")[0]
+    assert (status, "got training rows that differ" in printed) == (2, True)
+    status, printed = train(output, *words, "optimizer.lr=0.5", "seed=3")[0]
+    assert (status, "seed=3 (was 1234), optimizer.lr=0.5" in printed) == (2, True)
 
 
 def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) -> None:
@@ -209,22 +209,24 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
-    status, told = train(output, "training.steps=5")[0]
+    status, printed = train(output, "training.steps=5")[0]
     assert status == 2
-    assert f"weights/{shard.name} was changed" in told
+    assert f"weights/{shard.name} was changed" in printed
     folder = output / "checkpoints"
     move = f"mv {folder / 'final'} {folder / 'final.damaged'}"
-    assert f"{move}; then the same command resumes after step 2 from {folder / 'step-000002'}, which is intact" in told
+    assert (
+        f"{move}; then the same command resumes after step 2 from {folder / 'step-000002'}, which is intact" in printed
+    )
     (folder / "final").rename(folder / "final.damaged")
-    status, told = train(output, "training.steps=5")[0]
+    status, printed = train(output, "training.steps=5")[0]
     assert status == 0
-    assert "resuming after step 2" in told
+    assert "resuming after step 2" in printed
     assert (folder / "final.damaged").is_dir()
     for name in ("final", "step-000002", "step-000004"):
         (folder / name / "manifest.json").write_bytes(b"")
-    status, told = train(output, "training.steps=6")[0]
+    status, printed = train(output, "training.steps=6")[0]
     assert status == 2
-    assert f"move {folder} away to begin at step 1: no other checkpoint is intact" in told
+    assert f"move {folder} away to begin at step 1: no other checkpoint is intact" in printed
 
 
 @pytest.mark.parametrize(
@@ -265,11 +267,11 @@ def test_saving_in_the_background_keeping_the_best_and_overwriting(whole: Path, 
     for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
         (output / name).mkdir(exist_ok=True)
         (output / name / "notes.txt").write_text("mine")
-    status, told = train(output, "overwrite=true", "training.steps=1", "training.validate_every=0")[0]
+    status, printed = train(output, "overwrite=true", "training.steps=1", "training.validate_every=0")[0]
     assert status == 0
     for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
         assert (output / name / "notes.txt").read_text() == "mine"
-    assert "beginning at step 1" in told
+    assert "beginning at step 1" in printed
     assert [step for step, _ in metrics(output, "train/loss")] == [1]
     left = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert left == ["final", "latest", "my-model", "step-000003"]
@@ -313,7 +315,7 @@ def test_unfinished_responses_are_trained_on_in_the_next_step(budgeted: Path) ->
 
 
 def test_a_killed_run_continues_unfinished_responses(budgeted: Path, runs: Path) -> None:
-    """Killed in step 4, taken up after step 2: steps 3 and 4 go on with what steps 2 and 3 left."""
+    """Killed in step 4, resumed after step 2: steps 3 and 4 continue the responses that steps 2 and 3 left."""
     output = runs / "budget, killed"
     train_and_die(output, *BUDGET, plan={"step": 4})
     assert train(output, *BUDGET)[0][0] == 0
@@ -328,9 +330,9 @@ def test_a_run_without_its_unfinished_responses_is_not_resumed(budgeted: Path, t
     shutil.rmtree(moved / "checkpoints" / "final")
     (moved / "DONE").unlink()
     shutil.rmtree(moved / "rollouts" / "step-000002")
-    status, told = train(moved, *BUDGET)[0]
+    status, printed = train(moved, *BUDGET)[0]
     assert status == 2
-    assert "files of step 2 missing in" in told
+    assert "files of step 2 missing in" in printed
 
 
 LAYOUTS = {

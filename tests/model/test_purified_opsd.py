@@ -1,4 +1,4 @@
-"""NeMo's contract, lived through once with adapters and once without, on the embedded model."""
+"""NeMo's contract, once with adapters and once without, on the embedded model."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ def test_an_export_computes_the_same_in_transformers(lives: dict[str, Any], fold
 
 @both
 def test_weights_that_are_not_finite_are_not_exported(lives: dict[str, Any], adaptation: str) -> None:
-    told, written = lives[adaptation]["not finite"]
-    assert "got weights that are NaN or Inf" in told
+    printed, written = lives[adaptation]["not finite"]
+    assert "got weights that are NaN or Inf" in printed
     assert not written
 
 

@@ -181,7 +181,7 @@ def attempt(rows, steps, succeeded):
         loggers[1].log_metrics({{"train/loss": row - 0.5}}, step=float(row))  # as Lightning hands a step on
     close_trackers(loggers, succeeded)
     return loggers[1]
-attempt((1, 2), 200, None)  # asked to stop
+attempt((1, 2), 200, None)  # requested to stop
 client = mlflow.MlflowClient({(tmp_path / "run" / "mlflow").as_uri()!r})
 (experiment,) = [found for found in client.search_experiments() if found.name == "nemo_popsd"]
 (run,) = client.search_runs([experiment.experiment_id])

@@ -17,7 +17,7 @@ from tests.observability.one_step import fit
 
 
 class Inner:
-    """A logger that fails where it is told to, and remembers what it was given."""
+    """A logger that fails at a chosen call and records what it was given."""
 
     def __init__(self, fails: str = "", error: BaseException | None = None) -> None:
         self.seen: list[Any] = []
@@ -100,9 +100,9 @@ def test_a_failure_is_reported_once_and_the_run_continues(
     fit(3, logger=[JsonlLogger(tmp_path), one, other])
     close_trackers([one, other], True)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-    (told,) = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
+    (printed,) = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
     words = " ".join(f"{type(error).__name__}: {error}".split())
-    assert told == f"Service is turned off: {words}; the run continues, and metrics.jsonl has all metrics"
+    assert printed == f"Service is turned off: {words}; the run continues, and metrics.jsonl has all metrics"
     assert seen[0].seen[-1] == ("finish", True)
     assert not trackers.any_hangs()
 

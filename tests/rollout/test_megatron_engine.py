@@ -208,7 +208,7 @@ def test_requests_with_the_same_prompt_share_its_prefill(one: dict[str, Any]) ->
 def test_responses_that_a_budget_left_unfinished_continue_identically(
     one: dict[str, Any], two: list[dict[str, Any]], name: str
 ) -> None:
-    """With the same weights the two parts are what one call draws; the second call finishes what was begun."""
+    """With the same weights the two parts equal the response of one call; the second call finishes the first."""
     whole, left = one["random"], one[name]
     unfinished = [number for number, rollout in enumerate(left) if rollout.unfinished]
     assert 0 < len(unfinished) < len(left)

@@ -1,4 +1,4 @@
-"""Rows in slots, played through on a cache of tokens: each row always finds its own beginning in its slot."""
+"""Sequences in slots, simulated on a cache of tokens: each sequence always finds its own tokens in its slot."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TokenCache:
 
 
 def response_of(request: Request, limit: int) -> list[int]:
-    """What the "model" answers: a function of the request alone."""
+    """The response of the "model": a function of the request."""
     made = random.Random(request.seed)
     length = made.randint(1, limit + 3)
     return [*(made.randint(1, 9) for _ in range(length)), STOP][:limit]
@@ -184,7 +184,7 @@ def test_a_budget_leaves_responses_that_later_calls_finish(
         )
         assert schedule.generated == drawn
         if not partial and sum(not row.unfinished for row in rows) > 1:
-            assert drawn <= budget + limit * slots  # up to the end of the first row
+            assert drawn <= budget + limit * slots  # up to the end of the first response
         for row in rows:
             if row.request.run_to_end:
                 assert not row.unfinished

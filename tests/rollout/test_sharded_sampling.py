@@ -29,7 +29,7 @@ SETTINGS = {
     "narrow top-p": params(top_p=1e-6),
 }
 COLLECTIVES = {"greedy": (1, 0), "none": (1, 1), "tempered": (1, 1), "top-p": (6, 1)}
-"""All-gathers and all-reduces, as the docstring of `draw` says; with top-k as with greedy."""
+"""All-gathers and all-reduces, as in the docstring of `draw`; with top-k as with greedy."""
 
 
 def logits(size: int, *, ties: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Megatron without CUDA: every adaptation is applied, needed where it says, and leaks nowhere."""
+"""Megatron without CUDA: every adaptation is applied, needed at the lines it names, and has no other effect."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _line(path: Path, number: int) -> str:
 
 
 def test_nothing_else_in_the_package_patches_a_library():
-    """But for two lines, which say why: the queue of a checkpoint's writers, and the unpickler of its readers."""
+    """Except two lines, with their reasons: the queue of a checkpoint's writers, and the unpickler of its readers."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
         if file not in (Path(cpu.__file__), Path(local_layers.__file__)):
@@ -265,7 +265,7 @@ def _random_state(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def _scatter(rank: int, world_size: int) -> dict[str, Any]:
-    """Columns of a matrix: views that are not contiguous; ours, and the library's own."""
+    """Scatters columns of a matrix, which are not contiguous: with the adaptation, and with the library's method."""
     from megatron.bridge.models.conversion.param_mapping import ColumnParallelMapping
 
     from nemo_popsd.parallel.distributed import initialize

@@ -29,7 +29,7 @@ def test_by_hand() -> None:
 
 
 def _share_out(rank: int, world_size: int) -> dict[str, Any]:
-    """What this rank gets of six rollouts, contiguous thirds of which each of three ranks had drawn."""
+    """This rank's share of six rollouts, of which each of three ranks has a contiguous third."""
     import torch.distributed as dist
 
     from nemo_popsd.training.balance import rebalance

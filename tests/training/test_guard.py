@@ -11,7 +11,7 @@ from tests.tiny_models import save_tiny_model
 
 
 def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
-    """Steps of two data-parallel ranks that go wrong on one of them; what each rank says, and its weights."""
+    """Steps of two data-parallel ranks that fail on one of them; the error and the weights of each rank."""
     from nemo_popsd.megatron.base import fingerprint
     from nemo_popsd.training import step as module
     from nemo_popsd.training.guard import NonFiniteError, refuse_non_finite

@@ -168,7 +168,7 @@ def test_the_table_sees_faults_that_the_loss_does_not_show(
 
 
 def test_a_forgotten_scale_is_refused_where_the_loss_keeps_the_matrix_gradient(folder: Path) -> None:
-    """Full fine-tuning: the loss was told what backward will multiply it with, and holds backward to it."""
+    """Full fine-tuning: the loss was printed what backward will multiply it with, and holds backward to it."""
     world_size, parallel, distributed = LAYOUTS["cp2"]
     chosen = {"full, padded": VARIANTS["full, padded"]}
     with pytest.raises(AssertionError, match=r"main_gradient\.upstream"):

@@ -137,7 +137,7 @@ def test_accumulation_and_recomputation_change_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_bf16_stays_finite_and_close(one: dict[str, Any], others: dict[str, Any], adaptation: str) -> None:
-    """Near means the same order: drawn tokens differ from the first rounding on."""
+    """Close means the same order of magnitude: sampled tokens differ from the first rounding on."""
     seen = others[f"{adaptation}, bf16"]
     assert seen["finite"]
     assert seen["base is the same"]
