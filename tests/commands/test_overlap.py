@@ -111,7 +111,7 @@ def test_two_shards_gather_weights_for_one_server(whole: Path, tmp_path: Path) -
 
 
 def test_responses_after_a_killed_server_come_from_newer_weights(tmp_path: Path) -> None:
-    """Those of step 3 are being generated in step 2; another server generates them with the weights that are live then."""
+    """Those of step 3 are being generated in step 2; another server generates them with newer weights."""
     output = tmp_path / "run"
     ((status, printed, pids),) = run_ranks(train, 1, output, [], None, 1, timeout=300)
     assert status == 0, printed
