@@ -36,7 +36,7 @@ def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) 
     from nemo_popsd.data.config import SourceConfig
     from nemo_popsd.evaluation.run import conclude_all, prepare_sets
     from nemo_popsd.model import PurifiedOPSDModel
-    from nemo_popsd.model.evaluation import draw_missing
+    from nemo_popsd.model.evaluation import generate_missing
 
     config = load_config(TINY, overrides(output, tensor))
     without_rows = load_config(TINY, overrides(output, tensor))
@@ -55,7 +55,7 @@ def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) 
     model.engine.generate = counted  # type: ignore[method-assign]
     for _ in range(calls):
         try:
-            draw_missing(model.sampler, sets, model="m", digest="f")
+            generate_missing(model.sampler, sets, model="m", digest="f")
         except KeyboardInterrupt:
             seen["kept"] = sum(len(path.read_text().splitlines()) for path in sets[0].directory.path.glob("samples-*"))
             import torch.distributed as dist
@@ -105,14 +105,14 @@ def evaluate_other_weights(rank: int, world_size: int, output: Path) -> str:
     from nemo_popsd.errors import UserError
     from nemo_popsd.evaluation.run import prepare_sets
     from nemo_popsd.model import PurifiedOPSDModel
-    from nemo_popsd.model.evaluation import draw_missing
+    from nemo_popsd.model.evaluation import generate_missing
 
     config = load_config(TINY, overrides(output))
     model = PurifiedOPSDModel(to_dict_config(config))
     sets = prepare_sets(config.evaluation, config.data, model.tokenizer, model="m", output=output)
-    draw_missing(model.sampler, sets, model="m", digest="f")
+    generate_missing(model.sampler, sets, model="m", digest="f")
     try:
-        draw_missing(model.sampler, sets, model="m", digest="other")
+        generate_missing(model.sampler, sets, model="m", digest="other")
     except UserError as error:
         return str(error)
     return ""

@@ -87,7 +87,7 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
 
     prefill = SlotDecoder.prefill
     SlotDecoder.prefill = watched  # type: ignore[method-assign]
-    with torch.no_grad():  # padded rows that would win every draw
+    with torch.no_grad():  # padded rows that would win every sample
         first = rank * student.weight.shape[0]
         student.weight[max(0, student.vocab_size - first) :] = PLANTED
     student.gpt.train()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
+from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
 
 
 def whole(logits: torch.Tensor) -> VocabularyShard:
@@ -14,7 +14,7 @@ def whole(logits: torch.Tensor) -> VocabularyShard:
 
 
 def sample(logits: torch.Tensor, sampling: SamplingParams, uniform: torch.Tensor) -> torch.Tensor:
-    return draw(logits, sampling, uniform, whole(logits))[0]
+    return sample_tokens(logits, sampling, uniform, whole(logits))[0]
 
 
 def params(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingParams:
@@ -146,7 +146,7 @@ def test_log_probabilities_are_those_of_the_model_itself(dtype: torch.dtype) -> 
     logits = 5 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     logits = logits.to(dtype)
     for sampling in SETTINGS:
-        tokens, log_probs = draw(logits, sampling, torch.linspace(0, 0.99, 6).double(), whole(logits))
+        tokens, log_probs = sample_tokens(logits, sampling, torch.linspace(0, 0.99, 6).double(), whole(logits))
         expected = torch.log_softmax(logits.double(), -1)[torch.arange(6), tokens]
         assert log_probs.dtype == torch.float32
         torch.testing.assert_close(log_probs.double(), expected, atol=2e-6, rtol=1e-6)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
+from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
 from tests.harness import run_ranks
 from tests.rollout.test_sampling import params, reference_distribution
 
@@ -29,11 +29,11 @@ SETTINGS = {
     "narrow top-p": params(top_p=1e-6),
 }
 COLLECTIVES = {"greedy": (1, 0), "none": (1, 1), "tempered": (1, 1), "top-p": (6, 1)}
-"""All-gathers and all-reduces, as in the docstring of `draw`; with top-k as with greedy."""
+"""All-gathers and all-reduces, as in the docstring of `sample_tokens`; with top-k as with greedy."""
 
 
 def logits(size: int, *, ties: bool) -> torch.Tensor:
-    """[COLUMNS]; the padding would win every draw. With ties they are rounded to bf16's few values."""
+    """[COLUMNS]; the padding would win every sample. With ties they are rounded to bf16's few values."""
     values = 2 * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(size))
     values = (values * 2).round() / 2 if ties else values
     values[size:] = 1000.0
@@ -41,7 +41,7 @@ def logits(size: int, *, ties: bool) -> torch.Tensor:
 
 
 def observe(rank: int, world_size: int) -> dict[str, Any]:
-    """Tokens and log-probabilities over a grid of uniform numbers and by seeds, and the collectives of a draw."""
+    """Tokens and log-probabilities over a grid of uniform numbers and by seeds, and the collectives of each."""
     counts = {"all_gather_into_tensor": 0, "all_reduce": 0}
     real = {name: getattr(dist, name) for name in counts}
 
@@ -65,10 +65,10 @@ def observe(rank: int, world_size: int) -> dict[str, Any]:
             for name, sampling in SETTINGS.items():
                 for key in counts:
                     counts[key] = 0
-                seen[kind, ties, name] = draw(mine, sampling, grid, shard)
+                seen[kind, ties, name] = sample_tokens(mine, sampling, grid, shard)
                 seen["collectives", name] = tuple(counts.values())
                 if not ties:
-                    seen[kind, "seeded", name] = draw(mine, sampling, seeded, shard)[0]
+                    seen[kind, "seeded", name] = sample_tokens(mine, sampling, seeded, shard)[0]
     for name, function in real.items():
         setattr(dist, name, function)
     return seen
