@@ -129,9 +129,9 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
         check_source(config.data.validation, setting="data.validation", need_reference=False, need_answer=True)
     check_output(config.output)
     output = Path(config.output).expanduser().resolve()
-    found = [name for name in RUN_FILES if (output / name).exists()]
-    _check_ownership(config, output, found)
-    removed = found if config.overwrite else ("checkpoints", "huggingface")
+    present = [name for name in RUN_FILES if (output / name).exists()]
+    _check_ownership(config, output, present)
+    removed = present if config.overwrite else ("checkpoints", "huggingface")
     for setting, path in (
         ("student.source", config.student.source),
         *(("data.train.path", path) for path in (config.data.train.path, *config.data.train.more_paths)),
@@ -149,7 +149,7 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
                 )
 
 
-def _check_ownership(config: PopsdConfig, output: Path, found: Sequence[str]) -> None:
+def _check_ownership(config: PopsdConfig, output: Path, present: Sequence[str]) -> None:
     """Refuse a directory whose files the run would replace or remove although no run wrote them.
 
     A run marks its directory before it writes anything else. A directory without the mark that has a config.yaml and
@@ -158,15 +158,15 @@ def _check_ownership(config: PopsdConfig, output: Path, found: Sequence[str]) ->
     """
     mark = read_mark(output)
     if mark is None or mark.kind != RUN:
-        if found and (config.overwrite or not (output / "config.yaml").is_file()):
+        if present and (config.overwrite or not (output / "config.yaml").is_file()):
             raise UserError(
                 "configuration",
-                got=f"output={config.output!r}, which has {', '.join(found)} and no {MARK} to mark them as "
+                got=f"output={config.output!r}, which has {', '.join(present)} and no {MARK} to mark them as "
                 "written by a run of nemo_popsd",
                 need="a directory without such files, or that of a run; nothing was removed",
                 fix="set output to another directory; if it is a run of an earlier version, remove it yourself",
             )
-        if not found and (output / "config.yaml").exists():
+        if not present and (output / "config.yaml").exists():
             raise UserError(
                 "configuration",
                 got=f"output={config.output!r}, which has a config.yaml that no run wrote and this run would replace",

@@ -133,7 +133,7 @@ class _Tree:
 
     def section(self, node: yaml.MappingNode, prefix: str, level: int) -> dict[str, Any]:
         """The keys of one section; `prefix` is its dotted name with a dot at the end."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key_node, value_node in self._merged(node, level):
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -147,8 +147,8 @@ class _Tree:
                 got = f"{key} again, first in line {lines[name]}"
                 raise UserError(where, got=got, need="each key once", fix="take one of them out")
             lines[name] = key_node.start_mark.line + 1
-            found[name] = self.value(value_node, key, self._known[key], level + 1, where)
-        return found
+            values[name] = self.value(value_node, key, self._known[key], level + 1, where)
+        return values
 
     def value(self, node: yaml.Node, key: str, kind: Any, level: int, where: str, need: Any = None) -> Any:
         """The value of `node` for `key` of type `kind`; for an item of a list, `need` is the type of the list."""

@@ -87,17 +87,17 @@ class _Resolution:
         kind = self._known[key]
         try:
             OmegaConf.update(self._tree, key, self._values[key])
-            found = OmegaConf.select(self._tree, key)
-            found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+            result = OmegaConf.select(self._tree, key)
+            result = OmegaConf.to_container(result, resolve=True) if OmegaConf.is_config(result) else result
         except (OmegaConfBaseException, RecursionError) as error:
             lines = str(error).splitlines()
             raise self._refused(key, lines[0][:200] if lines else "it cannot be resolved") from None
-        if any(len(text) > LONGEST_TEXT for text in _texts(found)):
+        if any(len(text) > LONGEST_TEXT for text in _texts(result)):
             raise self._refused(key, f"it gives more than {LONGEST_TEXT:,} characters")
         try:
-            value = from_interpolation(kind, found)
+            value = from_interpolation(kind, result)
         except ValueError:
-            raise wrong_type(self._what, key, kind, f"{key}={shown(found)} from an interpolation") from None
+            raise wrong_type(self._what, key, kind, f"{key}={shown(result)} from an interpolation") from None
         self._values[key] = value
         OmegaConf.update(self._tree, key, escaped(value))
         del self._open[key]

@@ -21,17 +21,17 @@ _MOST_NAMED = 3
 @cache
 def known_keys(schema: type = PopsdConfig) -> Mapping[str, Any]:
     """Dotted name of every section and every setting, with its type; sections have a dataclass as type."""
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
 
     def visit(section: type, prefix: str) -> None:
         for field, kind in hints(section).items():
             name = prefix + field
-            found[name] = kind
+            keys[name] = kind
             if is_dataclass(kind):
                 visit(cast(type, kind), name + ".")
 
     visit(schema, "")
-    return found
+    return keys
 
 
 def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
@@ -47,7 +47,7 @@ def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
     top = key.partition(".")[0] if section else None
     siblings = [name for name in (*settings, *sections) if name.rpartition(".")[0] == section]
     around = [name for name in settings if top is not None and name.partition(".")[0] == top]
-    for found in (
+    for candidates in (
         _close(leaf, siblings),
         _equal(leaf, around),
         _close(leaf, around),
@@ -56,8 +56,8 @@ def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
         _equal(leaf, settings),
         _close(leaf, settings),
     ):
-        if found:
-            return found[:_MOST_NAMED]
+        if candidates:
+            return candidates[:_MOST_NAMED]
     return []
 
 
