@@ -197,7 +197,7 @@ def test_files_that_no_run_wrote_are_neither_mixed_with_a_run_nor_removed(
     with pytest.raises(UserError, match=r"has checkpoints and no \.nemo_popsd to mark them as written by a run"):
         check_training_run(runnable, world_size=1)
     write_mark(output, EXPORT)
-    with pytest.raises(UserError, match="holds checkpoints and no"):
+    with pytest.raises(UserError, match="has checkpoints and no"):
         check_training_run(runnable, world_size=1)
     write_mark(output, RUN)
     check_training_run(runnable, world_size=1)
