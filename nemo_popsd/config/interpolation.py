@@ -114,7 +114,7 @@ class _Resolution:
             self._what,
             got=f"{key}={shown(self._values[key])}: {problem}",
             need="an interpolation of a known key or of a variable, as in ${name} or ${oc.env:HOME} "
-            "(\\${ stands for the two characters)",
+            "(write \\${ for literal text)",
             fix=f"set {key}",
         )
 
