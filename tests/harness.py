@@ -39,6 +39,8 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
+from tests.environment import environment
+
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
 """Layers that ranks can have: those of a machine without CUDA; those of a GPU, with emulated kernels (`tests.te`)."""
 
@@ -53,7 +55,7 @@ _FAILURE_GRACE_SECONDS = 0.3
 
 
 def run_ranks(
-    worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, layers: str = LOCAL
+    worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0, layers: str = LOCAL
 ) -> list[Any]:
     """Call ``worker(rank, world_size, *args)`` on every rank and return the results, by rank.
 
@@ -85,7 +87,7 @@ def run_ranks(
         try:
             for rank in range(world_size):
                 ours, theirs = _CONTEXT.Pipe()
-                environment = {
+                variables = {
                     **os.environ,
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
@@ -96,7 +98,7 @@ def run_ranks(
                 }
                 process = _CONTEXT.Process(
                     target=_rank_main,
-                    args=(payload, rank, world_size, environment, timeout, stack_files[rank], layers, theirs),
+                    args=(payload, rank, world_size, variables, timeout, stack_files[rank], layers, theirs),
                     name=f"rank{rank}",
                 )
                 with _forked_by(server):
@@ -123,13 +125,13 @@ def _start_fork_server(layers: str) -> forkserver.ForkServer:
     server = _SERVERS[layers]
     server.set_forkserver_preload([_PRELOADED[layers]])
     # One thread each: the server must have no thread pool when it forks.
-    overlay = {
+    variables = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    with _environment(overlay):
+    with environment(**variables):
         server.ensure_running()
     return server
 
@@ -143,20 +145,6 @@ def _forked_by(server: forkserver.ForkServer) -> Iterator[None]:
         yield
     finally:
         forkserver.connect_to_new_process = before
-
-
-@contextlib.contextmanager
-def _environment(overlay: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in overlay}
-    os.environ.update(overlay)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _collect(

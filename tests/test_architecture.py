@@ -189,7 +189,7 @@ def test_the_documents_name_every_package_and_command() -> None:
     assert [package for package in packages() if not re.search(rf"\b{package}/", documents)] == []
     commands = ["train", "evaluate", "diagnose", "report", "export", "convert", "plan", "rollouts", "config", "doctor"]
     for command in commands:
-        assert f"popsd {command}" in readme
+        assert f"popsd {command}" in documents
 
 
 def test_modules_stay_small() -> None:

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from nemo_popsd.errors import START_AGAIN, TransientError, UserError, system_error, unless_it_may_pass
+from nemo_popsd.errors import START_AGAIN, TransientError, UserError, system_error, user_or_transient
 
 
 @pytest.mark.parametrize(
@@ -25,16 +25,16 @@ from nemo_popsd.errors import START_AGAIN, TransientError, UserError, system_err
         (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), TransientError, "not connected"),
     ],
 )
-def test_what_the_system_says_is_for_the_user_or_may_pass(error: OSError, kind: type, words: str) -> None:
-    told = system_error("saving", error, need="room", fix="free some", where="(rank 1)")
-    assert type(told) is kind
-    assert words in str(told)
-    assert "(rank 1)" in str(told)
-    assert ("free some" in str(told)) == (kind is UserError)
+def test_a_system_error_is_for_the_user_or_transient(error: OSError, kind: type, words: str) -> None:
+    raised = system_error("saving", error, need="space", fix="free some", where="(rank 1)")
+    assert type(raised) is kind
+    assert words in str(raised)
+    assert "(rank 1)" in str(raised)
+    assert ("free some" in str(raised)) == (kind is UserError)
 
 
 def fail_to_read(error: Exception) -> UserError:
-    """As readers do, which call a file damaged whatever the reason."""
+    """Raises what readers raise: a file is reported as damaged, whatever the reason."""
     try:
         try:
             raise error
@@ -44,16 +44,16 @@ def fail_to_read(error: Exception) -> UserError:
         return raised
 
 
-def test_a_file_that_cannot_be_read_for_the_moment_is_not_damaged() -> None:
-    stale = unless_it_may_pass(fail_to_read(OSError(errno.ESTALE, "Stale file handle")))
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_reported_as_damaged() -> None:
+    stale = user_or_transient(fail_to_read(OSError(errno.ESTALE, "Stale file handle")))
     assert type(stale) is TransientError
     assert str(stale) == f"checkpoint c: a file that cannot be read; {START_AGAIN}; if it stays, copy it"
     for error in (ValueError("no JSON"), FileNotFoundError(errno.ENOENT, "No such file"), OSError("no number")):
         raised = fail_to_read(error)
-        assert unless_it_may_pass(raised) is raised
+        assert user_or_transient(raised) is raised
 
 
-def test_other_processes_get_them_whole() -> None:
+def test_errors_survive_pickling() -> None:
     for error in (
         UserError("a", got=ValueError("b"), need="c", fix="d", advice=["e"]),
         TransientError("a", got=ValueError("b"), fix="c", advice=["e"]),

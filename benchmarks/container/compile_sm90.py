@@ -1,10 +1,10 @@
-"""The loss's compiled kernels for an H100, where there is none: through inductor and Triton to machine code for sm_90.
+"""Compiles the loss's kernels for an H100 without one: through inductor and Triton to machine code for sm_90.
 
     python -m benchmarks.container.compile_sm90      torch's CUDA build; no driver
 
-The functions of `distillation/rowwise.py` are traced on the CPU (their Python indexing would want a driver), lowered by
+The functions of `distillation/rowwise.py` are traced on the CPU (their Python indexing needs a driver), lowered by
 inductor for fake CUDA inputs with an H100's properties, and each kernel's first configuration is compiled by Triton and
-its assembler. Shapes are static here and symbolic in training, so these are not the very kernels of a run.
+its assembler. Shapes are static here and symbolic in training, so the kernels of a run differ.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _H100 = types.SimpleNamespace(
 
 
 def _pretend_h100(kernels: list[tuple[str, str]]) -> None:
-    """For the rest of the process inductor and Triton believe in an H100; inductor's kernels go to `kernels`."""
+    """Makes inductor and Triton assume an H100 for the rest of the process; `kernels` collects inductor's kernels."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.async_compile import AsyncCompile
     from torch.utils import _triton
@@ -117,7 +117,7 @@ def _pretend_h100(kernels: list[tuple[str, str]]) -> None:
 
 
 def _lower(function: Callable[..., Any], arguments: Sequence[Any], mode: Any) -> None:
-    """Has inductor write the kernels of `function` for `arguments`, fake CUDA tensors in any nesting."""
+    """Makes inductor write the kernels of `function` for `arguments`, fake CUDA tensors in any nesting."""
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
@@ -188,7 +188,7 @@ def _assembled(name: str, source: str, directory: Path) -> list[str]:
 
 
 def _resources(cubin: Path) -> tuple[str, str]:
-    """Registers and bytes of stack, to which registers spill, as Triton's own cuobjdump tells them."""
+    """Registers and bytes of stack, to which registers spill, from Triton's cuobjdump."""
     import triton
 
     tools = [*Path(triton.__file__).parent.rglob("cuobjdump")]
@@ -200,7 +200,7 @@ def _resources(cubin: Path) -> tuple[str, str]:
 
 
 def main() -> int:
-    """The command; returns 1 where a function has no kernel or one does not compile."""
+    """Runs the command; returns 1 if a function has no kernel or one does not compile."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows, failed = [], 0
     with tempfile.TemporaryDirectory() as folder:
@@ -213,7 +213,7 @@ def main() -> int:
         import torch._inductor.config
 
         torch._inductor.config.compile_threads = 1
-        torch._inductor.config.use_static_cuda_launcher = False  # it would load what it compiled
+        torch._inductor.config.use_static_cuda_launcher = False  # it would load the compiled kernel
         kernels: list[tuple[str, str]] = []
         _pretend_h100(kernels)
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -223,7 +223,7 @@ def main() -> int:
             before = len(kernels)
             try:
                 _lower(body, arguments, mode)
-            except Exception as error:  # what comes after the kernels are written wants a driver
+            except Exception as error:  # the steps after writing the kernels need a driver
                 if len(kernels) == before:
                     rows.append([function, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"])
                     failed += 1

@@ -1,1 +1,1 @@
-"""Models on disk: Hugging Face directories, NeMo checkpoints, Megatron distributed weights."""
+"""Models on disk: Hugging Face directories, NeMo checkpoints and Megatron distributed weights."""

@@ -1,4 +1,4 @@
-"""`.nemo` archives: a checkpoint's directory packed as one tar file, and unpacked without trust."""
+"""Packs a checkpoint's directory as one tar file (`.nemo`), and unpacks archives that are not trusted."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ _NAME_BYTES = 255
 
 
 def pack(directory: Path, archive: Path) -> None:
-    """Packs `directory` without compression; the file, which may be in it and is left out, is on the disk when this
-    returns.
+    """Packs `directory` without compression. The archive is flushed to the disk when this returns.
+
+    Args:
+        directory: to pack.
+        archive: file to write. It may be in `directory`; it is not added to itself.
     """
     itself = archive.name if archive.parent == directory else None
     with tarfile.open(archive, "w") as tar:
@@ -25,13 +28,13 @@ def pack(directory: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, directory: Path) -> None:
-    """Unpacks regular files and directories into `directory`; looks at every member before it writes the first.
+    """Unpacks regular files and directories into `directory`. All members are checked before the first is written.
 
-    An archive is not compressed, so that what is written is no larger than what is read.
+    Compressed archives are refused, so the unpacked files are never larger than the archive.
 
     Raises:
-        UserError: no tar archive; or a member that leaves the directory, is a link or a device, has holes, or comes
-            twice; or the system refuses to write one.
+        UserError: the file is not a tar archive; a member leaves the directory, is a link, a device or a sparse file,
+            or occurs twice; or the system refuses to write a member.
     """
     if reason := unreadable(archive):
         raise _unusable(archive, f"a file that {reason}")
@@ -46,14 +49,19 @@ def unpack(archive: Path, directory: Path) -> None:
             tar.extractall(directory, members=members, filter="data")
     except (tarfile.TarError, EOFError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(":")
-        raise _unusable(archive, f"no whole tar archive ({reason})") from None
+        raise _unusable(archive, f"an incomplete or damaged tar archive ({reason})") from None
     except (OSError, ValueError, OverflowError) as error:
-        words = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) else str(error)
-        raise _unusable(archive, f"what cannot be unpacked into {directory} ({words})") from None
+        reason = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) else str(error)
+        raise _unusable(archive, f"an archive that cannot be unpacked into {directory} ({reason})") from None
 
 
 def _refused(member: tarfile.TarInfo, folders: Mapping[PurePosixPath, bool]) -> str | None:
-    """Why `member` is not unpacked; `folders` says of each path before it whether it is a folder."""
+    """The reason to refuse `member`, or None.
+
+    Args:
+        member: to check.
+        folders: for each path before it in the archive, whether the path is a folder.
+    """
     path = PurePosixPath(member.name)
     if any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts):
         return "a name that is too long"
@@ -62,12 +70,12 @@ def _refused(member: tarfile.TarInfo, folders: Mapping[PurePosixPath, bool]) -> 
     if member.issym() or member.islnk():
         return f"a link to {member.linkname!r}"
     if member.issparse():
-        return "a file with holes"
+        return "a sparse file"
     if not (member.isreg() or member.isdir()):
         return "neither a file nor a folder"
     if any(not folders.get(parent, True) for parent in path.parents):
         return "a path through a file"
-    return "which comes twice" if path in folders else None
+    return "which occurs twice" if path in folders else None
 
 
 def _unusable(archive: Path, got: str) -> UserError:
@@ -75,5 +83,5 @@ def _unusable(archive: Path, got: str) -> UserError:
         f"checkpoint {archive}",
         got=got,
         need="a .nemo archive of plain files, as nemo_popsd writes it",
-        fix="give another archive, or set TMPDIR to a directory with room",
+        fix="use another archive, or set TMPDIR to a directory with enough space",
     )

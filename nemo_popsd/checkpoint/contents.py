@@ -1,4 +1,4 @@
-"""What a checkpoint must hold: saving checks it before the manifest is written, and opening checks it again."""
+"""The files that a checkpoint must have. Saving checks them before it writes the manifest; opening checks them too."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ARCHITECTURE = "huggingface"
 WEIGHTS = "weights"
 """Folder of the Megatron distributed checkpoint."""
 STATE = "training_state"
-"""Folder of what a run resumes from."""
+"""Folder of the training state, from which a run resumes."""
 STATE_INDEX = "index.json"
-"""Lists the optimizer's pieces in that folder."""
+"""File in the folder `STATE` that lists the optimizer's pieces."""
 _ALWAYS = (
     CONFIG_NAME,
     f"{ARCHITECTURE}/config.json",
@@ -28,17 +28,17 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def random_file(rank: int) -> str:
-    """Name of the file with the generators of a rank, in the folder of the training state."""
+    """Name of the file with the state of a rank's random generators, in the folder `STATE`."""
     return f"random-{rank:05d}.safetensors"
 
 
 def missing_files(names: Collection[str], *, ranks: int) -> list[str]:
-    """What a checkpoint with the files `names` lacks.
+    """The required files that are not among `names`.
 
     Args:
-        names: of its files, relative.
-        ranks: how many wrote its training state; 0 for a checkpoint without one, which a conversion of a model without
-            a tokenizer may be.
+        names: relative names of the checkpoint's files.
+        ranks: number of ranks that wrote its training state; 0 if it has none. Only a checkpoint with training state
+            must have a tokenizer, since a model without one may be converted.
     """
     missing = [name for name in _ALWAYS if name not in names]
     if not any(name.startswith(f"{WEIGHTS}/") and name.endswith(".distcp") for name in names):
@@ -52,7 +52,7 @@ def missing_files(names: Collection[str], *, ranks: int) -> list[str]:
 
 
 def ranks_of(manifest: Mapping[str, Any]) -> int:
-    """How many ranks wrote the training state of the checkpoint that `manifest` describes; 0 without one."""
+    """Number of ranks that wrote the training state of the checkpoint that `manifest` describes; 0 if it has none."""
     if not any(name.startswith(f"{STATE}/") for name in manifest["files"]):
         return 0
     layout = manifest["layout"]

@@ -1,7 +1,7 @@
-"""Distributed checkpoints of torch as what they are on disk: named tensors in pieces, read and written one at a time.
+"""Reads and writes torch's distributed checkpoints tensor by tensor, as named tensors that are stored in chunks.
 
-Nothing here needs a model, a process group, or the memory of more than one tensor, and reading runs no code: of the
-index see `nemo_popsd.checkpoint.trust`, and the tensors are loaded as weights only.
+Needs no model, no process group, and the memory of one tensor. Reading runs no code from the files: the index is read
+by `nemo_popsd.checkpoint.trust`, and the tensors with torch's weights-only unpickler.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,24 +39,24 @@ def _read_index(directory: Path) -> Metadata:
             return load_metadata(file)
     except FileNotFoundError:
         raise _unusable(directory, f"no {_INDEX}") from None
-    # A damaged pickle raises whatever its opcodes happen to do.
+    # A damaged pickle can raise any exception.
     except Exception as error:
-        raise _unusable(directory, f"{_INDEX} that is refused: {error}") from None
+        raise _unusable(directory, f"an unreadable {_INDEX} ({error})") from None
 
 
 class DistributedTensors:
-    """The tensors of one distributed checkpoint, read piece by piece.
+    """The tensors of one distributed checkpoint, read chunk by chunk.
 
     Attributes:
-        directory: where it lies.
-        shapes: whole shape of each tensor, by key; objects that are no tensors are left out.
+        directory: the checkpoint.
+        shapes: full shape of each tensor by key; stored objects that are not tensors are left out.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Reads the index, no tensors.
+        """Reads the index only.
 
         Raises:
-            UserError: there is no index, it is damaged, or it names anything but descriptions of tensors.
+            UserError: the index is missing or damaged, or names anything but metadata of tensors.
         """
         self.directory = Path(directory)
         self._index = _read_index(self.directory)
@@ -69,58 +68,62 @@ class DistributedTensors:
         self.shapes = {key: entry.size for key, entry in self._tensors.items()}
 
     def dtypes(self, prefix: str) -> set[torch.dtype]:
-        """Those of the tensors whose keys begin with `prefix`."""
+        """Data types of the tensors whose keys start with `prefix`."""
         return {entry.properties.dtype for key, entry in self._tensors.items() if key.startswith(prefix)}
 
     def dtype(self, key: str) -> torch.dtype:
-        """Of one tensor."""
+        """Data type of one tensor."""
         dtype: torch.dtype = self._tensors[key].properties.dtype
         return dtype
 
     def read(self, key: str, *position: int) -> Tensor:
-        """One tensor, or the part of it at `position` along its first dimensions (a layer, an expert).
+        """Reads one tensor, or the part of it at `position` along its first dimensions (a layer, an expert).
 
         Args:
             key: one of `shapes`.
-            position: index along the first dimensions, which the result does not have.
+            position: index along each of the first dimensions; the result does not have these dimensions.
 
         Raises:
-            UserError: a file is missing or damaged, or the pieces do not make up the whole.
+            UserError: a file is missing or damaged, or the chunks do not cover the tensor.
         """
         entry = self._tensors[key]
         shape = entry.size[len(position) :]
-        whole = torch.empty(shape, dtype=entry.properties.dtype)
-        missing = whole.numel()
+        tensor = torch.empty(shape, dtype=entry.properties.dtype)
+        missing = tensor.numel()
         for chunk in entry.chunks:
             fixed = list(zip(position, chunk.offsets, chunk.sizes, strict=False))
-            if any(not offset <= place < offset + size for place, offset, size in fixed):
+            if any(not offset <= index < offset + size for index, offset, size in fixed):
                 continue
-            piece = self._read_chunk(key, chunk)[tuple(place - offset for place, offset, _ in fixed)]
+            part = self._read_chunk(key, chunk)[tuple(index - offset for index, offset, _ in fixed)]
             offsets = chunk.offsets[len(position) :]
-            target = whole[tuple(slice(start, start + size) for start, size in zip(offsets, piece.shape, strict=True))]
-            target.copy_(piece)
-            missing -= piece.numel()
+            target = tensor[tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))]
+            target.copy_(part)
+            missing -= part.numel()
         if missing:
-            raise _unusable(self.directory, f"pieces of {key} that leave {missing} of {whole.numel()} numbers open")
-        return whole
+            raise _unusable(self.directory, f"chunks of {key} without {missing} of its {tensor.numel()} elements")
+        return tensor
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._index.storage_data.get(MetadataIndex(key, chunk.offsets))
-        if place is None:
-            raise _unusable(self.directory, f"an index that says nowhere in which file a piece of {key} is")
-        path = self.directory / place.relative_path
+        location = self._index.storage_data.get(MetadataIndex(key, chunk.offsets))
+        if location is None:
+            raise _unusable(self.directory, f"an index that names no file for a chunk of {key}")
+        path = self.directory / location.relative_path
         if not path.resolve().is_relative_to(self.directory.resolve()):
-            raise _unusable(self.directory, f"an index that points outside, to {place.relative_path}")
+            raise _unusable(
+                self.directory, f"an index that names the file {location.relative_path} outside the directory"
+            )
         try:
             with path.open("rb") as file:
-                file.seek(place.offset)
-                tensor: Any = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-        # A file that was cut or changed raises whatever its zip archive and its pickle happen to do.
+                file.seek(location.offset)
+                tensor: object = torch.load(
+                    io.BytesIO(file.read(location.length)), map_location="cpu", weights_only=True
+                )
+        # A truncated or changed file can raise any exception of the zip reader or the unpickler.
         except Exception as error:
             reason = " ".join(str(error).split())
             raise _unusable(self.directory, f"{path.name}, from which {key} cannot be read ({reason})") from None
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
-            raise _unusable(self.directory, f"{path.name} with another {key} than the index says")
+            raise _unusable(self.directory, f"{path.name}, in which the shape of {key} differs from the index")
         return tensor
 
 
@@ -129,15 +132,15 @@ class Piece:
     """A part of a tensor that is computed when it is written."""
 
     key: str
-    """Of the whole tensor."""
+    """Key of the tensor."""
     position: tuple[int, ...]
-    """Of this part along the first dimensions of the whole; () is all of it."""
+    """Index of the part along the first dimensions of the tensor; () is the full tensor."""
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Full shape of the tensor."""
     dtype: torch.dtype
-    """Of the whole."""
+    """Data type of the tensor."""
     make: Callable[[], Tensor]
-    """Computes the part, without the dimensions that `position` fixes."""
+    """Computes the part, without the dimensions that `position` indexes."""
 
     @property
     def _chunk(self) -> ChunkStorageMetadata:
@@ -149,11 +152,11 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        """Of this part, as it is written."""
+        """Size of this part in the file."""
         return math.prod(self.shape[len(self.position) :]) * self.dtype.itemsize
 
     def write_item(self) -> WriteItem:
-        """What torch's writer wants to know before it asks for the numbers."""
+        """Description of this part for torch's writer, without data."""
         chunk = self._chunk
         return WriteItem(
             index=MetadataIndex(self.key, chunk.offsets),
@@ -164,57 +167,57 @@ class Piece:
         )
 
     def tensor(self) -> Tensor:
-        """The numbers, with every dimension of the whole."""
-        chunk, made = self._chunk, self.make()
-        assert made.shape == tuple(self.shape[len(self.position) :]), (self.key, made.shape, self.shape)
-        return made.to(self.dtype).reshape(chunk.sizes)
+        """Computes this part, with all dimensions of the tensor."""
+        chunk, part = self._chunk, self.make()
+        assert part.shape == tuple(self.shape[len(self.position) :]), (self.key, part.shape, self.shape)
+        return part.to(self.dtype).reshape(chunk.sizes)
 
 
 class _OneByOne(SavePlanner):
-    """Lets torch's writer ask for one piece after the other."""
+    """Save planner that computes each piece when torch's writer requests its data."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = {item.index: (piece, item) for piece in pieces for item in [piece.write_item()]}
 
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """There is no state besides the pieces."""
+    def set_up_planner(self, state_dict: object, storage_meta: object = None, is_coordinator: bool = False) -> None:
+        """Does nothing: the pieces are all there is to save."""
 
     def create_local_plan(self) -> SavePlan:
-        """Every piece, in order."""
+        """A plan with every piece, in order."""
         return SavePlan([item for _, item in self._pieces.values()])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The index of a single writer."""
+        """The metadata, for a single writer."""
         return create_default_global_save_plan(all_plans, rewrite_index_hints=False)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """As it is."""
+        """Returns the plan unchanged."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """Computes one piece; the writer lets go of it before it asks for the next."""
+        """Computes one piece. The writer releases it before it requests the next."""
         return self._pieces[write_item.index][0].tensor()
 
 
 def write_distributed_tensors(directory: Path, pieces: Sequence[Piece]) -> None:
-    """Writes a checkpoint that megatron-core loads in any layout, from this process alone.
+    """Writes a checkpoint that megatron-core loads in any layout. Runs on this process only.
 
     Args:
         directory: must exist and be empty.
-        pieces: of all tensors; the parts of one key cover it.
+        pieces: of all tensors; the pieces of one key cover its tensor.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process.*")  # As intended.
+        warnings.filterwarnings("ignore", message=".*single process.*")  # One process writes on purpose.
         save({}, storage_writer=FileSystemWriter(directory), planner=_OneByOne(pieces), no_dist=True)
-    # What megatron-core asks for besides: which format it is (dist_checkpointing/core.py), and the state that is alike
-    # on all ranks, of which there is none.
-    format_ = {
+    # megatron-core also needs a description of the format (`CheckpointingConfig` in dist_checkpointing) and the state
+    # that is the same on all ranks, which is empty here.
+    config = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    (directory / "metadata.json").write_text(json.dumps(format_))
+    (directory / "metadata.json").write_text(json.dumps(config))
     torch.save({}, directory / "common.pt")
 
 
@@ -223,5 +226,5 @@ def _unusable(directory: Path, got: str) -> UserError:
         f"checkpoint {directory}",
         got=got,
         need="a distributed checkpoint of tensors, complete and undamaged",
-        fix="give another checkpoint",
+        fix="use another checkpoint",
     )

@@ -1,21 +1,24 @@
-"""The architectures that are converted, and every key that their ``config.json`` may have.
+"""The supported architectures, and every key that their ``config.json`` may have.
 
-An allow-list: a key is passed on to Megatron, must have a certain value, or is known to have no effect on what the
-model computes. Any other is refused, since it may ask for something that Megatron would leave out in silence. What
-this file accepts is what the tests hold against transformers, logit by logit.
+An allow-list: each key is passed to Megatron, must have a certain value, or is known to have no effect on what the
+model computes. Any other key is refused, since it may request something that Megatron would silently ignore. The tests
+compare the logits of every accepted configuration with those of transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.checkpoint.rotation import PARAMETERS, SCALING, THETA, UnsupportedError, check_rotation, with_rotation
 
-_MOST = 1 << 24
-_MOST_PARTS = 4096
-"""Layers, heads, experts: what a model has at most, so that a wrong number is an error and no endless loop."""
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_MAX_SIZE = 1 << 24
+_MAX_PARTS = 4096
+"""Upper bound on layers, heads and experts, so that a damaged value is refused and not computed with."""
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -27,24 +30,24 @@ _SIZES = (
 _EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 _PARTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts", "num_experts_per_tok")
 _COMPUTED = {"num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", THETA, SCALING, PARAMETERS}
-_FIXED: dict[str, tuple[Any, ...]] = {
+_FIXED: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0,),
     "partial_rotary_factor": (1, None),
 }
 _WITHOUT_EFFECT = frozenset(
     {
-        # What the model and its files are called, and by what they were written.
+        # Names of the model and of its classes, and the software that wrote the files.
         *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "tokenizer_class"),
         *("_name_or_path", "name_or_path", "_commit_hash", "unsloth_version", "unsloth_fixed", "model_max_length"),
         *("id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task", "prefix"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
-        # What training from the beginning needs, or how it is done elsewhere.
+        # Initialization and training.
         *("initializer_range", "gradient_checkpointing", "router_aux_loss_coef", "use_bfloat16"),
         # Kernels and outputs of transformers.
         *("use_cache", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
         *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "torchscript"),
-        # Generation, which has settings of its own here.
+        # Generation, which `rollout` and `evaluation` configure.
         *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "temperature"),
         *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
         "num_return_sequences",
@@ -59,55 +62,59 @@ class Family:
     """One architecture."""
 
     architecture: str
-    """As in ``architectures``."""
+    """Value of ``architectures``."""
     model_type: str
-    """As in ``model_type``."""
+    """Value of ``model_type``."""
     rotations: tuple[str, ...] = ("default",)
-    """Kinds of rotation that are computed."""
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys with the only values that Megatron computes; those of every architecture are added."""
+    """Supported values of ``rope_type``."""
+    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    """Keys with the values that are supported, in addition to `_FIXED`."""
     unused: frozenset[str] = frozenset()
-    """Keys without effect, given the values in `fixed`."""
+    """Keys that have no effect, given the values in `fixed`."""
     windows: bool = False
-    """Layers may attend within a window."""
+    """Whether layers may have sliding-window attention."""
     sizes: tuple[str, ...] = (*_SIZES, "num_key_value_heads")
-    """Whole numbers that must be there."""
+    """Required keys with integer values."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Names that transformers 5 writes, and those that transformers 4 reads."""
+    """Names of transformers 5, and the corresponding names of transformers 4."""
 
-    def read(self, content: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Any]]:
-        """The transformers configuration of `content`, once it is known that Megatron computes the same.
+    def read(
+        self, content: Mapping[str, Any], make: Callable[[dict[str, Any]], PretrainedConfig]
+    ) -> tuple[PretrainedConfig, dict[str, Any]]:
+        """Checks that Megatron computes what `content` describes, and makes the transformers configuration.
 
         Args:
             content: of a ``config.json``.
-            make: makes the configuration of the keys that it is given.
+            make: makes the configuration from the keys that it is given.
 
         Returns:
-            The configuration, and `content` in the form that every transformers reads the same way.
+            The configuration, and `content` in a form that transformers 4 and 5 read in the same way.
 
         Raises:
-            UnsupportedError: names the first key that is not computed.
+            UnsupportedError: names the first key that is not supported.
         """
         full = with_rotation(content, by_layer=self.windows)
-        for theirs, ours in self.aliases.items():
-            if theirs in full and full.setdefault(ours, full[theirs]) != full[theirs]:
-                raise UnsupportedError(f"{theirs}={_shown(full[theirs])} beside {ours}={_shown(full[ours])}")
+        for newer, older in self.aliases.items():
+            if newer in full and full.setdefault(older, full[newer]) != full[newer]:
+                raise UnsupportedError(
+                    f"{newer}={_shortened(full[newer])} contradicting {older}={_shortened(full[older])}"
+                )
         self._refuse_unknown(full)
         for key in ("torch_dtype", "dtype"):
             if full.get(key) not in _DTYPES:
                 raise UnsupportedError(f"{key}={full[key]!r}")
         self._check_sizes(full)
         if THETA not in full and self.windows:
-            raise UnsupportedError(f"no {THETA}")  # Its default is not the same in transformers 4 and 5.
+            raise UnsupportedError(f"no {THETA}")  # The default differs between transformers 4 and 5.
         theta, scaling = full.get(THETA, _DEFAULT_THETA), full.get(SCALING)
-        check_rotation(theta, scaling, kinds=self.rotations, fixed_llama3=not self.windows)
+        check_rotation(theta, scaling, rope_types=self.rotations, fixed_llama3=not self.windows)
         without = {key for key in full if key.startswith("_") or key in ("attn_implementation", PARAMETERS)}
         config = make({key: value for key, value in full.items() if key not in without})
         self._check_values(full, config)
         _check_heads(config)
         return config, full
 
-    def _refuse_unknown(self, content: Mapping[str, Any]) -> None:
+    def _refuse_unknown(self, content: Mapping[str, object]) -> None:
         from transformers import PretrainedConfig
 
         known = {*self.sizes, *self.aliases, *_COMPUTED, *_FIXED, *self.fixed, *self.unused, *_WITHOUT_EFFECT}
@@ -117,43 +124,43 @@ class Family:
         for key, value in content.items():
             if key not in known and (key not in anywhere or anywhere[key] != value):
                 raise UnsupportedError(
-                    f"{key}={_shown(value)}, a key that is not known and may change what the model computes"
+                    f"{key}={_shortened(value)}, an unknown key that may change what the model computes"
                 )
 
-    def _check_sizes(self, content: Mapping[str, Any]) -> None:
+    def _check_sizes(self, content: Mapping[str, object]) -> None:
         optional = [key for key in ("num_key_value_heads", "head_dim") if content.get(key) is not None]
         for key in (*self.sizes, *optional):
             value = content.get(key)
-            most = _MOST_PARTS if key in _PARTS else _MOST
+            limit = _MAX_PARTS if key in _PARTS else _MAX_SIZE
             if key not in content:
                 raise UnsupportedError(f"no {key}")
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise UnsupportedError(f"{key}={_shown(value)} (not from 1 to {most})")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+                raise UnsupportedError(f"{key}={_shortened(value)} (not an integer from 1 to {limit})")
         eps = content.get("rms_norm_eps")
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
             raise UnsupportedError(f"rms_norm_eps={eps!r}" if "rms_norm_eps" in content else "no rms_norm_eps")
 
-    def _check_values(self, content: Mapping[str, Any], config: Any) -> None:
-        """Refuses other values than those in `fixed`, be they in the file or what transformers takes without them."""
+    def _check_values(self, content: Mapping[str, Any], config: PretrainedConfig) -> None:
+        """Refuses values that are not in `fixed`, whether from the file or transformers' defaults."""
         absent = object()
         for key, values in {**_FIXED, **self.fixed}.items():
             value = content.get(key, getattr(config, key, absent))
             if value is not absent and value not in values:
-                raise UnsupportedError(f"{key}={_shown(value)}")
+                raise UnsupportedError(f"{key}={_shortened(value)}")
         if not isinstance(config.tie_word_embeddings, bool):
             raise UnsupportedError(f"tie_word_embeddings={config.tie_word_embeddings!r}")
         layers = content.get("layer_types", getattr(config, "layer_types", None))
-        kinds = {"full_attention", "sliding_attention"} if self.windows else {"full_attention"}
-        if layers is not None and (len(layers) != config.num_hidden_layers or not kinds.issuperset(layers)):
-            raise UnsupportedError(f"layer_types={_shown(layers)} of {config.num_hidden_layers} layers")
+        supported = {"full_attention", "sliding_attention"} if self.windows else {"full_attention"}
+        if layers is not None and (len(layers) != config.num_hidden_layers or not supported.issuperset(layers)):
+            raise UnsupportedError(f"layer_types={_shortened(layers)} of {config.num_hidden_layers} layers")
         if self.windows and "sliding_attention" in layers:
             window = config.sliding_window
             if isinstance(window, bool) or not isinstance(window, int) or window < 1:
                 raise UnsupportedError(f"sliding_window={window!r}")
 
 
-def _check_heads(config: Any) -> None:
-    """Refuses heads that do not fit each other."""
+def _check_heads(config: PretrainedConfig) -> None:
+    """Refuses inconsistent numbers of heads, head widths and experts."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None)
     if width is None and config.hidden_size % heads:
@@ -166,14 +173,14 @@ def _check_heads(config: Any) -> None:
         raise UnsupportedError(f"num_experts_per_tok={config.num_experts_per_tok} of num_experts={config.num_experts}")
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-_NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,), "use_mrope": (False,)}
+_NO_WINDOW: dict[str, tuple[object, ...]] = {"use_sliding_window": (False,), "use_mrope": (False,)}
 _QWEN_UNUSED = frozenset({"sliding_window", "max_window_layers", "layer_types"})
-_OWN_NORMS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,), "qkv_bias": (False,), "use_qk_norm": (True,)}
+_QK_NORM: dict[str, tuple[object, ...]] = {"attention_bias": (False,), "qkv_bias": (False,), "use_qk_norm": (True,)}
 
 FAMILIES = {
     family.architecture: family
@@ -184,13 +191,13 @@ FAMILIES = {
             fixed={**_NO_WINDOW, "attention_bias": (True,), "qkv_bias": (True,)},
             unused=_QWEN_UNUSED,
         ),
-        Family("Qwen3ForCausalLM", "qwen3", fixed={**_NO_WINDOW, **_OWN_NORMS}, unused=_QWEN_UNUSED),
+        Family("Qwen3ForCausalLM", "qwen3", fixed={**_NO_WINDOW, **_QK_NORM}, unused=_QWEN_UNUSED),
         Family(
             "Qwen3MoeForCausalLM",
             "qwen3_moe",
             fixed={
                 **_NO_WINDOW,
-                **_OWN_NORMS,
+                **_QK_NORM,
                 "norm_topk_prob": (True,),
                 "decoder_sparse_step": (1,),
                 "mlp_only_layers": ([], None),
@@ -229,4 +236,4 @@ FAMILIES = {
         ),
     )
 }
-"""By architecture."""
+"""Supported families, by architecture."""

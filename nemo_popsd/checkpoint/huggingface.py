@@ -1,8 +1,8 @@
-"""Hugging Face directories as source and destination of Megatron models, through Megatron-Bridge.
+"""Loads Megatron models from Hugging Face directories and exports them, through Megatron-Bridge.
 
-Megatron-Bridge maps names and shapes. What it leaves open is done here: vocabularies that do not divide by the
-tensor-parallel size are padded on the way in and cut on the way out, a tensor that is missing or left over is an
-error rather than a warning, and an export is written shard by shard under a temporary name and renamed at the end.
+Megatron-Bridge maps names and shapes. This module adds: vocabularies are padded to Megatron's size on loading and
+truncated on export; a missing or unexpected tensor is an error rather than a warning; an export is written shard by
+shard in a temporary directory that is renamed at the end.
 """
 
 from __future__ import annotations
@@ -33,30 +33,32 @@ from nemo_popsd.runtime.cpu import adapt_megatron
 
 adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge import AutoBridge  # noqa: E402
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import AutoMapping  # noqa: E402
+from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
-# Megatron-Bridge recognises layers by their class's name.
+# Megatron-Bridge looks up the parallelism of a layer by the name of its class.
 AutoMapping.register_module_type("LocalRMSNorm", "replicated")
 
 SHARD_BYTES = 4 << 30
-"""Size at which an export begins a new file."""
+"""Size at which an export starts a new file."""
 
 
 class HuggingFaceModel:
-    """Architecture, tokenizer files and (optionally) weights of one Hugging Face directory.
+    """Architecture, tokenizer files and optionally weights of one Hugging Face directory.
 
     Attributes:
-        directory: where it lies.
-        config: its ``config.json``.
-        vocab_size: true vocabulary, without Megatron's padding.
-        tensor_names: names of its tensors, but for rotary frequencies, which old checkpoints hold needlessly.
-        artifacts: content of its configuration, tokenizer and chat template files by name, read when it is opened: a
-            run writes them into checkpoints long after `directory` may have been removed. What only transformers 5
-            reads is in the form that both versions read.
-        overrides: keys of ``config.json`` for a reader that may know the form of transformers 4 alone; empty where the
-            file has no other.
+        directory: the directory.
+        config: the transformers configuration.
+        vocab_size: size of the vocabulary without Megatron's padding.
+        tensor_names: names of its tensors, without the rotary frequencies that old checkpoints contain.
+        artifacts: content of the configuration, tokenizer and chat template files by name. They are read at the start,
+            since a run writes them into checkpoints after `directory` may have been removed, and translated to a form
+            that transformers 4 and 5 both read.
+        overrides: keys of ``config.json`` in the form of transformers 4, for a reader that supports only this form;
+            empty if the file has them already.
     """
 
     def __init__(
@@ -65,14 +67,14 @@ class HuggingFaceModel:
         """Reads configuration and tensor names, no weights.
 
         Args:
-            directory: holds ``config.json`` and either safetensors or ``tensor_names.json`` (as inside a NeMo
-                checkpoint, whose weights lie elsewhere).
-            setting: what an error asks the user to set.
-            trust_remote_code: whether Python files in `directory` may be run; without it none is.
+            directory: contains ``config.json`` and either safetensors files or ``tensor_names.json`` (inside a NeMo
+                checkpoint, which stores the weights in another folder).
+            setting: the setting that an error message names.
+            trust_remote_code: whether Python files in `directory` may be run.
 
         Raises:
-            UserError: it is no architecture that is converted (see `read_architecture`), the tensors are not those of
-                the architecture (see `require_complete`), or a file cannot be read.
+            UserError: the architecture is not supported (see `read_architecture`), the tensors are not those of the
+                architecture (see `require_complete`), or a file cannot be read.
         """
         self.directory = Path(directory)
         self.overrides: dict[str, Any] = {}
@@ -87,10 +89,10 @@ class HuggingFaceModel:
             self.overrides = {name: architecture.content[name] for name in (THETA, SCALING)}
 
     def tensors(self) -> SafetensorsFiles:
-        """The weights in the directory's files, whose headers have been read; the numbers are when asked for.
+        """The weights. Reads the headers of the files; each tensor is read on access.
 
         Raises:
-            UserError: there are none, or damaged ones.
+            UserError: the files are missing or damaged.
         """
         return self._files
 
@@ -99,7 +101,7 @@ class HuggingFaceModel:
         return SafetensorsFiles(self.directory)
 
     def precision(self) -> str:
-        """The one that holds every number of the files: `bf16` where all are bf16, otherwise `fp32`.
+        """The precision that represents all weights exactly: `bf16` if all tensors are bf16, otherwise `fp32`.
 
         Raises:
             UserError: there are no weights.
@@ -107,10 +109,10 @@ class HuggingFaceModel:
         return "bf16" if self.tensors().dtypes() <= {torch.bfloat16} else "fp32"
 
     def tensor_map(self) -> TensorMap:
-        """How its tensors lie in a Megatron distributed checkpoint.
+        """The map from its tensors to those of a Megatron distributed checkpoint.
 
         Raises:
-            UserError: a tensor has no place in the architecture, or one is missing.
+            UserError: a tensor does not belong to the architecture, or one is missing.
         """
         return TensorMap(
             self._bridge,
@@ -121,86 +123,86 @@ class HuggingFaceModel:
         )
 
     @property
-    def _bridge(self) -> Any:
-        """A new bridge: one remembers the parameter names of the first model it saw, which adapters change."""
+    def _bridge(self) -> MegatronModelBridge:
+        """A new bridge: a bridge caches the parameter names of its first model, and adapters change the names."""
         return AutoBridge.from_hf_config(self.config)._model_bridge
 
-    def provider(self) -> Any:
-        """A fresh Megatron-Bridge ``GPTModelProvider`` with this architecture."""
+    def provider(self) -> GPTModelProvider:
+        """A new ``GPTModelProvider`` of Megatron-Bridge for this architecture."""
         return self._bridge.provider_bridge(SimpleNamespace(config=self.config, generation_config=None))
 
     def load(self, model: Model, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Copies the weights into `model`, this rank's shards only. Collective over all ranks.
+        """Copies this rank's shards of the weights into `model`. Collective over all ranks.
 
         Args:
-            model: a plain model of this architecture.
-            tensors: by their Hugging Face names; None reads the files of the directory.
+            model: of this architecture, without adapters.
+            tensors: by Hugging Face names; None reads the files of the directory.
 
         Raises:
-            UserError: a parameter has no tensor, a tensor no parameter, or a vocabulary another size than
-                ``config.json`` says.
+            UserError: a parameter has no tensor, or a tensor has no parameter.
         """
         bridge, chunks = self._bridge, chunks_of(model)
         state = _VocabularyPaddedState(self, chunks[0], self.tensors() if tensors is None else tensors)
         pretrained = SimpleNamespace(state=state, config=self.config, model_name_or_path=str(self.directory))
         tasks = [t for t in bridge.build_conversion_tasks(pretrained, chunks) if t is not None]
-        # A parameter whose tensor is missing still has a task, one that does nothing.
+        # A parameter without a tensor has a task too, without a module.
         mapped = {id(task.param_weight) for task in tasks if task.megatron_module is not None}
         tied = chunks[0].share_embeddings_and_output_weights
-        without = [
+        unfilled = [
             name
             for chunk in chunks
             for name, parameter in chunk.named_parameters()
-            # A tied output matrix on a stage of its own is filled from the first stage's embedding.
+            # A tied output matrix on another stage is copied from the first stage's embedding.
             if id(parameter) not in mapped and not (tied and name == "output_layer.weight")
         ]
         used = {name for task in tasks for name in _names(task.mapping.hf_param)}
         ignored = {"lm_head.weight"} if tied else set()
-        if chunks[0].config.expert_model_parallel_size > 1:  # other ranks have the other experts
+        if chunks[0].config.expert_model_parallel_size > 1:  # the other ranks load the other experts
             group = parallel_state.get_expert_model_parallel_group()
             by_rank: list[set[str]] = [set()] * group.size()
             dist.all_gather_object(by_rank, used, group=group)
             used = set().union(*by_rank)
-        left_over = sorted(set(self.tensor_names) - used - ignored)
-        if without or left_over:
+        unused = sorted(set(self.tensor_names) - used - ignored)
+        if unfilled or unused:
             raise UserError(
                 f"model {self.directory}",
-                got=f"parameters without a tensor: {without[:4]}, tensors without a parameter: {left_over[:4]}",
-                need="the tensors of the architecture in config.json, no more and no fewer",
+                got=f"parameters without a tensor: {unfilled[:4]}, tensors without a parameter: {unused[:4]}",
+                need="exactly the tensors of the architecture in config.json",
                 fix="check the files, or set student.source",
             )
-        # Its own looks for the last stage's output matrix in that stage's first chunk (model_bridge.py:1165).
+        # Megatron-Bridge's own method looks for the last stage's output matrix in that stage's first chunk.
         bridge._broadcast_shared_embeddings = _copy_tied_embedding
         bridge.load_weights_hf_to_megatron(pretrained, chunks)
 
     def stream(self, model: Model, *, merge_adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """All tensors under their Hugging Face names, one after the other, whole on every rank, on the model's device.
+        """Yields all tensors with their Hugging Face names, unsharded on every rank, on the model's device.
 
-        Iterating is collective over the ranks that share the model (tensor, pipeline, expert): all go to the end.
+        Iterating is collective over the ranks that share the model (tensor, pipeline, expert); all must iterate to the
+        end.
 
         Args:
-            model: the student, or its chunks; with LoRA its adapters are merged into the weights when `merge_adapters`.
-            merge_adapters: False leaves the adapters out, which gives the base.
+            model: the student, or its chunks.
+            merge_adapters: whether LoRA adapters are merged into the weights; False yields the weights of the base.
         """
         names = SimpleNamespace(get_all_keys=lambda: self.tensor_names)
         stream = self._bridge.stream_weights_megatron_to_hf(
             chunks_of(model),
             SimpleNamespace(state=SimpleNamespace(source=names), config=self.config),
-            cpu=False,  # the one rank that writes copies them to its host
+            cpu=False,  # only the rank that writes copies the tensors to the host
             show_progress=False,
             merge_adapter_weights=merge_adapters,
         )
         vocabulary = self.vocabulary_tensors()
         for name, weight in stream:
-            # What is left unmerged gets PEFT's name from Megatron-Bridge (model_bridge.py:978).
+            # `stream_weights_megatron_to_hf` gives unmerged weights PEFT's names.
             plain = name.replace(".base_layer.weight", ".weight")
             yield plain, weight[: self.vocab_size] if plain in vocabulary else weight
 
     def stream_adapters(self, model: Model) -> Iterator[tuple[str, Tensor]]:
-        """The factors of all adapters of a dense student under PEFT's names, whole on every rank.
+        """Yields the factors A and B of all adapters of a dense student with PEFT's names, unsharded on every rank.
 
-        Linears that Megatron keeps as one share their A; each is given with it. Iterating is collective over the
-        ranks that share the model: all go to the end.
+        Linear layers that Megatron fuses share one A, which is yielded once for each of them. Iterating is collective
+        over the ranks that share the model; all must iterate to the end.
 
         Args:
             model: the student with its adapters, or its chunks.
@@ -217,23 +219,23 @@ class HuggingFaceModel:
         merge_adapters: bool = True,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Writes `model` as a Hugging Face directory, artifacts included. Collective over all ranks.
+        """Writes `model` as a Hugging Face directory with its artifacts. Collective over all ranks.
 
-        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; an earlier
-        export there is replaced, and anything else is refused.
+        Holds one shard in memory. `output` appears when all files are complete; an earlier export there is replaced,
+        any other file or directory is refused.
 
         Args:
-            model: the student, or its chunks; with LoRA its adapters are merged into the weights when `merge_adapters`.
-            output: directory to make.
-            merge_adapters: False leaves the adapters out, which gives the base.
-            shard_bytes: size at which a new file is begun.
+            model: the student, or its chunks.
+            output: directory to write.
+            merge_adapters: whether LoRA adapters are merged into the weights; False writes the base.
+            shard_bytes: size at which a new file starts.
         """
         tensors = self.stream(model, merge_adapters=merge_adapters)
         if not dist.is_initialized() or dist.get_rank() == 0:
             on_host = ((name, tensor.cpu()) for name, tensor in tensors)
             self.write(output, on_host, dtype=chunks_of(model)[0].config.params_dtype, shard_bytes=shard_bytes)
         else:
-            for _ in tensors:  # The stream gathers: every rank takes part.
+            for _ in tensors:  # The iteration is collective.
                 pass
         if dist.is_initialized():
             dist.barrier()
@@ -246,39 +248,39 @@ class HuggingFaceModel:
         dtype: torch.dtype,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Writes a Hugging Face directory with these tensors and this directory's artifacts, from this process alone.
+        """Writes a Hugging Face directory with `tensors` and this directory's artifacts. Runs on this process only.
 
-        At most one shard of the weights is in memory. Nothing stands at `output` until all is written; an earlier
-        export there is replaced, and anything else is refused.
+        Holds one shard in memory. `output` appears when all files are complete; an earlier export there is replaced,
+        any other file or directory is refused.
 
         Args:
-            output: directory to make.
+            output: directory to write.
             tensors: one for each of `tensor_names`.
-            dtype: of the tensors, which ``config.json`` is made to say.
-            shard_bytes: size at which a new file is begun.
+            dtype: of the tensors; ``config.json`` is changed to name it.
+            shard_bytes: size at which a new file starts.
         """
         with new_directory(Path(output), EXPORT) as partial:
             self.copy_artifacts(partial)
             _declare_dtype(partial / "config.json", dtype)
             written = write_shards(tensors, partial, shard_bytes)
-            if unlike := written ^ set(self.tensor_names):
-                raise RuntimeError(f"{partial}: tensors missing or left over: {sorted(unlike)[:4]}")
+            if different := written ^ set(self.tensor_names):
+                raise RuntimeError(f"{partial}: tensors missing or unexpected: {sorted(different)[:4]}")
 
     def copy_artifacts(self, destination: Path, *, with_tensor_names: bool = False) -> None:
-        """Writes configuration, tokenizer, chat template and generation configuration, not the weights."""
+        """Writes the configuration, tokenizer, chat template and generation configuration."""
         for name, content in self.artifacts.items():
             (destination / name).write_bytes(content)
         if with_tensor_names:
             (destination / TENSOR_NAMES).write_text(json.dumps(self.tensor_names))
 
     def copy_tokenizer(self, destination: Path) -> None:
-        """Writes tokenizer and chat template alone."""
+        """Writes the tokenizer and the chat template."""
         for name, content in self.artifacts.items():
             if name in TOKENIZER_FILES:
                 (destination / name).write_bytes(content)
 
     def vocabulary_tensors(self) -> set[str]:
-        """Names of the tensors with one row per vocabulary entry."""
+        """Names of the tensors of shape [V, H] with one vector per vocabulary entry."""
         registry = self._bridge.mapping_registry()
         parameters = ("embedding.word_embeddings.weight", "output_layer.weight")
         mappings = [registry.megatron_to_hf_lookup(name) for name in parameters]
@@ -286,19 +288,19 @@ class HuggingFaceModel:
 
 
 class _VocabularyPaddedState(Mapping[str, Tensor]):
-    """The directory's tensors, read when asked for, with vocabulary rows padded with zeros to the model's size."""
+    """The directory's tensors, read on access; [V, H] tensors are padded with zeros to the model's vocabulary."""
 
     def __init__(self, owner: HuggingFaceModel, model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
-        # What Megatron-Bridge asks for the names.
+        # Megatron-Bridge reads the names from `source`.
         self.source = SimpleNamespace(get_all_keys=lambda: list(tensors))
         self._tensors = tensors
         self._vocabulary = owner.vocabulary_tensors()
-        self._rows = model.vocab_size
+        self._padded_vocabulary = model.vocab_size
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         if name in self._vocabulary:
-            tensor = pad(tensor, (0, 0, 0, self._rows - tensor.shape[0]))
+            tensor = pad(tensor, (0, 0, 0, self._padded_vocabulary - tensor.shape[0]))
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -309,7 +311,7 @@ class _VocabularyPaddedState(Mapping[str, Tensor]):
 
 
 def _copy_tied_embedding(chunks: Sequence[GPTModel]) -> None:
-    """Gives the last pipeline stage the first one's embedding, where it is the output matrix too: one broadcast."""
+    """Copies a tied embedding from the first pipeline stage to the last, with one broadcast between the two."""
     if not chunks[0].share_embeddings_and_output_weights or chunks[0].config.pipeline_model_parallel_size == 1:
         return
     group = parallel_state.get_embedding_group(check_initialized=False)
@@ -324,7 +326,7 @@ def _names(hf_param: str | Mapping[str, str]) -> Sequence[str]:
 
 
 def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
-    """Makes a ``config.json`` say `dtype`; one that says it already stays as it is, byte for byte."""
+    """Writes `dtype` into a ``config.json``; a file that has this value already is left unchanged."""
     content = json.loads(file.read_text())
     key = "torch_dtype" if "torch_dtype" in content else "dtype"
     name = str(dtype).removeprefix("torch.")

@@ -1,6 +1,7 @@
-"""What a checkpoint consists of: every file with its size and SHA-256, and a sum of the manifest itself.
+"""The manifest of a checkpoint: size and SHA-256 of every file, and a digest of the manifest itself.
 
-Written last, so a directory with a manifest is complete; read first, so damage is named before anything is loaded.
+It is written last, so a directory with a manifest is complete, and read first, so damage is reported before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -24,41 +25,41 @@ FORMAT = 2
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is not as it was written: another one of the same run may be whole."""
+    """A checkpoint that is incomplete or was changed; another one of the same run may be intact."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For other processes, as `UserError`."""
+        """Pickles the error, as `UserError` does."""
         rebuild = partial(
             DamagedCheckpointError, self.what, got=str(self.got), need=self.need, fix=self.fix, advice=self.advice
         )
         return rebuild, ()
 
 
-def digest(path: Path) -> tuple[int, str]:
+def file_digest(path: Path) -> tuple[int, str]:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
-        total = hashlib.file_digest(file, "sha256")
-        return file.tell(), total.hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()
 
 
-def digests(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of the files `names` below `directory`."""
-    return {name: digest(directory / name) for name in names}
+def file_digests(directory: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """Size in bytes and SHA-256 of the files `names` below `directory`."""
+    return {name: file_digest(directory / name) for name in names}
 
 
 def list_files(directory: Path) -> list[str]:
-    """Files below `directory` by their relative names, the manifest left out."""
-    found = (Path(folder) / name for folder, _, files in os.walk(directory) for name in files)
-    return sorted(name for path in found if (name := path.relative_to(directory).as_posix()) != FILE_NAME)
+    """Relative names of the files below `directory`, without the manifest."""
+    files_below = (Path(folder) / name for folder, _, files in os.walk(directory) for name in files)
+    return sorted(name for path in files_below if (name := path.relative_to(directory).as_posix()) != FILE_NAME)
 
 
 def write_manifest(directory: Path, facts: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> None:
-    """Writes the manifest; every other file must be on the disk.
+    """Writes the manifest. Every other file must have been flushed to the disk.
 
     Args:
         directory: the checkpoint.
-        facts: what else the manifest says; `format`, `files` and `sum` are added.
-        files: size and SHA-256 of every file.
+        facts: further content; `format`, `files` and `sum` are added.
+        files: size in bytes and SHA-256 of every file.
     """
     content = {
         "format": FORMAT,
@@ -69,14 +70,14 @@ def write_manifest(directory: Path, facts: Mapping[str, Any], files: Mapping[str
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, whole and unchanged.
+    """Reads the manifest and compares it with its own digest.
 
     Raises:
-        DamagedCheckpointError: there is none, it was written by another version, or it was changed.
+        DamagedCheckpointError: the manifest is missing, has another format, or was changed.
     """
     path = directory / FILE_NAME
-    if os.path.lexists(path) and not path.is_file():  # reading a named pipe would wait for ever
-        raise damaged(directory, f"a {FILE_NAME} that is no regular file")
+    if os.path.lexists(path) and not path.is_file():  # reading a named pipe would block
+        raise damaged(directory, f"a {FILE_NAME} that is not a regular file")
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         if content["format"] != FORMAT:
@@ -84,7 +85,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if content.pop("sum") != checksum(content):
             raise damaged(directory, f"a {FILE_NAME} that was changed after it was written")
     except FileNotFoundError:
-        raise damaged(directory, f"no {FILE_NAME}: the checkpoint is incomplete or of another kind") from None
+        raise damaged(directory, f"no {FILE_NAME}: the checkpoint is incomplete or has another format") from None
     except OSError as error:
         raise damaged(directory, f"{FILE_NAME} that cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -93,7 +94,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def refuse_absent(directory: Path, names: Iterable[str]) -> None:
-    """Refuses a checkpoint without some of the files `names`; reads none of them.
+    """Refuses a checkpoint in which files of `names` are missing. Reads no file.
 
     Raises:
         DamagedCheckpointError: names the files.
@@ -102,37 +103,37 @@ def refuse_absent(directory: Path, names: Iterable[str]) -> None:
 
 
 def verify_files(directory: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Compares some files with the manifest, on this process alone.
+    """Compares the files `names` with the manifest. Runs on this process only.
 
     Raises:
-        DamagedCheckpointError: names the files that are missing, cut or changed.
+        DamagedCheckpointError: names the files that are missing, truncated or changed.
     """
     files: dict[str, dict[str, Any]] = manifest["files"]
     _raise_damage(directory, [_damage(directory, name, files[name]) for name in sorted(names)])
 
 
 def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Compares every file with the manifest. Collective where there is a process group: the ranks share out the
-    files, and one gather of objects brings what they found together.
+    """Compares every file with the manifest. Collective if there is a process group: each rank reads a share of the
+    files, and one gather of objects collects the results.
 
     Raises:
-        DamagedCheckpointError: on every rank, naming the files that are missing, cut, changed or unknown.
+        DamagedCheckpointError: on every rank; names the files that are missing, truncated, changed or unexpected.
     """
     files: dict[str, dict[str, Any]] = manifest["files"]
-    together = dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    found = [_damage(directory, name, files[name]) for name in sorted(files)[rank::ranks]]
+    distributed = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    damage = [_damage(directory, name, files[name]) for name in sorted(files)[rank::ranks]]
     if rank == 0:
-        found += [f"{name} is not in its manifest" for name in list_files(directory) if name not in files]
-    gathered: list[list[str | None]] = [found]
-    if together:
+        damage += [f"{name} is not in its manifest" for name in list_files(directory) if name not in files]
+    gathered: list[list[str | None]] = [damage]
+    if distributed:
         gathered = [[]] * ranks
-        dist.all_gather_object(gathered, found)
-    _raise_damage(directory, [text for texts in gathered for text in texts])
+        dist.all_gather_object(gathered, damage)
+    _raise_damage(directory, [report for reports in gathered for report in reports])
 
 
-def _raise_damage(directory: Path, found: Iterable[str | None]) -> None:
-    if damage := sorted(text for text in found if text):
+def _raise_damage(directory: Path, reports: Iterable[str | None]) -> None:
+    if damage := sorted(report for report in reports if report):
         more = f" and {len(damage) - 4} more" if len(damage) > 4 else ""
         raise damaged(directory, "; ".join(damage[:4]) + more)
 
@@ -142,7 +143,7 @@ def damaged(directory: Path, got: str) -> DamagedCheckpointError:
     return DamagedCheckpointError(
         f"checkpoint {directory}",
         got=got,
-        need="a NeMo checkpoint as nemo_popsd wrote it",
+        need="an unchanged NeMo checkpoint that nemo_popsd wrote",
         fix="copy it again, or use another checkpoint",
     )
 
@@ -154,13 +155,13 @@ def _damage(directory: Path, name: str, recorded: Mapping[str, Any]) -> str | No
     if (size := path.stat().st_size) != recorded["bytes"]:
         return f"{name} has {size} bytes instead of {recorded['bytes']}"
     try:
-        changed = digest(path)[1] != recorded["sha256"]
+        changed = file_digest(path)[1] != recorded["sha256"]
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    return f"{name} was changed (its SHA-256 is another)" if changed else None
+    return f"{name} was changed (its SHA-256 differs)" if changed else None
 
 
 def _absent(path: Path, name: str) -> str | None:
     if path.is_file():
         return None
-    return f"{name} is " + ("no regular file" if os.path.lexists(path) else "missing")
+    return f"{name} is " + ("not a regular file" if os.path.lexists(path) else "missing")

@@ -1,79 +1,81 @@
-"""What a Hugging Face directory holds: the names of its tensors, known to be complete, and the files beside them."""
+"""Reads the names of the tensors in a Hugging Face directory, checked for completeness, and its other files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from nemo_popsd.checkpoint.architecture import CONFIG
 from nemo_popsd.checkpoint.completeness import require_complete
 from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles
 from nemo_popsd.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILES, for_transformers_4
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.reading import read_json, unreadable
+from nemo_popsd.files.reading import read_strict_json, unreadable
 
 TENSOR_NAMES = "tensor_names.json"
-"""Lists the tensors of a directory whose weights lie elsewhere."""
+"""File that lists the tensors of a directory without weights."""
 GENERATION = "generation_config.json"
 ARTIFACTS = (CONFIG, GENERATION, *TOKENIZER_FILES)
-"""What a model consists of besides its weights. Nothing else is carried into a checkpoint or an export."""
+"""The files besides the weights that are copied into checkpoints and exports."""
 _ADAPTER = "adapter_config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_tensor_names(
-    directory: Path, config: Any, open_files: Callable[[], SafetensorsFiles], *, setting: str
+    directory: Path, config: PretrainedConfig, open_files: Callable[[], SafetensorsFiles], *, setting: str
 ) -> list[str]:
-    """The names of the tensors, sorted, once it is known that they are those of the architecture.
+    """The sorted names of the tensors, after a check that they are those of the architecture.
 
     Args:
-        directory: holds weights, or `TENSOR_NAMES` alone.
+        directory: contains weights, or `TENSOR_NAMES` without weights.
         config: the transformers configuration.
         open_files: opens the weights.
-        setting: what an error asks the user to set.
+        setting: the setting that an error message names.
 
     Raises:
-        UserError: from `open_files` and `require_complete`; or a list that is damaged, an adapter beside the weights,
-            or an output matrix that contradicts the configuration.
+        UserError: from `open_files` and `require_complete`; also if the list is damaged, there is an adapter beside the
+            weights, or the output matrix contradicts the configuration.
     """
-    what, fix = f"model {directory}", f"fetch the files again, or set {setting}"
+    what, fix = f"model {directory}", f"download the files again, or set {setting}"
     listed = directory / TENSOR_NAMES
     if (listed.exists() or listed.is_symlink()) and not any(directory.glob("*.safetensors")):
-        names: list[str] = read_json(listed, what, fix=fix, kind=list)
+        names: list[str] = read_strict_json(listed, what, fix=fix, kind=list)
         if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-            raise UserError(what, got=f"{TENSOR_NAMES} that is no list of names", need="names, each once", fix=fix)
-        require_complete(what, config, dict.fromkeys(names), places={}, fix=fix)
+            raise UserError(
+                what, got=f"{TENSOR_NAMES} that is not a list of unique names", need="a list of names", fix=fix
+            )
+        require_complete(what, config, dict.fromkeys(names), files={}, fix=fix)
         return sorted(names)
     files = open_files()
     if (directory / _ADAPTER).exists():
         raise UserError(
             what,
-            got=f"{_ADAPTER} beside the weights, so that transformers loads an adapter",
-            need="a whole model",
-            fix="merge the adapter into the model, or move its files elsewhere",
+            got=f"{_ADAPTER} beside the weights, which makes transformers load an adapter",
+            need="a model without adapter files",
+            fix="merge the adapter into the model, or move its files to another directory",
         )
-    places = {name: files.place(name) for name in files}
-    require_complete(what, config, {name: files.shape(name) for name in files}, places=places, fix=fix)
+    shapes = {name: files.shape(name) for name in files}
+    require_complete(what, config, shapes, files={name: files.file_of(name) for name in files}, fix=fix)
     if config.tie_word_embeddings and _HEAD in files and not _equal(files, _HEAD, _EMBEDDING):
         raise UserError(
             what,
-            got=f"tie_word_embeddings=true and a {_HEAD} that is not the embedding",
-            need="one output matrix",
-            fix=f"set tie_word_embeddings=false in {CONFIG}, or remove {_HEAD}, whichever is meant",
+            got=f"tie_word_embeddings=true and a {_HEAD} that differs from the embedding",
+            need="an output matrix that is the embedding",
+            fix=f"set tie_word_embeddings=false in {CONFIG}, or remove {_HEAD}",
         )
     return sorted(files)
 
 
 def read_artifacts(directory: Path, *, setting: str) -> dict[str, bytes]:
-    """Content of the files in `ARTIFACTS` that are there, by name, as transformers 4 and 5 both read them.
+    """Content of the files in `ARTIFACTS` that exist, by name, in a form that transformers 4 and 5 both read.
 
     Args:
         directory: of the model.
-        setting: what an error asks the user to set.
+        setting: the setting that an error message names.
 
     Raises:
         UserError: one of them cannot be read.
@@ -86,18 +88,18 @@ def read_artifacts(directory: Path, *, setting: str) -> dict[str, bytes]:
                 raise UserError(
                     what,
                     got=f"{name}, which {reason}",
-                    need="the plain files of a model",
-                    fix=f"fetch it again, or set {setting}",
+                    need="a readable regular file",
+                    fix=f"download it again, or set {setting}",
                 )
             artifacts[name] = file.read_bytes()
     if TOKENIZER_CONFIG in artifacts:
-        content = read_json(directory / TOKENIZER_CONFIG, what, fix="repair the file")
+        content = read_strict_json(directory / TOKENIZER_CONFIG, what, fix="repair the file")
         translated = for_transformers_4(content, what)
         if translated != content:
             artifacts[TOKENIZER_CONFIG] = (json.dumps(translated, indent=2, ensure_ascii=False) + "\n").encode()
     return artifacts
 
 
-def _equal(files: SafetensorsFiles, one: str, other: str) -> bool:
-    first, second = files[one], files[other]
+def _equal(files: SafetensorsFiles, name: str, other: str) -> bool:
+    first, second = files[name], files[other]
     return first.dtype == second.dtype and torch.equal(first, second)

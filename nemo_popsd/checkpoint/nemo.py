@@ -1,13 +1,13 @@
-"""NeMo checkpoints: a directory, or the same packed as one `.nemo` file.
+"""Reads NeMo checkpoints: a directory, or the directory packed as one `.nemo` file.
 
     model_config.yaml   the resolved configuration of the run
     manifest.json       step, layout, versions, base, and the SHA-256 of every file; written last
     huggingface/        config.json, tokenizer, chat template, generation configuration
-    weights/            Megatron distributed checkpoint of the student: all of it, or its adapters alone
-    training_state/     optimizer and random state, in the checkpoints that a run resumes from
+    weights/            Megatron distributed checkpoint of the student: all weights, or only its adapters
+    training_state/     optimizer and random state; only in checkpoints from which a run resumes
 
-A checkpoint with adapters alone needs the base that it was trained from, and knows it by its fingerprint. Any other
-stands on its own.
+A checkpoint that has only adapters needs the base of its training, and records the digest of the base's weights.
+Any other checkpoint is complete without further files.
 """
 
 from __future__ import annotations
@@ -39,26 +39,28 @@ from nemo_popsd.megatron.build import Model, build_chunks, chunks_of, layout_of
 from nemo_popsd.megatron.student import LoadWeights
 
 _INTERPOLATION = re.compile(r"(?<!\\)\$\{")
-_MEND = "copy it again, or use another checkpoint"
+_FIX = "copy it again, or use another checkpoint"
 
 
 class NemoCheckpoint:
-    """A checkpoint to read.
+    """An open checkpoint.
 
     Attributes:
-        directory: where its files are; a temporary directory if it was packed.
-        manifest: what it says of itself.
+        directory: directory with its files; a temporary one if the checkpoint is packed.
+        manifest: content of its manifest.
         config: configuration of the run that wrote it.
-        architecture: model and tokenizer.
-        step: optimizer steps behind its weights.
+        architecture: configuration and tokenizer of the model.
+        step: number of training steps before it was saved.
+        base: `source` of the weights that training started from, and their digest as `fingerprint`; None for a
+            converted model.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Opens it; a `.nemo` file is unpacked into a temporary directory. Reads no weights.
+        """Opens the checkpoint; a `.nemo` file is unpacked into a temporary directory. Reads no weights.
 
         Raises:
-            DamagedCheckpointError: it is incomplete, damaged or no checkpoint of ours. Files that its
-                manifest lists must be there; small ones are compared with it here, the others by `verify`.
+            DamagedCheckpointError: it is incomplete, damaged, or was not written by nemo_popsd. All files that the
+                manifest lists must exist; the small ones are compared with it here, the others by `verify`.
         """
         self._unpacked: tempfile.TemporaryDirectory[str] | None = None
         self._verified = False
@@ -75,16 +77,16 @@ class NemoCheckpoint:
         try:
             files, ranks = self.manifest["files"], ranks_of(self.manifest)
             if missing := missing_files(files, ranks=ranks):
-                raise damaged(Path(path), f"no {missing[0]}, which its {FILE_NAME} does not list either")
+                raise damaged(Path(path), f"no {missing[0]} in {FILE_NAME}")
             small = [name for name in files if name.startswith((CONFIG_NAME, f"{ARCHITECTURE}/"))]
             refuse_absent(self.directory, files)
             verify_files(self.directory, self.manifest, small)
-            check_yaml(read_text(self.directory / CONFIG_NAME, f"checkpoint {path}", fix=_MEND, limit=YAML_BYTES))
+            check_yaml(read_text(self.directory / CONFIG_NAME, f"checkpoint {path}", fix=_FIX, limit=YAML_BYTES))
             tree = OmegaConf.load(self.directory / CONFIG_NAME)
             if not isinstance(tree, DictConfig):
-                raise TypeError("no keys with values")
+                raise TypeError("not a mapping")
             if _INTERPOLATION.search(json.dumps(OmegaConf.to_container(tree, resolve=False), default=str)):
-                raise ValueError("an interpolation, which a resolved configuration has none of")
+                raise ValueError("an interpolation, which a resolved configuration does not contain")
             self.step = int(self.manifest["step"])
             self.base: dict[str, str] | None = self.manifest["base"]
         except UserError:
@@ -96,39 +98,42 @@ class NemoCheckpoint:
 
     @property
     def adapters_only(self) -> bool:
-        """Whether the weights are the adapters', on a base that lies elsewhere."""
+        """Whether the checkpoint contains only adapters, without the weights of the base."""
         return self.manifest["weights"] == "adapters"
 
     @property
     def has_training_state(self) -> bool:
-        """Whether a run can be resumed from it."""
+        """Whether a run can resume from it."""
         return (self.directory / STATE).is_dir()
 
     def verify(self) -> None:
-        """Compares every file with the manifest, once. Collective where there is a process group.
+        """Compares every file with the manifest, on the first call only. Collective if there is a process group.
 
         Raises:
-            UserError: on every rank, naming what is damaged.
+            UserError: on every rank; names the damaged files.
         """
         if not self._verified:
             verify(self.directory, self.manifest)
         self._verified = True
 
     def load_trained(self, model: Model) -> None:
-        """Fills the live model, which has adapters if the checkpoint has; if it has them alone, `model` holds the base
-        already. Collective over all ranks.
+        """Loads the weights into `model`. Collective over all ranks.
+
+        Args:
+            model: with adapters if the checkpoint has adapters. If the checkpoint has only adapters, `model` must
+                contain the weights of the base.
         """
         self.verify()
         which = adapter_parameters if self.adapters_only else every_parameter
         load_weights(chunks_of(model), self.directory / WEIGHTS, which=which)
 
     def tensors(self, read_base: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """What the student computes with, adapters merged, by Hugging Face names, each read when asked for.
+        """The student's weights with adapters merged, by Hugging Face names; each tensor is read on access.
 
-        Collective where there is a process group: the files are compared with the manifest first.
+        Collective if there is a process group: the files are compared with the manifest first.
 
         Args:
-            read_base: called if the checkpoint holds adapters alone; gives the tensors of their base.
+            read_base: called if the checkpoint has only adapters; returns the tensors of the base.
         """
         weights, student = self.adapters(), self.config.student
         if student.adaptation != "lora":
@@ -137,12 +142,12 @@ class NemoCheckpoint:
         return MergedWeights(base, weights, scale=student.lora.alpha / student.lora.rank)
 
     def adapters(self) -> MegatronWeights:
-        """Its weights as they are stored, which tell the factors of each adapter.
+        """The weights as they are stored, with the factors of each adapter.
 
-        Collective where there is a process group: the files are compared with the manifest first.
+        Collective if there is a process group: the files are compared with the manifest first.
 
         Raises:
-            UserError: on every rank, if a file is damaged, or a tensor is missing or has another shape.
+            UserError: on every rank, if a file is damaged, or a tensor is missing or has the wrong shape.
         """
         self.verify()
         weights = MegatronWeights(DistributedTensors(self.directory / WEIGHTS), self.architecture.tensor_map())
@@ -153,46 +158,50 @@ class NemoCheckpoint:
         return weights
 
     def precision(self) -> str:
-        """Of its weights: `bf16` or `fp32`."""
+        """Precision of its weights: `bf16` or `fp32`."""
         return self.config.student.precision
 
     def load(self, model: Model, load_base: LoadWeights) -> None:
-        """Fills a plain model with what the student computes, adapters merged. Collective over all ranks.
+        """Loads the student's weights with adapters merged. Collective over all ranks.
 
-        With adapters the model is built a second time while this runs.
+        If the checkpoint has adapters, a second model with adapters exists while this runs.
 
         Args:
             model: without adapters.
-            load_base: called if the checkpoint holds adapters alone; fills a plain model with their base.
+            load_base: called if the checkpoint has only adapters; loads the base into a model without adapters.
         """
         if self.config.student.adaptation != "lora":
             self.load_trained(model)
             return
-        plain = chunks_of(model)
-        adapted = build_chunks(self.architecture.provider(), self.config.student, layout_of(plain[0]))
+        chunks = chunks_of(model)
+        adapted = build_chunks(self.architecture.provider(), self.config.student, layout_of(chunks[0]))
         if self.adapters_only:
             load_base(adapted)
         Adapters(adapted, self.config.student.lora, seed=0)
         self.load_trained(adapted)
-        for chunk, merged in zip(plain, adapted, strict=True):
+        for chunk, merged in zip(chunks, adapted, strict=True):
             chunk.load_state_dict(merged_state(merged, self.config.student.lora))
 
-    def refuse_other_base(self, source: str, fingerprint: str) -> None:
-        """Refuses the weights at `source` unless they are those that this checkpoint was trained from.
+    def refuse_other_base(self, source: str, weights_digest: str) -> None:
+        """Refuses weights that are not those that training started from.
+
+        Args:
+            source: where the weights are, for the message.
+            weights_digest: digest of the weights at `source`.
 
         Raises:
-            UserError: names both.
+            UserError: the digests differ; the message names both.
         """
-        if self.base is not None and fingerprint != self.base["fingerprint"]:
+        if self.base is not None and weights_digest != self.base["fingerprint"]:
             raise UserError(
                 f"checkpoint {self.directory}",
-                got=f"student.source={source!r} with fingerprint {fingerprint[:12]}",
-                need=f"the base that it was trained from: {self.base['source']!r} with fingerprint "
+                got=f"student.source={source!r} with digest {weights_digest[:12]}",
+                need=f"the base that it was trained from: {self.base['source']!r} with digest "
                 f"{self.base['fingerprint'][:12]}",
                 fix="set student.source",
             )
 
 
 def is_nemo_checkpoint(path: str | Path) -> bool:
-    """Whether `path` is to be read as a NeMo checkpoint rather than as a Hugging Face directory."""
+    """Whether `path` looks like a NeMo checkpoint rather than a Hugging Face directory."""
     return Path(path).suffix == ".nemo" or (Path(path) / CONFIG_NAME).is_file()

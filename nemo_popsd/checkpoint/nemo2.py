@@ -1,8 +1,8 @@
-"""NeMo 2 checkpoints (`context/`, `weights/`), as NeMo's LLM collection up to 2.7 writes them. Reading runs no code.
+"""Reads NeMo 2 checkpoints (`context/`, `weights/`), which NeMo's LLM collection up to 2.7 writes. Runs no code.
 
-`context/model.yaml` describes the model as a tree of Python calls. It is read as plain data: the name of the model's
-class chooses the Hugging Face architecture, and the numbers of its configuration are carried over. What the tree would
-call is never called. Weights are read as in `nemo_popsd.checkpoint.distributed_tensors`.
+`context/model.yaml` describes the model as a tree of Python calls. It is read as plain data and never called: the
+name of the model's class determines the Hugging Face architecture, and the values of its configuration are copied.
+Weights are read by `nemo_popsd.checkpoint.distributed_tensors`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from nemo_popsd.files.reading import YAML_BYTES, check_yaml, foreign_entry, read
 from nemo_popsd.megatron.build import Model
 
 _PREFIX = "module."
-_MEND = "convert it with NeMo's own export_ckpt"
+_FIX = "convert it with NeMo's own export_ckpt"
 _ARCHITECTURES = {
     "Qwen3Model": ("Qwen3ForCausalLM", "qwen3"),
     "Qwen2Model": ("Qwen2ForCausalLM", "qwen2"),
     "LlamaModel": ("LlamaForCausalLM", "llama"),
 }
-"""Hugging Face architecture and model type of NeMo 2's model classes. Experts show in the configuration alone."""
-_NUMBERS = {
+"""Hugging Face architecture and model type by NeMo 2's model class. A model with experts has the same class."""
+_KEYS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -50,68 +50,76 @@ _NUMBERS = {
     "seq_length": "max_position_embeddings",
     "init_method_std": "initializer_range",
 }
-_NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "rope_theta", "rms_norm_eps")
-_EXPERTS = {
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "rope_theta",
+    "rms_norm_eps",
+)
+_EXPERT_KEYS = {
     "num_moe_experts": "num_experts",
     "moe_router_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",
 }
+"""Keys of Hugging Face's configuration by those of NeMo 2's; `_EXPERT_KEYS` are used for a model with experts."""
 
 
 def is_nemo2_checkpoint(path: str | Path) -> bool:
-    """Whether `path` is to be read as a NeMo 2 checkpoint."""
+    """Whether `path` looks like a NeMo 2 checkpoint."""
     return (Path(path) / "context").is_dir() and (Path(path) / "weights").is_dir()
 
 
 class Nemo2Checkpoint:
-    """A NeMo 2 checkpoint to read.
+    """An open NeMo 2 checkpoint.
 
     Attributes:
-        directory: where it lies.
-        architecture: model and tokenizer, as a Hugging Face directory in a temporary place.
+        directory: the checkpoint.
+        architecture: configuration and tokenizer of the model, as a temporary Hugging Face directory.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Reads `context/` and the index of `weights/`, no weights.
+        """Reads `context/` and the index of `weights/`. Reads no weights.
 
         Raises:
-            UserError: it is damaged, or a model that is not converted.
+            UserError: the checkpoint is damaged, or its model is not supported.
         """
         self.directory = Path(path)
         if reason := foreign_entry(self.directory):
             raise self._refused(reason, "a directory of plain files")
         self._stored = DistributedTensors(self.directory / "weights")
-        self._place = tempfile.TemporaryDirectory(prefix="nemo_popsd_")
-        place = Path(self._place.name)
-        self._copy_tokenizer(place)
+        self._temporary = tempfile.TemporaryDirectory(prefix="nemo_popsd_")
+        folder = Path(self._temporary.name)
+        self._copy_tokenizer(folder)
         content = self._huggingface_config()
-        (place / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        config = read_architecture(place, setting="student.source", trust_remote_code=False).config
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        config = read_architecture(folder, setting="student.source", trust_remote_code=False).config
         shapes = expected_shapes(config)
-        (place / TENSOR_NAMES).write_text(json.dumps(sorted(shapes)))
-        self.architecture = HuggingFaceModel(place)
+        (folder / TENSOR_NAMES).write_text(json.dumps(sorted(shapes)))
+        self.architecture = HuggingFaceModel(folder)
         self._weights().require_complete(shapes)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The weights by their Hugging Face names, each read when asked for."""
+        """The weights by Hugging Face names; each tensor is read on access."""
         return self._weights()
 
     def _weights(self) -> MegatronWeights:
         return MegatronWeights(self._stored, self.architecture.tensor_map(), prefix=_PREFIX)
 
     def load(self, model: Model) -> None:
-        """Fills a plain model. Collective over all ranks."""
+        """Loads the weights into a model without adapters. Collective over all ranks."""
         self.architecture.load(model, self.tensors())
 
     def precision(self) -> str:
-        """Of its weights: `bf16` or `fp32`."""
+        """Precision of its weights: `bf16` or `fp32`."""
         return "bf16" if self._stored.dtypes(_PREFIX) <= {torch.bfloat16} else "fp32"
 
-    def _copy_tokenizer(self, place: Path) -> None:
-        found = sorted(self.directory.glob("context/**/tokenizer_config.json"))
-        for name in (GENERATION, *TOKENIZER_FILES) if found else ():
-            if (found[0].parent / name).is_file():
-                shutil.copy(found[0].parent / name, place / name)
+    def _copy_tokenizer(self, folder: Path) -> None:
+        configs = sorted(self.directory.glob("context/**/tokenizer_config.json"))
+        for name in (GENERATION, *TOKENIZER_FILES) if configs else ():
+            if (configs[0].parent / name).is_file():
+                shutil.copy(configs[0].parent / name, folder / name)
 
     def _huggingface_config(self) -> dict[str, Any]:
         tree = self._model_tree()
@@ -119,18 +127,18 @@ class Nemo2Checkpoint:
         config = tree.get("config")
         if name not in _ARCHITECTURES or not isinstance(config, dict):
             raise self._refused(f"a model of the class {name!r}", f"one of {', '.join(_ARCHITECTURES)}")
-        architecture, kind = _ARCHITECTURES[name]
-        names = _NUMBERS
+        architecture, model_type = _ARCHITECTURES[name]
+        keys = _KEYS
         if config.get("num_moe_experts") is not None:
             if name != "Qwen3Model":
-                raise self._refused(f"experts in {name}", "experts in Qwen3Model alone")
-            architecture, kind, names = "Qwen3MoeForCausalLM", "qwen3_moe", {**_NUMBERS, **_EXPERTS}
-        content = {theirs: config[ours] for ours, theirs in names.items() if config.get(ours) is not None}
-        if missing := sorted(theirs for theirs in _NEEDED if theirs not in content):
-            raise self._refused(f"a configuration without {missing[0]}", "the numbers of the architecture")
+                raise self._refused(f"experts in {name}", "experts only in Qwen3Model")
+            architecture, model_type, keys = "Qwen3MoeForCausalLM", "qwen3_moe", {**_KEYS, **_EXPERT_KEYS}
+        content = {key: config[nemo] for nemo, key in keys.items() if config.get(nemo) is not None}
+        if missing := sorted(key for key in _REQUIRED if key not in content):
+            raise self._refused(f"a configuration without {missing[0]}", "all sizes of the architecture")
         if config.get("seq_len_interpolation_factor") is not None:
-            raise self._refused("seq_len_interpolation_factor", "positions that are not interpolated")
-        if kind == "qwen3_moe":
+            raise self._refused("seq_len_interpolation_factor", "a model without interpolated positions")
+        if model_type == "qwen3_moe":
             content["norm_topk_prob"] = not config.get("moe_router_pre_softmax", False)
         if "scale_factor" in config:
             content["rope_scaling"] = {
@@ -141,10 +149,10 @@ class Nemo2Checkpoint:
                 "original_max_position_embeddings": config.get("old_context_len", 8192),
             }
         dtype = "bfloat16" if self.precision() == "bf16" else "float32"
-        vocabulary = self._vocab_size(config, Path(self._place.name))
+        vocabulary = self._vocab_size(config, Path(self._temporary.name))
         return {
             "architectures": [architecture],
-            "model_type": kind,
+            "model_type": model_type,
             **content,
             "vocab_size": vocabulary,
             "torch_dtype": dtype,
@@ -153,28 +161,32 @@ class Nemo2Checkpoint:
     def _model_tree(self) -> dict[str, Any]:
         file = self.directory / "context" / "model.yaml"
         try:
-            text = read_text(file, f"NeMo 2 checkpoint {self.directory}", fix=_MEND, limit=YAML_BYTES)
+            text = read_text(file, f"NeMo 2 checkpoint {self.directory}", fix=_FIX, limit=YAML_BYTES)
             check_yaml(text)
-            # `safe_load` makes plain data only; a tag that asks for an object is an error.
+            # `safe_load` makes plain data only; a tag that requests an object is an error.
             tree = yaml.safe_load(text)
         except UserError:
             raise
         except (ValueError, yaml.YAMLError) as error:
-            raise self._refused(f"context/model.yaml that is refused: {' '.join(str(error).split())}", "one") from None
+            raise self._refused(
+                f"an unreadable context/model.yaml ({' '.join(str(error).split())})", "a YAML file of plain data"
+            ) from None
         if not isinstance(tree, dict):
-            raise self._refused("context/model.yaml that describes no model", "one that does")
+            raise self._refused("a context/model.yaml without keys", "a file that describes a model")
         return tree
 
-    def _vocab_size(self, config: dict[str, Any], place: Path) -> int:
-        """The true vocabulary: the configuration's, else the tokenizer's, else the rows there are, padding and all."""
+    def _vocab_size(self, config: dict[str, Any], folder: Path) -> int:
+        """Size of the vocabulary: from the configuration, else from the tokenizer, else of the stored embedding, which
+        includes Megatron's padding.
+        """
         if config.get("vocab_size") is not None:
             return int(config["vocab_size"])
-        if (place / TOKENIZER_CONFIG).is_file():
-            return len(load_tokenizer(place, setting="SRC"))
+        if (folder / TOKENIZER_CONFIG).is_file():
+            return len(load_tokenizer(folder, setting="SRC"))
         key = f"{_PREFIX}embedding.word_embeddings.weight"
         if key not in self._stored.shapes:
             raise self._refused(f"no tensor {key}", "weights of a GPT model")
         return int(self._stored.shapes[key][0])
 
     def _refused(self, got: str, need: str) -> UserError:
-        return UserError(f"NeMo 2 checkpoint {self.directory}", got=got, need=need, fix=_MEND)
+        return UserError(f"NeMo 2 checkpoint {self.directory}", got=got, need=need, fix=_FIX)

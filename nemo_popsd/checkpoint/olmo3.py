@@ -1,4 +1,4 @@
-"""What Megatron-Bridge lacks of OLMo-3: its configuration and names. Importing this module registers the model."""
+"""Megatron-Bridge's bridge for OLMo-3, which it lacks: configuration and names. Importing this module registers it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_popsd.megatron.olmo3 import Olmo3Provider, transformer_engine_layer_spec
 
-# After nemo_popsd.megatron.olmo3, which calls `adapt_megatron`: without CUDA they cannot be imported before.
+# Imported after nemo_popsd.megatron.olmo3, which calls `adapt_megatron`: without CUDA the import fails earlier.
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry  # isort: skip
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # isort: skip
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping  # isort: skip
@@ -37,12 +37,12 @@ _NAMES = {
     source=Olmo3ForCausalLM, target=GPTModel, provider=Olmo3Provider, model_type="olmo3"
 )
 class Olmo3Bridge(MegatronModelBridge):
-    """OLMo-3 as transformers has it."""
+    """Bridge for the OLMo-3 of transformers."""
 
     def provider_bridge(self, hf_pretrained: Any) -> Olmo3Provider:
-        """The provider of a transformers configuration, whose layers either have a window or a scaled rotation."""
+        """The provider for a transformers configuration. Layers have either a window or a scaled rotation."""
         config = hf_pretrained.config
-        # Without its scaling, which Megatron would apply in every layer.
+        # `rope_scaling` is removed because Megatron would apply it in every layer.
         unscaled = copy(config)
         unscaled.rope_scaling = None
         provider: Olmo3Provider = super().provider_bridge(SimpleNamespace(config=unscaled))
@@ -51,25 +51,25 @@ class Olmo3Bridge(MegatronModelBridge):
         provider.gated_linear_unit = True
         provider.position_embedding_type = "rope"
         provider.add_bias_linear = provider.add_qkv_bias = False
-        provider.qk_layernorm = False  # Megatron's, which is over each head.
+        provider.qk_layernorm = False  # Megatron's norm covers each head separately.
         provider.kv_channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        windowed = [kind == "sliding_attention" for kind in config.layer_types]
+        windowed = [layer_type == "sliding_attention" for layer_type in config.layer_types]
         if any(windowed):
-            # transformers counts the token itself, Megatron those before it.
+            # The window of transformers includes the token itself, that of Megatron only the tokens before it.
             provider.window_size = (config.sliding_window - 1, 0)
             provider.window_attn_skip_freq = [int(window) for window in windowed]
         if config.rope_scaling is not None:
-            kind = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
-            scaled, provider.rope_amplitude = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+            rope_type = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
+            scaled, provider.rope_amplitude = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
             plain, _ = ROPE_INIT_FUNCTIONS["default"](config, torch.device("cpu"))
             provider.rope_ratio = (scaled / plain).tolist()
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """Names of Megatron's parameters and of transformers'."""
+        """Map from the names of Megatron's parameters to those of transformers."""
         layer, attention = "decoder.layers.*", "model.layers.*.self_attn"
         return MegatronMappingRegistry(
-            *(AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in _NAMES.items()),
+            *(AutoMapping(megatron_param=megatron, hf_param=huggingface) for megatron, huggingface in _NAMES.items()),
             QKVMapping(
                 megatron_param=f"{layer}.self_attention.linear_qkv.weight",
                 q=f"{attention}.q_proj.weight",

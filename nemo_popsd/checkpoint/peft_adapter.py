@@ -1,8 +1,8 @@
-"""LoRA adapters of a NeMo checkpoint as a directory that PEFT puts onto the original Hugging Face model.
+"""Writes the LoRA adapters of a NeMo checkpoint as a directory that PEFT loads onto the original Hugging Face model.
 
-Megatron keeps query, key and value as one linear, and gate and up as another. Its adapter there has one A for all of
-them and one B, whose rows are split as those of the weight are. In PEFT's form each linear has a copy of A and its own
-rows of B, which computes the same.
+Megatron fuses query, key and value into one linear layer, and gate and up into another. An adapter on a fused layer has
+one A, and one B that is split along its output dimension like the weight. In PEFT's format each linear layer has a copy
+of A and its part of B, which is mathematically equal.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from nemo_popsd.checkpoint.finite import non_finite_error
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import new_directory
@@ -19,14 +20,15 @@ from nemo_popsd.files.ownership import ADAPTER
 
 
 def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
-    """Writes the adapters alone, from this process alone. Nothing stands at `output` until all is written.
+    """Writes the adapters and the tokenizer. Runs on this process only. `output` appears when all files are complete.
 
     Args:
         checkpoint: of a run with LoRA.
-        output: directory to make; an earlier adapter there is replaced.
+        output: directory to write; an earlier adapter there is replaced.
 
     Raises:
-        UserError: the checkpoint has no adapters, or adapters on experts; or `output` is not ours to replace.
+        UserError: the checkpoint has no adapters, or adapters on experts; a weight is NaN or Inf; or nemo_popsd did not
+            write what is at `output`.
     """
     student, architecture = checkpoint.config.student, checkpoint.architecture
     if student.adaptation != "lora":
@@ -34,14 +36,14 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
             f"checkpoint {checkpoint.directory}",
             got=f"student.adaptation={student.adaptation}",
             need="a checkpoint of a run with LoRA",
-            fix="export the whole model, without --adapter",
+            fix="export the merged model, without --adapter",
         )
     if architecture.provider().num_moe_experts is not None:
         raise UserError(
             f"checkpoint {checkpoint.directory}",
             got="adapters on a model with experts",
-            need="a dense model: PEFT has no form for adapters that experts share",
-            fix="export the whole model, without --adapter",
+            need="a dense model: PEFT has no format for adapters that experts share",
+            fix="export the merged model, without --adapter",
         )
     weights = checkpoint.adapters()
     tensors, targets = {}, set()
@@ -49,16 +51,11 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
         if (factors := weights.factors(name)) is not None:
             module = name.removesuffix(".weight")
             for letter, factor in zip("AB", factors, strict=True):
-                # A clone: linears that share one A, and rows of one B, share storage, which safetensors refuses.
+                # A clone, since safetensors refuses shared storage; A is shared, and the parts of B are views.
                 tensors[f"base_model.model.{module}.lora_{letter}.weight"] = factor.clone()
             targets.add(module.rpartition(".")[2])
     if bad := [name for name, factor in tensors.items() if not bool(factor.isfinite().all())]:
-        raise UserError(
-            f"checkpoint {checkpoint.directory}",
-            got=f"NaN or Inf in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
-            need="finite weights",
-            fix="export an earlier checkpoint",
-        )
+        raise non_finite_error(f"checkpoint {checkpoint.directory}", bad)
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -73,6 +70,6 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
     }
     with new_directory(output, ADAPTER) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        (partial / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone.
+        (partial / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it readable only by its owner.
         (partial / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
         architecture.copy_tokenizer(partial)

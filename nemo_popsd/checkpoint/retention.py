@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are complete, which is the newest, which may go."""
+"""The checkpoints of a run: which are complete, which is the newest, which may be removed."""
 
 from __future__ import annotations
 
@@ -9,68 +9,68 @@ from pathlib import Path
 
 from nemo_popsd.checkpoint.contents import STATE
 from nemo_popsd.checkpoint.manifest import DamagedCheckpointError, read_manifest
-from nemo_popsd.files.atomic import is_ours, remove_directory, write_text
+from nemo_popsd.files.atomic import is_owned, remove_directory, write_text
 from nemo_popsd.files.ownership import CHECKPOINT
 
 FINAL = "final"
 LATEST = "latest"
-"""File that holds the name of the newest complete checkpoint."""
+"""File with the name of the newest complete checkpoint."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 def name_of(step: int) -> str:
-    """Name of the checkpoint after `step` steps."""
+    """Name of the checkpoint after `step` training steps."""
     return f"step-{step:06d}"
 
 
 def is_name(name: str) -> bool:
-    """Whether a run gives this name to a checkpoint. What has any other name in its folder is somebody else's."""
+    """Whether `name` is a name that a run gives to a checkpoint. A run ignores any other name in its folder."""
     return name == FINAL or _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What is in the folder of a run's checkpoints."""
+    """The checkpoints in the folder of a run."""
 
     folder: Path
     complete: dict[str, int] = field(default_factory=dict)
-    """Names and steps of those with a whole manifest, by step; `final` after another of the same step."""
+    """Step by name of the checkpoints with an intact manifest, sorted by step; of equal steps `final` is last."""
     damaged: dict[str, DamagedCheckpointError] = field(default_factory=dict)
-    """What is wrong with the manifests of the others, by name."""
+    """Error by name of the checkpoints with a damaged manifest."""
 
     @classmethod
     def in_folder(cls, folder: Path) -> Checkpoints:
-        """Reads the manifests; those of checkpoints that are being written, replaced or removed have other names."""
-        found: dict[str, int] = {}
+        """Reads the manifests. Checkpoints that are being written, replaced or removed have other names."""
+        complete: dict[str, int] = {}
         damaged: dict[str, DamagedCheckpointError] = {}
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if is_name(path.name) and path.is_dir() and any(path.iterdir()):
                 try:
-                    found[path.name] = int(read_manifest(path)["step"])
+                    complete[path.name] = int(read_manifest(path)["step"])
                 except DamagedCheckpointError as error:
                     damaged[path.name] = error
-        return cls(folder, dict(sorted(found.items(), key=lambda item: (item[1], item[0] == FINAL))), damaged)
+        return cls(folder, dict(sorted(complete.items(), key=lambda item: (item[1], item[0] == FINAL))), damaged)
 
     def resumable(self) -> list[str]:
-        """Names of the complete ones from which a run can be resumed, the newest last."""
+        """Names of the complete checkpoints from which a run can resume, the newest last."""
         return [name for name in self.complete if (self.folder / name / STATE).is_dir()]
 
     def newest(self) -> Path | None:
-        """The newest one, to resume from; None where there is none.
+        """The newest checkpoint from which a run can resume, or None.
 
         Raises:
-            DamagedCheckpointError: the newest one's manifest is damaged.
+            DamagedCheckpointError: a checkpoint that may be newer has a damaged manifest.
         """
         names = self.resumable()
-        reached = self.complete[names[-1]] if names else -1
+        newest_step = self.complete[names[-1]] if names else -1
         for name, error in self.damaged.items():
-            if self._may_be_newer(name, reached):
+            if self._may_be_newer(name, newest_step):
                 raise error
         return self.folder / names[-1] if names else None
 
-    def _may_be_newer(self, damaged: str, reached: int) -> bool:
+    def _may_be_newer(self, damaged: str, step: int) -> bool:
         if match := _NAME.fullmatch(damaged):
-            return int(match[1]) > reached
+            return int(match[1]) > step
         try:
             latest = (self.folder / LATEST).read_text().strip()
         except (OSError, ValueError):
@@ -79,41 +79,41 @@ class Checkpoints:
 
 
 def update_latest(checkpoint: Path) -> None:
-    """Replaces the pointer to the newest checkpoint, atomically."""
+    """Atomically replaces the file that names the newest checkpoint."""
     write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
 def superfluous(
     checkpoints: Mapping[str, int], scores: Mapping[int, float], *, keep_last: int, keep_best: int, greatest: bool
 ) -> list[str]:
-    """Names of checkpoints that may go. Never `final`; none where `keep_last` is 0.
+    """Names of the checkpoints that may be removed: never `final`, and none if `keep_last` is 0.
 
     Args:
-        checkpoints: names and steps of the complete ones.
+        checkpoints: step by name of the complete checkpoints.
         scores: the metric by step.
-        keep_last: how many of the newest stay.
-        keep_best: how many of the best stay besides; of equals the later.
-        greatest: whether the greatest score is best.
+        keep_last: number of the newest checkpoints to keep.
+        keep_best: number of the best checkpoints to keep in addition; of equal scores the later step is better.
+        greatest: whether the greatest score is the best.
     """
     if keep_last == 0:
         return []
     steps = sorted(step for name, step in checkpoints.items() if name != FINAL)
-    stay = set(steps[-keep_last:])
+    kept = set(steps[-keep_last:])
     scored = [step for step in steps if step in scores]
     scored.sort(key=lambda step: (scores[step] if greatest else -scores[step], step), reverse=True)
-    stay |= set(scored[:keep_best])
-    return [name for name, step in checkpoints.items() if name != FINAL and step not in stay]
+    kept |= set(scored[:keep_best])
+    return [name for name, step in checkpoints.items() if name != FINAL and step not in kept]
 
 
 def prune(folder: Path, names: list[str]) -> list[str]:
-    """Removes checkpoints; what a kill leaves of one is removed by the next run.
+    """Removes checkpoints. If the process is killed meanwhile, the next run removes the rest.
 
     Returns:
-        The names of those that stay, since they hold something that no run wrote.
+        The names of the checkpoints that were kept because they contain files that no run wrote.
     """
     kept = []
     for name in names:
-        if is_ours(folder / name, CHECKPOINT):
+        if is_owned(folder / name, CHECKPOINT):
             remove_directory(folder / name, CHECKPOINT)
         else:
             kept.append(name)

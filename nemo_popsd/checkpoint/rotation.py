@@ -1,23 +1,23 @@
-"""How a ``config.json`` describes the rotation of queries and keys: as transformers 4 does, as 5 does, or both alike.
+"""Reads the rotary embedding from a ``config.json``, in the form of transformers 4 or of transformers 5.
 
     transformers 4    rope_theta, rope_scaling
-    transformers 5    rope_parameters: both in one object; one for each kind of layer in OLMo-3
+    transformers 5    rope_parameters: both in one object; in OLMo-3 one object for each layer type
 
-The installed transformers 4 ignores ``rope_parameters``. So its two keys are computed here, once, and are what every
-reader gets; a configuration that says two things is refused.
+The installed transformers 4 ignores ``rope_parameters``, so the keys of transformers 4 are computed from it here, and
+every reader uses them. A configuration with contradictory keys is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 THETA, SCALING, PARAMETERS = "rope_theta", "rope_scaling", "rope_parameters"
 
-# megatron-core's constants (rotary_pos_embedding.py:106), of which Megatron-Bridge passes the factor alone.
+# Defaults of megatron-core's `RotaryEmbedding._apply_scaling`; Megatron-Bridge passes only the factor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
-_NUMBERS: dict[str, tuple[set[str], set[str]]] = {
+_SCALING_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
     "llama3": ({"factor", *_LLAMA3}, set()),
@@ -26,22 +26,22 @@ _NUMBERS: dict[str, tuple[set[str], set[str]]] = {
         {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     ),
 }
-"""For each kind of rotation, the keys it needs and those it may have."""
+"""Required and optional keys of ``rope_scaling`` by ``rope_type``."""
 
 
 class UnsupportedError(ValueError):
-    """What a configuration asks for and Megatron does not compute; the text follows "got"."""
+    """A configuration requests what Megatron does not compute. The message follows "got" in a `UserError`."""
 
 
 def with_rotation(content: Mapping[str, Any], *, by_layer: bool) -> dict[str, Any]:
-    """The content of a ``config.json`` with the keys of transformers 4 for what it says of the rotation.
+    """Adds the keys of transformers 4 for the rotary embedding to the content of a ``config.json``.
 
     Args:
-        content: as it is in the file; nothing is taken out of it.
-        by_layer: the architecture has one rotation for each kind of layer.
+        content: of the file; its keys are kept.
+        by_layer: whether the architecture has one rotary embedding for each layer type.
 
     Raises:
-        UnsupportedError: ``rope_parameters`` cannot be read, or says something else than the older keys.
+        UnsupportedError: ``rope_parameters`` is invalid, or contradicts the older keys.
     """
     parameters = content.get(PARAMETERS)
     if parameters is None:
@@ -54,24 +54,24 @@ def with_rotation(content: Mapping[str, Any], *, by_layer: bool) -> dict[str, An
     if theta is None:
         raise UnsupportedError(f"{PARAMETERS} without {THETA}")
     if content.get(THETA) not in (None, theta):
-        raise UnsupportedError(f"{THETA}={content[THETA]!r} beside {PARAMETERS}.{THETA}={theta!r}")
+        raise UnsupportedError(f"{THETA}={content[THETA]!r} contradicting {PARAMETERS}.{THETA}={theta!r}")
     older = content.get(SCALING)
     if older is not None and (not isinstance(older, dict) or _scaling(older) != scaling):
-        raise UnsupportedError(f"{SCALING}={older} beside {PARAMETERS}={parameters}")
+        raise UnsupportedError(f"{SCALING}={older} contradicting {PARAMETERS}={parameters}")
     return {**content, THETA: theta, SCALING: scaling}
 
 
-def check_rotation(theta: Any, scaling: Any, *, kinds: tuple[str, ...], fixed_llama3: bool) -> None:
-    """Refuse a rotation that is not computed.
+def check_rotation(theta: object, scaling: object, *, rope_types: tuple[str, ...], fixed_llama3: bool) -> None:
+    """Refuses a rotary embedding that is not supported.
 
     Args:
         theta: the value of ``rope_theta``.
         scaling: the value of ``rope_scaling``.
-        kinds: those that the architecture is converted with.
-        fixed_llama3: of the kind `llama3`, only the factor may differ from megatron-core's numbers.
+        rope_types: supported values of ``rope_type``.
+        fixed_llama3: whether only the factor of `llama3` may differ from megatron-core's defaults.
 
     Raises:
-        UnsupportedError: names what is not computed.
+        UnsupportedError: names the value that is not supported.
     """
     if not _is_number(theta) or theta <= 1:
         raise UnsupportedError(f"{THETA}={theta!r}")
@@ -79,28 +79,28 @@ def check_rotation(theta: Any, scaling: Any, *, kinds: tuple[str, ...], fixed_ll
         return
     if not isinstance(scaling, dict):
         raise UnsupportedError(f"{SCALING}={scaling!r}")
-    numbers = {key: value for key, value in scaling.items() if key not in ("type", "rope_type") and value is not None}
-    kind = _kind(scaling)
-    if kind not in kinds:
-        raise UnsupportedError(f"{SCALING} of the kind {kind!r}")
-    needed, possible = _NUMBERS[kind]
-    if unknown := sorted(numbers.keys() - needed - possible):
-        raise UnsupportedError(f"{SCALING} of the kind {kind!r} with {unknown[0]}={numbers[unknown[0]]!r}")
-    if missing := sorted(needed - numbers.keys()):
-        raise UnsupportedError(f"{SCALING} of the kind {kind!r} without {missing[0]}")
-    for key, value in numbers.items():
+    values = {key: value for key, value in scaling.items() if key not in ("type", "rope_type") and value is not None}
+    rope_type = _rope_type(scaling)
+    if rope_type not in rope_types:
+        raise UnsupportedError(f"{SCALING} with rope_type={rope_type!r}")
+    required, optional = _SCALING_KEYS[rope_type]
+    if unknown := sorted(values.keys() - required - optional):
+        raise UnsupportedError(f"{SCALING} with rope_type={rope_type!r} and {unknown[0]}={values[unknown[0]]!r}")
+    if missing := sorted(required - values.keys()):
+        raise UnsupportedError(f"{SCALING} with rope_type={rope_type!r} and no {missing[0]}")
+    for key, value in values.items():
         least = 1 if key in ("factor", "original_max_position_embeddings") else 0
         if not (isinstance(value, bool) if key == "truncate" else _is_number(value) and value >= least):
             raise UnsupportedError(f"{SCALING}.{key}={value!r}")
-    if kind == "llama3" and fixed_llama3 and {key: numbers[key] for key in _LLAMA3} != _LLAMA3:
+    if rope_type == "llama3" and fixed_llama3 and {key: values[key] for key in _LLAMA3} != _LLAMA3:
         raise UnsupportedError(f"{SCALING}={scaling} (only the factor may differ from {_LLAMA3})")
 
 
 def _of_full_attention(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The rotation of the layers without a window, where those with one have the plain one of the same theta."""
-    parts = [parameters.get(kind) for kind in ("full_attention", "sliding_attention")]
+    """The parameters of the layers without a window. Layers with a window must have no scaling and the same theta."""
+    parts = [parameters.get(layer_type) for layer_type in ("full_attention", "sliding_attention")]
     if len(parameters) != 2 or not all(isinstance(part, dict) for part in parts):
-        raise UnsupportedError(f"{PARAMETERS}={parameters}, which is not one object for each kind of layer")
+        raise UnsupportedError(f"{PARAMETERS}={parameters}, which is not one object for each layer type")
     full, sliding = parts
     assert full is not None
     assert sliding is not None
@@ -109,23 +109,23 @@ def _of_full_attention(parameters: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def _kind(scaling: Mapping[str, Any]) -> str:
-    kinds = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
-    if len(kinds) == 2 and kinds[0] != kinds[1]:
-        raise UnsupportedError(f"{SCALING} of the kinds {kinds[0]!r} and {kinds[1]!r}")
-    return str(kinds[0]) if kinds else "default"
+def _rope_type(scaling: Mapping[str, Any]) -> str:
+    types = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
+    if len(types) == 2 and types[0] != types[1]:
+        raise UnsupportedError(f"{SCALING} with rope_type={types[0]!r} and type={types[1]!r}")
+    return str(types[0]) if types else "default"
 
 
 def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What ``rope_scaling`` is for these parameters; None for the plain rotation over whole heads."""
+    """The ``rope_scaling`` for these ``rope_parameters``; None for an unscaled rotation of complete heads."""
     rest = {
         key: value for key, value in parameters.items() if key not in (THETA, "type", "rope_type") and value is not None
     }
     if rest.get("partial_rotary_factor") in (1, 1.0):
         del rest["partial_rotary_factor"]
-    kind = _kind(parameters)
-    return None if kind == "default" and not rest else {"rope_type": kind, **rest}
+    rope_type = _rope_type(parameters)
+    return None if rope_type == "default" and not rest else {"rope_type": rope_type, **rest}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,8 +1,8 @@
-"""Writing a NeMo checkpoint: complete or absent, and on request in the background.
+"""Writes NeMo checkpoints atomically, optionally in the background.
 
-stage    all ranks      partial directory, room on the disk, plan, copies in CPU memory
-write    each rank      its weights and optimizer pieces, flushed and summed; no collectives, any thread
-finish   all ranks      Megatron's metadata; then rank 0: small files, manifest, rename
+stage    all ranks      make the partial directory, check free space, plan, copy to CPU memory
+write    each rank      write, flush and hash its weights and optimizer pieces; no collectives, any thread
+finish   all ranks      write Megatron's metadata; then rank 0 writes small files and the manifest, and renames
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -26,17 +27,17 @@ from nemo_popsd.checkpoint.archive import pack
 from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEIGHTS, missing_files
 from nemo_popsd.checkpoint.distributed_tensors import Piece
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.manifest import digest, digests, list_files, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digest, file_digests, list_files, write_manifest
 from nemo_popsd.checkpoint.training_state import StagedState
 from nemo_popsd.checkpoint.weights import StagedPieces, StagedWeights, adapter_parameters, every_parameter
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import (
     PARTIAL,
     atomic_replace,
-    begin_partial,
     flush_directory,
     flush_tree,
-    refuse_what_is_in_the_way,
+    make_partial,
+    refuse_occupied,
     remove_directory,
 )
 from nemo_popsd.files.ownership import CHECKPOINT, refuse_foreign_archive
@@ -46,69 +47,69 @@ from nemo_popsd.parallel.distributed import layout
 _LIBRARIES = ("nemo_popsd", "nemo_toolkit", "megatron-core", "megatron-bridge", "torch", "transformers")
 _PACKED = "packed"
 """File in the partial directory that becomes the archive."""
-_ROOM = {
-    "need": "room and the right to write it",
-    "fix": "free space, or set output to another file system; what is in memory and older checkpoints are unchanged",
+_ADVICE = {
+    "need": "space and permission to write it",
+    "fix": "free space, or set output to another file system; older checkpoints are unchanged",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What goes into a checkpoint."""
+    """Content of a checkpoint."""
 
     models: Sequence[GPTModel] = ()
-    """This rank's parts of the live model, bare."""
+    """This rank's chunks of the model, without wrappers; empty if `pieces` are given."""
     pieces: Sequence[Piece] = ()
-    """The weights where there is no model; rank 0 computes them as it writes."""
+    """The weights if there is no model; rank 0 computes them while it writes."""
     architecture: HuggingFaceModel
-    """Whose tokenizer and configuration files go into it."""
+    """Source of the tokenizer and configuration files."""
     config: DictConfig
     """The resolved configuration."""
     step: int
-    """Optimizer steps behind the weights."""
+    """Number of training steps before the weights."""
     base: Mapping[str, str] | None = None
-    """`source` and `fingerprint` of the weights that training began with."""
+    """`source` of the weights that training started from, and their digest as `fingerprint`."""
     adapters_only: bool = False
-    """Leave the base's weights out."""
-    optimizer: Any = None
-    """Megatron's; with it the training state is written too."""
+    """Whether only the adapters are saved."""
+    optimizer: MegatronOptimizer | None = None
+    """Megatron's optimizer, or None to save no training state."""
     random_state: Mapping[str, Tensor] = field(default_factory=dict)
-    """This rank's, when the training state is written."""
+    """State of this rank's random generators, saved with the training state."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else the manifest is to say."""
+    """Further content of the manifest."""
 
 
 class PendingSave:
-    """A checkpoint that is being written. Every rank has one, and calls its methods together with the others.
+    """A checkpoint that is being written. Every rank constructs one; `finish` is collective.
 
     Attributes:
-        path: where it will stand.
-        step: optimizer steps behind its weights.
+        path: path of the complete checkpoint.
+        step: number of training steps before its weights.
     """
 
     def __init__(self, path: str | Path, content: Content, *, background: bool = False) -> None:
-        """Stages everything and begins to write. Collective over all ranks.
+        """Stages the content and starts to write. Collective over all ranks.
 
         Args:
             path: a directory, or a file name ending in `.nemo`, which is packed without compression; on a file system
                 that all ranks share.
             content: what to save.
-            background: write copies in a thread; the model may be trained on at once. Needs CPU memory for this
-                rank's share.
+            background: whether a thread writes copies, so that training continues immediately. Needs CPU memory for
+                this rank's share.
 
         Raises:
-            UserError: no room, no right to write, or something that is not ours at `path` or at a name that it needs
-                while it is written; nothing has been left behind.
+            UserError: there is not enough space or no permission to write, or files that nemo_popsd did not write are
+                at `path` or at a temporary name. No partial files are left.
         """
         self.path = Path(path)
         self.step = content.step
         self._content = content
         self._partial = self.path.with_name(self.path.name + PARTIAL)
-        self._begun = False
-        self._sums: dict[str, tuple[int, str]] = {}
+        self._owns_partial = False
+        self._digests: dict[str, tuple[int, str]] = {}
         self._error: Exception | None = None
         self._state: StagedState | None = None
-        self._together(self._make_partial)
+        self._on_all_ranks(self._make_partial)
         self._weights: StagedWeights | StagedPieces
         if content.pieces:
             self._weights = StagedPieces(content.pieces, self._partial / WEIGHTS)
@@ -119,7 +120,7 @@ class PendingSave:
             self._state = StagedState(
                 content.models, content.optimizer, self._partial, random_state=content.random_state
             )
-        self._refuse_without_room()
+        self._require_space()
         self._thread = threading.Thread(target=self._write, name=f"save {self.path.name}", daemon=True)
         if background:
             self._thread.start()
@@ -128,23 +129,23 @@ class PendingSave:
 
     @property
     def written(self) -> bool:
-        """Whether this rank has nothing left to write."""
+        """Whether this rank has finished writing."""
         return not self._thread.is_alive()
 
     def finish(self) -> None:
-        """Waits for the writing, and puts the checkpoint in its place. Collective over all ranks.
+        """Waits until all ranks have written, and renames the checkpoint to `path`. Collective over all ranks.
 
         Raises:
-            UserError: on every rank, if the disk is full or cannot be written on any. What stood at `path` is there
-                as before, and nothing is left of the new one.
+            UserError: on every rank, if writing failed on any. An earlier checkpoint at `path` is unchanged, and no
+                partial files are left.
         """
         if self._thread.ident is not None:
             self._thread.join()
-        self._together(self._raise_error)
+        self._on_all_ranks(self._raise_error)
         gathered: list[dict[str, tuple[int, str]]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, self._sums)
-        self._together(self._weights.finish)
-        self._together(lambda: self._complete({k: v for sums in gathered for k, v in sums.items()}))
+        dist.all_gather_object(gathered, self._digests)
+        self._on_all_ranks(self._weights.finish)
+        self._on_all_ranks(lambda: self._complete({k: v for digests in gathered for k, v in digests.items()}))
 
     def _write(self) -> None:
         try:
@@ -153,7 +154,7 @@ class PendingSave:
             if self._state is not None:
                 self._state.write()
                 files += self._state.files
-            self._sums = {path.relative_to(self._partial).as_posix(): digest(path) for path in files}
+            self._digests = {path.relative_to(self._partial).as_posix(): file_digest(path) for path in files}
         except Exception as error:
             self._error = error
 
@@ -161,13 +162,15 @@ class PendingSave:
         if self._error is not None:
             raise self._error
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Does `action`, and on a failure of any rank removes what was written."""
+    def _on_all_ranks(self, action: Callable[[], None]) -> None:
+        """Calls `action`; if it fails on any rank, removes the partial files and raises on all ranks."""
         try:
-            raise_on_all_ranks(f"checkpoint {self.path}", action, **_ROOM)
+            raise_on_all_ranks(f"checkpoint {self.path}", action, **_ADVICE)
         except Exception:
-            if self._begun:
-                with suppress(OSError, UserError):  # the others wait; the next save removes it
+            if self._owns_partial:
+                with suppress(
+                    OSError, UserError
+                ):  # the other ranks wait at the barrier; the next save removes the rest
                     remove_directory(self._partial, CHECKPOINT)
             dist.barrier()
             raise
@@ -177,30 +180,30 @@ class PendingSave:
             if self.path.suffix == ".nemo":
                 refuse_foreign_archive(self.path)
             else:
-                refuse_what_is_in_the_way(self.path, CHECKPOINT)
-            begin_partial(self.path, CHECKPOINT)
-            self._begun = True
+                refuse_occupied(self.path, CHECKPOINT)
+            make_partial(self.path, CHECKPOINT)
+            self._owns_partial = True
             (self._partial / WEIGHTS).mkdir(parents=True)
             (self._partial / ARCHITECTURE).mkdir()
             if self._content.optimizer is not None:
                 (self._partial / STATE).mkdir()
 
-    def _refuse_without_room(self) -> None:
-        """All ranks' bytes against what rank 0's file system has left: one gather of numbers."""
-        ours = self._weights.bytes + (self._state.bytes if self._state else 0)
+    def _require_space(self) -> None:
+        """Compares the bytes of all ranks with the free space that rank 0 sees: one gather of integers."""
+        own_bytes = self._weights.bytes + (self._state.bytes if self._state else 0)
         gathered: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(gathered, ours)
+        dist.all_gather_object(gathered, own_bytes)
         needed = sum(gathered) * (2 if self.path.suffix == ".nemo" else 1)
 
-        def look() -> None:
+        def check() -> None:
             free = shutil.disk_usage(self._partial).free
             if dist.get_rank() == 0 and free < needed:
                 raise OSError(errno.ENOSPC, f"no space left on the device: {needed:,} bytes needed, {free:,} free")
 
-        self._together(look)
+        self._on_all_ranks(check)
 
-    def _complete(self, sums: dict[str, tuple[int, str]]) -> None:
-        """Rank 0: the small files, the manifest, the name."""
+    def _complete(self, digests: dict[str, tuple[int, str]]) -> None:
+        """On rank 0, writes the small files and the manifest, and renames the checkpoint."""
         if dist.get_rank() != 0:
             return
         content, partial = self._content, self._partial
@@ -209,10 +212,10 @@ class PendingSave:
         content.architecture.copy_artifacts(partial / ARCHITECTURE, with_tensor_names=True)
         OmegaConf.save(content.config, partial / CONFIG_NAME)
         files = list_files(partial)
-        self._refuse_incomplete(files, sums)
-        sums |= digests(partial, [name for name in files if name not in sums])
+        self._refuse_incomplete(files, digests)
+        digests |= file_digests(partial, [name for name in files if name not in digests])
         flush_tree(partial)
-        write_manifest(partial, self._facts(), sums)
+        write_manifest(partial, self._facts(), digests)
         if self.path.suffix == ".nemo":
             archive = partial / _PACKED
             pack(partial, archive)
@@ -223,19 +226,17 @@ class PendingSave:
         else:
             atomic_replace(partial, self.path, CHECKPOINT)
 
-    def _refuse_incomplete(self, files: Sequence[str], sums: Mapping[str, tuple[int, str]]) -> None:
-        """No manifest is written for a checkpoint that lacks anything: of what every checkpoint holds, of what the
-        ranks wrote, of the model's own files.
-        """
+    def _refuse_incomplete(self, files: Sequence[str], digests: Mapping[str, tuple[int, str]]) -> None:
+        """Raises if a file is missing that every checkpoint has, that a rank wrote, or that belongs to the model."""
         ranks = dist.get_world_size() if self._state is not None else 0
-        expected = {*sums, *(f"{ARCHITECTURE}/{name}" for name in self._content.architecture.artifacts)}
+        expected = {*digests, *(f"{ARCHITECTURE}/{name}" for name in self._content.architecture.artifacts)}
         if self._state is not None:
             expected |= {f"{STATE}/{name}" for name in self._state.names_of_all_ranks}
         missing = missing_files(files, ranks=ranks) + sorted(expected - set(files))
         if missing:
             raise UserError(
                 f"checkpoint {self.path}",
-                got=f"no {', '.join(dict.fromkeys(missing))} after all ranks have written",
+                got=f"no {', '.join(dict.fromkeys(missing))} after all ranks wrote their files",
                 need="all files of the checkpoint, on a file system that all ranks share",
                 fix="set output to shared storage; older checkpoints are unchanged",
             )
@@ -253,7 +254,7 @@ class PendingSave:
 
 
 def save_nemo(path: str | Path, content: Content) -> None:
-    """Writes a checkpoint and waits for it; see `PendingSave`. Collective over all ranks."""
+    """Writes a checkpoint and waits until it is complete; see `PendingSave`. Collective over all ranks."""
     PendingSave(path, content).finish()
 
 

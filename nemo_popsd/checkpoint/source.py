@@ -1,4 +1,4 @@
-"""What `student.source` may name: a Hugging Face directory, a NeMo or NeMo 2 checkpoint, or an embedded model."""
+"""Opens `student.source`: a Hugging Face directory, a NeMo or NeMo 2 checkpoint, or an embedded model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemo_popsd.checkpoint.fingerprint import checkpoint_fingerprint, files_fingerprint, huggingface_fingerprint
+from nemo_popsd.checkpoint.digest import checkpoint_digest, directory_digest, huggingface_digest
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
 from nemo_popsd.checkpoint.nemo2 import Nemo2Checkpoint, is_nemo2_checkpoint
@@ -19,30 +19,31 @@ from nemo_popsd.megatron.student import LoadWeights
 
 @dataclass(frozen=True)
 class Source:
-    """An architecture and the weights to begin with."""
+    """An architecture and its weights."""
 
     architecture: HuggingFaceModel
-    """Model and tokenizer files."""
+    """Configuration and tokenizer of the model."""
     load: LoadWeights
-    """Fills a plain model."""
-    fingerprint: Callable[[], str]
-    """Tells the weights from any others, whatever the layout; reads all of them. Collective over all ranks."""
+    """Loads the weights into a model without adapters."""
+    weights_digest: Callable[[], str]
+    """SHA-256 that identifies the weights, independent of the layout. Reads all weights, except of a NeMo checkpoint.
+    Collective if there is a process group."""
     tensors: Callable[[], Mapping[str, Tensor]]
-    """The weights by their Hugging Face names, read one at a time, when asked for. Calling it is collective where there
-    is a process group; reading is not."""
+    """Returns the weights by Hugging Face names; each tensor is read on access. The call is collective if there is a
+    process group, the access is not."""
     precision: Callable[[], str]
-    """`bf16` or `fp32`: the one that holds every number of the weights."""
+    """`bf16` or `fp32`: the precision that represents all weights exactly."""
 
 
 def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
-    """Opens `name`; reads no weights.
+    """Opens a source. Reads no weights.
 
     Args:
-        name: what `student.source` says.
-        trust_remote_code: whether Python files of a Hugging Face directory may be run; without it none is.
+        name: value of `student.source`.
+        trust_remote_code: whether Python files of a Hugging Face directory may be run.
 
     Raises:
-        UserError: it is none of the four.
+        UserError: `name` is not a supported source.
     """
     path = asset(name) if name.startswith(PREFIX) else Path(name)
     if is_nemo_checkpoint(path):
@@ -59,35 +60,33 @@ def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
         return Source(
             checkpoint.architecture,
             load,
-            lambda: checkpoint_fingerprint(checkpoint.directory),
+            lambda: checkpoint_digest(checkpoint.directory),
             tensors,
             checkpoint.precision,
         )
     if is_nemo2_checkpoint(path):
         nemo2 = Nemo2Checkpoint(path)
         weights = nemo2.directory / "weights"
-        return Source(
-            nemo2.architecture, nemo2.load, lambda: files_fingerprint(weights), nemo2.tensors, nemo2.precision
-        )
+        return Source(nemo2.architecture, nemo2.load, lambda: directory_digest(weights), nemo2.tensors, nemo2.precision)
     model = HuggingFaceModel(path, trust_remote_code=trust_remote_code)
-    return Source(model, model.load, lambda: huggingface_fingerprint(path), model.tensors, model.precision)
+    return Source(model, model.load, lambda: huggingface_digest(path), model.tensors, model.precision)
 
 
 def base_of(checkpoint: NemoCheckpoint, otherwise: str) -> str:
-    """Where the base of a checkpoint lies: where the run found it, or `otherwise` if nothing is there any more."""
+    """Source of a checkpoint's base: the recorded one if it still exists, else `otherwise`."""
     recorded = checkpoint.config.student.source
     return recorded if recorded.startswith(PREFIX) or Path(recorded).exists() else otherwise
 
 
 def checked_base(checkpoint: NemoCheckpoint, name: str) -> LoadWeights:
-    """What fills a plain model with the base that `checkpoint` was trained from.
+    """A function that loads the base of `checkpoint` into a model without adapters.
 
     Args:
-        checkpoint: knows the base's fingerprint.
-        name: where the base lies now.
+        checkpoint: records the digest of the base's weights.
+        name: source of the base.
 
     Returns:
-        A function that raises `UserError`, on every rank, if another model lies there.
+        A function that raises `UserError` on every rank if the weights at `name` have another digest.
     """
 
     def load(model: Model) -> None:
@@ -97,7 +96,7 @@ def checked_base(checkpoint: NemoCheckpoint, name: str) -> LoadWeights:
 
 
 def _opened_base(checkpoint: NemoCheckpoint, name: str) -> Source:
-    """The base of `checkpoint` at `name`. Collective where there is a process group: reads all of it once."""
+    """Opens the base of `checkpoint` at `name` and checks its digest. Collective if there is a process group."""
     source = open_source(name)
-    checkpoint.refuse_other_base(name, source.fingerprint())
+    checkpoint.refuse_other_base(name, source.weights_digest())
     return source

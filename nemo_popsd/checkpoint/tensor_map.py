@@ -1,8 +1,8 @@
-"""Between the tensors of a Hugging Face directory and those of a Megatron distributed checkpoint, one at a time.
+"""Maps tensors of a Hugging Face directory to those of a Megatron distributed checkpoint and back, one at a time.
 
-Names come from Megatron-Bridge's mapping of the architecture. A distributed checkpoint holds whole tensors, whatever
-layout wrote it, under the names of Transformer Engine's layers: the layers of the model are the first dimension of
-one tensor, the experts of a layer the second. So nothing here needs a model or a layout.
+Names come from Megatron-Bridge's mapping of the architecture. A distributed checkpoint contains unsharded tensors with
+the names of Transformer Engine's layers, whatever layout wrote it: the layer index is the first dimension of a tensor,
+the expert index the second. So this module needs neither a model nor a layout.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE
 from nemo_popsd.runtime.cpu import adapt_megatron
 
 adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     AutoMapping,
     GatedMLPMapping,
@@ -30,6 +31,7 @@ from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     merge_qkv_weights,
     split_qkv_weights,
 )
+from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 
 _EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,58 +39,66 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 class TensorSource(Protocol):
-    """Tensors by their Hugging Face names."""
+    """Tensors by Hugging Face names."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the numbers."""
+        """Shape of one tensor, without reading its data."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """Reads one."""
+        """Reads one tensor."""
 
 
 @dataclass(frozen=True)
 class MegatronTensor:
-    """One parameter of one layer, and the Hugging Face tensors that it is made of."""
+    """One parameter of one layer, and the Hugging Face tensors from which it is built."""
 
     name: str
-    """The parameter's, as Transformer Engine's layers have it."""
+    """Name of the parameter in Transformer Engine's layers."""
     parts: tuple[str, ...]
-    """Hugging Face names, in the order of `join`: the tensor itself; gate and up; or query, key and value."""
+    """Hugging Face names: the tensor itself; gate and up; or query, key and value."""
 
     @property
     def key(self) -> str:
-        """Name in a distributed checkpoint: that of the parameter, without the layer and the expert."""
+        """Key in a distributed checkpoint: the name without the indices of layer and expert."""
         name = _EXPERT.sub(r"mlp.experts.experts.\1.\2", self.name)
         return _LAYER.sub(r"decoder.layers.\2", name)
 
     @property
     def position(self) -> tuple[int, ...]:
-        """Layer and expert, as far as it has them."""
+        """Indices of layer and expert, if the parameter has them."""
         layer, expert = _LAYER.match(self.name), _EXPERT.search(self.name)
-        return tuple(int(number) for match in (layer, expert) if match for number in match.groups() if number.isdigit())
+        return tuple(int(group) for match in (layer, expert) if match for group in match.groups() if group.isdigit())
 
 
 class TensorMap:
-    """All tensors of one architecture.
+    """The map for all tensors of one architecture.
 
     Attributes:
-        names: of the Hugging Face tensors.
-        tensors: the parameters they make up.
-        vocabulary: names of the tensors with one row per vocabulary entry.
+        names: names of the Hugging Face tensors.
+        tensors: the parameters that are built from them.
+        vocabulary: names of the tensors of shape [V, H] with one vector per vocabulary entry.
     """
 
-    def __init__(self, bridge: Any, provider: Any, names: Sequence[str], *, vocab_size: int, vocabulary: set[str]):
-        """Looks every name up.
+    def __init__(
+        self,
+        bridge: MegatronModelBridge,
+        provider: GPTModelProvider,
+        names: Sequence[str],
+        *,
+        vocab_size: int,
+        vocabulary: set[str],
+    ):
+        """Looks up every name.
 
         Args:
-            bridge: Megatron-Bridge's for the architecture.
-            provider: its provider, for numbers of layers, experts and heads.
-            names: of the Hugging Face tensors.
-            vocab_size: true vocabulary.
-            vocabulary: names of the tensors with one row per vocabulary entry.
+            bridge: Megatron-Bridge's bridge of the architecture.
+            provider: its provider, for the numbers of layers, experts and heads.
+            names: names of the Hugging Face tensors.
+            vocab_size: size of the vocabulary without padding.
+            vocabulary: names of the tensors of shape [V, H].
 
         Raises:
-            UserError: a tensor has no place in the architecture.
+            UserError: a tensor does not belong to the architecture, or one is missing.
         """
         self.names = list(names)
         self._provider = provider
@@ -106,27 +116,27 @@ class TensorMap:
             if not isinstance(mapping, AutoMapping | GatedMLPMapping | QKVMapping):
                 raise UserError(
                     "model",
-                    got=f"a tensor {name}" + (f" of the kind {type(mapping).__name__}" if mapping else ""),
-                    need=f"the tensors that {type(bridge).__name__} knows",
-                    fix="check the files, or give another model",
+                    got=f"a tensor {name}" + (f" with a {type(mapping).__name__}" if mapping else ""),
+                    need=f"the tensors that {type(bridge).__name__} maps",
+                    fix="check the files, or use another model",
                 )
             tensor = MegatronTensor(mapping.megatron_param, _parts(mapping.hf_param))
             self.tensors.append(tensor)
-            self._owner.update({part: (tensor, number) for number, part in enumerate(tensor.parts)})
+            self._owner.update({part: (tensor, index) for index, part in enumerate(tensor.parts)})
         if missing := sorted(self._owner.keys() - set(names)):
             raise UserError(
                 "model",
                 got=f"no tensor {missing[0]}",
                 need="the tensors of the architecture in config.json",
-                fix="check the files, or give another model",
+                fix="check the files, or use another model",
             )
 
     def owner(self, name: str) -> MegatronTensor:
-        """The parameter that holds the Hugging Face tensor `name`; of a tied output matrix, the embedding."""
+        """The parameter that contains the Hugging Face tensor `name`; for a tied output matrix, the embedding."""
         return self._owner[name if name in self._owner else self._embedding][0]
 
     def join(self, tensor: MegatronTensor, parts: Sequence[Tensor]) -> Tensor:
-        """Megatron's tensor of the Hugging Face ones; vocabularies are padded with zeros."""
+        """Builds Megatron's tensor from the Hugging Face tensors; the vocabulary is padded with zeros."""
         if len(parts) == 3:
             return merge_qkv_weights(self._provider, *parts)
         joined = torch.cat(list(parts)) if len(parts) == 2 else parts[0]
@@ -135,7 +145,10 @@ class TensorMap:
         return joined
 
     def split(self, tensor: MegatronTensor, joined: Tensor) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors of Megatron's, in the order of `tensor.parts`; also of the rows of an adapter."""
+        """Splits Megatron's tensor into the Hugging Face tensors, in the order of `tensor.parts`.
+
+        Also splits the matrix B of an adapter, which has the same output dimension.
+        """
         if len(tensor.parts) == 3:
             return tuple(split_qkv_weights(self._provider, joined))
         if len(tensor.parts) == 2:
@@ -147,18 +160,18 @@ class TensorMap:
         return math.ceil(self._vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def pieces(self, source: TensorSource, dtype: torch.dtype) -> Iterator[Piece]:
-        """What a distributed checkpoint with the tensors of `source` consists of; they are read when it is written."""
+        """Yields the pieces of a distributed checkpoint with the tensors of `source`, which are read on writing."""
         counts = (self._provider.num_layers, self._provider.num_moe_experts)
         for tensor in self.tensors:
             shapes = [source.shape(part) for part in tensor.parts]
-            rows = sum(shape[0] for shape in shapes)
+            length = sum(shape[0] for shape in shapes)
             if tensor.parts[0] in self.vocabulary:
-                rows = self._padded_vocabulary
+                length = self._padded_vocabulary
             outer = counts[: len(tensor.position)]
             yield Piece(
                 key=tensor.key,
                 position=tensor.position,
-                shape=(*outer, rows, *shapes[0][1:]),
+                shape=(*outer, length, *shapes[0][1:]),
                 dtype=dtype,
                 make=self._maker(tensor, source),
             )
@@ -168,31 +181,31 @@ class TensorMap:
 
 
 class MegatronWeights(Mapping[str, Tensor]):
-    """The tensors of a distributed checkpoint by their Hugging Face names, adapters left aside."""
+    """The tensors of a distributed checkpoint by Hugging Face names, without adapters."""
 
     def __init__(self, stored: DistributedTensors, tensor_map: TensorMap, *, prefix: str = "") -> None:
         """Keeps references only.
 
         Args:
             stored: the checkpoint.
-            tensor_map: of its architecture.
-            prefix: before every key of the checkpoint.
+            tensor_map: map of its architecture.
+            prefix: prefix of every key in the checkpoint.
         """
         self._stored, self._map, self._prefix = stored, tensor_map, prefix
-        self._held: tuple[MegatronTensor, tuple[Tensor, ...]] | None = None
+        self._last_read: tuple[MegatronTensor, tuple[Tensor, ...]] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        """Reads one.
+        """Reads one tensor.
 
         Raises:
-            UserError: the checkpoint lacks it, or is damaged.
+            UserError: the tensor is missing, or the checkpoint is damaged.
         """
         tensor = self._map.owner(name)
-        # Names of one parameter come one after the other: it is read once for all of them.
-        if self._held is None or self._held[0] is not tensor:
-            self._held = None
-            self._held = (tensor, self._map.split(tensor, self._read(tensor.key, tensor)))
-        return self._held[1][tensor.parts.index(name) if name in tensor.parts else 0]
+        # The names of one parameter are requested in sequence: the parameter is read once for all of them.
+        if self._last_read is None or self._last_read[0] is not tensor:
+            self._last_read = None
+            self._last_read = (tensor, self._map.split(tensor, self._read(tensor.key, tensor)))
+        return self._last_read[1][tensor.parts.index(name) if name in tensor.parts else 0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._map.names)
@@ -201,32 +214,32 @@ class MegatronWeights(Mapping[str, Tensor]):
         return len(self._map.names)
 
     def require_complete(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a checkpoint without all tensors of the architecture, each of its shape, from its index alone.
+        """Checks that the index lists all tensors of the architecture, each with its shape. Reads no tensor.
 
         Args:
-            shapes: of the Hugging Face tensors, by name.
+            shapes: shapes of the Hugging Face tensors by name.
 
         Raises:
-            UserError: names the first that is missing or another.
+            UserError: names the first tensor that is missing or has the wrong shape or type.
         """
         for tensor in self._map.tensors:
             key, position = self._require(tensor.key, tensor)
             stored = self._stored.shapes[key]
-            rows, inner = sum(shapes[part][0] for part in tensor.parts), shapes[tensor.parts[0]][1:]
-            padded = tensor.parts[0] in self._map.vocabulary and tuple(stored[:1]) >= (rows,)
-            whole = (stored[0] if padded else rows, *inner)
-            if tuple(stored[len(position) :]) != whole or any(
-                place >= count for place, count in zip(position, stored, strict=False)
+            length, inner = sum(shapes[part][0] for part in tensor.parts), shapes[tensor.parts[0]][1:]
+            padded = tensor.parts[0] in self._map.vocabulary and tuple(stored[:1]) >= (length,)
+            expected = (stored[0] if padded else length, *inner)
+            if tuple(stored[len(position) :]) != expected or any(
+                index >= count for index, count in zip(position, stored, strict=False)
             ):
-                raise self._refused(f"{key} of the shape {list(stored)}, in which {tensor.name} is not {list(whole)}")
+                raise self._refused(f"{key} of shape {list(stored)}, where {tensor.name} has shape {list(expected)}")
             if self._stored.dtype(key) not in _DTYPES:
-                raise self._refused(f"{key} in {self._stored.dtype(key)}")
+                raise self._refused(f"{key} of type {self._stored.dtype(key)}")
 
     def require_adapters(self, targets: Sequence[str]) -> None:
-        """Refuse a checkpoint without both factors on every linear of `targets`.
+        """Checks that the index lists both factors of an adapter on every linear layer of `targets`.
 
         Raises:
-            UserError: names the first that is missing.
+            UserError: names the first factor that is missing.
         """
         for tensor in self._map.tensors:
             linear = tensor.key.removesuffix(".weight")
@@ -235,19 +248,19 @@ class MegatronWeights(Mapping[str, Tensor]):
                     self._require(f"{linear}.adapter.{factor}.weight", tensor)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """A [r, in] and B [out, r] of the adapter on the tensor `name`, or None when it has none.
+        """A [r, in] and B [out, r] of the adapter on the tensor `name`, or None if it has no adapter.
 
-        Tensors that Megatron keeps as one (query, key and value; gate and up) share one A, and each has its rows of B.
+        Tensors that Megatron fuses (query, key and value; gate and up) share one A; each has its part of B.
         """
         tensor = self._map.owner(name)
         linear = tensor.key.removesuffix(".weight")
         a, b = (f"{linear}.adapter.{factor}.weight" for factor in ("linear_in", "linear_out"))
-        if name not in tensor.parts or linear == tensor.key or self._place(a, tensor) is None:
+        if name not in tensor.parts or linear == tensor.key or self._locate(a, tensor) is None:
             return None
         return self._read(a, tensor), self._map.split(tensor, self._read(b, tensor))[tensor.parts.index(name)]
 
-    def _place(self, key: str, tensor: MegatronTensor) -> tuple[str, tuple[int, ...]] | None:
-        """Where the checkpoint has `key` of the layer of `tensor`: with the layers as a dimension, or one by one."""
+    def _locate(self, key: str, tensor: MegatronTensor) -> tuple[str, tuple[int, ...]] | None:
+        """Stored key and position of `key` in the layer of `tensor`: stacked over layers, or one key per layer."""
         stacked = self._prefix + key
         if stacked in self._stored.shapes:
             return stacked, tensor.position
@@ -258,34 +271,34 @@ class MegatronWeights(Mapping[str, Tensor]):
         return (single, tuple(expert)) if single in self._stored.shapes else None
 
     def _read(self, key: str, tensor: MegatronTensor) -> Tensor:
-        place = self._require(key, tensor)
-        return self._stored.read(place[0], *place[1])
+        stored_key, position = self._require(key, tensor)
+        return self._stored.read(stored_key, *position)
 
     def _require(self, key: str, tensor: MegatronTensor) -> tuple[str, tuple[int, ...]]:
-        place = self._place(key, tensor)
-        if place is None:
+        location = self._locate(key, tensor)
+        if location is None:
             raise self._refused(f"no tensor {self._prefix}{key}")
-        return place
+        return location
 
     def _refused(self, got: str) -> UserError:
         return UserError(
             f"checkpoint {self._stored.directory}",
             got=got,
             need="weights of the architecture in its configuration",
-            fix="give another checkpoint",
+            fix="use another checkpoint",
         )
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """Weights W with the adapters of a checkpoint in them: W + s·B·A, computed in fp32 and rounded once."""
+    """Weights with merged adapters: W + s·B·A, computed in fp32 and rounded once to the type of W."""
 
     def __init__(self, base: Mapping[str, Tensor], adapters: MegatronWeights, *, scale: float) -> None:
         """Keeps references only.
 
         Args:
-            base: W, by Hugging Face names.
-            adapters: holds A and B.
-            scale: s, alpha over rank.
+            base: W by Hugging Face names.
+            adapters: contains A and B.
+            scale: s = alpha / rank.
         """
         self._base, self._adapters, self._scale = base, adapters, scale
 

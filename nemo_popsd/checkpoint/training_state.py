@@ -1,11 +1,11 @@
-"""Optimizer state on disk, in pieces that any layout can read, and each rank's random state.
+"""Saves and loads the optimizer state, in pieces that any layout can read, and each rank's random state.
 
-    training_state/index.json               Adam's count; of every piece its file, place and the whole tensor's shape
+    training_state/index.json               Adam's step count; file, offset and shape of every piece
     training_state/rank-00000.safetensors   pieces that rank 0 wrote
-    training_state/random-00000.safetensors generators of rank 0
+    training_state/random-00000.safetensors random generators of rank 0
 
-A piece is a box of the whole tensor, placed by Megatron's own sharding of the model's weights. Ranks that share a
-tensor-parallel shard share out the writing, so that each holds and writes 1/dp of the state.
+A piece is a box within the unsharded tensor; Megatron's sharding of the model's weights gives its offset. Data-parallel
+ranks with the same shard divide its parameters among them, so that each copies and writes 1/dp of the state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.optimizer import (
     make_sharded_optimizer_tensor,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,40 +41,59 @@ from nemo_popsd.runtime.random_state import restore_random_state
 _READ_ERRORS = (OSError, KeyError, ValueError, TypeError, SafetensorError)
 
 
+class _StoredPiece(TypedDict):
+    """Entry of the index for one piece."""
+
+    tensor: str
+    """Key of the unsharded tensor."""
+    file: str
+    key: str
+    """Name of the piece in the file."""
+    offset: Sequence[int]
+    shape: Sequence[int]
+    whole: Sequence[int]
+    """Shape of the unsharded tensor."""
+
+
 class StagedState:
-    """Optimizer and random state on their way to the disk, as copies in CPU memory.
+    """Copies of the optimizer and random state in CPU memory, to be written.
 
     Attributes:
-        files: what `write` writes.
-        bytes: of the copies.
-        names_of_all_ranks: files that the ranks write together, by their names in the folder.
+        files: files that `write` writes.
+        bytes: size of the copies.
+        names_of_all_ranks: names of the files that all ranks write.
     """
 
     def __init__(
-        self, models: Sequence[GPTModel], optimizer: Any, directory: Path, *, random_state: Mapping[str, Tensor]
+        self,
+        models: Sequence[GPTModel],
+        optimizer: MegatronOptimizer,
+        directory: Path,
+        *,
+        random_state: Mapping[str, Tensor],
     ) -> None:
-        """Takes the copies. Collective: under the distributed optimizer one reduction per parameter and state, and
-        one gather of names.
+        """Copies the state. Collective: one gather of names, and with the distributed optimizer one reduction per
+        parameter and state.
 
         Args:
-            models: this rank's parts of the model, bare.
-            optimizer: Megatron's.
+            models: this rank's chunks of the model, without wrappers.
+            optimizer: Megatron's optimizer.
             directory: the checkpoint; its folder `STATE` must exist.
-            random_state: of this rank.
+            random_state: state of this rank's random generators.
         """
         self._random = dict(random_state)
         self._tensors: dict[str, Tensor] = {}
         rank = dist.get_rank()
         self._folder = directory / STATE
         file = f"rank-{rank:05d}.safetensors"
-        pieces: list[dict[str, Any]] = []
-        for number, (state, sharding) in enumerate(_with_sharding(models, optimizer)):
-            owner = number % state.group.size()
+        pieces: list[_StoredPiece] = []
+        for index, (state, sharding) in enumerate(_with_sharding(models, optimizer)):
+            owner = index % state.group.size()
             for name in state.names:
-                whole = state.whole(name, owner)
-                if whole is None or not _written_by_this_shard(sharding):
+                tensor = state.whole(name, owner)
+                if tensor is None or not _written_by_this_shard(sharding):
                     continue
-                for piece in _pieces(sharding, whole, name):
+                for piece in _pieces(sharding, tensor, name):
                     box = _Box.of(piece)
                     key = f"{piece.key}@{'_'.join(map(str, box.offset))}"
                     self._tensors[key] = piece.data.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -87,11 +107,11 @@ class StagedState:
                             "whole": tuple(piece.global_shape),
                         }
                     )
-        gathered: list[Any] = [None] * dist.get_world_size()
+        gathered: list[list[_StoredPiece]] = [[]] * dist.get_world_size()
         dist.all_gather_object(gathered, pieces)
-        of_all = [piece for part in gathered for piece in part]
-        self._index = {"step_count": step_count(optimizer), "pieces": of_all}
-        self.names_of_all_ranks = {piece["file"] for piece in of_all} | set(map(random_file, range(len(gathered))))
+        all_pieces = [piece for part in gathered for piece in part]
+        self._index = {"step_count": step_count(optimizer), "pieces": all_pieces}
+        self.names_of_all_ranks = {piece["file"] for piece in all_pieces} | set(map(random_file, range(len(gathered))))
         self._files = {self._folder / random_file(rank): self._random}
         if self._tensors:
             self._files[self._folder / file] = self._tensors
@@ -107,24 +127,24 @@ class StagedState:
         for path, tensors in self._files.items():
             try:
                 save_file(tensors, path)
-            except SafetensorError as error:  # it wraps what the system said
+            except SafetensorError as error:  # it wraps errors of the system
                 raise OSError(f"{path.name}: {error}") from error
             path.chmod(0o644)
             flush_file(path)
         self._files = {}
 
     def finish(self) -> None:
-        """Writes the index; on rank 0."""
+        """Writes the index. Called on rank 0 only."""
         (self._folder / STATE_INDEX).write_text(json.dumps(self._index))
 
 
-def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: Any) -> int:
-    """Fills the optimizer, whatever layout wrote the checkpoint, and returns Adam's count. No collectives.
+def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: MegatronOptimizer) -> int:
+    """Loads the optimizer state, whatever layout wrote it, and returns Adam's step count. No collectives.
 
-    The model's weights must be loaded already. At most one parameter's state is held besides the optimizer's own.
+    The model's weights must have been loaded. Needs memory for the state of one parameter besides the optimizer's.
 
     Raises:
-        UserError: a piece is missing or of another shape.
+        DamagedCheckpointError: a piece is missing or has another shape.
     """
     folder = directory / STATE
     try:
@@ -132,31 +152,31 @@ def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: 
         reader = _Reader(folder, index["pieces"])
         for state, sharding in _with_sharding(models, optimizer):
             for name, part in state.values.items():
-                whole = torch.zeros(state.parameter.shape, dtype=torch.float32)
-                for piece in _pieces(sharding, whole, name):
+                tensor = torch.zeros(state.parameter.shape, dtype=torch.float32)
+                for piece in _pieces(sharding, tensor, name):
                     reader.fill(piece)
-                part.copy_(whole.view(-1)[state.begin : state.begin + part.numel()])
+                part.copy_(tensor.view(-1)[state.begin : state.begin + part.numel()])
         reader.close()
     except _READ_ERRORS as error:
-        raise damaged(directory, f"{STATE} that cannot be read ({error})") from error
+        raise damaged(directory, f"an unreadable {STATE} ({error})") from error
     set_step_count(optimizer, index["step_count"])
     return int(index["step_count"])
 
 
 def load_random_state(directory: Path) -> None:
-    """Puts this rank's generators back where they were; only in the layout that wrote the checkpoint.
+    """Restores this rank's random generators; valid only in the layout that wrote the checkpoint.
 
     Raises:
-        UserError: this rank's file cannot be read.
+        DamagedCheckpointError: this rank's file cannot be read.
     """
     try:
         restore_random_state(load_file(directory / STATE / random_file(dist.get_rank())))
     except _READ_ERRORS as error:
-        raise damaged(directory, f"a random state that cannot be read ({error})") from error
+        raise damaged(directory, f"an unreadable random state ({error})") from error
 
 
 class _Box:
-    """Offset and shape of a part of a tensor, prepended axes (the layer's number) included."""
+    """Offset and shape of a part of a tensor, including the prepended axis for the layer index."""
 
     def __init__(self, offset: Sequence[int], shape: Sequence[int]) -> None:
         self.offset, self.shape = tuple(offset), tuple(shape)
@@ -166,49 +186,51 @@ class _Box:
         return cls(piece.global_offset, (1,) * piece.prepend_axis_num + tuple(piece.local_shape))
 
     def overlap(self, other: _Box) -> _Box | None:
-        begins = list(map(max, self.offset, other.offset))
+        starts = list(map(max, self.offset, other.offset))
         ends = list(map(min, self._ends(), other._ends()))
-        if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+        if any(start >= end for start, end in zip(starts, ends, strict=True)):
             return None
-        return _Box(begins, [end - begin for begin, end in zip(begins, ends, strict=True)])
+        return _Box(starts, [end - start for start, end in zip(starts, ends, strict=True)])
 
     def within(self, outer: _Box) -> tuple[slice, ...]:
         """Indices of this box inside `outer`."""
-        begins = [mine - its for mine, its in zip(self.offset, outer.offset, strict=True)]
-        return tuple(starmap(lambda begin, size: slice(begin, begin + size), zip(begins, self.shape, strict=True)))
+        starts = [inner - start for inner, start in zip(self.offset, outer.offset, strict=True)]
+        return tuple(starmap(lambda start, size: slice(start, start + size), zip(starts, self.shape, strict=True)))
 
     def _ends(self) -> list[int]:
-        return [begin + size for begin, size in zip(self.offset, self.shape, strict=True)]
+        return [start + size for start, size in zip(self.offset, self.shape, strict=True)]
 
 
 class _Reader:
-    """Pieces of a checkpoint, found by the tensor they belong to."""
+    """Pieces of a checkpoint by the key of their tensor."""
 
-    def __init__(self, folder: Path, pieces: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, folder: Path, pieces: Sequence[_StoredPiece]) -> None:
         self._folder = folder
-        self._pieces: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        self._pieces: dict[str, list[_StoredPiece]] = defaultdict(list)
         for piece in pieces:
             self._pieces[piece["tensor"]].append(piece)
         self._open: dict[str, Any] = {}
 
     def fill(self, wanted: ShardedTensor) -> None:
-        """Copies what overlaps `wanted` into its data."""
+        """Copies the overlap of the stored pieces with `wanted` into its data."""
         box = _Box.of(wanted)
         assert wanted.data is not None
         target = wanted.data[(None,) * wanted.prepend_axis_num]
-        found = 0
+        filled = 0
         for piece in self._pieces.get(wanted.key, ()):
-            # A padded vocabulary has another size in another layout; its padding is 0 everywhere.
+            # The padded size of the vocabulary depends on the layout; the state of the padding is 0 in every layout.
             if tuple(piece["whole"]) != tuple(wanted.global_shape) and not wanted.allow_shape_mismatch:
-                raise ValueError(f"{wanted.key} is {piece['whole']}, and {tuple(wanted.global_shape)} in this model")
+                raise ValueError(
+                    f"{wanted.key} has shape {piece['whole']}, and {tuple(wanted.global_shape)} in this model"
+                )
             saved = _Box(piece["offset"], piece["shape"])
             overlap = box.overlap(saved)
             if overlap is not None:
                 part = self._file(piece["file"]).get_slice(piece["key"])[overlap.within(saved)[-wanted.data.dim() :]]
                 target[overlap.within(box)] = part.reshape(overlap.shape)
-                found += math.prod(overlap.shape)
-        if found < wanted.data.numel() and not (wanted.allow_shape_mismatch and found):
-            raise ValueError(f"{wanted.key} is not complete")
+                filled += math.prod(overlap.shape)
+        if filled < wanted.data.numel() and not (wanted.allow_shape_mismatch and filled):
+            raise ValueError(f"{wanted.key} is incomplete")
 
     def close(self) -> None:
         """Closes the files."""
@@ -223,25 +245,28 @@ class _Reader:
 Sharding: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
-def _with_sharding(models: Sequence[GPTModel], optimizer: Any) -> Iterator[tuple[ParameterState, Sharding]]:
+def _with_sharding(
+    models: Sequence[GPTModel], optimizer: MegatronOptimizer
+) -> Iterator[tuple[ParameterState, Sharding]]:
     states = list(parameter_states(optimizer))
-    sharded = {str(number): model.sharded_state_dict() for number, model in enumerate(models)}
+    sharded = {str(index): model.sharded_state_dict() for index, model in enumerate(models)}
     by_position = get_param_id_to_sharded_param_map(sharded, [state.parameter for state in states])
     for position, state in enumerate(states):
         yield state, by_position[position]
 
 
-def _pieces(sharding: Sharding, whole: Tensor, name: str) -> list[ShardedTensor]:
-    """`whole`, a state of one parameter's shard, as boxes that are views of it."""
-    built = make_sharded_optimizer_tensor(sharding, whole, name)
+def _pieces(sharding: Sharding, tensor: Tensor, name: str) -> list[ShardedTensor]:
+    """Views of `tensor`, the state `name` of one parameter's shard, as boxes of the unsharded tensor."""
+    built = make_sharded_optimizer_tensor(sharding, tensor, name)
     pieces = list(nested_values(built.build())) if isinstance(built, ShardedTensorFactory) else [built]
-    assert all(p.data.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for p in pieces)
+    assert all(p.data.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for p in pieces)
     return pieces
 
 
 def _written_by_this_shard(sharding: Sharding) -> bool:
-    """Whether this rank's model-parallel place is the one that writes the parameter: the last of a replica's numbers
-    counts data-parallel copies, the others count copies within the model.
+    """Whether this rank's model-parallel position writes the parameter.
+
+    The last entry of `replica_id` counts data-parallel copies, the others count copies within the model.
     """
     replica = sharding.replica_id
     return isinstance(replica, int) or not any(replica[:-1])

@@ -1,8 +1,8 @@
-"""Megatron distributed checkpoints read without running code that lies in them.
+"""Makes reading Megatron distributed checkpoints safe: no code from their files is run.
 
-Two of their files are pickles. `.metadata` is given to `pickle.load` by torch (filesystem.py:930), and an entry of it
-may say that a tensor is to be read with an unrestricted `torch.load` (default_planner.py:387); `common.pt` is read with
-torch's weights-only unpickler, unless an environment variable says otherwise. `safe_unpickling` closes all three ways.
+Two of their files are pickles. torch's `FileSystemReader.read_metadata` reads `.metadata` with `pickle.load`, and an
+entry of it can make `DefaultLoadPlanner.load_bytes` read a file with an unrestricted `torch.load`. `common.pt` is read
+with torch's weights-only unpickler unless an environment variable disables it. `safe_unpickling` prevents all three.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _METADATA_CLASSES = {
 }
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _SUBCLASSES = {(_MEGATRON, "MCoreMetadata"): Metadata, (_MEGATRON, "MCoreSavePlan"): SavePlan}
-"""What megatron-core 0.15 derived from torch's classes; nothing of it is needed here."""
+"""Subclasses of megatron-core 0.15 that are read as torch's classes; their additional content is not needed."""
 
 
 class RefusedPickle(pickle.UnpicklingError):
-    """A pickle that names something other than a checkpoint's metadata."""
+    """A pickle refers to something other than metadata of a checkpoint."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -54,20 +54,22 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _SUBCLASSES[module, name]
         if name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        raise RefusedPickle(f"its metadata names {module}.{name}, which tensors do not need; nothing was run")
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise RefusedPickle(
+            f"its metadata refers to {module}.{name}, which is not metadata of tensors; no code was run"
+        )
 
 
 def load_metadata(file: IO[bytes]) -> Metadata:
-    """The metadata in `file`, which can name nothing but metadata. Entries that are no tensors are left out.
+    """Reads the metadata in `file`. Entries that are not tensors are left out.
 
     Raises:
-        RefusedPickle: it names anything else.
+        RefusedPickle: the pickle refers to anything but metadata.
     """
     metadata = _MetadataUnpickler(io.BytesIO(file.read())).load()
     if not isinstance(metadata, Metadata):
-        raise RefusedPickle(f"its metadata is a {type(metadata).__name__}; nothing was run")
+        raise RefusedPickle(f"its metadata is a {type(metadata).__name__}; no code was run")
     entries = metadata.state_dict_metadata
     metadata.state_dict_metadata = {k: v for k, v in entries.items() if not isinstance(v, BytesStorageMetadata)}
     return metadata
@@ -75,13 +77,13 @@ def load_metadata(file: IO[bytes]) -> Metadata:
 
 @contextmanager
 def safe_unpickling() -> Iterator[None]:
-    """Within, torch's and Megatron's checkpoint readers run no code from the files they read."""
+    """Context in which the checkpoint readers of torch and Megatron run no code from files. Not thread-safe."""
     forced = os.environ.pop(_FORCE, None)
-    kept = filesystem.pickle
+    original = filesystem.pickle
     filesystem.pickle = SimpleNamespace(load=load_metadata, dump=pickle.dump)  # type: ignore[assignment]
     try:
         yield
     finally:
-        filesystem.pickle = kept
+        filesystem.pickle = original
         if forced is not None:
             os.environ[_FORCE] = forced

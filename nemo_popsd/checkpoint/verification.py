@@ -1,15 +1,14 @@
-"""Whether two directories hold one model: every tensor bit for bit, and the logits of transformers and of Megatron.
+"""Checks that two sources contain the same model: compares all tensors bit for bit, and the logits.
 
-The tensors are compared through the names' mapping alone. The logits come from the other way to read a checkpoint, the
-one that training takes: Megatron's model, built and loaded in the layout of this run. A mapping that is wrong both ways
-leaves the tensors equal and the logits apart.
+The tensors are compared by means of the mapping of names. For the logits, transformers computes one side; for the other
+side Megatron's model is built and loaded in the layout of this run, as in training. A mapping that is wrong in both
+directions leaves the tensors equal, but changes the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +26,8 @@ from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.distributed import device, initialize, world_size
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-"""Largest difference of two logits, relative to the greatest logit, by precision. Kernels that sum in another order
-differ by some 1e-6 in fp32 and 1e-2 in bf16; a wrong rotation, norm or order of heads by some 1e-1 and more."""
+"""Largest accepted difference of two logits, relative to the greatest logit, by precision. Kernels that sum in another
+order differ by about 1e-6 in fp32 and 1e-2 in bf16; a wrong rotation, norm or order of heads by 1e-1 or more."""
 
 _TEXT = (
     "Let x be a positive integer with x² + 3x = 40. Then (x + 8)(x - 5) = 0, so x = 5. Wait, check: 25 + 15 = 40. "
@@ -40,18 +39,18 @@ _TOKENS = 256
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared and found equal."""
+    """Result of a successful comparison."""
 
     tensors: int
-    """Number of tensors that are equal bit for bit (after rounding, where the precision asks for it)."""
+    """Number of tensors that are equal bit for bit (after rounding to the precision)."""
     tokens: int
-    """Length of the sample."""
+    """Number of tokens for which logits were compared."""
     text: bool
-    """Whether the sample is text, rather than random ids for want of a tokenizer."""
+    """Whether the tokens are text; without a tokenizer they are random ids."""
     difference: float
     """Largest difference of two logits, relative to the greatest."""
     same_choice: float
-    """Share of positions at which both sides have the same most likely token."""
+    """Fraction of positions at which both sides have the same most likely token."""
 
 
 def verify(
@@ -62,36 +61,40 @@ def verify(
     trust_remote_code: bool = False,
     compared: Callable[[], object] = lambda: None,
 ) -> Verification:
-    """Compares a Hugging Face directory with another source of the same model. Collective over all ranks, which
-    hold Megatron's model split by tensor parallelism; rank 0 holds transformers' before.
+    """Compares a Hugging Face directory with another source of the same model. Collective over all ranks.
+
+    First rank 0 loads the model of transformers; then all ranks load Megatron's model with tensor parallelism over the
+    world.
 
     Args:
-        huggingface: one side.
-        other: the other, which Megatron loads.
-        precision: in which both compute, `bf16` or `fp32`.
-        trust_remote_code: whether Python files of the Hugging Face directory may be run; without it none is.
+        huggingface: the model that transformers loads.
+        other: the source that Megatron loads.
+        precision: precision of both computations, `bf16` or `fp32`.
+        trust_remote_code: whether Python files of the Hugging Face directory may be run.
         compared: called on rank 0 after each tensor.
 
     Raises:
-        UserError: on every rank, naming what differs.
+        UserError: on every rank; names the difference.
     """
     initialize(ParallelConfig(tensor=world_size()), seed=0)
     tensors = other.tensors()
-    found: list[Any] = [None]
+    outcome: list[tuple[list[str], list[int], bool, Tensor | None]] = [([], [], False, None)]
     if dist.get_rank() == 0:
         different = _different_tensors(huggingface, tensors, DTYPES[precision], compared)
-        ids, text = _sample(huggingface)
+        ids, text = _token_ids(huggingface)
         expected = None if different else _transformers_logits(huggingface, ids, DTYPES[precision], trust_remote_code)
-        found = [(different, ids, text, expected)]
-    dist.broadcast_object_list(found, src=0)
-    different, ids, text, expected = found[0]
+        outcome = [(different, ids, text, expected)]
+    dist.broadcast_object_list(outcome, src=0)
+    different, ids, text, expected = outcome[0]
     if different:
-        raise _unequal(huggingface, f"{len(different)} tensors that differ, the first of them {different[0]}")
+        raise _unequal(huggingface, f"{len(different)} different tensors, the first is {different[0]}")
+    assert expected is not None
     logits = _megatron_logits(other, ids, precision)
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE[precision]:
         raise _unequal(
-            huggingface, f"logits that differ by {difference:.2g} of the greatest (limit {TOLERANCE[precision]:g})"
+            huggingface,
+            f"logits that differ by {difference:.2g} of the greatest logit (limit {TOLERANCE[precision]:g})",
         )
     same = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
     return Verification(len(huggingface.tensor_names), len(ids), text, difference, same)
@@ -108,8 +111,8 @@ def _different_tensors(
     return different
 
 
-def _sample(model: HuggingFaceModel) -> tuple[list[int], bool]:
-    """Token ids of `_TEXT`, repeated to a length that shows positions apart; random ids where there is no tokenizer."""
+def _token_ids(model: HuggingFaceModel) -> tuple[list[int], bool]:
+    """Up to `_TOKENS` ids of the repeated `_TEXT`, and True; random ids and False if there is no tokenizer."""
     length = min(_TOKENS, getattr(model.config, "max_position_embeddings", _TOKENS))
     try:
         tokenizer = load_tokenizer(model.directory)
@@ -129,7 +132,7 @@ def _transformers_logits(
 ) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    reference: Any = AutoModelForCausalLM.from_pretrained(
+    reference: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         model.directory,
         config=model.config,
         dtype=dtype,
@@ -145,7 +148,7 @@ def _transformers_logits(
 def _megatron_logits(source: Source, ids: list[int], precision: str) -> Tensor:
     student = StudentConfig(precision=precision, adaptation="full")
     provider, size = source.architecture.provider(), world_size()
-    # Experts need it beside tensor parallelism. It splits the sequence evenly.
+    # Megatron requires sequence parallelism for experts with tensor parallelism; the length must be divisible.
     sequence = size > 1 and provider.num_moe_experts is not None
     [model] = build_chunks(provider, student, ParallelConfig(tensor=size, sequence=sequence))
     model.eval()
@@ -155,14 +158,14 @@ def _megatron_logits(source: Source, ids: list[int], precision: str) -> Tensor:
     input_ids = torch.tensor([ids], device=device())
     positions = torch.arange(len(ids), device=device())[None]
     logits = model(input_ids=input_ids, position_ids=positions, attention_mask=None)
-    whole = gather_from_tensor_model_parallel_region(logits)
-    return whole[:, :length, : source.architecture.vocab_size].float().cpu()
+    gathered = gather_from_tensor_model_parallel_region(logits)
+    return gathered[:, :length, : source.architecture.vocab_size].float().cpu()
 
 
 def _unequal(model: HuggingFaceModel, got: str) -> UserError:
     return UserError(
         f"verification of {model.directory}",
         got=got,
-        need="one model on both sides",
-        fix="do not use what was written; if the source is intact, report it with its config.json",
+        need="the same model on both sides",
+        fix="do not use the converted model; if the source is intact, report the defect with its config.json",
     )

@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoints: each rank writes and reads its shards, any layout can be read back."""
+"""Megatron distributed checkpoints: each rank writes and reads its shards, and any layout can read them."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from nemo_popsd.checkpoint.trust import safe_unpickling
 from nemo_popsd.errors import UserError
 
 Which = Callable[[str], bool]
-"""Says by its name whether a parameter belongs into a checkpoint."""
+"""Whether a parameter is saved or loaded, by its name."""
 
 
 def every_parameter(name: str) -> bool:
-    """All of them."""
+    """Selects all parameters."""
     return True
 
 
 def adapter_parameters(name: str) -> bool:
-    """The adapters alone."""
+    """Selects the parameters of adapters."""
     return ".adapter." in name
 
 
 class StagedWeights:
-    """Weights on their way to the disk: staged and finished on all ranks together, written without collectives."""
+    """Weights to be written: staging and `finish` are collective, `write` uses no collectives."""
 
     def __init__(self, models: Sequence[GPTModel], directory: Path, *, which: Which, copy: bool) -> None:
-        """Plans who writes what. Collective over all ranks: one gather and one scatter of plans.
+        """Plans which rank writes which shards. Collective over all ranks: one gather and one scatter of plans.
 
         Args:
-            models: this rank's parts of the model, bare.
+            models: this rank's chunks of the model, without wrappers.
             directory: must exist and be empty, on a file system that all ranks share.
             which: parameters to write.
-            copy: write copies in CPU memory, so that training may go on meanwhile.
+            copy: whether copies in CPU memory are written, so that training can continue meanwhile.
         """
-        # Megatron collects the writers' results through a manager process (filesystem_async.py:55), which re-imports
-        # the program and can outlive it, and forks its writers, which is unsafe beside threads. Here the caller's
-        # thread writes, and an ordinary queue will do.
+        # Megatron's `_get_write_results_queue` starts a manager process, which re-imports the program and can outlive
+        # it; its writers are forked, which is unsafe with threads. Here the caller's thread writes, and an ordinary
+        # queue is sufficient.
         filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(_sharded_state(models, which), str(directory), async_sharded_save=True)
         assert request is not None
@@ -62,7 +62,7 @@ class StagedWeights:
             self._transforms = request.async_fn.args[0]
             _, buckets, self._results = request.async_fn_args
             self._buckets = request.preload_fn() if request.preload_fn else buckets
-        # What is on a device was copied already, to write it.
+        # Tensors on a device have been copied to the host by `preload_fn`.
         if copy and all(p.device.type == "cpu" for model in models for p in model.parameters()):
             self._buckets = [
                 (path, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
@@ -78,21 +78,21 @@ class StagedWeights:
             OSError: from the file system.
         """
         written: dict[int, Any] = {}
-        for number, bucket in enumerate(self._buckets):
+        for index, bucket in enumerate(self._buckets):
             results: queue.Queue[tuple[int, Any]] = queue.Queue()
             token: queue.Queue[int] = queue.Queue()
-            token.put(number)
-            FileSystemWriterAsync.write_preloaded_data(self._transforms, number, bucket, results, token, use_fsync=True)
+            token.put(index)
+            FileSystemWriterAsync.write_preloaded_data(self._transforms, index, bucket, results, token, use_fsync=True)
             _, outcome = results.get()
             if isinstance(outcome, Exception):
                 raise _system_error(outcome) or outcome
-            written[number] = outcome
+            written[index] = outcome
         if self._buckets:
             self._results.put(written)
         self._buckets = []
 
     def finish(self) -> None:
-        """Writes the metadata, once every rank has written. Collective over all ranks.
+        """Writes the metadata after every rank has written. Collective over all ranks.
 
         Raises:
             OSError: from the file system, on rank 0; the other ranks return.
@@ -103,13 +103,13 @@ class StagedWeights:
                 function()
             except OSError as error:
                 failed = failed or error
-                dist.barrier()  # Each of Megatron's functions ends with one, at which the others wait.
+                dist.barrier()  # Each of Megatron's functions ends with a barrier, at which the other ranks wait.
         if failed:
             raise failed
 
 
 class StagedPieces:
-    """Weights that rank 0 computes as it writes them, with the methods of `StagedWeights`."""
+    """Weights that rank 0 computes while it writes them; the interface is that of `StagedWeights`."""
 
     def __init__(self, pieces: Sequence[Piece], directory: Path) -> None:
         """Keeps references only.
@@ -124,15 +124,15 @@ class StagedPieces:
 
     @property
     def files(self) -> list[Path]:
-        """What this rank has written."""
+        """Files that this rank has written."""
         return sorted(self._directory.iterdir()) if self._pieces else []
 
     def write(self) -> None:
-        """Writes this rank's files, which are all of them or none.
+        """Writes all files on rank 0; does nothing on the other ranks.
 
         Raises:
             OSError: from the file system.
-            UserError: what the pieces are made of is damaged.
+            UserError: the source of the pieces is damaged.
         """
         if not self._pieces:
             return
@@ -142,20 +142,19 @@ class StagedPieces:
             raise next(iter(error.failures.values()))[0] from error
 
     def finish(self) -> None:
-        """The index was written with the rest."""
+        """Does nothing: `write` has written the metadata."""
 
 
 def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = every_parameter) -> None:
-    """Reads the sharded state in the layout of `models`. Collective over all ranks. Runs no code from the files.
+    """Loads the weights in the layout of `models`. Collective over all ranks. Runs no code from the files.
 
     Args:
-        models: this rank's parts of the model, bare.
-        directory: of the distributed checkpoint.
-        which: parameters to read; all that it holds must be among them.
+        models: this rank's chunks of the model, without wrappers.
+        directory: the distributed checkpoint.
+        which: parameters to load; the checkpoint must not contain others.
 
     Raises:
-        UserError: the directory holds no complete distributed checkpoint, or one of another model, or one that tries
-            to run code.
+        UserError: the directory is not a complete distributed checkpoint of this model, or refers to code.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise _unusable(directory, "no Megatron distributed checkpoint")
@@ -166,37 +165,39 @@ def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = 
             )
     except (CheckpointException, CheckpointingException, EOFError, OSError, UnpicklingError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise _unusable(directory, f"one that cannot be read ({reason})") from reason
+        raise _unusable(directory, f"an unreadable distributed checkpoint ({reason})") from reason
     missing: set[str] = set(absent)
-    left_over: set[str] = set(unread)
-    for number, model in enumerate(models):
-        state = states[str(number)]
-        # A linear with an adapter is stored under its own name (adapter_wrapper.py:187), and loaded under the
-        # wrapper's.
+    unexpected: set[str] = set(unread)
+    for index, model in enumerate(models):
+        state = states[str(index)]
+        # A layer with an adapter is saved with its own name (`AdapterWrapper.sharded_state_dict`), and loaded with that
+        # of the wrapper's attribute.
         wrapped = {name.removesuffix(".to_wrap") for name, _ in model.named_modules() if name.endswith(".to_wrap")}
         keys = {name: ".to_wrap.".join(name.rsplit(".", 1)) for name in state if name.rpartition(".")[0] in wrapped}
         without, beyond = model.load_state_dict({keys.get(k, k): v for k, v in state.items()}, strict=False)
         missing |= {name for name in without if which(name)}
-        left_over |= set(beyond)
-    missing, left_over = ({n for n in names if "_extra_state" not in n} for names in (missing, left_over))
-    if missing or left_over:
-        raise _unusable(directory, f"missing {sorted(missing)[:4]}, left over {sorted(left_over)[:4]}")
+        unexpected |= set(beyond)
+    missing, unexpected = ({n for n in names if "_extra_state" not in n} for names in (missing, unexpected))
+    if missing or unexpected:
+        raise _unusable(
+            directory, f"missing tensors {sorted(missing)[:4]}, unexpected tensors {sorted(unexpected)[:4]}"
+        )
 
 
 def _sharded_state(models: Sequence[GPTModel], which: Which) -> dict[str, Any]:
-    """Tensors only: what Transformer Engine keeps beside them is of use for fp8 alone, and is a pickle."""
+    """The selected tensors. Transformer Engine's extra state is left out: it is a pickle, and only fp8 uses it."""
     return {
-        str(number): {
+        str(index): {
             name: entry
             for name, entry in model.sharded_state_dict().items()
             if which(name) and not isinstance(entry, ShardedObject)
         }
-        for number, model in enumerate(models)
+        for index, model in enumerate(models)
     }
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """What the system said, where torch's zip writer says only that its position is wrong."""
+    """The system's error among the causes of `error`; torch's zip writer hides it behind a RuntimeError."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
@@ -207,5 +208,5 @@ def _unusable(directory: Path, got: str) -> UserError:
         f"checkpoint {directory}",
         got=got,
         need="weights written by nemo_popsd for the model in model_config.yaml",
-        fix="give another checkpoint",
+        fix="use another checkpoint",
     )

@@ -28,14 +28,14 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check both paths, then convert."""
     from nemo_popsd.config.consistency import check_checkpoint, check_output
-    from nemo_popsd.files.atomic import refuse_what_is_in_the_way
+    from nemo_popsd.files.atomic import refuse_occupied
     from nemo_popsd.files.ownership import ADAPTER, EXPORT, refuse_overlap
 
     check_checkpoint(args.checkpoint, setting="CHECKPOINT")
     check_output(args.output, setting="OUTPUT")
     kind = ADAPTER if args.adapter else EXPORT
     refuse_overlap(Path(args.output), {"CHECKPOINT": args.checkpoint}, setting="OUTPUT")
-    refuse_what_is_in_the_way(Path(args.output), kind, setting="OUTPUT")
+    refuse_occupied(Path(args.output), kind, setting="OUTPUT")
     run_command(_load_adapter_export if args.adapter else _load_export, args.checkpoint, args.output)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from nemo_popsd.cli.failures import as_lost_peer
-from nemo_popsd.errors import START_AGAIN, TransientError, UserError, in_words, may_pass
+from nemo_popsd.errors import START_AGAIN, TransientError, UserError, describe_error, is_transient
 from nemo_popsd.parallel.launcher import check_rendezvous, read_launch
 
 P = ParamSpec("P")
@@ -46,8 +46,8 @@ def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kw
         lost = as_lost_peer(error, command=command.__name__, config=args[0] if args else None)
         if lost is not None:
             raise lost from error
-        if isinstance(error, OSError) and may_pass(error):
-            raise TransientError(command.__name__, got=in_words(error), fix=START_AGAIN) from error
+        if isinstance(error, OSError) and is_transient(error):
+            raise TransientError(command.__name__, got=describe_error(error), fix=START_AGAIN) from error
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)

@@ -17,7 +17,7 @@ from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, re
 from nemo_popsd.cli.arguments import Parser
 from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_output_closes
 from nemo_popsd.cli.failures import LostPeerError
-from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, unless_it_may_pass
+from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, user_or_transient
 from nemo_popsd.parallel import launcher
 
 _COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with missing_packages_named():
             status = int(args.run(args) or 0)
     except (UserError, TransientError) as error:
-        reported = unless_it_may_pass(error) if isinstance(error, UserError) else error
+        reported = user_or_transient(error) if isinstance(error, UserError) else error
         _report(reported)
         status = USER_ERROR if isinstance(reported, UserError) else TRANSIENT
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.files import resolve_path
 from nemo_popsd.diagnosis.record import refuse_other_files
-from nemo_popsd.embedded.names import located
+from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.run import as_file_name, conclude_all, prepare_sets, weights_digest
 from nemo_popsd.files.output_lock import OutputLock
@@ -53,7 +53,7 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     run.share_lock(lock)
     checkpoint = run.checkpoint()
     completed = checkpoint.step if checkpoint else 0
-    trainer = build_trainer(config, completed=completed, may_write=run.is_own)
+    trainer = build_trainer(config, completed=completed, may_write=run.is_held)
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
     model.checkpoints.check_lock = run.check_lock
     run.begin(completed)
@@ -176,7 +176,7 @@ def export(checkpoint: str, output: str) -> None:
 
 def _refuse_as_output(output: str, checkpoint: str, opened: NemoCheckpoint) -> None:
     """Refuses an output that is, contains or is inside the checkpoint or the base."""
-    base = located(opened.config.student.source)
+    base = local_path(opened.config.student.source)
     refuse_overlap(Path(output), {"CHECKPOINT": checkpoint, "the base model": base}, setting="OUTPUT")
 
 

@@ -73,9 +73,9 @@ class RunDirectory:
         dist.broadcast_object_list(box, src=0)
         self._hold = box[0]
 
-    def is_own(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the output still belongs to this run; on any rank."""
-        return self._hold is None or self._hold.is_own()
+        return self._hold is None or self._hold.is_held()
 
     def check_lock(self) -> None:
         """Refuses to write into an output that belongs to another run; on any rank.

@@ -13,7 +13,7 @@ from nemo_popsd.data.named_sets import named_source
 from nemo_popsd.data.sources import check_source
 from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.atomic import beside
+from nemo_popsd.files.atomic import names_needed
 from nemo_popsd.files.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
 from nemo_popsd.rollout.vllm.environment import check_environment
 
@@ -174,7 +174,7 @@ def _check_ownership(config: PopsdConfig, output: Path, present: Sequence[str]) 
                 fix="set output to another directory, or rename that file",
             )
     if config.training.export_huggingface:
-        for name in beside(output / "huggingface"):
+        for name in names_needed(output / "huggingface"):
             refuse_foreign(name, EXPORT)
 
 

@@ -89,7 +89,7 @@ def _text(path: Path) -> str:
         raise UserError(what, got=got, need=need, fix="save it as UTF-8, or correct the path") from None
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Composes nodes within limits of number and depth. Tags are refused: the keys determine the types."""
 
     def __init__(self, text: str) -> None:

@@ -17,7 +17,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.values import MISSING, check_text, from_plain
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
-from nemo_popsd.settings.bounds import Text, hints, ruled
+from nemo_popsd.settings.bounds import Text, declared_rules, hints
 from nemo_popsd.settings.checks import shown
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def load_schema(schema: type[T], tree: Mapping[str, Any], overrides: Sequence[st
         if MISSING in (value if isinstance(value, list) else [value]):
             raise UserError(what, got=f"{key}={MISSING} (missing)", need="a value", fix=f"set {key}")
     resolve(values, known, what)
-    rules = dict(ruled(schema))
+    rules = dict(declared_rules(schema))
     for key, value in values.items():
         rule = rules.get(key, Text.LINE)
         if isinstance(rule, Text) and isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Rows and prompts: sources, templates, the three distinct contexts of each row, datasets and their order.
+"""Rows and prompts: sources, templates, the three distinct contexts of each row, datasets and samplers.
 
-Only the tokenizer is used here: no model, no Megatron, no collectives.
+This package uses the tokenizer, but no model, no Megatron and no collectives.
 """

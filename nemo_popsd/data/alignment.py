@@ -1,7 +1,7 @@
-"""Where the response stands in each context.
+"""Positions of the response in each context.
 
-The same response ids follow each prompt unchanged; prompts differ in length, so each context has its own
-positions. The shift by one between a token and the position that predicts it is written here and nowhere else.
+The same response ids follow each prompt unchanged. Prompts differ in length, so the positions differ by context. Only
+this module implements the shift by one between a token and the position that predicts it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 
 def append_response(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[int]:
-    """Context ids: the prompt, then the response exactly as it was sampled (never decoded and re-encoded)."""
+    """Ids of a sequence: the prompt, then the response exactly as it was generated (not decoded and re-encoded)."""
     if not len(prompt_ids):
-        raise ValueError("empty prompt: the first response token would have nothing to be predicted from")
+        raise ValueError("empty prompt: no position predicts the first response token")
     return [*prompt_ids, *response_ids]
 
 
 def response_positions(prompt_length: int, response_length: int) -> slice:
-    """Positions of the context whose hidden state predicts each response token, in response order.
+    """Positions of the sequence whose hidden state predicts each response token, in response order.
 
-    With prompt length P and response length R the context has P + R positions, counted from 0. Response token
-    i stands at P + i and is predicted at P + i - 1, so the slice is [P - 1, P + R - 1): R positions, the first
-    of which is the last prompt position. The state at the last response token predicts nothing in the response.
-    An empty response gives an empty slice; a response cut at its limit is aligned like any other.
+    With prompt length P and response length R, the sequence has P + R positions, counted from 0. Response token i has
+    position P + i and is predicted at P + i - 1, so the slice is [P - 1, P + R - 1): R positions, the first of which is
+    the last prompt position. The state at the last response token predicts no token of the response. An empty response
+    gives an empty slice; a truncated response is aligned like any other.
 
     Args:
         prompt_length: tokens of this context's prompt, at least 1.

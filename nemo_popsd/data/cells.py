@@ -1,4 +1,4 @@
-"""What one row holds: text, answers, and messages, from the column that the configuration names."""
+"""Text, answers and messages of one row, from the columns that the configuration names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nemo_popsd.data.records import is_blank
 
 _ROLES = {"question": "user", "reference": "assistant"}
 _NO_ANSWERS = frozenset(("nan", "<na>"))
-"""How pandas writes a missing value as text."""
+"""Texts that pandas writes for a missing value."""
 
 
 def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
-    """The text of `column`, as it stands there. A column of chat messages gives the only one of its role.
+    """The unchanged text of `column`. A column of chat messages must hold exactly one message of the field's role.
 
     Args:
         row: the row.
-        column: its name; a dot parts a column from a field in it, or from the place in a list.
-        field: `question` or `reference`, which is the message of the user or the assistant.
+        column: its name; a dot separates a column from a field in it or from an index into a list.
+        field: `question` (the user's message) or `reference` (the assistant's message).
 
     Raises:
         MalformedError: the column is missing, empty, or holds something else.
@@ -33,7 +33,7 @@ def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
 
 
 def scalar_of(row: Mapping[str, Any], column: str) -> str:
-    """The text or number of `column`, without outer spaces; a number as people write it: 18, not 18.0 or 1e+16.
+    """The text or number of `column`, without outer spaces; a number in plain notation: 18, not 18.0 or 1e+16.
 
     Raises:
         MalformedError: the column is missing, empty, not a number, or holds something else.
@@ -49,7 +49,7 @@ def scalar_of(row: Mapping[str, Any], column: str) -> str:
 
 def _written(value: float | Decimal, column: str) -> str:
     if not math.isfinite(value):
-        raise MalformedError(f"column {column!r} holds {value}, which is no number")
+        raise MalformedError(f"column {column!r} holds {value}, which is not a number")
     if value == int(value):
         return str(int(value))
     return format(Decimal(repr(value)) if isinstance(value, float) else Decimal(value), "f")
@@ -63,8 +63,8 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
         if name not in row:
             raise MalformedError(f"no column {column!r}, only {', '.join(row) or '(none)'}")
         value = row[name]
-        for place, field in enumerate(fields):
-            value = _field(value, field, ".".join((name, *fields[:place])))
+        for depth, field in enumerate(fields):
+            value = _field(value, field, ".".join((name, *fields[:depth])))
     if value is None:
         raise MalformedError(f"column {column!r} is null")
     return value
@@ -81,36 +81,36 @@ def _field(value: Any, field: str, where: str) -> Any:
         if not -len(value) <= int(field) < len(value):
             raise MalformedError(f"no item {field} in column {where!r}, which has {len(value)}")
         return value[int(field)]
-    raise MalformedError(f"column {where!r} holds {_kind(value)}, which has no field {field!r}")
+    raise MalformedError(f"column {where!r} holds {_type_name(value)}, which has no field {field!r}")
 
 
 def _message(messages: list[Any], column: str, field: str) -> Any:
-    """The content of the only message of the role that `field` takes."""
+    """The content of the only message with the role of `field`."""
     role = _ROLES[field]
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if None in roles or not roles:
         raise MalformedError(f"column {column!r} holds a list, not text or messages with role and content")
     hint = f"; name one message, as in {column}.0.content"
     if not set(roles) <= {"user", "assistant"}:
-        other = next(found for found in roles if found not in ("user", "assistant"))
-        raise MalformedError(f"column {column!r} holds a message of role {other!r}, which would be left out{hint}")
+        other = next(unknown for unknown in roles if unknown not in ("user", "assistant"))
+        raise MalformedError(f"column {column!r} holds a message of role {other!r}, which would be ignored{hint}")
     if roles.count(role) != 1 or roles.count("user") > 1:
-        told = f"{roles.count('user')} messages of the user and {roles.count('assistant')} of the assistant"
-        raise MalformedError(f"column {column!r} holds {told}, not one {role} message{hint}")
+        counts = f"{roles.count('user')} messages of the user and {roles.count('assistant')} of the assistant"
+        raise MalformedError(f"column {column!r} holds {counts}, not one {role} message{hint}")
     return messages[roles.index(role)].get("content")
 
 
 def _checked(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise MalformedError(f"column {column!r} holds {_kind(value)}, not text")
+        raise MalformedError(f"column {column!r} holds {_type_name(value)}, not text")
     if is_blank(value):
         raise MalformedError(f"column {column!r} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise MalformedError(f"column {column!r} holds half a surrogate pair") from None
+        raise MalformedError(f"column {column!r} holds an unpaired surrogate") from None
     return value
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return "null" if value is None else type(value).__name__

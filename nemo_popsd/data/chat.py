@@ -1,4 +1,4 @@
-"""The chat template as seen by the contexts: rendering, tokenising, and the assistant prefix it ends in."""
+"""The chat template: rendering and tokenising of prompts, and the assistant prefix in which they end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _THOUGHT = ("<think>", "</think>")
 
 
 class Encoded(NamedTuple):
-    """Token ids of one text, and for each token the index of the first character it comes from."""
+    """Token ids of one text, and for each token the index of its first character."""
 
     ids: list[int]
     starts: list[int]
@@ -29,12 +29,12 @@ class ChatFormat:
 
     Attributes:
         assistant_prefix: the text in which every prompt must end: what `add_generation_prompt` adds or, for
-            templates that do not heed it, whatever follows the user's text.
-        ignores_thinking: the template renders alike with `enable_thinking` on and off.
+            templates that ignore it, what follows the user's text.
+        ignores_thinking: the template renders the same text with `enable_thinking` on and off.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str | None, enable_thinking: bool) -> None:
-        """Read the template's behaviour off two probe conversations.
+        """Determine the template's behaviour from probe conversations.
 
         Raises:
             UserError: no chat template, one that cannot be rendered (with this system turn) or that has no
@@ -73,23 +73,23 @@ class ChatFormat:
         return self._render(user_turn, True, thinking=self.enable_thinking)
 
     def mark_in(self, text: str) -> str | None:
-        """The first token that is spelled out in `text` and could open or close a turn there, or None.
+        """The first control token that `text` contains and that could open or close a turn, or None.
 
-        These are the tokenizer's special tokens and every added token that the chat template writes, whether or not
-        the tokenizer calls it special. The two around a thought are not among them: a reference may quote one.
+        Control tokens are the tokenizer's special tokens and every added token that the chat template writes, whether
+        or not the tokenizer declares it special. The two around a thought are excluded: a reference may quote them.
         """
-        found = next((mark for mark in self._marks if mark in text), None)
-        if found is None and self._normalizer is not None and not text.isascii():
+        present = next((mark for mark in self._marks if mark in text), None)
+        if present is None and self._normalizer is not None and not text.isascii():
             text = self._normalizer.normalize_str(text)
-            found = next((mark for mark in self._marks if mark in text), None)
-        return found
+            present = next((mark for mark in self._marks if mark in text), None)
+        return present
 
     def beyond(self, vocab_size: int) -> dict[int, str]:
-        """The tokens for which a model with `vocab_size` embeddings has none, by id."""
-        return {number: token for token, number in self._tokenizer.get_vocab().items() if number >= vocab_size}
+        """The tokens without an embedding in a model with `vocab_size` embeddings, by id."""
+        return {token_id: token for token, token_id in self._tokenizer.get_vocab().items() if token_id >= vocab_size}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenise `texts` in one batch. No BOS is added, since the chat template has its own; nothing is cut."""
+        """Tokenise `texts` in one batch, without truncation and without a BOS, which the chat template writes."""
         if not texts:
             return []
         batch = self._tokenizer(
@@ -113,8 +113,8 @@ class ChatFormat:
         """
         if not text.endswith(self.assistant_prefix):
             return None
-        begin = len(text) - len(self.assistant_prefix)
-        return [token for token, start in zip(encoded.ids, encoded.starts, strict=True) if start >= begin]
+        prefix_start = len(text) - len(self.assistant_prefix)
+        return [token for token, start in zip(encoded.ids, encoded.starts, strict=True) if start >= prefix_start]
 
     def _find_marks(self) -> list[str]:
         template = self._tokenizer.chat_template
@@ -144,7 +144,7 @@ class ChatFormat:
             "chat template",
             got=f"prompts that end in {after[0]!r} and {after[1]!r}",
             need="one assistant prefix in which every prompt ends",
-            fix="use a chat template that heeds add_generation_prompt",
+            fix="use a chat template that supports add_generation_prompt",
         )
 
     def _render(self, user_turn: str, add_generation_prompt: bool, *, thinking: bool) -> str:
@@ -160,7 +160,7 @@ class ChatFormat:
             rendered = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
             )
-        # A template is a program of somebody else's: what it raises is not all of jinja2.
+        # A template is a program, which may raise other errors than those of jinja2.
         except (jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise UserError(
                 "chat template",

@@ -1,4 +1,4 @@
-"""Configuration of the training and validation rows and of the four contexts made from each."""
+"""Configuration of the training and validation rows and of the four contexts of each row."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from nemo_popsd.settings.checks import one_of, pattern
 
 @dataclass(kw_only=True)
 class ColumnsConfig:
-    """Which column of the file holds which field of a record.
+    """The column of the file for each field of a record.
 
-    A dot parts a column from a field in it (`reward_model.ground_truth`) or from the place in a list
+    A dot separates a column from a field in it (`reward_model.ground_truth`) or from an index into a list
     (`messages.0.content`). A column of chat messages, each with `role` and `content`, may hold question or reference:
-    then it is the only message of the user, or of the assistant.
+    the question is then the only message of the user, the reference the only one of the assistant.
     """
 
     id: str | None = None
-    """Column with a unique row id; null numbers the rows by their line."""
+    """Column with a unique row id; null uses the line number."""
     question: str = "question"
     """Column with the problem statement."""
     reference: str | None = "reference"
-    """Column with the reference solution that the privileged teacher sees; null (evaluation only) means none."""
+    """Column with the reference solution that the teachers see; null (evaluation only) means none."""
     answer: str | None = None
-    """Column with the final answer, for evaluation; null takes it from the reference by the source's pattern."""
+    """Column with the final answer, for evaluation; null extracts it from the reference by `answer_pattern`."""
 
 
 @dataclass(kw_only=True)
@@ -34,15 +34,15 @@ class SourceConfig:
     """One data set: JSONL or Parquet files, a saved `datasets` directory, or `nemo_popsd:NAME` for an embedded one."""
 
     path: Annotated[str, Text.PATH] = ""
-    """File; pattern of files (`data/train-*.parquet`); directory with the files of one split, also in its `data`, or
-    saved by `datasets`; `nemo_popsd:tiny_train` / `nemo_popsd:tiny_validation`; empty means none."""
+    """A file; a pattern of files (`data/train-*.parquet`); a directory that holds the files of one split, directly or
+    in `data`, or that `datasets` saved; `nemo_popsd:tiny_train` or `nemo_popsd:tiny_validation`; empty means none."""
     more_paths: Annotated[list[str], Text.PATH] = field(default_factory=list)
-    """Further files, patterns or directories of the same columns, read after `path`."""
+    """Further files, patterns or directories with the same columns, read after `path`."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """Column mapping."""
     answer_pattern: str | None = None
-    """Expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`). For
-    `data.validation` alone, and not beside `columns.answer`."""
+    """Regular expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`).
+    Only for `data.validation`, and only if `columns.answer` is null."""
     limit: Annotated[int | None, Bounds(1, 10**12)] = None
     """Read only the first `limit` rows."""
 
@@ -51,14 +51,14 @@ class SourceConfig:
 class TemplatesConfig:
     """User-turn texts. `{question}`, `{reference}` and `{question_block}` are replaced; other braces are literal.
 
-    The privileged teacher's and the reference-only teacher's turns are the same `teacher` body; they differ by
-    `question_block` alone, which is empty for the reference-only teacher.
+    The privileged and the reference-only teacher share the `teacher` body; their turns differ only in `question_block`,
+    which is empty for the reference-only teacher.
     """
 
     student: Annotated[str, Text.PROSE] = (
         "Problem: {question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     )
-    """What the student (and the frozen base) sees."""
+    """User turn of the student and the frozen base."""
     question_block: Annotated[str, Text.PROSE] = "Problem: {question}\n\n"
     """The only difference between the two teachers' prompts."""
     teacher: Annotated[str, Text.PROSE] = (
@@ -67,14 +67,14 @@ class TemplatesConfig:
         "After understanding the reference solution, derive the answer independently, in your own words. "
         "Please reason step by step, and put your final answer within \\boxed{}."
     )
-    """Body shared by both teachers; must not refer to a problem that the reference-only teacher cannot see."""
+    """Body shared by both teachers; must not refer to the problem, which the reference-only teacher does not see."""
     system: Annotated[str | None, Text.PROSE] = None
     """System turn shared by all four contexts; null means none."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Rows, templates, limits, and what happens to rows that do not fit."""
+    """Rows, templates, limits, and the treatment of rows that exceed the limits."""
 
     train: SourceConfig = field(default_factory=SourceConfig)
     """Rows to train on (question and reference)."""
@@ -85,9 +85,10 @@ class DataConfig:
     enable_thinking: bool = True
     """Passed to the chat template; templates that ignore it are reported."""
     max_prompt_tokens: Annotated[int, Bounds(1, 10**7)] = 2048
-    """Longest student prompt, chat template included. Longer rows follow `overlong_rows`: a question is never cut."""
+    """Maximum length of the student prompt in tokens, chat template included. `overlong_rows` applies to longer ones:
+    a question is never truncated."""
     max_reference_tokens: Annotated[int, Bounds(1, 10**7)] = 8192
-    """Longest reference text in tokens. Longer ones follow `long_references`."""
+    """Maximum length of the reference text in tokens. `long_references` applies to longer ones."""
     long_references: str = "truncate"
     """`truncate` (at the end, identically in both teacher contexts, counted), `drop`, or `error`."""
     overlong_rows: str = "drop"
@@ -95,7 +96,7 @@ class DataConfig:
     malformed_rows: str = "error"
     """Rows that cannot be read or lack a question or reference: `error` (file, line, reason) or `skip` (counted)."""
     shuffle: bool = True
-    """Visit training rows in an order drawn from the seed, anew each epoch."""
+    """Shuffle the training rows in each epoch, by the seed."""
 
     def __post_init__(self) -> None:
         one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))

@@ -1,4 +1,4 @@
-"""From a record to the token ids of its three distinct prompts.
+"""The token ids of the three distinct prompts of a record.
 
 | context | user turn | used by |
 |---|---|---|
@@ -6,10 +6,10 @@
 | privileged | question and reference | the privileged teacher |
 | reference | reference, no question | the reference-only teacher |
 
-Two relatives of the method put another row's reference where a context has the row's own (`Borrowed`).
+Two related targets use another row's reference in one context (`Borrowed`).
 
-All end in the same assistant prefix, so that the same response ids continue each of them
-(`nemo_popsd.data.alignment`). Only the reference is ever shortened, before it enters both teachers' turns.
+All prompts end in the same assistant prefix, so that the same response ids continue each of them
+(`nemo_popsd.data.alignment`). Only the reference is ever truncated, before both teachers' turns are made.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from nemo_popsd.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 64  # Texts tokenised per call: enough to occupy the cores, few enough to hold long offsets in memory.
-_MOST_TOKENS_PER_CHARACTER = 4  # A byte-level tokenizer makes at most one token of each UTF-8 byte.
-_MERGE_SLACK = 16  # Tokens by which joining pieces of text may exceed the sum of the pieces.
+_BATCH = 64  # texts tokenised per call: enough to occupy the cores, few enough to keep the offsets in memory
+_MOST_TOKENS_PER_CHARACTER = 4  # a byte-level tokenizer makes at most one token of each UTF-8 byte
+_MERGE_SLACK = 16  # tokens by which a joined text may exceed the sum of its pieces
 
 
 class Borrowed(StrEnum):
-    """Which context of a row holds the reference of another row."""
+    """The context of a row that holds the reference of another row."""
 
     NONE = ""
     """The paper's contexts."""
     PRIVILEGED = "privileged"
     """The privileged teacher sees the question with another row's reference (OP²SD, arXiv 2608.09228)."""
     SECOND = "reference"
-    """In place of the reference alone, the second context is the question with another row's reference, in the words
-    of the privileged one (wrong-reference contrast)."""
+    """The reference-only context is replaced by the question with another row's reference, in the privileged teacher's
+    template (wrong-reference contrast)."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Contexts:
     reference_text: str
     """The row's reference as the teachers see it."""
     reference_truncated: bool
-    """Whether that is less than the record's reference."""
+    """Whether the record's reference is longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class FittedRow:
-    """A record that keeps to the limits, with the reference text that both teachers will see."""
+    """A record within the limits, with the reference text that both teachers see."""
 
     record: Record
     reference_text: str | None
@@ -72,7 +72,7 @@ class FittedRow:
 
 
 class Misfit(StrEnum):
-    """Why a row is left out."""
+    """Why a row is dropped or skipped."""
 
     MALFORMED = "malformed"
     LONG_REFERENCE = "long reference"
@@ -81,7 +81,7 @@ class Misfit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RejectedRow:
-    """A record that is left out, under settings that say to leave such rows out."""
+    """A record that the settings drop or skip."""
 
     record: Record
     why: Misfit
@@ -93,20 +93,20 @@ class ContextBuilder:
 
     Attributes:
         assistant_prefix: the text in which every prompt ends.
-        template_ignores_thinking: `enable_thinking` changes nothing (also logged once, as a warning).
-        longest_context: a bound on the length in tokens of any prompt made here, reference included. Adding
-            the response limit gives the sequence length that training must allow for.
+        template_ignores_thinking: `enable_thinking` has no effect (also logged once, as a warning).
+        longest_context: a bound on the length in tokens of any prompt, reference included. Adding the response limit
+            gives the longest sequence of the training.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, vocab_size: int | None = None
     ) -> None:
-        """Check the templates and the chat template; nothing is tokenised yet but probes.
+        """Check the templates and the chat template, with probe texts only.
 
         Args:
             tokenizer: of the student.
             config: the section `data`.
-            vocab_size: number of embeddings of the student; None leaves token ids unchecked.
+            vocab_size: number of embeddings of the student; None skips the check of token ids.
 
         Raises:
             UserError: from `check_templates` and `ChatFormat`, or the templates use a token without an embedding.
@@ -125,19 +125,19 @@ class ContextBuilder:
         self.longest_context = self._longest_context()
 
     def fit(self, records: Sequence[Record], *, with_reference: bool = True) -> list[FittedRow | RejectedRow]:
-        """Measure `records` and shorten their references, in order. One tokenisation of all long references.
+        """Check the length of `records` and truncate their references, in order.
 
         Args:
             records: rows as read.
-            with_reference: False leaves references unread, as evaluation does.
+            with_reference: False ignores references, as evaluation does.
 
         Raises:
-            UserError: naming the row, for a misfit whose setting says `error`, a missing reference, a token without
-                an embedding, or a student prompt that does not end in the assistant prefix.
+            UserError: naming the row, for a misfit whose setting is `error`, a missing reference, a token without an
+                embedding, or a student prompt that does not end in the assistant prefix.
         """
         rows: list[FittedRow | RejectedRow] = []
-        for begin in range(0, len(records), _BATCH):
-            batch = records[begin : begin + _BATCH]
+        for start in range(0, len(records), _BATCH):
+            batch = records[start : start + _BATCH]
             prompts = self._chat.encode([self._student_text(record) for record in batch])
             if self._beyond:
                 for record in batch:
@@ -145,7 +145,7 @@ class ContextBuilder:
                     self._refuse_beyond(f"row {record.id}", "reference", (with_reference and record.reference) or "")
             references: list[tuple[str | None, int]] = [(None, 0)] * len(batch)
             if with_reference:
-                references[:] = self._shorten([_reference_of(record) for record in batch])
+                references[:] = self._truncate([_reference_of(record) for record in batch])
             for record, prompt, (reference, tokens) in zip(batch, prompts, references, strict=True):
                 rows.append(self._judge(record, len(prompt.ids), reference, tokens))
         return rows
@@ -155,12 +155,12 @@ class ContextBuilder:
 
         Args:
             row: the row.
-            borrowed: which context has the reference of `other`.
-            other: another row; needed unless nothing is borrowed.
+            borrowed: the context that holds the reference of `other`.
+            other: another row; required unless `borrowed` is `NONE`.
 
         Raises:
-            UserError: naming the row, when the prompts do not end in the same assistant prefix, the chat
-                template altered the question or the reference, or `longest_context` does not hold.
+            UserError: naming the row, if the prompts do not end in the same assistant prefix, the chat template altered
+                the question or the reference, or a prompt is longer than `longest_context`.
         """
         record, reference = row.record, row.reference_text
         if reference is None:
@@ -188,8 +188,8 @@ class ContextBuilder:
             raise UserError(
                 f"row {record.id}",
                 got=f"a context of {longest} tokens",
-                need=f"at most {self.longest_context}, the bound announced for these templates and limits",
-                fix="leave the row out",
+                need=f"at most {self.longest_context}, the bound for these templates and limits",
+                fix="remove the row",
             )
         return Contexts(
             student=encoded[0].ids,
@@ -203,15 +203,15 @@ class ContextBuilder:
         """Contexts of one record: `fit`, then `contexts`.
 
         Raises:
-            UserError: as those two, and for a row that the settings leave out.
+            UserError: as those two, and for a row that the settings drop or skip.
         """
         row = self.fit([record])[0]
         if isinstance(row, RejectedRow):
-            raise UserError(f"row {record.id}", got=row.detail, need="a row within the limits", fix="leave it out")
+            raise UserError(f"row {record.id}", got=row.detail, need="a row within the limits", fix="remove it")
         return self.contexts(row)
 
     def student_prompt(self, record: Record) -> list[int]:
-        """Token ids of the student's prompt alone, as evaluation needs it; limits are left to `fit`."""
+        """Token ids of the student's prompt only, for evaluation; limits are not checked (see `fit`)."""
         return self._chat.encode([self._student_text(record)])[0].ids
 
     def _student_text(self, record: Record) -> str:
@@ -221,21 +221,21 @@ class ContextBuilder:
             raise self._prefix_mismatch(record, [text], [])
         return text
 
-    def _shorten(self, references: Sequence[str]) -> list[tuple[str, int]]:
-        """For each text: what is left of it within the limit, and its own tokens (0: too few to need counting)."""
+    def _truncate(self, references: Sequence[str]) -> list[tuple[str, int]]:
+        """For each text: the text truncated to the limit, and its original number of tokens (0: certainly within)."""
         limit = self._config.max_reference_tokens
-        suspects = [i for i, text in enumerate(references) if len(text) * _MOST_TOKENS_PER_CHARACTER > limit]
-        shortened = [(text, 0) for text in references]
-        for index, encoded in zip(suspects, self._chat.encode([references[i] for i in suspects]), strict=True):
+        long = [i for i, text in enumerate(references) if len(text) * _MOST_TOKENS_PER_CHARACTER > limit]
+        truncated = [(text, 0) for text in references]
+        for index, encoded in zip(long, self._chat.encode([references[i] for i in long]), strict=True):
             text = references[index]
             tokens = len(encoded.ids)
             while len(encoded.ids) > limit:
-                # The first token left out may begin inside the last character: that character goes with it. The
-                # rest can, rarely, tokenise into more than `limit` again.
+                # The first removed token may start inside the last character, which is then removed too. In rare
+                # cases the remaining text tokenises into more than `limit` tokens again.
                 text = text[: min(encoded.starts[limit], len(text) - 1)]
                 encoded = self._chat.encode([text])[0]
-            shortened[index] = (text, tokens)
-        return shortened
+            truncated[index] = (text, tokens)
+        return truncated
 
     def _judge(self, record: Record, length: int, reference: str | None, tokens: int) -> FittedRow | RejectedRow:
         config = self._config
@@ -256,7 +256,7 @@ class ContextBuilder:
             raise UserError(
                 f"row {record.id}",
                 got=f"nothing left of the reference at data.max_reference_tokens={config.max_reference_tokens}",
-                need="room for at least a few words",
+                need="space for at least a few words",
                 fix="set data.max_reference_tokens higher",
             )
         return FittedRow(record, reference, truncated, length)
@@ -269,7 +269,7 @@ class ContextBuilder:
                     what,
                     got=f"the token {self._beyond[token]!r} with id {token} in its {where}",
                     need=f"ids below the model's vocab_size={self._vocab_size} (config.json)",
-                    fix="take the token out of tokenizer.json, or give the model an embedding for it",
+                    fix="remove the token from tokenizer.json, or add an embedding for it to the model",
                 )
 
     def _reject(self, record: Record, why: Misfit, detail: str, setting: str, policy: str) -> RejectedRow:
@@ -284,7 +284,7 @@ class ContextBuilder:
         return RejectedRow(record, why, f"row {record.id}: {detail}")
 
     def _longest_context(self) -> int:
-        """The tokens of the empty templates plus the most that question and reference can add."""
+        """The tokens of the empty templates plus the maximum that question and reference can add."""
         templates, config = self._config.templates, self._config
         turns = user_turns(templates, question="", reference="")
         empty = self._chat.encode([self._chat.render(text) for text in (turns.student, turns.privileged)])
@@ -325,7 +325,7 @@ def _require_verbatim(record: Record, what: str, part: str, texts: Sequence[str]
     if any(part.strip() not in text for text in texts):
         raise UserError(
             f"row {record.id}",
-            got=f"a rendered prompt without the {what} as it stands in the row",
-            need=f"a chat template that leaves the user's text alone, so that all contexts share the {what}",
+            got=f"a rendered prompt without the unchanged {what} of the row",
+            need=f"a chat template that does not change the user's text, so that all contexts share the {what}",
             fix="fix the chat template",
         )

@@ -1,8 +1,8 @@
 """Prepared rows for training, and prompts with answers for evaluation.
 
-All rows are read, checked and measured at once, before any model is loaded. The long token ids are made when a
-row is visited: 20,000 rows with long references would take gigabytes of Python integers on every rank, while
-one row takes milliseconds.
+All rows are read and checked before any model is loaded. A row is tokenised when it is visited: the token ids of 20,000
+rows with long references would take gigabytes of Python integers on every rank, while tokenising one row takes
+milliseconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One training row as a step sees it."""
+    """One training row with its contexts."""
 
     record: Record
     contexts: Contexts
@@ -46,34 +46,34 @@ class EvaluationPrompt:
 
 
 class PromptDataset(Dataset[PromptRow]):
-    """Fitted rows by index, in file order; the contexts are made on access and are the same each time."""
+    """Fitted rows by index, in file order; the contexts are made on each access and are deterministic."""
 
     def __init__(self, rows: Sequence[FittedRow], builder: ContextBuilder, borrowed: Borrowed = Borrowed.NONE) -> None:
         self._rows = list(rows)
-        self._places: dict[str, int] | None = None
+        self._indices: dict[str, int] | None = None
         self.builder = builder
         self._borrowed = borrowed
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over id, question and reference of every row, in order: tells the rows, wherever their file lies."""
-        total = hashlib.sha256()
+    def data_digest(self) -> str:
+        """SHA-256 over id, question and reference of every row, in order; independent of the path of the files."""
+        digest = hashlib.sha256()
         for row in self._rows:
             record = row.record
-            total.update(json.dumps([record.id, record.question, record.reference]).encode())
-        return total.hexdigest()
+            digest.update(json.dumps([record.id, record.question, record.reference]).encode())
+        return digest.hexdigest()
 
     def by_id(self, row_id: str) -> PromptRow:
         """The row with this id.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no row has it.
         """
-        if self._places is None:
-            self._places = {row.record.id: place for place, row in enumerate(self._rows)}
-        return self[self._places[row_id]]
+        if self._indices is None:
+            self._indices = {row.record.id: index for index, row in enumerate(self._rows)}
+        return self[self._indices[row_id]]
 
     def __getitem__(self, index: int) -> PromptRow:
         row = self._rows[index]
@@ -81,22 +81,22 @@ class PromptDataset(Dataset[PromptRow]):
         return PromptRow(row.record, self.builder.contexts(row, self._borrowed, other))
 
     def _lender(self, index: int) -> int:
-        """The row whose reference row `index` borrows: always the same one, which has another reference."""
+        """Index of the row whose reference row `index` borrows: deterministic, and with another reference."""
         row, count = self._rows[index], len(self._rows)
         first = int.from_bytes(hashlib.sha256(row.record.id.encode()).digest()[:8], "big") % count
-        for step in range(count):
-            place = (first + step) % count
-            if self._rows[place].reference_text != row.reference_text:
-                return place
+        for offset in range(count):
+            lender = (first + offset) % count
+            if self._rows[lender].reference_text != row.reference_text:
+                return lender
         raise UserError(
             "data",
-            got=f"{count} rows, none of which has another reference than row {row.record.id}",
-            need="rows with different references, since this target borrows one",
+            got=f"{count} rows that all have the reference of row {row.record.id}",
+            need="rows with different references, since this target uses another row's reference",
             fix="set data.train or distillation.target.family",
         )
 
     def index(self, row_id: str) -> int | None:
-        """Index of the row with this id; None where there is none."""
+        """Index of the row with this id; None if there is none."""
         return next((index for index, row in enumerate(self._rows) if row.record.id == row_id), None)
 
 
@@ -108,20 +108,24 @@ def build_dataset(
     *,
     vocab_size: int | None = None,
 ) -> tuple[PromptDataset, DataReport]:
-    """Read, check and measure the rows of `source`; the report is logged as one line.
-
-    `borrowed` says which context of a row holds another row's reference; `vocab_size` is the model's, against which
-    token ids are checked.
+    """Read and check the rows of `source`; the report is logged as one line.
 
     Every rank calls this with the same arguments and gets the same rows in the same order; no collectives.
 
+    Args:
+        config: the section `data`.
+        source: to read.
+        tokenizer: of the student.
+        borrowed: the context of a row that holds another row's reference.
+        vocab_size: number of embeddings of the student; None skips the check of token ids.
+
     Raises:
-        UserError: from reading, from the templates, from a row under an `error` setting, or when no row is left.
+        UserError: from reading, from the templates, for a misfit whose setting is `error`, or if no row is left.
     """
     builder = ContextBuilder(tokenizer, config, vocab_size=vocab_size)
     rows, report = _fitted_rows(config, source, builder, evaluation=False)
     dataset = PromptDataset(rows, builder, borrowed)
-    # One row in full, so that a chat template with a fault of its own is refused here and not in the first step.
+    # Building one row refuses a faulty chat template before the first step.
     dataset[0]
     return dataset, report
 
@@ -129,7 +133,7 @@ def build_dataset(
 def build_evaluation_prompts(
     config: DataConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
 ) -> tuple[list[EvaluationPrompt], DataReport]:
-    """Read rows with answers and make the student's prompts; references are not needed and not looked at.
+    """Read rows with answers and make the student's prompts; references are not needed and are ignored.
 
     Raises:
         UserError: as `build_dataset`, and for a row without a final answer (per `malformed_rows`).

@@ -1,6 +1,6 @@
-"""The files of a source: one, those of a pattern or of a directory, and what may be read as a file at all.
+"""The files of a source: a single file, the matches of a pattern or the content of a directory.
 
-A path is never opened before it is known to be a regular file: a named pipe or /dev/zero would be read for ever.
+Only regular files are opened: reading a named pipe or /dev/zero would not end.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from nemo_popsd.errors import UserError
 
 EMBEDDED = "nemo_popsd:"
 NEED = (
-    "a JSONL or Parquet file, a pattern such as 'data/train-*.parquet', a directory with such files, or one saved by "
-    "`datasets`"
+    "a JSONL or Parquet file, a pattern such as 'data/train-*.parquet', a directory with such files, or one that "
+    "`datasets` saved"
 )
 _SUFFIXES = (".parquet", ".jsonl", ".arrow")
 _SAVED = ("state.json", "dataset_dict.json")
-_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+_SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})$")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _SHOWN = 8
 
 
 def resolve_path(path: str, *, setting: str) -> Path:
-    """The file or directory that `path` names; ``nemo_popsd:NAME`` is an embedded asset.
+    """The file or directory that `path` names; ``nemo_popsd:NAME`` is an embedded data set.
 
     Raises:
         UserError: `path` is empty, does not exist, or is neither a regular file nor a directory.
@@ -41,7 +41,7 @@ def resolve_path(path: str, *, setting: str) -> Path:
         return Path(asset(path))
     resolved = Path(path).expanduser()
     try:
-        kind = resolved.stat().st_mode
+        mode = resolved.stat().st_mode
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(
@@ -50,38 +50,38 @@ def resolve_path(path: str, *, setting: str) -> Path:
             need=NEED,
             fix=f"set {setting}.path",
         ) from None
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(
             "data",
             got=f"{setting}.path={path!r}, which is neither a regular file nor a directory",
             need=NEED,
-            fix=f"set {setting}.path to a copy of the rows in a file",
+            fix=f"set {setting}.path to a regular file with the rows",
         )
     return resolved
 
 
 def source_files(paths: Sequence[str], *, setting: str) -> list[Path]:
-    """The files, or directories saved by `datasets`, that hold the rows of a source, in the order of reading.
+    """The files, or directories that `datasets` saved, that hold the rows of a source, in the order of reading.
 
     Args:
         paths: each a file, a pattern with ``*``, ``?`` or ``[...]``, or a directory.
         setting: dotted name of the source in the configuration, for messages.
 
     Raises:
-        UserError: a path or a shard of it is missing, is no regular file, is named twice, or a directory holds other
-            than the files of one split in one format.
+        UserError: a path or a shard is missing, is not a regular file or is named twice, or a directory holds other
+            files than those of one split in one format.
     """
-    found = [file for path in paths for file in _files(path, setting)]
+    files = [file for path in paths for file in _files(path, setting)]
     seen: set[Path] = set()
-    for file in found:
+    for file in files:
         if file.resolve() in seen:
             raise UserError("data", got=f"{str(file)!r} twice", need="each file once", fix=f"set {setting}.path")
         seen.add(file.resolve())
-    return found
+    return files
 
 
 def row_names(files: Sequence[Path]) -> list[str]:
-    """What each file is called in the ids of its rows: one file by its name, several by paths below a shared place."""
+    """The name of each file in the ids of its rows: a single file's name, or paths below the common directory."""
     if len(files) == 1:
         return [files[0].name]
     shared = os.path.commonpath([file.absolute().parent for file in files])
@@ -89,7 +89,7 @@ def row_names(files: Sequence[Path]) -> list[str]:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether `path` is a directory that `datasets` has saved."""
+    """Whether `path` is a directory that `datasets` saved."""
     return any((path / name).is_file() for name in _SAVED)
 
 
@@ -104,21 +104,21 @@ def _files(path: str, setting: str) -> list[Path]:
 
 
 def _of_pattern(path: str, setting: str) -> list[Path]:
-    found = sorted(glob.glob(os.path.expanduser(path)))
-    if not found:
+    matches = sorted(glob.glob(os.path.expanduser(path)))
+    if not matches:
         raise UserError(
             "data",
-            got=f"{setting}.path={path!r}, which fits no file (looked in {Path.cwd()})",
+            got=f"{setting}.path={path!r}, which matches no file (looked in {Path.cwd()})",
             need=NEED,
             fix=f"set {setting}.path",
         )
-    files = [resolve_path(name, setting=setting) for name in found]
+    files = [resolve_path(name, setting=setting) for name in matches]
     for file in files:
         if file.is_dir():
             raise UserError(
                 "data",
-                got=f"{setting}.path={path!r}, which fits the directory {str(file)!r}",
-                need="a pattern of files alone",
+                got=f"{setting}.path={path!r}, which matches the directory {str(file)!r}",
+                need="a pattern that matches files only",
                 fix=f"set {setting}.path",
             )
     _refuse_missing_shards(files, setting)
@@ -126,28 +126,29 @@ def _of_pattern(path: str, setting: str) -> list[Path]:
 
 
 def _of_directory(directory: Path, setting: str) -> list[Path]:
-    """The data files in a directory, or in its `data` as the Hub lays them out."""
+    """The data files in a directory, or in its `data`, the layout of the Hub."""
     files: list[Path] = []
-    for place in (directory, directory / "data"):
-        if place.is_dir():
-            files = sorted(f for f in place.iterdir() if f.suffix in _SUFFIXES and not f.name.startswith("."))
+    for folder in (directory, directory / "data"):
+        if folder.is_dir():
+            files = sorted(f for f in folder.iterdir() if f.suffix in _SUFFIXES and not f.name.startswith("."))
         if files:
             break
     if not files:
         present = sorted(file.name for file in directory.iterdir())
         raise _refused(
             directory,
-            f"no data file there, only {_listed(present)}" if present else "an empty directory",
+            f"no data file, only {_listed(present)}" if present else "an empty directory",
             "files named *.parquet or *.jsonl in it or in its `data`, or the files that `datasets` saves",
             f"set {setting}.path to the files, or to the directory that holds them",
         )
     files = [resolve_path(str(file), setting=setting) for file in files]
-    kinds = {file.suffix for file in files}
+    suffixes = {file.suffix for file in files}
     splits = {match[1].lower() for file in files if (match := _SPLIT.match(file.name))}
-    if len(kinds) > 1 or len(splits) > 1:
+    if len(suffixes) > 1 or len(splits) > 1:
+        mixed = " and ".join(sorted(splits if len(splits) > 1 else suffixes))
         raise _refused(
             directory,
-            f"{' and '.join(sorted(splits if len(splits) > 1 else kinds))} files ({_listed([f.name for f in files])})",
+            f"{mixed} files ({_listed([f.name for f in files])})",
             "the files of one split in one format",
             f"set {setting}.path to a pattern, such as {str(files[0].parent / (min(splits or {''}) + '*'))!r}",
         )
@@ -156,16 +157,16 @@ def _of_directory(directory: Path, setting: str) -> list[Path]:
 
 
 def _refuse_missing_shards(files: Sequence[Path], setting: str) -> None:
-    numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
+    shards: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for file in files:
         if match := _SHARD.fullmatch(file.stem):
-            numbers[file.parent, match["split"], int(match["count"])].add(int(match["number"]))
-    for (place, split, count), present in numbers.items():
+            shards[file.parent, match["split"], int(match["count"])].add(int(match["index"]))
+    for (folder, split, count), present in shards.items():
         missing = sorted(set(range(min(count, len(present) + _SHOWN))) - present)
         if missing and len(present) < count:
             raise _refused(
-                place,
-                f"{len(present)} of {count} shards of {split}; number {missing[0]} is missing",
+                folder,
+                f"{len(present)} of {count} shards of {split}; shard {missing[0]} is missing",
                 "all of them",
                 f"fetch the missing files, or set {setting}.path to the files by name",
             )

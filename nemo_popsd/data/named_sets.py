@@ -1,4 +1,4 @@
-"""Problem sets known by name, found on this machine: the user's files, or what `datasets` has cached. No network."""
+"""Published problem sets by name, from the user's files or the caches of `datasets` and the Hub; no network access."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemo_popsd.errors import UserError
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A published set."""
+    """A published problem set."""
 
     problems: int
-    """How many it has: another number is another set."""
+    """Number of problems; a set with another number is refused."""
     repositories: tuple[tuple[str, str], ...]
-    """Data sets of the Hugging Face Hub that hold it, each with the split, in the order they are looked for."""
+    """Data sets of the Hugging Face Hub that hold it, each with the split, in the order of the search."""
     answer_pattern: str | None = None
-    """Where the answer stands in the column `answer`; None: it is the column."""
+    """Regular expression for the answer in the column `answer`; None: the column is the answer."""
 
 
 NAMED_SETS: Mapping[str, NamedSet] = {
@@ -35,7 +35,7 @@ NAMED_SETS: Mapping[str, NamedSet] = {
     "math500": NamedSet(500, (("HuggingFaceH4/MATH-500", "test"),)),
     "gsm8k": NamedSet(1319, (("openai/gsm8k", "test"),), r"####\s*(.+)"),
 }
-"""By name. HMMT is that of February 2025; GSM8K its test split."""
+"""The sets by name. HMMT is the February 2025 contest; GSM8K is its test split."""
 
 _QUESTIONS = ("problem", "question", "Problem", "Question")
 _ANSWERS = ("answer", "Answer", "expected_answer")
@@ -45,22 +45,22 @@ _SUFFIXES = (".jsonl", ".parquet", ".arrow", "")
 def named_source(name: str, directory: str = "") -> SourceConfig:
     """The set `name` as a source of rows with answers.
 
-    Looked for, in this order: `<directory>/<name>.jsonl`, `.parquet`, `.arrow`, or a directory saved by `datasets`; the
-    Arrow files that `datasets` prepares (below `HF_DATASETS_CACHE`); files that the Hub client has fetched (below
+    The search order is: `<directory>/<name>.jsonl`, `.parquet`, `.arrow`, or a directory that `datasets` saved; the
+    Arrow files that `datasets` prepares (below `HF_DATASETS_CACHE`); files that the Hub client downloaded (below
     `HF_HUB_CACHE`). Columns are found by their usual names.
 
     Raises:
-        UserError: it is at none of these places (all are named), or the file has no column of a known name.
+        UserError: it is in none of these places (all are named), or the file has no column of a known name.
     """
     known = NAMED_SETS[name]
-    looked: list[str] = []
-    for place in (*_own(name, directory), *_cached(known)):
-        looked.append(str(place))
-        if place.exists():
-            return SourceConfig(path=str(place), columns=_columns(place, known), answer_pattern=known.answer_pattern)
+    searched: list[str] = []
+    for path in (*_in_directory(name, directory), *_cached(known)):
+        searched.append(str(path))
+        if path.exists():
+            return SourceConfig(path=str(path), columns=_columns(path, known), answer_pattern=known.answer_pattern)
     raise UserError(
         f"problem set {name}",
-        got=f"nothing at any of {', '.join(looked)}",
+        got=f"none of {', '.join(searched)}",
         need=f"a file with its {known.problems} problems and answers; nothing is downloaded",
         fix=f"set evaluation.sets_directory to a directory with {name}.jsonl (columns problem, answer), "
         f"or fetch {known.repositories[0][0]} with `datasets` on a machine with network and copy its cache",
@@ -68,40 +68,40 @@ def named_source(name: str, directory: str = "") -> SourceConfig:
 
 
 def refuse_another_size(name: str, problems: int) -> None:
-    """Refuse rows that cannot be the set of that name.
+    """Refuse rows whose number differs from that of the named set.
 
     Raises:
-        UserError: names both numbers.
+        UserError: states both numbers.
     """
     if problems != NAMED_SETS[name].problems:
         raise UserError(
             f"problem set {name}",
             got=f"{problems} usable problems",
-            need=f"its {NAMED_SETS[name].problems}: figures under its name must be comparable",
+            need=f"{NAMED_SETS[name].problems}, so that results under this name are comparable",
             fix="fix the file or data.max_prompt_tokens, or evaluate it as data.validation.path",
         )
 
 
-def _own(name: str, directory: str) -> list[Path]:
+def _in_directory(name: str, directory: str) -> list[Path]:
     return [Path(directory) / f"{name}{suffix}" for suffix in _SUFFIXES] if directory else []
 
 
 def _cached(known: NamedSet) -> Iterator[Path]:
-    """Files in the caches; where a cache holds none, the pattern that was looked for."""
+    """Files in the caches; for a cache without one, the pattern of the search."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     prepared = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
-    fetched = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    downloaded = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
     for repository, split in known.repositories:
         owner, name = repository.split("/")
         snapshots = f"datasets--{owner}--{name}/snapshots/*/**"
         patterns = [
             (prepared, f"{owner}___{name.lower()}/*/*/*/*-{split}.arrow"),
-            (fetched, f"{snapshots}/{split}*.jsonl"),
-            (fetched, f"{snapshots}/{split}*.parquet"),
+            (downloaded, f"{snapshots}/{split}*.jsonl"),
+            (downloaded, f"{snapshots}/{split}*.parquet"),
         ]
         for root, pattern in patterns:
-            found = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime) if root.is_dir() else []
-            yield found[-1] if found else root / pattern
+            files = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime) if root.is_dir() else []
+            yield files[-1] if files else root / pattern
 
 
 def _columns(path: Path, known: NamedSet) -> ColumnsConfig:

@@ -1,6 +1,6 @@
-"""Rows of one file, or of one directory that `datasets` has saved, whatever its format; told by the content.
+"""Rows of one file, or of one directory that `datasets` saved; the content determines the format.
 
-Each row comes with its number from 1, and is a mapping of columns or a `MalformedError` that says what is wrong.
+Each row comes with its number, counted from 1, and is a mapping of columns or a `MalformedError` with the reason.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 
 from nemo_popsd.data.files import is_saved_dataset
 from nemo_popsd.errors import UserError
+from nemo_popsd.files.json_files import unique_keys
 
 LONGEST_LINE = 64 << 20
-"""Bytes of a line of JSONL: a longer one is no row, and might not fit into memory."""
+"""Largest size in bytes of a line of JSONL; a longer one might not fit into memory."""
 _PARQUET_MAGIC = b"PAR1"
 _ARROW_MAGIC = b"\xff\xff\xff\xff"  # an Arrow stream, as `datasets` caches it
-_FOREIGN = {
+_OTHER_FORMATS = {
     b"\x1f\x8b": "gzip-compressed data",
     b"PK\x03\x04": "a zip archive",
     b"\x28\xb5\x2f\xfd": "zstd-compressed data",
@@ -26,24 +27,24 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"ARROW1": "an Arrow file instead of a stream",
-    b"version https://git-lfs": "a Git LFS pointer instead of the file that it stands for",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file",
     b"[": "one JSON array",
 }
 
 
 class MalformedError(Exception):
-    """One row cannot be used, for the reason given."""
+    """A row cannot be used; the message is the reason."""
 
 
 Row = tuple[int, "Mapping[str, Any] | MalformedError"]
 
 
 def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
-    """The rows of `path`, with the wanted columns at least.
+    """The rows of `path`, with at least the requested columns.
 
     Args:
-        path: a regular file, or a directory saved by `datasets`.
-        columns: wanted, as the configuration names them: a dot parts a column from a field in it.
+        path: a regular file, or a directory that `datasets` saved.
+        columns: requested columns, as the configuration names them: a dot separates a column from a field in it.
         setting: dotted name of the source in the configuration, for messages.
 
     Raises:
@@ -58,14 +59,14 @@ def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
         return _arrow_rows(path, columns, setting)
     if path.suffix == ".parquet" and not magic.startswith(b"version https://git-lfs"):
         raise _unreadable(path, "no Parquet data, although the name ends in .parquet", setting)
-    for start, kind in _FOREIGN.items():
+    for start, name in _OTHER_FORMATS.items():
         if magic.startswith(start):
-            raise _unreadable(path, kind, setting)
+            raise _unreadable(path, name, setting)
     return _jsonl_rows(path, setting)
 
 
 def column_names(path: Path, setting: str) -> list[str]:
-    """Names of the columns of a file or directory that `rows_of` can read; of JSONL, those of its first row.
+    """Names of the columns of a file or directory that `rows_of` can read; for JSONL, those of its first row.
 
     Raises:
         UserError: it cannot be read.
@@ -86,7 +87,7 @@ def column_names(path: Path, setting: str) -> list[str]:
         raise _unreadable(path, error, setting) from None
     row = next((row for _, row in rows_of(path, (), setting)), None)
     if not isinstance(row, dict):
-        raise UserError(str(path), got=str(row or "no row"), need="one JSON object a line", fix="fix the file")
+        raise UserError(str(path), got=str(row or "no row"), need="one JSON object per line", fix="fix the file")
     return list(row)
 
 
@@ -99,14 +100,14 @@ def _first_bytes(path: Path, setting: str) -> bytes:
 
 
 def _jsonl_rows(path: Path, setting: str) -> Iterator[Row]:
-    """Lines are split at the newline byte alone: U+2028 and its kin may stand inside a JSON string."""
+    """Lines are split at the newline byte only: a JSON string may contain U+2028 and similar characters."""
     try:
         with path.open("rb") as file:
             number = 0
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
-                    raise _unreadable(path, f"a line {number} of more than {LONGEST_LINE >> 20} MiB", setting)
+                    raise _unreadable(path, f"line {number} of more than {LONGEST_LINE >> 20} MiB", setting)
                 if line.strip():
                     yield number, _jsonl_row(line)
     except OSError as error:
@@ -115,22 +116,12 @@ def _jsonl_rows(path: Path, setting: str) -> Iterator[Row]:
 
 def _jsonl_row(line: bytes) -> Mapping[str, Any] | MalformedError:
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         return MalformedError(f"bytes that are not UTF-8 ({error.reason} at byte {error.start})")
     except (ValueError, RecursionError) as error:
-        return MalformedError(f"a line that is not JSON ({error})")
-    except MalformedError as error:
-        return error
+        return MalformedError(f"a line that is not valid JSON ({error})")
     return row if isinstance(row, dict) else MalformedError(f"a JSON {type(row).__name__} instead of an object")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise MalformedError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
-    return made
 
 
 def _parquet_rows(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
@@ -167,7 +158,7 @@ def _saved_dataset_rows(path: Path, columns: Sequence[str], setting: str) -> Ite
 
 
 def _saved_dataset(path: Path, setting: str) -> Any:
-    """The data set that `datasets` has saved at `path`; of one with splits, `train`."""
+    """The data set that `datasets` saved at `path`; the split `train` if there are splits."""
     if not is_saved_dataset(path):
         raise _unreadable(path, "a directory without the files that `datasets` saves", setting)
     from datasets import DatasetDict, load_from_disk
@@ -175,7 +166,7 @@ def _saved_dataset(path: Path, setting: str) -> Any:
     try:
         dataset = load_from_disk(str(path))
     except Exception as error:
-        # pyarrow, json and datasets raise unrelated types here; all mean that the directory is damaged.
+        # pyarrow, json and datasets raise unrelated types for a damaged directory.
         raise _unreadable(path, error, setting) from None
     if not isinstance(dataset, DatasetDict):
         return dataset
@@ -189,29 +180,29 @@ def _saved_dataset(path: Path, setting: str) -> Any:
     return dataset["train"]
 
 
-def _present(path: Path, found: Iterable[str], columns: Sequence[str], setting: str) -> list[str]:
-    """The columns of the file that hold the wanted ones.
+def _present(path: Path, present: Iterable[str], columns: Sequence[str], setting: str) -> list[str]:
+    """The columns of the file that contain the requested ones.
 
     Raises:
-        UserError: one is not there.
+        UserError: a requested column is missing.
     """
-    names = list(found)
-    held = {name: name if name in names else name.partition(".")[0] for name in columns}
-    missing = [name for name, column in held.items() if column not in names]
+    names = list(present)
+    sources = {name: name if name in names else name.partition(".")[0] for name in columns}
+    missing = [name for name, column in sources.items() if column not in names]
     if missing:
         raise UserError(
             str(path),
             got=f"columns {', '.join(names) or '(none)'}",
-            need=f"the mapped columns, {', '.join(missing)} among them",
+            need=f"the mapped columns, including {', '.join(missing)}",
             fix=f"set {setting}.columns",
         )
-    return list(dict.fromkeys(held.values()))
+    return list(dict.fromkeys(sources.values()))
 
 
 def _unreadable(path: Path, problem: object, setting: str) -> UserError:
     return UserError(
         str(path),
         got=" ".join(str(problem).split()),
-        need="JSONL (one object a line), Parquet, or a directory saved by `datasets`",
+        need="JSONL (one object per line), Parquet, or a directory that `datasets` saved",
         fix=f"fix the file or set {setting}.path",
     )

@@ -1,4 +1,4 @@
-"""One row of a data set, whatever file it came from."""
+"""One row of a data set, independent of the file format."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 _INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
-"""Letters and symbols that show nothing."""
+"""Letters and symbols without a visible glyph."""
 
 
 def is_blank(text: str) -> bool:
-    """Whether `text` shows nothing: it is empty, or all white space, controls and characters without width."""
+    """Whether `text` is empty or consists of white space, controls and invisible characters."""
     return all(unicodedata.category(character) in _INVISIBLE or character in _FILLERS for character in text)
 
 
@@ -22,9 +22,9 @@ class Record:
     Attributes:
         id: unique within its source; the id column, or ``FILE:ROW`` with the row counted from 1.
         question: problem statement, verbatim, never blank.
-        reference: reference solution, verbatim, never blank. None only when the source declares that it
-            has none (``columns.reference: null``), which serves evaluation but not training.
-        answer: final answer for scoring, stripped; None when the source gives none.
+        reference: reference solution, verbatim, never blank. None only if the source declares that it has none
+            (``columns.reference: null``), which is valid for evaluation but not for training.
+        answer: final answer for scoring, stripped; None if the source has none.
     """
 
     id: str
@@ -33,7 +33,7 @@ class Record:
     answer: str | None = None
 
     def __post_init__(self) -> None:
-        # The readers refuse these with file and row; this guards records that are made in code.
+        # The readers refuse blank texts with file and row; this check is for records made in code.
         if is_blank(self.question):
             raise ValueError(f"record {self.id!r}: blank question")
         if self.reference is not None and is_blank(self.reference):

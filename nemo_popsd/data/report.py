@@ -1,4 +1,4 @@
-"""What became of the rows of one source."""
+"""Counts of the rows of one source that were kept, dropped and skipped."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class DataReport:
     first_malformed: str | None = None
     """Why the first of them was skipped."""
     references_truncated: int = 0
-    """Kept rows whose reference text was cut at `max_reference_tokens`."""
+    """Kept rows whose reference text was truncated to `max_reference_tokens`."""
     long_references_dropped: int = 0
     """Rows dropped because the reference exceeds `max_reference_tokens`."""
     overlong_dropped: int = 0
     """Rows dropped because the student prompt exceeds `max_prompt_tokens`."""
     rows_kept: int = 0
-    """Rows of the finished data set."""
+    """Rows of the resulting data set."""
     longest_prompt: int = 0
     """Longest student prompt that was kept, in tokens."""
     template_ignores_thinking: bool = False

@@ -1,4 +1,4 @@
-"""Which rows each step visits: a function of (seed, step) alone, so that a resumed run continues exactly."""
+"""The rows of each step, as a function of (seed, step) only, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batch sampler: for each step, the row indices of this data-parallel rank. It never ends.
+    """Infinite batch sampler: for each step, the row indices of this data-parallel rank.
 
-    The epochs' orders are laid end to end, and step s (from 0) takes places [s·B, (s+1)·B) of that line, with
-    B = prompts_per_step: every row is visited once per epoch, and a step may reach into the next epoch. Rank r of
-    D takes the r-th contiguous B/D of them, so the global batch is the same at any D.
+    The orders of the epochs are concatenated, and step s (counted from 0) takes positions [s·B, (s+1)·B) of the result,
+    with B = prompts_per_step: every row is visited once per epoch, and a step may extend into the next epoch. Rank r of
+    D takes the r-th contiguous B/D of them, so the global batch is the same for any D.
 
-    Iterating starts at `start_step`, however far an earlier iterator (or a loader that reads ahead) has come:
-    the only state is the number of steps done, which the training loop keeps.
+    Every iterator starts at `start_step`, independent of earlier iterators and of loaders that read ahead: the only
+    state is the number of completed steps, which the training loop keeps.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class StepSampler(Sampler[list[int]]):
         Args:
             rows: size of the data set.
             prompts_per_step: rows of the global batch, over all data-parallel ranks.
-            seed: draws the order of each epoch.
+            seed: determines the order of each epoch.
             shuffle: False visits the rows in file order in every epoch.
             dp_rank: this rank's index among the data-parallel ranks.
             dp_size: number of data-parallel ranks.
-            start_step: steps already done.
+            start_step: number of completed steps.
 
         Raises:
             UserError: `prompts_per_step` is not a positive multiple of `dp_size`, or there are no rows.
@@ -72,9 +72,9 @@ class StepSampler(Sampler[list[int]]):
     def global_batch(self, step: int) -> list[int]:
         """Row indices of all ranks at `step`, in rank order."""
         batch: list[int] = []
-        place = step * self.prompts_per_step
+        first = step * self.prompts_per_step
         while len(batch) < self.prompts_per_step:
-            epoch, offset = divmod(place + len(batch), self.rows)
+            epoch, offset = divmod(first + len(batch), self.rows)
             batch += self._epoch_order(epoch)[offset : offset + self.prompts_per_step - len(batch)]
         return batch
 
@@ -97,13 +97,13 @@ class StepSampler(Sampler[list[int]]):
         if self._order is None or self._order[0] != epoch:
             order = list(range(self.rows))
             if self.shuffle:
-                # Seeding by text goes through SHA-512: the order of two epochs or seeds is unrelated, and it does
-                # not depend on the platform or on the state of any other generator.
+                # Seeding with a string goes through SHA-512: the orders of two epochs or seeds are unrelated, and do
+                # not depend on the platform or on the state of another generator.
                 random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._order = (epoch, order)
         return self._order[1]
 
 
 def collate(rows: Sequence[T]) -> list[T]:
-    """The batch is the list of its rows; padding or packing is the trainer's affair."""
+    """Returns the rows as a list; the trainer pads or packs them."""
     return list(rows)

@@ -1,7 +1,7 @@
-"""Read records from the files of a source: JSONL, Parquet, or a data set saved by `datasets`.
+"""Reading of records from the files of a source: JSONL, Parquet, or a data set that `datasets` saved.
 
-A defect of a whole file (missing file, missing column, unreadable) is always an error. A defect of one row follows
-`malformed_rows`. Duplicate ids are always an error, since they would make logs ambiguous.
+A defect of a file (missing file, missing column, unreadable) is always an error. `malformed_rows` applies to a defect
+of one row. Duplicate ids are always an error, since they would make logs ambiguous.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from nemo_popsd.errors import UserError
 def check_source(
     source: SourceConfig, *, setting: str, need_reference: bool = True, need_answer: bool = False
 ) -> list[Path]:
-    """The files of `source`, after a look at its settings; no row is read.
+    """Checks the settings of `source` and returns its files; no row is read.
 
     Args:
-        source: where the rows are and which column holds what.
+        source: paths and columns of the rows.
         setting: dotted name of `source` in the configuration, for messages.
         need_reference: refuse a source that declares no reference column.
-        need_answer: refuse a source that declares no final answers; without it, a pattern for them is refused.
+        need_answer: refuse a source that declares no final answers; otherwise refuse a pattern for them.
 
     Raises:
-        UserError: nothing usable at the path, or a setting is missing or does nothing.
+        UserError: nothing usable at the path, or a setting is missing or has no effect.
     """
     files = source_files([source.path, *source.more_paths], setting=setting)
     if need_reference and source.columns.reference is None:
@@ -51,7 +51,7 @@ def check_source(
             fix="set one of them",
         )
     if source.answer_pattern is not None:
-        _refuse_idle_pattern(source, setting, need_answer=need_answer)
+        _refuse_unused_pattern(source, setting, need_answer=need_answer)
     return files
 
 
@@ -66,7 +66,7 @@ def read_records(
     """Read all rows of `source`, in file order.
 
     Args:
-        source: where the rows are and which column holds what.
+        source: paths and columns of the rows.
         setting: dotted name of `source` in the configuration, for messages.
         malformed_rows: ``error`` or ``skip``; skipped rows are counted in the report.
         need_reference: refuse a source that declares no reference column.
@@ -91,7 +91,7 @@ def read_records(
                 raise UserError(
                     where,
                     got=str(problem),
-                    need="a row with every mapped column filled in",
+                    need="a row with a value in every mapped column",
                     fix=f"fix the row, set {setting}.columns, or set data.malformed_rows=skip",
                 ) from None
             report.skip(f"row {where.rpartition(':')[2] if len(files) == 1 else where}: {problem}")
@@ -116,23 +116,23 @@ def read_records(
 def _rows(
     files: list[Path], columns: ColumnsConfig, setting: str
 ) -> Iterator[tuple[str, str, Mapping[str, Any] | MalformedError]]:
-    """The rows of all files: for messages where each is, for its id what it is called, and what it holds."""
+    """The rows of all files: location for messages, name for the id, and content of each."""
     wanted = [name for name in (columns.id, columns.question, columns.reference, columns.answer) if name is not None]
     for path, name in zip(files, row_names(files), strict=True):
         for number, row in rows_of(path, wanted, setting):
             yield f"{path}:{number}", f"{name}:{number}", row
 
 
-def _refuse_idle_pattern(source: SourceConfig, setting: str, *, need_answer: bool) -> None:
+def _refuse_unused_pattern(source: SourceConfig, setting: str, *, need_answer: bool) -> None:
     """Refuse a pattern for answers that would be ignored."""
     name = f"{setting}.answer_pattern"
     if not need_answer:
-        got, fix = f"{name}, which does nothing: training reads no answers", f"remove {name}"
+        got, fix = f"{name}, which has no effect: training reads no answers", f"remove {name}"
     elif source.columns.answer is not None:
-        got = f"{name} beside {setting}.columns.answer={source.columns.answer!r}, which overrules it"
+        got = f"{name} together with {setting}.columns.answer={source.columns.answer!r}, which overrides it"
         fix = f"remove {name}, or set {setting}.columns.answer=null"
     elif source.columns.reference is None:
-        got = f"{name} without {setting}.columns.reference, in which it would look"
+        got = f"{name} without {setting}.columns.reference, which it searches"
         fix = f"set {setting}.columns.reference, or {setting}.columns.answer instead of the pattern"
     else:
         return
@@ -149,8 +149,8 @@ def _record(row: Mapping[str, Any], name: str, source: SourceConfig, *, need_ans
         answer = scalar_of(row, columns.answer)
     elif source.answer_pattern is not None and reference is not None:
         matches = list(re.finditer(source.answer_pattern, reference))
-        found = matches[-1].group(1) if matches else None
-        answer = None if found is None or is_blank(found) else found.strip()
+        last = matches[-1].group(1) if matches else None
+        answer = None if last is None or is_blank(last) else last.strip()
     if need_answer and answer is None:
         raise MalformedError("no final answer: the answer pattern matches nothing in the reference")
     return Record(id=identity, question=question, reference=reference, answer=answer)

@@ -1,8 +1,8 @@
 r"""The user turns of the three distinct prompts, by plain replacement of named placeholders.
 
-`{question}`, `{reference}` and `{question_block}` are placeholders; every other brace is literal, so
-`\boxed{}` needs no escaping. Replacement is one pass: text that was put in is never searched again, so a
-question that quotes "{reference}" stays a question.
+`{question}`, `{reference}` and `{question_block}` are placeholders; every other brace is literal, so `\boxed{}` needs
+no escaping. Replacement is one pass: inserted text is not searched again, so a question that quotes "{reference}" is
+not changed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from nemo_popsd.errors import UserError
 
 _PLACEHOLDER = re.compile(r"\{(question|reference|question_block)\}")
 
-# Words by which the shared teacher body would point at a problem that the reference-only teacher cannot see.
+# Phrases in the shared teacher body that refer to the problem, which the reference-only teacher does not see.
 _NOUN = r"(?:problem|question|exercise)"
-_POINTS_AT_PROBLEM = re.compile(
+_REFERS_TO_PROBLEM = re.compile(
     rf"\b(?:above|preceding|previous|following|given)\s+{_NOUN}\b|\b{_NOUN}\s+(?:above|below|given|stated)\b",
     re.IGNORECASE,
 )
 
-# template -> (placeholders it must hold, placeholders it may hold)
+# template -> (required placeholders, allowed placeholders)
 _RULES: dict[str, tuple[set[str], set[str]]] = {
     "student": ({"question"}, {"question"}),
     "question_block": ({"question"}, {"question"}),
@@ -33,7 +33,7 @@ _RULES: dict[str, tuple[set[str], set[str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class UserTurns:
-    """User-turn texts of one row: the two teachers' turns differ by the question block alone."""
+    """User-turn texts of one row: the two teachers' turns differ only in the question block."""
 
     student: str
     privileged: str
@@ -46,41 +46,41 @@ def placeholders(template: str) -> list[str]:
 
 
 def fill(template: str, **values: str) -> str:
-    """Replace the placeholders of `template` in one pass; `values` must name every one that occurs."""
+    """Replace the placeholders of `template` in one pass; `values` must contain every one that occurs."""
     return _PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
 
 
 def check_templates(templates: TemplatesConfig) -> None:
-    """Refuse templates that lack a placeholder, hold a foreign one, or point at an unseen problem.
+    """Refuse templates that lack a required placeholder, contain a forbidden one, or refer to an unseen problem.
 
     Raises:
-        UserError: names the template and the placeholder or the words.
+        UserError: names the template and the placeholder or the phrase.
     """
     for name, (required, allowed) in _RULES.items():
         template: str | None = getattr(templates, name)
         if template is None:
             continue
-        found = set(placeholders(template))
+        present = set(placeholders(template))
         setting = f"data.templates.{name}"
-        for missing in sorted(required - found):
+        for missing in sorted(required - present):
             raise UserError(
                 "templates",
                 got=f"{setting} without {{{missing}}}",
                 need=f"the placeholder {{{missing}}}",
                 fix=f"set {setting}",
             )
-        for foreign in sorted(found - allowed):
+        for forbidden in sorted(present - allowed):
             raise UserError(
                 "templates",
-                got=f"{setting} with {{{foreign}}}",
+                got=f"{setting} with {{{forbidden}}}",
                 need=f"only {_braced(allowed)} there",
                 fix=f"set {setting}",
             )
-    pointing = _POINTS_AT_PROBLEM.search(_PLACEHOLDER.sub(" ", templates.teacher))
-    if pointing is not None:
+    phrase = _REFERS_TO_PROBLEM.search(_PLACEHOLDER.sub(" ", templates.teacher))
+    if phrase is not None:
         raise UserError(
             "templates",
-            got=f"data.templates.teacher with the words {pointing.group()!r}",
+            got=f"data.templates.teacher with the words {phrase.group()!r}",
             need="a body that does not refer to the problem, which the reference-only teacher does not see",
             fix="move those words into data.templates.question_block",
         )

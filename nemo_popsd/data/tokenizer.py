@@ -1,4 +1,4 @@
-"""Loading a tokenizer from local files, and the tokens at which a response stops."""
+"""Loading of a tokenizer from local files, and the tokens at which a response ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.reading import read_json, unreadable
+from nemo_popsd.files.reading import read_strict_json, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,26 +44,26 @@ def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreT
     directory = Path(path).expanduser()
     need = "a directory with tokenizer.json and tokenizer_config.json"
     if not directory.is_dir():
-        raise UserError("tokenizer", got=f"{setting}={str(path)!r}, no directory", need=need, fix=f"set {setting}")
+        raise UserError("tokenizer", got=f"{setting}={str(path)!r}, not a directory", need=need, fix=f"set {setting}")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        found = ", ".join(sorted(entry.name for entry in directory.iterdir())[:20]) or "nothing"
-        raise UserError("tokenizer", got=f"{setting}={str(path)!r} with {found}", need=need, fix=f"set {setting}")
+        entries = ", ".join(sorted(entry.name for entry in directory.iterdir())[:20]) or "no files"
+        raise UserError("tokenizer", got=f"{setting}={str(path)!r} with {entries}", need=need, fix=f"set {setting}")
     for name in TOKENIZER_FILES:
         file = directory / name
         if (file.exists() or file.is_symlink()) and (reason := unreadable(file)):
-            raise UserError(str(directory), got=f"{name}, which {reason}", need=need, fix="fetch the file again")
+            raise UserError(str(directory), got=f"{name}, which {reason}", need=need, fix="download the file again")
     content: dict[str, Any] = {}
     if (directory / TOKENIZER_CONFIG).is_file():
-        content = read_json(directory / TOKENIZER_CONFIG, str(directory), fix="repair the file")
+        content = read_strict_json(directory / TOKENIZER_CONFIG, str(directory), fix="repair the file")
     translated = for_transformers_4(content, str(directory))
     if translated == content:
         return _load(directory, directory, need)
-    with tempfile.TemporaryDirectory(prefix="nemo_popsd_") as place:
+    with tempfile.TemporaryDirectory(prefix="nemo_popsd_") as temporary:
         for name in TOKENIZER_FILES:
             if name != TOKENIZER_CONFIG and (directory / name).is_file():
-                (Path(place) / name).symlink_to((directory / name).absolute())
-        (Path(place) / TOKENIZER_CONFIG).write_text(json.dumps(translated), encoding="utf-8")
-        tokenizer = _load(Path(place), directory, need)
+                (Path(temporary) / name).symlink_to((directory / name).absolute())
+        (Path(temporary) / TOKENIZER_CONFIG).write_text(json.dumps(translated), encoding="utf-8")
+        tokenizer = _load(Path(temporary), directory, need)
     tokenizer.name_or_path = str(directory)
     return tokenizer
 
@@ -71,12 +71,12 @@ def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreT
 def for_transformers_4(content: Mapping[str, Any], what: str) -> dict[str, Any]:
     """A ``tokenizer_config.json`` in the form that transformers 4 and 5 both read.
 
-    Transformers 5 writes a list of further special tokens under a name that was an object's before, and the name of a
-    class that is new. All that it computes with is in ``tokenizer.json``.
+    Transformers 5 writes a list of special tokens under a key that holds an object in transformers 4, and the name of a
+    new class. The tokenisation itself depends on ``tokenizer.json`` only.
 
     Args:
         content: of the file.
-        what: for the message.
+        what: owner of the file, for the message.
 
     Raises:
         UserError: a tokenizer that does not consist of ``tokenizer.json``.
@@ -92,7 +92,7 @@ def for_transformers_4(content: Mapping[str, Any], what: str) -> dict[str, Any]:
         raise UserError(
             what,
             got=f"{TOKENIZER_CONFIG} of transformers 5 with backend={backend!r}",
-            need="backend='tokenizers', that is a tokenizer.json",
+            need="backend='tokenizers', which uses tokenizer.json",
             fix="save the tokenizer as a fast one with transformers 5",
         )
     if backend is not None or content.get("tokenizer_class") == "TokenizersBackend":
@@ -101,22 +101,22 @@ def for_transformers_4(content: Mapping[str, Any], what: str) -> dict[str, Any]:
     return translated
 
 
-def _load(place: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
+def _load(source: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(place), local_files_only=True, use_fast=True, trust_remote_code=False
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # type: ignore[no-untyped-call]
+            str(source), local_files_only=True, use_fast=True, trust_remote_code=False
         )
     except Exception as error:
-        # The tokenizer libraries raise bare Exception, KeyError, OSError and more for a damaged file.
-        reason = " ".join(f"{type(error).__name__}: {error}".replace(str(place), str(directory)).split())
-        raise UserError(str(directory), got=reason, need=need, fix="repair or fetch the file again") from None
+        # The tokenizer libraries raise bare Exception, KeyError, OSError and others for a damaged file.
+        reason = " ".join(f"{type(error).__name__}: {error}".replace(str(source), str(directory)).split())
+        raise UserError(str(directory), got=reason, need=need, fix="repair or download the file again") from None
     return tokenizer
 
 
 def read_generation_config(path: str | Path) -> dict[str, Any] | None:
-    """The contents of ``generation_config.json`` in directory `path`; None when there is none.
+    """The content of ``generation_config.json`` in directory `path`; None if there is none.
 
     Raises:
         UserError: the file is not a JSON object.
@@ -124,34 +124,34 @@ def read_generation_config(path: str | Path) -> dict[str, Any] | None:
     file = Path(path).expanduser() / "generation_config.json"
     if not file.exists():
         return None
-    content: dict[str, Any] = read_json(file, str(file), fix="repair the file")
+    content: dict[str, Any] = read_strict_json(file, str(file), fix="repair the file")
     return content
 
 
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """Token ids that end a response, ascending: the tokenizer's and the generation configuration's together.
+    """Token ids that end a response, ascending: the union of the tokenizer's and the generation configuration's.
 
-    A chat model often stops at either of two tokens, of which the tokenizer names one.
+    Chat models often stop at either of two tokens, only one of which the tokenizer names.
 
     Args:
         tokenizer: its ``eos_token_id`` may be None.
         generation_config: its ``eos_token_id`` may be absent, None, a number or a list of numbers.
 
     Raises:
-        UserError: no stop token at all, so that every response would run to its limit; or one that is no token id.
+        UserError: there is no stop token, so that every response would run to its limit; or one is not a token id.
     """
-    found: list[Any] = [tokenizer.eos_token_id]
+    candidates: list[Any] = [tokenizer.eos_token_id]
     if generation_config is not None:
         configured = generation_config.get("eos_token_id")
-        found += configured if isinstance(configured, (list, tuple)) else [configured]
-    ids = {token for token in found if token is not None}
-    foreign = [token for token in ids if type(token) is not int or token < 0]
-    if foreign or not ids:
+        candidates += configured if isinstance(configured, (list, tuple)) else [configured]
+    ids = {token for token in candidates if token is not None}
+    invalid = [token for token in ids if type(token) is not int or token < 0]
+    if invalid or not ids:
         raise UserError(
             "stop tokens",
-            got=f"eos_token_id {foreign[0]!r}" if foreign else "no eos_token_id",
+            got=f"eos_token_id {invalid[0]!r}" if invalid else "no eos_token_id",
             need="at least one token id at which a response ends",
             fix="set eos_token in tokenizer_config.json or eos_token_id in generation_config.json",
         )
@@ -164,25 +164,25 @@ def refuse_tokens_beyond(
     """Refuse special tokens for which the model has no embedding.
 
     Args:
-        tokenizer: its eos and pad tokens are looked at.
-        generation_config: its ``eos_token_id`` is looked at.
+        tokenizer: whose eos and pad tokens are checked.
+        generation_config: whose ``eos_token_id`` is checked.
         vocab_size: number of embeddings.
 
     Raises:
-        UserError: names the token, its id and who says so.
+        UserError: names the token, its id and its source.
     """
-    found = [
+    special = [
         ("eos_token of the tokenizer", tokenizer.eos_token_id),
         ("pad_token of the tokenizer", tokenizer.pad_token_id),
     ]
     configured = (generation_config or {}).get("eos_token_id")
-    for number in configured if isinstance(configured, list) else [configured]:
-        found.append(("eos_token_id of generation_config.json", number))
-    for name, number in found:
-        if type(number) is int and number >= vocab_size:
+    for token_id in configured if isinstance(configured, list) else [configured]:
+        special.append(("eos_token_id of generation_config.json", token_id))
+    for name, token_id in special:
+        if type(token_id) is int and token_id >= vocab_size:
             raise UserError(
                 "special tokens",
-                got=f"{name} with id {number} ({tokenizer.convert_ids_to_tokens(number)!r})",
+                got=f"{name} with id {token_id} ({tokenizer.convert_ids_to_tokens(token_id)!r})",
                 need=f"ids below the model's vocab_size={vocab_size} (config.json)",
-                fix="set it to a token that the model has an embedding for",
+                fix="set it to a token that has an embedding in the model",
             )

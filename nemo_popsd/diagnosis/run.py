@@ -131,7 +131,7 @@ def diagnose(
         push.reduce_over_(parallel_state.get_data_parallel_group(with_context_parallel=True))
         pushed = _push(push, student, tokenizer, settings)
     # What one of the ranks that share a vocabulary knows, all of them know; first pipeline stages know nothing.
-    told = parts if student.reports else []
+    told = parts if student.owns_loss else []
     gathered: list[tuple[list[_Diagnosed], dict[str, Any] | None]] = [([], None)] * dist.get_world_size()
     dist.all_gather_object(gathered, (told, pushed))
     records = [

@@ -1,1 +1,1 @@
-"""`popsd doctor`: what an environment and a machine have of what a run needs. Works where nothing is installed."""
+"""`popsd doctor`: checks an environment and a machine for what a run needs. Works without any installed package."""

@@ -1,4 +1,4 @@
-"""All sections together: what `popsd doctor` does."""
+"""The examination that `popsd doctor` makes: all sections together."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nemo_popsd.doctor.run import examine_run, examine_sharing
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """The scope of an examination.
 
     Attributes:
-        conf: a run's configuration; None to look at packages and machine alone.
-        overrides: its ``key=value``.
-        evaluates: the run is an evaluation.
-        checkpoint: what it evaluates.
-        world_size: its ranks.
-        gpus: CUDA devices that it needs on this machine.
-        free_gib: GiB that it needs free at its output.
-        imports: import the packages, too (a minute or so).
-        sharing: number of this node, number of nodes, and a mark, to prove that all see one output.
+        conf: configuration of a run; None to examine packages and machine only.
+        overrides: its ``key=value`` overrides.
+        evaluates: whether the run is an evaluation.
+        checkpoint: that the run evaluates.
+        world_size: number of ranks of the run.
+        gpus: CUDA devices that the run needs on this machine.
+        free_gib: free space in GiB that the run needs at its output.
+        imports: whether to import the packages (takes about a minute).
+        sharing: index of this node, number of nodes, and a token of the start, to check that all nodes see one output.
     """
 
     conf: str | None = None
@@ -40,7 +40,7 @@ class Question:
 
 
 def examine(question: Question) -> list[Finding]:
-    """Findings of all sections that `question` asks for. Never raises for what is missing or broken."""
+    """Findings of all requested sections. Does not raise for anything missing or broken."""
     devices = cuda_devices()
     findings = examine_packages()
     run: list[Finding] = []
@@ -57,6 +57,6 @@ def examine(question: Question) -> list[Finding]:
     if question.imports:
         findings += examine_imports(devices)
     if question.sharing is not None and output is not None:
-        node, nodes, mark = question.sharing
-        run.append(examine_sharing(output, node=node, nodes=nodes, mark=mark))
+        node, nodes, token = question.sharing
+        run.append(examine_sharing(output, node=node, nodes=nodes, token=token))
     return findings + run

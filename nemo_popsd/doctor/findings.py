@@ -1,4 +1,4 @@
-"""What was looked at and found, and how it is told: as a table, as JSON, as an exit status."""
+"""The findings of an examination, as a table, as JSON and as an exit status."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 State = Literal["ok", "optional", "outside", "missing", "failed"]
-"""``ok``; ``optional`` is absent, or cannot be judged here, and not needed; ``outside`` the declared range; ``missing``
-and ``failed`` are what a run cannot do without."""
+"""``ok``; ``optional``: absent or not testable on this machine, and not needed; ``outside`` the declared range;
+``missing`` or ``failed``: needed by a run."""
 
 SECTIONS = ("packages", "machine", "imports", "run")
-"""In the order in which they are told."""
+"""The sections in order."""
 
 _PROBLEMS = ("missing", "failed")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         section: one of `SECTIONS`.
-        name: a distribution, a device, a module, a check.
+        name: a distribution, a device, a module or a check.
         state: see `State`.
-        found: version, number, or what went wrong; empty if nothing was found.
+        found: version, count or error; empty if nothing was found.
         need: declared range or condition; empty if there is none.
-        note: what it is for, or what to do.
+        note: its purpose, or how to fix it.
     """
 
     section: str
@@ -39,19 +39,19 @@ class Finding:
 
 
 def exit_status(findings: Sequence[Finding], *, strict: bool) -> int:
-    """1 where something needed is missing or fails, or (`strict`) a version is outside its range; else 0."""
+    """1 if something needed is missing or fails, or (`strict`) a version is outside its range; else 0."""
     bad = (*_PROBLEMS, "outside") if strict else _PROBLEMS
     return int(any(finding.state in bad for finding in findings))
 
 
 def as_json(findings: Sequence[Finding], *, strict: bool) -> str:
-    """One object: ``ok`` (the exit status is 0) and ``findings``, each with the fields of `Finding`."""
+    """A JSON object with ``ok`` (whether the exit status is 0) and ``findings``, each with the fields of `Finding`."""
     ok = exit_status(findings, strict=strict) == 0
     return json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2)
 
 
 def as_table(findings: Sequence[Finding]) -> str:
-    """One line a finding, grouped by section, and a verdict that names every problem."""
+    """One line per finding, grouped by section, and a verdict that names every problem."""
     rows = [(f.state, f.name, f.found or "-", f.need and f"need {f.need}", f.note) for f in findings]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     lines: list[str] = []
@@ -65,9 +65,9 @@ def as_table(findings: Sequence[Finding]) -> str:
 
 
 def _verdict(findings: Sequence[Finding]) -> str:
-    told = [
+    problems = [
         f"{label}: {', '.join(names)}"
         for label, state in (("missing", "missing"), ("failed", "failed"), ("outside the declared range", "outside"))
         if (names := [finding.name for finding in findings if finding.state == state])
     ]
-    return "; ".join(told) if told else "all that a run needs is here"
+    return "; ".join(problems) if problems else "everything that a run needs is present"

@@ -1,4 +1,4 @@
-"""Devices, NCCL and room on disk. torch is imported where it is installed, and nothing heavier."""
+"""Devices, NCCL and disk space. Imports torch if it is installed, and no larger package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cuda_devices() -> list[str]:
         if not torch.cuda.is_available():
             return []
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    except Exception:  # an installation may be broken in any way; examine_machine tells how
+    except Exception:  # a broken installation may raise anything; examine_machine reports it
         return []
     return [f"{entry.name} ({entry.total_memory / _GIB:.0f} GiB)" for entry in properties]
 
@@ -32,10 +32,10 @@ def examine_machine(devices: Sequence[str], *, gpus: int, output: str, free_gib:
     """Findings on devices, layers, NCCL, shared memory and the output directory.
 
     Args:
-        devices: what `cuda_devices` returned.
-        gpus: CUDA devices that the run needs on this machine; 0 for a run on the CPU, or to take what is there.
-        output: directory that must be writable, or be creatable; it is not made.
-        free_gib: GiB that must be free there.
+        devices: from `cuda_devices`.
+        gpus: CUDA devices that the run needs on this machine; 0 for a run on the CPU or on any number of devices.
+        output: directory that must be writable, or that it must be possible to create; it is not created.
+        free_gib: free space in GiB that is needed there.
     """
     return [
         _examine_devices(devices, gpus),
@@ -47,10 +47,11 @@ def examine_machine(devices: Sequence[str], *, gpus: int, output: str, free_gib:
 
 
 def _examine_devices(devices: Sequence[str], gpus: int) -> Finding:
-    kinds = {kind: devices.count(kind) for kind in dict.fromkeys(devices)}
-    found = ", ".join(f"{number} x {kind}" for kind, number in kinds.items()) or _without_devices()
+    counts = {device: devices.count(device) for device in dict.fromkeys(devices)}
+    found = ", ".join(f"{count} x {device}" for device, count in counts.items()) or _without_devices()
     if len(devices) < gpus:
-        return Finding("machine", "CUDA devices", "failed", found, str(gpus), "see nvidia-smi and CUDA_VISIBLE_DEVICES")
+        note = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        return Finding("machine", "CUDA devices", "failed", found, str(gpus), note)
     return Finding("machine", "CUDA devices", "ok" if devices else "optional", found, note="" if devices else "CPU run")
 
 
@@ -67,22 +68,22 @@ def _without_devices() -> str:
 
 
 def _examine_layers(devices: Sequence[str]) -> Finding:
-    """Which layers `student.layers=auto` takes here; that Transformer Engine imports is seen by `examine_imports`."""
+    """The layers that `student.layers=auto` selects; `examine_imports` tests the import of Transformer Engine."""
     if not devices:
-        return Finding("machine", "layers", "ok", "local", note="plain torch, on the CPU")
+        return Finding("machine", "layers", "ok", "local", note="plain torch on the CPU")
     if importlib.util.find_spec("transformer_engine") is None:
         return Finding("machine", "layers", "ok", "local", note="plain torch: Transformer Engine is not installed")
     return Finding("machine", "layers", "ok", "transformer_engine")
 
 
 def _examine_nccl(devices: Sequence[str]) -> Finding:
-    version, note = "", "ranks on the CPU speak gloo"
+    version, note = "", "ranks on the CPU use gloo"
     try:
         import torch
 
         if torch.distributed.is_nccl_available():
             version, note = ".".join(map(str, torch.cuda.nccl.version())), ""
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # a broken installation may raise anything
         note = f"{type(error).__name__}: {error}"
     state: State = "ok" if version else "missing" if devices else "optional"
     return Finding("machine", "NCCL", state, version, note=note)
@@ -92,7 +93,7 @@ def _examine_shared_memory(devices: Sequence[str]) -> Finding:
     if not _SHARED_MEMORY.is_dir():
         return Finding("machine", "/dev/shm", "failed" if devices else "optional", need="1 GiB")
     total = shutil.disk_usage(_SHARED_MEMORY).total / _GIB
-    # Docker's default is 64 MiB, in which NCCL's transport between the GPUs of a node finds no room.
+    # Docker's default of 64 MiB is too small for NCCL's transport between the GPUs of a node.
     state: State = "ok" if total >= 1 else "failed" if devices else "optional"
     note = "" if state == "ok" else "docker run --shm-size=16g"
     return Finding("machine", "/dev/shm", state, f"{total:.1f} GiB", "1 GiB", note)
@@ -100,7 +101,7 @@ def _examine_shared_memory(devices: Sequence[str]) -> Finding:
 
 def _disk(output: str, free_gib: float) -> list[Finding]:
     directory = Path(output).expanduser().absolute()
-    nearest = next(place for place in (directory, *directory.parents) if place.exists())
+    nearest = next(parent for parent in (directory, *directory.parents) if parent.exists())
     free = shutil.disk_usage(nearest).free / _GIB
     return [
         Finding(
@@ -109,7 +110,7 @@ def _disk(output: str, free_gib: float) -> list[Finding]:
             "ok" if free >= free_gib else "failed",
             f"{free:.1f} GiB free at {nearest}",
             f"{free_gib:g} GiB",
-            "" if free >= free_gib else "make room there, or set output; a job asks for POPSD_MIN_FREE_GIB",
+            "" if free >= free_gib else "free space there, or set output; a job requires POPSD_MIN_FREE_GIB",
         ),
         _examine_writing(directory, nearest),
     ]
@@ -117,7 +118,7 @@ def _disk(output: str, free_gib: float) -> list[Finding]:
 
 def _examine_writing(directory: Path, nearest: Path) -> Finding:
     try:
-        # Permission bits do not tell of read-only mounts and full quotas.
+        # Permission bits do not reveal read-only mounts and full quotas.
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=".popsd_doctor_") as file:
             file.write(b"\0" * 4096)
             file.flush()

@@ -1,4 +1,4 @@
-"""Installed distributions against the ranges that the project declares. Nothing is imported but `packaging`."""
+"""Comparison of installed distributions with the ranges that the project declares. Imports only `packaging`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nemo_popsd.doctor.findings import Finding, State
 DISTRIBUTION = "nemo_popsd"
 
 _NEEDED_EXTRAS = ("bridge",)
-"""Extras of pyproject.toml that a run needs, although pip must not resolve them everywhere."""
+"""Extras of pyproject.toml that a run needs, although pip cannot resolve them on every machine."""
 
 _NOTES = {
-    "packaging": "without it no version was compared with its range",
-    "megatron-bridge": "install with --no-deps where there is no CUDA",
-    "transformer-engine": "the fused layers on a GPU; without it the local layers run there (student.layers=local)",
+    "packaging": "without it, versions are not compared with their ranges",
+    "megatron-bridge": "install with --no-deps on a machine without CUDA",
+    "transformer-engine": "fused layers on a GPU; without it, a GPU uses the local layers (student.layers=local)",
     "wandb": "only for observability.wandb",
-    "apex": "fused kernels of NVIDIA's apex, built from source; PyPI's package of that name is another one",
+    "apex": "fused kernels of NVIDIA's apex, built from source; the package of that name on PyPI is a different one",
 }
 
 _SOURCE = Path(__file__).parents[2]
@@ -33,10 +33,10 @@ class Requirement:
     """One line of the project's dependencies.
 
     Attributes:
-        line: as pip takes it, e.g. ``"nemo_toolkit[common]>=2.6,<3.1"``.
+        line: requirement for pip, e.g. ``"nemo_toolkit[common]>=2.6,<3.1"``.
         name: the distribution.
-        range: version specifiers, "" for any version.
-        extra: the extra that asks for it; None for what every installation needs.
+        range: version specifiers; "" for any version.
+        extra: the extra that requires it; None if every installation does.
     """
 
     line: str
@@ -46,15 +46,15 @@ class Requirement:
 
     @property
     def needed(self) -> bool:
-        """Whether a run cannot do without it, whatever the machine."""
+        """Whether every run needs it."""
         return self.extra is None or self.extra in _NEEDED_EXTRAS
 
 
 def declared() -> tuple[str, list[Requirement]]:
     """The Python range and the requirements of this project.
 
-    Those of the source tree, where the package is imported from one: it may be newer than what is installed. Otherwise
-    the installed distribution's. Neither there: no range and no requirements.
+    They come from the source tree if the package is imported from one, since it may be newer than the installed
+    distribution; otherwise from the installed distribution. Without either, both are empty.
     """
     project = _source_project()
     if project is not None:
@@ -62,15 +62,15 @@ def declared() -> tuple[str, list[Requirement]]:
         lines = [(line, None) for line in project["dependencies"]] + extras
         return project["requires-python"], [_parse(line, extra) for line, extra in lines if extra != "dev"]
     try:
-        found = metadata.metadata(DISTRIBUTION)
+        installed = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return "", []
     requirements = []
-    for entry in found.get_all("Requires-Dist") or []:
+    for entry in installed.get_all("Requires-Dist") or []:
         line, _, marker = (part.strip() for part in entry.partition(";"))
         extra = re.search(r"""extra\s*==\s*['"]([\w-]+)['"]""", marker)
         requirements.append(_parse(line, extra[1] if extra else None))
-    return found["Requires-Python"] or "", [entry for entry in requirements if entry.extra != "dev"]
+    return installed["Requires-Python"] or "", [entry for entry in requirements if entry.extra != "dev"]
 
 
 def examine_packages() -> list[Finding]:
@@ -79,24 +79,25 @@ def examine_packages() -> list[Finding]:
     python = platform.python_version()
     return [
         Finding("packages", "python", _compare(python, python_range), python, python_range),
-        _own(),
+        _examine_project(),
         *(_examine(entry, needed=entry.needed) for entry in requirements),
         _examine(Requirement("apex", "apex", "", "built from source"), needed=False),
     ]
 
 
 def missing_requirements() -> list[str]:
-    """Lines for pip: the needed distributions of which no version is installed."""
+    """Requirements for pip of the needed distributions that are not installed."""
     return [entry.line for entry in declared()[1] if entry.needed and _version(entry.name) is None]
 
 
-def _own() -> Finding:
+def _examine_project() -> Finding:
     version = _version(DISTRIBUTION)
     if version is not None:
         return Finding("packages", DISTRIBUTION, "ok", version)
     if _source_project() is not None:
         return Finding("packages", DISTRIBUTION, "ok", "source tree", note=f"not installed; runs from {_SOURCE}")
-    return Finding("packages", DISTRIBUTION, "missing", note="neither installed nor a source tree: no ranges known")
+    note = "neither installed nor a source tree, so the ranges are unknown"
+    return Finding("packages", DISTRIBUTION, "missing", note=note)
 
 
 def _examine(requirement: Requirement, *, needed: bool) -> Finding:
@@ -109,9 +110,9 @@ def _examine(requirement: Requirement, *, needed: bool) -> Finding:
 
 
 def _compare(version: str, specifiers: str) -> State:
-    """A pre-release counts as its version, as in the containers (2.10.0a0+...)."""
-    parsed = _specifiers(specifiers)
-    return "ok" if parsed is None or parsed.contains(version, prereleases=True) else "outside"
+    """Pre-releases are accepted, since containers have such versions (2.10.0a0+...)."""
+    allowed = _specifiers(specifiers)
+    return "ok" if allowed is None or allowed.contains(version, prereleases=True) else "outside"
 
 
 def _specifiers(text: str):  # type: ignore[no-untyped-def]  # packaging may be absent
@@ -123,14 +124,14 @@ def _specifiers(text: str):  # type: ignore[no-untyped-def]  # packaging may be 
 
 
 def _version(name: str) -> str | None:
-    """The version that an import would find: of the first distribution of that name on the path."""
+    """The version that an import finds: that of the first distribution of that name on the path."""
     return next(_versions(name), None)
 
 
 def _versions(name: str) -> Iterator[str]:
     wanted = _canonical(name)
     for distribution in metadata.distributions(name=name):
-        # The directory of a distribution that an interrupted pip left behind has no name.
+        # A directory that an interrupted pip left behind has no name.
         if distribution.metadata["Name"] and _canonical(distribution.metadata["Name"]) == wanted:
             yield distribution.version
 
@@ -146,7 +147,7 @@ def _parse(line: str, extra: str | None) -> Requirement:
 
 
 def _source_project() -> dict | None:
-    """The [project] table of the source tree that this module lies in; None if it lies elsewhere."""
+    """The [project] table of the source tree that contains this module; None if there is none."""
     file = _SOURCE / "pyproject.toml"
     if not file.is_file():
         return None

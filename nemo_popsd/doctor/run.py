@@ -1,4 +1,4 @@
-"""What one run needs where it starts: its configuration, its paths, and an output that all nodes see."""
+"""Checks of one run: its configuration, its paths, and an output that all nodes see."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from nemo_popsd.errors import UserError
 def examine_run(
     conf: str, overrides: Sequence[str], *, world_size: int, evaluates: bool, checkpoint: str | None
 ) -> tuple[list[Finding], str | None]:
-    """The checks with which `popsd train` or `popsd evaluate` begins, and the run's output directory.
+    """The checks that `popsd train` or `popsd evaluate` makes at its start, and the run's output directory.
 
     Args:
         conf: configuration file.
         overrides: ``key=value``.
-        world_size: ranks of the run.
-        evaluates: it is an evaluation.
-        checkpoint: what is evaluated; None for `student.source`.
+        world_size: number of ranks of the run.
+        evaluates: whether the run is an evaluation.
+        checkpoint: that is evaluated; None for `student.source`.
 
     Returns:
-        The findings; and `output`, None where the configuration could not be read.
+        The findings, and `output`, which is None if the configuration could not be read.
     """
     try:
         from nemo_popsd.config.consistency import check_evaluation_run, check_training_run
@@ -44,7 +44,7 @@ def examine_run(
         return [Finding("run", error.what, "failed", str(error.got), error.need, error.fix)], output
     if config.student.layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         got, fix = "transformer_engine, which is not installed", "install it, or set student.layers=auto"
-        return [Finding("run", "student.layers", "failed", got, "layers that this machine has", fix)], output
+        return [Finding("run", "student.layers", "failed", got, "layers that are installed", fix)], output
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     return [Finding("run", "configuration", "ok", f"{conf} for {ranks}")], output
 
@@ -54,37 +54,37 @@ def examine_sharing(
     *,
     node: int,
     nodes: int,
-    mark: str,
+    token: str,
     seconds: float = 60.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Finding:
-    """Whether all nodes see one and the same `output`: each leaves a file there and waits for those of the others.
+    """Whether all nodes see the same `output`: each node writes a file there and waits for those of the others.
 
-    Made by all nodes at once. A directory on a node's own disk exists and can be written on every node, and fails only
-    when a checkpoint is read.
+    All nodes call this at the same time. A directory on a node's local disk exists and is writable on every node, and
+    would fail only when a checkpoint is read.
 
     Args:
-        output: directory; made if need be.
-        node: number of this node, from 0.
-        nodes: how many there are.
-        mark: the same text on all nodes, another one at the next start.
-        seconds: to wait for a file system that is slow to show files.
-        sleep: waits.
+        output: directory; created if missing.
+        node: index of this node.
+        nodes: number of nodes.
+        token: the same text on all nodes, different at each start.
+        seconds: time limit for a file system that shows new files late.
+        sleep: waits for a number of seconds.
     """
-    place = Path(output).expanduser() / ".nodes" / mark
+    folder = Path(output).expanduser() / ".nodes" / token
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"here_{node}").touch()
-        seen = _wait_for([place / f"here_{other}" for other in range(nodes)], seconds, sleep)
-        (place / f"seen_{node}").touch()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"here_{node}").touch()
+        seen = _wait_for([folder / f"here_{other}" for other in range(nodes)], seconds, sleep)
+        (folder / f"seen_{node}").touch()
         if node == 0:
-            # The others may still be looking for the files of this node.
+            # The other nodes may still be waiting for the file of this node.
             _wait_for(
-                [place / f"seen_{other}" for other in range(nodes)],
+                [folder / f"seen_{other}" for other in range(nodes)],
                 seconds if seen == nodes else min(seconds, 5.0),
                 sleep,
             )
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         return Finding(
             "run", "shared output", "failed", str(error), "a directory that every node can write", "set output"
@@ -98,7 +98,7 @@ def examine_sharing(
 
 
 def _wait_for(files: Sequence[Path], seconds: float, sleep: Callable[[float], None]) -> int:
-    """How many of `files` are there, at the latest after `seconds`."""
+    """Waits until all `files` exist, at most `seconds`, and returns how many do."""
     deadline = time.monotonic() + seconds
     while True:
         present = sum(file.exists() for file in files)

@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_popsd.errors import UserError
 
 PREFIX = "nemo_popsd:"
-"""What marks the name of an embedded file in a configuration."""
+"""Prefix of the name of an embedded file in a configuration."""
 
 FOLDER = Path(__file__).parent / "assets"
 
@@ -19,7 +19,7 @@ _ASSETS = {
 
 
 def asset(name: str) -> Path:
-    """The packaged path of an embedded model or data set.
+    """The path of an embedded model or data set.
 
     Args:
         name: `nemo_popsd:tiny_reasoner` (a Hugging Face model folder), `nemo_popsd:tiny_train` or
@@ -34,13 +34,13 @@ def asset(name: str) -> Path:
             "embedded file",
             got=repr(name),
             need="one of " + ", ".join(PREFIX + known for known in _ASSETS),
-            fix="correct the name, or give the path of a file or folder of your own",
+            fix="correct the name, or set the path of your own file or folder",
         )
     return FOLDER / path
 
 
-def located(name: str) -> Path:
-    """The path that the name of a model or a data set means: an embedded file, or a path of the user's own.
+def local_path(name: str) -> Path:
+    """The path that a configuration's name of a model or data set refers to: an embedded file, or the user's path.
 
     Raises:
         UserError: no embedded file has that name.

@@ -107,13 +107,13 @@ def sample_settings(
     *,
     seed: int,
     model: str,
-    fingerprint: str,
+    weights_digest: str,
     engine: str,
 ) -> SampleSettings:
     """Everything that samples of `prompts` depend on."""
     return SampleSettings(
         model=model,
-        fingerprint=fingerprint,
+        weights_digest=weights_digest,
         engine=engine,
         seed=seed,
         temperature=sampling.temperature,

@@ -43,7 +43,7 @@ def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str
     engine = f"endpoint, {settings.endpoint.dialect}, {settings.endpoint.prompts}"
     for one in problem_sets:
         # The server alone knows its weights: a restart with other weights is not visible here.
-        names = {"model": endpoint.model, "fingerprint": endpoint.identity, "engine": engine}
+        names = {"model": endpoint.model, "weights_digest": endpoint.identity, "engine": engine}
         begin(one, sample_settings(one.prompts, sampling, seed=seed, **names))
         missing = one.missing(settings.samples_per_problem)
         with one.directory.append_to(0) as file:

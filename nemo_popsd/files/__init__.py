@@ -1,1 +1,1 @@
-"""Files and directories that the project writes, replaces, reads strictly, locks and owns."""
+"""Reading and writing of files: atomic replacement, strict parsing, ownership marks and the lock of an output."""

@@ -1,8 +1,8 @@
-"""Files and directories that are complete or absent, whatever kills the process or the machine in between.
+"""Files and directories that are complete or absent, even if the process or the machine stops while they are written.
 
-The order is always: write under another name, flush file and directory to the disk, rename, flush the directory that
-holds the name. Directories carry the mark of `nemo_popsd.files.ownership` from their first moment: what has none is
-never removed or replaced.
+The order is always: write under another name, flush file and directory to the disk, rename, flush the parent directory.
+Directories carry the mark of `nemo_popsd.files.ownership` from their creation; a directory without the mark is never
+removed or replaced.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from nemo_popsd.files.ownership import MARK, foreign, read_mark, refuse_foreign, sizes_of, write_mark
+from nemo_popsd.files.ownership import MARK, foreign_reason, read_mark, refuse_foreign, sizes_of, write_mark
 
 PARTIAL = ".partial"
-"""Suffix of what is still being written."""
+"""Suffix of a file or directory that is being written."""
 REPLACED = ".replaced"
-"""Suffix of what a new directory has taken the place of, for the moment that takes."""
+"""Suffix of the old directory while a new one takes its name."""
 REMOVED = ".removed"
 """Suffix of a directory that is being removed."""
 _PARTIAL_FILE = re.compile(r".+\.popsd-[0-9a-f]{8}" + re.escape(PARTIAL))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that holds the old or the new text at any moment, never half of one."""
+    """Writes a file that holds the complete old or the complete new text at any moment."""
     partial = path.with_name(f"{path.name}.popsd-{secrets.token_hex(4)}{PARTIAL}")
     try:
         with partial.open("x", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_partial_files(directory: Path) -> None:
-    """Removes what calls of `write_text` that were killed left anywhere below `directory`."""
+    """Removes the partial files that killed calls of `write_text` left anywhere below `directory`."""
     for folder, _, names in os.walk(directory):
         for name in names:
             if _PARTIAL_FILE.fullmatch(name):
@@ -69,33 +69,33 @@ def flush_file(path: Path) -> None:
 
 
 def flush_directory(directory: Path) -> None:
-    """Waits until the names in `directory` are on the disk."""
+    """Waits until the entries of `directory` are on the disk."""
     flush_file(directory)
 
 
-def beside(path: Path) -> tuple[Path, ...]:
-    """The names that writing `path` needs: itself, and those that it has for a while."""
+def names_needed(path: Path) -> tuple[Path, ...]:
+    """The names that writing `path` needs: its own and the temporary ones."""
     return path, *(path.with_name(path.name + suffix) for suffix in (PARTIAL, REPLACED, REMOVED))
 
 
-def refuse_what_is_in_the_way(path: Path, kind: str, *, setting: str = "output") -> None:
-    """Refuses to write the directory `path` where anything that is not ours has its name, or one that it needs.
+def refuse_occupied(path: Path, kind: str, *, setting: str = "output") -> None:
+    """Refuses to write the directory `path` if anything not written by nemo_popsd has one of the names that it needs.
 
     Raises:
         UserError: names what is there.
     """
-    for name in beside(path):
+    for name in names_needed(path):
         refuse_foreign(name, kind, setting=setting)
 
 
 def atomic_replace(new: Path, path: Path, kind: str) -> None:
-    """Renames the directory `new`, which is marked and on the disk already, to `path`.
+    """Renames the directory `new`, which is marked and flushed to the disk, to `path`.
 
-    A directory of ours that is there is renamed aside first and removed last: one of the two is complete at any
-    moment, and `recover` finds it.
+    An earlier directory at `path` is renamed aside first and removed last: one of the two is complete at any moment,
+    and `recover` finds it.
 
     Raises:
-        UserError: what is at `path` is not ours; nothing has been changed.
+        UserError: nemo_popsd did not write what is at `path`; nothing has been changed.
     """
     refuse_foreign(path, kind)
     if path.is_dir():
@@ -110,11 +110,11 @@ def atomic_replace(new: Path, path: Path, kind: str) -> None:
         flush_directory(path.parent)
 
 
-def begin_partial(path: Path, kind: str) -> Path:
+def make_partial(path: Path, kind: str) -> Path:
     """Makes the marked, otherwise empty directory in which `path` is written, and returns it.
 
     Raises:
-        UserError: something that is not ours is in the way; nothing has been changed.
+        UserError: something that nemo_popsd did not write has its name; nothing has been changed.
     """
     partial = path.with_name(path.name + PARTIAL)
     remove_directory(partial, kind)
@@ -125,14 +125,14 @@ def begin_partial(path: Path, kind: str) -> Path:
 
 @contextmanager
 def new_directory(path: Path, kind: str) -> Iterator[Path]:
-    """Yields a directory that is `path` once the block has ended, with all that was put into it; an earlier one of ours
-    is replaced then, and not before. If the block raises, it is removed.
+    """Yields a directory that is renamed to `path` when the block ends, and then replaces an earlier one. If the block
+    raises, the new directory is removed.
 
     Raises:
-        UserError: what is at `path` is not ours; nothing has been changed.
+        UserError: nemo_popsd did not write what is at `path`; nothing has been changed.
     """
-    refuse_what_is_in_the_way(path, kind)
-    partial = begin_partial(path, kind)
+    refuse_occupied(path, kind)
+    partial = make_partial(path, kind)
     try:
         yield partial
         write_mark(partial, kind, sizes_of(partial))
@@ -144,16 +144,16 @@ def new_directory(path: Path, kind: str) -> Iterator[Path]:
 
 
 def recover(folder: Path, kind: str, is_name: Callable[[str], bool]) -> None:
-    """Cleans `folder` after a kill: half-written and half-removed directories go, one that was set aside comes back if
-    nothing took its place.
+    """Cleans `folder` after a kill: removes partially written and partially removed directories, and renames a
+    directory that was set aside back if no new one took its place.
 
     Args:
         folder: may be absent.
         kind: of the directories in it.
-        is_name: whether a name is one that we give; any other entry is left alone.
+        is_name: whether nemo_popsd gives this name to a directory; any other entry is left alone.
 
     Raises:
-        UserError: something that is not ours has a name that a directory of ours needs while it is written.
+        UserError: something that nemo_popsd did not write has one of its temporary names.
     """
     if not folder.is_dir():
         return
@@ -169,23 +169,23 @@ def recover(folder: Path, kind: str, is_name: Callable[[str], bool]) -> None:
 
 
 def remove_directory(path: Path, kind: str) -> None:
-    """Removes a directory of ours, or nothing.
+    """Removes a directory that nemo_popsd wrote, if it exists.
 
-    It loses its name first: what a kill leaves is marked as being removed, and never looks like a complete one. The
-    mark goes last.
+    It is renamed first, so that a directory that a kill leaves partially removed does not look complete. The mark is
+    removed last.
 
     Raises:
-        UserError: it is not ours, or not only.
+        UserError: nemo_popsd did not write it, or not all of it.
     """
     refuse_foreign(path, kind)
     if not path.is_dir():
         return
     if path.suffix not in (PARTIAL, REPLACED, REMOVED):
-        doomed = path.with_name(path.name + REMOVED)
-        remove_directory(doomed, kind)
-        path = path.rename(doomed)
+        removed = path.with_name(path.name + REMOVED)
+        remove_directory(removed, kind)
+        path = path.rename(removed)
     if read_mark(path) is None:
-        with contextlib.suppress(OSError):  # a full disk must not keep anything from being removed
+        with contextlib.suppress(OSError):  # a full disk must not prevent the removal
             write_mark(path, kind)
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
@@ -197,7 +197,7 @@ def remove_directory(path: Path, kind: str) -> None:
 
 
 def remove_files(directory: Path, patterns: Sequence[str]) -> None:
-    """Removes the files of `directory` whose names match, and then `directory` itself if nothing else is in it."""
+    """Removes the files of `directory` whose names match, then `directory` itself if it is empty."""
     if not directory.is_dir():
         return
     for entry in sorted(directory.iterdir()):
@@ -207,6 +207,6 @@ def remove_files(directory: Path, patterns: Sequence[str]) -> None:
         directory.rmdir()
 
 
-def is_ours(path: Path, kind: str) -> bool:
-    """Whether `path` is a directory that may be removed as one of `kind`."""
-    return path.is_dir() and foreign(path, kind) is None
+def is_owned(path: Path, kind: str) -> bool:
+    """Whether `path` is a directory of `kind` that nemo_popsd wrote and may remove."""
+    return path.is_dir() and foreign_reason(path, kind) is None

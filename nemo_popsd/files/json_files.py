@@ -1,13 +1,14 @@
-"""Reading the JSON that runs and other programs wrote, which may be cut, damaged or something else altogether."""
+"""Reading of JSON: the files that runs wrote, which may be truncated or damaged, and the rules for other JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -18,15 +19,15 @@ T = TypeVar("T")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens `path` for reading if it is a regular file: others may be waited for, or read, without end.
+    """Opens `path` for reading if it is a regular file: a pipe may block and a device may have no end.
 
     Raises:
-        OSError: it is none, or cannot be read.
+        OSError: it is not a regular file, or cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(None, "not a regular file but a directory, a device or a pipe", str(path))
+        raise OSError(None, "a directory, a device or a pipe, not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 
@@ -34,57 +35,75 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: it is no readable file of JSON.
+        UserError: it is not readable, or not JSON.
     """
-    return parsed(_content(path), path)
+    return parse_json(_content(path), path)
 
 
-def read_json_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[str, Any]]:
-    """Place (file and line, for messages) and value of each line of a JSON Lines file.
+def read_json_lines(path: Path, *, skip_partial: bool = False) -> Iterator[tuple[str, Any]]:
+    """Location (file and line, for messages) and value of each line of a JSON Lines file.
 
     Args:
         path: the file.
-        cut: pass over a last line without its end, which a kill may leave.
+        skip_partial: skip a last line without a newline, which a kill may leave.
 
     Raises:
-        UserError: a line is no JSON, or the file cannot be read.
+        UserError: a line is not JSON, or the file cannot be read.
     """
-    *whole, last = _content(path).split(b"\n")
-    for number, line in enumerate(whole if cut else [*whole, last], start=1):
+    *complete, last = _content(path).split(b"\n")
+    for number, line in enumerate(complete if skip_partial else [*complete, last], start=1):
         if line.strip():
             where = f"{path}:{number}"
-            yield where, parsed(line, where)
+            yield where, parse_json(line, where)
 
 
-def parsed(text: bytes | str, where: object) -> Any:
+def parse_json(text: bytes | str, where: object) -> Any:
     """The value of a JSON `text`.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not JSON.
     """
     try:
-        value = json.loads(text)
-        raw = text.encode() if isinstance(text, str) else text
-        if rb"\ud" in raw.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        problem = "nested without end" if isinstance(error, RecursionError) else str(error)
-        raise damaged(where, problem) from None
+        return decode_json(text)
+    except ValueError as error:
+        raise damaged(where, str(error)) from None
+
+
+def decode_json(text: bytes | str, *, strict: bool = False) -> Any:
+    """The value of a JSON `text`, in which no string holds an unpaired surrogate.
+
+    Args:
+        text: to decode.
+        strict: require that no object repeats a key and that every number is finite.
+
+    Raises:
+        ValueError: with a reason in one phrase.
+    """
+    rules: dict[str, Any] = {}
+    if strict:
+        rules = {"object_pairs_hook": unique_keys, "parse_constant": _refuse_constant, "parse_float": _finite}
+    try:
+        value = json.loads(text, **rules)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    raw = text.encode() if isinstance(text, str) else text
+    if rb"\ud" in raw.lower():
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
-def typed(kind: type[T], value: object, where: object) -> T:
-    """`value` as a dataclass of type `kind`, whose fields it must have, and in their types.
+def as_dataclass(kind: type[T], value: object, where: object) -> T:
+    """`value` as an instance of the dataclass `kind`, with exactly its fields, each of the declared type.
 
     Raises:
-        UserError: something is missing, left over, or has another type.
+        UserError: a field is missing, unknown or of another type.
     """
     hints = _hints(cast(Any, kind))
     if not isinstance(value, Mapping):
-        raise damaged(where, f"{_shown(value)} where an object belongs")
-    unlike = sorted(set(map(str, value)) - set(hints))
-    if unlike:
-        raise damaged(where, f"{_shown(unlike[0])} among its names")
+        raise damaged(where, f"{_shown(value)} in place of an object")
+    unknown = sorted(set(map(str, value)) - set(hints))
+    if unknown:
+        raise damaged(where, f"the unknown key {_shown(unknown[0])}")
     for name, content in value.items():
         if not _is(hints[name], content):
             raise damaged(where, f"{name}={_shown(content)}")
@@ -95,12 +114,12 @@ def typed(kind: type[T], value: object, where: object) -> T:
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object, whatever the order of its keys."""
+    """SHA-256 of a JSON object, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def damaged(where: object, problem: str) -> UserError:
-    """The error for content that no program of ours wrote like that."""
+    """The error for content that differs from what nemo_popsd writes."""
     return UserError(
         str(where),
         got=f"damaged data ({problem[:200]})",
@@ -115,7 +134,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 def _is(kind: Any, value: object) -> bool:
-    """Whether `value`, as JSON gave it, has the type `kind`; a tuple is a list there."""
+    """Whether `value`, decoded from JSON, has the type `kind`; JSON holds a tuple as a list."""
     origin, inside = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -139,8 +158,30 @@ def _content(path: Path) -> bytes:
     except OSError as error:
         problem = error.strerror or type(error).__name__
         raise UserError(
-            str(path), got=f"no readable file ({problem})", need="a file of JSON", fix="correct or remove it"
+            str(path), got=f"an unreadable file ({problem})", need="a JSON file", fix="correct or remove it"
         ) from error
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: names a repeated key.
+    """
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return content
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"the number {word}, which is not finite")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse_constant(digits)
 
 
 def _shown(value: object) -> str:

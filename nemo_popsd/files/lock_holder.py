@@ -1,4 +1,4 @@
-"""Which process it is: told to other processes of the same machine, of others, and of the same batch job."""
+"""The identity of a process, as other processes of the same machine, other machines or the same batch job read it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """A process that holds, or asks for, something that one process at a time may have."""
+    """A process that holds or requests a lock."""
 
     token: str = ""
-    """Random; two processes never have the same."""
+    """Random and unique."""
     host: str = ""
-    """Name, for people; two machines may share one."""
+    """Host name, for messages; not unique."""
     machine: str = ""
-    """Start of the machine and its name space of processes: where process numbers mean the same."""
+    """Boot ID and PID namespace of the machine, within which `pid` is valid."""
     pid: int = 0
-    """Process number."""
+    """Process ID."""
     begun: int = 0
-    """When the process began, in ticks of the machine: process numbers are used again."""
+    """Start time of the process in clock ticks since boot, since process IDs are reused."""
     job: str = ""
-    """Batch job, with its cluster; empty outside of one."""
+    """Batch job and its cluster; empty outside of one."""
     start: int = 0
-    """How often the batch system has started that job again."""
+    """How often the batch system has restarted the job."""
     since: str = ""
-    """When it took hold, by its own clock, for people."""
+    """When the process took the lock, by its own clock, for messages."""
 
     @classmethod
     def read(cls, path: Path) -> Holder:
-        """What a process wrote; what cannot be understood counts as a process somewhere else.
+        """Reads what a process wrote; unreadable content counts as a process on another machine.
 
         Raises:
-            FileNotFoundError: nothing is there.
+            FileNotFoundError: `path` does not exist.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -49,23 +49,23 @@ class Holder:
             return cls(token=f"unreadable-{path.name}", host="unknown")
 
     def on_this_machine(self) -> bool:
-        """Whether this process can see it."""
+        """Whether it runs on the machine and in the PID namespace of the calling process."""
         return bool(self.machine) and self.machine == _machine()
 
     def ended(self) -> bool:
-        """Whether it is known to have ended: on this machine, where no process has its number and its begin."""
-        return self.on_this_machine() and self.begun != 0 and _begun(self.pid) != self.begun
+        """Whether it is known to have ended: on this machine, no process has its ID and its start time."""
+        return self.on_this_machine() and self.begun != 0 and _start_time(self.pid) != self.begun
 
     def follows(self, other: Holder) -> bool:
-        """Whether it is a later start of the same batch job."""
+        """Whether this is a later start of the batch job of `other`."""
         return bool(self.job) and self.job == other.job and self.start > other.start
 
     def precedes(self, other: Holder) -> bool:
-        """Whether it is an earlier start of the same batch job."""
+        """Whether this is an earlier start of the batch job of `other`."""
         return other.follows(self)
 
     def describe(self) -> str:
-        """In words."""
+        """The process in one phrase, for messages."""
         job = f", job {self.job}, start {self.start}" if self.job else ""
         return f"host {self.host}, process {self.pid}{job}, since {self.since or 'an unknown time'}"
 
@@ -79,7 +79,7 @@ def this_process() -> Holder:
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
-        begun=_begun(os.getpid()) or 0,
+        begun=_start_time(os.getpid()) or 0,
         job=f"{job} on {cluster}" if job and cluster else job,
         start=int(restarts) if restarts.isdigit() else 0,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -87,7 +87,7 @@ def this_process() -> Holder:
 
 
 def _machine() -> str:
-    """Empty where the system does not say, so that nobody is taken for a neighbour."""
+    """Boot ID and PID namespace; empty if the system does not give them, and then no process counts as local."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -95,8 +95,8 @@ def _machine() -> str:
         return ""
 
 
-def _begun(pid: int) -> int | None:
-    """When a living process began; None if there is none, or only its remains."""
+def _start_time(pid: int) -> int | None:
+    """Start time of a live process in clock ticks since boot; None for a missing process or a zombie."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,11 +1,12 @@
-"""One training run at a time in an output directory, on whatever machine: what it promises is in docs/running.md.
+"""The lock that admits one training run at a time to an output directory, across machines; see docs/running.md.
 
-    lock/holder-000003     who has it: written once, made by a hard link, which fails if the name exists
-    lock/alive-TOKEN       its time of change moves every few seconds for as long as the holder lives
-    lock/leave-TOKEN       a later start of the same batch job asks the holder to save and stop
+    lock/holder-000003     the holder: written once, created by a hard link, which fails if the name exists
+    lock/alive-TOKEN       the holder's heartbeat: its modification time changes every few seconds while the holder runs
+    lock/leave-TOKEN       a later start of the same batch job requests that the holder save and stop
 
-The highest number holds. Whoever takes over from a holder that is gone makes the next number: of several that try, one
-succeeds, and a holder that was asleep meanwhile sees it. No file is ever written by two processes.
+The file with the highest generation names the holder. A process that takes over from a dead holder creates the next
+generation: of several that try, one succeeds, and a holder that was suspended meanwhile sees it. No file is written by
+two processes.
 """
 
 from __future__ import annotations
@@ -25,37 +26,40 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nemo_popsd.errors import START_AGAIN, TransientError, UserError, in_words, may_pass, system_error
+from nemo_popsd.errors import START_AGAIN, TransientError, UserError, describe_error, is_transient, system_error
 from nemo_popsd.files.lock_holder import Holder, this_process
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "lock"
-"""Below `output`."""
+"""Folder of the lock below `output`."""
 BEAT_SECONDS = 10.0
-"""Between two signs of life."""
+"""Interval of the heartbeat."""
 STALE_SECONDS = 120.0
-"""A holder on another machine that gives no sign of life for so long, by the clock of who watches, is gone."""
+"""A holder on another machine without a heartbeat for this long, by the waiting process's clock, counts as dead."""
 LEAVE_SECONDS = 600.0
-"""A holder that was asked to leave, and has not, gives the lock up."""
+"""After this time a holder that was requested to leave and still runs gives up the lock."""
 _PATIENCE_SECONDS = LEAVE_SECONDS + 2 * STALE_SECONDS
 _POLL_SECONDS = 0.5
 _TRIES = 5
 _HOLDER = re.compile(r"holder-(\d{6,})")
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_ROOM = {"need": "a directory that can be written", "fix": "free space, or set output"}
+_OUTPUT_ADVICE = {"need": "a directory that can be written", "fix": "free space, or set output"}
 
 
 @dataclass(frozen=True)
 class Hold:
-    """What each rank of the holder needs to see whether the lock is still the run's own."""
+    """A lock that was taken; every rank of the run can check whether it is still held."""
 
     folder: Path
-    number: int
+    """Folder of the lock."""
+    generation: int
+    """Generation of the holder's file."""
     token: str
+    """Token of the holder."""
 
-    def is_own(self) -> bool:
-        """Whether nobody has taken the lock over or removed it: one listing and one small file."""
+    def is_held(self) -> bool:
+        """Whether no other process has taken over or removed the lock; lists one directory and reads one small file."""
         try:
             self.check()
         except (OSError, UserError, TransientError):
@@ -63,32 +67,35 @@ class Hold:
         return True
 
     def check(self) -> None:
-        """Refuses to go on without the lock.
+        """Raises if the lock is no longer held.
 
         Raises:
             UserError: another run has taken it over.
-            TransientError: it was removed, or left to a later start of the same job.
+            TransientError: it was removed, or a later start of the same job has taken it over.
             OSError: from the file system.
         """
         what = f"output {str(self.folder.parent)!r}"
-        number, holder = _current_in_spite_of_hiccups(self.folder)
-        if (number, holder.token) == (self.number, self.token) and (self.folder / f"alive-{self.token}").exists():
+        generation, holder = _current_with_retries(self.folder)
+        held = (generation, holder.token) == (self.generation, self.token)
+        if held and (self.folder / f"alive-{self.token}").exists():
             return
-        if number == 0 or holder.token == self.token:
+        if generation == 0 or holder.token == self.token:
             raise TransientError(
-                what, got=f"the lock of this run, {self.folder}, is gone; the run ends unsaved", fix=START_AGAIN
+                what,
+                got=f"the lock of this run, {self.folder}, was removed; the run ends without saving",
+                fix=START_AGAIN,
             )
         if holder.follows(this_process()):
             raise TransientError(
                 what,
                 got=f"a later start of the same job has taken over: {holder.describe()}",
-                fix="leave it to that start, which goes on from the newest checkpoint",
+                fix="let that start continue from the newest checkpoint",
             )
         raise UserError(
             what,
-            got=f"another run that has taken it over, since this one gave no sign of life for {STALE_SECONDS:g} s: "
+            got=f"another run, which took over because this one had no heartbeat for {STALE_SECONDS:g} s: "
             f"{holder.describe()}",
-            need="one run at a time in a directory; this one ends and writes nothing more",
+            need="one run at a time in a directory; this run ends and writes nothing more",
             fix="set output to another directory, or stop the other run",
         )
 
@@ -97,54 +104,54 @@ class OutputLock:
     """The lock of `<output>/lock`, held by this process.
 
     Attributes:
-        hold: for the ranks of the run.
+        hold: what the ranks of the run check.
     """
 
-    def __init__(self, output: str | Path, *, say: Callable[[str], None] | None = None) -> None:
-        """Takes the lock, or waits until it is known that its holder is gone.
+    def __init__(self, output: str | Path, *, report: Callable[[str], None] | None = None) -> None:
+        """Takes the lock, after waiting until its holder is known to be dead.
 
-        A holder on this machine is gone if its process is; elsewhere, if it gives no sign of life for `STALE_SECONDS`.
-        An earlier start of the same batch job is asked to save and stop.
+        A holder on this machine is dead if its process has ended; on another machine, if it has no heartbeat for
+        `STALE_SECONDS`. An earlier start of the same batch job is requested to save and stop.
 
         Args:
-            output: of the run; made if it is not there.
-            say: is told what is waited for; None prints to standard error.
+            output: directory of the run; created if missing.
+            report: called with a line about what the process waits for; None prints it to standard error.
 
         Raises:
-            UserError: another run holds it, or nothing can be written there.
+            UserError: another run holds the lock, or nothing can be written there.
             TransientError: an earlier start of the same job does not leave, or the file system failed.
         """
-        self._say = say or (lambda text: print(f"popsd: {text}", file=sys.stderr, flush=True))
+        self._report = report or (lambda text: print(f"popsd: {text}", file=sys.stderr, flush=True))
         self._output = Path(output).expanduser()
         self._folder = self._output / FOLDER
         self._me = replace(this_process(), token=secrets.token_hex(16))
         self._ended = threading.Event()
         try:
             self._enter()
-            number = self._take()
+            generation = self._take()
         except OSError as error:
-            raise system_error(f"output {str(self._output)!r}", error, **_ROOM) from None
-        self.hold = Hold(self._folder, number, self._me.token)
+            raise system_error(f"output {str(self._output)!r}", error, **_OUTPUT_ADVICE) from None
+        self.hold = Hold(self._folder, generation, self._me.token)
         self._thread = threading.Thread(target=self._beat, name="output lock", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """Gives the lock back; harmless if it is lost or released already, and in a forked process."""
+        """Releases the lock; does nothing in a forked process, or if the lock is lost or released."""
         if self._me.pid != os.getpid() or self._ended.is_set():
             return
         self._ended.set()
         self._thread.join(BEAT_SECONDS)
-        own = self.hold.is_own()
+        held = self.hold.is_held()
         with contextlib.suppress(OSError):
-            if own:
-                (self._folder / f"holder-{self.hold.number:06d}").unlink(missing_ok=True)
+            if held:
+                (self._folder / f"holder-{self.hold.generation:06d}").unlink(missing_ok=True)
             (self._folder / f"alive-{self._me.token}").unlink(missing_ok=True)
-            self._folder.rmdir()  # unless another run has begun
+            self._folder.rmdir()  # fails if another run has started
 
-    # Taking it
+    # Taking the lock
 
     def _enter(self) -> None:
-        """Makes the folder, which a run that ends at this moment may be removing, and a file that keeps it."""
+        """Makes the folder and a file in it, which keeps a run that ends at this moment from removing the folder."""
         for attempt in range(_TRIES):
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -158,24 +165,24 @@ class OutputLock:
         alive = self._folder / f"alive-{self._me.token}"
         try:
             while True:
-                number, holder = _current(self._folder)
-                if number and not self._gone(number, holder):
+                generation, holder = _current(self._folder)
+                if generation and not self._wait_for_end(generation, holder):
                     continue
-                if self._link(number + 1):
-                    self._clean(number + 1, holder.token)
-                    return number + 1
+                if self._link(generation + 1):
+                    self._clean(generation + 1, holder.token)
+                    return generation + 1
         except BaseException:
             alive.unlink(missing_ok=True)
             raise
         finally:
             (self._folder / f"leave-{self._me.token}").unlink(missing_ok=True)
 
-    def _gone(self, number: int, holder: Holder) -> bool:
-        """Whether the holder is gone; False if another one has come meanwhile.
+    def _wait_for_end(self, generation: int, holder: Holder) -> bool:
+        """Waits until the holder is dead; False if the holder has changed meanwhile.
 
         Raises:
-            UserError: it lives.
-            TransientError: it was asked to leave, lives and does not.
+            UserError: it is alive.
+            TransientError: it was requested to leave and is still alive.
         """
         if holder.ended():
             return True
@@ -184,48 +191,51 @@ class OutputLock:
             raise self._in_use(holder)
         if follows:
             _write(self._folder / f"leave-{self._me.token}", json.dumps(asdict(self._me)))
-            self._say(f"asking an earlier start of this job to save and stop: {holder.describe()}")
+            self._report(f"asking an earlier start of this job to save and stop: {holder.describe()}")
         else:
-            self._say(f"is this run still alive? watching it for up to {STALE_SECONDS:g} s: {holder.describe()}")
-        begun = seen = time.monotonic()
-        sign = self._sign(holder)
-        while time.monotonic() - seen < STALE_SECONDS:
+            self._report(
+                f"checking for up to {STALE_SECONDS:g} s whether the run that holds the lock is alive: "
+                f"{holder.describe()}"
+            )
+        started = last_seen = time.monotonic()
+        heartbeat = self._heartbeat(holder)
+        while time.monotonic() - last_seen < STALE_SECONDS:
             time.sleep(_POLL_SECONDS)
-            if _current(self._folder) != (number, holder):
+            if _current(self._folder) != (generation, holder):
                 return False
             if holder.ended():
                 return True
-            now = self._sign(holder)
-            if now != sign and not follows:
+            latest = self._heartbeat(holder)
+            if latest != heartbeat and not follows:
                 raise self._in_use(holder)
-            if now != sign:
-                sign, seen = now, time.monotonic()
-            if time.monotonic() - begun > _PATIENCE_SECONDS:
+            if latest != heartbeat:
+                heartbeat, last_seen = latest, time.monotonic()
+            if time.monotonic() - started > _PATIENCE_SECONDS:
                 raise TransientError(
                     f"output {str(self._output)!r}",
-                    got=f"an earlier start of this job, which was asked to leave and has not: {holder.describe()}",
+                    got=f"an earlier start of this job, which was asked to leave and still runs: {holder.describe()}",
                     fix=f"stop that process; {START_AGAIN}",
                 )
         return True
 
-    def _sign(self, holder: Holder) -> int:
-        """When the holder gave its last sign of life, by whatever clock; 0 if it never did."""
+    def _heartbeat(self, holder: Holder) -> int:
+        """Time of the holder's last heartbeat in ns, by an unspecified clock; 0 if there was none."""
         try:
-            # Opened, since a network file system may answer a question for a name out of its memory.
+            # The file is opened because a network file system may answer a plain stat from its cache.
             with (self._folder / f"alive-{holder.token}").open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return 0
 
-    def _link(self, number: int) -> bool:
-        """Makes this process the holder with that number, unless somebody else is."""
+    def _link(self, generation: int) -> bool:
+        """Makes this process the holder of that generation, unless another process is."""
         content = json.dumps(asdict(self._me))
-        path, draft = self._folder / f"holder-{number:06d}", self._folder / f"draft-{self._me.token}"
+        path, draft = self._folder / f"holder-{generation:06d}", self._folder / f"draft-{self._me.token}"
         _write(draft, content)
         try:
             os.link(draft, path)
         except FileExistsError:
-            return draft.stat().st_nlink == 2  # made, and the answer was lost on its way from a file server
+            return draft.stat().st_nlink == 2  # True if the link was made and the file server's answer was lost
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -237,13 +247,18 @@ class OutputLock:
             draft.unlink(missing_ok=True)
         return True
 
-    def _clean(self, number: int, before: str) -> None:
-        """Removes what earlier holders left. Those that are only asleep see the higher number."""
+    def _clean(self, generation: int, previous: str) -> None:
+        """Removes the files of earlier holders. A holder that was only suspended sees the higher generation.
+
+        Args:
+            generation: of this process.
+            previous: token of the holder before it.
+        """
         for name in os.listdir(self._folder):
             match = _HOLDER.fullmatch(name)
             left = name.startswith(("alive-", "draft-", "leave-")) and not name.endswith(self._me.token)
-            # Of the one before everything goes; others may be trying to take the lock at this moment.
-            if (match and int(match[1]) < number) or name == f"alive-{before}" or (left and self._is_old(name)):
+            # Recent files of processes other than the previous holder stay: they may be trying to take the lock.
+            if (match and int(match[1]) < generation) or name == f"alive-{previous}" or (left and self._is_old(name)):
                 (self._folder / name).unlink(missing_ok=True)
 
     def _is_old(self, name: str) -> bool:
@@ -254,7 +269,7 @@ class OutputLock:
         return age > STALE_SECONDS
 
     def _in_use(self, holder: Holder) -> UserError:
-        tasks = "; tasks of a job array need an output each" if "SLURM_ARRAY_TASK_ID" in os.environ else ""
+        tasks = "; each task of a job array needs its own output" if "SLURM_ARRAY_TASK_ID" in os.environ else ""
         return UserError(
             f"output {str(self._output)!r}",
             got=f"another run in it, {holder.describe()}",
@@ -262,56 +277,56 @@ class OutputLock:
             fix="set output to another directory, or stop that run",
         )
 
-    # Holding it
+    # Holding the lock
 
     def _beat(self) -> None:
-        """Moves the time of the sign of life, and hears whether a later start of the job asks for the lock."""
+        """Updates the heartbeat, and stops the run if a later start of the job requests the lock."""
         alive = self._folder / f"alive-{self._me.token}"
-        asked: float | None = None
+        requested: float | None = None
         while not self._ended.wait(BEAT_SECONDS):
             try:
-                os.utime(alive)  # needs no room on a full disk
-                if asked is None and any(self._me.precedes(other) for other in self._asking()):
-                    asked = time.monotonic()
-                    logger.warning("a later start of this job asks for %s; saving and stopping", self._output)
+                os.utime(alive)  # works on a full disk
+                if requested is None and any(self._me.precedes(other) for other in self._requests()):
+                    requested = time.monotonic()
+                    logger.warning("a later start of this job requests %s; saving and stopping", self._output)
             except FileNotFoundError:
-                return  # lost, which the next check tells
+                return  # the lock is lost; the next check reports it
             except OSError as error:
-                logger.warning("no sign of life in %s: %s", self._folder, in_words(error))
-            if asked is not None:
-                if time.monotonic() - asked > LEAVE_SECONDS:
+                logger.warning("cannot update the heartbeat in %s: %s", self._folder, describe_error(error))
+            if requested is not None:
+                if time.monotonic() - requested > LEAVE_SECONDS:
                     alive.unlink(missing_ok=True)
                     return
-                if callable(signal.getsignal(signal.SIGUSR1)):  # otherwise it would end the process, or not be heard
+                if callable(signal.getsignal(signal.SIGUSR1)):  # without a handler it ends the process or has no effect
                     os.kill(os.getpid(), signal.SIGUSR1)
 
-    def _asking(self) -> Iterator[Holder]:
+    def _requests(self) -> Iterator[Holder]:
         for path in self._folder.glob("leave-*"):
             with contextlib.suppress(FileNotFoundError):
                 yield Holder.read(path)
 
 
 def _current(folder: Path) -> tuple[int, Holder]:
-    """Number and content of the lock; 0 where there is none."""
+    """Generation and holder of the lock; generation 0 if nobody holds it."""
     while True:
         try:
             names = os.listdir(folder)
         except FileNotFoundError:
             return 0, Holder()
-        number = max((int(match[1]) for match in map(_HOLDER.fullmatch, names) if match), default=0)
+        generation = max((int(match[1]) for match in map(_HOLDER.fullmatch, names) if match), default=0)
         try:
-            return number, Holder.read(folder / f"holder-{number:06d}") if number else Holder()
+            return generation, Holder.read(folder / f"holder-{generation:06d}") if generation else Holder()
         except FileNotFoundError:
-            continue  # given back in between
+            continue  # released in between
 
 
-def _current_in_spite_of_hiccups(folder: Path) -> tuple[int, Holder]:
-    """The same; a fault of the file system that may pass, such as a server that fails over, is given some seconds."""
+def _current_with_retries(folder: Path) -> tuple[int, Holder]:
+    """`_current`, tried again for some seconds after transient faults, such as a file server that fails over."""
     for _ in range(_TRIES - 1):
         try:
             return _current(folder)
         except OSError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             time.sleep(_POLL_SECONDS)
     return _current(folder)

@@ -1,30 +1,29 @@
-"""Files that somebody else made, read only when they are what they should be: plain files of a bounded size.
+"""Reading of files that other programs made: only regular files of a bounded size are read.
 
-A model directory or a checkpoint may hold a pipe, a device, a git-lfs pointer or a file that was cut. Each is named
-before a library opens it, which might wait for ever, fill the memory, or end in words of its own.
+A model directory or a checkpoint may hold a pipe, a device, a git-lfs pointer or a truncated file. Each is reported
+before a library opens it, which might block, fill the memory or raise an unclear error.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.files.json_files import decode_json
 
 JSON_BYTES = 64 << 20
-"""Largest JSON file that is read whole; the index of the largest models has some 10 MiB."""
+"""Largest JSON file that is read; the index of the largest models has some 10 MiB."""
 YAML_BYTES = 4 << 20
 """Largest YAML file that is read."""
 _YAML_NODES = 1_000_000
 _POINTER = b"version https://git-lfs"
-_KINDS = (
+_FILE_TYPES = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
@@ -34,35 +33,37 @@ _KINDS = (
 
 
 def unreadable(file: Path) -> str | None:
-    """Why `file` cannot be read, in words that follow its name; None for a plain file with content. Follows links.
+    """Why `file` cannot be read, as a predicate for a message; None for a regular file with content.
 
-    Nothing but a plain file is opened.
+    Links are followed. Only a regular file is opened.
     """
     try:
         mode = file.stat()
         if not stat.S_ISREG(mode.st_mode):
-            return f"is {next((name for kind, name in _KINDS if kind(mode.st_mode)), 'of an unknown kind')}, no file"
+            return (
+                f"is {next((name for test, name in _FILE_TYPES if test(mode.st_mode)), 'a special file')}, not a file"
+            )
         if mode.st_size == 0:
             return "is empty"
         with file.open("rb") as opened:
-            begin = opened.read(len(_POINTER))
+            prefix = opened.read(len(_POINTER))
     except OSError as error:
-        lost = file.is_symlink() and isinstance(error, FileNotFoundError)
-        return "is a link to nothing" if lost else f"cannot be read ({error.strerror})"
-    return "is a git-lfs pointer in place of the file (run `git lfs pull`)" if begin == _POINTER else None
+        dangling = file.is_symlink() and isinstance(error, FileNotFoundError)
+        return "is a dangling link" if dangling else f"cannot be read ({error.strerror})"
+    return "is a git-lfs pointer in place of the file (run `git lfs pull`)" if prefix == _POINTER else None
 
 
 def read_text(file: Path, what: str, *, fix: str, limit: int = JSON_BYTES) -> str:
-    """The text of a plain UTF-8 file.
+    """The text of a regular UTF-8 file.
 
     Args:
         file: to read.
-        what: for the message: whose file it is.
+        what: owner of the file, for the message.
         fix: for the message.
         limit: largest size in bytes.
 
     Raises:
-        UserError: it is no plain file, too large, or no UTF-8.
+        UserError: it is not a regular file, too large, or not UTF-8.
     """
     reason = unreadable(file)
     if reason is None and (size := file.stat().st_size) > limit:
@@ -75,27 +76,25 @@ def read_text(file: Path, what: str, *, fix: str, limit: int = JSON_BYTES) -> st
     if reason is None and text.startswith("\ufeff"):
         reason = "begins with a byte order mark, which transformers does not read"
     if reason is not None:
-        raise UserError(what, got=f"{file.name}, which {reason}", need="a plain text file", fix=fix)
+        raise UserError(what, got=f"{file.name}, which {reason}", need="a text file", fix=fix)
     return text
 
 
-def read_json(file: Path, what: str, *, fix: str, kind: type = dict) -> Any:
-    """The value in a JSON file, read strictly: no key twice in an object, every number finite.
+def read_strict_json(file: Path, what: str, *, fix: str, kind: type = dict) -> Any:
+    """The value in a JSON file of another program, decoded strictly: no object repeats a key, every number is finite.
 
     Args:
         file: to read.
-        what: for the message: whose file it is.
+        what: owner of the file, for the message.
         fix: for the message.
-        kind: `dict` or `list`, which the value must be.
+        kind: required type of the value, `dict` or `list`.
 
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
     text = read_text(file, what, fix=fix)
     try:
-        value = json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_not_finite, parse_float=_finite)
-    except RecursionError:
-        reason = "nested too deeply"
+        value = decode_json(text, strict=True)
     except ValueError as error:
         reason = str(error)
     else:
@@ -107,10 +106,10 @@ def read_json(file: Path, what: str, *, fix: str, kind: type = dict) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that is small in a file and enormous in memory, by aliases of aliases.
+    """Refuse YAML whose nested aliases make a small text expand to an enormous value.
 
     Raises:
-        yaml.YAMLError: such a text, or none that is YAML; it describes which.
+        yaml.YAMLError: the text expands too much, is nested too deeply, or is not YAML.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -121,11 +120,11 @@ def check_yaml(text: str) -> None:
 
 
 def foreign_entry(directory: Path) -> str | None:
-    """What a directory that somebody else made must not hold, in words; None where there is nothing of the kind.
+    """The first entry that a directory made by another program must not hold, as a phrase; None if there is none.
 
-    That is a symbolic link that leads out of it, or something that is neither a file nor a directory. `directory`
-    itself may be a link. A snapshot in a Hugging Face cache consists of links into the ``blobs`` beside it; these count
-    as inside.
+    Refused are a symbolic link that leads out of the directory, and anything that is neither a file nor a directory.
+    `directory` itself may be a link. A snapshot in a Hugging Face cache consists of links into the sibling folder
+    ``blobs``; these are allowed.
     """
     root = directory.resolve()
     allowed = [root]
@@ -142,25 +141,8 @@ def foreign_entry(directory: Path) -> str | None:
     return None
 
 
-def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
-    return content
-
-
-def _not_finite(word: str) -> float:
-    raise ValueError(f"the number {word}, which is not finite")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    return number if math.isfinite(number) else _not_finite(digits)
-
-
 def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
-    """Values below `node`, where each alias counts as often as it is used; infinite for one that contains itself."""
+    """Number of values below `node`, where each use of an alias counts; infinite for an alias that contains itself."""
     if id(node) not in known:
         known[id(node)] = math.inf
         children: list[yaml.Node] = []

@@ -79,7 +79,7 @@ class FrozenCopy:
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
+def base_digest(model: nn.Module) -> str:
     """SHA-256 of this rank's parameters but adapters, by name and bits: equal if and only if the base is the same."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +18,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from nemo_popsd.megatron.layers import LocalCoreAttention
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
 from nemo_popsd.megatron.response_routing import SequenceSplit, gather_response_states
 
@@ -83,6 +86,7 @@ def _run_schedule(
 ) -> list[Any]:
     bare = [_bare(chunk) for chunk in chunks]
     split = SequenceSplit.of(bare[0])
+    local = isinstance(bare[0].decoder.layers[0].self_attention.core_attention, LocalCoreAttention)
 
     def step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(data)
@@ -91,7 +95,7 @@ def _run_schedule(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 attention_mask=None,
-                packed_seq_params=batch.packed,
+                packed_seq_params=_packed_params(batch, local),
             )
 
         def at_responses(hidden_SBH: Tensor, **options: Any) -> Any:
@@ -112,6 +116,18 @@ def _run_schedule(
         collect_non_loss_data=forward_only,
     )
     return results
+
+
+def _packed_params(batch: MicroBatch, local: bool) -> PackedSeqParams | None:
+    """The bounds in the form that the layers read; on local layers also on the host.
+
+    Megatron's unfused rotation reads the bounds on the host, for queries and keys of each layer (rope_utils.py:204). It
+    prefers the fields of padded sequences (attention.py:1082), so the bounds on the host go there, and no layer waits
+    for the device. Transformer Engine would take these fields for gaps between sequences.
+    """
+    if batch.packed is None or not local:
+        return batch.packed
+    return replace(batch.packed, cu_seqlens_q_padded=batch.host_bounds, cu_seqlens_kv_padded=batch.host_bounds)
 
 
 def _bare(chunk: torch.nn.Module) -> GPTModel:

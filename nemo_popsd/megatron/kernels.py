@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-_CACHE_STEP = 256
+from nemo_popsd.megatron.kernel_choice import takes_groups, takes_packed
+
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -50,7 +50,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
     """Whether torch's fused kernel for these inputs takes fewer key-value heads than query heads."""
-    return not query.is_cuda or (mask is None and query.dtype in _FLASH_DTYPES)
+    return takes_groups(query.device.type, half=query.dtype in _FLASH_DTYPES, masked=mask is not None)
 
 
 def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def packed_kernel(query: Tensor, scale: float, window: int | None) -> Callable[.
         head that FlashAttention does not take, or with a torch that offers no such function.
     """
     width = query.shape[-1]
-    if not (query.is_cuda and query.dtype in _FLASH_DTYPES and width <= 256 and width % 8 == 0):
+    if not takes_packed(query.device.type, half=query.dtype in _FLASH_DTYPES, width=width):
         return None
     return _variable_lengths(scale, window, width**-0.5)
 
@@ -107,11 +107,6 @@ def _variable_lengths(scale: float, window: int | None, default_scale: float) ->
         return attended
 
     return attend
-
-
-def cache_positions(capacity: int, device: torch.device) -> int:
-    """Positions to allocate of each slot where `capacity` are in use: on a GPU one of few, so that strides repeat."""
-    return capacity if device.type == "cpu" else math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP
 
 
 def cached_attention(device: torch.device) -> AbstractContextManager[Any]:

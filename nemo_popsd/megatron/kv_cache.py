@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.kernels import cache_positions
+from nemo_popsd.megatron.kernel_choice import cache_positions
 
 _KNOWN_CORES = ("LocalCoreAttention", "TEDotProductAttention")
 
@@ -79,7 +79,7 @@ class CachedCoreAttention(torch.nn.Module):
                 fix="use another model",
             )
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        shape = slots, groups, cache_positions(capacity, device), width
+        shape = slots, groups, cache_positions(capacity, device.type), width
         self.keys = torch.zeros(shape, dtype=config.params_dtype, device=device)
         self.values = torch.zeros(shape, dtype=config.params_dtype, device=device)
         self.forward_of: Prefill | Decode | None = None

@@ -102,20 +102,20 @@ class LocalCoreAttention(MegatronModule):
             attention_mask: ignored: every sequence is causal.
             attn_mask_type: ignored, as the mask.
             attention_bias: must be None.
-            packed_seq_params: with ``qkv_format="thd"``, the bounds of the sequences.
+            packed_seq_params: with ``qkv_format="thd"``, the bounds of the sequences in ``cu_seqlens_q``; the same on
+                the host in ``cu_seqlens_q_padded``, or None (see `nemo_popsd.megatron.forward`).
 
         Returns:
             [s, b, n·d], or [t, n·d] when packed.
         """
         assert attention_bias is None
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            bounds = packed_seq_params.cu_seqlens_q_padded
-            bounds = packed_seq_params.cu_seqlens_q if bounds is None else bounds
+            bounds, on_host = packed_seq_params.cu_seqlens_q, packed_seq_params.cu_seqlens_q_padded
             kernel = packed_kernel(query, self.softmax_scale, self.window) if self.cp_group is None else None
             if kernel is not None:
                 return kernel(query, key, value, bounds, packed_seq_params.max_seqlen_q).flatten(1)
             share = 1 if self.cp_group is None else self.cp_group.size()
-            lengths = (torch.diff(bounds) // share).tolist()
+            lengths = (torch.diff(bounds if on_host is None else on_host) // share).tolist()
             parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
             return torch.cat([self._attend(*part) for part in parts]).squeeze(1)
         return self._attend(query, key, value)

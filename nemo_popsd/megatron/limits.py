@@ -60,11 +60,21 @@ def refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
         )
 
 
+ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+"""With which Transformer Engine chooses its attention. Megatron sets all to 1 and stops at any other value."""
 _OF_EXPERTS = ("linear_fc1", "linear_fc2")
 
 
 def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> None:
     """Refuse what Transformer Engine, or Megatron-Bridge's LoRA on it, does not compute right; warn of TF32."""
+    for name in ATTENTION_VARIABLES:
+        if os.environ.get(name, "1") != "1":
+            raise UserError(
+                "environment",
+                got=f"{name}={os.environ[name]}",
+                need="it unset: Transformer Engine chooses the attention by precision and layout",
+                fix=f"unset {name}",
+            )
     if student.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         logger.warning(
             "student.precision=fp32: Transformer Engine multiplies fp32 matrices in TF32 (10 bits of mantissa instead "

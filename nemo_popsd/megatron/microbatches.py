@@ -53,6 +53,8 @@ class MicroBatch:
     """[b, S/cp] int64: place in the sequence."""
     packed: PackedSeqParams | None
     """Bounds of packed sequences in the whole row, None when padded."""
+    host_bounds: Tensor | None
+    """The same bounds on the host, [sequences + 1] int32; None when padded."""
     route: Route
     """From hidden states [S/(cp·sp), b, H] to those that predict the owned response tokens, row by row, [N, H]."""
     shape: tuple[int, int]
@@ -193,6 +195,7 @@ def _pad(
         input_ids=ids[:, held],
         position_ids=held.expand(width, -1),
         packed=None,
+        host_bounds=None,
         shape=shape,
         lengths=[length],
         starts=[(0, column) for column in range(len(rows))],
@@ -217,7 +220,8 @@ def _pack(
         ids[0, begin : begin + len(tokens)] = torch.tensor(tokens)
     positions = torch.cat([torch.arange(length) for length in lengths])
     held = split.held(lengths, split.context_rank)
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    host_bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    bounds = host_bounds.to(device)
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -231,6 +235,7 @@ def _pack(
         input_ids=ids[:, held],
         position_ids=positions[held][None],
         packed=packed,
+        host_bounds=host_bounds,
         shape=shape,
         lengths=lengths,
         starts=starts,
@@ -246,6 +251,7 @@ def _micro_batch(
     input_ids: Tensor,
     position_ids: Tensor,
     packed: PackedSeqParams | None,
+    host_bounds: Tensor | None,
     shape: tuple[int, int],
     lengths: list[int],
     starts: list[tuple[int, int]],
@@ -269,6 +275,7 @@ def _micro_batch(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
         packed=packed,
+        host_bounds=host_bounds,
         route=route.to(device),
         shape=shape,
         padding=shape[0] * shape[1] - sum(len(sequences[row]) for row in rows),

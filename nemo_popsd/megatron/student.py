@@ -132,14 +132,17 @@ class Student:
         return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     @property
-    def reports(self) -> bool:
-        """Whether what this rank measures on its tokens counts: one tensor-parallel rank of the last pipeline stage."""
+    def owns_loss(self) -> bool:
+        """Whether this rank reports the loss of the tokens that it owns: tensor-parallel rank 0 of the last stage.
+
+        Tensor-parallel ranks compute the same loss of the same tokens; context-parallel ranks own different tokens.
+        """
         return self.holds_output and self.tp_group.rank() == 0
 
     @property
-    def counts(self) -> bool:
-        """Whether what this rank knows of its trajectories counts: one of the ranks that share them."""
-        return self.reports and self.split.context_rank == 0
+    def owns_trajectories(self) -> bool:
+        """Whether this rank reports its replica's trajectories: one rank of the replica, on the last stage."""
+        return self.owns_loss and self.split.context_rank == 0
 
     @cached_property
     def soft_cap(self) -> float | None:

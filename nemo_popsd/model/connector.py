@@ -12,7 +12,7 @@ from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.embedded.names import located
+from nemo_popsd.embedded.names import local_path
 from nemo_popsd.files.ownership import refuse_overlap
 
 
@@ -37,7 +37,9 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
             UserError: on every rank, if `save_path` is what the model was read from, or has files that this package
                 did not write.
         """
-        refuse_overlap(Path(save_path), {"student.source": located(model.settings.student.source)}, setting="save_path")
+        refuse_overlap(
+            Path(save_path), {"student.source": local_path(model.settings.student.source)}, setting="save_path"
+        )
         save_nemo(save_path, model.content())
         return save_path
 

@@ -93,7 +93,7 @@ class Sampler:
     def sample_settings(self, prompts: Sequence[EvaluationPrompt], *, model: str, digest: str) -> SampleSettings:
         """What samples of `prompts` by the weights with this digest depend on."""
         return sample_settings(
-            prompts, self.sampling, seed=self.seed, model=model, fingerprint=digest, engine=self.engine_name
+            prompts, self.sampling, seed=self.seed, model=model, weights_digest=digest, engine=self.engine_name
         )
 
 

@@ -15,6 +15,7 @@ from nemo.core.classes.common import PretrainedModelInfo
 from nemo.utils import AppState
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_popsd.checkpoint.finite import non_finite_error
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.save import Content
 from nemo_popsd.checkpoint.source import checked_base, open_source
@@ -27,7 +28,7 @@ from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, re
 from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.run import choose_rows, diagnose
 from nemo_popsd.embedded.names import asset
-from nemo_popsd.errors import StopRequested, UserError
+from nemo_popsd.errors import StopRequested
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.megatron.config import StudentConfig
@@ -78,7 +79,7 @@ class PurifiedOPSDModel(ModelPT):
         stop: whether the run was requested to save and stop.
         checkpoints: saves the run.
         optimizer: of the student, once training has been set up.
-        base: source and fingerprint of the initial weights, once training has been set up.
+        base: source and digest of the initial weights, once training has been set up.
         data_digest: identifies the training rows; empty without any.
     """
 
@@ -187,7 +188,7 @@ class PurifiedOPSDModel(ModelPT):
             vocab_size=self.architecture.vocab_size,
             completed_steps=self._restored_steps,
         )
-        self.data_digest = self.training_data.dataset.fingerprint()
+        self.data_digest = self.training_data.dataset.data_digest()
         self._refuse_beyond_positions(
             self.training_data.dataset.builder.longest_context + self.settings.rollout.max_response_tokens,
             "data.max_prompt_tokens, data.max_reference_tokens or rollout.max_response_tokens",
@@ -232,8 +233,8 @@ class PurifiedOPSDModel(ModelPT):
         )
         if self._checkpoint is not None and self._resumes:
             resume_optimizer(self._checkpoint, self.student.chunks, optimizer)
-        fingerprint = self.base["fingerprint"] if self.base else open_source(self.settings.student.source).fingerprint()
-        self.base = {"source": self.settings.student.source, "fingerprint": fingerprint}
+        digest = self.base["fingerprint"] if self.base else open_source(self.settings.student.source).weights_digest()
+        self.base = {"source": self.settings.student.source, "fingerprint": digest}
         assert self.training_data is not None
         self._step = build_step(
             self.settings,
@@ -365,12 +366,7 @@ class PurifiedOPSDModel(ModelPT):
             UserError: on all ranks, if a weight is not finite.
         """
         if on_any_rank(non_finite(self.chunks.parameters())):
-            raise UserError(
-                f"export to {output}",
-                got="weights that are NaN or Inf",
-                need="finite weights",
-                fix="export an earlier checkpoint",
-            )
+            raise non_finite_error(f"export to {output}")
         self.architecture.export(self.student.chunks, output)
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from nemo_popsd.errors import TransientError, UserError, in_words, system_error, unless_it_may_pass
+from nemo_popsd.errors import TransientError, UserError, describe_error, system_error, user_or_transient
 
 _KINDS = ("defect", "user", "transient")
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def _kind(error: Exception, what: str, *, need: str, fix: str) -> tuple[str, Any
     if isinstance(error, OSError):
         told: Exception = system_error(what, error, need=need, fix=fix, where=f"(rank {dist.get_rank()})")
     else:
-        told = unless_it_may_pass(error) if isinstance(error, UserError) else error
+        told = user_or_transient(error) if isinstance(error, UserError) else error
     if isinstance(told, UserError):
         return "user", told
-    return ("transient", told) if isinstance(told, TransientError) else ("defect", in_words(error))
+    return ("transient", told) if isinstance(told, TransientError) else ("defect", describe_error(error))

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed.rendezvous import rendezvous
 
-from nemo_popsd.errors import TransientError, UserError, in_words
+from nemo_popsd.errors import TransientError, UserError, describe_error
 from nemo_popsd.parallel import launcher
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.waiting import prepare_meeting
@@ -127,7 +127,7 @@ def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
             got=f"the ranks of the run have not met at {place} within {limit}",
             fix="see why the others have not come; start all ranks of a run with the same MASTER_ADDR, MASTER_PORT "
             "and WORLD_SIZE",
-            advice=[in_words(error)],
+            advice=[describe_error(error)],
         ) from error
     finally:
         reminder.cancel()

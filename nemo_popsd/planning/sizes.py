@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.json_files import parsed, read_json
+from nemo_popsd.files.json_files import parse_json, read_json
 from nemo_popsd.settings.checks import shown
 
 _EMBEDDED = Path(__file__).parent / "models"
@@ -91,7 +91,7 @@ def read_sizes(source: str) -> tuple[ModelSizes, str]:
         if file.is_file():
             return _parse(_object(read_json(file), str(file)), path.name), str(file)
     if path.suffix == ".nemo" and path.is_file():
-        found = _object(parsed(_from_archive(path), source), source)
+        found = _object(parse_json(_from_archive(path), source), source)
         return _parse(found, path.stem), f"config.json in {source}"
     embedded = {name.lower(): name for name in embedded_models()}
     name = embedded.get(path.name.lower())

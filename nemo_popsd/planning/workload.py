@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class Case:
     """The model."""
     nodes: int
     """Nodes."""
+    device: str = "cuda"
+    """Type of the device whose kernels compute."""
 
     def replace(self, settings: Mapping[str, object]) -> Case:
         """The same run with other values of dotted settings, as in ``{"parallel.tensor": 2}``; nothing is checked."""
@@ -78,7 +81,7 @@ class Case:
             changed = copy.copy(getattr(config, section))
             setattr(changed, field, value)
             setattr(config, section, changed)
-        return Case(config, self.plan, self.sizes, self.nodes)
+        return dataclasses.replace(self, config=config)
 
     def setting(self, name: str) -> object:
         """Value of a dotted setting of the run."""

@@ -1,14 +1,14 @@
-"""Pages about runs, from what they leave on disk: self-contained HTML with inline SVG. Standard library and yaml only.
+"""Pages about runs: self-contained HTML with inline SVG, from the files of a run, with the standard library and yaml.
 
-run.py            a run as it lies on disk
+run.py            reading of a run's directory
 page.py           the report on one or several runs: `popsd report`
-verdicts.py       its three questions, answered by stated rules
+verdicts.py       the rules that answer its three questions
 sections.py       its sections
 decomposition.py  plots of the paper's decomposition, for both pages
 tokens.py         the page of a diagnosis, token by token: `popsd diagnose`
 plots.py, bars.py SVG
-markup.py         escaping and numbers
-shell.py          the document, its style, script and security policy (assets/)
+markup.py         escaping of text and formatting of numbers
+shell.py          the HTML document with its style, script and security policy (assets/)
 """
 
 from nemo_popsd.report.page import write_report

@@ -1,4 +1,4 @@
-"""Charts whose rows have names: intervals on a common scale, bars to both sides of 0, shares of a whole."""
+"""Charts with named entries: intervals on a common scale, bars on both sides of 0, parts of a total."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Estimate:
 
 
 def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[float], str] = fixed) -> str:
-    """Each row's value as a dot with its interval as a line, its name and value above, on one scale."""
+    """Each entry's value as a dot and its interval as a line, on one scale, with its name and value above."""
     edges = [
         edge for row in rows for edge in (row.value, row.low, row.high) if edge is not None and math.isfinite(edge)
     ]
@@ -40,8 +40,8 @@ def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[floa
 
     parts = [
         f'<path class="grid" d="M{at(tick):.1f} 4V{height - 20:.0f}"/>'
-        f'<text x="{at(tick):.1f}" y="{height - 6:.0f}" text-anchor="middle">{esc(told)}</text>'
-        for tick, told in zip(ticks, tick_texts(ticks), strict=True)
+        f'<text x="{at(tick):.1f}" y="{height - 6:.0f}" text-anchor="middle">{esc(name)}</text>'
+        for tick, name in zip(ticks, tick_texts(ticks), strict=True)
     ]
     for index, row in enumerate(rows):
         top = index * row_height
@@ -50,8 +50,8 @@ def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[floa
             parts.append(f'<path class="whisker {esc(row.css)}" d="M{at(row.low):.1f} {middle}H{at(row.high):.1f}"/>')
         parts.append(f'<circle class="dot {esc(row.css)}" cx="{at(row.value):.1f}" cy="{middle}" r="4.5"/>')
         parts.append(f'<text class="name" x="{left:.0f}" y="{top + 14:.0f}">{esc(_short(row.label))}</text>')
-        place = f'x="{_WIDTH - 4:.0f}" y="{top + 14:.0f}"'
-        parts.append(f'<text class="value" {place} text-anchor="end">{esc(text(row.value))}</text>')
+        position = f'x="{_WIDTH - 4:.0f}" y="{top + 14:.0f}"'
+        parts.append(f'<text class="value" {position} text-anchor="end">{esc(text(row.value))}</text>')
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH:.0f} {height:.0f}" role="img" aria-label="{esc(label)}">'
         f"{''.join(parts)}</svg>"
@@ -59,17 +59,17 @@ def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[floa
 
 
 def _short(label: str) -> str:
-    """A name that leaves room for the value beside it."""
+    """`label`, shortened to leave space for the value."""
     return label if len(label) <= _LONGEST_NAME else label[: _LONGEST_NAME - 1] + "…"
 
 
 def push_chart(entries: Sequence[tuple[str, float]], *, label: str, tokens: bool = True) -> str:
-    """Named bars to both sides of 0 (right: promoted, left: suppressed), in plain rows of HTML.
+    """Named bars on both sides of 0 (right: promoted, left: suppressed), as an HTML list.
 
     Args:
         entries: name and value, in order.
-        label: what is drawn.
-        tokens: names are tokens, whose white space is to be seen.
+        label: description of the chart, for screen readers.
+        tokens: whether the names are tokens, whose white space is made visible.
     """
     if not entries:
         return '<p class="absent">not measured</p>'
@@ -89,14 +89,14 @@ def _signed(value: float) -> str:
 
 
 def share_bar(parts: Sequence[tuple[str, float, str]], *, label: str) -> str:
-    """One bar cut into parts of the whole: (name, amount, class)."""
-    whole = sum(amount for _, amount, _ in parts) or 1.0
+    """One bar divided by the shares of `parts`, each (name, amount, class)."""
+    total = sum(amount for _, amount, _ in parts) or 1.0
     cells = "".join(
-        f'<i class="{esc(css)}" style="width:{100 * amount / whole:.2f}%" title="{esc(name)}"></i>'
+        f'<i class="{esc(css)}" style="width:{100 * amount / total:.2f}%" title="{esc(name)}"></i>'
         for name, amount, css in parts
     )
-    told = "".join(
-        f'<li><i class="swatch {esc(css)}"></i>{esc(name)} <b>{100 * amount / whole:.0f} %</b></li>'
+    legend = "".join(
+        f'<li><i class="swatch {esc(css)}"></i>{esc(name)} <b>{100 * amount / total:.0f} %</b></li>'
         for name, amount, css in parts
     )
-    return f'<div class="share" role="img" aria-label="{esc(label)}">{cells}</div><ul class="legend">{told}</ul>'
+    return f'<div class="share" role="img" aria-label="{esc(label)}">{cells}</div><ul class="legend">{legend}</ul>'

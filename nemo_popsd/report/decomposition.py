@@ -1,4 +1,4 @@
-"""The paper's decomposition on a page: by position, by entropy, markers against others, and what each part pushes."""
+"""Plots and tables of the paper's decomposition: by position, by entropy, for markers, and the push of components."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Summary = Mapping[str, Any]
 
 COMPONENTS = {
     "reference": ("Δ_ref: the reference alone", "log π_ref − log π_θ. Induced by the reference; not transferable."),
-    "question": ("Δ_it: the question, given the reference", "log π_T − log π_ref. What Purified OPSD keeps."),
-    "total": ("Δ_total: the whole teacher", "log π_T − log π_θ. What plain OPSD follows."),
-    "target": ("The target of this run", "log P − log π_θ. What the student is drawn towards."),
+    "question": ("Δ_it: the question, given the reference", "log π_T − log π_ref. Purified OPSD keeps this part."),
+    "total": ("Δ_total: the complete teacher signal", "log π_T − log π_θ. Plain OPSD follows this signal."),
+    "target": ("The target of this run", "log P − log π_θ. Training moves the student in this direction."),
 }
 """Title and meaning of each component, in the order shown."""
 SHORT = {"reference": "Δ_ref", "question": "Δ_it", "total": "Δ_total", "target": "target"}
-"""Names of the components in narrow places."""
+"""Short names of the components."""
 
 _BY_GROUP = {
-    "norm_ratio": ("‖Δ_ref‖ / ‖Δ_total‖", "above 1: the reference-induced part is larger than the whole signal"),
+    "norm_ratio": ("‖Δ_ref‖ / ‖Δ_total‖", "above 1: the reference-induced part is larger than the complete signal"),
     "cosine_question": ("cos(Δ_total, Δ_it)", "below 0: plain OPSD pushes against the question-conditioned part"),
     "cosine_reference": ("cos(Δ_total, Δ_ref)", "near 1: plain OPSD follows the reference-induced part"),
-    "delta_question": ("Δ_it of the token written", "nats; above 0: given the reference, the question favours it"),
-    "delta_reference": ("Δ_ref of the token written", "nats; below 0: the reference alone speaks against it"),
-    "forward_kl": ("KL(target ‖ student)", "nats; how far the target asks the student to go"),
+    "delta_question": ("Δ_it of the generated token", "nats; above 0: given the reference, the question favours it"),
+    "delta_reference": ("Δ_ref of the generated token", "nats; below 0: the reference alone disfavours it"),
+    "forward_kl": ("KL(target ‖ student)", "nats; distance from the student to the target"),
 }
 _IN_TABLE = (
     "norm_ratio",
@@ -44,22 +44,22 @@ _NAMES = {
     "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
     "cosine_question": "cos(Δ_total, Δ_it)",
     "cosine_reference": "cos(Δ_total, Δ_ref)",
-    "delta_total": "Δ_total of the token written",
-    "delta_reference": "Δ_ref of the token written",
-    "delta_question": "Δ_it of the token written",
-    "delta_target": "log P − log π_θ of the token written",
+    "delta_total": "Δ_total of the generated token",
+    "delta_reference": "Δ_ref of the generated token",
+    "delta_question": "Δ_it of the generated token",
+    "delta_target": "log P − log π_θ of the generated token",
     "student_entropy": "entropy of the student",
     "forward_kl": "KL(target ‖ student)",
 }
 
 
 def position_plots(summaries: Sequence[tuple[str, str, Summary]]) -> str:
-    """Figures by position in the response. Each of `summaries` is (label, colour class, summary)."""
+    """Plots by position in the response. Each of `summaries` is (label, colour class, summary)."""
     return _plots(summaries, "position", "token", _middle)
 
 
 def entropy_plots(summaries: Sequence[tuple[str, str, Summary]]) -> str:
-    """Figures by bin of the student's entropy."""
+    """Plots by bin of the student's entropy."""
     return _plots(summaries, "entropy", "nats", None)
 
 
@@ -67,9 +67,9 @@ def _middle(group: Mapping[str, Any]) -> float:
     return (float(group["from"]) + float(group["to"]) - 1) / 2
 
 
-def _plots(summaries: Sequence[tuple[str, str, Summary]], grouping: str, x_label: str, place: Any) -> str:
-    """One card for each figure; the band of a lone summary is between its quartiles."""
-    names = () if place else [_bin_name(group) for group in summaries[0][2]["groups"][grouping]]
+def _plots(summaries: Sequence[tuple[str, str, Summary]], grouping: str, x_label: str, x_of: Any) -> str:
+    """One card for each statistic; a single summary has a band between its quartiles."""
+    names = () if x_of else [_bin_name(group) for group in summaries[0][2]["groups"][grouping]]
     cards = []
     for measure, (title, note) in _BY_GROUP.items():
         series = []
@@ -78,7 +78,7 @@ def _plots(summaries: Sequence[tuple[str, str, Summary]], grouping: str, x_label
             for index, group in enumerate(summary["groups"][grouping]):
                 spread = group.get(measure)
                 if spread:
-                    x = place(group) if place else float(index)
+                    x = x_of(group) if x_of else float(index)
                     points.append((x, spread["mean"]))
                     band.append((x, spread["q25"], spread["q75"]))
             series.append(Series(label, points, css, band if len(summaries) == 1 else ()))
@@ -94,7 +94,7 @@ def _bin_name(group: Mapping[str, Any]) -> str:
 
 
 def markers_table(summary: Summary) -> str:
-    """Marker tokens against all others, figure by figure."""
+    """Each statistic for marker tokens, other tokens and all tokens."""
     groups = summary["groups"]
     shown = ("markers", "others", "all")
     header = ["", *(f"{name}<br>{groups[name]['tokens']:,} tokens" for name in shown)]
@@ -113,7 +113,7 @@ def _spread(spread: Mapping[str, float] | None, measure: str) -> str:
 
 
 def push_cards(summary: Summary, components: Sequence[str] = tuple(COMPONENTS), *, count: int = 10) -> str:
-    """For each component the vocabulary entries that it raises and lowers most."""
+    """For each component, the vocabulary entries that it raises and lowers most."""
     cards = []
     for name in components:
         title, note = COMPONENTS[name]
@@ -128,14 +128,14 @@ def push_cards(summary: Summary, components: Sequence[str] = tuple(COMPONENTS), 
 
 
 def marker_push_table(summary: Summary) -> str:
-    """What each component does to the markers that are one token."""
+    """The push of each component on the markers that are one token."""
     rows = []
-    for marker, found in summary["push"]["markers"].items():
-        if found is None:
+    for marker, entry in summary["push"]["markers"].items():
+        if entry is None:
             rows.append([esc(marker), "–", *["–"] * len(COMPONENTS)])
             continue
-        cells = [_relative(found["push"][name], found["mass"]) for name in COMPONENTS]
-        rows.append([esc(marker), number(found["mass"], 2), *cells])
+        cells = [_relative(entry["push"][name], entry["mass"]) for name in COMPONENTS]
+        rows.append([esc(marker), number(entry["mass"], 2), *cells])
     header = ["", "expected per 1,000 tokens", *(esc(title.split(":")[0]) for title, _ in COMPONENTS.values())]
     return table(header, rows)
 
@@ -148,7 +148,7 @@ def _relative(push: float | None, mass: float | None) -> str:
 
 
 def chips(summary: Summary, component: str, count: int = 6) -> str:
-    """The entries that a component promotes and suppresses most, as two lines of chips."""
+    """The entries that a component promotes and suppresses most, as two lists of chips."""
     lists = summary["push"]["components"][component]
     lines = []
     for direction, css, sign in (("promoted", "up", 1), ("suppressed", "down", -1)):

@@ -1,4 +1,4 @@
-"""The tables of held-out figures."""
+"""Tables and curves of the results on held-out problems."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ FIGURES = {
     "marker_rates.": ("{}", 1.0),
     "segments": ("reflection segments per answer", 1.0),
     "mean_tokens": ("tokens per answer", 1.0),
-    "closed_thinking_share": ("closes its thinking, %", 100.0),
+    "closed_thinking_share": ("closed thinking, %", 100.0),
     "repeated_share": ("repeated word sequences, %", 100.0),
     "looping_share": ("ends in a loop, %", 100.0),
-    "cut_share": ("cut at the limit, %", 100.0),
+    "cut_share": ("truncated at the limit, %", 100.0),
     "unanswered_share": ("without an answer, %", 100.0),
-    "undecided_share": ("comparison given up, %", 100.0),
+    "undecided_share": ("comparison undecided, %", 100.0),
 }
-"""Title and scale of each figure of a summary, in order; a name that ends in a dot stands for all that begin so."""
+"""Title and scale of each statistic of a summary, in order; a name that ends in a dot covers all names that start with
+it."""
 
 _LOW = 112.0
 
 
 def evaluation(runs: Sequence[RunData]) -> str:
-    """Held-out figures before and after training, then evaluations made by command."""
+    """Results on held-out problems before and after training, then the evaluations of `popsd evaluate`."""
     if any(run.validations for run in runs):
-        told = _held_out(runs)
+        held_out = _held_out(runs)
     else:
-        told = '<p class="absent">No validation was run (data.validation.path).</p>'
-    return told + _marker_curves(runs) + _commanded(runs)
+        held_out = '<p class="absent">No validation was run (data.validation.path).</p>'
+    return held_out + _marker_curves(runs) + _further(runs)
 
 
 def _marker_curves(runs: Sequence[RunData]) -> str:
-    """The rate of each marker by step, with intervals; markers that never occur are left out."""
-    every = [found for run in runs for found in run.validations.values()]
+    """The rate of each marker by step, with intervals; markers that never occur are omitted."""
+    validations = [validation for run in runs for validation in run.validations.values()]
     cards = []
-    for name, marker, _ in _figures(every):
-        if not name.startswith("marker_rates.") or not any(found.values.get(name) for found in every):
+    for name, marker, _ in _statistics(validations):
+        if not name.startswith("marker_rates.") or not any(one.values.get(name) for one in validations):
             continue
         series = []
         for index, run in enumerate(runs):
-            known = [(float(step), found) for step, found in run.validations.items() if name in found.values]
-            points = [(step, found.values[name]) for step, found in known]
-            band = [(step, *found.intervals[name]) for step, found in known if name in found.intervals]
+            known = [(float(step), one) for step, one in run.validations.items() if name in one.values]
+            points = [(step, one.values[name]) for step, one in known]
+            band = [(step, *one.intervals[name]) for step, one in known if name in one.intervals]
             series.append(Series(run.name, points, series_class(index), band))
         plot = line_plot(series, label=f"{marker} per 1,000 tokens", zero=True, markers=True, height=_LOW)
         cards.append(card(f"“{marker}”", plot, note="per 1,000 tokens of held-out answers"))
@@ -57,13 +58,13 @@ def _marker_curves(runs: Sequence[RunData]) -> str:
 
 
 def _held_out(runs: Sequence[RunData]) -> str:
-    """A row for each figure that is not 0 throughout; a column before training, and two for each run."""
-    every = [found for run in runs for found in (run.before, run.after) if found is not None]
+    """A line for each statistic that is not always 0; one column before training, and two for each run."""
+    validations = [one for run in runs for one in (run.before, run.after) if one is not None]
     rows, zeros = [], []
-    for name, title, scale in _figures(every):
-        if name == "majority" and all(found.values.get("samples_per_problem") == 1 for found in every):
-            continue  # of one vote
-        if all(found.values.get(name) == 0 for found in every):
+    for name, title, scale in _statistics(validations):
+        if name == "majority" and all(one.values.get("samples_per_problem") == 1 for one in validations):
+            continue  # a majority of one sample equals the accuracy
+        if all(one.values.get(name) == 0 for one in validations):
             zeros.append(title.removesuffix(", %"))
             continue
         inner = name.startswith("marker_rates.")
@@ -76,36 +77,36 @@ def _held_out(runs: Sequence[RunData]) -> str:
         first = fixed(runs[0].before.values.get(name), 0) if runs[0].before else "–"
         rows.append([name, first, *(cell for count in counts for cell in (count, ""))])
     header = ["", "before", *(cell for run in runs for cell in (esc(run.name), "change"))]
-    note = f"“before” is that of {runs[0].name}; changes are from each run’s own start; in small, intervals."
+    note = f"“before” shows {runs[0].name}; changes are relative to each run’s own start; small figures are intervals."
     differing = [
         run.name for run in runs if run.before and runs[0].before and run.before.values != runs[0].before.values
     ]
-    note += f" {', '.join(differing)} started from other figures." if differing else ""
-    note += f" 0 throughout: {', '.join(zeros)}." if zeros else ""
+    note += f" {', '.join(differing)} started from other values." if differing else ""
+    note += f" Always 0: {', '.join(zeros)}." if zeros else ""
     return card("Held-out problems", table(header, rows), note=note)
 
 
-def _figures(every: Sequence[Validation]) -> list[tuple[str, str, float]]:
-    """(name, title, scale) of the figures that are there."""
-    present = list(dict.fromkeys(name for found in every for name in found.values))
-    figures = []
+def _statistics(validations: Sequence[Validation]) -> list[tuple[str, str, float]]:
+    """(name, title, scale) of the statistics that `validations` have."""
+    present = list(dict.fromkeys(name for validation in validations for name in validation.values))
+    statistics = []
     for name, (title, scale) in FIGURES.items():
         if not name.endswith("."):
-            figures += [(name, title, scale)] if name in present else []
+            statistics += [(name, title, scale)] if name in present else []
             continue
         inner = [other.removeprefix(name) for other in present if other.startswith(name)]
         ordered = sorted(inner, key=int) if all(key.isdigit() for key in inner) else inner
-        figures += [(name + key, title.format(key), scale) for key in ordered]
-    return figures
+        statistics += [(name + key, title.format(key), scale) for key in ordered]
+    return statistics
 
 
-def _value(found: Validation | None, name: str, scale: float) -> str:
-    figure = estimate(found, name, scale)
-    if figure is None:
+def _value(validation: Validation | None, name: str, scale: float) -> str:
+    interval = estimate(validation, name, scale)
+    if interval is None:
         return "–"
-    text = fixed(figure.value)
-    if figure.low is not None and figure.high is not None:
-        text += f' <small class="inline">{fixed(figure.low)} … {fixed(figure.high)}</small>'
+    text = fixed(interval.value)
+    if interval.low is not None and interval.high is not None:
+        text += f' <small class="inline">{fixed(interval.low)} … {fixed(interval.high)}</small>'
     return text
 
 
@@ -120,19 +121,19 @@ def _change(run: RunData, name: str, scale: float) -> str:
     return f'<span class="change{css}">{signed(moved.value)}</span> {between}'
 
 
-def _commanded(runs: Sequence[RunData]) -> str:
-    """Evaluations made by `popsd evaluate` into the directories of the runs."""
+def _further(runs: Sequence[RunData]) -> str:
+    """The evaluations that `popsd evaluate` wrote into the directories of the runs."""
     rows = []
     for run in runs:
         for entry in run.evaluations:
-            found = Validation(*flat_figures(entry))
+            validation = Validation(*flat_figures(entry))
             title = " · ".join(str(entry[key]) for key in ("model", "set") if key in entry) or run.name
-            cells = [_value(found, name, FIGURES[name][1]) for name in _COMMANDED]
-            rows.append([esc(title), *cells, fixed(found.values.get("samples"), 0)])
+            cells = [_value(validation, name, FIGURES[name][1]) for name in _FURTHER]
+            rows.append([esc(title), *cells, fixed(validation.values.get("samples"), 0)])
     if not rows:
         return ""
-    header = ["", *(esc(FIGURES[name][0]) for name in _COMMANDED), "samples"]
+    header = ["", *(esc(FIGURES[name][0]) for name in _FURTHER), "samples"]
     return card("Further evaluations", table(header, rows), css="sample")
 
 
-_COMMANDED = ("accuracy", "majority", "markers_per_1000_tokens", "mean_tokens", "cut_share")
+_FURTHER = ("accuracy", "majority", "markers_per_1000_tokens", "mean_tokens", "cut_share")

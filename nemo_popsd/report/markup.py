@@ -1,4 +1,4 @@
-"""Text into HTML, safely, and numbers into text. Rollouts hold any text: none reaches a page but through here."""
+"""Escaping of text for HTML and formatting of numbers. All text passes through here, since rollouts may contain any."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127
 
 
 def esc(value: object) -> str:
-    """`value` as text for elements and for attributes in quotes, without the control characters that HTML has not."""
+    """`value` as text for elements and quoted attributes, without the control characters that HTML forbids."""
     return html.escape(str(value).translate(_CONTROLS), quote=True)
 
 
 def data_block(value: Any, name: str) -> str:
-    """`value` as JSON for the page's script, in an element that no text can close."""
+    """`value` as JSON for the page's script, escaped so that no text can close the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -26,7 +26,7 @@ def data_block(value: Any, name: str) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` to so many significant digits, thousands in groups; a dash where there is none."""
+    """`value` with so many significant digits and grouped thousands; a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
@@ -38,14 +38,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def fixed(value: float | None, decimals: int = 1) -> str:
-    """`value` with so many decimals; a dash where there is none."""
+    """`value` with so many decimals; a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{decimals}f}".replace("-", MINUS)
 
 
 def signed(value: float | None, decimals: int = 1) -> str:
-    """`value` with its sign and so many decimals; a dash where there is none."""
+    """`value` with its sign and so many decimals; a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:+,.{decimals}f}".replace("-", MINUS)
@@ -53,7 +53,7 @@ def signed(value: float | None, decimals: int = 1) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], *, css: str = "") -> str:
-    """A table of cells that are HTML already, the first of each row its heading; scrolls sideways if it must."""
+    """A table of HTML cells, the first of each line its heading, which scrolls horizontally if it is too wide."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     body = []
     for row in rows:
@@ -67,11 +67,11 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], *, css: str = ""
 
 def card(title: str, body: str, *, note: str = "", css: str = "") -> str:
     """A titled box; `title` and `note` are text, `body` is HTML."""
-    told = f'<p class="note">{esc(note)}</p>' if note else ""
-    return f'<section class="card {css}"><h3>{esc(title)}</h3>{told}{body}</section>'
+    subtitle = f'<p class="note">{esc(note)}</p>' if note else ""
+    return f'<section class="card {css}"><h3>{esc(title)}</h3>{subtitle}{body}</section>'
 
 
 def visible(text: str) -> str:
-    """A token's text as HTML with its white space to be seen."""
+    """A token's text as HTML with visible white space."""
     shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return esc(shown) or "<i>empty</i>"

@@ -13,7 +13,7 @@ from nemo_popsd.report.run import RunData, read_run
 from nemo_popsd.report.shell import document, refuse_another_file
 
 NAME = "report.html"
-"""The report of a run in its own directory."""
+"""File name of the report in the directory of a run."""
 
 _SECTIONS = (
     ("glance", "At a glance"),
@@ -22,7 +22,7 @@ _SECTIONS = (
     ("decomposition", "Decomposition"),
     ("samples", "Answers before and after"),
     ("throughput", "Throughput"),
-    ("provenance", "What was run"),
+    ("provenance", "Versions and settings"),
 )
 
 
@@ -30,7 +30,7 @@ def write_report(directories: Sequence[Path], page: Path) -> Path:
     """Writes one page about the runs in `directories`, compared in that order, and returns its path.
 
     Raises:
-        UserError: a directory holds no run, or `page` is a file that is no earlier page.
+        UserError: a directory does not hold a run, or `page` exists and is not a page of nemo_popsd.
     """
     refuse_another_file(page)
     runs = [read_run(directory) for directory in directories]
@@ -54,13 +54,13 @@ def _page(runs: Sequence[RunData], page: Path) -> str:
     body = keys + "".join(f'<h2 id="{name}">{esc(title)}</h2>{contents[name]}' for name, title in _SECTIONS)
     links = "".join(f'<a href="#{name}">{esc(title)}</a>' for name, title in _SECTIONS)
     facts = "".join(_facts(run) for run in runs)
-    title = " against ".join(run.name for run in runs)
+    title = " vs. ".join(run.name for run in runs)
     return document(title, "Purified OPSD · run report", f"{facts}<nav>{links}</nav>", body)
 
 
 def _facts(run: RunData) -> str:
-    """One line of what a run was."""
-    told = [
+    """The main settings of a run, as one line."""
+    facts = [
         ("model", run.setting("student.source")),
         ("adaptation", run.setting("student.adaptation")),
         ("data", run.setting("data.train.path")),
@@ -71,5 +71,5 @@ def _facts(run: RunData) -> str:
         ("learning rate", number(run.setting("optimizer.lr"), 2) if run.setting("optimizer.lr") else None),
         ("seed", run.setting("seed")),
     ]
-    items = "".join(f"<li>{esc(name)} <b>{esc(value)}</b></li>" for name, value in told if value is not None)
+    items = "".join(f"<li>{esc(name)} <b>{esc(value)}</b></li>" for name, value in facts if value is not None)
     return f'<ul class="facts"><li><b>{esc(run.name)}</b></li>{items}</ul>'

@@ -1,7 +1,7 @@
-"""Plots as inline SVG, drawn here: lines with bands, and a legend. Colours come from the page's style sheet.
+"""Line plots with bands as inline SVG, and legends. Colours come from the page's style sheet.
 
-A plot is drawn for one column of 340 units, which the page shows at about that many pixels on a telephone and on a
-desk alike, so that its text keeps its size.
+A plot has a width of 340 units, which the page shows at about as many pixels on phones and on desktops, so that the
+size of its text is constant.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from nemo_popsd.report.markup import MINUS, esc, fixed, number
 WIDTH, HEIGHT = 340.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
 MOST_POINTS = 800
-"""Of one line; more cannot be told apart."""
+"""Maximum number of points of one line; more are not distinguishable."""
 PALETTE = 6
-"""Colours of the style sheet beside the base's: s1 to s6, which then repeat."""
+"""Number of colours for runs in the style sheet: s1 to s6, which then repeat."""
 
 
 def series_class(index: int) -> str:
-    """Style of the run with this index, from 0."""
+    """CSS class of the run with this index, counted from 0."""
     return f"s{index % PALETTE + 1}"
 
 
@@ -32,24 +32,24 @@ class Series:
 
     label: str
     points: Sequence[tuple[float, float]]
-    """(x, y); points whose y is not finite are left out."""
+    """(x, y); points whose y is not finite are omitted."""
     css: str
-    """Colour class: "base" or one of `series_class`; with "dashed" for a broken line."""
+    """Colour class: "base" or one of `series_class`; with "dashed" for a dashed line."""
     band: Sequence[tuple[float, float, float]] = field(default=())
     """(x, low, high) of an interval around the line."""
 
     def drawable(self) -> list[tuple[float, float]]:
-        """The finite points; of more than `MOST_POINTS`, the lowest and the highest of each stretch, so that no peak is
-        lost.
+        """The finite points; of more than `MOST_POINTS`, the lowest and the highest of each segment, so that peaks
+        remain.
         """
         points = [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
         if len(points) <= MOST_POINTS:
             return points
         size = math.ceil(len(points) / (MOST_POINTS // 2))
         kept: list[tuple[float, float]] = []
-        for begin in range(0, len(points), size):
-            stretch = points[begin : begin + size]
-            kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+        for start in range(0, len(points), size):
+            segment = points[start : start + size]
+            kept += sorted({min(segment, key=lambda point: point[1]), max(segment, key=lambda point: point[1])})
         return kept
 
 
@@ -65,18 +65,18 @@ def line_plot(
     x_names: Sequence[str] = (),
     height: float = HEIGHT,
 ) -> str:
-    """A line for each series, its last value beside the legend, and what the script needs to tell values on hover.
+    """A line for each series, and the data with which the page's script shows values under the pointer.
 
     Args:
-        series: at least one; those without points are left out of the plot but stay in the legend.
-        label: what is drawn, for readers who do not see it.
-        x_label: under the axis.
-        format_y: text of a value under the pointer.
-        unit: after the numbers at the axis, "%" say.
-        zero: whether the axis must reach 0.
-        markers: a dot at every point.
-        x_names: names of x = 0, 1, ... where x counts things that have names.
-        height: of the plot, where the width is `WIDTH`.
+        series: at least one; those without points are not drawn.
+        label: description of the plot, for screen readers.
+        x_label: label of the x axis.
+        format_y: formats a value under the pointer.
+        unit: text after the numbers of the y axis, e.g. "%".
+        zero: whether the y axis must include 0.
+        markers: whether to draw a dot at every point.
+        x_names: names of x = 0, 1, ... for a categorical axis.
+        height: of the plot, in units of which `WIDTH` is the width.
     """
     drawn = [(s, s.drawable()) for s in series]
     xs = [x for _, points in drawn for x, _ in points]
@@ -95,11 +95,11 @@ def line_plot(
         return across, height - BOTTOM - (y - low_y) / (high_y - low_y) * (height - TOP - BOTTOM)
 
     named = dict(enumerate(x_names))
-    whole = all(float(x).is_integer() for x in xs)
+    integers = all(float(x).is_integer() for x in xs)
     ticks_x = [(float(x), name) for x, name in named.items()]
-    ticks_x = ticks_x or [(tick, _plain(tick)) for tick in _ticks_inside(low_x, high_x, whole)]
-    places = [(at(tick, low_y)[0], name) for tick, name in ticks_x]
-    parts = [_grid(ticks_y, at, low_x, unit), _x_axis(places, x_label, height - 8)]
+    ticks_x = ticks_x or [(tick, _plain(tick)) for tick in _ticks_inside(low_x, high_x, integers)]
+    positions = [(at(tick, low_y)[0], name) for tick, name in ticks_x]
+    parts = [_grid(ticks_y, at, low_x, unit), _x_axis(positions, x_label, height - 8)]
     if low_y < 0 < high_y:
         parts.append(_path("zero", [at(low_x, 0), at(high_x, 0)]))
     for s, _ in drawn:
@@ -125,21 +125,21 @@ def line_plot(
         for s, points in drawn
         if points
     ]
-    told = esc(json.dumps({"x": x_label, "series": hover}, ensure_ascii=False, separators=(",", ":")))
+    data = esc(json.dumps({"x": x_label, "series": hover}, ensure_ascii=False, separators=(",", ":")))
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{esc(label)}" '
-        f'data-plot="{told}">{"".join(parts)}<g class="cursor"></g></svg>'
+        f'data-plot="{data}">{"".join(parts)}<g class="cursor"></g></svg>'
     )
 
 
 def legend(series: Sequence[tuple[str, str]]) -> str:
-    """A line of swatches: (label, class)."""
+    """A line of colour swatches, each (label, class)."""
     items = "".join(f'<li><i class="swatch {esc(css)}"></i>{esc(label)}</li>' for label, css in series)
     return f'<ul class="legend">{items}</ul>'
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers that enclose [low, high]; at least two of them."""
+    """About `count` round numbers, at least two, that enclose [low, high]."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
         pad = abs(low) * 0.1
         low, high = (low - pad, high + pad) if pad else (0.0, 1.0)
@@ -152,7 +152,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """The ticks of one axis, all with as many decimals as their steps need."""
+    """The texts of the ticks of one axis, all with the number of decimals that their interval needs."""
     step, largest = ticks[1] - ticks[0], max(abs(tick) for tick in ticks)
     if step < 1e-4 or largest >= 1e6:
         short = (f"{tick:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS) for tick in ticks)
@@ -172,9 +172,9 @@ def _grid(ticks: Sequence[float], at: Callable[[float, float], tuple[float, floa
     return "".join(parts)
 
 
-def _ticks_inside(low: float, high: float, whole: bool) -> list[float]:
+def _ticks_inside(low: float, high: float, integers: bool) -> list[float]:
     inside = [tick for tick in nice_ticks(low, high, 4) if low <= tick <= high]
-    return [tick for tick in inside if float(tick).is_integer()] if whole else inside
+    return [tick for tick in inside if float(tick).is_integer()] if integers else inside
 
 
 def _plain(value: float) -> str:
@@ -182,21 +182,21 @@ def _plain(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _x_axis(places: Sequence[tuple[float, str]], label: str, down: float) -> str:
-    """Names at their places, those left out that would run into the one before; then what they are."""
+def _x_axis(positions: Sequence[tuple[float, str]], label: str, down: float) -> str:
+    """The names of the ticks, without those that would overlap the one before, and the label of the axis."""
     parts = []
     free = LEFT - 8
-    for across, name in places:
+    for across, name in positions:
         width = 6.2 * len(name)
-        anchor, begin = "middle", across - width / 2
-        if begin + width > WIDTH:
-            anchor, begin = "end", across - width
-        elif begin < LEFT - 4:
-            anchor, begin = "start", across - 3
-        if begin < free:
+        anchor, start = "middle", across - width / 2
+        if start + width > WIDTH:
+            anchor, start = "end", across - width
+        elif start < LEFT - 4:
+            anchor, start = "start", across - 3
+        if start < free:
             continue
-        free = begin + width + 10
-        x = begin if anchor == "start" else across
+        free = start + width + 10
+        x = start if anchor == "start" else across
         parts.append(f'<text x="{x:.1f}" y="{down:.0f}" text-anchor="{anchor}">{esc(name)}</text>')
     parts.append(f'<text class="axis" x="{LEFT - 8:.0f}" y="{down:.0f}" text-anchor="end">{esc(label)}</text>')
     return "".join(parts)

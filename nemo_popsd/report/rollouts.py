@@ -1,8 +1,8 @@
-"""The same questions answered before and after training, side by side."""
+"""Answers to the same questions before and after training, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -20,14 +20,14 @@ class Answer:
 
     text: str
     tokens: int
-    cut: bool
+    truncated: bool
     correct: bool | None
-    """None where it was not scored."""
+    """None if it was not scored."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One question with its answers; None where one is not there."""
+    """One question with its answers; a missing answer is None."""
 
     row: str
     question: str
@@ -37,26 +37,29 @@ class Pair:
 
 
 def answer_pairs(run: RunData, count: int) -> tuple[list[Pair], str]:
-    """Up to `count` questions with answers from before and after, and where they come from, in words.
+    """Up to `count` questions with answers before and after training, and a phrase that states their origin.
 
-    From the samples of the first and the last evaluation of the run, if they were kept: those that became wrong and
-    those that became right first, in turn. Otherwise from the diagnoses before and after training.
+    They come from the samples of the first and the last evaluation of the run, if these were kept; answers that became
+    wrong and answers that became right come first, alternating. Otherwise they come from the two diagnoses.
     """
     pairs = _scored_pairs(run)
     if pairs:
         lost = [pair for pair in pairs if pair.before and pair.after and pair.before.correct and not pair.after.correct]
         won = [pair for pair in pairs if pair.before and pair.after and pair.after.correct and not pair.before.correct]
         rest = [pair for pair in pairs if pair not in lost and pair not in won]
-        turns = [pair for turn in zip_longest(lost, won) for pair in turn if pair is not None]
-        told = f"held-out questions: of {len(pairs)}, {len(lost)} became wrong and {len(won)} became right; these first"
-        return (turns + rest)[:count], told
+        changed = [pair for two in zip_longest(lost, won) for pair in two if pair is not None]
+        origin = (
+            f"held-out questions: of {len(pairs)}, {len(lost)} became wrong and {len(won)} became right; "
+            "these come first"
+        )
+        return (changed + rest)[:count], origin
     before, after = (run.diagnoses[name].rollouts if name in run.diagnoses else [] for name in (BEFORE, AFTER))
     later = {rollout["row"]: rollout for rollout in after}
     pairs = [
         Pair(rollout["row"], rollout["question"], None, _rollout(rollout), _rollout(later.get(rollout["row"])))
         for rollout in before
     ]
-    return pairs[:count], "training questions, as the diagnoses before and after training drew them"
+    return pairs[:count], "training questions, with the responses of the diagnoses before and after training"
 
 
 def _scored_pairs(run: RunData) -> list[Pair]:
@@ -87,7 +90,7 @@ def _first_samples(directory: Path) -> dict[Any, Answer]:
     }
     return {
         str(line["problem"]): Answer(
-            str(line.get("text", "")), _tokens(line, file), bool(line.get("cut")), scores.get(str(line["problem"]))
+            str(line.get("text", "")), _tokens(line, file), is_truncated(line), scores.get(str(line["problem"]))
         )
         for file in sorted(directory.glob("samples-*.jsonl"))
         for line in read_lines(file)
@@ -105,11 +108,16 @@ def _tokens(line: dict[str, Any], file: Path) -> int:
 def _rollout(rollout: dict[str, Any] | None) -> Answer | None:
     if rollout is None:
         return None
-    return Answer("".join(rollout["pieces"]), len(rollout["pieces"]), bool(rollout["cut"]), None)
+    return Answer("".join(rollout["pieces"]), len(rollout["pieces"]), is_truncated(rollout), None)
+
+
+def is_truncated(line: Mapping[str, Any]) -> bool:
+    """Whether a response of an evaluation or a diagnosis was truncated at its limit; older files name the key `cut`."""
+    return bool(line.get("truncated", line.get("cut")))
 
 
 def pair_cards(pair: Pair, markers: Sequence[str] = DEFAULT_MARKERS) -> str:
-    """One question with both answers, their markers marked."""
+    """One question with both answers, with highlighted markers."""
     expected = f' <span class="badge">expected {esc(pair.expected)}</span>' if pair.expected is not None else ""
     columns = "".join(
         f'<section class="card"><h3>{title}{_badges(answer)}</h3>{_body(answer, markers)}</section>'
@@ -126,10 +134,10 @@ def _badges(answer: Answer | None) -> str:
         return ""
     badges = [f'<span class="badge">{answer.tokens:,} tokens</span>']
     if answer.correct is not None:
-        css, text = ("right", "right") if answer.correct else ("wrong", "wrong")
+        css, text = ("right", "correct") if answer.correct else ("wrong", "wrong")
         badges.append(f'<span class="badge {css}">{text}</span>')
-    if answer.cut:
-        badges.append('<span class="badge wrong">cut</span>')
+    if answer.truncated:
+        badges.append('<span class="badge wrong">truncated</span>')
     return "".join(badges)
 
 
@@ -141,9 +149,9 @@ def _body(answer: Answer | None, markers: Sequence[str]) -> str:
 
 def _marked(text: str, markers: Sequence[str]) -> str:
     parts, done = [], 0
-    for begin, end in marker_spans(text, markers):
-        if begin < done:
+    for start, end in marker_spans(text, markers):
+        if start < done:
             continue
-        parts += [esc(text[done:begin]), f"<mark>{esc(text[begin:end])}</mark>"]
+        parts += [esc(text[done:start]), f"<mark>{esc(text[start:end])}</mark>"]
         done = end
     return "".join([*parts, esc(text[done:])])

@@ -1,11 +1,11 @@
-"""A training run as it lies on disk.
+"""Reading of a training run's directory.
 
-What is read below a run's directory; whatever is absent is left out of the page, which says so:
+These files are read; the page states which are missing:
 
-    config.yaml                           the resolved configuration; needed
+    config.yaml                           the resolved configuration; required
     metrics.jsonl                         train/* and validation/* by step
-    validation/step-<number>/             evaluations during training: summary.json, problems.jsonl, samples-*.jsonl,
-                                          scores.jsonl (see `nemo_popsd.evaluation`); they outrank the metrics
+    validation/step-<step>/               evaluations during training: summary.json, problems.jsonl, samples-*.jsonl,
+                                          scores.jsonl (see `nemo_popsd.evaluation`); they take precedence over metrics
     evaluation/**/*.json                  further evaluations, one summary each
     diagnosis/{before,after}/             see `nemo_popsd.diagnosis.record`
     checkpoints/final/manifest.json       versions and layout
@@ -39,14 +39,14 @@ class Diagnosed:
 
 @dataclass(frozen=True)
 class Validation:
-    """What an evaluation during training found."""
+    """The results of an evaluation during training."""
 
     values: dict[str, float]
-    """By name; those of a mapping as "marker_rates.Wait"."""
+    """By name; entries of a mapping have names such as "marker_rates.Wait"."""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """(low, high) by name."""
     directory: Path | None = None
-    """Where its samples are; None where they were not kept."""
+    """Directory of its samples; None if they were not kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,39 +56,39 @@ class RunData:
     directory: Path
     config: dict[str, Any]
     training: dict[str, list[tuple[float, float]]]
-    """(step, value) by name of metric, without prefix."""
+    """(step, value) by name of the metric, without prefix."""
     validations: dict[int, Validation]
-    """By step, rising."""
+    """By step, ascending."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Summaries of evaluations made by command."""
+    """Summaries of `popsd evaluate`."""
     diagnoses: dict[str, Diagnosed] = field(default_factory=dict)
     """By name of their directory."""
     manifest: dict[str, Any] = field(default_factory=dict)
-    """Of the final checkpoint."""
+    """Manifest of the final checkpoint."""
 
     @property
     def name(self) -> str:
-        """What the run is called on the page."""
+        """The name of the run on the page."""
         return str(self.config.get("name") or self.directory.name)
 
     @property
     def before(self) -> Validation | None:
-        """What was validated at step 0."""
+        """The validation at step 0."""
         return self.validations.get(0)
 
     @property
     def after(self) -> Validation | None:
-        """What was validated last, unless that was step 0."""
+        """The last validation, unless that was at step 0."""
         last = max(self.validations, default=0)
         return self.validations[last] if last else None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that left metrics."""
+        """The last step with training metrics."""
         return int(max((step for points in self.training.values() for step, _ in points), default=0))
 
     def setting(self, key: str) -> Any:
-        """Value of a dotted key of the configuration, None where it has none."""
+        """Value of a dotted key of the configuration; None if it is missing."""
         value: Any = self.config
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -103,10 +103,10 @@ class RunData:
 
 
 def read_run(directory: Path) -> RunData:
-    """Reads a run, finished or under way.
+    """Reads a run that is finished or in progress.
 
     Raises:
-        UserError: the directory holds no run.
+        UserError: the directory does not hold a run.
     """
     try:
         with open_regular(directory / "config.yaml") as file:
@@ -128,16 +128,16 @@ def read_run(directory: Path) -> RunData:
     final = directory / "checkpoints" / "final" / "manifest.json"
     manifest = _object(final) or {}
     if not all(isinstance(manifest.get(name, {}), dict) for name in ("versions", "layout")):
-        raise damaged(final, "versions or layout that are no objects")
+        raise damaged(final, "versions or layout are not objects")
     return RunData(
         directory=directory,
         config=config if isinstance(config, dict) else {},
         training=training,
         validations=dict(sorted(validations.items())),
         evaluations=[
-            found
+            summary
             for file in sorted((directory / "evaluation").glob("**/*.json"))
-            if (found := _object(file)) and "accuracy" in found
+            if (summary := _object(file)) and "accuracy" in summary
         ],
         diagnoses={
             folder.name: diagnosed
@@ -149,16 +149,16 @@ def read_run(directory: Path) -> RunData:
 
 
 def read_diagnosis(directory: Path) -> Diagnosed | None:
-    """The diagnosis in `directory`; None where there is none, or half of one.
+    """The diagnosis in `directory`; None if it is missing or incomplete.
 
     Raises:
-        UserError: its files are not what a diagnosis wrote.
+        UserError: its files differ from those that a diagnosis wrote.
     """
     summary = _object(directory / "summary.json")
     rollouts = read_lines(directory / "rollouts.jsonl")
     if not summary or not rollouts:
         return None
-    if "sum" in summary:  # diagnoses of earlier versions have none
+    if "sum" in summary:  # absent in diagnoses of older versions
         if summary.pop("sum") != checksum(summary):
             raise damaged(directory / "summary.json", "it was changed after it was written")
         if summary["rollouts_sha256"] != hashlib.sha256((directory / "rollouts.jsonl").read_bytes()).hexdigest():
@@ -172,7 +172,7 @@ def flat_figures(
     """Numbers of an evaluation's summary, and their intervals, by name.
 
     Raises:
-        UserError: an interval at `where`, a file, is none.
+        UserError: an interval is not a pair of numbers; the message names the file, `where`.
     """
     values: dict[str, float] = {}
     for name, value in summary.items():
@@ -182,8 +182,8 @@ def flat_figures(
         elif (number := _float(value)) is not None:
             values[name] = number
     intervals: dict[str, tuple[float, float]] = {}
-    found = summary.get("intervals")
-    for name, ends in found.items() if isinstance(found, Mapping) else ():
+    stored = summary.get("intervals")
+    for name, ends in stored.items() if isinstance(stored, Mapping) else ():
         numbers = [_float(end) for end in ends] if isinstance(ends, list) else []
         if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
             raise damaged(where, f"the interval of {name} is {ends!r}")
@@ -192,7 +192,7 @@ def flat_figures(
 
 
 def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int, dict[str, float]]]:
-    """Training and validation metrics; the last line of a step counts, as a resumed run repeats steps."""
+    """Training and validation metrics; the last line of a step counts, since a resumed run repeats steps."""
     training: dict[str, dict[int, float]] = {}
     validations: dict[int, dict[str, float]] = {}
     for line in read_lines(file):
@@ -212,7 +212,7 @@ def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int
 
 
 def _float(value: object) -> float | None:
-    """Numbers, and what the metrics file writes for those that JSON has not ("nan", "inf")."""
+    """`value` as a number, including "nan" and "inf", which the metrics file holds as text; None for other values."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -222,19 +222,19 @@ def _float(value: object) -> float | None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; a last line that a kill cut off, and a file that is not there, hold none.
+    """Objects of a JSONL file, without a partial last line; none if the file is missing.
 
     Raises:
         UserError: another line is damaged.
     """
     if not file.exists():
         return []
-    found = []
-    for where, value in read_json_lines(file, cut=True):
+    objects = []
+    for where, value in read_json_lines(file, skip_partial=True):
         if not isinstance(value, dict):
-            raise damaged(where, "no object")
-        found.append(value)
-    return found
+            raise damaged(where, "not an object")
+        objects.append(value)
+    return objects
 
 
 def _object(file: Path) -> dict[str, Any] | None:
@@ -242,5 +242,5 @@ def _object(file: Path) -> dict[str, Any] | None:
         return None
     value = read_json(file)
     if not isinstance(value, dict):
-        raise damaged(file, "no object")
+        raise damaged(file, "not an object")
     return value

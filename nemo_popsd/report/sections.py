@@ -1,4 +1,4 @@
-"""The sections of the report. Each takes the runs that are compared, first to last, in their colours."""
+"""The sections of the report. Each function takes the runs to compare, in order."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from nemo_popsd.report.run import AFTER, BEFORE, RunData
 Runs = Sequence[RunData]
 
 CURVES = {
-    "loss": ("Loss", "what is minimised"),
+    "loss": ("Loss", "training objective"),
     "forward_kl": ("KL(target ‖ student)", "nats per token"),
     "reverse_kl": ("KL(student ‖ target)", "nats per token"),
     "student_entropy": ("Entropy of the student", "nats per token"),
     "target_entropy": ("Entropy of the target", "nats per token"),
     "response_tokens": ("Length of a rollout", "tokens"),
     "marker_rate": ("Epistemic markers", "per 1,000 rollout tokens"),
-    "cut_share": ("Rollouts cut at the limit", "share"),
+    "cut_share": ("Rollouts truncated at the limit", "share"),
     "rollout_age": ("Age of a rollout token", "steps, mean"),
     "rollout_age_max": ("Age of the oldest rollout token", "steps"),
-    "padding_share": ("Padding", "share of the tokens that went through the model"),
+    "padding_share": ("Padding", "share of the tokens in the forward passes"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
 }
-"""Training curves in order: title and unit. Metrics without an entry follow under their own names."""
+"""Title and unit of the training curves, in order. Other metrics follow under their own names."""
 DECOMPOSITION_CURVES = {
     "delta_ratio": ("‖Δ_ref‖ / ‖Δ_total‖", "above 1: the reference-induced part dominates"),
     "cos_total_it": ("cos(Δ_total, Δ_it)", "of the question-conditioned part"),
@@ -47,16 +47,16 @@ PHASES = {
 _PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
 _SAMPLES = 4
 _LOW = 112.0
-"""Height of the plots at a glance."""
+"""Height of the plots in the section "At a glance"."""
 
 
 def colours(runs: Runs) -> str:
-    """Which colour is which run."""
+    """The legend of the runs' colours."""
     return legend([("before training", "base"), *((run.name, series_class(i)) for i, run in enumerate(runs))])
 
 
 def glance(runs: Runs) -> str:
-    """The three questions, answered."""
+    """The answers to the three questions."""
     return f'<div class="three glance">{_accuracy_card(runs)}{_thinking_card(runs)}{_target_card(runs)}</div>'
 
 
@@ -65,26 +65,24 @@ def _verdict(index: int, name: str, text: str) -> str:
 
 
 def _accuracy_card(runs: Runs) -> str:
-    told = "".join(
-        _verdict(index, run.name, verdicts.accuracy_verdict(run)) + _figures(run, "accuracy", 100, " %")
+    answers = "".join(
+        _verdict(index, run.name, verdicts.accuracy_verdict(run)) + _before_after(run, "accuracy", 100, " %")
         for index, run in enumerate(runs)
     )
     rows = []
     estimates = [("before training", "base", runs[0].before)]
     estimates += [(run.name, series_class(index), run.after) for index, run in enumerate(runs)]
     for label, css, validation in estimates:
-        found = verdicts.accuracy(validation)
-        if found is not None:
-            rows.append(Estimate(label, found.value, found.low, found.high, css))
+        interval = verdicts.accuracy(validation)
+        if interval is not None:
+            rows.append(Estimate(label, interval.value, interval.low, interval.high, css))
     chart = interval_chart(rows, label="accuracy with 95 % intervals", text=lambda value: f"{fixed(value)} %")
     series = []
     for index, run in enumerate(runs):
-        by_step = [(float(step), verdicts.accuracy(found)) for step, found in run.validations.items()]
-        known = [(step, found) for step, found in by_step if found]
-        band = [
-            (step, found.low, found.high) for step, found in known if found.low is not None and found.high is not None
-        ]
-        series.append(Series(run.name, [(step, found.value) for step, found in known], series_class(index), band))
+        by_step = [(float(step), verdicts.accuracy(validation)) for step, validation in run.validations.items()]
+        known = [(step, one) for step, one in by_step if one]
+        band = [(step, one.low, one.high) for step, one in known if one.low is not None and one.high is not None]
+        series.append(Series(run.name, [(step, one.value) for step, one in known], series_class(index), band))
     plot = line_plot(
         series,
         label="accuracy by step",
@@ -93,25 +91,25 @@ def _accuracy_card(runs: Runs) -> str:
         markers=True,
         height=_LOW,
     )
-    body = f'{told}<div class="split"></div>{chart}<p class="sub">by step</p>{plot}'
-    return card("Did accuracy move?", body, note="held-out problems; intervals hold 95 %")
+    body = f'{answers}<div class="split"></div>{chart}<p class="sub">by step</p>{plot}'
+    return card("Did the accuracy change?", body, note="held-out problems; 95 % intervals")
 
 
-def _figures(run: RunData, key: str, scale: float, unit: str, what: str = "", *, decimals: int = 1) -> str:
-    """A validated figure before and after, large."""
-    ends = [verdicts.estimate(found, key, scale) for found in (run.before, run.after)]
+def _before_after(run: RunData, key: str, scale: float, unit: str, what: str = "", *, decimals: int = 1) -> str:
+    """A validation result before and after training, in large type."""
+    ends = [verdicts.estimate(validation, key, scale) for validation in (run.before, run.after)]
     if None in ends:
         return ""
     before, after = (fixed(end.value, decimals) for end in ends if end)
-    told = f" {what}" if what else ""
-    return f'<p class="figure"><small>{before}{unit} →</small> {after}{unit}<small>{esc(told)}</small></p>'
+    suffix = f" {what}" if what else ""
+    return f'<p class="figure"><small>{before}{unit} →</small> {after}{unit}<small>{esc(suffix)}</small></p>'
 
 
 def _thinking_card(runs: Runs) -> str:
-    told = "".join(
+    answers = "".join(
         _verdict(index, run.name, verdicts.thinking_verdict(run))
-        + _figures(run, "markers_per_1000_tokens", 1, "", "markers per 1,000 tokens")
-        + _figures(run, "mean_tokens", 1, "", "tokens per answer", decimals=0)
+        + _before_after(run, "markers_per_1000_tokens", 1, "", "markers per 1,000 tokens")
+        + _before_after(run, "mean_tokens", 1, "", "tokens per answer", decimals=0)
         for index, run in enumerate(runs)
     )
     charts = ""
@@ -119,19 +117,15 @@ def _thinking_card(runs: Runs) -> str:
         series = [
             Series(
                 run.name,
-                [(float(step), found.values[key]) for step, found in run.validations.items() if key in found.values],
+                [(float(step), one.values[key]) for step, one in run.validations.items() if key in one.values],
                 series_class(index),
-                [
-                    (float(step), *found.intervals[key])
-                    for step, found in run.validations.items()
-                    if key in found.intervals
-                ],
+                [(float(step), *one.intervals[key]) for step, one in run.validations.items() if key in one.intervals],
             )
             for index, run in enumerate(runs)
         ]
         charts += f'<p class="sub">{title}</p>' + line_plot(series, label=title, zero=True, markers=True, height=_LOW)
-    note = f"held-out answers; up to ±{100 * verdicts.KEPT:.0f} % in both counts as kept"
-    return card("Did it keep thinking?", f'{told}<div class="split"></div>{charts}', note=note)
+    note = f"held-out answers; changes of both within ±{100 * verdicts.KEPT:.0f} % count as kept"
+    return card("Did the model keep thinking?", f'{answers}<div class="split"></div>{charts}', note=note)
 
 
 def _target_card(runs: Runs) -> str:
@@ -146,9 +140,9 @@ def _target_card(runs: Runs) -> str:
         shares = {name: verdicts.marker_share(summary, name) for name in decomposition.COMPONENTS}
         if None not in shares.values():
             bars = [(decomposition.SHORT[name], 100 * share) for name, share in shares.items() if share is not None]
-            parts.append('<p class="sub">change of the markers’ probability along each part, per cent</p>')
+            parts.append('<p class="sub">change of the markers’ probability along each component, per cent</p>')
             parts.append(push_chart(bars, label="push on markers by component", tokens=False))
-    note = "what the target, and each part of the teacher’s signal, asks at the start of training, to first order"
+    note = "first-order effect of the target and of each component of the teacher’s signal at the start of training"
     return card("What did the target push?", "".join(parts), note=note)
 
 
@@ -168,7 +162,7 @@ def _series(runs: Runs, name: str) -> list[Series]:
 
 
 def decomposed(runs: Runs, page: Path) -> str:
-    """The paper's decomposition: through training, by position and entropy, and what is pushed."""
+    """The paper's decomposition: by training step, by position, by entropy, and the push of each component."""
     cards = [
         card(title, line_plot(_series(runs, name), label=title), note=note)
         for name, (title, note) in DECOMPOSITION_CURVES.items()
@@ -183,7 +177,7 @@ def decomposed(runs: Runs, page: Path) -> str:
     starts = [("before training", "base", run.diagnoses[BEFORE].summary) for run in runs if BEFORE in run.diagnoses][:1]
     both = [*starts, *ends]
     if not both:
-        return body or '<p class="absent">Neither metrics nor diagnoses of the decomposition are on disk.</p>'
+        return body or '<p class="absent">There are neither metrics nor diagnoses of the decomposition.</p>'
     labels = legend([(label, css) for label, css, _ in both])
     body += f'<h2 class="minor">By position in the response</h2>{labels}{decomposition.position_plots(both)}'
     body += f'<h2 class="minor">By entropy of the student</h2>{labels}{decomposition.entropy_plots(both)}'
@@ -196,14 +190,14 @@ def decomposed(runs: Runs, page: Path) -> str:
             for name in run.diagnoses
         )
         body += (
-            f'<h2 class="minor">What is pushed in {esc(run.name)}</h2><p class="lead">First-order change of the '
-            f"student’s probabilities along each part at step {summary['step']:,}, in expected occurrences per 1,000 "
-            f"response tokens. Token by token: {links}.</p>"
+            f'<h2 class="minor">Push of each component in {esc(run.name)}</h2><p class="lead">First-order change of '
+            f"the student’s probabilities along each component at step {summary['step']:,}, in expected occurrences "
+            f"per 1,000 response tokens. Token by token: {links}.</p>"
             + decomposition.push_cards(summary, count=8)
             + card(
                 "Markers",
                 decomposition.marker_push_table(summary),
-                note="push per 1,000 tokens on entries that are one whole marker, and relative to their probability",
+                note="push per 1,000 tokens on markers that are a single token, and relative to their probability",
                 css="sample",
             )
         )
@@ -221,7 +215,7 @@ def samples(runs: Runs) -> str:
         pairs, origin = answer_pairs(run, _SAMPLES)
         heading = f'<h2 class="minor">{esc(run.name)}</h2>' if len(runs) > 1 else ""
         if not pairs:
-            parts.append(f'{heading}<p class="absent">No answers of this run are on disk.</p>')
+            parts.append(f'{heading}<p class="absent">The run has no stored answers.</p>')
             continue
         markers = run.setting("evaluation.markers") or ()
         shown = "".join(pair_cards(pair, [str(marker) for marker in markers]) for pair in pairs)
@@ -230,18 +224,18 @@ def samples(runs: Runs) -> str:
 
 
 def throughput(runs: Runs) -> str:
-    """Where the time of a step went."""
+    """The time of a step by phase, and tokens per second."""
     cards = []
     for run in runs:
         seconds = [(label, run.mean(name) or 0.0, css) for name, (label, css) in PHASES.items()]
-        whole = sum(amount for _, amount, _ in seconds)
-        if not whole:
+        total = sum(amount for _, amount, _ in seconds)
+        if not total:
             continue
-        told = (
-            f'<p class="figure">{number(whole)} <small>s per step</small> &nbsp; '
+        figure = (
+            f'<p class="figure">{number(total)} <small>s per step</small> &nbsp; '
             f"{number(run.mean('tokens_per_second'))} <small>response tokens per second</small></p>"
         )
-        cards.append(card(run.name, told + share_bar(seconds, label=f"share of a step in {run.name}")))
+        cards.append(card(run.name, figure + share_bar(seconds, label=f"share of each phase in a step of {run.name}")))
     if not cards:
         return '<p class="absent">No step was timed.</p>'
     by_step = [
@@ -253,7 +247,7 @@ def throughput(runs: Runs) -> str:
 
 
 def provenance(runs: Runs) -> str:
-    """Versions, layout, and configuration: where runs differ, then all of it."""
+    """Versions, layout, settings that differ between the runs, and the complete configuration of each."""
     libraries = sorted({name for run in runs for name in run.manifest.get("versions", {})})
     rows = [
         [esc(name), *(esc(run.manifest.get("versions", {}).get(name) or "–") for run in runs)] for name in libraries
@@ -281,10 +275,10 @@ def provenance(runs: Runs) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat

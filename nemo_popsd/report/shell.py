@@ -1,4 +1,4 @@
-"""The HTML document around a page: its style, its one script, and a policy under which nothing else can run or load."""
+"""The HTML document around a page: its style, its script, and a security policy that forbids everything else."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _GENERATOR = '<meta name="generator" content="nemo_popsd'
 
 
 def document(title: str, over: str, header: str, body: str) -> str:
-    """A whole page.
+    """A complete page.
 
-    The content security policy admits this style sheet and this script, by its digest, and nothing from anywhere:
-    a page that text from a rollout could break out into would still not run it.
+    The content security policy allows inline styles and the page's script, by its digest, and no other resource: even
+    unescaped text of a rollout could not run a script.
 
     Args:
-        title: of the page, text.
-        over: the small line above it, text.
-        header: HTML below it.
+        title: title of the page, text.
+        over: small line above the title, text.
+        header: HTML below the title.
         body: HTML of the sections.
     """
     script = _asset("page.js")
@@ -48,7 +48,7 @@ def document(title: str, over: str, header: str, body: str) -> str:
 <body>
 <header><div class="over">{esc(over)}</div><h1>{esc(title)}</h1>{header}</header>
 <main>{body}</main>
-<footer>nemo_popsd {esc(__version__)}. This file is whole in itself: it loads nothing.</footer>
+<footer>nemo_popsd {esc(__version__)}. This page is self-contained and loads no other resources.</footer>
 <script>{script}</script>
 </body>
 </html>
@@ -56,7 +56,7 @@ def document(title: str, over: str, header: str, body: str) -> str:
 
 
 def refuse_another_file(page: Path) -> None:
-    """Refuses to replace what no earlier call wrote: pages say in their first lines what made them.
+    """Refuses to replace a file that is not a page of nemo_popsd, which a `meta` element in its head identifies.
 
     Raises:
         UserError: something else is at `page`.
@@ -65,15 +65,15 @@ def refuse_another_file(page: Path) -> None:
     if page.is_symlink():
         reason = f"a symbolic link to {os.readlink(page)}"
     elif page.exists():
-        reason = "no regular file"
+        reason = "something other than a regular file"
         if page.is_file():
             with page.open("rb") as file:
-                reason = None if _GENERATOR.encode() in file.read(4096) else "a file that is no page of nemo_popsd"
+                reason = None if _GENERATOR.encode() in file.read(4096) else "a file that is not a page of nemo_popsd"
     if reason:
         raise UserError(
             f"page {page}",
             got=f"{reason}, where the page would be written",
-            need="a path where nothing is yet, or an earlier page",
+            need="a path that does not exist, or a page of nemo_popsd",
             fix=f"set --output to another file, or move {page} away; nothing was changed",
         )
 

@@ -1,4 +1,4 @@
-"""The page of a diagnosis: aggregates, and chosen rollouts token by token."""
+"""The page of a diagnosis: aggregates, and selected rollouts token by token."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from nemo_popsd.report.decomposition import (
     push_cards,
 )
 from nemo_popsd.report.markup import card, data_block, esc, fixed, signed
+from nemo_popsd.report.rollouts import is_truncated
 from nemo_popsd.report.run import Diagnosed, read_diagnosis
 from nemo_popsd.report.shell import document, refuse_another_file
 
 FULL_COLOUR = 3.0
-"""|Δ| in nats from which a token has its full colour."""
+"""|Δ| in nats at which the colour of a token saturates."""
 _SWITCH = (("show-both", "both"), ("show-it", "Δ_it"), ("show-ref", "Δ_ref"))
 _INSPECTED = (
     "delta_total",
@@ -37,10 +38,10 @@ _INSPECTED = (
 
 
 def write_diagnosis_page(directory: Path) -> Path:
-    """Writes `index.html` beside the two files of a diagnosis, and returns its path.
+    """Writes `index.html` into the directory of a diagnosis, and returns its path.
 
     Raises:
-        UserError: `directory` holds no diagnosis.
+        UserError: `directory` does not hold a diagnosis.
     """
     diagnosed = read_diagnosis(directory)
     if diagnosed is None:
@@ -70,39 +71,40 @@ def _page(diagnosed: Diagnosed) -> str:
         ("cos(Δ_total, Δ_ref)", signed((every["cosine_reference"] or {}).get("mean"), 2)),
     ]
     header = '<ul class="facts">' + "".join(f"<li>{esc(k)} <b>{esc(v)}</b></li>" for k, v in facts) + "</ul>"
-    lone = [(str(summary["name"]), "s1", summary)]
+    summaries = [(str(summary["name"]), "s1", summary)]
     body = [
         '<h2 id="tokens">Token by token</h2>',
-        '<p class="lead">Each token is coloured by what the teacher’s two parts say of it: Δ_it (given the reference, '
-        "what the question adds) and Δ_ref (what the reference alone adds to the student). Green favours the token, "
-        "red speaks against it. Bold: epistemic markers. Point at a token, or tap it, or move with the arrow keys.</p>",
+        '<p class="lead">The colour of a token shows the two components of the teacher’s signal for it: Δ_it (what the '
+        "question adds, given the reference) and Δ_ref (what the reference alone adds to the student). Green favours "
+        "the token, red disfavours it. Epistemic markers are bold. Point at a token, tap it, or use the arrow keys to "
+        "see its values.</p>",
         _readers(shown),
-        '<h2 id="push">What each part pushes</h2>',
-        '<p class="lead">First-order change of the student’s probabilities along each part, summed over all tokens: '
-        "expected occurrences gained or lost per 1,000 response tokens.</p>",
+        '<h2 id="push">Push of each component</h2>',
+        '<p class="lead">First-order change of the student’s probabilities along each component, summed over all '
+        "tokens: expected occurrences gained or lost per 1,000 response tokens.</p>",
         push_cards(summary, count=12),
         '<h2 id="markers">Markers and other tokens</h2><p class="lead">Means, with quartiles below.</p>',
         '<div class="two">'
-        + card("What is said of them", markers_table(summary))
+        + card("Statistics of the generated tokens", markers_table(summary))
         + card(
-            "What is done to them",
+            "Push on the markers",
             marker_push_table(summary),
-            note="Push on the vocabulary entries that are one whole marker, per 1,000 tokens, and relative to their "
-            "probability. A marker of several tokens has no entry.",
+            note="Push on the markers that are a single token, per 1,000 tokens, and relative to their probability. "
+            "Markers of several tokens have no value.",
         )
         + "</div>",
         '<h2 id="position">By position in the response</h2>',
-        '<p class="lead">Mean, and the band between the quartiles.</p>',
-        position_plots(lone),
+        '<p class="lead">Mean, with a band between the quartiles.</p>',
+        position_plots(summaries),
         '<h2 id="entropy">By entropy of the student</h2><p class="lead">Bins in nats.</p>',
-        entropy_plots(lone),
+        entropy_plots(summaries),
     ]
     return document(str(summary["name"]), "Purified OPSD · diagnosis", header, "".join(body))
 
 
 def _readers(shown: list[dict[str, Any]]) -> str:
     if not shown:
-        return '<p class="absent">No rollout was kept with alternatives (diagnosis.shown).</p>'
+        return '<p class="absent">No rollout is stored token by token (diagnosis.shown).</p>'
     buttons = "".join(
         f'<button type="button" value="{value}" aria-pressed="{"true" if index == 0 else "false"}">{esc(name)}</button>'
         for index, (value, name) in enumerate(_SWITCH)
@@ -129,21 +131,21 @@ def _reader(rollout: Mapping[str, Any], name: str) -> str:
         key=lambda index: abs(values["delta_question"][index] or 0) + abs(values["delta_reference"][index] or 0),
         default=0,
     )
-    kept = {
+    data = {
         "first": strongest,
         "pieces": rollout["pieces"],
         "values": {key: values[key] for key in _INSPECTED},
         "alternatives": rollout["alternatives"],
     }
-    cut = '<span class="badge">cut at the limit</span>' if rollout["cut"] else ""
+    truncated = '<span class="badge">truncated at the limit</span>' if is_truncated(rollout) else ""
     text = (
-        f'<section class="card"><h3>Row {esc(rollout["row"])}{cut}</h3>'
+        f'<section class="card"><h3>Row {esc(rollout["row"])}{truncated}</h3>'
         f'<p class="question">{esc(rollout["question"])}</p>'
-        "<details><summary>reference, as teacher and probe see it</summary>"
+        "<details><summary>reference, as both teachers see it</summary>"
         f"<pre>{esc(rollout['reference'])}</pre></details>"
         f'<div class="tokens" tabindex="0" data-rollout="{name}">{"".join(spans)}</div></section>'
     )
-    return f'<div class="reader sample">{text}<aside class="card inspector"></aside></div>{data_block(kept, name)}'
+    return f'<div class="reader sample">{text}<aside class="card inspector"></aside></div>{data_block(data, name)}'
 
 
 def _side(axis: str, value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The three questions of a run, answered in a sentence each by stated rules."""
+"""The rules that answer the three questions about a run, each with one phrase."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from nemo_popsd.report.run import AFTER, BEFORE, RunData, Validation
 
 Z95 = 1.959964
 KEPT = 0.10
-"""Relative change of marker rate and of length up to which a run is said to have kept thinking."""
+"""Relative change of the marker rate and of the length up to which a model counts as having kept thinking."""
 
 RESAMPLES = 10000
-"""Of the problems, where a run's configuration does not say."""
-LEFT_ALONE = 0.01
-"""Relative push on the markers up to which a target is said to leave them alone."""
+"""Number of bootstrap resamples if the run's configuration does not state it."""
+UNCHANGED = 0.01
+"""Relative push on the markers up to which a target counts as not changing them."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with a 95 % interval; None where it was not measured."""
+    """A value with the ends of its 95 % interval, which are None if it was not measured."""
 
     value: float
     low: float | None
     high: float | None
 
 
-def estimate(found: Validation | None, name: str, scale: float = 1.0) -> Interval | None:
-    """A validated figure times `scale`, with the interval on disk; else, for accuracy, ± 1.96 standard errors."""
-    if found is None or name not in found.values:
+def estimate(validation: Validation | None, name: str, scale: float = 1.0) -> Interval | None:
+    """A result times `scale`, with its stored interval or, for the accuracy, ± 1.96 standard errors."""
+    if validation is None or name not in validation.values:
         return None
-    value = scale * found.values[name]
-    if name in found.intervals:
-        low, high = found.intervals[name]
+    value = scale * validation.values[name]
+    if name in validation.intervals:
+        low, high = validation.intervals[name]
         return Interval(value, scale * low, scale * high)
-    error = found.values.get("accuracy_stderr") if name == "accuracy" else None
+    error = validation.values.get("accuracy_stderr") if name == "accuracy" else None
     if error is None or not math.isfinite(error):
         return Interval(value, None, None)
     return Interval(value, value - scale * Z95 * error, value + scale * Z95 * error)
 
 
-def accuracy(found: Validation | None) -> Interval | None:
+def accuracy(validation: Validation | None) -> Interval | None:
     """Accuracy in per cent."""
-    return estimate(found, "accuracy", 100.0)
+    return estimate(validation, "accuracy", 100.0)
 
 
 def change(run: RunData, name: str, scale: float = 1.0) -> Interval | None:
-    """A figure after training less the same before, times `scale`.
+    """The difference of a result after and before training, times `scale`.
 
-    With the scores of both on disk, its interval is a bootstrap over the problems, paired. Without, it takes the two as
-    independent; drawn on the same problems they are not, so it is too wide rather than too narrow.
+    If the scores of both evaluations are stored, the interval is a paired bootstrap over the problems. Otherwise it
+    treats the two results as independent, which overestimates the interval for results on the same problems.
     """
     paired = paired_changes(run).get(name)
     if paired is not None:
@@ -65,67 +65,67 @@ def change(run: RunData, name: str, scale: float = 1.0) -> Interval | None:
     before, after = estimate(run.before, name, scale), estimate(run.after, name, scale)
     if before is None or after is None:
         return None
-    moved = after.value - before.value
+    difference = after.value - before.value
     if before.low is None or before.high is None or after.low is None or after.high is None:
-        return Interval(moved, None, None)
+        return Interval(difference, None, None)
     below = math.hypot(before.high - before.value, after.value - after.low)
     above = math.hypot(before.value - before.low, after.high - after.value)
-    return Interval(moved, moved - below, moved + above)
+    return Interval(difference, difference - below, difference + above)
 
 
 @lru_cache(maxsize=64)
 def paired_changes(run: RunData) -> Mapping[str, Change]:
-    """How each figure differs between the first and the last evaluation of a run, over the problems of both; empty
-    where the scores of one are not on disk.
+    """The change of each statistic between the first and the last evaluation of a run, over the problems of both; empty
+    if the scores of one are not stored.
     """
-    ends = [found.directory for found in (run.before, run.after) if found is not None and found.directory is not None]
+    ends = [one.directory for one in (run.before, run.after) if one is not None and one.directory is not None]
     if len(ends) < 2:
         return {}
     try:
         before, after = (Evaluation.read(EvaluationDirectory(directory)) for directory in ends)
         return changes_between(before, after, resamples=run.setting("evaluation.resamples") or RESAMPLES)
-    except (UserError, TypeError, ValueError):  # cut off, of another version, or of other problems
+    except (UserError, TypeError, ValueError):  # incomplete, of another version, or of other problems
         return {}
 
 
 def accuracy_verdict(run: RunData) -> str:
-    """Whether accuracy moved: whether the interval of its change leaves 0 out."""
-    moved = change(run, "accuracy", 100.0)
-    if moved is None:
+    """Whether the accuracy changed, that is whether the interval of its change excludes 0."""
+    difference = change(run, "accuracy", 100.0)
+    if difference is None:
         return "not measured"
-    if moved.low is None or moved.high is None:
-        return f"{signed(moved.value)} points, with no interval"
-    told = f"{signed(moved.value)} points [{signed(moved.low)}, {signed(moved.high)}]"
-    if moved.low > 0:
-        return f"rose: {told}"
-    if moved.high < 0:
-        return f"fell: {told}"
-    return f"no change beyond its error: {told}"
+    if difference.low is None or difference.high is None:
+        return f"{signed(difference.value)} points, without an interval"
+    points = f"{signed(difference.value)} points [{signed(difference.low)}, {signed(difference.high)}]"
+    if difference.low > 0:
+        return f"rose: {points}"
+    if difference.high < 0:
+        return f"fell: {points}"
+    return f"no significant change: {points}"
 
 
 def relative_change(run: RunData, name: str) -> float | None:
-    """(after − before) / before of a validated figure."""
-    before, after = (found.values.get(name) if found else None for found in (run.before, run.after))
+    """(after − before) / before of a result."""
+    before, after = (one.values.get(name) if one else None for one in (run.before, run.after))
     if before is None or after is None or not before:
         return None
     return after / before - 1
 
 
 def thinking_verdict(run: RunData) -> str:
-    """Whether the model kept thinking: neither marker rate nor length moved by more than `KEPT`."""
+    """Whether the model kept thinking, that is whether marker rate and length changed by at most `KEPT`."""
     markers, length = (relative_change(run, name) for name in ("markers_per_1000_tokens", "mean_tokens"))
     if markers is None or length is None:
         return "not measured"
-    told = f"markers {signed(100 * markers, 0)} %, length {signed(100 * length, 0)} %"
+    changes = f"markers {signed(100 * markers, 0)} %, length {signed(100 * length, 0)} %"
     if max(abs(markers), abs(length)) <= KEPT:
-        return f"kept thinking: {told}"
+        return f"kept thinking: {changes}"
     if min(markers, length) < -KEPT:
-        return f"thinks less: {told}"
-    return f"thinks more: {told}"
+        return f"thinks less: {changes}"
+    return f"thinks more: {changes}"
 
 
 def target_summary(run: RunData) -> dict[str, Any] | None:
-    """The diagnosis that says what the target pushes: that before training, else any other."""
+    """The summary of the diagnosis before training, else of any other."""
     for name in (BEFORE, AFTER, *run.diagnoses):
         if name in run.diagnoses:
             return run.diagnoses[name].summary
@@ -133,18 +133,18 @@ def target_summary(run: RunData) -> dict[str, Any] | None:
 
 
 def marker_share(summary: dict[str, Any], component: str) -> float | None:
-    """First-order change of the probability of all markers of one token along a component, relative to it; None where
-    the vocabulary has no such marker, or the student never considers one.
+    """First-order relative change of the probability of all single-token markers along a component; None if the
+    vocabulary has no such marker, or their probability is 0.
     """
-    found = [entry for entry in summary["push"]["markers"].values() if entry and entry["mass"]]
-    mass = sum(entry["mass"] for entry in found)
-    return sum(entry["push"][component] or 0.0 for entry in found) / mass if mass else None
+    markers = [entry for entry in summary["push"]["markers"].values() if entry and entry["mass"]]
+    mass = sum(entry["mass"] for entry in markers)
+    return sum(entry["push"][component] or 0.0 for entry in markers) / mass if mass else None
 
 
 def target_verdict(summary: dict[str, Any]) -> str:
-    """What the target does to the markers of one token, all together."""
+    """The effect of the target on the probability of all single-token markers."""
     share = marker_share(summary, "target")
     if share is None:
-        return "no marker is one token of this vocabulary"
-    direction = "raises" if share > LEFT_ALONE else "lowers" if share < -LEFT_ALONE else "leaves alone"
+        return "no marker is a single token of this vocabulary"
+    direction = "raises" if share > UNCHANGED else "lowers" if share < -UNCHANGED else "does not change"
     return f"{direction} the markers: {signed(100 * share, 0)} % of their probability"

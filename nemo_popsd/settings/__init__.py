@@ -1,1 +1,1 @@
-"""How a section of the configuration declares its settings: bounds, checks and the errors that name a setting."""
+"""Declaration of settings in a section of the configuration: bounds, checks and errors that name the setting."""

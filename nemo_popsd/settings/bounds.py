@@ -1,7 +1,7 @@
-"""What a setting may hold beyond its type, declared with it: `Annotated[int, Bounds(1, 100)]`, `Annotated[str, PATH]`.
+"""Rules on a setting beyond its type, declared with it: `Annotated[int, Bounds(1, 100)]`, `Annotated[str, Text.PATH]`.
 
-Every number of every section declares finite bounds, so that nothing absurd (an infinite time-out, a seed that no
-generator takes, a batch that fills the memory) gets further than the configuration.
+Every number of every section declares finite bounds, so that an absurd value (an infinite time-out, a seed that no
+generator accepts, a batch that fills the memory) is refused when the configuration is read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, get_type_hints
 from nemo_popsd.settings.checks import refuse
 
 SECONDS_OF_30_DAYS = 30 * 24 * 3600
-"""The longest time-out that a setting takes."""
+"""The longest time-out that a setting accepts."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The interval of a number, or of each number of a list."""
+    """The interval of a number, or of each number in a list."""
 
     low: float
     """Least value."""
@@ -33,7 +33,7 @@ class Bounds:
     or_zero: bool = False
     """0 is allowed as well, where it turns something off."""
 
-    def hold(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         """Whether `value` lies within; NaN never does."""
         if self.or_zero and value == 0:
             return True
@@ -50,14 +50,14 @@ class Bounds:
 
 
 class Text(Enum):
-    """What a text is for, which says which characters and lengths it may have."""
+    """The use of a text, which determines its permitted characters and lengths."""
 
     LINE = "line"
     """One line, the default."""
     NAME = "name"
-    """A short line that is not empty; it also names things outside the configuration."""
+    """A short line that is not empty, used as a name outside the configuration too."""
     PATH = "path"
-    """A path: `~` at its beginning is the home directory (see `nemo_popsd.config.paths`)."""
+    """A path; a leading `~` is the home directory."""
     PROSE = "prose"
     """Text of any number of lines."""
 
@@ -73,21 +73,21 @@ def hints(schema: type) -> Mapping[str, Any]:
 
 @cache
 def rules(schema: type) -> Mapping[str, Rule]:
-    """What is declared of each field of the dataclass `schema`; sections inside it are not entered."""
-    found: dict[str, Rule] = {}
+    """The declared rule of each field of the dataclass `schema`; nested sections are not entered."""
+    declared: dict[str, Rule] = {}
     for name, hint in get_type_hints(schema, include_extras=True).items():
         for rule in getattr(hint, "__metadata__", ()):
             if isinstance(rule, Rule):
-                found[name] = rule
-    return found
+                declared[name] = rule
+    return declared
 
 
 def check_numbers(section: Any, name: str = "") -> None:
-    """Refuse a number of `section` beyond its bounds; sections inside it have checked themselves.
+    """Refuse a number of `section` that is out of bounds; nested sections check themselves.
 
     Args:
         section: an instance of a section's dataclass.
-        name: its dotted name, "" for the whole configuration.
+        name: its dotted name; "" for the root.
 
     Raises:
         UserError: names the setting and its bounds.
@@ -99,17 +99,17 @@ def check_numbers(section: Any, name: str = "") -> None:
         if not isinstance(rule, Bounds) or value is None:
             continue
         for number in value if isinstance(value, list) else [value]:
-            if not rule.hold(number):
+            if not rule.contains(number):
                 kind = "whole number" if kinds[field] in (int, int | None, list[int]) else "number"
                 need = f"{kind}s {rule}" if isinstance(value, list) else f"a {kind} {rule}"
                 raise refuse(f"{name}.{field}" if name else field, value, need)
 
 
-def ruled(schema: type, prefix: str = "") -> Iterator[tuple[str, Rule]]:
-    """Dotted name and rule of every setting that declares one, in `schema` and the sections inside it."""
+def declared_rules(schema: type, prefix: str = "") -> Iterator[tuple[str, Rule]]:
+    """Dotted name and rule of every setting that declares one, in `schema` and its nested sections."""
     for name, rule in rules(schema).items():
         yield prefix + name, rule
     for name, hint in hints(schema).items():
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            yield from ruled(hint, f"{prefix}{name}.")
+            yield from declared_rules(hint, f"{prefix}{name}.")

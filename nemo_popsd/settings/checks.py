@@ -1,7 +1,7 @@
 """Checks of single configuration values; each raises a `UserError` of the form "got X, need Y, set Z".
 
-`name` is always the dotted name the user would set, e.g. ``"data.max_prompt_tokens"``. Bounds of numbers are declared
-with the settings themselves (`nemo_popsd.settings.bounds`).
+`name` is the dotted name that the user sets, e.g. ``"data.max_prompt_tokens"``. Bounds of numbers are declared with the
+settings (`nemo_popsd.settings.bounds`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SHOWN = 120
 
 
 def shown(value: object) -> str:
-    """`value` as a message repeats it, in one line of bounded length."""
+    """`value` as one line of bounded length, for a message."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
@@ -32,7 +32,7 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def pattern(name: str, value: str | None) -> None:
-    """Refuse a regular expression that does not compile or has other than one group. None passes."""
+    """Refuse a regular expression that does not compile or does not have exactly one group. None is accepted."""
     if value is None:
         return
     try:
@@ -40,4 +40,4 @@ def pattern(name: str, value: str | None) -> None:
     except (re.error, RecursionError, OverflowError) as error:
         raise refuse(name, value, f"a regular expression ({error})") from None
     if groups != 1:
-        raise refuse(name, value, f"a regular expression with one group, this one has {groups}")
+        raise refuse(name, value, f"a regular expression with one group, not {groups}")

@@ -1,5 +1,5 @@
-"""The recipe that makes the embedded model and its problems.
+"""The recipe of the embedded model and data.
 
-`problems` draws the problems; `tokenizer` and `pretrain` make the model; `contexts` measures it from each context.
-Nothing here is needed to distil a model of your own.
+`problems` generates the problems; `tokenizer` and `pretrain` make the model; `contexts` measures it from each context.
+Distillation of other models does not use this package.
 """

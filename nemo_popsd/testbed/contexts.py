@@ -1,4 +1,4 @@
-"""How well, and how, a testbed model answers from each of the three contexts."""
+"""Accuracy, length and epistemic markers of a testbed model's answers from each of the three contexts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ContextReport:
     length: float
     """Tokens per answer."""
     finished: float
-    """Share of answers that end by themselves."""
+    """Share of answers that end with the end token."""
 
     def __str__(self) -> str:
         mode = "greedy" if self.temperature == 0 else f"T={self.temperature:g}"

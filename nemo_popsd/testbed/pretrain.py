@@ -2,9 +2,9 @@
 
     python -m nemo_popsd.testbed.pretrain --output DIR
 
-It begins with drills of single operations, and of finding values on a sheet if references are sheets; then the mixture
-holds all three contexts. From the question alone the model learns to think: to hesitate, check and correct itself. With
-a reference in the context it learns to state the values, so a reference makes it right and short.
+Training starts with drills of single operations, and of finding values on a sheet if references are sheets. After that,
+the mixture holds all three contexts. From the question alone the model learns to hesitate, check and correct itself.
+With a reference in the context it learns to state the values, so a reference makes its answers correct and short.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _POOL = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that determines the weights, up to the rounding of the machine."""
+    """Everything that determines the weights, up to rounding."""
 
     seed: int = 20260
     """Seed of the initial weights, the problems and the mixture."""
@@ -71,8 +71,8 @@ class Recipe:
     no_thinking: float = 0.04
     """Share of sequences from any context with thinking switched off."""
     drill_steps: int = 200
-    """Steps at the beginning that see drills alone: the digits before the problems. If references are sheets, finding
-    values on them comes first: two thirds of these steps, and half of all later drills."""
+    """Initial steps that contain drills only. If references are sheets, the first two thirds of these steps and half of
+    all later drills are about finding values on sheets."""
     drill_share: float = 0.05
     """Share of drills afterwards."""
     difficulty: Difficulty = field(default_factory=lambda: DIFFICULTY)
@@ -80,7 +80,7 @@ class Recipe:
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
-    """Qwen3 in small: grouped-query attention, query and key norms, a head size of its own, tied embeddings."""
+    """A small Qwen3: grouped-query attention, query and key norms, an independent head size, tied embeddings."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -118,10 +118,10 @@ def draw_drill(rng: random.Random, difficulty: Difficulty, sheets: float) -> tup
     """Draw user turn, assistant text and whether thinking is on: a sheet without a task, or single operations.
 
     Args:
-        rng: what draws.
-        difficulty: of the operations, and whether there are sheets: references of the style `versions`.
-        sheets: their share. A small model that meets version and sheet among problems alone does not connect them: the
-            sheet by itself explains most of a solution. So these are as long as there are names.
+        rng: random generator.
+        difficulty: of the operations. There are sheets only if the reference style is `versions`.
+        sheets: share of sheets. A small model that sees versions and sheets only together with problems does not learn
+            to connect them, since the sheet alone explains most of a solution. Sheets therefore use all names.
     """
     if difficulty.reference == "versions" and rng.random() < sheets:
         problem = draw_problem(rng, replace(difficulty, shortest=len(NAMES) - 1, longest=len(NAMES) - 1))
@@ -131,7 +131,7 @@ def draw_drill(rng: random.Random, difficulty: Difficulty, sheets: float) -> tup
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of `(ids, labels)`, both `[B, T]`; labels are set on the assistant's tokens alone.
+    """Endless batches of `(ids, labels)`, both `[B, T]`; only the assistant's tokens have labels.
 
     Sequences of similar length share a batch: several batches are drawn at once and sorted.
     """
@@ -156,15 +156,15 @@ def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tupl
             answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
             sequences.append((prompt + answer, [_IGNORED] * len(prompt) + answer))
         sequences.sort(key=lambda pair: len(pair[0]))
-        chunks = [sequences[i : i + recipe.batch] for i in range(0, len(sequences), recipe.batch)]
-        order.shuffle(chunks)
-        for chunk in chunks:
-            longest = max(len(ids) for ids, _ in chunk)
-            ids = torch.full((len(chunk), longest), tokenizer.pad_token_id)
-            labels = torch.full((len(chunk), longest), _IGNORED)
-            for row, (sequence, targets) in enumerate(chunk):
-                ids[row, : len(sequence)] = torch.tensor(sequence)
-                labels[row, : len(targets)] = torch.tensor(targets)
+        pool = [sequences[i : i + recipe.batch] for i in range(0, len(sequences), recipe.batch)]
+        order.shuffle(pool)
+        for batch in pool:
+            longest = max(len(ids) for ids, _ in batch)
+            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
+            labels = torch.full((len(batch), longest), _IGNORED)
+            for i, (sequence, targets) in enumerate(batch):
+                ids[i, : len(sequence)] = torch.tensor(sequence)
+                labels[i, : len(targets)] = torch.tensor(targets)
             yield ids, labels
 
 
@@ -175,7 +175,7 @@ def pretrain(output: Path, recipe: Recipe, *, log_every: int = 50, quick_every: 
         output: folder to create.
         recipe: what to train.
         log_every: steps between lines of progress.
-        quick_every: steps between quick looks at the accuracy, at which the model is saved too; 0 means none.
+        quick_every: steps between short evaluations, each of which also saves the model; 0 means none.
     """
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(output, recipe.difficulty)
@@ -256,7 +256,7 @@ def _rate(step: int, recipe: Recipe) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, save, evaluate on held-out problems, by default the shipped rows; writes `report.json` too."""
+    """Train, save, evaluate on held-out problems (by default the shipped rows) and write `report.json`."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(description="Train the embedded testbed model from scratch.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, its tokenizer and the report")
@@ -277,14 +277,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--drill-share", type=float, default=recipe.drill_share, help="of the mixture")
     parser.add_argument("--reference-share", type=float, default=recipe.reference_share, help="of the mixture")
     parser.add_argument(
-        "--thoughtful-with-reference", type=float, default=recipe.thoughtful_with_reference, help="of those"
+        "--thoughtful-with-reference", type=float, default=recipe.thoughtful_with_reference, help="of these sequences"
     )
     parser.add_argument(
-        "--drill-steps", type=int, default=recipe.drill_steps, help="steps at the beginning that see drills alone"
+        "--drill-steps", type=int, default=recipe.drill_steps, help="initial steps that contain drills only"
     )
     parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
     parser.add_argument("--quick-every", type=int, default=0, help="steps between quick evaluations; 0: none")
-    parser.add_argument("--measure-only", action="store_true", help="evaluate the model that is in the folder already")
+    parser.add_argument("--measure-only", action="store_true", help="evaluate the model in the folder without training")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

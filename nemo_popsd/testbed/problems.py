@@ -1,30 +1,30 @@
-r"""Small verifiable problems, their terse references, and worked solutions that doubt and correct themselves.
+r"""Small verifiable problems, their terse references, and worked solutions that hesitate, check and correct.
 
-A problem is a chain of operations modulo 100. The embedded data and model know one family, a chain of definitions::
+A problem is a chain of operations modulo 100. The embedded data and model use one family, a chain of definitions::
 
     Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d.
 
-The others (`FAMILIES`) tell the same operations in words, so that what is to be computed must be found first::
+The other families (`FAMILIES`) describe the same operations in prose, from which the model must extract them::
 
     A ring has 100 places. Start at place 37, go 4 back, then 5 on, then 2 on. Which place is it?
     A sequence begins with 37. For the next term take the last, times 3 minus 4, modulo 100. Find term 3.
     A shop has 37 boxes. It sells 4, multiplies its stock by 3, buys 5. How many boxes, modulo 100?
 
 A **thoughtful** solution sometimes hesitates ("Maybe", "Perhaps"), recomputes by digits ("Check") and corrects itself
-("Wait"). The digits are easy and the guess is hard, so checking is what makes it right. A **terse** solution states the
-values alone. The **reference** is of another style: it names no variable and follows no order of the chain::
+("Wait"). Recomputing by digits is easy and guessing is hard, so checks raise the accuracy. A **terse** solution states
+the values only. The **reference** has another style: it names no variable and does not follow the order of the chain::
 
     - 4 gives 7, * 3 gives 11, + 5 gives 12. Answer 12.
 
-It says which values occur, the question which variable has which: together they say more than either alone, without any
-arithmetic. A small model hardly learns to put these together. A reference of the style `versions` asks less of it: a
-sheet for two versions of the problem, with a near miss beside each value; the question says which version it is::
+It lists the values, and the question assigns them to variables: together they give the solution without arithmetic. A
+small model hardly learns to combine them. A reference of the style `versions` is easier to use: a sheet for two
+versions of the problem, with a near miss next to each value. The question names the version::
 
     Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d. Version: red.
     b blue 21, b red 11, c blue 97, c red 7, d blue 15, d red 12. Answer 12.
 
-Everything is a pure function of (seed, split, index) and never uses `hash()`: any process draws the same problems. A
-task belongs to one split for good, by a digest of its text, so the splits cannot overlap.
+Everything is a pure function of (seed, split, index) and does not use `hash()`: every process draws the same problems.
+A digest of its text assigns each task to one split, so the splits cannot overlap.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FAMILIES: tuple[Family, ...] = ("chain", "ring", "sequence", "stock")
 
 Split = Literal["pretraining", "train", "validation"]
 ReferenceStyle = Literal["operations", "versions"]
-"""What a reference says of the steps, besides the answer."""
+"""What a reference contains besides the answer: results of operations, or the values of two versions."""
 _BUCKETS: dict[Split, range] = {"validation": range(8), "train": range(8, 32), "pretraining": range(32, 256)}
 _VERSIONS = ("blue", "red")
 _HESITATIONS = ("Maybe", "Perhaps")
@@ -57,7 +57,7 @@ _EVENTS = {"+": "buys {}", "-": "sells {}", "*": "multiplies its stock by {}"}
 
 @dataclass(frozen=True, kw_only=True)
 class Difficulty:
-    """What makes the problems hard for a small model, and how its worked solutions think."""
+    """Parameters of the problems and of the worked solutions."""
 
     shortest: int = 2
     """Fewest steps of a chain."""
@@ -72,13 +72,13 @@ class Difficulty:
     hesitate: float = 0.75
     """Share of steps of a thoughtful solution that begin with Maybe or Perhaps and are checked."""
     doubt: float = 0.2
-    """Share of its other steps that are checked after all."""
+    """Share of its other steps that are checked."""
     mistake: float = 0.2
     """Share of hesitant guesses that are wrong, and corrected."""
     families: tuple[Family, ...] = ("chain",)
-    """Families of problems, equally often."""
+    """Families of problems, with equal shares."""
     reference: ReferenceStyle = "operations"
-    """What the references say."""
+    """Style of the references."""
 
 
 DIFFICULTY = Difficulty()
@@ -109,7 +109,7 @@ class Problem:
     steps: tuple[Step, ...]
     family: Family = "chain"
     version: str = ""
-    """Which of the two versions of a reference of the style `versions` is right; empty for the other style."""
+    """The version of the problem, for references of the style `versions`; empty for the other style."""
     misses: tuple[int, ...] = ()
     """The values of the other version."""
 
@@ -120,7 +120,7 @@ class Problem:
 
     @property
     def which(self) -> str:
-        """The sentence that says which version it is."""
+        """The sentence that names the version."""
         return f"Version: {self.version}."
 
     @property
@@ -149,9 +149,9 @@ class Problem:
 
     @property
     def reference(self) -> str:
-        """What each operation of the chain gives, in ascending order, or the values of two versions; and the answer.
+        """The result of each operation of the chain, in ascending order, or the values of two versions; and the answer.
 
-        Only the question tells which variable an operation belongs to, or which version is right.
+        Only the question states which variable an operation belongs to, or which version applies.
         """
         if self.version:
             pairs = zip(self.steps, self.misses, strict=True)
@@ -209,7 +209,7 @@ def _step(i: int, x: int, op: str, y: int) -> Step:
 
 
 def split_of(task: str) -> Split:
-    """The one split that a task belongs to, by the first byte of the SHA-256 digest of its text."""
+    """The split of a task, by the first byte of the SHA-256 digest of its text."""
     bucket = hashlib.sha256(task.encode()).digest()[0]
     return next(split for split, buckets in _BUCKETS.items() if bucket in buckets)
 
@@ -217,7 +217,7 @@ def split_of(task: str) -> Split:
 def problems(split: Split, seed: int, difficulty: Difficulty = DIFFICULTY) -> Iterator[tuple[Problem, random.Random]]:
     """Endless distinct problems of a split, each with a generator for its worked solution.
 
-    Distinct means that a task, whatever its version, is yielded once, so memory grows with what is drawn.
+    Each task is yielded once, in one version, so memory grows with the number of problems drawn.
     """
     seen: set[bytes] = set()
     index = 0
@@ -234,10 +234,10 @@ def problems(split: Split, seed: int, difficulty: Difficulty = DIFFICULTY) -> It
 def records(split: Split, count: int, seed: int, difficulty: Difficulty = DIFFICULTY) -> list[dict[str, str]]:
     """The first `count` rows of a split as `id`, `question`, `reference`, `answer`."""
     rows = []
-    for number, (problem, _) in zip(range(count), problems(split, seed, difficulty), strict=False):
+    for index, (problem, _) in zip(range(count), problems(split, seed, difficulty), strict=False):
         rows.append(
             {
-                "id": f"{split}-{number:05d}",
+                "id": f"{split}-{index:05d}",
                 "question": problem.question,
                 "reference": problem.reference,
                 "answer": problem.answer,
@@ -247,12 +247,12 @@ def records(split: Split, count: int, seed: int, difficulty: Difficulty = DIFFIC
 
 
 def terse_thoughts(problem: Problem) -> str:
-    """The thoughts of one who has the values at hand: one line a step."""
+    """Thoughts that state the known values, one line per step."""
     return "".join(f"Then {s.name} = {s.value}\n" for s in problem.steps)
 
 
 def thoughtful_thoughts(problem: Problem, rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> str:
-    """The thoughts of one who has not: guesses some steps, checks by digits, corrects mistakes."""
+    """Thoughts without known values: guesses of some steps, checks by digits, corrections of mistakes."""
     lines: list[str] = []
     for s in problem.steps:
         if rng.random() < difficulty.hesitate:
@@ -281,7 +281,7 @@ def digits(step: Step) -> str:
 
 
 def drill(rng: random.Random, difficulty: Difficulty = DIFFICULTY, lines: int = 14) -> str:
-    """Single operations without a problem around them, half of them on one digit: what pre-training begins with."""
+    """Single operations outside of problems, half of them on one digit, for the start of pre-training."""
     text = ""
     for _ in range(lines):
         x = rng.choice((rng.randrange(10), rng.randrange(10), 10 * rng.randrange(10), rng.randrange(MODULUS)))
@@ -293,7 +293,7 @@ def drill(rng: random.Random, difficulty: Difficulty = DIFFICULTY, lines: int = 
 def response(thoughts: str, answer: str, *, thinking: bool = True) -> str:
     r"""The assistant turn without its end token: thoughts, then the answer in `\boxed{}`.
 
-    With `thinking` off the chat template has already written the empty thoughts, and the steps are part of the answer.
+    With `thinking` off, the chat template writes the empty thoughts, and the steps are part of the answer.
     """
     return f"<think>\n{thoughts}</think>\n\n\\boxed{{{answer}}}" if thinking else f"{thoughts}\\boxed{{{answer}}}"
 

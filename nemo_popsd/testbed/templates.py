@@ -1,8 +1,8 @@
-"""The user turns that the embedded model was pre-trained on: a short set of the project's templates.
+"""The user turns that the embedded model is pre-trained on: short forms of the default templates.
 
-`conf/tiny.yaml` repeats these texts under `data.templates`; a model only understands the turns it was trained on.
-As everywhere in the project, both teachers share one body and differ by `question_block` alone, which is empty for
-the reference-only teacher.
+`conf/tiny.yaml` repeats these texts under `data.templates`, since the model understands only the turns that it was
+trained on. Both teachers share one body and differ only in `question_block`, which is empty for the reference-only
+teacher.
 """
 
 from __future__ import annotations

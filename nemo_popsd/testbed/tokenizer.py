@@ -1,6 +1,6 @@
-"""The embedded model's tokenizer: byte-level BPE that has merged every word of the testbed into one token.
+"""The embedded model's tokenizer: byte-level BPE in which every word of the testbed is one token.
 
-Byte level means that any text is encoded and decoded without loss; words carry their leading space, digits are single
+Byte level means that any text is encoded and decoded without loss. Words include their leading space; digits are single
 tokens. The chat template follows Qwen3's: same turns, same assistant prefix, same `enable_thinking=False` suffix.
 """
 
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(difficulty: Difficulty = DIFFICULTY) -> PreTrainedTokenizerFast:
-    """Build the tokenizer from the testbed's own text on such problems; the same tokens every time."""
+    """Build the tokenizer from the testbed's texts for problems of `difficulty`; deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -84,7 +84,7 @@ def save_tokenizer(directory: Path, difficulty: Difficulty = DIFFICULTY) -> PreT
 
 
 def _corpus(difficulty: Difficulty) -> list[str]:
-    """The text whose words become tokens."""
+    """The texts whose words become tokens."""
     texts = ["user\n", "assistant\n", "system\n", "You are a helpful assistant."]
     for problem, rng in islice(problems("pretraining", _CORPUS_SEED, difficulty), _CORPUS_PROBLEMS):
         texts += [user_turn(context, problem.question, problem.reference) for context in CONTEXTS]

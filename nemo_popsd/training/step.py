@@ -115,16 +115,16 @@ class OnPolicyStep:
                 update()
                 refuse_non_finite_update(step, optimizer.trained, optimizer.learning_rate)
                 reports += reported
-        counted = trajectories if self._student.counts else []
+        counted = trajectories if self._student.owns_trajectories else []
         return summarize_step(
-            reports if self._student.reports else [],
+            reports if self._student.owns_loss else [],
             counted,
             weights_version=step - 1,
             markers=sum(self._count_markers(t.rollout.response) for t in counted),
             grad_norm=optimizer.grad_norm,
             learning_rate=optimizer.learning_rate,
             stopwatch=watch,
-            computed=computed if self._student.counts else TokenCount(),
+            computed=computed if self._student.owns_trajectories else TokenCount(),
             updates=settings.updates_per_step,
         )
 

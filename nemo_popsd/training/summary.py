@@ -32,7 +32,7 @@ def summarize_step(
     """Means over the global batch. One all-reduce of eighteen numbers over the world, and one of one number.
 
     Every token must be reported by one rank of those that share it, and every trajectory by one of those that share
-    its model; the others hand in nothing of it (see `Student.reports` and `Student.counts`).
+    its model; the others hand in nothing of it (see `Student.owns_loss` and `Student.owns_trajectories`).
 
     Args:
         reports: of this rank's micro-batches.

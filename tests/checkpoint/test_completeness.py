@@ -1,4 +1,4 @@
-"""A model with a tensor that is missing, twice there, or of another shape or format is refused before it is written."""
+"""A model with a missing, duplicate or unexpected tensor is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from transformers import Qwen3MoeConfig
 
 from nemo_popsd.checkpoint.completeness import expected_shapes
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
+from nemo_popsd.checkpoint.digest import huggingface_digest
 from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_tensors
-from nemo_popsd.checkpoint.fingerprint import huggingface_fingerprint
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.manifest import digests, list_files, read_manifest, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digests, list_files, read_manifest, write_manifest
 from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.errors import UserError
 from tests.harness import run_ranks
@@ -43,12 +43,12 @@ def test_the_expected_tensors_are_those_that_transformers_saves(models: dict[str
     assert expected_shapes(config) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def test_the_expected_tensors_of_a_large_model_take_no_time_or_memory() -> None:
+def test_the_expected_tensors_of_a_large_model_are_computed_within_seconds() -> None:
     config = Qwen3MoeConfig(num_hidden_layers=94, num_experts=128, hidden_size=4096, architectures=["Qwen3Moe"])
     expected_shapes(config)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     assert len(expected_shapes(config)) == 3 + 94 * (128 * 3 + 9)
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - start < 5
 
 
 def _without(*ends: str) -> Callable[[Tensors], Tensors]:
@@ -76,26 +76,31 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "columns": (_one(_DOWN, lambda t: t[:, :-1]), r"down_proj\.weight of the shape \[32, 47\] instead of \[32, 48\]"),
     "transposed": (_one(_DOWN, lambda t: t.t()), r"down_proj\.weight of the shape \[48, 32\]"),
-    "rows": (_one(_EMBEDDING, lambda t: t[:201]), r"201 rows in model\.embed_tokens\.weight with vocab_size=203"),
-    "more rows": (_one(_EMBEDDING, lambda t: torch.cat([t, t])), r"406 rows in model\.embed_tokens"),
-    "int8": (lambda t: {name: tensor.to(torch.int8) for name, tensor in t.items()}, r"lm_head\.weight in I8"),
-    "one int8": (_one(_DOWN, lambda t: t.to(torch.int8)), r"down_proj\.weight in I8"),
-    "fp8": (_one(_DOWN, lambda t: t.to(torch.float8_e4m3fn)), r"down_proj\.weight in F8_E4M3"),
-    "fp64": (_one(_DOWN, lambda t: t.double()), r"down_proj\.weight in F64"),
+    "short vocabulary": (
+        _one(_EMBEDDING, lambda t: t[:201]),
+        r"model\.embed_tokens\.weight with 201 vocabulary entries",
+    ),
+    "long vocabulary": (_one(_EMBEDDING, lambda t: torch.cat([t, t])), r"406 vocabulary entries and vocab_size=203"),
+    "int8": (lambda t: {name: tensor.to(torch.int8) for name, tensor in t.items()}, r"lm_head\.weight of type I8"),
+    "one int8": (_one(_DOWN, lambda t: t.to(torch.int8)), r"down_proj\.weight of type I8"),
+    "fp8": (_one(_DOWN, lambda t: t.to(torch.float8_e4m3fn)), r"down_proj\.weight of type F8_E4M3"),
+    "fp64": (_one(_DOWN, lambda t: t.double()), r"down_proj\.weight of type F64"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_what_is_not_the_architecture_is_refused_by_name(models: dict[str, Path], tmp_path: Path, name: str) -> None:
-    change, named = DAMAGE[name]
+def test_tensors_that_are_not_those_of_the_architecture_are_refused(
+    models: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    change, message = DAMAGE[name]
     folder = _copy(models["qwen3"], tmp_path / "model")
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
-    with pytest.raises(UserError, match=named) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         open_source(str(folder))
     assert "\n" not in str(refused.value)
 
 
-def test_rotary_frequencies_and_half_precision_pass(models: dict[str, Path], tmp_path: Path) -> None:
+def test_rotary_frequencies_and_half_precision_are_accepted(models: dict[str, Path], tmp_path: Path) -> None:
     folder = _copy(models["qwen3"], tmp_path / "model")
     tensors = load_file(folder / WEIGHTS)
     unused = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6, dtype=torch.float64)}
@@ -119,15 +124,15 @@ def _shards(folder: Path, pattern: str = "model-{:05d}-of-00002.safetensors") ->
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names, index = sorted(tensors), {}
-    for number, part in enumerate((names[:9], names[9:]), 1):
-        save_file({name: tensors[name] for name in part}, folder / pattern.format(number))
-        index.update(dict.fromkeys(part, pattern.format(number)))
+    for position, part in enumerate((names[:9], names[9:]), 1):
+        save_file({name: tensors[name] for name in part}, folder / pattern.format(position))
+        index.update(dict.fromkeys(part, pattern.format(position)))
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return index
 
 
 def _index(change: Callable[[Path, dict[str, str]], Any]) -> Callable[[Path], None]:
-    """Two shards whose index holds what `change` makes of it: text, or something for JSON."""
+    """Two shards whose index is replaced by the result of `change`, which is text or is written as JSON."""
 
     def make(folder: Path) -> None:
         content = change(folder, _shards(folder))
@@ -181,7 +186,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), r"model\.safetensors, which cannot"),
     "cut header": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:99]), "which cannot be read"),
     "device": (_link("/dev/zero"), r"model\.safetensors, which is a device"),
-    "link to nothing": (_link("nowhere"), r"model\.safetensors, which is a link to nothing"),
+    "link to nothing": (_link("nowhere"), r"model\.safetensors, which is a dangling link"),
     "directory": (_link("."), r"model\.safetensors, which is a directory"),
     "pipe": (_pipe(WEIGHTS), r"model\.safetensors, which is a pipe"),
     "pipe as configuration": (_pipe("config.json"), r"config\.json, which is a pipe"),
@@ -195,17 +200,17 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no map": (_index(lambda f, i: {}), "no weight_map"),
     "list": (_index(lambda f, i: []), "a JSON list"),
     "numbers": (_weight_map(lambda i: {**i, _DOWN: 7}), "no weight_map of names and files"),
-    "elsewhere": (_weight_map(lambda i: {**i, _DOWN: "../x.safetensors"}), "which is elsewhere"),
-    "no weights": (_weight_map(lambda i: {**i, _DOWN: "config.json"}), r"config\.json, which is no \*\.safetensors"),
+    "outside": (_weight_map(lambda i: {**i, _DOWN: "../x.safetensors"}), "which is outside the directory"),
+    "no weights": (_weight_map(lambda i: {**i, _DOWN: "config.json"}), r"config\.json, which is not a \*\.safetensors"),
     "other file": (
         _weight_map(lambda i: {**i, _DOWN: i["lm_head.weight"], "lm_head.weight": i[_DOWN]}),
         "no such tens",
     ),
-    "not named": (
+    "not message": (
         _weight_map(lambda i: {n: f for n, f in i.items() if n != _DOWN}),
         "does not name model.layers.1.mlp",
     ),
-    "too many names": (_weight_map(lambda i: {**i, "x": i[_DOWN]}), "says that x is in model-"),
+    "too many names": (_weight_map(lambda i: {**i, "x": i[_DOWN]}), "lists x in model-"),
 }
 
 
@@ -213,15 +218,15 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_files_that_are_damaged_or_contradict_each_other_are_refused(
     models: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    change, named = FILES[name]
+    change, message = FILES[name]
     folder = _copy(models["qwen3"], tmp_path / "model")
     change(folder)
-    with pytest.raises(UserError, match=named) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         open_source(str(folder))
     assert "\n" not in str(refused.value)
 
 
-def test_layouts_that_people_have_are_read(models: dict[str, Path], tmp_path: Path) -> None:
+def test_common_layouts_of_files_are_read(models: dict[str, Path], tmp_path: Path) -> None:
     """Shards of any name; shards without an index; a vendor's copy beside an index; a snapshot of the hub's cache."""
     source = models["qwen3"]
     folders = {name: _copy(source, tmp_path / name) for name in ("odd", "bare", "vendor")}
@@ -240,10 +245,10 @@ def test_layouts_that_people_have_are_read(models: dict[str, Path], tmp_path: Pa
     for folder in folders.values():
         tensors = HuggingFaceModel(folder).tensors()
         assert {name: tensors[name].sum() for name in tensors} == {name: t.sum() for name, t in expected.items()}
-        assert huggingface_fingerprint(folder) == huggingface_fingerprint(source)
+        assert huggingface_digest(folder) == huggingface_digest(source)
 
 
-def test_only_what_a_model_consists_of_is_carried_into_an_export(models: dict[str, Path], tmp_path: Path) -> None:
+def test_only_files_of_the_model_are_copied_into_an_export(models: dict[str, Path], tmp_path: Path) -> None:
     folder = _copy(models["qwen3"], tmp_path / "model")
     for name in ("trainer_state.json", "notes.txt", "modeling_x.py", "recipe.json"):
         (folder / name).write_text("{}")
@@ -257,61 +262,61 @@ def _copy(source: Path, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder))
 
 
-def _resigned(checkpoint: Path) -> None:
-    """Makes the manifest agree with the files, as that of a checkpoint that was written incomplete does."""
+def _seal(checkpoint: Path) -> None:
+    """Writes a manifest that agrees with the files, as if the checkpoint had been written like this."""
     facts = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("format", "files")}
-    write_manifest(checkpoint, facts, digests(checkpoint, list_files(checkpoint)))
+    write_manifest(checkpoint, facts, file_digests(checkpoint, list_files(checkpoint)))
 
 
 def _incomplete(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, list[str]]:
-    """Checkpoints with weights of which one tensor is missing, smaller, or in another format, and what is said of them
-    by conversion and by training.
-    """
-    whole = list(HuggingFaceModel(source).tensor_map().pieces(HuggingFaceModel(source).tensors(), torch.float32))
+    """The messages of conversion and training for checkpoints in which one tensor is missing, smaller, or int8."""
+    pieces = list(HuggingFaceModel(source).tensor_map().pieces(HuggingFaceModel(source).tensors(), torch.float32))
     huggingface_to_nemo(HuggingFaceModel(source), folder / "whole", "fp32")
-    gone = "decoder.layers.mlp.linear_fc2.weight"
+    changed_key = "decoder.layers.mlp.linear_fc2.weight"
 
     def smaller(piece: Piece) -> Piece:
-        if piece.key != gone:
+        if piece.key != changed_key:
             return piece
         *outer, last = piece.shape
         return Piece(piece.key, piece.position, (*outer, last - 1), piece.dtype, lambda: piece.make()[:, :-1])
 
-    def halved(piece: Piece) -> Piece:
-        return Piece(piece.key, piece.position, piece.shape, torch.int8, piece.make) if piece.key == gone else piece
+    def as_int8(piece: Piece) -> Piece:
+        return (
+            Piece(piece.key, piece.position, piece.shape, torch.int8, piece.make) if piece.key == changed_key else piece
+        )
 
     variants = {
-        "missing": [piece for piece in whole if piece.key != gone],
-        "smaller": [smaller(piece) for piece in whole],
-        "int8": [halved(piece) for piece in whole],
+        "missing": [piece for piece in pieces if piece.key != changed_key],
+        "smaller": [smaller(piece) for piece in pieces],
+        "int8": [as_int8(piece) for piece in pieces],
     }
-    told = {}
-    for name, pieces in variants.items():
+    messages = {}
+    for name, changed_pieces in variants.items():
         checkpoint = Path(shutil.copytree(folder / "whole", folder / name))
         shutil.rmtree(checkpoint / "weights")
         (checkpoint / "weights").mkdir()
-        write_distributed_tensors(checkpoint / "weights", pieces)
-        _resigned(checkpoint)
-        told[name] = []
+        write_distributed_tensors(checkpoint / "weights", changed_pieces)
+        _seal(checkpoint)
+        messages[name] = []
         for attempt in (
             lambda checkpoint=checkpoint: to_huggingface(open_source(str(checkpoint)), folder / "out", "fp32"),
             lambda checkpoint=checkpoint: open_source(str(checkpoint)).load(build_student(source).chunks),
         ):
             try:
                 attempt()
-                told[name].append("")
+                messages[name].append("")
             except UserError as error:
-                told[name].append(str(error))
-    return told
+                messages[name].append(str(error))
+    return messages
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_is_written(
+def test_an_incomplete_checkpoint_is_refused_before_anything_is_written(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    [told] = run_ranks(_incomplete, 1, models["qwen3"], tmp_path)
-    assert "no tensor decoder.layers.mlp.linear_fc2.weight" in told["missing"][0]
-    assert "linear_fc2" in told["missing"][1]
-    assert "[2, 32, 47]" in told["smaller"][0]
-    assert "linear_fc2" in told["smaller"][1]
-    assert "linear_fc2.weight in torch.int8" in told["int8"][0]
+    [messages] = run_ranks(_incomplete, 1, models["qwen3"], tmp_path)
+    assert "no tensor decoder.layers.mlp.linear_fc2.weight" in messages["missing"][0]
+    assert "linear_fc2" in messages["missing"][1]
+    assert "[2, 32, 47]" in messages["smaller"][0]
+    assert "linear_fc2" in messages["smaller"][1]
+    assert "linear_fc2.weight of type torch.int8" in messages["int8"][0]
     assert not list(tmp_path.glob("out*"))

@@ -1,4 +1,4 @@
-"""`popsd convert`: both directions, every architecture, in bounded memory, verified, and loaded in any layout."""
+"""`popsd convert`: both directions, every architecture, bounded memory, verification, and loading in any layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.parallel.config import ParallelConfig
 from tests.counted_kills import CountedKill
-from tests.harness import run_ranks
+from tests.harness import TRANSFORMER_ENGINE, run_ranks
+from tests.layers import on_transformer_engine
 from tests.tiny_models import KINDS, load_dense, save_tiny_model, whole_logits
 
 IDS = torch.randint(0, 203, (2, 14), generator=torch.Generator().manual_seed(3))
@@ -48,7 +49,7 @@ def _built(source: Any, world_size: int) -> Any:
 
 
 def _load_and_save(rank: int, world_size: int, sources: dict[str, Path], loads: Path, saves: Path) -> dict[str, Tensor]:
-    """Loads what was converted or saved before, and saves it again as training does."""
+    """Loads the checkpoints in `loads`, saves them to `saves` as training does, and returns the logits."""
     from nemo_popsd.checkpoint.save import Content, save_nemo
 
     logits = {}
@@ -69,12 +70,12 @@ def _convert(rank: int, world_size: int, sources: dict[str, Path], output: Path)
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {kind: save_tiny_model(folder / kind, kind, seed=number) for number, kind in enumerate(EVERY_KIND)}
+    return {kind: save_tiny_model(folder / kind, kind, seed=seed) for seed, kind in enumerate(EVERY_KIND)}
 
 
 @pytest.fixture(scope="module")
 def places(sources, tmp_path_factory):
-    """Converted; loaded and saved at TP=1; that loaded and saved at TP=2; that loaded and saved at TP=1."""
+    """Checkpoints that were converted, then loaded and saved with TP=1, with TP=2 and again with TP=1."""
     folder = tmp_path_factory.mktemp("nemo")
     run_ranks(_convert, 1, sources, folder / "converted", timeout=300.0)
     logits = {}
@@ -85,7 +86,7 @@ def places(sources, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_logits_are_those_of_transformers_in_every_layout(places, sources, kind):
+def test_logits_agree_with_transformers_in_every_layout(places, sources, kind):
     with torch.no_grad():
         expected = load_dense(sources[kind])(IDS).logits
     for results in places[1].values():
@@ -94,7 +95,7 @@ def test_logits_are_those_of_transformers_in_every_layout(places, sources, kind)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_tensors_come_back_bit_for_bit_from_what_any_layout_wrote(places, sources, kind, tmp_path):
+def test_tensors_are_bit_equal_after_a_conversion_and_saves_of_any_layout(places, sources, kind, tmp_path):
     before = _tensors(sources[kind])
     for place in ("converted", "one", "two", "three", "four"):
         to_huggingface(open_source(str(places[0] / place / kind)), tmp_path / place, "fp32", shard_bytes=9_000)
@@ -108,19 +109,45 @@ def test_tensors_come_back_bit_for_bit_from_what_any_layout_wrote(places, source
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_the_local_layers_save_under_the_names_of_transformer_engines_layers(places, sources, kind):
-    """Those names are Megatron-Bridge's, whose mapping is written for Transformer Engine's parameters."""
-    named = {tensor.key for tensor in HuggingFaceModel(sources[kind]).tensor_map().tensors}
+def test_local_layers_are_saved_with_the_names_of_transformer_engine_layers(places, sources, kind):
+    """Megatron-Bridge's mapping uses these names."""
+    keys = {tensor.key for tensor in HuggingFaceModel(sources[kind]).tensor_map().tensors}
     for place in ("one", "two"):
-        assert set(DistributedTensors(places[0] / place / kind / "weights").shapes) == named
+        assert set(DistributedTensors(places[0] / place / kind / "weights").shapes) == keys
     fused = {"decoder.layers.self_attention.linear_qkv.layer_norm_weight"}
     fused |= {"decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.experts.experts.linear_fc1.weight"}
     if kind == "qwen3_moe":
-        assert fused <= named
+        assert fused <= keys
     elif kind != "olmo3":
         assert {
             f"decoder.layers.{n}.layer_norm_weight" for n in ("self_attention.linear_qkv", "mlp.linear_fc1")
-        } <= named
+        } <= keys
+
+
+@pytest.fixture(scope="module")
+def by_transformer_engine(sources, places, tmp_path_factory):
+    """What was converted, loaded and saved by two tensor-parallel ranks on Transformer Engine's layers."""
+    folder = tmp_path_factory.mktemp("transformer_engine")
+    arguments = sources, places[0] / "converted", folder
+    return folder, run_ranks(_load_and_save, 2, *arguments, timeout=300.0, layers=TRANSFORMER_ENGINE)
+
+
+@pytest.mark.slow
+@on_transformer_engine
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_transformer_engines_layers_load_and_save_the_same(by_transformer_engine, places, sources, kind, tmp_path):
+    """Logits, names and shapes of tensors, and every bit."""
+    folder, ranks = by_transformer_engine
+    with torch.no_grad():
+        expected = load_dense(sources[kind])(IDS).logits
+    for logits in ranks:
+        torch.testing.assert_close(logits[kind], expected, rtol=0, atol=2e-5)
+    saved, converted = (place / kind / "weights" for place in (folder, places[0] / "converted"))
+    assert DistributedTensors(saved).shapes == DistributedTensors(converted).shapes
+    to_huggingface(open_source(str(folder / kind)), tmp_path / "hf", "fp32")
+    before, after = _tensors(sources[kind]), _tensors(tmp_path / "hf")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def _converted_and_packed(rank: int, world_size: int, source: Path, folder: Path) -> None:
@@ -128,7 +155,7 @@ def _converted_and_packed(rank: int, world_size: int, source: Path, folder: Path
         huggingface_to_nemo(HuggingFaceModel(source), folder / f"{precision}.nemo", precision)
 
 
-def test_precision_is_kept_or_rounded_once_and_declared(sources, tmp_path):
+def test_weights_are_kept_or_rounded_once_and_the_precision_is_declared(sources, tmp_path):
     run_ranks(_converted_and_packed, 1, sources["qwen2"], tmp_path)
     before = _tensors(sources["qwen2"])
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -142,7 +169,7 @@ def test_precision_is_kept_or_rounded_once_and_declared(sources, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"fp32.nemo", "bf16.nemo", "fp32", "bf16"}
 
 
-def test_the_precision_of_a_source_holds_all_its_numbers(sources, tmp_path):
+def test_the_precision_of_a_source_represents_all_its_weights(sources, tmp_path):
     for name, dtypes in {"bf16": [torch.bfloat16], "fp32": [torch.bfloat16, torch.float16]}.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -153,8 +180,33 @@ def test_the_precision_of_a_source_holds_all_its_numbers(sources, tmp_path):
         assert HuggingFaceModel(folder).precision() == name
 
 
+def _convert_non_finite(rank: int, world_size: int, nemo: Path, output: Path) -> str:
+    from nemo_popsd.parallel.distributed import initialize
+
+    initialize(ParallelConfig(tensor=world_size), seed=1)
+    with pytest.raises(UserError) as error:
+        to_huggingface(open_source(str(nemo)), output, "fp32")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_converted_to_hugging_face(sources, tmp_path, value):
+    tensors = _tensors(sources["qwen2"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 2] = value
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_bytes((sources["qwen2"] / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    run_ranks(_convert, 1, {"nemo": tmp_path / "source"}, tmp_path)
+    with pytest.raises(UserError, match=f"conversion to .*: got NaN or Inf in {name}; need finite weights"):
+        to_huggingface(open_source(str(tmp_path / "nemo")), tmp_path / "hf", "fp32")
+    messages = run_ranks(_convert_non_finite, 2, tmp_path / "nemo", tmp_path / "hf")
+    assert all(f"NaN or Inf in {name}" in message for message in messages)
+    assert not list(tmp_path.glob("hf*"))
+
+
 def _verify(rank: int, world_size: int, sources: dict[str, Path], nemo: Path, folder: Path) -> list[Any]:
-    """The models as they are, then one tensor changed in the files, then heads in another order on both sides."""
+    """Verifies intact models, then one with a changed tensor, then one whose configuration has another rope_theta."""
     from nemo_popsd.checkpoint.verification import verify
 
     outcomes: list[Any] = []
@@ -170,7 +222,7 @@ def _verify(rank: int, world_size: int, sources: dict[str, Path], nemo: Path, fo
     return outcomes
 
 
-def test_verification_accepts_what_is_equal_and_names_what_is_not(places, sources, tmp_path):
+def test_verification_accepts_equal_models_and_names_the_difference(places, sources, tmp_path):
     tensors = _tensors(sources["qwen3"])
     name = "model.layers.1.self_attn.k_proj.weight"
     for folder in ("changed", "theta"):
@@ -180,24 +232,24 @@ def test_verification_accepts_what_is_equal_and_names_what_is_not(places, source
     tensors[name] = tensors[name].clone()
     tensors[name][0, 0] = torch.nextafter(tensors[name][0, 0], torch.tensor(9.0))
     save_file(tensors, tmp_path / "changed" / "model.safetensors")
-    # The same tensors, but transformers turns its heads by other angles.
+    # The same tensors, but another rotary embedding in transformers.
     config = json.loads((tmp_path / "theta" / "config.json").read_text())
     (tmp_path / "theta" / "config.json").write_text(json.dumps({**config, "rope_theta": 9000.0}))
-    kinds = {kind: sources[kind] for kind in ("qwen3", "qwen3_moe", "llama3")}
+    models = {kind: sources[kind] for kind in ("qwen3", "qwen3_moe", "llama3")}
     for size in (1, 2):
-        for outcomes in run_ranks(_verify, size, kinds, places[0] / "converted", tmp_path):
+        for outcomes in run_ranks(_verify, size, models, places[0] / "converted", tmp_path):
             for outcome in outcomes[:3]:
                 assert outcome.tensors > 10
                 assert outcome.difference < 1e-5
                 assert outcome.same_choice > 0.99
                 assert outcome.tokens == 256 or not outcome.text
-            assert f"1 tensors that differ, the first of them {name}" in outcomes[3]
+            assert f"1 different tensors, the first is {name}" in outcomes[3]
             assert "logits that differ by" in outcomes[4]
 
 
 def _measure(rank: int, world_size: int, shallow: Path, deep: Path, folder: Path) -> list[int]:
-    """How much more of its own memory (file pages, which the kernel can drop, not counted) this process needs in each
-    direction for a deep model, once a shallow one with tensors of the same sizes has been converted."""
+    """Growth of anonymous memory in bytes, for each direction, when a deep model is converted after a shallow one with
+    tensors of the same sizes."""
     from nemo_popsd.parallel.distributed import initialize
 
     initialize(ParallelConfig(), seed=1)
@@ -219,7 +271,7 @@ def _to_huggingface(source: Path, folder: Path) -> None:
 
 
 class _PeakMemory:
-    """Samples the anonymous memory of this process in a thread."""
+    """Samples the anonymous memory of this process in a thread; file pages are not counted."""
 
     def __init__(self) -> None:
         self._start = self._peak = self._now()
@@ -228,7 +280,7 @@ class _PeakMemory:
         self._thread.start()
 
     def growth(self) -> int:
-        """Bytes, at the peak, above the start."""
+        """Peak minus start, in bytes."""
         self._stop.set()
         self._thread.join()
         return self._peak - self._start
@@ -248,50 +300,50 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     sizes = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1024}
     shallow = save_tiny_model(tmp_path / "shallow", "qwen2", num_hidden_layers=2, **sizes)
     deep = save_tiny_model(tmp_path / "deep", "qwen2", num_hidden_layers=24, **sizes)
-    whole = (deep / "model.safetensors").stat().st_size
+    model_bytes = (deep / "model.safetensors").stat().st_size
     (tmp_path / "out").mkdir()
     [grown] = run_ranks(_measure, 1, shallow, deep, tmp_path / "out")
-    assert whole > 200 << 20
-    # The allocator keeps some tens of MiB of what it gave back, however deep the model.
-    assert max(grown) < 0.25 * whole, [round(growth / whole, 3) for growth in grown]
+    assert model_bytes > 200 << 20
+    # The allocator keeps tens of MiB of freed memory, independent of the depth.
+    assert max(grown) < 0.25 * model_bytes, [round(growth / model_bytes, 3) for growth in grown]
 
 
 def _convert_until_killed(rank: int, world_size: int, source: Path, nemo: Path, folder: Path, share: float) -> None:
-    """Two conversions in both directions; the second dies at one of the moments at which it touches its files."""
+    """Converts twice in both directions; the second time the process is killed at one of its file operations."""
     kill = CountedKill()
-    for moment in ("whole", "killed"):
-        to_huggingface(open_source(str(nemo)), folder / f"hf-{share}-{moment}", "fp32", shard_bytes=20_000)
-        huggingface_to_nemo(HuggingFaceModel(source), folder / f"nemo-{share}-{moment}", "fp32")
+    for attempt in ("complete", "killed"):
+        to_huggingface(open_source(str(nemo)), folder / f"hf-{share}-{attempt}", "fp32", shard_bytes=20_000)
+        huggingface_to_nemo(HuggingFaceModel(source), folder / f"nemo-{share}-{attempt}", "fp32")
         kill.arm(share)
 
 
 @pytest.mark.slow
-def test_kill_9_while_converting_leaves_what_is_complete_or_nothing(places, sources, tmp_path):
+def test_a_conversion_that_is_killed_leaves_a_complete_output_or_none(places, sources, tmp_path):
     source, nemo = sources["qwen3"], places[0] / "converted" / "qwen3"
     kills = 8
-    for number in range(kills):
+    for index in range(kills):
         with pytest.raises(AssertionError, match="exit code -9"):
-            run_ranks(_convert_until_killed, 1, source, nemo, tmp_path, (number + 0.5) / kills)
-    found = [path for path in tmp_path.iterdir() if not path.name.endswith(".partial")]
-    assert len(found) >= 2 * kills
-    cut_off = {path.name.partition("-")[0] for path in tmp_path.iterdir() if path.name.endswith(".partial")}
-    assert cut_off == {"hf", "nemo"}, "no kill hit the writing"
-    want = _tensors(source)
-    for path in found:
+            run_ranks(_convert_until_killed, 1, source, nemo, tmp_path, (index + 0.5) / kills)
+    complete = [path for path in tmp_path.iterdir() if not path.name.endswith(".partial")]
+    assert len(complete) >= 2 * kills
+    interrupted = {path.name.partition("-")[0] for path in tmp_path.iterdir() if path.name.endswith(".partial")}
+    assert interrupted == {"hf", "nemo"}, "no kill happened during the writing"
+    expected = _tensors(source)
+    for path in complete:
         if path.name.startswith("hf"):
-            got = dict(HuggingFaceModel(path).tensors())
+            tensors = dict(HuggingFaceModel(path).tensors())
         else:
-            got = dict(open_source(str(path)).tensors())
-        assert got.keys() == want.keys()
-        assert all(torch.equal(got[name], want[name]) for name in want), path
+            tensors = dict(open_source(str(path)).tensors())
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected), path
 
 
 def _refuse(rank: int, world_size: int, source: Path, output: Path) -> str:
-    """A conversion whose mapping is right for the tensors and wrong for the logits."""
+    """A conversion whose verification fails on the logits."""
     from nemo_popsd.checkpoint import verification
     from nemo_popsd.commands.conversion import hf_to_nemo
 
-    verification.TOLERANCE["fp32"] = -1.0  # no difference is below it
+    verification.TOLERANCE["fp32"] = -1.0  # no difference is small enough
     try:
         hf_to_nemo(str(source), str(output), precision="fp32", verifies=True, trust_remote_code=False)
     except UserError as error:
@@ -301,8 +353,8 @@ def _refuse(rank: int, world_size: int, source: Path, output: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-def test_what_does_not_stand_the_verification_loses_its_name(sources, tmp_path, size):
-    for told in run_ranks(_refuse, size, sources["qwen3"], tmp_path / "out"):
-        assert "logits that differ" in told
-        assert f"renamed to {tmp_path / 'out.refused'}" in told
+def test_a_conversion_that_fails_its_verification_is_renamed(sources, tmp_path, size):
+    for message in run_ranks(_refuse, size, sources["qwen3"], tmp_path / "out"):
+        assert "logits that differ" in message
+        assert f"renamed to {tmp_path / 'out.refused'}" in message
     assert [path.name for path in tmp_path.iterdir()] == ["out.refused"]

@@ -1,4 +1,4 @@
-"""Which ``config.json`` is read, in the forms of transformers 4 and 5, and what in one is refused by its name."""
+"""Supported and refused keys of ``config.json``, in the forms of transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ _MISTRAL = {
 
 
 def _as_5(content: dict[str, Any], parameters: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """As transformers 5 saves it."""
+    """`content` in the form in which transformers 5 saves it."""
     older = ("rope_theta", "rope_scaling", "torch_dtype")
     kept = {key: value for key, value in content.items() if key not in older}
     return {**kept, "dtype": "bfloat16", "transformers_version": "5.0.0", "rope_parameters": parameters, **fields}
@@ -203,7 +203,7 @@ def test_released_configurations_are_read(tmp_path: Path, name: str) -> None:
         parameters = content["rope_parameters"]
         theta = parameters.get("full_attention", parameters)["rope_theta"]
         assert read.changed
-        # Both forms, for readers of either.
+        # The content has both forms.
         assert read.content["rope_parameters"] == parameters
         assert read.content["rope_theta"] == theta
         assert _read(tmp_path, read.content).config.to_dict() == read.config.to_dict()
@@ -218,30 +218,38 @@ def test_released_configurations_are_read(tmp_path: Path, name: str) -> None:
 
 _DEFAULT = {"rope_type": "default", "rope_theta": 1000000}
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    # Rotation.
-    (_QWEN3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of the kind 'yarn' in Qwen3"),
-    (_QWEN3, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "of the kind 'dynamic'"),
-    (_LLAMA, {"rope_scaling": {"type": "linear", "factor": 4.0}}, "of the kind 'linear' in Llama"),
-    (_QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "of the kind 'longrope'"),
-    (_QWEN3, {"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "of the kinds"),
+    # Rotary embedding.
+    (_QWEN3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling with rope_type='yarn' in Qwen3"),
+    (_QWEN3, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "with rope_type='dynamic'"),
+    (_LLAMA, {"rope_scaling": {"type": "linear", "factor": 4.0}}, "with rope_type='linear' in Llama"),
+    (_QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "with rope_type='longrope'"),
+    (_QWEN3, {"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "with rope_type='default' and type='yarn'"),
     (_QWEN3, {"rope_scaling": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
     (_QWEN3, {"rope_scaling": 7}, "rope_scaling=7"),
     (_LLAMA, {"rope_scaling": {**_LLAMA3, "low_freq_factor": 2.0}}, "only the factor"),
     (_LLAMA, {"rope_scaling": {**_LLAMA3, "factor": -8}}, "rope_scaling.factor=-8"),
     (_OLMO3, {"rope_scaling": {**_YARN, "attn_factor": 0.9}}, "attn_factor"),
-    (_OLMO3, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "of the kind 'dynamic' in Olmo3"),
+    (_OLMO3, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "with rope_type='dynamic' in Olmo3"),
     (_QWEN3, {"rope_theta": 0}, "rope_theta=0"),
     (_QWEN3, {"rope_theta": "1e6"}, "rope_theta='1e6'"),
     (_QWEN3, {"rope_theta": None}, "rope_theta=None"),
-    (_QWEN3, {"rope_parameters": {**_DEFAULT, "rope_theta": 10000}}, "rope_theta=1000000 beside rope_parameters"),
-    (_LLAMA, {"rope_parameters": {**_DEFAULT, "rope_theta": 500000.0}}, "rope_scaling=.* beside rope_parameters"),
-    (_QWEN3, {"rope_parameters": {**_DEFAULT, "rope_type": "yarn", "factor": 4.0}}, "of the kind 'yarn'"),
-    (_QWEN3, {"rope_parameters": {**_DEFAULT, "rope_type": "dynamic", "factor": 4.0}}, "of the kind 'dynamic'"),
+    (
+        _QWEN3,
+        {"rope_parameters": {**_DEFAULT, "rope_theta": 10000}},
+        "rope_theta=1000000 contradicting rope_parameters",
+    ),
+    (
+        _LLAMA,
+        {"rope_parameters": {**_DEFAULT, "rope_theta": 500000.0}},
+        "rope_scaling=.* contradicting rope_parameters",
+    ),
+    (_QWEN3, {"rope_parameters": {**_DEFAULT, "rope_type": "yarn", "factor": 4.0}}, "with rope_type='yarn'"),
+    (_QWEN3, {"rope_parameters": {**_DEFAULT, "rope_type": "dynamic", "factor": 4.0}}, "with rope_type='dynamic'"),
     (_QWEN3, {"rope_parameters": {**_DEFAULT, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     (_QWEN3, {"rope_parameters": {"full_attention": _DEFAULT}}, "full_attention"),
     (_QWEN3, {"rope_parameters": []}, r"rope_parameters=\[\]"),
-    (_OLMO3, {"rope_parameters": {**_YARN, "rope_theta": 500000.0}}, "one object for each kind of layer"),
-    # What the layers do.
+    (_OLMO3, {"rope_parameters": {**_YARN, "rope_theta": 500000.0}}, "one object for each layer type"),
+    # Layers.
     (_MISTRAL, {"sliding_window": 4096}, "sliding_window=4096 in MistralForCausalLM"),
     (_QWEN3, {"use_sliding_window": True}, "use_sliding_window=True"),
     (_QWEN2, {"layer_types": ["sliding_attention", *["full_attention"] * 35]}, "layer_types="),
@@ -257,9 +265,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (_MOE, {"norm_topk_prob": False}, "norm_topk_prob=False"),
     (_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
     (_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
-    (_MOE, {"num_local_experts": 64}, "num_local_experts=64 beside num_experts=128"),
+    (_MOE, {"num_local_experts": 64}, "num_local_experts=64 contradicting num_experts=128"),
     (_MOE, {"num_experts_per_tok": 129}, "num_experts_per_tok=129"),
-    (_QWEN3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0, a key that is not known"),
+    (_QWEN3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0, an unknown key"),
     (_QWEN3, {"dual_chunk_attention_config": {}}, "dual_chunk_attention_config"),
     (_QWEN3, {"logits_scaling": 2.0}, "logits_scaling"),
     (_QWEN3, {"pruned_heads": {"0": [1]}}, "pruned_heads"),
@@ -267,7 +275,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (_QWEN3, {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map"),
     (_QWEN3, {"tie_word_embeddings": None}, "tie_word_embeddings=None"),
     (_QWEN3, {"torch_dtype": "float8_e4m3fn"}, "torch_dtype='float8_e4m3fn'"),
-    # Numbers.
+    # Sizes.
     (_QWEN3, {"rms_norm_eps": 0}, "rms_norm_eps=0"),
     (_QWEN3, {"rms_norm_eps": float("nan")}, "NaN, which is not finite"),
     (_QWEN3, {"initializer_range": float("inf")}, "Infinity, which is not finite"),
@@ -279,7 +287,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (_QWEN3, {"num_key_value_heads": 5}, "num_key_value_heads=5"),
     (_QWEN3, {"head_dim": 7}, "odd width 7"),
     (_QWEN2, {"num_attention_heads": 27, "num_key_value_heads": 27}, "no head_dim"),
-    # What it is.
+    # Architecture.
     (_QWEN3, {"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
     (_QWEN3, {"architectures": None}, "architectures=None"),
     (_QWEN3, {"architectures": [["Qwen3ForCausalLM"]]}, "architectures="),
@@ -288,23 +296,23 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("content", "fields", "named"), REFUSED, ids=[str(row[1])[:50] for row in REFUSED])
-def test_what_megatron_would_compute_otherwise_is_refused_by_name(
-    tmp_path: Path, content: dict[str, Any], fields: dict[str, Any], named: str
+@pytest.mark.parametrize(("content", "fields", "message"), REFUSED, ids=[str(fields)[:50] for _, fields, _ in REFUSED])
+def test_a_configuration_that_megatron_computes_differently_is_refused(
+    tmp_path: Path, content: dict[str, Any], fields: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=named) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         _read(tmp_path, {**content, **fields})
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("key", ["num_attention_heads", "rms_norm_eps", "norm_topk_prob", "num_experts"])
-def test_a_number_that_is_missing_is_not_guessed(tmp_path: Path, key: str) -> None:
+def test_a_missing_size_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(UserError, match=key):
         _read(tmp_path, {name: value for name, value in _MOE.items() if name != key})
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "message"),
     [
         ("", "is empty"),
         ("{", "property name"),
@@ -316,9 +324,9 @@ def test_a_number_that_is_missing_is_not_guessed(tmp_path: Path, key: str) -> No
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git-lfs pointer"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, named: str) -> None:
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=message):
         read_architecture(tmp_path, setting="student.source", trust_remote_code=False)
 
 
@@ -347,19 +355,18 @@ def _logits(rank: int, world_size: int, directories: list[Path], exports: Path) 
     return results
 
 
-def test_both_forms_of_a_rotation_compute_the_same_bits_which_are_those_of_transformers(tmp_path: Path) -> None:
+def test_both_forms_of_the_rotary_embedding_give_bit_equal_logits_that_agree_with_transformers(tmp_path: Path) -> None:
     kinds = {"qwen3": {"rope_theta": 50000.0}, "llama3": {}, "olmo3": {"rope_theta": 20000.0}, "mistral": {}}
     older = [
-        save_tiny_model(tmp_path / kind, kind, seed=number, **fields)
-        for number, (kind, fields) in enumerate(kinds.items())
+        save_tiny_model(tmp_path / kind, kind, seed=seed, **fields) for seed, (kind, fields) in enumerate(kinds.items())
     ]
     newer = [_rewritten(folder, tmp_path / f"{folder.name}-5", _to_5) for folder in older]
     [results] = run_ranks(_logits, 1, [*older, *newer], tmp_path / "exports", timeout=300.0)
-    for number, folder in enumerate(older):
+    for index, folder in enumerate(older):
         with torch.no_grad():
             expected = load_dense(folder)(IDS).logits
-            exported = load_dense(tmp_path / "exports" / newer[number].name)(IDS).logits
-        torch.testing.assert_close(results[number], expected, rtol=0, atol=1e-5)
-        assert torch.equal(results[number], results[number + len(older)]), folder.name
-        # What an export says is read by the installed transformers 4 too.
+            exported = load_dense(tmp_path / "exports" / newer[index].name)(IDS).logits
+        torch.testing.assert_close(results[index], expected, rtol=0, atol=1e-5)
+        assert torch.equal(results[index], results[index + len(older)]), folder.name
+        # The installed transformers 4 reads the export too.
         assert torch.equal(exported, expected), folder.name

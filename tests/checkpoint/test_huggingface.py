@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face: logits as transformers computes them, tensors bit for bit."""
+"""Hugging Face to Megatron and back: logits agree with transformers, tensors are bit-equal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = torch.randint(0, 203, (2, 13), generator=torch.Generator().manual_seed(3))
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {kind: save_tiny_model(folder / kind, kind, seed=number) for number, kind in enumerate(KINDS)}
+    return {kind: save_tiny_model(folder / kind, kind, seed=seed) for seed, kind in enumerate(KINDS)}
 
 
 def _convert(rank: int, world_size: int, sources: dict[str, Path], output: Path) -> dict[str, dict]:
@@ -64,7 +64,7 @@ def test_logits_are_those_of_transformers(converted, sources, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_export_is_the_source_bit_for_bit_with_its_files(converted, sources, kind):
+def test_an_export_is_bit_equal_to_the_source_and_has_its_files(converted, sources, kind):
     _, output, _ = converted
     before, after = load_file(sources[kind] / "model.safetensors"), load_file(output / kind / "model.safetensors")
     assert before.keys() == after.keys()
@@ -86,11 +86,11 @@ def test_an_export_in_shards_has_an_index_and_loads_in_transformers(converted, s
     assert len(files) > 3
     content = json.loads((directory / "model.safetensors.index.json").read_text())
     assert set(content["weight_map"].values()) == {file.name for file in files}
-    held = {file.name: load_file(file) for file in files}
-    assert {name: file for file, tensors in held.items() for name in tensors} == content["weight_map"]
-    sizes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in held.values()]
+    shards = {file.name: load_file(file) for file in files}
+    assert {name: file for file, tensors in shards.items() for name in tensors} == content["weight_map"]
+    sizes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in shards.values()]
     assert content["metadata"]["total_size"] == sum(sizes)
-    assert all(size <= SHARD_BYTES or len(t) == 1 for size, t in zip(sizes, held.values(), strict=True))
+    assert all(size <= SHARD_BYTES or len(t) == 1 for size, t in zip(sizes, shards.values(), strict=True))
     assert all(file.stat().st_mode & 0o044 for file in files), "readable by others"
     with torch.no_grad():
         torch.testing.assert_close(
@@ -99,12 +99,12 @@ def test_an_export_in_shards_has_an_index_and_loads_in_transformers(converted, s
     assert HuggingFaceModel(directory).tensor_names == HuggingFaceModel(sources[kind]).tensor_names
 
 
-def test_nothing_is_left_beside_an_export(converted):
+def test_an_export_leaves_no_temporary_files(converted):
     _, output, _ = converted
     assert {path.name for path in output.iterdir()} == {*KINDS, *(f"{kind}_shards" for kind in KINDS)}
 
 
-def _load_and_tell(rank: int, world_size: int, directories: list[Path]) -> list[str]:
+def _load_messages(rank: int, world_size: int, directories: list[Path]) -> list[str]:
     messages = []
     for directory in directories:
         try:
@@ -115,36 +115,38 @@ def _load_and_tell(rank: int, world_size: int, directories: list[Path]) -> list[
     return messages
 
 
-def test_missing_left_over_and_resized_tensors_are_errors_on_every_rank(sources, tmp_path):
+def test_missing_unexpected_and_resized_tensors_are_errors_on_every_rank(sources, tmp_path):
     tensors = load_file(sources["qwen3"] / "model.safetensors")
     embedding = "model.embed_tokens.weight"
     extra = "model.layers.2.mlp.up_proj.weight"
     variants = {
         "nothing": tensors,
         extra: {**tensors, extra: torch.ones(3)},
-        f"201 rows in {embedding}": {**tensors, embedding: tensors[embedding][:201].clone()},
-        f"300 rows in {embedding}": {**tensors, embedding: torch.ones(300, 32)},
+        f"{embedding} with 201 vocabulary entries": {**tensors, embedding: tensors[embedding][:201].clone()},
+        f"{embedding} with 300 vocabulary entries": {**tensors, embedding: torch.ones(300, 32)},
     }
     for missing in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"):
         variants[f"no tensor {missing}"] = {name: value for name, value in tensors.items() if name != missing}
     folders = []
-    for number, content in enumerate(variants.values()):
-        folders.append(tmp_path / str(number))
+    for index, content in enumerate(variants.values()):
+        folders.append(tmp_path / str(index))
         folders[-1].mkdir()
         (folders[-1] / "config.json").write_bytes((sources["qwen3"] / "config.json").read_bytes())
         save_file(content, folders[-1] / "model.safetensors")
-    for messages in run_ranks(_load_and_tell, 2, folders):
+    for messages in run_ranks(_load_messages, 2, folders):
         assert messages[0] == ""
         for name, message in zip([*variants][1:], messages[1:], strict=True):
             assert name in message
             assert "set student.source" in message
 
 
-def test_a_tied_model_may_carry_its_output_matrix_and_rotary_frequencies(sources, tmp_path):
+def test_a_tied_model_may_contain_its_output_matrix_and_rotary_frequencies(sources, tmp_path):
     (tmp_path / "config.json").write_bytes((sources["qwen3_tied"] / "config.json").read_bytes())
     tensors = load_file(sources["qwen3_tied"] / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)  # in old checkpoints, never used
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+        6
+    )  # old checkpoints contain them; they are ignored
     save_file(tensors, tmp_path / "model.safetensors")
     run_ranks(_export, 1, tmp_path, tmp_path / "out")
     with torch.no_grad():
@@ -152,7 +154,7 @@ def test_a_tied_model_may_carry_its_output_matrix_and_rotary_frequencies(sources
     assert torch.equal(before, after)
 
 
-def test_what_is_no_model_directory_is_named(tmp_path, sources):
+def test_a_directory_without_a_supported_model_is_refused(tmp_path, sources):
     with pytest.raises(UserError, match=r"no such directory.*set student.source"):
         HuggingFaceModel(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no config\.json"):
@@ -186,19 +188,19 @@ hf.HuggingFaceModel(source).export(student.gpt, output, shard_bytes=9_000)
 
 
 @pytest.mark.slow
-def test_a_kill_in_the_middle_leaves_the_old_export_intact(sources, tmp_path):
+def test_a_kill_during_an_export_leaves_the_previous_export_intact(sources, tmp_path):
     output = tmp_path / "export"
     with new_directory(output, EXPORT) as partial:
-        (partial / "model.safetensors").write_bytes(b"the old one")
+        (partial / "model.safetensors").write_bytes(b"previous export")
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", _KILLED_EXPORT, str(sources["qwen3"]), str(output)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(path.name for path in output.iterdir()) == [".nemo_popsd", "model.safetensors"]
-    assert (output / "model.safetensors").read_bytes() == b"the old one"
+    assert (output / "model.safetensors").read_bytes() == b"previous export"
     assert (tmp_path / "export.partial").is_dir()
-    # The next export clears what the killed one left, and takes the place of the old one.
+    # The next export removes the partial directory, and replaces the previous export.
     run_ranks(_export, 1, sources["qwen3"], output)
     assert {path.name for path in tmp_path.iterdir()} == {"export"}
     assert HuggingFaceModel(output).tensor_names == HuggingFaceModel(sources["qwen3"]).tensor_names
@@ -208,8 +210,8 @@ def _export(rank: int, world_size: int, source: Path, output: Path) -> None:
     HuggingFaceModel(source).export(build_student(source, tensor=world_size).gpt, output)
 
 
-def test_what_is_written_does_not_depend_on_the_directory_it_was_read_from(sources, tmp_path):
-    """A run may go on for weeks after the checkpoint that it began from has been removed."""
+def test_artifacts_are_written_after_the_source_directory_was_removed(sources, tmp_path):
+    """A run may outlive the directory from which it started."""
     source = tmp_path / "source"
     shutil.copytree(sources["qwen3"], source)
     (source / "tokenizer.json").write_text("{}")

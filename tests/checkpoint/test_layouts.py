@@ -1,4 +1,4 @@
-"""Checkpoints and exports in pipelines: what one layout writes, another reads, and transformers too."""
+"""Checkpoints and exports of parallel layouts: a checkpoint of any layout is read in any other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _student(source: Path, case: str, parallel: dict[str, Any]) -> Any:
 
 
 def _write(rank: int, world_size: int, folder: Path, parallel: dict[str, Any]) -> None:
-    """A checkpoint and an export of each case; adapters have values."""
+    """Writes a checkpoint and an export of each case; adapters are not 0."""
     for case, kind in CASES.items():
         student = _student(folder / kind, case, parallel)
         if case == "lora":
@@ -55,7 +55,7 @@ def _write(rank: int, world_size: int, folder: Path, parallel: dict[str, Any]) -
 
 
 def _read(rank: int, world_size: int, folder: Path, parallel: dict[str, Any], out: str) -> None:
-    """The checkpoint of each case in this layout: exported again, as it is and as the beginning of a run."""
+    """Exports the checkpoint of each case from this layout, as the trained model and as the source of a run."""
     for case, kind in CASES.items():
         checkpoint = NemoCheckpoint(folder / "out" / f"{case}.nemo_dir")
         student = _student(folder / kind, case, parallel)
@@ -68,22 +68,22 @@ def _read(rank: int, world_size: int, folder: Path, parallel: dict[str, Any], ou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_a_layout_writes_one_process_reads_and_the_other_way_round(
+def test_one_process_and_the_layout_export_equal_weights_from_a_checkpoint_of_the_layout(
     tmp_path: Path, layout: str, layers: str
 ) -> None:
-    """On either kind of layers; the one process has local ones: a checkpoint is the same whichever wrote it."""
+    """With local and TE layers. The one process has local layers: the checkpoint does not depend on the layers."""
     for kind in ("qwen3", "qwen3_tied"):
         save_tiny_model(tmp_path / kind, kind, num_hidden_layers=4)
     run_ranks(_write, 2, tmp_path, LAYOUTS[layout], layers=layers)
-    run_ranks(_read, 1, tmp_path, {}, "by one")
-    run_ranks(_read, 2, tmp_path, LAYOUTS[layout], "by two", layers=layers)
+    run_ranks(_read, 1, tmp_path, {}, "one process")
+    run_ranks(_read, 2, tmp_path, LAYOUTS[layout], "two processes", layers=layers)
     for case, kind in CASES.items():
         expected = load_file(tmp_path / "out" / f"{case}_hf" / "model.safetensors")
         source = load_file(tmp_path / kind / "model.safetensors")
         assert expected.keys() == source.keys()
         changed = {name for name, value in source.items() if not torch.equal(value, expected[name])}
         assert bool(changed) == (case == "lora")
-        for out in ("by one", "by two"):
+        for out in ("one process", "two processes"):
             for suffix in ("", "_merged"):
                 actual = load_file(tmp_path / out / f"{case}{suffix}_hf" / "model.safetensors")
                 for name, value in expected.items():

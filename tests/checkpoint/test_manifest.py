@@ -1,4 +1,4 @@
-"""Damage is named before anything is loaded."""
+"""Damage to a checkpoint is reported before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "__0_0.distcp").write_bytes(bytes(range(256)) * 50)
     (tmp_path / "model_config.yaml").write_text("a: 1\n")
-    manifest.write_manifest(tmp_path, {"step": 7}, manifest.digests(tmp_path, manifest.list_files(tmp_path)))
+    manifest.write_manifest(tmp_path, {"step": 7}, manifest.file_digests(tmp_path, manifest.list_files(tmp_path)))
     return tmp_path
 
 
@@ -29,7 +29,7 @@ def _flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_whole_checkpoint_passes(checkpoint: Path) -> None:
+def test_an_intact_checkpoint_is_accepted(checkpoint: Path) -> None:
     read = manifest.read_manifest(checkpoint)
     assert read["step"] == 7
     assert sorted(read["files"]) == ["model_config.yaml", "weights/__0_0.distcp"]
@@ -37,7 +37,7 @@ def test_a_whole_checkpoint_passes(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (_flip, r"weights/__0_0\.distcp was changed"),
         (
@@ -47,33 +47,35 @@ def test_a_whole_checkpoint_passes(checkpoint: Path) -> None:
         (lambda file: file.unlink(), r"weights/__0_0\.distcp is missing"),
         (lambda file: file.with_name("more").write_text(""), r"weights/more is not in its manifest"),
     ],
-    ids=["flipped byte", "truncated", "missing", "unknown"],
+    ids=["flipped byte", "truncated", "missing", "unexpected"],
 )
-def test_damage_is_named(checkpoint: Path, damage: Callable[[Path], object], told: str) -> None:
+def test_the_damaged_file_is_named(checkpoint: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(checkpoint / "weights" / "__0_0.distcp")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         manifest.verify(checkpoint, manifest.read_manifest(checkpoint))
 
 
-@pytest.mark.parametrize("kind", ["directory", "pipe", "link to nothing"])
+@pytest.mark.parametrize("entry", ["directory", "pipe", "link to nothing"])
 @pytest.mark.parametrize("name", [manifest.FILE_NAME, "model_config.yaml", "weights/__0_0.distcp"])
-def test_what_is_no_file_is_named_and_not_waited_for(checkpoint: Path, name: str, kind: str) -> None:
+def test_an_entry_that_is_not_a_regular_file_is_refused_without_blocking(
+    checkpoint: Path, name: str, entry: str
+) -> None:
     file = checkpoint / name
     file.unlink()
-    if kind == "directory":
+    if entry == "directory":
         file.mkdir()
-    elif kind == "pipe":
+    elif entry == "pipe":
         os.mkfifo(file)
     else:
         file.symlink_to("/nowhere")
-    with pytest.raises(manifest.DamagedCheckpointError, match=rf"{file.name}.* no regular file"):
+    with pytest.raises(manifest.DamagedCheckpointError, match=rf"{file.name}.* not a regular file"):
         manifest.verify(checkpoint, manifest.read_manifest(checkpoint))
 
 
-def test_the_error_reaches_other_processes_as_it_is() -> None:
-    error = pickle.loads(pickle.dumps(manifest.damaged(Path("here"), "a hole")))
+def test_the_error_is_pickled_without_loss() -> None:
+    error = pickle.loads(pickle.dumps(manifest.damaged(Path("here"), "damage")))
     assert isinstance(error, manifest.DamagedCheckpointError)
-    assert str(error) == str(manifest.damaged(Path("here"), "a hole"))
+    assert str(error) == str(manifest.damaged(Path("here"), "damage"))
 
 
 def test_a_manifest_that_was_changed_is_refused(checkpoint: Path) -> None:
@@ -84,11 +86,15 @@ def test_a_manifest_that_was_changed_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
-    [(None, "incomplete or of another kind"), ("{", "unreadable"), (json.dumps({"format": 1, "step": 3}), "format 1")],
+    ("text", "message"),
+    [
+        (None, "incomplete or has another format"),
+        ("{", "unreadable"),
+        (json.dumps({"format": 1, "step": 3}), "format 1"),
+    ],
 )
-def test_no_manifest_of_ours(tmp_path: Path, text: str | None, told: str) -> None:
+def test_a_missing_unreadable_or_older_manifest_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / manifest.FILE_NAME).write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         manifest.read_manifest(tmp_path)

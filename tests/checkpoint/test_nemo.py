@@ -1,4 +1,4 @@
-"""NeMo checkpoints: saved in one layout, restored in another, packed or not, merged, interrupted, replaced."""
+"""NeMo checkpoints: saved in one layout and restored in another, packed, merged, damaged, replaced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-from nemo_popsd.checkpoint.manifest import digests, list_files, read_manifest, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digests, list_files, read_manifest, write_manifest
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
 from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.checkpoint.source import open_source
@@ -45,7 +45,7 @@ def _content(student: Any, architecture: Any, name: str, step: int) -> Content:
 
 
 def _perturb(gpt: Any, rank: int) -> None:
-    """Weights that no source holds, alike on every rank where they are replicated, zero in padded rows."""
+    """Adds noise to the trained weights: equal on every rank if replicated, 0 in the padding of the vocabulary."""
     shared, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(8 + rank)
     with torch.no_grad():
         for name, p in gpt.named_parameters():
@@ -56,7 +56,7 @@ def _perturb(gpt: Any, rank: int) -> None:
 
 
 def _restore(path: Path, world_size: int, name: str) -> tuple[NemoCheckpoint, Any]:
-    """The live model as `restore_from` builds it."""
+    """The student as `restore_from` builds it."""
     from nemo_popsd.megatron.student import Student
 
     def refuse(_: Any) -> None:
@@ -74,8 +74,8 @@ def _restore(path: Path, world_size: int, name: str) -> tuple[NemoCheckpoint, An
     return checkpoint, student
 
 
-def _plain(path: Path, world_size: int) -> Any:
-    """A plain model filled as `student.source` fills it."""
+def _merged(path: Path, world_size: int) -> Any:
+    """A model without adapters, loaded as `student.source` is."""
     from nemo_popsd.megatron.build import build_chunks
 
     source = open_source(str(path))
@@ -114,7 +114,7 @@ def _load(rank: int, world_size: int, folder: Path, again: Path) -> dict[str, An
             result[name + suffix] = whole_logits(student.gpt, IDS, 203)
             assert checkpoint.step == 17
             assert checkpoint.config == PopsdConfig(student=checkpoint.config.student)
-        result[f"{name} plain"] = whole_logits(_plain(folder / name, world_size), IDS, 203)
+        result[f"{name} merged"] = whole_logits(_merged(folder / name, world_size), IDS, 203)
         save_nemo(again / name, _content(student, checkpoint.architecture, name, 18))
         checkpoint.architecture.export(student.gpt, again / f"{name}_hf")
     result["children"] = _children()
@@ -150,8 +150,8 @@ def test_a_checkpoint_restores_the_student_in_another_layout(moved, name, suffix
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_weights_survive_the_way_there_and_back_bit_for_bit(moved, name):
-    """Exports of both layouts; with LoRA the merge is computed in either, so it is equal to rounding."""
+def test_exports_before_and_after_a_restore_are_bit_equal(moved, name):
+    """With LoRA each layout computes the merge, so the exports are equal up to rounding."""
     folder, again, _, _ = moved
     before, after = _tensors(folder / f"{name}_hf"), _tensors(again / f"{name}_hf")
     assert before.keys() == after.keys()
@@ -160,24 +160,24 @@ def test_weights_survive_the_way_there_and_back_bit_for_bit(moved, name):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_as_a_source_a_checkpoint_is_the_student_with_its_adapters_merged(moved, name):
+def test_a_checkpoint_as_a_source_is_the_student_with_merged_adapters(moved, name):
     folder, _, before, after = moved
     for result in after:
         tolerance = 2e-5 if "bf16" not in name else 0.1
-        torch.testing.assert_close(result[f"{name} plain"], before[0][name].float(), rtol=0, atol=tolerance)
+        torch.testing.assert_close(result[f"{name} merged"], before[0][name].float(), rtol=0, atol=tolerance)
     with torch.no_grad():
         exported = load_dense(folder / f"{name}_hf")(IDS).logits
     torch.testing.assert_close(exported, before[0][name].float(), rtol=0, atol=tolerance)
 
 
-def test_a_save_leaves_no_process_and_no_half_finished_file(moved):
+def test_a_save_leaves_no_process_and_no_partial_file(moved):
     folder, again, before, after = moved
     assert [result["children"] for result in (*before, *after)] == [[]] * 3
-    names = {file.name for place in (folder, again) for file in place.iterdir()}
+    names = {file.name for directory in (folder, again) for file in directory.iterdir()}
     assert names == {*SETTINGS, *(f"{n}.nemo" for n in SETTINGS), *(f"{n}_hf" for n in SETTINGS)}
 
 
-def test_a_checkpoint_is_complete_and_readable_by_eye(moved, source):
+def test_a_checkpoint_has_its_files_and_manifest(moved, source):
     folder, _, before, _ = moved
     assert {path.name for path in (folder / "lora").iterdir()} == {
         ".nemo_popsd",
@@ -199,7 +199,7 @@ def test_a_checkpoint_is_complete_and_readable_by_eye(moved, source):
     assert HuggingFaceModel(folder / "lora" / "huggingface").tensor_names == HuggingFaceModel(source).tensor_names
 
 
-def test_what_is_a_checkpoint(moved, source):
+def test_checkpoints_and_directories_are_distinguished(moved, source):
     folder = moved[0]
     assert is_nemo_checkpoint(folder / "full")
     assert is_nemo_checkpoint(folder / "full.nemo")
@@ -214,18 +214,18 @@ def test_what_is_a_checkpoint(moved, source):
 def test_an_incomplete_checkpoint_is_refused(moved, tmp_path, missing):
     copied = Path(shutil.copytree(moved[0] / "full", tmp_path / "copied"))
     (copied / missing).rename(tmp_path / missing)
-    with pytest.raises(UserError, match=f"(no {missing}|{missing}.* is missing).*need a NeMo checkpoint"):
+    with pytest.raises(UserError, match=f"(no {missing}|{missing}.* is missing).*need an unchanged NeMo checkpoint"):
         NemoCheckpoint(copied)
 
 
 @pytest.mark.parametrize("name", ["huggingface/merges.txt", "huggingface/config.json", "weights"])
-def test_a_link_out_of_a_checkpoint_is_not_followed(moved, tmp_path, name):
+def test_a_link_out_of_a_checkpoint_is_refused(moved, tmp_path, name):
     copied = Path(shutil.copytree(moved[0] / "full", tmp_path / "copied"))
     if (copied / name).exists():
-        (copied / name).rename(tmp_path / "elsewhere")
+        (copied / name).rename(tmp_path / "outside")
     else:
-        (tmp_path / "elsewhere").write_text("a secret")
-    (copied / name).symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "outside").write_text("a secret")
+    (copied / name).symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match=rf"'{name}', a symbolic link out of the directory"):
         NemoCheckpoint(copied)
     (copied / name).unlink()
@@ -234,7 +234,7 @@ def test_a_link_out_of_a_checkpoint_is_not_followed(moved, tmp_path, name):
         NemoCheckpoint(copied)
 
 
-def test_a_checkpoint_may_be_reached_by_a_link_and_lie_in_the_cache_of_the_hub(moved, tmp_path):
+def test_a_checkpoint_behind_a_link_or_in_the_cache_of_the_hub_is_read(moved, tmp_path):
     (tmp_path / "newest").symlink_to(moved[0] / "full")
     assert NemoCheckpoint(tmp_path / "newest").step == 17
     snapshot = Path(shutil.copytree(moved[0] / "full", tmp_path / "models--a--b" / "snapshots" / "0"))
@@ -244,7 +244,7 @@ def test_a_checkpoint_may_be_reached_by_a_link_and_lie_in_the_cache_of_the_hub(m
     assert NemoCheckpoint(snapshot).step == 17
 
 
-def test_aliases_that_fill_the_memory_are_refused(moved, tmp_path):
+def test_a_configuration_with_exponential_aliases_is_refused(moved, tmp_path):
     copied = Path(shutil.copytree(moved[0] / "full", tmp_path / "copied"))
     lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]
     (copied / "model_config.yaml").write_text("\n".join(lines))
@@ -253,14 +253,14 @@ def test_aliases_that_fill_the_memory_are_refused(moved, tmp_path):
         NemoCheckpoint(copied)
 
 
-def test_garbage_is_refused_with_one_sentence(moved, tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(moved, tmp_path):
     with pytest.raises(UserError, match="no such file or directory"):
         NemoCheckpoint(tmp_path / "nowhere.nemo")
     (tmp_path / "garbage.nemo").write_bytes(b"garbage" * 200)
-    with pytest.raises(UserError, match="no whole tar archive"):
+    with pytest.raises(UserError, match="an incomplete or damaged tar archive"):
         NemoCheckpoint(tmp_path / "garbage.nemo")
-    whole = (moved[0] / "full.nemo").read_bytes()
-    (tmp_path / "cut.nemo").write_bytes(whole[: len(whole) // 2])
+    content = (moved[0] / "full.nemo").read_bytes()
+    (tmp_path / "cut.nemo").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError):
         NemoCheckpoint(tmp_path / "cut.nemo")
     (tmp_path / "empty.nemo").write_bytes(b"")
@@ -284,7 +284,7 @@ def test_garbage_is_refused_with_one_sentence(moved, tmp_path):
             NemoCheckpoint(copied)
 
 
-def test_what_every_checkpoint_must_hold_is_missed_though_the_manifest_fits(moved, tmp_path):
+def test_required_files_are_checked_even_if_the_manifest_does_not_list_them(moved, tmp_path):
     for name in ("huggingface/config.json", "huggingface/tensor_names.json", "weights/common.pt", "model_config.yaml"):
         copied = tmp_path / name.replace("/", "-")
         shutil.copytree(moved[0] / "full", copied)
@@ -292,7 +292,7 @@ def test_what_every_checkpoint_must_hold_is_missed_though_the_manifest_fits(move
         with pytest.raises(UserError, match=f"got {name} is missing"):
             NemoCheckpoint(copied)
         _seal(copied)
-        with pytest.raises(UserError, match=rf"no {name}, which its manifest\.json does not list either"):
+        with pytest.raises(UserError, match=rf"got no {name} in manifest\.json"):
             NemoCheckpoint(copied)
 
 
@@ -313,42 +313,42 @@ def _load_broken(rank: int, world_size: int, broken: list[Path]) -> list[str]:
     return messages
 
 
-def test_weights_that_are_damaged_or_of_another_model_are_refused(moved, tmp_path):
+def test_damaged_weights_and_weights_of_another_model_are_refused(moved, tmp_path):
     folder = moved[0]
-    kinds = ("empty", "other", "without data", "cut data", "cut index")
-    for kind in kinds:
-        copied = tmp_path / kind
+    cases = ("empty", "other", "without data", "cut data", "cut index")
+    for case in cases:
+        copied = tmp_path / case
         shutil.copytree(folder / "full", copied)
         shutil.rmtree(copied / "weights")
-        if kind == "empty":
+        if case == "empty":
             (copied / "weights").mkdir()
             continue
-        shutil.copytree(folder / ("lora" if kind == "other" else "full") / "weights", copied / "weights")
+        shutil.copytree(folder / ("lora" if case == "other" else "full") / "weights", copied / "weights")
         for file in (copied / "weights").iterdir():
-            if {"cut data": ".distcp", "cut index": ".metadata"}.get(kind, "none") in file.name:
+            if {"cut data": ".distcp", "cut index": ".metadata"}.get(case, "none") in file.name:
                 file.write_bytes(file.read_bytes()[:100])
-            if kind == "without data" and file.suffix == ".distcp":
+            if case == "without data" and file.suffix == ".distcp":
                 file.unlink()
-        if kind == "other":
+        if case == "other":
             _seal(copied)
-    [messages] = run_ranks(_load_broken, 1, [tmp_path / kind for kind in kinds])
-    told = dict(zip(kinds, messages, strict=True))
-    assert "weights/.metadata is missing" in told["empty"]
-    assert "left over" in told["other"]
-    assert "adapter" in told["other"]
-    assert "distcp is missing" in told["without data"]
-    assert "distcp has 100 bytes instead of" in told["cut data"]
-    assert ".metadata has 100 bytes instead of" in told["cut index"]
+    [messages] = run_ranks(_load_broken, 1, [tmp_path / case for case in cases])
+    by_case = dict(zip(cases, messages, strict=True))
+    assert "weights/.metadata is missing" in by_case["empty"]
+    assert "unexpected tensors" in by_case["other"]
+    assert "adapter" in by_case["other"]
+    assert "distcp is missing" in by_case["without data"]
+    assert "distcp has 100 bytes instead of" in by_case["cut data"]
+    assert ".metadata has 100 bytes instead of" in by_case["cut index"]
 
 
 def _seal(directory: Path) -> None:
-    """A manifest that fits the files as they are."""
+    """Writes a manifest that agrees with the files."""
     facts = {k: v for k, v in read_manifest(directory).items() if k not in ("files", "format")}
-    write_manifest(directory, facts, digests(directory, list_files(directory)))
+    write_manifest(directory, facts, file_digests(directory, list_files(directory)))
 
 
 def _save_twice(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
-    """A first save, a second that fails half way, a third that succeeds; of a directory and of a packed file."""
+    """Saves three times, of which the second fails; a directory and a packed file."""
     import nemo_popsd.checkpoint.save as save
 
     student = build_student(source, tensor=world_size)
@@ -372,7 +372,7 @@ def _save_twice(rank: int, world_size: int, source: Path, folder: Path) -> dict[
     return result
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint_and_the_next_replaces_it(source, tmp_path):
+def test_a_failed_save_leaves_the_previous_checkpoint_and_the_next_save_replaces_it(source, tmp_path):
     [result] = run_ranks(_save_twice, 1, source, tmp_path)
     assert result == {"run": 1, "run replaced": 3, "run.nemo": 1, "run.nemo replaced": 3}
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.nemo"}

@@ -1,4 +1,4 @@
-"""`popsd export --adapter`: PEFT puts the adapters onto the original model, and it computes what the student does."""
+"""`popsd export --adapter`: PEFT on the original model with the exported adapters gives the logits of the student."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
-from nemo_popsd.checkpoint.fingerprint import huggingface_fingerprint
+from nemo_popsd.checkpoint.digest import huggingface_digest
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.peft_adapter import write_peft_adapter
@@ -31,7 +31,7 @@ KINDS = {"qwen3_tied": {}, "qwen2": {"targets": ["linear_qkv", "linear_fc2"]}, "
 
 
 def _save(rank: int, world_size: int, sources: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Students with adapters that differ from 0 in both factors, saved; their logits."""
+    """Saves students whose adapters differ from 0 in both factors, and returns their logits."""
     logits = {}
     for kind, source in sources.items():
         lora = LoRAConfig(rank=4, alpha=6.0, **KINDS[kind])
@@ -49,7 +49,7 @@ def _save(rank: int, world_size: int, sources: dict[str, Path], folder: Path) ->
             architecture=HuggingFaceModel(source),
             config=tree,
             step=5,
-            base={"source": str(source), "fingerprint": huggingface_fingerprint(source)},
+            base={"source": str(source), "fingerprint": huggingface_digest(source)},
             adapters_only=kind != "llama",
         )
         save_nemo(folder / kind, content)
@@ -65,7 +65,7 @@ def saved(request, tmp_path_factory, layers):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_computes_the_student_on_the_original_model(saved, kind, tmp_path):
+def test_peft_on_the_original_model_gives_the_logits_of_the_student(saved, kind, tmp_path):
     from peft import PeftModel
 
     folder, sources, logits = saved
@@ -96,8 +96,8 @@ def test_peft_computes_the_student_on_the_original_model(saved, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_converted_the_adapters_are_in_the_weights(saved, kind, tmp_path):
-    """Also of checkpoints without the base's weights, which are read where the run had them."""
+def test_a_conversion_merges_the_adapters(saved, kind, tmp_path):
+    """Also for checkpoints without the weights of the base, which are read from the run's source."""
     folder, _, logits = saved
     to_huggingface(open_source(str(folder / kind)), tmp_path / "hf", "fp32")
     with torch.no_grad():
@@ -136,7 +136,7 @@ def _convert(rank: int, world_size: int, source: Path, output: Path) -> None:
     huggingface_to_nemo(HuggingFaceModel(source), output, "fp32")
 
 
-def test_what_has_no_such_form_is_refused(tmp_path):
+def test_checkpoints_without_adapters_and_adapters_on_experts_are_refused(tmp_path):
     run_ranks(_convert, 1, save_tiny_model(tmp_path / "moe", "qwen3_moe"), tmp_path / "nemo")
     with pytest.raises(UserError, match="adaptation=full"):
         write_peft_adapter(NemoCheckpoint(tmp_path / "nemo"), tmp_path / "out")

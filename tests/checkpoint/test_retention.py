@@ -1,3 +1,5 @@
+"""Which checkpoints of a run are complete, newest, kept and removed."""
+
 from __future__ import annotations
 
 import os
@@ -5,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_popsd.checkpoint.manifest import digests, write_manifest
+from nemo_popsd.checkpoint.manifest import file_digests, write_manifest
 from nemo_popsd.checkpoint.retention import Checkpoints, is_name, prune, superfluous, update_latest
 from nemo_popsd.errors import UserError
 
@@ -20,23 +22,25 @@ SCORES = {10: 0.5, 20: 0.7, 30: 0.7, 40: 0.1}
         (0, 1, True, [10, 20, 30, 40]),
         (1, 0, True, [40]),
         (2, 0, True, [30, 40]),
-        (1, 1, True, [30, 40]),  # of the equals the later
+        (1, 1, True, [30, 40]),  # of equal scores the later step is better
         (1, 2, True, [20, 30, 40]),
         (1, 1, False, [40]),
         (1, 2, False, [10, 40]),
         (9, 9, True, [10, 20, 30, 40]),
     ],
 )
-def test_which_go(keep_last: int, keep_best: int, greatest: bool, kept: list[int]) -> None:
+def test_the_last_and_the_best_checkpoints_are_kept(
+    keep_last: int, keep_best: int, greatest: bool, kept: list[int]
+) -> None:
     checkpoints = {**STEPS, "final": 40}
-    going = superfluous(checkpoints, SCORES, keep_last=keep_last, keep_best=keep_best, greatest=greatest)
-    assert [step for name, step in STEPS.items() if name not in going] == kept
-    assert "final" not in going
+    removed = superfluous(checkpoints, SCORES, keep_last=keep_last, keep_best=keep_best, greatest=greatest)
+    assert [step for name, step in STEPS.items() if name not in removed] == kept
+    assert "final" not in removed
 
 
-def test_a_checkpoint_without_the_metric_is_none_of_the_best() -> None:
-    going = superfluous(STEPS, {10: 0.1}, keep_last=1, keep_best=3, greatest=True)
-    assert going == ["step-000020", "step-000030"]
+def test_a_checkpoint_without_the_metric_is_not_one_of_the_best() -> None:
+    removed = superfluous(STEPS, {10: 0.1}, keep_last=1, keep_best=3, greatest=True)
+    assert removed == ["step-000020", "step-000030"]
 
 
 def _save(path: Path, step: int, *, resumable: bool = True) -> None:
@@ -47,10 +51,10 @@ def _save(path: Path, step: int, *, resumable: bool = True) -> None:
         (path / "training_state").mkdir()
         (path / "training_state" / "index.json").write_text("")
         files.append("training_state/index.json")
-    write_manifest(path, {"step": step}, digests(path, files))
+    write_manifest(path, {"step": step}, file_digests(path, files))
 
 
-def test_the_newest_is_the_newest_complete_one_that_can_be_resumed(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_complete_and_resumable(tmp_path: Path) -> None:
     assert Checkpoints.in_folder(tmp_path / "nowhere").newest() is None
     _save(tmp_path / "step-000002", 2)
     _save(tmp_path / "step-000010", 10)
@@ -58,20 +62,20 @@ def test_the_newest_is_the_newest_complete_one_that_can_be_resumed(tmp_path: Pat
     _save(tmp_path / "step-000014.partial", 14)
     _save(tmp_path / "step-000013.removed", 13)
     (tmp_path / "step-000016").mkdir()
-    found = Checkpoints.in_folder(tmp_path)
-    assert found.newest() == tmp_path / "step-000010"
+    checkpoints = Checkpoints.in_folder(tmp_path)
+    assert checkpoints.newest() == tmp_path / "step-000010"
     _save(tmp_path / "final", 10)
-    found = Checkpoints.in_folder(tmp_path)
-    assert found.newest() == tmp_path / "final"
-    assert found.complete == {"step-000002": 2, "step-000010": 10, "final": 10, "step-000012": 12}
+    checkpoints = Checkpoints.in_folder(tmp_path)
+    assert checkpoints.newest() == tmp_path / "final"
+    assert checkpoints.complete == {"step-000002": 2, "step-000010": 10, "final": 10, "step-000012": 12}
     update_latest(tmp_path / "step-000010")
     assert prune(tmp_path, ["step-000010"]) == []
     assert (tmp_path / "latest").read_text() == "step-000010\n"
     assert not (tmp_path / "step-000010").exists()
 
 
-def test_what_somebody_else_put_there_is_no_checkpoint_of_the_run_and_stays(tmp_path: Path) -> None:
-    """A copy that was given a name of one's own, and notes beside the weights."""
+def test_files_that_no_run_wrote_are_ignored_and_kept(tmp_path: Path) -> None:
+    """A renamed copy of a checkpoint, and notes in the folder of a checkpoint."""
     _save(tmp_path / "step-000002", 2)
     _save(tmp_path / "my-best", 99)
     assert Checkpoints.in_folder(tmp_path).complete == {"step-000002": 2}
@@ -81,23 +85,23 @@ def test_what_somebody_else_put_there_is_no_checkpoint_of_the_run_and_stays(tmp_
     assert (tmp_path / "step-000002" / "notes.txt").read_text() == "mine"
 
 
-def test_an_old_damaged_manifest_is_passed_over_and_a_new_one_is_not(tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_ignored_in_an_older_checkpoint_and_an_error_in_the_newest(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         _save(tmp_path / f"step-{step:06d}", step)
     (tmp_path / "step-000002" / "manifest.json").write_bytes(b"")
     (tmp_path / "step-000004" / "manifest.json").unlink()
-    found = Checkpoints.in_folder(tmp_path)
-    assert found.newest() == tmp_path / "step-000006"
-    assert list(found.damaged) == ["step-000002", "step-000004"]
+    checkpoints = Checkpoints.in_folder(tmp_path)
+    assert checkpoints.newest() == tmp_path / "step-000006"
+    assert list(checkpoints.damaged) == ["step-000002", "step-000004"]
     (tmp_path / "step-000006" / "manifest.json").unlink()
     os.mkfifo(tmp_path / "step-000006" / "manifest.json")
     _save(tmp_path / "step-000005", 5)
-    with pytest.raises(UserError, match=r"step-000006: got a manifest\.json that is no regular file"):
+    with pytest.raises(UserError, match=r"step-000006: got a manifest\.json that is not a regular file"):
         Checkpoints.in_folder(tmp_path).newest()
 
 
 @pytest.mark.parametrize(("latest", "is_newest"), [("final", True), (None, True), ("step-000006", False)])
-def test_a_damaged_final_is_old_if_the_pointer_is_at_another(
+def test_a_damaged_final_checkpoint_is_older_if_latest_names_another(
     tmp_path: Path, latest: str | None, is_newest: bool
 ) -> None:
     _save(tmp_path / "step-000006", 6)

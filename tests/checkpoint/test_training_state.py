@@ -1,4 +1,4 @@
-"""Optimizer state from one layout in another, bit for bit."""
+"""Optimizer state that another layout reads is bit-equal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig, OptimizerConfig
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.optimizer_state import parameter_states, set_step_count, step_count
-from tests.harness import run_ranks
+from tests.harness import LOCAL, TRANSFORMER_ENGINE, run_ranks
+from tests.layers import on_transformer_engine
 from tests.tiny_models import build_student, save_tiny_model
 
 CASES: dict[str, dict[str, Any]] = {
@@ -36,10 +37,10 @@ def _optimizer(source: Path, name: str, tensor: int, split: bool) -> tuple[Any, 
 
 
 def _pieces(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    pieces: dict[str, torch.Tensor] = {}
     for file in sorted((folder / STATE).glob("rank-*.safetensors")):
-        found |= load_file(file)
-    return found
+        pieces |= load_file(file)
+    return pieces
 
 
 def _write(student: Any, optimizer: StudentOptimizer, folder: Path) -> None:
@@ -55,7 +56,7 @@ def _write(student: Any, optimizer: StudentOptimizer, folder: Path) -> None:
 
 
 def _fill(rank: int, world_size: int, source: Path, folder: Path) -> None:
-    """On one rank: numbers that no step would give, and every piece of state different."""
+    """On one rank, writes optimizer state with different random values in every piece."""
     for name in CASES:
         student, optimizer = _optimizer(source, name, 1, False)
         generator = torch.Generator().manual_seed(3)
@@ -64,7 +65,7 @@ def _fill(rank: int, world_size: int, source: Path, folder: Path) -> None:
                 value.copy_(torch.randn(value.shape, generator=generator))
                 value[::7] = -0.0
         vocabulary = student.gpt.embedding.word_embeddings.weight
-        for state in parameter_states(optimizer.megatron):  # padded rows have no state
+        for state in parameter_states(optimizer.megatron):  # the state of the vocabulary's padding is 0
             if state.parameter.shape[0] == vocabulary.shape[0] and state.parameter.dim() == 2:
                 for value in state.values.values():
                     value.view(state.parameter.shape)[203:] = 0
@@ -72,7 +73,7 @@ def _fill(rank: int, world_size: int, source: Path, folder: Path) -> None:
         _write(student, optimizer, folder / name / "1")
 
 
-def _pass_on(rank: int, world_size: int, source: Path, folder: Path, before: str, after: str) -> None:
+def _load_and_write(rank: int, world_size: int, source: Path, folder: Path, before: str, after: str) -> None:
     _, tensor, split = LAYOUTS[after]
     for name in CASES:
         student, optimizer = _optimizer(source, name, tensor, split)
@@ -80,24 +81,37 @@ def _pass_on(rank: int, world_size: int, source: Path, folder: Path, before: str
         assert step_count(optimizer.megatron) == 41
         _write(student, optimizer, folder / name / after)
         if after == "1 again":
-            with pytest.raises(UserError, match="training_state that cannot be read"):
+            with pytest.raises(UserError, match="an unreadable training_state"):
                 load_training_state(
                     folder / "lora" / before, build_student(source / "plain").chunks, optimizer.megatron
                 )
 
 
 LAYOUTS["1 again"] = (1, 1, False)
+LAYOUTS["tp2 on transformer engine"] = LAYOUTS["tp2"]
+LAYOUTS["dp2 split on transformer engine"] = LAYOUTS["dp2 split"]
 
 
-@pytest.mark.parametrize("between", ["tp2", "dp2", "dp2 split", "tp2 split"])
-def test_state_comes_back_from_another_layout_bit_for_bit(source: Path, filled: Path, between: str) -> None:
+@pytest.mark.parametrize(
+    ("between", "layers"),
+    [
+        ("tp2", LOCAL),
+        ("dp2", LOCAL),
+        ("dp2 split", LOCAL),
+        ("tp2 split", LOCAL),
+        # Their norms are parameters of the linears that follow.
+        pytest.param("tp2 on transformer engine", TRANSFORMER_ENGINE, marks=on_transformer_engine),
+        pytest.param("dp2 split on transformer engine", TRANSFORMER_ENGINE, marks=on_transformer_engine),
+    ],
+)
+def test_state_that_another_layout_wrote_is_bit_equal(source: Path, filled: Path, between: str, layers: str) -> None:
     world, _, _ = LAYOUTS[between]
-    run_ranks(_pass_on, world, source, filled, "1", between)
+    run_ranks(_load_and_write, world, source, filled, "1", between, layers=layers)
     for name in CASES:
-        if "split" in between or between == "dp2":  # both ranks have written, and different pieces
+        if "dp2" in between or "split" in between:  # both ranks wrote different pieces
             files = [load_file(f) for f in sorted((filled / name / between / STATE).glob("rank-*"))]
             assert len(files) == 2
-    run_ranks(_pass_on, 1, source, filled, between, "1 again")
+    run_ranks(_load_and_write, 1, source, filled, between, "1 again")
     for name in CASES:
         first, last = _pieces(filled / name / "1"), _pieces(filled / name / "1 again")
         assert first.keys() == last.keys()

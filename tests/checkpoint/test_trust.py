@@ -1,4 +1,4 @@
-"""Loading runs no code: what would leave a mark if it ran is refused, or read without running it."""
+"""Loading runs no code from files: a payload that would leave a mark is refused, or read without being run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny_models import build_student, save_tiny_model
 
 
 class _Payload:
-    """Unpickled, it makes a file: what an attacker's command would do."""
+    """Unpickling it runs a command that makes a file."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = mark
@@ -37,12 +37,12 @@ def _metadata(weights: Path) -> Any:
 
 
 def _in_metadata(weights: Path, mark: Path) -> None:
-    """The whole of `.metadata` is the payload."""
+    """Replaces `.metadata` by the payload."""
     (weights / ".metadata").write_bytes(pickle.dumps(_Payload(mark)))
 
 
 def _inside_metadata(weights: Path, mark: Path) -> None:
-    """The payload hides in metadata that is right otherwise."""
+    """Adds the payload to otherwise valid metadata."""
     metadata = _metadata(weights)
     metadata.planner_data = _Payload(mark)
     (weights / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -53,7 +53,7 @@ def _in_common(weights: Path, mark: Path) -> None:
 
 
 def _as_bytes(weights: Path, mark: Path) -> None:
-    """A tensor that the metadata calls an object, for torch to read without restriction (default_planner.py:387)."""
+    """Declares a tensor as bytes, which `DefaultLoadPlanner.load_bytes` reads with an unrestricted `torch.load`."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     metadata = _metadata(weights)
@@ -80,7 +80,7 @@ def _attack(rank: int, world_size: int, source: Path, folder: Path) -> dict[str,
     staged = StagedWeights(student.chunks, folder / "weights", which=every_parameter, copy=False)
     staged.write()
     staged.finish()
-    told = {}
+    messages = {}
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     for attack in ATTACKS:
         weights = folder / attack.__name__
@@ -89,26 +89,26 @@ def _attack(rank: int, world_size: int, source: Path, folder: Path) -> dict[str,
         try:
             load_weights(student.chunks, weights)
         except UserError as error:
-            told[attack.__name__] = str(error)
+            messages[attack.__name__] = str(error)
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert filesystem.pickle is pickle
     load_weights(student.chunks, folder / "weights")
-    return told
+    return messages
 
 
 def test_no_code_is_run_and_each_attack_is_refused(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "hf")
-    [told] = run_ranks(_attack, 1, source, tmp_path)
+    [messages] = run_ranks(_attack, 1, source, tmp_path)
     assert not list(tmp_path.glob("*.ran"))
-    assert set(told) == {attack.__name__ for attack in ATTACKS}
-    assert "posix.system" in told["_in_metadata"]
-    assert "posix.system" in told["_inside_metadata"]
-    assert "embedding.word_embeddings.weight" in told["_as_bytes"]
-    for text in told.values():
+    assert set(messages) == {attack.__name__ for attack in ATTACKS}
+    assert "posix.system" in messages["_in_metadata"]
+    assert "posix.system" in messages["_inside_metadata"]
+    assert "embedding.word_embeddings.weight" in messages["_as_bytes"]
+    for text in messages.values():
         assert "\n" not in text.strip() or "Weights only load failed" in text
 
 
-def test_the_attacks_would_work_on_a_reader_that_trusts(tmp_path: Path) -> None:
+def test_the_payload_runs_when_it_is_unpickled(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(_Payload(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()
 
@@ -130,7 +130,7 @@ def test_pickles_in_place_of_safetensors_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_python_beside_a_configuration_runs_only_where_it_is_trusted_and_compared(tmp_path, monkeypatch, trusted):
+def test_python_files_of_a_model_run_only_if_they_are_trusted_and_verified(tmp_path, monkeypatch, trusted):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     folder = save_tiny_model(tmp_path / "model", "qwen2", num_hidden_layers=1)
@@ -145,7 +145,7 @@ def test_python_beside_a_configuration_runs_only_where_it_is_trusted_and_compare
             HuggingFaceModel(folder)
         return
     model = HuggingFaceModel(folder, trust_remote_code=True)
-    assert not (tmp_path / "mark").exists(), "reading runs nothing"
+    assert not (tmp_path / "mark").exists(), "reading has run code"
     model.copy_artifacts(tmp_path)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     assert not (tmp_path / "modeling_strange.py").exists()
@@ -153,38 +153,38 @@ def test_python_beside_a_configuration_runs_only_where_it_is_trusted_and_compare
     assert (tmp_path / "mark").exists()
 
 
-def test_an_index_of_weights_that_names_code_is_refused(tmp_path):
+def test_an_index_of_weights_that_refers_to_code_is_refused(tmp_path):
     weights = _weights(tmp_path / "weights")
     assert torch.equal(DistributedTensors(weights).read("a"), torch.ones(3, 2))
     index = pickle.loads((weights / ".metadata").read_bytes())
     index.planner_data = _Payload(tmp_path / "mark")
     (weights / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(UserError, match=r"names posix\.system"):
+    with pytest.raises(UserError, match=r"refers to posix\.system"):
         DistributedTensors(weights)
     assert not (tmp_path / "mark").exists()
     pickle.loads((weights / ".metadata").read_bytes())
-    assert (tmp_path / "mark").exists(), "the trap would have worked"
+    assert (tmp_path / "mark").exists(), "the payload does not run"
 
 
-def test_code_in_place_of_a_tensor_and_files_elsewhere_are_refused(tmp_path):
+def test_code_in_place_of_a_tensor_and_files_outside_the_directory_are_refused(tmp_path):
     weights = _weights(tmp_path / "weights")
     file = weights / "__0_0.distcp"
-    whole = file.read_bytes()
-    trap = tmp_path / "trap.pt"
-    torch.save(_Payload(tmp_path / "mark"), trap)
-    file.write_bytes(trap.read_bytes().ljust(len(whole), b"\0")[: len(whole)] if len(whole) else b"")
+    content = file.read_bytes()
+    payload = tmp_path / "payload.pt"
+    torch.save(_Payload(tmp_path / "mark"), payload)
+    file.write_bytes(payload.read_bytes().ljust(len(content), b"\0")[: len(content)])
     with pytest.raises(UserError, match="cannot be read"):
         DistributedTensors(weights).read("a")
     assert not (tmp_path / "mark").exists()
-    file.write_bytes(whole[: len(whole) // 2])
+    file.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cannot be read"):
         DistributedTensors(weights).read("a")
-    file.rename(tmp_path / "elsewhere.distcp")
-    file.symlink_to(tmp_path / "elsewhere.distcp")
-    with pytest.raises(UserError, match="points outside"):
+    file.rename(tmp_path / "outside.distcp")
+    file.symlink_to(tmp_path / "outside.distcp")
+    with pytest.raises(UserError, match=r"names the file .* outside the directory"):
         DistributedTensors(weights).read("a")
     source = save_tiny_model(tmp_path / "model", "qwen2")
-    index = {"metadata": {}, "weight_map": {"a": "../elsewhere.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="which is elsewhere"):
+    with pytest.raises(UserError, match="which is outside the directory"):
         HuggingFaceModel(source)

@@ -96,6 +96,19 @@ def test_make_keeps_transformer_engine_out_of_the_environment(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_three_loops_select_by_marker(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for file in ("bin/python", ".runtime-installed", ".dev-installed", ".te-installed"):
+        (tmp_path / file).touch()
+    places = (f"VENV={tmp_path}", f"TE_ENV={tmp_path}", "WORKERS=5")
+    commands = {name: make("-n", name, *places).stdout.splitlines()[-1] for name in ("quick", "check", "test")}
+    pytest_of_all = f"{tmp_path}/bin/python -m pytest -n 5"
+    assert commands["quick"].startswith(f"{pytest_of_all} -q -m quick ")
+    assert commands["check"].startswith(f'{pytest_of_all} -q -m "not slow and not transformer_engine"')
+    assert commands["test"].strip() == pytest_of_all, "all tests"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_alone_lists_every_target() -> None:
     listed = {line.split()[0] for line in make().stdout.splitlines()}
     declared = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -38,11 +38,11 @@ def test_a_valid_run_passes_and_nothing_is_created(runnable: PopsdConfig) -> Non
 def test_settings_of_the_data_are_checked_before_any_model_is_built(runnable: PopsdConfig) -> None:
     runnable.data.validation.answer_pattern = "#### (.+)"
     for check in (check_training_run, check_evaluation_run):
-        with pytest.raises(UserError, match=r"data\.validation\.columns\.answer='answer', which overrules it"):
+        with pytest.raises(UserError, match=r"data\.validation\.columns\.answer='answer', which overrides it"):
             check(runnable, world_size=1)
     runnable.data.validation.answer_pattern = None
     runnable.data.train.answer_pattern = "#### (.+)"
-    with pytest.raises(UserError, match=r"data\.train\.answer_pattern, which does nothing"):
+    with pytest.raises(UserError, match=r"data\.train\.answer_pattern, which has no effect"):
         check_training_run(runnable, world_size=1)
 
 
@@ -225,7 +225,7 @@ def test_an_export_is_not_written_over_anything_else(runnable: PopsdConfig) -> N
     exported.mkdir(parents=True)
     write_mark(exported.parent, RUN)
     (exported / "weights.bin").write_text("three weeks")
-    with pytest.raises(UserError, match=r"huggingface: got no \.nemo_popsd"):
+    with pytest.raises(UserError, match=r"huggingface: got a directory without the mark \.nemo_popsd"):
         check_training_run(runnable, world_size=1)
     runnable.training.export_huggingface = False
     check_training_run(runnable, world_size=1)

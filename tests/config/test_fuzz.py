@@ -36,7 +36,7 @@ from nemo_popsd.config.keys import known_keys
 from nemo_popsd.config.loading import load_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning.config import PlanConfig
-from nemo_popsd.settings.bounds import Bounds, Text, ruled
+from nemo_popsd.settings.bounds import Bounds, Text, declared_rules
 
 CASES = int(os.environ.get("POPSD_FUZZ_CASES", "200"))
 SEED = int(os.environ.get("POPSD_FUZZ_SEED", "20261128"))
@@ -214,14 +214,14 @@ def run(argv: list[str]) -> tuple[int | None, str, str]:
 
 def out_of_bounds(config: PopsdConfig) -> str | None:
     """The first setting of an accepted configuration with a value that its declaration excludes."""
-    rules = dict(ruled(PopsdConfig))
+    rules = dict(declared_rules(PopsdConfig))
     for key in KEYS:
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
         rule = rules.get(key, Text.LINE)
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(rule, Bounds) and item is not None and not rule.hold(item):
+            if isinstance(rule, Bounds) and item is not None and not rule.contains(item):
                 return f"{key}={item!r}, which is not {rule}"
             if isinstance(item, str) and (item == "???" or "\x00" in item or (rule is not Text.PROSE and "\n" in item)):
                 return f"{key}={item!r}"

@@ -11,9 +11,9 @@ from nemo_popsd.config.loading import load_config
 from nemo_popsd.config.paths import given_path
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
-from nemo_popsd.settings.bounds import Text, ruled
+from nemo_popsd.settings.bounds import Text, declared_rules
 
-PATHS = [key for key, rule in ruled(PopsdConfig) if rule is Text.PATH]
+PATHS = [key for key, rule in declared_rules(PopsdConfig) if rule is Text.PATH]
 
 
 def test_the_paths_of_a_run() -> None:

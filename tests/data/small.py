@@ -1,4 +1,4 @@
-"""A tokenizer of bytes with a chat template, built in memory, and small rows to go with it."""
+"""A byte tokenizer with a chat template, built in memory, and small rows for it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ BODY = (
 )
 THINKING = BODY + "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
 DEAF = BODY + "<think>\n{% endif %}"  # ignores enable_thinking
-# Content decides the assistant prefix: what the contexts must refuse.
+# The assistant prefix depends on the content, which the contexts must refuse.
 FICKLE_CONDITION = "'Reference' in messages[-1]['content']"
 FICKLE = BODY + "{% if " + FICKLE_CONDITION + " %}<think>{% endif %}{% endif %}"
-# No word of add_generation_prompt, the assistant mark belongs to the user's turn.
+# Ignores add_generation_prompt: the user's turn includes the assistant token.
 ALWAYS = "<s>{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
 
 
 def tokenizer(
     template: str | None = THINKING, *, bos: bool = True, eos: str | None = "<end>"
 ) -> PreTrainedTokenizerFast:
-    """One token per byte of UTF-8; like Llama's, it adds a BOS of its own unless told not to."""
+    """One token per byte of UTF-8; like Llama's, it adds a BOS unless add_special_tokens is off."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -3,7 +3,7 @@ import torch
 
 from nemo_popsd.data.alignment import append_response, response_positions
 
-LIMIT = 6  # The longest response in these tests.
+LIMIT = 6  # longest response in these tests
 
 
 def test_positions_by_hand() -> None:
@@ -18,7 +18,7 @@ def test_each_response_token_is_predicted_from_the_text_before_it(
     response = list(range(1000, 1000 + response_length))
     for prompt_length in prompt_lengths:
         context = append_response(range(prompt_length), response)
-        # A causal model that has perfect memory: the state at i knows tokens 0..i and predicts token i + 1.
+        # A causal model with perfect memory: the state at i contains tokens 0..i and predicts token i + 1.
         predicted_by_state = torch.tensor([*context[1:], -1])
         assert predicted_by_state[response_positions(prompt_length, response_length)].tolist() == response
 
@@ -33,7 +33,7 @@ def test_empty_response_has_no_positions() -> None:
     assert torch.tensor(context)[response_positions(3, 0)].tolist() == []
 
 
-def test_response_cut_at_the_limit_has_as_many_positions_as_tokens() -> None:
+def test_a_truncated_response_has_as_many_positions_as_tokens() -> None:
     positions = response_positions(3, LIMIT)
     assert len(range(100)[positions]) == LIMIT
     assert positions.stop == 3 + LIMIT - 1

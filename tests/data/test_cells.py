@@ -1,4 +1,4 @@
-"""Values of columns as pandas, JSON and chat data leave them."""
+"""Values of columns as pandas, JSON and chat data write them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_answers(value: object, written: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "error"),
     [
         (None, "column 'answer' is null"),
-        (float("nan"), "holds nan, which is no number"),
-        (float("inf"), "holds inf, which is no number"),
-        (Decimal("NaN"), "holds NaN, which is no number"),
+        (float("nan"), "holds nan, which is not a number"),
+        (float("inf"), "holds inf, which is not a number"),
+        (Decimal("NaN"), "holds NaN, which is not a number"),
         ("nan", "holds 'nan', a missing value"),
         ("<NA>", "holds '<NA>', a missing value"),
         ("", "column 'answer' is empty"),
@@ -50,14 +50,14 @@ def test_answers(value: object, written: str) -> None:
         (datetime.date(2026, 1, 1), "holds date, not text"),
     ],
 )
-def test_no_answers(value: object, told: str) -> None:
+def test_missing_answers_are_malformed(value: object, error: str) -> None:
     with pytest.raises(MalformedError) as caught:
         scalar_of({"answer": value}, "answer")
-    assert told in str(caught.value)
+    assert error in str(caught.value)
 
 
 @pytest.mark.parametrize("blank", ["", " \n\t", "\u200b", "\ufeff\u2060", "\u3164", "\u00ad \u00a0", "\x00\x1b"])
-def test_text_that_shows_nothing_is_empty(blank: str) -> None:
+def test_invisible_text_is_empty(blank: str) -> None:
     with pytest.raises(MalformedError, match="column 'question' is empty"):
         text_of({"question": blank}, "question", field="question")
 
@@ -67,7 +67,7 @@ def test_fields_of_columns() -> None:
     assert text_of(row, "a.b.c", field="question") == "x"
     assert text_of(row, "a.b", field="question") == "literal"
     assert text_of(row, "list.-1.c", field="question") == "last"
-    for column, told in (
+    for column, error in (
         ("a.x", "no field 'x' in column 'a', only b"),
         ("list.2.c", "no item 2 in column 'list', which has 2"),
         ("none.x", "column 'none' is null"),
@@ -76,7 +76,7 @@ def test_fields_of_columns() -> None:
     ):
         with pytest.raises(MalformedError) as caught:
             text_of(row, column, field="question")
-        assert str(caught.value) == told
+        assert str(caught.value) == error
 
 
 def message(role: str, content: object = "text") -> dict[str, object]:
@@ -91,9 +91,9 @@ def test_messages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "told"),
+    ("messages", "error"),
     [
-        ([message("system"), message("user")], "a message of role 'system', which would be left out; name one"),
+        ([message("system"), message("user")], "a message of role 'system', which would be ignored; name one"),
         ([message("user"), message("assistant"), message("user")], "2 messages of the user and 1 of the assistant"),
         ([message("assistant")], "0 messages of the user"),
         ([message("user", [{"type": "text", "text": "Q"}])], "holds list, not text"),
@@ -104,7 +104,7 @@ def test_messages() -> None:
         ([], "a list, not text or messages"),
     ],
 )
-def test_other_lists(messages: list[object], told: str) -> None:
+def test_other_lists_are_malformed(messages: list[object], error: str) -> None:
     with pytest.raises(MalformedError) as caught:
         text_of({"messages": messages}, "messages", field="question")
-    assert told in str(caught.value)
+    assert error in str(caught.value)

@@ -38,12 +38,12 @@ def test_system_turn() -> None:
     assert chat(small.THINKING).render("U") == "<s><user>U<end><assistant>"
 
 
-def test_no_chat_template() -> None:
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     with pytest.raises(UserError, match="without a chat template"):
         chat(None)
 
 
-def test_template_that_refuses_the_system_turn() -> None:
+def test_a_template_that_refuses_the_system_turn_is_refused() -> None:
     template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + small.THINKING
     )
@@ -52,7 +52,7 @@ def test_template_that_refuses_the_system_turn() -> None:
         chat(template, system="S")
 
 
-def test_template_without_an_assistant_prefix() -> None:
+def test_a_template_without_an_assistant_prefix_is_refused() -> None:
     with pytest.raises(UserError, match="one assistant prefix"):
         chat("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
@@ -74,7 +74,7 @@ def test_bos_is_not_doubled() -> None:
     assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
 
-def test_truncation_and_padding_set_on_the_tokenizer_are_not_heeded() -> None:
+def test_truncation_and_padding_set_on_the_tokenizer_are_ignored() -> None:
     tokenizer = small.tokenizer()
     made = ChatFormat(tokenizer, system=None, enable_thinking=True)
     tokenizer.truncation_side = "left"
@@ -84,7 +84,7 @@ def test_truncation_and_padding_set_on_the_tokenizer_are_not_heeded() -> None:
     assert [len(encoded.ids) for encoded in made.encode(["x" * 10, "y"])] == [10, 1]
 
 
-def test_tokens_that_mark_a_turn_are_found() -> None:
+def test_control_tokens_in_a_text_are_found() -> None:
     made = chat(small.THINKING)
     assert made.mark_in("a <end> b") == "<end>"
     assert made.mark_in("a <think> b < end>") is None
@@ -97,8 +97,8 @@ TURNS = (
 )
 
 
-def test_added_tokens_that_the_template_writes_are_marks_whether_special_or_not() -> None:
-    """As in R1-Distill, whose marks of turns its tokenizer does not call special."""
+def test_added_tokens_that_the_template_writes_are_control_tokens() -> None:
+    """R1-Distill's tokenizer does not declare its turn tokens special."""
     tokenizer = small.tokenizer(TURNS)
     tokenizer.add_tokens(["[user]", "[assistant]", "<tool>", "<think>", "</think>", "[other]"])
     made = ChatFormat(tokenizer, system=None, enable_thinking=True)
@@ -109,7 +109,7 @@ def test_added_tokens_that_the_template_writes_are_marks_whether_special_or_not(
         assert made.mark_in(text) is None
 
 
-def test_a_mark_that_only_the_normaliser_brings_about_is_found() -> None:
+def test_a_control_token_that_appears_after_normalisation_is_found() -> None:
     tokenizer = small.tokenizer(TURNS)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     tokenizer.add_tokens([AddedToken("[user]", normalized=True)])

@@ -61,7 +61,7 @@ def test_all_prompts_end_in_the_same_assistant_prefix(template: str, thinking: b
     ],
 )
 def test_prompts_that_end_differently_are_refused_by_name(condition: str) -> None:
-    # The template opens a thought in some of the contexts only, according to what the user turn says.
+    # The template opens a thought only in some of the contexts, depending on the text of the user turn.
     template = small.FICKLE.replace(small.FICKLE_CONDITION, condition.replace("CONTENT", "messages[-1]['content']"))
     with pytest.raises(UserError) as caught:
         builder(template).build(record(7))
@@ -72,7 +72,7 @@ def test_prompts_that_end_differently_are_refused_by_name(condition: str) -> Non
 
 
 def test_prefix_tokens_are_compared_and_not_only_its_text() -> None:
-    # Merges across the border: " [/INST]" follows "." in one prompt and "!" in the others, and "! [/" is one token.
+    # Merges across the boundary: " [/INST]" follows "." in one prompt and "!" in the others, and "! [/" is one token.
     from tokenizers import AddedToken
 
     tokenizer = small.tokenizer(small.ALWAYS)
@@ -92,20 +92,20 @@ def test_template_that_ignores_thinking_is_reported(caplog: pytest.LogCaptureFix
 
 def test_template_that_alters_the_text_is_refused() -> None:
     shout = small.THINKING.replace("m['content']", "m['content'] | upper")
-    with pytest.raises(UserError, match="row row1: got a rendered prompt without the question"):
+    with pytest.raises(UserError, match="row row1: got a rendered prompt without the unchanged question"):
         builder(shout).build(record())
 
 
-def test_template_that_cuts_the_prompt_is_refused() -> None:
+def test_template_that_truncates_the_prompt_is_refused() -> None:
     cut = small.THINKING.replace("m['content']", "m['content'][-200:]")
-    with pytest.raises(UserError, match="row row1: got a rendered prompt without the question"):
+    with pytest.raises(UserError, match="row row1: got a rendered prompt without the unchanged question"):
         builder(cut).build(record())
 
 
-# Truncation: the reference alone, at its end, identically.
+# Truncation: of the reference only, at its end, identical for both teachers
 
 
-def test_only_the_reference_is_truncated_and_identically_for_both_teachers() -> None:
+def test_the_reference_is_truncated_identically_for_both_teachers() -> None:
     tokenizer = small.tokenizer()
     made = builder(tokenizer=tokenizer, max_reference_tokens=10)
     contexts = made.build(record(question="What is the long question?", reference=LONG))
@@ -119,7 +119,7 @@ def test_only_the_reference_is_truncated_and_identically_for_both_teachers() -> 
     assert "What is the long question?" in tokenizer.decode(contexts.student)
 
 
-def test_a_short_reference_is_left_alone() -> None:
+def test_a_short_reference_is_unchanged() -> None:
     made = builder(max_reference_tokens=len(LONG))
     contexts = made.build(record(reference=LONG))
     assert contexts.reference_text == LONG
@@ -135,7 +135,7 @@ def test_truncation_never_splits_a_character(limit: int) -> None:
     assert contexts.reference_truncated is (expected < 6)
 
 
-def test_truncation_keeps_whole_tokens_up_to_the_limit() -> None:
+def test_truncation_keeps_complete_tokens_up_to_the_limit() -> None:
     tokenizer = small.tokenizer()
     tokenizer.add_tokens(["xyz"])
     made = builder(tokenizer=tokenizer, max_reference_tokens=4)
@@ -143,7 +143,7 @@ def test_truncation_keeps_whole_tokens_up_to_the_limit() -> None:
     assert made.build(record(reference="a" + "xyz" * 10)).reference_text == "a" + "xyz" * 3
 
 
-def test_a_reference_of_which_nothing_is_left_is_an_error() -> None:
+def test_a_reference_truncated_to_nothing_is_an_error() -> None:
     with pytest.raises(UserError, match="row row1: got nothing left of the reference"):
         builder(max_reference_tokens=2).build(record(reference="😀 and more"))
 
@@ -159,7 +159,7 @@ def test_long_references_follow_the_setting() -> None:
         builder(max_reference_tokens=15, long_references="error").fit(rows)
 
 
-def test_overlong_prompts_follow_the_setting_and_are_never_cut() -> None:
+def test_overlong_prompts_follow_the_setting_and_are_never_truncated() -> None:
     rows = [record(1), record(2, question="What? " * 30)]
     fitted = builder(max_prompt_tokens=150).fit(rows)
     assert isinstance(fitted[0], FittedRow)
@@ -178,7 +178,7 @@ def test_the_limit_is_on_the_whole_student_prompt() -> None:
 
 
 @pytest.mark.parametrize("field", ["question", "reference"])
-def test_tokens_that_mark_a_turn_are_malformed_in_a_row(field: str) -> None:
+def test_a_row_with_control_tokens_is_malformed(field: str) -> None:
     bad = record(3, **{field: "He said <end><assistant> 5"})
     with pytest.raises(UserError, match=f"row row3: got the token <end> in its {field}"):
         builder().fit([bad])
@@ -253,6 +253,6 @@ def test_the_same_response_continues_each_context(response: list[int]) -> None:
         assert context[: len(ids)] == ids
 
 
-def test_bad_template_is_refused_at_once() -> None:
+def test_bad_template_is_refused_by_the_constructor() -> None:
     with pytest.raises(UserError, match=r"student without \{question\}"):
         builder(templates=TemplatesConfig(student="?"))

@@ -69,14 +69,14 @@ def test_bad_chat_template_is_refused_before_training(tmp_path: Path) -> None:
         build_dataset(given, given.train, small.tokenizer(small.FICKLE))
 
 
-def test_access_is_repeatable_and_ends_like_a_list(tmp_path: Path) -> None:
+def test_access_is_deterministic_and_out_of_range_indices_raise(tmp_path: Path) -> None:
     given = config(small.write_jsonl(tmp_path / "a.jsonl", small.rows(3)))
     dataset, _ = build_dataset(given, given.train, small.tokenizer())
     assert dataset[1] == dataset[1]
     assert [row.record.id for row in dataset] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
 
 
-def test_a_borrowed_reference_is_always_the_same_and_another_rows(tmp_path: Path) -> None:
+def test_a_borrowed_reference_is_deterministic_and_of_another_row(tmp_path: Path) -> None:
     rows = [{"question": f"What is {n}+{n}?", "reference": str(2 * (n // 2))} for n in range(8)]  # pairs share one
     given = config(small.write_jsonl(tmp_path / "a.jsonl", rows))
     own, _ = build_dataset(given, given.train, small.tokenizer())
@@ -87,7 +87,7 @@ def test_a_borrowed_reference_is_always_the_same_and_another_rows(tmp_path: Path
         assert lent.contexts.student == wrong.contexts.student == plain.contexts.student
         assert lent.contexts.reference == plain.contexts.reference
         assert wrong.contexts.privileged == plain.contexts.privileged
-        # The same words around another reference: the privileged context of no row.
+        # The same template with another reference: not the privileged context of any row.
         assert lent.contexts.privileged == wrong.contexts.reference
         assert lent.contexts.privileged not in [row.contexts.privileged for row in own]
         assert lent.contexts.reference_text == plain.contexts.reference_text
@@ -95,10 +95,10 @@ def test_a_borrowed_reference_is_always_the_same_and_another_rows(tmp_path: Path
     assert [row.contexts for row in privileged] == [row.contexts for row in privileged]
 
 
-def test_rows_that_share_one_reference_have_none_to_lend(tmp_path: Path) -> None:
+def test_borrowing_among_rows_with_the_same_reference_is_refused(tmp_path: Path) -> None:
     rows = [{"question": f"What is {n}?", "reference": "2"} for n in range(3)]
     given = config(small.write_jsonl(tmp_path / "a.jsonl", rows))
-    with pytest.raises(UserError, match=r"3 rows, none of which has another reference than row a\.jsonl:1"):
+    with pytest.raises(UserError, match=r"3 rows that all have the reference of row a\.jsonl:1"):
         build_dataset(given, given.train, small.tokenizer(), Borrowed.SECOND)
 
 

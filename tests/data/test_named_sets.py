@@ -1,4 +1,4 @@
-"""Named sets are found where users have them, and nothing is fetched."""
+"""Named sets are found in the user's directory and in the caches, and nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def prepared(home: Path, repository: str, split: str, rows: list[dict]) -> Path:
-    """The file that `datasets` makes when it loads a repository of the Hub."""
+    """The file that `datasets` writes when it loads a repository of the Hub."""
     owner, name = repository.split("/")
     dataset = camelcase_to_snakecase(name)
     folder = (
@@ -50,7 +50,7 @@ WANTED = [(row["problem"], row["answer"]) for row in ROWS]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "saved"])
-def test_the_users_own_file(form: str, tmp_path: Path) -> None:
+def test_a_file_of_the_user_is_found(form: str, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     if form == "jsonl":
@@ -63,7 +63,7 @@ def test_the_users_own_file(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("repository", "split"), NAMED_SETS["aime24"].repositories)
-def test_what_datasets_has_cached(repository: str, split: str, home: Path) -> None:
+def test_the_cache_of_datasets_is_found(repository: str, split: str, home: Path) -> None:
     columns = {"problem": "Problem", "answer": "Answer"} if repository.startswith("Maxwell") else {}
     rows = [{columns.get(key, key): value for key, value in row.items()} for row in ROWS]
     prepared(home, repository, split, rows)
@@ -86,7 +86,7 @@ def test_gsm8k_takes_the_answer_from_the_solution(home: Path, monkeypatch: pytes
     assert read("gsm8k")[7] == ("q7", "7")
 
 
-def test_what_the_hub_client_has_fetched(home: Path) -> None:
+def test_the_cache_of_the_hub_client_is_found(home: Path) -> None:
     snapshot = home / "hub" / "datasets--MathArena--hmmt_feb_2025" / "snapshots" / "abc" / "data"
     snapshot.mkdir(parents=True)
     Dataset.from_list(ROWS).to_parquet(snapshot / "train-00000-of-00001.parquet")
@@ -99,26 +99,26 @@ def test_the_users_file_comes_first(home: Path, tmp_path: Path) -> None:
     assert read("aime24", str(tmp_path))[0][0] == "mine"
 
 
-def test_a_set_that_is_nowhere_says_where_it_was_looked_for(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing is downloaded") as told:
+def test_the_message_for_a_missing_set_names_all_searched_places(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing is downloaded") as raised:
         named_source("aime25", str(tmp_path))
-    message = str(told.value)
+    message = str(raised.value)
     assert str(tmp_path / "aime25.jsonl") in message
     assert str(home / "datasets" / "math-ai___aime25") in message
     assert str(home / "hub" / "datasets--math-ai--aime25") in message
     assert "evaluation.sets_directory" in message
 
 
-def test_files_that_are_not_the_set(tmp_path: Path) -> None:
+def test_files_that_are_not_the_set_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "aime24.jsonl"
     file.write_text('{"text": "q", "label": "1"}\n')
     with pytest.raises(UserError, match="got columns text, label; need one of problem, question"):
         named_source("aime24", str(tmp_path))
     file.write_text("nonsense\n")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         named_source("aime24", str(tmp_path))
     file.write_text("")
     with pytest.raises(UserError, match="no row"):
         named_source("aime24", str(tmp_path))
-    with pytest.raises(UserError, match="got 29 usable problems; need its 30"):
+    with pytest.raises(UserError, match="got 29 usable problems; need 30"):
         refuse_another_size("aime24", 29)

@@ -1,4 +1,4 @@
-"""Files as people have them: what is read, and one line for what is not."""
+"""Formats and defects of data files: which are read, and the one-line message for the others."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def read(path: Path, *columns: str) -> list[object]:
         LINE + b"\n\n   \n" + LINE + b"\n",
     ],
 )
-def test_lines(tmp_path: Path, content: bytes) -> None:
+def test_lines_of_jsonl_are_read(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert read(tmp_path / "a.jsonl") == [ROW, ROW]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b'{"question": "a", "question": "b"}', "the key 'question' twice"),
-        (b'{"question": "a", }', "a line that is not JSON"),
+        (b'{"question": "a", }', "a line that is not valid JSON"),
         (b"\x89PNG\r\n\x1a\n\x00", "bytes that are not UTF-8"),
-        (b"question,answer", "a line that is not JSON"),
+        (b"question,answer", "a line that is not valid JSON"),
         (b"3", "a JSON int instead of an object"),
     ],
 )
-def test_a_bad_row_says_why(tmp_path: Path, content: bytes, told: str) -> None:
+def test_a_bad_row_is_malformed_with_the_reason(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    found = read(tmp_path / "a.jsonl")
-    assert told in str(found[0])
+    rows = read(tmp_path / "a.jsonl")
+    assert message in str(rows[0])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.parquet", b"PAR1 and then nothing of the kind", "need JSONL"),
         ("a.parquet", b"{}", "name ends in .parquet"),
@@ -64,22 +64,22 @@ def test_a_bad_row_says_why(tmp_path: Path, content: bytes, told: str) -> None:
         ("a.jsonl", json.dumps(ROW).encode("utf-16"), "UTF-16 text"),
     ],
 )
-def test_foreign_files(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+def test_files_of_other_formats_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(told)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         read(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 20)
     (tmp_path / "a.jsonl").write_bytes(LINE + b"\n" + b'{"question": "' + b"a" * (1 << 21))
-    with pytest.raises(UserError, match="a line 2 of more than 1 MiB"):
+    with pytest.raises(UserError, match="line 2 of more than 1 MiB"):
         read(tmp_path / "a.jsonl")
 
 
-def test_a_parquet_file_that_is_cut_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_truncated_parquet_file_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([ROW] * 1000), path)
     whole = path.read_bytes()
@@ -93,7 +93,7 @@ def test_columns_and_fields(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([{"a": {"b": 1}, "a.c": 2, "d": 3}]), path)
     assert read(path, "a.b", "a.c") == [{"a": {"b": 1}, "a.c": 2}]
-    with pytest.raises(UserError, match=r"columns a, a\.c, d; need the mapped columns, e\.f among them"):
+    with pytest.raises(UserError, match=r"columns a, a\.c, d; need the mapped columns, including e\.f"):
         read(path, "a.b", "e.f")
 
 
@@ -104,7 +104,7 @@ def test_names_of_columns(tmp_path: Path) -> None:
         assert column_names(tmp_path / name, "data.train") == ["question", "reference"]
 
 
-def test_unreadable_directories(tmp_path: Path) -> None:
+def test_unreadable_directories_are_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(UserError, match="need JSONL"):
         read(tmp_path)

@@ -1,6 +1,6 @@
-"""The same promises with the tokenizers and chat templates of Qwen3 and R1-distill, and with GSM8K as it stands.
+"""Contexts with the tokenizers and chat templates of Qwen3 and R1-Distill, and with GSM8K as published.
 
-These files are not part of the repository; each test is skipped where they are absent.
+These files are not part of the repository; each test is skipped if they are absent.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def qwen3() -> Any:
 
 @pytest.fixture
 def r1() -> Any:
-    """Qwen3's vocabulary with R1's marks and template, as R1-Distill-Qwen has it."""
+    """Qwen3's vocabulary with R1's control tokens and template, as in R1-Distill-Qwen."""
     made = load_tokenizer(QWEN3)
     settings = json.loads((R1 / "tokenizer_config.json").read_text(encoding="utf-8"))
     marks = [settings["bos_token"], settings["eos_token"], "<｜User｜>", "<｜Assistant｜>"]  # noqa: RUF001
@@ -88,7 +88,7 @@ def test_r1_distill_prefix(r1: Any, thinking: bool, open_thought: bool, caplog: 
 
 
 @needs(QWEN3)
-def test_qwen3_prompts_equal_those_of_the_tokenizers_own_call(qwen3: Any) -> None:
+def test_qwen3_prompts_equal_those_of_apply_chat_template(qwen3: Any) -> None:
     builder = ContextBuilder(qwen3, DataConfig(enable_thinking=False))
     turn = "Problem: What is 2+3?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     expected = qwen3.apply_chat_template(
@@ -121,7 +121,7 @@ def test_a_reference_may_quote_a_thought(qwen3: Any) -> None:
 @needs(QWEN3, R1)
 @pytest.mark.parametrize("mark", ["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"])  # noqa: RUF001
 @pytest.mark.parametrize("column", ["question", "reference"])
-def test_r1_distills_marks_are_refused_though_its_tokenizer_does_not_call_them_special(column: str, mark: str) -> None:
+def test_control_tokens_of_r1_distill_are_refused_although_not_special(column: str, mark: str) -> None:
     made = load_tokenizer(QWEN3)
     settings = json.loads((R1 / "tokenizer_config.json").read_text(encoding="utf-8"))
     made.add_tokens([AddedToken(mark, special=False) for mark in ("<｜User｜>", "<｜Assistant｜>")])  # noqa: RUF001
@@ -135,7 +135,7 @@ def test_r1_distills_marks_are_refused_though_its_tokenizer_does_not_call_them_s
 
 
 @needs(QWEN3, GSM8K)
-def test_gsm8k_as_it_stands(qwen3: Any) -> None:
+def test_gsm8k_as_published(qwen3: Any) -> None:
     train = SourceConfig(path=str(GSM8K), columns=ColumnsConfig(reference="answer"), limit=100)
     held_out = replace(train, answer_pattern=r"####\s*(.+)")
     config = DataConfig(train=train, validation=held_out, max_reference_tokens=64)

@@ -48,12 +48,12 @@ def test_every_epoch_visits_every_row_once(rows: int, step_rows: int) -> None:
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 17])
-def test_resuming_continues_the_same_line(start: int) -> None:
+def test_resuming_continues_the_same_order(start: int) -> None:
     whole = list(islice(sampler(), 25))
     assert list(islice(sampler(start_step=start), 25 - start)) == whole[start:]
 
 
-def test_each_iterator_starts_anew() -> None:
+def test_each_iterator_starts_at_start_step() -> None:
     made = sampler()
     assert next(iter(made)) == next(iter(made)) == made.global_batch(0)
 
@@ -66,7 +66,7 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
     ]
 
 
-def test_order_is_the_same_on_every_machine_and_in_every_version() -> None:
+def test_the_order_equals_the_recorded_one() -> None:
     assert sampler(10, 10, seed=1234).global_batch(0) == [0, 8, 5, 2, 1, 9, 4, 3, 6, 7]
 
 

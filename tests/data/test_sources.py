@@ -85,34 +85,34 @@ def test_column_mapping_and_ids(tmp_path: Path) -> None:
 
 def test_answer_pattern_takes_the_last_match(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "Q", "reference": "#### 1\nno\n####  1,072 \n"}, GOOD])
-    given = source(path, answer_pattern=r"####\s*(.+)")
-    records, _ = read_records(given, need_answer=True, malformed_rows="skip")
+    patterned = source(path, answer_pattern=r"####\s*(.+)")
+    records, _ = read_records(patterned, need_answer=True, malformed_rows="skip")
     assert [record.answer for record in records] == ["1,072"]
 
 
 @pytest.mark.parametrize(
-    ("columns", "need_answer", "told"),
+    ("columns", "need_answer", "message"),
     [
-        (ColumnsConfig(), False, "data.train.answer_pattern, which does nothing"),
-        (ColumnsConfig(answer="answer"), True, "data.train.columns.answer='answer', which overrules it"),
-        (ColumnsConfig(reference=None), True, "data.train.columns.reference, in which it would look"),
+        (ColumnsConfig(), False, "data.train.answer_pattern, which has no effect"),
+        (ColumnsConfig(answer="answer"), True, "data.train.columns.answer='answer', which overrides it"),
+        (ColumnsConfig(reference=None), True, "data.train.columns.reference, which it searches"),
     ],
 )
 def test_a_pattern_without_effect_is_refused(
-    tmp_path: Path, columns: ColumnsConfig, need_answer: bool, told: str
+    tmp_path: Path, columns: ColumnsConfig, need_answer: bool, message: str
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "answer": "1"}])
-    given = source(path, columns=columns, answer_pattern="(.)")
-    with pytest.raises(UserError, match=re.escape(told)):
-        check_source(given, setting="data.train", need_reference=False, need_answer=need_answer)
+    patterned = source(path, columns=columns, answer_pattern="(.)")
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_source(patterned, setting="data.train", need_reference=False, need_answer=need_answer)
 
 
 def test_several_files_are_one_source(tmp_path: Path) -> None:
     for name in ("x/a.jsonl", "y/a.jsonl"):
         (tmp_path / name).parent.mkdir()
         write_jsonl(tmp_path / name, rows(2))
-    given = source(tmp_path / "x" / "a.jsonl", more_paths=[str(tmp_path / "y" / "*.jsonl")], columns=ANSWERS)
-    records, report = read_records(given)
+    patterned = source(tmp_path / "x" / "a.jsonl", more_paths=[str(tmp_path / "y" / "*.jsonl")], columns=ANSWERS)
+    records, report = read_records(patterned)
     assert [record.id for record in records] == ["x/a.jsonl:1", "x/a.jsonl:2", "y/a.jsonl:1", "y/a.jsonl:2"]
     assert report.rows_read == 4
     assert len(read_records(source(tmp_path / "x", more_paths=[str(tmp_path / "y")], limit=3))[0]) == 3
@@ -137,7 +137,7 @@ def test_the_layout_of_verl(tmp_path: Path) -> None:
     nested = ColumnsConfig(question="prompt.0.content", reference="extra_info.solution")
     with pytest.raises(UserError, match="no field 'solution' in column 'extra_info', only question, answer"):
         read_records(source(path, columns=nested))
-    with pytest.raises(UserError, match=r"reward\.ground_truth among them"):
+    with pytest.raises(UserError, match=r"including reward\.ground_truth"):
         read_records(source(path, columns=ColumnsConfig(question="prompt", reference="reward.ground_truth")))
 
 
@@ -152,17 +152,17 @@ def test_text_is_verbatim_and_unicode_line_separators_do_not_split_rows(tmp_path
 
 
 MALFORMED = {
-    "not_json": ('{"question": "Q", ', "not JSON"),
+    "not_json": ('{"question": "Q", ', "not valid JSON"),
     "not_object": ("[1, 2]", "a JSON list instead of an object"),
     "not_utf8": (b'{"question": "\xff", "reference": "R"}', "not UTF-8"),
-    "too_deep": ("[" * 200_000, "not JSON"),
+    "too_deep": ("[" * 200_000, "not valid JSON"),
     "no_reference": ('{"question": "Q", "solution": "S"}', "no column 'reference', only question, solution"),
     "null_reference": ('{"question": "Q", "reference": null}', "column 'reference' is null"),
     "empty_reference": ('{"question": "Q", "reference": ""}', "column 'reference' is empty"),
     "blank_reference": ('{"question": "Q", "reference": " \\n\\t"}', "column 'reference' is empty"),
     "empty_question": ('{"question": "", "reference": "R"}', "column 'question' is empty"),
     "number": ('{"question": 5, "reference": "R"}', "column 'question' holds int, not text"),
-    "surrogate": ('{"question": "\\ud800", "reference": "R"}', "half a surrogate pair"),
+    "surrogate": ('{"question": "\\ud800", "reference": "R"}', "an unpaired surrogate"),
 }
 
 
@@ -216,13 +216,13 @@ def test_missing_path(path: str) -> None:
         read_records(SourceConfig(path=path), setting="data.validation")
 
 
-def test_rows_without_references_serve_evaluation_only(tmp_path: Path) -> None:
+def test_rows_without_references_are_for_evaluation_only(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "Q", "answer": 33}])
-    given = source(path, columns=ColumnsConfig(reference=None, answer="answer"))
-    records, _ = read_records(given, need_reference=False, need_answer=True)
+    patterned = source(path, columns=ColumnsConfig(reference=None, answer="answer"))
+    records, _ = read_records(patterned, need_reference=False, need_answer=True)
     assert records == [Record("a.jsonl:1", "Q", None, "33")]
     with pytest.raises(UserError, match=r"data\.train\.columns\.reference=null"):
-        read_records(given)
+        read_records(patterned)
 
 
 def test_evaluation_needs_answers(tmp_path: Path) -> None:
@@ -246,6 +246,6 @@ def test_unknown_embedded_name() -> None:
 
 @pytest.mark.parametrize("name", ["tiny_train", "tiny_validation"])
 def test_embedded_data_can_be_read(name: str) -> None:
-    given = SourceConfig(path=f"nemo_popsd:{name}", columns=ColumnsConfig(id="id", answer="answer"), limit=5)
-    records, _ = read_records(given, need_answer=True)
+    patterned = SourceConfig(path=f"nemo_popsd:{name}", columns=ColumnsConfig(id="id", answer="answer"), limit=5)
+    records, _ = read_records(patterned, need_answer=True)
     assert len(records) == 5

@@ -7,7 +7,7 @@ from nemo_popsd.data.templates import check_templates, fill, user_turns
 from nemo_popsd.errors import UserError
 
 
-def test_teachers_differ_by_the_question_block_alone() -> None:
+def test_teachers_differ_only_in_the_question_block() -> None:
     templates = TemplatesConfig()
     turns = user_turns(templates, question="Q?", reference="R.")
     assert turns.privileged == templates.question_block.replace("{question}", "Q?") + turns.reference
@@ -15,7 +15,7 @@ def test_teachers_differ_by_the_question_block_alone() -> None:
     assert "R." not in turns.student
 
 
-def test_default_reference_only_turn_names_no_problem() -> None:
+def test_the_default_reference_only_turn_does_not_mention_a_problem() -> None:
     turns = user_turns(TemplatesConfig(), question="Q?", reference="R.")
     assert not re.search("problem|question", turns.reference, re.IGNORECASE)
     check_templates(TemplatesConfig())
@@ -42,7 +42,7 @@ def test_backslashes_in_values_are_literal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"student": "Solve it."}, "student without {question}"),
         ({"student": "{question} {reference}"}, "student with {reference}"),
@@ -57,8 +57,8 @@ def test_backslashes_in_values_are_literal() -> None:
         ({"teacher": "{question_block}{reference} Answer the preceding question."}, "preceding question"),
     ],
 )
-def test_bad_templates_are_refused(change: dict[str, str], told: str) -> None:
-    with pytest.raises(UserError, match=re.escape(told)) as caught:
+def test_bad_templates_are_refused(change: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         check_templates(TemplatesConfig(**change))
     assert f"data.templates.{next(iter(change))}" in str(caught.value)
 

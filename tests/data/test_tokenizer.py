@@ -25,14 +25,14 @@ def test_saved_tokenizer_is_loaded_with_its_template(tmp_path: Path) -> None:
 
 
 def test_missing_directory_and_directory_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"student\.source='.*absent', no directory"):
+    with pytest.raises(UserError, match=r"student\.source='.*absent', not a directory"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"with config\.json; need a directory with tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
-def test_damaged_tokenizer(tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     small.tokenizer().save_pretrained(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="need a directory with"):
@@ -40,7 +40,7 @@ def test_damaged_tokenizer(tmp_path: Path) -> None:
 
 
 def _like_5(folder: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """A tokenizer's files as transformers 5 writes them: fewer of them, and fewer keys."""
+    """A tokenizer's files as transformers 5 writes them: fewer files and fewer keys."""
     small.tokenizer().save_pretrained(str(folder))
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     content = json.loads((folder / "tokenizer_config.json").read_text())
@@ -77,7 +77,7 @@ def test_the_files_of_transformers_5_are_read(tmp_path: Path, change: Callable[[
     if "extra_special_tokens" in content:
         assert set(loaded.all_special_tokens) == set(expected.all_special_tokens)
     assert loaded.name_or_path == str(tmp_path)
-    # What is written for other readers is what has been read.
+    # The tokenizer that is saved for other programs equals the one that was loaded.
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(for_transformers_4(content, "model")))
     again = load_tokenizer(tmp_path)
     assert again.all_special_tokens == loaded.all_special_tokens
@@ -90,14 +90,14 @@ def test_a_tokenizer_of_transformers_5_without_tokenizer_json_is_refused(tmp_pat
         load_tokenizer(tmp_path)
 
 
-def test_what_transformers_4_wrote_stays_as_it_is(tmp_path: Path) -> None:
+def test_the_files_of_transformers_4_are_unchanged(tmp_path: Path) -> None:
     small.tokenizer().save_pretrained(str(tmp_path))
     content = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert for_transformers_4(content, "model") == content
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"])
-def test_a_pipe_or_a_pointer_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+def test_a_pipe_or_a_pointer_in_place_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
     small.tokenizer().save_pretrained(str(tmp_path))
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match=f"{name}, which is a git-lfs pointer"):
@@ -143,7 +143,7 @@ def test_no_stop_token_is_an_error(configured: dict[str, object] | None) -> None
 
 
 @pytest.mark.parametrize("wrong", ["</s>", -1, [2, True]])
-def test_stop_tokens_that_are_no_token_ids(wrong: object) -> None:
+def test_stop_tokens_that_are_not_token_ids_are_refused(wrong: object) -> None:
     with pytest.raises(UserError, match="got eos_token_id"):
         stop_token_ids(small.tokenizer(), {"eos_token_id": wrong})
 

@@ -1,4 +1,4 @@
-"""Virtual environments with nothing in them but what a test declares to be installed."""
+"""Virtual environments that contain only the distributions that a test declares."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ ROOT = Path(__file__).parents[2]
 
 
 class CleanEnvironment:
-    """A virtual environment without packages, in which distributions can be declared by their metadata alone."""
+    """A virtual environment without packages, in which distributions can be declared by their metadata only."""
 
-    def __init__(self, place: Path, *, with_pip: bool = False) -> None:
-        venv.create(place, with_pip=with_pip, symlinks=True)
-        self.python = place / "bin" / "python"
-        (self.site_packages,) = place.glob("lib/python*/site-packages")
+    def __init__(self, directory: Path, *, with_pip: bool = False) -> None:
+        venv.create(directory, with_pip=with_pip, symlinks=True)
+        self.python = directory / "bin" / "python"
+        (self.site_packages,) = directory.glob("lib/python*/site-packages")
 
     def declare(self, name: str, version: str, *requires: str) -> None:
-        """Installs `name` as far as its metadata goes; there is nothing to import."""
-        place = self.site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
-        place.mkdir()
+        """Installs the metadata of `name`, without a module to import."""
+        info = self.site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
         lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        (place / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
-        (place / "INSTALLER").write_text("pip\n")
-        (place / "RECORD").write_text("")
+        (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
+        (info / "INSTALLER").write_text("pip\n")
+        (info / "RECORD").write_text("")
 
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """`python words...`, outside the source tree and with none of the caller's settings of Python and pip."""
+        """`python words...`, outside the source tree and without the caller's settings of Python and pip."""
         kept = {
             key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_", "VIRTUAL_ENV"))
         }
@@ -49,12 +49,12 @@ class CleanEnvironment:
 
 
 def states(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """Name to state, of what `doctor --json` printed."""
+    """The state of each finding by name, from the output of `doctor --json`."""
     return {entry["name"]: entry["state"] for entry in json.loads(done.stdout)["findings"]}
 
 
 def lend(environment: CleanEnvironment, *names: str) -> None:
-    """Lets `environment` import single packages of the environment that runs the tests, with their metadata."""
+    """Makes packages of the environment that runs the tests importable in `environment`, with their metadata."""
     for name in names:
         distribution = importlib.metadata.distribution(name)
         for file in distribution.files or ():

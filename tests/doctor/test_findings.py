@@ -23,7 +23,7 @@ def test_exit_status(findings: list[Finding], status: int, strict: int) -> None:
     assert json.loads(as_json(findings, strict=True))["ok"] is not bool(strict)
 
 
-def test_json_holds_every_field() -> None:
+def test_the_json_contains_every_field() -> None:
     (finding,) = json.loads(as_json([GONE], strict=False))["findings"]
     assert Finding(**finding) == GONE
 
@@ -33,4 +33,4 @@ def test_the_table_names_every_problem_at_its_end() -> None:
     assert lines[0] == "packages"
     assert lines[1].split() == ["ok", "torch", "2.13.0", "need", ">=2.9"]
     assert lines[-1] == "missing: lightning; failed: disk; outside the declared range: megatron-core"
-    assert as_table([FINE, ABSENT]).splitlines()[-1] == "all that a run needs is here"
+    assert as_table([FINE, ABSENT]).splitlines()[-1] == "everything that a run needs is present"

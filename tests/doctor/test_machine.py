@@ -1,4 +1,4 @@
-"""Devices, disk and imports. This machine may have a GPU or none."""
+"""Devices, disk and imports. The tests pass with and without a GPU."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
 
 
-def test_devices_are_counted_by_kind(tmp_path: Path) -> None:
+def test_devices_are_counted_by_name(tmp_path: Path) -> None:
     found = by_name(examine_machine([H100] * 8, gpus=8, output=str(tmp_path), free_gib=0))["CUDA devices"]
     assert (found.state, found.found) == ("ok", f"8 x {H100}")
     found = by_name(examine_machine([H100] * 7, gpus=8, output=str(tmp_path), free_gib=0))["CUDA devices"]
     assert (found.state, found.need) == ("failed", "8")
 
 
-def test_a_machine_without_devices_is_fine_unless_they_are_needed(tmp_path: Path) -> None:
+def test_a_machine_without_devices_passes_unless_they_are_needed(tmp_path: Path) -> None:
     for gpus, state in ((0, "optional"), (1, "failed")):
         found = by_name(examine_machine([], gpus=gpus, output=str(tmp_path), free_gib=0))["CUDA devices"]
         assert found.state == state
@@ -44,7 +44,7 @@ def test_nccl_is_needed_with_devices(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["NCCL"].state == state
 
 
-def test_layers_are_those_that_auto_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_those_that_auto_selects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def layers(devices: list[str]) -> Finding:
         return by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["layers"]
 
@@ -55,7 +55,7 @@ def test_layers_are_those_that_auto_takes(tmp_path: Path, monkeypatch: pytest.Mo
     assert (layers([]).found, layers([H100]).found) == ("local", "transformer_engine")
 
 
-def test_little_shared_memory_matters_with_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_shared_memory_is_a_failure_with_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def state(devices: list[str]) -> str:
         return by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["/dev/shm"].state
 
@@ -76,13 +76,13 @@ def test_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_cannot_be_written() -> None:
+def test_an_output_that_cannot_be_written_is_a_failure() -> None:
     found = by_name(examine_machine([], gpus=0, output="/proc/nowhere", free_gib=0))["output"]
     assert found.state == "failed"
     assert "/proc/nowhere" in found.found
 
 
-def test_a_broken_torch_is_told_and_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_torch_is_reported_and_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def broken(name: str, *args: object, **kwargs: object) -> object:
@@ -100,7 +100,7 @@ def test_a_broken_torch_is_told_and_not_raised(tmp_path: Path, monkeypatch: pyte
     assert machine._examine_nccl([]).state == "optional"
 
 
-def test_imports_are_tried_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports_are_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in (
         ("fine", ""),
         ("broken", "raise RuntimeError('no such symbol')"),
@@ -126,12 +126,12 @@ def test_imports_are_tried_and_judged(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (with_gpu["driverless_module"].state, with_gpu["nowhere_module"].state) == ("failed", "optional")
     (tmp_path / "transformer_engine.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert by_name(examine_imports([H100]))["nowhere_module"].state == "failed", "installed, and broken"
+    assert by_name(examine_imports([H100]))["nowhere_module"].state == "failed", "installed but broken"
     monkeypatch.setattr(imports, "NEEDED", ("endless_module",))
-    assert by_name(examine_imports([], seconds=0.5))["endless_module"].found == "nothing for 0.5 s"
+    assert by_name(examine_imports([], seconds=0.5))["endless_module"].found == "not imported within 0.5 s"
 
 
 @pytest.mark.slow
-def test_the_modules_that_are_needed_exist_here() -> None:
+def test_the_needed_modules_can_be_imported() -> None:
     done = subprocess.run([sys.executable, "-c", f"import {', '.join(imports.NEEDED)}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

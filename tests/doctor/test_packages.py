@@ -1,4 +1,4 @@
-"""What is installed against what is declared, in environments of known content."""
+"""Comparison of installed with declared distributions, in environments of known content."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> CleanEnvironment:
     return CleanEnvironment(tmp_path_factory.mktemp("empty") / "venv")
 
 
-def test_what_is_declared_is_what_pyproject_says() -> None:
+def test_the_declared_requirements_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python, requirements = declared()
     assert python == project["requires-python"]
@@ -47,16 +47,16 @@ def test_what_is_declared_is_what_pyproject_says() -> None:
 def test_an_installed_distribution_declares_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from_source = declared()
     lines = [f"Requires-Dist: {e.line}" + (f' ; extra == "{e.extra}"' if e.extra else "") for e in from_source[1]]
-    place = tmp_path / "nemo_popsd-0.1.0.dist-info"
-    place.mkdir()
+    info = tmp_path / "nemo_popsd-0.1.0.dist-info"
+    info.mkdir()
     head = ["Metadata-Version: 2.1", "Name: nemo_popsd", "Version: 0.1.0", f"Requires-Python: {from_source[0]}"]
-    (place / "METADATA").write_text("\n".join([*head, *lines, 'Requires-Dist: pytest ; extra == "dev"']) + "\n")
+    (info / "METADATA").write_text("\n".join([*head, *lines, 'Requires-Dist: pytest ; extra == "dev"']) + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(packages, "_SOURCE", tmp_path)
     assert declared() == from_source
 
 
-def test_neither_source_nor_distribution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_source_and_distribution_nothing_is_declared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(packages, "_SOURCE", tmp_path)
     monkeypatch.setattr(packages, "DISTRIBUTION", "popsd_that_nobody_installed")
     assert declared() == ("", [])
@@ -72,13 +72,13 @@ def test_this_environment_has_everything() -> None:
     assert not {f.name for f in examine_packages() if f.state in ("missing", "outside", "failed")}
 
 
-def test_transformer_engine_is_needed_nowhere() -> None:
+def test_transformer_engine_is_optional() -> None:
     found = {finding.name: finding for finding in examine_packages()}
     assert found["transformer-engine"].state == "optional"
     assert "local layers" in found["transformer-engine"].note
 
 
-def test_an_empty_environment_is_told_what_is_missing(empty: CleanEnvironment) -> None:
+def test_the_report_on_an_empty_environment_names_what_is_missing(empty: CleanEnvironment) -> None:
     done = empty.doctor()
     assert (done.returncode, done.stderr) == (1, "")
     verdict = done.stdout.splitlines()[-1]
@@ -91,15 +91,15 @@ def test_an_empty_environment_with_a_configuration_and_all_options(empty: CleanE
     words = ["--json", "--imports", "--gpus", "1", "--sharing", "0", "2", "m", str(ROOT / "conf" / "tiny.yaml")]
     done = empty.doctor(*words, f"output={tmp_path}")
     assert (done.returncode, done.stderr) == (1, "")
-    told = json.loads(done.stdout)
-    assert told["ok"] is False
-    found = {entry["name"]: entry for entry in told["findings"]}
+    report = json.loads(done.stdout)
+    assert report["ok"] is False
+    found = {entry["name"]: entry for entry in report["findings"]}
     assert found["nemo.core"]["found"] == "ModuleNotFoundError: No module named 'nemo'"
     assert found["configuration"]["state"] == "failed"
     assert found["CUDA devices"]["state"] == "failed"
 
 
-def test_missing_requirements_are_lines_for_pip(empty: CleanEnvironment) -> None:
+def test_missing_requirements_are_printed_for_pip(empty: CleanEnvironment) -> None:
     done = empty.doctor("--missing")
     assert done.returncode == 0
     assert done.stdout.splitlines() == [entry.line for entry in declared()[1] if entry.needed]

@@ -1,4 +1,4 @@
-"""A run's configuration and paths; the output that all nodes must share."""
+"""Checks of a run's configuration and paths, and of the output that all nodes must share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def run(*overrides: str, world_size: int = 1, **others: object) -> tuple[str, st
     return finding.state + " " + " ".join((finding.found, finding.need, finding.note)), output
 
 
-def test_a_run_that_can_start(tmp_path: Path) -> None:
-    told, output = run(f"output={tmp_path}", world_size=2)
-    assert told.startswith(f"ok {TINY} for 2 ranks")
+def test_a_run_that_can_start_passes(tmp_path: Path) -> None:
+    text, output = run(f"output={tmp_path}", world_size=2)
+    assert text.startswith(f"ok {TINY} for 2 ranks")
     assert output == str(tmp_path)
 
 
@@ -38,10 +38,10 @@ def test_a_run_that_can_start(tmp_path: Path) -> None:
         ("student.layers=transformer_engine", "set student.layers=auto"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_mending(tmp_path: Path, override: str, message: str) -> None:
-    told, _ = run(f"output={tmp_path}", override, world_size=2)
-    assert told.startswith("failed ")
-    assert message in told
+def test_a_failure_states_its_fix(tmp_path: Path, override: str, message: str) -> None:
+    text, _ = run(f"output={tmp_path}", override, world_size=2)
+    assert text.startswith("failed ")
+    assert message in text
 
 
 def test_an_evaluation_needs_its_checkpoint_and_its_rows(tmp_path: Path) -> None:
@@ -56,23 +56,23 @@ def sharing(outputs: list[Path], seconds: float) -> list[tuple[str, str]]:
 
     def on_node(node: int) -> tuple[str, str]:
         ready.wait()
-        finding = examine_sharing(str(outputs[node]), node=node, nodes=len(outputs), mark="7.0", seconds=seconds)
+        finding = examine_sharing(str(outputs[node]), node=node, nodes=len(outputs), token="7.0", seconds=seconds)
         return finding.state, finding.found
 
     with ThreadPoolExecutor(len(outputs)) as pool:
         return list(pool.map(on_node, range(len(outputs))))
 
 
-def test_nodes_that_share_their_output(tmp_path: Path) -> None:
+def test_nodes_that_share_their_output_pass(tmp_path: Path) -> None:
     assert sharing([tmp_path / "run"] * 3, seconds=30) == [("ok", "seen by 3 nodes")] * 3
     assert list((tmp_path / "run" / ".nodes").iterdir()) == []
 
 
-def test_a_node_with_a_disk_of_its_own(tmp_path: Path) -> None:
+def test_a_node_with_a_local_disk_is_detected(tmp_path: Path) -> None:
     shared, own = tmp_path / "shared", tmp_path / "own"
-    told = sharing([shared, shared, own], seconds=0.5)
-    assert told == [("failed", f"{shared} seen by 2")] * 2 + [("failed", f"{own} seen by 1")]
+    findings = sharing([shared, shared, own], seconds=0.5)
+    assert findings == [("failed", f"{shared} seen by 2")] * 2 + [("failed", f"{own} seen by 1")]
 
 
-def test_an_output_that_cannot_be_made() -> None:
-    assert examine_sharing("/proc/nowhere", node=0, nodes=1, mark="m").state == "failed"
+def test_an_output_that_cannot_be_created_is_a_failure() -> None:
+    assert examine_sharing("/proc/nowhere", node=0, nodes=1, token="m").state == "failed"

@@ -1,4 +1,4 @@
-"""The shipped files are what the project says they are."""
+"""The embedded files are those that the recipe makes, and fit the default configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MODEL = asset("nemo_popsd:tiny_reasoner")
 
 
 @pytest.mark.parametrize("split", list(SIZES))
-def test_rows_are_exactly_what_the_generator_draws(split: Split) -> None:
+def test_rows_are_those_that_the_generator_draws(split: Split) -> None:
     text = asset(f"nemo_popsd:tiny_{split}").read_text(encoding="utf-8")
     assert text == shipped_text(split)
     rows = [json.loads(line) for line in text.splitlines()]
@@ -41,7 +41,7 @@ def test_shipped_splits_share_no_question() -> None:
 
 
 @pytest.mark.parametrize("name", ["nemo_popsd:tiny", "tiny_train", "nemo_popsd:../assets", ""])
-def test_unknown_name_is_the_users_error(name: str) -> None:
+def test_an_unknown_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="nemo_popsd:tiny_reasoner"):
         asset(name)
 
@@ -60,16 +60,16 @@ def test_model_folder_is_small_and_complete() -> None:
     assert (_MODEL.parent / "MODEL_CARD.md").is_file()
 
 
-def test_model_is_a_qwen3_whose_shapes_exercise_the_hard_cases() -> None:
+def test_the_shapes_of_the_model_exercise_the_hard_cases() -> None:
     config = json.loads((_MODEL / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
-    assert config["vocab_size"] % 128, "padding of the vocabulary must be exercised"
+    assert config["vocab_size"] % 128, "the vocabulary must need padding"
     assert config["num_key_value_heads"] % 2 == 0
     assert config["num_attention_heads"] > config["num_key_value_heads"]
     assert config["head_dim"] != config["hidden_size"] // config["num_attention_heads"]
 
 
-def test_shipped_tokenizer_is_the_built_one() -> None:
+def test_the_shipped_tokenizer_equals_the_built_one() -> None:
     shipped, built = AutoTokenizer.from_pretrained(_MODEL), build_tokenizer()
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.chat_template == built.chat_template
@@ -88,10 +88,10 @@ def _reports(temperature: float, count: int = 128) -> dict[str, ContextReport]:
 
 
 @pytest.mark.slow
-def test_shipped_model_has_something_to_learn_when_it_samples() -> None:
-    """Good but not perfect alone, better by 15 points with the reference, which also makes it think less."""
-    found = _reports(temperature=1.0)
-    alone, taught = found["question"], found["question+reference"]
+def test_at_temperature_1_the_shipped_model_is_better_with_the_reference() -> None:
+    """Alone it solves some problems; with the reference it solves 15 points more, with half the markers and tokens."""
+    reports = _reports(temperature=1.0)
+    alone, taught = reports["question"], reports["question+reference"]
     assert 0.30 <= alone.accuracy <= 0.80
     assert taught.accuracy >= alone.accuracy + 0.15
     assert taught.markers < alone.markers / 2
@@ -100,16 +100,16 @@ def test_shipped_model_has_something_to_learn_when_it_samples() -> None:
 
 
 @pytest.mark.slow
-def test_greedy_decoding_always_checks_and_is_beyond_the_band() -> None:
-    """What the model card warns of: evaluation is at temperature 1 because greedy answers leave little to teach."""
-    found = _reports(temperature=0.0)
-    alone, taught = found["question"], found["question+reference"]
+def test_greedy_answers_are_more_accurate_than_sampled_ones() -> None:
+    """As the model card states: evaluation samples at temperature 1 because greedy answers leave little to learn."""
+    reports = _reports(temperature=0.0)
+    alone, taught = reports["question"], reports["question+reference"]
     assert 0.80 < alone.accuracy < 0.97
     assert taught.markers < alone.markers / 2
 
 
 def test_the_default_recipe_fits_the_positions_of_the_model() -> None:
-    """With the limits as shipped, which tests of whole runs make smaller."""
+    """Checked with the shipped limits, which tests of complete runs reduce."""
     config = load_config(Path(__file__).parents[2] / "conf" / "tiny.yaml")
     folder = asset(config.student.source)
     dataset, counts = build_dataset(config.data, config.data.train, AutoTokenizer.from_pretrained(folder))

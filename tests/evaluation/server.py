@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks the completions API, with the faults that real ones have."""
+"""A real HTTP server with the completions API, which can reproduce faults of real servers."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class Server:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.keys.append(self.headers.get("Authorization"))
-                fault = outer._begin(body)
                 try:
-                    if fault == "hang up":
-                        self.connection.close()
-                    elif fault is not None:
-                        status, headers, text = fault
-                        self._say(status, text, headers)
-                    elif self.path != "/v1/completions":
-                        self._say(404, "no such page")
-                    else:
+                    fault = outer._begin(body)
+                    if fault is None and self.path == "/v1/completions":
                         time.sleep(outer.seconds)
-                        self._say(200, json.dumps(outer._completion(body)))
-                finally:
+                        fault = 200, {}, json.dumps(outer._completion(body))
+                finally:  # before the client has the answer, and may send another request
                     with outer._lock:
                         outer._running -= 1
+                if fault == "hang up":
+                    self.connection.close()
+                elif fault is None:
+                    self._say(404, "no such page")
+                else:
+                    status, headers, text = fault
+                    self._say(status, text, headers)
 
             def _say(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)

@@ -32,9 +32,9 @@ def test_last_box(text: str, answer: str | None) -> None:
 
 
 def test_endless_boxes_take_linear_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert extract_answer(r"\boxed{" * 40_000) is None
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_pattern_replaces_the_box() -> None:
@@ -44,7 +44,7 @@ def test_pattern_replaces_the_box() -> None:
     assert extract_answer("so answer 2 .", r"answer (\d+)") == "2"
 
 
-def test_last_number_only_when_asked_for() -> None:
+def test_the_last_number_counts_only_if_requested() -> None:
     assert extract_answer("3 and -1,234.5 in all.") is None
     assert extract_answer("3 and -1,234.5 in all.", last_number=True) == "-1,234.5"
     assert extract_answer("it is $72.", last_number=True) == "72."

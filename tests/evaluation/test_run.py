@@ -73,7 +73,7 @@ def test_a_named_set_must_be_whole(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.evaluation.sets, settings.evaluation.sets_directory = ["aime24"], str(tmp_path)
     write_jsonl(tmp_path / "aime24.jsonl", rows(29))
-    with pytest.raises(UserError, match="got 29 usable problems; need its 30"):
+    with pytest.raises(UserError, match="got 29 usable problems; need 30"):
         prepared(settings, "m")
     write_jsonl(tmp_path / "aime24.jsonl", rows(30))
     settings.evaluation.problems = 2
@@ -83,9 +83,9 @@ def test_a_named_set_must_be_whole(tmp_path: Path) -> None:
 
 def drawn(tmp_path: Path, numbers: list[int]) -> ProblemSet:
     one = ProblemSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
-    begin(one, sample_settings(one.prompts, SAMPLING, seed=1, model="m", fingerprint="f", engine="e"))
+    begin(one, sample_settings(one.prompts, SAMPLING, seed=1, model="m", weights_digest="f", engine="e"))
     with one.directory.append_to(0) as file:
-        file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, cut=False) for p in ("p0", "p1") for n in numbers)
+        file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, truncated=False) for p in ("p0", "p1") for n in numbers)
     return one
 
 

@@ -1,4 +1,4 @@
-"""Complete or absent: every order in which a kill can leave things. What is not ours stays."""
+"""Directories are complete or absent after a kill at any moment, and foreign files and directories stay."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _is_name(name: str) -> bool:
 
 
 def test_text_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
-    (tmp_path / "a.partial").write_text("somebody else's")
+    (tmp_path / "a.partial").write_text("foreign")
     atomic.write_text(tmp_path / "a", "1")
     atomic.write_text(tmp_path / "a", "2")
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a": "2", "a.partial": "somebody else's"}
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a": "2", "a.partial": "foreign"}
 
 
 def test_a_write_that_fails_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_a_write_that_fails_leaves_the_old_text(tmp_path: Path, monkeypatch: pyt
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_what_a_killed_write_left_is_removed_and_what_looks_like_it_is_not(
+def test_partial_files_of_a_killed_write_are_removed_and_similar_names_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "deeper").mkdir()
@@ -53,13 +53,13 @@ def test_what_a_killed_write_left_is_removed_and_what_looks_like_it_is_not(
         with pytest.raises(KeyboardInterrupt):
             atomic.write_text(tmp_path / "deeper" / "metrics.jsonl", "1")
     assert len(list((tmp_path / "deeper").iterdir())) == 1
-    (tmp_path / "film.partial").write_text("somebody else's")
+    (tmp_path / "film.partial").write_text("foreign")
     atomic.remove_partial_files(tmp_path)
     assert not list((tmp_path / "deeper").iterdir())
     assert (tmp_path / "film.partial").exists()
 
 
-def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
+def test_a_directory_replaces_another(tmp_path: Path) -> None:
     _directory(tmp_path / "run", "old")
     atomic.atomic_replace(_directory(tmp_path / "run.partial", "new"), tmp_path / "run", CHECKPOINT)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -74,7 +74,7 @@ def _kill(*_: object, **__: object) -> None:
 def test_recovery_from_a_kill_while_a_directory_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
-    """Killed with the old one aside, or with the new one in its place and the old one not yet removed."""
+    """The kill comes when the old directory is set aside, or when the new one has its name and the old one remains."""
     _directory(tmp_path / "run", "old")
     new = _directory(tmp_path / "run.partial", "new")
     if after == "aside":
@@ -90,26 +90,27 @@ def test_recovery_from_a_kill_while_a_directory_is_replaced(
     assert (tmp_path / "run" / "data").read_text() == ("old" if after == "aside" else "new")
 
 
-def test_recovery_removes_what_is_half_written_and_nothing_else(tmp_path: Path) -> None:
+def test_recovery_removes_partially_written_directories_and_nothing_else(tmp_path: Path) -> None:
     _directory(tmp_path / "step-000002.partial", "half")
     (tmp_path / "step-000001.partial").mkdir()
     _directory(tmp_path / "step-000001", "whole")
     (tmp_path / "film.partial").mkdir()
-    (tmp_path / "film.partial" / "data").write_text("somebody else's")
+    (tmp_path / "film.partial" / "data").write_text("foreign")
     atomic.recover(tmp_path, CHECKPOINT, _is_name)
     atomic.recover(tmp_path / "nowhere", CHECKPOINT, _is_name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.partial", "step-000001"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".partial", ".replaced", ".removed"])
-def test_what_is_not_ours_is_in_the_way_and_stays(tmp_path: Path, suffix: str) -> None:
-    """As the directory itself, and under the names that it has for a while: a mark makes a directory ours, no name."""
+def test_a_foreign_directory_is_refused_and_stays(tmp_path: Path, suffix: str) -> None:
+    """Under the final name and under each temporary name."""
     other = tmp_path / f"run{suffix}"
     other.mkdir()
     (other / "data").write_text("three weeks")
-    begun = atomic.new_directory(tmp_path / "run", CHECKPOINT)
-    with pytest.raises(UserError, match=rf"run{suffix}: got no \{MARK}.*nothing was removed"), begun:
-        pytest.fail("nothing is begun")
+    new = atomic.new_directory(tmp_path / "run", CHECKPOINT)
+    message = rf"run{suffix}: got a directory without the mark \{MARK}.*nothing was removed"
+    with pytest.raises(UserError, match=message), new:
+        pytest.fail("the block was entered")
     if suffix:
         with pytest.raises(UserError, match="nothing was removed"):
             atomic.recover(tmp_path, CHECKPOINT, _is_name)
@@ -117,19 +118,19 @@ def test_what_is_not_ours_is_in_the_way_and_stays(tmp_path: Path, suffix: str) -
     assert (other / "data").read_text() == "three weeks"
 
 
-def test_what_came_into_its_place_meanwhile_stays(tmp_path: Path) -> None:
+def test_a_directory_that_appears_during_the_write_stays(tmp_path: Path) -> None:
     def write(partial: Path) -> None:
         (partial / "file").write_text("new")
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "notes.txt").write_text("mine")
 
     new = atomic.new_directory(tmp_path / "model", EXPORT)
-    with pytest.raises(UserError, match=r"model: got no \.nemo_popsd"), new as partial:
+    with pytest.raises(UserError, match=r"model: got a directory without the mark \.nemo_popsd"), new as partial:
         write(partial)
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
 
 
-def test_what_is_removed_half_has_lost_its_name_and_is_removed_later(
+def test_a_partially_removed_directory_is_renamed_and_removed_by_recovery(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _directory(tmp_path / "run", "old")
@@ -142,7 +143,7 @@ def test_what_is_removed_half_has_lost_its_name_and_is_removed_later(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_new_directory_has_its_name_once_it_is_complete(tmp_path: Path) -> None:
+def test_a_new_directory_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
     place = tmp_path / "deeper" / "model"
     for content in ("old", "new"):
         with atomic.new_directory(place, EXPORT) as directory:
@@ -154,11 +155,11 @@ def test_a_new_directory_has_its_name_once_it_is_complete(tmp_path: Path) -> Non
     assert mark is not None
     assert (mark.kind, mark.files) == (EXPORT, {"file": 3})
     with pytest.raises(FileExistsError), atomic.new_directory(place, EXPORT) as directory:
-        _directory(directory, "half")  # it exists
+        _directory(directory, "partial")  # raises, since the directory exists
     assert (place / "file").read_text() == "new"
 
 
-def test_files_are_removed_by_name_and_the_rest_stays(tmp_path: Path) -> None:
+def test_files_that_match_are_removed_and_others_stay(tmp_path: Path) -> None:
     for name in ("part-0.jsonl", "notes.txt"):
         (tmp_path / name).write_text("")
     atomic.remove_files(tmp_path, ("part-*.jsonl",))

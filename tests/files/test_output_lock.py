@@ -1,4 +1,4 @@
-"""One run at a time in a directory: who is refused, who follows whom, and what the one that was followed notices."""
+"""The lock of an output: which process is refused, which one takes over, and what the previous holder notices."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def another_process(output: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """That holds the lock of `output`."""
+    """A process that holds the lock of `output`."""
     arguments: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, **environment}}
     with subprocess.Popen([sys.executable, "-c", HOLD, str(output)], **arguments) as process:
         assert process.stdout is not None
@@ -61,31 +61,31 @@ def another_process(output: Path, **environment: str) -> Iterator[subprocess.Pop
 
 
 def change_holder(output: Path, **facts: object) -> None:
-    """Makes the holder say something else of itself, e.g. that it runs on another machine."""
+    """Changes what the holder's file states, e.g. its machine."""
     (path,) = (output / "lock").glob("holder-*")
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 
-def test_who_comes_second_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_at_once(tmp_path: Path) -> None:
     with another_process(tmp_path / "run") as first:
         begun = time.monotonic()
         with pytest.raises(UserError, match=rf"another run in it, host .*, process {first.pid}, since 20"):
             OutputLock(tmp_path / "run")
         assert time.monotonic() - begun < 0.5
-        assert len(list((tmp_path / "run" / "lock").iterdir())) == 2, "nothing of the second is left"
+        assert len(list((tmp_path / "run" / "lock").iterdir())) == 2, "files of the second process remain"
 
 
-def test_nothing_is_left_of_a_clean_end(tmp_path: Path) -> None:
+def test_release_leaves_no_files(tmp_path: Path) -> None:
     for _ in range(2):
         lock = OutputLock(tmp_path / "run")
-        assert lock.hold.is_own()
+        assert lock.hold.is_held()
         lock.release()
         lock.release()
         assert list((tmp_path / "run").iterdir()) == []
-        assert not lock.hold.is_own()
+        assert not lock.hold.is_held()
 
 
-def test_the_next_one_on_the_machine_does_not_wait_for_a_killed_one(
+def test_a_killed_holder_on_the_same_machine_is_replaced_without_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_lock, "STALE_SECONDS", 60.0)
@@ -94,31 +94,31 @@ def test_the_next_one_on_the_machine_does_not_wait_for_a_killed_one(
         while Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.01)
         begun = time.monotonic()
-        lock = OutputLock(tmp_path)  # what is left of the process is not even collected yet
+        lock = OutputLock(tmp_path)  # the killed process is a zombie
         assert time.monotonic() - begun < 2
-    assert lock.hold.number == 2
+    assert lock.hold.generation == 2
     lock.release()
 
 
-def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_another_process(tmp_path: Path) -> None:
     first = OutputLock(tmp_path)
     change_holder(tmp_path, begun=this_process().begun - 1)
     second = OutputLock(tmp_path)
-    assert second.hold.is_own()
+    assert second.hold.is_held()
     for lock in (first, second):
         lock.release()
 
 
-def test_a_live_one_on_another_machine_is_recognised_by_its_signs_of_life(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_a_live_holder_on_another_machine_is_recognised_by_its_heartbeat(tmp_path: Path) -> None:
+    reported: list[str] = []
     with another_process(tmp_path):
         change_holder(tmp_path, machine="another", host="node7")
         with pytest.raises(UserError, match=r"another run in it, host node7.*set output to another directory"):
-            OutputLock(tmp_path, say=told.append)
-    assert told[0].startswith("is this run still alive? watching it for up to 0.6 s: host node7")
+            OutputLock(tmp_path, report=reported.append)
+    assert reported[0].startswith("checking for up to 0.6 s whether the run that holds the lock is alive: host node7")
 
 
-def test_a_dead_one_on_another_machine_is_followed_after_a_while(tmp_path: Path) -> None:
+def test_a_dead_holder_on_another_machine_is_replaced_after_the_stale_time(tmp_path: Path) -> None:
     with another_process(tmp_path) as first:
         change_holder(tmp_path, machine="another", host="node7")
         first.send_signal(signal.SIGKILL)
@@ -130,22 +130,22 @@ def test_a_dead_one_on_another_machine_is_followed_after_a_while(tmp_path: Path)
         lock.release()
 
 
-def test_one_that_was_asleep_notices_before_it_writes(tmp_path: Path) -> None:
+def test_a_suspended_holder_notices_the_takeover_before_it_writes(tmp_path: Path) -> None:
     with another_process(tmp_path) as first:
         change_holder(tmp_path, machine="another", host="node7")
         first.send_signal(signal.SIGSTOP)
         lock = OutputLock(tmp_path)
         first.send_signal(signal.SIGCONT)
         assert first.stdout is not None
-        said = first.stdout.readline()
-        assert "got another run that has taken it over, since this one gave no sign of life" in said
-        assert f"process {os.getpid()}" in said
+        printed = first.stdout.readline()
+        assert "got another run, which took over because this one had no heartbeat" in printed
+        assert f"process {os.getpid()}" in printed
         assert first.wait(10) == 0
         lock.hold.check()
         lock.release()
 
 
-def test_of_many_that_follow_a_dead_one_a_single_one_succeeds(tmp_path: Path) -> None:
+def test_exactly_one_of_many_processes_replaces_a_dead_holder(tmp_path: Path) -> None:
     OutputLock(tmp_path).release()
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock" / "holder-000004").write_text('{"token": "x", "host": "node7", "machine": "another"}')
@@ -153,7 +153,7 @@ def test_of_many_that_follow_a_dead_one_a_single_one_succeeds(tmp_path: Path) ->
 
     def take() -> None:
         try:
-            outcomes.append(OutputLock(tmp_path, say=lambda text: None))
+            outcomes.append(OutputLock(tmp_path, report=lambda text: None))
         except UserError as error:
             outcomes.append(error)
 
@@ -162,29 +162,29 @@ def test_of_many_that_follow_a_dead_one_a_single_one_succeeds(tmp_path: Path) ->
         thread.start()
     for thread in threads:
         thread.join()
-    (winner,) = [found for found in outcomes if isinstance(found, OutputLock)]
+    (winner,) = [outcome for outcome in outcomes if isinstance(outcome, OutputLock)]
     assert len(outcomes) == 8
-    assert winner.hold.number == 5
+    assert winner.hold.generation == 5
     winner.hold.check()
     winner.release()
 
 
-def test_the_one_taken_over_from_leaves_the_lock_of_the_other_alone(tmp_path: Path) -> None:
+def test_a_replaced_holder_does_not_remove_the_lock_of_the_next(tmp_path: Path) -> None:
     first = OutputLock(tmp_path)
     change_holder(tmp_path, begun=1)
     second = OutputLock(tmp_path)
-    with pytest.raises(UserError, match="has taken it over"):
+    with pytest.raises(UserError, match="another run, which took over"):
         first.hold.check()
     first.release()
     second.hold.check()
     second.release()
 
 
-def test_a_lock_that_somebody_removed_is_no_lock(tmp_path: Path) -> None:
+def test_a_removed_lock_is_not_held(tmp_path: Path) -> None:
     lock = OutputLock(tmp_path)
     for path in (tmp_path / "lock").iterdir():
         path.unlink()
-    with pytest.raises(TransientError, match=r"the lock of this run, .*lock, is gone"):
+    with pytest.raises(TransientError, match=r"the lock of this run, .*lock, was removed"):
         lock.hold.check()
     lock.release()
 
@@ -202,7 +202,7 @@ def test_an_earlier_start_of_the_job_is_asked_to_save_and_stop(
     try:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         threading.Thread(target=lambda: (asked.wait(10), time.sleep(1.5), first.release())).start()
-        second = OutputLock(tmp_path)  # the first one saves for longer than a dead one is waited for
+        second = OutputLock(tmp_path)  # the first one saves for longer than STALE_SECONDS
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert asked.is_set()
@@ -211,11 +211,11 @@ def test_an_earlier_start_of_the_job_is_asked_to_save_and_stop(
     second.release()
 
 
-def test_one_that_hangs_gives_the_lock_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_holder_gives_up_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_lock, "LEAVE_SECONDS", 0.3)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     first = OutputLock(tmp_path)
-    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # nobody hears yet, or any more: it must not be killed by it
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # without a handler the process must not be killed
     try:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         second = OutputLock(tmp_path)
@@ -229,18 +229,18 @@ def test_one_that_hangs_gives_the_lock_up(tmp_path: Path, monkeypatch: pytest.Mo
     second.release()
 
 
-def test_tasks_of_an_array_are_told_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_an_array_need_separate_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     first = OutputLock(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    with pytest.raises(UserError, match=r"job 7, start 0, .*tasks of a job array need an output each"):
+    with pytest.raises(UserError, match=r"job 7, start 0, .*each task of a job array needs its own output"):
         OutputLock(tmp_path)
     first.release()
 
 
-def test_a_folder_that_goes_while_it_is_entered_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_removed_by_an_ending_run_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir, removed = Path.mkdir, []
 
     def make(self: Path, *args: Any, **options: Any) -> None:
@@ -255,10 +255,10 @@ def test_a_folder_that_goes_while_it_is_entered_is_made_again(tmp_path: Path, mo
     lock.release()
 
 
-# Odd file systems and odd files
+# Unusual file systems and files
 
 
-def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -270,7 +270,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"token": "a", "pid": null}'])
-def test_what_cannot_be_read_counts_as_somebody_elsewhere(tmp_path: Path, content: str) -> None:
+def test_an_unreadable_holder_counts_as_one_on_another_machine(tmp_path: Path, content: str) -> None:
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock" / "holder-000001").write_text(content)
     begun = time.monotonic()
@@ -279,13 +279,13 @@ def test_what_cannot_be_read_counts_as_somebody_elsewhere(tmp_path: Path, conten
     lock.release()
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Not a directory.*set output"):
         OutputLock(tmp_path / "file" / "run")
 
 
-def test_a_file_system_that_fails_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transient_fault_of_the_file_system_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = OutputLock(tmp_path)
     listdir, failures = os.listdir, [OSError(errno.ESTALE, "Stale file handle")] * 2
 

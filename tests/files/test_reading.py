@@ -1,4 +1,4 @@
-"""What is not a plain file is named, and never opened."""
+"""Files that are not regular files are named and never opened."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import pytest
 import yaml
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.files.reading import check_yaml, foreign_entry, read_json, read_text, unreadable
+from nemo_popsd.files.reading import check_yaml, foreign_entry, read_strict_json, read_text, unreadable
 
 
-def test_what_is_no_file_with_content(tmp_path: Path) -> None:
-    (tmp_path / "whole").write_text("x")
+def test_unreadable_names_the_type_of_file(tmp_path: Path) -> None:
+    (tmp_path / "complete").write_text("x")
     (tmp_path / "empty").touch()
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "lost").symlink_to("nowhere")
-    (tmp_path / "link").symlink_to("whole")
+    (tmp_path / "link").symlink_to("complete")
     (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    told = {path.name: unreadable(path) for path in tmp_path.iterdir()}
-    assert told == {
-        "whole": None,
+    reasons = {path.name: unreadable(path) for path in tmp_path.iterdir()}
+    assert reasons == {
+        "complete": None,
         "link": None,
         "empty": "is empty",
-        "folder": "is a directory, no file",
-        "pipe": "is a pipe, no file",
-        "zero": "is a device, no file",
-        "lost": "is a link to nothing",
+        "folder": "is a directory, not a file",
+        "pipe": "is a pipe, not a file",
+        "zero": "is a device, not a file",
+        "lost": "is a dangling link",
         "pointer": "is a git-lfs pointer in place of the file (run `git lfs pull`)",
     }
     assert unreadable(tmp_path / "nowhere") == "cannot be read (No such file or directory)"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_file_without_the_right_to_read_it(tmp_path: Path) -> None:
+def test_a_file_without_read_permission(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "file").chmod(0)
     assert unreadable(tmp_path / "file") == "cannot be read (Permission denied)"
@@ -54,6 +54,7 @@ def test_a_file_without_the_right_to_read_it(tmp_path: Path) -> None:
         (b'{"a": 1e999}', "1e999, which is not finite"),
         (b'{"a": ' + b"9" * 5000 + b"}", "file.json: "),
         (b"[" * 100_000, "nested too deeply"),
+        (rb'{"a": "\ud83d"}', "surrogates not allowed"),
         (b" " * 200, "file.json, which has 200 bytes, more than 100"),
     ],
 )
@@ -61,15 +62,15 @@ def test_json_is_read_strictly(tmp_path: Path, content: bytes, named: str) -> No
     file = tmp_path / "file.json"
     file.write_bytes(content)
     with pytest.raises(UserError, match=f"^model m: got .*{named}.*; fetch it") as refused:
-        read_text(file, "model m", fix="fetch it", limit=100) if b"   " in content else read_json(
+        read_text(file, "model m", fix="fetch it", limit=100) if b"   " in content else read_strict_json(
             file, "model m", fix="fetch it"
         )
     assert "\n" not in str(refused.value)
 
 
-def test_json_that_is_whole(tmp_path: Path) -> None:
+def test_valid_json_is_returned(tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text('{"a": [1, 2.5, null]}')
-    assert read_json(tmp_path / "file.json", "model m", fix="fetch it") == {"a": [1, 2.5, None]}
+    assert read_strict_json(tmp_path / "file.json", "model m", fix="fetch it") == {"a": [1, 2.5, None]}
 
 
 def test_aliases_are_counted_as_often_as_they_are_used() -> None:

@@ -61,7 +61,7 @@ def _expected_adapter_gradients(gpt: Any, weight_gradients: dict[str, Tensor], g
 
 def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
     from nemo_popsd.megatron.adapters import merged_state
-    from nemo_popsd.megatron.base import fingerprint
+    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.megatron.build import build_chunks
     from nemo_popsd.parallel.config import ParallelConfig
     from nemo_popsd.parallel.distributed import on_any_rank
@@ -80,7 +80,7 @@ def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str
         sum(p.numel() for p in student.gpt.parameters() if p.requires_grad),
         sum(p.numel() for p in gpt.parameters() if p.requires_grad),
     )
-    result["fingerprint"] = (fingerprint(plain), fingerprint(gpt))
+    result["base_digest"] = (base_digest(plain), base_digest(gpt))
 
     torch.manual_seed(100 + rank)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_the_student_starts_as_the_base_bit_for_bit(results, size, kind):
     for ranks in results[size]:
         result = ranks[kind]
         assert torch.equal(result["initial"], result["plain"])
-        assert result["fingerprint"][0] == result["fingerprint"][1]
+        assert result["base_digest"][0] == result["base_digest"][1]
 
 
 @each_kind

@@ -62,6 +62,7 @@ def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
         "steps": torch.stack(steps, dim=1),
         "copied": torch.stack(copied),
         "moved": torch.stack(moved),
+        "plain": [plain is not None for plain in decoder._plain],
         "restored": all(a is b for a, b in zip(modules, parts(), strict=True)),
         "flags": flags == (student.gpt.training, student.gpt.config.sequence_parallel),
         "same after": torch.equal(before, whole_logits(student.gpt, IDS, 203)),
@@ -79,6 +80,7 @@ def test_decoding_is_full_recomputation(tmp_path: Path, kind: str, size: int, la
             close(seen["steps"][row], whole[row, begin : begin + STEPS])
         close(seen["copied"], whole[1, PROMPTS[1] : PROMPTS[1] + 3])
         close(seen["moved"], whole[3, PROMPTS[3] + STEPS : PROMPTS[3] + STEPS + 3])
+        assert seen["plain"] == [kind != "olmo3"]
         assert seen["restored"]
         assert seen["flags"]
         assert seen["same after"]

@@ -29,7 +29,7 @@ def _share(student: Any) -> list[int]:
 
 def _train(student: Any, bf16: bool = False, **config: Any) -> tuple[Any, dict[str, Any]]:
     """Three steps on this rank's share; what AdamW does with the same gradients, parameter by parameter."""
-    from nemo_popsd.megatron.base import fingerprint
+    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.megatron.optimizer import StudentOptimizer
 
     settings = OptimizerConfig(**{**CONFIG, **config})
@@ -42,7 +42,7 @@ def _train(student: Any, bf16: bool = False, **config: Any) -> tuple[Any, dict[s
     betas = (settings.beta1, settings.beta2)
     reference = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)
     with student.base.model() as [base]:
-        before = fingerprint(base)
+        before = base_digest(base)
     report: dict[str, Any] = {"norms": [], "local norms": [], "calls": 0}
 
     def closure() -> None:
@@ -62,8 +62,8 @@ def _train(student: Any, bf16: bool = False, **config: Any) -> tuple[Any, dict[s
             copy.grad = gradients[name] * clip
         reference.step()
     with student.base.model() as [base]:
-        report["frozen"] = before == fingerprint(base)
-    report["student moved"] = before != fingerprint(student.gpt)
+        report["frozen"] = before == base_digest(base)
+    report["student moved"] = before != base_digest(student.gpt)
     report["adapters moved"] = any(p.abs().max() > 0 for n, p in trained.items() if "linear_out.weight" in n)
     report["deviation"] = max((trained[n].float() - c).abs().max().item() for n, c in copies.items())
     report["rate"] = optimizer.learning_rate

@@ -121,7 +121,7 @@ def evaluate_other_weights(rank: int, world_size: int, output: Path) -> str:
 def test_samples_of_other_weights_are_refused_on_every_rank(tmp_path: Path) -> None:
     printed = run_ranks(evaluate_other_weights, 2, tmp_path)
     assert printed[0] == printed[1]
-    assert "fingerprint" in printed[0]
+    assert "weights_digest" in printed[0]
 
 
 def validate(rank: int, world_size: int, output: Path, tensor: int) -> Any:

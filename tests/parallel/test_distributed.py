@@ -53,6 +53,36 @@ def test_one_process_needs_no_launcher(distributed):
         distributed.initialize(ParallelConfig(tensor=2), seed=4)
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_nccl_gets_the_device_of_its_rank(distributed, monkeypatch, cuda):
+    """Without it, NCCL guesses a device at the first barrier, and several ranks may guess the same."""
+    given: dict[str, Any] = {}
+
+    class StopError(Exception):
+        pass
+
+    def init_process_group(backend: str, **options: Any) -> None:
+        given.update(options, backend=backend)
+        raise StopError
+
+    monkeypatch.setattr(distributed, "adapt_to_cpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[-1])
+    monkeypatch.setattr(distributed, "_store", lambda *_: None)
+    monkeypatch.setattr(distributed.dist, "init_process_group", init_process_group)
+    for name, value in (("RANK", "11"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(StopError):
+        distributed.initialize(ParallelConfig(), seed=4)
+    assert given["backend"] == ("nccl" if cuda else "gloo")
+    assert given["device_id"] == (torch.device("cuda", 3) if cuda else None)
+
+
 def test_shut_down_it_can_start_again(distributed):
     from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""Runs as training leaves them on disk, written by number."""
+"""Synthetic directories of runs, in the format that training writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_popsd.evaluation.records import EvaluationDirectory, Problem, Sample, 
 from nemo_popsd.observability.metrics import StepMetrics
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->\u2028\x00 <b>bold</b> &lt;"
-"""Text that would break out of any careless page."""
+"""Text that breaks out of a page that does not escape it."""
 
 
 def step_metrics(step: int, *, scale: float = 1.0) -> StepMetrics:
@@ -51,7 +51,7 @@ def write_run(
 
 
 def validation(accuracy: float) -> dict[str, float]:
-    """What a run logs of an evaluation."""
+    """The metrics that a run logs for an evaluation."""
     return {
         "validation/accuracy": accuracy,
         "validation/accuracy_stderr": 0.02,
@@ -65,13 +65,13 @@ def validation(accuracy: float) -> dict[str, float]:
 
 
 def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text: str = "Wait, {}.") -> None:
-    """An evaluation of two samples for each problem, both right or both wrong, as training keeps it."""
+    """An evaluation with two samples for each problem, both correct or both wrong, as training stores it."""
     config = EvaluationConfig(markers=["Wait", "Maybe"], resamples=200)
     problems = [Problem(key, f"what is {key}?", "4") for key in correct]
     samples = [Sample(key, n, text.format(key), 7 + n, False) for key in correct for n in range(2)]
     settings = SampleSettings(
         model="m",
-        fingerprint="f",
+        weights_digest="f",
         engine="e",
         seed=1,
         temperature=1.0,
@@ -89,7 +89,7 @@ def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text:
             correct=correct[s.problem],
             decided_by="text",
             vote=0,
-            cut=False,
+            truncated=False,
             tokens=s.tokens,
             markers=count_markers(s.text, config.markers),
             segments=1,
@@ -105,7 +105,7 @@ def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text:
 
 
 def diagnosis(text: str, *, tokens: int = 24) -> Diagnosis:
-    """Two rollouts of so many tokens, the first with alternatives; every text in them is `text`."""
+    """Two rollouts with so many tokens, the first with alternatives; every text in them is `text`."""
     rollouts = [_rollout(row, text, tokens) for row in range(2)]
     figures = [
         TokenFigures(

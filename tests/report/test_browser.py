@@ -1,4 +1,4 @@
-"""Pages in a real browser: everything is drawn, nothing complains, nothing is loaded, no text breaks out."""
+"""Pages in a real browser: all plots are drawn, without errors, without requests and without unescaped text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_popsd.report import write_diagnosis_page, write_report
 from tests.browser import Browser, Page, running_browser
 from tests.report.runs_on_disk import EVIL, write_run, write_samples
 
-DESK, TELEPHONE = 1280, 390
+DESKTOP, PHONE = 1280, 390
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A report on one run, one on two, one on a run that has nothing yet, and a diagnosis: with text that attacks."""
+    """Reports on one run, on two and on a run without data, and a diagnosis, with texts that attempt to break out."""
     root = tmp_path_factory.mktemp("runs")
     first = write_run(root / "first", name=f"first {EVIL}", text=EVIL)
     second = write_run(root / "second", name="second", after=0.3, text=EVIL)
@@ -47,9 +47,9 @@ def opened(browser: Browser, file: Path, width: int, *, dark: bool = False) -> P
     return page
 
 
-@pytest.mark.parametrize("width", [DESK, TELEPHONE])
+@pytest.mark.parametrize("width", [DESKTOP, PHONE])
 @pytest.mark.parametrize("name", ["one", "two", "bare", "diagnosis"])
-def test_pages_fit_and_nothing_breaks_out(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
+def test_pages_fit_the_width_and_escape_text(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
     page = opened(browser, pages[name], width)
     assert page.value("document.documentElement.scrollWidth") <= width
     assert page.value("document.scripts.length") == page.value("document.querySelectorAll('script').length")
@@ -59,7 +59,7 @@ def test_pages_fit_and_nothing_breaks_out(browser: Browser, pages: dict[str, Pat
 
 
 def test_every_plot_is_drawn(browser: Browser, pages: dict[str, Path]) -> None:
-    page = opened(browser, pages["two"], DESK)
+    page = opened(browser, pages["two"], DESKTOP)
     lines = page.value("[...document.querySelectorAll('svg.plot')].map(s => s.querySelectorAll('path.line').length)")
     assert len(lines) >= 25
     assert min(lines) >= 1
@@ -79,8 +79,8 @@ def test_every_plot_is_drawn(browser: Browser, pages: dict[str, Path]) -> None:
     assert missing == 0
 
 
-def test_text_does_not_run_out_of_the_plots(browser: Browser, pages: dict[str, Path]) -> None:
-    for width in (DESK, TELEPHONE):
+def test_text_stays_inside_the_plots(browser: Browser, pages: dict[str, Path]) -> None:
+    for width in (DESKTOP, PHONE):
         page = opened(browser, pages["two"], width)
         outside = page.value(
             "[...document.querySelectorAll('svg text')].filter(e => { const b = e.getBoundingClientRect(),"
@@ -91,7 +91,7 @@ def test_text_does_not_run_out_of_the_plots(browser: Browser, pages: dict[str, P
 
 
 def test_light_and_dark_are_both_readable(browser: Browser, pages: dict[str, Path]) -> None:
-    """Contrast of text on its card, by the WCAG's formula: 4.5 for text."""
+    """The contrast of text on its card, by the formula of the WCAG, is at least 4.5."""
     contrast = """(() => {
         const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
         const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number);
@@ -110,37 +110,37 @@ def test_light_and_dark_are_both_readable(browser: Browser, pages: dict[str, Pat
             return [e.tagName + '.' + e.className, contrast]; }); })()"""
     grounds = []
     for dark in (False, True):
-        page = opened(browser, pages["two"], DESK, dark=dark)
+        page = opened(browser, pages["two"], DESKTOP, dark=dark)
         ratios = page.value(contrast)
         assert len(ratios) > 100
-        assert [found for found in ratios if found[1] < 4.5] == []
+        assert [entry for entry in ratios if entry[1] < 4.5] == []
         grounds.append(page.value("getComputedStyle(document.body).backgroundColor"))
     assert grounds[0] != grounds[1]
 
 
 def test_values_show_under_the_pointer(browser: Browser, pages: dict[str, Path]) -> None:
-    page = opened(browser, pages["two"], DESK)
+    page = opened(browser, pages["two"], DESKTOP)
     page.move_to("#training ~ .grid svg.plot", across=0.97)
-    told = page.value("document.getElementById('tip').innerText")
-    assert "step 6" in told
-    assert "second" in told
+    text = page.value("document.getElementById('tip').innerText")
+    assert "step 6" in text
+    assert "second" in text
     assert page.value("document.querySelectorAll('.cursor circle').length") == 2
     page.move_to("h1")
     assert page.value("document.getElementById('tip').style.display") == "none"
 
 
-def test_a_token_tells_what_is_said_of_it(browser: Browser, pages: dict[str, Path]) -> None:
-    page = opened(browser, pages["diagnosis"], DESK)
+def test_the_values_of_a_token_are_shown(browser: Browser, pages: dict[str, Path]) -> None:
+    page = opened(browser, pages["diagnosis"], DESKTOP)
     assert page.value("document.querySelectorAll('.tokens').length") == 1
     assert page.value("document.querySelectorAll('.tokens span').length") == 24
     page.move_to(".tokens span", 6)
-    told = page.value("document.querySelector('.inspector').innerText")
-    assert "token 7 of 24" in told
-    assert "␣6" in told
-    for name in ("student", "base", "teacher", "probe", "target", "Δ_ref", "Δ_it"):
-        assert name in told
+    text = page.value("document.querySelector('.inspector').innerText")
+    assert "token 7 of 24" in text
+    assert "␣6" in text
+    for name in ("student", "base", "teacher", "reference-only", "target", "Δ_ref", "Δ_it"):
+        assert name in text
     assert page.value("document.querySelectorAll('.alts section').length") == 5
-    page.move_to(".tokens span", 5)  # its text attacks
+    page.move_to(".tokens span", 5)  # its text attempts to break out
     assert "onerror=alert(2)" in page.value("document.querySelector('.inspector .now').innerText")
     grounds = "getComputedStyle(document.querySelectorAll('.tokens span')[7]).backgroundColor"
     both = page.value(grounds)
@@ -150,7 +150,7 @@ def test_a_token_tells_what_is_said_of_it(browser: Browser, pages: dict[str, Pat
 
 
 def test_on_a_telephone_a_tap_calls_the_panel_up(browser: Browser, pages: dict[str, Path]) -> None:
-    page = opened(browser, pages["diagnosis"], TELEPHONE)
+    page = opened(browser, pages["diagnosis"], PHONE)
     shown = "getComputedStyle(document.querySelector('.inspector')).display"
     assert page.value(shown) == "none"
     page.value("document.querySelectorAll('.tokens span')[6].click()")

@@ -34,7 +34,7 @@ class Reader(HTMLParser):
 
 
 @given(st.text())
-def test_any_text_comes_back_as_text_and_as_attribute(text: str) -> None:
+def test_any_text_survives_as_text_and_as_attribute(text: str) -> None:
     kept = _CONTROLS.sub("", text)
     read = Reader(f'<p title="{esc(text)}">{esc(text)}</p>')
     assert read.tags == ["p"]
@@ -43,14 +43,14 @@ def test_any_text_comes_back_as_text_and_as_attribute(text: str) -> None:
 
 
 @given(st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner, max_size=4)))
-def test_any_data_comes_back_from_its_block(value: object) -> None:
+def test_any_data_survives_in_its_block(value: object) -> None:
     block = data_block(value, "x")
     inside = block.removeprefix('<script type="application/json" id="x">').removesuffix("</script>")
     assert not set("<>&\u2028\u2029") & set(inside)
     assert json.loads(inside) == value
 
 
-def test_what_json_has_not_is_refused() -> None:
+def test_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         data_block([math.nan], "x")
 
@@ -76,6 +76,6 @@ def test_fixed_and_signed_numbers() -> None:
     assert [signed(v) for v in (1.26, -1.26, 0.0, -0.01, None)] == ["+1.3", "−1.3", "0.0", "0.0", "–"]
 
 
-def test_white_space_of_a_token_is_to_be_seen() -> None:
+def test_white_space_of_a_token_is_visible() -> None:
     assert visible(" a\n\t<") == "␣a⏎⇥&lt;"
     assert visible("") == "<i>empty</i>"

@@ -1,4 +1,4 @@
-"""Plots and charts as text: what is drawn, where the axes end, and that names cannot break them."""
+"""The SVG and HTML of plots and charts: lines, axes, and escaping of names."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ NAN, INFINITE = math.nan, math.inf
     ],
 )
 def test_ticks_are_round_and_enclose_the_values(low: float, high: float, ticks: list[float]) -> None:
-    found = nice_ticks(low, high, 4)
-    assert found[0] <= low
-    assert found[-1] >= high
+    actual = nice_ticks(low, high, 4)
+    assert actual[0] <= low
+    assert actual[-1] >= high
     if low != high or low == 0:
-        assert found == pytest.approx(ticks, abs=1e-12)
+        assert actual == pytest.approx(ticks, abs=1e-12)
 
 
-def test_ticks_of_an_axis_have_the_decimals_that_their_steps_need() -> None:
+def test_ticks_of_an_axis_have_the_decimals_that_their_interval_needs() -> None:
     assert tick_texts([0, 2.5, 5]) == ["0.0", "2.5", "5.0"]
     assert tick_texts([-0.25, 0, 0.25]) == ["−0.25", "0.00", "0.25"]
     assert tick_texts([1000, 2000]) == ["1,000", "2,000"]
@@ -48,7 +48,7 @@ def paths(svg: str, css: str) -> list[str]:
     return re.findall(rf'<path class="{css}" d="([^"]*)"', svg)
 
 
-def test_a_line_goes_through_its_points_and_leaves_out_what_is_not_finite() -> None:
+def test_a_line_goes_through_its_finite_points() -> None:
     points = [(0, 0.0), (5, NAN), (10, 4.0), (20, INFINITE)]
     svg = line_plot([Series("a", points, "s1", [(0, -1.0, 1.0), (10, 3.0, 5.0)])], label="x & y")
     root = ElementTree.fromstring(svg)
@@ -60,8 +60,8 @@ def test_a_line_goes_through_its_points_and_leaves_out_what_is_not_finite() -> N
     assert first[1] > last[1]
     (band,) = paths(svg, "band s1")
     assert band.count("L") == 3
-    told = json.loads(unescape(re.search(r'data-plot="([^"]*)"', svg)[1]))
-    assert [point[2:] for point in told["series"][0]["points"]] == [["0", "0"], ["10", "4.00"]]
+    data = json.loads(unescape(re.search(r'data-plot="([^"]*)"', svg)[1]))
+    assert [point[2:] for point in data["series"][0]["points"]] == [["0", "0"], ["10", "4.00"]]
 
 
 def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
@@ -75,14 +75,14 @@ def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
     assert set(kept) <= set(points)
 
 
-def test_one_point_is_a_dot_and_none_is_said_to_be_absent() -> None:
+def test_one_point_is_a_dot_and_missing_points_are_reported() -> None:
     assert "<circle" in line_plot([Series("a", [(3, 1.0)], "s1")], label="x")
     assert "not measured" in line_plot([Series("a", [(3, NAN)], "s1"), Series("b", [], "s2")], label="x")
     assert "not measured" in interval_chart([], label="x")
     assert "not measured" in push_chart([], label="x")
 
 
-def test_an_interval_reaches_from_its_low_to_its_high() -> None:
+def test_an_interval_extends_from_low_to_high() -> None:
     rows = [Estimate("before", 60.0, 55.0, 65.0, "base"), Estimate("after", 50.0, None, None, "s1")]
     root = ElementTree.fromstring(interval_chart(rows, label="accuracy"))
     whiskers = [e.get("d") for e in root if "whisker" in e.get("class", "")]
@@ -93,7 +93,7 @@ def test_an_interval_reaches_from_its_low_to_its_high() -> None:
     assert dots[0] == pytest.approx((low + high) / 2, abs=0.2)
 
 
-def test_bars_share_one_scale_and_say_their_side() -> None:
+def test_bars_have_a_common_scale_and_a_side() -> None:
     html = push_chart([("Wait", 2.0), (" 4", -1.0)], label="x")
     assert re.findall(r'<i class="(\w+)" style="width:([\d.]+)%"', html) == [("up", "50.0"), ("down", "25.0")]
     assert "␣4" in html
@@ -102,7 +102,7 @@ def test_bars_share_one_scale_and_say_their_side() -> None:
     assert share_bar([("rollout", 0.0, "s1")], label="x")
 
 
-def test_names_cannot_break_out() -> None:
+def test_names_are_escaped() -> None:
     drawn = [
         line_plot([Series(EVIL, [(0, 1.0), (1, 2.0)], "s1")], label=EVIL, x_label=EVIL, x_names=[EVIL, EVIL]),
         interval_chart([Estimate(EVIL, 1.0, 0.0, 2.0, "s1")], label=EVIL),

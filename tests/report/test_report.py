@@ -1,4 +1,4 @@
-"""What a page says of a run: verdicts by their rules, samples in their order, absence by name."""
+"""The content of a report: verdicts by their rules, the order of samples, and notes about missing data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.report.runs_on_disk import diagnosis, validation, write_run, write_sa
 
 
 def with_validations(directory: Path, *values: dict[str, float]) -> Path:
-    """A run whose metrics hold these validations, ten steps apart."""
+    """A run with these validations in its metrics, ten steps apart."""
     write_run(directory)
     lines = [{"step": 10 * index, **of} for index, of in enumerate(values)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -25,32 +25,32 @@ def with_validations(directory: Path, *values: dict[str, float]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("after", "told"),
+    ("after", "expected"),
     [
         (0.70, "rose: +10.0 points [+4.5, +15.5]"),
         (0.50, "fell: −10.0 points [−15.5, −4.5]"),
-        (0.63, "no change beyond its error: +3.0 points [−2.5, +8.5]"),
+        (0.63, "no significant change: +3.0 points [−2.5, +8.5]"),
     ],
 )
-def test_accuracy_moved_where_the_interval_of_its_change_leaves_0_out(tmp_path: Path, after: float, told: str) -> None:
+def test_the_accuracy_changed_if_its_interval_excludes_0(tmp_path: Path, after: float, expected: str) -> None:
     run = read_run(with_validations(tmp_path, validation(0.6), validation(after)))
-    assert verdicts.accuracy_verdict(run) == told
+    assert verdicts.accuracy_verdict(run) == expected
 
 
 def test_accuracy_without_an_interval_or_without_an_end(tmp_path: Path) -> None:
     bare = {"validation/accuracy": 0.5}
-    assert "no interval" in verdicts.accuracy_verdict(read_run(with_validations(tmp_path / "a", bare, bare)))
+    assert "without an interval" in verdicts.accuracy_verdict(read_run(with_validations(tmp_path / "a", bare, bare)))
     assert verdicts.accuracy_verdict(read_run(with_validations(tmp_path / "b", bare))) == "not measured"
 
 
 @pytest.mark.parametrize(
-    ("markers", "tokens", "told"),
+    ("markers", "tokens", "expected"),
     [(52, 118, "kept thinking"), (40, 110, "thinks less"), (50, 90, "thinks less"), (60, 112, "thinks more")],
 )
-def test_thinking_is_kept_within_a_tenth(tmp_path: Path, markers: float, tokens: float, told: str) -> None:
+def test_thinking_is_kept_within_a_tenth(tmp_path: Path, markers: float, tokens: float, expected: str) -> None:
     after = {**validation(0.6), "validation/markers_per_1000_tokens": markers, "validation/mean_tokens": tokens}
     run = read_run(with_validations(tmp_path, validation(0.6), after))
-    assert verdicts.thinking_verdict(run).startswith(told)
+    assert verdicts.thinking_verdict(run).startswith(expected)
 
 
 def test_the_target_raises_or_lowers_the_markers() -> None:
@@ -59,12 +59,12 @@ def test_the_target_raises_or_lowers_the_markers() -> None:
     summary["push"]["markers"]["Wait"]["push"]["target"] = 1.0
     assert verdicts.target_verdict(summary).startswith("raises the markers: +20 %")
     summary["push"]["markers"]["Wait"]["push"]["target"] = 0.01
-    assert verdicts.target_verdict(summary).startswith("leaves alone")
+    assert verdicts.target_verdict(summary).startswith("does not change")
     summary["push"]["markers"] = {"Let me think": None}
-    assert "no marker is one token" in verdicts.target_verdict(summary)
+    assert "no marker is a single token" in verdicts.target_verdict(summary)
 
 
-def test_the_last_line_of_a_step_counts_and_damage_is_passed_over(tmp_path: Path) -> None:
+def test_the_last_line_of_a_step_counts_and_partial_lines_are_skipped(tmp_path: Path) -> None:
     write_run(tmp_path)
     lines = ['{"step": 1, "train/loss": 1.0}', '{"step": 2, "train/loss": "nan"}', '{"step": 1, "train/loss": 3.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "train/lo']))
@@ -78,7 +78,7 @@ def test_the_last_line_of_a_step_counts_and_damage_is_passed_over(tmp_path: Path
     assert "not a number" not in write_report([tmp_path], tmp_path / "r.html").read_text()
 
 
-def test_samples_on_disk_outrank_the_metrics_and_the_interval_of_a_change_is_theirs(tmp_path: Path) -> None:
+def test_stored_samples_take_precedence_over_metrics_and_give_the_interval_of_a_change(tmp_path: Path) -> None:
     write_run(tmp_path)
     write_samples(tmp_path, 0, {"a": True, "b": True, "c": False, "d": True})
     write_samples(tmp_path, 6, {"a": True, "b": False, "c": True, "d": True})
@@ -86,24 +86,24 @@ def test_samples_on_disk_outrank_the_metrics_and_the_interval_of_a_change_is_the
     assert run.before is not None
     assert run.before.values["accuracy"] == 0.75
     assert run.before.values["marker_rates.Wait"] == 1000 / 7.5
-    found = verdicts.estimate(run.before, "accuracy", 100.0)
-    assert found is not None
-    assert (found.low, found.high) == tuple(100 * edge for edge in run.before.intervals["accuracy"])
-    moved = verdicts.change(run, "accuracy", 100.0)
-    assert moved is not None
-    assert moved.value == 0
-    assert moved == verdicts.Interval(0.0, *(100 * edge for edge in verdicts.paired_changes(run)["accuracy"].interval))
+    interval = verdicts.estimate(run.before, "accuracy", 100.0)
+    assert interval is not None
+    assert (interval.low, interval.high) == tuple(100 * edge for edge in run.before.intervals["accuracy"])
+    change = verdicts.change(run, "accuracy", 100.0)
+    assert change is not None
+    assert change.value == 0
+    assert change == verdicts.Interval(0.0, *(100 * edge for edge in verdicts.paired_changes(run)["accuracy"].interval))
     page = write_report([tmp_path], tmp_path / "r.html").read_text()
     assert "pass@2, %" in page
     assert '<span class="inner">Wait</span>' in page
-    assert "0 throughout: Maybe, " in page
+    assert "Always 0: Maybe, " in page
     (tmp_path / "validation" / "step-000000" / "scores.jsonl").unlink()
     alone = read_run(tmp_path)
     assert verdicts.paired_changes(alone) == {}
     assert verdicts.change(alone, "accuracy") is not None
 
 
-def test_answers_that_changed_come_first_in_turn(tmp_path: Path) -> None:
+def test_answers_that_changed_come_first_alternating(tmp_path: Path) -> None:
     write_run(tmp_path)
     write_samples(tmp_path, 0, {"same": True, "lost 1": True, "lost 2": True, "won": False, "lost 3": True})
     write_samples(tmp_path, 6, {"same": True, "lost 1": False, "lost 2": False, "won": True, "lost 3": False})
@@ -116,28 +116,33 @@ def test_answers_that_changed_come_first_in_turn(tmp_path: Path) -> None:
     assert "expected 4" in html
 
 
-def test_without_samples_the_rollouts_of_the_diagnoses_serve(tmp_path: Path) -> None:
+def test_without_samples_the_rollouts_of_the_diagnoses_are_shown(tmp_path: Path) -> None:
     pairs, origin = answer_pairs(read_run(write_run(tmp_path)), 4)
     assert len(pairs) == 2
     assert pairs[0].after is not None
     assert "diagnoses" in origin
 
 
-def test_what_is_absent_is_said_to_be(tmp_path: Path) -> None:
+def test_missing_data_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: young\n")
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
-    for told in ("No validation was run", "No step was trained", "No answers of this run", "No step was timed"):
-        assert told in page
+    for text in (
+        "No validation was run",
+        "No step was trained",
+        "The run has no stored answers",
+        "No step was timed",
+    ):
+        assert text in page
     assert "not diagnosed" in page
 
 
-def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+def test_several_runs_are_compared(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", name="Purified")
     second = write_run(tmp_path / "b", name="OPSD", after=0.3)
     config = (second / "config.yaml").read_text()
     (second / "config.yaml").write_text(config.replace("family: purified", "family: opsd"))
     page = write_report([first, second], tmp_path / "pages" / "r.html").read_text()
-    assert "<title>Purified against OPSD</title>" in page
+    assert "<title>Purified vs. OPSD</title>" in page
     assert "fell: " in page
     differing = page[page.index("Settings that differ") :]
     assert "distillation.target.family" in differing[: differing.index("</table>")]
@@ -145,19 +150,19 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert 'href="../a/diagnosis/before/index.html"' in page
 
 
-def test_every_training_metric_has_its_place() -> None:
+def test_every_listed_metric_exists() -> None:
     placed = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
     assert placed <= set(StepMetrics.__dataclass_fields__)
 
 
-def test_a_metric_without_a_place_is_drawn_under_its_name(tmp_path: Path) -> None:
+def test_an_unlisted_metric_is_drawn_under_its_name(tmp_path: Path) -> None:
     write_run(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "train/brand_new": 4.0}\n')
     assert "<h3>brand_new</h3>" in write_report([tmp_path], tmp_path / "r.html").read_text()
 
 
-def test_directories_that_hold_nothing_are_refused_by_name(tmp_path: Path) -> None:
+def test_empty_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"without a readable config\.yaml"):
         write_report([tmp_path], tmp_path / "r.html")
     with pytest.raises(UserError, match=r"without summary\.json"):
@@ -165,7 +170,7 @@ def test_directories_that_hold_nothing_are_refused_by_name(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_page_loads_nothing(tmp_path: Path) -> None:
+def test_a_page_loads_no_resources(tmp_path: Path) -> None:
     page = write_report([write_run(tmp_path)], tmp_path / "r.html").read_text()
     assert "http://www.w3.org/2000/svg" in page  # a name, in the script
     assert page.replace("http://www.w3.org/2000/svg", "").count("http") == page.count("http-equiv")

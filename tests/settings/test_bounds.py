@@ -1,4 +1,4 @@
-"""Every number of every section has finite bounds, which hold in files, overrides and objects alike."""
+"""Every number of every section has finite bounds, which files, overrides and objects must meet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.settings import split_settings
-from nemo_popsd.settings.bounds import Bounds, check_numbers, ruled
+from nemo_popsd.settings.bounds import Bounds, check_numbers, declared_rules
 
 NUMBERS = (int, float, int | None, float | None, list[int], list[float])
 SETTINGS = [
@@ -24,7 +24,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("schema", "key"), SETTINGS, ids=[key for _, key in SETTINGS])
 def test_every_number_is_bounded(schema: type, key: str, tmp_path: Path) -> None:
-    bounds = dict(ruled(schema)).get(key)
+    bounds = dict(declared_rules(schema)).get(key)
     assert isinstance(bounds, Bounds), f"declare the bounds of {key}: Annotated[..., Bounds(low, high)]"
     assert -math.inf < bounds.low < bounds.high < math.inf
     kind = known_keys(schema)[key]
@@ -32,12 +32,12 @@ def test_every_number_is_bounded(schema: type, key: str, tmp_path: Path) -> None
     beyond += [] if kind in (int, int | None, list[int]) else [math.inf, -math.inf, math.nan]
     for value in beyond:
         text = str(int(value)) if math.isfinite(value) else f"{value}".replace("inf", ".inf").replace("nan", ".nan")
-        with pytest.raises(UserError, match=f"set {key}$") as told:
-            given(schema, f"{key}=[{text}]" if kind in (list[int], list[float]) else f"{key}={text}", tmp_path)
-        assert str(bounds) in str(told.value)
+        with pytest.raises(UserError, match=f"set {key}$") as raised:
+            load(schema, f"{key}=[{text}]" if kind in (list[int], list[float]) else f"{key}={text}", tmp_path)
+        assert str(bounds) in str(raised.value)
 
 
-def given(schema: type, word: str, folder: Path) -> None:
+def load(schema: type, word: str, folder: Path) -> None:
     (folder / "conf.yaml").write_text("")
     if schema is PlanConfig:
         split_settings([word])
@@ -45,7 +45,7 @@ def given(schema: type, word: str, folder: Path) -> None:
         load_config(folder / "conf.yaml", [word])
 
 
-def test_the_defaults_are_within_their_bounds() -> None:
+def test_the_defaults_are_within_bounds() -> None:
     check_numbers(PopsdConfig())
     check_numbers(PlanConfig())
 
@@ -61,8 +61,8 @@ def test_the_defaults_are_within_their_bounds() -> None:
 )
 def test_bounds(bounds: Bounds, words: str, good: list[float], bad: list[float]) -> None:
     assert str(bounds) == words
-    assert all(map(bounds.hold, good))
-    assert not any(map(bounds.hold, bad))
+    assert all(map(bounds.contains, good))
+    assert not any(map(bounds.contains, bad))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,6 @@ def test_bounds(bounds: Bounds, words: str, good: list[float], bad: list[float])
         "rollout.temperature=1e-30",
     ],
 )
-def test_what_ended_in_nonsense(word: str, tmp_path: Path) -> None:
+def test_absurd_values_are_refused(word: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"set {word.partition('=')[0]}$"):
-        given(PopsdConfig, word, tmp_path)
+        load(PopsdConfig, word, tmp_path)

@@ -19,12 +19,13 @@ import os
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.environment import environment
 from tests.te import extension
 
 ENVIRONMENT = "TE_ENV"
@@ -151,20 +152,6 @@ class _Finder(importlib.metadata.DistributionFinder):
         return spec
 
 
-@contextlib.contextmanager
-def _set(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def install() -> None:
     """Imports Transformer Engine, Megatron on it, and the project on both. Once in a process."""
     if "megatron.core" in sys.modules or PACKAGE in sys.modules:
@@ -176,7 +163,7 @@ def install() -> None:
     torch._dynamo.config.disable = True
     # Else it looks for its CUDA library, which the wheel has not.
     sys.path.append(str(folder()))  # of onnxscript, which it imports
-    with _set(NVTE_PROJECT_BUILDING="1", NVTE_TORCH_COMPILE="0"):
+    with environment(NVTE_PROJECT_BUILDING="1", NVTE_TORCH_COMPILE="0"):
         importlib.import_module(f"{PACKAGE}.pytorch")
     sys.path.remove(str(folder()))
     bridge: Any = importlib.import_module("megatron.core.extensions.transformer_engine")

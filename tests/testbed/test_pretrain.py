@@ -1,4 +1,4 @@
-"""The recipe runs, learns, repeats itself, and saves what transformers can load."""
+"""The recipe trains, is deterministic, and saves a model that transformers can load."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_three_steps_train_save_load_and_repeat(tmp_path: Path, capsys: pytest.C
     assert all(r.problems == 2 and r.length <= 256 for r in reports)
 
 
-def test_batches_label_the_assistant_alone_and_hold_every_context() -> None:
+def test_batches_label_only_the_assistant_and_contain_every_context() -> None:
     tokenizer = build_tokenizer()
     stream = batches(tokenizer, replace(Recipe(), batch=8, drill_steps=0, drill_share=0.0))
     seen = set()
@@ -56,7 +56,7 @@ def test_batches_label_the_assistant_alone_and_hold_every_context() -> None:
     assert any(no_thinking for *_, no_thinking in seen)
 
 
-def test_pretraining_begins_with_drills() -> None:
+def test_pretraining_starts_with_drills() -> None:
     tokenizer = build_tokenizer()
     stream = batches(tokenizer, replace(Recipe(), batch=4, drill_steps=16, drill_share=0.0))
     texts = [text for _ in range(32) for text in tokenizer.batch_decode(next(stream)[0])]
@@ -64,20 +64,20 @@ def test_pretraining_begins_with_drills() -> None:
     assert not any("Practise." in text for text in texts[64:])
 
 
-def test_drills_with_versions_begin_with_sheets_without_a_task() -> None:
+def test_drills_with_versions_start_with_sheets_without_a_task() -> None:
     difficulty = Difficulty(families=FAMILIES, reference="versions")
     tokenizer = build_tokenizer(difficulty)
     stream = batches(tokenizer, replace(Recipe(), batch=4, drill_steps=48, drill_share=0.0, difficulty=difficulty))
     texts = [text for _ in range(48) for text in tokenizer.batch_decode(next(stream)[0])]
     sheets = [text for text in texts if "Practise." not in text]
-    assert all(text in sheets for text in texts[:64])  # what is sorted and shuffled at a time
+    assert all(text in sheets for text in texts[:64])  # the sequences that are sorted and shuffled together
     assert 12 < len(sheets) - 128 < 52, "then one half"
     for text in sheets:
         user, _, assistant = text.partition("<|im_end|>")
         [version] = re.findall(r"user\nVersion: (blue|red)\.\n", user)
-        found = re.findall(r"Then ([a-i]) = (\d+)", assistant)
-        assert found == re.findall(rf"([a-i]) {version} (\d+)", user)
-        assert len(found) == 8
+        values = re.findall(r"Then ([a-i]) = (\d+)", assistant)
+        assert values == re.findall(rf"([a-i]) {version} (\d+)", user)
+        assert len(values) == 8
 
 
 def test_answers_and_markers_are_read_from_the_text() -> None:

@@ -1,4 +1,4 @@
-"""The generator: every line of arithmetic is checked by an evaluator that shares no code with it."""
+"""The problem generator: an evaluator that shares no code with it checks every line of arithmetic."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_answers_and_references_are_right(split: str) -> None:
         assert answer == problem.answer
 
 
-def test_the_question_says_which_version_of_the_reference_is_right() -> None:
+def test_the_question_names_the_version_of_the_reference_that_applies() -> None:
     difficulty = Difficulty(families=FAMILIES, reference="versions")
     versions = []
     for problem, _ in islice(problems("train", 3, difficulty), 200):
@@ -93,12 +93,12 @@ def test_every_worked_line_is_right_or_corrected() -> None:
             if line.startswith(("Check ", "Wait, check ")):
                 equation, partial = line.split("heck ")[1].split(": ")
                 x, op, y = equation.split(" ")
-                found = _EQUATION.findall(partial)
-                assert len(found) == (3 if op == "*" else 2)
-                for left, sign, right, result in found:
+                equations = _EQUATION.findall(partial)
+                assert len(equations) == (3 if op == "*" else 2)
+                for left, sign, right, result in equations:
                     assert evaluate(int(left), sign, int(right)) == int(result), line
                 assert guess is not None
-                assert int(found[-1][-1]) == evaluate(int(x), op, int(y)) == values[guess[0]]
+                assert int(equations[-1][-1]) == evaluate(int(x), op, int(y)) == values[guess[0]]
                 continue
             word, name, value = re.fullmatch(r"(\w+) ([a-i]) = (\d+)", line).groups()  # type: ignore[union-attr]
             if word in ("Maybe", "Perhaps"):
@@ -147,14 +147,14 @@ def test_splits_are_disjoint_for_any_seeds() -> None:
         for split in SPLITS
         for seed in (7, 8)
     }
-    for (split, _), found in questions.items():
-        assert len(found) == 400
-        assert {split_of(q) for q in found} == {split}
+    for (split, _), texts in questions.items():
+        assert len(texts) == 400
+        assert {split_of(text) for text in texts} == {split}
     assert not questions["train", 7] & questions["validation", 7]
     assert not questions["train", 7] & questions["pretraining", 8]
 
 
-def test_same_rows_in_another_process_whatever_the_hash_seed() -> None:
+def test_rows_do_not_depend_on_the_process_or_the_hash_seed() -> None:
     code = (
         "import json; from nemo_popsd.testbed.problems import *; from itertools import islice;"
         "print(json.dumps([[p.question, p.reference, thoughtful_thoughts(p, r)]"

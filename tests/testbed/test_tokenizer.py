@@ -1,4 +1,4 @@
-"""The tokenizer: lossless, deterministic, Qwen3's manner of turns."""
+"""The tokenizer is lossless and deterministic, and its chat template follows Qwen3's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_round_trip_of_all_generated_text(tokenizer: PreTrainedTokenizerBase) ->
                 ) + response(thoughts, problem.answer)
                 ids = tokenizer.encode(text, add_special_tokens=False)
                 assert tokenizer.decode(ids) == text
-                # Words and digits are single tokens: the bytes are there for foreign text alone.
+                # Words and digits are single tokens; only other text is encoded as bytes.
                 assert len(ids) <= len(text) / 2
 
 
@@ -50,7 +50,7 @@ def test_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-def test_calls_return_what_generate_takes(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_calls_return_the_inputs_of_generate(tokenizer: PreTrainedTokenizerBase) -> None:
     assert set(tokenizer(["a = 3"])) == {"input_ids", "attention_mask"}
 
 
@@ -61,7 +61,7 @@ def test_vocabulary_needs_padding_and_is_reproducible(tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_chat_template_is_in_the_manner_of_qwen3(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
+def test_chat_template_follows_qwen3(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
     prompt = tokenizer.apply_chat_template(
         [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}],
         tokenize=False,
@@ -86,7 +86,7 @@ def test_chat_template_keeps_the_last_thoughts_and_drops_earlier_ones(tokenizer:
     )
 
 
-def test_teachers_differ_by_the_question_block_alone() -> None:
+def test_teachers_differ_only_in_the_question_block() -> None:
     both, alone = user_turn("question+reference", "Q?", "R."), user_turn("reference", "Q?", "R.")
     assert both == TEMPLATES.question_block.replace("{question}", "Q?") + alone
     assert "Q?" not in alone

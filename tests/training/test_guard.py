@@ -12,7 +12,7 @@ from tests.tiny_models import save_tiny_model
 
 def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     """Steps of two data-parallel ranks that fail on one of them; the error and the weights of each rank."""
-    from nemo_popsd.megatron.base import fingerprint
+    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.training import step as module
     from nemo_popsd.training.guard import NonFiniteError, refuse_non_finite
     from tests.training.runs import ScriptedEngine, response, row, settings, start
@@ -23,7 +23,7 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
         ScriptedEngine([response(number, 4 + number) for number in numbers], lambda: begins_with[0])
     )
     rows = [row(number) for number in numbers]
-    seen: dict[str, Any] = {"before": fingerprint(run.student.gpt)}
+    seen: dict[str, Any] = {"before": base_digest(run.student.gpt)}
     healthy = module.FrozenBranches.target_states
 
     def poisoned(self: Any, trajectories: Any) -> Any:
@@ -49,14 +49,14 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     run.optimizer.prepare = lambda: (true_norm(), float("inf"))[1]  # type: ignore[method-assign]
     seen["norm"] = attempt(8)
     run.optimizer.prepare = true_norm  # type: ignore[method-assign]
-    seen["after"], seen["steps"] = fingerprint(run.student.gpt), run.steps
+    seen["after"], seen["steps"] = base_digest(run.student.gpt), run.steps
     try:  # Inf on this rank alone, with nothing to report: the other rank must hear of it.
         refuse_non_finite(9, [], [], float("inf") if rank == 0 else 1.0)
     except NonFiniteError as error:
         seen["one rank's norm"] = str(error)
     refuse_non_finite(10, [], [], 1.0)
     seen["healthy"] = attempt(11)
-    seen["trained"] = fingerprint(run.student.gpt)
+    seen["trained"] = base_digest(run.student.gpt)
     true_step = run.optimizer.megatron.step
 
     def beyond_sense() -> None:  # as a rate of 1e38 does, whose gradients were finite; on one rank

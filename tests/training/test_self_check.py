@@ -18,7 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str) -> dict[str, Any]:
     """The check on a fresh student, and again after each of three faults."""
     from nemo_popsd.distillation import Divergence, PurifiedTarget
-    from nemo_popsd.megatron.base import fingerprint
+    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.training import self_check
     from nemo_popsd.training.objective import Objective
     from tests.training.runs import settings, start, trajectory
@@ -29,7 +29,7 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
     sequences = [trajectory(number, 3 + 4 * number).student for number in range(2)]
     said: list[tuple[float, float]] = []
     self_check.logger.info = lambda _, *numbers: said.append(numbers)  # type: ignore[method-assign, assignment]
-    before = fingerprint(run.student.gpt)
+    before = base_digest(run.student.gpt)
 
     def outcome() -> str:
         try:
@@ -45,7 +45,7 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
     seen: dict[str, Any] = {"fresh": outcome(), "numbers": list(said), "modes": modes.copy()}
     gradients = [p.main_grad.abs().max().item() for p in run.student.gpt.parameters() if p.requires_grad]
     seen["gradients left"] = max(gradients)
-    seen["weights kept"] = fingerprint(run.student.gpt) == before
+    seen["weights kept"] = base_digest(run.student.gpt) == before
     faulty = "linear_out.weight" if adaptation == "lora" else "linear_fc1.weight"
     parameter = next(p for name, p in run.student.gpt.named_parameters() if name.endswith(faulty))
     with torch.no_grad():

@@ -37,7 +37,7 @@ def train(rank: int, world_size: int, model: Path, tensor: int, variants: dict[s
 
 
 def train_one(rank: int, world_size: int, model: Path, tensor: int, variant: Variant) -> dict[str, Any]:
-    from nemo_popsd.megatron.base import fingerprint
+    from nemo_popsd.megatron.base import base_digest
     from tests.training.runs import row, settings, start
 
     run = start(model, settings(parallel={"tensor": tensor}, **variant))
@@ -53,7 +53,7 @@ def train_one(rank: int, world_size: int, model: Path, tensor: int, variant: Var
     engine.generate = noted  # type: ignore[method-assign]
     step = run.on_policy_step(engine)
     with run.student.base.model() as [base]:
-        before = fingerprint(base)
+        before = base_digest(base)
     start_weights = [p.detach().clone() for p in run.student.gpt.parameters() if p.requires_grad]
     replicas, replica = world_size // tensor, rank // tensor
     share = run.config.training.prompts_per_step // replicas
@@ -63,7 +63,7 @@ def train_one(rank: int, world_size: int, model: Path, tensor: int, variant: Var
         rows = [row(index) for index in range(first, first + share)]
         metrics.append(step(number + 1, rows, run.optimizer, run.update))
     with run.student.base.model() as [base]:
-        after = fingerprint(base)
+        after = base_digest(base)
     trained = [p.detach() for p in run.student.gpt.parameters() if p.requires_grad]
     return {
         "metrics": metrics,

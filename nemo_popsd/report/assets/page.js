@@ -1,5 +1,5 @@
 "use strict";
-// Values under the pointer of a plot, and the inspector of a token. Text enters the page as text nodes only.
+// Shows the values under the pointer of a plot and of a token. Text enters the page as text nodes only.
 const SVG = "http://www.w3.org/2000/svg";
 const make = (name, css, text) => {
   const node = document.createElement(name);
@@ -44,7 +44,7 @@ function hoverPlot(svg) {
   svg.addEventListener("pointerleave", hide);
 }
 
-const NAMES = { student: "student", base: "base", privileged: "teacher", reference: "probe", target: "target" };
+const NAMES = { student: "student", base: "base", privileged: "teacher", reference: "reference-only", target: "target" };
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 const figure = (value, digits) => {
   if (value === null || value === undefined) return "–";
@@ -57,7 +57,7 @@ function readTokens(block) {
   const panel = block.closest(".reader").querySelector(".inspector");
   const spans = [...block.children];
   let pinned = -1;
-  const open = (is) => {  // on a narrow screen the panel is a sheet that a token calls up
+  const open = (is) => {  // on a narrow screen the panel is a sheet that a tap on a token opens
     document.querySelectorAll(".inspector.open").forEach((other) => other.classList.remove("open"));
     panel.classList.toggle("open", is);
   };
@@ -68,8 +68,8 @@ function readTokens(block) {
     const facts = make("table");
     for (const [label, value] of [
       ["Δ_total = log teacher − log student", signed(at("delta_total"))],
-      ["Δ_ref = log probe − log student", signed(at("delta_reference"))],
-      ["Δ_it = log teacher − log probe", signed(at("delta_question"))],
+      ["Δ_ref = log reference-only − log student", signed(at("delta_reference"))],
+      ["Δ_it = log teacher − log reference-only", signed(at("delta_question"))],
       ["log target − log student", signed(at("delta_target"))],
       ["entropy of student | target", `${figure(at("student_entropy"), 2)} | ${figure(at("target_entropy"), 2)}`],
       ["‖Δ_ref‖ / ‖Δ_total‖", figure(at("norm_ratio"), 2)],
@@ -95,8 +95,8 @@ function readTokens(block) {
     }
     panel.replaceChildren(
       make("h4", "", `token ${index + 1} of ${spans.length}`),
-      make("div", "now", visible(data.pieces[index]) || "(part of the next)"),
-      facts, make("h4", "", "most likely here, per cent"), lists,
+      make("div", "now", visible(data.pieces[index]) || "(part of the next token)"),
+      facts, make("h4", "", "most likely tokens, per cent"), lists,
     );
   };
   const place = (event) => spans.indexOf(event.target.closest("span"));

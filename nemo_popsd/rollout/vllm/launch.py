@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_popsd.embedded.names import located
+from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.rollout.vllm.config import VllmConfig
@@ -172,7 +172,7 @@ def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
     """
     if model.lora is None or settings.lora == "merged":
         return None
-    path = located(model.source)
+    path = local_path(model.source)
     obstacle = ""
     if model.has_experts:
         obstacle = "a model with experts"

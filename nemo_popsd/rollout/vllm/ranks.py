@@ -36,7 +36,7 @@ class ServerRanks:
     """Of the replica, which is that of its server."""
 
     @property
-    def speaks(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this rank speaks to the server."""
         return self.replica is None or dist.get_rank(self.replica) == 0
 
@@ -50,7 +50,7 @@ class ServerRanks:
         Args:
             action: without collectives.
         """
-        return Call(action if self.speaks else None)
+        return Call(action if self.is_leader else None)
 
     def wait(self, call: Call[T], *, stop_requested: Callable[[], bool] = lambda: False) -> T | None:
         """What came of `call`, for which all ranks wait while they look after each other.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_popsd.errors import UserError, in_words, may_pass
+from nemo_popsd.errors import UserError, describe_error, is_transient
 from nemo_popsd.rollout.vllm.environment import SERVER
 from nemo_popsd.rollout.vllm.serving import popsd_wire as wire
 
@@ -270,8 +270,8 @@ def _start(command: list[str], launch: Launch, token: str, log: IO[str]) -> subp
             start_new_session=True,  # signals of a terminal or a batch system are for us
         )
     except OSError as error:
-        if may_pass(error):
-            raise ServerLost(f"{command[0]!r} cannot be run: {in_words(error)}") from error
+        if is_transient(error):
+            raise ServerLost(f"{command[0]!r} cannot be run: {describe_error(error)}") from error
         raise UserError(
             "vLLM server",
             got=f"{command[0]!r}, which cannot be run ({error.strerror})",

@@ -1,6 +1,6 @@
-"""Makes the NeMo 2 checkpoint beside it, with nemo_toolkit's LLM collection; the tests read what it made.
+"""Writes the NeMo 2 checkpoint that the tests read, with nemo_toolkit's LLM collection.
 
-Run it in an environment of its own, which the project does not need otherwise:
+It needs an environment of its own:
 
     python3.11 -m venv /tmp/nemo2
     /tmp/nemo2/bin/pip install torch==2.13.0
@@ -8,8 +8,8 @@ Run it in an environment of its own, which the project does not need otherwise:
         leptonai==0.26.9 nemo_run==0.11.1
     CUDA_VISIBLE_DEVICES= /tmp/nemo2/bin/python tests/checkpoint/nemo2/make_checkpoint.py OUTPUT
 
-One step of training with `llm.train` on random tokens, saved as every NeMo 2 run saves; then the logits that the model
-gives for a few tokens go to `OUTPUT/expected.safetensors`.
+Trains one step with `llm.train` on random tokens and saves the checkpoint. `OUTPUT/expected.safetensors` contains the
+logits of the model for a few tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-# NeMo 2 and megatron-core name the CUDA device literally; here it is the CPU.
+# NeMo 2 and megatron-core name the CUDA device literally; these replacements use the CPU.
 torch.cuda.current_device = lambda: torch.device("cpu")
 torch.cuda.synchronize = lambda *_: None
 torch.cuda.set_device = lambda *_: None
@@ -53,7 +53,7 @@ import megatron.core.tensor_parallel.random as megatron_random  # noqa: E402
 
 megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
 megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-# NeMo seeds the regions of tensor parallelism where there is a CUDA device alone.
+# NeMo seeds the random states of tensor parallelism only on CUDA devices.
 megatron_random.get_cuda_rng_tracker().add("model-parallel-rng", 1)
 
 import nemo.collections.llm.gpt.data.mock as mock  # noqa: E402
@@ -63,15 +63,15 @@ from nemo.collections import llm  # noqa: E402
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-TOKENIZER = Path(__file__).resolve().parents[3] / "nemo_popsd" / "testbed" / "assets" / "tiny_reasoner"
+TOKENIZER = Path(__file__).resolve().parents[3] / "nemo_popsd" / "embedded" / "assets" / "tiny_reasoner"
 
-# It passes `create_attention_mask` as the seed (mock.py:110).
+# `MockDataModule` passes `create_attention_mask` in the position of the seed.
 _Mock = mock._MockGPTDataset
 mock._MockGPTDataset = lambda *args: _Mock(*args[:4], create_attention_mask=True)
 
 
 def main(output: Path) -> None:
-    """Trains, saves, and writes down what the model computes."""
+    """Trains, saves, and writes the logits of the model."""
     place = Path(tempfile.mkdtemp()) / "tokenizer"
     shutil.copytree(TOKENIZER, place, ignore=shutil.ignore_patterns("*.safetensors"))
     tokenizer = AutoTokenizer(str(place))

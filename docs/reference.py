@@ -1,0 +1,273 @@
+"""The generated reference pages: settings, metrics, modules and public API, from the strings that declare them.
+
+Standard library alone, besides the configuration, which imports neither torch nor yaml: the site is built without the
+environment of a run. `docs/hooks.py` puts the pages into the site.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "nemo_popsd"
+sys.path.insert(0, str(ROOT))
+
+from nemo_popsd.config.schema import PopsdConfig  # noqa: E402
+from nemo_popsd.planning.config import PlanConfig  # noqa: E402
+
+
+class Setting(NamedTuple):
+    """One setting of a configuration, or a section of them."""
+
+    name: str
+    """Dotted, as in an override."""
+    type: str
+    """Python's notation; empty for a section."""
+    default: str
+    """As YAML takes it; empty for a section."""
+    allowed: str
+    """Bounds, in words; may be empty."""
+    text: str
+    """The string under the field; for a section the docstring of its class."""
+
+
+class Metric(NamedTuple):
+    """One number that is logged."""
+
+    name: str
+    """As in metrics.jsonl."""
+    text: str
+    """The string under the field."""
+
+
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def field_texts(schema: ast.ClassDef) -> dict[str, str]:
+    """Field to the string below it, in the order of declaration; "" where there is none."""
+    found: dict[str, str] = {}
+    last = ""
+    for node in schema.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            last = node.target.id
+            found[last] = ""
+        elif last and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found[last] = inspect.cleandoc(str(node.value.value))
+            last = ""
+        else:
+            last = ""
+    return found
+
+
+def class_node(path: Path, name: str) -> ast.ClassDef:
+    """The class `name` of a file."""
+    [node] = [node for node in parsed(path).body if isinstance(node, ast.ClassDef) and node.name == name]
+    return node
+
+
+def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
+    """Every setting of the dataclass `schema`: its own first, then each section with those inside it."""
+    texts = field_texts(class_node(Path(inspect.getfile(schema)), schema.__name__))
+    types, declared = get_type_hints(schema), get_type_hints(schema, include_extras=True)
+    sections = []
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(types[field.name]):
+            sections.append(field.name)
+            continue
+        yield Setting(
+            prefix + field.name,
+            type_name(types[field.name]),
+            yaml_text(default(field)),
+            allowed(declared[field.name]),
+            texts[field.name],
+        )
+    for name in sections:
+        yield Setting(prefix + name, "", "", "", inspect.cleandoc(types[name].__doc__ or ""))
+        yield from settings(types[name], f"{prefix}{name}.")
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    """The value of a field that nobody sets."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def type_name(hint: Any) -> str:
+    """`hint` as a reader writes it: int | None, list[str]."""
+    return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
+
+
+def yaml_text(value: Any) -> str:
+    """`value` as a configuration file has it, in one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(yaml_text, value))}]"
+    if isinstance(value, str):
+        return repr(value) if value == "" or "\n" in value or value != value.strip() else value
+    return str(value)
+
+
+def allowed(hint: Any) -> str:
+    """What the rule of an annotated type lets through, in words: an interval, or what a text is for."""
+    rules = getattr(hint, "__metadata__", ())
+    return ", ".join(f"text: {rule.value}" if isinstance(rule, Enum) else str(rule) for rule in rules)
+
+
+def metrics() -> Iterator[Metric]:
+    """Every metric of a training step and every figure of an evaluation, under the names in metrics.jsonl."""
+    from nemo_popsd.observability.metrics import PREFIX, StepMetrics
+
+    for name, text in field_texts(class_node(PACKAGE / "observability/metrics.py", StepMetrics.__name__)).items():
+        yield Metric(PREFIX + name, text)
+    # numpy is not imported for the sake of its strings.
+    for name, text in field_texts(class_node(PACKAGE / "evaluation/summary.py", "EvaluationSummary")).items():
+        yield Metric(f"validation/{name}", text)
+
+
+def settings_page() -> str:
+    """Markdown: each setting under a heading of its own, so that other pages can link to it."""
+    lines = [
+        "# Settings",
+        "",
+        "Generated from the dataclasses that declare the settings. Set one in a configuration file, or on the command",
+        "line as `section.setting=value`. Unknown keys and numbers outside their bounds are refused.",
+        "`popsd config CONF` prints the resolved configuration.",
+        "",
+        "Defaults are those of the code; `conf/*.yaml` names the origin of each number that it sets.",
+        "",
+        "## The run {: #run }",
+        "",
+    ]
+    for setting in settings(PopsdConfig):
+        lines += entry(setting)
+    lines += ["## `popsd plan` {: #plan }", "", inspect.cleandoc(PlanConfig.__doc__ or ""), ""]
+    for setting in settings(PlanConfig):
+        lines += entry(setting)
+    return "\n".join(lines)
+
+
+def entry(setting: Setting) -> list[str]:
+    """One setting, or the heading of a section."""
+    if not setting.type:
+        return [f"## `{setting.name}` {{: #{setting.name} }}", "", paragraph(setting.text), ""]
+    facts = [f"`{setting.type}`", f"default `{setting.default}`", *([setting.allowed] if setting.allowed else [])]
+    return [f"### `{setting.name}` {{: #{setting.name} }}", "", " · ".join(facts), "", paragraph(setting.text), ""]
+
+
+def metrics_page() -> str:
+    """Markdown: a table for each prefix."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from the declarations. Each name is the key in `<output>/metrics.jsonl`, in TensorBoard, Weights &",
+        "Biases and MLflow. A metric that a step does not measure is absent.",
+        "",
+    ]
+    groups: dict[str, list[Metric]] = {}
+    for metric in metrics():
+        groups.setdefault(metric.name.partition("/")[0], []).append(metric)
+    for name, group in groups.items():
+        lines += [f"## `{name}/`", "", "| name | meaning |", "|---|---|"]
+        lines += [f"| `{metric.name}` | {cell(metric.text)} |" for metric in group]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def modules_page() -> str:
+    """Markdown: every module with the first sentence of its docstring, by folder."""
+    lines = ["# Modules", "", "Generated from the docstrings: what each file does, by folder.", ""]
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        files = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
+        if not files:
+            continue
+        own = folder / "__init__.py"
+        lines += [f"## `{folder.relative_to(ROOT)}/`", ""]
+        lines += [summary(own), ""] if own.exists() else []
+        lines += ["| module | purpose |", "|---|---|"]
+        lines += [f"| `{path.name}` | {cell(summary(path))} |" for path in files]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def api_page() -> str:
+    """Markdown for mkdocstrings: what the packages export, and the interfaces that an extension implements."""
+    lines = [
+        "# Python API",
+        "",
+        "What the packages export in `__all__`, and the protocols that an extension implements.",
+        "",
+    ]
+    for name in [*exported(), *protocols()]:
+        lines += [f"::: {name}", ""]
+    return "\n".join(lines)
+
+
+def exported() -> list[str]:
+    """Dotted names that a package lists in `__all__`."""
+    found = []
+    for path in sorted(PACKAGE.rglob("__init__.py")):
+        for node in parsed(path).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                found += [f"{dotted(path.parent)}.{name}" for name in sorted(ast.literal_eval(node.value))]
+    return found
+
+
+def protocols() -> list[str]:
+    """Dotted names of the public protocols that no package exports."""
+    known = {name.rpartition(".")[2] for name in exported()}
+    return [
+        f"{dotted(path.with_suffix(''))}.{node.name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in parsed(path).body
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).split("[")[0] == "Protocol" for base in node.bases)
+        and not node.name.startswith("_")
+        and node.name not in known
+    ]
+
+
+def dotted(path: Path) -> str:
+    """The import name of a file or folder."""
+    return ".".join(path.relative_to(ROOT).parts)
+
+
+def summary(path: Path) -> str:
+    """First paragraph of a module's docstring, in one line."""
+    text = ast.get_docstring(parsed(path)) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def paragraph(text: str) -> str:
+    """A docstring as Markdown: paragraphs, none of them taken for code."""
+    return textwrap.dedent(text).replace("<", "&lt;")
+
+
+def cell(text: str) -> str:
+    """A docstring in one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+PAGES = {
+    "reference/settings.md": settings_page,
+    "reference/metrics.md": metrics_page,
+    "reference/api.md": api_page,
+    "reference/modules.md": modules_page,
+}
+"""Path in the site to what writes the page."""
+
+
+if __name__ == "__main__":
+    for page in PAGES.values():
+        print(page())

@@ -1,0 +1,56 @@
+"""Which tests are quick, and what a worker runs together."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.scheduling import _starts_processes, group, longest_first
+
+
+@pytest.mark.parametrize(
+    ("module", "starts"),
+    [
+        ("tests.test_harness", True),  # imports subprocess and run_ranks
+        ("tests.training.layouts", False),
+        ("tests.training.test_layouts", True),
+        ("tests.cli.test_damage", False),
+        ("tests.report.test_browser", True),  # a helper starts the browser
+        ("tests.settings.test_bounds", False),
+    ],
+)
+def test_modules_that_can_start_processes_are_recognised(module: str, starts: bool) -> None:
+    importlib.import_module(module)
+    assert _starts_processes(module) == starts
+
+
+def test_a_test_without_processes_is_marked_quick(request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("quick") is not None
+
+
+@pytest.mark.slow
+def test_a_slow_test_is_not_quick(request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("quick") is None
+
+
+def _item(nodeid: str, slow: pytest.MarkDecorator | None = None) -> Any:
+    return SimpleNamespace(nodeid=nodeid, get_closest_marker=lambda name: slow and slow.mark)
+
+
+def test_files_stay_together_and_the_longest_starts_first() -> None:
+    items = [
+        _item("tests/a.py::one"),
+        _item("tests/b.py::one", pytest.mark.slow(seconds=100)),
+        _item("tests/c.py::one", pytest.mark.slow),
+        _item("tests/a.py::two"),
+        _item("tests/c.py::two"),
+        _item("tests/slurm/d.py::one"),
+        _item("tests/slurm/e.py::one", pytest.mark.slow),
+    ]
+    longest_first(items)
+    order = ["slurm/d.py::one", "slurm/e.py::one", "b.py::one", "c.py::one", "c.py::two", "a.py::one", "a.py::two"]
+    assert [item.nodeid for item in items] == [f"tests/{name}" for name in order]
+    assert len({group(item.nodeid) for item in items}) == 4
