@@ -26,7 +26,7 @@ def interleaved(actions: Mapping[str, Callable[[], None]], repetitions: int) -> 
 
 
 def peak_bytes(action: Callable[[], None]) -> int:
-    """Peak bytes of torch's allocator during `action`, beyond those before it, including those of compiled code."""
+    """Peak bytes of torch's allocator during `action`, beyond those before it; compiled code included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

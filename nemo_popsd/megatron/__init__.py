@@ -1,1 +1,1 @@
-"""Megatron-core models: the layers' choice, building from Hugging Face, adapters, forwards and the optimizer."""
+"""Megatron-core models: choice of layers, building, adapters, forward passes, decoding and the optimizer."""

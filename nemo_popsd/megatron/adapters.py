@@ -1,4 +1,4 @@
-"""LoRA on Megatron's linears (Megatron-Bridge's), with an initialisation that no layout changes."""
+"""Megatron-Bridge's LoRA on Megatron's linears, with the same initial values in every layout."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from megatron.core.tensor_parallel.layers import (  # noqa: E402
 
 
 class Adapters:
-    """The adapters of one model's chunks: made once, switched off for the frozen branches."""
+    """The adapters of one model's chunks: added once, switched off for the frozen branches."""
 
     def __init__(self, chunks: Sequence[GPTModel], config: LoRAConfig, *, seed: int) -> None:
-        """Freezes `chunks`, wraps their target linears, and draws the A matrices; the B matrices are 0.
+        """Freezes `chunks`, wraps their target linears and samples the A matrices; the B matrices are 0.
 
-        Megatron-Bridge draws each rank's shard from that rank's generator, so another layout would start from another
-        adapter. Here each whole matrix is drawn (Xavier normal) from a generator that is seeded by `seed` and the
-        parameter's name in the whole model, and each rank keeps its shard.
+        Megatron-Bridge samples each rank's shard from that rank's generator, so that the adapters would start from
+        different values in different layouts. Here each full matrix is sampled (Xavier normal) from a generator that is
+        seeded by `seed` and the parameter's name in the full model, and each rank keeps its shard.
         """
         self._chunks = list(chunks)
         self._lora = LoRA(
@@ -55,11 +55,11 @@ class Adapters:
                 set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
             for name, module in chunk.named_modules():
                 if name.endswith("adapter.linear_in"):
-                    _draw_whole(module, f"{whole_model_name(chunk, name)}.weight", seed)
+                    _sample_full(module, f"{whole_model_name(chunk, name)}.weight", seed)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within, the model is the frozen base, bit for bit."""
+        """Context in which the model is bit-identical to the frozen base."""
         self._lora.disable_adapter_layers(self._chunks)
         try:
             yield
@@ -68,11 +68,12 @@ class Adapters:
 
 
 def gather_in_adapters(chunks: Sequence[GPTModel]) -> None:
-    """Under sequence parallelism, has each adapter gather its own input, rather than take it gathered from the layer.
+    """Under sequence parallelism, makes each adapter gather its own input instead of taking it gathered from the layer.
 
-    Megatron-Bridge asks Transformer Engine's fused norm and linear to return the gathered output of the norm
-    (peft/utils.py:147). Transformer Engine, up to 2.20 at least, drops the gradient of that output
-    (layernorm_linear.py:961 of 2.12): every gradient below the adapter would be wrong, with nothing to see in the loss.
+    `megatron.bridge.peft.utils.get_adapter_attributes_from_linear` makes Transformer Engine's fused norm and linear
+    return the gathered output of the norm. Transformer Engine, up to at least 2.20, drops the gradient of that output
+    (`transformer_engine.pytorch.module.layernorm_linear._LayerNormLinear.backward`): every gradient below the adapter
+    would be wrong while the loss looks right.
     """
     for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, LoRALinear) and getattr(module.to_wrap, "return_layernorm_output_gathered", False):
@@ -81,50 +82,51 @@ def gather_in_adapters(chunks: Sequence[GPTModel]) -> None:
 
 
 def whole_model_name(chunk: GPTModel, name: str) -> str:
-    """`name` of a module or parameter of `chunk`, with layer and expert counted through the whole model.
+    """`name` of a module or parameter of `chunk` with the layer's and the expert's index in the full model.
 
-    The chunk counts from its own first layer, the rank from its own first expert.
+    In `name` layers are counted from the chunk's first one, and experts from the rank's first one.
     """
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
         parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
     if "local_experts" in parts[:-1]:
         group = chunk.pg_collection.ep
-        number = parts.index("local_experts") + 1
-        parts[number] = str(int(parts[number]) + chunk.config.num_moe_experts // group.size() * group.rank())
+        place = parts.index("local_experts") + 1
+        parts[place] = str(int(parts[place]) + chunk.config.num_moe_experts // group.size() * group.rank())
     return ".".join(parts)
 
 
 @torch.no_grad()
 def merged_state(model: GPTModel, config: LoRAConfig) -> dict[str, Tensor]:
-    """State of a plain model that computes what `model` with its adapters does; tensors are this rank's shards.
+    """State of a model without adapters that computes what `model` does with them; tensors are this rank's shards.
 
-    Collective: one gather over the tensor-parallel group per adapted linear, of the factor that is split along its
-    rank dimension or along the outputs.
+    Collective: one all-gather over the tensor-parallel group for each adapted linear, of the factor that is split along
+    its rank dimension or along the outputs.
     """
     state = {name: value for name, value in model.state_dict().items() if ".adapter." not in name}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             a, b = module.adapter.linear_in.weight, module.adapter.linear_out.weight
             if module.adapter.input_is_parallel:
-                b = _gathered_rows(b, module.adapter.linear_out.tp_group)
+                b = _all_gather_first_dimension(b, module.adapter.linear_out.tp_group)
             else:
-                a = _gathered_rows(a, module.adapter.linear_in.tp_group)
+                a = _all_gather_first_dimension(a, module.adapter.linear_in.tp_group)
             update = (b.float() @ a.float()) * (config.alpha / config.rank)
             key = f"{name}.weight"
             state[key] = (state[key].float() + update).to(state[key].dtype)
     return state
 
 
-def _gathered_rows(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[r/tp, c] of every rank, one below the other: [r, c]."""
+def _all_gather_first_dimension(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[r/tp, c] of every rank, concatenated along the first dimension: [r, c]."""
     parts = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(parts, shard.contiguous(), group=group)
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def _draw_whole(linear: nn.Module, name: str, seed: int) -> None:
+def _sample_full(linear: nn.Module, name: str, seed: int) -> None:
+    """Fills the weight of `linear` with this rank's shard of a matrix that depends on `name` and `seed` only."""
     weight: Any = linear.weight
     group: Any = linear.tp_group
     size, rank = group.size(), group.rank()
@@ -133,5 +135,5 @@ def _draw_whole(linear: nn.Module, name: str, seed: int) -> None:
     shape[dimension] *= size
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     std = math.sqrt(2.0 / (shape[0] + shape[1]))
-    whole = torch.randn(shape, generator=generator) * std
-    weight.copy_(whole.chunk(size, dim=dimension)[rank])
+    full = torch.randn(shape, generator=generator) * std
+    weight.copy_(full.chunk(size, dim=dimension)[rank])

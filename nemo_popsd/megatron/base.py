@@ -1,4 +1,4 @@
-"""The frozen base: the student's initial weights, kept without a copy under LoRA, as a copy under full fine-tuning."""
+"""The frozen base, the student's initial weights: the student without adapters, or a copy under full fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class FrozenBase(Protocol):
     """Weights θ₀ of all three frozen branches."""
 
     def model(self) -> AbstractContextManager[list[GPTModel]]:
-        """A context within which the returned chunks compute with θ₀; use no other model within it."""
+        """Context in which the returned chunks compute with θ₀; no other model may be used in it."""
 
 
 class AdaptersOff:
-    """The student with its adapters off: no copy, and nothing that could drift."""
+    """The student with its adapters off: no copy of the weights."""
 
     def __init__(self, student: Sequence[GPTModel], adapters: Adapters) -> None:
         self._student = list(student)
@@ -32,7 +32,7 @@ class AdaptersOff:
 
     @contextmanager
     def model(self) -> Iterator[list[GPTModel]]:
-        """The student's chunks; their adapters are off within."""
+        """The student's chunks with their adapters off."""
         with self._adapters.off():
             yield self._student
 
@@ -40,17 +40,17 @@ class AdaptersOff:
 class FrozenCopy:
     """A second model with the student's initial weights, for full fine-tuning.
 
-    On the host it takes no device memory between the frozen passes but for its output matrix (V_pad/tp · H elements on
-    the last stage), which the loss needs in training; `model` brings in the rest, once for each use. The tensor of the
-    output matrix is the same inside and outside.
+    On the host it takes no device memory between the frozen passes, except for its output matrix (V_pad/tp · H elements
+    on the last stage), which the loss needs in training; `model` copies the rest to the device, once for each use. The
+    tensor of the output matrix is the same inside and outside of `model`.
     """
 
     def __init__(self, copy: Sequence[GPTModel], *, on_host: bool = False) -> None:
-        """Takes `copy` over.
+        """Freezes `copy` and keeps it.
 
         Args:
-            copy: this rank's chunks, loaded, on the device.
-            on_host: keep all but the output matrix in (pinned) host memory.
+            copy: this rank's chunks with their weights, on the device.
+            on_host: keep everything except the output matrix in (pinned) host memory.
         """
         self._copy = [chunk.requires_grad_(False).eval() for chunk in copy]
         self._host: HostParameters | None = None
@@ -63,17 +63,17 @@ class FrozenCopy:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of this rank's copy that lie on the host."""
+        """Bytes of this rank's copy in host memory."""
         return 0 if self._host is None else self._host.bytes
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of parameters of the copy that are on the device now."""
+        """Bytes of the copy's parameters that are on the device now."""
         return sum(p.numel() * p.element_size() for p in self._parameters())
 
     @contextmanager
     def model(self) -> Iterator[list[GPTModel]]:
-        """The copy's chunks, on the device within."""
+        """The copy's chunks, on the device."""
         with nullcontext() if self._host is None else self._host.on_device():
             yield self._copy
 

@@ -1,9 +1,9 @@
-"""From an architecture to Megatron-core GPTModels on this rank. The one place that makes a GPTModel."""
+"""Builds megatron-core GPTModels on this rank from an architecture; the only module that creates a GPTModel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -16,17 +16,18 @@ from megatron.core.tensor_parallel.layers import (
 )
 
 from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, StudentConfig
+from nemo_popsd.megatron.interfaces import ModelProvider
 from nemo_popsd.megatron.limits import refuse_impossible
 from nemo_popsd.megatron.spec import choose_layer_spec
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.distributed import device
 
 
-def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> list[GPTModel]:
-    """Builds this rank's part of the model, on its device, with weights still to be loaded.
+def build_chunks(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> list[GPTModel]:
+    """Builds this rank's part of the model on its device, with weights that are not yet loaded.
 
     Args:
-        provider: a fresh Megatron-Bridge ``GPTModelProvider`` with the architecture; changed in place.
+        provider: a new provider with the architecture; changed in place.
         student: precision, adaptation and gradient checkpointing.
         parallel: the layout; Megatron's process groups must exist.
 
@@ -36,8 +37,8 @@ def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig
         times the tensor-parallel size.
 
     Raises:
-        UserError: the architecture does not divide by the layout, the layers cannot compute it there, or the layers
-            that are asked for are not installed.
+        UserError: the architecture does not divide by the layout, the layers cannot compute it in this layout, or the
+            requested layers are not installed.
     """
     refuse_impossible(provider, student, parallel)
     provider.tensor_model_parallel_size = parallel.tensor
@@ -46,9 +47,9 @@ def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig
     provider.context_parallel_size = parallel.context
     provider.expert_model_parallel_size = parallel.expert
     provider.expert_tensor_parallel_size = 1 if parallel.expert > 1 else parallel.tensor
-    # The one dispatcher that takes micro-batches of unequal lengths; without experts it is not used.
+    # The only dispatcher that supports micro-batches of unequal lengths; not used without experts.
     provider.moe_token_dispatcher_type = "alltoall"
-    # Experts are balanced in pre-training; here the divergence alone is minimised.
+    # Experts are balanced in pre-training; here only the divergence is minimised.
     provider.moe_router_load_balancing_type = "none"
     provider.moe_aux_loss_coeff = 0.0
     provider.should_pad_vocab = True
@@ -78,7 +79,7 @@ def build_chunks(provider: Any, student: StudentConfig, parallel: ParallelConfig
 
 
 Model: TypeAlias = GPTModel | Sequence[GPTModel]
-"""A model on this rank: its only chunk, or its chunks."""
+"""A model on this rank: its only chunk, or all of its chunks."""
 
 
 def chunks_of(model: Model) -> list[GPTModel]:
@@ -99,13 +100,14 @@ def layout_of(model: GPTModel) -> ParallelConfig:
     )
 
 
-def _set_pipeline(provider: Any, parallel: ParallelConfig) -> None:
-    """How stages talk.
+def _set_pipeline(provider: ModelProvider, parallel: ParallelConfig) -> None:
+    """Sets how pipeline stages exchange tensors.
 
-    Without chunks every transfer is preceded by its shape (three integers), so micro-batches may differ in shape. The
-    interleaved schedule sends in both directions at once, where shapes of two neighbours would be taken for each other
-    (p2p_communication.py:213 posts them in one order on all ranks): its micro-batches have one shape, and its transfers
-    the order of `_p2p_ops`, which two stages need.
+    Without virtual pipelining every transfer is preceded by its shape (three integers), so micro-batches may differ in
+    shape. The interleaved schedule sends in both directions at once, and would mistake the shapes from two neighbours
+    for each other: `megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator._communicate_shapes` posts them
+    in the same order on all ranks. Its micro-batches therefore have one shape, and its transfers the order of
+    `megatron.core.pipeline_parallel.p2p_communication._p2p_ops`, which two stages need.
     """
     provider.pipeline_dtype = provider.params_dtype
     interleaved = parallel.virtual_pipeline > 1
@@ -116,10 +118,14 @@ def _set_pipeline(provider: Any, parallel: ParallelConfig) -> None:
 
 
 def _mark_shards(model: GPTModel) -> None:
-    """Marks the weights that are split over the tensor-parallel group, which megatron-core does while it initialises.
+    """Marks the weights that are sharded over the tensor-parallel group, as megatron-core does when it initialises
+    them.
 
-    Without initialisation (layers.py:855, 1201, 244) they would pass for copies, and the gradient norm, hence the
-    clipping, would count those of the group's first rank alone. Transformer Engine marks its linears itself.
+    `megatron.core.tensor_parallel.layers.ColumnParallelLinear`,
+    `megatron.core.tensor_parallel.layers.RowParallelLinear` and
+    `megatron.core.tensor_parallel.layers.VocabParallelEmbedding` mark only weights that they initialise. Unmarked ones
+    would be treated as copies: the gradient norm, and so the clipping, would count only the shard of the group's first
+    rank. Transformer Engine marks its linears itself.
     """
     for module in model.modules():
         sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)

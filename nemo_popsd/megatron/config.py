@@ -1,4 +1,4 @@
-"""Configuration of the student, its parallel layout and its optimizer."""
+"""Configuration of the student and its optimizer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class LoRAConfig:
     rank: Annotated[int, Bounds(1, 16384)] = 64
     """Rank of the update (the paper's)."""
     alpha: Annotated[float, Bounds(0, 1e6, above=True)] = 128
-    """The update is scaled by alpha / rank. Ours; the paper does not state it."""
+    """The update is scaled by alpha / rank. The paper does not state its value."""
     dropout: Annotated[float, Bounds(0, 1)] = 0.0
     """Dropout before the adapter. Must be 0: with dropout the student would not equal the base at the start."""
     targets: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
-    """Megatron's linears that get an adapter: q, k, v; o; gate, up; down."""
+    """Megatron's linears that get an adapter: q, k and v; o; gate and up; down."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "student.lora")
@@ -41,25 +41,26 @@ class LoRAConfig:
 
 @dataclass(kw_only=True)
 class StudentConfig:
-    """The model that is trained; its initial weights are the frozen base."""
+    """The trained model; its initial weights are the frozen base."""
 
     source: Annotated[str, Text.PATH] = ""
     """A Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), or `nemo_popsd:tiny_reasoner`."""
     precision: str = "bf16"
     """`bf16` (gradients and optimizer in fp32) or `fp32`. On a GPU Transformer Engine multiplies fp32 matrices in TF32
-    (10 bits of mantissa) unless NVIDIA_TF32_OVERRIDE=0 is set before the start, attends in fp32 without a fused kernel
-    (memory grows with the square of the length), and not at all under context parallelism."""
+    (10 bits of mantissa) unless NVIDIA_TF32_OVERRIDE=0 is set before the start, computes attention in fp32 without a
+    fused kernel (memory grows with the square of the length), and does not support fp32 under context parallelism."""
     adaptation: str = "lora"
     """`lora`: adapters are trained, the base is the same weights with the adapters off. `full`: all weights are
     trained, the base is a frozen copy."""
     frozen_copy: str = "device"
-    """Where the frozen copy of full fine-tuning lies: `device`, or `host`, pinned, whence it is brought in for the
-    frozen passes; its output matrix stays on the device, where the loss needs it. LoRA has no copy."""
+    """Where the frozen copy of full fine-tuning is kept: `device`, or `host`, pinned memory from which it is copied to
+    the device for the frozen passes; its output matrix stays on the device, where the loss needs it. LoRA has no
+    copy."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters, when `adaptation` is `lora`."""
     layers: str = "auto"
     """`transformer_engine`, `local` (plain torch, on a GPU or a CPU), or `auto`: Transformer Engine on a GPU where it
-    imports, else local. Checkpoints are the same; the numbers are, but for rounding."""
+    imports, else local. Checkpoints are the same; results differ only by rounding."""
     recompute: bool = False
     """Gradient checkpointing: recompute each layer in the backward pass."""
 

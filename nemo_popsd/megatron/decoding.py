@@ -1,6 +1,6 @@
-"""Cached forwards of the live model for drawing tokens, in any layout.
+"""Forward passes of the live model with a cache of keys and values, for generating tokens in any layout.
 
-Shapes: B rows, s new tokens of each, H hidden size, V_pad padded vocabulary, tp tensor-parallel size.
+Shapes: B slots, s new tokens of each, H hidden size, V_pad padded vocabulary, tp tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from nemo_popsd.megatron.microbatches import FEWEST_TOKENS
 from nemo_popsd.megatron.plain_layers import PlainLayers, are_plain
 
 _SEQUENCE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-"""What megatron-core's modules decide sequence parallelism by when they run."""
+"""Attributes by which megatron-core's modules decide at run time whether sequence parallelism is on."""
 _CONTEXT_GROUPS = ("cp_group",)
-"""What attention and rotary embeddings decide context parallelism by when they run."""
+"""Attributes by which attention and rotary embeddings decide at run time whether context parallelism is on."""
 _ROTATION_FLAGS = ("apply_rope_fusion", "fused_single_qkv_rope")
-"""Transformer Engine's fused rotations know one position for all rows."""
+"""Transformer Engine's fused rotations support only one position for all slots."""
 _KNOWN_ROTATIONS = ("RotaryEmbedding", "YarnRotaryEmbedding")
 
 
 @contextmanager
 def whole_sequences(chunks: Sequence[GPTModel]) -> Iterator[None]:
-    """Within, the model computes in evaluation mode on whole sequences: sequence and context parallelism are off.
+    """Context in which the model is in evaluation mode, with sequence and context parallelism off.
 
-    A token at a time cannot be split. Weights are not touched: each tensor-parallel rank applies its shards to all
-    tokens, as it does without sequence parallelism, and each context-parallel rank is a replica.
+    A single token cannot be split. Weights do not change: each tensor-parallel rank applies its shards to all tokens,
+    as it does without sequence parallelism, and each context-parallel rank is a replica.
     """
     with ExitStack() as restore:
         for chunk in chunks:
@@ -47,11 +47,12 @@ def whole_sequences(chunks: Sequence[GPTModel]) -> Iterator[None]:
                 _replace(restore, module, name, True, False)
             for name in _CONTEXT_GROUPS:
                 _replace(restore, module, name, module.__dict__.get(name), None)
-            # Megatron-Bridge's adapters gather and scatter by a flag of their own (peft/utils.py:616).
+            # Adapters have a flag of their own, see `megatron.bridge.peft.utils.ParallelLinearAdapter.forward`.
             _replace(restore, module, "disable_sequence_parallel_comm", False, True)
         if chunks[0].config.context_parallel_size > 1:
             _replace(restore, chunks[0].config, "context_parallel_size", chunks[0].config.context_parallel_size, 1)
-            # Rotary embeddings cache what they cut for this rank by length alone (rotary_pos_embedding.py:160).
+            # `megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding.forward` caches this rank's
+            # part by the length only.
             forget = type(chunks[0].rotary_pos_emb).forward.cache_clear
             forget()
             restore.callback(forget)
@@ -59,37 +60,37 @@ def whole_sequences(chunks: Sequence[GPTModel]) -> Iterator[None]:
 
 
 def _replace(restore: ExitStack, owner: Any, name: str, value: Any, other: Any) -> None:
-    """Sets `owner.name` to `other` until `restore` closes, if it is `value` and the owner's own."""
+    """Sets `owner.name` to `other` until `restore` closes, if the instance has this attribute with `value`."""
     if value is not None and owner.__dict__.get(name) == value:
         setattr(owner, name, other)
         restore.callback(setattr, owner, name, value)
 
 
 class SlotDecoder:
-    """Forwards of the live model over a cache with one slot for each row; rows may be of different lengths.
+    """Forward passes of the live model over a cache of slots, whose sequences may have different lengths.
 
     Megatron's modules compute as they do in training. Two of them are replaced while it is open: each layer's core
     attention, by one that keeps keys and values (`CachedCoreAttention`), and the rotary embedding, by a table of
-    angles from which each row takes its own position's. A step of decoding goes through the modules of the layers
-    rather than through the layers, where these are megatron-core's own (`PlainLayers`). It has the same shapes
-    whatever the rows are, but for the number of slots and the reach, and nothing in it waits for the host, so that a
-    CUDA graph of it can be captured; the engine does not (`benchmarks.gpu` tries it).
+    angles from which each slot takes those of its position. A decoding step calls the modules inside of the layers
+    instead of the layers, where these are megatron-core's own (`PlainLayers`). Its shapes depend only on the number of
+    slots and the reach, and nothing in it waits for the host, so that it can be captured as a CUDA graph; the engine
+    does not do this (`benchmarks.gpu` does).
 
     Attributes:
-        slots: rows that the cache has room for.
-        capacity: positions of each.
+        slots: number of slots in the cache.
+        capacity: positions of each slot.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], slots: int, capacity: int) -> None:
         """Allocates 2·slots·capacity·g·d elements for each layer of this rank; g key-value heads of this rank.
 
         Args:
-            chunks: the model's, bare.
+            chunks: of the model, without DDP.
             slots: see the class.
             capacity: see the class.
 
         Raises:
-            UserError: the model's attention is none that the cache can stand for.
+            UserError: the cache cannot replace the model's attention.
         """
         self._chunks = list(chunks)
         self.slots, self.capacity = slots, capacity
@@ -106,7 +107,7 @@ class SlotDecoder:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Within, the chunks decode and do nothing else; see also `whole_sequences`."""
+        """Context in which the chunks can only decode; see also `whole_sequences`."""
         with whole_sequences(self._chunks), ExitStack() as restore:
             for owner in [self._chunks[0].config, *(a.config for a in attentions(self._chunks))]:
                 for name in _ROTATION_FLAGS:
@@ -116,7 +117,7 @@ class SlotDecoder:
                 attention.core_attention = layer
             self._rotations = []
             for chunk in self._chunks:
-                original = getattr(chunk, "rotary_pos_emb", None)  # None: positions are not rotations
+                original = getattr(chunk, "rotary_pos_emb", None)  # None without rotary embeddings
                 if original is not None:
                     restore.callback(setattr, chunk, "rotary_pos_emb", original)
                     chunk.rotary_pos_emb = _Rotation(original, self.capacity)
@@ -129,9 +130,9 @@ class SlotDecoder:
         return sum(t.numel() * t.element_size() for layer in self._layers for t in (layer.keys, layer.values))
 
     def prefill(self, slots: Tensor, inputs: Tensor) -> None:
-        """Fills slots from their beginnings.
+        """Fills slots from position 0.
 
-        What padding leaves in the cache is overwritten by the tokens that come after the row's own, before they see it.
+        Keys and values of padding are overwritten by the tokens that follow the prompt before those attend to them.
 
         Args:
             slots: [B] int64.
@@ -147,13 +148,13 @@ class SlotDecoder:
     def next_logits(self, inputs: Tensor, positions: Tensor, reach: int) -> Tensor | None:
         """Logits [B, V_pad/tp] of this rank after one more token of each of the first B slots; on the last stage alone.
 
-        Rows that are done may be among them: they get the token and position that they had, and their logits mean
-        nothing; the slot's positions before that one stay as they are.
+        Slots that have finished may be among them, with their last token and position: their logits have no meaning,
+        and the slot's earlier positions do not change.
 
         Args:
             inputs: [B] int64.
             positions: [B] int64, of `inputs`.
-            reach: more than the positions of all rows that are not done; attention looks at so many positions.
+            reach: number of positions that attention covers, more than the position of any unfinished slot.
         """
         for rotation in self._rotations:
             rotation.take(positions[None])
@@ -168,7 +169,7 @@ class SlotDecoder:
         return logits_1BV[0]
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copies the first `length` positions of slots `source` [k] to slots `target` [k], which share none of them."""
+        """Copies the first `length` positions of slots `source` [k] to slots `target` [k]; no slot may be in both."""
         for layer in self._layers:
             for cache in (layer.keys, layer.values):
                 cache[target, :, :length] = cache[source, :, :length]
@@ -176,37 +177,37 @@ class SlotDecoder:
     def _forward(self, inputs: Tensor, positions: Tensor, step: Prefill | Decode) -> Tensor | None:
         """Hidden states [s, B, H] after the last layer, on the last stage alone.
 
-        Under pipeline parallelism a token passes the stages, and under virtual pipelining passes them several times;
-        each hop sends B·s·H numbers to the next stage, and while one stage computes the others wait. Collectives
-        beside: those of the model's layers.
+        Under pipeline parallelism a token passes through the stages one after the other, under virtual pipelining
+        several times; each transfer sends B·s·H numbers to the next stage, and the other stages wait while one
+        computes. Also the collectives of the model's layers.
         """
         for layer in self._layers:
             layer.forward_of = step
         group = parallel_state.get_pipeline_model_parallel_group()
         stage, stages = group.rank(), group.size()
-        rows, length = inputs.shape
+        slots, length = inputs.shape
         config = self._chunks[0].config
         before, after = (dist.get_global_rank(group, (stage + hop) % stages) for hop in (-1, 1))
         output = None
-        for number, chunk in enumerate(self._chunks):
+        for index, chunk in enumerate(self._chunks):
             if stages > 1:
                 received = None
-                if (number, stage) != (0, 0):
+                if (index, stage) != (0, 0):
                     received = torch.empty(
-                        length, rows, config.hidden_size, dtype=config.params_dtype, device=inputs.device
+                        length, slots, config.hidden_size, dtype=config.params_dtype, device=inputs.device
                     )
                     dist.recv(received, before, group=group)
                 chunk.set_input_tensor(received)
-            output = self._through(number, inputs, positions, step)
-            if (number, stage) != (len(self._chunks) - 1, stages - 1):
+            output = self._through(index, inputs, positions, step)
+            if (index, stage) != (len(self._chunks) - 1, stages - 1):
                 dist.send(output.contiguous(), after, group=group)
                 output = None
             chunk.set_input_tensor(None)
         return output
 
-    def _through(self, number: int, inputs: Tensor, positions: Tensor, step: Prefill | Decode) -> Tensor:
+    def _through(self, index: int, inputs: Tensor, positions: Tensor, step: Prefill | Decode) -> Tensor:
         """States [s, B, H] after one chunk of this rank."""
-        chunk, plain = self._chunks[number], self._plain[number]
+        chunk, plain = self._chunks[index], self._plain[index]
         if plain is None or isinstance(step, Prefill):
             with hidden_states_only(chunk):
                 hidden: Tensor = chunk(input_ids=inputs, position_ids=positions, attention_mask=None)
@@ -215,11 +216,11 @@ class SlotDecoder:
             hidden = chunk.embedding(input_ids=inputs, position_ids=positions)
         else:
             hidden = chunk.decoder.input_tensor
-        return plain(hidden[0], self._rotations[number].angles[0, :, 0])[None]
+        return plain(hidden[0], self._rotations[index].angles[0, :, 0])[None]
 
 
 class _Rotation(torch.nn.Module):
-    """Stands for a chunk's rotary embedding: gives the angles of the positions that were last taken."""
+    """Replaces a chunk's rotary embedding: returns the angles of the positions that `take` selected."""
 
     def __init__(self, original: torch.nn.Module, capacity: int) -> None:
         super().__init__()
@@ -228,15 +229,15 @@ class _Rotation(torch.nn.Module):
             raise UserError(
                 "rollout",
                 got=f"rotary embedding {kind}",
-                need=f"one of {', '.join(_KNOWN_ROTATIONS)}, whose angles depend on the position alone",
+                need=f"one of {', '.join(_KNOWN_ROTATIONS)}, whose angles depend only on the position",
                 fix="use another model",
             )
-        found = original(capacity)
-        self._table, *self._rest = found if isinstance(found, tuple) else (found,)
+        table = original(capacity)
+        self._table, *self._rest = table if isinstance(table, tuple) else (table,)
         self.angles = self._table
 
     def take(self, positions: Tensor) -> None:
-        """Positions [s] that all rows have, or [s, B] of each row."""
+        """Selects positions, [s] for all slots or [s, B] for each."""
         angles = self._table[positions]  # [s, 1, 1, d] or [s, B, 1, 1, d]
         self.angles = angles if positions.dim() == 1 else angles.squeeze(2)
 
@@ -245,5 +246,5 @@ class _Rotation(torch.nn.Module):
         return 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Angles [s, 1 or B, 1, d], in the form in which the original gives them."""
+        """Angles [s, 1 or B, 1, d], in the form in which the original module returns them."""
         return (self.angles, *self._rest) if self._rest else self.angles

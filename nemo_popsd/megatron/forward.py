@@ -1,7 +1,7 @@
-"""Final hidden states at response positions, through Megatron's own schedules, for training and frozen branches alike.
+"""Final hidden states at response positions, through Megatron's own schedules, for training and for frozen branches.
 
-A model is a list of chunks: one on each rank, or several under virtual pipelining. What comes out of the last layer
-exists on the last pipeline stage alone, and so do the results of these functions.
+A model is a list of chunks: one on each rank, or several under virtual pipelining. The output of the last layer, and so
+the results of these functions, exist only on the last pipeline stage.
 
 Shapes: N response tokens of a micro-batch that this rank owns, R_i those of a sequence, H hidden size.
 """
@@ -30,7 +30,7 @@ Report = TypeVar("Report")
 
 
 def output_weight(model: GPTModel) -> Tensor:
-    """This rank's rows of the output matrix [V_pad/tp, H], tied to the embedding or not; of a last chunk."""
+    """This rank's shard of the output matrix [V_pad/tp, H], tied to the embedding or not; `model` is a last chunk."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
@@ -38,11 +38,12 @@ def output_weight(model: GPTModel) -> Tensor:
 
 @contextmanager
 def hidden_states_only(model: GPTModel) -> Iterator[None]:
-    """Within, the model returns final hidden states [s, b, H], after the last norm, before the output layer.
+    """Context in which the model returns final hidden states [s, b, H], after the last norm, before the output layer.
 
-    Megatron's ``GPTModel.forward`` returns them where it has no output layer to apply
-    (gpt_model.py:608); the decoder's last norm follows a flag of its own and stays. For the time of a forward only:
-    the reduction of tied embeddings' gradients asks for the same flag (finalize_model_grads.py:128).
+    `megatron.core.models.gpt.gpt_model.GPTModel._postprocess` returns them where the model has no output layer; the
+    decoder's last norm has a flag of its own and stays. Only for the duration of a forward:
+    `megatron.core.models.common.language_module.language_module.LanguageModule.shared_embedding_or_output_weight`,
+    which the reduction of tied embeddings' gradients calls, reads the same flag.
     """
     stage = model.post_process
     model.post_process = False
@@ -57,14 +58,14 @@ def student_batches(
 ) -> list[MicroBatch]:
     """Micro-batches of `sequences` as the schedule of `chunks` needs them; at least one, even of no sequences.
 
-    The interleaved schedule takes micro-batches of one shape, in a number that divides by the stages; ranks that share
-    experts run equally many (one all-reduce of one number over the expert-parallel group). What is missing is made up
-    by empty micro-batches.
+    The interleaved schedule needs micro-batches of one shape, in a number that the number of stages divides; ranks that
+    share experts run the same number (one all-reduce of one number over the expert-parallel group). Empty micro-batches
+    are added to reach these numbers.
 
     Args:
-        chunks: the model's, bare.
+        chunks: of the model, without DDP.
         sequences: of this data-parallel rank.
-        token_budget: tokens of one micro-batch, padding included, over the ranks that share it.
+        token_budget: tokens of one micro-batch, with padding, over the ranks that share it.
         packed: one sequence after the other instead of side by side.
     """
     config = chunks[0].config
@@ -99,7 +100,7 @@ def _run_schedule(
             )
 
         def at_responses(hidden_SBH: Tensor, **options: Any) -> Any:
-            """Called where the last layer is; keeps the states that predict owned response tokens, [N, H]."""
+            """Called on the last stage; keeps the states that predict owned response tokens, [N, H]."""
             return loss(batch, gather_response_states(hidden_SBH, batch.route, split), **options)
 
         return hidden_SBH, at_responses
@@ -121,9 +122,10 @@ def _run_schedule(
 def _packed_params(batch: MicroBatch, local: bool) -> PackedSeqParams | None:
     """The bounds in the form that the layers read; on local layers also on the host.
 
-    Megatron's unfused rotation reads the bounds on the host, for queries and keys of each layer (rope_utils.py:204). It
-    prefers the fields of padded sequences (attention.py:1082), so the bounds on the host go there, and no layer waits
-    for the device. Transformer Engine would take these fields for gaps between sequences.
+    `megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_thd`, the unfused rotation, reads the
+    bounds on the host, for queries and keys of each layer. `megatron.core.transformer.attention.Attention.forward`
+    prefers the fields of padded sequences, so the bounds on the host go there, and no layer waits for the device.
+    Transformer Engine would treat these fields as gaps between sequences.
     """
     if batch.packed is None or not local:
         return batch.packed
@@ -146,15 +148,15 @@ def frozen_hidden_states(
     Args:
         chunks: the frozen weights (see `nemo_popsd.megatron.base`).
         batches: from `student_batches`.
-        training: run in training mode, without gradients: with the kernels that a forward of training has.
+        training: run in training mode, with the kernels of a training forward; without gradients in any case.
 
     Returns:
-        By sequence on the last pipeline stage, nothing on the others.
+        One tensor for each sequence on the last pipeline stage, an empty list on the others.
     """
 
     def keep(batch: MicroBatch, hidden_NH: Tensor, *, non_loss_data: bool) -> tuple[list[int], tuple[Tensor, ...]]:
         assert non_loss_data
-        return batch.rows, hidden_NH.split(batch.response_lengths)
+        return batch.sequences, hidden_NH.split(batch.response_lengths)
 
     before = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -164,15 +166,15 @@ def frozen_hidden_states(
     finally:
         for chunk, mode in zip(chunks, before, strict=True):
             chunk.train(mode)
-    states = {row: part for rows, parts in results for row, part in zip(rows, parts, strict=True)}
+    states = {index: part for indices, parts in results for index, part in zip(indices, parts, strict=True)}
     return [states[index] for index in range(len(states))]
 
 
 def upstream_of_loss() -> float:
-    """What `forward_backward`'s backward pass multiplies a returned loss with, per micro-batch.
+    """Factor by which the backward pass of `forward_backward` multiplies the loss of a micro-batch.
 
-    Megatron divides by the number of data-parallel and context-parallel ranks when it reduces gradients; each rank's
-    loss is as many times too large: the first factor is `forward_backward`'s, the second the schedule's.
+    Megatron divides by the number of data-parallel and context-parallel ranks when it reduces gradients. To undo this,
+    `forward_backward` multiplies by the first of these numbers and Megatron's schedule by the second.
     """
     return float(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
@@ -184,23 +186,24 @@ def forward_backward(
 ) -> list[Report]:
     """One accumulation of gradients over `batches`: forward, loss, backward, and Megatron's reduction of gradients.
 
-    Afterwards ``main_grad`` of each parameter holds Σ over micro-batches, data-parallel and context-parallel ranks of
-    the gradient of what `loss` returned. Megatron averages over micro-batches and over the ranks of both groups, after
-    it multiplied by the size of the second (schedules.py:256); that is undone here, so that the caller weights tokens
-    by the global batch and unequal shares bias nothing.
+    Afterwards ``main_grad`` of each parameter holds the sum over micro-batches, data-parallel and context-parallel
+    ranks of the gradient of what `loss` returned. Megatron averages over micro-batches and over the ranks of both
+    groups, and `megatron.core.pipeline_parallel.schedules.forward_step_calc_loss` multiplies by the size of the second;
+    this is undone here, so that the caller weights tokens by the global batch and ranks with unequal shares add no
+    bias.
 
     Args:
-        chunks: the student's, each in Megatron's DDP.
+        chunks: of the student, each in Megatron's DDP.
         batches: from `student_batches`; data-parallel ranks may have different numbers of them.
         loss: from a micro-batch and its hidden states [N, H] (with gradient) to a scalar and a report.
 
     Returns:
-        The reports, by micro-batch that is not empty, on the last pipeline stage; nothing on the others.
+        One report for each micro-batch that is not empty on the last pipeline stage, an empty list on the others.
     """
     scale = len(batches) * parallel_state.get_data_parallel_world_size()
 
     def scaled(batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, Report | None]:
-        if not batch.rows:  # nothing to learn from, but a gradient of 0 that other ranks may wait for
+        if not batch.sequences:  # no loss, but a gradient of 0 that other ranks may wait for
             return hidden_NH.sum(), None
         value, report = loss(batch, hidden_NH)
         return value * scale, report

@@ -1,4 +1,4 @@
-"""Attention kernels by device: the one place where a GPU and a CPU choose differently. The numbers are the same.
+"""Attention kernels by device: the only module where a GPU and a CPU choose differently. Results are the same.
 
 Shapes: s sequence, b batch, t packed tokens, n query heads and g key-value heads of this tensor-parallel rank, d head
 dimension.
@@ -26,14 +26,14 @@ _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
     """Attention of whole sequences through torch's fused kernels: [b, n, s, d], [b, g, s, d], [b, g, s, d].
 
-    On a GPU, FlashAttention (bf16, no mask) takes grouped heads as they are. The memory-efficient kernel, which takes
-    fp32 and masks, does not: there keys and values are repeated, since torch's fallback would write all scores.
+    On a GPU, FlashAttention (bf16, no mask) supports grouped heads. The memory-efficient kernel, which supports fp32
+    and masks, does not: for it keys and values are repeated, because torch's fallback would store all scores.
 
     Args:
         query: of all heads.
         key: of the key-value heads.
         value: as `key`.
-        mask: which keys each query sees, bool; None for causal attention.
+        mask: which keys each query attends to, bool; None for causal attention.
         scale: of the scores.
 
     Returns:
@@ -49,7 +49,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
 
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether torch's fused kernel for these inputs takes fewer key-value heads than query heads."""
+    """Whether torch's fused kernel for these inputs supports fewer key-value heads than query heads."""
     return takes_groups(query.device.type, half=query.dtype in _FLASH_DTYPES, masked=mask is not None)
 
 
@@ -59,17 +59,17 @@ def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:
 
 
 def packed_kernel(query: Tensor, scale: float, window: int | None) -> Callable[..., Tensor] | None:
-    """PyTorch's attention over packed sequences, where it computes what `causal_attention` does for each of them.
+    """PyTorch's attention over packed sequences, where it computes the same as `causal_attention` for each of them.
 
     Args:
         query: [t, n, d].
         scale: of the scores.
-        window: how many tokens a token sees, itself included; None for all before it.
+        window: number of tokens that a token attends to, including itself; None for all earlier ones.
 
     Returns:
         From query, key and value ([t, n, d], [t, g, d], [t, g, d]), the bounds of the sequences [number + 1] int32 and
-        the longest length to [t, n, d]; None where the sequences have to attend one by one: on a CPU, in fp32, with a
-        head that FlashAttention does not take, or with a torch that offers no such function.
+        the longest length to [t, n, d]; None where attention must run for one sequence at a time: on a CPU, in fp32,
+        with a head size that FlashAttention does not support, or with a torch that has no such function.
     """
     width = query.shape[-1]
     if not takes_packed(query.device.type, half=query.dtype in _FLASH_DTYPES, width=width):
@@ -110,9 +110,9 @@ def _variable_lengths(scale: float, window: int | None, default_scale: float) ->
 
 
 def cached_attention(device: torch.device) -> AbstractContextManager[Any]:
-    """Within, attention to the cache takes a kernel that needs no plan of its own for each length and stride.
+    """Context in which attention to the cache uses a kernel that needs no plan for each length and stride.
 
-    On a GPU cuDNN, which torch prefers for it, would build one for each new shape.
+    On a GPU cuDNN, which torch prefers here, would build a plan for each new shape.
     """
     if device.type == "cpu":
         return nullcontext()

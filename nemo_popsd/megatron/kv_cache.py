@@ -1,6 +1,6 @@
-"""Keys and values of rows at different lengths, one slot for each, and the core attention that reads them.
+"""A cache of keys and values with slots at different lengths, and the core attention that reads it.
 
-Shapes: b rows of this forward, s new tokens of each, n query heads and g key-value heads of this tensor-parallel rank,
+Shapes: b slots of this forward, s new tokens of each, n query heads and g key-value heads of this tensor-parallel rank,
 d head dimension, r reach.
 """
 
@@ -25,7 +25,7 @@ _KNOWN_CORES = ("LocalCoreAttention", "TEDotProductAttention")
 
 @dataclass(frozen=True)
 class Prefill:
-    """A forward that fills slots from their beginnings; rows are padded on the right."""
+    """A forward that fills slots from position 0; prompts are padded on the right."""
 
     slots: Tensor
     """[b] int64."""
@@ -35,23 +35,23 @@ class Prefill:
 class Decode:
     """A forward of one token for each of the first b slots."""
 
-    rows: Tensor
-    """Numbers from 0 to below b, int64."""
+    slots: Tensor
+    """0 to b - 1, int64."""
     positions: Tensor
     """[b] int64, of the new tokens."""
     visible: dict[int | None, Tensor]
-    """By window: 0 where a row sees one of the first r positions, else -inf, [b, 1, 1, r] in the queries' dtype."""
+    """By window: 0 where a slot attends to one of the first r positions, else -inf; [b, 1, 1, r], queries' dtype."""
 
 
 class CachedCoreAttention(torch.nn.Module):
-    """Takes the place of a layer's core attention: puts new keys and values into the cache, attends to the cache.
+    """Replaces a layer's core attention: writes new keys and values to the cache and attends to the cache.
 
-    Keys are kept with their rotation, so that no step rotates them again. A step of decoding has static shapes: every
-    row attends to the first r positions and hides by a mask what lies beyond its own length or window.
+    Keys are stored rotated, so that no step rotates them again. A decoding step has static shapes: every slot attends
+    to the first r positions, with a mask over those beyond its own length or window.
 
     Attributes:
         keys: [slots, g, capacity, d], or somewhat more positions (`cache_positions`); values alike.
-        values: zeros at first, since a hidden position still is multiplied by 0.
+        values: zeros at first, because a masked position is still multiplied by 0.
     """
 
     def __init__(self, attention: Attention, slots: int, capacity: int, device: torch.device) -> None:
@@ -59,23 +59,23 @@ class CachedCoreAttention(torch.nn.Module):
 
         Args:
             attention: the layer's attention, with its own core.
-            slots: rows.
-            capacity: positions of each.
+            slots: number of slots.
+            capacity: positions of each slot.
             device: of the cache.
 
         Raises:
-            UserError: the model's attention is of another kind than this one computes.
+            UserError: this class does not compute the model's attention.
         """
         super().__init__()
         config = attention.config
-        # Not a submodule: it stays where it is, and `modules()` is to find it once.
+        # In a list, so that it is not a submodule of two modules and `modules()` finds it once.
         self._inner = [attention.core_attention]
         kind = type(attention.core_attention).__name__
         if kind not in _KNOWN_CORES or config.softmax_type != "vanilla":
             raise UserError(
                 "rollout",
                 got=f"core attention {kind} with softmax_type={config.softmax_type!r}",
-                need=f"one of {', '.join(_KNOWN_CORES)} with 'vanilla', which the cache can stand for",
+                need=f"one of {', '.join(_KNOWN_CORES)} with 'vanilla', which the cache can replace",
                 fix="use another model",
             )
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
@@ -89,7 +89,7 @@ class CachedCoreAttention(torch.nn.Module):
         self._scale = width**-0.5 if config.softmax_scale is None else config.softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n·d]; takes also what Megatron gives besides."""
+        """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n·d]; accepts Megatron's other arguments."""
         step = self.forward_of
         if isinstance(step, Prefill):
             length = key.shape[0]
@@ -104,9 +104,9 @@ class CachedCoreAttention(torch.nn.Module):
         step = self.forward_of
         assert isinstance(step, Decode)
         visible, count = step.visible[self.window], len(key)
-        self.keys[step.rows, :, step.positions] = key
-        self.values[step.rows, :, step.positions] = value
-        # The query heads of a key-value head are that many queries: no copies of keys, and one mask for all.
+        self.keys[step.slots, :, step.positions] = key
+        self.values[step.slots, :, step.positions] = value
+        # The query heads of one key-value head are queries of one sequence: no copies of keys, one mask for all.
         context = scaled_dot_product_attention(
             query,
             self.keys[:count, :, : visible.shape[-1]],
@@ -123,12 +123,12 @@ def attentions(chunks: Sequence[GPTModel]) -> Iterator[Attention]:
 
 
 def decode_step(positions: Tensor, reach: int, windows: set[int | None], dtype: torch.dtype) -> Decode:
-    """The step of rows whose new tokens are at `positions` [b], all of them before `reach` but for rows that ended."""
+    """A step of slots with new tokens at `positions` [b], which are below `reach` except for finished slots."""
     distance = positions[:, None, None, None] - torch.arange(reach, device=positions.device)
-    rows = torch.arange(len(positions), device=positions.device)
+    slots = torch.arange(len(positions), device=positions.device)
     shown = torch.zeros_like(distance, dtype=dtype)
     visible = {window: shown.masked_fill(distance < 0, -torch.inf) for window in windows}
     for window, mask in visible.items():
         if window is not None:
             mask.masked_fill_(distance >= window, -torch.inf)
-    return Decode(rows, positions, visible)
+    return Decode(slots, positions, visible)

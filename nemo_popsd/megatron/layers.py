@@ -1,11 +1,11 @@
-"""Norm and core attention of the local layer spec: what Transformer Engine does, in plain torch, on any device.
+"""Norm and core attention of the local layer spec: what Transformer Engine computes, in plain torch, on any device.
 
-Used where there is no Transformer Engine (see `nemo_popsd.megatron.spec`). megatron-core's own local
-versions do not serve: its torch norm refuses sequence parallelism (torch_norm.py:32) and its
-`DotProductAttention` refuses packed sequences and context parallelism.
+Used where there is no Transformer Engine (see `nemo_popsd.megatron.spec`) instead of megatron-core's own local
+versions: `megatron.core.transformer.torch_norm.WrappedTorchNorm` refuses sequence parallelism, and
+`megatron.core.transformer.dot_product_attention.DotProductAttention` packed sequences and context parallelism.
 
-Shapes: s sequence, b batch, t packed tokens, n query heads and g key-value heads of this tensor-parallel
-rank, d head dimension.
+Shapes: s sequence, b batch, t packed tokens, n query heads and g key-value heads of this tensor-parallel rank, d head
+dimension.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from nemo_popsd.megatron.kernels import causal_attention, packed_kernel
 class LocalRMSNorm(torch.nn.RMSNorm):
     """RMSNorm over the last dimension, marked for sequence parallelism.
 
-    Under sequence parallelism each rank normalises its own tokens, so the weight's gradient is this
-    rank's part; Megatron's `finalize_model_grads` sums parameters marked ``sequence_parallel``.
+    Under sequence parallelism each rank normalises its own tokens, so the weight's gradient covers only
+    those; Megatron's `finalize_model_grads` sums the gradients of parameters marked ``sequence_parallel``.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
@@ -44,18 +44,16 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 class LocalCoreAttention(MegatronModule):
     """Causal attention of one tensor-parallel rank's heads: padded, packed, context-parallel.
 
-    - *Padded* batches are padded on the right: causality alone keeps padding out of every real token.
+    - *Padded* batches are padded on the right: because attention is causal, no real token attends to padding.
     - *Packed* (thd): tokens attend within their own sequence, bounded by ``cu_seqlens_q``: all at once where torch
-      offers that (`packed_kernel`), else one sequence after the other.
-    - *Context parallel*: every sequence is cut into 2·cp chunks and rank r holds chunks r and
-      2·cp−1−r. Keys and values are gathered over the group (one all-gather each, one reduce-scatter each
-      in the backward; b·s·g·d elements), queries stay.
-
-    - *Windowed* layers (Megatron's ``window_size`` and ``window_attn_skip_freq``): a token sees itself and the
+      supports it (`packed_kernel`), else one sequence after the other.
+    - *Context parallel*: every sequence is cut into 2·cp chunks and rank r holds chunks r and 2·cp−1−r. Keys and values
+      are gathered over the group (one all-gather each, one reduce-scatter each in the backward; b·s·g·d elements),
+      queries stay.
+    - *Windowed* layers (Megatron's ``window_size`` and ``window_attn_skip_freq``): a token attends to itself and to the
       ``window_size[0]`` tokens before it.
 
-    Tokens that attend to a cache are not its affair; see `nemo_popsd.megatron.kv_cache`.
-    Dropout and attention biases are refused rather than ignored.
+    Attention to a cache is in `nemo_popsd.megatron.kv_cache`. Dropout and attention biases are refused, not ignored.
     """
 
     def __init__(
@@ -93,14 +91,14 @@ class LocalCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attends.
+        """Attention of queries to the keys and values of their own sequences.
 
         Args:
             query: [s, b, n, d], or [t, n, d] when packed; this rank's chunks under context parallelism.
             key: [s, b, g, d] or [t, g, d].
             value: as `key`.
             attention_mask: ignored: every sequence is causal.
-            attn_mask_type: ignored, as the mask.
+            attn_mask_type: ignored, as is the mask.
             attention_bias: must be None.
             packed_seq_params: with ``qkv_format="thd"``, the bounds of the sequences in ``cu_seqlens_q``; the same on
                 the host in ``cu_seqlens_q_padded``, or None (see `nemo_popsd.megatron.forward`).
@@ -123,7 +121,9 @@ class LocalCoreAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n·d]; one sequence length for the batch."""
         if query.shape[0] != key.shape[0]:
-            raise ValueError(f"got {query.shape[0]} queries for {key.shape[0]} keys; need as many, of one sequence")
+            raise ValueError(
+                f"got {query.shape[0]} queries for {key.shape[0]} keys; need equally many, of one sequence"
+            )
         mask = None
         if self.cp_group is not None:
             mask = zigzag_positions(query.shape[0], self.cp_group.size(), self.cp_group.rank(), query.device)
@@ -136,13 +136,13 @@ class LocalCoreAttention(MegatronModule):
         return context_bnsd.permute(2, 0, 1, 3).flatten(2)
 
     def _visible(self, positions: Tensor, keys: int) -> Tensor:
-        """Which of the first `keys` positions the tokens at `positions` see: [s, keys] bool."""
+        """Which of the first `keys` positions the tokens at `positions` attend to: [s, keys] bool."""
         distance = positions[:, None] - torch.arange(keys, device=positions.device)[None, :]
         visible = distance >= 0
         return visible if self.window is None else visible & (distance < self.window)
 
     def _gather_context(self, x: Tensor) -> Tensor:
-        """[s/cp, b, g, d] of every rank, put into the sequence's order: [s, b, g, d]."""
+        """[s/cp, b, g, d] of every rank, in the order of the sequence: [s, b, g, d]."""
         assert self.cp_group is not None
         size = self.cp_group.size()
         gathered = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
@@ -151,9 +151,10 @@ class LocalCoreAttention(MegatronModule):
 
 
 def zigzag_positions(local_length: int, size: int, rank: int, device: torch.device) -> Tensor:
-    """Positions in the whole sequence of the tokens that context-parallel rank `rank` of `size` holds: [s/cp].
+    """Positions in the full sequence of the tokens that context-parallel rank `rank` of `size` holds: [s/cp].
 
-    The sequence is cut into 2·size chunks; rank r holds chunks r and 2·size−1−r, which balances causal work.
+    The sequence is cut into 2·size chunks; rank r holds chunks r and 2·size−1−r, which balances the work of causal
+    attention.
     """
     chunk = local_length // 2
     first = torch.arange(rank * chunk, (rank + 1) * chunk, device=device)

@@ -1,40 +1,40 @@
-"""What no layout or layer can compute, refused by name before a model is built."""
+"""Refuses architectures and settings that a layout or its layers cannot compute, before a model is built."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import Any
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron import spec
 from nemo_popsd.megatron.config import StudentConfig
+from nemo_popsd.megatron.interfaces import ModelProvider
 from nemo_popsd.parallel.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS_OF_CONTEXT = ("bf16",)
-"""In which Transformer Engine attends over context-parallel ranks."""
+"""Values of `student.precision` in which Transformer Engine supports context parallelism."""
 
 
-def refuse_impossible(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> None:
-    """Refuse an architecture that does not divide by the layout, or that the layers in use cannot compute in it.
+def refuse_impossible(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> None:
+    """Refuses an architecture that the layout does not divide, or that its layers cannot compute in this layout.
 
     Args:
-        provider: a Megatron-Bridge ``GPTModelProvider`` with the architecture.
+        provider: the architecture.
         student: precision and adaptation.
         parallel: the layout.
 
     Raises:
-        UserError: names the settings.
+        UserError: the message names the settings.
     """
     refuse_indivisible(provider, parallel)
     if spec.on_transformer_engine(student.layers):
         _refuse_for_transformer_engine(provider, student, parallel)
 
 
-def refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
-    """Refuse heads, groups, layers or experts that the layout does not divide."""
+def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> None:
+    """Refuses heads, groups, layers or experts that the layout does not divide."""
     groups = provider.num_query_groups or provider.num_attention_heads
     experts = provider.num_moe_experts
     stages = parallel.pipeline * parallel.virtual_pipeline
@@ -55,18 +55,18 @@ def refuse_indivisible(provider: Any, parallel: ParallelConfig) -> None:
         raise UserError(
             "layout",
             got=f"a mixture of {experts} experts with {parallel.describe()} and parallel.sequence=false",
-            need="sequence parallelism beside tensor parallelism, so that no token is dispatched twice",
+            need="sequence parallelism together with tensor parallelism, so that no token is dispatched twice",
             fix="set parallel.sequence=true",
         )
 
 
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-"""With which Transformer Engine chooses its attention. Megatron sets all to 1 and stops at any other value."""
-_OF_EXPERTS = ("linear_fc1", "linear_fc2")
+"""Variables by which Transformer Engine chooses its attention. Megatron sets all to 1 and fails at any other value."""
+_EXPERT_LINEARS = ("linear_fc1", "linear_fc2")
 
 
-def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parallel: ParallelConfig) -> None:
-    """Refuse what Transformer Engine, or Megatron-Bridge's LoRA on it, does not compute right; warn of TF32."""
+def _refuse_for_transformer_engine(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> None:
+    """Refuses what Transformer Engine, or Megatron-Bridge's LoRA on it, computes wrongly; warns of TF32."""
     for name in ATTENTION_VARIABLES:
         if os.environ.get(name, "1") != "1":
             raise UserError(
@@ -80,14 +80,14 @@ def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parall
             "student.precision=fp32: Transformer Engine multiplies fp32 matrices in TF32 (10 bits of mantissa instead "
             "of 23); set NVIDIA_TF32_OVERRIDE=0 in the environment for full fp32"
         )
-    targets = [name for name in student.lora.targets if name in _OF_EXPERTS]
+    targets = [name for name in student.lora.targets if name in _EXPERT_LINEARS]
     if provider.num_moe_experts and student.adaptation == "lora" and targets:
-        # The experts of a rank are one module there: they would share one adapter, another one on each
-        # expert-parallel rank, under one name in a checkpoint.
+        # The experts of a rank are one module and would share one adapter. Expert-parallel ranks would have different
+        # adapters under the same name in a checkpoint.
         raise UserError(
             "adapters",
             got=f"student.lora.targets with {', '.join(targets)} for a mixture of {provider.num_moe_experts} experts",
-            need="adapters of attention alone: on a GPU all experts of a rank would share one adapter",
+            need="adapters of attention only: on a GPU all experts of a rank would share one adapter",
             fix="set student.lora.targets=[linear_qkv,linear_proj], or student.adaptation=full",
         )
     if parallel.context == 1:
@@ -96,13 +96,13 @@ def _refuse_for_transformer_engine(provider: Any, student: StudentConfig, parall
         raise UserError(
             "layout",
             got=f"student.precision={student.precision} with {parallel.describe()}",
-            need="bf16: Transformer Engine has no other attention for context parallelism",
+            need="bf16: Transformer Engine supports context parallelism in no other precision",
             fix="set student.precision=bf16, or parallel.context=1",
         )
     if provider.window_size is not None:
         raise UserError(
             "layout",
-            got=f"layers that attend within a window (OLMo-3's) with {parallel.describe()}",
-            need="whole sequences on each rank: Transformer Engine's ring of context-parallel ranks has no windows",
+            got=f"layers with sliding windows (OLMo-3's) with {parallel.describe()}",
+            need="full sequences on each rank: Transformer Engine has no sliding windows under context parallelism",
             fix="set parallel.context=1, and parallel.tensor for long sequences",
         )

@@ -1,8 +1,8 @@
-"""From contexts of unequal length to micro-batches within a token budget, and to their response positions.
+"""Micro-batches within a token budget from sequences of unequal length, and the positions of their responses.
 
-Two forms. *Padded*: sequences side by side, each padded on the right to the longest. *Packed*: one after the other in
-one row, with their bounds. Attention is causal, so padding on the right changes nothing before it and needs no mask;
-a packed sequence's own padding, where the layout asks for any, belongs to the sequence.
+Two forms. *Padded*: sequences side by side, each padded on the right to the longest. *Packed*: one after the other
+along the sequence dimension, with their bounds. Attention is causal, so padding on the right does not change earlier
+tokens and needs no mask; where the layout needs padding of a packed sequence, it belongs to the sequence.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nemo_popsd.data.alignment import append_response, response_positions
 from nemo_popsd.megatron.response_routing import WHOLE, Route, SequenceSplit, plan_route
 
 FEWEST_TOKENS = 2
-"""Of a forward: Transformer Engine does not know how one token with one key-value head lies in memory, and refuses it
-("qkv memory layout is not supported")."""
+"""Fewest tokens of a forward. Transformer Engine refuses one token with one key-value head, whose memory layout it
+cannot determine ("qkv memory layout is not supported")."""
 
 
 @dataclass(frozen=True)
 class ContextSequence:
-    """One context: the ids of its prompt and of the response that continues it."""
+    """One context followed by the response."""
 
     prompt: Sequence[int]
-    """Token ids, at least one."""
+    """Token ids of the context, at least one."""
     response: Sequence[int]
     """Token ids of the rollout, possibly none."""
 
@@ -38,43 +38,43 @@ class ContextSequence:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that go through the model together, as this rank sees them; it owns N of their response tokens.
+    """Sequences that pass through the model together; this rank owns N of their response tokens.
 
-    S is the sequence dimension and b the other one: padded length and rows, or all packed tokens and 1.
+    [S, b] are the padded length and the number of sequences, or the number of all packed tokens and 1.
     """
 
-    rows: list[int]
-    """Which sequences of the caller's list these are, in order."""
+    sequences: list[int]
+    """Indices into the caller's list of sequences."""
     response_lengths: list[int]
-    """Response tokens of each row that this rank owns (all of them without context parallelism); they sum to N."""
+    """Response tokens of each sequence that this rank owns (all of them without context parallelism); they sum to N."""
     input_ids: Tensor
     """[b, S/cp] int64."""
     position_ids: Tensor
-    """[b, S/cp] int64: place in the sequence."""
+    """[b, S/cp] int64: position in the sequence."""
     packed: PackedSeqParams | None
-    """Bounds of packed sequences in the whole row, None when padded."""
+    """Bounds of packed sequences along all S tokens, None when padded."""
     host_bounds: Tensor | None
     """The same bounds on the host, [sequences + 1] int32; None when padded."""
     route: Route
-    """From hidden states [S/(cp·sp), b, H] to those that predict the owned response tokens, row by row, [N, H]."""
+    """From hidden states [S/(cp·sp), b, H] to those that predict the owned response tokens, by sequence, [N, H]."""
     shape: tuple[int, int]
     """(S, b)."""
     padding: int
-    """Tokens that are computed for nothing: S·b less the sequences' lengths."""
+    """Tokens of padding: S·b minus the lengths of the sequences."""
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """What went through a model."""
+    """Tokens that passed through a model."""
 
     real: int = 0
-    """Tokens of contexts."""
+    """Tokens of sequences."""
     padding: int = 0
-    """Tokens that were computed for nothing."""
+    """Tokens of padding."""
 
     @classmethod
     def of(cls, batches: Sequence[MicroBatch]) -> TokenCount:
-        """That of `batches`, over all ranks that share them."""
+        """The tokens of `batches`, over all ranks that share them."""
         padding = sum(batch.padding for batch in batches)
         return cls(sum(batch.shape[0] * batch.shape[1] for batch in batches) - padding, padding)
 
@@ -101,19 +101,19 @@ def group_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]
 def pack_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Indices grouped so that the lengths of each group sum to at most `token_budget`.
 
-    Longest first, each into the first group that has room; a sequence longer than the budget is a group of its own.
+    Longest first, each into the first group with enough space; a sequence longer than the budget is a group of its own.
     Deterministic: ties keep their order.
     """
     groups: list[list[int]] = []
-    room: list[int] = []
+    space: list[int] = []
     for index in _longest_first(lengths):
-        fitting = next((number for number, left in enumerate(room) if lengths[index] <= left), None)
+        fitting = next((group for group, left in enumerate(space) if lengths[index] <= left), None)
         if fitting is None:
             groups.append([index])
-            room.append(token_budget - lengths[index])
+            space.append(token_budget - lengths[index])
         else:
             groups[fitting].append(index)
-            room[fitting] -= lengths[index]
+            space[fitting] -= lengths[index]
     return groups
 
 
@@ -132,27 +132,27 @@ def microbatches(
 
     Args:
         sequences: of this data-parallel rank; the same list on all ranks that share the model.
-        token_budget: S·b of a micro-batch, unless one sequence alone is longer.
+        token_budget: largest S·b of a micro-batch; a single sequence may be longer.
         device: of the tensors.
-        split: how the model spreads sequences over ranks.
+        split: how the model splits sequences over ranks.
         packed: one after the other instead of side by side.
         one_shape: all micro-batches have the same S and b, as the interleaved pipeline schedule needs.
-        count_multiple: empty micro-batches are added until their number divides by this.
-        at_least: and until there are as many as this. An empty one has no row and a few tokens of padding.
+        count_multiple: empty micro-batches are added until this divides the number of micro-batches.
+        at_least: smallest number of micro-batches. An empty one has no sequence and a few tokens of padding.
     """
     multiple = split.sequence_multiple if packed else split.total_multiple
     lengths = [_round_up(len(sequence), multiple) for sequence in sequences]
     if packed:
         groups = pack_by_length(lengths, token_budget)
     elif one_shape and lengths:
-        rows = max(1, token_budget // max(lengths))
+        width = max(1, token_budget // max(lengths))
         order = _longest_first(lengths)
-        groups = [order[begin : begin + rows] for begin in range(0, len(order), rows)]
+        groups = [order[begin : begin + width] for begin in range(0, len(order), width)]
     else:
         groups = group_by_length(lengths, token_budget)
     count = _round_up(max(len(groups), at_least), count_multiple)
     groups += [[] for _ in range(count - len(groups))]
-    shapes = [_shape([lengths[row] for row in group], split, packed=packed) for group in groups]
+    shapes = [_shape([lengths[index] for index in group], split, packed=packed) for group in groups]
     if one_shape and shapes:
         widest = tuple(map(max, zip(*shapes, strict=True)))
         shapes = [(widest[0], widest[1])] * len(shapes)
@@ -169,7 +169,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _shape(lengths: list[int], split: SequenceSplit, *, packed: bool) -> tuple[int, int]:
-    """(S, b) of a group with these lengths, which divide as the split asks of each; an empty group is padding alone."""
+    """(S, b) of a group whose lengths have the multiple that the split needs; an empty group is only padding."""
     if packed:
         return _round_up(max(FEWEST_TOKENS, sum(lengths)), split.total_multiple), 1
     return _round_up(max([FEWEST_TOKENS, *lengths]), split.total_multiple), max(1, len(lengths))
@@ -177,28 +177,28 @@ def _shape(lengths: list[int], split: SequenceSplit, *, packed: bool) -> tuple[i
 
 def _pad(
     sequences: Sequence[ContextSequence],
-    rows: list[int],
+    indices: list[int],
     shape: tuple[int, int],
     split: SequenceSplit,
     device: torch.device,
 ) -> MicroBatch:
     length, width = shape
     ids = torch.zeros(width, length, dtype=torch.long)
-    for column, row in enumerate(rows):
-        ids[column, : len(sequences[row])] = torch.tensor(
-            append_response(sequences[row].prompt, sequences[row].response)
+    for column, index in enumerate(indices):
+        ids[column, : len(sequences[index])] = torch.tensor(
+            append_response(sequences[index].prompt, sequences[index].response)
         )
     held = split.held([length], split.context_rank)
     return _micro_batch(
         sequences,
-        rows,
+        indices,
         input_ids=ids[:, held],
         position_ids=held.expand(width, -1),
         packed=None,
         host_bounds=None,
         shape=shape,
         lengths=[length],
-        starts=[(0, column) for column in range(len(rows))],
+        starts=[(0, column) for column in range(len(indices))],
         split=split,
         device=device,
     )
@@ -206,17 +206,17 @@ def _pad(
 
 def _pack(
     sequences: Sequence[ContextSequence],
-    rows: list[int],
+    indices: list[int],
     shape: tuple[int, int],
     split: SequenceSplit,
     device: torch.device,
 ) -> MicroBatch:
-    lengths = [_round_up(len(sequences[row]), split.sequence_multiple) for row in rows] or [0]
+    lengths = [_round_up(len(sequences[index]), split.sequence_multiple) for index in indices] or [0]
     lengths[-1] += shape[0] - sum(lengths)
     ids = torch.zeros(1, shape[0], dtype=torch.long)
-    starts = [(sum(lengths[:number]), 0) for number in range(len(rows))]
-    for row, (begin, _) in zip(rows, starts, strict=True):
-        tokens = append_response(sequences[row].prompt, sequences[row].response)
+    starts = [(sum(lengths[:place]), 0) for place in range(len(indices))]
+    for index, (begin, _) in zip(indices, starts, strict=True):
+        tokens = append_response(sequences[index].prompt, sequences[index].response)
         ids[0, begin : begin + len(tokens)] = torch.tensor(tokens)
     positions = torch.cat([torch.arange(length) for length in lengths])
     held = split.held(lengths, split.context_rank)
@@ -231,7 +231,7 @@ def _pack(
     )
     return _micro_batch(
         sequences,
-        rows,
+        indices,
         input_ids=ids[:, held],
         position_ids=positions[held][None],
         packed=packed,
@@ -246,7 +246,7 @@ def _pack(
 
 def _micro_batch(
     sequences: Sequence[ContextSequence],
-    rows: list[int],
+    indices: list[int],
     *,
     input_ids: Tensor,
     position_ids: Tensor,
@@ -258,11 +258,11 @@ def _micro_batch(
     split: SequenceSplit,
     device: torch.device,
 ) -> MicroBatch:
-    """Both forms; `starts` are (place in the sequence dimension, column) of each row's first token."""
+    """A micro-batch of either form; `starts` are (place along S, place along b) of each sequence's first token."""
     positions, columns, owners = ([torch.empty(0, dtype=torch.long)] for _ in range(3))
     own: list[int] = []
-    for row, (begin, column) in zip(rows, starts, strict=True):
-        prompt, response = sequences[row].prompt, sequences[row].response
+    for index, (begin, column) in zip(indices, starts, strict=True):
+        prompt, response = sequences[index].prompt, sequences[index].response
         places = torch.arange(shape[0])[response_positions(len(prompt), len(response))]
         positions.append(begin + places)
         columns.append(torch.full_like(places, column))
@@ -270,7 +270,7 @@ def _micro_batch(
         own.append(len(response[split.owned(response)]))
     route = plan_route(split, lengths, shape[1], torch.cat(positions), torch.cat(columns), torch.cat(owners))
     return MicroBatch(
-        rows=rows,
+        sequences=indices,
         response_lengths=own,
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
@@ -278,5 +278,5 @@ def _micro_batch(
         host_bounds=host_bounds,
         route=route.to(device),
         shape=shape,
-        padding=shape[0] * shape[1] - sum(len(sequences[row]) for row in rows),
+        padding=shape[0] * shape[1] - sum(len(sequences[index]) for index in indices),
     )

@@ -1,4 +1,4 @@
-"""Parameters that live in host memory and are on the device only while they are needed."""
+"""Parameters that are kept in host memory and are on the device only while they are used."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 class HostParameters:
     """Frozen parameters, kept in pinned host memory (ordinary memory without CUDA).
 
-    Outside `on_device` each of them is empty, shape [0], so that a use of it fails and nothing of it is on the device.
-    The values never change and are never copied back: what is brought in is the same bits each time.
+    Outside `on_device` each of them is empty, shape [0], so that it takes no device memory and using it fails. The
+    values never change and are never copied back: each copy to the device has the same bits.
     """
 
     @torch.no_grad()
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Moves them to the host; their device memory is free afterwards.
+        """Moves the parameters to the host and frees their device memory.
 
         Args:
-            parameters: none requires a gradient; one that appears twice (a tied matrix) is kept once.
+            parameters: without gradients; one that appears twice (a tied matrix) is kept once.
         """
         self._parameters = list(dict.fromkeys(parameters))
         assert not any(parameter.requires_grad for parameter in self._parameters)
@@ -35,14 +35,16 @@ class HostParameters:
 
     @property
     def bytes(self) -> int:
-        """Of all of them: on the host always, on the device within `on_device`."""
+        """Bytes of all parameters, on the host and, within `on_device`, on the device too."""
         return sum(host.numel() * host.element_size() for host in self._host)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Within, they are on the device: one copy of `bytes` from the host, none back. May be nested.
+        """Context in which the parameters are on the device: one copy of `bytes` from the host, none back. May be
+        nested.
 
-        The copies are queued on the current CUDA stream; the host does not wait for them, kernels queued later do.
+        The copies are queued on the current CUDA stream; kernels that are queued later wait for them, the host does
+        not.
         """
         if self._uses == 0:
             with torch.no_grad():

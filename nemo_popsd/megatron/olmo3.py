@@ -1,10 +1,10 @@
-"""OLMo-3's decoder layers, which megatron-core has not: norms after attention and MLP, and over all heads of q and k.
+"""OLMo-3's decoder layers, which megatron-core lacks: norms after attention and MLP, and over all heads of q and k.
 
     x ← x + norm(attention(x))          x ← x + norm(mlp(x))
 
-Queries and keys are normalised over their whole projection, all heads together. Three layers of four attend within a
-window; their rotation is the plain one, that of the others is scaled (YaRN). Both are settings of the provider:
-Megatron's own `window_size`, and `rope_ratio` here.
+Queries and keys are normalised over their full projection, all heads together. Three of four layers attend within a
+window and have the unscaled rotation, the others a scaled one (YaRN). The provider sets both: Megatron's own
+`window_size`, and `rope_ratio` here.
 
 Shapes: s sequence, b batch, n query heads and g key-value heads of this tensor-parallel rank, d head dimension.
 """
@@ -39,14 +39,14 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 
 
 class ProjectionNorm(MegatronModule):
-    """RMSNorm over a projection that is split over the tensor-parallel group, all heads together.
+    """RMSNorm over all heads of a projection that is sharded over the tensor-parallel group.
 
-    The weight is split as the projection is. One all-reduce of a number per token forward and one backward (s·b
-    numbers in fp32): every rank's output depends on every rank's input.
+    The weight is sharded as the projection is. One all-reduce of s·b fp32 numbers in the forward and one in the
+    backward: every rank's output depends on every rank's input.
     """
 
     def __init__(self, config: TransformerConfig, width: int, group: dist.ProcessGroup) -> None:
-        """`width`: of this rank's part."""
+        """`width`: size of this rank's shard."""
         super().__init__(config)
         self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
@@ -62,23 +62,23 @@ class ProjectionNorm(MegatronModule):
         return (self.weight.view(x.shape[-2:]) * scaled).to(x.dtype)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
-        """The weight, split along its only dimension."""
+        """The weight, sharded along its only dimension."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
 @dataclass
 class Olmo3Provider(GPTModelProvider):
-    """Megatron-Bridge's provider with what OLMo-3 has besides."""
+    """Megatron-Bridge's provider with the additional settings of OLMo-3."""
 
     rope_ratio: list[float] = field(default_factory=list)
-    """Scaled over plain rotation frequency, [d/2], in the layers without a window; empty where none is scaled."""
+    """Scaled over unscaled rotation frequencies, [d/2], in the layers without a window; empty without scaling."""
     rope_amplitude: float = 1.0
-    """Factor of the scaled rotation's sines and cosines."""
+    """Factor of the sines and cosines of the scaled rotation."""
 
 
 class Olmo3Attention(SelfAttention):
-    """Self-attention with norms over the whole query and key, and a rotation of its own in layers without a window."""
+    """Self-attention with norms over the full query and key, and the scaled rotation in layers without a window."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Olmo3Attention(SelfAttention):
     ) -> None:
         super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
         group = self.pg_collection.tp
-        # The norm over all keys needs whole key heads on each rank; a layout without is refused while building.
+        # The norm over all keys needs complete key heads on each rank; other layouts were refused before.
         assert config.num_query_groups % group.size() == 0
         width = self.hidden_size_per_attention_head
         self.q_norm = ProjectionNorm(config, self.num_attention_heads_per_partition * width, group)
@@ -104,7 +104,7 @@ class Olmo3Attention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Query [s, b, n, d] and key [s, b, g, d] normalised, value [s, b, g, d]. Collectives: those of both norms.
 
-        The rotation's amplitude scales queries and keys alike; both factors are put into the query here.
+        The rotation's amplitude scales queries and keys; here the query takes both factors.
         """
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         query, key = self.q_norm(query), self.k_norm(key)
@@ -113,7 +113,7 @@ class Olmo3Attention(SelfAttention):
         return query, key, value
 
     def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
-        """Megatron's, with the angles [s, 1, 1, d] of this layer's rotation."""
+        """Megatron's forward with the angles [s, 1, 1, d] of this layer's rotation."""
         if self._rope_ratio is not None and rotary_pos_emb is not None:
             self._rope_ratio = self._rope_ratio.to(hidden_states.device)
             rotary_pos_emb = (
@@ -126,13 +126,13 @@ class Olmo3Attention(SelfAttention):
 
 @dataclass
 class Olmo3LayerSubmodules(TransformerLayerSubmodules):
-    """Megatron's, and the norm that follows attention and MLP."""
+    """Megatron's submodules and the norm that follows attention and MLP."""
 
     post_norm: Any = None
 
 
 class Olmo3Layer(TransformerLayer):
-    """A layer whose two residual branches end in a norm and begin with none."""
+    """A layer with a norm at the end, not at the beginning, of its two residual branches."""
 
     def __init__(self, config: Any, submodules: Olmo3LayerSubmodules, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, submodules, *args, **kwargs)
@@ -146,7 +146,7 @@ class Olmo3Layer(TransformerLayer):
 
 
 def _normed(bias_dropout_add: Callable[..., Any], norm: torch.nn.Module, training: bool, fused: bool) -> Any:
-    """Megatron's end of a residual branch, with `norm` before it; OLMo-3 has no biases."""
+    """Megatron's end of a residual branch applied to the output of `norm`; OLMo-3 has no biases."""
     end = bias_dropout_add(training, fused)
 
     def call(output_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
@@ -159,12 +159,12 @@ def _normed(bias_dropout_add: Callable[..., Any], norm: torch.nn.Module, trainin
 
 
 def olmo3_layer_spec(backend: Any, *, norm: type, core_attention: type) -> ModuleSpec:
-    """The layer from a backend's linears.
+    """The spec of an OLMo-3 layer with the linears of `backend`.
 
     Args:
         backend: megatron-core's `LocalSpecProvider` or `TESpecProvider`.
         norm: RMSNorm over the hidden size.
-        core_attention: honours `window_size`.
+        core_attention: supports `window_size`.
     """
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     return ModuleSpec(
@@ -184,7 +184,7 @@ def olmo3_layer_spec(backend: Any, *, norm: type, core_attention: type) -> Modul
 
 
 def transformer_engine_layer_spec(provider: Olmo3Provider) -> ModuleSpec:
-    """The layer on a GPU."""
+    """The spec of an OLMo-3 layer with Transformer Engine."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     backend = TESpecProvider()

@@ -1,4 +1,4 @@
-"""Megatron's DDP, optimizer and schedule, and their face towards Lightning."""
+"""Megatron's DDP, optimizer and schedule, and the torch optimizer that Lightning sees."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_popsd.megatron.config import OptimizerConfig
+from nemo_popsd.megatron.interfaces import MegatronOptimizer
 
 
 def wrap_for_training(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
     """Megatron's DDP around each of the student's chunks; gradients are accumulated and reduced in fp32.
 
-    The schedule reduces what needs it over other groups than the data-parallel one: norms under sequence parallelism,
-    q and k norms under tensor parallelism, tied embeddings between first and last stage.
+    The schedule also reduces gradients over other groups: norms under sequence parallelism, q and k norms under tensor
+    parallelism, tied embeddings between first and last stage.
     """
     wrapped = [
         DistributedDataParallel(
@@ -41,30 +42,30 @@ def wrap_for_training(chunks: Sequence[GPTModel], config: OptimizerConfig) -> li
 
 
 class StudentOptimizer(torch.optim.Optimizer):
-    """Megatron's optimizer and its schedule as one torch optimizer, which is what Lightning counts steps by.
+    """Megatron's optimizer and its schedule as one torch optimizer, by which Lightning counts steps.
 
-    State lives in Megatron's optimizer alone; this class holds none.
+    All state is in Megatron's optimizer; this class has none.
 
     Attributes:
         chunks: the wrapped student.
         megatron: the Megatron optimizer.
         scheduler: learning rate and weight decay by step.
         grad_norm: global gradient norm of the last step, before clipping.
-        trained: this rank's parameters that are trained.
+        trained: this rank's trained parameters.
     """
 
     def __init__(
         self, chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, *, steps: int, bf16: bool
     ) -> None:
-        """Builds both.
+        """Builds Megatron's optimizer and schedule.
 
         Args:
             chunks: the wrapped student; parameters that require gradients are trained.
             config: Adam, schedule, clipping.
             steps: length of the run, where the decay ends.
-            bf16: whether the weights are bf16; fp32 main weights are kept then.
+            bf16: whether the weights are bf16, with fp32 main weights in the optimizer.
         """
-        self.megatron = get_megatron_optimizer(
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=config.lr,
@@ -86,7 +87,8 @@ class StudentOptimizer(torch.optim.Optimizer):
             max_lr=config.lr,
             min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_steps,
-            # One more than the run has: at the end of the decay itself the rate may be 0, a step that moves nothing.
+            # One step more than the run has: at the end of the decay the rate may be 0, and a step would change
+            # nothing.
             lr_decay_steps=max(steps, config.warmup_steps) + 1,
             lr_decay_style=config.decay,
             start_wd=config.weight_decay,
@@ -107,20 +109,19 @@ class StudentOptimizer(torch.optim.Optimizer):
         self.megatron.zero_grad(set_to_none)
 
     def prepare(self) -> float:
-        """Brings the gradients to the main weights and returns their global norm, the same on every rank.
+        """Copies the gradients to the main weights and returns their global norm, the same on every rank.
 
-        May be called before `step`, to judge the norm before anything is updated. Collectives: Megatron's two
-        for the norm.
+        Called before `step` to check the norm before any update. Collectives: Megatron's two for the norm.
         """
         self.megatron.prepare_grads()
         self.grad_norm = float(self.megatron.get_grad_norm())
         return self.grad_norm
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Updates the weights at the learning rate of this step (the first has number 1).
+        """Updates the weights at the learning rate of this step, counted from 1.
 
         Args:
-            closure: Lightning's, which runs its hooks.
+            closure: from Lightning, runs its hooks.
         """
         if closure is not None:
             closure()
@@ -128,10 +129,10 @@ class StudentOptimizer(torch.optim.Optimizer):
         self.megatron.step()
 
     def resume(self, updates: int) -> None:
-        """Takes the schedule to where it stands after so many updates; Adam's state is loaded elsewhere."""
+        """Sets the schedule to its state after this number of updates; Adam's state is loaded elsewhere."""
         self.scheduler.step(updates)
 
     @property
     def learning_rate(self) -> float:
-        """Of the last step."""
+        """Learning rate of the last step."""
         return float(self.megatron.param_groups[0]["lr"])

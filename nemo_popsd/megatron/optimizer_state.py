@@ -1,8 +1,9 @@
-"""What Megatron's optimizers remember of each parameter, whichever of them it is and however it shards.
+"""The state that Megatron's optimizers keep of each parameter, the same for every optimizer and sharding.
 
-Megatron-core 0.16.1 writes the state of its distributed optimizer in forms that load in the same layout alone, or that
-fail without Transformer Engine (distrib_optimizer.py:642). Here each parameter's state is looked at by itself: it is
-whole on every data-parallel rank, or each rank has one run of the flattened parameter.
+megatron-core 0.16.1 saves the state of its distributed optimizer in forms that load only in the same layout, or that
+fail without Transformer Engine (`megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict`). Here the
+state is read for one parameter at a time: every data-parallel rank has all of it, or one range of the flattened
+parameter.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 
+from nemo_popsd.megatron.interfaces import AnyOptimizer, OptimizerPart
+
 MAIN = "param"
 """Name of the fp32 main weights, kept where the weights themselves are not fp32."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,26 +31,26 @@ class ParameterState:
     """Optimizer state of one parameter on this rank."""
 
     parameter: nn.Parameter
-    """This rank's tensor-parallel shard of it."""
+    """This rank's tensor-parallel shard."""
     values: dict[str, Tensor]
-    """Flat fp32 views into the optimizer, by name; empty where this rank has no part."""
+    """Flat fp32 views of the optimizer's tensors, by name; empty where this rank has none."""
     begin: int
-    """Where they begin in the flattened shard."""
+    """Where the views begin in the flattened shard."""
     group: dist.ProcessGroup
-    """Data-parallel ranks that share the shard."""
+    """Data-parallel ranks that have this shard."""
     split: bool
-    """Whether each of them has a part of it rather than a copy."""
+    """Whether each of these ranks has a part of the state instead of a copy."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is kept of it, the same on every rank."""
+        """Names of the state's tensors, the same on every rank."""
         return _MOMENTS if self.parameter.dtype == torch.float32 else (*_MOMENTS, MAIN)
 
     def whole(self, name: str, owner: int) -> Tensor | None:
         """State `name` in the shape of the shard, on rank `owner` of the group; None elsewhere.
 
-        Collective over the group where it is split: one reduction of 4 bytes per weight. The numbers travel as
-        integers, of which all but one are 0, so every bit arrives, signs of zeros too.
+        Collective over the group where the state is split: one reduction of 4 bytes per weight. The bits are summed as
+        integers, all but one of which are 0, so that every bit is exact, including the signs of zeros.
         """
         shape, is_owner = self.parameter.shape, self.group.rank() == owner
         if not self.split:
@@ -59,11 +62,11 @@ class ParameterState:
         return flat.view(shape) if is_owner else None
 
 
-def parameter_states(optimizer: Any) -> Iterator[ParameterState]:
-    """State of every trained parameter, in the same order on all data-parallel ranks; made where there is none yet.
+def parameter_states(optimizer: AnyOptimizer) -> Iterator[ParameterState]:
+    """State of every trained parameter, in the same order on all data-parallel ranks; created where it is missing.
 
     Args:
-        optimizer: what `get_megatron_optimizer` gave.
+        optimizer: from `get_megatron_optimizer`.
     """
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
@@ -73,16 +76,18 @@ def parameter_states(optimizer: Any) -> Iterator[ParameterState]:
             yield from _copies(part)
 
 
-def step_count(optimizer: Any) -> int:
-    """Updates that Adam has counted."""
+def step_count(optimizer: AnyOptimizer) -> int:
+    """Number of updates that Adam has counted."""
     counts = {int(count) for part in _parts(optimizer) for count in _counts(part.optimizer)}
     assert len(counts) <= 1, counts
     return counts.pop() if counts else 0
 
 
-def set_step_count(optimizer: Any, steps: int) -> None:
-    """Sets Adam's count, where its implementation keeps it: torch in each parameter's state, Transformer Engine in the
-    groups. The states must be there.
+def set_step_count(optimizer: AnyOptimizer, steps: int) -> None:
+    """Sets Adam's count of updates: torch's Adam keeps it in each parameter's state, Transformer Engine's in the
+    groups.
+
+    The states must exist.
     """
     for part in _parts(optimizer):
         adam = part.optimizer
@@ -94,8 +99,8 @@ def set_step_count(optimizer: Any, steps: int) -> None:
                 group["step"] = steps
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    """A chained optimizer's members that have anything to train on this rank."""
+def _parts(optimizer: AnyOptimizer) -> list[OptimizerPart]:
+    """The optimizer, or the members of a chained one, that have parameters on this rank."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if part.optimizer is not None]
 
@@ -118,14 +123,14 @@ def _split(part: DistributedOptimizer) -> Iterator[ParameterState]:
             yield ParameterState(parameter, values, begin, part.data_parallel_group, split=True)
 
 
-def _copies(part: Any) -> Iterator[ParameterState]:
+def _copies(part: OptimizerPart) -> Iterator[ParameterState]:
     state = part.optimizer.state
     for parameter, main in _main_weights(part):
         values = _flat(parameter, {MAIN: main, **state[main]})
         yield ParameterState(parameter, values, 0, _replicas(parameter), split=False)
 
 
-def _main_weights(part: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def _main_weights(part: OptimizerPart) -> Iterator[tuple[nn.Parameter, Tensor]]:
     if isinstance(part, Float16OptimizerWithFloat16Params):
         for model_group, main_group in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(model_group, main_group, strict=True)

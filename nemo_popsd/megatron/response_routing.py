@@ -1,13 +1,14 @@
-"""Which rank holds which token of a sequence, which rank owns which response token, and how states get there.
+"""Which rank holds which token of a sequence, which rank owns which response token, and how states move to their
+owners.
 
-Context parallelism gives each rank two chunks of every sequence, sequence parallelism a slice of what its context rank
-holds. The contexts of one response have different lengths, so its tokens lie on other ranks in each of them. The loss
-needs student, base, teacher and probe of a token in one place, and that place must not depend on the context: the owner
-of a response token is a function of the response alone (`owned`). `gather_response_states` moves the states of response
-tokens, and of nothing else, from where a forward left them to their owners, with the exact adjoint in the backward.
+Context parallelism gives each rank two chunks of every sequence, sequence parallelism a slice of its context rank's
+chunks. The contexts of one response have different lengths, so that the same response token is on different ranks in
+each of them. The loss needs the states of all branches of a token on one rank, so the owner of a response token depends
+only on the response (`owned`). `gather_response_states` moves the states of response tokens, and no others, from the
+ranks that computed them to their owners, with the exact adjoint in the backward.
 
 Shapes: S length of the sequence dimension (padded length, or all tokens of a packed batch), b its other dimension (1
-when packed), H hidden size, M response tokens that lie on this context-parallel rank, N those it owns.
+when packed), H hidden size, M response tokens that this context-parallel rank holds, N those that it owns.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nemo_popsd.megatron.layers import zigzag_positions
 
 @dataclass(frozen=True)
 class SequenceSplit:
-    """How a model spreads the sequence dimension over ranks."""
+    """How a model splits the sequence dimension over ranks."""
 
     context: dist.ProcessGroup | None = None
     """The context-parallel group; None where it has one rank."""
@@ -37,7 +38,7 @@ class SequenceSplit:
 
     @classmethod
     def of(cls, model: GPTModel) -> SequenceSplit:
-        """That of `model`."""
+        """The split of `model`."""
         groups = model.pg_collection
         return cls(
             context=groups.cp if model.config.context_parallel_size > 1 else None,
@@ -46,39 +47,39 @@ class SequenceSplit:
 
     @property
     def context_size(self) -> int:
-        """Context-parallel ranks."""
+        """Number of context-parallel ranks."""
         return 1 if self.context is None else self.context.size()
 
     @property
     def context_rank(self) -> int:
-        """This rank's place among them."""
+        """This rank in the context-parallel group."""
         return 0 if self.context is None else self.context.rank()
 
     @property
     def tensor_size(self) -> int:
-        """Slices of what a context-parallel rank holds."""
+        """Number of slices of a context-parallel rank's tokens."""
         return 1 if self.tensor is None else self.tensor.size()
 
     @property
     def tensor_rank(self) -> int:
-        """This rank's place among them."""
+        """Index of this rank's slice."""
         return 0 if self.tensor is None else self.tensor.rank()
 
     @property
     def sequence_multiple(self) -> int:
-        """What the length of each sequence must divide by: two chunks for each context-parallel rank."""
+        """The length of each sequence must be a multiple of this: two chunks for each context-parallel rank."""
         return 1 if self.context is None else 2 * self.context_size
 
     @property
     def total_multiple(self) -> int:
-        """What S must divide by: each rank's part must also divide into slices."""
+        """S must be a multiple of this: each rank's part must also divide into slices."""
         return math.lcm(self.sequence_multiple, self.context_size * self.tensor_size)
 
     def held(self, lengths: Sequence[int], rank: int) -> Tensor:
-        """Places in the sequence dimension of what context-parallel rank `rank` holds, in its order: [S/cp] int64.
+        """Places along S of the tokens that context-parallel rank `rank` holds, in its order: [S/cp] int64.
 
         Args:
-            lengths: of the sequences that lie one after the other in the sequence dimension; they sum to S.
+            lengths: of the sequences that follow each other along S; they sum to S.
             rank: context-parallel rank.
         """
         if self.context_size == 1:
@@ -93,8 +94,8 @@ class SequenceSplit:
     def owners(self, response: Sequence[int]) -> Tensor:
         """The context-parallel rank that owns each token of `response`: [R] int64.
 
-        Tokens go round the ranks, beginning at one that the ids decide: no rank has more than one token more of a
-        response than another, and one-token responses are spread too.
+        Tokens are assigned to the ranks in turn, starting at a rank that depends on the token ids: the numbers of
+        tokens of a response on two ranks differ by at most one, and responses of one token are distributed too.
         """
         return (sum(response) + torch.arange(len(response))) % self.context_size
 
@@ -104,7 +105,7 @@ class SequenceSplit:
 
 
 WHOLE = SequenceSplit()
-"""Each rank has whole sequences."""
+"""Each rank has full sequences."""
 
 
 @dataclass(frozen=True)
@@ -112,20 +113,20 @@ class Route:
     """From this rank's hidden states to the states of the response tokens that it owns, in their order."""
 
     take: Tensor
-    """[n] int64: rows of this rank's [S/(cp·sp)·b, H] that predict response tokens."""
+    """[n] int64: indices into this rank's states [S/(cp·sp)·b, H] of those that predict response tokens."""
     slice_counts: list[int]
-    """How many rows each slice (tensor-parallel rank) contributes; they sum to M."""
+    """Number of states from each slice (tensor-parallel rank); they sum to M."""
     send: Tensor
-    """[M] int64: the rows of all slices, one slice after the other, ordered by owner."""
+    """[M] int64: orders the states of all slices, one slice after the other, by owner."""
     send_counts: list[int]
-    """How many of them go to each context-parallel rank."""
+    """Number of states to send to each context-parallel rank."""
     receive: Tensor
-    """[N] int64: the rows that come in, one holder after the other, in the order of the owned tokens."""
+    """[N] int64: puts the received states, one holder after the other, in the order of the owned tokens."""
     receive_counts: list[int]
-    """How many of them come from each context-parallel rank; they sum to N."""
+    """Number of states to receive from each context-parallel rank; they sum to N."""
 
     def to(self, device: torch.device) -> Route:
-        """The same with its indices on `device`."""
+        """The same route with its indices on `device`."""
         moved = {name: getattr(self, name).to(device) for name in ("take", "send", "receive")}
         return replace(self, **moved)
 
@@ -133,14 +134,14 @@ class Route:
 def plan_route(
     split: SequenceSplit, lengths: Sequence[int], width: int, positions: Tensor, columns: Tensor, owners: Tensor
 ) -> Route:
-    """The route of the response tokens of one micro-batch; every rank computes it from the same numbers.
+    """The route of the response tokens of one micro-batch; every rank computes it from the same arguments.
 
     Args:
-        split: how sequences are spread.
+        split: how sequences are split over ranks.
         lengths: as for `SequenceSplit.held`.
         width: b.
-        positions: places in the sequence dimension that predict the response tokens, in the tokens' order.
-        columns: their places in the other dimension.
+        positions: places along S that predict the response tokens, in the order of the tokens.
+        columns: their places along b.
         owners: context-parallel ranks that own them.
     """
     total = sum(lengths)
@@ -151,13 +152,13 @@ def plan_route(
     slice_length = total // (split.context_size * split.tensor_size)
     at_slice = place[positions] // slice_length
     here = (holder[positions] == split.context_rank).nonzero().squeeze(1)
-    mine = here[at_slice[here] == split.tensor_rank]
+    own = here[at_slice[here] == split.tensor_rank]
     by_slice = at_slice[here].argsort(stable=True)
     by_owner = owners[here].argsort(stable=True)
     owned = (owners == split.context_rank).nonzero().squeeze(1)
     by_holder = holder[positions[owned]].argsort(stable=True)
     return Route(
-        take=(place[positions[mine]] - split.tensor_rank * slice_length) * width + columns[mine],
+        take=(place[positions[own]] - split.tensor_rank * slice_length) * width + columns[own],
         slice_counts=at_slice[here].bincount(minlength=split.tensor_size).tolist(),
         send=_inverse(by_slice)[by_owner],
         send_counts=owners[here].bincount(minlength=split.context_size).tolist(),
@@ -167,42 +168,42 @@ def plan_route(
 
 
 def gather_response_states(hidden_SBH: Tensor, route: Route, split: SequenceSplit) -> Tensor:
-    """The states that predict the response tokens which this rank owns, [N, H], from its hidden states.
+    """The states [N, H] that predict the response tokens of this rank, from the ranks' hidden states.
 
-    Moves, with e bytes per number, forward and again backward unless said otherwise: without sequence and context
-    parallelism nothing; under sequence parallelism one all-gather of the rows of response tokens on this context rank
-    (tp · the largest slice's rows · H · e received; nothing backward); under context parallelism one all-to-all (at
-    most N · H · e received).
+    Collectives, with e bytes per number, in the forward and again in the backward unless stated: none without sequence
+    and context parallelism; under sequence parallelism one all-gather of the states of response tokens on this context
+    rank (tp · the largest slice's states · H · e received; none in the backward); under context parallelism one
+    all-to-all (at most N · H · e received).
 
-    The result is alike on all ranks of the tensor-parallel group, and so must its gradient be, already complete:
-    `loss_from_hidden` sums it over the group. The gather's backward therefore takes this rank's rows and sums nothing;
-    to reduce there would count each gradient once for every rank.
+    The result is the same on all ranks of the tensor-parallel group, and its gradient must be the same and complete:
+    `loss_from_hidden` sums it over the group. The backward of the gather therefore takes this rank's part without a
+    sum; a sum would count each gradient once for every rank.
 
     Args:
         hidden_SBH: [S/(cp·sp), b, H].
         route: of the micro-batch.
         split: the one that the route was planned for.
     """
-    rows = hidden_SBH.flatten(0, 1).index_select(0, route.take)
+    states = hidden_SBH.flatten(0, 1).index_select(0, route.take)
     if split.tensor is not None:
-        rows = _GatherSlices.apply(rows, route.slice_counts, split.tensor)
+        states = _GatherSlices.apply(states, route.slice_counts, split.tensor)
     if split.context is None:
-        # Nothing to exchange: the owner's order is the tokens' order.
-        return rows if split.tensor is None else rows.index_select(0, route.send)
-    rows = rows.index_select(0, route.send)
-    rows = _Exchange.apply(rows, route.send_counts, route.receive_counts, split.context)
-    return rows.index_select(0, route.receive)
+        # No exchange: the order of the owner is the order of the tokens.
+        return states if split.tensor is None else states.index_select(0, route.send)
+    states = states.index_select(0, route.send)
+    states = _Exchange.apply(states, route.send_counts, route.receive_counts, split.context)
+    return states.index_select(0, route.receive)
 
 
 class _GatherSlices(torch.autograd.Function):
-    """Rows of all ranks, one rank after the other, on every rank; backward takes this rank's, without a sum."""
+    """States of all ranks, one rank after the other, on every rank; the backward takes this rank's, without a sum."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, states: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.begin = sum(counts[: group.rank()])
         ctx.count = counts[group.rank()]
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
+        padded = states.new_zeros(max(counts), states.shape[1])
+        padded[: len(states)] = states
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded, group=group)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
@@ -214,14 +215,14 @@ class _GatherSlices(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all of rows in blocks, one block for each rank; backward sends the blocks back."""
+    """All-to-all of states in blocks, one block for each rank; the backward sends the blocks back."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+        ctx: Any, states: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.counts, ctx.group = (send_counts, receive_counts), group
-        return _all_to_all(rows, send_counts, receive_counts, group)
+        return _all_to_all(states, send_counts, receive_counts, group)
 
     @staticmethod
     @once_differentiable
@@ -230,9 +231,9 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(gradients[0], receive_counts, send_counts, ctx.group), None, None, None
 
 
-def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    received = rows.new_empty(sum(receive_counts), rows.shape[1])
-    dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=group)
+def _all_to_all(states: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = states.new_empty(sum(receive_counts), states.shape[1])
+    dist.all_to_all_single(received, states.contiguous(), receive_counts, send_counts, group=group)
     return received
 
 

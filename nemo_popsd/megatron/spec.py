@@ -1,9 +1,8 @@
-"""The one choice of layers: Transformer Engine where a GPU has it, our local norm and core attention elsewhere."""
+"""Chooses the layers: Transformer Engine's on a GPU that has it, local norm and core attention elsewhere."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from megatron.core.models.backends import LocalSpecProvider
@@ -13,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch.nn.functional import silu
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.interfaces import ModelProvider
 from nemo_popsd.megatron.layers import LocalCoreAttention, LocalRMSNorm
 from nemo_popsd.megatron.olmo3 import Olmo3Provider, olmo3_layer_spec
 from nemo_popsd.runtime.local_layers import transformer_engine_imports
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def chosen_layers(setting: str) -> str:
-    """`transformer_engine` or `local`: what this machine takes for `student.layers`.
+    """`transformer_engine` or `local`: the layers that `student.layers=setting` selects on this machine.
 
     Raises:
-        UserError: Transformer Engine is asked for and does not import here.
+        UserError: Transformer Engine is requested and does not import on this machine.
     """
     if setting == "auto":
         return "transformer_engine" if torch.cuda.is_available() and transformer_engine_imports() else "local"
@@ -39,21 +39,21 @@ def chosen_layers(setting: str) -> str:
 
 
 def on_transformer_engine(setting: str) -> bool:
-    """Whether the layers of a run with `student.layers=setting` are Transformer Engine's here; see `chosen_layers`."""
+    """Whether `student.layers=setting` selects Transformer Engine's layers on this machine; see `chosen_layers`."""
     return chosen_layers(setting) == "transformer_engine"
 
 
-def choose_layer_spec(provider: Any, setting: str) -> None:
-    """Sets the provider's layer spec and the fusions that go with it, and logs which layers it is.
+def choose_layer_spec(provider: ModelProvider, setting: str) -> None:
+    """Sets the provider's layer spec and the fusions that fit it, and logs the choice.
 
-    On Transformer Engine the spec stays: Megatron-Bridge's providers choose it themselves. They leave fusions off for
-    some architectures and have them on for others; all get those that compute the same. The names of the parameters in
-    a distributed checkpoint are the same either way: the local spec maps its separate norms
+    With Transformer Engine the spec does not change: Megatron-Bridge's providers choose it. They enable fusions for
+    some architectures only; here every architecture gets those that do not change the result. The names of the
+    parameters in a distributed checkpoint are the same for both: the local spec maps its separate norms
     (``input_layernorm.weight``) to Transformer Engine's fused ones (``linear_qkv.layer_norm_weight``). The other
-    fusions are kernels of Transformer Engine, apex and grouped_gemm, which local layers do without on any device.
+    fusions are kernels of Transformer Engine, apex and grouped_gemm, which local layers do not use on any device.
 
     Args:
-        provider: a Megatron-Bridge ``GPTModelProvider`` (a ``TransformerConfig``); changed in place.
+        provider: changed in place.
         setting: `student.layers`.
 
     Raises:
@@ -64,8 +64,8 @@ def choose_layer_spec(provider: Any, setting: str) -> None:
     if fused:
         provider.bias_dropout_fusion = True
         provider.bias_activation_fusion = _has_swiglu(provider)
-        # The fused rotation of packed sequences leaves out the factor by which YaRN scales sines and cosines
-        # (rope_utils.py:254), and knows halves alone.
+        # For packed sequences `megatron.core.models.common.embeddings.rope_utils.apply_rotary_pos_emb` ignores YaRN's
+        # factor of sines and cosines when fused. The fused rotation does not support interleaved pairs.
         provider.apply_rope_fusion = provider.position_embedding_type == "rope" and not provider.rotary_interleaved
         return
     provider.transformer_layer_spec = local_layer_spec
@@ -83,13 +83,13 @@ def choose_layer_spec(provider: Any, setting: str) -> None:
         setattr(provider, fusion, False)
 
 
-def _has_swiglu(provider: Any) -> bool:
-    """Whether the fused activation is that of the model's MLP: silu(gate)·up."""
+def _has_swiglu(provider: ModelProvider) -> bool:
+    """Whether the activation of the model's MLP is silu(gate)·up, which the fused kernel computes."""
     plain = provider.gated_linear_unit and not provider.use_te_activation_func and not provider.glu_linear_offset
     return bool(plain and provider.activation_func is silu)
 
 
-def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def local_layer_spec(provider: ModelProvider, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """megatron-core's local decoder layers of this pipeline stage with `LocalRMSNorm` and `LocalCoreAttention`."""
     layers = get_num_layers_to_build(provider, vp_stage=vp_stage)
     if isinstance(provider, Olmo3Provider):
@@ -103,7 +103,7 @@ def local_layer_spec(provider: Any, vp_stage: int | None = None) -> TransformerB
     )
     layer = spec.submodules
     if provider.num_moe_experts is not None:
-        # Transformer Engine fuses no norm into experts: there the norm keeps its own name.
+        # Transformer Engine does not fuse the norm before experts, so its name stays.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.self_attention.submodules
     attention.core_attention = LocalCoreAttention

@@ -1,11 +1,11 @@
-"""The trained model and its frozen base, put together: architecture, adapters or copy, DDP."""
+"""The trained model and its frozen base, from an architecture, adapters or a copy, and DDP."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -19,6 +19,7 @@ from nemo_popsd.megatron.base import AdaptersOff, FrozenBase, FrozenCopy
 from nemo_popsd.megatron.build import Model, build_chunks
 from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.forward import output_weight, upstream_of_loss
+from nemo_popsd.megatron.interfaces import ModelProvider
 from nemo_popsd.megatron.optimizer import wrap_for_training
 from nemo_popsd.megatron.response_routing import SequenceSplit
 from nemo_popsd.parallel.config import ParallelConfig
@@ -31,23 +32,23 @@ class Architecture(Protocol):
     """What to build, without weights."""
 
     vocab_size: int
-    """True vocabulary."""
+    """Size of the vocabulary without padding."""
 
-    def provider(self) -> Any:
-        """A fresh Megatron-Bridge ``GPTModelProvider``."""
+    def provider(self) -> ModelProvider:
+        """A new provider of Megatron-Bridge."""
 
 
 LoadWeights = Callable[[Model], None]
-"""Fills the chunks of a model with weights, this rank's shards; collective over all ranks."""
+"""Loads this rank's shards of the weights into the chunks of a model; collective over all ranks."""
 
 
 class Student:
     """π_θ and π_0 on this rank.
 
     Attributes:
-        chunks: this rank's chunks of the live model π_θ, bare; one without virtual pipelining.
+        chunks: this rank's chunks of the live model π_θ, without DDP; one without virtual pipelining.
         adapters: its adapters, or None under full fine-tuning.
-        vocab_size: true vocabulary.
+        vocab_size: size of the vocabulary without padding.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class Student:
             config: precision and adaptation.
             parallel: layout.
             seed: of the adapters' initial values.
-            load_initial: fills a plain model with θ₀.
-            load_trained: fills the live model (with its adapters) from a checkpoint; None starts at θ₀.
-            base_first: the checkpoint holds adapters alone, so `load_initial` is called before; otherwise it holds θ₀
-                too, or under full fine-tuning all of θ.
+            load_initial: loads θ₀ into a model without adapters.
+            load_trained: loads a checkpoint into the live model with its adapters; None starts at θ₀.
+            base_first: the checkpoint has only adapters, so `load_initial` is called before; otherwise it also has θ₀,
+                or under full fine-tuning all of θ.
         """
         self._architecture = architecture
         self._config = config
@@ -90,8 +91,10 @@ class Student:
 
     @cached_property
     def base(self) -> FrozenBase:
-        """The frozen initial weights. Under full fine-tuning the first use loads a copy of them: collective, and
-        the memory of the weights once more, on the device or the host (`student.frozen_copy`).
+        """The frozen initial weights.
+
+        Under full fine-tuning the first use loads a copy: collective, and the memory of the weights a second time, on
+        the device or the host (`student.frozen_copy`).
         """
         if self.adapters is not None:
             return AdaptersOff(self.chunks, self.adapters)
@@ -101,18 +104,18 @@ class Student:
 
     @cached_property
     def base_weight(self) -> Tensor:
-        """This rank's rows of the frozen output matrix [V_pad/tp, H]; on the last pipeline stage."""
+        """This rank's shard of the frozen output matrix [V_pad/tp, H]; on the last pipeline stage."""
         with self.base.model() as base:
             return output_weight(base[-1]).detach()
 
     @cached_property
     def centre(self) -> Tensor:
-        """Mean row of the frozen output matrix over the true vocabulary [H]: one all-reduce, once."""
+        """Mean output vector [H] of the frozen output matrix, without padding: one all-reduce, once."""
         return mean_row(self.base_weight, self.vocab_size, self.tp_group)
 
     @property
     def weight(self) -> Tensor:
-        """This rank's rows of the live output matrix [V_pad/tp, H]; on the last pipeline stage."""
+        """This rank's shard of the live output matrix [V_pad/tp, H]; on the last pipeline stage."""
         return output_weight(self.chunks[-1])
 
     @property
@@ -123,12 +126,12 @@ class Student:
 
     @property
     def split(self) -> SequenceSplit:
-        """How sequences are spread over ranks."""
+        """How sequences are split over ranks."""
         return SequenceSplit.of(self.chunks[0])
 
     @property
     def holds_output(self) -> bool:
-        """Whether this rank has a shard of the output matrix: the last pipeline stage."""
+        """Whether this rank has a shard of the output matrix, as on the last pipeline stage."""
         return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     @property
@@ -146,7 +149,7 @@ class Student:
 
     @cached_property
     def soft_cap(self) -> float | None:
-        """κ of a model whose final logits are κ·tanh(W·h/κ) (Gemma 2), else None; which one is said in the log."""
+        """κ of a model whose final logits are κ·tanh(W·h/κ) (Gemma 2), else None; logged when it is not None."""
         value = getattr(self.chunks[-1].config, "final_logit_softcapping", None)
         if value:
             logger.info("final logits are softly capped at %g: the loss takes every frozen branch's own product", value)
@@ -154,9 +157,9 @@ class Student:
 
     @property
     def main_gradient(self) -> MainGradient | None:
-        """Where Megatron keeps the fp32 gradient of the live output matrix; None where it is frozen or not in fp32.
+        """Megatron's fp32 gradient buffer of the live output matrix; None where it is frozen or the buffer is not fp32.
 
-        Under `forward_backward` only: the loss adds to it in the forward pass.
+        Only for use in `forward_backward`: the loss adds to it in the forward pass.
         """
         weight, wrapped = self.weight, self._wrapped
         buffer = getattr(weight, "main_grad", None)
@@ -171,7 +174,7 @@ class Student:
 
     @property
     def is_replica_leader(self) -> bool:
-        """Whether this rank speaks for the ranks that hold one copy of the model together."""
+        """Whether this rank is the one of its replica that does what is done once per copy of the model."""
         return not (
             parallel_state.get_tensor_model_parallel_rank()
             or parallel_state.get_pipeline_model_parallel_rank()
@@ -180,11 +183,11 @@ class Student:
 
     @property
     def dp_group(self) -> torch.distributed.ProcessGroup:
-        """The data-parallel group, over which the rows of a step are shared out."""
+        """The data-parallel group, over which the prompts of a step are distributed."""
         return parallel_state.get_data_parallel_group()
 
     def wrap(self, config: OptimizerConfig) -> list[DistributedDataParallel]:
-        """The chunks of the live model in Megatron's DDP; made at the first call."""
+        """The chunks of the live model in Megatron's DDP, which the first call creates."""
         if self._wrapped is None:
             self._wrapped = wrap_for_training(self.chunks, config)
         return self._wrapped

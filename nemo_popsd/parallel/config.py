@@ -14,20 +14,20 @@ _SIZE = Bounds(1, 2**16)
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """How the model is laid out over ranks. Data parallelism takes what is left of the world."""
+    """How the model is distributed over ranks. The remaining factor of the world size is data parallelism."""
 
     tensor: Annotated[int, _SIZE] = 1
-    """Tensor-parallel size: matrices and vocabulary are split."""
+    """Tensor-parallel size: matrices and vocabulary are sharded."""
     sequence: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks; needs `tensor` above 1."""
     pipeline: Annotated[int, _SIZE] = 1
-    """Pipeline-parallel size: layers are split into as many stages."""
+    """Pipeline-parallel size: layers are split into this number of stages."""
     virtual_pipeline: Annotated[int, _SIZE] = 1
     """Model chunks of each stage, for the interleaved schedule; above 1 it needs `pipeline` above 1."""
     context: Annotated[int, _SIZE] = 1
     """Context-parallel size: each sequence is split, for long contexts."""
     expert: Annotated[int, _SIZE] = 1
-    """Expert-parallel size: the experts of a mixture-of-experts model are shared out, each whole on one rank."""
+    """Expert-parallel size: the experts of a mixture-of-experts model are distributed, each complete on one rank."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "parallel")
@@ -48,21 +48,21 @@ class ParallelConfig:
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that share one data-parallel share of a batch: tensor · pipeline · context."""
+        """Ranks of one data-parallel replica: tensor · pipeline · context."""
         return self.tensor * self.pipeline * self.context
 
     def describe(self) -> str:
-        """The sizes above 1 as settings, ``parallel.tensor=1`` where there are none."""
+        """The sizes above 1 as settings, or ``parallel.tensor=1`` if all are 1."""
         names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
         return " ".join(f"parallel.{n}={getattr(self, n)}" for n in names if getattr(self, n) > 1) or (
             "parallel.tensor=1"
         )
 
     def check_world(self, ranks: int) -> None:
-        """Refuse a number of ranks that the layout does not divide.
+        """Refuses a number of ranks that the layout does not divide.
 
         Raises:
-            UserError: names the settings and the nearest number of ranks that fits.
+            UserError: the message names the settings and the smallest number of ranks that fits.
         """
         fits = math.lcm(self.replica_ranks, self.expert * self.pipeline)
         for size, named in (

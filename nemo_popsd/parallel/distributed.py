@@ -1,6 +1,6 @@
-"""Process groups and random state: torch.distributed's one default group, and Megatron's inside it.
+"""Process groups and random state: torch.distributed's default group and Megatron's groups inside it.
 
-Megatron owns every group but the default one. A single process without a launcher gets a group of one.
+Megatron owns every group except the default one. A single process without a launcher gets a group of one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from nemo_popsd.runtime.cpu import adapt_megatron
 logger = logging.getLogger(__name__)
 
 _LONGEST_START = timedelta(minutes=30)
-"""From the first rank that is ready to meet the others to the last."""
+"""Time limit from the first rank that waits for the others to the last."""
 _PATIENCE_SECONDS = 20.0
 _PATIENCE_OF_OTHERS_SECONDS = 300.0
-"""Before a rank says whom it waits for. Rank 0 speaks for all, unless it is rank 0 that does not come."""
+"""Time before a rank logs that it waits for others. Rank 0 does so first; other ranks only if rank 0 is missing."""
 
 
 def device() -> torch.device:
@@ -38,27 +38,28 @@ def device() -> torch.device:
 
 
 def world_size() -> int:
-    """Number of processes: of the default group, or as the launcher says where there is none yet."""
+    """Number of processes: of the default group, or from the launcher where there is no group yet."""
     return dist.get_world_size() if dist.is_initialized() else launcher.world_size()
 
 
 def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Makes the default group (NCCL with CUDA, gloo without), Megatron's groups and the seeds. Collective.
+    """Creates the default group (NCCL with CUDA, gloo without) and Megatron's groups, and sets the seeds. Collective.
 
-    Reads what the launcher says, see `nemo_popsd.parallel.launcher`. Idempotent for the same layout.
+    Reads the launcher's variables, see `nemo_popsd.parallel.launcher`. Idempotent for the same layout.
 
     Args:
-        parallel: the layout; data parallelism takes the rest of the world.
-        seed: base seed, the same on every rank; Megatron derives those of tensor-parallel regions.
+        parallel: the layout; the remaining factor of the world size is data parallelism.
+        seed: the same on every rank; Megatron derives the seeds of tensor-parallel regions.
         timeout: a collective that waits longer fails on every rank.
 
     Raises:
-        UserError: the world does not divide by the layout, this process has another one, or no GPU of its own.
-        TransientError: not all processes have come together in time.
+        UserError: the layout does not divide the world, differs from that of this process, or there is no GPU for this
+            rank.
+        TransientError: not all processes were ready in time.
     """
     adapt_megatron()
     if torch.cuda.is_available():
-        _take_device(launcher.read_launch().local_rank)
+        _select_device(launcher.read_launch().local_rank)
     if not dist.is_initialized():
         launch = launcher.read_launch()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -68,7 +69,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
-            # NCCL is told its device: otherwise it guesses one at the first barrier.
+            # Without it NCCL guesses a device at the first barrier.
             device_id=device() if torch.cuda.is_available() else None,
         )
     parallel.check_world(dist.get_world_size())
@@ -80,7 +81,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
-            # An expert is whole on its rank where experts are shared out, and split like other matrices elsewhere.
+            # Distributed experts are complete on their rank; otherwise they are sharded like other matrices.
             expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
@@ -88,8 +89,8 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
     if present.describe() != parallel.describe():
         raise UserError(
             "layout",
-            got=f"{parallel.describe()} in a process whose groups were made for {present.describe()}",
-            need="one layout in the life of a process",
+            got=f"{parallel.describe()} in a process whose groups were created for {present.describe()}",
+            need="one layout in a process",
             fix=f"set {present.describe()}, or build the trainer from the same configuration as the model",
         )
     random.seed(seed)
@@ -98,24 +99,24 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
     model_parallel_cuda_manual_seed(seed)
 
 
-def _take_device(number: int) -> None:
-    if number >= torch.cuda.device_count():
+def _select_device(index: int) -> None:
+    if index >= torch.cuda.device_count():
         raise UserError(
             "launcher",
-            got=f"LOCAL_RANK={number} on a machine where torch sees {torch.cuda.device_count()} GPUs",
+            got=f"LOCAL_RANK={index} on a machine where torch sees {torch.cuda.device_count()} GPUs",
             need="a GPU for each rank",
             fix="start fewer ranks a node, or set CUDA_VISIBLE_DEVICES to more GPUs",
         )
-    torch.cuda.set_device(number)
+    torch.cuda.set_device(index)
 
 
 def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
-    """Where the processes find each other; one process needs no port for that."""
+    """The store in which the processes find each other; a single process needs no port."""
     if launch.world_size == 1:
         return dist.HashStore()
     place = f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
     patience = _PATIENCE_SECONDS if launch.rank == 0 else _PATIENCE_OF_OTHERS_SECONDS
-    reminder = threading.Timer(patience, _say_who_is_awaited, (launch, place))
+    reminder = threading.Timer(patience, _log_waiting, (launch, place))
     reminder.daemon = True
     reminder.start()
     limit = min(timeout, _LONGEST_START)
@@ -124,9 +125,9 @@ def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise TransientError(
             f"rank {launch.rank} of {launch.world_size}",
-            got=f"the ranks of the run have not met at {place} within {limit}",
-            fix="see why the others have not come; start all ranks of a run with the same MASTER_ADDR, MASTER_PORT "
-            "and WORLD_SIZE",
+            got=f"not all ranks of the run connected to {place} within {limit}",
+            fix="find out why the other ranks did not start; start all ranks of a run with the same MASTER_ADDR, "
+            "MASTER_PORT and WORLD_SIZE",
             advice=[describe_error(error)],
         ) from error
     finally:
@@ -135,9 +136,9 @@ def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore("default_pg", store)
 
 
-def _say_who_is_awaited(launch: launcher.Launch, place: str) -> None:
+def _log_waiting(launch: launcher.Launch, place: str) -> None:
     logger.error(
-        "rank %d waits for the other ranks of WORLD_SIZE=%d at %s; if this is to be a single process, "
+        "rank %d waits for the other ranks of WORLD_SIZE=%d at %s; for a single process "
         "`unset RANK WORLD_SIZE LOCAL_RANK`",
         launch.rank,
         launch.world_size,
@@ -174,11 +175,11 @@ def layout() -> dict[str, int]:
     }
 
 
-def all_reduce_max(number: float) -> float:
-    """The greatest `number` of the world: one all-reduce of one number."""
-    value = torch.tensor(number, device=device(), dtype=torch.float64)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value.item())
+def all_reduce_max(value: float) -> float:
+    """The largest `value` of any rank: one all-reduce of one number over the world."""
+    largest = torch.tensor(value, device=device(), dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest.item())
 
 
 def on_any_rank(flag: bool) -> bool:

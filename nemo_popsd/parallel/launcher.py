@@ -1,4 +1,4 @@
-"""What the launcher of a process (torchrun, slurm/rank.sh) says of it in environment variables. Needs no torch."""
+"""Reads the environment variables that a launcher (torchrun, slurm/rank.sh) sets. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ _SINGLE = f"for a single process `unset {' '.join(_OF_RANKS)}`"
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One process among those that were started together; without a launcher the only one."""
+    """One of the processes that were started together; without a launcher the only one."""
 
     rank: int = 0
-    """Of this process."""
+    """Rank of this process."""
     world_size: int = 1
     """Number of processes."""
     local_rank: int = 0
-    """Of this process among those of its machine: its GPU."""
+    """Rank among the processes of this machine: the index of its GPU."""
     address: str = ""
-    """Host where the processes meet; empty where there is one process."""
+    """Host of the rendezvous; empty for a single process."""
     port: int = 0
-    """Port of that host."""
+    """Port of the rendezvous."""
     agent_listens: bool = False
-    """The launcher listens there, as torchrun does; otherwise rank 0 does."""
+    """Whether the launcher listens at this port, as torchrun does; otherwise rank 0 listens."""
 
 
 def rank() -> int:
-    """This process's rank as far as it is known: 0 without a launcher, and where RANK is no number."""
+    """This process's rank; 0 without a launcher, and where RANK is not a number."""
     text = os.environ.get("RANK", "0")
     return int(text) if _is_number(text) else 0
 
 
 def world_size() -> int:
-    """Number of processes, from WORLD_SIZE alone.
+    """Number of processes, from WORLD_SIZE only.
 
     Raises:
-        UserError: it is no positive number.
+        UserError: it is not a positive number.
     """
     return _number(os.environ, "WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """This process's place, as the launcher says.
+    """This process among those of the run, from the launcher's variables.
 
     Raises:
-        UserError: a variable is missing beside others, is no number, or contradicts another.
+        UserError: only some variables are set, one is not a number, or two contradict each other.
     """
-    given = [name for name in _OF_RANKS if name in environment]
-    if not given:
+    present = [name for name in _OF_RANKS if name in environment]
+    if not present:
         return Launch()
     world = _number(environment, "WORLD_SIZE", least=1) if "WORLD_SIZE" in environment else 0
     needed = (*_OF_RANKS, *_OF_RENDEZVOUS) if world != 1 else _OF_RANKS
@@ -65,7 +65,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if missing:
         raise UserError(
             _WHAT,
-            got=f"{_shown(environment, *given)} without {', '.join(missing)}",
+            got=f"{_shown(environment, *present)} without {', '.join(missing)}",
             need=f"{', '.join((*_OF_RANKS, *_OF_RENDEZVOUS))} together, as torchrun sets them, or none of them",
             fix=f"start the command with torchrun, or {_SINGLE}",
         )
@@ -91,11 +91,11 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def check_rendezvous(launch: Launch) -> None:
-    """Refuses a meeting point that cannot be: a host that nobody knows, a port of this machine that is taken.
+    """Refuses a rendezvous that cannot work: an unknown host, or a port of this machine that is in use.
 
     Raises:
-        UserError: the host or the port must be another one.
-        TransientError: the port is taken, or nobody can tell at the moment who the host is.
+        UserError: the host is unknown, or this user cannot listen at the port.
+        TransientError: the port is in use, or the name service does not answer.
     """
     if launch.world_size == 1:
         return
@@ -104,12 +104,12 @@ def check_rendezvous(launch: Launch) -> None:
         socket.getaddrinfo(launch.address, launch.port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         if error.errno == socket.EAI_AGAIN:
-            fix = "look at the machine's name service, or set MASTER_ADDR to an address"
+            fix = "check the machine's name service, or set MASTER_ADDR to an address"
             raise TransientError(_WHAT, got=f"{place}: {error.strerror}", fix=fix) from None
         raise UserError(
             _WHAT,
-            got=f"{place}, a host that is not known here ({error.strerror})",
-            need="the host of rank 0, by a name or an address that every rank can reach",
+            got=f"{place}, a host that is unknown on this machine ({error.strerror})",
+            need="a name or an address of the host of rank 0 that every rank can reach",
             fix=f"set MASTER_ADDR, or {_SINGLE}",
         ) from None
     if launch.rank == 0 and not launch.agent_listens:
@@ -124,11 +124,11 @@ def _check_port(port: int, place: str) -> None:
         ).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            fix = f"set MASTER_PORT to a free port, or end what listens there; {_SINGLE}"
-            raise TransientError(_WHAT, got=f"{place}: another process has this port", fix=fix) from None
+            fix = f"set MASTER_PORT to a free port, or end the process that uses it; {_SINGLE}"
+            raise TransientError(_WHAT, got=f"{place}: another process uses this port", fix=fix) from None
         raise UserError(
             _WHAT,
-            got=f"{place}, where rank 0 cannot listen ({error.strerror})",
+            got=f"{place}, at which rank 0 cannot listen ({error.strerror})",
             need="a port that this user may listen at",
             fix="set MASTER_PORT",
         ) from None
@@ -141,7 +141,7 @@ def _number(environment: Mapping[str, str], name: str, *, least: int, most: int 
     raise UserError(
         _WHAT,
         got=_shown(environment, name),
-        need=f"a whole number of at least {least}" + ("" if most is None else f" and at most {most}"),
+        need=f"an integer of at least {least}" + ("" if most is None else f" and at most {most}"),
         fix=f"start the command with torchrun, or {_SINGLE}",
     )
 

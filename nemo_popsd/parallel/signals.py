@@ -1,10 +1,10 @@
-"""Signals that ask a run to save and stop; all ranks agree on the moment, whichever of them got the signal.
+"""Signals that request a run to save and stop. All ranks stop at the same step, whichever of them got the signal.
 
-SIGTERM and SIGUSR1 come from a batch system, SIGINT from Ctrl-C, SIGHUP from a terminal that is closed. A second SIGINT
-ends the process at once.
+SIGTERM and SIGUSR1 come from a batch system, SIGINT from Ctrl-C, SIGHUP from a closed terminal. A second SIGINT ends
+the process at once.
 
-A signal sets a flag of the process and a key of the process group's store: from a thread, since the main one may be
-waiting inside a collective for minutes. The ranks look at it together, at the boundaries of steps (one all-reduce) and
+A signal sets a flag of the process and a key in the process group's store. A thread does this, because the main thread
+may be waiting inside a collective for minutes. The ranks check for it together, between steps (one all-reduce) and
 while they decode (one broadcast over the ranks of a model every few tokens).
 """
 
@@ -27,43 +27,43 @@ from nemo_popsd.errors import StopRequested
 from nemo_popsd.parallel.distributed import device, on_any_rank
 from nemo_popsd.runtime.early_signals import SIGNALS, say
 
-_LEFT_IF_IGNORED = (signal.SIGINT, signal.SIGHUP)  # SIGUSR1 is ignored by slurm/rank.sh until it is taken over
+_LEFT_IF_IGNORED = (signal.SIGINT, signal.SIGHUP)  # slurm/rank.sh ignores SIGUSR1 until `install`
 _INTERRUPTED = 128 + signal.SIGINT
 _KEY = "nemo_popsd/stop"
-_TOKENS_BETWEEN_LOOKS = 16
+_TOKENS_BETWEEN_CHECKS = 16
 
 
 class StopSignals:
-    """Whether the run was asked to stop. One for a process; the process groups must exist."""
+    """Whether a stop of the run was requested. One object for each process; the process groups must exist."""
 
     def __init__(self) -> None:
         self._requested = False
-        self._looks = 0
+        self._decoded = 0
         self._previous: dict[int, Any] = {}
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._woken_before = -1
         self._terminals: list[int] = []
 
     def install(self) -> None:
-        """Takes the signals over, SIGINT and SIGHUP only where they are not ignored. Main thread only."""
+        """Installs the handlers, for SIGINT and SIGHUP only where they are not ignored. Main thread only."""
         assert self._sockets is None
         self._terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._sockets = ours, theirs
-        self._woken_before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(ours,), name="stop signals", daemon=True).start()
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._sockets = reader, writer
+        self._woken_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="stop signals", daemon=True).start()
         taken = [n for n in SIGNALS if not (n in _LEFT_IF_IGNORED and signal.getsignal(n) == signal.SIG_IGN)]
         self._previous = {number: signal.signal(number, self._on_signal) for number in taken}
 
     def retake(self) -> None:
-        """Takes them over again from whoever has taken them since `install`; before that it does nothing."""
+        """Installs the handlers again, if another library has replaced them since `install`."""
         if self._sockets is not None:
             for number in self._previous:
                 signal.signal(number, self._on_signal)
 
     def uninstall(self) -> None:
-        """Gives the signals back."""
+        """Restores the previous handlers."""
         if self._sockets is None:
             return
         signal.set_wakeup_fd(self._woken_before)
@@ -75,32 +75,32 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank knows of a request; the others may not yet."""
+        """Whether this rank got a request; the other ranks may not have."""
         return self._requested
 
     def request(self) -> None:
-        """What a signal does."""
+        """Requests a stop, as a signal does."""
         self._requested = True
 
     def raise_if_requested(self) -> None:
-        """Raises on every rank if any was asked to stop. Collective over the world: one all-reduce of one number.
+        """Raises on every rank if any rank got a request. Collective over the world: one all-reduce of one number.
 
         Raises:
-            StopRequested: on every rank alike.
+            StopRequested: on every rank.
         """
         if on_any_rank(self._requested):
             self._requested = True
             raise StopRequested
 
     def while_decoding(self) -> bool:
-        """Whether to stop, the same on all ranks of this model; called once for each token they decode together.
+        """Whether to stop, the same on all ranks of this model; called once for each token that they decode together.
 
-        Looks every 16 tokens: one broadcast of one number over the ranks of the model, of which the first asks the
-        store whether any rank of the world was asked to stop. Under context or expert parallelism, where ranks of
-        several such groups meet while they decode, it does not look: there a signal waits for the rollouts.
+        Checks every 16 tokens: one broadcast of one number over the ranks of the model, the first of which looks up in
+        the store whether any rank of the world got a request. Under context or expert parallelism, where several such
+        groups exchange data while they decode, it does not check, and a stop waits for the end of the rollouts.
         """
-        self._looks += 1
-        if self._looks % _TOKENS_BETWEEN_LOOKS or _models_meet():
+        self._decoded += 1
+        if self._decoded % _TOKENS_BETWEEN_CHECKS or _groups_exchange_data():
             return False
         group = parallel_state.get_model_parallel_group()
         first = dist.get_global_rank(group, 0)
@@ -114,35 +114,35 @@ class StopSignals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request()
 
-    def _watch(self, ours: socket.socket) -> None:
+    def _watch(self, reader: socket.socket) -> None:
         interrupts = 0
-        with ours:
-            while received := ours.recv(64):
-                found = [byte for byte in received if byte in SIGNALS]
-                if not found:
+        with reader:
+            while received := reader.recv(64):
+                numbers = [byte for byte in received if byte in SIGNALS]
+                if not numbers:
                     continue
-                if signal.SIGHUP in found:
+                if signal.SIGHUP in numbers:
                     self._leave_terminal()
-                interrupts += found.count(signal.SIGINT)
+                interrupts += numbers.count(signal.SIGINT)
                 if interrupts > 1:
                     say("popsd: ended at once by a second SIGINT; what has been saved is unchanged")
                     os._exit(_INTERRUPTED)
-                if not self._requested or signal.SIGINT in found:
-                    again = "; a second Ctrl-C ends it at once" if signal.SIGINT in found else ""
-                    name = signal.Signals(found[0]).name
+                if not self._requested or signal.SIGINT in numbers:
+                    again = "; a second Ctrl-C ends it at once" if signal.SIGINT in numbers else ""
+                    name = signal.Signals(numbers[0]).name
                     say(f"popsd: {name}: the run is saved after the last completed step and stops{again}")
                 self._requested = True
                 _get_default_store().set(_KEY, str(os.getpid()))
 
     def _leave_terminal(self) -> None:
-        """What would be printed to a terminal that is closed has no reader, and must not be an error."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        """Redirects output from a closed terminal to /dev/null, so that printing does not raise."""
+        null = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
-            os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+            os.dup2(null, descriptor)
+        os.close(null)
 
 
-def _models_meet() -> bool:
+def _groups_exchange_data() -> bool:
     sizes = (
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),

@@ -1,8 +1,8 @@
-"""Waiting for ranks whose work takes unequally long.
+"""Waits for ranks whose work takes different times.
 
-Replicas draw responses of unequal lengths, and ranks that wait for them in a collective of the default group fail after
-`training.collective_timeout`, which is meant for ranks that have hung. Here they wait in a gloo group with patience. A
-rank that dies meanwhile closes its connections, and the others fail at once.
+Replicas generate responses of different lengths. A rank that waits for them in a collective of the default group would
+fail after `training.collective_timeout`, which is meant for ranks that hang. Here ranks wait in a gloo group with a
+long timeout. If a rank dies meanwhile, its connections close and the others fail at once.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 import torch.distributed as dist
 
 PATIENCE = timedelta(days=1)
-"""How long ranks wait for one that is alive."""
+"""Time limit of the wait for a rank that is alive."""
 
-_made: list[tuple[Any, Any]] = []
-"""The default group of this process, and the group that waits."""
+_groups: list[tuple[Any, dist.ProcessGroup]] = []
+"""The default group of this process and the gloo group for waiting; empty before `prepare_meeting`."""
 
 
 def prepare_meeting() -> None:
-    """Makes the group that waits, once for each default group. Collective over the world."""
-    if not (_made and _made[0][0] is dist.group.WORLD):
-        _made[:] = [(dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))]
+    """Creates the group for waiting, once for each default group. Collective over the world."""
+    if not (_groups and _groups[0][0] is dist.group.WORLD):
+        _groups[:] = [(dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))]
 
 
 def wait_for_all() -> None:
-    """Returns when all ranks are here. Collective over the world: one barrier, after `prepare_meeting`."""
-    [(_, group)] = _made
+    """Returns when all ranks have called it. Collective over the world: one barrier, after `prepare_meeting`."""
+    [(_, group)] = _groups
     dist.barrier(group=group)

@@ -35,10 +35,13 @@ class MegatronEngine:
     them, so that each step of one is a step of all, and get the tokens from one of them (the same broadcast), since
     they may have rounded differently.
 
-    megatron-core's dynamic engine is not used: its attention needs flash-attn (attention.py:926; on the CPU it fails
-    there), does not support sliding windows (attention.py:733) and refuses virtual pipelines (attention.py:437), logits
-    are gathered (gpt_model.py:586), and one generator samples for the whole batch
-    (text_generation_controller.py:76), so that a sequence depends on the others.
+    megatron-core's own dynamic engine is not used. Its attention needs flash-attn
+    (`megatron.core.transformer.attention.Attention.forward`), has no sliding windows
+    (`megatron.core.transformer.attention.Attention._flash_attention_3_forward_wrapper`) and refuses virtual pipelines
+    (`megatron.core.transformer.attention.Attention._get_pp_layer_offset_for_inference`). Its logits are gathered
+    (`megatron.core.models.gpt.gpt_model.GPTModel._postprocess`), and one generator samples for the complete batch
+    (`megatron.core.inference.text_generation_controllers.text_generation_controller.TextGenerationController`), so that
+    a response depends on the others in the batch.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A change to a library, with the line of the library that needs it, and how changes are applied."""
+"""One change to a library, with the functions that need it, and how changes are applied."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Adaptation:
-    """A change to a library for something that does not work on this machine or with local layers.
+    """A change to something that a library does and that this machine, or these layers, cannot do.
 
     Attributes:
         name: what is adapted.
-        needed_by: file and line of the library, and the code there.
-        apply: makes the change; raises RuntimeError if the library no longer has that code.
+        needed_by: dotted names of the library's functions that need it, or of modules where importing them fails.
+        reason: what these functions do.
+        apply: makes the change; raises RuntimeError when the library no longer has what is changed.
     """
 
     name: str
-    needed_by: str
+    needed_by: tuple[str, ...]
+    reason: str
     apply: Callable[[], None]
 
 
 def apply_all(adaptations: Iterable[Adaptation], *, listed_in: str) -> None:
-    """Applies each adaptation, in order.
+    """Applies each, in order.
 
     Args:
         adaptations: what to change; each is idempotent.
@@ -36,5 +38,5 @@ def apply_all(adaptations: Iterable[Adaptation], *, listed_in: str) -> None:
             adaptation.apply()
         except (AttributeError, ImportError) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == "megatron.bridge":
-                raise  # it is not installed; the command line reports that
+                raise  # It is not installed, which the command line reports.
             raise RuntimeError(f"{adaptation.name}: {error}; revise {listed_in}") from error

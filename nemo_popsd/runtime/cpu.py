@@ -1,9 +1,8 @@
 """Megatron-core and Megatron-Bridge on a machine without CUDA. With CUDA, nothing in `ADAPTATIONS` is applied.
 
 Both libraries are written for GPUs: they name the device literally, keep random state on it and compare tensor types
-by their CUDA names. Every adaptation is one entry of `ADAPTATIONS`, with the lines of the libraries (megatron-core
-0.16.1 and megatron-bridge 0.3.1) that need it. An entry whose code is no longer in the library raises, so that an
-upgrade cannot pass unnoticed.
+with their CUDA names. Every adaptation is one entry of `ADAPTATIONS`, with the functions that need it. An entry that no
+longer finds what it adapts raises, so that an upgrade of a library cannot go unnoticed.
 
 ``torch`` itself is not patched. In the listed Megatron modules the *name* ``torch`` is bound to a view of torch
 (`torch_on_cpu`) whose CUDA calls run on the CPU.
@@ -29,7 +28,7 @@ def _rebind_torch(module_name: str) -> Callable[[], None]:
     def apply() -> None:
         module = importlib.import_module(module_name)
         if getattr(module, "torch", None) not in (torch, TORCH_ON_CPU):
-            raise RuntimeError(f"{module_name} no longer has the name 'torch'; revise nemo_popsd/runtime/cpu.py")
+            raise RuntimeError(f"{module_name} no longer holds the name 'torch'; revise nemo_popsd/runtime/cpu.py")
         module.torch = TORCH_ON_CPU  # type: ignore[attr-defined]
 
     return apply
@@ -38,7 +37,7 @@ def _rebind_torch(module_name: str) -> Callable[[], None]:
 def _cpu_tensor_types(module_name: str, qualified_name: str) -> Callable[[], None]:
     """Rewrites ``'torch.cuda.FloatTensor'`` and the like to their CPU names among a function's constants.
 
-    The code object is changed in place, so that every reference to the function is affected.
+    The code object is changed in place, so that every reference to the function sees it.
     """
 
     def on_cpu(constant: object) -> object:
@@ -69,7 +68,8 @@ def _cpu_rng_state() -> None:
             raise RuntimeError(f"megatron.core.tensor_parallel.random has no {name}; revise nemo_popsd/runtime/cpu.py")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
-    # random.py:264 warns that the CPU's random state changed in a region; here it is the state of the region itself.
+    # `megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork` warns when the CPU's random state changes within
+    # a region. Here that state belongs to the region.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
@@ -87,7 +87,7 @@ def _contiguous_scatter() -> None:
 
 
 def _embedding_between_stages() -> None:
-    """Replaces ``.cuda()`` of the copied embedding by ``.cpu()`` in the code object, which has no other ``cuda``."""
+    """Changes ``.cuda()`` of the copied embedding to ``.cpu()`` in the function's code, where that name occurs once."""
     module = importlib.import_module("megatron.core.models.common.language_module.language_module")
     code = module.LanguageModule.setup_embeddings_and_output_layer.__code__
     if "cuda" in code.co_names:
@@ -108,7 +108,7 @@ def _rotary_embedding_of_a_context_rank() -> None:
 
 
 def _chunks_of_context_rank(embedding: torch.Tensor, dimension: int, group: Any) -> torch.Tensor:
-    """The two of 2·cp chunks along `dimension` that belong to this context-parallel rank, as in the library."""
+    """This context-parallel rank's two of the 2·cp chunks along `dimension`, as the library's own function returns."""
     chunks = embedding.chunk(2 * group.size(), dim=dimension)
     return torch.cat([chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]], dim=dimension)
 
@@ -127,90 +127,161 @@ def _splits_of_dispatched_tokens() -> None:
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
 
 
-_TORCH_MODULES = {
-    "megatron.bridge.models.conversion.param_mapping": "param_mapping.py:986 torch.cuda.current_device()",
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": "filesystem_async.py:230 synchronize()",
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver": "state_dict_saver.py:204,252",
-    "megatron.core.distributed.distributed_data_parallel": "distributed_data_parallel.py:588 synchronize()",
-    "megatron.core.distributed.param_and_grad_buffer": "param_and_grad_buffer.py:806 current_device()",
-    "megatron.core.models.common.embeddings.rotary_pos_embedding": "rotary_pos_embedding.py:78,162 current_device()",
-    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding": "yarn_rotary_pos_embedding.py:76,122,126",
-    "megatron.core.optimizer.clip_grads": 'clip_grads.py:90,103,115,174,207 device="cuda"',
-    "megatron.core.optimizer.distrib_optimizer": "distrib_optimizer.py:791,1077 current_device()",
-    "megatron.core.optimizer.optimizer": 'optimizer.py:473,481,485,907,1141 device="cuda"',
-    "megatron.core.parallel_state": "parallel_state.py:198,931,933 synchronize(), device_ids",
-    "megatron.core.pipeline_parallel.p2p_communication": "p2p_communication.py:190-321 current_device(), 242,398",
-    "megatron.core.pipeline_parallel.schedules": 'schedules.py:596,983,2138 device="cuda"',
-    "megatron.core.tensor_parallel.layers": "layers.py:261,552,873,899,1197,1218 current_device()",
-    "megatron.core.tensor_parallel.mappings": "mappings.py:91,141,148,181,442 current_device()",
-    "megatron.core.tensor_parallel.random": "random.py:235-238,422 torch.cuda.get_rng_state(), manual_seed()",
-    "megatron.core.utils": "utils.py:631,1207 GlobalMemoryBuffer, gradient norm",
-    "megatron.core.transformer.moe.router": "router.py:90,92 current_device()",
-    "megatron.core.transformer.moe.token_dispatcher": "token_dispatcher.py:445,871,873,874 Stream(), current_stream()",
-    "megatron.core.transformer.attention": "attention.py:430 current_device() of the key and value cache",
+_DEVICE = "torch.cuda.current_device()"
+_TORCH_MODULES: dict[str, tuple[tuple[str, ...], str]] = {
+    "megatron.bridge.models.conversion.param_mapping": (("ReplicatedMapping.hf_to_megatron",), _DEVICE),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+        ("FileSystemWriterAsync.preload_tensors",),
+        "torch.cuda.synchronize()",
+    ),
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver": (
+        ("verify_global_md_reuse", "save_state_dict_async_finalize"),
+        'device="cuda"',
+    ),
+    "megatron.core.distributed.distributed_data_parallel": (
+        ("DistributedDataParallel.offload_grad_buffers",),
+        "torch.cuda.synchronize()",
+    ),
+    "megatron.core.distributed.param_and_grad_buffer": (("_ParamAndGradBuffer.__init__",), _DEVICE),
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": (
+        ("RotaryEmbedding.__init__", "RotaryEmbedding.get_emb"),
+        _DEVICE,
+    ),
+    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding": (
+        ("YarnRotaryEmbedding.__init__", "YarnRotaryEmbedding.get_emb"),
+        _DEVICE,
+    ),
+    "megatron.core.optimizer.clip_grads": (
+        ("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32", "count_zeros_fp32"),
+        'device="cuda"',
+    ),
+    "megatron.core.optimizer.distrib_optimizer": (
+        ("DistributedOptimizer.load_state_dict", "DistributedOptimizer.get_parameter_state_dp_zero"),
+        _DEVICE,
+    ),
+    "megatron.core.optimizer.optimizer": (
+        ("MixedPrecisionOptimizer.__init__", "FP32Optimizer.__init__", "ChainedOptimizer.get_loss_scale"),
+        'device="cuda"',
+    ),
+    "megatron.core.parallel_state": (
+        ("update_pg_timeout", "initialize_model_parallel"),
+        "torch.cuda.synchronize() and the device of a barrier",
+    ),
+    "megatron.core.pipeline_parallel.p2p_communication": (
+        ("P2PCommunicator._communicate_shapes", "P2PCommunicator._communicate"),
+        f"{_DEVICE} and torch.cuda.synchronize()",
+    ),
+    "megatron.core.pipeline_parallel.schedules": (
+        (
+            "forward_backward_no_pipelining",
+            "forward_backward_pipelining_with_interleaving",
+            "forward_backward_pipelining_without_interleaving",
+        ),
+        'device="cuda"',
+    ),
+    "megatron.core.tensor_parallel.layers": (
+        (
+            "VocabParallelEmbedding.__init__",
+            "LinearWithGradAccumulationAndAsyncCommunication.backward",
+            "ColumnParallelLinear.__init__",
+            "RowParallelLinear.__init__",
+        ),
+        _DEVICE,
+    ),
+    "megatron.core.tensor_parallel.mappings": (
+        (
+            "_gather_along_last_dim",
+            "_gather_along_first_dim",
+            "_reduce_scatter_along_first_dim",
+            "_AllToAll.forward",
+        ),
+        _DEVICE,
+    ),
+    "megatron.core.tensor_parallel.random": (
+        ("CudaRNGStatesTracker.add", "model_parallel_cuda_manual_seed"),
+        "torch.cuda.get_rng_state() and torch.cuda.manual_seed()",
+    ),
+    "megatron.core.utils": (
+        ("GlobalMemoryBuffer.get_tensor", "local_multi_tensor_l2_norm"),
+        "a buffer and a gradient norm on the GPU",
+    ),
+    "megatron.core.transformer.moe.router": (("Router.gating",), _DEVICE),
+    "megatron.core.transformer.moe.token_dispatcher": (
+        ("MoEAlltoAllTokenDispatcher.__init__", "MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize"),
+        "torch.cuda.Stream() and torch.cuda.current_stream()",
+    ),
+    "megatron.core.transformer.attention": (("Attention._allocate_memory",), f"{_DEVICE} of the key and value cache"),
 }
+_OPTIMIZER = "megatron.core.optimizer"
 
 ADAPTATIONS: tuple[Adaptation, ...] = (
-    *(Adaptation(f"torch in {module}", line, _rebind_torch(module)) for module, line in _TORCH_MODULES.items()),
+    *(
+        Adaptation(f"torch in {module}", tuple(f"{module}.{name}" for name in names), reason, _rebind_torch(module))
+        for module, (names, reason) in _TORCH_MODULES.items()
+    ),
     Adaptation(
         "random state of tensor-parallel regions",
-        "random.py:55,84 torch.cuda.random.get_rng_state and torch._C._cuda_setRNGState",
+        (
+            "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+            "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        ),
+        "torch.cuda.random.get_rng_state and torch._C._cuda_setRNGState",
         _cpu_rng_state,
     ),
     *(
         Adaptation(
             f"tensor types in {function}",
-            f"{lines}: type() is compared with 'torch.cuda.FloatTensor' and the like",
+            (f"{module}.{function}",),
+            "type() is compared with 'torch.cuda.FloatTensor' and the like",
             _cpu_tensor_types(module, function),
         )
-        for module, function, lines in (
-            ("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32", "clip_grads.py:167"),
-            (
-                "megatron.core.optimizer.distrib_optimizer",
-                "DistributedOptimizer._build_model_and_main_param_groups",
-                "distrib_optimizer.py:361,420",
-            ),
-            ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.__init__", "distrib_optimizer.py:582"),
-            (
-                "megatron.core.optimizer.optimizer",
-                "Float16OptimizerWithFloat16Params.__init__",
-                "optimizer.py:671,690",
-            ),
+        for module, function in (
+            (f"{_OPTIMIZER}.clip_grads", "clip_grad_by_total_norm_fp32"),
+            (f"{_OPTIMIZER}.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),
+            (f"{_OPTIMIZER}.distrib_optimizer", "DistributedOptimizer.__init__"),
+            (f"{_OPTIMIZER}.optimizer", "Float16OptimizerWithFloat16Params.__init__"),
         )
     ),
     Adaptation(
         "tied embedding of the last pipeline stage",
-        "language_module.py:244 .cuda() of a weight that two stages share",
+        (
+            "megatron.core.models.common.language_module.language_module"
+            ".LanguageModule.setup_embeddings_and_output_layer",
+        ),
+        ".cuda() of a weight that two stages share",
         _embedding_between_stages,
     ),
     Adaptation(
         "rotary embedding of a context-parallel rank",
-        "rope_utils.py:64 .cuda() of an index in pinned memory",
+        ("megatron.core.models.common.embeddings.rope_utils.get_pos_emb_on_this_cp_rank",),
+        ".cuda() of an index in pinned memory",
         _rotary_embedding_of_a_context_rank,
     ),
     Adaptation(
         "splits of dispatched tokens",
-        "moe_utils.py:1098 converts tensors to arrays only if they are on a GPU",
+        ("megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",),
+        "only tensors on a GPU become arrays",
         _splits_of_dispatched_tokens,
     ),
     Adaptation(
         "contiguous shards in Megatron-Bridge's scatter",
-        "megatron/bridge/models/conversion/param_mapping.py:504 scatters views; gloo sends wrong bytes for them",
+        ("megatron.bridge.models.conversion.param_mapping.MegatronParamMapping.scatter_to_tp_ranks",),
+        "scatters views, for which gloo sends wrong bytes",
         _contiguous_scatter,
     ),
 )
-"""All changes on a machine without CUDA, in the order of application."""
+"""Everything that is changed on a machine without CUDA, in the order of application."""
 
 
 def adapt_megatron() -> None:
-    """Adapts Megatron to local layers (`LOCAL_LAYERS`) and, without CUDA, to the CPU (`ADAPTATIONS`).
+    """Applies `LOCAL_LAYERS` and, when there is no CUDA, `ADAPTATIONS`.
 
     Idempotent; imports megatron-core and Megatron-Bridge.
 
     Raises:
-        RuntimeError: a library no longer has the code that an adaptation changes.
+        RuntimeError: a library no longer has what an adaptation changes.
     """
-    # First: any import of Megatron-Bridge needs it.
+    # First: importing anything of Megatron-Bridge needs it.
     apply_all(LOCAL_LAYERS, listed_in="nemo_popsd/runtime/local_layers.py")
     if not torch.cuda.is_available():
         apply_all(ADAPTATIONS, listed_in="nemo_popsd/runtime/cpu.py")

@@ -1,8 +1,8 @@
-"""Changes to the libraries for layers without Transformer Engine, on any device.
+"""Changes to the libraries that layers without Transformer Engine need, on any device.
 
-Megatron-Bridge imports Transformer Engine unconditionally, and both libraries support experts only in its grouped
-layer. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`; the entries that replace
-Transformer Engine do nothing where it can be imported.
+Megatron-Bridge imports Transformer Engine unconditionally, and both libraries support only the experts of its grouped
+layer. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`; where Transformer Engine
+imports, the entries that replace it change nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from nemo_popsd.runtime.adaptation import Adaptation
 
 
 def transformer_engine_imports() -> bool:
-    """Whether megatron-core could import Transformer Engine on this machine. Imports megatron-core."""
+    """Whether Transformer Engine imports on this machine, according to megatron-core, which this imports."""
     return bool(importlib.import_module("megatron.core.models.gpt.gpt_layer_specs").HAVE_TE)
 
 
 def _transformer_engine_names() -> None:
-    """Makes Megatron-Bridge's LoRA importable with placeholder classes, which cannot be instantiated.
+    """Makes Megatron-Bridge's LoRA importable with stand-in classes that cannot be instantiated.
 
-    The placeholders exist only during that import: megatron-core, imported before, probes for Transformer Engine and
-    must not find it. An installed Transformer Engine is not replaced.
+    Does nothing where Transformer Engine imports. megatron-core looks for Transformer Engine when it is imported and
+    must not find the stand-in, so it is imported first; afterwards the stand-in is removed from `sys.modules`.
     """
     if transformer_engine_imports() or "megatron.bridge.peft.lora" in sys.modules:
         return
@@ -54,8 +54,8 @@ def _transformer_engine_names() -> None:
         importlib.import_module("megatron.bridge.peft.lora")
     finally:
         del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
-    # Modules that probed for Transformer Engine during the import found the placeholders; peft/utils.py:129 would test
-    # layers against them.
+    # Modules that found the stand-in must not use it: `megatron.bridge.peft.utils.get_adapter_attributes_from_linear`
+    # would test layers against its classes.
     for name in set(sys.modules) - before:
         if name.startswith("megatron.") and getattr(sys.modules[name], "HAVE_TE", False):
             sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
@@ -68,8 +68,8 @@ def _expert_indices() -> None:
         return
 
     def gather_from_ep_ranks(self: Any, *args: object, **kwargs: object) -> object:
-        name, number = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
-        self.megatron_param = f"{name}{number[1]}" if number else name
+        name, expert = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
+        self.megatron_param = f"{name}{expert[1]}" if expert else name
         try:
             return stock(self, *args, **kwargs)
         finally:
@@ -80,7 +80,7 @@ def _expert_indices() -> None:
 
 
 def _router_without_transformer_engine() -> None:
-    """Sets the name of a Transformer Engine kernel in the router's module to None, which means that it is missing."""
+    """Defines the router's name of a kernel of Transformer Engine as None, where Transformer Engine is missing."""
     module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if "te_general_gemm" not in inspect.getsource(module):
         raise RuntimeError(f"{module.__name__} does not use te_general_gemm; revise nemo_popsd/runtime/local_layers.py")
@@ -89,7 +89,7 @@ def _router_without_transformer_engine() -> None:
 
 
 def _names_of_local_experts() -> None:
-    """Numbers the experts of `SequentialMLP` over all ranks, as the library does for those of the grouped layer."""
+    """Counts the experts of `SequentialMLP` through the whole model, as the library does for those of a grouped one."""
     module = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
     stock = module._megatron_local_name_to_global
     if getattr(stock, "counts_local_experts", False):
@@ -113,24 +113,27 @@ LOCAL_LAYERS: tuple[Adaptation, ...] = (
     # First: importing anything of Megatron-Bridge needs it.
     Adaptation(
         "Transformer Engine's names for the import of LoRA",
-        "megatron/bridge/peft/lora.py:21 and lora_layers.py:20 import transformer_engine.pytorch unconditionally",
+        ("megatron.bridge.peft.lora", "megatron.bridge.peft.lora_layers"),
+        "import transformer_engine.pytorch unconditionally",
         _transformer_engine_names,
     ),
     Adaptation(
         "router without Transformer Engine",
-        "moe_utils.py:1192 a name that is imported only with Transformer Engine",
+        ("megatron.core.transformer.moe.moe_utils.RouterGatingLinearFunction.forward",),
+        "uses te_general_gemm, a name that is defined only where Transformer Engine imports",
         _router_without_transformer_engine,
     ),
     Adaptation(
         "indices of experts that are separate modules",
-        "megatron/bridge/models/conversion/param_mapping.py:677 reads the expert's index at the end of the name, "
-        "where only Transformer Engine's grouped experts have it",
+        ("megatron.bridge.models.conversion.param_mapping.MegatronParamMapping.gather_from_ep_ranks",),
+        "looks for the expert's index at the end of the name, where only Transformer Engine's grouped experts have it",
         _expert_indices,
     ),
     Adaptation(
         "names of a rank's experts",
-        "model_bridge.py:148 numbers only those of the GPU's grouped layer over all ranks",
+        ("megatron.bridge.models.conversion.model_bridge._megatron_local_name_to_global",),
+        "counts only the experts of the grouped layer through the whole model",
         _names_of_local_experts,
     ),
 )
-"""All changes for local layers, in the order of application."""
+"""Everything that is changed for local layers, in the order of application."""

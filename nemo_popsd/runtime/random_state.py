@@ -1,4 +1,4 @@
-"""The state of every random generator of this process as tensors, to save and restore."""
+"""State of every random generator of this process as tensors, to be saved and restored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def capture_random_state() -> dict[str, Tensor]:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restores the state of all generators at the end of the block."""
+    """Context that restores all generators when it ends."""
     kept = capture_random_state()
     try:
         yield
@@ -43,7 +43,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Restores a state from `capture_random_state` on the same rank of the same layout."""
+    """Restores what `capture_random_state` returned on the same rank of the same layout."""
     gauss = state["python/gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss, cached = state["numpy/rest"].tolist()

@@ -1,4 +1,4 @@
-"""A view of torch in which CUDA is the CPU, to which adapted library modules bind the name ``torch``.
+"""A view of torch in which CUDA is the CPU, bound to the name ``torch`` in adapted library modules.
 
 torch itself is not changed; `nemo_popsd.runtime.cpu` lists the modules that get the view.
 """
@@ -25,7 +25,7 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 class _NoStream:
-    """A stream, and an event of it, whose work is complete when a call returns."""
+    """A CUDA stream and event on the CPU, where every operation has finished when its call returns."""
 
     def __enter__(self) -> None: ...
 
@@ -40,7 +40,7 @@ class _NoStream:
 
 
 class _CudaOnCpu(types.ModuleType):
-    """``torch.cuda`` for Megatron: one device, the CPU, with the generator of the CPU."""
+    """``torch.cuda`` as Megatron sees it: one device, the CPU, with the CPU's generator."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -57,7 +57,7 @@ class _CudaOnCpu(types.ModuleType):
 
 
 class _TorchOnCpu(types.ModuleType):
-    """``torch`` for Megatron: the same as torch, except for CUDA devices."""
+    """``torch`` as Megatron sees it: torch's own attributes, except for CUDA devices."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -70,4 +70,4 @@ class _TorchOnCpu(types.ModuleType):
 
 
 TORCH_ON_CPU = _TorchOnCpu()
-"""The view to which adapted modules bind the name ``torch``."""
+"""The view that is bound to the name ``torch`` in adapted modules."""

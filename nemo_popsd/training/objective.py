@@ -107,9 +107,9 @@ class Objective:
             states: target states of all of this rank's trajectories, on any device.
             weights: from `token_weights`.
         """
-        student, mine = self._student, [states[row] for row in batch.rows]
+        student, mine = self._student, [states[row] for row in batch.sequences]
         lengths = torch.tensor(batch.response_lengths, device=hidden_NH.device)
-        rows = torch.tensor(batch.rows, device=hidden_NH.device)
+        rows = torch.tensor(batch.sequences, device=hidden_NH.device)
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
@@ -128,7 +128,7 @@ class Objective:
             diagnosed=_diagnosed(batch, mine, hidden_NH.device),
         )
         report = LossReport(
-            rows=batch.rows,
+            rows=batch.sequences,
             response_lengths=batch.response_lengths,
             loss=result.total.detach(),
             per_token=result.per_token,

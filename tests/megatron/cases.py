@@ -58,7 +58,7 @@ def loss_function(student: Any, rows: Sequence[int]) -> Callable[..., tuple[Tens
     shard = TEACHER.split(width)[student.tp_group.rank()]
 
     def loss(batch: Any, hidden_NH: Tensor) -> tuple[Tensor, float]:
-        chosen = [rows[row] for row in batch.rows]
+        chosen = [rows[row] for row in batch.sequences]
         main_gradient = student.main_gradient
         assert (main_gradient is not None) == student.weight.requires_grad
         result = loss_from_hidden(

@@ -33,17 +33,17 @@ def test_every_response_token_is_predicted_from_the_token_before_it(lengths, bud
     seen = []
     for batch in microbatches(sequences, budget, CPU):
         rows, longest = batch.input_ids.shape
-        seen += batch.rows
-        assert batch.response_lengths == [len(sequences[row].response) for row in batch.rows]
+        seen += batch.sequences
+        assert batch.response_lengths == [len(sequences[row].response) for row in batch.sequences]
         assert batch.position_ids.tolist() == [list(range(longest))] * rows
         # Hidden states are [s, b, H]; the token at each flattened place.
         place = batch.input_ids.T.flatten().tolist()
         expected = []
-        for row in batch.rows:
+        for row in batch.sequences:
             tokens = [*sequences[row].prompt, *sequences[row].response]
             expected += [tokens[tokens.index(token) - 1] for token in sequences[row].response]
         assert [place[index] for index in batch.route.take.tolist()] == expected
-        for column, row in enumerate(batch.rows):
+        for column, row in enumerate(batch.sequences):
             tokens = [*sequences[row].prompt, *sequences[row].response]
             assert batch.input_ids[column].tolist() == tokens + [0] * (longest - len(tokens))
         assert batch.padding == place.count(0)
@@ -85,8 +85,8 @@ def test_packed_sequences_lie_one_after_the_other_within_their_bounds(lengths, b
     sequences = _sequences(lengths)
     seen = []
     for batch in microbatches(sequences, budget, CPU, packed=True):
-        seen += batch.rows
-        tokens = [[*sequences[row].prompt, *sequences[row].response] for row in batch.rows]
+        seen += batch.sequences
+        tokens = [[*sequences[row].prompt, *sequences[row].response] for row in batch.sequences]
         alone = tokens[0] if sum(map(len, tokens)) == 1 else None
         if alone is not None:  # a forward has two tokens at least
             alone.append(0)
@@ -96,11 +96,11 @@ def test_packed_sequences_lie_one_after_the_other_within_their_bounds(lengths, b
         assert batch.packed.qkv_format == "thd"
         assert batch.packed.cu_seqlens_q.tolist() == batch.packed.cu_seqlens_kv.tolist() == bounds
         assert batch.packed.max_seqlen_q == batch.packed.max_seqlen_kv == max(map(len, tokens))
-        responses = [token for row in batch.rows for token in sequences[row].response]
+        responses = [token for row in batch.sequences for token in sequences[row].response]
         assert [batch.input_ids[0, place] for place in batch.route.take] == [token - 1 for token in responses]
         assert batch.padding == (alone is not None)
         assert batch.shape == (bounds[-1], 1)
-        assert len(batch.rows) == 1 or bounds[-1] <= budget
+        assert len(batch.sequences) == 1 or bounds[-1] <= budget
     assert sorted(seen) == list(range(len(sequences)))
 
 
@@ -121,7 +121,7 @@ def test_batches_of_one_shape_in_the_number_that_a_schedule_needs(lengths, budge
     assert len({batch.input_ids.shape for batch in batches}) == 1
     assert len(batches) % multiple == 0
     assert len(batches) >= least
-    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(sequences)))
+    assert sorted(row for batch in batches for row in batch.sequences) == list(range(len(sequences)))
     real = sum(p + r for p, r in lengths)
     assert TokenCount.of(batches).real == real
     assert TokenCount.of(batches).padding == sum(batch.input_ids.numel() for batch in batches) - real
@@ -131,7 +131,7 @@ def test_a_rank_without_sequences_has_a_batch_without_rows():
     for packed in (False, True):
         assert microbatches([], 10, CPU, packed=packed) == []
         [batch] = microbatches([], 10, CPU, packed=packed, at_least=1)
-        assert (batch.rows, batch.response_lengths, batch.shape, batch.padding) == ([], [], (2, 1), 2)
+        assert (batch.sequences, batch.response_lengths, batch.shape, batch.padding) == ([], [], (2, 1), 2)
         assert batch.route.take.tolist() == []
 
 

@@ -83,7 +83,7 @@ def _travel(rank: int, world_size: int, contexts: int, slices: int) -> dict[str,
                 owned = gather_response_states(states, batch.route, split)
                 # A gradient that depends on the token alone, alike on every slice, as the loss gives it.
                 owned.backward(1.0 / (1.0 + owned.detach()))
-                responses = [sequences[row].response[split.owned(sequences[row].response)] for row in batch.rows]
+                responses = [sequences[row].response[split.owned(sequences[row].response)] for row in batch.sequences]
                 seen.append({"owned": owned.detach(), "responses": responses, "states": states.detach()})
                 seen[-1] |= {"gradient": states.grad, "lengths": batch.response_lengths, "width": batch.shape[1]}
     return results

@@ -42,14 +42,14 @@ def test_one_process_needs_no_place_to_meet() -> None:
         ({"MASTER_ADDR": ""}, "without MASTER_ADDR"),
         ({"RANK": ""}, "without RANK"),
         ({"RANK": "4"}, "RANK='4', WORLD_SIZE='4'; need a RANK below WORLD_SIZE"),
-        ({"RANK": "-1"}, "RANK='-1'; need a whole number of at least 0"),
+        ({"RANK": "-1"}, "RANK='-1'; need an integer of at least 0"),
         ({"RANK": "one"}, "RANK='one'"),
-        ({"RANK": "\u0663"}, "need a whole number"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'; need a whole number of at least 1"),
+        ({"RANK": "\u0663"}, "need an integer"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'; need an integer of at least 1"),
         ({"WORLD_SIZE": "1e3"}, "WORLD_SIZE='1e3'"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE="),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK='2', LOCAL_WORLD_SIZE='2'"),
-        ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536'; need a whole number of at least 1 and at most 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536'; need an integer of at least 1 and at most 65535"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
     ],
 )
@@ -78,7 +78,9 @@ def test_a_taken_port_is_told_at_once() -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         begun = time.monotonic()
-        with pytest.raises(TransientError, match=f"MASTER_PORT={port}: another process has this port; set MASTER_PORT"):
+        with pytest.raises(
+            TransientError, match=f"MASTER_PORT={port}: another process uses this port; set MASTER_PORT"
+        ):
             check_rendezvous(launch(port=port))
         assert time.monotonic() - begun < 2
         check_rendezvous(launch(port=port, rank=1))

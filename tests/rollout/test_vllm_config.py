@@ -70,5 +70,5 @@ def test_torch_gives_its_cached_memory_back_before_a_server_takes_its_own(monkey
         sleep=True,
     )
     with pytest.raises(RuntimeError, match="no server here"):
-        engine.ask([], SamplingParams(1.0, 1.0, 0, 1, frozenset()))
+        engine.request([], SamplingParams(1.0, 1.0, 0, 1, frozenset()))
     assert happened == ["memory", "server"]

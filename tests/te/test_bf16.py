@@ -18,9 +18,9 @@ pytestmark = [on_transformer_engine, pytest.mark.slow]
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-2, 6e-2, 5e-3
 """Of relative errors against fp32. bf16 rounds by up to 2e-3 wherever a layer writes. Through four layers and a softmax
-at most 7e-4 was measured in the first loss, 5.6e-3 in later ones, whose weights differ too, 4.5e-2 in the gradient over
-all its entries (3.7e-2 on local layers) and 2.1e-3 in the weights. A branch that is left out, or a wrong scale, is an
-error of 0.3 and more."""
+at most 7e-4 was measured in the first loss, 5.6e-3 in later ones, whose weights differ too, 4.5e-2 in the gradient
+over all its entries (3.7e-2 on local layers) and 2.1e-3 in the weights. A branch that is left out, or a wrong scale,
+is an error of 0.3 and more."""
 BESIDE_LOCAL = 1.5
 """Times the gradient's error of local layers in bf16, which round elsewhere; up to 1.35 was measured."""
 

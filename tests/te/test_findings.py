@@ -69,10 +69,10 @@ def _modules_of_lora(rank: int, world_size: int) -> tuple[str, bool, bool]:
     from megatron.bridge.peft import lora_layers
     from megatron.bridge.peft import utils as peft_utils
 
-    from nemo_popsd.runtime.cpu import adapt_to_cpu
+    from nemo_popsd.runtime.cpu import adapt_megatron
     from nemo_popsd.runtime.local_layers import transformer_engine_imports
 
-    adapt_to_cpu()
+    adapt_megatron()
     engine: Any = lora_layers.te
     real = engine is sys.modules.get("transformer_engine.pytorch")
     assert transformer_engine_imports() == real

@@ -34,7 +34,7 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     asked: list[int] = []
 
     def counted(chunks: Any, batches: Any) -> Any:
-        asked.append(sum(len(batch.rows) for batch in batches))
+        asked.append(sum(len(batch.sequences) for batch in batches))
         return forward.frozen_hidden_states(chunks, batches)
 
     branches.frozen_hidden_states = counted  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""Rollouts from vLLM: a server in an environment of its own, started, watched and fed with weights from here."""
+"""Rollouts from vLLM: a server in its own environment, which this package starts, monitors and sends weights to."""

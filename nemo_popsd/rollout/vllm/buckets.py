@@ -1,4 +1,4 @@
-"""Weights on their way to a server: full tensors under Hugging Face's names, packed into buckets of bounded size."""
+"""Transfer of weights to a server: full tensors under Hugging Face's names, packed into buckets of bounded size."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ _ALIGNMENT = 64
 class BucketSender:
     """Copies tensors into a bucket in host memory and sends it when it is full; at most one bucket at a time exists.
 
-    A bucket is a file in memory without a name, which a server on this machine maps; to another machine its bytes
-    travel as the frame's payload. Nothing of it is left when either side dies.
+    A bucket is an anonymous file in memory, which a server on this machine maps; to another machine its bytes are sent
+    as the frame's payload. It disappears when either side dies.
 
     Attributes:
-        tensors: number sent or packed so far.
+        tensors: number of tensors sent or packed so far.
         bytes: their size.
-        buckets: number sent so far.
+        buckets: number of buckets sent so far.
     """
 
-    def __init__(self, server: VllmServer, bucket_bytes: int, *, kind: str = "weights") -> None:
-        """Tells the server that an update begins.
+    def __init__(self, server: VllmServer, bucket_bytes: int, *, content: str = "weights") -> None:
+        """Announces an update to the server.
 
         Args:
-            server: that takes the weights.
-            kind: `weights`, all of the model, or `adapter`, that of LoRA under PEFT's names.
+            server: receives the weights.
+            content: `weights`, all of the model, or `adapter`, those of LoRA under PEFT's names.
             bucket_bytes: size of a bucket, unless one tensor is larger.
 
         Raises:
-            ServerLost: it is gone.
+            ServerLost: the server is lost.
         """
         self._server = server
         self._bucket_bytes = bucket_bytes
         self._bucket: _Bucket | None = None
         self.tensors = self.bytes = self.buckets = 0
         server.version = None
-        server.ask({"request": "begin", "kind": kind})
+        server.ask({"request": "begin", "content": content})
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Packs one tensor [any shape, any device]; waits for the server when a bucket was full.
+        """Packs one tensor [any shape, any device]; sends the bucket and waits for the server when it is full.
 
         Raises:
-            ServerLost: it is gone.
+            ServerLost: the server is lost.
         """
         size = tensor.numel() * tensor.element_size()
-        if self._bucket is not None and not self._bucket.has_room(size):
+        if self._bucket is not None and not self._bucket.fits(size):
             self.flush()
         if self._bucket is None:
             self._bucket = _Bucket(max(size, self._bucket_bytes))
@@ -63,10 +63,10 @@ class BucketSender:
         self.bytes += size
 
     def flush(self) -> None:
-        """Sends what is packed.
+        """Sends the packed tensors.
 
         Raises:
-            ServerLost: the server is gone.
+            ServerLost: the server is lost.
         """
         bucket, self._bucket = self._bucket, None
         if bucket is None:
@@ -81,21 +81,21 @@ class BucketSender:
         self.buckets += 1
 
     def commit(self, version: int) -> None:
-        """Sends the rest and ends the update: from now on the server's weights are those of `version`.
+        """Sends the rest and ends the update: the server's weights are then those of `version`.
 
         Raises:
-            ServerLost: it is gone, or weights were missing.
+            ServerLost: the server is lost, or weights were missing.
         """
         self.flush()
         self._server.version = self._server.ask({"request": "commit", "version": version})["version"]
 
 
 class _Bucket:
-    """A file in memory, and what lies in it where."""
+    """A file in memory and the list of the tensors in it."""
 
     def __init__(self, capacity: int) -> None:
         self._descriptor = os.memfd_create("popsd-bucket")
-        os.ftruncate(self._descriptor, capacity)  # pages are taken when they are written
+        os.ftruncate(self._descriptor, capacity)  # pages are allocated when they are written
         self._mapping = mmap.mmap(self._descriptor, capacity)
         self._capacity = capacity
         self._used = 0
@@ -104,16 +104,16 @@ class _Bucket:
 
     @property
     def path(self) -> str:
-        """Under which other processes of this machine and user open it."""
+        """Path under which other processes of this machine and user open it."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
-    def has_room(self, size: int) -> bool:
+    def fits(self, size: int) -> bool:
         return self._used + size <= self._capacity
 
     def add(self, name: str, tensor: Tensor) -> None:
         count = tensor.numel()
-        place = torch.frombuffer(self._mapping, dtype=tensor.dtype, count=count, offset=self._used)
-        place.view(tensor.shape).copy_(tensor)
+        target = torch.frombuffer(self._mapping, dtype=tensor.dtype, count=count, offset=self._used)
+        target.view(tensor.shape).copy_(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
         self.tensors.append([name, dtype, list(tensor.shape), self._used])
         end = self._used + count * tensor.element_size()
@@ -121,7 +121,7 @@ class _Bucket:
 
     @contextmanager
     def sealed(self) -> Iterator[None]:
-        """The file has its final size within, and is gone afterwards."""
+        """Context in which the file has its final size; it is closed afterwards."""
         os.ftruncate(self._descriptor, self._used)
         try:
             yield
@@ -130,5 +130,5 @@ class _Bucket:
 
     @contextmanager
     def bytes(self) -> Iterator[memoryview]:
-        with memoryview(self._mapping) as whole, whole[: self._used] as used:
+        with memoryview(self._mapping) as mapped, mapped[: self._used] as used:
             yield used

@@ -1,4 +1,4 @@
-"""Configuration of the vLLM server that draws rollouts when `rollout.engine` is `vllm`."""
+"""Configuration of the vLLM server that generates rollouts when `rollout.engine` is `vllm`."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ INTERFACES = ("auto", "weight-transfer", "worker-extension")
 
 @dataclass(kw_only=True)
 class VllmConfig:
-    """One server for each data-parallel replica, in an environment of its own."""
+    """One server for each data-parallel replica, in its own environment."""
 
     python: Annotated[str, Text.PATH] = ".vllm-venv/bin/python"
-    """Python of the environment that has vLLM 0.14.1 or newer; `make vllm-env` makes one for CPUs."""
+    """Python of an environment with vLLM 0.14.1 or newer; `make vllm-env` creates one for CPUs."""
     launcher: list[str] = field(default_factory=list)
-    """Command put before it, to start the server elsewhere, e.g. `[srun, --overlap, --nodes=1, --nodelist=node7]`;
-    `{replica}` stands for the number of the replica. Python, this package and the student's files must be found there
-    under the same paths. Without it the server shares machine and GPUs with the replica."""
+    """Command prefix that starts the server on another machine, e.g. `[srun, --overlap, --nodes=1, --nodelist=node7]`;
+    `{replica}` is replaced by the replica's index. Python, this package and the student's files must have the same
+    paths on that machine. Without a launcher the server shares machine and GPUs with the replica."""
     address: str = ""
-    """Address under which a server started by `launcher` reaches the trainer; empty takes the host's name."""
+    """Address under which a server started by `launcher` reaches the trainer; empty uses the host's name."""
     tensor: Annotated[int, Bounds(1, 4096)] = 1
-    """Tensor-parallel size of the server; without `launcher` at most the replica's ranks, whose GPUs it uses."""
+    """Tensor-parallel size of the server; without `launcher` at most the replica's number of ranks, whose GPUs it
+    uses."""
     dtype: str = "student"
-    """`student` takes that of `student.precision`; otherwise `bf16`, `fp16` or `fp32`."""
+    """`student` uses that of `student.precision`; otherwise `bf16`, `fp16` or `fp32`."""
     memory_share: Annotated[float, Bounds(1e-3, 1)] = 0.4
-    """Share of each GPU's memory for weights and key-value cache (vLLM's gpu_memory_utilization); on CPUs of the
-    machine's memory."""
+    """Share of each GPU's memory for weights and key-value cache (vLLM's gpu_memory_utilization); on CPUs the
+    share of the machine's memory."""
     cache_bytes: Annotated[int, Bounds(0, 2**50)] = 0
-    """Exact size of the key-value cache on each GPU; 0 leaves what `memory_share` has beside the weights."""
+    """Exact size of the key-value cache on each GPU; 0 uses the part of `memory_share` that the weights leave."""
     eager: bool = False
-    """Without compilation and CUDA graphs: starts sooner, decodes more slowly."""
+    """No compilation and CUDA graphs: the server starts faster and decodes more slowly."""
     sleep: bool = True
-    """Give the GPU's memory back between rollouts; on CPUs there is nothing to give back."""
+    """Release the GPU's memory between rollouts; no effect on CPUs."""
     bucket_bytes: Annotated[int, Bounds(1, 2**50)] = 268435456
-    """Weights travel in buckets of at most this size, or of the largest tensor, if that is larger."""
+    """Weights are sent in buckets of at most this size, or of the size of the largest tensor, if that is larger."""
     start_seconds: Annotated[float, Bounds(0, SECONDS_OF_30_DAYS, above=True)] = 900
-    """A server that is not ready after this long is lost: it is ended and another is started."""
+    """A server that is not ready after this time is lost: it is ended and another one is started."""
     answer_seconds: Annotated[float, Bounds(0, SECONDS_OF_30_DAYS, above=True)] = 3600
-    """A server that has not answered after this long is lost: another is started and asked again."""
+    """A server that has not answered after this time is lost: another one is started and gets the requests again."""
     restarts: Annotated[int, Bounds(0, 10**4)] = 2
-    """Times that a lost server, one that died while it loaded included, is started again before the rollouts of a step
-    are given up."""
+    """Number of times that a lost server, including one that died while it loaded, is started again before the run
+    fails at this step."""
     lora: str = "auto"
-    """How LoRA gets into vLLM: `adapter` sends the adapters alone and has vLLM compute them beside the base that it
-    reads from `student.source`, as training does; `merged` sends all weights with the adapters in them, rounded to
-    `dtype`. `auto` takes `adapter` where it can: a dense model, a Hugging Face directory, a rank of at most 512."""
+    """How LoRA is transferred to vLLM: `adapter` sends only the adapters, and vLLM applies them to the base that it
+    reads from `student.source`, as training does; `merged` sends all weights with the adapters merged into them,
+    rounded to `dtype`. `auto` uses `adapter` where it is possible: a dense model, a Hugging Face directory, a rank of
+    at most 512."""
     interface: str = "auto"
-    """How whole weights get into vLLM: `weight-transfer` or `worker-extension`; `auto` takes the first that the
+    """How full weights are transferred to vLLM: `weight-transfer` or `worker-extension`; `auto` uses the first that the
     installed version has (see `nemo_popsd/rollout/vllm/serving/popsd_interfaces.py`)."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The rollout engine that draws from vLLM. Knows nothing of Megatron: weights come as a stream of full tensors."""
+"""The rollout engine that uses vLLM. Independent of Megatron: weights arrive as a stream of full tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """What the last transfer of weights took."""
+    """Measurements of the last transfer of weights."""
 
     version: int
     seconds: float
@@ -34,25 +34,25 @@ class WeightUpdate:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a server is drawing."""
+class PendingResponses:
+    """Responses that a server is generating."""
 
     version: int
     """Of the weights."""
     call: Call[list[tuple[Any, Any]]]
-    """Ends when it has drawn all; with tokens and log-probabilities of each response."""
+    """Returns tokens and log-probabilities of each response."""
 
 
 class VllmEngine:
-    """Sends the student's weights to its vLLM server whenever they have changed, and has the server draw.
+    """Sends the student's weights to its vLLM server whenever they have changed, and generates responses there.
 
-    One server for each replica, started at the first use. The first rank of the replica speaks to it; the others help
-    to gather the weights and are told the responses. A server that is lost (it died, hung or failed) is started anew,
-    gets the weights again and is asked again; a request's seed determines its response, so nothing is lost but time.
+    One server for each replica, started at the first use. The replica's leader sends requests to it; the other ranks
+    help to gather the weights and receive the responses. A server that is lost (it died, hung or failed) is started
+    again and gets the weights and the requests again; a request's seed determines its response, so only time is lost.
 
     Attributes:
-        server: on ranks that speak, once it was needed.
-        last_update: on ranks that speak, once weights were sent.
+        server: on leaders, after it was first needed.
+        last_update: on leaders, after weights were first sent.
     """
 
     def __init__(
@@ -72,17 +72,17 @@ class VllmEngine:
         """Keeps references only.
 
         Args:
-            ranks: that use the server together.
-            start: starts a server for sequences of up to so many tokens; called on ranks that speak.
+            ranks: the ranks that use the server together.
+            start: starts a server for sequences of up to the given number of tokens; called on leaders.
             weights: all tensors of the student under Hugging Face's names, or those of its adapters under PEFT's, the
                 same on every rank; iterating is collective over `ranks.domain`.
-            weights_version: number of optimizer steps behind the current weights.
-            longest: tokens of the longest sequence that is to be expected.
+            weights_version: number of optimizer updates of the current weights.
+            longest: tokens of the longest expected sequence.
             bucket_bytes: see `BucketSender`.
-            restarts: of a lost server, for one call of `generate`.
-            sleep: let the server give memory back after each call.
-            kind: which of the two `weights` gives; see `BucketSender`.
-            stop_requested: asked while waiting, by all ranks of the model together; they are told the same.
+            restarts: number of restarts of a lost server in one call of `generate`.
+            sleep: whether the server releases memory after each call.
+            kind: `weights` or `adapter`, the content of `weights`; see `BucketSender`.
+            stop_requested: called while waiting, by all ranks of the model together; returns the same on each.
         """
         self._ranks = ranks
         self._start = start
@@ -105,8 +105,8 @@ class VllmEngine:
 
         Raises:
             StopRequested: the run was asked to stop; on all ranks.
-            UserError: the server cannot be started, for a reason that the user must change; on all ranks.
-            TransientError: it was lost again and again, in loading or later; on all ranks.
+            UserError: the server cannot be started, for a reason that the user can fix; on all ranks.
+            TransientError: it was lost more than `restarts` times, while loading or later; on all ranks.
             RuntimeError: a defect; on all ranks.
         """
         return self.submit(requests, sampling).result()
@@ -127,47 +127,47 @@ class VllmEngine:
             self.server.close()
             self.server = None
 
-    def ask(self, requests: Sequence[Request], sampling: SamplingParams) -> Asked:
-        """Brings the live weights to the server, which begins to draw. Collective over the domain.
+    def request(self, requests: Sequence[Request], sampling: SamplingParams) -> PendingResponses:
+        """Sends the live weights and the requests to the server. Collective over the domain.
 
         Raises:
-            ServerLost: it is gone; see also `generate`.
+            ServerLost: the server is lost; see also `generate`.
         """
         version = self._weights_version()
         _release_cached_memory()
-        self._ranks.together(lambda: self._have_server(requests, sampling), stop_requested=self._stop_requested)
+        self._ranks.together(lambda: self._ensure_server(requests, sampling), stop_requested=self._stop_requested)
         if self._ranks.any(self.server is not None and self.server.version != version):
             self._send_weights(version)
-        return Asked(version, self._ranks.start(lambda: self._ask(requests, sampling, version)))
+        return PendingResponses(version, self._ranks.start(lambda: self._generate(requests, sampling, version)))
 
-    def answer(self, asked: Asked, sampling: SamplingParams) -> list[Rollout]:
-        """Waits for what the server draws. Collective over the domain.
+    def receive(self, pending: PendingResponses, sampling: SamplingParams) -> list[Rollout]:
+        """Waits for the responses. Collective over the domain.
 
         Raises:
-            ServerLost: it is gone; see also `generate`.
+            ServerLost: the server is lost; see also `generate`.
         """
-        answer = self._ranks.wait(asked.call, stop_requested=self._stop_requested)
+        answer = self._ranks.wait(pending.call, stop_requested=self._stop_requested)
         stops = sampling.stop_token_ids
         return [
-            Rollout(tokens, log_probs, tokens[-1] not in stops, weights_version=asked.version)
+            Rollout(tokens, log_probs, tokens[-1] not in stops, weights_version=pending.version)
             for tokens, log_probs in self._ranks.share(answer)
         ]
 
-    def until_it_lives(self, action: Callable[[], T], lost: list[str]) -> T:
-        """Repeats `action` for as long as the server is lost over it, but not for ever.
+    def with_restarts(self, action: Callable[[], T], lost: list[str]) -> T:
+        """Calls `action` again each time that the server is lost in it, at most `restarts` times.
 
         Args:
             action: raises `ServerLost` on all ranks or on none.
-            lost: what befell the servers of these requests so far; grows.
+            lost: failures of servers at these requests so far; extended here.
 
         Raises:
-            TransientError: more often than `restarts`; see also `generate`.
+            TransientError: the server was lost more than `restarts` times; see also `generate`.
         """
         while True:
             try:
                 return action()
             except StopRequested:
-                self.close()  # It may be busy for long.
+                self.close()  # It may be busy for a long time.
                 raise
             except ServerLost as error:
                 self._discard()
@@ -181,18 +181,18 @@ class VllmEngine:
                         advice=[*lost, *error.advice],
                     ) from error
 
-    def _have_server(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
+    def _ensure_server(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
         needed = max((len(request.prompt) for request in requests), default=0) + sampling.max_response_tokens
         if self.server is not None and needed > self._limit:
             self.close()
         if self.server is None:
             self._limit = max(needed, self._longest())
-            self.server = self._started()
+            self.server = self._start_server()
         else:
             self.server.check_health()
 
-    def _started(self) -> VllmServer:
-        """A server, or the reason why there is none; what a server has loaded before is no mistake of the user's."""
+    def _start_server(self) -> VllmServer:
+        """Starts a server. After one has loaded the model, a failure is not the user's error but a lost server."""
         try:
             server = self._start(self._limit)
         except UserError as error:
@@ -203,16 +203,16 @@ class VllmEngine:
         return server
 
     def _send_weights(self, version: int) -> None:
-        """Streams the weights of all ranks of the domain; collective over it, whatever becomes of the servers."""
-        begun = time.monotonic()
+        """Sends the weights to the servers of the domain; collective over it even if servers are lost."""
+        start = time.monotonic()
         failure: Exception | None = None
         sender: BucketSender | None = None
         try:
             if self.server is not None:
-                sender = BucketSender(self.server, self._bucket_bytes, kind=self._kind)
+                sender = BucketSender(self.server, self._bucket_bytes, content=self._kind)
         except Exception as error:
             failure = error
-        for name, tensor in self._weights():  # every rank takes part to the end
+        for name, tensor in self._weights():  # Every rank iterates to the end: it is collective.
             try:
                 if sender is not None and failure is None:
                     sender.add(name, tensor)
@@ -224,7 +224,7 @@ class VllmEngine:
                 raise failure
             assert sender is not None
             sender.commit(version)
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - start
             update = WeightUpdate(version, seconds, sender.bytes, sender.tensors, sender.buckets)
             self.last_update = update
             logger.info(
@@ -237,7 +237,7 @@ class VllmEngine:
 
         self._ranks.together(commit)
 
-    def _ask(self, requests: Sequence[Request], sampling: SamplingParams, version: int) -> list[tuple[Any, Any]]:
+    def _generate(self, requests: Sequence[Request], sampling: SamplingParams, version: int) -> list[tuple[Any, Any]]:
         if not requests:
             return []
         assert self.server is not None
@@ -257,7 +257,7 @@ class VllmEngine:
         responses = answer["responses"]
         if answer["version"] != version or len(responses) != len(requests):
             raise RuntimeError(
-                f"{len(responses)} responses by weights of step {answer['version']}, asked for {len(requests)} "
+                f"{len(responses)} responses by weights of step {answer['version']}, expected {len(requests)} "
                 f"by those of step {version}"
             )
         if self._sleep and self.server.sleeps:
@@ -265,51 +265,51 @@ class VllmEngine:
         return responses
 
     def _discard(self) -> None:
-        """Drops a server that is gone; one that lives, beside another that is gone, stays."""
+        """Closes the server if it is lost. It may be alive when the server of another replica is lost."""
         if self.server is not None and not self.server.alive:
             self.close()
 
 
 def _release_cached_memory() -> None:
-    """Gives back device memory that torch keeps for later: a server on this card starts or wakes, and needs it."""
+    """Releases the device memory that torch caches, for a server on this GPU that starts or wakes up."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        free, whole = torch.cuda.mem_get_info()
-        logger.info("device memory for vLLM: %.1f of %.1f GiB are free", free / 2**30, whole / 2**30)
+        free, total = torch.cuda.mem_get_info()
+        logger.info("device memory for vLLM: %.1f of %.1f GiB are free", free / 2**30, total / 2**30)
 
 
 class VllmDrawing:
     """Responses that a server draws while the ranks do something else; see `VllmEngine.submit`."""
 
     def __init__(self, engine: VllmEngine, requests: Sequence[Request], sampling: SamplingParams) -> None:
-        """Has the server begin. Collective over the domain."""
+        """Sends the requests. Collective over the domain."""
         self._engine = engine
         self._requests = requests
         self._sampling = sampling
         self._lost: list[str] = []
         self._rollouts: list[Rollout] | None = None
-        self._asked: Asked | None = engine.until_it_lives(self._ask, self._lost)
+        self._pending: PendingResponses | None = engine.with_restarts(self._request, self._lost)
 
     @property
     def pending(self) -> bool:
-        """Whether nobody has waited for it yet."""
-        return self._asked is not None
+        """Whether `result` has not been called yet."""
+        return self._pending is not None
 
     def result(self) -> list[Rollout]:
-        """The rollouts, in the order of the requests; again and again the same. Collective over the domain.
+        """The rollouts, in the order of the requests; later calls return the same. Collective over the domain.
 
-        If the server was lost, another one draws them by the weights that are live now.
+        If the server was lost, another one generates them with the current weights.
 
         Raises:
             StopRequested, UserError, TransientError, RuntimeError: see `VllmEngine.generate`.
         """
         if self._rollouts is None:
-            self._rollouts = self._engine.until_it_lives(self._answer, self._lost)
+            self._rollouts = self._engine.with_restarts(self._receive, self._lost)
         return self._rollouts
 
-    def _ask(self) -> Asked:
-        return self._engine.ask(self._requests, self._sampling)
+    def _request(self) -> PendingResponses:
+        return self._engine.request(self._requests, self._sampling)
 
-    def _answer(self) -> list[Rollout]:
-        asked, self._asked = self._asked or self._ask(), None  # asked anew after a loss
-        return self._engine.answer(asked, self._sampling)
+    def _receive(self) -> list[Rollout]:
+        pending, self._pending = self._pending or self._request(), None  # Requested again after a loss.
+        return self._engine.receive(pending, self._sampling)

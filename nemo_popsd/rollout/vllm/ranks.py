@@ -1,11 +1,12 @@
-"""The ranks that use one server together: one speaks to it, all learn what came of it, none waits for the dead."""
+"""The ranks that use one vLLM server together: their leader sends requests, and all ranks see results and failures."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from threading import Thread
+from typing import TypeAlias, TypeVar
 
 import torch.distributed as dist
 
@@ -13,72 +14,83 @@ from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.rollout.vllm.supervisor import ServerLost
 
 T = TypeVar("T")
+Call: TypeAlias = "futures.Future[T | None]"
+"""An action that runs in a thread of a leader; already done, with None, on the other ranks."""
+Outcome: TypeAlias = tuple[str, Exception | None]
+"""State of a call as other processes see it, and the exception to raise there."""
 
-_LOOK_SECONDS = 0.1
-_RUNNING = ("running", None)
-_DONE = ("done", None)
-# Told first: what a user can fix, then a defect, then a server that another one replaces.
-_ORDER = ("user", "defect", "lost")
+_POLL_SECONDS = 0.1
+_RUNNING: Outcome = ("running", None)
+_DONE: Outcome = ("done", None)
+# The order in which failures are raised: one that the user can fix, a defect, a server that another one replaces.
+_FAILURES = ("user", "defect", "lost")
 
 
 @dataclass(frozen=True)
 class ServerRanks:
-    """Process groups of CPU objects (gloo), so that waiting for a server holds up no accelerator.
+    """Process groups of CPU objects (gloo), so that waiting for a server does not block an accelerator.
 
-    A group that is None has this rank alone.
+    A group that is None has only this rank.
     """
 
-    replica: Any
-    """The ranks that hold one copy of the model and have the same rows; the first of them speaks to the server."""
-    domain: Any
+    replica: dist.ProcessGroup | None
+    """The ranks that hold one copy of the model and have the same prompts; the first of them is the leader."""
+    domain: dist.ProcessGroup | None
     """The ranks that must gather weights together: the replica, or under expert parallelism the world."""
     number: int
-    """Of the replica, which is that of its server."""
+    """Index of the replica and of its server."""
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank speaks to the server."""
+        """Whether this rank sends requests to the server."""
         return self.replica is None or dist.get_rank(self.replica) == 0
 
     def together(self, action: Callable[[], T], *, stop_requested: Callable[[], bool] = lambda: False) -> T | None:
-        """Has the speaking ranks call `action`, in a thread, and waits for them; see `start` and `wait`."""
+        """Runs `action` in a thread of each leader and waits for all of them; see `start` and `wait`."""
         return self.wait(self.start(action), stop_requested=stop_requested)
 
     def start(self, action: Callable[[], T]) -> Call[T]:
-        """Begins `action` on the speaking ranks, in a thread. Not collective.
+        """Starts `action` in a thread of the leader. Not collective.
 
         Args:
             action: without collectives.
         """
-        return Call(action if self.is_leader else None)
+        call: Call[T] = futures.Future()
+        if self.is_leader:
+            # A daemon, unlike the threads of an executor: a process that ends does not wait for a server.
+            Thread(target=_run, args=(call, action), name="vLLM", daemon=True).start()
+        else:
+            call.set_result(None)
+        return call
 
     def wait(self, call: Call[T], *, stop_requested: Callable[[], bool] = lambda: False) -> T | None:
-        """What came of `call`, for which all ranks wait while they look after each other.
+        """Waits until `call` has ended on all ranks, and returns its result.
 
-        Collective over the domain: one gather of small objects every tenth of a second, or when all have finished.
+        Collective over the domain: one gather of small objects every tenth of a second, or when all have ended.
 
         Args:
-            call: begun by all ranks of the domain.
-            stop_requested: asked at every look by all ranks, which are told the same.
+            call: started by all ranks of the domain.
+            stop_requested: called before each further wait by all ranks; returns the same on each.
 
         Returns:
-            What the action returned here; None on ranks that do not speak.
+            The result of the action; None on ranks that are not leaders.
 
         Raises:
             StopRequested: on all ranks; the action may still be running.
-            UserError, ServerLost: some rank's action raised it; on all ranks.
+            UserError, ServerLost: the action of some rank raised it; on all ranks.
             RuntimeError: something else was raised; on all ranks.
         """
         while True:
-            finished = call.wait(_LOOK_SECONDS)
-            outcomes = self._gather(call.outcome if finished else _RUNNING)
-            failures = [outcome for outcome in outcomes if outcome[0] in _ORDER]
-            running = _RUNNING in outcomes
-            if failures and not running:
-                _, told = min(failures, key=lambda outcome: _ORDER.index(outcome[0]))
-                raise told from (call.error if told is not call.error else None)
-            if not running:
-                return call.result
+            ended, _ = futures.wait([call], _POLL_SECONDS)
+            outcomes = self._gather(_outcome(call) if ended else _RUNNING)
+            if _RUNNING not in outcomes:
+                failures = [outcome for outcome in outcomes if outcome[0] in _FAILURES]
+                if not failures:
+                    return call.result()
+                _, failure = min(failures, key=lambda outcome: _FAILURES.index(outcome[0]))
+                assert failure is not None
+                own = call.exception()
+                raise failure from (own if failure is not own else None)
             if stop_requested():
                 raise StopRequested
 
@@ -87,7 +99,7 @@ class ServerRanks:
         return any(self._gather(flag))
 
     def share(self, answer: T | None) -> T:
-        """What the speaking rank has, on every rank of the replica: one broadcast of an object."""
+        """The leader's `answer`, on every rank of the replica: one broadcast of an object."""
         box = [answer]
         if self.replica is not None:
             dist.broadcast_object_list(box, src=dist.get_global_rank(self.replica, 0), group=self.replica)
@@ -95,50 +107,29 @@ class ServerRanks:
         assert shared is not None
         return shared
 
-    def _gather(self, mine: Any) -> list[Any]:
+    def _gather(self, own: T) -> list[T]:
+        """`own` of every rank of the domain."""
         if self.domain is None:
-            return [mine]
-        told: list[Any] = [None] * dist.get_world_size(self.domain)
-        dist.all_gather_object(told, mine, group=self.domain)
-        return told
+            return [own]
+        gathered = [own] * dist.get_world_size(self.domain)
+        dist.all_gather_object(gathered, own, group=self.domain)
+        return gathered
 
 
-class Call(Generic[T]):
-    """An action in a thread of its own, and what came of it.
+def _run(call: Call[T], action: Callable[[], T]) -> None:
+    try:
+        call.set_result(action())
+    except BaseException as error:  # The ranks wait until the call ends, whatever ended it.
+        call.set_exception(error)
 
-    Attributes:
-        result: what it returned; None before that, and where there is no action.
-        error: what it raised.
-    """
 
-    def __init__(self, action: Callable[[], T] | None) -> None:
-        """Begins `action`, if there is one."""
-        self.result: T | None = None
-        self.error: Exception | None = None
-        self._thread: threading.Thread | None = None
-        if action is not None:
-            self._thread = threading.Thread(target=self._run, args=(action,), name="vLLM", daemon=True)
-            self._thread.start()
-
-    def _run(self, action: Callable[[], T]) -> None:
-        try:
-            self.result = action()
-        except Exception as error:
-            self.error = error
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it has finished, which is waited for so long."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-        return self._thread is None or not self._thread.is_alive()
-
-    @property
-    def outcome(self) -> tuple[str, Exception | None]:
-        """What another process may learn: a kind, and what is to be raised there."""
-        if self.error is None:
-            return _DONE
-        if isinstance(self.error, UserError):
-            return "user", self.error
-        if isinstance(self.error, ServerLost):
-            return "lost", self.error
-        return "defect", RuntimeError(f"vLLM engine: {type(self.error).__name__}: {self.error}")
+def _outcome(call: Call[T]) -> Outcome:
+    """The outcome of a call that has ended."""
+    error = call.exception()
+    if error is None:
+        return _DONE
+    if isinstance(error, UserError):
+        return "user", error
+    if isinstance(error, ServerLost):
+        return "lost", error
+    return "defect", RuntimeError(f"vLLM engine: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""One vLLM server as seen by the rank that speaks to it: started, asked, watched, ended."""
+"""One vLLM server on the side of the leader, which starts it, sends requests, monitors it and ends it."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ _DETERMINATE = frozenset(
         "ValueError",
     )
 )
-"""Types of errors that a server which loads the student would raise again; any other may not come back."""
+"""Types of errors that a restarted server would raise again while loading the student; others may not recur."""
 
 
-class ServerLost(Exception):  # noqa: N818 what befell the server; the caller starts another
-    """The server died, while it loaded or later, fell silent, or failed at a request. It is gone by now.
+class ServerLost(Exception):  # noqa: N818 not an error of the caller, which starts another server
+    """The server died, while it loaded or later, did not answer in time, or failed at a request. It has been ended.
 
     Args:
-        what: what befell it.
-        advice: the end of its log, where that helps.
+        what: the failure.
+        advice: the end of its log, where that is useful.
     """
 
     def __init__(self, what: str, advice: Sequence[str] = ()) -> None:
@@ -71,36 +71,36 @@ class Launch:
     python: str
     """Of vLLM's environment."""
     launcher: Sequence[str]
-    """Command before it."""
+    """Command prefix."""
     environment: Mapping[str, str]
-    """Variables of the server."""
+    """Environment variables of the server."""
     settings: Mapping[str, Any]
-    """What it is told first; see `popsd_server.Server`."""
+    """Its first message; see `popsd_server.Server`."""
     log: Path
-    """Where its output goes, after what is there."""
+    """File to which its output is appended."""
     address: str
-    """Where the trainer listens, as seen from the server."""
+    """Address of the trainer, as seen from the server."""
     start_seconds: float
-    """Time to become ready."""
+    """Time limit until it is ready."""
     answer_seconds: float
-    """Time for an answer."""
+    """Time limit for an answer."""
 
     @property
     def same_machine(self) -> bool:
-        """Whether the server sees our memory files."""
+        """Whether the server can open files in memory of this process."""
         return not self.launcher
 
 
 class VllmServer:
-    """A server that is ready. It ends with this object, with this process, and when it is told to.
+    """A server that is ready. It ends with this object, with this process, or by `close`.
 
     Attributes:
         launch: how it was started.
-        vllm: its version.
-        interface: by which it takes weights.
-        sleeps: whether it can give memory back.
+        vllm: version of vLLM.
+        interface: by which it receives weights.
+        sleeps: whether it can release memory.
         pid: of the server's process, on its own machine.
-        version: of the weights that it holds; None before the first.
+        version: of its weights; None before the first update.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -108,13 +108,13 @@ class VllmServer:
 
         Raises:
             UserError: there is no such Python, it has no vLLM, or vLLM refuses the student or a setting.
-            ServerLost: it died or said nothing in time, which the next one may not. The end of the log is in the
-                advice of both.
+            ServerLost: it died or was not ready in time; another one may succeed. The advice of both exceptions is the
+                end of the log.
         """
         self.launch = launch
         self.version: int | None = None
-        begun = time.monotonic()
-        deadline = begun + launch.start_seconds
+        started = time.monotonic()
+        deadline = started + launch.start_seconds
         token = secrets.token_hex(32)
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         host = launch.address if launch.launcher else "127.0.0.1"
@@ -139,21 +139,21 @@ class VllmServer:
         logger.info(
             "vLLM %s is ready after %.0f s (weights by %s, log %s)",
             self.vllm,
-            time.monotonic() - begun,
+            time.monotonic() - started,
             self.interface,
             launch.log,
         )
 
     @property
     def alive(self) -> bool:
-        """Whether it has neither been ended nor lost."""
+        """Whether it is neither closed nor lost."""
         return self._end.alive
 
     def check_health(self) -> None:
-        """Asks whether it lives.
+        """Checks that the server answers.
 
         Raises:
-            ServerLost: it does not, or does not say so in a minute.
+            ServerLost: it did not answer within a minute.
         """
         self.ask({"request": "ping"}, seconds=_PING_SECONDS)
 
@@ -164,11 +164,11 @@ class VllmServer:
 
         Args:
             request: see `popsd_server`.
-            payload: bytes that belong to it.
-            seconds: limit; None takes the launch's.
+            payload: bytes that follow the request.
+            seconds: time limit; None uses `launch.answer_seconds`.
 
         Raises:
-            ServerLost: there is no answer, or the answer is an error, after which nobody knows the server's state.
+            ServerLost: there is no answer, or the answer is an error, after which the server's state is unknown.
         """
         try:
             self._connection.settimeout(seconds or self.launch.answer_seconds)
@@ -184,7 +184,7 @@ class VllmServer:
         return answer
 
     def close(self) -> None:
-        """Ends it. Harmless when it is gone already."""
+        """Ends the server. Has no effect when it has ended already."""
         self._end()
 
     def _lost(self, what: str) -> ServerLost:
@@ -206,7 +206,7 @@ class VllmServer:
                     self.pid = int(hello["pid"])
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     return connection
-            connection.close()  # somebody else
+            connection.close()  # not the server
 
     def _event(self, name: str, deadline: float) -> dict[str, Any]:
         self._connection.settimeout(max(_POLL_SECONDS, deadline - time.monotonic()))
@@ -214,7 +214,7 @@ class VllmServer:
             event, _ = wire.receive(self._connection)
         except TimeoutError:
             self._still_starting(deadline)
-            raise self._silent() from None
+            raise self._not_ready() from None
         except (OSError, ValueError):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_EXIT_SECONDS)
@@ -232,9 +232,9 @@ class VllmServer:
         if self._process.poll() is not None:
             raise self._lost_at_start(f"it ended at once{self._status()}")
         if time.monotonic() >= deadline:
-            raise self._silent()
+            raise self._not_ready()
 
-    def _silent(self) -> ServerLost:
+    def _not_ready(self) -> ServerLost:
         seconds = self.launch.start_seconds
         return self._lost_at_start(f"it was not ready within rollout.vllm.start_seconds={seconds:g}")
 
@@ -245,7 +245,7 @@ class VllmServer:
         return UserError(
             f"vLLM server of {self.launch.python}",
             got=got,
-            need="one that loads the student and answers",
+            need="a vLLM server that loads the student and answers",
             fix="see the end of its log below; set rollout.vllm.* or rollout.engine=megatron",
             advice=self._end_of_log(),
         )
@@ -267,7 +267,7 @@ def _start(command: list[str], launch: Launch, token: str, log: IO[str]) -> subp
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # signals of a terminal or a batch system are for us
+            start_new_session=True,  # Signals from a terminal or a batch system are for the trainer only.
         )
     except OSError as error:
         if is_transient(error):
@@ -275,18 +275,18 @@ def _start(command: list[str], launch: Launch, token: str, log: IO[str]) -> subp
         raise UserError(
             "vLLM server",
             got=f"{command[0]!r}, which cannot be run ({error.strerror})",
-            need="the Python of an environment that has vLLM",
-            fix="set rollout.vllm.python or rollout.vllm.launcher, or make an environment with `make vllm-env`",
+            need="the Python of an environment with vLLM",
+            fix="set rollout.vllm.python or rollout.vllm.launcher, or create an environment with `make vllm-env`",
         ) from None
     assert process.stdin is not None
-    with contextlib.suppress(OSError):  # It has ended already; that is told later.
-        process.stdin.write(token + "\n")  # not an argument: others see those
+    with contextlib.suppress(OSError):  # It has ended already; this is reported later.
+        process.stdin.write(token + "\n")  # not an argument, which other users can see
         process.stdin.close()
     return process
 
 
 def _end(process: subprocess.Popen[str], connection: socket.socket | None) -> None:
-    """Ends a server and its workers: its end of the connection closes, and so does its life; then by force."""
+    """Ends a server and its workers: closes the connection, at which the server exits, then kills what is left."""
     if connection is not None:
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""LoRA in vLLM: each version of the adapters is a directory in PEFT's form, which vLLM loads beside its base."""
+"""LoRA in vLLM: each version of the adapters is a directory in PEFT's format, which vLLM applies to its base."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Adapter:
     """The adapters of a running `LLM`, replaced as `popsd_interfaces.Weights` replaces weights.
 
     Attributes:
-        request: what requests must carry to be answered with them; None before the first.
+        request: passed with each request so that vLLM applies the adapters; None before the first version.
     """
 
     def __init__(self, llm: Any, config: dict[str, Any]) -> None:
         """Keeps references.
 
         Args:
-            llm: with `enable_lora`.
+            llm: created with `enable_lora`.
             config: `r` and `lora_alpha`.
         """
         self._engine = llm.llm_engine
@@ -37,31 +37,31 @@ class Adapter:
         self.request: LoRARequest | None = None
 
     def begin(self) -> None:
-        """Before the first bucket."""
+        """Starts an update."""
         self._tensors = {}
 
     def bucket(self, path: str, tensors: list[list[Any]]) -> None:
-        """Keeps the tensors of a bucket; see `read_bucket`."""
+        """Stores the tensors of a bucket; see `read_bucket`."""
         self._tensors |= read_bucket(path, tensors)
 
     def commit(self, version: int) -> None:
-        """After the last bucket: vLLM loads them, and drops the last version's.
+        """Ends an update: vLLM loads the adapters and removes those of the previous version.
 
         Raises:
-            Exception: vLLM does not take them.
+            Exception: vLLM refuses the adapters.
         """
         folder = tempfile.TemporaryDirectory(prefix="popsd-adapter-")
         modules = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in self._tensors}
         config = {"peft_type": "LORA", "bias": "none", "lora_dropout": 0.0, "target_modules": sorted(modules)}
         (Path(folder.name) / "adapter_config.json").write_text(json.dumps(config | self._config))
-        # Clones: linears that share one A share its storage, which safetensors refuses.
+        # Clones, because linears that share one A share its storage, which safetensors refuses.
         save_file(
             {name: tensor.clone() for name, tensor in self._tensors.items()}, f"{folder.name}/adapter_model.safetensors"
         )
         self._tensors = {}
         if self.request is not None:
             self._engine.remove_lora(self.request.lora_int_id)
-        self._count += 1  # vLLM knows adapters by their numbers, and one number never means two
+        self._count += 1  # vLLM identifies adapters by an integer, which must not be reused
         self.request = LoRARequest(f"step-{version}", self._count, folder.name)
         if not self._engine.add_lora(self.request):
             raise RuntimeError(f"vLLM did not load the adapters of step {version}")

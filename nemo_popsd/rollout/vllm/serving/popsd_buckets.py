@@ -1,4 +1,4 @@
-"""A bucket of weights as its receiver sees it: a file in memory, and a list of what lies in it where."""
+"""Reads a bucket of weights: a file in memory and the list of the tensors in it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16
 
 
 def read_bucket(path: str, tensors: list[list[Any]]) -> list[tuple[str, Tensor]]:
-    """Tensors over a private mapping of the file: it may be removed, they live on.
+    """Tensors in a private mapping of the file, which stays valid when the file is removed.
 
     Args:
-        path: file with the bytes.
+        path: of the file.
         tensors: name, dtype, shape and offset of each.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # Private and writable: torch wants memory that may be written, and nobody else sees that it were.
+        # Writable, because torch requires it; private, so that no other process would see a write.
         mapping = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(descriptor)
-    found = []
+    result = []
     for name, dtype, shape, offset in tensors:
         count = torch.Size(shape).numel()
-        found.append((name, torch.frombuffer(mapping, dtype=_DTYPES[dtype], count=count, offset=offset).view(shape)))
-    return found
+        result.append((name, torch.frombuffer(mapping, dtype=_DTYPES[dtype], count=count, offset=offset).view(shape)))
+    return result

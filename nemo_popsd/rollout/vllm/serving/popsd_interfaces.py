@@ -1,18 +1,18 @@
-"""Which of vLLM's interfaces takes the weights, in which version. All that depends on vLLM's version is decided here.
+"""Chooses vLLM's interface for weights. Only this module depends on vLLM's version.
 
-interface            what it is
+interface            description
 -------------------  --------------------------------------------------------------------------------------------------
-`weight-transfer`    `LLM.start_weight_update`, `update_weights`, `finish_weight_update`, with a back end of ours,
-                     registered in vLLM's `WeightTransferEngineFactory`. vLLM has had a weight-transfer API since
-                     0.16.0; later its engines came to own start and finish too, which a back end from outside needs.
-                     Seen at work: 0.25.0, 0.32.0.
-`worker-extension`   `worker_extension_cls` and `collective_rpc`, as vLLM's own RLHF examples did before there was
-                     anything else. Seen at work: 0.14.1, 0.17.1, 0.20.1, 0.32.0.
+`weight-transfer`    `LLM.start_weight_update`, `update_weights`, `finish_weight_update`, with the back end
+                     `popsd_host`, registered in vLLM's `WeightTransferEngineFactory`. vLLM has a weight-transfer API
+                     since 0.16.0; an external back end needs a version whose engines also own start and finish.
+                     Tested with 0.25.0 and 0.32.0.
+`worker-extension`   `worker_extension_cls` and `collective_rpc`, as in vLLM's older RLHF examples. Tested with
+                     0.14.1, 0.17.1, 0.20.1 and 0.32.0.
 
-LoRA adapters need neither: `popsd_adapter` uses `LLMEngine.add_lora`, the same in all of them.
+LoRA adapters need neither: `popsd_adapter` uses `LLMEngine.add_lora`, which is the same in all of these versions.
 
-The choice asks for the methods, not for version numbers. Both hand the same buckets to the same loader
-(`popsd_weights`), which reloads layer by layer where vLLM can, and loads in place where it cannot (0.14.1).
+The choice depends on the methods that vLLM has, not on its version number. Both interfaces pass the same buckets to the
+same loader (`popsd_weights`), which reloads layer by layer where vLLM supports it, and else in place (0.14.1).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ METHODS = {
     "shutdown",
     "trainer_send_weights",
 }
-"""What our back end has of what a version may demand."""
+"""Methods of `popsd_host`, which must include all abstract methods of the installed version."""
 BACKEND = "popsd_host"
-"""Name of our back end in vLLM's registry."""
+"""Name of the back end in vLLM's registry."""
 
 
 def choose(wanted: str) -> str:
     """The interface to use: `wanted`, or for `auto` the newest that this vLLM has.
 
     Raises:
-        ValueError: this vLLM does not have the one that is wanted.
+        ValueError: this vLLM does not have the requested interface.
     """
     if wanted == WORKER_EXTENSION or (wanted == "auto" and not has_weight_transfer()):
         return WORKER_EXTENSION
@@ -49,21 +49,23 @@ def choose(wanted: str) -> str:
 
 
 def has_weight_transfer() -> bool:
-    """Whether weight-transfer engines know their model and own start, update and finish, which `LLM` passes on."""
+    """Whether weight-transfer engines get the model and have start, update and finish, which `LLM` forwards to them."""
     try:
         from vllm import LLM
         from vllm.distributed.weight_transfer.base import WeightTransferEngine
     except ImportError:
         return False
     names = ("start_weight_update", "update_weights", "finish_weight_update")
-    given = inspect.signature(WeightTransferEngine.__init__).parameters
+    parameters = inspect.signature(WeightTransferEngine.__init__).parameters
     complete = all(hasattr(owner, name) for owner in (LLM, WeightTransferEngine) for name in names)
-    # An engine of a version that asks for more than ours has could not even be made.
-    return complete and {"vllm_config", "model"} <= set(given) and WeightTransferEngine.__abstractmethods__ <= METHODS
+    # If a version has further abstract methods, `popsd_host` cannot be instantiated.
+    return (
+        complete and {"vllm_config", "model"} <= set(parameters) and WeightTransferEngine.__abstractmethods__ <= METHODS
+    )
 
 
 def arguments(interface: str) -> dict[str, Any]:
-    """What `LLM` needs for it, beside the worker extension, whose import registers the back end in each worker."""
+    """Arguments of `LLM`, in addition to the worker extension, whose import registers the back end in each worker."""
     if interface == WORKER_EXTENSION:
         return {}
     from vllm.config import WeightTransferConfig
@@ -82,17 +84,17 @@ class Weights:
             llm.init_weight_transfer_engine({"init_info": {}})
 
     def begin(self) -> None:
-        """Before the first bucket."""
+        """Starts an update."""
         if self._interface == WEIGHT_TRANSFER:
             self._llm.start_weight_update()
         else:
             self._llm.collective_rpc("popsd_begin")
 
     def bucket(self, path: str, tensors: list[list[Any]]) -> None:
-        """One bucket; when this returns, the file at `path` has been mapped or read by every worker.
+        """Loads a bucket; when this returns, every worker has mapped or read the file at `path`.
 
         Args:
-            path: file with the bytes.
+            path: of the file.
             tensors: name, dtype, shape and offset of each.
         """
         if self._interface == WEIGHT_TRANSFER:
@@ -101,10 +103,10 @@ class Weights:
             self._llm.collective_rpc("popsd_bucket", args=(path, tensors))
 
     def commit(self, version: int) -> None:
-        """After the last bucket.
+        """Ends an update.
 
         Raises:
-            Exception: a worker misses weights.
+            Exception: a worker did not receive all weights.
         """
         if self._interface == WORKER_EXTENSION:
             self._llm.collective_rpc("popsd_commit")

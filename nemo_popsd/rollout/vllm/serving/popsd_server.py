@@ -1,17 +1,17 @@
-"""A vLLM that draws rollouts for one trainer. Run by vLLM's Python: `python popsd_server.py --connect host:port`.
+"""A vLLM server that generates rollouts for one trainer, run by vLLM's Python: `popsd_server.py --connect host:port`.
 
-It dials the trainer, shows the token that it read from its standard input, and answers one request after the other.
-When the connection closes, for whatever reason, it kills its process group: no server outlives its trainer.
+It connects to the trainer, sends the token that it read from its standard input, and answers one request at a time.
+When the connection closes, for any reason, it kills its process group: no server outlives its trainer.
 
 request      answer
 -----------  -------------------------------------------------------------
-`configure`  first; the event `imported`, then `ready` or `failed`
+(settings)   the first frame; the event `imported`, then `ready` or `failed`
 `ping`       the version of the weights
-`begin`      of an update
+`begin`      starts an update
 `bucket`     some of its tensors, in a file or as the frame's payload
-`commit`     of an update; the version
-`generate`   the responses, and the version of the weights that drew them
-`sleep`      memory is given back until the next request
+`commit`     ends an update; the version
+`generate`   the responses, and the version of the weights that generated them
+`sleep`      releases memory until the next request
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _CONNECT_SECONDS = 60
 
 
 class Server:
-    """The model, its weights' version, and what may be asked of it."""
+    """The model, the version of its weights, and one method for each request."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        """Loads the model; its weights are random until some are sent.
+        """Loads the model with random weights.
 
         Args:
-            settings: `arguments` of vLLM's `LLM`, the `interface` wanted, whether to `sleep`, and `adapter`, null or
-                the LoRA configuration of the adapters that will come instead of weights.
+            settings: `arguments` of vLLM's `LLM`, the requested `interface`, whether to `sleep`, and `adapter`, null or
+                the LoRA configuration of the adapters that are sent instead of weights.
         """
         import popsd_adapter
         import popsd_interfaces as interfaces
@@ -68,26 +68,26 @@ class Server:
         self._asleep = False
 
     def ping(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
-        """That it lives."""
+        """The version, as a sign of life."""
         return {"version": self._version}
 
     def begin(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
-        """Of an update: until its commit there is no version, and nothing is drawn."""
-        if (request["kind"] == "adapter") != (self._adapter is not None):
-            raise ValueError(f"{request['kind']} for a server that takes them by {self.interface}")
+        """Starts an update: until its commit there is no version, and nothing can be generated."""
+        if (request["content"] == "adapter") != (self._adapter is not None):
+            raise ValueError(f"{request['content']} for a server with the interface {self.interface}")
         self._wake()
         self._version = None
         self._weights.begin()
         return {}
 
     def bucket(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
-        """Some tensors."""
+        """Some tensors of an update."""
         with _file(request["path"], payload) as path:
             self._weights.bucket(path, request["tensors"])
         return {}
 
     def commit(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
-        """Of an update."""
+        """Ends an update."""
         self._weights.commit(request["version"])
         self._version = request["version"]
         return {"version": self._version}
@@ -108,21 +108,21 @@ class Server:
                 top_k=shared["top_k"],
                 max_tokens=shared["max_tokens"],
                 stop_token_ids=shared["stop_token_ids"],
-                ignore_eos=True,  # the stop tokens are those of the trainer, no more and no fewer
+                ignore_eos=True,  # exactly the trainer's stop tokens
                 seed=seed,
-                logprobs=0,  # of the drawn token alone
+                logprobs=0,  # only of the sampled token
                 detokenize=False,
             )
             for _, seed in request["requests"]
         ]
-        begun = time.monotonic()
+        start = time.monotonic()
         adapter = None if self._adapter is None else self._adapter.request
         outputs = self._llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
         responses = [[list(o.token_ids), _log_probs(o)] for o in (output.outputs[0] for output in outputs)]
-        return {"responses": responses, "version": self._version, "seconds": time.monotonic() - begun}
+        return {"responses": responses, "version": self._version, "seconds": time.monotonic() - start}
 
     def sleep(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
-        """Gives memory back, where vLLM can."""
+        """Releases memory, if vLLM can."""
         if self.sleeps and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
@@ -143,7 +143,7 @@ def _log_probs(completion: Any) -> list[float]:
 
 @contextlib.contextmanager
 def _file(path: str | None, payload: bytearray) -> Iterator[str]:
-    """A file that all workers can open; what came with the frame is put into one in memory."""
+    """Path of a file that all workers can open; the payload of a frame is written to a file in memory."""
     if path is not None:
         yield path
         return
@@ -158,18 +158,18 @@ def _file(path: str | None, payload: bytearray) -> Iterator[str]:
 
 
 def _read(connection: socket.socket, frames: queue.Queue[tuple[dict[str, Any], bytearray]]) -> None:
-    """Puts frames into the queue until the trainer is gone, and then ends this process and its workers."""
+    """Puts frames into the queue until the connection closes, then kills this process and its workers."""
     try:
         while True:
             frames.put(wire.receive(connection))
     except Exception as error:
-        print(f"the trainer is gone: {error}", flush=True)
+        print(f"the connection to the trainer closed: {error}", flush=True)
     finally:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def serve(connection: socket.socket, token: str) -> None:
-    """Answers until the trainer is gone, which ends the process."""
+    """Answers requests until the connection closes, which ends the process."""
     hello = {"token": token, "protocol": wire.PROTOCOL, "pid": os.getpid(), "host": socket.gethostname()}
     wire.send(connection, hello)
     frames: queue.Queue[tuple[dict[str, Any], bytearray]] = queue.Queue()
@@ -185,7 +185,7 @@ def serve(connection: socket.socket, token: str) -> None:
     except Exception as error:
         traceback.print_exc()
         wire.send(connection, {"event": "failed", "stage": stage, "error": _words(error)})
-        frames.get()  # until the trainer has read it
+        frames.get()  # Waits until the trainer has read it and closes the connection.
         return
     wire.send(connection, {"event": "ready", "interface": server.interface, "sleeps": server.sleeps})
     while True:
@@ -205,12 +205,12 @@ def _words(error: Exception) -> str:
 
 
 def main() -> None:
-    """Reads the token, dials, serves."""
+    """Reads the token, connects and serves."""
     parser = argparse.ArgumentParser(description="vLLM server of one trainer")
     parser.add_argument("--connect", required=True, metavar="HOST:PORT", help="where the trainer listens")
     host, _, port = parser.parse_args().connect.rpartition(":")
     token = sys.stdin.readline().strip()
-    # Signals are for the trainer, which decides what becomes of its server.
+    # The trainer handles signals and ends its server.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if os.getpgrp() != os.getpid():

@@ -1,4 +1,4 @@
-"""Inside vLLM's workers: buckets of weights are loaded into the model."""
+"""Runs in vLLM's workers and loads buckets of weights into the model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vllm.platforms import current_platform
 
 
 class BucketLoader:
-    """One update of one worker's model, from Hugging Face's names and full tensors: vLLM cuts and fuses them itself."""
+    """One update of one worker's model from full tensors under Hugging Face's names, which vLLM shards and fuses."""
 
     def __init__(self, model: nn.Module, model_config: Any) -> None:
         """Prepares the model.
 
-        Where vLLM can, each layer is put together aside and processed once its weights are there: a kernel that wants
-        its matrix packed gets it packed, and captured graphs keep their addresses.
+        Where vLLM supports it, a layer is assembled separately and processed when its weights are complete: kernels get
+        packed matrices where they need them, and captured graphs keep their addresses.
         """
         self._model = model
         self._model_config = model_config
@@ -36,7 +36,7 @@ class BucketLoader:
 
     @torch.no_grad()
     def bucket(self, path: str, tensors: list[list[Any]]) -> None:
-        """Loads the tensors of one bucket, or keeps them until the rest of their layer is there."""
+        """Loads the tensors of one bucket, or keeps them until their layer is complete."""
         model: Any = self._model
         self._missing -= model.load_weights(iter(read_bucket(path, tensors)))
 
@@ -45,14 +45,14 @@ class BucketLoader:
         """Ends the update.
 
         Raises:
-            ValueError: parameters were left as they were.
+            ValueError: some parameters got no new weights.
         """
         if self._missing:
             raise ValueError(f"no weights came for {len(self._missing)} parameters: {sorted(self._missing)[:4]}")
         if self._reload is not None:
             self._reload.finalize_layerwise_reload(self._model, self._model_config)
-            # It processes the layers that were loaded. An output layer whose matrix is the embedding's was not, and on
-            # CPUs would go on with the packed copy of the old one.
+            # Only layers that were loaded are processed. An output layer that is tied to the embedding was not, and on
+            # CPUs would use the packed copy of the old matrix.
             for layer in self._tied:
                 layer.quant_method.process_weights_after_loading(layer)
             if current_platform.is_cpu():
@@ -62,7 +62,7 @@ class BucketLoader:
 
 
 def _pack_experts(model: nn.Module) -> None:
-    """Packs the experts' matrices for kernels on CPUs, which vLLM does at the first load alone."""
+    """Packs the experts' matrices for kernels on CPUs, which vLLM does only at the first load."""
     for layer in model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None:
@@ -70,7 +70,7 @@ def _pack_experts(model: nn.Module) -> None:
 
 
 def _tied_layers(model: nn.Module) -> list[Any]:
-    """Layers with a parameter that another layer before them has too."""
+    """Layers with a parameter that an earlier layer also has."""
     seen: set[int] = set()
     tied = []
     for layer in model.modules():
@@ -82,10 +82,10 @@ def _tied_layers(model: nn.Module) -> list[Any]:
 
 
 class WorkerExtension:
-    """What `collective_rpc` calls in every worker, whose class vLLM makes inherit from this."""
+    """Methods for `collective_rpc` in every worker; vLLM makes the worker's class inherit from this one."""
 
     def popsd_begin(self) -> None:
-        """Before the first bucket."""
+        """Starts an update."""
         worker: Any = self
         with set_current_vllm_config(worker.vllm_config):
             worker.popsd_loader = BucketLoader(worker.model_runner.model, worker.vllm_config.model_config)
@@ -114,7 +114,7 @@ if has_weight_transfer():
 
     @dataclass
     class HostInitInfo(WeightTransferInitInfo):
-        """Nothing to agree on."""
+        """No arguments."""
 
     @dataclass
     class HostUpdateInfo(WeightTransferUpdateInfo):
@@ -124,17 +124,17 @@ if has_weight_transfer():
         tensors: list[list[Any]] = field(default_factory=list)
 
     class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-        """Back end `popsd_host`: buckets in the host's memory. Needs no GPU, and no torch of the trainer's version."""
+        """Back end `popsd_host`: buckets in host memory. Needs neither a GPU nor the trainer's version of torch."""
 
         init_info_cls = HostInitInfo
         update_info_cls = HostUpdateInfo
         _loader: BucketLoader | None = None
 
         def init_transfer_engine(self, init_info: HostInitInfo) -> None:
-            """Nothing."""
+            """Does nothing."""
 
         def start_weight_update(self) -> None:
-            """Before the first bucket."""
+            """Starts an update."""
             self._loader = BucketLoader(self.model, self.model_config)
 
         def receive_weights(self, update_info: HostUpdateInfo) -> None:
@@ -143,7 +143,7 @@ if has_weight_transfer():
             self._loader.bucket(update_info.path, update_info.tensors)
 
         def finish_weight_update(self) -> None:
-            """After the last bucket."""
+            """Ends an update."""
             assert self._loader is not None
             self._loader.finish()
             self._loader = None
@@ -154,7 +154,7 @@ if has_weight_transfer():
 
         @staticmethod
         def trainer_send_weights(*arguments: Any, **named: Any) -> None:
-            """Some versions want the trainer's side here too."""
-            raise NotImplementedError("the trainer sends its buckets itself")
+            """Abstract in some versions; the trainer does not use it."""
+            raise NotImplementedError("the trainer sends buckets without vLLM")
 
     WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)

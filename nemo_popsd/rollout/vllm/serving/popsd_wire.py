@@ -1,11 +1,11 @@
-"""Frames between the trainer and its vLLM server: a JSON header and, where weights travel with it, raw bytes.
+"""Frames between the trainer and its vLLM server: a JSON header and, for weights, raw bytes.
 
     4 bytes   length of the header, unsigned, big-endian
     8 bytes   length of the payload, unsigned, big-endian
     header    UTF-8 JSON object
     payload   bytes
 
-No pickle: what arrives on a socket is data and stays data. Standard library only, since both environments use it.
+No pickle, so that received data cannot run code. Standard library only, because both environments use this module.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import socket
 import struct
 from typing import Any
 
-PROTOCOL = 1
-"""Both sides must speak the same."""
+PROTOCOL = 2
+"""Version, the same on both sides."""
 
 _LENGTHS = struct.Struct("!IQ")
 _LARGEST_HEADER = 1 << 30
@@ -44,16 +44,16 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], bytearray]:
     """Waits for one frame.
 
     Raises:
-        DisconnectedError: there will be none.
-        ValueError: what arrived is no frame.
-        OSError: the connection is broken, or its time limit is over.
+        DisconnectedError: the connection was closed.
+        ValueError: the received bytes are not a frame.
+        OSError: the connection is broken, or its time limit has passed.
     """
     header_size, payload_size = _LENGTHS.unpack(_exactly(connection, _LENGTHS.size))
     if header_size > _LARGEST_HEADER or payload_size > _LARGEST_PAYLOAD:
         raise ValueError(f"a frame of {header_size} and {payload_size} bytes")
     header = json.loads(_exactly(connection, header_size))
     if not isinstance(header, dict):
-        raise ValueError(f"a header that is no object: {header!r}")
+        raise ValueError(f"a header that is not an object: {header!r}")
     return header, _exactly(connection, payload_size)
 
 
