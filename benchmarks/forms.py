@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nemo_popsd.distillation import (
+    Branches,
     Divergence,
+    HiddenPair,
     MainGradient,
-    PurifiedTarget,
+    Target,
     hidden_pair,
     loss_from_hidden,
     loss_from_logits,
 )
 from nemo_popsd.distillation.definition import log_softmax
 from nemo_popsd.parallel.collectives import gather_shards, sum_for_replicas, sum_for_shards
-from nemo_popsd.parallel.vocabulary import mean_row
+from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
 
 PEERS_CHUNK = 512
 """Tokens per chunk in the chunked forms, as in released implementations."""
@@ -45,7 +47,7 @@ class Problem:
     reference: Tensor
     weight: Tensor
     token_weights: Tensor
-    target: PurifiedTarget
+    target: Target
     divergence: Divergence
     trained: bool
     group: dist.ProcessGroup | None = None
@@ -54,6 +56,16 @@ class Problem:
     def vocab_size(self) -> int:
         """Vocabulary size without padding, over all shards."""
         return self.weight.shape[0] * (1 if self.group is None else self.group.size())
+
+    @property
+    def shard(self) -> VocabShard:
+        """This rank's shard of the vocabulary."""
+        return VocabShard(self.vocab_size, self.weight.shape[0], self.group)
+
+    @property
+    def vectors(self) -> HiddenPair:
+        """The vectors of the target."""
+        return hidden_pair(self.target, base=self.base, privileged=self.privileged, reference=self.reference)
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Student states and matrix as leaves without a gradient."""
@@ -109,7 +121,7 @@ def make_problem(
         base=base,
         weight=normal(vocab, hidden) * 3 / hidden**0.5,
         token_weights=torch.full((tokens,), 1 / tokens, device=device),
-        target=PurifiedTarget(cap=cap),
+        target=Target.purified(cap=cap),
         divergence=Divergence(kind),
         trained=trained,
         group=group,
@@ -124,7 +136,7 @@ class Ours:
 
     def __init__(self, problem: Problem, *, fused: str = "auto", chunk_tokens: int | None = None) -> None:
         self._problem, self._fused, self._chunk_tokens = problem, fused, chunk_tokens
-        self._centre = mean_row(problem.weight, problem.vocab_size, problem.group)
+        self._centre = mean_output_vector(problem.weight, problem.shard)
         dtype = torch.float64 if problem.weight.dtype == torch.float64 else torch.float32
         self._kept = torch.zeros_like(problem.weight, dtype=dtype) if problem.trained else None
 
@@ -135,12 +147,11 @@ class Ours:
         result = loss_from_hidden(
             hidden,
             weight,
-            hidden_pair(problem.target, problem.base, problem.privileged, problem.reference),
+            problem.vectors,
             problem.weight,
             target=problem.target,
             divergence=problem.divergence,
-            vocab_size=problem.vocab_size,
-            tp_group=problem.group,
+            shard=problem.shard,
             token_weights=problem.token_weights,
             chunk_tokens=self._chunk_tokens,
             centre=self._centre,
@@ -154,14 +165,12 @@ class Ours:
 
 def _losses(problem: Problem, hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
     """Four logits, their log-softmaxes, the target and the divergence, all under autograd: [C]."""
-    frozen = [x[rows] @ problem.weight.t() for x in (problem.privileged, problem.reference, problem.base)]
+    frozen = {name: getattr(problem, name)[rows] @ problem.weight.t() for name in ("base", "privileged", "reference")}
     return loss_from_logits(
-        hidden @ weight.t(),
-        *frozen,
+        Branches(hidden @ weight.t(), **frozen),
         target=problem.target,
         divergence=problem.divergence,
-        vocab_size=problem.vocab_size,
-        tp_group=problem.group,
+        shard=problem.shard,
     )
 
 
@@ -254,7 +263,7 @@ class Products:
 
     def __init__(self, problem: Problem, chunk_tokens: int) -> None:
         self._problem = problem
-        pair = hidden_pair(problem.target, problem.base, problem.privileged, problem.reference)
+        pair = problem.vectors
         vectors = [problem.student, *(x.to(problem.weight.dtype) for x in pair if x is not None)]
         starts = range(0, len(problem.student), chunk_tokens)
         self._chunks = [slice(start, start + chunk_tokens) for start in starts]

@@ -25,9 +25,9 @@ from experiments.rows import FOLDER, tuning_problems, write
 from experiments.run import CONF
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.data.contexts import Borrowed
-from nemo_popsd.distillation.build import build_target
-from nemo_popsd.distillation.definition import target_from_logits
-from nemo_popsd.distillation.target import Target
+from nemo_popsd.distillation.definition import Branches, target_from_logits
+from nemo_popsd.distillation.families import Target, build_target
+from nemo_popsd.parallel.vocabulary import VocabShard
 from nemo_popsd.testbed.contexts import count_markers, right
 from nemo_popsd.testbed.problems import Difficulty, Problem, response, thoughtful_thoughts
 from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
@@ -99,7 +99,11 @@ def follow(
     running = set(range(len(problems)))
     while running and max(map(len, answers)) < _LONGEST:
         base, privileged, reference = (branch.next_logits() for branch in branches)
-        log_p = target_from_logits(base, privileged, reference, base, target=target, vocab_size=base.shape[1])
+        log_p = target_from_logits(
+            Branches(base, base, privileged, reference),
+            target=target,
+            shard=VocabShard(base.shape[1], base.shape[1]),
+        )
         drawn = torch.multinomial(log_p.exp(), 1)[:, 0]
         for branch in branches:
             branch.append(drawn)
@@ -138,7 +142,11 @@ def guesses(model: Any, tokenizer: Any, problems: Sequence[Problem], target: Tar
             ids = tokenizer.encode(prompt, add_special_tokens=False)
             logits[context] = model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1][places]
         base, privileged, reference = (logits[context] for context in CONTEXTS)
-        followed = target_from_logits(base, privileged, reference, base, target=target, vocab_size=base.shape[1])
+        followed = target_from_logits(
+            Branches(base, base, privileged, reference),
+            target=target,
+            shard=VocabShard(base.shape[1], base.shape[1]),
+        )
         right_ids = torch.tensor(answer)[places, None]
         for name, log_probs in (*((c, x.log_softmax(-1)) for c, x in logits.items()), ("target", followed)):
             sums[name] += float(log_probs.gather(1, right_ids).exp().sum())

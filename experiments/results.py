@@ -119,10 +119,10 @@ def signal_table(done: dict[Arm, list[Run]]) -> str:
     """The teacher's signal at the start and the end, and the time of a step."""
     first, last, every = slice(0, 5), slice(-5, None), slice(None)
     columns = [
-        ("‖Δ_ref‖/‖Δ_total‖, steps 1-5", "delta_ratio", first),
-        ("last 5 steps", "delta_ratio", last),
-        ("cos(Δ_total, Δ_ref)", "cos_total_ref", every),
-        ("cos(Δ_total, Δ_it)", "cos_total_it", every),
+        ("‖Δ_ref‖/‖Δ_total‖, steps 1-5", "norm_ratio", first),
+        ("last 5 steps", "norm_ratio", last),
+        ("cos(Δ_total, Δ_ref)", "cosine_reference", every),
+        ("cos(Δ_total, Δ_it)", "cosine_question", every),
     ]
     header = ["arm", *(title for title, _, _ in columns), "s a step, two runs at a time"]
     lines = [header, ["---"] * len(header)]
@@ -163,8 +163,8 @@ def plot_changes(done: dict[Arm, list[Run]], file: Path) -> None:
 def plot_training(done: dict[Arm, list[Run]], file: Path) -> None:
     """Signal, markers and length of the rollouts over training, a mean over seeds for each arm."""
     names = {
-        "delta_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
-        "cos_total_it": "cos(Δ_total, Δ_it)",
+        "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
+        "cosine_question": "cos(Δ_total, Δ_it)",
         "marker_rate": "markers per 1,000 rollout tokens",
         "response_tokens": "tokens per rollout",
     }

@@ -2,8 +2,8 @@
 
     python -m benchmarks.container.compile_sm90      torch's CUDA build; no driver
 
-The functions of `distillation/rowwise.py` are traced on the CPU (their Python indexing needs a driver), lowered by
-inductor for fake CUDA inputs with an H100's properties, and each kernel's first configuration is compiled by Triton and
+The kernels of `distillation/closed_form.py` are traced on the CPU (their indexing would need a driver), lowered by
+inductor for fake CUDA inputs with an H100's properties, and the first configuration of each is compiled by Triton and
 its assembler. Shapes are static here and symbolic in training, so the kernels of a run differ.
 """
 
@@ -146,26 +146,24 @@ def _lower(function: Callable[..., Any], arguments: Sequence[Any], mode: Any) ->
 
 
 def _cases(mode: Any) -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
-    from nemo_popsd.distillation import rowwise
+    from nemo_popsd.distillation import closed_form
 
     with mode:
 
         def f32(*shape: int) -> Tensor:
             return torch.empty(shape, device=GPU)
 
-        constants = rowwise.Constants(*(f32() for _ in rowwise.Constants._fields))
-        coefficients = rowwise.Coefficients(*(f32() for _ in rowwise.Coefficients._fields))
-        s, t, d, other, bend = (f32(_ROWS, _VOCABULARY) for _ in range(5))
+        constants = closed_form.Constants(*(f32() for _ in closed_form.Constants._fields))
+        s, t, d = (f32(_ROWS, _VOCABULARY) for _ in range(3))
         mean, weight, divergence = (f32(_ROWS) for _ in range(3))
-        measures = f32(1, rowwise.MEASURES, _ROWS)
+        measures = f32(1, closed_form.SHARD_STATS, _ROWS)
         out = torch.empty(_ROWS, _VOCABULARY, dtype=torch.bfloat16, device=GPU)
     return [
-        ("measure", rowwise.measure, (s, t, d, mean, constants)),
-        ("measure_capped", rowwise.measure_capped, (s, bend, t, d, other, mean, coefficients, constants)),
-        ("mix", rowwise.mix, (s, t, measures, constants)),
-        ("jsd_grad", rowwise.jsd_grad, (s, t, divergence, weight, out, constants)),
-        ("slope_forward", rowwise.slope_forward, (s, t, measures, weight, out)),
-        ("slope_reverse", rowwise.slope_reverse, (s, t, measures, weight, out)),
+        ("shard_stats", closed_form.shard_stats, (s, t, d, mean, constants)),
+        ("jsd_mixture", closed_form.jsd_mixture, (s, t, measures, constants)),
+        ("jsd_grad", closed_form.jsd_grad, (s, t, divergence, weight, out, constants)),
+        ("forward_kl_grad", closed_form.forward_kl_grad, (s, t, measures, weight, out)),
+        ("reverse_kl_grad", closed_form.reverse_kl_grad, (s, t, measures, weight, out)),
     ]
 
 

@@ -31,36 +31,36 @@ _VOCABULARY, _HIDDEN, _TOKENS = 151936, 64, 700
 _RANK = 8
 
 
-def loss(kind: str, full: bool, cap: float | None, soft_cap: float | None) -> str:
+def loss(kind: str, full: bool, cap: float | None) -> str:
     """Forward and backward of the loss in bf16; returns a description of the results."""
     from nemo_popsd.distillation import (
         Divergence,
         MainGradient,
-        PurifiedTarget,
-        frozen_states,
+        Target,
         hidden,
+        hidden_pair,
         loss_from_hidden,
     )
+    from nemo_popsd.parallel.vocabulary import VocabShard
 
     with FakeTensorMode(), patch.object(torch, "addmm", _addmm):
         weight = torch.empty(_VOCABULARY, _HIDDEN, dtype=torch.bfloat16, device=GPU).requires_grad_(full)
         teacher = torch.empty_like(weight).detach() if full else weight.detach()
         states = [torch.empty(_TOKENS, _HIDDEN, dtype=torch.bfloat16, device=GPU) for _ in range(4)]
-        target = PurifiedTarget(cap=cap)
+        target = Target.purified(cap=cap)
         main = MainGradient(torch.empty(_VOCABULARY, _HIDDEN, device=GPU), 1.0) if full else None
         result = loss_from_hidden(
             states[0].requires_grad_(),
             weight,
-            frozen_states(target, *states[1:], soft_cap=soft_cap),
+            hidden_pair(target, base=states[1], privileged=states[2], reference=states[3]),
             teacher,
             target=target,
             divergence=Divergence(kind),
-            vocab_size=_VOCABULARY - 100,
+            shard=VocabShard(_VOCABULARY - 100, _VOCABULARY),
             token_weights=torch.empty(_TOKENS, device=GPU),
             chunk_tokens=256,
             main_gradient=main,
             fused="never",
-            soft_cap=soft_cap,
         )
         context: Any = result.total.grad_fn
         upstream = torch.ones((), device=GPU)
@@ -137,10 +137,10 @@ def cases(model: Path) -> list[tuple[str, Callable[[], str]]]:
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 
     found: list[tuple[str, Callable[[], str]]] = []
-    choices = itertools.product(("jsd", "forward_kl", "reverse_kl"), (False, True), (10.0, None), (None, 30.0))
-    for kind, full, cap, soft in choices:
-        name = f"loss, {kind}, {'full' if full else 'LoRA'}, cap {cap}, soft cap {soft}"
-        found.append((name, lambda a=(kind, full, cap, soft): loss(*a)))
+    choices = itertools.product(("jsd", "forward_kl", "reverse_kl"), (False, True), (10.0, None))
+    for kind, full, cap in choices:
+        name = f"loss, {kind}, {'full' if full else 'LoRA'}, cap {cap}"
+        found.append((name, lambda a=(kind, full, cap): loss(*a)))
     for top_k, top_p, temperature in ((0, 1.0, 1.0), (20, 0.95, 1.1), (0, 0.9, 1.0), (20, 1.0, 1.0), (0, 1.0, 0.0)):
         name = f"sampling, top_k {top_k}, top_p {top_p}, temperature {temperature}"
         found.append((name, lambda a=(top_k, top_p, temperature): sampling(*a)))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
-from nemo_popsd.planning.compute import target_vectors
 from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, whole
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
@@ -137,11 +136,11 @@ def loss_bytes(case: Case) -> float:
     rows, responses = padded_vocabulary(sizes, layout) / layout.tensor, case.microbatch_responses
     columns = min(rows, sizes.vocab)  # the first ranks have no padding
     # Student, one for each vector of the target, and the gradient where it cannot take the student's place.
-    buffers = 1 + target_vectors(case.config) + (0.5 if element < 4 else float(layout.tensor > 1))
+    buffers = 1 + case.target.vectors + (0.5 if element < 4 else float(layout.tensor > 1))
     tokens = min(settings.chunk_tokens or default_chunk_tokens(buffers), responses)
     chunk = 4 * buffers * tokens * columns + 4 * min(settings.diagnosed_tokens, tokens) * columns
-    states = responses * sizes.hidden  # each of: hidden state and its gradient, anchor, shift
-    return states * (3 * element + 4) + max(chunk, states * element)
+    states = responses * sizes.hidden  # each of: hidden state and its gradient, the target's vectors
+    return states * (2 * element + case.target.vector_bytes(element)) + max(chunk, states * element)
 
 
 def cache_bytes(case: Case, stage: Stage) -> float:
@@ -218,8 +217,7 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         "optimizer": optimizer_bytes(case, parameters),
         "frozen copy": 0.0 if case.lora else float(kept_matrix if offloaded else copy),
     }
-    uses_shift = case.config.distillation.target.family in ("purified", "student_pmi")
-    state = sizes.hidden * (len(case.branches) * case.element + (4 if uses_shift else 0))
+    state = sizes.hidden * (len(case.branches) * case.element + case.target.summed_bytes)
     states = case.owned_rows * case.limits.response * state if stage.last else 0
     cached = case.config.training.cache_on_host
     rollout = case.config.rollout

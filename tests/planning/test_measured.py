@@ -112,7 +112,8 @@ def _watch_caches() -> list[int]:
 def _measure_loss(run: Any) -> tuple[int, int]:
     """Peak bytes and operations of the loss of one micro-batch of all rows, forward and backward."""
     from nemo_popsd.distillation import DiagnosedTokens, HiddenPair, loss_from_hidden
-    from nemo_popsd.distillation.build import build_divergence, build_target
+    from nemo_popsd.distillation.divergence import build_divergence
+    from nemo_popsd.distillation.families import build_target
     from nemo_popsd.megatron.forward import upstream_of_loss
     from tests.planning.counters import LiveBytes, flop_counter
 
@@ -131,8 +132,7 @@ def _measure_loss(run: Any) -> tuple[int, int]:
             student.base_weight,
             target=build_target(settings.target),
             divergence=build_divergence(settings.divergence),
-            vocab_size=student.vocab_size,
-            tp_group=student.tp_group,
+            shard=student.vocab_shard,
             token_weights=torch.ones(tokens),
             chunk_tokens=settings.chunk_tokens,
             centre=student.centre,
