@@ -6,6 +6,7 @@ rows with padding, S token statistics.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
