@@ -99,17 +99,11 @@ def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None
     for rank in ranks:
         for measured, wanted in zip(logged(rank), logged(expected), strict=True):
             for name in ("loss", "forward_kl", "reverse_kl", "student_entropy", "target_entropy", "grad_norm"):
-                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
-                    wanted.as_dict()[f"train/{name}"], rel=2e-5
-                ), name
+                assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=2e-5), name
             for name in ("norm_ratio", "cosine_question", "cosine_reference"):
-                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
-                    wanted.as_dict()[f"train/{name}"], rel=1e-4, abs=1e-5
-                ), name
+                assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=1e-4, abs=1e-5), name
             for name in ("response_tokens", "cut_share", "marker_rate", "learning_rate"):
-                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
-                    wanted.as_dict()[f"train/{name}"], rel=1e-12
-                ), name
+                assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=1e-12), name
         for what, tolerance in (("gradients", GRADIENT_TOLERANCE), ("weights", WEIGHT_TOLERANCE)):
             errors = dict(deviations(rank[what], expected[what]))
             assert {name: error for name, error in errors.items() if not error < tolerance} == {}, what

@@ -105,9 +105,7 @@ def same_run(seen: dict[str, Any], expected: dict[str, Any]) -> None:
     assert seen["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
     for measured, wanted in zip(logged(seen), logged(expected), strict=True):
         for name in ("grad_norm", "forward_kl", "reverse_kl", "student_entropy", "target_entropy"):
-            assert measured.as_dict()[f"train/{name}"] == pytest.approx(
-                wanted.as_dict()[f"train/{name}"], rel=10 * TOLERANCE
-            ), name
+            assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=10 * TOLERANCE), name
         for name in ("response_tokens", "cut_share", "marker_rate", "learning_rate"):
             assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=1e-12), name
 
