@@ -24,7 +24,7 @@ GPU = "not run yet"
 
 TRAINING = "training/test_layouts.py::test_every_layout_gives_the_same_training"
 ROLLOUTS = "rollout/test_layouts.py::test_responses_are_those_of_one_process"
-ROLLOUTS_OF_EXPERTS = "rollout/test_layouts.py::test_experts_on_several_ranks_draw_what_one_process_does"
+ROLLOUTS_OF_EXPERTS = "rollout/test_layouts.py::test_experts_on_several_ranks_generate_the_same_as_one_process"
 CHECKPOINTS = "checkpoint/test_layouts.py::test_what_a_layout_writes_one_process_reads_and_the_other_way_round"
 BY_ARCHITECTURE = {
     "conversion": "checkpoint/test_conversion.py::test_tensors_come_back_bit_for_bit_from_what_any_layout_wrote",

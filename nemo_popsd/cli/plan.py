@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
         "plan",
         help="estimate memory, work and time of a run before it is queued",
         description="Estimate a step of CONF per GPU on N nodes by formula (docs/planning.md): memory, FLOPs, bytes "
-        "sent, seconds. A layout that does not fit or divide is refused, with the nearest ones that do. Needs no GPU, "
-        "no weights and no data.",
+        "sent, seconds. A layout that does not fit or divide is refused, with the nearest ones that do. Needs no "
+        "GPU, no weights and no data.",
     )
     parser.add_argument(
         "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/qwen3_8b.yaml"

@@ -18,7 +18,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a model with Purified OPSD",
-        description="Train a model as CONF says; checkpoints, metrics and the resolved configuration go to `output`.",
+        description="Train a model with the settings of CONF; checkpoints, metrics and the resolved configuration are "
+        "written to `output`.",
     )
     add_config_arguments(parser)
     parser.set_defaults(run=run)

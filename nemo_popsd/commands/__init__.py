@@ -1,1 +1,1 @@
-"""What each command does, once its arguments and the configuration are checked."""
+"""The commands of `popsd`, after their arguments and the configuration have been checked."""

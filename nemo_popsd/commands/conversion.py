@@ -76,7 +76,7 @@ def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_cod
     """Compares source and output; the output is renamed if they differ."""
     try:
         with _bar("comparing", len(model.tensor_names)) as step:
-            found = verify(model, open_source(nemo), precision, trust_remote_code=trust_remote_code, compared=step)
+            result = verify(model, open_source(nemo), precision, trust_remote_code=trust_remote_code, compared=step)
     except UserError as error:
         names = (written.with_name(f"{written.name}.refused{suffix}") for suffix in ("", *range(2, 1000)))
         refused = next(path for path in names if not os.path.lexists(path))
@@ -86,11 +86,11 @@ def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_cod
             written.rename(refused)
         fix = f"{error.fix}; the output was renamed to {refused}"
         raise UserError(error.what, got=error.got, need=error.need, fix=fix) from error
-    sample = "text" if found.text else "random tokens (no tokenizer)"
+    sample = "text" if result.text else "random tokens (no tokenizer)"
     _print(
-        f"verified: {found.tensors} tensors equal bit for bit; logits of {found.tokens} tokens of {sample} differ by "
-        f"at most {found.difference:.1e} of the largest (limit {TOLERANCE[precision]:g}); same most likely token at "
-        f"{100 * found.same_choice:.1f} % of the positions"
+        f"verified: {result.tensors} tensors equal bit for bit; logits of {result.tokens} tokens of {sample} differ by "
+        f"at most {result.difference:.1e} of the largest (limit {TOLERANCE[precision]:g}); same most likely token at "
+        f"{100 * result.same_choice:.1f} % of the positions"
     )
 
 

@@ -24,7 +24,7 @@ from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.run import as_file_name, conclude_all, prepare_sets, weights_digest
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.files.ownership import refuse_overlap
-from nemo_popsd.model.evaluation import before_and_after, draw_missing
+from nemo_popsd.model.evaluation import before_and_after, generate_missing
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.trainer import build_trainer
 from nemo_popsd.observability.rank import is_rank_zero
@@ -125,7 +125,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     )
     for one in problem_sets:
         model.refuse_long_evaluation(one.prompts)
-    draw_missing(model.sampler, problem_sets, model=name, digest=digest)
+    generate_missing(model.sampler, problem_sets, model=name, digest=digest)
     shutdown()
     if is_rank_zero():
         _print(conclude_all(problem_sets, config.evaluation, model=name))
@@ -199,8 +199,8 @@ def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> None:
-    """Evaluates the current weights unless that has been done. Keeps the random state, so that a run trains alike
-    whether or not it finds the evaluation on disk.
+    """Evaluates the current weights unless that has been done. Keeps the random state, so that a run trains
+    identically whether or not it finds the evaluation on disk.
     """
     if model.last_evaluation_step != model.completed_steps:
         with preserved_random_state():

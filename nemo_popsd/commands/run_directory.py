@@ -102,17 +102,17 @@ class RunDirectory:
         """
         if self._config.overwrite:
             return None
-        found = from_rank_zero(f"output {self.output}", self._list_checkpoints, **_SPACE)
+        checkpoints = from_rank_zero(f"output {self.output}", self._list_checkpoints, **_SPACE)
         name = None
         try:
-            if (newest := found.newest()) is None:
+            if (newest := checkpoints.newest()) is None:
                 return None
             name = newest.name
             checkpoint = self._verified(name)
         except DamagedCheckpointError as error:
-            damaged = name or next(name for name, other in found.damaged.items() if str(other) == str(error))
-            raise self._with_fix(error, damaged, found) from None
-        for older in found.damaged.values():
+            damaged = name or next(name for name, other in checkpoints.damaged.items() if str(other) == str(error))
+            raise self._with_fix(error, damaged, checkpoints) from None
+        for older in checkpoints.damaged.values():
             logger.warning("%s is kept: %s", older.what, older.got)
         refuse_another_run(checkpoint.config, self._config)
         return checkpoint
@@ -160,12 +160,14 @@ class RunDirectory:
         opened[0].verify()
         return opened[0]
 
-    def _with_fix(self, error: DamagedCheckpointError, damaged: str, found: Checkpoints) -> DamagedCheckpointError:
+    def _with_fix(
+        self, error: DamagedCheckpointError, damaged: str, checkpoints: Checkpoints
+    ) -> DamagedCheckpointError:
         """The error with a fix that names the newest intact checkpoint, which is looked for. Collective."""
         path = self._checkpoints / damaged
         aside = path.with_name(f"{damaged}.damaged")
         fix = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is intact"
-        for name in reversed(found.resumable()):
+        for name in reversed(checkpoints.resumable()):
             if name == damaged:
                 continue
             try:

@@ -1,4 +1,4 @@
-"""Checks between sections, and of what a run needs from the machine. No torch: they run before any model is built."""
+"""Checks between sections, and of paths and machine. They run before a model is built and import no torch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ RUN_FILES = (
     DONE,
     REQUEUE,
 )
-"""What a training run writes below `output`, besides its resolved configuration."""
+"""What a training run writes to `output`, besides its resolved configuration."""
 
 
 def check_sections(config: PopsdConfig) -> None:
-    """Refuse values that are possible each alone but not together. Needs nothing but `config`.
+    """Refuse values that are valid separately but not together. Reads nothing but `config`.
 
     Raises:
         UserError: names both settings.
@@ -52,7 +52,7 @@ def check_sections(config: PopsdConfig) -> None:
             "configuration",
             got=f"rollout.tokens_per_step={config.rollout.tokens_per_step} with training.updates_per_step="
             f"{training.updates_per_step}",
-            need="one update on the rows of a step, whose number the budget leaves open",
+            need="one update per step: with a token budget the number of finished responses is not fixed",
             fix="set training.updates_per_step=1 or rollout.tokens_per_step=0",
         )
     if optimizer.min_lr > optimizer.lr:
@@ -91,7 +91,7 @@ def check_layout(config: PopsdConfig, *, world_size: int) -> None:
 
 
 def _check_engine(config: PopsdConfig) -> None:
-    """Refuse an engine that cannot run here."""
+    """Refuse an engine that cannot run on this machine."""
     rollout, ranks = config.rollout, config.parallel.replica_ranks
     if rollout.engine != "vllm":
         return
@@ -107,17 +107,17 @@ def _check_engine(config: PopsdConfig) -> None:
 
 
 def holds_a_run(output: str) -> bool:
-    """Whether a training run has begun in `output`."""
+    """Whether `output` has the files of a training run."""
     directory = Path(output).expanduser()
     return (directory / "config.yaml").is_file() and any((directory / name).exists() for name in RUN_FILES)
 
 
 def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
-    """Everything that can be known to be wrong with a training run before a model is built.
+    """Refuse a training run whose settings, paths or machine do not fit, before a model is built.
 
     Raises:
         UserError: a contradiction, a layout that does not fit, a path that is empty or does not exist, or an output
-            directory that cannot be written, or that holds what no run of ours wrote.
+            directory that cannot be written or has files that this package did not write.
     """
     check_sections(config)
     check_layout(config, world_size=world_size)
@@ -129,9 +129,9 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
         check_source(config.data.validation, setting="data.validation", need_reference=False, need_answer=True)
     check_output(config.output)
     output = Path(config.output).expanduser().resolve()
-    found = [name for name in RUN_FILES if (output / name).exists()]
-    _check_ownership(config, output, found)
-    removed = found if config.overwrite else ("checkpoints", "huggingface")
+    present = [name for name in RUN_FILES if (output / name).exists()]
+    _check_ownership(config, output, present)
+    removed = present if config.overwrite else ("checkpoints", "huggingface")
     for setting, path in (
         ("student.source", config.student.source),
         *(("data.train.path", path) for path in (config.data.train.path, *config.data.train.more_paths)),
@@ -149,27 +149,28 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
                 )
 
 
-def _check_ownership(config: PopsdConfig, output: Path, found: Sequence[str]) -> None:
-    """Refuse a directory whose files the run would replace or remove although no run of ours wrote them.
+def _check_ownership(config: PopsdConfig, output: Path, present: Sequence[str]) -> None:
+    """Refuse a directory whose files the run would replace or remove although no run wrote them.
 
-    A run marks its directory before it writes anything else. Without the mark, one with a config.yaml and files of a
-    run may be that of an earlier version: it can be resumed, where its settings are compared, but not be removed.
+    A run marks its directory before it writes anything else. A directory without the mark that has a config.yaml and
+    files of a run may be that of an earlier version: it can be resumed, since the settings are compared, but not
+    removed.
     """
     mark = read_mark(output)
     if mark is None or mark.kind != RUN:
-        if found and (config.overwrite or not (output / "config.yaml").is_file()):
+        if present and (config.overwrite or not (output / "config.yaml").is_file()):
             raise UserError(
                 "configuration",
-                got=f"output={config.output!r}, which holds {', '.join(found)} and no {MARK} that says that a run of "
-                "nemo_popsd wrote them",
+                got=f"output={config.output!r}, which has {', '.join(present)} and no {MARK} to mark them as "
+                "written by a run of nemo_popsd",
                 need="a directory without such files, or that of a run; nothing was removed",
                 fix="set output to another directory; if it is a run of an earlier version, remove it yourself",
             )
-        if not found and (output / "config.yaml").exists():
+        if not present and (output / "config.yaml").exists():
             raise UserError(
                 "configuration",
-                got=f"output={config.output!r}, which holds a config.yaml that no run wrote and the run would replace",
-                need="a directory of the run's own",
+                got=f"output={config.output!r}, which has a config.yaml that no run wrote and this run would replace",
+                need="a directory without files of others",
                 fix="set output to another directory, or rename that file",
             )
     if config.training.export_huggingface:
@@ -178,7 +179,7 @@ def _check_ownership(config: PopsdConfig, output: Path, found: Sequence[str]) ->
 
 
 def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: str | None = None) -> None:
-    """Everything that can be known to be wrong with an evaluation before a model is built.
+    """Refuse an evaluation whose settings, paths or machine do not fit, before a model is built.
 
     Args:
         config: the run; needs `data.validation.path` or `evaluation.sets`.
@@ -203,7 +204,7 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
 
 
 def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str | None = None) -> None:
-    """Everything that can be known to be wrong with a diagnosis before a model is built.
+    """Refuse a diagnosis whose settings, paths or machine do not fit, before a model is built.
 
     Args:
         config: the run; needs `data.train.path`, whose rows have references.
@@ -233,7 +234,7 @@ def check_checkpoint(path: str, *, setting: str) -> None:
 
 
 def check_output(path: str, *, setting: str = "output") -> None:
-    """Refuse a directory that cannot be made or written; makes nothing. `setting` is the name to blame."""
+    """Refuse a directory that cannot be created or written; creates nothing. `setting` is the name for messages."""
     directory = Path(path).expanduser()
     nearest = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     if path and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
@@ -241,16 +242,16 @@ def check_output(path: str, *, setting: str = "output") -> None:
     got = f"{setting}={path!r}"
     if path:
         got += f", where {nearest} " + ("cannot be written" if nearest.is_dir() else "is a file")
-    raise UserError("configuration", got=got, need="a directory that can be made and written", fix=f"set {setting}")
+    raise UserError("configuration", got=got, need="a directory that can be created and written", fix=f"set {setting}")
 
 
 def check_new_output(path: str, *, setting: str) -> None:
-    """Refuse a path where something is already, or where nothing can be made."""
+    """Refuse a path that exists or cannot be created."""
     if Path(path).expanduser().exists():
         raise UserError(
             "configuration",
             got=f"{setting}={path!r}, which exists",
-            need="a path that does not exist",
+            need="a path that does not exist yet",
             fix=f"remove it, or give another {setting}",
         )
     check_output(path, setting=setting)
@@ -281,14 +282,14 @@ def _check_endpoint(config: PopsdConfig, *, world_size: int, checkpoint: str | N
         raise UserError(
             "configuration",
             got="evaluation.endpoint.url together with --checkpoint",
-            need="one of them: what the server has loaded is what is evaluated",
-            fix="serve the exported checkpoint (`popsd export`) and leave --checkpoint out",
+            need="one of them: the server's model is evaluated",
+            fix="serve the exported checkpoint (`popsd export`) and omit --checkpoint",
         )
     if config.evaluation.endpoint.dialect == "openai" and config.evaluation.top_k:
         raise UserError(
             "configuration",
             got=f"evaluation.top_k={config.evaluation.top_k} with evaluation.endpoint.dialect=openai",
-            need="a setting that the standard API knows",
+            need="a setting of the standard API",
             fix="set evaluation.top_k=0 or evaluation.endpoint.dialect=vllm",
         )
 

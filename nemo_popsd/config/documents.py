@@ -1,4 +1,4 @@
-"""A YAML file, or the value of an override, as a tree of known keys and values of their types. Bounded in all sizes."""
+"""Reading a YAML file or the value of an override as a tree of known keys with typed values. All sizes are bounded."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _QUOTED = ("'", '"', "|", ">")
 def read_file(path: Path) -> dict[str, Any]:
     """The tree of a configuration file.
 
-    Values have the types of their keys; texts with ``${`` are interpolations that are still to be resolved, and
-    `MISSING` is left where it stands.
+    Values have the types of their keys. Texts with ``${`` are interpolations that are resolved later, and `MISSING` is
+    kept.
 
     Raises:
-        UserError: it is no regular file of bounded size, no YAML in UTF-8, or has unknown or repeated keys, or a value
-            of a wrong type.
+        UserError: it is not a regular file of bounded size or not YAML in UTF-8, or it has unknown or repeated keys or
+            a value of a wrong type.
     """
     what = f"configuration {_named(path)}"
     node = _compose(_text(path), what, lambda line: f"{_named(path)}:{line}")
@@ -47,8 +47,8 @@ def read_override(override: str, known: Mapping[str, Any] | None = None) -> tupl
     """Key and value of one ``key=value``.
 
     Args:
-        override: as given; the value is YAML, except that for a text key it is taken as it stands unless it is
-            ``null`` or quoted.
+        override: as given; the value is YAML, except that for a text key it is taken literally unless it is ``null``
+            or quoted.
         known: keys and types; by default those of a run.
 
     Raises:
@@ -90,7 +90,7 @@ def _text(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """Composes nodes while they are few and flat enough, and have no tags: the types of the keys decide."""
+    """Composes nodes within limits of number and depth. Tags are refused: the keys determine the types."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -124,7 +124,7 @@ def _compose(text: str, what: str, where: Any) -> yaml.Node | None:
 
 
 class _Tree:
-    """Makes values of nodes. An alias is one node there and many values here, so they are counted again."""
+    """Converts nodes to values. An alias is one node and may be many values, so values are counted again."""
 
     def __init__(self, known: Mapping[str, Any], origin: Path | str) -> None:
         self._known = known
@@ -132,8 +132,8 @@ class _Tree:
         self._nodes = 0
 
     def section(self, node: yaml.MappingNode, prefix: str, level: int) -> dict[str, Any]:
-        """The keys of one section, `prefix` being its dotted name with a dot behind it."""
-        found: dict[str, Any] = {}
+        """The keys of one section; `prefix` is its dotted name with a dot at the end."""
+        values: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key_node, value_node in self._merged(node, level):
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -147,11 +147,11 @@ class _Tree:
                 got = f"{key} again, first in line {lines[name]}"
                 raise UserError(where, got=got, need="each key once", fix="take one of them out")
             lines[name] = key_node.start_mark.line + 1
-            found[name] = self.value(value_node, key, self._known[key], level + 1, where)
-        return found
+            values[name] = self.value(value_node, key, self._known[key], level + 1, where)
+        return values
 
     def value(self, node: yaml.Node, key: str, kind: Any, level: int, where: str, need: Any = None) -> Any:
-        """What `node` holds for `key` of type `kind`; `need` is the type of the list whose item it is."""
+        """The value of `node` for `key` of type `kind`; for an item of a list, `need` is the type of the list."""
         self._count(level)
         if isinstance(node, yaml.ScalarNode) and (node.value == MISSING or "${" in node.value):
             if is_dataclass(kind):
@@ -173,7 +173,7 @@ class _Tree:
         raise wrong_type(where, key, need or kind, f"{key}={_written(node)}")
 
     def _merged(self, node: yaml.MappingNode, level: int) -> list[tuple[yaml.Node, yaml.Node]]:
-        """The pairs of `node`, and of what it merges (``<<``) those that it does not have itself."""
+        """The pairs of `node`, and those that it merges (``<<``) and does not have itself."""
         self._count(level)
         pairs = [(key, value) for key, value in node.value if key.tag != _MERGE]
         for _, value in (pair for pair in node.value if pair[0].tag == _MERGE):

@@ -1,4 +1,4 @@
-"""Interpolations (``${seed}``, ``${oc.env:HOME}``): OmegaConf resolves each once, and what it gives is typed here."""
+"""Interpolations (``${seed}``, ``${oc.env:HOME}``): OmegaConf resolves each once; the results are typed here."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
 
 
 def escaped(value: Any) -> Any:
-    """`value`, a text, list or section, as OmegaConf has to be given it so that its texts are not interpolations."""
+    """`value`, a text, list or section, escaped so that OmegaConf does not take its texts for interpolations."""
     if is_dataclass(value):
-        made = copy.copy(value)  # which checks nothing again: a pattern may be none with what is added
+        result = copy.copy(value)  # without its checks: an escaped pattern may be invalid
         for item in fields(value):
-            setattr(made, item.name, escaped(getattr(value, item.name)))
-        return made
+            setattr(result, item.name, escaped(getattr(value, item.name)))
+        return result
     if isinstance(value, list):
         return [escaped(item) for item in value]
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
     return value
 
 
 def resolve(values: dict[str, Any], known: Mapping[str, Any], what: str) -> None:
-    """Puts into `values` what their interpolations stand for, read as if it were written in their place.
+    """Replaces the interpolations in `values` by their results, read as if these had been written there.
 
     Args:
         values: by dotted key; changed in place.
         known: types of the keys.
-        what: names the whole in messages.
+        what: name for messages.
 
     Raises:
-        UserError: one cannot be resolved, refers to itself, or gives a value that its key cannot hold.
+        UserError: one cannot be resolved, refers to itself, or results in a value of the wrong type.
     """
-    asked = [key for key, value in values.items() if any("${" in text for text in _texts(value))]
-    if not asked:
+    unresolved = [key for key, value in values.items() if any("${" in text for text in _texts(value))]
+    if not unresolved:
         return
-    number = sum(text.count("${") for value in values.values() for text in _texts(value))
-    if number > _MOST:
-        got, need = f"{number} interpolations ${{...}}", f"at most {_MOST}"
+    count = sum(text.count("${") for value in values.values() for text in _texts(value))
+    if count > _MOST:
+        got, need = f"{count} interpolations ${{...}}", f"at most {_MOST}"
         raise UserError(what, got=got, need=need, fix="write values in their place")
-    _Resolution(values, known, what, asked).run()
+    _Resolution(values, known, what, unresolved).run()
 
 
 class _Resolution:
-    """Resolves what a text refers to before the text, so that no value is worked out more than once."""
+    """Resolves the keys that a text refers to before the text itself, so that each value is resolved once."""
 
-    def __init__(self, values: dict[str, Any], known: Mapping[str, Any], what: str, asked: list[str]) -> None:
+    def __init__(self, values: dict[str, Any], known: Mapping[str, Any], what: str, unresolved: list[str]) -> None:
         self._values = values
         self._known = known
         self._what = what
-        self._open = dict.fromkeys(asked)
-        self._begun: set[str] = set()
+        self._open = dict.fromkeys(unresolved)
+        self._started: set[str] = set()
 
     def run(self) -> None:
         nested: dict[str, Any] = {}
@@ -78,26 +78,26 @@ class _Resolution:
             self._resolve(next(iter(self._open)))
 
     def _resolve(self, key: str) -> None:
-        if key in self._begun:
+        if key in self._started:
             raise self._refused(key, "it refers to itself")
-        self._begun.add(key)
+        self._started.add(key)
         for other in self._referred(key):
             if other in self._open:
                 self._resolve(other)
         kind = self._known[key]
         try:
             OmegaConf.update(self._tree, key, self._values[key])
-            found = OmegaConf.select(self._tree, key)
-            found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+            result = OmegaConf.select(self._tree, key)
+            result = OmegaConf.to_container(result, resolve=True) if OmegaConf.is_config(result) else result
         except (OmegaConfBaseException, RecursionError) as error:
             lines = str(error).splitlines()
             raise self._refused(key, lines[0][:200] if lines else "it cannot be resolved") from None
-        if any(len(text) > LONGEST_TEXT for text in _texts(found)):
+        if any(len(text) > LONGEST_TEXT for text in _texts(result)):
             raise self._refused(key, f"it gives more than {LONGEST_TEXT:,} characters")
         try:
-            value = from_interpolation(kind, found)
+            value = from_interpolation(kind, result)
         except ValueError:
-            raise wrong_type(self._what, key, kind, f"{key}={shown(found)} from an interpolation") from None
+            raise wrong_type(self._what, key, kind, f"{key}={shown(result)} from an interpolation") from None
         self._values[key] = value
         OmegaConf.update(self._tree, key, escaped(value))
         del self._open[key]
@@ -114,7 +114,7 @@ class _Resolution:
             self._what,
             got=f"{key}={shown(self._values[key])}: {problem}",
             need="an interpolation of a known key or of a variable, as in ${name} or ${oc.env:HOME} "
-            "(\\${ stands for the two characters)",
+            "(write \\${ for literal text)",
             fix=f"set {key}",
         )
 

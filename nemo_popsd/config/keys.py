@@ -1,4 +1,4 @@
-"""What a schema allows: its dotted keys, the type of each, and the known keys nearest to a misspelt one."""
+"""The dotted keys of a schema, the type of each, and the known keys nearest to a misspelt one."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ _MOST_NAMED = 3
 @cache
 def known_keys(schema: type = PopsdConfig) -> Mapping[str, Any]:
     """Dotted name of every section and every setting, with its type; sections have a dataclass as type."""
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
 
     def visit(section: type, prefix: str) -> None:
         for field, kind in hints(section).items():
             name = prefix + field
-            found[name] = kind
+            keys[name] = kind
             if is_dataclass(kind):
                 visit(cast(type, kind), name + ".")
 
     visit(schema, "")
-    return found
+    return keys
 
 
 def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
     """The keys of `known` that `key` most likely means; none if none is close, several if they are equally likely.
 
-    A misspelt key of its own section comes first, then the same name elsewhere in the section's surroundings, then a
-    misspelt section, then the same name anywhere. What is misspelt has the first letter of what is meant: `node` may
-    be `nodes`, but not `mode`.
+    In order of preference: a misspelt key of the same section, the same name elsewhere in the top-level section, a
+    misspelt section, the same name anywhere. The first letter must be equal: `node` may mean `nodes`, but not `mode`.
     """
     key = key[:200]  # difflib takes quadratic time
     section, _, leaf = key.rpartition(".")
@@ -48,7 +47,7 @@ def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
     top = key.partition(".")[0] if section else None
     siblings = [name for name in (*settings, *sections) if name.rpartition(".")[0] == section]
     around = [name for name in settings if top is not None and name.partition(".")[0] == top]
-    for found in (
+    for candidates in (
         _close(leaf, siblings),
         _equal(leaf, around),
         _close(leaf, around),
@@ -57,8 +56,8 @@ def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
         _equal(leaf, settings),
         _close(leaf, settings),
     ):
-        if found:
-            return found[:_MOST_NAMED]
+        if candidates:
+            return candidates[:_MOST_NAMED]
     return []
 
 
@@ -68,7 +67,7 @@ def unknown_key(where: str, key: str, known: Mapping[str, Any] | None = None) ->
     Args:
         where: file and line, or the override.
         key: its dotted name.
-        known: what is known there; by default the keys of a run.
+        known: keys and types; by default those of a run.
     """
     known = known_keys() if known is None else known
     near = nearest(key, known)
@@ -88,12 +87,12 @@ def unknown_key(where: str, key: str, known: Mapping[str, Any] | None = None) ->
 
 
 def wrong_type(where: str, key: str, kind: Any, got: str) -> UserError:
-    """The error for `got`, in words, which the setting `key` of type `kind` cannot hold."""
+    """The error for a value, described by `got`, that has the wrong type for the setting `key` of type `kind`."""
     return UserError(where, got=got, need=describe(kind), fix=f"set {key}")
 
 
 def _close(leaf: str, names: Iterable[str]) -> list[str]:
-    """Those of `names` whose last part is most similar to `leaf`, if it is close and begins alike."""
+    """Those of `names` whose last part is most similar to `leaf`, if it is close and has the same first letter."""
     alike = {name: difflib.SequenceMatcher(None, leaf, _leaf(name)).ratio() for name in names}
     alike = {name: ratio for name, ratio in alike.items() if ratio >= _CLOSE and _leaf(name)[:1] == leaf[:1]}
     return [name for name, ratio in alike.items() if ratio == max(alike.values())]

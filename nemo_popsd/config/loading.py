@@ -26,12 +26,12 @@ _NEMO_KEYS = ("target", "nemo_version")  # What NeMo's ModelPT adds to the confi
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
-    """Read, override and check a configuration. Nothing it names (models, data, directories) need exist yet.
+    """Read, override and check a configuration. The models, data and directories that it names need not exist.
 
     Args:
         path: YAML file; keys left out have the schema's defaults.
         overrides: ``key=value`` with dotted keys, applied in order. A value is YAML (``null``, ``[a, b]``, ``1e-5``),
-            except that the value of a text key is taken as it stands unless it is ``null`` or quoted.
+            except that the value of a text key is taken literally unless it is ``null`` or quoted.
 
     Raises:
         UserError: the file cannot be read, a key is unknown (the nearest known one is named) or repeated, a value is
@@ -44,7 +44,7 @@ def load_schema(schema: type[T], tree: Mapping[str, Any], overrides: Sequence[st
     """An instance of `schema` with the values of `tree` (see `documents.read_file`), then those of `overrides`.
 
     Raises:
-        UserError: as `load_config`; `what` names the whole in messages.
+        UserError: as `load_config`; `what` is its name in messages.
     """
     known = known_keys(cast(Any, schema))
     values = {key: value for key, value in _flat(asdict(cast(Any, schema())), known) if not is_dataclass(known[key])}
@@ -71,7 +71,7 @@ def load_schema(schema: type[T], tree: Mapping[str, Any], overrides: Sequence[st
 
 
 def to_dict_config(config: PopsdConfig) -> DictConfig:
-    """`config` as the typed OmegaConf tree that NeMo's `ModelPT` keeps; texts with ``${`` stay what they are."""
+    """`config` as the typed OmegaConf tree that NeMo's `ModelPT` keeps; texts with ``${`` are kept literally."""
     return cast(DictConfig, OmegaConf.structured(escaped(config)))
 
 
@@ -97,14 +97,14 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
 
 
 def save_resolved(config: PopsdConfig, path: str | Path) -> None:
-    """Write `config` with all its defaults as YAML; `path` holds the old or the new text at any moment, never half."""
+    """Write `config` with all its defaults as YAML, atomically: `path` has the old or the new text at any time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, OmegaConf.to_yaml(to_dict_config(config)))
 
 
 def _flat(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of the leaves of `tree`; of what is unknown or no mapping where one belongs, as well."""
+    """Dotted names and values of the leaves of `tree`, including unknown ones and values in the place of a section."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and is_dataclass(known.get(key)):
@@ -114,9 +114,9 @@ def _flat(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -
 
 
 def _build(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """An instance of the dataclass `schema`, and of those inside it, which check themselves."""
-    made: dict[str, Any] = {}
+    """An instance of the dataclass `schema` with its nested sections; each checks its own values."""
+    arguments: dict[str, Any] = {}
     for name, kind in hints(cast(Any, schema)).items():
         key = prefix + name
-        made[name] = _build(cast(type, kind), values, f"{key}.") if is_dataclass(kind) else values[key]
-    return schema(**made)
+        arguments[name] = _build(cast(type, kind), values, f"{key}.") if is_dataclass(kind) else values[key]
+    return schema(**arguments)

@@ -1,6 +1,6 @@
-"""The one rule for paths, in a configuration and on the command line: `~` is the home directory, `$` is refused.
+"""Paths in a configuration and on the command line: `~` is the home directory, `$` is refused.
 
-A shell expands `$HOME`, YAML does not: a path that keeps such a name would be made as a directory of that name.
+A shell expands `$HOME`, YAML does not: a directory with that literal name would be created.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.settings.checks import refuse, shown
 
 _LONGEST_PATH = 3072
-"""Below Linux's 4,096 bytes, so that what is written inside has room."""
+"""Below Linux's 4,096 bytes, so that files inside fit."""
 _LONGEST_NAME = 255
 
 
 def given_path(setting: str, text: str) -> str:
-    """The path that `text` means, as all later code takes it.
+    """The path that `text` means, with `~` expanded.
 
     Args:
         setting: dotted name of the setting, or of the argument, for messages.
-        text: what was given; empty means none, where the setting allows that.
+        text: as given; empty means none, where the setting allows that.
 
     Raises:
-        UserError: a variable of the shell in it, a home directory that does not exist, a control character, or a
-            length that no file system takes.
+        UserError: it has a shell variable, a home directory that does not exist, a control character, or a length that
+            no file system supports.
     """
     if "$" in text:
         raise UserError(
             "configuration",
-            got=f"{setting}={shown(text)}, with a `$` that nothing expands",
+            got=f"{setting}={shown(text)}, with a `$` that is not expanded",
             need="the path itself, or ~ for the home directory",
             fix=f"set {setting} without $; in a configuration ${{oc.env:NAME}} is the environment variable NAME",
         )
     path = os.path.expanduser(text)
     parts = path.split("/")
     if path.startswith("~") or "~" in parts:
-        raise refuse(setting, text, "a path in which `~` stands at the beginning, for a home directory that exists")
+        raise refuse(setting, text, "a path with `~` only at the beginning, for a home directory that exists")
     encoded = [os.fsencode(part) if part.isprintable() else b"" for part in parts]
     if sum(map(len, encoded)) + len(parts) > _LONGEST_PATH or max(map(len, encoded)) > _LONGEST_NAME:
         need = f"names of at most {_LONGEST_NAME} bytes in a path of at most {_LONGEST_PATH:,}"
@@ -46,7 +46,7 @@ def given_path(setting: str, text: str) -> str:
 
 
 def path_argument(text: str) -> str:
-    """`given_path` as the type of an argument of the command line.
+    """`given_path` as the type of a command-line argument.
 
     Raises:
         argparse.ArgumentTypeError: as `given_path`; argparse adds the name of the argument.

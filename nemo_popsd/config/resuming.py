@@ -1,4 +1,4 @@
-"""Which settings may change when a run goes on from its checkpoint, and which would make it another run."""
+"""Which settings may change when a run is resumed from its checkpoint, and which would make it another run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FREE = (
     "name",
     "output",
     "overwrite",
-    "student.source",  # wherever it lies now, the digest of its weights must be the same
+    "student.source",  # may be moved; the fingerprint of the digest of its weights must be the same
     "student.layers",
     "student.recompute",
     "student.frozen_copy",
     "parallel",
-    "data.train.path",  # as the source: the rows must be the same
+    "data.train.path",  # may be moved; the rows must be the same
     "data.train.more_paths",
-    "data.train.answer_pattern",  # reads nothing that is trained on
+    "data.train.answer_pattern",  # not used for training
     "data.validation",
     "rollout.batch_rows",
     "rollout.cache_tokens",
@@ -50,41 +50,41 @@ FREE = (
     "evaluation",
     "observability",
 )
-"""Sections and settings that change nothing of what is learnt, but for rounding and for how long. Any other, known or
-yet to come, must stay."""
+"""Sections and settings that may change: they do not change what is trained, except for rounding and the number of
+steps. All others, future ones included, must stay the same."""
 
 
 def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
-    """Refuses to resume a run under settings that would make it another one.
+    """Refuses to resume a run with settings that would make it another run.
 
     Args:
-        old: as the checkpoint holds it.
-        new: as it is now.
+        old: configuration in the checkpoint.
+        new: current configuration.
 
     Raises:
-        UserError: names every setting that differs and may not.
+        UserError: names the settings that differ and must not.
     """
     before, after = _flat(asdict(old)), _flat(asdict(new))
     changed = [key for key in after if before.get(key) != after[key] and not _is_free(key)]
     if changed:
-        told = [f"{key}={_short(after[key])} (was {_short(before.get(key))})" for key in changed[:_NAMED]]
+        named = [f"{key}={_short(after[key])} (was {_short(before.get(key))})" for key in changed[:_NAMED]]
         more = f" and {len(changed) - _NAMED} more settings" if len(changed) > _NAMED else ""
         raise UserError(
             "resuming",
-            got=", ".join(told) + more,
+            got=", ".join(named) + more,
             need=f"the settings of the run in output={shown(new.output)} (its config.yaml)",
             fix=f"set {', '.join(changed[:_NAMED])}{more} back, set output for another run, or overwrite=true to "
-            "begin again",
+            "start again at step 1",
         )
 
 
 _NAMED = 6
-"""Settings that one message repeats."""
+"""Most settings that one message names."""
 
 DONE = "DONE"
-"""File in `output` that tells a finished run: its step."""
+"""File in `output` of a finished run; has the number of its steps."""
 REQUEUE = "REQUEUE"
-"""File in `output` that tells a run that was asked to stop, has saved, and wants to be started again."""
+"""File in `output` of a run that was requested to stop, has saved, and should be started again."""
 
 
 def finished_steps(output: str) -> int | None:

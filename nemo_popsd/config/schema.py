@@ -1,4 +1,4 @@
-"""The whole configuration of a run: one section per room, each declared beside its owner."""
+"""The complete configuration of a run: one section per package, each declared in the package that uses it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class PopsdConfig:
     output: Annotated[str, Text.PATH] = "runs/popsd"
     """Directory for checkpoints, metrics and the resolved configuration."""
     overwrite: bool = False
-    """Begin at step 1 where `output` already holds a run of nemo_popsd (its mark `.nemo_popsd` says so): the files that
-    it wrote are removed, and nothing else is. Otherwise that run goes on."""
+    """Start at step 1 if `output` has a run of nemo_popsd already (marked by `.nemo_popsd`): removes the files that the
+    run wrote and nothing else. If false, that run is resumed."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 1234
-    """Seed of data order, rollouts and adapters. Nothing drawn from it depends on the parallel layout."""
+    """Seed of data order, rollouts and adapters. Its random numbers do not depend on the parallel layout."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The model that is trained."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -37,7 +37,7 @@ class PopsdConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Rows and contexts."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """On-policy sampling."""
+    """Generating on-policy responses."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Target and divergence."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -45,11 +45,11 @@ class PopsdConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The loop."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Held-out accuracy and epistemic markers."""
+    """Accuracy, epistemic markers and response length on problem sets."""
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     """The paper's analysis of the teacher's signal, token by token."""
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
-    """Where metrics go."""
+    """Loggers and progress bar."""
 
     def __post_init__(self) -> None:
         check_numbers(self)

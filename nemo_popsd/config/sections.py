@@ -1,4 +1,4 @@
-"""What a package below needs of several sections, collected from the whole configuration. Imports no torch."""
+"""Values of several sections that a lower package needs together. Imports no torch."""
 
 from __future__ import annotations
 

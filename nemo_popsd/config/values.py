@@ -1,7 +1,7 @@
-"""From what is written in a file or an override to a value: by the type of the setting, not by the look of the text.
+"""Converting the text of a file or an override to a value, by the type of the setting and not by the form of the text.
 
-YAML 1.1 reads `1:30` as 90, `010` as 8, `on` as true and `2026-11-28` as a date. Here a number is decimal, a truth
-value is `true` or `false`, and for a text setting everything is text, as written.
+YAML 1.1 reads `1:30` as 90, `010` as 8, `on` as true and `2026-11-28` as a date. Here a number is decimal, a
+Boolean is `true` or `false`, and for a text setting everything is text, as written.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LONGEST_TEXT = 20_000
 _LONGEST = {Text.NAME: 200, Text.LINE: 2_000, Text.PATH: LONGEST_TEXT, Text.PROSE: LONGEST_TEXT}
 
 MISSING = "???"
-"""OmegaConf's mark of a value that is still to be given."""
+"""OmegaConf's mark of a missing value."""
 
 
 def read_scalar(kind: Any, text: str) -> Any:
     """The value of an unquoted `text` for a setting of type `kind`.
 
     Raises:
-        ValueError: it is none, or no scalar is.
+        ValueError: it is not such a value.
     """
     if text in _NULL:
         if is_optional(kind):
@@ -58,14 +58,14 @@ def read_scalar(kind: Any, text: str) -> Any:
     if kind is float:
         odd = _NOT_FINITE.fullmatch(text)
         if odd:
-            return float(odd[1] + odd[2])  # refused by the bounds of the setting, which say what it may be
+            return float(odd[1] + odd[2])  # refused by the bounds of the setting, whose message names them
         if _NUMBER.fullmatch(text):
             return float(text)
     raise ValueError
 
 
 def from_plain(kind: Any, value: object) -> Any:
-    """The value of type `kind` that `value`, of a type that YAML or an interpolation gives, stands for.
+    """`value`, of a type that YAML or an interpolation gives, converted to type `kind`.
 
     Raises:
         ValueError: it has another type.
@@ -85,7 +85,7 @@ def from_plain(kind: Any, value: object) -> Any:
 
 
 def from_interpolation(kind: Any, value: object) -> Any:
-    """As `from_plain`, for what an interpolation gave: the text of a variable is read as if it were written there.
+    """As `from_plain`, for the result of an interpolation: the text of a variable is read as if it were written there.
 
     Raises:
         ValueError: it has another type.
@@ -100,10 +100,10 @@ def from_interpolation(kind: Any, value: object) -> Any:
 
 
 def check_text(setting: str, value: str, rule: Text) -> str:
-    """`value`, with a path's `~` expanded, if its characters and length are right for what it is.
+    """`value`, with `~` expanded in a path, if its characters and length satisfy `rule`.
 
     Raises:
-        UserError: they are not.
+        UserError: they do not.
     """
     allowed = "\t\n\r\u2028\u2029" if rule is Text.PROSE else "\t" if rule is Text.LINE else ""
     for character in value:
@@ -117,7 +117,7 @@ def check_text(setting: str, value: str, rule: Text) -> str:
 
 
 def describe(kind: Any) -> str:
-    """What a value of type `kind` looks like in a file, in words; a section has keys of its own."""
+    """A description, in words, of a value of type `kind` in a file."""
     if is_optional(kind):
         return " or ".join([describe(inner(kind)), "null"])
     if get_origin(kind) is list:
@@ -145,5 +145,5 @@ def inner(kind: Any) -> Any:
 def _as_float(value: float) -> float:
     try:
         return float(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # an integer beyond the range of floats
         return math.copysign(math.inf, value)

@@ -147,10 +147,10 @@ def conclude(
     Raises:
         UserError: samples are missing, because ranks do not share a file system.
     """
-    drawn = problem_set.directory.samples()
+    on_disk = problem_set.directory.samples()
     wanted = missing_draws(problem_set.prompts, settings.samples_per_problem)
     keys = [(draw.prompt.record.id, draw.sample) for draw in wanted]
-    absent = sum(key not in drawn for key in keys)
+    absent = sum(key not in on_disk for key in keys)
     if absent:
         raise UserError(
             f"samples in {problem_set.directory.path}",
@@ -158,7 +158,7 @@ def conclude(
             need="the samples of all ranks, on a file system that all of them share",
             fix="set output to a directory on such a file system",
         )
-    samples = [drawn[key] for key in keys]
+    samples = [on_disk[key] for key in keys]
     return conclude_samples(
         problem_set.directory,
         samples,

@@ -41,7 +41,7 @@ class StepBoundary(Callback):
         self._checkpoints.after_step()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restores the random state, so that a run trains alike whether or not a validation was interrupted."""
+        """Restores the random state, so that an interrupted validation does not change the training."""
         self._checkpoints.after_validation()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -180,19 +180,19 @@ class RunCheckpoints:
         update_latest(newest)
         settings = self._settings
         scores = read_metric(self._output, settings.best_metric) if settings.keep_best else {}
-        found = Checkpoints.in_folder(self.folder)
+        checkpoints = Checkpoints.in_folder(self.folder)
         names = superfluous(
-            found.complete,
+            checkpoints.complete,
             scores,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
             greatest=settings.best_is == "max",
         )
         kept = dict.fromkeys(prune(self.folder, names), "it contains files that no run wrote")
-        for name, reason in (kept | {name: str(error.got) for name, error in found.damaged.items()}).items():
+        for name, reason in (kept | {name: str(error.got) for name, error in checkpoints.damaged.items()}).items():
             if name not in self._reported:
                 logger.warning("checkpoint %s is kept: %s", self.folder / name, reason)
-        self._reported |= kept.keys() | found.damaged.keys()
+        self._reported |= kept.keys() | checkpoints.damaged.keys()
 
 
 def resume_optimizer(checkpoint: NemoCheckpoint, models: Sequence[GPTModel], optimizer: StudentOptimizer) -> None:

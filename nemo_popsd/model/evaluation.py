@@ -97,7 +97,7 @@ class Sampler:
         )
 
 
-def draw_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, model: str, digest: str) -> None:
+def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, model: str, digest: str) -> None:
     """Generates the samples that the sets lack, split over data-parallel replicas; each appends to its own file.
 
     Samples are written whenever a replica has generated `rollout.batch_rows` of them. Collective over all ranks: one

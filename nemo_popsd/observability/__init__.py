@@ -1,1 +1,1 @@
-"""What a run tells about itself: metrics by name, where they are written, how long each phase takes, progress."""
+"""Metrics by name, the loggers that write them, timing of phases, progress, console."""

@@ -62,7 +62,7 @@ def _has_wandb_key() -> bool:
 
 def _has_entry(file: Path) -> bool:
     try:
-        found = netrc.netrc(str(file)).hosts.get(_wandb_host())
+        entry = netrc.netrc(str(file)).hosts.get(_wandb_host())
     except (OSError, netrc.NetrcParseError):
         return False
-    return found is not None and bool(found[2])
+    return entry is not None and bool(entry[2])

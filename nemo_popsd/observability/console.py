@@ -16,7 +16,7 @@ _EXPECTED_WARNINGS = (
 )
 
 _EXPECTED_LINES = (
-    "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as the spec says
+    "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as set in the spec
     # transformers 4.57 warns about every local tokenizer with a large vocabulary, of any family.
     "The tokenizer you are loading from",
     "`torch_dtype` is deprecated",  # Megatron-Bridge uses the old name of a key of Hugging Face configurations

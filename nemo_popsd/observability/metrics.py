@@ -39,7 +39,7 @@ class StepMetrics:
     learning_rate: float
     """Learning rate of this step."""
     tokens_per_second: float
-    """Response tokens per second of the whole step, all ranks together."""
+    """Response tokens per second of the step, over all ranks."""
     seconds_rollout: float
     """Seconds of generating responses; with `rollout.overlap`, of waiting for them."""
     seconds_frozen: float

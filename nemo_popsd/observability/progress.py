@@ -23,7 +23,7 @@ class StepProgress(ProgressBar):
     latest under `PREFIX` in the trainer's logged metrics.
 
     Args:
-        steps: steps of the whole run (`training.steps`).
+        steps: steps of the run (`training.steps`).
         completed: steps that a resumed run has already trained.
         enabled: `observability.progress_bar`.
     """

@@ -138,18 +138,18 @@ def any_hangs() -> bool:
 def read_id(output: Path, service: str) -> str | None:
     """The id of the run in `output` in a tracking service; None if it has none yet."""
     try:
-        found = json.loads((output / IDS).read_text(encoding="utf-8"))
+        content = json.loads((output / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    name = found.get(service) if isinstance(found, dict) else None
+    name = content.get(service) if isinstance(content, dict) else None
     return name if isinstance(name, str) else None
 
 
 def keep_id(output: Path, service: str, name: str) -> None:
     """Stores the id of the run in `output` in a tracking service."""
     try:
-        found = json.loads((output / IDS).read_text(encoding="utf-8"))
+        content = json.loads((output / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = {}
-    known = found if isinstance(found, dict) else {}
+        content = {}
+    known = content if isinstance(content, dict) else {}
     write_text(output / IDS, json.dumps({**known, service: name}) + "\n")

@@ -1,1 +1,1 @@
-"""On-policy responses: the engine interface, sampling, and the engine inside the training process."""
+"""On-policy responses: the engine interface, sampling, the engine in the training processes, storage; vLLM below."""

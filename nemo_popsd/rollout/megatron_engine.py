@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_popsd.errors import StopRequested
 from nemo_popsd.megatron.decoding import SlotDecoder
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
-from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
+from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS, Admission, DecodingSequence, SlotSchedule, reach_of
 
 
@@ -27,7 +27,7 @@ class MegatronEngine:
     prefilled several at once when slots are free, and once for all sequences with the same prompt. When none waits, the
     remaining sequences move together, so that a step is no wider than they need.
 
-    Tensor parallelism: logits stay sharded; `sampling.draw` documents its collectives (with top-k, one all-gather of
+    Tensor parallelism: logits stay sharded; `sample_tokens` documents its collectives (with top-k, one all-gather of
     [B, k + 1] numbers), and all ranks sample the same token. Sequence parallelism is off while decoding.
     Context-parallel ranks split the sequences and exchange the responses at the end (one gather of objects). Pipeline
     stages pass each token on and wait for each other, so decoding takes as long as on one stage; they get the sampled
@@ -165,7 +165,7 @@ class MegatronEngine:
         if logits is not None:
             group = parallel_state.get_tensor_model_parallel_group()
             shard = VocabularyShard(group.rank() * logits.shape[1], self._vocab_size, group)
-            chosen = torch.stack([x.double() for x in draw(logits, sampling, uniform, shard)], dim=1)
+            chosen = torch.stack([x.double() for x in sample_tokens(logits, sampling, uniform, shard)], dim=1)
         for group, source in (
             (parallel_state.get_pipeline_model_parallel_group(), -1),
             (parallel_state.get_expert_model_parallel_group(), 0),

@@ -74,7 +74,7 @@ class VocabularyShard:
         return chosen
 
 
-def draw(
+def sample_tokens(
     logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
     """Samples one token per sequence by inverting the distribution function of the filtered, tempered softmax.
@@ -104,15 +104,15 @@ def draw(
     """
     logits_BV = shard.true_columns(logits_BV)
     if sampling.temperature == 0:
-        return _draw_among_best(logits_BV, 1, 1.0, 1.0, uniform_B, shard)
+        return _sample_from_top(logits_BV, 1, 1.0, 1.0, uniform_B, shard)
     if 0 < sampling.top_k < shard.vocab_size:
-        return _draw_among_best(logits_BV, sampling.top_k, sampling.temperature, sampling.top_p, uniform_B, shard)
+        return _sample_from_top(logits_BV, sampling.top_k, sampling.temperature, sampling.top_p, uniform_B, shard)
     if sampling.top_p < 1:
-        return _draw_from_nucleus(logits_BV, sampling.temperature, sampling.top_p, uniform_B, shard)
-    return _draw_from_all(logits_BV, sampling.temperature, uniform_B, shard)
+        return _sample_from_nucleus(logits_BV, sampling.temperature, sampling.top_p, uniform_B, shard)
+    return _sample_from_all(logits_BV, sampling.temperature, uniform_B, shard)
 
 
-def _draw_among_best(
+def _sample_from_top(
     logits_BV: Tensor, count: int, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
     """Merges the best candidates of each shard, which include the best of all."""
@@ -135,7 +135,7 @@ def _draw_among_best(
     return tokens_B, (values_BK.gather(-1, chosen_B1).squeeze(-1).double() - normaliser_B).float()
 
 
-def _draw_from_all(
+def _sample_from_all(
     logits_BV: Tensor, temperature: float, uniform_B: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
     """Finds the shard by the masses of the shards, then the token by the masses in it."""
@@ -150,7 +150,7 @@ def _draw_from_all(
     return _invert(logits_BV, sums_BV, scale_RB * mass_RB, scale_RB, normaliser_RB.logsumexp(0), uniform_B, shard)
 
 
-def _draw_from_nucleus(
+def _sample_from_nucleus(
     logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
     """Finds the smallest logit that remains, eight bits at a time, by the masses of the logits with the same bits."""

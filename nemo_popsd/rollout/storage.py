@@ -90,11 +90,11 @@ class RolloutStore:
                 parts.setdefault(int(match[2]), set()).add(int(match[1]))
         for total, present in parts.items():
             if len(present) == total:
-                found = [
+                contents = [
                     _read_part(self._step(step) / f"part-{part:04d}-of-{total:04d}.jsonl") for part in range(total)
                 ]
-                if all(head["weights_version"] in versions for head, _ in found):
-                    return {(row.row_id, row.seed): row for _, rows in found for row in rows}
+                if all(head["weights_version"] in versions for head, _ in contents):
+                    return {(row.row_id, row.seed): row for _, rows in contents for row in rows}
         return None
 
     def unfinished(self, step: int) -> list[StoredRollout] | None:

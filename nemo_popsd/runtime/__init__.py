@@ -1,1 +1,1 @@
-"""Processes and devices: Megatron without CUDA, process groups, seeds."""
+"""Megatron without CUDA or Transformer Engine, random state, signals during start-up."""

@@ -1,1 +1,1 @@
-"""One on-policy step: trajectories, frozen branches, objective, guards, metrics."""
+"""One training step: trajectories, frozen branches, objective, guards, metrics."""

@@ -69,8 +69,8 @@ def refuse_non_finite_update(step: int, parameters: Iterable[torch.nn.Parameter]
 
 def non_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether any number in `tensors` is NaN or Inf. The host waits once for the device."""
-    found = [torch.isfinite(tensor.detach()).all() for tensor in tensors]
-    return bool(found) and not bool(torch.stack(found).all())
+    finite = [torch.isfinite(tensor.detach()).all() for tensor in tensors]
+    return bool(finite) and not bool(torch.stack(finite).all())
 
 
 def _non_finite_sequences(reports: Sequence[LossReport]) -> list[int]:

@@ -202,10 +202,10 @@ class StepRollouts:
         stored = self._store.complete(step, range(step - 1 - bound, step)) or {}
         own = [stored.get((row.record.id, request.seed)) for row, request in zip(rows, requests, strict=True)]
         fits = all(
-            found is not None and found.prompt == list(request.prompt) and found.rollout.age(step - 1) <= bound
-            for found, request in zip(own, requests, strict=True)
+            one is not None and one.prompt == list(request.prompt) and one.rollout.age(step - 1) <= bound
+            for one, request in zip(own, requests, strict=True)
         )
-        return None if on_any_rank(not fits) else [found.rollout for found in own if found is not None]
+        return None if on_any_rank(not fits) else [one.rollout for one in own if one is not None]
 
     def _write(
         self, step: int, rows: Sequence[PromptRow], requests: Sequence[Request], rollouts: Sequence[Rollout]

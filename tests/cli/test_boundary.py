@@ -18,7 +18,7 @@ TINY = str(ROOT / "conf" / "tiny.yaml")
 @pytest.mark.parametrize(
     "words", [["config", TINY], ["plan", TINY, "nodes=1", "gpus_per_node=1"], ["doctor", "--json"], ["--help"]], ids=str
 )
-def test_an_output_that_nobody_reads_is_no_traceback(words: list[str]) -> None:
+def test_an_output_that_is_closed_early_prints_no_traceback(words: list[str]) -> None:
     command = subprocess.Popen(
         [sys.executable, "-m", "nemo_popsd", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -29,7 +29,7 @@ def test_an_output_that_nobody_reads_is_no_traceback(words: list[str]) -> None:
     assert command.stderr.read() == ""
 
 
-def test_another_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     @boundary.quiet_when_output_closes
     def command() -> int:
         raise BrokenPipeError("of a server")
@@ -51,7 +51,7 @@ def test_another_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -
         ("something_that_torch_needs", "pip install 'something-that-torch-needs'"),
     ],
 )
-def test_a_missing_package_is_one_line_that_says_how_to_install_it(
+def test_a_missing_package_is_one_line_with_the_command_to_install_it(
     module: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(args: object) -> None:
@@ -65,7 +65,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_install_it(
     assert err.count("\n") == 1
 
 
-def test_a_module_of_our_own_that_is_missing_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_of_this_package_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(args: object) -> None:
         raise ModuleNotFoundError("No module named 'nemo_popsd.nothing'", name="nemo_popsd.nothing")
 

@@ -58,7 +58,7 @@ def places(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 
 def damage(file: Path, rng: random.Random) -> str:
-    """Changes `file` for the worse; says how."""
+    """Damages `file`; returns how."""
     data = file.read_bytes()
     how = rng.choice(["cut", "bytes", "nested", "directory", "fifo", *["value", "gone"] * 4])
     if how in ("value", "gone") and file.suffix not in (".json", ".jsonl"):
@@ -123,12 +123,12 @@ def test_damage(
         capsys.readouterr()
         status = main(argv)
         err = capsys.readouterr().err
-        told = f"{how} in {file.relative_to(tmp_path)}: {err}"
-        assert status in (0, 2), told
+        printed = f"{how} in {file.relative_to(tmp_path)}: {err}"
+        assert status in (0, 2), printed
         if status == 2:
-            assert err.startswith("popsd: error: "), told
-            assert err.count("\n") == 1, told
-            assert len(err) < 1500, told
+            assert err.startswith("popsd: error: "), printed
+            assert err.count("\n") == 1, printed
+            assert len(err) < 1500, printed
         counts["refused" if status else "accepted"] += 1
     print(f"\n{command}: {dict(counts)}")
     assert counts["refused"], "no damage was noticed"

@@ -41,7 +41,7 @@ def test_messages_of_several_lines_become_one(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "popsd: error: a: got b c; need d; e\n"
 
 
-def test_other_ranks_give_rank_0_time_and_are_not_silent(
+def test_other_ranks_wait_for_rank_0_and_then_print(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slept: list[float] = []
@@ -56,7 +56,7 @@ def test_other_ranks_give_rank_0_time_and_are_not_silent(
     assert capsys.readouterr().err.endswith("(rank 1)\n")
 
 
-def test_what_another_start_may_cure_is_one_line_and_status_1(
+def test_an_error_that_a_restart_may_fix_is_one_line_and_status_1(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train(config: object, **options: object) -> None:
@@ -67,7 +67,7 @@ def test_what_another_start_may_cure_is_one_line_and_status_1(
     assert capsys.readouterr().err == "popsd: error: rank 3: it ended; start again\nits log:\n"
 
 
-def test_a_file_system_that_fails_for_a_moment_is_no_defect(
+def test_a_transient_file_system_error_is_not_a_defect(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train(config: object, **options: object) -> None:
@@ -78,7 +78,7 @@ def test_a_file_system_that_fails_for_a_moment_is_no_defect(
     assert capsys.readouterr().err.startswith("popsd: error: train: Stale file handle: x.jsonl; start the same command")
 
 
-def test_a_tracker_that_hangs_does_not_hold_up_the_end(calls: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_hangs_does_not_block_the_exit(calls: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     assert cli.main(["config", "none.yaml"]) == 2

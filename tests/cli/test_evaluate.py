@@ -36,9 +36,9 @@ def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, caps
     scores = [[score("p"), score("q", right)] for right in (False, True)]
     directories = [saved(tmp_path / name / "validation", made) for name, made in zip("ab", scores, strict=True)]
     assert cli.main(["evaluate", "--compare", *directories]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("base: a/validation (the first")
-    assert told.splitlines()[2].split() == ["a/validation", "b/validation", "change"]
+    printed = capsys.readouterr().out
+    assert printed.startswith("base: a/validation (the first")
+    assert printed.splitlines()[2].split() == ["a/validation", "b/validation", "change"]
     assert cli.main(["evaluate", "--compare", *directories, "--base", "b/validation"]) == 0
     assert capsys.readouterr().out.startswith("base: b/validation (by --base)")
     assert cli.main(["evaluate", TINY, "--base", "b"]) == 2

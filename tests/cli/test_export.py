@@ -19,7 +19,7 @@ def test_export(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("adapter", [[], ["--adapter"]])
-def test_export_replaces_nothing_but_an_earlier_export(
+def test_export_replaces_only_an_earlier_export(
     calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: list[str]
 ) -> None:
     checkpoint, output = tmp_path / "run" / "checkpoint", tmp_path / "hf"
@@ -33,9 +33,9 @@ def test_export_replaces_nothing_but_an_earlier_export(
         place.mkdir()
         (place / "weights.bin").write_text("three weeks")
         assert cli.main(["export", *adapter, str(checkpoint), str(output)]) == 2
-        told = capsys.readouterr().err
-        assert f"{place}: got a directory without the mark .nemo_popsd" in told
-        assert "nothing was removed" in told
+        printed = capsys.readouterr().err
+        assert f"{place}: got a directory without the mark .nemo_popsd" in printed
+        assert "nothing was removed" in printed
         assert (place / "weights.bin").exists()
         shutil.rmtree(place)
     (output / "config.json").parent.mkdir()

@@ -26,10 +26,12 @@ def _second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda error: str(error)[-30:],
 )
 def test_a_peer_that_ended(error: Exception) -> None:
-    told = as_lost_peer(error, command="train", config=PopsdConfig())
-    assert str(told).startswith("collective on rank 1 of 2: another rank has ended, or the connection to it is lost; ")
-    assert told is not None
-    assert str(error)[:40] in told.advice[0]
+    printed = as_lost_peer(error, command="train", config=PopsdConfig())
+    assert str(printed).startswith(
+        "collective on rank 1 of 2: another rank has ended, or the connection to it is lost; "
+    )
+    assert printed is not None
+    assert str(error)[:40] in printed.advice[0]
 
 
 @pytest.mark.parametrize(
@@ -64,5 +66,5 @@ def test_a_peer_that_does_not_answer(error: Exception) -> None:
     ],
     ids=lambda error: str(error)[-30:],
 )
-def test_defects_stay_what_they_are(error: Exception) -> None:
+def test_defects_are_not_converted(error: Exception) -> None:
     assert as_lost_peer(error, command="train", config=PopsdConfig()) is None

@@ -1,4 +1,4 @@
-"""What the ranks of a run say when one of them hangs."""
+"""The output of the ranks of a run when one of them hangs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def hang(rank: int, world_size: int, output: Path, port: int) -> Any:
     return found
 
 
-def test_a_rank_that_hangs_is_told_with_the_setting_and_one_that_wakes_ends(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_reported_with_the_setting_and_ends_when_it_wakes(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-    told = run_ranks(hang, 2, tmp_path, port, timeout=240)
+    printed = run_ranks(hang, 2, tmp_path, port, timeout=240)
     lines = []
-    for status, text in told:
+    for status, text in printed:
         assert status == 1, text
         assert "Traceback" not in text
         lines += [line for line in text.splitlines() if line.startswith("popsd: error: ")]

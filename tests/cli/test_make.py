@@ -1,4 +1,4 @@
-"""The set-up: what make says, and that the pinned versions are what the package allows."""
+"""The set-up: the output of make, and pinned versions within the ranges of the package."""
 
 import os
 import re

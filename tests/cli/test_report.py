@@ -34,7 +34,7 @@ sys.exit("imported torch" if "torch" in sys.modules else 0)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_report_replaces_nothing_but_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_replaces_only_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "thesis.html"
     page.write_text("<html>three weeks</html>")
     assert cli.main(["report", str(tmp_path), "--output", str(page)]) == 2

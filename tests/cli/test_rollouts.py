@@ -23,7 +23,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_steps_in_short(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_of_steps(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rollouts", "show", str(output)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "step 1: 2 rollouts by weights 0, 6 tokens, 1 truncated at the limit",
@@ -31,7 +31,7 @@ def test_steps_in_short(output: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ]
 
 
-def test_rows_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rollouts_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rollouts", "show", str(output), "--step", "2", "--row", "b"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "step": 2,
@@ -47,7 +47,9 @@ def test_rows_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [1, 2]
 
 
-def test_rows_that_were_left_and_rows_by_several_weights(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_responses_and_responses_of_several_weights(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [
         StoredRollout("a", 1, [5], Rollout([], [], False, 2, unfinished=True)),
         StoredRollout("b", 2, [5], Rollout([7, 8], [-1.0, -2.0], False, 2, segments=((1, 1), (2, 1)))),
@@ -64,7 +66,7 @@ def test_rows_that_were_left_and_rows_by_several_weights(output: Path, capsys: p
     assert "0 tokens, unfinished" in capsys.readouterr().out
 
 
-def test_rows_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rollouts_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nemo_popsd.data.tokenizer import load_tokenizer
     from nemo_popsd.embedded.names import asset
 
@@ -77,10 +79,12 @@ def test_rows_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "printed"),
     [(["--step", "3"], "no step 3, but steps 1 to 2"), (["--row", "c"], "no row 'c'")],
 )
-def test_what_is_not_there(output: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
+def test_missing_steps_and_rows(
+    output: Path, capsys: pytest.CaptureFixture[str], words: list[str], printed: str
+) -> None:
     assert main(["rollouts", "show", str(output), *words]) == 2
-    assert told in capsys.readouterr().err
+    assert printed in capsys.readouterr().err
     assert main(["rollouts", "show", str(output / "nowhere")]) == 2

@@ -42,7 +42,7 @@ def test_one_run_at_a_time_in_an_output(
     assert list(tmp_path.iterdir()) == [], "it is given back"
 
 
-def test_threads_do_not_spin_and_the_user_may_say_otherwise(
+def test_threads_do_not_spin_unless_the_user_sets_it(
     calls: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
@@ -53,7 +53,7 @@ def test_threads_do_not_spin_and_the_user_may_say_otherwise(
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
-def test_the_world_of_the_launcher_counts(
+def test_the_world_size_of_the_launcher_is_checked(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {
@@ -70,7 +70,7 @@ def test_the_world_of_the_launcher_counts(
     assert "training.prompts_per_step=30 or 32" in capsys.readouterr().err
 
 
-def test_torchrun_is_told_that_a_stopped_run_is_no_failure(
+def test_torchrun_reports_that_a_stopped_run_is_not_a_failure(
     calls: list[tuple], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
@@ -91,7 +91,7 @@ def test_wandb_without_a_key_is_refused_before_the_work(
     assert calls == []
 
 
-def test_ranks_of_torchrun_tell_an_error_once_and_all_fail() -> None:
+def test_ranks_of_torchrun_print_an_error_once_and_all_fail() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(

@@ -42,7 +42,7 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 
 
 def environment() -> dict[str, str]:
-    """No rank of ours, one thread."""
+    """Without the variables of a launcher, with one thread."""
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -85,21 +85,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_train_leaves_what_it_promises(trained: Path) -> None:
+def test_train_writes_checkpoints_export_and_report(trained: Path) -> None:
     assert len(losses(trained)) == 5
     assert (trained / "checkpoints" / "final" / "manifest.json").is_file()
     assert (trained / "DONE").read_text() == "5\n"
     assert (trained / "huggingface" / "model.safetensors").is_file()
     assert (trained / "tensorboard").is_dir()
-    told = (trained / "stdout").read_text()
-    assert "accuracy" in told
-    assert "before" in told
-    assert "after" in told
-    assert told.splitlines()[-1] == f"report: {trained / 'report.html'}"
+    printed = (trained / "stdout").read_text()
+    assert "accuracy" in printed
+    assert "before" in printed
+    assert "after" in printed
+    assert printed.splitlines()[-1] == f"report: {trained / 'report.html'}"
     assert load_config(trained / "config.yaml") == load_config(TINY, [f"output={trained}", *SHORT])
 
 
-def test_the_report_of_a_run_answers_from_what_the_run_left(trained: Path) -> None:
+def test_the_report_of_a_run_has_its_results(trained: Path) -> None:
     page = (trained / "report.html").read_text()
     for absent in (
         "not measured",
@@ -110,13 +110,13 @@ def test_the_report_of_a_run_answers_from_what_the_run_left(trained: Path) -> No
         "neither metrics nor",
     ):
         assert absent not in page, absent
-    for told in (
+    for printed in (
         "Did the accuracy change?",
         "Held-out questions: of 2",
         "Push of each component in tiny",
         "megatron-core",
     ):
-        assert told in page, told
+        assert printed in page, printed
     for moment in ("before", "after"):
         assert (trained / "diagnosis" / moment / "index.html").is_file()
 
@@ -216,7 +216,7 @@ def test_the_death_of_a_rank_ends_the_other(tmp_path: Path) -> None:
     assert "SIGKILL" in (tmp_path / "stderr").read_text() or "exitcode: -9" in (tmp_path / "stderr").read_text()
 
 
-def test_the_first_failure_is_told_by_torchrun_and_ends_all_ranks(tmp_path: Path) -> None:
+def test_torchrun_reports_the_first_failure_and_ends_all_ranks(tmp_path: Path) -> None:
     """Rank 1 fails in step 2; rank 0 fails after it, at the collective that it waits in."""
     script = tmp_path / "train.py"
     script.write_text(
@@ -264,9 +264,9 @@ def test_a_broken_row_a_wrong_key_and_a_missing_file_are_one_line(tmp_path: Path
     assert "nowhere.jsonl" in one_line(*train, "data.train.path=nowhere.jsonl")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"id": "a", "question": "1+1?", "reference": "2"}\n{"id": "b", "question": "2+2?"}\n')
-    told = one_line(*train, f"data.train.path={broken}")
-    assert "broken.jsonl:2" in told
-    assert "reference" in told
+    printed = one_line(*train, f"data.train.path={broken}")
+    assert "broken.jsonl:2" in printed
+    assert "reference" in printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -274,7 +274,7 @@ def test_a_long_reference_is_one_line_where_the_setting_says_error(tmp_path: Pat
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"id": "long", "question": "1+1?", "reference": "so 2 " * 400}) + "\n")
     settings = [f"output={tmp_path / 'run'}", f"data.train.path={rows}", "data.long_references=error"]
-    told = one_line(tmp_path / "log", "train", TINY, *settings)
-    assert "row long" in told
+    printed = one_line(tmp_path / "log", "train", TINY, *settings)
+    assert "row long" in printed
     limit = load_config(TINY).data.max_reference_tokens
-    assert f"data.max_reference_tokens={limit}" in told
+    assert f"data.max_reference_tokens={limit}" in printed

@@ -34,10 +34,10 @@ def followed(rank: int, world_size: int, output: Path, words: tuple[str, ...]) -
     return runs._train(rank, world_size, output, words, None)
 
 
-def test_a_run_that_was_taken_over_from_ends_on_all_ranks_and_writes_nothing_more(tmp_path: Path) -> None:
+def test_a_run_whose_output_was_taken_over_ends_on_all_ranks_and_writes_nothing(tmp_path: Path) -> None:
     words = ("parallel.tensor=2", "training.checkpoint_every=1", "data.validation.path=", "training.self_check=false")
-    told = run_ranks(followed, 2, tmp_path, words, timeout=240)
-    for status, text in told:
+    printed = run_ranks(followed, 2, tmp_path, words, timeout=240)
+    for status, text in printed:
         assert status == 2, text
         lines = [line for line in text.splitlines() if "popsd: error" in line]
         assert len(lines) == 1

@@ -53,19 +53,19 @@ def train(
 
     output.mkdir(exist_ok=True)
     supervisor.VllmServer.ask = watched  # type: ignore[method-assign]
-    status, told = runs._train(rank, world_size, output, (*WORDS, *words), plan)
-    return status, told, pids
+    status, printed = runs._train(rank, world_size, output, (*WORDS, *words), plan)
+    return status, printed, pids
 
 
 def ages(output: Path) -> list[float]:
-    """Greatest age of a step's tokens, by step; the mean is the same where all were drawn by the same weights."""
+    """Greatest age of a step's tokens, by step; equal to the mean where the same weights generated all."""
     found = [age for _, age in runs.metrics(output, "train/rollout_age_max")]
     assert [age for _, age in runs.metrics(output, "train/rollout_age")] == pytest.approx(found)
     return found
 
 
 def versions(output: Path) -> list[set[int]]:
-    """Weights that drew the rollouts of each step."""
+    """Version of the weights that generated the rollouts of each step."""
     store = RolloutStore(output)
     return [{row.rollout.weights_version for row in store.read(step)} for step in store.steps()]
 
@@ -73,30 +73,30 @@ def versions(output: Path) -> list[set[int]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("overlap") / "run"
-    ((status, told, pids),) = run_ranks(train, 1, output, [], None, None, timeout=300)
-    assert status == 0, told
+    ((status, printed, pids),) = run_ranks(train, 1, output, [], None, None, timeout=300)
+    assert status == 0, printed
     assert len(pids) == 1, "one server for the whole run"
     assert gone(pids[0])
     return output
 
 
-def test_steps_are_trained_on_what_the_weights_before_drew(whole: Path) -> None:
+def test_steps_train_on_responses_of_the_previous_weights(whole: Path) -> None:
     assert versions(whole) == [{0}, {0}, {1}, {2}]
     assert ages(whole) == [0, 1, 1, 1]
     assert [step for step, _ in runs.metrics(whole, "validation/accuracy")] == [0, 2, 4]
 
 
 def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    """Killed in step 4, taken up after step 2: step 3 finds its rollouts, a step old, and goes on."""
+    """Killed in step 4, resumed after step 2: step 3 finds its rollouts, one step old, and continues."""
     output = tmp_path / "run"
     plan = {"rank": 0, "where": "trained", "step": 4, "signal": signal.SIGKILL}
     with contextlib.suppress(AssertionError):
         run_ranks(train, 1, output, [], plan, None, timeout=300)
         raise RuntimeError("the run was not killed")
     assert gone(int((output / "pid").read_text()))
-    ((status, told, _),) = run_ranks(train, 1, output, [], None, None, timeout=300)
-    assert status == 0, told
-    assert "resuming after step 2" in told
+    ((status, printed, _),) = run_ranks(train, 1, output, [], None, None, timeout=300)
+    assert status == 0, printed
+    assert "resuming after step 2" in printed
     assert runs.rollouts(output) == runs.rollouts(whole)
     assert runs.metrics(output, "train/loss") == runs.metrics(whole, "train/loss")
     assert runs.differences(whole / "checkpoints" / "final", output / "checkpoints" / "final") == []
@@ -110,12 +110,12 @@ def test_two_shards_gather_weights_for_one_server(whole: Path, tmp_path: Path) -
     assert losses == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_server_killed_meanwhile_leaves_younger_responses(tmp_path: Path) -> None:
-    """Those of step 3 are being drawn in step 2; another server draws them, by the weights that are live by then."""
+def test_responses_after_a_killed_server_come_from_newer_weights(tmp_path: Path) -> None:
+    """Those of step 3 are being generated in step 2; another server generates them with newer weights."""
     output = tmp_path / "run"
-    ((status, told, pids),) = run_ranks(train, 1, output, [], None, 1, timeout=300)
-    assert status == 0, told
-    assert "lost the vLLM server: generate" in told
+    ((status, printed, pids),) = run_ranks(train, 1, output, [], None, 1, timeout=300)
+    assert status == 0, printed
+    assert "lost the vLLM server: generate" in printed
     assert len(pids) == 2
     assert versions(output) == [{0}, {0}, {2}, {2}]
     assert ages(output) == [0, 1, 0, 1]
@@ -124,10 +124,10 @@ def test_a_server_killed_meanwhile_leaves_younger_responses(tmp_path: Path) -> N
 def test_a_signal_does_not_wait_for_the_next_steps_responses(tmp_path: Path) -> None:
     output = tmp_path / "run"
     plan = {"rank": 0, "where": "trained", "step": 3, "signal": signal.SIGTERM}
-    ((status, told, (pid,)),) = run_ranks(train, 1, output, [], plan, None, timeout=300)
-    assert (status, "saved after step 3" in told) == (SAVED_AND_STOPPED, True)
+    ((status, printed, (pid,)),) = run_ranks(train, 1, output, [], plan, None, timeout=300)
+    assert (status, "saved after step 3" in printed) == (SAVED_AND_STOPPED, True)
     assert gone(pid)
-    ((status, told, _),) = run_ranks(train, 1, output, [], None, None, timeout=300)
-    assert status == 0, told
+    ((status, printed, _),) = run_ranks(train, 1, output, [], None, None, timeout=300)
+    assert status == 0, printed
     assert versions(output) == [{0}, {0}, {1}, {3}]
     assert ages(output) == [0, 1, 1, 0]

@@ -1,4 +1,4 @@
-"""Pages that runs leave: a report that cannot be written is told, and fails nothing."""
+"""Pages of runs: a report that cannot be written is logged and does not fail the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_popsd.commands.pages import report_run, write_diagnosis
 from tests.report.runs_on_disk import diagnosis, write_run
 
 
-def test_a_report_that_cannot_be_written_is_told_and_fails_nothing(
+def test_a_report_that_cannot_be_written_is_logged_and_does_not_fail_the_run(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
@@ -30,7 +30,7 @@ def test_a_report_that_cannot_be_written_is_told_and_fails_nothing(
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
 
 
-def test_rank_0_alone_writes(
+def test_only_rank_0_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run")

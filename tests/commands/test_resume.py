@@ -48,11 +48,11 @@ def resumed(runs: Path) -> Path:
             file.write('{"step": 4, "train/l')  # as a kill in mid-write leaves it
         (output / "checkpoints" / "step-000003.partial").mkdir()
         written = (output / "rollouts" / "step-000003" / "part-0000-of-0001.jsonl").stat().st_mtime_ns
-        status, told = train(output, *words)[0]
+        status, printed = train(output, *words)[0]
         assert status == 0
-        assert "resuming after step 2" in told
+        assert "resuming after step 2" in printed
         part = output / "rollouts" / "step-000003" / "part-0000-of-0001.jsonl"
-        assert part.stat().st_mtime_ns == written  # its rollouts were not drawn again
+        assert part.stat().st_mtime_ns == written  # its rollouts were not generated again
     return runs / "resumed"
 
 
@@ -86,16 +86,16 @@ def test_a_kill_before_the_first_checkpoint_changes_no_bit(whole: Path, runs: Pa
     assert differences(whole / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
 
 
-def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(whole: Path, runs: Path) -> None:
+def test_a_resumed_run_does_not_need_the_checkpoint_that_it_started_from(whole: Path, runs: Path) -> None:
     """Resumed after step 2, which is removed when step 3 is complete: `final` has all files all the same."""
     from nemo_popsd.checkpoint.manifest import read_manifest
 
     output = runs / "outlived"
     words = ("training.checkpoint_every=1", "training.keep_last=1", "training.export_huggingface=true")
     train_and_die(output, *words, plan={"step": 3})
-    status, told = train(output, *words)[0]
+    status, printed = train(output, *words)[0]
     assert status == 0
-    assert "resuming after step 2" in told
+    assert "resuming after step 2" in printed
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["final", "latest", "step-000003"]
     files = [sorted(read_manifest(path / "checkpoints" / "final")["files"]) for path in (whole / "full", output)]
     assert files[0] == files[1]
@@ -104,15 +104,15 @@ def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(whole: Path, r
     assert train(output, *words, "training.steps=5")[0][0] == 0
 
 
-def test_an_old_damaged_checkpoint_stops_nothing_and_stays(whole: Path, tmp_path: Path) -> None:
+def test_an_old_damaged_checkpoint_is_kept_and_does_not_stop_the_run(whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole / "full", output)
     (output / "DONE").unlink()
     old = output / "checkpoints" / "step-000002"
     (old / "manifest.json").write_bytes(b"")
     words = ("training.steps=6", "training.checkpoint_every=1", "training.keep_last=1")
-    status, told = train(output, *words)[0]
-    assert status == 0, told
+    status, printed = train(output, *words)[0]
+    assert status == 0, printed
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
         "final",
         "latest",
@@ -123,7 +123,7 @@ def test_an_old_damaged_checkpoint_stops_nothing_and_stays(whole: Path, tmp_path
 
 
 @both
-def test_no_line_of_the_metrics_is_lost_or_doubled(resumed: Path, adaptation: str) -> None:
+def test_no_line_of_the_metrics_is_lost_or_duplicated(resumed: Path, adaptation: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert [step for step, _ in metrics(resumed / adaptation, "train/loss")] == [1, 2, 3, 4]
@@ -165,7 +165,7 @@ def test_in_another_layout_the_losses_are_equal(
     assert [loss for _, loss in there] == pytest.approx([loss for _, loss in here], rel=3e-5)
 
 
-def test_a_finished_run_says_so(
+def test_a_finished_run_is_reported_as_finished(
     whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE"):
@@ -176,7 +176,7 @@ def test_a_finished_run_says_so(
     assert (whole / "full" / "metrics.jsonl").read_bytes() == before
 
 
-def test_adapters_alone_are_saved_and_the_old_checkpoints_go(whole: Path) -> None:
+def test_only_adapters_are_saved_and_old_checkpoints_are_removed(whole: Path) -> None:
     lora, full = (whole / name / "checkpoints" for name in ("lora", "full"))
     assert json.loads((lora / "final" / "manifest.json").read_text())["weights"] == "adapters"
     size = {p: sum(f.stat().st_size for f in (p / "final" / "weights").glob("*.distcp")) for p in (lora, full)}
@@ -197,19 +197,19 @@ def test_another_base_other_rows_and_other_settings_are_refused(whole: Path, tmp
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     words = (LORA, "training.steps=5")
-    status, told = train(output, *words, f"student.source={other}")[0]
+    status, printed = train(output, *words, f"student.source={other}")[0]
     assert status == 2
-    assert f"got student.source='{other}' with digest" in told
-    assert "need the base that it was trained from: 'nemo_popsd:tiny_reasoner'" in told
-    status, told = train(output, *words, "data.train.limit=7")[0]
-    assert (status, "data.train.limit=7 (was 8)" in told) == (2, True)
+    assert f"got student.source='{other}' with digest" in printed
+    assert "need the base that it was trained from: 'nemo_popsd:tiny_reasoner'" in printed
+    status, printed = train(output, *words, "data.train.limit=7")[0]
+    assert (status, "data.train.limit=7 (was 8)" in printed) == (2, True)
     rows = tmp_path / "rows.jsonl"
     text = asset("nemo_popsd:tiny_train").read_text().splitlines()[1:9]
     rows.write_text("\n".join(text) + "\n")
-    status, told = train(output, *words, f"data.train.path={rows}")[0]
-    assert (status, "got training rows that differ" in told) == (2, True)
-    status, told = train(output, *words, "optimizer.lr=0.5", "seed=3")[0]
-    assert (status, "seed=3 (was 1234), optimizer.lr=0.5" in told) == (2, True)
+    status, printed = train(output, *words, f"data.train.path={rows}")[0]
+    assert (status, "got training rows that differ" in printed) == (2, True)
+    status, printed = train(output, *words, "optimizer.lr=0.5", "seed=3")[0]
+    assert (status, "seed=3 (was 1234), optimizer.lr=0.5" in printed) == (2, True)
 
 
 def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) -> None:
@@ -220,22 +220,24 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
-    status, told = train(output, "training.steps=5")[0]
+    status, printed = train(output, "training.steps=5")[0]
     assert status == 2
-    assert f"weights/{shard.name} was changed" in told
+    assert f"weights/{shard.name} was changed" in printed
     folder = output / "checkpoints"
     move = f"mv {folder / 'final'} {folder / 'final.damaged'}"
-    assert f"{move}; then the same command resumes after step 2 from {folder / 'step-000002'}, which is intact" in told
+    assert (
+        f"{move}; then the same command resumes after step 2 from {folder / 'step-000002'}, which is intact" in printed
+    )
     (folder / "final").rename(folder / "final.damaged")
-    status, told = train(output, "training.steps=5")[0]
+    status, printed = train(output, "training.steps=5")[0]
     assert status == 0
-    assert "resuming after step 2" in told
+    assert "resuming after step 2" in printed
     assert (folder / "final.damaged").is_dir()
     for name in ("final", "step-000002", "step-000004"):
         (folder / name / "manifest.json").write_bytes(b"")
-    status, told = train(output, "training.steps=6")[0]
+    status, printed = train(output, "training.steps=6")[0]
     assert status == 2
-    assert f"move {folder} away to begin at step 1: no other checkpoint is intact" in told
+    assert f"move {folder} away to begin at step 1: no other checkpoint is intact" in printed
 
 
 @pytest.mark.parametrize(
@@ -276,11 +278,11 @@ def test_saving_in_the_background_keeping_the_best_and_overwriting(whole: Path, 
     for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
         (output / name).mkdir(exist_ok=True)
         (output / name / "notes.txt").write_text("mine")
-    status, told = train(output, "overwrite=true", "training.steps=1", "training.validate_every=0")[0]
+    status, printed = train(output, "overwrite=true", "training.steps=1", "training.validate_every=0")[0]
     assert status == 0
     for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
         assert (output / name / "notes.txt").read_text() == "mine"
-    assert "beginning at step 1" in told
+    assert "beginning at step 1" in printed
     assert [step for step, _ in metrics(output, "train/loss")] == [1]
     left = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert left == ["final", "latest", "my-model", "step-000003"]
@@ -302,7 +304,7 @@ def budgeted(runs: Path) -> Path:
     return runs / "budget"
 
 
-def test_rows_that_a_step_leaves_are_trained_on_in_the_next(budgeted: Path) -> None:
+def test_unfinished_responses_are_trained_on_in_the_next_step(budgeted: Path) -> None:
     from nemo_popsd.rollout.storage import RolloutStore
 
     store = RolloutStore(budgeted)
@@ -323,8 +325,8 @@ def test_rows_that_a_step_leaves_are_trained_on_in_the_next(budgeted: Path) -> N
     assert ended == 4 * 6, "each row is trained on once"
 
 
-def test_a_killed_run_finds_the_rows_that_were_left(budgeted: Path, runs: Path) -> None:
-    """Killed in step 4, taken up after step 2: steps 3 and 4 go on with what steps 2 and 3 left."""
+def test_a_killed_run_continues_unfinished_responses(budgeted: Path, runs: Path) -> None:
+    """Killed in step 4, resumed after step 2: steps 3 and 4 continue the responses that steps 2 and 3 left."""
     output = runs / "budget, killed"
     train_and_die(output, *BUDGET, plan={"step": 4})
     assert train(output, *BUDGET)[0][0] == 0
@@ -333,15 +335,15 @@ def test_a_killed_run_finds_the_rows_that_were_left(budgeted: Path, runs: Path) 
     assert metrics(budgeted, "train/loss") == metrics(output, "train/loss")
 
 
-def test_without_the_rows_that_were_left_a_run_does_not_go_on(budgeted: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_unfinished_responses_is_not_resumed(budgeted: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(budgeted, moved)
     shutil.rmtree(moved / "checkpoints" / "final")
     (moved / "DONE").unlink()
     shutil.rmtree(moved / "rollouts" / "step-000002")
-    status, told = train(moved, *BUDGET)[0]
+    status, printed = train(moved, *BUDGET)[0]
     assert status == 2
-    assert "files of step 2 missing in" in told
+    assert "files of step 2 missing in" in printed
 
 
 LAYOUTS = {
@@ -366,7 +368,7 @@ def test_every_layout_trains_on_each_row_once(runs: Path, layout: str) -> None:
     assert max(age for _, age in metrics(output, "train/rollout_age_max")) <= 1
 
 
-def test_rows_may_wait_for_as_long_as_their_age_allows(runs: Path) -> None:
+def test_unfinished_responses_wait_until_their_age_bound(runs: Path) -> None:
     """Several steps' weights draw one response; killed and taken up, the run ends with the same bits."""
     from nemo_popsd.rollout.storage import RolloutStore
 

@@ -41,7 +41,7 @@ def with_trackers(rank: int, world_size: int, output: Path) -> Any:
     return status, text, client.get_run(name).info.status, [p.step for p in history], [p.step for p in accuracy]
 
 
-def test_a_run_ends_well_whatever_becomes_of_its_trackers(tmp_path: Path) -> None:
+def test_failing_trackers_do_not_fail_a_run(tmp_path: Path) -> None:
     ((status, text, state, trained, validated),) = run_ranks(with_trackers, 1, tmp_path, timeout=300)
     assert status == 0, text
     assert text.count("TensorBoard is turned off: OSError: [Errno 28] No space left on device") == 1, text

@@ -66,8 +66,8 @@ def train(rank: int, world_size: int, output: Path, words: list[str], kill: bool
         return ask(self, request, *args, **named)
 
     supervisor.VllmServer.ask = watched  # type: ignore[method-assign]
-    status, told = runs._train(rank, world_size, output, (*WORDS, *words), None)
-    return status, told, pids
+    status, printed = runs._train(rank, world_size, output, (*WORDS, *words), None)
+    return status, printed, pids
 
 
 def drawn(rank: int, world_size: int, checkpoint: Path) -> list[list[int]]:
@@ -91,23 +91,23 @@ def drawn(rank: int, world_size: int, checkpoint: Path) -> list[list[int]]:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     ranks, words = CASES[request.param]
     output = tmp_path_factory.mktemp("run") / "run"
-    told = run_ranks(train, ranks, output, words, False, timeout=400)
-    assert [status for status, _, _ in told] == [0] * ranks, told
-    return output, told
+    printed = run_ranks(train, ranks, output, words, False, timeout=400)
+    assert [status for status, _, _ in printed] == [0] * ranks, printed
+    return output, printed
 
 
-def test_a_run_draws_from_vllm_and_leaves_no_server(run: tuple[Path, list[Any]]) -> None:
-    output, told = run
+def test_a_run_generates_with_vllm_and_leaves_no_server(run: tuple[Path, list[Any]]) -> None:
+    output, printed = run
     assert [step for step, _ in runs.metrics(output, "train/loss")] == [1, 2]
     store = RolloutStore(output)
     assert [{row.rollout.weights_version for row in store.read(step)} for step in store.steps()] == [{0}, {1}]
-    assert len(told[0][2]) == 1, "one server for the whole run"
-    assert all(gone(pid) for pid in told[0][2])
-    assert not any(pids for _, _, pids in told[1:]), "one rank speaks"
+    assert len(printed[0][2]) == 1, "one server for the whole run"
+    assert all(gone(pid) for pid in printed[0][2])
+    assert not any(pids for _, _, pids in printed[1:]), "one rank speaks"
     assert "vLLM" in (output / "vllm" / "server-0.log").read_text()
 
 
-def test_an_exported_model_goes_straight_into_vllm_and_transformers(run: tuple[Path, list[Any]]) -> None:
+def test_vllm_and_transformers_load_an_exported_model(run: tuple[Path, list[Any]]) -> None:
     output, _ = run
     (expected,) = run_ranks(drawn, 1, output / "checkpoints" / "final", timeout=120)
     before = run_ranks(untrained, 1, timeout=120)[0]
@@ -151,9 +151,9 @@ def untrained(rank: int, world_size: int) -> list[list[int]]:
 @pytest.mark.parametrize("run", ["full"], indirect=True)
 def test_a_server_killed_in_a_step_changes_nothing(run: tuple[Path, list[Any]], tmp_path: Path) -> None:
     undisturbed, _ = run
-    ((status, told, pids),) = run_ranks(train, 1, tmp_path, CASES["full"][1], True, timeout=400)
-    assert status == 0, told
-    assert "lost the vLLM server: generate" in told
+    ((status, printed, pids),) = run_ranks(train, 1, tmp_path, CASES["full"][1], True, timeout=400)
+    assert status == 0, printed
+    assert "lost the vLLM server: generate" in printed
     assert len(pids) == 2, "a second server took over"
     assert runs.rollouts(tmp_path) == runs.rollouts(undisturbed)
     assert runs.metrics(tmp_path, "train/loss") == runs.metrics(undisturbed, "train/loss")

@@ -121,7 +121,7 @@ def test_missing_data_is_refused(runnable: PopsdConfig, section: str, path: str)
         check_training_run(runnable, world_size=1)
 
 
-def test_training_needs_rows_and_evaluation_needs_held_out_rows(runnable: PopsdConfig) -> None:
+def test_training_needs_rows_and_evaluation_needs_problems(runnable: PopsdConfig) -> None:
     runnable.data.validation.path = ""
     check_training_run(runnable, world_size=1)
     with pytest.raises(UserError, match=r"set data\.validation\.path"):
@@ -131,7 +131,7 @@ def test_training_needs_rows_and_evaluation_needs_held_out_rows(runnable: PopsdC
         check_training_run(runnable, world_size=1)
 
 
-def test_named_sets_replace_held_out_rows(
+def test_named_sets_replace_the_validation_set(
     runnable: PopsdConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -146,7 +146,7 @@ def test_named_sets_replace_held_out_rows(
     check_evaluation_run(runnable, world_size=1)
 
 
-def test_an_endpoint_needs_one_process_and_a_served_model(runnable: PopsdConfig, tmp_path: Path) -> None:
+def test_an_endpoint_needs_one_process_and_no_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
     runnable.evaluation.endpoint.url = "http://localhost:8000/v1"
     check_evaluation_run(runnable, world_size=1)
     with pytest.raises(UserError, match=r"evaluation\.endpoint\.url with 2 ranks"):
@@ -189,19 +189,21 @@ def test_output_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_foreign_files_are_refused_and_stay(runnable: PopsdConfig, overwrite: bool) -> None:
+def test_files_that_no_run_wrote_are_neither_mixed_with_a_run_nor_removed(
+    runnable: PopsdConfig, overwrite: bool
+) -> None:
     output, runnable.overwrite = Path(runnable.output), overwrite
     (output / "checkpoints" / "my_model").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds checkpoints and no \.nemo_popsd that says that a run"):
+    with pytest.raises(UserError, match=r"has checkpoints and no \.nemo_popsd to mark them as written by a run"):
         check_training_run(runnable, world_size=1)
     write_mark(output, EXPORT)
-    with pytest.raises(UserError, match="holds checkpoints and no"):
+    with pytest.raises(UserError, match="has checkpoints and no"):
         check_training_run(runnable, world_size=1)
     write_mark(output, RUN)
     check_training_run(runnable, world_size=1)
 
 
-def test_a_run_of_an_older_version_continues_and_is_not_removed(runnable: PopsdConfig) -> None:
+def test_a_run_of_an_earlier_version_is_resumed_but_not_removed(runnable: PopsdConfig) -> None:
     output = Path(runnable.output)
     (output / "checkpoints").mkdir(parents=True)
     save_resolved(runnable, output / "config.yaml")
@@ -214,7 +216,7 @@ def test_a_run_of_an_older_version_continues_and_is_not_removed(runnable: PopsdC
 def test_a_foreign_configuration_is_not_replaced(runnable: PopsdConfig) -> None:
     Path(runnable.output).mkdir(parents=True)
     (Path(runnable.output) / "config.yaml").write_text("seed: 7  # my own\n")
-    with pytest.raises(UserError, match=r"holds a config\.yaml that no run wrote"):
+    with pytest.raises(UserError, match=r"has a config\.yaml that no run wrote"):
         check_training_run(runnable, world_size=1)
 
 
@@ -261,7 +263,7 @@ def test_a_token_budget_needs_rollouts_on_disk_and_one_update() -> None:
     check_sections(config)
 
 
-def test_an_engine_that_cannot_run_is_refused_first(runnable: PopsdConfig, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_run_is_refused_before_anything_is_created(runnable: PopsdConfig, tmp_path: Path) -> None:
     runnable.rollout.vllm.python = str(tmp_path / "no" / "python")
     check_training_run(runnable, world_size=1)  # not checked for the other engine
     runnable.rollout.engine = "vllm"

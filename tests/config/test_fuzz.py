@@ -148,15 +148,15 @@ def cases(rng: random.Random, folder: Path) -> Iterator[Case]:
         command, kind = rng.choice(COMMANDS), rng.random()
         path, words, label = rng.choice([*RECIPES, TINY, TINY, TINY]), [], ""
         if kind < 0.35:
-            tree, told = copy.deepcopy(yaml.safe_load(rng.choice(recipes))), []
+            tree, changes = copy.deepcopy(yaml.safe_load(rng.choice(recipes))), []
             for _ in range(rng.choice([1, 1, 1, 2, 3])):
                 key = rng.choice([*KEYS, rng.choice(KEYS) + rng.choice(["x", ".y"])])
                 value = of(key)
                 set_key(tree, key, value)
-                told.append(f"{key}: {str(value)[:50]!r}")
+                changes.append(f"{key}: {str(value)[:50]!r}")
             path = folder / f"{number}.yaml"
             path.write_bytes(yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass"))
-            label = "values " + ", ".join(told)
+            label = "values " + ", ".join(changes)
         elif kind < 0.5:
             data = bytearray(rng.choice([*raw, *(text.encode() for text in recipes * 8)]))
             for _ in range(rng.choice([0, 1, 1, 2, 5])):
@@ -302,8 +302,8 @@ def test_random_command_lines(accepted: list[PopsdConfig], tmp_path: Path, monke
         counts[f"{case.argv[0]} {'accepted' if status in (0, 1) else 'refused' if status == 2 else 'failed'}"] += 1
         if problem is not None:
             wrong.append(f"{[shown[:120] for shown in case.argv]} ({case.label[:200]}): {problem}")
-    told = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
-    print(f"\n{CASES} cases, seed {SEED}: {told}; slowest {slowest:.1f} s, all {time.monotonic() - begun:.0f} s")
+    summary = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
+    print(f"\n{CASES} cases, seed {SEED}: {summary}; slowest {slowest:.1f} s, all {time.monotonic() - begun:.0f} s")
     assert not wrong, f"{len(wrong)} of {CASES}:\n" + "\n".join(wrong[:20])
     assert counts["config accepted"]
     assert counts["train accepted"]

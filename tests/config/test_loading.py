@@ -48,7 +48,7 @@ def test_file_then_overrides_in_order(tmp_path: Path) -> None:
         ("student.recompute=true", lambda c: c.student.recompute, True),
         ("evaluation.markers=[Wait, 'Let me think']", lambda c: c.evaluation.markers, ["Wait", "Let me think"]),
         ("student.lora={rank: 8, alpha: 16}", lambda c: (c.student.lora.rank, c.student.lora.alpha), (8, 16.0)),
-        # Text is unchanged: none of these may be read as a comment, a mapping, a number or a boolean.
+        # Text is taken literally: none of these may be read as a comment, a mapping, a number or a boolean.
         (r"data.train.answer_pattern=#### (.+)", lambda c: c.data.train.answer_pattern, "#### (.+)"),
         ("data.train.answer_pattern=null", lambda c: c.data.train.answer_pattern, None),
         ("data.templates.student=Q: {question}", lambda c: c.data.templates.student, "Q: {question}"),
@@ -116,9 +116,9 @@ def test_unknown_key_without_a_near_one_lists_the_section(tmp_path: Path) -> Non
 )
 def test_wrong_types(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, "\n" + text)
-    told = refusal(path)
-    assert told.startswith(f"{path}:2: ")
-    assert message in told
+    printed = refusal(path)
+    assert printed.startswith(f"{path}:2: ")
+    assert message in printed
 
 
 def test_the_checks_of_the_sections_are_applied(tmp_path: Path) -> None:

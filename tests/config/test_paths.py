@@ -45,7 +45,7 @@ def test_home_is_expanded_and_variables_of_the_shell_are_refused(
     assert load("${oc.env:HOME}/x") == load("~/x")
 
 
-def test_a_name_without_a_variable_is_unchanged(tmp_path: Path) -> None:
+def test_a_tilde_that_is_not_a_home_directory_is_kept(tmp_path: Path) -> None:
     for path in ("", "runs/x", "nemo_popsd:tiny_train", "/a/b~", "a b/é", "x.~1~"):
         assert given_path("output", path) == path
 

@@ -38,13 +38,13 @@ def both(folder: Path, key: str, text: str) -> list[Any]:
     (folder / "empty.yaml").write_text("")
     found: list[Any] = []
     for name, words in (("file.yaml", []), ("empty.yaml", [f"{key}={text}"])):
-        told = ""
+        printed = ""
         try:
             found.append(value(load_config(folder / name, words), key))
         except UserError as error:
             found.append(None)
-            told = str(error)
-        assert (found[-1] is None) == (key in told), told
+            printed = str(error)
+        assert (found[-1] is None) == (key in printed), printed
     return found
 
 
@@ -152,7 +152,7 @@ def test_exponential_interpolations_are_refused_quickly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["${a}", "\\${a}", "a\\\\${b} $ {c} ${", "$", "\\", "{question}$", "${question}"])
-def test_texts_with_braces_of_an_interpolation_are_unchanged(text: str, tmp_path: Path) -> None:
+def test_escaped_interpolations_are_kept(text: str, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text("")
     config = load_config(tmp_path / "file.yaml")
     config.data.templates.student, config.evaluation.markers = text, [text]
@@ -178,10 +178,10 @@ def test_texts_with_braces_of_an_interpolation_are_unchanged(text: str, tmp_path
 )
 def test_texts_with_control_characters_or_of_great_length_are_refused(key: str, text: object, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text("")
-    with pytest.raises(UserError, match=f"set {key}$") as told:
+    with pytest.raises(UserError, match=f"set {key}$") as printed:
         load_config(tmp_path / "file.yaml", [f"{key}={json.dumps(text)}"])
-    assert len(str(told.value)) < 500
-    assert str(told.value).isprintable()
+    assert len(str(printed.value)) < 500
+    assert str(printed.value).isprintable()
 
 
 def test_prose_has_lines(tmp_path: Path) -> None:

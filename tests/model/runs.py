@@ -65,10 +65,10 @@ def _train(rank: int, world_size: int, output: Path, words: tuple[str, ...], pla
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
     if plan and plan["rank"] == rank:
         _plant(plan)
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    console = io.StringIO()
+    with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
         status = main(["train", TINY, f"output={output}", *SETTINGS, *words])
-    return status, told.getvalue()
+    return status, console.getvalue()
 
 
 def _plant(plan: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) 
     from nemo_popsd.data.config import SourceConfig
     from nemo_popsd.evaluation.run import conclude_all, prepare_sets
     from nemo_popsd.model import PurifiedOPSDModel
-    from nemo_popsd.model.evaluation import draw_missing
+    from nemo_popsd.model.evaluation import generate_missing
 
     config = load_config(TINY, overrides(output, tensor))
     without_rows = load_config(TINY, overrides(output, tensor))
@@ -55,7 +55,7 @@ def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) 
     model.engine.generate = counted  # type: ignore[method-assign]
     for _ in range(calls):
         try:
-            draw_missing(model.sampler, sets, model="m", digest="f")
+            generate_missing(model.sampler, sets, model="m", digest="f")
         except KeyboardInterrupt:
             seen["kept"] = sum(len(path.read_text().splitlines()) for path in sets[0].directory.path.glob("samples-*"))
             import torch.distributed as dist
@@ -79,7 +79,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["DP2", "TP2"])
-def test_layouts_draw_the_same_and_interrupted_ones_nothing_twice(single: Path, tmp_path: Path, tensor: int) -> None:
+def test_every_layout_generates_the_same_samples_and_none_twice_after_an_interruption(
+    single: Path, tmp_path: Path, tensor: int
+) -> None:
     first, second = run_ranks(evaluate, 2, tmp_path, tensor, 2)
     # Two of ten samples a call; tensor-parallel ranks draw the same, data-parallel ones share.
     assert first["kept"] in (2, 4)
@@ -103,23 +105,23 @@ def evaluate_other_weights(rank: int, world_size: int, output: Path) -> str:
     from nemo_popsd.errors import UserError
     from nemo_popsd.evaluation.run import prepare_sets
     from nemo_popsd.model import PurifiedOPSDModel
-    from nemo_popsd.model.evaluation import draw_missing
+    from nemo_popsd.model.evaluation import generate_missing
 
     config = load_config(TINY, overrides(output))
     model = PurifiedOPSDModel(to_dict_config(config))
     sets = prepare_sets(config.evaluation, config.data, model.tokenizer, model="m", output=output)
-    draw_missing(model.sampler, sets, model="m", digest="f")
+    generate_missing(model.sampler, sets, model="m", digest="f")
     try:
-        draw_missing(model.sampler, sets, model="m", digest="other")
+        generate_missing(model.sampler, sets, model="m", digest="other")
     except UserError as error:
         return str(error)
     return ""
 
 
 def test_samples_of_other_weights_are_refused_on_every_rank(tmp_path: Path) -> None:
-    told = run_ranks(evaluate_other_weights, 2, tmp_path)
-    assert told[0] == told[1]
-    assert "weights_digest" in told[0]
+    printed = run_ranks(evaluate_other_weights, 2, tmp_path)
+    assert printed[0] == printed[1]
+    assert "weights_digest" in printed[0]
 
 
 def validate(rank: int, world_size: int, output: Path, tensor: int) -> Any:
@@ -135,7 +137,7 @@ def validate(rank: int, world_size: int, output: Path, tensor: int) -> Any:
 
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["DP2", "TP2"])
-def test_a_run_evaluates_alike_in_any_layout_and_leaves_its_samples(single: Path, tmp_path: Path, tensor: int) -> None:
+def test_validation_is_equal_in_every_layout_and_writes_its_samples(single: Path, tmp_path: Path, tensor: int) -> None:
     found = run_ranks(validate, 2, tmp_path, tensor)
     assert found[0] == found[1]
     directory = EvaluationDirectory(tmp_path / "validation" / "step-000000")

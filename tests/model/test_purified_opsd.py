@@ -1,4 +1,4 @@
-"""NeMo's contract, lived through once with adapters and once without, on the embedded model."""
+"""NeMo's contract, once with adapters and once without, on the embedded model."""
 
 from __future__ import annotations
 
@@ -142,13 +142,13 @@ def test_what_is_saved_is_restored(lives: dict[str, Any], adaptation: str, form:
 
 
 @both
-def test_a_restored_run_goes_on_from_its_base(lives: dict[str, Any], adaptation: str) -> None:
+def test_a_restored_model_keeps_its_base(lives: dict[str, Any], adaptation: str) -> None:
     assert lives[adaptation]["goes on"] == 6
     assert torch.equal(lives[adaptation]["base"], lives[adaptation]["untrained"])
 
 
 @both
-def test_configurations_come_back_and_can_be_changed(lives: dict[str, Any], adaptation: str) -> None:
+def test_restored_configurations_can_be_overridden(lives: dict[str, Any], adaptation: str) -> None:
     seen = lives[adaptation]
     assert seen["config"].rollout.batch_rows == 64
     assert seen["config"].student.adaptation == adaptation
@@ -168,8 +168,8 @@ def test_an_export_computes_the_same_in_transformers(lives: dict[str, Any], fold
 
 @both
 def test_weights_that_are_not_finite_are_not_exported(lives: dict[str, Any], adaptation: str) -> None:
-    told, written = lives[adaptation]["not finite"]
-    assert "got weights that are NaN or Inf" in told
+    printed, written = lives[adaptation]["not finite"]
+    assert "got weights that are NaN or Inf" in printed
     assert not written
 
 

@@ -28,7 +28,7 @@ def wandb(**settings: object) -> ObservabilityConfig:
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
-def test_what_is_not_installed(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_are_not_installed(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PopsdConfig().observability
     getattr(config, package).enabled = True
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -50,7 +50,7 @@ def test_wandb_online_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     check_trackers(wandb())
 
 
-@pytest.mark.parametrize("place", ["variable", "token", "netrc", "NETRC", "settings", "own server", "told offline"])
+@pytest.mark.parametrize("place", ["variable", "token", "netrc", "NETRC", "settings", "own server", "printed offline"])
 def test_a_key_is_found_where_wandb_looks(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if place == "variable":
         monkeypatch.setenv("WANDB_API_KEY", "x")
@@ -59,7 +59,7 @@ def test_a_key_is_found_where_wandb_looks(place: str, monkeypatch: pytest.Monkey
     elif place == "settings":
         (tmp_path / "config").mkdir()
         (tmp_path / "config" / "settings").write_text("[default]\napi_key = x\n")
-    elif place == "told offline":
+    elif place == "printed offline":
         monkeypatch.setenv("WANDB_MODE", "offline")
     else:
         host = "wandb.example.org" if place == "own server" else "api.wandb.ai"

@@ -49,7 +49,7 @@ def test_a_line_per_call_readable_at_once(tmp_path: Path) -> None:
     assert lines(tmp_path / "made" / "metrics.jsonl")[1] == {"accuracy": 1.0}
 
 
-def test_what_json_cannot_say(tmp_path: Path) -> None:
+def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
     logger = JsonlLogger(tmp_path)
     logger.log_metrics({"a": math.nan, "b": torch.tensor(math.inf), "c": -math.inf}, step=0)
     (line,) = lines(logger.path)
@@ -98,7 +98,7 @@ def test_metrics_that_cannot_be_written_end_the_run_in_one_line(tmp_path: Path) 
         JsonlLogger(tmp_path).log_metrics({}, step=1)
 
 
-def test_nothing_is_written_into_what_is_another_runs(tmp_path: Path) -> None:
+def test_nothing_is_written_to_an_output_of_another_run(tmp_path: Path) -> None:
     JsonlLogger(tmp_path, may_write=lambda: False).log_metrics({"a": 1.0}, step=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -181,7 +181,7 @@ def attempt(rows, steps, succeeded):
         loggers[1].log_metrics({{"train/loss": row - 0.5}}, step=float(row))  # as Lightning hands a step on
     close_trackers(loggers, succeeded)
     return loggers[1]
-attempt((1, 2), 200, None)  # asked to stop
+attempt((1, 2), 200, None)  # requested to stop
 client = mlflow.MlflowClient({(tmp_path / "run" / "mlflow").as_uri()!r})
 (experiment,) = [found for found in client.search_experiments() if found.name == "nemo_popsd"]
 (run,) = client.search_runs([experiment.experiment_id])

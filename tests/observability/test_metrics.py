@@ -9,7 +9,7 @@ from nemo_popsd.observability.metrics import DECLARED, StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 
 
-def test_names_and_what_was_not_measured() -> None:
+def test_names_without_metrics_that_were_not_measured() -> None:
     other: dict[str, Any] = {item.name: 1.0 for item in fields(StepMetrics) if item.name != "statistics"}
     logged = StepMetrics(statistics={"forward_kl": 2.0, "norm_ratio": None}, **other).as_dict()
     assert logged == {"train/forward_kl": 2.0, **{f"train/{name}": 1.0 for name in other}}

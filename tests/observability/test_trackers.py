@@ -17,7 +17,7 @@ from tests.observability.one_step import fit
 
 
 class Inner:
-    """A logger that fails where it is told to, and remembers what it was given."""
+    """A logger that fails at a chosen call and records what it was given."""
 
     def __init__(self, fails: str = "", error: BaseException | None = None) -> None:
         self.seen: list[Any] = []
@@ -82,7 +82,7 @@ def test_everything_is_passed_on_in_order_and_steps_are_whole_numbers() -> None:
     assert type(made[0].seen[2][2]) is int
 
 
-def test_what_is_never_used_is_never_built() -> None:
+def test_a_tracker_without_calls_is_not_built() -> None:
     one, made = tracker()
     one.log_hyperparams({"a": 1})
     one.close(True)
@@ -91,7 +91,7 @@ def test_what_is_never_used_is_never_built() -> None:
 
 @pytest.mark.parametrize("fails", ["build", "log", "save", "finish"])
 @pytest.mark.parametrize("error", [ConnectionError("service\nunavailable"), SystemExit("quit")], ids=["error", "exit"])
-def test_a_failure_is_reported_once_and_the_run_goes_on(
+def test_a_failure_is_reported_once_and_the_run_continues(
     fails: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
@@ -100,14 +100,14 @@ def test_a_failure_is_reported_once_and_the_run_goes_on(
     fit(3, logger=[JsonlLogger(tmp_path), one, other])
     close_trackers([one, other], True)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-    (told,) = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
+    (printed,) = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
     words = " ".join(f"{type(error).__name__}: {error}".split())
-    assert told == f"Service is turned off: {words}; the run continues, and metrics.jsonl has all metrics"
+    assert printed == f"Service is turned off: {words}; the run continues, and metrics.jsonl has all metrics"
     assert seen[0].seen[-1] == ("finish", True)
     assert not trackers.any_hangs()
 
 
-def test_one_that_hangs_is_left_behind_in_time(
+def test_a_tracker_that_hangs_is_abandoned_in_time(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
@@ -122,7 +122,7 @@ def test_one_that_hangs_is_left_behind_in_time(
     forever.set()
 
 
-def test_names_are_kept_with_the_run(tmp_path: Path) -> None:
+def test_ids_are_stored_with_the_run(tmp_path: Path) -> None:
     assert read_id(tmp_path, "wandb") is None
     keep_id(tmp_path, "wandb", "a")
     keep_id(tmp_path, "mlflow", "b")

@@ -5,12 +5,12 @@ import inspect
 from nemo_popsd.rollout.engine import row_seed
 
 
-def test_row_seed_is_the_same_for_ever() -> None:
+def test_row_seed_is_fixed() -> None:
     assert row_seed(1234, "train", 1, "row7") == 1055189167963380629
     assert row_seed(1234, "evaluation", "row7", 0) == 4311654149391652600
 
 
-def test_row_seed_tells_all_its_parts_apart() -> None:
+def test_row_seed_depends_on_all_its_parts() -> None:
     parts = [
         (1, "train", 1, "a"),
         (2, "train", 1, "a"),
@@ -25,5 +25,5 @@ def test_row_seed_tells_all_its_parts_apart() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)  # what a torch generator takes
 
 
-def test_row_seed_knows_no_layout() -> None:
+def test_row_seed_does_not_depend_on_the_layout() -> None:
     assert list(inspect.signature(row_seed).parameters) == ["seed", "parts"]

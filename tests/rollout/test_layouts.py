@@ -117,7 +117,7 @@ def one_mixture(mixture: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", EXPERTS)
-def test_experts_on_several_ranks_draw_what_one_process_does(
+def test_experts_on_several_ranks_generate_the_same_as_one_process(
     mixture: Path, one_mixture: dict[str, Any], layout: str, layers: str
 ) -> None:
     ranks = run_ranks(observe_experts, EXPERTS[layout][0], mixture, EXPERTS[layout][1], layers=layers)

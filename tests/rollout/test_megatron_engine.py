@@ -87,7 +87,7 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
 
     prefill = SlotDecoder.prefill
     SlotDecoder.prefill = watched  # type: ignore[method-assign]
-    with torch.no_grad():  # padded rows that would win every draw
+    with torch.no_grad():  # padded rows that would win every sample
         first = rank * student.weight.shape[0]
         student.weight[max(0, student.vocab_size - first) :] = PLANTED
     student.gpt.train()
@@ -184,7 +184,7 @@ def test_log_probabilities_agree_with_transformers(one: dict[str, Any], model: P
         assert rollout.log_probs == pytest.approx(drawn, abs=1e-5)
 
 
-def test_a_row_does_not_depend_on_the_rest_of_its_batch(one: dict[str, Any]) -> None:
+def test_a_response_does_not_depend_on_its_batch(one: dict[str, Any]) -> None:
     lengths = {len(response) for response in responses(one["random"])}
     assert len(lengths) > 3  # rows leave the batch at different times
     for name in ("one by one", "three rows", "alone", "small cache"):
@@ -193,7 +193,7 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch(one: dict[str, Any]) -> 
     assert responses(one["top-p, two rows"]) == responses(one["top-p"]) != responses(one["random"])
 
 
-def test_rows_with_the_same_prompt_share_its_prefill(one: dict[str, Any]) -> None:
+def test_requests_with_the_same_prompt_share_its_prefill(one: dict[str, Any]) -> None:
     """Each of the three prompts is computed once, but for its last token, however many slots there are."""
     alone = responses(one["repeated alone"])
     assert len({tuple(response) for response in alone}) == len(REPEATED)
@@ -205,10 +205,10 @@ def test_rows_with_the_same_prompt_share_its_prefill(one: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("name", ["left", "left, two rows"])
-def test_rows_that_a_budget_leaves_go_on_as_if_nothing_had_been(
+def test_responses_that_a_budget_left_unfinished_continue_identically(
     one: dict[str, Any], two: list[dict[str, Any]], name: str
 ) -> None:
-    """With the same weights the two parts are what one call draws; the second call finishes what was begun."""
+    """With the same weights the two parts equal the response of one call; the second call finishes the first."""
     whole, left = one["random"], one[name]
     unfinished = [number for number, rollout in enumerate(left) if rollout.unfinished]
     assert 0 < len(unfinished) < len(left)
@@ -234,11 +234,11 @@ def test_rows_that_a_budget_leaves_go_on_as_if_nothing_had_been(
         assert responses(seen[f"{name}, then"]) == responses(then)
 
 
-def test_seeds_decide(one: dict[str, Any]) -> None:
+def test_seeds_determine_the_responses(one: dict[str, Any]) -> None:
     assert responses(one["random"]) != [until(r, RANDOM.stop_token_ids) for r in responses(one["greedy"])]
 
 
-def test_padded_entries_are_never_drawn(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_padded_entries_are_never_sampled(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """Their rows of the output matrix were made large; the other tests show that nothing else changed."""
     for seen in (one, *two):
         for name in ("greedy", "random", "top-p", "one token", "other weights"):
@@ -251,14 +251,14 @@ def test_no_requests_and_one_token(one: dict[str, Any]) -> None:
     assert all(r.truncated == (r.response[0] not in RANDOM.stop_token_ids) for r in one["one token"])
 
 
-def test_weights_are_live_and_their_version_is_told(one: dict[str, Any]) -> None:
+def test_weights_are_live_and_their_version_is_recorded(one: dict[str, Any]) -> None:
     assert responses(one["other weights"]) != responses(one["greedy"])
     assert {r.weights_version for r in one["random"]} == {0}
     assert {r.weights_version for r in one["other weights"]} == {7}
     assert one["trains again"]
 
 
-def test_two_ranks_draw_what_one_does(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_two_ranks_generate_the_same_as_one(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for seen in two:
         for name in (
             "greedy",

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
+from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
 
 
 def whole(logits: torch.Tensor) -> VocabularyShard:
@@ -14,7 +14,7 @@ def whole(logits: torch.Tensor) -> VocabularyShard:
 
 
 def sample(logits: torch.Tensor, sampling: SamplingParams, uniform: torch.Tensor) -> torch.Tensor:
-    return draw(logits, sampling, uniform, whole(logits))[0]
+    return sample_tokens(logits, sampling, uniform, whole(logits))[0]
 
 
 def params(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingParams:
@@ -59,14 +59,14 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=lambda s: f"T{s.temperature}-p{s.top_p}-k{s.top_k}")
-def test_draws_follow_the_filtered_distribution(sampling: SamplingParams) -> None:
+def test_tokens_follow_the_filtered_distribution(sampling: SamplingParams) -> None:
     logits = 2 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     expected, drawn = reference_distribution(logits, sampling), drawn_distribution(logits, sampling)
     assert (drawn[expected == 0] == 0).all()
     torch.testing.assert_close(drawn, expected, atol=2e-4, rtol=0)
 
 
-def test_seeded_draws_pass_a_chi_square_test() -> None:
+def test_seeded_tokens_pass_a_chi_square_test() -> None:
     draws, logits = 20_000, torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])
     numbers = uniforms(list(range(draws)), 1).squeeze(1)
     counts = torch.bincount(sample(logits.expand(draws, -1), params(), numbers), minlength=5)
@@ -95,7 +95,7 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
     assert tokens.tolist() == [1, 0]
 
 
-def test_entries_that_cannot_be_drawn_are_not() -> None:
+def test_entries_without_probability_are_not_sampled() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0]])
     largest = torch.tensor([1 - 2**-53], dtype=torch.float64)
     for number in (torch.zeros(1, dtype=torch.float64), largest):
@@ -112,7 +112,7 @@ def test_entries_that_cannot_be_drawn_are_not() -> None:
     top_k=st.integers(0, 50),
     number=st.floats(0, 1, exclude_max=True),
 )
-def test_every_draw_lies_in_the_filtered_support(
+def test_every_token_is_in_the_filtered_support(
     seed: int, size: int, spread: float, temperature: float, top_p: float, top_k: int, number: float
 ) -> None:
     logits = spread * torch.randn(size, generator=torch.Generator().manual_seed(seed))
@@ -128,7 +128,7 @@ def test_every_draw_lies_in_the_filtered_support(
     assert int(among[2]) == int(alone)
 
 
-def test_random_numbers_depend_on_the_rows_own_seed_alone() -> None:
+def test_random_numbers_depend_only_on_the_seed() -> None:
     several = uniforms([3, 7, 2**62 + 1], 5)
     assert several.dtype == torch.float64
     assert ((several >= 0) & (several < 1)).all()
@@ -146,7 +146,7 @@ def test_log_probabilities_are_those_of_the_model_itself(dtype: torch.dtype) -> 
     logits = 5 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     logits = logits.to(dtype)
     for sampling in SETTINGS:
-        tokens, log_probs = draw(logits, sampling, torch.linspace(0, 0.99, 6).double(), whole(logits))
+        tokens, log_probs = sample_tokens(logits, sampling, torch.linspace(0, 0.99, 6).double(), whole(logits))
         expected = torch.log_softmax(logits.double(), -1)[torch.arange(6), tokens]
         assert log_probs.dtype == torch.float32
         torch.testing.assert_close(log_probs.double(), expected, atol=2e-6, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Rows in slots, played through on a cache of tokens: each row always finds its own beginning in its slot."""
+"""Sequences in slots, simulated on a cache of tokens: each sequence always finds its own tokens in its slot."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TokenCache:
 
 
 def response_of(request: Request, limit: int) -> list[int]:
-    """What the "model" answers: a function of the request alone."""
+    """The response of the "model": a function of the request."""
     made = random.Random(request.seed)
     length = made.randint(1, limit + 3)
     return [*(made.randint(1, 9) for _ in range(length)), STOP][:limit]
@@ -87,7 +87,7 @@ def play(
     limit=st.integers(1, 12),
     seed=st.integers(0, 1000),
 )
-def test_every_row_is_answered_once_from_its_own_keys(
+def test_every_request_is_answered_once_from_its_own_keys(
     prompts: list[list[int]], slots: int, limit: int, seed: int
 ) -> None:
     requests = [Request(prompt, seed=seed * 100 + number) for number, prompt in enumerate(prompts)]
@@ -102,7 +102,7 @@ def test_every_row_is_answered_once_from_its_own_keys(
     assert len(cache.prefilled) == len(distinct), "a prompt was computed twice"
 
 
-def test_rows_that_must_end_come_first_and_then_those_that_were_begun() -> None:
+def test_requests_that_run_to_their_end_come_first_then_partial_ones() -> None:
     partial = Rollout([4, 4], [-1.0, -1.0], False, 0, unfinished=True)
     requests = [
         Request([1], 0),
@@ -117,7 +117,7 @@ def test_rows_that_must_end_come_first_and_then_those_that_were_begun() -> None:
     assert [row.response for _, row in admission.sequences] == [[4, 4], [4, 4], []]
 
 
-def test_waiting_rows_take_the_place_of_those_that_end() -> None:
+def test_waiting_sequences_take_the_slots_of_those_that_end() -> None:
     """Far fewer steps than batches that wait for their longest row; as many as there are tokens, nearly."""
     requests = [Request([1 + number % 9, 2, 3], seed=number) for number in range(200)]
     lengths = [len(response_of(request, 40)) for request in requests]
@@ -127,7 +127,7 @@ def test_waiting_rows_take_the_place_of_those_that_end() -> None:
     assert steps < 0.75 * in_batches
 
 
-def test_a_step_is_no_wider_than_the_rows_that_remain_need() -> None:
+def test_a_step_is_no_wider_than_the_remaining_sequences_need() -> None:
     requests = [Request([1, 2], seed=number) for number in range(64)]
     schedule = SlotSchedule(requests, 64, prefill_tokens=1000)
     schedule.admit()
@@ -145,7 +145,7 @@ def test_a_step_is_no_wider_than_the_rows_that_remain_need() -> None:
     assert all(width < 2 * live or width <= live + 8 for live, width in widths)
 
 
-def test_attention_looks_at_one_of_a_few_lengths() -> None:
+def test_attention_reads_one_of_a_few_lengths() -> None:
     reaches = {reach_of(longest, 100_000) for longest in range(1, 40_000)}
     assert len(reaches) < 75
     for longest in (1, 64, 65, 511, 512, 5000, 39_999):
@@ -163,7 +163,7 @@ def test_attention_looks_at_one_of_a_few_lengths() -> None:
     patience=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-def test_a_budget_leaves_rows_that_later_calls_finish(
+def test_a_budget_leaves_responses_that_later_calls_finish(
     prompts: list[list[int]], slots: int, limit: int, budget: int, patience: int, seed: int
 ) -> None:
     """Call after call, new rows with those left before: each ends, at the latest when it must, as if alone."""
@@ -184,7 +184,7 @@ def test_a_budget_leaves_rows_that_later_calls_finish(
         )
         assert schedule.generated == drawn
         if not partial and sum(not row.unfinished for row in rows) > 1:
-            assert drawn <= budget + limit * slots  # up to the end of the first row
+            assert drawn <= budget + limit * slots  # up to the end of the first response
         for row in rows:
             if row.request.run_to_end:
                 assert not row.unfinished

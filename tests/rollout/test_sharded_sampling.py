@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.sampling import VocabularyShard, draw, uniforms
+from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
 from tests.harness import run_ranks
 from tests.rollout.test_sampling import params, reference_distribution
 
@@ -29,11 +29,11 @@ SETTINGS = {
     "narrow top-p": params(top_p=1e-6),
 }
 COLLECTIVES = {"greedy": (1, 0), "none": (1, 1), "tempered": (1, 1), "top-p": (6, 1)}
-"""All-gathers and all-reduces, as the docstring of `draw` says; with top-k as with greedy."""
+"""All-gathers and all-reduces, as in the docstring of `sample_tokens`; with top-k as with greedy."""
 
 
 def logits(size: int, *, ties: bool) -> torch.Tensor:
-    """[COLUMNS]; the padding would win every draw. With ties they are rounded to bf16's few values."""
+    """[COLUMNS]; the padding would win every sample. With ties they are rounded to bf16's few values."""
     values = 2 * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(size))
     values = (values * 2).round() / 2 if ties else values
     values[size:] = 1000.0
@@ -41,7 +41,7 @@ def logits(size: int, *, ties: bool) -> torch.Tensor:
 
 
 def observe(rank: int, world_size: int) -> dict[str, Any]:
-    """Tokens and log-probabilities over a grid of uniform numbers and by seeds, and the collectives of a draw."""
+    """Tokens and log-probabilities over a grid of uniform numbers and by seeds, and the collectives of each."""
     counts = {"all_gather_into_tensor": 0, "all_reduce": 0}
     real = {name: getattr(dist, name) for name in counts}
 
@@ -65,10 +65,10 @@ def observe(rank: int, world_size: int) -> dict[str, Any]:
             for name, sampling in SETTINGS.items():
                 for key in counts:
                     counts[key] = 0
-                seen[kind, ties, name] = draw(mine, sampling, grid, shard)
+                seen[kind, ties, name] = sample_tokens(mine, sampling, grid, shard)
                 seen["collectives", name] = tuple(counts.values())
                 if not ties:
-                    seen[kind, "seeded", name] = draw(mine, sampling, seeded, shard)[0]
+                    seen[kind, "seeded", name] = sample_tokens(mine, sampling, seeded, shard)[0]
     for name, function in real.items():
         setattr(dist, name, function)
     return seen
@@ -109,7 +109,9 @@ def test_a_grid_of_uniform_numbers_gives_the_dense_distribution(
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", SIZES)
-def test_two_shards_draw_what_one_does(one: dict[str, Any], two: list[dict[str, Any]], kind: str, name: str) -> None:
+def test_two_shards_sample_the_same_as_one(
+    one: dict[str, Any], two: list[dict[str, Any]], kind: str, name: str
+) -> None:
     for ties in (False, True):
         tokens, log_probs = one[kind, ties, name]
         for seen in two:
@@ -131,7 +133,7 @@ def test_log_probabilities_are_the_models_own(two: list[dict[str, Any]], kind: s
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("greedy", "narrow top-p")])
-def test_seeded_draws_pass_a_chi_square_test(one: dict[str, Any], two: list[dict[str, Any]], name: str) -> None:
+def test_seeded_tokens_pass_a_chi_square_test(one: dict[str, Any], two: list[dict[str, Any]], name: str) -> None:
     for kind, size in SIZES.items():
         expected = DRAWS * dense(size, SETTINGS[name], ties=False)
         for seen in (one, two[0]):
@@ -150,7 +152,7 @@ def test_seeded_draws_pass_a_chi_square_test(one: dict[str, Any], two: list[dict
             assert statistic < limit, (kind, statistic, limit)
 
 
-def test_collectives_are_as_few_as_promised(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_number_of_collectives_is_as_documented(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for name in SETTINGS:
         kind = "greedy" if "top-k" in name or name == "recipe" else "top-p" if "top-p" in name else name
         assert one["collectives", name] == (0, 0)

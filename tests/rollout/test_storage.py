@@ -16,7 +16,7 @@ def row(name: str, version: int = 6, *, truncated: bool = False) -> StoredRollou
     return StoredRollout(name, 2**62 + 1, [5, 6], Rollout([7, 8, 9], [value, -0.0, -1e-7], truncated, version))
 
 
-def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
+def test_rollouts_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     store.write(7, [row("a"), row("b", truncated=True)], part=0, parts=2)
     assert store.complete(7, {6}) is None  # a part is missing
@@ -32,7 +32,7 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_rows_that_a_step_left_wait_for_the_next(tmp_path: Path) -> None:
+def test_unfinished_responses_of_a_step(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     assert store.unfinished(7) is None
     left = StoredRollout("z", 5, [5, 6], Rollout([7], [-0.5], False, 6, unfinished=True))
@@ -66,7 +66,7 @@ def test_later_steps_can_be_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "missing row"])
-def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     store = RolloutStore(tmp_path)
     store.write(1, [row("a", 0), row("b", 0)], part=0, parts=1)
     file = tmp_path / "rollouts" / "step-000001" / "part-0000-of-0001.jsonl"
@@ -77,7 +77,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         list(store.read(1))
 
 
-def test_the_first_line_says_what_it_is(tmp_path: Path) -> None:
+def test_the_first_line_describes_the_file(tmp_path: Path) -> None:
     RolloutStore(tmp_path).write(1, [row("a", 0)], part=0, parts=1)
     first, second = (tmp_path / "rollouts" / "step-000001" / "part-0000-of-0001.jsonl").read_text().splitlines()
     assert json.loads(first) == {"step": 1, "weights_version": 0, "rows": 1}

@@ -117,12 +117,12 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
         return ask(self, request, *args, **named)
 
     supervisor.VllmServer.ask = kill_meanwhile  # type: ignore[method-assign]
-    told: list[str] = []
+    printed: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: printed.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("nemo_popsd.rollout.vllm.engine").addHandler(handler)
     seen["endless"] = vllm.generate(requests, endless)
-    seen["told"] = told
+    seen["printed"] = printed
     seen["first is gone"] = first is None or gone(first)
     seen["another"] = vllm.server is None or vllm.server.pid != first
     # Asked to stop while the server is busy.
@@ -197,7 +197,7 @@ def test_log_probabilities_are_the_models_own(ranks: list[dict[str, Any]]) -> No
 
 def test_a_killed_server_costs_time_and_nothing_else(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
-        assert any("lost the vLLM server: generate" in line for line in seen["told"]), seen["told"]
+        assert any("lost the vLLM server: generate" in line for line in seen["printed"]), seen["printed"]
         same(seen["endless"], seen["expected endless"], 7)
         assert seen["first is gone"]
         assert seen["another"]

@@ -73,16 +73,16 @@ def test_a_python_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_python_without_vllm(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot import vLLM .*No module named 'vllm'") as told:
+    with pytest.raises(UserError, match=r"cannot import vLLM .*No module named 'vllm'") as printed:
         VllmServer(launch(tmp_path, sys.executable))
-    assert any("ModuleNotFoundError" in line for line in told.value.advice), "the end of the log"
+    assert any("ModuleNotFoundError" in line for line in printed.value.advice), "the end of the log"
 
 
 def test_a_server_that_ends_at_once(tmp_path: Path) -> None:
     python = program(tmp_path, "#!/bin/sh\necho no such device\nexit 7\n")
-    with pytest.raises(ServerLost, match="ended at once, exit status 7") as told:
+    with pytest.raises(ServerLost, match="ended at once, exit status 7") as printed:
         VllmServer(launch(tmp_path, python))
-    assert "no such device" in told.value.advice
+    assert "no such device" in printed.value.advice
 
 
 def test_a_server_that_says_nothing(tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_a_server_that_fails_while_it_loads_is_started_again(tmp_path: Path, eve
 
 
 def test_a_server_that_never_loads_is_nothing_that_a_setting_must_change(tmp_path: Path) -> None:
-    with pytest.raises(TransientError, match=r"lost 3 times \(rollout\.vllm\.restarts=2\): it ended while") as told:
+    with pytest.raises(TransientError, match=r"lost 3 times \(rollout\.vllm\.restarts=2\): it ended while") as printed:
         drawn(loader(tmp_path, "die"))
     assert (tmp_path / "starts").read_text() == "xxx"
-    assert "loading half of it" in told.value.advice, "the end of the log"
+    assert "loading half of it" in printed.value.advice, "the end of the log"
 
 
 def test_a_student_that_vllm_refuses_is_the_users_at_once(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_what_a_server_has_loaded_before_is_not_the_users(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "printed"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "generate: .*exit status -9"),
         ("time.sleep(300)", "generate: TimeoutError"),
@@ -194,9 +194,9 @@ def test_what_a_server_has_loaded_before_is_not_the_users(tmp_path: Path) -> Non
     ],
     ids=["dies", "hangs", "fails", "babbles"],
 )
-def test_a_server_that_fails_at_a_request_is_lost_and_gone(tmp_path: Path, answer: str, told: str) -> None:
+def test_a_server_that_fails_at_a_request_is_lost_and_gone(tmp_path: Path, answer: str, printed: str) -> None:
     server = VllmServer(launch(tmp_path, speaker(tmp_path, answer), answer_seconds=1))
-    with pytest.raises(ServerLost, match=told):
+    with pytest.raises(ServerLost, match=printed):
         server.ask({"request": "generate"})
     assert not server.alive
     assert gone(server.pid)
@@ -246,7 +246,7 @@ def test_servers_see_nothing_of_our_rank_and_our_modules() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "told"),
+    ("version", "printed"),
     [
         ("0.14.1", None),
         ("0.32.0+cpu", None),
@@ -256,12 +256,12 @@ def test_servers_see_nothing_of_our_rank_and_our_modules() -> None:
         ("", "no vLLM"),
     ],
 )
-def test_versions(tmp_path: Path, version: str, told: str | None) -> None:
+def test_versions(tmp_path: Path, version: str, printed: str | None) -> None:
     config = VllmConfig(python=program(tmp_path, f"#!/bin/sh\necho {version}\n"))
-    if told is None:
+    if printed is None:
         assert check_environment(config) == version
         return
-    with pytest.raises(UserError, match=f"{told}.*0.14.1 or newer.*make vllm-env"):
+    with pytest.raises(UserError, match=f"{printed}.*0.14.1 or newer.*make vllm-env"):
         check_environment(config)
 
 
@@ -326,7 +326,7 @@ def cannot_start(rank: int, world_size: int, output: Path) -> Any:
 
 
 def test_no_rank_waits_for_a_server_that_cannot_start(tmp_path: Path) -> None:
-    told = run_ranks(cannot_start, 2, tmp_path, timeout=90)
-    assert told[0] == told[1]
-    assert "cannot import vLLM" in told[0][0]
+    printed = run_ranks(cannot_start, 2, tmp_path, timeout=90)
+    assert printed[0] == printed[1]
+    assert "cannot import vLLM" in printed[0][0]
     assert (tmp_path / "vllm" / "server-0.log").is_file()

@@ -1,4 +1,4 @@
-"""Megatron without CUDA: every adaptation is applied, needed where it says, and leaks nowhere."""
+"""Megatron without CUDA: every adaptation is applied, needed at the lines it names, and has no other effect."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _constants(code: types.CodeType) -> list[Any]:
     return result
 
 
-def test_torch_is_replaced_by_name_in_the_listed_modules_alone():
+def test_torch_is_replaced_only_in_the_listed_modules():
     listed = {a.name.removeprefix("torch in ") for a in ADAPTATIONS if a.name.startswith("torch in ")}
     assert len(listed) > 10
     holders = {
@@ -71,7 +71,7 @@ def test_tensor_types_are_those_of_the_cpu(key):
     assert not any(isinstance(c, str) and TENSOR_TYPES.fullmatch(c) for c in constants)
 
 
-def test_the_view_of_torch_answers_for_cuda_and_is_torch_otherwise():
+def test_the_view_of_torch_replaces_cuda_only():
     for name in ("empty", "ones", "zeros", "rand", "randn"):
         assert getattr(TORCH_ON_CPU, name)(2, device="cuda").device.type == "cpu"
         assert getattr(TORCH_ON_CPU, name)(2, device=torch.device("cuda", 0)).device.type == "cpu"
@@ -134,7 +134,7 @@ def test_with_cuda_nothing_is_applied_but_what_local_layers_need(monkeypatch):
     assert applied == ["local", "local", "cpu"]
 
 
-def test_a_transformer_engine_that_imports_is_left_alone(monkeypatch):
+def test_an_installed_transformer_engine_is_not_replaced(monkeypatch):
     moe = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     adaptations = {a.name: a for a in LOCAL_LAYERS}
     monkeypatch.setattr(local_layers, "transformer_engine_imports", lambda: True)
@@ -194,7 +194,7 @@ def test_the_functions_that_need_it_still_do(adaptation):
 
 
 def test_nothing_else_in_the_package_patches_a_library():
-    """But for two lines, which say why: the queue of a checkpoint's writers, and the unpickler of its readers."""
+    """Except two lines, with their reasons: the queue of a checkpoint's writers, and the unpickler of its readers."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
         if file not in (Path(cpu.__file__), Path(local_layers.__file__)):
@@ -246,7 +246,7 @@ def _random_state(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def _scatter(rank: int, world_size: int) -> dict[str, Any]:
-    """Columns of a matrix: views that are not contiguous; ours, and the library's own."""
+    """Scatters columns of a matrix, which are not contiguous: with the adaptation, and with the library's method."""
     from megatron.bridge.models.conversion.param_mapping import ColumnParallelMapping
 
     from nemo_popsd.parallel.distributed import initialize
@@ -266,7 +266,7 @@ def _scatter(rank: int, world_size: int) -> dict[str, Any]:
     return result
 
 
-def test_regions_have_random_numbers_of_their_own_and_give_the_outer_state_back():
+def test_regions_have_their_own_random_state_and_restore_the_outer_one():
     [alone] = run_ranks(_random_state, 1)
     assert alone["restored"]
     assert alone["records"] == []
@@ -278,7 +278,7 @@ def test_regions_have_random_numbers_of_their_own_and_give_the_outer_state_back(
     assert not torch.equal(two[0]["first"], two[1]["first"])
 
 
-def test_scattered_views_arrive_whole():
+def test_scattered_views_arrive_intact():
     results = run_ranks(_scatter, 2)
     for result in results:
         assert torch.equal(result["ours"], result["expected"])

@@ -131,7 +131,7 @@ def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) 
 
 
 class ScriptedEngine:
-    """Gives responses that were written before; notes what it was asked."""
+    """Returns given responses; records the requests."""
 
     def __init__(self, responses: Sequence[Sequence[int]], weights_version: Callable[[], int] = lambda: 0) -> None:
         self._responses = responses

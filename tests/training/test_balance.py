@@ -13,7 +13,7 @@ COSTS = st.lists(st.integers(0, 1000), max_size=24)
 
 
 @given(COSTS, st.integers(1, 6))
-def test_each_index_has_one_rank_and_no_rank_much_more_than_it_must(costs: list[int], ranks: int) -> None:
+def test_each_index_has_one_rank_and_loads_are_balanced(costs: list[int], ranks: int) -> None:
     shares = balanced_shares(costs, ranks)
     assert sorted(index for share in shares for index in share) == list(range(len(costs)))
     assert all(share == sorted(share) for share in shares)
@@ -29,7 +29,7 @@ def test_by_hand() -> None:
 
 
 def _share_out(rank: int, world_size: int) -> dict[str, Any]:
-    """What this rank gets of six rollouts, contiguous thirds of which each of three ranks had drawn."""
+    """This rank's share of six rollouts, of which each of three ranks has a contiguous third."""
     import torch.distributed as dist
 
     from nemo_popsd.training.balance import rebalance
@@ -43,7 +43,7 @@ def _share_out(rank: int, world_size: int) -> dict[str, Any]:
     } | {"costs": {t.row_id: (t.cost, t.rollout.response) for t in drawn}}
 
 
-def test_updates_take_the_same_rows_in_any_layout_and_rollouts_stay_what_they_are() -> None:
+def test_updates_take_the_same_rows_in_any_layout() -> None:
     [one], three = run_ranks(_share_out, 1), run_ranks(_share_out, 3)
     assert one["1 updates"] == [[f"row{number}" for number in range(6)]]
     assert one["2 updates"] == [["row0", "row2", "row4"], ["row1", "row3", "row5"]]

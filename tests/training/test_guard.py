@@ -11,7 +11,7 @@ from tests.tiny_models import save_tiny_model
 
 
 def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
-    """Steps of two data-parallel ranks that go wrong on one of them; what each rank says, and its weights."""
+    """Steps of two data-parallel ranks that fail on one of them; the error and the weights of each rank."""
     from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.training import step as module
     from nemo_popsd.training.guard import NonFiniteError, refuse_non_finite
@@ -90,13 +90,13 @@ def test_an_infinite_gradient_norm_alone_stops_every_rank(ranks: list[dict[str, 
         assert "step 9" in seen["one rank's norm"]
 
 
-def test_weights_that_an_update_leaves_without_sense_stop_every_rank(ranks: list[dict[str, Any]]) -> None:
+def test_weights_that_are_not_finite_after_an_update_stop_every_rank(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert "step 12: got weights that are NaN or Inf after the update" in seen["update"]
         assert "set optimizer.lr lower" in seen["update"]
 
 
-def test_no_weight_is_changed_and_a_healthy_step_goes_on(ranks: list[dict[str, Any]]) -> None:
+def test_no_weight_is_changed_and_a_healthy_step_continues(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert seen["after"] == seen["before"]
         assert seen["steps"] == 0

@@ -99,17 +99,11 @@ def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None
     for rank in ranks:
         for measured, wanted in zip(logged(rank), logged(expected), strict=True):
             for name in ("loss", "forward_kl", "reverse_kl", "student_entropy", "target_entropy", "grad_norm"):
-                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
-                    wanted.as_dict()[f"train/{name}"], rel=2e-5
-                ), name
+                assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=2e-5), name
             for name in ("norm_ratio", "cosine_question", "cosine_reference"):
-                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
-                    wanted.as_dict()[f"train/{name}"], rel=1e-4, abs=1e-5
-                ), name
+                assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=1e-4, abs=1e-5), name
             for name in ("response_tokens", "cut_share", "marker_rate", "learning_rate"):
-                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
-                    wanted.as_dict()[f"train/{name}"], rel=1e-12
-                ), name
+                assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=1e-12), name
         for what, tolerance in (("gradients", GRADIENT_TOLERANCE), ("weights", WEIGHT_TOLERANCE)):
             errors = dict(deviations(rank[what], expected[what]))
             assert {name: error for name, error in errors.items() if not error < tolerance} == {}, what
@@ -178,7 +172,7 @@ def test_the_table_sees_faults_that_the_loss_does_not_show(
 
 
 def test_a_forgotten_scale_is_refused_where_the_loss_keeps_the_matrix_gradient(folder: Path) -> None:
-    """Full fine-tuning: the loss was told what backward will multiply it with, and holds backward to it."""
+    """Full fine-tuning: the loss was printed what backward will multiply it with, and holds backward to it."""
     world_size, parallel, distributed = LAYOUTS["cp2"]
     chosen = {"full, padded": VARIANTS["full, padded"]}
     with pytest.raises(AssertionError, match=r"main_gradient\.upstream"):

@@ -1,0 +1,29 @@
+"""What the commands do with the configuration that they are given."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+from tests.harness import run_ranks
+
+
+def open_full_checkpoint(rank: int, world_size: int) -> tuple[bool, Any]:
+    """Opens a checkpoint of full fine-tuning under a configuration with adapters."""
+    from nemo_popsd.commands import entry
+    from nemo_popsd.config.schema import PopsdConfig
+    from nemo_popsd.megatron.config import StudentConfig
+
+    written = PopsdConfig(student=StudentConfig(adaptation="full", source="nemo_popsd:tiny_reasoner"))
+    entry.NemoCheckpoint = lambda path: SimpleNamespace(config=written)  # type: ignore[assignment,misc]
+    config = PopsdConfig(student=StudentConfig(adaptation="lora", source="elsewhere", precision="fp32"))
+    before = copy.deepcopy(config)
+    used, _ = entry._open(config, "checkpoint")
+    return config == before, used.student
+
+
+def test_the_adaptation_of_a_checkpoint_is_used_and_the_callers_configuration_is_unchanged() -> None:
+    ((unchanged, student),) = run_ranks(open_full_checkpoint, 1)
+    assert unchanged
+    assert (student.adaptation, student.source, student.precision) == ("full", "nemo_popsd:tiny_reasoner", "fp32")
