@@ -44,7 +44,7 @@ function hoverPlot(svg) {
   svg.addEventListener("pointerleave", hide);
 }
 
-const NAMES = { student: "student", base: "base", privileged: "teacher", reference: "reference-only", target: "target" };
+const NAMES = { student: "student", base: "base", privileged: "teacher", reference: "ref-only", target: "target" };
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 const figure = (value, digits) => {
   if (value === null || value === undefined) return "–";
