@@ -122,10 +122,10 @@ def _run_schedule(
 def _packed_params(batch: MicroBatch, local: bool) -> PackedSeqParams | None:
     """The bounds in the form that the layers read; on local layers also on the host.
 
-    `megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_thd`, the unfused rotation, reads the bounds
-    on the host, for queries and keys of each layer. `megatron.core.transformer.attention.Attention.forward` prefers the
-    fields of padded sequences, so the bounds on the host go there, and no layer waits for the device. Transformer Engine
-    would treat these fields as gaps between sequences.
+    `megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_thd`, the unfused rotation, reads the
+    bounds on the host, for queries and keys of each layer. `megatron.core.transformer.attention.Attention.forward`
+    prefers the fields of padded sequences, so the bounds on the host go there, and no layer waits for the device.
+    Transformer Engine would treat these fields as gaps between sequences.
     """
     if batch.packed is None or not local:
         return batch.packed

@@ -61,10 +61,10 @@ def _expected_adapter_gradients(gpt: Any, weight_gradients: dict[str, Tensor], g
 
 def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
     from nemo_popsd.megatron.adapters import merged_state
-    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.megatron.build import build_chunks
     from nemo_popsd.parallel.config import ParallelConfig
     from nemo_popsd.parallel.distributed import on_any_rank
+    from tests.digests import base_digest
 
     plain = build_student(source, tensor=world_size).gpt
     settings: dict[str, Any] = {"adaptation": "lora", "lora": LORA}

@@ -26,7 +26,7 @@ def train(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 def _train(directory: Path, tensor: int, place: str) -> dict[str, Any]:
-    from nemo_popsd.megatron.base import base_digest
+    from tests.digests import base_digest
     from tests.training.runs import row, settings, start
 
     run = start(directory, settings(parallel={"tensor": tensor}, student={"frozen_copy": place}))

@@ -29,8 +29,8 @@ def _share(student: Any) -> list[int]:
 
 def _train(student: Any, bf16: bool = False, **config: Any) -> tuple[Any, dict[str, Any]]:
     """Three steps on this rank's share; what AdamW does with the same gradients, parameter by parameter."""
-    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.megatron.optimizer import StudentOptimizer
+    from tests.digests import base_digest
 
     settings = OptimizerConfig(**{**CONFIG, **config})
     optimizer = StudentOptimizer(student.wrap(settings), settings, steps=STEPS, bf16=bf16)

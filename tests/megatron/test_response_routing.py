@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemo_popsd.megatron.microbatches import ContextSequence, microbatches
-from nemo_popsd.megatron.response_routing import WHOLE, SequenceSplit, gather_response_states
+from nemo_popsd.megatron.response_routing import UNSPLIT, SequenceSplit, gather_response_states
 from tests.harness import run_ranks
 
 CASES = {
@@ -136,4 +136,4 @@ def test_without_a_split_nothing_is_moved() -> None:
 
     [batch] = microbatches([ContextSequence([7, 8], [9, 4]), ContextSequence([5], [6])], 100, torch.device("cpu"))
     states: Tensor = batch.input_ids.t()[..., None].double()
-    assert gather_response_states(states, batch.route, WHOLE).squeeze(1).tolist() == [8.0, 9.0, 5.0]
+    assert gather_response_states(states, batch.route, UNSPLIT).squeeze(1).tolist() == [8.0, 9.0, 5.0]

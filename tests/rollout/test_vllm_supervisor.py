@@ -139,7 +139,7 @@ def loader(tmp_path: Path, *events: str, restarts: int = 2, lost_at_requests: in
     text = LOADER.format(folder=str(SERVER.parent), events=events, lost_at_requests=lost_at_requests)
     python = program(tmp_path, f"#!{sys.executable}\n{text}")
     return VllmEngine(
-        ServerRanks(replica=None, domain=None, number=0),
+        ServerRanks(replica=None, domain=None, index=0),
         start=lambda limit: VllmServer(launch(tmp_path, python)),
         weights=list,
         weights_version=lambda: 3,
@@ -277,7 +277,7 @@ def together(rank: int, world_size: int, case: str) -> Any:
     import torch.distributed as dist
 
     group = dist.group.WORLD
-    ranks = ServerRanks(replica=group, domain=group, number=0)
+    ranks = ServerRanks(replica=group, domain=group, index=0)
     actions: dict[str, Callable[[], Any]] = {
         "answer": lambda: [rank, "first"],
         "user": lambda: (_ for _ in ()).throw(UserError("x", got="1", need="2", fix="3", advice=["look"])),
