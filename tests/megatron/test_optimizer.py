@@ -150,7 +150,7 @@ def test_steps_are_those_of_adamw_on_the_clipped_gradients(trained, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradient_norm_is_global_and_alike_on_every_rank_and_in_every_layout(trained, case):
+def test_the_gradient_norm_is_global_and_the_same_on_every_rank_and_in_every_layout(trained, case):
     expected = _reports(trained, "tp1 lora" if "lora" in case else "tp1 full")[0]
     assert expected["norms"] == pytest.approx(expected["local norms"], rel=1e-5)
     for report in _reports(trained, case):

@@ -48,7 +48,7 @@ def _constants(code: types.CodeType) -> list[Any]:
     return result
 
 
-def test_torch_is_replaced_by_name_in_the_listed_modules_alone():
+def test_torch_is_replaced_by_name_in_the_listed_modules_only():
     listed = {a.name.removeprefix("torch in ") for a in ADAPTATIONS if a.name.startswith("torch in ")}
     assert len(listed) > 10
     holders = {
@@ -71,7 +71,7 @@ def test_tensor_types_are_those_of_the_cpu(key):
     assert not any(isinstance(c, str) and TENSOR_TYPES.fullmatch(c) for c in constants)
 
 
-def test_the_view_of_torch_answers_for_cuda_and_is_torch_otherwise():
+def test_the_view_of_torch_replaces_cuda_and_is_torch_otherwise():
     for name in ("empty", "ones", "zeros", "rand", "randn"):
         assert getattr(TORCH_ON_CPU, name)(2, device="cuda").device.type == "cpu"
         assert getattr(TORCH_ON_CPU, name)(2, device=torch.device("cuda", 0)).device.type == "cpu"
@@ -147,7 +147,7 @@ def test_a_transformer_engine_that_imports_is_left_alone(monkeypatch):
     assert "megatron.bridge.peft.lora" not in sys.modules, "not imported over a stand-in"
 
 
-def test_a_target_that_has_vanished_is_an_error(monkeypatch):
+def test_a_missing_target_is_an_error(monkeypatch):
     hollow = types.ModuleType("hollow")
     hollow.function = lambda: "torch.FloatTensor"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hollow", hollow)
@@ -266,7 +266,7 @@ def _scatter(rank: int, world_size: int) -> dict[str, Any]:
     return result
 
 
-def test_regions_have_random_numbers_of_their_own_and_give_the_outer_state_back():
+def test_regions_have_their_own_random_numbers_and_restore_the_outer_state():
     [alone] = run_ranks(_random_state, 1)
     assert alone["restored"]
     assert alone["records"] == []
@@ -278,7 +278,7 @@ def test_regions_have_random_numbers_of_their_own_and_give_the_outer_state_back(
     assert not torch.equal(two[0]["first"], two[1]["first"])
 
 
-def test_scattered_views_arrive_whole():
+def test_scattered_views_arrive_complete():
     results = run_ranks(_scatter, 2)
     for result in results:
         assert torch.equal(result["ours"], result["expected"])

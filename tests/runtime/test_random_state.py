@@ -30,7 +30,7 @@ def _draw(rank: int, world_size: int) -> list[Any]:
     return [first, numbers(), numbers()]
 
 
-def test_every_generator_goes_on_from_where_it_was() -> None:
+def test_every_generator_continues_from_its_saved_state() -> None:
     [[first, again, later]] = run_ranks(_draw, 1)
     assert first == again
     assert not set(first) & set(later)
