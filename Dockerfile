@@ -1,13 +1,13 @@
 # syntax=docker/dockerfile:1
-# nemo_popsd on the NGC NeMo container, whose torch, Transformer Engine, apex, megatron-core, Megatron-Bridge and NeMo stay
-# as they are.
+# nemo_popsd on the NGC NeMo container, with its versions of torch, Transformer Engine, apex, megatron-core,
+# Megatron-Bridge and NeMo.
 #
 #   docker build --tag nemo_popsd .
 #   docker run --rm --gpus all --shm-size=16g nemo_popsd doctor
 #   docker run --rm --gpus all --shm-size=16g -v /models:/models -v "$PWD/runs:/workspace/runs" \
 #     nemo_popsd train conf/qwen3_8b.yaml student.source=/models/Qwen3-8B
 #
-# On a cluster: docs/slurm.md. It does not start as root; enroot runs it as whoever calls it.
+# On a cluster: docs/slurm.md. It does not run as root; enroot runs it as the calling user.
 ARG NEMO_TAG=26.02.01
 FROM nvcr.io/nvidia/nemo:${NEMO_TAG}
 
@@ -22,13 +22,13 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/nemo_popsd
 COPY . .
 
-# docker/install.sh fails if it would change a version. The doctor then imports everything, prints all versions, and fails
-# if one is missing or outside its declared range; what needs a GPU's driver cannot be judged while an image is built.
+# docker/install.sh fails if it changes a version. The doctor then imports all packages, prints their versions, and fails
+# if one is missing or outside its declared range; modules that need a GPU driver cannot be tested during the build.
 RUN docker/install.sh . \
     && python -m nemo_popsd doctor --imports --strict \
     && python -m pip list --format=freeze > /opt/nemo_popsd/versions.txt
 
-# The container may have a user with this number already; any will do.
+# The container may have a user with this id, which is used then.
 ARG USER_ID=1000
 RUN if ! getent passwd "${USER_ID}" > /dev/null; then \
         useradd --uid "${USER_ID}" --user-group --create-home --shell /bin/bash popsd; \

@@ -1,1 +1,1 @@
-"""Benchmarks, each a command of its own: `python -m benchmarks.loss`."""
+"""Benchmarks, each a separate command: `python -m benchmarks.loss`."""

@@ -2,12 +2,12 @@
 
     python -m benchmarks.bundle DIR
 
-Downloads, where there is a network, what `python -m benchmarks.gpu` needs besides: the versions of the lock
-(`requirements/`), for Python 3.12 on x86-64 Linux, at most 60 MB together. It ends with the two commands for the other
-machine. A newer transformers there stays as it is: the folder of the bundle comes first on the path.
+On a machine with a network, downloads the other packages of `python -m benchmarks.gpu`: the versions of the lock
+(`requirements/`), for Python 3.12 on x86-64 Linux, at most 60 MB together. It prints the two commands for the other
+machine. A newer transformers there does not matter: the folder of the bundle comes first on the path.
 
-Not among them, since large and not needed by the parts: pandas, pyarrow, scipy, scikit-learn, onnx, which the whole of
-NeMo imports.
+Excluded, since they are large and the parts do not need them: pandas, pyarrow, scipy, scikit-learn and onnx, which
+other modules of NeMo import.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ opentelemetry-sdk opentelemetry-proto opentelemetry-semantic-conventions opentel
 opentelemetry-exporter-otlp-common opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http
 """
 NAMES = tuple(_NAMES.split())
-"""Of the lock."""
+"""Packages with the versions of the lock."""
 BESIDE = ("liger-kernel==0.8.5",)
-"""Not of the lock: what the loss is measured beside."""
+"""Packages outside of the lock: the loss is compared with them."""
 FROM_SOURCE = ("antlr4-python3-runtime",)
-"""Pure Python that PyPI has as source alone."""
+"""Pure Python packages that PyPI has as source only."""
 
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 
 
 def pins() -> list[str]:
-    """`name==version` of all that is bundled.
+    """`name==version` of all bundled packages.
 
     Raises:
-        ValueError: the lock has none of that name.
+        ValueError: the lock does not contain a package.
     """
     lines = [
         line for file in ("cpu-py311.txt", "bridge.txt") for line in (REQUIREMENTS / file).read_text().splitlines()
@@ -61,14 +61,14 @@ def pins() -> list[str]:
 
 
 def collect(directory: Path) -> int:
-    """Downloads the wheels into `directory`, which is made.
+    """Downloads the wheels into `directory`, which is created.
 
     Returns:
-        Their bytes.
+        Their total size in bytes.
 
     Raises:
         subprocess.CalledProcessError: pip failed.
-        ValueError: they are larger than `LARGEST_BYTES` together.
+        ValueError: their total size exceeds `LARGEST_BYTES`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     source = [pin for pin in pins() if _canonical(pin.split("==")[0]) in map(_canonical, FROM_SOURCE)]
@@ -93,14 +93,12 @@ def _canonical(name: str) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     total = collect(directory)
-    print(
-        f"{len(list(directory.glob('*.whl')))} wheels, {total / 1e6:.1f} MB. There, in a checkout of this repository:"
-    )
+    print(f"{len(list(directory.glob('*.whl')))} wheels, {total / 1e6:.1f} MB. On the other machine, in a checkout:")
     print(f"  python3 -m pip install --no-index --no-deps --no-compile --target SITE {directory}/*.whl")
     print("  PYTHONPATH=SITE python3 -m benchmarks.gpu")
 

@@ -1,6 +1,6 @@
-"""The forms of the loss that are compared: ours, and others re-stated from their published mathematics.
+"""The compared forms of the loss: that of this package, and others implemented from their published mathematics.
 
-All compute the same: hidden states and output matrix to the weighted sum of divergences, and its gradients dh and dW.
+All compute the weighted sum of divergences from hidden states and output matrix, and its gradients dh and dW.
 
 Legend: T tokens, V vocabulary entries of this shard, H hidden size.
 """
@@ -16,19 +16,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nemo_popsd.distillation import (
+    Branches,
     Divergence,
+    HiddenPair,
     MainGradient,
-    PurifiedTarget,
+    Target,
     hidden_pair,
     loss_from_hidden,
     loss_from_logits,
 )
 from nemo_popsd.distillation.definition import log_softmax
 from nemo_popsd.parallel.collectives import gather_shards, sum_for_replicas, sum_for_shards
-from nemo_popsd.parallel.vocabulary import mean_row
+from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
 
 PEERS_CHUNK = 512
-"""Tokens of a chunk in the chunked forms, as released implementations have it."""
+"""Tokens per chunk in the chunked forms, as in released implementations."""
 TOP_K = 64
 
 
@@ -36,7 +38,7 @@ TOP_K = 64
 class Problem:
     """One micro-batch: states [T, H] of the four branches, one output matrix [V, H], weights [T], as under LoRA.
 
-    `trained` says whether the matrix gets a gradient, as under full fine-tuning on the first step.
+    `trained`: whether the matrix gets a gradient, as in the first step of full fine-tuning.
     """
 
     student: Tensor
@@ -45,34 +47,44 @@ class Problem:
     reference: Tensor
     weight: Tensor
     token_weights: Tensor
-    target: PurifiedTarget
+    target: Target
     divergence: Divergence
     trained: bool
     group: dist.ProcessGroup | None = None
 
     @property
     def vocab_size(self) -> int:
-        """True vocabulary of all shards."""
+        """Vocabulary size without padding, over all shards."""
         return self.weight.shape[0] * (1 if self.group is None else self.group.size())
+
+    @property
+    def shard(self) -> VocabShard:
+        """This rank's shard of the vocabulary."""
+        return VocabShard(self.vocab_size, self.weight.shape[0], self.group)
+
+    @property
+    def vectors(self) -> HiddenPair:
+        """The vectors of the target."""
+        return hidden_pair(self.target, base=self.base, privileged=self.privileged, reference=self.reference)
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Student states and matrix as leaves without a gradient."""
         return self.student.detach().requires_grad_(), self.weight.detach().requires_grad_(self.trained)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another precision."""
+        """The same values in another precision."""
         fields = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
         return Problem(**fields)
 
     def on(self, device: torch.device) -> Problem:
-        """The same numbers on a device."""
+        """The same values on a device."""
         fields = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
         return Problem(**fields)
 
 
 @dataclass
 class Outcome:
-    """What a form gives."""
+    """The result of a form."""
 
     total: Tensor
     dh: Tensor
@@ -93,7 +105,7 @@ def make_problem(
 ) -> Problem:
     """A random problem whose logits have a standard deviation of about 3; the same states on every shard.
 
-    Drawn on `device`: the numbers of a GPU are others than those of the CPU.
+    Generated on `device`: a GPU's random numbers differ from those of the CPU.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -109,7 +121,7 @@ def make_problem(
         base=base,
         weight=normal(vocab, hidden) * 3 / hidden**0.5,
         token_weights=torch.full((tokens,), 1 / tokens, device=device),
-        target=PurifiedTarget(cap=cap),
+        target=Target.purified(cap=cap),
         divergence=Divergence(kind),
         trained=trained,
         group=group,
@@ -119,12 +131,12 @@ def make_problem(
 class Ours:
     """`loss_from_hidden` as training calls it: w̄ known, dW added to a gradient that the trainer keeps.
 
-    The trainer clears that once a step, so the dW of a first call is the right one, and later ones add to it.
+    The trainer clears it once per step, so the dW of the first call is correct, and later calls add to it.
     """
 
     def __init__(self, problem: Problem, *, fused: str = "auto", chunk_tokens: int | None = None) -> None:
         self._problem, self._fused, self._chunk_tokens = problem, fused, chunk_tokens
-        self._centre = mean_row(problem.weight, problem.vocab_size, problem.group)
+        self._centre = mean_output_vector(problem.weight, problem.shard)
         dtype = torch.float64 if problem.weight.dtype == torch.float64 else torch.float32
         self._kept = torch.zeros_like(problem.weight, dtype=dtype) if problem.trained else None
 
@@ -135,12 +147,11 @@ class Ours:
         result = loss_from_hidden(
             hidden,
             weight,
-            hidden_pair(problem.target, problem.base, problem.privileged, problem.reference),
+            problem.vectors,
             problem.weight,
             target=problem.target,
             divergence=problem.divergence,
-            vocab_size=problem.vocab_size,
-            tp_group=problem.group,
+            shard=problem.shard,
             token_weights=problem.token_weights,
             chunk_tokens=self._chunk_tokens,
             centre=self._centre,
@@ -153,20 +164,18 @@ class Ours:
 
 
 def _losses(problem: Problem, hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
-    """Four logits, their log-softmaxes, the target and the divergence, each an operation of autograd: [C]."""
-    frozen = [x[rows] @ problem.weight.t() for x in (problem.privileged, problem.reference, problem.base)]
+    """Four logits, their log-softmaxes, the target and the divergence, all under autograd: [C]."""
+    frozen = {name: getattr(problem, name)[rows] @ problem.weight.t() for name in ("base", "privileged", "reference")}
     return loss_from_logits(
-        hidden @ weight.t(),
-        *frozen,
+        Branches(hidden @ weight.t(), **frozen),
         target=problem.target,
         divergence=problem.divergence,
-        vocab_size=problem.vocab_size,
-        tp_group=problem.group,
+        shard=problem.shard,
     )
 
 
 def _top_k_losses(problem: Problem, hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
-    """The divergence on the target's `TOP_K` likeliest entries, both distributions renormalised there: [C]."""
+    """The divergence on the target's `TOP_K` most likely entries, with both distributions renormalised: [C]."""
     with torch.no_grad():
         h_T, h_ref, h_0 = (x[rows] for x in (problem.privileged, problem.reference, problem.base))
         delta = log_softmax(h_T @ problem.weight.t(), problem.group)
@@ -197,7 +206,7 @@ def _top_k_losses(problem: Problem, hidden: Tensor, weight: Tensor, rows: slice)
 
 
 class UnderAutograd:
-    """A form that leaves its gradients to autograd."""
+    """A form whose gradients autograd computes."""
 
     def __init__(
         self,
@@ -234,7 +243,7 @@ class UnderAutograd:
 
 
 def forms(problem: Problem) -> dict[str, Callable[[], Outcome]]:
-    """All that are compared, by name."""
+    """All compared forms by name."""
     return {
         "ours": Ours(problem),
         "ours, not fused": Ours(problem, fused="never"),
@@ -246,15 +255,15 @@ def forms(problem: Problem) -> dict[str, Callable[[], Outcome]]:
 
 
 class Products:
-    """The matrix products that any exact form must do, alone, into memory that is there already.
+    """Only the matrix products that every exact form needs, into allocated memory.
 
     One for each vector of a token (student, h_0 and, with a cap, d), stacked since they share the matrix; one for dh;
-    one for dW where it is wanted.
+    one for dW if it is requested.
     """
 
     def __init__(self, problem: Problem, chunk_tokens: int) -> None:
         self._problem = problem
-        pair = hidden_pair(problem.target, problem.base, problem.privileged, problem.reference)
+        pair = problem.vectors
         vectors = [problem.student, *(x.to(problem.weight.dtype) for x in pair if x is not None)]
         starts = range(0, len(problem.student), chunk_tokens)
         self._chunks = [slice(start, start + chunk_tokens) for start in starts]
@@ -265,7 +274,7 @@ class Products:
         self._dw = torch.zeros_like(problem.weight) if problem.trained else None
 
     def __call__(self) -> None:
-        """All of them, chunk by chunk."""
+        """All products, chunk by chunk."""
         problem = self._problem
         for rows, states in zip(self._chunks, self._states, strict=True):
             torch.mm(states, problem.weight.t(), out=self._logits[: len(states)])
@@ -276,7 +285,7 @@ class Products:
 
 
 class CudaProducts(Products):
-    """As `Products`, on a GPU: logits and dW in fp32, as ours has them there."""
+    """`Products` on a GPU: logits and dW in fp32, as in the form of this package."""
 
     def __init__(self, problem: Problem, chunk_tokens: int) -> None:
         super().__init__(problem, chunk_tokens)
@@ -284,7 +293,7 @@ class CudaProducts(Products):
         self._sum = torch.zeros_like(problem.weight, dtype=torch.float32)
 
     def __call__(self) -> None:
-        """All of them, chunk by chunk."""
+        """All products, chunk by chunk."""
         problem = self._problem
         for rows, states in zip(self._chunks, self._states, strict=True):
             torch.mm(states, problem.weight.t(), out_dtype=torch.float32, out=self._logits[: len(states)])

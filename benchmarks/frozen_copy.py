@@ -1,11 +1,11 @@
-"""The frozen copy on the device and on the host: bytes resident, and seconds of bringing it in, of a real model here.
+"""The frozen copy on the device and on the host: resident bytes, and seconds of the transfer, for a real model.
 
     python -m benchmarks.frozen_copy MODEL [--uses 20] [--precision bf16]
     torchrun --nproc-per-node 8 -m benchmarks.frozen_copy /models/Qwen3-8B --tensor 8 --precision bf16
 
 MODEL is a Hugging Face directory or nemo_popsd:tiny_reasoner. Prints one Markdown row for each place of the copy.
-On CUDA the resident bytes are torch's (memory_allocated, of everything) and the host's memory is pinned; on the CPU
-both places are the same memory, so the seconds are those of copying memory to memory and say nothing of a GPU.
+On CUDA the resident bytes are torch's memory_allocated of the process, and the host's memory is pinned; on the CPU both
+places are the same memory, so the seconds are those of a memory copy and do not apply to a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     if torch.distributed.get_rank() == 0:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         print(f"{args.model}, {args.precision}, tensor {args.tensor}, on {name}; median of {args.uses} uses\n")
-        print("| copy | MiB on the device between uses | within | MiB on the host | s to bring in | GB/s |")
+        print("| copy | MiB on the device between uses | during use | MiB on the host | s of the transfer | GB/s |")
         print("|---|---|---|---|---|---|")
         print("\n".join(rows))
 

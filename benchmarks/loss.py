@@ -1,10 +1,10 @@
-"""Time, memory, collectives and errors of the distillation loss, against other ways to compute it.
+"""Time, memory, collectives and errors of the distillation loss, compared with other implementations.
 
-    python -m benchmarks.loss            # the tables of RESULTS.md: about twelve minutes on two quiet CPU cores
-    python -m benchmarks.loss --quick    # small sizes, a minute, prints only
+    python -m benchmarks.loss            # the tables of RESULTS.md: about twelve minutes on two idle CPU cores
+    python -m benchmarks.loss --quick    # small sizes, one minute, only prints
 
-On a GPU: `python -m benchmarks.gpu`. One row of memory is one fp32 tensor [T, V/tp].
-Forms are measured in turns; times are the least of the repetitions.
+On a GPU: `python -m benchmarks.gpu`. Memory is in units of one fp32 tensor [T, V/tp].
+Forms are measured alternately; times are the minimum of the repetitions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import torch.multiprocessing as mp
 from benchmarks.forms import Ours, Outcome, Problem, Products, forms, make_problem
 from benchmarks.measure import interleaved, machine, peak_bytes
 from benchmarks.tables import table
-from nemo_popsd.distillation import hidden_pair
 from nemo_popsd.distillation.chunks import LARGEST_CHUNK
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -38,7 +37,7 @@ def _ratio(value: float, of: float) -> str:
 
 
 def times(problem: Problem, names: list[str], repetitions: int) -> list[list[str]]:
-    """Rows: form, seconds, ratio to the products alone, ratio to the dense form where it is among `names`."""
+    """Rows: form, seconds, ratio to the products alone, ratio to the dense form if `names` contains it."""
     every = forms(problem)
     actions: dict[str, Callable[[], Any]] = {PRODUCTS: Products(problem, LARGEST_CHUNK)}
     actions |= {name: every[name] for name in names}
@@ -61,7 +60,7 @@ def _errors(got: Outcome, want: Outcome) -> list[str]:
 
 
 def errors(group: dist.ProcessGroup | None) -> list[list[str]]:
-    """Rows: form, precision, errors of value, dh and dW against the dense form in float64, in units of the largest."""
+    """Rows: form, precision, relative errors of value, dh and dW compared with the dense form in float64."""
     exact = make_problem(256, 3000 if group is None else 1500, 256, dtype=torch.float64, group=group)
     rows = []
     for dtype in (torch.float64, torch.float32):
@@ -80,7 +79,7 @@ def _total_variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def bf16_targets() -> list[list[str]]:
-    """Rows: how the target is formed from bf16 states and matrix, and its total-variation error, mean and worst."""
+    """Rows: computation of the target from bf16 states and matrix, mean and maximum of its total-variation error."""
     problem = make_problem(256, 19000, 512, dtype=torch.bfloat16)
     target = problem.target
     exact = problem.to(torch.float64)
@@ -88,7 +87,7 @@ def bf16_targets() -> list[list[str]]:
     z_0, z_T, z_ref = (x @ exact.weight.t() for x in (exact.base, exact.privileged, exact.reference))
     want = torch.softmax(z_0 + capped(z_T - z_ref), -1)
     branches = (problem.base, problem.privileged, problem.reference)
-    pair = hidden_pair(target, *branches)
+    pair = problem.vectors
     assert pair.anchor is not None
     assert pair.shift is not None
     z_0, z_T, z_ref = ((x @ problem.weight.t()).double() for x in branches)
@@ -107,7 +106,7 @@ def bf16_targets() -> list[list[str]]:
 
 
 def memory(problem: Problem, names: list[str]) -> list[list[str]]:
-    """Rows: form, peak of allocated memory beyond the problem's own, in rows, over forward and backward."""
+    """Rows: form, peak memory of forward and backward beyond that of the problem, in tensors [T, V/tp]."""
     row = len(problem.student) * problem.weight.shape[0] * 4
     every = forms(problem)
     every["ours"]()  # compiles
@@ -220,7 +219,7 @@ def on_cpu(quick: bool) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; prints only")
     options = parser.parse_args()

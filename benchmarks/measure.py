@@ -1,4 +1,4 @@
-"""Time, memory and the machine they were measured on."""
+"""Measurement of time and memory, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd.profiler import profile
 
 
 def interleaved(actions: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
-    """Seconds of each action: the least of `repetitions`, taken in turns so that a busy moment hits all alike."""
+    """Seconds of each action: the minimum of `repetitions`, which alternate so that other load affects all alike."""
     best = dict.fromkeys(actions, float("inf"))
     for _ in range(repetitions):
         for name, action in actions.items():
@@ -26,10 +26,7 @@ def interleaved(actions: Mapping[str, Callable[[], None]], repetitions: int) -> 
 
 
 def peak_bytes(action: Callable[[], None]) -> int:
-    """Most bytes that torch's allocator had handed out at one time during `action`, beyond those before it.
-
-    It sees what compiled code allocates, too.
-    """
+    """Peak bytes of torch's allocator during `action`, beyond those before it; compiled code included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

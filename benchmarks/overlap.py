@@ -1,10 +1,10 @@
-"""Whole steps with and without `rollout.overlap`, and what the reference-only branch then costs.
+"""Complete steps with and without `rollout.overlap`, and the cost of the reference-only branch in both.
 
     python -m benchmarks.overlap [--steps 12] [--repetitions 2] [key=value ...]
 
-Runs `popsd train` on conf/tiny.yaml with rollouts by vLLM, all four combinations in turns, trainer and server with one
-thread each, and prints the median seconds of a step's parts from metrics.jsonl. Steps 1 and 2 are
-left out: the server compiles and warms up in them.
+Runs `popsd train` on conf/tiny.yaml with rollouts by vLLM, alternating between the four combinations, trainer and
+server with one thread each, and prints the median seconds of a step's parts from metrics.jsonl. Steps 1 and 2 are
+excluded, since the server compiles and warms up in them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WARM_UP = 2
 
 
 def seconds(output: Path, words: list[str]) -> dict[str, list[float]]:
-    """Seconds of each part in each step of one run, behind the warm-up."""
+    """Seconds of each part in each step of one run after the warm-up."""
     command = [sys.executable, "-m", "nemo_popsd", "train", str(TINY), f"output={output}", *WORDS, *words]
     core = str(max(os.sched_getaffinity(0)))
     one_each = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": core}
@@ -50,7 +50,7 @@ def seconds(output: Path, words: list[str]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of conf/tiny.yaml, e.g. rollout.vllm.python=...")
     parser.add_argument("--steps", type=int, default=12)

@@ -1,12 +1,12 @@
-"""Tokens per second of the rollout engines on one model and the same prompts, weight updates, and the split of a step.
+"""Tokens per second of the rollout engines on one model and the same prompts, weight updates, and the phases of a step.
 
     python -m benchmarks.rollout                     # the tables of RESULTS-rollout.md: about half an hour
-    python -m benchmarks.rollout --quick             # a few minutes, prints only
+    python -m benchmarks.rollout --quick             # a few minutes, only prints
     python -m benchmarks.rollout --before CHECKOUT   # also the engine of another checkout of this repository
-    POPSD_VLLM_PYTHON=.vllm-venv/bin/python python -m benchmarks.rollout     # also vLLM, in its own environment
+    POPSD_VLLM_PYTHON=.vllm-venv/bin/python python -m benchmarks.rollout     # also vLLM, in its environment
 
-Each engine runs in a process of its own with one thread (`benchmarks/rollout_worker.py`), and they are asked in turns;
-seconds are the least of the repetitions. All draw at temperature 1 without filter, each with random numbers of its own.
+Each engine runs in a separate process with one thread (`benchmarks/rollout_worker.py`), and requests alternate between
+them; seconds are the minimum of the repetitions. All sample at temperature 1 without filters, with different seeds.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Worker:
     """An engine in its process."""
 
     def __init__(self, engine: str, *, python: str = sys.executable, checkout: Path | None = ROOT) -> None:
-        """`checkout`: whose `nemo_popsd` it uses."""
+        """`checkout`: the checkout whose `nemo_popsd` it uses."""
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
         if checkout is not None:
             environment["PYTHONPATH"] = str(checkout)
         script = str(Path(__file__).with_name("rollout_worker.py"))
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
         self._process = subprocess.Popen(
             [python, script, engine, str(MODEL)],
             stdin=subprocess.PIPE,
@@ -57,7 +57,7 @@ class Worker:
         self._read()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """One request; waits for the answer."""
+        """Sends one request and waits for the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -82,21 +82,21 @@ class Worker:
 
 @dataclass(frozen=True)
 class Workload:
-    """How long responses are."""
+    """The lengths of the responses."""
 
     name: str
     limit: int
     stops: tuple[int, ...]
     batches: int
-    """Requests are as many batches."""
+    """Number of batches per request."""
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """Short and long responses, of one length and of mixed lengths."""
+    """Short and long responses, of equal and of mixed lengths."""
     tokenizer = load_tokenizer(MODEL, setting="student.source")
     end = int(tokenizer.eos_token_id)
-    # Not stopped at its end, the model goes on with other turns; stopped at one token in some 270 it makes lengths
-    # that are spread over the whole range.
+    # Without its stop token the model continues with further turns; one of some 270 tokens as stop token gives lengths
+    # that cover the range.
     (rare,) = tokenizer.encode("Then", add_special_tokens=False)
     every = [
         Workload("short: 32 tokens", 32, (), 1),
@@ -109,7 +109,7 @@ def workloads(quick: bool) -> list[Workload]:
 
 
 def prompts(count: int) -> list[list[int]]:
-    """Prompts of the embedded training rows, as a run renders them, over and over."""
+    """Prompts of the embedded training rows, as a run renders them, repeated."""
     tokenizer = load_tokenizer(MODEL, setting="student.source")
     rows = [json.loads(line) for line in asset("nemo_popsd:tiny_train").read_text().splitlines()]
     made = []
@@ -124,7 +124,7 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def speeds(workers: dict[str, Worker], quick: bool) -> list[list[str]]:
-    """Rows: lengths, batch, mean length, and of each engine tokens/s and the ratio to transformers'."""
+    """Rows: lengths, batch, mean length, and for each engine tokens/s and the ratio to transformers."""
     rows = []
     for workload in workloads(quick):
         for batch in (1, 8, 64):
@@ -148,8 +148,8 @@ def speeds(workers: dict[str, Worker], quick: bool) -> list[list[str]]:
 
 
 def updates(workers: dict[str, Worker]) -> list[list[str]]:
-    """Rows: engine, how new weights come to it, bytes, seconds."""
-    rows = [[OURS, "it computes with the trained tensors", "0", "0"]]
+    """Rows: engine, transfer of new weights, bytes, seconds."""
+    rows = [[OURS, "uses the trained tensors", "0", "0"]]
     with tempfile.TemporaryDirectory() as folder:
         exported = workers[OURS].ask(export=folder)
         loaded = workers[THEIRS].ask(load=folder)
@@ -163,7 +163,7 @@ def updates(workers: dict[str, Worker]) -> list[list[str]]:
 
 
 def split_of_a_step(checkout: Path, steps: int) -> dict[str, float]:
-    """Median seconds of the phases of conf/tiny.yaml's steps but the first."""
+    """Median seconds of the phases of conf/tiny.yaml's steps, without the first."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         settings = [f"output={output}", f"training.steps={steps}", "training.export_huggingface=false"]
@@ -195,10 +195,10 @@ def splits(before: Path | None, quick: bool) -> list[list[str]]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few and short responses; prints only")
-    parser.add_argument("--before", type=Path, help="another checkout, whose engine is measured beside")
+    parser.add_argument("--before", type=Path, help="another checkout, whose engine is measured too")
     options = parser.parse_args()
     workers = {OURS: Worker("megatron"), THEIRS: Worker("transformers")}
     if options.before:
@@ -209,7 +209,7 @@ def main() -> None:
         worker.ask(prompts=prompts(2), batch=2, limit=8, stops=[])
     print(machine(), flush=True)
     parts = [
-        "## Tokens per second\n\nIn brackets the ratio to transformers.generate. *length* is the mean of ours.",
+        "## Tokens per second\n\nIn brackets: ratio to transformers.generate. *length*: mean of the Megatron engine.",
         table(
             ["lengths", "batch", "length", *(name for name in (OURS, BEFORE, THEIRS, VLLM))],
             speeds(workers, options.quick),

@@ -1,10 +1,10 @@
-"""One engine in a process of its own, which answers requests on its standard input; see `benchmarks.rollout`.
+"""One engine in a separate process that answers requests from its standard input; see `benchmarks.rollout`.
 
     python benchmarks/rollout_worker.py ENGINE MODEL        ENGINE: megatron, transformers or vllm
 
-Run by its path: `nemo_popsd` is that of PYTHONPATH, which may be another checkout, and vLLM's environment has none.
+Run by its path: `nemo_popsd` comes from PYTHONPATH, which may be another checkout; vLLM's environment has none.
 Each line in is a JSON object with `prompts`, `batch`, `limit` and `stops`, or `export` or `load` with a folder, or
-`send` with vLLM's Python; each line out tells `seconds` and what else was measured.
+`send` with vLLM's Python; each line out has `seconds` and other measurements.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def megatron(model: str) -> dict[str, Callable[..., Answer]]:
         return {"seconds": time.perf_counter() - start, "bytes": size}
 
     def send(python: str) -> Answer:
-        """What vLLM's server took for new weights of the student; nothing where the package has no such engine."""
+        """Time of vLLM's server for new weights of the student; empty if the package has no such engine."""
         try:
             from nemo_popsd.model.engines import build_engine  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
@@ -137,7 +137,7 @@ def transformers(model: str) -> dict[str, Callable[..., Answer]]:
 
 
 def vllm(model: str) -> dict[str, Callable[..., Answer]]:
-    """The loop of vLLM: it batches as it likes, up to `batch` rows."""
+    """VLLM with its own scheduling, up to `batch` sequences."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
@@ -175,7 +175,7 @@ def _timed(generate: Callable[..., list[int]]) -> Callable[..., Answer]:
 
 def main() -> None:
     """Serves until its input ends."""
-    # What libraries print goes where errors go; answers alone go to the parent.
+    # Output of libraries goes to standard error; only answers go to the parent.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     actions = {"megatron": megatron, "transformers": transformers, "vllm": vllm}[sys.argv[1]](sys.argv[2])

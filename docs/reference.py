@@ -12,8 +12,9 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_popsd"
@@ -21,7 +22,6 @@ sys.path.insert(0, str(ROOT))
 
 from nemo_popsd.config.schema import PopsdConfig  # noqa: E402
 from nemo_popsd.planning.config import PlanConfig  # noqa: E402
-from nemo_popsd.settings.bounds import Bounds, Text, hints, rules  # noqa: E402
 
 
 class Setting(NamedTuple):
@@ -78,7 +78,7 @@ def class_node(path: Path, name: str) -> ast.ClassDef:
 def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
     """Every setting of the dataclass `schema`: its own first, then each section with those inside it."""
     texts = field_texts(class_node(Path(inspect.getfile(schema)), schema.__name__))
-    types, bounds = hints(schema), rules(schema)
+    types, declared = get_type_hints(schema), get_type_hints(schema, include_extras=True)
     sections = []
     for field in dataclasses.fields(schema):
         if dataclasses.is_dataclass(types[field.name]):
@@ -88,7 +88,7 @@ def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
             prefix + field.name,
             type_name(types[field.name]),
             yaml_text(default(field)),
-            allowed(bounds.get(field.name)),
+            allowed(declared[field.name]),
             texts[field.name],
         )
     for name in sections:
@@ -119,11 +119,10 @@ def yaml_text(value: Any) -> str:
     return str(value)
 
 
-def allowed(rule: Bounds | Text | None) -> str:
-    """What a rule lets through, in words."""
-    if isinstance(rule, Bounds):
-        return str(rule)
-    return f"a {rule.value}" if rule in (Text.NAME, Text.PATH) else ""
+def allowed(hint: Any) -> str:
+    """What the rule of an annotated type lets through, in words: an interval, or what a text is for."""
+    rules = getattr(hint, "__metadata__", ())
+    return ", ".join(f"text: {rule.value}" if isinstance(rule, Enum) else str(rule) for rule in rules)
 
 
 def metrics() -> Iterator[Metric]:

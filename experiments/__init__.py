@@ -1,1 +1,1 @@
-"""Does purification do what the paper says, on a model that a laptop trains? One command per table; see README.md."""
+"""Experiments that test the paper's claims on a model that a laptop can train; see README.md."""

@@ -1,4 +1,4 @@
-"""The arms: what each changes in experiments/conf.yaml, by configuration alone."""
+"""The arms: the overrides of experiments/conf.yaml for each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _purified(cap: str, beta: str) -> Arm:
 
 
 PURIFIED = _purified("10", "1")
-"""The paper's."""
+"""The setting of the paper."""
 
 OPSD = Arm("opsd-jsd", "OPSD, JSD", (f"{_TARGET}.family=opsd",))
 
@@ -39,10 +39,10 @@ ARMS = (
     *(_purified(cap, "1") for cap in ("5", "20", "null")),
     *(_purified("10", beta) for beta in ("0.5", "2")),
 )
-"""All arms; the untrained base is what each of them begins with."""
+"""All arms; each starts from the untrained base."""
 
 RATES = ("1.0e-4", "3.0e-4")
-"""Learning rates that every arm is tried with, once each, on the tuning rows."""
+"""Learning rates that are compared for every arm, once each, on the tuning rows."""
 SEEDS = (1, 2, 3, 4, 5)
 """Seeds of the order of the rows, of rollouts and of the answers to held-out problems."""
 TUNING_SEED = 0

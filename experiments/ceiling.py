@@ -1,9 +1,9 @@
-"""What there is to learn from each target: `python -m experiments.ceiling`, on the tuning rows; nothing is trained.
+"""The quality of each target without training: `python -m experiments.ceiling`, on the tuning rows.
 
-1. Answers are drawn token by token from the target P itself; all its contexts see what was drawn so far. They tell
-   what the student is drawn towards, though not how it fares on the way.
-2. Worked solutions, in which values are guessed before they are checked: how likely each context finds the right digits
-   of a guess. Purification keeps what question and reference together say beyond the reference alone.
+1. Answers are sampled token by token from the target P; all its contexts see the tokens so far. They show the behaviour
+   of the target, but not the course of the training.
+2. In worked solutions, values are guessed before they are checked: the probability of the right digits of a guess is
+   measured in each context. Purification keeps what question and reference together add to the reference alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from experiments.rows import FOLDER, tuning_problems, write
 from experiments.run import CONF
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.data.contexts import Borrowed
-from nemo_popsd.distillation.build import build_target
-from nemo_popsd.distillation.definition import target_from_logits
-from nemo_popsd.distillation.target import Target
+from nemo_popsd.distillation.definition import Branches, target_from_logits
+from nemo_popsd.distillation.families import Target, build_target
+from nemo_popsd.parallel.vocabulary import VocabShard
 from nemo_popsd.testbed.contexts import count_markers, right
 from nemo_popsd.testbed.problems import Difficulty, Problem, response, thoughtful_thoughts
 from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
@@ -39,7 +39,7 @@ _BATCH = 64
 
 @dataclass
 class _Branch:
-    """A context of many rows, left-padded, with its cache."""
+    """The contexts of many rows, left-padded, with their cache."""
 
     model: Any
     tokens: Tensor
@@ -61,7 +61,7 @@ class _Branch:
         )
 
     def next_logits(self) -> Tensor:
-        """After the tokens that were appended last: [B, V]."""
+        """Logits after the tokens that were appended last: [B, V]."""
         width = self.tokens.shape[1]
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         found = self.model(
@@ -78,15 +78,15 @@ class _Branch:
 def follow(
     model: Any, tokenizer: Any, problems: Sequence[Problem], target: Target, contexts: Sequence[Context], borrow: bool
 ) -> list[list[int]]:
-    """One answer to each problem, drawn from the target at temperature 1; the student is the base.
+    """One answer to each problem, sampled from the target at temperature 1; the student is the base.
 
     Args:
         model: the base.
-        tokenizer: its.
-        problems: what is asked.
-        target: whose answers.
-        contexts: of the student and base, the teacher, and the second context.
-        borrow: whether the teacher sees the next problem's reference instead of its own.
+        tokenizer: of the model.
+        problems: to answer.
+        target: to sample from.
+        contexts: of student and base, of the teacher, and the second context.
+        borrow: whether the teacher sees the next problem's reference.
     """
     references = [problem.reference for problem in problems]
     if borrow:
@@ -99,7 +99,11 @@ def follow(
     running = set(range(len(problems)))
     while running and max(map(len, answers)) < _LONGEST:
         base, privileged, reference = (branch.next_logits() for branch in branches)
-        log_p = target_from_logits(base, privileged, reference, base, target=target, vocab_size=base.shape[1])
+        log_p = target_from_logits(
+            Branches(base, base, privileged, reference),
+            target=target,
+            shard=VocabShard(base.shape[1], base.shape[1]),
+        )
         drawn = torch.multinomial(log_p.exp(), 1)[:, 0]
         for branch in branches:
             branch.append(drawn)
@@ -119,8 +123,8 @@ def guesses(model: Any, tokenizer: Any, problems: Sequence[Problem], target: Tar
 
     Args:
         model: the base.
-        tokenizer: its.
-        problems: worked as in pre-training.
+        tokenizer: of the model.
+        problems: with worked solutions as in pre-training.
         target: of the contexts question, question and reference, reference.
     """
     sums = dict.fromkeys((*CONTEXTS, "target"), 0.0)
@@ -138,7 +142,11 @@ def guesses(model: Any, tokenizer: Any, problems: Sequence[Problem], target: Tar
             ids = tokenizer.encode(prompt, add_special_tokens=False)
             logits[context] = model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1][places]
         base, privileged, reference = (logits[context] for context in CONTEXTS)
-        followed = target_from_logits(base, privileged, reference, base, target=target, vocab_size=base.shape[1])
+        followed = target_from_logits(
+            Branches(base, base, privileged, reference),
+            target=target,
+            shard=VocabShard(base.shape[1], base.shape[1]),
+        )
         right_ids = torch.tensor(answer)[places, None]
         for name, log_probs in (*((c, x.log_softmax(-1)) for c, x in logits.items()), ("target", followed)):
             sums[name] += float(log_probs.gather(1, right_ids).exp().sum())
@@ -147,7 +155,7 @@ def guesses(model: Any, tokenizer: Any, problems: Sequence[Problem], target: Tar
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="directory of the base")
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="some of the arms")
@@ -158,12 +166,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     problems = tuning_problems()
-    print("| target | right, % | markers per answer | tokens per answer |\n|---|---|---|---|", flush=True)
+    print("| target | accuracy, % | markers per answer | tokens per answer |\n|---|---|---|---|", flush=True)
     seen: set[tuple[Target, bool]] = set()
     for arm in (arm for arm in ARMS if arm.name in options.arms):
         settings = load_config(str(CONF), list(arm.overrides)).distillation.target
         target, borrow = build_target(settings), settings.borrowed == Borrowed.PRIVILEGED
-        if (target, borrow) in seen:  # arms that differ in the divergence alone
+        if (target, borrow) in seen:  # arms that differ only in the divergence
             continue
         seen.add((target, borrow))
         torch.manual_seed(1)

@@ -1,10 +1,10 @@
-"""What the reference-only branch costs: steps of Purified OPSD and of OPSD in turns, on the same rollouts.
+"""The cost of the reference-only branch: alternating steps of Purified OPSD and OPSD on the same rollouts.
 
     python -m experiments.cost experiments/conf.yaml [--steps 10] [key=value ...]
     torchrun --nproc-per-node 8 -m experiments.cost conf/qwen3_8b.yaml student.source=/models/Qwen3-8B
 
 Prints the median seconds of each part of a step. Neither measures Δ norms (`distillation.diagnosed_tokens=0`), for
-which OPSD would need the reference-only branch too. Rollouts are drawn and timed once for both.
+which OPSD would need the reference-only branch too. Rollouts are generated and timed once for both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHODS = {"OPSD": "opsd", "Purified": "purified"}
 
 
 class DrawOnce:
-    """Gives the same rollouts to whoever asks next with the same requests."""
+    """Returns the same rollouts for repeated calls with the same requests."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
@@ -54,7 +54,7 @@ def _rows(model: PurifiedOPSDModel) -> Iterator[list[PromptRow]]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
@@ -87,7 +87,7 @@ def main() -> None:
         batch, drawn = next(rows), 0.0
         order = list(METHODS) if number % 2 else list(METHODS)[::-1]
         for name in order:
-            # Always the first: no trainer counts these updates, so to the engine the weights stay those of step 0.
+            # Always the first: no trainer counts these updates, so the engine's weights version stays 0.
             found = steps[name](1, batch, optimizer, optimizer.step)
             drawn = max(drawn, found.seconds_rollout)
             seconds[name]["frozen"].append(found.seconds_frozen)

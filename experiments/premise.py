@@ -1,11 +1,11 @@
-"""Is the testbed a fair test? `python -m experiments.premise`, on the tuning rows: no held-out row is looked at.
+"""Conditions of a fair test: `python -m experiments.premise`, on the tuning rows; held-out rows are not used.
 
-1. From the question alone the model is right in 30 to 80 %, so there is room in both directions.
-2. With the reference in its context it is right in at least 15 points more: the teacher has something to teach.
-3. The teacher predicts a terse solution far better than the student: copying is tempting.
-4. ‖Δ_ref‖ / ‖Δ_total‖ > 1 on the student's own rollouts: most of the teacher's signal is the reference's.
+1. From the question alone the model's accuracy is 30 to 80 %, so that it can rise and fall.
+2. With the reference in its context the accuracy is at least 15 points higher, so that the teacher can teach.
+3. The teacher predicts a terse solution far better than the student, so that copying is attractive.
+4. ‖Δ_ref‖ / ‖Δ_total‖ > 1 on the student's rollouts: the reference causes most of the teacher's signal.
 
-Whether plain OPSD moves the markers is a result of the runs (`python -m experiments.results`).
+Whether plain OPSD changes the markers is a result of the runs (`python -m experiments.results`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def decomposition() -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not FOLDER.is_dir():
         write()

@@ -1,7 +1,7 @@
-"""Tables and plots of all finished runs: `python -m experiments.results` writes RESULTS.md and plots/ beside itself.
+"""Tables and plots of all finished runs: `python -m experiments.results` writes RESULTS.md and plots/.
 
-Each figure is a mean over seeds with a 95 % interval (Student's t over the seeds' means). A change is of the same seed
-from before training to after: same problems, same random numbers for each answer.
+Each value is a mean over seeds with a 95 % interval (Student's t over the seeds' means). A change is from before to
+after training of the same seed, with the same problems and the same seeds of the answers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Estimate:
 
     mean: float
     half_width: float
-    """Of the 95 % interval; NaN for one seed."""
+    """Half width of the 95 % interval; NaN for one seed."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
@@ -47,12 +47,12 @@ class Estimate:
         return cls(statistics.fmean(values), float(student_t.ppf(0.975, count - 1)) * error)
 
     def text(self, digits: int = 1, sign: bool = False) -> str:
-        """As in a table."""
+        """Text for a table."""
         return f"{self.mean:{'+' if sign else ''}.{digits}f} ± {self.half_width:.{digits}f}"
 
 
 def accuracy(kind: str) -> Callable[[Sequence[SampleScore]], float]:
-    """Share of right answers to problems of a kind (usual or hard), in per cent."""
+    """Accuracy on the problems of a kind (usual or hard), in per cent."""
 
     def of(scores: Sequence[SampleScore]) -> float:
         chosen = [score.correct for score in scores if score.problem.startswith(f"{kind}/")]
@@ -80,7 +80,7 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[SampleScore]], float]]] = {
 
 
 def scores(run: Run, moment: str) -> list[SampleScore]:
-    """Of a run's held-out answers, "before" or "after" training."""
+    """Statistics of a run's held-out answers, "before" or "after" training."""
     directory = (
         EvaluationDirectory(run.output / "validation" / "step-000000") if moment == "before" else run.last_evaluation()
     )
@@ -101,7 +101,7 @@ def table(done: dict[Arm, list[Run]]) -> str:
     """A row for the base and for each arm."""
     header = ["arm", "rate", "seeds", *(cell for title, _ in FIGURES.values() for cell in (title, "change"))]
     lines = [header, ["---"] * len(header)]
-    # The base is the same for all arms, and its answers depend on the seed alone.
+    # The base is the same for all arms, and its answers depend only on the seed.
     widest = max(done.values(), key=len)
     base = [Estimate.of([of(scores(run, "before")) for run in widest]) for _, of in FIGURES.values()]
     lines.append(["base", "none", str(len(widest)), *(cell for e in base for cell in (e.text(), ""))])
@@ -116,13 +116,13 @@ def table(done: dict[Arm, list[Run]]) -> str:
 
 
 def signal_table(done: dict[Arm, list[Run]]) -> str:
-    """What the teacher's signal looks like at the beginning and the end, and what a step costs."""
+    """The teacher's signal at the start and the end, and the time of a step."""
     first, last, every = slice(0, 5), slice(-5, None), slice(None)
     columns = [
-        ("‖Δ_ref‖/‖Δ_total‖, steps 1-5", "delta_ratio", first),
-        ("last 5 steps", "delta_ratio", last),
-        ("cos(Δ_total, Δ_ref)", "cos_total_ref", every),
-        ("cos(Δ_total, Δ_it)", "cos_total_it", every),
+        ("‖Δ_ref‖/‖Δ_total‖, steps 1-5", "norm_ratio", first),
+        ("last 5 steps", "norm_ratio", last),
+        ("cos(Δ_total, Δ_ref)", "cosine_reference", every),
+        ("cos(Δ_total, Δ_it)", "cosine_question", every),
     ]
     header = ["arm", *(title for title, _, _ in columns), "s a step, two runs at a time"]
     lines = [header, ["---"] * len(header)]
@@ -143,7 +143,7 @@ def _step_seconds(found: dict[str, list[float]]) -> list[float]:
 
 
 def plot_changes(done: dict[Arm, list[Run]], file: Path) -> None:
-    """Changes of all figures by arm, with intervals."""
+    """Changes of all statistics by arm, with intervals."""
     figure, axes = pyplot.subplots(1, len(FIGURES), figsize=(13, 0.42 * len(done) + 1.4), sharey=True)
     for axis, (title, of) in zip(axes, FIGURES.values(), strict=True):
         found = [
@@ -163,8 +163,8 @@ def plot_changes(done: dict[Arm, list[Run]], file: Path) -> None:
 def plot_training(done: dict[Arm, list[Run]], file: Path) -> None:
     """Signal, markers and length of the rollouts over training, a mean over seeds for each arm."""
     names = {
-        "delta_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
-        "cos_total_it": "cos(Δ_total, Δ_it)",
+        "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
+        "cosine_question": "cos(Δ_total, Δ_it)",
         "marker_rate": "markers per 1,000 rollout tokens",
         "response_tokens": "tokens per rollout",
     }
@@ -185,7 +185,7 @@ def plot_training(done: dict[Arm, list[Run]], file: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     runs = [run for run in training_runs() if run.finished]
     done = {arm: of_arm for arm in ARMS if (of_arm := [run for run in runs if run.arm == arm])}

@@ -1,10 +1,10 @@
 """The problems of the experiments: `python -m experiments.rows` writes experiments/data.
 
     train.jsonl      1,600 rows, 2 to 5 operations, four families
-    tuning.jsonl     256 rows of the same kind, for choosing learning rates; in neither of the others
-    held_out.jsonl   384 rows of the same kind and 128 with 6 or 7 operations, more than the model was ever trained on
+    tuning.jsonl     256 rows of the same kind, for the choice of learning rates; not in the others
+    held_out.jsonl   384 rows of the same kind and 128 with 6 or 7 operations, more than in pre-training
 
-Rows are a pure function of the seeds below. A digest of its text assigns each question to one split for good
+Rows are a pure function of the seeds below. A digest of its text assigns each question to one split
 (`nemo_popsd.testbed.problems.split_of`), so that pre-training, training and held-out rows cannot overlap.
 """
 
@@ -19,14 +19,14 @@ from nemo_popsd.testbed.problems import FAMILIES, Difficulty, Problem, Split, pr
 
 FOLDER = Path(__file__).parent / "data"
 USUAL = Difficulty(families=FAMILIES, reference="versions")
-"""As in pre-training."""
+"""Operations as in pre-training."""
 HARD = replace(USUAL, shortest=6, longest=7)
-"""Beyond pre-training."""
+"""More operations than in pre-training."""
 _SEED = 11
 
 
 def drawn(split: Split, count: int, difficulty: Difficulty, *, skip: int = 0) -> list[Problem]:
-    """`count` problems of a split, equally many of each family, behind the first `skip`."""
+    """`count` problems of a split, the same number of each family, after the first `skip`."""
     of_family = dict.fromkeys(difficulty.families, 0)
     found: list[Problem] = []
     wanted = count // len(of_family)
@@ -40,7 +40,7 @@ def drawn(split: Split, count: int, difficulty: Difficulty, *, skip: int = 0) ->
 
 
 def tuning_problems() -> list[Problem]:
-    """Of the training split, far behind what the training rows were drawn from."""
+    """Skipped problems of the training split, far more than the training rows use."""
     return drawn("train", 256, USUAL, skip=4000)
 
 
@@ -72,7 +72,7 @@ def write(folder: Path = FOLDER) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     write()
 

@@ -1,9 +1,9 @@
-"""Trains every arm with every seed: one `popsd train` each, some at a time.
+"""Trains every arm with every seed: one `popsd train` each, several at a time.
 
     python -m experiments.run tune --workers 2      # first: two learning rates for each arm, on the tuning rows
     python -m experiments.run train --workers 2     # then: five seeds of each arm at its rate, on the held-out rows
 
-What is finished is not done again: repeat a command that was killed. Runs lie in runs/experiments, with a log each.
+Finished runs are skipped, so a killed command can be repeated. Runs are in runs/experiments, each with a log.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nemo_popsd.evaluation.records import EvaluationDirectory
 RUNS = Path("runs/experiments")
 CONF = Path(__file__).with_name("conf.yaml")
 CHOSEN = Path(__file__).with_name("rates.json")
-"""Learning rate of each arm, as chosen."""
+"""The chosen learning rate of each arm."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,22 @@ class Run:
 
     @property
     def overrides(self) -> list[str]:
-        """What is set beyond `CONF`."""
+        """The overrides of `CONF`."""
         words = [f"name={self.arm.name}", f"output={self.output}", f"seed={self.seed}", f"optimizer.lr={self.rate}"]
         return [*words, f"data.validation.path={self.rows}", *self.arm.overrides, *self.more]
 
     @property
     def command(self) -> list[str]:
-        """What is executed."""
+        """The command line."""
         return [sys.executable, "-m", "nemo_popsd", "train", str(CONF), *self.overrides]
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run is finished."""
         return (self.output / "DONE").exists()
 
     def last_evaluation(self) -> EvaluationDirectory:
-        """Of the trained weights."""
+        """The evaluation of the trained weights."""
         return EvaluationDirectory(max((self.output / "validation").glob("step-*")))
 
 
@@ -74,7 +74,7 @@ def tuning_runs(arms: Sequence[Arm] = ARMS) -> list[Run]:
 
 
 def training_runs(arms: Sequence[Arm] = ARMS, seeds: Sequence[int] = SEEDS) -> list[Run]:
-    """Every arm at its chosen rate with every seed; seeds outermost, so that an interrupted set is even."""
+    """Every arm at its chosen rate with every seed; seeds are the outer loop, so that a partial set is balanced."""
     rates = json.loads(CHOSEN.read_text())
     return [
         Run(arm, seed, rates[arm.name], RUNS / arm.name / f"seed-{seed}", FOLDER / "held_out.jsonl")
@@ -84,13 +84,13 @@ def training_runs(arms: Sequence[Arm] = ARMS, seeds: Sequence[int] = SEEDS) -> l
 
 
 def execute(runs: Sequence[Run], workers: int) -> None:
-    """Carries out what is not finished, `workers` at a time with one thread each.
+    """Executes the unfinished runs, `workers` at a time with one thread each.
 
     Raises:
-        RuntimeError: runs failed; the others were carried out.
+        RuntimeError: runs failed; the others were executed.
     """
     waiting = [run for run in runs if not run.finished]
-    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished, {len(waiting)} to do", flush=True)
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished, {len(waiting)} left", flush=True)
     with ThreadPoolExecutor(workers) as pool:
         statuses = pool.map(lambda run: _carry_out(run, runs), waiting)
         failed = [run for run, status in zip(waiting, statuses, strict=True) if status]
@@ -99,20 +99,20 @@ def execute(runs: Sequence[Run], workers: int) -> None:
 
 
 def lend_first_evaluation(run: Run, finished: Sequence[Run]) -> None:
-    """Gives a run that has not begun the answers of the untrained base, which follow from seed and rows alone.
+    """Copies the answers of the untrained base, which depend only on seed and rows, to a run that has not started.
 
-    The directory is then as the run itself leaves it if it is cut off behind its first evaluation.
+    The directory is then the same as that of a run that is interrupted after its first evaluation.
 
     Args:
-        run: which would draw the same again.
-        finished: runs that may have drawn them.
+        run: that would generate the same answers.
+        finished: runs that may have generated them.
     """
     mine = run.output / "validation" / "step-000000"
     if (run.output / "config.yaml").exists() or mine.exists():
         return
     lender = next((other for other in finished if (other.seed, other.rows) == (run.seed, run.rows)), None)
     if lender is not None:
-        # Under its name last: cut off before that, the run draws its own.
+        # Renamed last: if this is interrupted before, the run generates its own answers.
         unnamed = run.output / "lent.partial"
         shutil.rmtree(unnamed, ignore_errors=True)
         shutil.copytree(lender.output / "validation" / "step-000000", unnamed)
@@ -133,7 +133,7 @@ def _carry_out(run: Run, runs: Sequence[Run]) -> int:
 
 
 def choose() -> dict[str, str]:
-    """The rate of each arm that was right most often on the tuning rows; the smaller one of equals."""
+    """The rate of each arm with the highest accuracy on the tuning rows; the smaller one for a tie."""
     found: dict[str, dict[str, float]] = {}
     for run in tuning_runs():
         found.setdefault(run.arm.name, {})[run.rate] = float(run.last_evaluation().summary()["accuracy"])
@@ -143,7 +143,7 @@ def choose() -> dict[str, str]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "train"))
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")

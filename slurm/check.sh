@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What a run needs, looked at on one node, in the container if there is one. Its exit status goes to a file: srun reports
-# that of checks which were killed as well.
+# Checks one node for what a run needs, in the container if there is one. The exit status goes to a file, since srun also
+# reports the status of killed checks.
 set -euo pipefail
 
 export WORLD_SIZE=$POPSD_WORLD_SIZE PYTHONPATH=$POPSD_HOME${PYTHONPATH:+:$PYTHONPATH}
-mark=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+token=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 echo "node $SLURM_NODEID is $SLURMD_NODENAME"
 status=2
 if ! command -v "$POPSD_PYTHON" >/dev/null; then
-  echo "popsd: error: settings: got POPSD_PYTHON=$POPSD_PYTHON, which is not there; need an interpreter that every node has at that path, in the container if there is one; set POPSD_PYTHON"
+  echo "popsd: error: settings: got POPSD_PYTHON=$POPSD_PYTHON, which is missing; need an interpreter at that path on every node, in the container if there is one; set POPSD_PYTHON"
 else
   status=0
-  "$POPSD_PYTHON" -m nemo_popsd doctor "$@" --sharing "$SLURM_NODEID" "$SLURM_NNODES" "$mark" || status=$?
+  "$POPSD_PYTHON" -m nemo_popsd doctor "$@" --sharing "$SLURM_NODEID" "$SLURM_NNODES" "$token" || status=$?
 fi
 echo "$status" >"$POPSD_RUN_DIR/check-$SLURM_NODEID.exit"
 exit "$status"

@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What the jobs of this directory have in common. Sourced; defines functions and sets nothing but shell options.
+# Functions that the jobs of this directory share. Sourced; sets only shell options.
 #
 #   popsd_job COMMAND ARGUMENT...     one rank of `popsd COMMAND ARGUMENT...` for each task of the job
 #   popsd_doctor ARGUMENT...          `popsd doctor ARGUMENT...` once on each node of the job
 #
-# Settings come from one file, see env.example.sh. What happens, in order: settings, a directory of logs for this start,
-# the rendezvous, checks on every node, the ranks, and a conclusion (outcome.sh): DONE, a requeue, or an end.
+# Settings come from one file, see env.example.sh. The order is: settings, a log directory for this start, the rendezvous,
+# checks on every node, the ranks, and the conclusion (outcome.sh): DONE, a requeue, or an end.
 
 set -euo pipefail
 
-readonly SAVED_AND_STOPPED=85 # exit status of a rank that was asked to stop, and has saved
-readonly USER_ERROR=2         # exit status of what only the user can change; such a job is not started again
+readonly SAVED_AND_STOPPED=85 # exit status of a rank that saved and stopped on a signal
+readonly USER_ERROR=2         # exit status of an error that only the user can fix; such a job is not restarted
 
 # shellcheck source=secrets.sh
 source "$(dirname "${BASH_SOURCE[0]}")/secrets.sh"
@@ -26,8 +26,8 @@ die() {
 }
 
 popsd_job() {
-  STOP_ASKED="" TERMINATED="" INTERRUPTED="" SRUN_PID="" REPEATER=""
-  trap ask_to_stop USR1
+  STOP_REQUESTED="" TERMINATED="" INTERRUPTED="" SRUN_PID="" REPEATER=""
+  trap request_stop USR1
   trap 'INTERRUPTED=1; TERMINATED=1' TERM
   load_settings
   choose_ranks "$1"
@@ -38,17 +38,17 @@ popsd_job() {
     say "done already: $JOB_DIR/DONE"
     exit 0
   fi
-  ((RESTART <= POPSD_MAX_RESTARTS)) || die 1 "started $RESTART times again; the bound is POPSD_MAX_RESTARTS=$POPSD_MAX_RESTARTS"
+  ((RESTART <= POPSD_MAX_RESTARTS)) || die 1 "restarted $RESTART times; the limit is POPSD_MAX_RESTARTS=$POPSD_MAX_RESTARTS"
   choose_container
   choose_rendezvous
   show_environment
-  # What the first start was allowed to overwrite, the next one resumes.
-  if [[ $1 == train ]] && run_has_begun; then ARGUMENTS+=(overwrite=false); fi
+  # overwrite=true holds for the first start only; later starts resume.
+  if [[ $1 == train ]] && run_has_started; then ARGUMENTS+=(overwrite=false); fi
   check_nodes "${ARGUMENTS[@]}"
   run_ranks "${ARGUMENTS[@]}"
 }
 
-# popsd_doctor ARGUMENT...: what every node has, in the container if there is one. Its output is that of the job.
+# popsd_doctor ARGUMENT...: checks every node, in the container if there is one. The output is that of the job.
 popsd_doctor() {
   load_settings
   RANKS=$SLURM_NNODES
@@ -59,7 +59,7 @@ popsd_doctor() {
     --label "${CONTAINER[@]}" bash "$POPSD_HOME/slurm/check.sh" --gpus "$GPUS_PER_NODE" "$@"
 }
 
-# Settings: the file, then defaults.
+# Reads the file of settings, then sets defaults.
 load_settings() {
   local file=${POPSD_ENV:-$POPSD_HOME/slurm/env.sh} name
   if [[ -e $file || -n ${POPSD_ENV:-} ]]; then read_settings "$file"; fi
@@ -70,22 +70,22 @@ load_settings() {
     [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "$USER_ERROR" "settings: got $name='${!name}'; need a whole number; set $name"
   done
   RESTART=${SLURM_RESTART_COUNT:-0}
-  # A task of a job array has a number of its own and the array's. Where both are equal, Slurm takes the bare number for
-  # the whole array: what asks about this task, or requeues it, must name it like this.
+  # A task of a job array has its own id and the array's. If both are equal, Slurm takes the plain id for the entire array,
+  # so queries and requeues of this task use ARRAY_TASK.
   JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   JOB=${JOB:-$SLURM_JOB_ID}
-  # What was asked for: an exclusive job is given all GPUs of its nodes. With a kind in front: h100:8.
+  # The requested GPUs, since an exclusive job gets all GPUs of its nodes. May have a type: h100:8.
   GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
   GPUS_PER_NODE=${GPUS_PER_NODE##*:}
   SECRET_NAMES=() SECRET_VALUES=()
   [[ -z ${POPSD_SECRETS:-} ]] || read_secrets "$POPSD_SECRETS"
-  # After `sbatch --export=NONE` srun would pass nothing on.
+  # After `sbatch --export=NONE`, srun would not pass the environment on.
   export SLURM_EXPORT_ENV=ALL
   export POPSD_HOME POPSD_PYTHON PYTHONUNBUFFERED=1
 }
 
-# read_settings FILE: as your own shell does, where a variable that is not set is no error. A command in it that fails ends
-# the job.
+# read_settings FILE: sources it like an interactive shell, in which an unset variable is not an error. A command in it
+# that fails ends the job.
 read_settings() {
   local problem
   SETTINGS=$1
@@ -108,15 +108,15 @@ refuse_settings() {
   die "$USER_ERROR" "settings: got status $1 at $2 of $SETTINGS; need commands that succeed; correct that line"
 }
 
-# choose_ranks COMMAND: as many as the job has tasks, the same number on each node.
+# choose_ranks COMMAND: one rank for each task of the job, the same number on each node.
 choose_ranks() {
-  # Slurm sets SLURM_NTASKS to what holds, also where --ntasks overrides the script's own --ntasks-per-node.
+  # SLURM_NTASKS is the effective number, also if --ntasks overrides the script's --ntasks-per-node.
   RANKS=${SLURM_NTASKS:-$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}
   RANKS_PER_NODE=$((RANKS / SLURM_NNODES))
   ((RANKS_PER_NODE * SLURM_NNODES == RANKS)) ||
     die "$USER_ERROR" "layout: got $RANKS ranks on $SLURM_NNODES nodes; need the same number on each node; set sbatch's --ntasks-per-node instead of --ntasks"
   if ((GPUS_PER_NODE && RANKS_PER_NODE > GPUS_PER_NODE)); then
-    die "$USER_ERROR" "layout: got $RANKS_PER_NODE ranks and $GPUS_PER_NODE GPUs a node; need a GPU for each rank; set sbatch's --ntasks-per-node and --gpus-per-node"
+    die "$USER_ERROR" "layout: got $RANKS_PER_NODE ranks and $GPUS_PER_NODE GPUs per node; need a GPU for each rank; set sbatch's --ntasks-per-node and --gpus-per-node"
   fi
   case $1 in
   convert | export) ((RANKS == 1)) || die "$USER_ERROR" "layout: got $RANKS ranks for popsd $1; need one; leave out sbatch's --nodes and --ntasks" ;;
@@ -126,34 +126,34 @@ choose_ranks() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 }
 
-# choose_arguments COMMAND ARGUMENT...: sets ARGUMENTS. In a job array `%a` is the number of the task, as in sbatch's own
-# options, and what is written must depend on it: all tasks have the same command line.
+# choose_arguments COMMAND ARGUMENT...: sets ARGUMENTS. In a job array, `%a` is the index of the task, as in sbatch's
+# options, and the output must depend on it, since all tasks have the same command line.
 choose_arguments() {
   local word written=""
   ARGUMENTS=("$@")
   [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] || return 0
   for word in "${@:2}"; do
     case $1,$word in
-    train,output=*) written=$word ;; # the last one holds
+    train,output=*) written=$word ;; # the last one counts
     train,*) ;;
     *%a*) written=$word ;;
     esac
   done
   [[ $written == *%a* ]] ||
-    die "$USER_ERROR" "job array: got the same ${written:-arguments} for every task; need a place of its own for what each task writes; write %a where the number of the task belongs, as in output=runs/x_%a"
+    die "$USER_ERROR" "job array: got the same ${written:-arguments} for every task; need a separate output for each task; write %a for the index of the task, as in output=runs/x_%a"
   ARGUMENTS=("${ARGUMENTS[@]//%a/$SLURM_ARRAY_TASK_ID}")
 }
 
-# The directory of this start. Nothing can be logged before all nodes see it and can write there.
+# Creates the log directory of this start. All nodes must see it and be able to write there before anything is logged.
 set_up_logs() {
   local problem
   JOB_DIR=$POPSD_LOGS/${SLURM_JOB_NAME//[^[:alnum:]._-]/_}-$JOB
   RUN_DIR=$JOB_DIR/start-$RESTART
-  # srun takes both for the start of a pattern, and has no way to write them in every place.
+  # srun interprets both as the start of a pattern, and cannot escape them everywhere.
   [[ $RUN_DIR != *[%\\]* ]] || refuse_logs "% or \\ in the path" "a path without them"
-  problem=$(mkdir -p "$RUN_DIR" 2>&1) || refuse_logs "${problem##*: }" "a directory that can be made"
+  problem=$(mkdir -p "$RUN_DIR" 2>&1) || refuse_logs "${problem##*: }" "a directory that can be created"
   export POPSD_LOGS POPSD_RUN_DIR=$RUN_DIR
-  problem=$(write_to_logs 2>&1) || refuse_logs "$problem" "room on storage that all nodes share"
+  problem=$(write_to_logs 2>&1) || refuse_logs "$problem" "space on storage that all nodes share"
   ((SLURM_NNODES == 1)) || check_logs
 }
 
@@ -162,27 +162,27 @@ refuse_logs() {
   die "$USER_ERROR" "logs: got POPSD_LOGS=$POPSD_LOGS, $1; need $2; set POPSD_LOGS"
 }
 
-# The same on every node, before anything else runs there.
+# Checks the log directory on every node, before anything else runs there.
 check_logs() {
   local problem
   problem=$(srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --job-name=logs \
     bash -c "$(declare -f write_to_logs); write_to_logs" 2>&1) && return 0
-  exit_if_ended_from_outside "the look at the logs was broken off" 1
+  exit_if_ended_from_outside "the check of the logs was interrupted" 1
   grep --quiet '^on ' <<<"$problem" || count_crash 1 "srun could not start a step (${problem//$'\n'/; })"
   problem=$(grep '^on ' <<<"$problem" | sort)
-  refuse_logs "${problem//$'\n'/; }" "room on storage that all nodes share"
+  refuse_logs "${problem//$'\n'/; }" "space on storage that all nodes share"
 }
 
-# Whether this node sees POPSD_RUN_DIR and has room there. Runs on every node; says on one line what is wrong.
+# Whether this node sees POPSD_RUN_DIR and has space there. Runs on every node; prints one line about a problem.
 write_to_logs() {
-  local try problem file=$POPSD_RUN_DIR/.room-${SLURM_NODEID:-0} where="on ${SLURMD_NODENAME:-$HOSTNAME}"
-  # A network file system may need a moment to show what another node has made.
+  local try problem file=$POPSD_RUN_DIR/.space-${SLURM_NODEID:-0} where="on ${SLURMD_NODENAME:-$HOSTNAME}"
+  # A network file system may show the directory of another node late.
   for ((try = 0; try < 10; try++)); do
     [[ ! -d $POPSD_RUN_DIR ]] || break
     sleep 0.5
   done
   [[ -d $POPSD_RUN_DIR ]] || {
-    echo "$where it has not what the first node has made there"
+    echo "$where the directory that the first node created is missing"
     return 1
   }
   if problem=$({ head --bytes=65536 /dev/zero >"$file"; } 2>&1); then
@@ -194,8 +194,8 @@ write_to_logs() {
   return 1
 }
 
-# Whether an earlier start of this job came as far as its first step or its checkpoint.
-run_has_begun() {
+# Whether an earlier start of this job reached its first step or its checkpoint.
+run_has_started() {
   local log
   for log in "$JOB_DIR"/start-*/node-*.log; do
     if [[ -e $log ]] && grep -qE 'beginning at step|resuming after step' "$log"; then return 0; fi
@@ -203,7 +203,7 @@ run_has_begun() {
   return 1
 }
 
-# CONTAINER: srun's flags for pyxis, or nothing.
+# Sets CONTAINER to srun's flags for pyxis, or to nothing.
 choose_container() {
   local help path
   CONTAINER=()
@@ -227,8 +227,8 @@ choose_container() {
   )
 }
 
-# container_environment: pyxis' flag for the variables of which the job's value must hold and not the image's. Asked for
-# when a step starts: only then have all of them their values.
+# container_environment: prints pyxis' flag for the variables whose value in the job takes precedence over the image's.
+# Called when a step starts, after all of them are set.
 container_environment() {
   local name names=()
   ((${#CONTAINER[@]})) || return 0
@@ -246,7 +246,7 @@ container_environment() {
   echo "--container-env=${names[*]}"
 }
 
-# The first node, by a name or an address that the others can resolve, and a port that no other job of it takes.
+# Sets the rendezvous: a name or address of the first node that the others can resolve, and a port that depends on the job.
 choose_rendezvous() {
   local hosts
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -257,13 +257,13 @@ choose_rendezvous() {
     node=${node#* NodeAddr=}
     MASTER_ADDR=${node%% *}
   fi
-  # Below 32768, where the kernel takes ports for outgoing connections. SLURM_JOB_ID differs for the tasks of an array.
+  # Below 32768, where the kernel's ports for outgoing connections start. SLURM_JOB_ID differs for the tasks of an array.
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + RESTART % 7) % 12000))
   export MASTER_ADDR MASTER_PORT
   say "rendezvous $MASTER_ADDR:$MASTER_PORT; logs and environment: $RUN_DIR"
 }
 
-# Variables that explain a run, without those that may hold a secret.
+# Logs the variables that affect a run, except those that may hold a secret.
 show_environment() {
   local - name
   set +x # the trace would show the values
@@ -278,18 +278,18 @@ show_environment() {
   done | sed 's|://[^/@]*@|://...@|g' >"$RUN_DIR/environment" # user:password@host
 }
 
-# check_nodes COMMAND ARGUMENT...: devices, room, paths, and an output that all nodes share.
+# check_nodes COMMAND ARGUMENT...: checks devices, disk space, paths, and that all nodes share the output.
 check_nodes() {
-  local status=0 command=$1 asked=(--gpus "$GPUS_PER_NODE" --free-gib "$POPSD_MIN_FREE_GIB")
+  local status=0 command=$1 options=(--gpus "$GPUS_PER_NODE" --free-gib "$POPSD_MIN_FREE_GIB")
   shift
   case $command in
-  train) asked+=("$@") ;;
-  evaluate) asked+=(--evaluate "$@") ;;
+  train) options+=("$@") ;;
+  evaluate) options+=(--evaluate "$@") ;;
   esac
   POPSD_WORLD_SIZE=$RANKS run_step check --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
-    --output="$RUN_DIR/check-%n.log" "${CONTAINER[@]}" bash "$POPSD_HOME/slurm/check.sh" "${asked[@]}" || status=$?
+    --output="$RUN_DIR/check-%n.log" "${CONTAINER[@]}" bash "$POPSD_HOME/slurm/check.sh" "${options[@]}" || status=$?
   if ((status)) || [[ $TERMINATED ]]; then
-    exit_if_ended_from_outside "the checks were broken off" $((status ? status : 1))
+    exit_if_ended_from_outside "the checks were interrupted" $((status ? status : 1))
     conclude_check "$status"
   fi
   say "checks passed on $SLURM_NNODES nodes"
@@ -307,27 +307,27 @@ run_ranks() {
   local code flag status=127
   say "starting $RANKS ranks of popsd $1; their output: $RUN_DIR/node-*.log"
   flag=$(container_environment)
-  # --wait: the last rank may write a checkpoint long after the others have ended.
+  # --wait: the last rank may still write a checkpoint long after the others have ended.
   (srun_with_secrets --ntasks="$RANKS" --ntasks-per-node="$RANKS_PER_NODE" --kill-on-bad-exit=1 --wait=1800 --label \
     --job-name="$1" --output="$RUN_DIR/node-%n.log" ${flag:+"$flag"} "${CONTAINER[@]}" \
     bash "$POPSD_HOME/slurm/rank.sh" "$@") &
   SRUN_PID=$!
-  [[ ! $STOP_ASKED ]] || ask_to_stop
+  [[ ! $STOP_REQUESTED ]] || request_stop
   while :; do
     INTERRUPTED=""
     code=0
     wait "$SRUN_PID" || code=$?
-    ((code == 127)) || status=$code # 127: it was waited for already
+    ((code == 127)) || status=$code # 127: the process has been waited for
     [[ $INTERRUPTED ]] || break
   done
   [[ ! $REPEATER ]] || kill "$REPEATER" 2>/dev/null || true
   conclude "$status"
 }
 
-# Slurm sends USR1 to this shell alone, before the time limit. Each rank must hear it; one that is still importing cannot,
-# so all are told again until they have ended.
-ask_to_stop() {
-  INTERRUPTED=1 STOP_ASKED=1
+# Slurm sends USR1 only to this shell, before the time limit. A rank that is still importing ignores it, so it is sent to
+# all ranks repeatedly until they have ended.
+request_stop() {
+  INTERRUPTED=1 STOP_REQUESTED=1
   if [[ $SRUN_PID && ! $REPEATER ]]; then
     say "asking all ranks to save and stop"
     repeat_usr1 "$SRUN_PID" &

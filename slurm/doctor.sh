@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Say what the nodes have of what a run needs: versions, devices, disk; in the container if there is one.
+# Check the nodes for what a run needs: versions, devices, disk; in the container if there is one.
 #
 #   sbatch --wait slurm/doctor.sh --imports --strict
 #

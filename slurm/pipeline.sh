@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Submit convert -> train -> export -> evaluate, each after the success of the one before, and print the job ids.
+# Submit convert -> train -> export -> evaluate, each of which starts after the success of the previous one, and print the
+# job ids.
 #
 #   slurm/pipeline.sh [--nodes=N] [sbatch options of the training] CONF [key=value ...]
 #
-# One configuration for all: `student.source` is the Hugging Face directory, `output` takes everything that is written.
-# Where student.source is a NeMo checkpoint or the embedded model, there is nothing to convert; where data.validation.path
-# and evaluation.sets are empty, nothing to evaluate. sbatch options of the evaluation: POPSD_EVALUATE_OPTIONS. Run it where
-# you would run sbatch. It needs neither Python nor a container there.
+# All jobs use one configuration: `student.source` is the Hugging Face directory, and everything is written to `output`.
+# The conversion is skipped if student.source is a NeMo checkpoint or the embedded model; the evaluation is skipped if
+# data.validation.path and evaluation.sets are empty. POPSD_EVALUATE_OPTIONS are the sbatch options of the evaluation. Run
+# it where you run sbatch; neither Python nor a container is needed there.
 set -euo pipefail
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,7 +19,7 @@ settings=${POPSD_ENV:-$home/slurm/env.sh}
 options=()
 while (($#)) && [[ $1 == -* ]]; do
   case $1 in
-  -a* | --array*) die "$USER_ERROR" "pipeline: got $1; need one run, whose stages follow each other; start a pipeline for each run" ;;
+  -a* | --array*) die "$USER_ERROR" "pipeline: got $1; need a single run; start a pipeline for each run" ;;
   esac
   options+=("$1")
   shift
@@ -30,7 +31,7 @@ done
 conf=$1
 shift
 
-# setting SECTION.KEY...: the last override of that key, else what the file says.
+# setting SECTION.KEY...: the last override of that key, else its value in the file.
 setting() {
   local key=$1 word value
   value=$(from_file "${key//./ }")
@@ -40,12 +41,12 @@ setting() {
   printf '%s' "$value"
 }
 
-# place SECTION.KEY: the value of that key as a path that means the same in all jobs.
-place() {
+# path_setting SECTION.KEY: the value of that key as a path that is the same in all jobs.
+path_setting() {
   local path single="^'([^']*)'\$" double='^"([^"\]*)"$'
   path=$(setting "$1")
   if [[ $path =~ $single || $path =~ $double ]]; then path=${BASH_REMATCH[1]}; fi
-  # As `popsd train` reads it. Not by the shell: it would also do what a command in there says.
+  # Expanded as `popsd train` does, and not by the shell, which would also run a command in it.
   # shellcheck disable=SC2016,SC2088
   case $path in
   null | '???') path= ;;
@@ -54,11 +55,11 @@ place() {
   '${HOME}' | '${HOME}/'*) path=$HOME${path#'${HOME}'} ;;
   esac
   [[ $path != *'$'* && $path != [\"\'~]* ]] ||
-    die "$USER_ERROR" "pipeline: got $1=$path; need a path that is written out, without variables, ~name and quotes inside quotes: four jobs must read it alike; give it as $1=PATH"
+    die "$USER_ERROR" "pipeline: got $1=$path; need a literal path, without variables, ~name and nested quotes, since four jobs must read it alike; set $1=PATH"
   printf '%s' "$path"
 }
 
-# override KEY VALUE: where that is not what the configuration and the overrides say.
+# override KEY VALUE: adds an override, unless the configuration and the overrides have that value.
 override() {
   local word kept=()
   [[ $2 != "$(setting "$1")" ]] || return 0
@@ -68,7 +69,7 @@ override() {
   overrides=("${kept[@]}" "$1=$2")
 }
 
-# from_file "SECTION KEY": the value of a plain line in the YAML file; sections by indentation.
+# from_file "SECTION KEY": the value of a plain line in the YAML file; indentation determines the section.
 from_file() {
   awk -v path="$1" '
     BEGIN { depth = split(path, wanted, " "); at = 1 }
@@ -86,7 +87,7 @@ from_file() {
             length_in_quotes = index(substr(value, 2), quote) + 1
             if (substr(value, length_in_quotes + 1) ~ /^( +#.*)?$/) value = substr(value, 1, length_in_quotes)
           } else sub(/(^| +)#.*/, "", value)
-          # A list may also be written below its key, a line for each entry.
+          # A list may also be below its key, with a line for each entry.
           while (value == "" && (getline line) > 0) if (line !~ /^[ ]*(#|$)/) { if (line ~ /^[ ]*-/) value = "list"; break }
           print value
           exit
@@ -96,7 +97,7 @@ from_file() {
     }' "$conf"
 }
 
-# submit NAME AFTER SCRIPT ARGUMENT...: prints the id; AFTER is the id of the job before, or empty.
+# submit NAME AFTER SCRIPT ARGUMENT...: prints the id; AFTER is the id of the previous job, or empty.
 submit() {
   local name=$1 after=$2 flags=()
   shift 2
@@ -111,8 +112,8 @@ submit() {
 
 overrides=("$@")
 read -r -a evaluation <<<"${POPSD_EVALUATE_OPTIONS:-}"
-source=$(place student.source)
-output=$(place output)
+source=$(path_setting student.source)
+output=$(path_setting output)
 validation=$(setting data.validation.path)
 sets=$(setting evaluation.sets)
 [[ -n $source && -n $output ]] || {
@@ -125,8 +126,8 @@ something="[^][ \"']" # neither empty nor an empty list
 [[ $validation != null ]] || validation=
 id=
 submitted=()
-# All of them or none.
-trap '((! ${#submitted[@]})) || scancel "${submitted[@]}"; echo "pipeline: nothing was left in the queue" >&2' ERR
+# If one submission fails, the others are cancelled.
+trap '((! ${#submitted[@]})) || scancel "${submitted[@]}"; echo "pipeline: all submitted jobs were cancelled" >&2' ERR
 set -o errtrace
 if [[ -e $source/config.json && ! -e $source/manifest.json ]]; then
   submit convert "" "$home/slurm/convert.sh" hf-to-nemo "$source" "$output/student"

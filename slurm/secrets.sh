@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What the file says that POPSD_SECRETS names: given to the processes of the job's steps, and shown nowhere. Sourced by
-# common.sh.
+# The secrets in the file that POPSD_SECRETS names: passed to the processes of the job's steps, and never logged. Sourced
+# by common.sh.
 #
-# The values are held in shell variables that are not exported, so no command of the job script itself has them in its
-# environment. Whatever handles a value first switches off the trace (`set -x`), in which it would show.
+# The values are in shell variables that are not exported, so that no command of the job script has them in its
+# environment. Functions that handle a value first switch off the trace (`set -x`), which would show it.
 
 # read_secrets FILE: fills SECRET_NAMES and SECRET_VALUES from lines NAME=VALUE. The file is read and never run.
 read_secrets() {
@@ -11,15 +11,15 @@ read_secrets() {
   set +x
   SECRET_NAMES=() SECRET_VALUES=()
   [[ -f $file && -r $file && -O $file && $(stat --dereference --format=%a "$file") == *00 ]] ||
-    die "$USER_ERROR" "POPSD_SECRETS: got $file, which is missing, not yours, or which others can read; need a file of yours alone; chmod 600 it"
+    die "$USER_ERROR" "POPSD_SECRETS: got $file, which is missing, owned by another user, or readable by others; need your own file, readable only by you; chmod 600 it"
   while IFS= read -r line || [[ $line ]]; do
     ((++number))
     read_secret "${line%$'\r'}" ||
-      die "$USER_ERROR" "POPSD_SECRETS: got line $number of $file, which is not NAME=VALUE; need a value that is plain, or in single quotes where it has spaces or special characters (the file is read, not run); correct that line"
+      die "$USER_ERROR" "POPSD_SECRETS: got line $number of $file, which is not NAME=VALUE; need a plain value, or single quotes around one with spaces or special characters (the file is read, not run); correct that line"
   done <"$file"
 }
 
-# read_secret LINE: adds what it says; fails where it is neither NAME=VALUE nor blank nor a comment.
+# read_secret LINE: adds its variable; fails if it is neither NAME=VALUE nor blank nor a comment.
 read_secret() {
   local name value blank='^[[:space:]]*(#|$)' single="^'([^']*)'[[:space:]]*(#.*)?\$"
   local line='^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$'
@@ -29,27 +29,27 @@ read_secret() {
   name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
   [[ $value =~ $single || $value =~ $double || $value =~ $bare ]] || return 1
   value=${BASH_REMATCH[1]}
-  # Names that the shell does not let anyone set, such as UID.
+  # Names that are read-only in the shell, such as UID.
   (unset -v "$name") 2>/dev/null || return 1
   SECRET_NAMES+=("$name")
   SECRET_VALUES+=("$value")
 }
 
-# is_secret NAME VALUE: whether the variable is one of the secrets, or shows the value of one.
+# is_secret NAME VALUE: whether the variable is a secret, or contains the value of one.
 is_secret() {
   local index value
   for index in "${!SECRET_NAMES[@]}"; do
     value=${SECRET_VALUES[index]}
     [[ $1 != "${SECRET_NAMES[index]}" ]] || return 0
     [[ -z $value || $2 != "$value" ]] || return 0
-    # As a part of another value; a very short one would be found everywhere.
+    # As a part of another value, except for very short secrets, which occur everywhere.
     ((${#value} < 6)) || [[ $2 != *"$value"* ]] || return 0
   done
   return 1
 }
 
-# srun_with_secrets ARGUMENT...: srun, in whose environment alone the secrets are. Takes the place of the shell that calls
-# it: call it in a subshell.
+# srun_with_secrets ARGUMENT...: runs srun with the secrets in its environment. Replaces the shell that calls it, so call
+# it in a subshell.
 srun_with_secrets() {
   local index
   set +x

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several nodes: saves, requeues and resumes over time limits, preemption and failures.
+# Train on several nodes: saves, requeues and resumes after time limits, preemption and failures.
 #
 #   sbatch --nodes=4 slurm/train.sh conf/qwen3_8b.yaml key=value ...
 #

@@ -16,7 +16,14 @@ HANGS = None
 """What `run_command` returns for a command that did not end in time."""
 
 
-def run_command(argv: list[str], log: Path, *, timeout: float, environment: dict[str, str] | None = None) -> int | None:
+def run_command(
+    argv: list[str],
+    log: Path,
+    *,
+    timeout: float,
+    environment: dict[str, str] | None = None,
+    directory: Path | None = None,
+) -> int | None:
     """Run ``popsd *argv`` and return its exit status, or `HANGS`; a traceback counts as 1.
 
     Args:
@@ -24,9 +31,11 @@ def run_command(argv: list[str], log: Path, *, timeout: float, environment: dict
         log: file for what it prints.
         timeout: seconds after which it is killed.
         environment: variables to set besides the caller's.
+        directory: where it runs; None for where the first command of this session began.
     """
     server = _start_fork_server(LOCAL)
-    process: Any = _CONTEXT.Process(target=_main, args=(argv, str(log), {**os.environ, **(environment or {})}))
+    variables = {**os.environ, **(environment or {})}
+    process: Any = _CONTEXT.Process(target=_main, args=(argv, str(log), variables, directory))
     with _forked_by(server):
         process.start()
     process.join(timeout)
@@ -38,8 +47,10 @@ def run_command(argv: list[str], log: Path, *, timeout: float, environment: dict
     return int(process.exitcode)
 
 
-def _main(argv: list[str], log: str, environment: dict[str, str]) -> None:
+def _main(argv: list[str], log: str, environment: dict[str, str], directory: Path | None) -> None:
     os.setsid()
+    if directory is not None:
+        os.chdir(directory)
     _die_with_parent()
     os.environ.clear()
     os.environ.update(environment)

@@ -1,1 +1,1 @@
-"""What can be checked of a GPU's path with the container's versions and no GPU: `make container-check`."""
+"""Checks of the GPU code with the container's versions, without a GPU: `make container-check`."""

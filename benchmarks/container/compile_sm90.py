@@ -1,10 +1,10 @@
-"""The loss's compiled kernels for an H100, where there is none: through inductor and Triton to machine code for sm_90.
+"""Compiles the loss's kernels for an H100 without one: through inductor and Triton to machine code for sm_90.
 
     python -m benchmarks.container.compile_sm90      torch's CUDA build; no driver
 
-The functions of `distillation/rowwise.py` are traced on the CPU (their Python indexing would want a driver), lowered by
-inductor for fake CUDA inputs with an H100's properties, and each kernel's first configuration is compiled by Triton and
-its assembler. Shapes are static here and symbolic in training, so these are not the very kernels of a run.
+The kernels of `distillation/closed_form.py` are traced on the CPU (their indexing would need a driver), lowered by
+inductor for fake CUDA inputs with an H100's properties, and the first configuration of each is compiled by Triton and
+its assembler. Shapes are static here and symbolic in training, so the kernels of a run differ.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _H100 = types.SimpleNamespace(
 
 
 def _pretend_h100(kernels: list[tuple[str, str]]) -> None:
-    """For the rest of the process inductor and Triton believe in an H100; inductor's kernels go to `kernels`."""
+    """Makes inductor and Triton assume an H100 for the rest of the process; `kernels` collects inductor's kernels."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.async_compile import AsyncCompile
     from torch.utils import _triton
@@ -117,7 +117,7 @@ def _pretend_h100(kernels: list[tuple[str, str]]) -> None:
 
 
 def _lower(function: Callable[..., Any], arguments: Sequence[Any], mode: Any) -> None:
-    """Has inductor write the kernels of `function` for `arguments`, fake CUDA tensors in any nesting."""
+    """Makes inductor write the kernels of `function` for `arguments`, fake CUDA tensors in any nesting."""
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
@@ -146,26 +146,24 @@ def _lower(function: Callable[..., Any], arguments: Sequence[Any], mode: Any) ->
 
 
 def _cases(mode: Any) -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
-    from nemo_popsd.distillation import rowwise
+    from nemo_popsd.distillation import closed_form
 
     with mode:
 
         def f32(*shape: int) -> Tensor:
             return torch.empty(shape, device=GPU)
 
-        constants = rowwise.Constants(*(f32() for _ in rowwise.Constants._fields))
-        coefficients = rowwise.Coefficients(*(f32() for _ in rowwise.Coefficients._fields))
-        s, t, d, other, bend = (f32(_ROWS, _VOCABULARY) for _ in range(5))
+        constants = closed_form.Constants(*(f32() for _ in closed_form.Constants._fields))
+        s, t, d = (f32(_ROWS, _VOCABULARY) for _ in range(3))
         mean, weight, divergence = (f32(_ROWS) for _ in range(3))
-        measures = f32(1, rowwise.MEASURES, _ROWS)
+        measures = f32(1, closed_form.SHARD_STATS, _ROWS)
         out = torch.empty(_ROWS, _VOCABULARY, dtype=torch.bfloat16, device=GPU)
     return [
-        ("measure", rowwise.measure, (s, t, d, mean, constants)),
-        ("measure_capped", rowwise.measure_capped, (s, bend, t, d, other, mean, coefficients, constants)),
-        ("mix", rowwise.mix, (s, t, measures, constants)),
-        ("jsd_grad", rowwise.jsd_grad, (s, t, divergence, weight, out, constants)),
-        ("slope_forward", rowwise.slope_forward, (s, t, measures, weight, out)),
-        ("slope_reverse", rowwise.slope_reverse, (s, t, measures, weight, out)),
+        ("shard_stats", closed_form.shard_stats, (s, t, d, mean, constants)),
+        ("jsd_mixture", closed_form.jsd_mixture, (s, t, measures, constants)),
+        ("jsd_grad", closed_form.jsd_grad, (s, t, divergence, weight, out, constants)),
+        ("forward_kl_grad", closed_form.forward_kl_grad, (s, t, measures, weight, out)),
+        ("reverse_kl_grad", closed_form.reverse_kl_grad, (s, t, measures, weight, out)),
     ]
 
 
@@ -188,7 +186,7 @@ def _assembled(name: str, source: str, directory: Path) -> list[str]:
 
 
 def _resources(cubin: Path) -> tuple[str, str]:
-    """Registers and bytes of stack, to which registers spill, as Triton's own cuobjdump tells them."""
+    """Registers and bytes of stack, to which registers spill, from Triton's cuobjdump."""
     import triton
 
     tools = [*Path(triton.__file__).parent.rglob("cuobjdump")]
@@ -200,7 +198,7 @@ def _resources(cubin: Path) -> tuple[str, str]:
 
 
 def main() -> int:
-    """The command; returns 1 where a function has no kernel or one does not compile."""
+    """Runs the command; returns 1 if a function has no kernel or one does not compile."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows, failed = [], 0
     with tempfile.TemporaryDirectory() as folder:
@@ -213,7 +211,7 @@ def main() -> int:
         import torch._inductor.config
 
         torch._inductor.config.compile_threads = 1
-        torch._inductor.config.use_static_cuda_launcher = False  # it would load what it compiled
+        torch._inductor.config.use_static_cuda_launcher = False  # it would load the compiled kernel
         kernels: list[tuple[str, str]] = []
         _pretend_h100(kernels)
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -223,7 +221,7 @@ def main() -> int:
             before = len(kernels)
             try:
                 _lower(body, arguments, mode)
-            except Exception as error:  # what comes after the kernels are written wants a driver
+            except Exception as error:  # the steps after writing the kernels need a driver
                 if len(kernels) == before:
                     rows.append([function, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"])
                     failed += 1

@@ -1,9 +1,9 @@
-"""Loss, sampling and local layers on fake CUDA tensors: wrong devices and dtypes show where there is no driver.
+"""Runs loss, sampling and local layers on fake CUDA tensors, which reveal wrong devices and dtypes without a driver.
 
     python -m benchmarks.container.fake_cuda MODEL      torch's CUDA build; MODEL is a small Hugging Face directory
 
-A fake tensor has a device, a dtype and a shape, and no numbers. Autograd's engine wants a driver for CUDA tensors, so
-that of the backward passes the loss's alone is called, by hand.
+A fake tensor has a device, a dtype and a shape, but no values. Autograd's engine needs a driver for CUDA tensors, so
+only the backward pass of the loss is called, directly.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ _VOCABULARY, _HIDDEN, _TOKENS = 151936, 64, 700
 _RANK = 8
 
 
-def loss(kind: str, full: bool, cap: float | None, soft_cap: float | None) -> str:
-    """Forward and backward of the loss in bf16; returns what came out."""
+def loss(kind: str, full: bool, cap: float | None) -> str:
+    """Forward and backward of the loss in bf16; returns a description of the results."""
     from nemo_popsd.distillation import (
         Divergence,
         MainGradient,
-        PurifiedTarget,
-        frozen_states,
+        Target,
         hidden,
+        hidden_pair,
         loss_from_hidden,
     )
+    from nemo_popsd.parallel.vocabulary import VocabShard
 
     with FakeTensorMode(), patch.object(torch, "addmm", _addmm):
         weight = torch.empty(_VOCABULARY, _HIDDEN, dtype=torch.bfloat16, device=GPU).requires_grad_(full)
         teacher = torch.empty_like(weight).detach() if full else weight.detach()
         states = [torch.empty(_TOKENS, _HIDDEN, dtype=torch.bfloat16, device=GPU) for _ in range(4)]
-        target = PurifiedTarget(cap=cap)
+        target = Target.purified(cap=cap)
         main = MainGradient(torch.empty(_VOCABULARY, _HIDDEN, device=GPU), 1.0) if full else None
         result = loss_from_hidden(
             states[0].requires_grad_(),
             weight,
-            frozen_states(target, *states[1:], soft_cap=soft_cap),
+            hidden_pair(target, base=states[1], privileged=states[2], reference=states[3]),
             teacher,
             target=target,
             divergence=Divergence(kind),
-            vocab_size=_VOCABULARY - 100,
+            shard=VocabShard(_VOCABULARY - 100, _VOCABULARY),
             token_weights=torch.empty(_TOKENS, device=GPU),
             chunk_tokens=256,
             main_gradient=main,
             fused="never",
-            soft_cap=soft_cap,
         )
         context: Any = result.total.grad_fn
         upstream = torch.ones((), device=GPU)
@@ -70,7 +70,7 @@ def loss(kind: str, full: bool, cap: float | None, soft_cap: float | None) -> st
 
 
 def _addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any = None, out: Any = None, **options: Any) -> Tensor:
-    """`torch.addmm`, whose form with `out_dtype` fake tensors cannot run: what its CUDA kernel checks (Blas.cpp)."""
+    """`torch.addmm` with `out_dtype`, which fake tensors do not support; checks what its CUDA kernel checks."""
     if out_dtype is None:
         return torch.ops.aten.addmm.default(total, a, b, **options)
     assert a.dtype == b.dtype
@@ -83,7 +83,7 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any = None, out: A
 
 
 def sampling(top_k: int, top_p: float, temperature: float) -> str:
-    """One draw from bf16 logits; returns what came out."""
+    """Samples one token from bf16 logits; returns a description of the results."""
     from nemo_popsd.rollout.engine import SamplingParams
     from nemo_popsd.rollout.sampling import VocabularyShard, draw
 
@@ -95,7 +95,7 @@ def sampling(top_k: int, top_p: float, temperature: float) -> str:
 
 
 def layers(architecture: Any, precision: str, adapted: bool) -> str:
-    """A model of local layers as on a GPU without Transformer Engine: packed and padded forward, prefill, decoding."""
+    """A model with local layers, as on a GPU without Transformer Engine: packed and padded forward, and decoding."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from nemo_popsd.megatron.adapters import Adapters
@@ -115,7 +115,7 @@ def layers(architecture: Any, precision: str, adapted: bool) -> str:
         bounds = torch.empty(4, dtype=torch.int32, device=GPU)
         packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=6, max_seqlen_kv=6)
         outputs = []
-        # In fp32 packed sequences attend one by one, for which their lengths have to be known.
+        # In fp32, attention processes packed sequences one by one, which needs their lengths.
         for bound in (packed, None) if precision == "bf16" else (None,):
             with hidden_states_only(chunks[0]):
                 outputs.append(chunks[0](input_ids=ids, position_ids=ids, attention_mask=None, packed_seq_params=bound))
@@ -133,14 +133,14 @@ def _described(*tensors: Tensor) -> str:
 
 
 def cases(model: Path) -> list[tuple[str, Callable[[], str]]]:
-    """Name and check of each case. Makes the process groups of one rank."""
+    """Name and check of each case. Creates the process groups of one rank."""
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 
     found: list[tuple[str, Callable[[], str]]] = []
-    choices = itertools.product(("jsd", "forward_kl", "reverse_kl"), (False, True), (10.0, None), (None, 30.0))
-    for kind, full, cap, soft in choices:
-        name = f"loss, {kind}, {'full' if full else 'LoRA'}, cap {cap}, soft cap {soft}"
-        found.append((name, lambda a=(kind, full, cap, soft): loss(*a)))
+    choices = itertools.product(("jsd", "forward_kl", "reverse_kl"), (False, True), (10.0, None))
+    for kind, full, cap in choices:
+        name = f"loss, {kind}, {'full' if full else 'LoRA'}, cap {cap}"
+        found.append((name, lambda a=(kind, full, cap): loss(*a)))
     for top_k, top_p, temperature in ((0, 1.0, 1.0), (20, 0.95, 1.1), (0, 0.9, 1.0), (20, 1.0, 1.0), (0, 1.0, 0.0)):
         name = f"sampling, top_k {top_k}, top_p {top_p}, temperature {temperature}"
         found.append((name, lambda a=(top_k, top_p, temperature): sampling(*a)))
@@ -153,7 +153,7 @@ def cases(model: Path) -> list[tuple[str, Callable[[], str]]]:
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Any:
-    """Answers for the driver that is not there, and for what fake parameters cannot do."""
+    """Replaces functions that need a driver or that fake parameters do not support."""
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
@@ -165,8 +165,8 @@ def _as_on_a_gpu() -> Any:
     with contextlib.ExitStack() as stack:
         for owner, name, other in (
             (CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
-            (adapters, "_draw_whole", lambda *_: None),  # copies numbers from the host
-            (rope_utils, "_apply_rotary_pos_emb_thd", lambda t, *_, **__: t),  # asks the host for the lengths
+            (adapters, "_draw_whole", lambda *_: None),  # copies values from the host
+            (rope_utils, "_apply_rotary_pos_emb_thd", lambda t, *_, **__: t),  # reads the lengths on the host
             (nn.Module, "_apply", _apply),
         ):
             stack.enter_context(patch.object(owner, name, other))
@@ -176,7 +176,7 @@ def _as_on_a_gpu() -> Any:
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """As `nn.Module._apply`, with new parameters: fake ones cannot be swapped."""
+    """`nn.Module._apply` with new parameters, since fake ones cannot be swapped."""
     for child in module.children():
         _apply(child, function)
     for name, parameter in list(module._parameters.items()):
@@ -188,7 +188,7 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 
 def pretend_driver() -> None:
-    """For the rest of the process, torch believes in one CUDA device. Before anything of Megatron is imported."""
+    """Makes torch report one CUDA device for the rest of the process. Call it before Megatron is imported."""
     torch._C._ensureCUDADeviceGuardSet()  # C++ switches devices without a driver, as fake tensors need it
     for name, answer in (
         ("is_available", True),
@@ -204,14 +204,14 @@ def pretend_driver() -> None:
 
 
 def main() -> int:
-    """The command; returns 1 where a case failed."""
+    """Runs the command; returns 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     options = parser.parse_args()
     pretend_driver()
     from nemo_popsd.runtime.cpu import adapt_megatron
 
-    adapt_megatron()  # with a device: what local layers need, and nothing of the CPU's
+    adapt_megatron()  # with a device: installs what local layers need and skips the CPU substitutes
     rows, failed = [], 0
     with _as_on_a_gpu():
         for name, check in cases(options.model):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 import nemo_popsd.checkpoint.olmo3  # noqa: F401  (registers the architecture)
 from nemo_popsd.checkpoint.families import FAMILIES
@@ -22,7 +22,7 @@ _CODE, _QUANTISED = "auto_map", "quantization_config"
 class Architecture:
     """Content of a ``config.json`` that Megatron computes as transformers does."""
 
-    config: Any
+    config: PretrainedConfig
     """The transformers configuration."""
     content: dict[str, Any]
     """Content of the file without names of Python code. Keys of transformers 4 are added if the file has only those of

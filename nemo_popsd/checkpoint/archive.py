@@ -19,7 +19,7 @@ def pack(directory: Path, archive: Path) -> None:
 
     Args:
         directory: to pack.
-        archive: file to write. It may lie in `directory`; it does not contain itself.
+        archive: file to write. It may be in `directory`; it is not added to itself.
     """
     itself = archive.name if archive.parent == directory else None
     with tarfile.open(archive, "w") as tar:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from nemo_popsd.errors import UserError
 
@@ -18,7 +18,7 @@ _FIRST, _HEAD = "model.layers.0.", "lm_head.weight"
 _MOST_NAMED = 3
 
 
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a Hugging Face model, without the output matrix if it is tied to the embedding.
 
     Transformers builds the model on the meta device with one layer; all layers have the same tensors.
@@ -45,7 +45,12 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def require_complete(
-    what: str, config: Any, present: Mapping[str, tuple[int, ...] | None], *, files: Mapping[str, str], fix: str
+    what: str,
+    config: PretrainedConfig,
+    present: Mapping[str, tuple[int, ...] | None],
+    *,
+    files: Mapping[str, str],
+    fix: str,
 ) -> None:
     """Refuse tensors that are not those of the architecture.
 
@@ -64,7 +69,10 @@ def require_complete(
 
     def refused(got: str) -> UserError:
         return UserError(
-            what, got=got, need=f"the {len(expected)} tensors of {config.architectures[0]} in config.json", fix=fix
+            what,
+            got=got,
+            need=f"the {len(expected)} tensors of {', '.join(config.architectures or ())} in config.json",
+            fix=fix,
         )
 
     if missing := sorted(expected.keys() - present.keys()):

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,7 +179,7 @@ class _OneByOne(SavePlanner):
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = {item.index: (piece, item) for piece in pieces for item in [piece.write_item()]}
 
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(self, state_dict: object, storage_meta: object = None, is_coordinator: bool = False) -> None:
         """Does nothing: the pieces are all there is to save."""
 
     def create_local_plan(self) -> SavePlan:

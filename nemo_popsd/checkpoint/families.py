@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_popsd.checkpoint.rotation import PARAMETERS, SCALING, THETA, UnsupportedError, check_rotation, with_rotation
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _MAX_SIZE = 1 << 24
 _MAX_PARTS = 4096
@@ -27,7 +30,7 @@ _SIZES = (
 _EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 _PARTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts", "num_experts_per_tok")
 _COMPUTED = {"num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", THETA, SCALING, PARAMETERS}
-_FIXED: dict[str, tuple[Any, ...]] = {
+_FIXED: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0,),
     "partial_rotary_factor": (1, None),
@@ -64,7 +67,7 @@ class Family:
     """Value of ``model_type``."""
     rotations: tuple[str, ...] = ("default",)
     """Supported values of ``rope_type``."""
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     """Keys with the values that are supported, in addition to `_FIXED`."""
     unused: frozenset[str] = frozenset()
     """Keys that have no effect, given the values in `fixed`."""
@@ -75,7 +78,9 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names of transformers 5, and the corresponding names of transformers 4."""
 
-    def read(self, content: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Any]]:
+    def read(
+        self, content: Mapping[str, Any], make: Callable[[dict[str, Any]], PretrainedConfig]
+    ) -> tuple[PretrainedConfig, dict[str, Any]]:
         """Checks that Megatron computes what `content` describes, and makes the transformers configuration.
 
         Args:
@@ -91,7 +96,9 @@ class Family:
         full = with_rotation(content, by_layer=self.windows)
         for newer, older in self.aliases.items():
             if newer in full and full.setdefault(older, full[newer]) != full[newer]:
-                raise UnsupportedError(f"{newer}={_shortened(full[newer])} beside {older}={_shortened(full[older])}")
+                raise UnsupportedError(
+                    f"{newer}={_shortened(full[newer])} contradicting {older}={_shortened(full[older])}"
+                )
         self._refuse_unknown(full)
         for key in ("torch_dtype", "dtype"):
             if full.get(key) not in _DTYPES:
@@ -107,7 +114,7 @@ class Family:
         _check_heads(config)
         return config, full
 
-    def _refuse_unknown(self, content: Mapping[str, Any]) -> None:
+    def _refuse_unknown(self, content: Mapping[str, object]) -> None:
         from transformers import PretrainedConfig
 
         known = {*self.sizes, *self.aliases, *_COMPUTED, *_FIXED, *self.fixed, *self.unused, *_WITHOUT_EFFECT}
@@ -120,7 +127,7 @@ class Family:
                     f"{key}={_shortened(value)}, an unknown key that may change what the model computes"
                 )
 
-    def _check_sizes(self, content: Mapping[str, Any]) -> None:
+    def _check_sizes(self, content: Mapping[str, object]) -> None:
         optional = [key for key in ("num_key_value_heads", "head_dim") if content.get(key) is not None]
         for key in (*self.sizes, *optional):
             value = content.get(key)
@@ -133,7 +140,7 @@ class Family:
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
             raise UnsupportedError(f"rms_norm_eps={eps!r}" if "rms_norm_eps" in content else "no rms_norm_eps")
 
-    def _check_values(self, content: Mapping[str, Any], config: Any) -> None:
+    def _check_values(self, content: Mapping[str, Any], config: PretrainedConfig) -> None:
         """Refuses values that are not in `fixed`, whether from the file or transformers' defaults."""
         absent = object()
         for key, values in {**_FIXED, **self.fixed}.items():
@@ -152,7 +159,7 @@ class Family:
                 raise UnsupportedError(f"sliding_window={window!r}")
 
 
-def _check_heads(config: Any) -> None:
+def _check_heads(config: PretrainedConfig) -> None:
     """Refuses inconsistent numbers of heads, head widths and experts."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None)
@@ -166,14 +173,14 @@ def _check_heads(config: Any) -> None:
         raise UnsupportedError(f"num_experts_per_tok={config.num_experts_per_tok} of num_experts={config.num_experts}")
 
 
-def _shortened(value: Any) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-_NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,), "use_mrope": (False,)}
+_NO_WINDOW: dict[str, tuple[object, ...]] = {"use_sliding_window": (False,), "use_mrope": (False,)}
 _QWEN_UNUSED = frozenset({"sliding_window", "max_window_layers", "layer_types"})
-_QK_NORM: dict[str, tuple[Any, ...]] = {"attention_bias": (False,), "qkv_bias": (False,), "use_qk_norm": (True,)}
+_QK_NORM: dict[str, tuple[object, ...]] = {"attention_bias": (False,), "qkv_bias": (False,), "use_qk_norm": (True,)}
 
 FAMILIES = {
     family.architecture: family

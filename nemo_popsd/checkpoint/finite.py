@@ -1,4 +1,4 @@
-"""Refusal of weights that hold NaN or Inf, for everything that writes a model for use elsewhere."""
+"""Refusal of weights that hold NaN or Inf, before a model is exported or converted."""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ from nemo_popsd.runtime.cpu import adapt_megatron
 
 adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge import AutoBridge  # noqa: E402
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import AutoMapping  # noqa: E402
+from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
@@ -121,11 +123,11 @@ class HuggingFaceModel:
         )
 
     @property
-    def _bridge(self) -> Any:
+    def _bridge(self) -> MegatronModelBridge:
         """A new bridge: a bridge caches the parameter names of its first model, and adapters change the names."""
         return AutoBridge.from_hf_config(self.config)._model_bridge
 
-    def provider(self) -> Any:
+    def provider(self) -> GPTModelProvider:
         """A new ``GPTModelProvider`` of Megatron-Bridge for this architecture."""
         return self._bridge.provider_bridge(SimpleNamespace(config=self.config, generation_config=None))
 

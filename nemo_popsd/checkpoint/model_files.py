@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from nemo_popsd.checkpoint.architecture import CONFIG
 from nemo_popsd.checkpoint.completeness import require_complete
@@ -26,7 +26,7 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_tensor_names(
-    directory: Path, config: Any, open_files: Callable[[], SafetensorsFiles], *, setting: str
+    directory: Path, config: PretrainedConfig, open_files: Callable[[], SafetensorsFiles], *, setting: str
 ) -> list[str]:
     """The sorted names of the tensors, after a check that they are those of the architecture.
 

@@ -10,7 +10,7 @@ every reader uses them. A configuration with contradictory keys is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 THETA, SCALING, PARAMETERS = "rope_theta", "rope_scaling", "rope_parameters"
 
@@ -54,14 +54,14 @@ def with_rotation(content: Mapping[str, Any], *, by_layer: bool) -> dict[str, An
     if theta is None:
         raise UnsupportedError(f"{PARAMETERS} without {THETA}")
     if content.get(THETA) not in (None, theta):
-        raise UnsupportedError(f"{THETA}={content[THETA]!r} beside {PARAMETERS}.{THETA}={theta!r}")
+        raise UnsupportedError(f"{THETA}={content[THETA]!r} contradicting {PARAMETERS}.{THETA}={theta!r}")
     older = content.get(SCALING)
     if older is not None and (not isinstance(older, dict) or _scaling(older) != scaling):
-        raise UnsupportedError(f"{SCALING}={older} beside {PARAMETERS}={parameters}")
+        raise UnsupportedError(f"{SCALING}={older} contradicting {PARAMETERS}={parameters}")
     return {**content, THETA: theta, SCALING: scaling}
 
 
-def check_rotation(theta: Any, scaling: Any, *, rope_types: tuple[str, ...], fixed_llama3: bool) -> None:
+def check_rotation(theta: object, scaling: object, *, rope_types: tuple[str, ...], fixed_llama3: bool) -> None:
     """Refuses a rotary embedding that is not supported.
 
     Args:
@@ -127,5 +127,5 @@ def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     return None if rope_type == "default" and not rest else {"rope_type": rope_type, **rest}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class Content:
     """`source` of the weights that training started from, and their digest as `fingerprint`."""
     adapters_only: bool = False
     """Whether only the adapters are saved."""
-    optimizer: Any = None
+    optimizer: MegatronOptimizer | None = None
     """Megatron's optimizer, or None to save no training state."""
     random_state: Mapping[str, Tensor] = field(default_factory=dict)
     """State of this rank's random generators, saved with the training state."""

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE
 from nemo_popsd.runtime.cpu import adapt_megatron
 
 adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     AutoMapping,
     GatedMLPMapping,
@@ -30,6 +31,7 @@ from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     merge_qkv_weights,
     split_qkv_weights,
 )
+from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 
 _EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,7 +79,15 @@ class TensorMap:
         vocabulary: names of the tensors of shape [V, H] with one vector per vocabulary entry.
     """
 
-    def __init__(self, bridge: Any, provider: Any, names: Sequence[str], *, vocab_size: int, vocabulary: set[str]):
+    def __init__(
+        self,
+        bridge: MegatronModelBridge,
+        provider: GPTModelProvider,
+        names: Sequence[str],
+        *,
+        vocab_size: int,
+        vocabulary: set[str],
+    ):
         """Looks up every name.
 
         Args:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.optimizer import (
     make_sharded_optimizer_tensor,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,6 +41,20 @@ from nemo_popsd.runtime.random_state import restore_random_state
 _READ_ERRORS = (OSError, KeyError, ValueError, TypeError, SafetensorError)
 
 
+class _StoredPiece(TypedDict):
+    """Entry of the index for one piece."""
+
+    tensor: str
+    """Key of the unsharded tensor."""
+    file: str
+    key: str
+    """Name of the piece in the file."""
+    offset: Sequence[int]
+    shape: Sequence[int]
+    whole: Sequence[int]
+    """Shape of the unsharded tensor."""
+
+
 class StagedState:
     """Copies of the optimizer and random state in CPU memory, to be written.
 
@@ -50,7 +65,12 @@ class StagedState:
     """
 
     def __init__(
-        self, models: Sequence[GPTModel], optimizer: Any, directory: Path, *, random_state: Mapping[str, Tensor]
+        self,
+        models: Sequence[GPTModel],
+        optimizer: MegatronOptimizer,
+        directory: Path,
+        *,
+        random_state: Mapping[str, Tensor],
     ) -> None:
         """Copies the state. Collective: one gather of names, and with the distributed optimizer one reduction per
         parameter and state.
@@ -66,7 +86,7 @@ class StagedState:
         rank = dist.get_rank()
         self._folder = directory / STATE
         file = f"rank-{rank:05d}.safetensors"
-        pieces: list[dict[str, Any]] = []
+        pieces: list[_StoredPiece] = []
         for index, (state, sharding) in enumerate(_with_sharding(models, optimizer)):
             owner = index % state.group.size()
             for name in state.names:
@@ -87,7 +107,7 @@ class StagedState:
                             "whole": tuple(piece.global_shape),
                         }
                     )
-        gathered: list[Any] = [None] * dist.get_world_size()
+        gathered: list[list[_StoredPiece]] = [[]] * dist.get_world_size()
         dist.all_gather_object(gathered, pieces)
         all_pieces = [piece for part in gathered for piece in part]
         self._index = {"step_count": step_count(optimizer), "pieces": all_pieces}
@@ -118,7 +138,7 @@ class StagedState:
         (self._folder / STATE_INDEX).write_text(json.dumps(self._index))
 
 
-def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: Any) -> int:
+def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: MegatronOptimizer) -> int:
     """Loads the optimizer state, whatever layout wrote it, and returns Adam's step count. No collectives.
 
     The model's weights must have been loaded. Needs memory for the state of one parameter besides the optimizer's.
@@ -184,9 +204,9 @@ class _Box:
 class _Reader:
     """Pieces of a checkpoint by the key of their tensor."""
 
-    def __init__(self, folder: Path, pieces: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, folder: Path, pieces: Sequence[_StoredPiece]) -> None:
         self._folder = folder
-        self._pieces: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        self._pieces: dict[str, list[_StoredPiece]] = defaultdict(list)
         for piece in pieces:
             self._pieces[piece["tensor"]].append(piece)
         self._open: dict[str, Any] = {}
@@ -225,7 +245,9 @@ class _Reader:
 Sharding: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
-def _with_sharding(models: Sequence[GPTModel], optimizer: Any) -> Iterator[tuple[ParameterState, Sharding]]:
+def _with_sharding(
+    models: Sequence[GPTModel], optimizer: MegatronOptimizer
+) -> Iterator[tuple[ParameterState, Sharding]]:
     states = list(parameter_states(optimizer))
     sharded = {str(index): model.sharded_state_dict() for index, model in enumerate(models)}
     by_position = get_param_id_to_sharded_param_map(sharded, [state.parameter for state in states])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +78,7 @@ def verify(
     """
     initialize(ParallelConfig(tensor=world_size()), seed=0)
     tensors = other.tensors()
-    outcome: list[Any] = [None]
+    outcome: list[tuple[list[str], list[int], bool, Tensor | None]] = [([], [], False, None)]
     if dist.get_rank() == 0:
         different = _different_tensors(huggingface, tensors, DTYPES[precision], compared)
         ids, text = _token_ids(huggingface)
@@ -89,6 +88,7 @@ def verify(
     different, ids, text, expected = outcome[0]
     if different:
         raise _unequal(huggingface, f"{len(different)} different tensors, the first is {different[0]}")
+    assert expected is not None
     logits = _megatron_logits(other, ids, precision)
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE[precision]:
@@ -132,7 +132,7 @@ def _transformers_logits(
 ) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    reference: Any = AutoModelForCausalLM.from_pretrained(
+    reference: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         model.directory,
         config=model.config,
         dtype=dtype,

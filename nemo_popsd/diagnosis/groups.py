@@ -9,20 +9,17 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
+
 MEASURES = {
-    "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖ over the full vocabulary",
-    "cosine_question": "cos(Δ_total, Δ_it) over the full vocabulary",
-    "cosine_reference": "cos(Δ_total, Δ_ref) over the full vocabulary",
-    "delta_total": "Δ_total of the token that stands there, nats",
-    "delta_reference": "Δ_ref of the token that stands there, nats",
-    "delta_question": "Δ_it of the token that stands there, nats",
-    "delta_target": "log P − log π_θ of the token that stands there, nats",
-    "student_entropy": "entropy of the student, nats",
-    "target_entropy": "entropy of the target, nats",
-    "forward_kl": "KL(P ‖ π_θ), nats",
-    "reverse_kl": "KL(π_θ ‖ P), nats",
+    **{statistic.name: f"{statistic.symbol} over the full vocabulary" for statistic in SIGNAL_STATISTICS},
+    "delta_total": "Δ_total of the response's token, nats",
+    "delta_reference": "Δ_ref of the response's token, nats",
+    "delta_question": "Δ_it of the response's token, nats",
+    "delta_target": "log P less log π_θ of the response's token, nats",
+    **{statistic.name: f"{statistic.symbol}, {statistic.unit}" for statistic in TOKEN_STATISTICS},
 }
-"""Per-token figures by name, with what they are."""
+"""Per-token figures by name, with their meaning: the declared statistics, and Δ of the token itself."""
 
 
 @dataclass(frozen=True, slots=True)

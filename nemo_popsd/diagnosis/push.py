@@ -5,9 +5,8 @@ A step along a component Δ_c changes the student's probabilities, to first orde
     push_c(v) = Σ_t π_θ(v|t) · (Δ_c(v, t) − E_{π_θ(·|t)} Δ_c(·, t))
 
 for c = total (log π_T − log π_θ), reference (log π_ref − log π_θ), question (log π_T − log π_ref) and target
-(log P − log π_θ). Each sums to 0 over the vocabulary: what is promoted is paid for by what is suppressed; and
-push_total = push_reference + push_question. Entries that the student never considers weigh nothing, however large
-their Δ.
+(log P − log π_θ). Each sums to 0 over the vocabulary, and push_total = push_reference + push_question.
+Entries to which the student gives no probability have push 0, however large their Δ.
 """
 
 from __future__ import annotations
@@ -19,15 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.diagnosis.shards import largest_of_shards
-from nemo_popsd.parallel.collectives import group_rank, reduce_sum_
+from nemo_popsd.parallel.collectives import reduce_sum_
+from nemo_popsd.parallel.vocabulary import VocabShard
 
 COMPONENTS = ("total", "reference", "question", "target")
-"""In the order of the rows of `VocabularyPush.push`."""
+"""In the order of `VocabularyPush.push`."""
 
 
 @dataclass(frozen=True)
 class PushedTokens:
-    """Some vocabulary entries with what every component does to them; n of them, replicated."""
+    """The push of every component on n vocabulary entries, replicated."""
 
     ids: Tensor
     """[n] int64."""
@@ -46,17 +46,11 @@ class VocabularyPush:
         tokens: tokens seen so far.
     """
 
-    def __init__(self, width: int, valid: int, device: torch.device) -> None:
-        """All 0.
-
-        Args:
-            width: rows of the output matrix on this rank.
-            valid: how many of them are true vocabulary.
-            device: of the sums.
-        """
-        self._width = width
-        self.push = torch.zeros(len(COMPONENTS), valid, dtype=torch.float64, device=device)
-        self.mass = torch.zeros(valid, dtype=torch.float64, device=device)
+    def __init__(self, shard: VocabShard, device: torch.device) -> None:
+        """All 0, for the true entries of `shard`, on `device`."""
+        self._shard = shard
+        self.push = torch.zeros(len(COMPONENTS), shard.true_width, dtype=torch.float64, device=device)
+        self.mass = torch.zeros(shard.true_width, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def reduce_over_(self, dp_group: dist.ProcessGroup | None) -> None:
@@ -67,27 +61,27 @@ class VocabularyPush:
         self.mass.copy_(packed[self.push.numel() : -1])
         self.tokens = int(packed[-1].item())
 
-    def extremes(self, count: int, tp_group: dist.ProcessGroup | None) -> tuple[list[PushedTokens], list[PushedTokens]]:
+    def extremes(self, count: int) -> tuple[list[PushedTokens], list[PushedTokens]]:
         """The `count` most promoted and most suppressed entries of each component, strongest first.
 
-        Collectives: one all-gather of [2, 4, count] pairs and one all-reduce of [5, 8·count]. `count` is at most the
-        vocabulary.
+        Collectives over the vocabulary group: one all-gather of [2, 4, count] pairs and one all-reduce of [5, 8·count].
+        `count` is at most the vocabulary.
         """
         both = (self.push, -self.push)
-        ids = largest_of_shards(both, count, width=self._width, tp_group=tp_group).ids
-        found = self.look_up(ids.flatten(), tp_group)
+        ids = largest_of_shards(both, count, self._shard).ids
+        pushed = self.look_up(ids.flatten())
         parts = [
-            PushedTokens(found.ids[at], found.push[:, at], found.mass[at])
-            for at in torch.arange(len(found.ids), device=found.ids.device).split(count)
+            PushedTokens(pushed.ids[at], pushed.push[:, at], pushed.mass[at])
+            for at in torch.arange(len(pushed.ids), device=pushed.ids.device).split(count)
         ]
         return parts[: len(COMPONENTS)], parts[len(COMPONENTS) :]
 
-    def look_up(self, ids: Tensor, tp_group: dist.ProcessGroup | None) -> PushedTokens:
-        """The sums of vocabulary entries `ids` [n], on every rank. One all-reduce of [5, n]."""
-        local = ids - group_rank(tp_group) * self._width
-        mine = ((local >= 0) & (local < self.mass.shape[0])).nonzero().squeeze(1)
-        found = self.mass.new_zeros(len(COMPONENTS) + 1, len(ids))
-        found[:-1, mine] = self.push[:, local[mine]]
-        found[-1, mine] = self.mass[local[mine]]
-        reduce_sum_(found, tp_group)
-        return PushedTokens(ids, found[:-1], found[-1])
+    def look_up(self, ids: Tensor) -> PushedTokens:
+        """The sums of vocabulary entries `ids` [n], on every rank of the vocabulary group. One all-reduce of [5, n]."""
+        local = ids - self._shard.offset
+        is_local = ((local >= 0) & (local < self._shard.true_width)).nonzero().squeeze(1)
+        sums = self.mass.new_zeros(len(COMPONENTS) + 1, len(ids))
+        sums[:-1, is_local] = self.push[:, local[is_local]]
+        sums[-1, is_local] = self.mass[local[is_local]]
+        reduce_sum_(sums, self._shard.group)
+        return PushedTokens(ids, sums[:-1], sums[-1])

@@ -26,22 +26,21 @@ from nemo_popsd.diagnosis.record import (
     pushed_entry,
     rounded,
 )
-from nemo_popsd.diagnosis.tokens import Alternatives, BranchStates, diagnose_tokens
-from nemo_popsd.distillation.build import build_target
+from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives, BranchStates, diagnose_tokens
+from nemo_popsd.distillation.families import build_target
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
 from nemo_popsd.megatron.microbatches import ContextSequence
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.parallel.distributed import device
 from nemo_popsd.parallel.signals import StopSignals
-from nemo_popsd.parallel.vocabulary import true_width
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams, row_seed
 from nemo_popsd.training.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOG_PROBS = ("log_student", "log_base", "log_privileged", "log_reference", "log_target")
+_LOG_PROBS = tuple(f"log_{name}" for name in DISTRIBUTIONS)
 _DELTAS = {
     "delta_total": ("log_privileged", "log_student"),
     "delta_reference": ("log_reference", "log_student"),
@@ -117,7 +116,7 @@ def diagnose(
         StopRequested: on every rank.
     """
     drawn = _draw(student, engine, sampling, rows, settings, stop)
-    push = _empty_push(student) if student.holds_output else None
+    push = VocabularyPush(student.vocab_shard, student.weight.device) if student.holds_output else None
     parts: list[_Diagnosed] = []
     for some in _in_step(student, _within(drawn, settings.frozen_tokens)):
         states = _branch_states(student, [d.trajectory for d in some], settings)
@@ -205,13 +204,6 @@ def _draw(
     return [_Drawn(i, Trajectory(rows[i].row, rollout)) for i, rollout in zip(mine, rollouts[: len(mine)], strict=True)]
 
 
-def _empty_push(student: Student) -> VocabularyPush:
-    weight = student.weight
-    return VocabularyPush(
-        weight.shape[0], true_width(weight.shape[0], student.vocab_size, student.tp_group), weight.device
-    )
-
-
 def _in_step(student: Student, parts: Iterable[list[_Drawn]]) -> list[list[_Drawn]]:
     """`parts`, with empty ones added until every data-parallel rank has as many (one all-reduce of a number): their
     forwards are collective where ranks share experts.
@@ -296,14 +288,12 @@ def _diagnosed(
         student.weight.detach(),
         student.base_weight,
         target=build_target(settings.target),
-        vocab_size=student.vocab_size,
+        shard=student.vocab_shard,
         push=push,
         alternatives=min(settings.diagnosis.alternatives, student.vocab_size) if shown else 0,
-        tp_group=student.tp_group,
         chunk_tokens=settings.diagnosis.chunk_tokens,
-        soft_cap=student.soft_cap,
     )
-    columns: dict[str, Tensor] = {field: column.cpu() for field, column in found._asdict().items()}
+    columns = {name: column.cpu() for name, column in found.columns().items()}
     for name, (raised, lowered) in _DELTAS.items():
         columns[name] = columns[raised] - columns[lowered]
     kept = {name: columns[name].tolist() for name in (*MEASURES, *_LOG_PROBS)}
@@ -354,7 +344,7 @@ def _push(
     push: VocabularyPush, student: Student, tokenizer: PreTrainedTokenizerBase, settings: DiagnosisSettings
 ) -> dict[str, Any]:
     count = min(settings.diagnosis.listed_tokens, student.vocab_size)
-    promoted, suppressed = push.extremes(count, student.tp_group)
+    promoted, suppressed = push.extremes(count)
     components: dict[str, Any] = {}
     for row, name in enumerate(COMPONENTS):
         components[name] = {}
@@ -367,8 +357,7 @@ def _push(
     entries = marker_entries(tokenizer, settings.markers, student.vocab_size)
     device = push.mass.device
     found = {
-        marker: push.look_up(torch.tensor(ids, dtype=torch.long, device=device), student.tp_group)
-        for marker, ids in entries.items()
+        marker: push.look_up(torch.tensor(ids, dtype=torch.long, device=device)) for marker, ids in entries.items()
     }
     return {
         "tokens": push.tokens,

@@ -1,18 +1,22 @@
-"""The divergence of one chunk of tokens with its closed-form gradient, in place on the chunk's logits.
+"""The loss of one chunk of tokens: its equations, their order, and what crosses the shards of the vocabulary.
 
-Let s, t be the logits of student and target, each less its row's maximum, Z_s and Z_t the sums of their exponentials,
-and r = t − s − (log Z_t − log Z_s) = log q − log p. Then, with respect to the student's logits,
+Let s, t be the logits of student and target, each less its maximum over the vocabulary, Z_s and Z_t the sums of their
+exponentials, and r = t − s − (log Z_t − log Z_s) = log q − log p. Then, with respect to the student's logits,
 
     forward KL(q‖p):  Σ e^t·(t−s)/Z_t − (log Z_t − log Z_s)       gradient  p − q
     reverse KL(p‖q):  Σ e^s·(s−t)/Z_s + (log Z_t − log Z_s)       gradient  p·(log p − log q − KL)
     JSD:              w·Σ q·(r − L) + (1−w)·Σ p·(−L)              gradient  (1−w)·p·(−L − KL(p‖m))
 
 where L = log(m/p) = log1p(w·expm1(r)). Every form is exactly 0, with gradient exactly 0, where s and t are equal.
-The arithmetic is in `rowwise.py`; here it is put in order, tile by tile, with what must cross the shards in between.
 
-Legend: C tokens of the chunk, V true vocabulary entries of this rank, P ranks. Collectives: an all-gather of
-[MEASURES, C]; the JSD, whose mixture needs both normalisers first, adds an all-reduce of [2, C]; a softly capped
-model with a capped target, whose mean difference is no product, one of [C] before both.
+First the kernels: pure functions of one tile of tokens on one shard, without process groups. `fusion.py` compiles them;
+uncompiled they are the reference. Then `ChunkDivergence`, which calls them in order and exchanges between them
+
+    shard_stats      s and t from raw products, and their statistics on this shard    all-gather of [SHARD_STATS, C]
+    jsd_mixture      (JSD) the statistics of the mixture on this shard                all-reduce of [2, C]
+    *_grad           the gradient, from all shards' statistics
+
+Legend: C tokens of the chunk, R tokens of a tile, V true vocabulary entries of this rank, P ranks, S token statistics.
 """
 
 from __future__ import annotations
@@ -22,27 +26,253 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.distillation.divergence import Divergence
-from nemo_popsd.distillation.fusion import Stages
-from nemo_popsd.distillation.rowwise import MEASURES, Coefficients, Constants, capped_difference, total, watched
-from nemo_popsd.distillation.target import Target
-from nemo_popsd.parallel.collectives import gather_shards, group_size, reduce_sum_, sum_shards_
+from nemo_popsd.distillation.families import Target
+from nemo_popsd.distillation.statistics import TOKEN_STATISTICS
+from nemo_popsd.parallel.collectives import gather_shards, sum_shards_
+from nemo_popsd.parallel.vocabulary import VocabShard
+
+# Beyond this log-ratio the student's share of the mixture is below every float's resolution, and exp would overflow.
+_LARGEST_LOG_RATIO = 80.0
+
+SHARD_STATS = 8
+"""Rows of `shard_stats`: max s, max t, Σe^S, Σe^T, Σe^S·S, Σe^T·T, Σe^S·D, Σe^T·D; S and T are s and t less their
+maximum over this shard, D is T less S."""
 
 
-class ChunkLogits(NamedTuple):
-    """What one chunk's divergence starts from; the [C, V] tensors are overwritten."""
+class Constants(NamedTuple):
+    """Scalars of target and divergence as tensors: compiled code serves all values."""
+
+    inverse_temperature: Tensor
+    """1/τ."""
+    inside: Tensor
+    """1/(τ·c) with the cap c of the target."""
+    outside: Tensor
+    """a_T·c."""
+    student: Tensor
+    """a_S."""
+    weight: Tensor
+    """w of the JSD."""
+
+
+class VocabStats(NamedTuple):
+    """Statistics over the full vocabulary [R], the same on every shard."""
+
+    max_s: Tensor
+    max_t: Tensor
+    z_s: Tensor
+    """Z_s."""
+    z_t: Tensor
+    """Z_t."""
+    mean_difference: Tensor
+    """Σ p·(t less s), each less its maximum."""
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    student_entropy: Tensor
+    target_entropy: Tensor
+
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+def shard_stats(
+    s_RV: Tensor, anchor_RV: Tensor | None, shift_RV: Tensor | None, mean_R: Tensor | None, constants: Constants
+) -> Tensor:
+    """From raw products to s and t, in place, and to their statistics on this shard.
+
+    s replaces `s_RV`; t replaces `anchor_RV`, or `shift_RV` where there is no anchor.
+
+    Args:
+        s_RV: W_s·h.
+        anchor_RV: W·anchor, or None.
+        shift_RV: W·d, or None.
+        mean_R: w̄·d, the mean of W·d over the true vocabulary; goes with `shift_RV`.
+        constants: of target and divergence.
+
+    Returns:
+        [SHARD_STATS, R].
+    """
+    s = s_RV * constants.inverse_temperature
+    t = s * constants.student
+    if shift_RV is not None:
+        assert mean_R is not None
+        t = t + torch.tanh((shift_RV - mean_R[:, None]) * constants.inside) * constants.outside
+    if anchor_RV is not None:
+        t = t + anchor_RV * constants.inverse_temperature
+    s_RV.copy_(s)
+    t_RV = shift_RV if anchor_RV is None else anchor_RV
+    assert t_RV is not None
+    t_RV.copy_(t)
+    max_s, max_t = s.amax(-1), t.amax(-1)
+    s, t = s - max_s[:, None], t - max_t[:, None]
+    exp_s, exp_t = s.exp(), t.exp()
+    difference = t - s
+    return torch.stack(
+        (
+            max_s,
+            max_t,
+            exp_s.sum(-1),
+            exp_t.sum(-1),
+            (exp_s * s).sum(-1),
+            (exp_t * t).sum(-1),
+            (exp_s * difference).sum(-1),
+            (exp_t * difference).sum(-1),
+        )
+    )
+
+
+def merge_shards(stats_PKR: Tensor) -> VocabStats:
+    """Statistics over the full vocabulary from `shard_stats` of all shards [P, SHARD_STATS, R].
+
+    The sums of a shard are relative to its own maxima; with a = its maximum less the largest, e^a·Σ makes them relative
+    to the largest. Where s = t on every shard both KLs are exactly 0.
+    """
+    max_s, max_t, z_s, z_t, s_s, t_t, s_difference, t_difference = stats_PKR.unbind(1)
+    largest_s, largest_t = max_s.amax(0), max_t.amax(0)
+    # A shard of padding alone has maximum −∞: it is left out, where 0·∞ would make NaN.
+    away_s = torch.where(max_s == -torch.inf, 0.0, max_s - largest_s)
+    away_t = torch.where(max_t == -torch.inf, 0.0, max_t - largest_t)
+    share_s, share_t = away_s.exp(), away_t.exp()
+    apart = away_t - away_s
+    total_z_s, total_z_t = (share_s * z_s).sum(0), (share_t * z_t).sum(0)
+    log_z_s, log_z_t = total_z_s.log(), total_z_t.log()
+    offset = log_z_t - log_z_s
+    mean_difference = (share_s * (s_difference + apart * z_s)).sum(0) / total_z_s
+    return VocabStats(
+        max_s=largest_s,
+        max_t=largest_t,
+        z_s=total_z_s,
+        z_t=total_z_t,
+        mean_difference=mean_difference,
+        forward_kl=(share_t * (t_difference + apart * z_t)).sum(0) / total_z_t - offset,
+        reverse_kl=offset - mean_difference,
+        student_entropy=log_z_s - (share_s * (s_s + away_s * z_s)).sum(0) / total_z_s,
+        target_entropy=log_z_t - (share_t * (t_t + away_t * z_t)).sum(0) / total_z_t,
+    )
+
+
+def kl_and_entropy(stats: VocabStats) -> Tensor:
+    """[S, R], by `TOKEN_STATISTICS`."""
+    return torch.stack([statistic.closed_form(stats) for statistic in TOKEN_STATISTICS])
+
+
+def forward_kl_grad(
+    s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, weights_R: Tensor, out_RV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of weights·KL(q‖p): weights·(p − q), into `out_RV`, or `s_RV` where that is None.
+
+    Returns:
+        KL(q‖p) [R], and `kl_and_entropy`.
+    """
+    stats = merge_shards(stats_PKR)
+    p = (s_RV - stats.max_s[:, None]).exp() / stats.z_s[:, None]
+    q = (t_RV - stats.max_t[:, None]).exp() / stats.z_t[:, None]
+    (s_RV if out_RV is None else out_RV).copy_((p - q) * weights_R[:, None])
+    return stats.forward_kl, kl_and_entropy(stats)
+
+
+def reverse_kl_grad(
+    s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, weights_R: Tensor, out_RV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of weights·KL(p‖q): weights·p·(log p − log q − KL), into `out_RV`, or `s_RV` where that is None.
+
+    The normalisers cancel in the bracket.
+
+    Returns:
+        KL(p‖q) [R], and `kl_and_entropy`.
+    """
+    stats = merge_shards(stats_PKR)
+    s, t = s_RV - stats.max_s[:, None], t_RV - stats.max_t[:, None]
+    p = s.exp() / stats.z_s[:, None]
+    (s_RV if out_RV is None else out_RV).copy_(p * (stats.mean_difference[:, None] - (t - s)) * weights_R[:, None])
+    return stats.reverse_kl, kl_and_entropy(stats)
+
+
+def jsd_mixture(s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
+    """The JSD's mixture m = w·q + (1−w)·p. p replaces `s_RV`, and log(m/p) replaces `t_RV`.
+
+    log(m/p) = log1p(w·expm1(r)) with r = log q − log p: exactly 0 where q = p.
+
+    Returns:
+        KL(q‖m) and KL(p‖m) on this shard [2, R], and `kl_and_entropy`.
+    """
+    stats = merge_shards(stats_PKR)
+    s, t = s_RV - stats.max_s[:, None], t_RV - stats.max_t[:, None]
+    offset = stats.z_t.log() - stats.z_s.log()
+    ratio = (t - s - offset[:, None]).clamp(max=_LARGEST_LOG_RATIO)
+    log_m_over_p = torch.log1p(torch.expm1(ratio) * constants.weight)
+    p = s.exp() / stats.z_s[:, None]
+    q = t.exp() / stats.z_t[:, None]
+    s_RV.copy_(p)
+    t_RV.copy_(log_m_over_p)
+    parts = torch.stack(((q * (ratio - log_m_over_p)).sum(-1), -(p * log_m_over_p).sum(-1)))
+    return parts, kl_and_entropy(stats)
+
+
+def jsd_grad(
+    p_RV: Tensor,
+    log_m_over_p_RV: Tensor,
+    kl_pm_R: Tensor,
+    weights_R: Tensor,
+    out_RV: Tensor | None,
+    constants: Constants,
+) -> None:
+    """Gradient of weights·JSD: weights·(1−w)·p·(−log(m/p) − KL(p‖m)), into `out_RV`, or `p_RV` where that is None.
+
+    The same memory must not be passed twice: compiled code may not see that two arguments overlap.
+    """
+    factor = weights_R * (constants.weight - 1)
+    (p_RV if out_RV is None else out_RV).copy_(p_RV * factor[:, None] * (log_m_over_p_RV + kl_pm_R[:, None]))
+
+
+class Kernels(NamedTuple):
+    """The kernels as the loss calls them, compiled or not, and the tile that suits them."""
+
+    shard_stats: Callable[..., Tensor]
+    jsd_mixture: Callable[..., tuple[Tensor, Tensor]]
+    jsd_grad: Callable[..., None]
+    forward_kl_grad: Callable[..., tuple[Tensor, Tensor]]
+    reverse_kl_grad: Callable[..., tuple[Tensor, Tensor]]
+    fused: bool
+    tile_tokens: Callable[[int, torch.dtype, torch.device], int]
+    """Tokens of a tile, from the number of true entries, their dtype and device."""
+
+
+# --- One chunk --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What the loss of one chunk is computed from; the [C, V] tensors are overwritten."""
 
     student: Tensor
     """W_s·h [C, V]."""
-    frozen: dict[str, Tensor]
-    """W·(state) [C, V]: `anchor` and `shift`, or of a softly capped model `base`, `privileged`, `reference`."""
-    mean: Tensor | None
+    anchor: Tensor | None
+    """W·anchor [C, V]."""
+    shift: Tensor | None
+    """W·d [C, V]."""
+    shift_mean: Tensor | None
     """w̄·d [C], with `shift`."""
-    bend: Tensor | None
-    """[C, V] to be filled, of a softly capped model."""
+    weights: Tensor
+    """[C]: what the gradient of each token is multiplied by."""
+    gradient: Tensor | None
+    """Where weights · dD/dz goes, z being `student` before the temperature; None: in place of `student`."""
+    needs_gradient: bool
+    signal_stats: Tensor | None
+    """This shard's statistics of the chunk's diagnosed tokens, which go along with the first collective."""
+
+    @property
+    def target(self) -> Tensor:
+        """Where `shard_stats` puts the logits of the target."""
+        target = self.shift if self.anchor is None else self.anchor
+        assert target is not None
+        return target
+
+    def gradient_of(self, tile: slice) -> Tensor | None:
+        """The part of `gradient` for one tile."""
+        return None if self.gradient is None else self.gradient[tile]
 
 
 class ChunkResult(NamedTuple):
@@ -51,213 +281,104 @@ class ChunkResult(NamedTuple):
     loss: Tensor
     """[C]."""
     statistics: Tensor
-    """[4, C]: forward KL, reverse KL, student entropy, target entropy."""
-    sample: Tensor | None
-    """[P, ...] of what was given of the sample by each rank."""
+    """[S, C], by `TOKEN_STATISTICS`."""
+    signal_stats: Tensor | None
+    """[P, ...] of what each rank passed."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Work of the chunk before, put in while this chunk's collectives are under way."""
+    """Work of the previous chunk that runs while this chunk's collectives are under way."""
 
     first: Callable[[], None]
     """During the first collective where another one follows."""
     rest: Callable[[], None]
-    """During the last collective; afterwards nothing may be left."""
+    """During the last collective; nothing is left after it."""
 
 
 class ChunkDivergence:
-    """Divergence between softmax(s) and softmax(t) over the sharded vocabulary, chunk after chunk."""
+    """Divergence between softmax(s) and softmax(t) over the sharded vocabulary, for one chunk at a time."""
 
     def __init__(
-        self,
-        target: Target,
-        divergence: Divergence,
-        stages: Stages,
-        tp_group: dist.ProcessGroup | None,
-        *,
-        vocab_size: int,
-        soft_cap: float | None,
-        like: Tensor,
+        self, target: Target, divergence: Divergence, kernels: Kernels, shard: VocabShard, *, like: Tensor
     ) -> None:
-        """Keeps the settings.
-
-        Args:
-            target: the family member.
-            divergence: which divergence.
-            stages: the arithmetic.
-            tp_group: the group over which the vocabulary is sharded; None for one shard.
-            vocab_size: true vocabulary of all shards.
-            soft_cap: κ of a model that caps its logits softly, else None.
-            like: dtype of the statistics, and device.
-        """
+        """Keeps the settings; `like` has the dtype of the statistics and the device."""
 
         def scalar(value: float) -> Tensor:
             return torch.full((), value, dtype=like.dtype, device=like.device)
 
         tau, cap = target.temperature, target.cap
-        inside = 0.0 if cap is None else 1 / (cap * (tau if soft_cap is None else 1))
         self._constants = Constants(
             inverse_temperature=scalar(1 / tau),
-            inside=scalar(inside),
+            inside=scalar(0.0 if cap is None else 1 / (cap * tau)),
             outside=scalar(0.0 if cap is None else target.privileged * cap),
             student=scalar(target.student),
             weight=scalar(divergence.weight),
         )
-        self._coefficients: Coefficients | None = None
-        if soft_cap is not None:
-            self._coefficients = Coefficients(
-                inverse_soft_cap=scalar(1 / soft_cap),
-                soft_cap_over_temperature=scalar(soft_cap / tau),
-                base=scalar(target.base),
-                privileged=scalar(target.privileged),
-                reference=scalar(target.reference),
-            )
-        self._divergence, self._stages = divergence, stages
-        self._group, self._vocab_size = tp_group, vocab_size
+        self._divergence, self._kernels, self._shard = divergence, kernels, shard
 
-    def __call__(
-        self,
-        logits: ChunkLogits,
-        weights_C: Tensor,
-        out_CV: Tensor | None,
-        *,
-        gradient: bool,
-        sample: Tensor | None,
-        overlap: Overlap,
-    ) -> ChunkResult:
+    def __call__(self, chunk: Chunk, overlap: Overlap) -> ChunkResult:
         """Loss of one chunk, and its gradient.
 
-        With one shard each tile of rows goes through all steps while it is in the cache; with more, all tiles go
-        through a step before the next.
-
-        Args:
-            logits: raw products.
-            weights_C: what the gradient of each token is multiplied with.
-            out_CV: where weights · dD/dz goes, z being `logits.student` before the temperature; None: in its place.
-            gradient: whether it is wanted at all.
-            sample: this shard's measures of sampled tokens, which go along with the first collective.
-            overlap: work to put in between.
+        With one shard each tile goes through all kernels while it is in the cache; with more, all tiles go through a
+        kernel before the next one, so that each collective is one for the chunk.
         """
-        tokens, width = logits.student.shape
-        step = self._stages.tile_rows(width, logits.student.dtype, logits.student.device)
+        tokens, width = chunk.student.shape
+        step = self._kernels.tile_tokens(width, chunk.student.dtype, chunk.student.device)
         tiles = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-        loss_C = logits.student.new_empty(tokens)
-        statistics_4C = logits.student.new_empty(4, tokens)
-        gathered: Tensor | None = None
-        for together in [[tile] for tile in tiles] if group_size(self._group) == 1 else [tiles]:
-            start, stop = together[0].start, together[-1].stop
-            measures_8n = _joined([self._measure(logits, tile) for tile in together])
-            sent = [measures_8n] if sample is None or start > 0 else [measures_8n, sample]
-            last = self._divergence.kind != "jsd"
-            measures_P8n, *others = gather_shards(sent, self._group, overlap.rest if last else overlap.first)
-            if others:
-                gathered = others[0]
-            measured = [(tile, measures_P8n[:, :, tile.start - start : tile.stop - start]) for tile in together]
-            steps = self._finish_jsd if not last else self._finish_kl
-            loss_C[start:stop] = steps(logits, measured, weights_C, out_CV, statistics_4C, gradient, overlap)
-        return ChunkResult(loss_C, statistics_4C, gathered)
+        during_gather = overlap.first if self._divergence.kind == "jsd" else overlap.rest
+        losses, statistics = [], []
+        signal: Tensor | None = None
+        for together in [[tile] for tile in tiles] if self._shard.ranks == 1 else [tiles]:
+            start = together[0].start
+            sent = [_joined([self._shard_stats(chunk, tile) for tile in together])]
+            if chunk.signal_stats is not None and start == 0:
+                sent.append(chunk.signal_stats)
+            stats_PKn, *others = gather_shards(sent, self._shard.group, during_gather)
+            signal = others[0] if others else signal
+            gathered = [(tile, stats_PKn[:, :, tile.start - start : tile.stop - start]) for tile in together]
+            loss, statistics_of = self._finish(chunk, gathered, overlap)
+            losses.append(loss)
+            statistics.append(statistics_of)
+        return ChunkResult(_joined(losses), _joined(statistics), signal)
 
-    def _measure(self, logits: ChunkLogits, tile: slice) -> Tensor:
-        """[MEASURES, R] of one tile on this shard."""
-        s_RV = logits.student[tile]
-        if s_RV.shape[1] == 0:  # nothing but padding on this shard
-            nothing = s_RV.new_zeros(MEASURES, s_RV.shape[0])
+    def _shard_stats(self, chunk: Chunk, tile: slice) -> Tensor:
+        """[SHARD_STATS, R] of one tile on this shard."""
+        s_RV = chunk.student[tile]
+        if s_RV.shape[1] == 0:  # a shard of padding alone
+            nothing = s_RV.new_zeros(SHARD_STATS, s_RV.shape[0])
             nothing[:2] = -torch.inf
             return nothing
-        frozen = {name: product[tile] for name, product in logits.frozen.items()}
-        mean_R = None if logits.mean is None else logits.mean[tile]
-        if self._coefficients is None:
-            return self._stages.measure(s_RV, frozen.get("anchor"), frozen.get("shift"), mean_R, self._constants)
-        assert logits.bend is not None
-        branches = (frozen.get("base"), frozen.get("privileged"), frozen.get("reference"))
-        return self._stages.measure_capped(
-            s_RV, logits.bend[tile], *branches, mean_R, self._coefficients, self._constants
-        )
+        anchor, shift, mean = (x if x is None else x[tile] for x in (chunk.anchor, chunk.shift, chunk.shift_mean))
+        return self._kernels.shard_stats(s_RV, anchor, shift, mean, self._constants)
 
-    def scaled(self, product: Tensor) -> Tensor:
-        """Logits at the loss's temperature from a raw product."""
-        if self._coefficients is None:
-            return product * self._constants.inverse_temperature
-        capped = torch.tanh(product * self._coefficients.inverse_soft_cap)
-        return capped * self._coefficients.soft_cap_over_temperature
-
-    def capped_mean(self, privileged_CV: Tensor, reference_CV: Tensor) -> Tensor:
-        """Vocabulary mean of the difference of T and ref of a softly capped model: [C]; one all-reduce."""
-        assert self._coefficients is not None
-        step = self._stages.tile_rows(privileged_CV.shape[1], privileged_CV.dtype, privileged_CV.device)
-        parts = [
-            capped_difference(privileged_RV, reference_RV, self._coefficients)
-            for privileged_RV, reference_RV in zip(privileged_CV.split(step), reference_CV.split(step), strict=True)
-        ]
-        return reduce_sum_(_joined(parts), self._group).div_(self._vocab_size)
-
-    def _finish_kl(
-        self,
-        logits: ChunkLogits,
-        measured: list[tuple[slice, Tensor]],
-        weights_C: Tensor,
-        out_CV: Tensor | None,
-        statistics_4C: Tensor,
-        gradient: bool,
-        overlap: Overlap,
-    ) -> Tensor:
-        forward = self._divergence.kind == "forward_kl"
-        slope = self._stages.slope_forward if forward else self._stages.slope_reverse
-        t_CV = _target(logits)
-        losses = []
-        for tile, measures_P8R in measured:
-            if gradient and t_CV.shape[1]:
-                out_RV = None if out_CV is None else out_CV[tile]
-                statistics_4R = slope(logits.student[tile], t_CV[tile], measures_P8R, weights_C[tile], out_RV)
-                _bend_(logits, tile, out_RV)
+    def _finish(self, chunk: Chunk, gathered: list[tuple[slice, Tensor]], overlap: Overlap) -> tuple[Tensor, Tensor]:
+        """Loss and statistics of some tiles, from all shards' `shard_stats` of each; fills their gradient."""
+        kernels, kind = self._kernels, self._divergence.kind
+        backward = chunk.needs_gradient and chunk.student.shape[1] > 0
+        values, statistics = [], []
+        for tile, stats_PKR in gathered:
+            logits = chunk.student[tile], chunk.target[tile], stats_PKR
+            if kind == "jsd":
+                value, statistics_SR = kernels.jsd_mixture(*logits, self._constants)
+            elif backward:
+                kl_grad = kernels.forward_kl_grad if kind == "forward_kl" else kernels.reverse_kl_grad
+                value, statistics_SR = kl_grad(*logits, chunk.weights[tile], chunk.gradient_of(tile))
             else:
-                statistics_4R = watched(total(measures_P8R))
-            statistics_4C[:, tile] = statistics_4R
-            losses.append(statistics_4R[0 if forward else 1])
-        return _joined(losses)
-
-    def _finish_jsd(
-        self,
-        logits: ChunkLogits,
-        measured: list[tuple[slice, Tensor]],
-        weights_C: Tensor,
-        out_CV: Tensor | None,
-        statistics_4C: Tensor,
-        gradient: bool,
-        overlap: Overlap,
-    ) -> Tensor:
-        t_CV = _target(logits)
-        parts = []
-        for tile, measures_P8R in measured:
-            statistics_4C[:, tile], part_2R = self._stages.mix(
-                logits.student[tile], t_CV[tile], measures_P8R, self._constants
-            )
-            parts.append(part_2R)
-        kl_qm_C, kl_pm_C = sum_shards_(_joined(parts), self._group, overlap.rest)
-        if gradient and t_CV.shape[1]:
-            start = measured[0][0].start
-            for tile, _ in measured:
-                out_RV = None if out_CV is None else out_CV[tile]
-                kl_pm_R = kl_pm_C[tile.start - start : tile.stop - start]
-                self._stages.jsd_grad(
-                    logits.student[tile], t_CV[tile], kl_pm_R, weights_C[tile], out_RV, self._constants
-                )
-                _bend_(logits, tile, out_RV)
+                stats = merge_shards(stats_PKR)
+                value = stats.forward_kl if kind == "forward_kl" else stats.reverse_kl
+                statistics_SR = kl_and_entropy(stats)
+            values.append(value)
+            statistics.append(statistics_SR)
+        if kind != "jsd":
+            return _joined(values), _joined(statistics)
+        kl_qm_C, kl_pm_C = sum_shards_(_joined(values), self._shard.group, overlap.rest)
+        if backward:
+            for (tile, _), kl_pm_R in zip(gathered, kl_pm_C.split([len(value[0]) for value in values]), strict=True):
+                weights_R, out_RV = chunk.weights[tile], chunk.gradient_of(tile)
+                kernels.jsd_grad(chunk.student[tile], chunk.target[tile], kl_pm_R, weights_R, out_RV, self._constants)
         w = self._divergence.weight
-        return w * kl_qm_C + (1 - w) * kl_pm_C
-
-
-def _target(logits: ChunkLogits) -> Tensor:
-    """Where `measure` and `measure_capped` leave the target's logits: the first product there is, in their order."""
-    order = ("anchor", "base", "privileged", "reference", "shift")
-    return next(logits.frozen[name] for name in order if name in logits.frozen)
-
-
-def _bend_(logits: ChunkLogits, tile: slice, out_RV: Tensor | None) -> None:
-    """The chain rule through the student's soft cap, where it has one."""
-    if logits.bend is not None:
-        (logits.student[tile] if out_RV is None else out_RV).mul_(logits.bend[tile])
+        return w * kl_qm_C + (1 - w) * kl_pm_C, _joined(statistics)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

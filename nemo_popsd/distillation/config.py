@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from nemo_popsd.distillation.families import FAMILIES
 from nemo_popsd.settings.bounds import Bounds, check_numbers
 from nemo_popsd.settings.checks import one_of
-
-_FAMILIES = ("purified", "opsd", "beta_opsd", "student_pmi", "other_reference", "wrong_reference")
 
 
 @dataclass(kw_only=True)
@@ -31,13 +30,13 @@ class TargetConfig:
     """Softmax temperature of every distribution in the loss; has nothing to do with rollout sampling."""
 
     def __post_init__(self) -> None:
-        one_of("distillation.target.family", self.family, _FAMILIES)
+        one_of("distillation.target.family", self.family, tuple(FAMILIES))
         check_numbers(self, "distillation.target")
 
     @property
     def borrowed(self) -> str:
         """The context that holds another row's reference: "privileged", "reference", or "" for none."""
-        return {"other_reference": "privileged", "wrong_reference": "reference"}.get(self.family, "")
+        return FAMILIES[self.family].borrowed
 
 
 @dataclass(kw_only=True)

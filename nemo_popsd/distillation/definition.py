@@ -1,120 +1,144 @@
-"""The loss by its definition: literal, readable, from logits, under autograd. `hidden.py` computes the same, leaner."""
+"""The equations by their definition, from logits, under autograd: what `hidden.py` and the diagnosis compute.
+
+`hidden.py` computes the same loss from hidden states, with closed-form gradients and a fraction of the memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.distillation.divergence import Divergence, divergence_of_log_probs
-from nemo_popsd.distillation.target import Target
+from nemo_popsd.distillation.families import Target
 from nemo_popsd.parallel.collectives import reduce_max_, reduce_sum_, sum_for_shards
-from nemo_popsd.parallel.vocabulary import row_max, true_width
+from nemo_popsd.parallel.vocabulary import VocabShard, token_max
 
 
-def loss_from_logits(
-    student: Tensor,
-    privileged: Tensor | None,
-    reference: Tensor | None,
-    base: Tensor | None,
-    *,
-    target: Target,
-    divergence: Divergence,
-    vocab_size: int,
-    tp_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Divergence of the student from the target (eq. 13-18 for `PurifiedTarget`), per token.
+@dataclass(frozen=True)
+class Branches:
+    """One tensor per branch on the same tokens: logits or log-probabilities [N, V_pad/tp] or [N, v]."""
 
-    Under tensor parallelism every tensor is this rank's [N, V_pad/tp] columns of the logits: rank r holds
-    [r·V_pad/tp, (r+1)·V_pad/tp). Columns from `vocab_size` on have probability 0 in every distribution, do not enter
-    the mean of eq. 14, and get gradient 0; they may hold anything.
+    student: Tensor
+    """Of the live student."""
+    base: Tensor | None = None
+    """Of the frozen base; may be None where its coefficient is 0, as the two below."""
+    privileged: Tensor | None = None
+    """Of the privileged teacher."""
+    reference: Tensor | None = None
+    """Of the second context."""
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of the branch called `name`."""
+        found: Tensor | None = getattr(self, name)
+        return found
+
+
+def loss_from_logits(logits: Branches, *, target: Target, divergence: Divergence, shard: VocabShard) -> Tensor:
+    """Divergence of the student from the target (eq. 13-18 for `Target.purified`), per token.
+
+    Under tensor parallelism every tensor is this rank's [N, V_pad/tp] columns of the logits. Columns of padding have
+    probability 0 in every distribution, do not enter the mean of eq. 14, and get gradient 0; their values are not read.
 
     Collectives on [N] floats: 2 for each log-softmax and 1 for the centring of the target, 1 for the sum of the
     divergence; backward 1. Memory: about ten tensors of the shard's size. Use `loss_from_hidden` in training.
 
     Args:
-        student: live logits; the only differentiable input.
-        privileged: the teacher's logits; may be None where its coefficient is 0, as may the two below.
-        reference: the second context's logits.
-        base: the frozen base's logits.
-        target: a member of the family.
+        logits: of the branches; only the student's are differentiable.
+        target: the target distribution.
         divergence: which divergence.
-        vocab_size: size of the true vocabulary.
-        tp_group: the group over which the vocabulary is sharded; None for one shard.
+        shard: which columns of the vocabulary this rank holds.
 
     Returns:
-        [N] in fp32, float64 where `student` is float64; replicated over the group. The gradient of `student` is this
-        rank's shard of the dense gradient, provided every rank uses the result alike.
+        [N] in fp32, float64 where the student's logits are float64; replicated over the group. The gradient of the
+        student's logits is this rank's shard of the dense gradient, provided every rank uses the result alike.
 
     Raises:
-        UserError: the shards together are smaller than the vocabulary.
         ValueError: logits that the target needs are missing, or shapes differ.
     """
-    valid = true_width(student.shape[-1], vocab_size, tp_group)
-    with torch.autocast(student.device.type, enabled=False):
-        log_p = log_softmax(_computed_in(student)(student[:, :valid]) / target.temperature, tp_group)
-        log_q = target_from_logits(
-            student, privileged, reference, base, target=target, vocab_size=vocab_size, tp_group=tp_group
-        )
-        return divergence_of_log_probs(log_p, log_q, divergence, tp_group)  # (18)
+    with torch.autocast(logits.student.device.type, enabled=False):
+        log_p = _log_probs("student", logits, target, shard)
+        log_q = target_from_logits(logits, target=target, shard=shard)
+        return divergence_of_log_probs(log_p, log_q, divergence, shard.group)  # (18)
 
 
 @torch.no_grad()
-def target_from_logits(
-    student: Tensor,
-    privileged: Tensor | None,
-    reference: Tensor | None,
-    base: Tensor | None,
-    *,
-    target: Target,
-    vocab_size: int,
-    tp_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """The target distribution (eq. 13-17 for `PurifiedTarget`) by its definition, from logits, as log-probabilities.
+def target_from_logits(logits: Branches, *, target: Target, shard: VocabShard) -> Tensor:
+    """The target distribution from logits, as log-probabilities [N, v] of the v true columns of this rank's shard.
 
     Arguments, errors, padding and dtypes are those of `loss_from_logits`; collectives are those of the target there.
-
-    Returns:
-        [N, v] with the v true columns of this rank's shard.
     """
-    valid = true_width(student.shape[-1], vocab_size, tp_group)
-    computed = _computed_in(student)
-
-    def log_probs(name: str, logits: Tensor | None) -> Tensor:
-        if logits is None:
-            raise ValueError(f"the target {target} needs the logits of {name}; got None")
-        if logits.shape != student.shape:
-            raise ValueError(f"the logits of {name} have shape {tuple(logits.shape)}; need {tuple(student.shape)}")
-        return log_softmax(computed(logits[:, :valid]) / target.temperature, tp_group)
-
-    with torch.autocast(student.device.type, enabled=False):
-        log_q = torch.zeros_like(computed(student[:, :valid]))
-        if target.student != 0:
-            log_q += target.student * log_probs("student", student)
-        if target.base != 0:
-            log_q += target.base * log_probs("base", base)
-        if target.cap is None:
-            if target.privileged != 0:
-                log_q += target.privileged * log_probs("privileged", privileged)
-            if target.reference != 0:
-                log_q += target.reference * log_probs("reference", reference)
-        elif target.privileged != 0:
-            delta = log_probs("privileged", privileged) - log_probs("reference", reference)  # (13)
-            delta -= reduce_sum_(delta.sum(-1, keepdim=True), tp_group) / vocab_size  # (14)
-            delta = target.cap * torch.tanh(delta / target.cap)  # (15)
-            log_q += target.privileged * delta  # (16)
-        return log_softmax(log_q, tp_group)  # (17)
+    with torch.autocast(logits.student.device.type, enabled=False):
+        needed = (("student",) if target.student != 0 else ()) + target.frozen_branches()
+        computed = {name: _log_probs(name, logits, target, shard) for name in needed}
+        student = computed.pop("student", _true_columns(logits.student, logits.student, shard))
+        return target_from_log_probs(Branches(student, **computed), target=target, shard=shard)
 
 
-def _computed_in(student: Tensor) -> Callable[[Tensor], Tensor]:
-    """To float64 where the student is float64, else to fp32."""
-    return torch.Tensor.double if student.dtype == torch.float64 else torch.Tensor.float
+def target_from_log_probs(log_probs: Branches, *, target: Target, shard: VocabShard) -> Tensor:
+    """The target distribution from the branches' log-probabilities on this shard, [N, v] each (eq. 13-17).
+
+    All-reduces of [N]: 2 for the normalisation, 1 for the centring where the target has a cap.
+    """
+    log_q = torch.zeros_like(log_probs.student)
+    if target.student != 0:
+        log_q += target.student * log_probs.student
+    if target.base != 0:
+        assert log_probs.base is not None
+        log_q += target.base * log_probs.base
+    if target.uses_shift:
+        assert target.cap is not None
+        assert log_probs.privileged is not None
+        assert log_probs.reference is not None
+        delta = log_probs.privileged - log_probs.reference  # (13)
+        delta -= reduce_sum_(delta.sum(-1, keepdim=True), shard.group) / shard.vocab_size  # (14)
+        delta = target.cap * torch.tanh(delta / target.cap)  # (15)
+        log_q += target.privileged * delta  # (16)
+    else:
+        if target.privileged != 0:
+            assert log_probs.privileged is not None
+            log_q += target.privileged * log_probs.privileged
+        if target.reference != 0:
+            assert log_probs.reference is not None
+            log_q += target.reference * log_probs.reference
+    return log_softmax(log_q, shard.group)  # (17)
 
 
-def log_softmax(logits: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Log-softmax over a sharded vocabulary: [N, v] to [N, v]. Two all-reduces of [N] forward, one backward."""
-    peak = reduce_max_(row_max(logits.detach()), tp_group).unsqueeze(-1)
+def log_softmax(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Log-softmax over a sharded vocabulary: [..., v] to [..., v]. Two all-reduces of [...] forward, one backward."""
+    peak = reduce_max_(token_max(logits.detach()), group).unsqueeze(-1)
     shifted = logits - peak
-    return shifted - sum_for_shards(shifted.exp().sum(-1, keepdim=True), tp_group).log()
+    return shifted - sum_for_shards(shifted.exp().sum(-1, keepdim=True), group).log()
+
+
+def _log_probs(name: str, logits: Branches, target: Target, shard: VocabShard) -> Tensor:
+    """Log-probabilities [N, v] of one branch at the target's temperature."""
+    of_branch = logits.get(name)
+    if of_branch is None:
+        raise ValueError(f"the target {target} needs the logits of {name}; got None")
+    wanted = (len(logits.student), shard.width)
+    if tuple(of_branch.shape) != wanted:
+        raise ValueError(f"the logits of {name} have shape {tuple(of_branch.shape)}; need {wanted}")
+    return log_softmax(_true_columns(of_branch, logits.student, shard) / target.temperature, shard.group)
+
+
+def _true_columns(logits: Tensor, student: Tensor, shard: VocabShard) -> Tensor:
+    """Columns of true entries in float64 where the student's logits are float64, else in fp32."""
+    convert: Callable[[Tensor], Tensor] = torch.Tensor.double if student.dtype == torch.float64 else torch.Tensor.float
+    return convert(logits[:, : shard.true_width])
+
+
+def signal_sums(student: Tensor, privileged: Tensor, reference: Tensor) -> Tensor:
+    """This shard's part of ‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², ⟨Δ_total, Δ_it⟩ and ⟨Δ_total, Δ_ref⟩ (eq. 4): [5, N].
+
+    Args:
+        student: log π_θ [N, v].
+        privileged: log π_T [N, v].
+        reference: log π_ref [N, v].
+    """
+    total, induced, question = privileged - student, reference - student, privileged - reference
+    pairs = ((total, total), (induced, induced), (question, question), (total, question), (total, induced))
+    return torch.stack([(a * b).sum(-1) for a, b in pairs])

@@ -1,4 +1,4 @@
-"""How far the student p = π_θ is from the target q = P: the three divergences, as formulas under autograd.
+"""The three divergences of the student p = π_θ from the target q = P, as formulas under autograd.
 
     forward_kl:  KL(q ‖ p)
     reverse_kl:  KL(p ‖ q)
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.parallel.collectives import sum_for_replicas
+
+if TYPE_CHECKING:
+    from nemo_popsd.distillation.config import DivergenceConfig
 
 KINDS = ("jsd", "forward_kl", "reverse_kl")
 
@@ -68,3 +72,8 @@ def divergence_of_log_probs(
         log_m = torch.logaddexp(log_q + math.log(w), log_p + math.log1p(-w))
         terms = w * log_q.exp() * (log_q - log_m) + (1 - w) * log_p.exp() * (log_p - log_m)
     return sum_for_replicas(terms.sum(-1), tp_group)
+
+
+def build_divergence(config: DivergenceConfig) -> Divergence:
+    """The divergence that `config` names."""
+    return Divergence(kind=config.kind, weight=config.weight)

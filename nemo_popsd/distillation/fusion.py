@@ -1,7 +1,7 @@
-"""The functions of `rowwise.py` as the loss calls them: compiled by torch.compile into fused kernels, or as they stand.
+"""The kernels of `closed_form.py` as the loss calls them: compiled by torch.compile into fused kernels, or uncompiled.
 
 Between two matrix products nearly everything is bound by memory: fused, a tile of logits is read a few times instead
-of a few dozen. Compiled once in a process for each target and divergence (some seconds the first time; inductor's
+of a few dozen. Compiled once per process for each target and divergence (some seconds the first time; inductor's
 cache on disk makes later runs quicker); sizes are symbolic, so other numbers of tokens cost nothing.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_popsd.distillation import rowwise
+from nemo_popsd.distillation import closed_form
+from nemo_popsd.distillation.closed_form import Kernels
 from nemo_popsd.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,30 +30,19 @@ _TILE_BYTES = {("cpu", False): 1 << 19, ("cpu", True): 1 << 22, ("cuda", False):
 """Size of one tile of logits by device and whether fused: a handful of them fits the cache (measured on a CPU)."""
 
 
-_ALIGNED_ROWS = 8
+_ALIGNED_TOKENS = 8
 
 
-class Stages(NamedTuple):
-    """The functions of `rowwise.py`, under their names there, and the rows of a tile that suit them."""
-
-    measure: Callable[..., Tensor]
-    measure_capped: Callable[..., Tensor]
-    mix: Callable[..., tuple[Tensor, Tensor]]
-    jsd_grad: Callable[..., None]
-    slope_forward: Callable[..., Tensor]
-    slope_reverse: Callable[..., Tensor]
-    fused: bool
-
-    def tile_rows(self, width: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Rows of `width` entries that are worked on at a time."""
-        size = _TILE_BYTES["cpu" if device.type == "cpu" else "cuda", self.fused]
-        rows = max(1, size // max(1, width * dtype.itemsize))
-        # Tiles then start where vector loads want them, whatever the width: else compiled GPU code copies its inputs.
-        return rows if rows < _ALIGNED_ROWS else rows // _ALIGNED_ROWS * _ALIGNED_ROWS
+def _tile_tokens(fused: bool, width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of `width` entries that a kernel handles at a time."""
+    size = _TILE_BYTES["cpu" if device.type == "cpu" else "cuda", fused]
+    tokens = max(1, size // max(1, width * dtype.itemsize))
+    # Tiles start at multiples that vector loads need, whatever the width: else compiled GPU code copies its inputs.
+    return tokens if tokens < _ALIGNED_TOKENS else tokens // _ALIGNED_TOKENS * _ALIGNED_TOKENS
 
 
 class _Compiled:
-    """A function of `rowwise.py`, compiled when first called; as it stands where no compiler works."""
+    """A kernel, compiled when first called; uncompiled where no compiler works."""
 
     broken = False
     """Of the whole class: what fails for one function fails for all."""
@@ -84,18 +75,29 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-_FUNCTIONS = ("measure", "measure_capped", "mix", "jsd_grad", "slope_forward", "slope_reverse")
-_eager = Stages(fused=False, **{name: getattr(rowwise, name) for name in _FUNCTIONS})
-_fused: Stages | None = None
+def _kernels(wrap: Callable[[Callable[..., Any]], Callable[..., Any]], *, fused: bool) -> Kernels:
+    return Kernels(
+        shard_stats=wrap(closed_form.shard_stats),
+        jsd_mixture=wrap(closed_form.jsd_mixture),
+        jsd_grad=wrap(closed_form.jsd_grad),
+        forward_kl_grad=wrap(closed_form.forward_kl_grad),
+        reverse_kl_grad=wrap(closed_form.reverse_kl_grad),
+        fused=fused,
+        tile_tokens=partial(_tile_tokens, fused),
+    )
 
 
-def choose_stages(setting: str, width: int, dtype: torch.dtype) -> Stages:
+_eager = _kernels(lambda function: function, fused=False)
+_fused: Kernels | None = None
+
+
+def choose_kernels(setting: str, width: int, dtype: torch.dtype) -> Kernels:
     """The functions to use for a shard of `width` entries.
 
     Args:
         setting: `auto` fuses in fp32 from 8,192 entries of a shard on; `always` always; `never` never.
         width: true vocabulary entries of this shard.
-        dtype: of the statistics. In float64, which is there to check others, `auto` does not fuse.
+        dtype: of the statistics. In float64, which only checks the other precisions, `auto` does not fuse.
 
     Raises:
         UserError: unknown setting.
@@ -107,5 +109,5 @@ def choose_stages(setting: str, width: int, dtype: torch.dtype) -> Stages:
         return _eager
     global _fused
     if _fused is None:
-        _fused = Stages(fused=True, **{name: _Compiled(getattr(rowwise, name)) for name in _FUNCTIONS})
+        _fused = _kernels(_Compiled, fused=True)
     return _fused

@@ -1,10 +1,10 @@
 """The loss from hidden states: exact, full vocabulary, chunk by chunk, closed-form gradients (*ours*).
 
-A target token is two vectors of size H (`hidden_pair`) instead of three rows of size V, and the logits of one chunk
-of tokens at a time are all that exists of them. Gradients are formed with the loss, in the forward pass, while the
-chunk's logits are at hand; the backward pass only scales them.
+A target token is two vectors of size H (`hidden_pair`) instead of three vectors of size V, and only the logits of one
+chunk of tokens exist at a time. Gradients are computed with the loss, in the forward pass, while the chunk's logits
+exist; the backward pass only scales them.
 
-Legend: N tokens, C tokens of a chunk, D sampled tokens, H hidden size, V rows of the true vocabulary on this rank,
+Legend: N tokens, C tokens of a chunk, D diagnosed tokens, H hidden size, V rows of the true vocabulary on this rank,
 W rows with padding.
 """
 
@@ -14,28 +14,24 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_popsd.distillation.checks import check_inputs
+from nemo_popsd.distillation.chunked_loss import ChunkedLoss, LossSpec
 from nemo_popsd.distillation.chunks import default_chunk_tokens
-from nemo_popsd.distillation.decomposition import (
-    DecompositionStatistics,
-    DiagnosedTokens,
-    decomposition_statistics,
-)
+from nemo_popsd.distillation.decomposition import DiagnosedTokens, signal_statistics
 from nemo_popsd.distillation.divergence import Divergence
-from nemo_popsd.distillation.fusion import choose_stages
+from nemo_popsd.distillation.families import Target
+from nemo_popsd.distillation.fusion import choose_kernels
 from nemo_popsd.distillation.products import statistics_dtype
-from nemo_popsd.distillation.statistics import TokenStatistics
-from nemo_popsd.distillation.sweep import Plan, Sweep
-from nemo_popsd.distillation.target import FrozenStates, HiddenPair, Target
-from nemo_popsd.parallel.collectives import group_size, reduce_sum_
-from nemo_popsd.parallel.vocabulary import mean_row, true_width, true_widths
+from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, StatisticValues
+from nemo_popsd.distillation.target import HiddenPair
+from nemo_popsd.parallel.collectives import reduce_sum_
+from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
 
 _UPSTREAM_TOLERANCE = 1e-4
-"""Relative: a trainer divides by the number of micro-batches and multiplies with it again, in fp32."""
+"""Relative: a trainer divides by the number of micro-batches and multiplies by it again, in fp32."""
 
 
 class HiddenLoss(NamedTuple):
@@ -47,19 +43,19 @@ class HiddenLoss(NamedTuple):
     per_token: Tensor
     """The divergence of each token, unweighted [N], detached: for logging."""
 
-    statistics: TokenStatistics
-    """Per-token statistics [N]."""
+    statistics: StatisticValues
+    """`TOKEN_STATISTICS` of all tokens [N]."""
 
-    decomposition: DecompositionStatistics | None
-    """Statistics of the sampled tokens [D], where any were given."""
+    decomposition: StatisticValues | None
+    """`SIGNAL_STATISTICS` of the diagnosed tokens [D], where any were passed."""
 
 
 @dataclass(frozen=True)
 class MainGradient:
     """Where a trainer keeps the gradient of the output matrix, so that no second tensor of its size is needed.
 
-    A gradient formed in the forward pass must be scaled by then: the trainer states what backward will multiply the
-    loss with, and backward raises where it does not. One forward pass, then one backward pass.
+    A gradient computed in the forward pass must be scaled there: the trainer states what backward will multiply the
+    loss by, and backward raises where it does not. One forward pass, then one backward pass.
     """
 
     buffer: Tensor
@@ -69,25 +65,23 @@ class MainGradient:
     """Derivative of what backward is called on with respect to the loss's `total`."""
 
     placeholder: bool = False
-    """Whether autograd must still hand zeros of the matrix's size to the parameter's hooks, which count on some
-    gradient (Megatron's, where it overlaps the reduction of gradients with the backward pass). Else the parameter
+    """Whether autograd must still pass zeros of the matrix's size to the parameter's hooks, which require some
+    gradient (Megatron's, where it overlaps the reduction of gradients with the backward pass). Otherwise the parameter
     gets none from the loss."""
 
 
 def loss_from_hidden(
     student_hidden: Tensor,
     student_weight: Tensor,
-    frozen: FrozenStates,
+    vectors: HiddenPair,
     teacher_weight: Tensor,
     *,
     target: Target,
     divergence: Divergence,
-    vocab_size: int,
-    tp_group: dist.ProcessGroup | None = None,
+    shard: VocabShard,
     token_weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     centre: Tensor | None = None,
-    soft_cap: float | None = None,
     fused: str = "auto",
     main_gradient: MainGradient | None = None,
     diagnosed: DiagnosedTokens | None = None,
@@ -98,128 +92,113 @@ def loss_from_hidden(
         q = softmax(W·anchor/τ + a_T·c·tanh((W·d − w̄·d)/(τ·c)) + a_S·sg[W_s·h/τ])
         total = Σ_n token_weights[n] · D(p_n, q_n)
 
-    which is eq. 13-18 for `PurifiedTarget`. Why a weighted sum, and not the [N] losses: the gradients are formed in
-    the forward pass and that of `student_weight` is summed over the tokens there, so a token's weight must be known
-    by then. Give 1/(number of tokens), or 1/(sequences · length of the token's sequence), as `token_weights`, and call
-    backward on `total`, possibly scaled by any scalar. `per_token` is detached: a loss built from it has no gradient.
+    which is eq. 13-18 for `Target.purified`. The result is a weighted sum and not the [N] losses because the gradient
+    of `student_weight` is summed over the tokens in the forward pass, where a token's weight must be known. Pass
+    1/(number of tokens), or 1/(sequences · length of the token's sequence), as `token_weights`, and call backward on
+    `total`, possibly scaled by any scalar. `per_token` is detached: a loss built from it has no gradient.
 
-    A model that caps its logits softly, z = κ·tanh(W·h/κ), has no such form in two vectors: with `soft_cap`, each
-    branch of the target has its own product and the mean of eq. 14 its own all-reduce; the gradient goes through κ.
-
-    Sharding: hidden states are replicated over `tp_group`, the two matrices are this rank's rows. All ranks of the
+    Sharding: hidden states are replicated over `shard.group`, the two matrices are this rank's rows. All ranks of the
     group have the same N and the same diagnosed tokens. The gradient of `student_hidden` is the full one, summed over
-    `tp_group` here, as Megatron's output layer does it (so hand in hidden states that were gathered with no sum in
+    the group here, as Megatron's output layer does it (so pass hidden states that were gathered with no sum in
     their own backward); the gradient of `student_weight` is this rank's rows, with zeros in padding.
 
-    Products for each chunk of tokens: one stacked product where student and teacher share the matrix (told by their
+    Products for each chunk of tokens: one stacked product where student and teacher share the matrix (the same
     storage), else one for each vector; one for dh and one for dW. Collectives for each chunk: 1 for the KLs (an
-    all-gather of 8 floats per token) and 2 for the JSD (an all-reduce of 2 more); 1 more for a softly capped model with
-    a capped target. Each is under way while the products of the chunk before are computed (dh and dW). 1 on [H] where
-    `centre` is needed and not given; backward 1 on [N, H] where `student_hidden` needs a gradient.
+    all-gather of 8 floats per token) and 2 for the JSD (an all-reduce of 2 more). Each is under way while the products
+    of the previous chunk are computed (dh and dW). 1 on [H] where `centre` is needed and not passed; backward 1 on
+    [N, H] where `student_hidden` needs a gradient.
 
     Precision: products of matrices in the dtype of the matrix, everything else in fp32 (float64 where
     `student_weight` is float64). The gradient of `student_weight` is summed over the chunks in fp32 and rounded once.
 
     Memory: a [C, V] tensor in fp32 for the student and one for each vector of the target, plus one for the gradient
-    (in the matrix's dtype) with more than one shard or in bf16, plus the rows of diagnosed tokens; plus dh of
+    (in the matrix's dtype) with more than one shard or in bf16, plus the products of diagnosed tokens; plus dh of
     [N, H]; plus dW in fp32, unless there is a `main_gradient`. What needs no gradient costs nothing: a frozen
     or LoRA-covered `student_weight`, or anything under torch.no_grad. `benchmarks/README.md` has the figures.
 
     Args:
         student_hidden: h [N, H], final hidden state after the last norm, at the response positions only.
         student_weight: W_s [V_pad/tp, H], live.
-        frozen: from `frozen_states` (or `hidden_pair`): vectors of N tokens. A shift is in fp32, and rounded once, to
-            the dtype of the matrix.
+        vectors: `hidden_pair` of N tokens. A shift is in fp32, and rounded once, to the dtype of the matrix.
         teacher_weight: W [V_pad/tp, H], frozen; may be the same tensor as `student_weight`.
-        target: the family member that `frozen` was made for.
+        target: what `vectors` were computed for.
         divergence: which divergence.
-        vocab_size: size of the true vocabulary.
-        tp_group: the group over which the vocabulary is sharded; None for one shard.
+        shard: which rows of the vocabulary the matrices are.
         token_weights: [N], constants; None for 1 each, which makes `total` the plain sum.
         chunk_tokens: tokens of a chunk; None takes what keeps the chunk's buffers within 0.4 of an fp32 [8192, V].
-        centre: w̄ = `mean_row(teacher_weight, ...)`, computed here where needed and None.
-        soft_cap: κ of a model that caps its logits softly; `frozen` is then `SeparateStates`.
+        centre: w̄ = `mean_output_vector(teacher_weight, shard)`, computed here where needed and None.
         fused: `auto`, `always` or `never`: whether the arithmetic between products is compiled; see `fusion`.
-        main_gradient: where to add the gradient of `student_weight`; None gives it to autograd.
-        diagnosed: tokens on which to decompose the teacher's signal; adds their rows to the products.
+        main_gradient: where to add the gradient of `student_weight`; None returns it to autograd.
+        diagnosed: tokens on which to decompose the teacher's signal; adds their states to the products.
 
     Raises:
-        UserError: the shards together are smaller than the vocabulary, or `fused` is unknown.
+        UserError: `fused` is unknown.
         ValueError: shapes, dtypes or vectors do not fit each other or the target.
         RuntimeError: in backward, where it does not keep what `main_gradient` states.
     """
-    states = {name: state.detach() for name, state in frozen._asdict().items() if state is not None}
     dtype = statistics_dtype(student_weight)
-    check_inputs(student_hidden, student_weight, frozen, teacher_weight, target, token_weights, diagnosed, soft_cap)
-    if main_gradient is not None and (
-        main_gradient.buffer.shape != student_weight.shape or main_gradient.buffer.dtype != dtype
-    ):
-        got = f"{main_gradient.buffer.dtype} of shape {tuple(main_gradient.buffer.shape)}"
-        raise ValueError(f"main_gradient is {got}; need {dtype} of shape {tuple(student_weight.shape)}")
+    check_inputs(
+        student_hidden, student_weight, vectors, teacher_weight, target, shard, token_weights, diagnosed, main_gradient
+    )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; need at least 1")
-    valid = true_width(student_weight.shape[0], vocab_size, tp_group)
-    if isinstance(frozen, HiddenPair) and frozen.shift is not None and centre is None:
-        centre = mean_row(teacher_weight, vocab_size, tp_group)
+    if vectors.shift is not None and centre is None:
+        centre = mean_output_vector(teacher_weight, shard)
     record = torch.is_grad_enabled()
     gradients = record and (student_hidden.requires_grad or student_weight.requires_grad)
     # The gradient needs memory of its own where it outlives the chunk's logits, or is smaller than they are.
     rounded = student_weight.is_cuda and student_weight.dtype != dtype
-    own_gradient = gradients and (rounded or group_size(tp_group) > 1)
-    buffers = 1 + len(states) + (soft_cap is not None) + (0.5 if rounded else 1) * own_gradient
-    plan = Plan(
+    separate_gradient = gradients and (rounded or shard.ranks > 1)
+    buffers = 1 + target.vectors + (0.5 if rounded else 1) * separate_gradient
+    spec = LossSpec(
         target=target,
         divergence=divergence,
-        frozen=states,
-        teacher=teacher_weight.detach()[:valid],
+        vectors=HiddenPair(*(None if x is None else x.detach() for x in vectors)),
+        teacher=teacher_weight.detach()[: shard.true_width],
         centre=centre,
-        soft_cap=soft_cap,
         token_weights=token_weights,
         diagnosed=diagnosed,
-        vocab_size=vocab_size,
-        widths=true_widths(student_weight.shape[0], vocab_size, tp_group),
-        valid=valid,
+        shard=shard,
         chunk_tokens=default_chunk_tokens(buffers) if chunk_tokens is None else chunk_tokens,
-        stages=choose_stages(fused, valid, dtype),
-        tp_group=tp_group,
+        kernels=choose_kernels(fused, shard.true_width, dtype),
         weight_scale=1.0 if main_gradient is None else main_gradient.upstream,
         hidden_gradient=record and student_hidden.requires_grad,
         weight_gradient=record and student_weight.requires_grad,
-        own_gradient=own_gradient,
+        separate_gradient=separate_gradient,
     )
     with torch.autocast(student_hidden.device.type, enabled=False):
-        total, per_token, statistics_4N, products_5D = _HiddenLossFunction.apply(
-            student_hidden, student_weight, plan, main_gradient
+        total, per_token, statistics_SN, products_5D = _HiddenLossFunction.apply(
+            student_hidden, student_weight, spec, main_gradient
         )
     return HiddenLoss(
         total,
         per_token,
-        TokenStatistics(*statistics_4N),
-        None if diagnosed is None else decomposition_statistics(products_5D),
+        StatisticValues(TOKEN_STATISTICS, statistics_SN),
+        None if diagnosed is None else signal_statistics(products_5D),
     )
 
 
 class _HiddenLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_NH: Tensor, w_WH: Tensor, plan: Plan, main_gradient: MainGradient | None
+        ctx: Any, h_NH: Tensor, w_WH: Tensor, spec: LossSpec, main_gradient: MainGradient | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dh_NH = torch.empty_like(h_NH) if plan.hidden_gradient else None
+        dh_NH = torch.empty_like(h_NH) if spec.hidden_gradient else None
         dw_WH = None
-        if plan.weight_gradient:
+        if spec.weight_gradient:
             dtype = statistics_dtype(w_WH)
             dw_WH = torch.zeros_like(w_WH, dtype=dtype) if main_gradient is None else main_gradient.buffer
-        sweep = Sweep(plan, h_NH, w_WH.detach()[: plan.valid], dh_NH, dw_WH)
-        sweep()
-        weights_N = plan.token_weights
-        total = sweep.per_token_N.sum() if weights_N is None else (sweep.per_token_N * weights_N).sum()
-        ctx.main_gradient = main_gradient if plan.weight_gradient else None
+        loss = ChunkedLoss(spec, h_NH, w_WH.detach()[: spec.shard.true_width], dh_NH, dw_WH)
+        loss()
+        weights_N = spec.token_weights
+        total = loss.per_token_N.sum() if weights_N is None else (loss.per_token_N * weights_N).sum()
+        ctx.main_gradient = main_gradient if spec.weight_gradient else None
         ctx.spent = False
         ctx.save_for_backward(dh_NH, dw_WH if ctx.main_gradient is None else None)
-        ctx.tp_group = plan.tp_group
+        ctx.group = spec.shard.group
         ctx.weight_shape, ctx.weight_dtype = w_WH.shape, w_WH.dtype
-        ctx.mark_non_differentiable(sweep.per_token_N, sweep.statistics_4N, sweep.products_5D)
-        return total.to(sweep.per_token_N.dtype), sweep.per_token_N, sweep.statistics_4N, sweep.products_5D
+        ctx.mark_non_differentiable(loss.per_token_N, loss.statistics_SN, loss.products_5D)
+        return total.to(loss.per_token_N.dtype), loss.per_token_N, loss.statistics_SN, loss.products_5D
 
     @staticmethod
     @once_differentiable
@@ -227,7 +206,7 @@ class _HiddenLossFunction(torch.autograd.Function):
         upstream = gradients[0]
         dh_NH, dw_WH = ctx.saved_tensors
         if dh_NH is not None:
-            dh_NH = reduce_sum_(dh_NH * upstream.to(dh_NH.dtype), ctx.tp_group) if dh_NH.numel() else dh_NH
+            dh_NH = reduce_sum_(dh_NH * upstream.to(dh_NH.dtype), ctx.group) if dh_NH.numel() else dh_NH
         if ctx.main_gradient is not None:
             _check_upstream(ctx, upstream)
             if ctx.main_gradient.placeholder:
@@ -238,11 +217,11 @@ class _HiddenLossFunction(torch.autograd.Function):
 
 
 def _check_upstream(ctx: Any, upstream: Tensor) -> None:
-    """Refuses what the gradient that was added in the forward pass does not stand for."""
+    """Refuses a backward pass whose gradient is not what was added in the forward pass."""
     if ctx.spent:
         raise RuntimeError("a second backward pass over a loss that added its gradient to main_gradient")
     ctx.spent = True
     stated = ctx.main_gradient.upstream
     agrees = (upstream - stated).abs() <= _UPSTREAM_TOLERANCE * abs(stated)
     # On a GPU this waits for nothing: the check runs there.
-    torch._assert_async(agrees, f"backward does not multiply the loss with main_gradient.upstream={stated}")
+    torch._assert_async(agrees, f"backward does not multiply the loss by main_gradient.upstream={stated}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nemo_popsd.distillation.target import HiddenPair
 
 # Rows start at multiples of this, so that each branch's part of a buffer is aligned for vector loads in every dtype.
 _ALIGNMENT = 8
@@ -49,71 +50,84 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Non
         total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
 
 
+class SampledStates(NamedTuple):
+    """States of the sampled tokens beside the vectors of their target; see `decomposition`."""
+
+    privileged: Tensor
+    """h_T [D, H]."""
+    reference: Tensor | None
+    """h_ref [D, H]; None where the target has a shift, since W·h_ref is W·h_T less W·d then."""
+
+
 class ChunkProducts(NamedTuple):
-    """W·h of one chunk's tokens, in the dtype of the statistics; overwritten by the next chunk's."""
+    """Products of one chunk's tokens, in the dtype of the statistics; overwritten by the next chunk's."""
 
     student: Tensor
-    """[C, V]."""
-    frozen: dict[str, Tensor]
-    """[C, V] each, by the names given."""
-    sample: dict[str, Tensor]
-    """[D, V] each, by the names given: D of the chunk's tokens."""
+    """W_s·h [C, V]."""
+    anchor: Tensor | None
+    """W·anchor [C, V]."""
+    shift: Tensor | None
+    """W·d [C, V]."""
+    sampled_privileged: Tensor | None
+    """W·h_T [D, V]; D of the chunk's tokens."""
+    sampled_reference: Tensor | None
+    """W·h_ref [D, V]."""
 
 
 class Products:
-    """All products of one chunk of tokens after the other.
+    """The products of one chunk of tokens at a time.
 
     Where student and frozen branches share one matrix, a chunk takes a single product of their stacked states;
-    otherwise one for each branch, with the sample's rows on top of the last. All have the same precision and, for
+    otherwise one for each vector, with the sampled states below the last. All have the same precision and, for
     equal states, the same bits: hence a loss of exactly 0 where the student is the target.
 
-    Memory: one [C, V] buffer for each branch and one of at most [C, V] for each of the sample's.
+    Memory: one [C, V] buffer for each vector and at most one for each of the sampled states.
     """
 
     def __init__(
         self,
         student_NH: Tensor,
         student_VH: Tensor,
-        frozen_NH: Mapping[str, Tensor],
+        vectors: HiddenPair,
         teacher_VH: Tensor,
-        sample_DH: Mapping[str, Tensor],
+        sampled: SampledStates | None,
         *,
         chunk_tokens: int,
         sampled_tokens: int,
     ) -> None:
-        """Makes the buffers.
+        """Allocates the buffers.
 
         Args:
             student_NH: states of all tokens.
             student_VH: true rows of the live matrix.
-            frozen_NH: states of the frozen branches, at least one, by name.
+            vectors: of the target, of all tokens; at least one.
             teacher_VH: true rows of the frozen matrix.
-            sample_DH: further states of some tokens, by name.
+            sampled: further states of the sampled tokens.
             chunk_tokens: most tokens of a chunk.
             sampled_tokens: most sampled tokens of a chunk.
         """
         self._student, self._student_weight = student_NH, student_VH
-        self._frozen, self._teacher_weight = frozen_NH, teacher_VH
-        self._sample = sample_DH
+        self._vectors, self._teacher_weight = vectors, teacher_VH
+        self._frozen = [x for x in vectors if x is not None]
+        self._sampled = [] if sampled is None else [x for x in sampled if x is not None]
         self.stacked = share_storage(student_VH, teacher_VH)
-        rows = (1 + len(frozen_NH)) * _aligned(chunk_tokens) + len(sample_DH) * _aligned(sampled_tokens)
+        rows = (1 + len(self._frozen)) * _aligned(chunk_tokens) + len(self._sampled) * _aligned(sampled_tokens)
         dtype = statistics_dtype(student_VH)
         self._products = student_NH.new_empty(rows, student_VH.shape[0], dtype=dtype)
         # Zeros, since rows between the parts go through the product too.
         self._states = student_NH.new_zeros(rows, student_NH.shape[1], dtype=teacher_VH.dtype)
 
     def __call__(self, chunk: slice, sampled: slice) -> ChunkProducts:
-        """The products of tokens `chunk`, and of rows `sampled` of the sample's states."""
+        """The products of tokens `chunk`, and of entries `sampled` of the sampled states."""
         tokens, width = _length(chunk), _aligned(_length(chunk))
-        names = list(self._frozen)
-        starts = {name: (1 + position) * width for position, name in enumerate(names)}
-        for name, start in starts.items():
-            self._states[start : start + tokens] = self._frozen[name][chunk]
-        end = (1 + len(names)) * width
-        samples: dict[str, slice] = {}
-        for name, states in self._sample.items():
-            samples[name] = slice(end, end + _length(sampled))
-            self._states[samples[name]] = states[sampled]
+        frozen = [slice((1 + i) * width, (1 + i) * width + tokens) for i in range(len(self._frozen))]
+        for rows, states in zip(frozen, self._frozen, strict=True):
+            self._states[rows] = states[chunk]
+        end = (1 + len(frozen)) * width
+        samples = []
+        for states in self._sampled:
+            samples.append(slice(end, end + _length(sampled)))
+            self._states[samples[-1]] = states[sampled]
             end += _aligned(_length(sampled))
         if self.stacked:
             self._states[:tokens] = self._student[chunk]
@@ -121,17 +135,22 @@ class Products:
         else:
             live = self._student[chunk].to(self._student_weight.dtype)
             product_into(self._products[:tokens], live, self._student_weight.t())
-            for name in names:
-                self._multiply(slice(starts[name], starts[name] + tokens if name != names[-1] or not samples else end))
+            for rows in frozen[:-1]:
+                self._multiply(rows)
+            self._multiply(slice(frozen[-1].start, end if samples else frozen[-1].stop))
+        of_vectors = [self._products[rows] for rows in frozen]
+        of_samples = [self._products[rows] for rows in samples]
         return ChunkProducts(
-            self._products[:tokens],
-            {name: self._products[start : start + tokens] for name, start in starts.items()},
-            {name: self._products[rows] for name, rows in samples.items()},
+            student=self._products[:tokens],
+            anchor=None if self._vectors.anchor is None else of_vectors[0],
+            shift=None if self._vectors.shift is None else of_vectors[-1],
+            sampled_privileged=of_samples[0] if of_samples else None,
+            sampled_reference=of_samples[1] if len(of_samples) > 1 else None,
         )
 
-    def rounded_states(self, name: str, tokens: int) -> Tensor:
-        """States of frozen branch `name` as they went into the last chunk's product: [C, H]."""
-        start = (1 + list(self._frozen).index(name)) * _aligned(tokens)
+    def rounded_shift(self, tokens: int) -> Tensor:
+        """The shift as it entered the last chunk's product: [C, H]."""
+        start = len(self._frozen) * _aligned(tokens)
         return self._states[start : start + tokens]
 
     def _multiply(self, rows: slice) -> None:

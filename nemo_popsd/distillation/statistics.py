@@ -1,23 +1,152 @@
-"""Per-token statistics of the loss, which fall out of its own arithmetic."""
+"""What is measured of every token beside the loss: each statistic is declared here once, and reaches the metrics, the
+loggers, the report and the diagnosis from its declaration.
+
+Token statistics compare the student p = π_θ with the target q = P on every response token, whichever divergence is the
+loss. Signal statistics decompose the teacher's signal (eq. 4) on a sample of tokens:
+
+    Δ_total = log π_T − log π_θ = Δ_ref + Δ_it
+    Δ_ref   = log π_ref − log π_θ      reference-induced, not transferable
+    Δ_it    = log π_T − log π_ref      question-conditioned, transferable
+
+This module needs no torch: formulas use the methods of the tensors that they get.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_popsd.distillation.closed_form import VocabStats
 
 
-class TokenStatistics(NamedTuple):
-    """Per token [N], detached, in nats, whichever divergence is the loss; at the temperature of the target."""
+class SignalProducts(NamedTuple):
+    """Norms and inner products over the full true vocabulary, per token [D]."""
 
-    forward_kl: Tensor
-    """KL(q ‖ p), target to student."""
+    norm_total: Tensor
+    """‖Δ_total‖."""
+    norm_reference: Tensor
+    """‖Δ_ref‖."""
+    norm_question: Tensor
+    """‖Δ_it‖."""
+    total_question: Tensor
+    """⟨Δ_total, Δ_it⟩."""
+    total_reference: Tensor
+    """⟨Δ_total, Δ_ref⟩."""
 
-    reverse_kl: Tensor
-    """KL(p ‖ q), student to target."""
 
-    student_entropy: Tensor
-    """Entropy of p: Σ p·log(1/p)."""
+@dataclass(frozen=True, kw_only=True)
+class Statistic:
+    """Declaration of a figure per token; what is logged is its mean over tokens."""
 
-    target_entropy: Tensor
-    """Entropy of q: Σ q·log(1/q)."""
+    name: str
+    """In metrics (`train/NAME`), records of a diagnosis and code."""
+    symbol: str
+    """The title of its plots and columns."""
+    unit: str
+    """Unit, or "" for a pure number."""
+    meaning: str
+    """What it is, or how to read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStatistic(Statistic):
+    """A figure of student and target at one token, measured on every response token."""
+
+    definition: Callable[[Tensor, Tensor], Tensor]
+    """From log p and log q [N, v] to the terms [N, v] whose sum over the full vocabulary is the figure."""
+    closed_form: Callable[[VocabStats], Tensor]
+    """The same figure [N] from what the loss has computed already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalStatistic(Statistic):
+    """A figure of the decomposed signal at one token, measured on a sample of tokens."""
+
+    formula: Callable[[SignalProducts], Tensor]
+    """From norms and products [D] to the figure [D]; NaN where it is not defined, which means leave out."""
+
+
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, NaN where the denominator is exactly 0 (student and teacher agree)."""
+    return numerator / denominator.where(denominator != 0, math.nan)
+
+
+TOKEN_STATISTICS: tuple[TokenStatistic, ...] = (
+    TokenStatistic(
+        name="forward_kl",
+        symbol="KL(target ‖ student)",
+        unit="nats per token",
+        meaning="how far the target asks the student to go",
+        definition=lambda log_p, log_q: log_q.exp() * (log_q - log_p),
+        closed_form=lambda stats: stats.forward_kl,
+    ),
+    TokenStatistic(
+        name="reverse_kl",
+        symbol="KL(student ‖ target)",
+        unit="nats per token",
+        meaning="how unlikely the student's tokens are under the target",
+        definition=lambda log_p, log_q: log_p.exp() * (log_p - log_q),
+        closed_form=lambda stats: stats.reverse_kl,
+    ),
+    TokenStatistic(
+        name="student_entropy",
+        symbol="Entropy of the student",
+        unit="nats per token",
+        meaning="how undecided the student is",
+        definition=lambda log_p, log_q: -(log_p.exp() * log_p),
+        closed_form=lambda stats: stats.student_entropy,
+    ),
+    TokenStatistic(
+        name="target_entropy",
+        symbol="Entropy of the target",
+        unit="nats per token",
+        meaning="how undecided the target is",
+        definition=lambda log_p, log_q: -(log_q.exp() * log_q),
+        closed_form=lambda stats: stats.target_entropy,
+    ),
+)
+"""Measured on every response token."""
+
+SIGNAL_STATISTICS: tuple[SignalStatistic, ...] = (
+    SignalStatistic(
+        name="norm_ratio",
+        symbol="‖Δ_ref‖ / ‖Δ_total‖",
+        unit="",
+        meaning="above 1: the reference-induced part is larger than the complete signal",
+        formula=lambda signal: quotient(signal.norm_reference, signal.norm_total),
+    ),
+    SignalStatistic(
+        name="cosine_question",
+        symbol="cos(Δ_total, Δ_it)",
+        unit="",
+        meaning="below 0: plain OPSD pushes against the question-conditioned part",
+        formula=lambda signal: quotient(signal.total_question, signal.norm_total * signal.norm_question),
+    ),
+    SignalStatistic(
+        name="cosine_reference",
+        symbol="cos(Δ_total, Δ_ref)",
+        unit="",
+        meaning="near 1: plain OPSD follows the reference-induced part",
+        formula=lambda signal: quotient(signal.total_reference, signal.norm_total * signal.norm_reference),
+    ),
+)
+"""Measured on the diagnosed tokens."""
+
+
+@dataclass(frozen=True)
+class StatisticValues:
+    """Values of declared statistics for the same tokens, detached."""
+
+    declared: Sequence[Statistic]
+    """What they are, in the order of the values."""
+    values: Tensor
+    """[len(declared), N]."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The values [N] of the statistic called `name`."""
+        return self.values[[statistic.name for statistic in self.declared].index(name)]

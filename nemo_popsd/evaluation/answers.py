@@ -1,31 +1,31 @@
-r"""Final answers: finding one in a response. The first rule that applies:
+r"""Extraction of the final answer from a response, by the first rule that applies:
 
 1. with a pattern: the group of its last match;
-2. else the last `\boxed{...}` whose braces balance and which is not empty. `\{` and `\}` are text and do not
-   count as braces. A box that the length limit cut open is passed over, and so is an empty one, as when the
-   response quotes its instructions;
-3. else, only when asked for (`last_number=True`), the last number in the text.
+2. else the last `\boxed{...}` with balanced braces that is not empty. `\{` and `\}` are text and do not count as
+   braces. A box that is open because the response was truncated is skipped, and so is an empty one, which occurs when
+   the response quotes its instructions;
+3. else, only with `last_number=True`, the last number in the text.
 
-The thinking is searched like the rest: a response that was cut before it closed its thinking may have answered there.
-How answers are compared is the matter of `algebra` and `equivalence`.
+The thinking is searched too: a response that was truncated before it closed its thinking may contain an answer.
+`algebra` and `equivalence` compare answers.
 """
 
 from __future__ import annotations
 
 import re
 
-# What matters for balancing: the opening of a box, an escaped character, a brace.
+# The tokens that determine the balance: the opening of a box, an escaped character, a brace.
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER_IN_TEXT = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?!\w)")
 
 
 def extract_answer(text: str, pattern: str | None = None, *, last_number: bool = False) -> str | None:
-    r"""The final answer in a response, stripped; None when there is none. Rules: see the module.
+    r"""The final answer in a response, stripped; None if there is none. The module lists the rules.
 
     Args:
         text: decoded response.
-        pattern: regular expression with one group, in place of the last `\boxed{...}`.
-        last_number: fall back on the last number in the text.
+        pattern: regular expression with one group, used instead of the last `\boxed{...}`.
+        last_number: fall back to the last number in the text.
     """
     answer: str | None
     if pattern is not None:
@@ -42,7 +42,7 @@ def extract_answer(text: str, pattern: str | None = None, *, last_number: bool =
 
 
 def _last_box(text: str) -> str | None:
-    """Content of the box that opens last among those that close and are not blank. One pass over `text`."""
+    """Content of the box that opens last among those that are closed and not blank, in one pass over `text`."""
     best_start, best = -1, None
     open_braces: list[tuple[int, bool]] = []
     for token in _BRACES.finditer(text):

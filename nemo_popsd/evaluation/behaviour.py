@@ -1,13 +1,13 @@
-r"""How a response reasons, read from its text: reflection segments, closed thinking, repetition.
+r"""Properties of the reasoning in a response's text: reflection segments, closed thinking, repetition.
 
 - A *sentence* ends at a full stop, question or exclamation mark before white space, at "..." or "…", or at a line
-  break. A *reflection segment* is a longest run of consecutive sentences that each hold a marker: "Wait. Maybe 7? No,
-  it is 8. Hmm." has two, "Wait. Maybe 7?" and "Hmm.".
-- Thinking is *closed* where the text holds the closing mark, `</think>`, whether or not it holds the opening one, which
-  many chat templates put into the prompt.
-- *Words* are runs of letters and digits, other visible characters each, and each character of Chinese or Japanese. The
-  *repeated share* is the share of a response's sequences of 16 words that occurred before in it; 0 for fewer than 17
-  words. A response *ends in a loop* where its last words, 64 at least, are one sequence four times over or more.
+  break. A *reflection segment* is a maximal run of consecutive sentences that each contain a marker: "Wait. Maybe 7?
+  No, it is 8. Hmm." has two, "Wait. Maybe 7?" and "Hmm.".
+- Thinking is *closed* if the text contains the closing tag, `</think>`, with or without the opening one, which many
+  chat templates put into the prompt.
+- *Words* are runs of letters and digits, single other visible characters, and single Chinese or Japanese characters.
+  The *repeated share* is the share of a response's sequences of 16 words that occurred earlier in it; 0 for fewer than
+  17 words. A response *ends in a loop* if its last words, at least 64, are one sequence repeated at least four times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_popsd.evaluation.markers import count_markers
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|\n+")
 _WORD = re.compile(r"[぀-ヿ一-鿿]|[^\W぀-ヿ一-鿿]+|[^\w\s]")
 REPEATED_WORDS = 16
-"""Length of the sequences that are compared. Long enough that the phrases of careful reasoning are not among them."""
+"""Length in words of the compared sequences; long enough to exclude the common phrases of careful reasoning."""
 LOOP_WORDS, LOOP_TURNS, _LONGEST_TURN = 64, 4, 1024
 
 
@@ -37,17 +37,17 @@ def reflection_segments(text: str, markers: Sequence[str]) -> int:
 
 
 def closes_thinking(text: str, closing: str) -> bool:
-    """Whether `text` holds the mark that closes the thinking."""
+    """Whether `text` contains the tag that closes the thinking."""
     return closing in text
 
 
 def words_of(text: str) -> list[str]:
-    """The words of `text`, as the module says."""
+    """The words of `text`, as the module defines them."""
     return _WORD.findall(text)
 
 
 def repeated_share(words: Sequence[str]) -> float:
-    """Share of the sequences of `REPEATED_WORDS` words that occurred before, 0 to 1."""
+    """Share of the sequences of `REPEATED_WORDS` words that occurred earlier, 0 to 1."""
     total = len(words) - REPEATED_WORDS + 1
     if total < 2:
         return 0.0
@@ -57,11 +57,11 @@ def repeated_share(words: Sequence[str]) -> float:
 
 
 def ends_in_loop(words: Sequence[str]) -> bool:
-    """Whether the last words are one sequence over and over."""
+    """Whether the last words are one repeated sequence."""
     for turn in range(1, min(_LONGEST_TURN, len(words) // LOOP_TURNS) + 1):
         needed = max(LOOP_WORDS, LOOP_TURNS * turn)
         if needed > len(words):
             break
-        if all(words[-place] == words[-place - turn] for place in range(1, needed - turn + 1)):
+        if all(words[-back] == words[-back - turn] for back in range(1, needed - turn + 1)):
             return True
     return False

@@ -1,4 +1,4 @@
-"""Evaluations side by side, with intervals for the figures and for their changes."""
+"""Comparison of evaluations, with intervals for the statistics and for their changes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _LABELS = {
     "markers_per_1000_tokens": ("markers per 1,000 tokens", ""),
     "segments": ("reflection segments per answer", ""),
     "mean_tokens": ("mean response tokens", "tokens"),
-    "closed_thinking_share": ("closes its thinking", "%"),
+    "closed_thinking_share": ("closed thinking", "%"),
     "repeated_share": ("repeated word sequences", "%"),
     "looping_share": ("ends in a loop", "%"),
-    "cut_share": ("cut at the limit", "%"),
+    "cut_share": ("truncated at the limit", "%"),
     "unanswered_share": ("without an answer", "%"),
-    "undecided_share": ("comparison given up", "%"),
+    "undecided_share": ("comparison undecided", "%"),
 }
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one set of problems, concluded."""
+    """One concluded evaluation of one problem set."""
 
     summary: EvaluationSummary
     scores: tuple[SampleScore, ...]
@@ -47,7 +47,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, directory: EvaluationDirectory) -> Evaluation:
-        """What `EvaluationDirectory.conclude` wrote; scores by other rules of comparison are made again from samples.
+        """Reads what `EvaluationDirectory.conclude` wrote; samples scored by other comparison rules are scored again.
 
         Raises:
             UserError: the evaluation has not been concluded, or samples that must be scored again are missing.
@@ -64,29 +64,29 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Change:
-    """How a figure differs between two evaluations, over the problems that both have."""
+    """The difference of a statistic between two evaluations, over the problems that both have."""
 
     difference: float
     interval: Interval
-    """Paired: both are resampled with the same problems."""
+    """Paired bootstrap interval: both are resampled with the same problems."""
 
 
 def changes_between(before: Evaluation, after: Evaluation, *, resamples: int) -> dict[str, Change]:
-    """`after` − `before` for each figure that both have, over the problems that both have.
+    """`after` − `before` for each statistic that both have, over the problems that both have.
 
     Raises:
         UserError: they have no problem in common.
     """
     old, new = _paired(before, after)
-    found = changes(old, new, resamples=resamples, confidence=before.summary.confidence, seed=RESAMPLING_SEED)
-    return {name: Change(new[name].value - old[name].value, both) for name, both in found.items()}
+    between = changes(old, new, resamples=resamples, confidence=before.summary.confidence, seed=RESAMPLING_SEED)
+    return {name: Change(new[name].value - old[name].value, ends) for name, ends in between.items()}
 
 
 def comparison_table(evaluations: Mapping[str, Evaluation], *, resamples: int) -> str:
-    """Plain-text table: a column per evaluation under its name, and a column for how each differs from the first.
+    """Plain-text table: a column per evaluation, and a column for the change of each relative to the first.
 
-    Accuracies and shares are in per cent, their changes in points; intervals in brackets. Changes are over the problems
-    that both evaluations have; where those are not all, a line below says so.
+    Accuracies and shares are in per cent, their changes in points; intervals are in brackets. Changes are over the
+    problems that both evaluations have; if these are not all problems, a line below states their number.
     """
     columns = list(evaluations.values())
     first, *others = columns
@@ -94,14 +94,14 @@ def comparison_table(evaluations: Mapping[str, Evaluation], *, resamples: int) -
     names = list(evaluations)
     headings = ["change"] if len(others) == 1 else [f"{name} − {names[0]}" for name in names[1:]]  # noqa: RUF001
     rows = [["", *names, *headings]]
-    figures = [_figures(evaluation.summary) for evaluation in columns]
-    for name in dict.fromkeys(name for found in figures for name in found):
+    statistics = [_statistics(evaluation.summary) for evaluation in columns]
+    for name in dict.fromkeys(name for values in statistics for name in values):
         label, unit = _label(name, columns)
         cells = [
-            _cell(found.get(name), column.summary.intervals.get(name), unit)
-            for found, column in zip(figures, columns, strict=True)
+            _cell(values.get(name), column.summary.intervals.get(name), unit)
+            for values, column in zip(statistics, columns, strict=True)
         ]
-        cells += [_change(found.get(name), unit) for found in compared]
+        cells += [_change(change.get(name), unit) for change in compared]
         rows.append([label, *cells])
     rows.append(["problems", *(f"{column.summary.problems:,}" for column in columns), *([""] * len(others))])
     rows.append(["samples", *(f"{column.summary.samples:,}" for column in columns), *([""] * len(others))])
@@ -115,22 +115,22 @@ def comparison_table(evaluations: Mapping[str, Evaluation], *, resamples: int) -
 
 
 def average_over_sets(sets: Mapping[str, Mapping[str, Evaluation]], *, resamples: int) -> str:
-    """Accuracy averaged over sets, each set with equal weight, as the paper reports it.
+    """Accuracy averaged over sets with equal weights, as the paper reports it.
 
     Args:
-        sets: by set, then by model; every set has the same models. With two models or more the change against the first
-            is told too, over the problems that both have.
+        sets: by set, then by model; every set has the same models. With several models, the change relative to the
+            first is included, over the problems that both have.
         resamples: of each set; sets are resampled independently of each other.
     """
     models = list(next(iter(sets.values())))
     confidence = next(iter(next(iter(sets.values())).values())).summary.confidence
     lines = [f"accuracy, average of {', '.join(sets)}"]
     for model in models:
-        accuracies = [figures_of(found[model].scores)["accuracy"] for found in sets.values()]
+        accuracies = [figures_of(by_model[model].scores)["accuracy"] for by_model in sets.values()]
         value, (low, high) = _mean(accuracies, None, resamples, confidence)
         line = f"  {model}: {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
         if model != models[0]:
-            pairs = [_paired(found[models[0]], found[model]) for found in sets.values()]
+            pairs = [_paired(by_model[models[0]], by_model[model]) for by_model in sets.values()]
             value, (low, high) = _mean(
                 [new["accuracy"] for _, new in pairs], [old["accuracy"] for old, _ in pairs], resamples, confidence
             )
@@ -140,49 +140,49 @@ def average_over_sets(sets: Mapping[str, Mapping[str, Evaluation]], *, resamples
 
 
 def read_evaluations(path: str | Path) -> dict[str, Evaluation]:
-    """The evaluations in `path`, by set: the directory of one, or of a model with one for each set.
+    """The evaluations in `path` by set: the directory of one evaluation, or of a model with one for each set.
 
     Raises:
-        UserError: no concluded evaluation is there.
+        UserError: `path` holds no concluded evaluation.
     """
     directory = Path(path)
-    inner = sorted(found.parent for found in directory.glob("*/summary.json"))
-    if (directory / "summary.json").is_file() or not inner:
+    sets = sorted(summary.parent for summary in directory.glob("*/summary.json"))
+    if (directory / "summary.json").is_file() or not sets:
         return {directory.name: Evaluation.read(EvaluationDirectory(directory))}
-    return {found.name: Evaluation.read(EvaluationDirectory(found)) for found in inner}
+    return {one.name: Evaluation.read(EvaluationDirectory(one)) for one in sets}
 
 
 def compare_directories(paths: Sequence[str], *, resamples: int, base: str | None = None) -> str:
-    """The tables of several evaluations: which of them is the base, one for each set that all have, and their average.
+    """The tables of several evaluations: the name of the base, a table for each common set, and the average.
 
     Args:
         paths: directories of evaluations.
         resamples: of each interval.
-        base: the one that the others are compared with, by its name in the tables, its last part or its path; None
-            means the first.
+        base: the evaluation that the others are compared with, by its name in the tables, its last part or its path;
+            None means the first.
 
     Raises:
-        UserError: a path holds no concluded evaluation, they have no set in common, or `base` is none of them.
+        UserError: a path holds no concluded evaluation, they have no set in common, or `base` is not one of them.
     """
     names = {path: _short(path, paths) for path in paths}
     first = paths[0] if base is None else _chosen(base, names)
     ordered = [first, *(path for path in paths if path != first)]
-    found = {names[path]: read_evaluations(path) for path in ordered}
-    how = "the first that was named; --base NAME chooses another" if base is None else "by --base"
-    title = f"base: {names[first]} ({how})\n\n" if len(paths) > 1 else ""
-    single = all(len(sets) == 1 for sets in found.values())
-    if single:  # whatever the sets are called; problems in common are checked
-        only = {name: next(iter(sets.values())) for name, sets in found.items()}
+    evaluations = {names[path]: read_evaluations(path) for path in ordered}
+    origin = "the first argument; --base NAME selects another" if base is None else "by --base"
+    title = f"base: {names[first]} ({origin})\n\n" if len(paths) > 1 else ""
+    single = all(len(sets) == 1 for sets in evaluations.values())
+    if single:  # the names of the sets may differ; common problems are checked
+        only = {name: next(iter(sets.values())) for name, sets in evaluations.items()}
         return title + comparison_table(only, resamples=resamples)
-    common = [name for name in next(iter(found.values())) if all(name in sets for sets in found.values())]
+    common = [name for name in next(iter(evaluations.values())) if all(name in sets for sets in evaluations.values())]
     if not common:
         raise UserError(
             "comparison",
-            got="; ".join(f"{name} with {', '.join(sets)}" for name, sets in found.items()),
-            need="a set of problems that all have",
+            got="; ".join(f"{name} with {', '.join(sets)}" for name, sets in evaluations.items()),
+            need="a problem set that all have",
             fix="name other directories",
         )
-    by_set = {name: {model: sets[name] for model, sets in found.items()} for name in common}
+    by_set = {name: {model: sets[name] for model, sets in evaluations.items()} for name in common}
     return title + tables_of_sets(by_set, resamples=resamples)
 
 
@@ -195,7 +195,7 @@ def tables_of_sets(by_set: Mapping[str, Mapping[str, Evaluation]], *, resamples:
 
 
 def _short(path: str, paths: Sequence[str]) -> str:
-    """The end of `path` that tells it from the others."""
+    """The shortest end of `path` that distinguishes it from the others."""
     parts = [Path(other).absolute().parts for other in paths]
     own = Path(path).absolute().parts
     for length in range(1, len(own) + 1):
@@ -205,22 +205,22 @@ def _short(path: str, paths: Sequence[str]) -> str:
 
 
 def _chosen(base: str, names: Mapping[str, str]) -> str:
-    """The one path that `base` means.
+    """The path that `base` names.
 
     Raises:
-        UserError: none, or several.
+        UserError: it names none or several.
     """
     wanted = Path(base).absolute()
-    found = [path for path, name in names.items() if base == name or wanted == Path(path).absolute()]
-    found = found or [path for path in names if Path(path).absolute().name == base]
-    if len(found) != 1:
+    matches = [path for path, name in names.items() if base == name or wanted == Path(path).absolute()]
+    matches = matches or [path for path in names if Path(path).absolute().name == base]
+    if len(matches) != 1:
         raise UserError(
             "comparison",
-            got=f"--base {base}, which is {'none' if not found else 'several'} of the evaluations",
+            got=f"--base {base}, which names {'several' if matches else 'none'} of the evaluations",
             need=f"one of {', '.join(names.values())}",
             fix="set --base to one of these names",
         )
-    return found[0]
+    return matches[0]
 
 
 def _paired(before: Evaluation, after: Evaluation) -> tuple[dict[str, Ratio], dict[str, Ratio]]:
@@ -230,7 +230,7 @@ def _paired(before: Evaluation, after: Evaluation) -> tuple[dict[str, Ratio], di
             "comparison",
             got="evaluations of different problems",
             need="at least one problem that both have",
-            fix="compare evaluations of one set",
+            fix="compare evaluations of the same set",
         )
     old, new = (figures_of([s for s in side.scores if s.problem in common]) for side in (before, after))
     return old, new
@@ -241,30 +241,30 @@ def _problems(evaluation: Evaluation) -> set[str]:
 
 
 def _mean(
-    figures: Sequence[Ratio], less: Sequence[Ratio] | None, resamples: int, confidence: float
+    ratios: Sequence[Ratio], baseline: Sequence[Ratio] | None, resamples: int, confidence: float
 ) -> tuple[float, Interval]:
-    """Mean of figures over different sets, minus that of `less`; each set is resampled with a seed of its own."""
+    """Mean of a statistic over several sets, minus that of `baseline`; each set is resampled with its own seed."""
     total, value = np.zeros(resamples), 0.0
-    for place, figure in enumerate(figures):
-        seed = RESAMPLING_SEED + place
-        total += resampled([figure], resamples=resamples, seed=seed)[:, 0]
-        value += figure.value
-        if less is not None:
-            total -= resampled([less[place]], resamples=resamples, seed=seed)[:, 0]
-            value -= less[place].value
-    return value / len(figures), interval(total / len(figures), confidence)
+    for index, ratio in enumerate(ratios):
+        seed = RESAMPLING_SEED + index
+        total += resampled([ratio], resamples=resamples, seed=seed)[:, 0]
+        value += ratio.value
+        if baseline is not None:
+            total -= resampled([baseline[index]], resamples=resamples, seed=seed)[:, 0]
+            value -= baseline[index].value
+    return value / len(ratios), interval(total / len(ratios), confidence)
 
 
-def _figures(summary: EvaluationSummary) -> dict[str, float]:
-    """The figures of a summary in the order of the table."""
-    found: dict[str, float] = {}
+def _statistics(summary: EvaluationSummary) -> dict[str, float]:
+    """The statistics of a summary in the order of the table."""
+    values: dict[str, float] = {}
     for name in _LABELS:
-        found[name] = getattr(summary, name)
+        values[name] = getattr(summary, name)
         if name == "accuracy":
-            found |= {f"pass_at.{k}": value for k, value in summary.pass_at.items()}
+            values |= {f"pass_at.{k}": value for k, value in summary.pass_at.items()}
         if name == "markers_per_1000_tokens":
-            found |= {f"marker_rates.{marker}": value for marker, value in summary.marker_rates.items()}
-    return found
+            values |= {f"marker_rates.{marker}": value for marker, value in summary.marker_rates.items()}
+    return values
 
 
 def _label(name: str, columns: Sequence[Evaluation]) -> tuple[str, str]:
@@ -296,7 +296,7 @@ def _number(value: float, unit: str, sign: str = "") -> str:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()

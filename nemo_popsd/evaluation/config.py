@@ -15,30 +15,30 @@ from nemo_popsd.settings.checks import one_of, pattern, refuse
 
 @dataclass(kw_only=True)
 class EndpointConfig:
-    """An OpenAI-compatible server (`vllm serve` is one), asked through its completions API.
+    """An OpenAI-compatible server, such as `vllm serve`, used through its completions API.
 
-    `student.source` still names the model's directory, of which only tokenizer and chat template are read. A key goes
-    into an environment variable, never into the configuration.
+    `student.source` still names the model's directory, from which only tokenizer and chat template are read. A key
+    belongs in an environment variable, not in the configuration.
     """
 
     url: str = ""
     """Base URL up to and including `/v1`, such as `http://localhost:8000/v1`; empty evaluates with Megatron."""
     model: str = ""
-    """Name under which the server serves the model; empty takes the only one that it lists."""
+    """Name of the model on the server; empty uses the only model that the server lists."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the key; without it, none is sent."""
     prompts: str = "token_ids"
-    """`token_ids`, or `text` for servers that take no ids. Both are the rendered chat template."""
+    """`token_ids`, or `text` for servers that do not accept ids. Both are the rendered chat template."""
     dialect: str = "vllm"
-    """`vllm` sends vLLM's own parameters too, which turn off the sampling defaults that a served model brings along;
-    `openai` sends the standard ones alone, and the server's defaults hold for the rest."""
+    """`vllm` also sends vLLM's own parameters, which override the sampling defaults of the served model; `openai` sends
+    only the standard parameters, and the server's defaults apply to the others."""
     concurrency: Annotated[int, Bounds(1, 10**4)] = 64
-    """Requests under way at a time."""
+    """Maximum number of concurrent requests."""
     timeout_seconds: Annotated[float, Bounds(0, SECONDS_OF_30_DAYS, above=True)] = 7200.0
-    """Longest wait for one response."""
+    """Maximum time to wait for one response."""
     retries: Annotated[int, Bounds(0, 16)] = 6
-    """Repeats of a request that failed for a reason that may pass (connection, 408, 409, 429, 5xx), after 1, 2, 4, ...
-    seconds, or when the server says."""
+    """Retries of a request after a transient failure (connection, 408, 409, 429, 5xx), after 1, 2, 4, ... seconds or
+    the time that the server requests."""
 
     def __post_init__(self) -> None:
         one_of("evaluation.endpoint.prompts", self.prompts, ("token_ids", "text"))
@@ -48,7 +48,7 @@ class EndpointConfig:
         if self.url and (parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query):
             raise UserError(
                 "configuration",
-                got="an evaluation.endpoint.url that is no plain http(s) address",  # it may hold a password
+                got="an evaluation.endpoint.url that is not a plain http(s) address",  # it may contain a password
                 need="http(s)://HOST[:PORT]/v1 without a user, a password or a query",
                 fix="set evaluation.endpoint.url, and the key in the environment",
             )
@@ -56,46 +56,50 @@ class EndpointConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """What is sampled, and how the text is read.
+    """Sampling and scoring of an evaluation.
 
-    Sampling here is separate from that of the training rollouts and from the softmax temperature of the loss.
+    These sampling settings are separate from those of the training rollouts and from the temperature of the loss.
     """
 
     sets: list[str] = field(default_factory=list)
     """Named sets for `popsd evaluate`: aime24, aime25, hmmt25, math500, gsm8k. Empty means `data.validation`."""
     sets_directory: Annotated[str, Text.PATH] = ""
-    """Where files of named sets lie, as `aime24.jsonl` or `.parquet`; the local caches of `datasets` come next."""
+    """Directory with files of named sets, such as `aime24.jsonl` or `.parquet`; then the caches of `datasets` are
+    searched."""
     problems: Annotated[int | None, Bounds(1, 10**9)] = None
     """Evaluate only the first `problems` rows of a set; null means all."""
     samples_per_problem: Annotated[int, Bounds(1, 10**5)] = 1
-    """Responses per problem, the k of avg@k and majority@k. Raised later, only the missing ones are drawn."""
+    """Responses per problem, the k of avg@k and majority@k. If it is raised later, only the missing ones are
+    generated."""
     pass_k: Annotated[list[int], Bounds(1, 10**5)] = field(default_factory=list)
     """The k of pass@k; empty means 2, 4, 8, ... and `samples_per_problem`."""
     temperature: Annotated[float, Bounds(1e-3, 100, or_zero=True)] = 1.0
     """Sampling temperature; 0 takes the most likely token."""
     top_p: Annotated[float, Bounds(1e-6, 1)] = 1.0
-    """Sample from the smallest set of tokens with this much probability; 1 turns it off."""
+    """Sample from the smallest set of tokens with at least this probability; 1 turns it off."""
     top_k: Annotated[int, Bounds(0, 10**6)] = 0
     """Sample from this many most likely tokens; 0 turns it off."""
     max_response_tokens: Annotated[int, Bounds(1, 10**7)] = 38912
-    """Longest response; longer ones are cut and counted."""
+    """Maximum length of a response; longer ones are truncated and counted."""
     answer_pattern: str | None = None
-    """Expression with one group; its last match in a response is the answer. Null reads the last `\\boxed{...}`."""
+    """Regular expression with one group; its last match in a response is the answer. Null uses the last
+    `\\boxed{...}`."""
     without_box: str = "none"
-    """Where that finds nothing: `none` means no answer, which is wrong; `last_number` takes the last number."""
+    """For responses in which that finds nothing: `none` means no answer, which is wrong; `last_number` uses the last
+    number."""
     verify_seconds: Annotated[float, Bounds(0, 3600, above=True)] = 5.0
-    """Longest comparison of two answers by math-verify, which decides what the rules of docs/evaluation.md do not read;
-    one that takes longer is wrong, and counted."""
+    """Time limit for a comparison of two answers by math-verify, which compares answers that the rules of
+    docs/evaluation.md do not cover; an answer that exceeds it counts as wrong and undecided."""
     markers: Annotated[list[str], Text.PROSE] = field(default_factory=lambda: list(DEFAULT_MARKERS))
-    """Epistemic markers to count, as whole words in this very case."""
+    """Epistemic markers to count, as complete words, case-sensitive."""
     thinking_end: Annotated[str, Text.PROSE] = "</think>"
-    """Mark with which a response closes its thinking."""
+    """Tag with which a response closes its thinking."""
     resamples: Annotated[int, Bounds(100, 10**6)] = 2000
-    """Bootstrap resamples of the problems behind each interval."""
+    """Number of bootstrap resamples of the problems for each interval."""
     confidence: Annotated[float, Bounds(0, 1, above=True, below=True)] = 0.95
-    """Share of the resamples that an interval holds."""
+    """Confidence level of the intervals."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    """Server that draws the samples instead of Megatron."""
+    """Server that generates the samples instead of Megatron."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "evaluation")

@@ -1,4 +1,4 @@
-"""Samples from an OpenAI-compatible server, `vllm serve` above all, through its completions API."""
+"""Samples from an OpenAI-compatible server, such as `vllm serve`, through its completions API."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_PAUSE = 60.0
 _LONGEST_COMPLAINT = 500
 _SEEDS = 2**31
-"""vLLM takes 64 bits, other servers 32 with a sign."""
+"""vLLM accepts 64-bit seeds, other servers signed 32-bit ones."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+    """Refuses redirects, which would send the key to another host."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -43,25 +43,25 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """One served model.
 
-    The key is read from the environment when a request is made; it stands in no message and no log.
+    The key is read from the environment for each request; messages and logs do not contain it.
 
     Attributes:
-        model: name under which it is served.
-        identity: that name and, where the server tells it, what stands behind it (vLLM: the directory).
+        model: name of the model on the server.
+        identity: that name and, if the server states it, the origin of the weights (vLLM: the directory).
     """
 
     def __init__(self, config: EndpointConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Asks the server what it serves.
+        """Queries the models of the server.
 
         Raises:
-            UserError: it does not answer, or does not serve the model.
+            UserError: the server does not answer, or does not serve the model.
         """
         self._config = config
         self._tokenizer = tokenizer
         self._has_answered = False
-        # Proxies are those of the environment (`http_proxy`, `no_proxy`), as for any client.
+        # Proxies come from the environment (`http_proxy`, `no_proxy`).
         self._opener = urllib.request.build_opener(_NoRedirect())
-        entries = {str(entry["id"]): entry for entry in self._asked("models", None).get("data", [])}
+        entries = {str(entry["id"]): entry for entry in self._answer("models", None).get("data", [])}
         served = list(entries)
         if config.model not in served and (config.model or len(served) != 1):
             raise UserError(
@@ -75,12 +75,12 @@ class Endpoint:
         self.identity = f"{self.model} from {root}" if root else self.model
 
     def draw(self, draws: Sequence[Draw], sampling: SamplingParams, *, seed: int) -> Iterator[Sample]:
-        """Draws all of `draws`, `concurrency` at a time; yields each as it comes in.
+        """Generates a sample for each of `draws`, with `concurrency` requests at a time; yields each on arrival.
 
         Raises:
             UserError: the server refuses a request.
-            TransientError: it keeps failing, although it answered at first. In both cases requests under way are waited
-                for, and what they bring is yielded before.
+            TransientError: the server answered at first and then keeps failing. In both cases, requests in progress are
+                completed and their samples are yielded first.
         """
         left, taking, stop = iter(draws), threading.Lock(), threading.Event()
         results: queue.SimpleQueue[Sample | Exception | None] = queue.SimpleQueue()
@@ -100,7 +100,7 @@ class Endpoint:
 
         working = min(self._config.concurrency, len(draws))
         for _ in range(working):
-            # Daemons: whoever interrupts the command does not wait for answers that take an hour.
+            # Daemon threads, so that an interrupted command does not wait for answers that take an hour.
             threading.Thread(target=work, daemon=True).start()
         failure: Exception | None = None
         try:
@@ -118,21 +118,21 @@ class Endpoint:
             raise failure
 
     def _sample(self, draw: Draw, sampling: SamplingParams, seed: int) -> Sample:
-        answer = self._asked("completions", self._request(draw, sampling, seed))
+        answer = self._answer("completions", self._request(draw, sampling, seed))
         try:
             (choice,) = answer["choices"]
-            # JSON can hold half a surrogate pair, which no file can.
+            # JSON can contain an unpaired surrogate, which a UTF-8 file cannot.
             text = str(choice["text"]).encode("utf-8", "replace").decode("utf-8")
-            cut = choice["finish_reason"] == "length"
+            truncated = choice["finish_reason"] == "length"
             tokens = int(answer["usage"]["completion_tokens"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"endpoint {self._config.url}",
                 got=f"an answer without {error}",
-                need="choices with text and finish_reason, and usage, as the completions API has them",
-                fix="set evaluation.endpoint.url to a server that speaks it",
+                need="choices with text and finish_reason, and usage, as in the completions API",
+                fix="set evaluation.endpoint.url to a server that supports it",
             ) from None
-        return Sample(problem=draw.prompt.record.id, sample=draw.sample, text=text, tokens=tokens, cut=cut)
+        return Sample(draw.prompt.record.id, draw.sample, text=text, tokens=tokens, truncated=truncated)
 
     def _request(self, draw: Draw, sampling: SamplingParams, seed: int) -> dict[str, Any]:
         ids = list(draw.prompt.prompt)
@@ -154,35 +154,35 @@ class Endpoint:
                 "repetition_penalty": 1.0,
                 "stop_token_ids": sorted(sampling.stop_token_ids),
                 "skip_special_tokens": False,
-                "add_special_tokens": False,  # the chat template has put them in
+                "add_special_tokens": False,  # the chat template contains them
             }
         return request
 
-    def _asked(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The server's answer, asked again while it may come.
+    def _answer(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The server's answer, after up to `retries` retries.
 
         Raises:
-            UserError: it refused, or has never answered in `retries` + 1 times.
-            TransientError: it has answered before, and failed `retries` + 1 times.
+            UserError: the server refused, or has never answered and failed `retries` + 1 times.
+            TransientError: the server has answered before and failed `retries` + 1 times.
         """
         for attempt in range(self._config.retries + 1):
             try:
                 return self._ask_once(path, body)
             except urllib.error.HTTPError as error:
-                complaint = f"status {error.code}: {self._said(error)}"
-                pause = _pause_asked_for(error)
-                if error.code not in _PASSING:
+                complaint = f"status {error.code}: {self._text_of(error)}"
+                pause = _requested_pause(error)
+                if error.code not in _TRANSIENT_STATUS:
                     raise self._failed(complaint) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 complaint, pause = self._redacted(f"{type(error).__name__}: {error}"), None
             if attempt < self._config.retries:
                 seconds = min(_LONGEST_PAUSE, pause if pause is not None else 2.0**attempt * random.uniform(0.5, 1.0))
-                logger.warning("endpoint: %s; asking again in %.1f s", complaint, seconds)
+                logger.warning("endpoint: %s; retrying in %.1f s", complaint, seconds)
                 time.sleep(seconds)
         failed = self._failed(f"{complaint}, {self._config.retries + 1} times")
         if not self._has_answered:
             raise failed
-        fix = "start the same command again, which draws what is missing; look at the server"
+        fix = "check the server, and start the same command again, which generates the missing samples"
         raise TransientError(failed.what, got=failed.got, fix=fix)
 
     def _ask_once(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -198,14 +198,14 @@ class Endpoint:
         with self._opener.open(request, timeout=self._config.timeout_seconds) as response:
             answer = json.loads(response.read())
         if not isinstance(answer, dict):
-            raise ValueError("an answer that is no JSON object")
+            raise ValueError("an answer that is not a JSON object")
         self._has_answered = True
         return answer
 
     def _key(self) -> str:
         return os.environ.get(self._config.key_variable, "")
 
-    def _said(self, error: urllib.error.HTTPError) -> str:
+    def _text_of(self, error: urllib.error.HTTPError) -> str:
         try:
             text = error.read(4 * _LONGEST_COMPLAINT).decode(errors="replace")
         except (OSError, http.client.HTTPException):
@@ -213,7 +213,7 @@ class Endpoint:
         return self._redacted(" ".join(text.split()))[:_LONGEST_COMPLAINT]
 
     def _redacted(self, text: str) -> str:
-        """`text` without the key, which a server may repeat in its complaint."""
+        """`text` without the key, which a server may repeat in its error message."""
         key = self._key()
         return text.replace(key, "***") if key else text
 
@@ -227,7 +227,7 @@ class Endpoint:
         )
 
 
-def _pause_asked_for(error: urllib.error.HTTPError) -> float | None:
+def _requested_pause(error: urllib.error.HTTPError) -> float | None:
     try:
         return max(0.0, float(error.headers.get("Retry-After", "")))
     except ValueError:

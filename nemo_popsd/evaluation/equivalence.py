@@ -1,11 +1,11 @@
-r"""Whether a predicted answer is the expected one: rules of our own, and math-verify for what they do not read.
+r"""Comparison of a predicted with an expected answer: by the rules of `algebra`, and by math-verify for other LaTeX.
 
-1. No answer is wrong.
-2. `nemo_popsd.evaluation.algebra` decides whatever it reads, and all that is no LaTeX: numbers exactly, expressions
-   with 50 and 100 digits, lists, intervals, equations, units and words by the rules of docs/evaluation.md.
-3. An answer with a LaTeX command that these rules do not know, such as an integral, goes to math-verify in a process of
-   its own (`math_worker`), which lets nothing pass that it has not read to the end. A comparison that outlasts the
-   limit or whose process dies is wrong, is counted as undecided, and is killed; the next one gets a new process.
+1. A missing answer is wrong.
+2. `nemo_popsd.evaluation.algebra` decides all answers that it can parse, and all without LaTeX: numbers exactly,
+   expressions with 50 and 100 digits, lists, intervals, equations, units and words by the rules of docs/evaluation.md.
+3. An answer with a LaTeX command that these rules do not cover, such as an integral, goes to math-verify in a separate
+   process (`math_worker`), which accepts only answers that it has parsed to the end. A comparison that exceeds the time
+   limit or whose process dies counts as wrong and undecided; the next comparison gets a new process.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from nemo_popsd.evaluation.algebra.lexer import cleaned
 from nemo_popsd.evaluation.algebra.sameness import same_answer
 
 COMPARISON_RULES = 2
-"""Number of the rules by which answers are compared; kept with the scores, since scores by other rules do not compare.
+"""Version of the comparison rules; stored with the scores, since scores by different rules are not comparable.
 
-1: exact numbers, all else by math-verify. 2: the rules of docs/evaluation.md.
+1: exact numbers, others by math-verify. 2: the rules of docs/evaluation.md.
 """
 _WORKER = Path(__file__).with_name("math_worker.py")
 _START_SECONDS = 120.0
-"""Importing sympy takes two seconds, and many times that on a busy machine; no comparison's time."""
+"""Time limit of the worker's start, which imports sympy; does not count for the first comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +42,16 @@ class Verdict:
     correct: bool
     """Whether the answers are the same."""
     decided_by: str
-    """`missing`, `exact`, `math-verify`, or undecided: `timeout`, `crash`."""
+    """`missing`, `exact` or `math-verify`; `timeout` or `crash` for an undecided comparison."""
 
     @property
     def undecided(self) -> bool:
-        """The comparison was given up, which counts as wrong."""
+        """Whether the comparison was aborted, which counts as wrong."""
         return self.decided_by in ("timeout", "crash")
 
 
 def require_math_verify() -> None:
-    """Refuse to begin what would need math-verify in the end.
+    """Refuse to start an evaluation without math-verify.
 
     Raises:
         UserError: it is not installed.
@@ -60,15 +60,15 @@ def require_math_verify() -> None:
         raise UserError(
             "evaluation",
             got="no package math_verify",
-            need="math-verify, which compares answers, with antlr 4.9 as omegaconf has it",
+            need="math-verify, which compares answers, with the antlr 4.9 of omegaconf",
             fix="pip install 'math-verify[antlr4_9_3]>=0.9,<0.10'",
         )
 
 
 class AnswerVerifier:
-    """Compares answers; keeps one worker process, started when first needed, and remembers what it was told.
+    """Compares answers with one worker process, which is started when first needed, and caches the verdicts.
 
-    Use as a context manager, or `close` it; a worker whose owner is gone ends by itself.
+    Use as a context manager, or `close` it; the worker ends when its parent does.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -87,7 +87,7 @@ class AnswerVerifier:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker, if any."""
+        """Ends the worker, if it runs."""
         if self._worker is None:
             return
         self._worker.kill()
@@ -95,7 +95,7 @@ class AnswerVerifier:
         self._worker, self._unread = None, b""
 
     def compare(self, predicted: str | None, expected: str) -> Verdict:
-        """The verdict on `predicted`; rules in the module."""
+        """The verdict on `predicted`, by the rules of the module."""
         if predicted is None:
             return Verdict(False, "missing")
         pair = (cleaned(predicted), cleaned(expected))
@@ -122,7 +122,7 @@ class AnswerVerifier:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._worker is None:
-            # -P: modules beside the worker must not stand in for libraries of the same name.
+            # -P: modules in the worker's directory must not shadow libraries of the same name.
             command = [sys.executable, "-P", str(_WORKER), str(self._seconds)]
             self._worker = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -140,7 +140,7 @@ class AnswerVerifier:
         """The next line of `worker`.
 
         Raises:
-            TimeoutError: none within `seconds`.
+            TimeoutError: it does not arrive within `seconds`.
             EOFError: the worker ended.
         """
         assert worker.stdout is not None

@@ -1,13 +1,13 @@
-"""Counts of epistemic markers: the words with which a long reasoning doubts, checks and starts over.
+"""Counts of epistemic markers: words that express doubt, a check or a new start in long reasoning.
 
-The rules, in full:
+The rules:
 
-- a marker matches as whole words: neither a letter, a digit nor an underscore may touch it, so "Check" is not
-  in "Checking" or "Check_1", while "Wait," and "**Wait**" hold "Wait";
-- case counts as written: the default markers open a thought ("Wait, ..."), whereas "wait" and "check" inside
-  a sentence are ordinary verbs; name the lower-case form as a marker of its own to count it too;
-- a space inside a marker matches any run of white space, a line break included;
-- matches of one marker do not overlap; different markers are counted each on their own.
+- a marker matches complete words: no letter, digit or underscore may be adjacent to it, so "Checking" and "Check_1" do
+  not contain "Check", while "Wait," and "**Wait**" contain "Wait";
+- matches are case-sensitive: the default markers start a thought ("Wait, ..."), whereas "wait" and "check" inside a
+  sentence are ordinary verbs; to count a lower-case form, add it as another marker;
+- a space inside a marker matches any run of white space, including line breaks;
+- matches of one marker do not overlap; different markers are counted independently.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 PAPER_MARKERS = ("Wait", "Maybe", "Perhaps", "Check", "Let me think")
-"""Those that the paper counts."""
+"""The markers of the paper."""
 DEFAULT_MARKERS = (*PAPER_MARKERS, "Hmm", "Alternatively")
-"""The paper's, and two that open a doubt in other reasoners."""
+"""The markers of the paper, and two that other reasoning models use."""
 
 
 def count_markers(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> dict[str, int]:
-    """How often each of `markers` occurs in `text`, zeros included, in the order given."""
+    """The number of occurrences of each of `markers` in `text`, including zeros, in the order of `markers`."""
     return {marker: len(_compiled(marker).findall(text)) for marker in markers}
 
 
 def marker_spans(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> list[tuple[int, int]]:
-    """Where `markers` stand in `text`: begin and end of each match, in characters, in rising order."""
+    """Start and end of each match of `markers` in `text`, as character indices, in ascending order."""
     return sorted(match.span() for marker in markers for match in _compiled(marker).finditer(text))
 
 

@@ -1,15 +1,15 @@
-"""The process in which math-verify compares answers; started by file name and spoken to by `equivalence`, line by line.
+"""The process in which math-verify compares answers; `equivalence` starts it by file name and exchanges lines with it.
 
 In:  {"expected": "...", "predicted": "..."}      Out:  {"ready": true} once, then {"equal": true} per line.
 
-Symbolic algebra on what a model wrote may take for ever, all memory, or the process with it: that is why it happens
-here. The kernel ends this process when a comparison outlasts the limit by a second, so none is left behind by a parent
-that died. Imports nothing of the package.
+Symbolic algebra on a model's output may not terminate, may exhaust the memory or crash, so it runs in this process. The
+kernel ends the process when a comparison exceeds the limit by a second, so that it does not outlive a dead parent.
+Imports nothing of the package.
 
-math-verify alone lets wrong answers pass: its parser stops at what it cannot read and keeps what came before, it drops
-units and the case of letters, it takes numbers out of any text, it rounds, and it takes what is below 1e-15 for zero.
-So an answer counts here only if the grammar has read it to its end as one expression, nothing is dropped or rounded,
-and what math-verify finds equal must have the same value to 40 digits, with numbers in the place of variables.
+math-verify alone accepts wrong answers: its parser stops at the first token that it cannot parse and keeps the rest, it
+drops units and the case of letters, it extracts numbers from any text, it rounds, and it treats values below 1e-15 as
+zero. Here an answer counts only if the grammar parses all of it as one expression without dropping or rounding
+anything, and if expressions that math-verify finds equal have the same value to 40 digits for given variables.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ _DIGITS = 60
 
 
 def main(seconds: float) -> None:
-    """Answers until standard input ends; `seconds` is the limit of one comparison."""
+    """Answers requests until standard input ends; `seconds` is the limit of one comparison."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    os.dup2(2, 1)  # the output of a library must not be taken for an answer
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
-    parse, equal = _reader(), _judge()
+    parse, equal = _make_parser(), _make_comparison()
 
-    def tell(**answer: bool) -> None:
+    def send(**answer: bool) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    tell(ready=True)
+    send(ready=True)
     for line in sys.stdin:
         pair = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)  # nobody handles it: it ends the process
+        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)  # without a handler, it ends the process
         try:
             verdict = equal(parse(pair["expected"]), parse(pair["predicted"]))
-        except Exception:  # the libraries raise whatever comes up; what they cannot read is not equal
+        except Exception:  # the libraries raise various types; an answer that they cannot parse is not equal
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        tell(equal=verdict)
+        send(equal=verdict)
 
 
-def _reader() -> Callable[[str], Any]:
-    """What makes an expression of sympy of LaTeX, or raises where a part of it would be passed over."""
+def _make_parser() -> Callable[[str], Any]:
+    """A function that converts LaTeX into an expression of sympy, and raises if a part of it would be skipped."""
     from antlr4 import CommonTokenStream, InputStream, Token
     from latex2sympy2_extended.antlr_parser import PSLexer, PSParser
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
@@ -72,7 +72,7 @@ def _reader() -> Callable[[str], Any]:
         parser.removeErrorListeners()
         parser.math()
         if parser.getCurrentToken().type != Token.EOF or parser.getNumberOfSyntaxErrors():
-            raise ValueError("read in part")
+            raise ValueError("parsed in part")
         return latex2sympy(
             latex,
             is_real=not should_treat_as_complex(latex),
@@ -84,16 +84,16 @@ def _reader() -> Callable[[str], Any]:
     return parse
 
 
-def _judge() -> Callable[[Any, Any], bool]:
-    """What says whether two expressions of sympy are equal."""
+def _make_comparison() -> Callable[[Any, Any], bool]:
+    """A function that returns whether two expressions of sympy are equal."""
     from math_verify import verify
     from sympy import Expr, FiniteSet, Interval, N, Rational, Symbol
 
     def same_value(one: Any, other: Any) -> bool:
         names = sorted(one.free_symbols | other.free_symbols, key=str)
-        for number in range(3):
-            drawn = random.Random(number)
-            values = {name: Rational(drawn.randrange(101, 499, 2), 128) for name in names}
+        for seed in range(3):
+            rng = random.Random(seed)
+            values = {name: Rational(rng.randrange(101, 499, 2), 128) for name in names}
             first, second = (N(side.subs(values).doit(), _DIGITS) for side in (one, other))
             if not abs(first - second) <= max(abs(first), abs(second)) * Rational(1, 10**40):
                 return False

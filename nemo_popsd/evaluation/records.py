@@ -1,23 +1,24 @@
-"""An evaluation on disk: what was drawn, how it was scored, what it comes to.
+"""The files of an evaluation: samples, scores and summary.
 
-    <output>/evaluation/<model>/<set>/     by `popsd evaluate`; <set> is a named set, or `validation`
-    <output>/validation/step-000040/       by a training run, before its first step (000000), between, and at its end
+    <output>/evaluation/<model>/<set>/     of `popsd evaluate`; <set> is a named set, or `validation`
+    <output>/validation/step-000040/       of a training run, before its first step (000000), between, and at its end
 
-Each of these directories holds
+Each of these directories contains
 
     settings.json         what the samples depend on: format, model, digest of its weights, engine, seed, sampling, and
                           for each problem a digest of its prompt. Samples of other settings are never added
     problems.jsonl        {"id", "question", "answer"} per problem, in the order of the set
-    samples-00000.jsonl   {"problem", "sample", "text", "tokens", "cut"} per response, in the order drawn. One file per
-                          data-parallel replica, appended to: a line is on the disk before the next is drawn. `sample`
-                          counts the responses to one problem from 0; `text` is decoded with special tokens, but without
-                          the stop token; `tokens` counts the stop token too; `cut` says that the length limit ended it
-    scores.jsonl          one line per sample with the fields of `SampleScore`; made anew from the samples each time
+    samples-00000.jsonl   {"problem", "sample", "text", "tokens", "truncated"} per response, in the order of generation.
+                          One file per data-parallel replica; a line is on the disk before the next response is
+                          generated. `sample` is the index among the responses to one problem; `text` is decoded with
+                          special tokens but without the stop token; `tokens` includes the stop token; `truncated`
+                          means that the response ended at the length limit (older files name the key `cut`)
+    scores.jsonl          one line per sample with the fields of `SampleScore`, computed from all samples each time
     summary.json          the fields of `nemo_popsd.evaluation.summary.EvaluationSummary`, and `model`, `set`, and
-                          `scoring`, whose `comparison` is the number of the rules by which answers were compared
+                          `scoring`, whose `comparison` is the version of the comparison rules
                           (`nemo_popsd.evaluation.equivalence.COMPARISON_RULES`)
 
-A kill may leave the last line of a samples file half written; it is passed over, and cut off before the next is added.
+A kill may leave a partial last line in a samples file; it is skipped, and removed before the next line is added.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from nemo_popsd.files.ownership import EVALUATION, MARK, read_mark, write_mark
 FORMAT = 1
 _SETTINGS, _PROBLEMS, _SCORES, _SUMMARY = "settings.json", "problems.jsonl", "scores.jsonl", "summary.json"
 FILES = (_SETTINGS, _PROBLEMS, "samples-*.jsonl", _SCORES, _SUMMARY)
-"""Patterns of the names above."""
+"""Patterns of these file names."""
 _OLDER_DIGEST_KEY = "fingerprint"
 """Key under which earlier versions wrote `SampleSettings.weights_digest`; it is still read."""
 
@@ -56,64 +57,64 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response as it was drawn."""
+    """One generated response."""
 
     problem: str
     """Id of the problem."""
     sample: int
-    """Number among the responses to it, from 0."""
+    """Index among the responses to it."""
     text: str
-    """Decoded with special tokens, the stop token left out."""
+    """Decoded with special tokens, without the stop token."""
     tokens: int
-    """Length, stop token included."""
-    cut: bool
-    """It ended at the length limit and not at a stop token."""
+    """Length, including the stop token."""
+    truncated: bool
+    """Whether it ended at the length limit and not at a stop token."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleScore:
-    """What was read in one response."""
+    """The score of one response."""
 
     problem: str
     """Id of the problem."""
     sample: int
-    """Number among the responses to it, from 0."""
+    """Index among the responses to it."""
     answer: str | None
-    """The final answer found, as written; None where there is none."""
+    """The extracted final answer; None if there is none."""
     correct: bool
-    """Whether it is the expected one."""
+    """Whether it equals the expected answer."""
     decided_by: str
     """See `nemo_popsd.evaluation.equivalence.Verdict`."""
     vote: int | None
-    """Responses to a problem that give the same answer share a number; None without an answer."""
-    cut: bool
-    """The response ended at the length limit and not at a stop token."""
+    """A number that responses to a problem with the same answer share; None without an answer."""
+    truncated: bool
+    """Whether the response ended at the length limit and not at a stop token."""
     tokens: int
-    """Response length, stop token included."""
+    """Response length, including the stop token."""
     markers: dict[str, int]
     """Occurrences of each marker."""
     segments: int
     """Reflection segments, see `nemo_popsd.evaluation.behaviour`."""
     closed_thinking: bool
-    """The response closes its thinking."""
+    """Whether the response closes its thinking."""
     repeated: float
-    """Share of its word sequences that occurred before in it."""
+    """Share of its word sequences that occurred earlier in it."""
     looping: bool
-    """It ends in a loop."""
+    """Whether it ends in a loop."""
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What the samples depend on, number of samples apart: the random numbers of one do not depend on another."""
+    """Everything that the samples depend on. Their number is not included, since each sample has its own seed."""
 
     model: str
-    """Name for people; not compared."""
+    """Name for display; not compared."""
     weights_digest: str
     """Digest of the weights, or the name under which an endpoint serves them."""
     engine: str
-    """What drew the samples."""
+    """The engine that generates the samples."""
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     temperature: float
     top_p: float
     top_k: int
@@ -124,18 +125,18 @@ class SampleSettings:
 
 
 class EvaluationDirectory:
-    """One of the directories described above."""
+    """The directory of one evaluation, as the module describes it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def begin(self, settings: SampleSettings, problems: Sequence[Problem]) -> None:
-        """Writes settings and problems, or checks that the samples present belong to them. On one rank.
+        """Writes settings and problems, and checks that existing samples belong to them. On one rank.
 
-        Problems may be added to those present, or be fewer; those in both must have the same prompt.
+        The problems may differ from the existing ones; problems in both must have the same prompt.
 
         Raises:
-            UserError: samples of other settings, or files that no evaluation wrote, are there.
+            UserError: the directory contains samples of other settings, or files that no evaluation wrote.
         """
         new = {"format": FORMAT, **asdict(settings), "stop_token_ids": list(settings.stop_token_ids)}
         present = _read_json(self.path / _SETTINGS)
@@ -153,14 +154,14 @@ class EvaluationDirectory:
         write_text(self.path / _SETTINGS, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
 
     def replace(self, settings: SampleSettings, problems: Sequence[Problem], samples: Iterable[Sample]) -> None:
-        """Makes the directory hold these samples and no others. On one rank."""
+        """Replaces all samples of the directory by these. On one rank."""
         self.remove()
         self.begin(settings, problems)
         with self.append_to(0) as file:
             file.add(samples)
 
     def remove(self) -> None:
-        """Removes the files of the evaluation, and the directory if nothing else is in it. On one rank."""
+        """Removes the files of the evaluation, and the directory if it is then empty. On one rank."""
         remove_files(self.path, (*FILES, MARK))
 
     def append_to(self, part: int) -> SampleWriter:
@@ -169,72 +170,72 @@ class EvaluationDirectory:
 
     @property
     def concluded(self) -> bool:
-        """Whether the summary is there; it is written last."""
+        """Whether the summary, which is written last, exists."""
         return (self.path / _SUMMARY).is_file()
 
     def settings(self) -> dict[str, Any]:
         """Content of settings.json.
 
         Raises:
-            UserError: there is none.
+            UserError: it is missing.
         """
-        found = _read_json(self.path / _SETTINGS)
-        if found is None:
-            raise self._incomplete(_SETTINGS)
-        return found
+        return self._required(_SETTINGS)
 
     def problems(self) -> list[Problem]:
-        """The problems, in the order of the set; none where there is no such file."""
+        """The problems, in the order of the set; none if the file is missing."""
         if not (self.path / _PROBLEMS).is_file():
             return []
         return [as_dataclass(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
 
     def samples(self) -> dict[tuple[str, int], Sample]:
-        """All whole samples by problem and number.
+        """All complete samples by problem and index.
 
         Raises:
             UserError: a line is damaged, or a sample occurs twice.
         """
-        found: dict[tuple[str, int], Sample] = {}
+        samples: dict[tuple[str, int], Sample] = {}
         for file in sorted(self.path.glob("samples-*.jsonl")):
             for where, line in _read_lines(file):
-                sample = as_dataclass(Sample, line, where)
-                if (sample.problem, sample.sample) in found:
+                sample = as_dataclass(Sample, _renamed(line), where)
+                if (sample.problem, sample.sample) in samples:
                     raise UserError(
                         str(file),
-                        got=f"sample {sample.sample} of problem {sample.problem!r} a second time",
+                        got=f"sample {sample.sample} of problem {sample.problem!r} twice",
                         need="each sample once",
                         fix="remove the directory and evaluate again",
                     )
-                found[sample.problem, sample.sample] = sample
-        return found
+                samples[sample.problem, sample.sample] = sample
+        return samples
 
     def conclude(self, scores: Sequence[SampleScore], summary: Mapping[str, Any]) -> None:
-        """Writes scores and summary; each file is the old or the new one at any moment."""
+        """Writes scores and summary, each atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / _SCORES, _lines(asdict(score) for score in scores))
         write_text(self.path / _SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
     def scores(self) -> list[SampleScore]:
-        """What `conclude` wrote.
+        """The scores that `conclude` wrote.
 
         Raises:
             UserError: the evaluation has not been concluded.
         """
         if not (self.path / _SCORES).is_file():
             raise self._incomplete(_SCORES)
-        return [as_dataclass(SampleScore, line, where) for where, line in _read_lines(self.path / _SCORES)]
+        return [as_dataclass(SampleScore, _renamed(line), where) for where, line in _read_lines(self.path / _SCORES)]
 
     def summary(self) -> dict[str, Any]:
-        """What `conclude` wrote.
+        """The summary that `conclude` wrote.
 
         Raises:
             UserError: the evaluation has not been concluded.
         """
-        found = _read_json(self.path / _SUMMARY)
-        if found is None:
-            raise self._incomplete(_SUMMARY)
-        return found
+        return self._required(_SUMMARY)
+
+    def _required(self, name: str) -> dict[str, Any]:
+        content = _read_json(self.path / name)
+        if content is None:
+            raise self._incomplete(name)
+        return content
 
     def _refuse_other_files(self, settings: Mapping[str, Any] | None) -> None:
         mark = read_mark(self.path)
@@ -243,24 +244,24 @@ class EvaluationDirectory:
         if present := [name for name in (_SETTINGS, _PROBLEMS, _SCORES, _SUMMARY) if os.path.lexists(self.path / name)]:
             raise UserError(
                 f"evaluation {self.path}",
-                got=f"{', '.join(present)} and no {MARK} that says that an evaluation of nemo_popsd wrote them",
-                need="a directory without such files, or an earlier evaluation; nothing was changed",
+                got=f"{', '.join(present)} without the mark {MARK} of an evaluation of nemo_popsd",
+                need="a directory without such files, or the directory of an evaluation; nothing was changed",
                 fix=f"set output to another directory, or move {self.path} away",
             )
 
     def _refuse_other_settings(self, present: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         compared = [key for key in new if key not in ("model", "prompts")]
         differing = [key for key in compared if present.get(key) != new[key]]
-        told = [f"{key}={new[key]!r} where the samples have {present.get(key)!r}" for key in differing]
+        differences = [f"{key}={new[key]!r} where the samples have {present.get(key)!r}" for key in differing]
         prompts = present.get("prompts", {})
         others = [problem for problem, digest in new["prompts"].items() if prompts.get(problem, digest) != digest]
         if others:
-            told.append(f"another prompt for {len(others)} problems, {others[0]!r} among them")
-        if told:
+            differences.append(f"other prompts for {len(others)} problems, including {others[0]!r}")
+        if differences:
             raise UserError(
                 f"samples in {self.path}",
-                got="; ".join(told),
-                need="the settings that they were drawn with: samples of two settings are never mixed",
+                got="; ".join(differences),
+                need="the settings with which they were generated: samples of different settings are not mixed",
                 fix="set output to another directory, or remove this one",
             )
 
@@ -268,8 +269,8 @@ class EvaluationDirectory:
         return UserError(
             "evaluation",
             got=f"no {name} in {str(self.path)!r}",
-            need="the directory of an evaluation that has ended",
-            fix="name one, such as OUTPUT/evaluation/MODEL/SET, or run `popsd evaluate` to its end",
+            need="the directory of a finished evaluation, such as OUTPUT/evaluation/MODEL/SET",
+            fix="correct the path, or run `popsd evaluate` to its end",
         )
 
 
@@ -277,7 +278,7 @@ class SampleWriter:
     """Appends samples to one file; a context manager, one writer per file at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Opens `path` and cuts off what a kill left half written.
+        """Opens `path` and removes a partial last line that a kill left.
 
         Raises:
             UserError: another process is writing to it.
@@ -290,15 +291,15 @@ class SampleWriter:
             self._file.close()
             raise UserError(
                 str(path),
-                got="another process that draws samples into it",
+                got="another process that writes samples into it",
                 need="one evaluation at a time in a directory",
                 fix="wait for it, or set output to another directory",
             ) from None
         except OSError:
             pass  # a file system without locks
         self._file.seek(0)
-        whole = self._file.read()
-        self._file.truncate(whole.rfind(b"\n") + 1)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
 
     def __enter__(self) -> SampleWriter:
         return self
@@ -316,7 +317,7 @@ class SampleWriter:
 
 
 def prompt_digest(prompt: Sequence[int]) -> str:
-    """16 hexadecimal digits that stand for a prompt's token ids."""
+    """The first 16 hexadecimal digits of the SHA-256 of a prompt's token ids."""
     return hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16]
 
 
@@ -329,10 +330,17 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     content = read_json(path)
     if not isinstance(content, dict):
-        raise damaged(path, "no object")
+        raise damaged(path, "not an object")
     return content
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and object of each whole line of `path`."""
+    """Location and object of each complete line of `path`."""
     return read_json_lines(path, skip_partial=True)
+
+
+def _renamed(line: Any) -> Any:
+    """`line` with the present name of `truncated`, which older files name `cut`."""
+    if not isinstance(line, dict) or "cut" not in line:
+        return line
+    return {("truncated" if key == "cut" else key): value for key, value in line.items()}

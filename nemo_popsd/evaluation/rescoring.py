@@ -1,4 +1,4 @@
-"""Scores of an evaluation that was concluded under other rules of comparison, made again from its samples."""
+"""New scores for the samples of an evaluation that was scored by other rules of comparison."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SETTINGS = ("markers", "answer_pattern", "without_box", "verify_seconds", "thin
 
 
 def rescored(directory: EvaluationDirectory) -> tuple[list[SampleScore], EvaluationConfig]:
-    """Scores of the samples that were scored before, by the present rules, and the settings of the evaluation.
+    """Scores of an evaluation's samples by the present rules, and the settings of the evaluation.
 
     Nothing is written: `popsd evaluate` replaces the scores on disk.
 
     Raises:
-        UserError: the evaluation has not been concluded, or its samples or problems are not there any more.
+        UserError: the evaluation has not been concluded, or its samples or problems are missing.
     """
     config = _config(directory.summary())
     scored = [(score.problem, score.sample) for score in directory.scores()]
@@ -43,7 +43,7 @@ def rescored(directory: EvaluationDirectory) -> tuple[list[SampleScore], Evaluat
 
 
 def _config(summary: Mapping[str, Any]) -> EvaluationConfig:
-    """The settings with which an evaluation was scored, as far as its summary tells them."""
+    """The settings with which an evaluation was scored, as far as its summary contains them."""
     scoring = summary.get("scoring", {})
-    told = {name: scoring[name] for name in _SETTINGS if name in scoring}
-    return EvaluationConfig(**told, confidence=summary["confidence"], pass_k=[int(k) for k in summary["pass_at"]])
+    known = {name: scoring[name] for name in _SETTINGS if name in scoring}
+    return EvaluationConfig(**known, confidence=summary["confidence"], pass_k=[int(k) for k in summary["pass_at"]])

@@ -1,4 +1,4 @@
-"""Responses to problems, drawn by any rollout engine."""
+"""Generation of samples by a rollout engine."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One response that is to be drawn."""
+    """One sample to generate."""
 
     prompt: EvaluationPrompt
     sample: int
-    """Number among the responses to it, from 0."""
+    """Index among the responses to it."""
 
     def seed(self, run_seed: int) -> int:
-        """Of its random numbers: they depend on run, problem and sample, not on step or layout, so that evaluations
-        before and after training differ by the weights alone.
+        """The seed of the sample, which depends on run, problem and index, not on step or layout, so that evaluations
+        before and after training differ only by the weights.
         """
         return row_seed(run_seed, "evaluation", self.prompt.record.id, self.sample)
 
@@ -32,7 +32,7 @@ class Draw:
 def missing_draws(
     prompts: Sequence[EvaluationPrompt], samples_per_problem: int, drawn: Collection[tuple[str, int]] = ()
 ) -> list[Draw]:
-    """What is left to draw, problem by problem; `drawn` holds problem and number of the samples that exist."""
+    """The samples to generate, problem by problem; `drawn` holds problem and index of the existing samples."""
     wanted = (Draw(prompt, sample) for prompt in prompts for sample in range(samples_per_problem))
     return [draw for draw in wanted if (draw.prompt.record.id, draw.sample) not in drawn]
 
@@ -45,18 +45,18 @@ def draw_samples(
     *,
     seed: int,
 ) -> list[Sample]:
-    """Draws all of `draws` in one call of `engine`. Collective over the ranks that share the model."""
+    """Generates all of `draws` with one call of `engine`. Collective over the ranks that share the model."""
     requests = [Request(draw.prompt.prompt, draw.seed(seed)) for draw in draws]
     samples = []
     for draw, rollout in zip(draws, engine.generate(requests, sampling), strict=True):
-        said = rollout.response if rollout.truncated else rollout.response[:-1]
+        content = rollout.response if rollout.truncated else rollout.response[:-1]
         samples.append(
             Sample(
                 problem=draw.prompt.record.id,
                 sample=draw.sample,
-                text=tokenizer.decode(said, skip_special_tokens=False),
+                text=tokenizer.decode(content, skip_special_tokens=False),
                 tokens=len(rollout.response),
-                cut=rollout.truncated,
+                truncated=rollout.truncated,
             )
         )
     return samples

@@ -1,4 +1,4 @@
-"""From responses to what was read in them."""
+"""Scoring of samples."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nemo_popsd.evaluation.records import Sample, SampleScore
 def score_samples(
     samples: Iterable[Sample], answers: Mapping[str, str], config: EvaluationConfig, verifier: AnswerVerifier
 ) -> list[SampleScore]:
-    """Reads every response, in the order given.
+    """Scores every sample, in the order of `samples`.
 
     Args:
-        samples: all that there are to each problem: votes are numbered among them.
+        samples: all samples of each problem, since votes are numbered among them.
         answers: expected answer by problem id.
-        config: how text is read.
+        config: settings of the scoring.
         verifier: compares answers.
     """
     voted: dict[str, list[tuple[str, bool]]] = {}
@@ -46,7 +46,7 @@ def _score(
         correct=verdict.correct,
         decided_by=verdict.decided_by,
         vote=None if answer is None else _vote(answer, verdict.correct, verifier, voted),
-        cut=sample.cut,
+        truncated=sample.truncated,
         tokens=sample.tokens,
         markers=count_markers(sample.text, config.markers),
         segments=reflection_segments(sample.text, config.markers),
@@ -57,7 +57,7 @@ def _score(
 
 
 def _vote(answer: str, correct: bool, verifier: AnswerVerifier, voted: list[tuple[str, bool]]) -> int:
-    """Number of `answer` among those of its problem, `voted`, which it may join."""
+    """Number of `answer` among the different answers to its problem, `voted`, to which it is added if it is new."""
     for number, (other, other_correct) in enumerate(voted):
         if correct == other_correct and (correct or answer == other or verifier.compare(answer, other).correct):
             return number

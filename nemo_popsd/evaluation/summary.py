@@ -1,4 +1,4 @@
-"""What an evaluation comes to: figures over problems, with bootstrap intervals."""
+"""The summary of an evaluation: statistics over problems, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from nemo_popsd.evaluation.estimates import Ratio, intervals, majority_is_correc
 from nemo_popsd.evaluation.records import SampleScore
 
 RESAMPLING_SEED = 0
-"""Of all intervals: the same scores give the same intervals, whatever the run's seed."""
+"""Seed of all intervals: the same scores give the same intervals, independent of the run's seed."""
 
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """Aggregates over all samples; shares and accuracies are between 0 and 1. Ready for JSON as they are."""
+    """Statistics over all samples; shares and accuracies are between 0 and 1. All fields are JSON values."""
 
     problems: int
     samples: int
     samples_per_problem: int
-    """Of the problem that has the fewest: the k of avg@k and of majority@k."""
+    """Samples of the problem that has the fewest: the k of avg@k and of majority@k."""
     accuracy: float
     """avg@k: mean over problems of the share of a problem's samples that are correct; an estimate of pass@1."""
     accuracy_stderr: float | None
     """Standard error of `accuracy` over problems (sample standard deviation / sqrt(problems)); None for one problem."""
     majority: float
-    """majority@k: mean over problems of whether the answer that most of its samples gave is correct."""
+    """majority@k: mean over problems of whether the most frequent answer is correct."""
     pass_at: dict[str, float]
     """pass@k by k: mean over problems of the unbiased estimate."""
     markers_per_1000_tokens: float
-    """All markers together, over all response tokens (not a mean of per-response rates)."""
+    """Rate of all markers over all response tokens (not a mean of per-response rates)."""
     marker_rates: dict[str, float]
-    """The same for each marker."""
+    """Rate of each marker."""
     segments: float
     """Reflection segments per response."""
     mean_tokens: float
@@ -41,23 +41,23 @@ class EvaluationSummary:
     closed_thinking_share: float
     """Share of samples that close their thinking."""
     repeated_share: float
-    """Mean share of a response's word sequences that occurred before in it."""
+    """Mean share of a response's word sequences that occurred earlier in it."""
     looping_share: float
     """Share of samples that end in a loop."""
     cut_share: float
-    """Share of samples cut at the length limit."""
+    """Share of samples truncated at the length limit."""
     unanswered_share: float
     """Share of samples without an answer."""
     undecided_share: float
-    """Share of samples whose answer could not be compared within the time limit; they count as wrong."""
+    """Share of samples whose answer was not compared within the time limit; they count as wrong."""
     confidence: float
-    """Of the intervals."""
+    """Confidence level of the intervals."""
     intervals: dict[str, list[float]] = field(default_factory=dict)
-    """[low, high] by the name of the figure; `pass_at.K` and `marker_rates.MARKER` for those in mappings."""
+    """[low, high] by the name of the statistic; `pass_at.K` and `marker_rates.MARKER` for those in mappings."""
 
     @classmethod
     def from_scores(cls, scores: Iterable[SampleScore], config: EvaluationConfig) -> EvaluationSummary:
-        """Summarise; the order does not matter, and problems may have unequal numbers of samples.
+        """Summarises `scores` in any order; problems may have different numbers of samples.
 
         Raises:
             ValueError: no scores.
@@ -65,15 +65,15 @@ class EvaluationSummary:
         samples = list(scores)
         if not samples:
             raise ValueError("no samples to summarise")
-        found = figures_of(samples, config.pass_k)
-        of_problems = intervals(found, resamples=config.resamples, confidence=config.confidence, seed=RESAMPLING_SEED)
-        values = {name: figure.value for name, figure in found.items()}
+        ratios = figures_of(samples, config.pass_k)
+        of_problems = intervals(ratios, resamples=config.resamples, confidence=config.confidence, seed=RESAMPLING_SEED)
+        values = {name: ratio.value for name, ratio in ratios.items()}
         return cls(
-            problems=len(found["accuracy"].numerators),
+            problems=len(ratios["accuracy"].numerators),
             samples=len(samples),
-            samples_per_problem=int(min(found["mean_tokens"].denominators)),
+            samples_per_problem=int(min(ratios["mean_tokens"].denominators)),
             accuracy=values["accuracy"],
-            accuracy_stderr=_standard_error(found["accuracy"].numerators),
+            accuracy_stderr=_standard_error(ratios["accuracy"].numerators),
             majority=values["majority"],
             pass_at=_inner(values, "pass_at"),
             markers_per_1000_tokens=values["markers_per_1000_tokens"],
@@ -87,30 +87,30 @@ class EvaluationSummary:
             unanswered_share=values["unanswered_share"],
             undecided_share=values["undecided_share"],
             confidence=config.confidence,
-            intervals={name: list(found_interval) for name, found_interval in of_problems.items()},
+            intervals={name: list(ends) for name, ends in of_problems.items()},
         )
 
     def as_dict(self) -> dict[str, object]:
-        """All fields, ready for JSON; `EvaluationSummary(**fields)` reads them back."""
+        """All fields as JSON values, the arguments of `EvaluationSummary`."""
         return asdict(self)
 
     def numbers(self) -> dict[str, float]:
-        """What a logger can draw a curve of; those in mappings as `pass_at/K` and `marker_rates/MARKER`."""
-        found: dict[str, float] = {}
+        """The statistics for loggers; those in mappings are named `pass_at/K` and `marker_rates/MARKER`."""
+        values: dict[str, float] = {}
         for name, value in self.as_dict().items():
             if name in ("pass_at", "marker_rates"):
-                found |= {f"{name}/{key}": float(number) for key, number in getattr(self, name).items()}
+                values |= {f"{name}/{key}": float(number) for key, number in getattr(self, name).items()}
             elif name != "confidence" and isinstance(value, int | float):
-                found[name] = float(value)
-        return found
+                values[name] = float(value)
+        return values
 
 
 def figures_of(scores: Sequence[SampleScore], pass_k: Sequence[int] = ()) -> dict[str, Ratio]:
-    """Every figure of a summary over the problems in order of their ids, by its name there.
+    """Every statistic of a summary by its name, over the problems in the order of their ids.
 
     Args:
         scores: at least one.
-        pass_k: k of pass@k; those above the number of samples are left out. None: 1, 2, 4, ... and that number.
+        pass_k: the k of pass@k up to the number of samples; empty means 2, 4, 8, ... and that number.
     """
     by_problem: dict[str, list[SampleScore]] = {}
     for score in scores:
@@ -127,7 +127,7 @@ def figures_of(scores: Sequence[SampleScore], pass_k: Sequence[int] = ()) -> dic
     def per_thousand(occurrences: Sequence[int]) -> Ratio:
         return Ratio([1000.0 * count for count in occurrences], tokens)
 
-    found = {
+    ratios = {
         "accuracy": Ratio([right / len(of) for right, of in zip(correct, problems, strict=True)], ones),
         "majority": Ratio(
             [majority_is_correct([s.vote for s in of], [s.correct for s in of]) for of in problems], ones
@@ -135,20 +135,20 @@ def figures_of(scores: Sequence[SampleScore], pass_k: Sequence[int] = ()) -> dic
     }
     for k in _shown(pass_k, fewest):
         estimates = [pass_at_k(len(of), right, k) for right, of in zip(correct, problems, strict=True)]
-        found[f"pass_at.{k}"] = Ratio(estimates, ones)
-    found["markers_per_1000_tokens"] = per_thousand([sum(sum(s.markers.values()) for s in of) for of in problems])
+        ratios[f"pass_at.{k}"] = Ratio(estimates, ones)
+    ratios["markers_per_1000_tokens"] = per_thousand([sum(sum(s.markers.values()) for s in of) for of in problems])
     for marker in dict.fromkeys(marker for score in scores for marker in score.markers):
-        found[f"marker_rates.{marker}"] = per_thousand([sum(s.markers.get(marker, 0) for s in of) for of in problems])
-    found["segments"] = per_sample([[s.segments for s in of] for of in problems])
-    found["mean_tokens"] = per_sample([[s.tokens for s in of] for of in problems])
-    found["closed_thinking_share"] = per_sample([[s.closed_thinking for s in of] for of in problems])
-    found["repeated_share"] = per_sample([[s.repeated for s in of] for of in problems])
-    found["looping_share"] = per_sample([[s.looping for s in of] for of in problems])
-    found["cut_share"] = per_sample([[s.cut for s in of] for of in problems])
-    found["unanswered_share"] = per_sample([[s.answer is None for s in of] for of in problems])
+        ratios[f"marker_rates.{marker}"] = per_thousand([sum(s.markers.get(marker, 0) for s in of) for of in problems])
+    ratios["segments"] = per_sample([[s.segments for s in of] for of in problems])
+    ratios["mean_tokens"] = per_sample([[s.tokens for s in of] for of in problems])
+    ratios["closed_thinking_share"] = per_sample([[s.closed_thinking for s in of] for of in problems])
+    ratios["repeated_share"] = per_sample([[s.repeated for s in of] for of in problems])
+    ratios["looping_share"] = per_sample([[s.looping for s in of] for of in problems])
+    ratios["cut_share"] = per_sample([[s.truncated for s in of] for of in problems])
+    ratios["unanswered_share"] = per_sample([[s.answer is None for s in of] for of in problems])
     undecided = [[s.decided_by in ("timeout", "crash") for s in of] for of in problems]
-    found["undecided_share"] = per_sample(undecided)
-    return found
+    ratios["undecided_share"] = per_sample(undecided)
+    return ratios
 
 
 def _shown(pass_k: Sequence[int], fewest: int) -> list[int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-_CACHE_STEP = 256
+from nemo_popsd.megatron.kernel_choice import takes_groups, takes_packed
+
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -40,7 +40,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
         [b, n, s, d].
     """
     grouped = query.shape[1] != key.shape[1]
-    if grouped and not takes_groups(query.device.type, query.dtype, masked=mask is not None):
+    if grouped and not _takes_groups(query, mask):
         key, value = (_for_each_query_head(x, query) for x in (key, value))
         grouped = False
     return scaled_dot_product_attention(
@@ -48,9 +48,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
     )
 
 
-def takes_groups(device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
-    """Whether torch's fused kernel for such inputs supports fewer key-value heads than query heads."""
-    return device_type == "cpu" or (not masked and dtype in _FLASH_DTYPES)
+def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch's fused kernel for these inputs supports fewer key-value heads than query heads."""
+    return takes_groups(query.device.type, half=query.dtype in _FLASH_DTYPES, masked=mask is not None)
 
 
 def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:
@@ -72,23 +72,9 @@ def packed_kernel(query: Tensor, scale: float, window: int | None) -> Callable[.
         fp32, with a head size that FlashAttention does not support, or with a torch that has no such function.
     """
     width = query.shape[-1]
-    if not takes_packed(query.device.type, query.dtype, width):
+    if not takes_packed(query.device.type, half=query.dtype in _FLASH_DTYPES, width=width):
         return None
     return _variable_lengths(scale, window, width**-0.5)
-
-
-def takes_packed(device_type: str, dtype: torch.dtype, width: int) -> bool:
-    """Whether FlashAttention computes packed sequences of such heads; `width` is the head dimension."""
-    return device_type != "cpu" and dtype in _FLASH_DTYPES and width <= 256 and width % 8 == 0
-
-
-def packed_takes_groups() -> bool:
-    """Whether this torch's kernel for packed sequences takes fewer key-value heads than query heads."""
-    try:
-        varlen_attn: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
-        return False
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @cache
@@ -121,11 +107,6 @@ def _variable_lengths(scale: float, window: int | None, default_scale: float) ->
         return attended
 
     return attend
-
-
-def cache_positions(capacity: int, device_type: str) -> int:
-    """Positions to allocate for a slot of `capacity`: on a GPU a multiple of 256, so that strides repeat."""
-    return capacity if device_type == "cpu" else math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP
 
 
 def cached_attention(device: torch.device) -> AbstractContextManager[Any]:

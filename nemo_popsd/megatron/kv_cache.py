@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.kernels import cache_positions
+from nemo_popsd.megatron.kernel_choice import cache_positions
 
 _KNOWN_CORES = ("LocalCoreAttention", "TEDotProductAttention")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_popsd.distillation import MainGradient
+from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.adapters import Adapters
 from nemo_popsd.megatron.base import AdaptersOff, FrozenBase, FrozenCopy
 from nemo_popsd.megatron.build import Model, build_chunks
@@ -23,9 +23,7 @@ from nemo_popsd.megatron.interfaces import ModelProvider
 from nemo_popsd.megatron.optimizer import wrap_for_training
 from nemo_popsd.megatron.response_routing import SequenceSplit
 from nemo_popsd.parallel.config import ParallelConfig
-from nemo_popsd.parallel.vocabulary import mean_row
-
-logger = logging.getLogger(__name__)
+from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
 
 
 class Architecture(Protocol):
@@ -81,6 +79,7 @@ class Student:
         self._wrapped: list[DistributedDataParallel] | None = None
         self.vocab_size = architecture.vocab_size
         self.chunks: list[GPTModel] = build_chunks(architecture.provider(), config, parallel)
+        _refuse_soft_cap(self.chunks[-1])
         self.adapters: Adapters | None = None
         if load_trained is None or base_first:
             load_initial(self.chunks)
@@ -110,8 +109,13 @@ class Student:
 
     @cached_property
     def centre(self) -> Tensor:
-        """Mean output vector [H] of the frozen output matrix, without padding: one all-reduce, once."""
-        return mean_row(self.base_weight, self.vocab_size, self.tp_group)
+        """Mean output vector of the frozen output matrix over the true vocabulary [H]: one all-reduce, once."""
+        return mean_output_vector(self.base_weight, self.vocab_shard)
+
+    @property
+    def vocab_shard(self) -> VocabShard:
+        """Which rows of the vocabulary `weight` and `base_weight` hold; on the last pipeline stage."""
+        return VocabShard(self.vocab_size, self.weight.shape[0], self.tp_group)
 
     @property
     def weight(self) -> Tensor:
@@ -146,14 +150,6 @@ class Student:
     def owns_trajectories(self) -> bool:
         """Whether this rank reports its replica's trajectories: one rank of the replica, on the last stage."""
         return self.owns_loss and self.split.context_rank == 0
-
-    @cached_property
-    def soft_cap(self) -> float | None:
-        """κ of a model whose final logits are κ·tanh(W·h/κ) (Gemma 2), else None; logged when it is not None."""
-        value = getattr(self.chunks[-1].config, "final_logit_softcapping", None)
-        if value:
-            logger.info("final logits are softly capped at %g: the loss takes every frozen branch's own product", value)
-        return float(value) if value else None
 
     @property
     def main_gradient(self) -> MainGradient | None:
@@ -191,3 +187,15 @@ class Student:
         if self._wrapped is None:
             self._wrapped = wrap_for_training(self.chunks, config)
         return self._wrapped
+
+
+def _refuse_soft_cap(model: GPTModel) -> None:
+    """Refuses a model whose logits are not linear in the hidden state (Gemma 2): the loss takes them to be W·h."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        raise UserError(
+            "model",
+            got=f"final_logit_softcapping={cap}",
+            need="logits that are the output matrix times the hidden state",
+            fix="set student.source to a model without a cap on its final logits",
+        )

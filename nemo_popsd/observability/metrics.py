@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, Statistic
 
 PREFIX = "train/"
 """Before the name of every training metric, in all loggers."""
 
+DECLARED: tuple[Statistic, ...] = (*TOKEN_STATISTICS, *SIGNAL_STATISTICS)
+"""Per-token statistics that are metrics by their declaration in `nemo_popsd.distillation.statistics`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """One training step, over all data-parallel ranks. None: not measured in this step, and not logged.
-
-    Divergences and entropies are means over response tokens, in nats, over the full true vocabulary.
-    """
+    """One training step, over all data-parallel ranks. None: not measured in this step, and not logged."""
 
     loss: float
     """The loss, averaged as set by `distillation.loss_mean`; mean over the updates of the step."""
-    forward_kl: float
-    """KL(target ‖ student)."""
-    reverse_kl: float
-    """KL(student ‖ target)."""
-    student_entropy: float
-    """Entropy of the student."""
-    target_entropy: float
-    """Entropy of the target."""
-    delta_ratio: float | None = None
-    """‖Δ_ref‖ / ‖Δ_total‖ on a sample of tokens: above 1 where the part induced by the reference dominates."""
-    cos_total_it: float | None = None
-    """cos(Δ_total, Δ_it) on the same sample, of the question-conditioned part."""
-    cos_total_ref: float | None = None
-    """cos(Δ_total, Δ_ref) on the same sample, of the reference-induced part."""
+    statistics: Mapping[str, float | None]
+    """Means of `DECLARED` over tokens, by name; None where none of the step's tokens has the figure."""
     response_tokens: float
     """Mean length of a response, in tokens."""
     cut_share: float
@@ -58,4 +49,8 @@ class StepMetrics:
 
     def as_dict(self) -> dict[str, float]:
         """The measured metrics, with `PREFIX`, in the order of declaration."""
-        return {PREFIX + name: value for name, value in asdict(self).items() if value is not None}
+        values: dict[str, float | None] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            values |= value if item.name == "statistics" else {item.name: value}
+        return {PREFIX + name: value for name, value in values.items() if value is not None}

@@ -1,11 +1,13 @@
-"""Which rows of the output matrix, or columns of the logits, are true vocabulary on this rank.
+"""Which rows of the output matrix, or columns of the logits, a rank holds, and which of them are true vocabulary.
 
-The vocabulary of size `vocab_size` is padded, at its end, to tp · width; rank r holds the contiguous range
-[r·width, (r+1)·width). So a rank's true entries are a prefix of its shard: the losses cut to that prefix, and padding
-has probability exactly 0, enters no mean and gets no gradient because it takes part in nothing.
+The vocabulary is padded, at its end, to ranks · width; rank r holds the contiguous range [r·width, (r+1)·width). A
+rank's true entries are therefore a prefix of its shard. The losses cut to that prefix: padding has probability exactly
+0, enters no mean and gets no gradient.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,54 +17,75 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.parallel.collectives import group_rank, group_size, reduce_sum_
 
 
-def true_width(width: int, vocab_size: int, tp_group: dist.ProcessGroup | None = None) -> int:
-    """Number of true vocabulary entries among the `width` that this rank holds: a prefix, possibly empty.
-
-    No collective.
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's shard of the vocabulary. No property needs a collective.
 
     Raises:
         UserError: the shards together are smaller than the vocabulary.
     """
-    shards = group_size(tp_group)
-    if not 0 < vocab_size <= width * shards:
-        raise UserError(
-            "vocabulary",
-            got=f"vocab_size={vocab_size} with an output matrix of {shards} x {width} rows",
-            need=f"1 to {width * shards} entries",
-            fix="give the size of the tokenizer's vocabulary that the model was built for",
-        )
-    return true_widths(width, vocab_size, tp_group)[group_rank(tp_group)]
+
+    vocab_size: int
+    """Size of the true vocabulary of all shards."""
+    width: int
+    """Rows of the output matrix (columns of the logits) on each rank, padding included: V_pad/tp."""
+    group: dist.ProcessGroup | None = None
+    """The group over which the vocabulary is sharded; None for one shard."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.vocab_size <= self.width * self.ranks:
+            raise UserError(
+                "vocabulary",
+                got=f"vocab_size={self.vocab_size} with an output matrix of {self.ranks} x {self.width} rows",
+                need=f"1 to {self.width * self.ranks} entries",
+                fix="give the size of the tokenizer's vocabulary that the model was built for",
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Number of shards."""
+        return group_size(self.group)
+
+    @property
+    def offset(self) -> int:
+        """Vocabulary id of this rank's first entry."""
+        return group_rank(self.group) * self.width
+
+    @property
+    def true_width(self) -> int:
+        """Number of true vocabulary entries on this rank: a prefix of its shard, possibly empty."""
+        return self.true_widths[group_rank(self.group)]
+
+    @property
+    def true_widths(self) -> list[int]:
+        """`true_width` of every rank of the group, by rank."""
+        return [min(max(self.vocab_size - rank * self.width, 0), self.width) for rank in range(self.ranks)]
+
+    @property
+    def ids(self) -> range:
+        """Vocabulary ids of this rank's true entries."""
+        return range(self.offset, self.offset + self.true_width)
 
 
-def true_widths(width: int, vocab_size: int, tp_group: dist.ProcessGroup | None = None) -> list[int]:
-    """As `true_width`, of every rank of the group, without its check."""
-    return [min(max(vocab_size - rank * width, 0), width) for rank in range(group_size(tp_group))]
-
-
-def row_max(x: Tensor) -> Tensor:
-    """Maximum over the last dimension, −∞ where it is empty (a shard of nothing but padding)."""
+def token_max(x: Tensor) -> Tensor:
+    """Maximum over the last dimension, −∞ where it is empty (a shard of padding alone)."""
     if x.shape[-1] == 0:
         return x.new_full(x.shape[:-1], -torch.inf)
     return x.amax(-1)
 
 
-def mean_row(weight: Tensor, vocab_size: int, tp_group: dist.ProcessGroup | None = None) -> Tensor:
-    """The mean row w̄ of an output matrix over the true vocabulary, so that mean_v(W·d) = w̄·d (*ours*; see eq. 14).
+def mean_output_vector(weight: Tensor, shard: VocabShard) -> Tensor:
+    """The mean output vector w̄ over the true vocabulary, so that mean_v(W·d) = w̄·d (*ours*; see eq. 14).
 
-    One all-reduce of [H]. Of a frozen matrix it is needed once per run.
+    One all-reduce of [H]. For a frozen matrix it is needed once per run.
 
     Args:
-        weight: this rank's rows [V_pad/tp, H].
-        vocab_size: size of the true vocabulary.
-        tp_group: the group over which the rows are sharded; None for one shard.
+        weight: this rank's rows of the output matrix [V_pad/tp, H].
+        shard: which rows they are.
 
     Returns:
         [H], replicated, in fp32 (float64 for float64).
-
-    Raises:
-        UserError: the shards together are smaller than the vocabulary.
     """
-    valid = true_width(weight.shape[0], vocab_size, tp_group)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    total = weight.detach()[:valid].sum(0, dtype=dtype)
-    return reduce_sum_(total, tp_group).div_(vocab_size)
+    total = weight.detach()[: shard.true_width].sum(0, dtype=dtype)
+    return reduce_sum_(total, shard.group).div_(shard.vocab_size)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning.parameters import linears, padded_vocabulary
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import reach_of
@@ -102,21 +101,10 @@ def loss(case: Case, responses: float, diagnosed: float) -> Flops:
     fine-tuning gradient of the matrix; for a diagnosed token also the teacher's, and the second teacher's where there
     is no shift.
     """
-    products = 1 + target_vectors(case.config) + 1 + (0 if case.lora else 1)
-    sampled = 1 if _has_shift(case.config) else 2
+    products = 1 + case.target.vectors + 1 + (0 if case.lora else 1)
+    sampled = 1 if case.target.uses_shift else 2
     columns = case.sizes.vocab / case.layout.tensor
     return Flops(0.0, head=2 * case.sizes.hidden * columns * (products * responses + sampled * diagnosed))
-
-
-def target_vectors(config: PopsdConfig) -> int:
-    """Vectors of the hidden size that make a token's target: anchor, shift, or both."""
-    capped = _has_shift(config)
-    return int(capped) + int(config.distillation.target.family != "student_pmi" or not capped)
-
-
-def _has_shift(config: PopsdConfig) -> bool:
-    target = config.distillation.target
-    return target.family in ("purified", "student_pmi") and target.cap is not None
 
 
 def decoding(case: Case, rows: float, length: float) -> Flops:

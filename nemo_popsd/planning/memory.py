@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
-from nemo_popsd.planning.compute import target_vectors
+from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
 from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, whole
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
@@ -36,17 +36,13 @@ def kept_by_layer(case: Case) -> LayerActivations:
     """What one layer keeps for its backward pass.
 
     `plain` layers are the local ones of `nemo_popsd.megatron.spec`; with frozen weights their norms keep less.
-    `fused` ones keep the norms' inputs and outputs, joined and split queries, rotated queries and keys, attention's
-    output, both halves of the MLP's first linear and the second's input.
+    `fused` ones keep the norms' inputs and outputs, what attention keeps, both halves of the MLP's first linear and the
+    second's input.
     """
     sizes, plain = case.sizes, case.plain
-    query, key, width = sizes.query_width, sizes.key_width, sizes.intermediate
-    visits = max(1, sizes.experts_per_token)
-    normalises = plain and not case.lora
-    residual = 6 if normalises else 4
-    attention = 4 * query + 3 * key + (query + key if normalises and sizes.qk_norm else 0)
-    if plain and case.config.training.packing:
-        attention += query  # where sequences attend one by one, they are put together again
+    width, visits = sizes.intermediate, max(1, sizes.experts_per_token)
+    residual = 6 if plain and not case.lora else 4
+    attention = _local_attention(case) if plain else _transformer_engine_attention(case)
     dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
     adapters = len(case.config.student.lora.targets) * case.config.student.lora.rank if case.lora else 0
     return LayerActivations(
@@ -56,14 +52,62 @@ def kept_by_layer(case: Case) -> LayerActivations:
     )
 
 
-def working_set(case: Case) -> float:
-    """Elements per token that exist at once while one layer runs forward without gradient."""
+def _local_attention(case: Case) -> int:
+    """Elements per token that attention of local layers keeps, by the kernel that it takes."""
+    query, key = case.sizes.query_width, case.sizes.key_width
+    elements = 4 * query + 3 * key + _repeated_heads(case)
+    if case.sizes.qk_norm and not case.lora:
+        elements += query + key
+    if case.config.training.packing and not _attends_at_once(case):
+        elements += query  # sequences that attend one by one are put together again
+    return elements
+
+
+def _transformer_engine_attention(case: Case) -> int:
+    """Elements per token that Transformer Engine's attention keeps: inputs of the norms of queries and keys, rotated
+    queries and keys, values, the output. In fp32, which it does not fuse, keys and values are those of every query
+    head, and for each head scores and probabilities of all keys up to the longest sequence are kept.
+    """
+    sizes = case.sizes
+    query, key = sizes.query_width, sizes.key_width
+    norms = query + key if sizes.qk_norm else 0
+    if case.element == 2:
+        return norms + 2 * query + 2 * key
+    return norms + 4 * query + 2 * sizes.heads * case.limits.student
+
+
+def _attends_at_once(case: Case) -> bool:
+    """Whether local layers compute all packed sequences together."""
+    packed = case.config.training.packing and case.layout.context == 1
+    return packed and takes_packed(case.device, half=case.element == 2, width=case.sizes.head_dim)
+
+
+def _repeated_heads(case: Case) -> int:
+    """Elements per token of the keys and values that attention repeats for the query heads that share them."""
+    if not case.plain:
+        grouped = case.element == 2
+    elif _attends_at_once(case):
+        grouped = PACKED_TAKES_GROUPS
+    else:
+        grouped = takes_groups(case.device, half=case.element == 2, masked=case.layout.context > 1)
+    return 0 if grouped else 2 * (case.sizes.query_width - case.sizes.key_width)
+
+
+def working_set(case: Case, longest: int) -> float:
+    """Elements per token that exist at once while one layer runs forward without gradient.
+
+    Args:
+        case: the run.
+        longest: tokens of the longest sequence.
+    """
     sizes, layout, plain = case.sizes, case.layout, case.plain
     visits = max(1, sizes.experts_per_token)
     mlp = (5 if plain else 3) * sizes.intermediate * visits / layout.expert_tensor
-    joined = (4 * sizes.query_width + 3 * sizes.key_width) / layout.tensor
+    # Unfused attention has scores and probabilities.
+    scores = 2 * sizes.heads * longest if not plain and case.element == 4 else 0
+    attention = (4 * sizes.query_width + 3 * sizes.key_width + _repeated_heads(case) + scores) / layout.tensor
     dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
-    return (4 * sizes.hidden + dispatched) / (layout.tensor if layout.sequence else 1) + max(mlp, joined)
+    return (4 * sizes.hidden + dispatched) / (layout.tensor if layout.sequence else 1) + max(mlp, attention)
 
 
 def activation_bytes(case: Case, stage: Stage) -> float:
@@ -92,24 +136,18 @@ def loss_bytes(case: Case) -> float:
     rows, responses = padded_vocabulary(sizes, layout) / layout.tensor, case.microbatch_responses
     columns = min(rows, sizes.vocab)  # the first ranks have no padding
     # Student, one for each vector of the target, and the gradient where it cannot take the student's place.
-    buffers = 1 + target_vectors(case.config) + (0.5 if element < 4 else float(layout.tensor > 1))
+    buffers = 1 + case.target.vectors + (0.5 if element < 4 else float(layout.tensor > 1))
     tokens = min(settings.chunk_tokens or default_chunk_tokens(buffers), responses)
     chunk = 4 * buffers * tokens * columns + 4 * min(settings.diagnosed_tokens, tokens) * columns
-    states = responses * sizes.hidden  # each of: hidden state and its gradient, anchor, shift
-    return states * (3 * element + 4) + max(chunk, states * element)
+    states = responses * sizes.hidden  # each of: hidden state and its gradient, the target's vectors
+    return states * (2 * element + case.target.vector_bytes(element)) + max(chunk, states * element)
 
 
 def cache_bytes(case: Case, stage: Stage) -> float:
     """Bytes of the key-value cache of one batch of rollouts at the limits."""
-    return (
-        2
-        * case.decoded_rows
-        * case.limits.student
-        * stage.layers
-        * case.sizes.key_width
-        / case.layout.tensor
-        * (case.element)
-    )
+    positions = cache_positions(case.limits.student, case.device)
+    elements = 2 * case.decoded_rows * positions * stage.layers * case.sizes.key_width / case.layout.tensor
+    return elements * case.element
 
 
 def server_bytes(case: Case) -> float:
@@ -179,16 +217,17 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         "optimizer": optimizer_bytes(case, parameters),
         "frozen copy": 0.0 if case.lora else float(kept_matrix if offloaded else copy),
     }
-    uses_shift = case.config.distillation.target.family in ("purified", "student_pmi")
-    state = sizes.hidden * (len(case.branches) * case.element + (4 if uses_shift else 0))
+    state = sizes.hidden * (len(case.branches) * case.element + case.target.summed_bytes)
     states = case.owned_rows * case.limits.response * state if stage.last else 0
     cached = case.config.training.cache_on_host
     rollout = case.config.rollout
     sampled = 24 if rollout.top_p == 1 or rollout.temperature == 0 or 0 < rollout.top_k < sizes.vocab else 56
-    forward = working_set(case) * case.element
+    longest = max(case.limits.of(branch) for branch in case.branches)
     drawing = {
         "KV cache": cache_bytes(case, stage),
-        "prefill": min(case.decoded_rows * case.limits.prompt, max(PREFILL_TOKENS, case.limits.prompt)) * forward,
+        "prefill": min(case.decoded_rows * case.limits.prompt, max(PREFILL_TOKENS, case.limits.prompt))
+        * working_set(case, case.limits.prompt)
+        * case.element,
         "sampling": case.decoded_rows * sizes.vocab / layout.tensor * float(sampled) if stage.last else 0.0,
     }
     if rollout.engine == "vllm":
@@ -197,7 +236,7 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         "rollout": drawing,
         "frozen": {
             "frozen copy brought in": float(copy - kept_matrix) if offloaded else 0.0,
-            "frozen forward": case.frozen_tokens / layout.context * forward,
+            "frozen forward": case.frozen_tokens / layout.context * working_set(case, longest) * case.element,
             "frozen states": float(states),
         },
         "training": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import cached_property
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.distillation.config import DistillationConfig
+from nemo_popsd.distillation.families import Target, build_target
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout
 from nemo_popsd.planning.sizes import ModelSizes
@@ -47,14 +49,9 @@ def frozen_branches(config: DistillationConfig) -> tuple[str, ...]:
     """The frozen branches that a target and its diagnosis need, as `nemo_popsd.training.branches` runs them, by the
     context that each reads: a second context with question and reference is as long as the privileged one.
     """
-    target, diagnoses = config.target, config.diagnosed_tokens > 0
-    wanted = {
-        "base": target.family == "purified" or (target.family == "beta_opsd" and target.weight < 1),
-        "privileged": target.family != "beta_opsd" or target.weight > 0 or diagnoses,
-        "reference": target.family in ("purified", "student_pmi", "wrong_reference") or diagnoses,
-    }
-    read = {"reference": "privileged"} if target.borrowed == "reference" else {}
-    return tuple(read.get(name, name) for name, needed in wanted.items() if needed)
+    branches = build_target(config.target).frozen_branches(diagnosed=config.diagnosed_tokens > 0)
+    read = {"reference": "privileged"} if config.target.borrowed == "reference" else {}
+    return tuple(read.get(name, name) for name in branches)
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,8 @@ class Case:
     """The model."""
     nodes: int
     """Nodes."""
+    device: str = "cuda"
+    """Type of the device whose kernels compute."""
 
     def replace(self, settings: Mapping[str, object]) -> Case:
         """The same run with other values of dotted settings, as in ``{"parallel.tensor": 2}``; nothing is checked."""
@@ -78,7 +77,7 @@ class Case:
             changed = copy.copy(getattr(config, section))
             setattr(changed, field, value)
             setattr(config, section, changed)
-        return Case(config, self.plan, self.sizes, self.nodes)
+        return dataclasses.replace(self, config=config)
 
     def setting(self, name: str) -> object:
         """Value of a dotted setting of the run."""
@@ -131,6 +130,11 @@ class Case:
             work.reference_tokens or limits.reference,
             work.response_tokens or limits.response,
         )
+
+    @cached_property
+    def target(self) -> Target:
+        """The target distribution: how many vectors and branches it takes."""
+        return build_target(self.config.distillation.target)
 
     @cached_property
     def branches(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
 from nemo_popsd.report.bars import push_chart
 from nemo_popsd.report.markup import card, esc, fixed, number, signed, table, visible
 from nemo_popsd.report.plots import Series, line_plot
@@ -22,34 +23,18 @@ SHORT = {"reference": "Δ_ref", "question": "Δ_it", "total": "Δ_total", "targe
 """Short names of the components."""
 
 _BY_GROUP = {
-    "norm_ratio": ("‖Δ_ref‖ / ‖Δ_total‖", "above 1: the reference-induced part is larger than the complete signal"),
-    "cosine_question": ("cos(Δ_total, Δ_it)", "below 0: plain OPSD pushes against the question-conditioned part"),
-    "cosine_reference": ("cos(Δ_total, Δ_ref)", "near 1: plain OPSD follows the reference-induced part"),
+    **{statistic.name: (statistic.symbol, statistic.meaning) for statistic in SIGNAL_STATISTICS},
     "delta_question": ("Δ_it of the generated token", "nats; above 0: given the reference, the question favours it"),
     "delta_reference": ("Δ_ref of the generated token", "nats; below 0: the reference alone disfavours it"),
-    "forward_kl": ("KL(target ‖ student)", "nats; distance from the student to the target"),
+    **{statistic.name: (statistic.symbol, f"{statistic.unit}; {statistic.meaning}") for statistic in TOKEN_STATISTICS},
 }
-_IN_TABLE = (
-    "norm_ratio",
-    "cosine_question",
-    "cosine_reference",
-    "delta_total",
-    "delta_reference",
-    "delta_question",
-    "delta_target",
-    "student_entropy",
-    "forward_kl",
-)
 _NAMES = {
-    "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
-    "cosine_question": "cos(Δ_total, Δ_it)",
-    "cosine_reference": "cos(Δ_total, Δ_ref)",
+    **{statistic.name: statistic.symbol for statistic in SIGNAL_STATISTICS},
     "delta_total": "Δ_total of the generated token",
     "delta_reference": "Δ_ref of the generated token",
     "delta_question": "Δ_it of the generated token",
     "delta_target": "log P − log π_θ of the generated token",
-    "student_entropy": "entropy of the student",
-    "forward_kl": "KL(target ‖ student)",
+    **{statistic.name: statistic.symbol for statistic in TOKEN_STATISTICS},
 }
 
 
@@ -99,8 +84,7 @@ def markers_table(summary: Summary) -> str:
     shown = ("markers", "others", "all")
     header = ["", *(f"{name}<br>{groups[name]['tokens']:,} tokens" for name in shown)]
     rows = [
-        [esc(_NAMES[measure]), *(_spread(groups[name].get(measure), measure) for name in shown)]
-        for measure in _IN_TABLE
+        [esc(_NAMES[measure]), *(_spread(groups[name].get(measure), measure) for name in shown)] for measure in _NAMES
     ]
     return table(header, rows)
 

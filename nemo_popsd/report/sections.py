@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
 from nemo_popsd.report import decomposition, verdicts
 from nemo_popsd.report.bars import Estimate, interval_chart, push_chart, share_bar
 from nemo_popsd.report.markup import card, esc, fixed, number, table
@@ -20,10 +21,7 @@ Runs = Sequence[RunData]
 
 CURVES = {
     "loss": ("Loss", "training objective"),
-    "forward_kl": ("KL(target ‖ student)", "nats per token"),
-    "reverse_kl": ("KL(student ‖ target)", "nats per token"),
-    "student_entropy": ("Entropy of the student", "nats per token"),
-    "target_entropy": ("Entropy of the target", "nats per token"),
+    **{statistic.name: (statistic.symbol, statistic.unit) for statistic in TOKEN_STATISTICS},
     "response_tokens": ("Length of a rollout", "tokens"),
     "marker_rate": ("Epistemic markers", "per 1,000 rollout tokens"),
     "cut_share": ("Rollouts truncated at the limit", "share"),
@@ -34,11 +32,7 @@ CURVES = {
     "learning_rate": ("Learning rate", ""),
 }
 """Title and unit of the training curves, in order. Other metrics follow under their own names."""
-DECOMPOSITION_CURVES = {
-    "delta_ratio": ("‖Δ_ref‖ / ‖Δ_total‖", "above 1: the reference-induced part dominates"),
-    "cos_total_it": ("cos(Δ_total, Δ_it)", "of the question-conditioned part"),
-    "cos_total_ref": ("cos(Δ_total, Δ_ref)", "of the reference-induced part"),
-}
+DECOMPOSITION_CURVES = {statistic.name: (statistic.symbol, statistic.meaning) for statistic in SIGNAL_STATISTICS}
 PHASES = {
     "seconds_rollout": ("rollout", "s1"),
     "seconds_frozen": ("frozen branches", "s3"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, Statistic
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.report.decomposition import (
@@ -24,16 +25,13 @@ from nemo_popsd.report.shell import document, refuse_another_file
 FULL_COLOUR = 3.0
 """|Δ| in nats at which the colour of a token saturates."""
 _SWITCH = (("show-both", "both"), ("show-it", "Δ_it"), ("show-ref", "Δ_ref"))
+_STATISTICS: tuple[Statistic, ...] = (*TOKEN_STATISTICS, *SIGNAL_STATISTICS)
 _INSPECTED = (
     "delta_total",
     "delta_reference",
     "delta_question",
     "delta_target",
-    "student_entropy",
-    "target_entropy",
-    "norm_ratio",
-    "cosine_question",
-    "cosine_reference",
+    *(statistic.name for statistic in _STATISTICS),
 )
 
 
@@ -134,7 +132,8 @@ def _reader(rollout: Mapping[str, Any], name: str) -> str:
     data = {
         "first": strongest,
         "pieces": rollout["pieces"],
-        "values": {key: values[key] for key in _INSPECTED},
+        "values": {key: values[key] for key in _INSPECTED if key in values},
+        "statistics": [[statistic.name, statistic.symbol] for statistic in _STATISTICS if statistic.name in values],
         "alternatives": rollout["alternatives"],
     }
     truncated = '<span class="badge">truncated at the limit</span>' if is_truncated(rollout) else ""

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch and what is measured beside it.
+"""The loss of a micro-batch and the statistics of its tokens.
 
 Shapes: N response tokens of the micro-batch, H hidden size.
 """
@@ -13,12 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.distillation import (
-    DecompositionStatistics,
     DiagnosedTokens,
     Divergence,
-    FrozenStates,
+    HiddenPair,
+    StatisticValues,
     Target,
-    TokenStatistics,
     loss_from_hidden,
 )
 from nemo_popsd.megatron.microbatches import MicroBatch
@@ -31,17 +30,17 @@ class LossReport:
     """Detached results of one micro-batch."""
 
     rows: list[int]
-    """Which trajectories."""
+    """Indices of its trajectories."""
     response_lengths: list[int]
-    """Their response tokens that this rank owns."""
+    """Response tokens of each that this rank owns."""
     loss: Tensor
     """Σ weight · divergence, this micro-batch's part of the global loss; a scalar."""
     per_token: Tensor
     """[N] divergence."""
-    statistics: TokenStatistics
-    """[N] each."""
-    decomposition: DecompositionStatistics | None
-    """[D] each, on the diagnosed tokens."""
+    statistics: StatisticValues
+    """`TOKEN_STATISTICS` of its tokens [N]."""
+    decomposition: StatisticValues | None
+    """`SIGNAL_STATISTICS` of its diagnosed tokens [D]."""
 
 
 class Objective:
@@ -107,25 +106,23 @@ class Objective:
             states: target states of all of this rank's trajectories, on any device.
             weights: from `token_weights`.
         """
-        student, mine = self._student, [states[row] for row in batch.sequences]
+        student, of_batch = self._student, [states[row] for row in batch.sequences]
         lengths = torch.tensor(batch.response_lengths, device=hidden_NH.device)
         rows = torch.tensor(batch.sequences, device=hidden_NH.device)
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
-            _joined([state.frozen for state in mine], hidden_NH.device),
+            _joined([state.vectors for state in of_batch], hidden_NH.device),
             student.base_weight,
             target=self.target,
             divergence=self.divergence,
-            vocab_size=student.vocab_size,
-            tp_group=student.tp_group,
+            shard=student.vocab_shard,
             token_weights=weights.float()[rows].repeat_interleave(lengths),
             chunk_tokens=self._chunk_tokens,
             centre=student.centre,
-            soft_cap=student.soft_cap,
             fused=self._fused,
             main_gradient=student.main_gradient,
-            diagnosed=_diagnosed(batch, mine, hidden_NH.device),
+            diagnosed=_diagnosed(batch, of_batch, hidden_NH.device),
         )
         report = LossReport(
             rows=batch.sequences,
@@ -138,24 +135,28 @@ class Objective:
         return result.total, report
 
 
-def _joined(states: Sequence[FrozenStates], device: torch.device) -> FrozenStates:
-    """The states of several trajectories, one after the other, on `device`."""
-    parts = zip(*states, strict=True)
-    return type(states[0])(*(None if part[0] is None else _together(part, device) for part in parts))
+def _joined(vectors: Sequence[HiddenPair], device: torch.device) -> HiddenPair:
+    """The vectors of several trajectories, one after the other, on `device`."""
+    anchors = [pair.anchor for pair in vectors if pair.anchor is not None]
+    shifts = [pair.shift for pair in vectors if pair.shift is not None]
+    return HiddenPair(
+        anchor=_concatenated(anchors, device) if anchors else None,
+        shift=_concatenated(shifts, device) if shifts else None,
+    )
 
 
-def _together(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+def _concatenated(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat([part.to(device, non_blocking=True) for part in parts])
 
 
-def _diagnosed(batch: MicroBatch, mine: Sequence[TargetStates], device: torch.device) -> DiagnosedTokens | None:
-    """The diagnosed tokens of several trajectories, by their place in the micro-batch."""
-    tokens = [state.diagnosed for state in mine if state.diagnosed is not None]
-    if len(tokens) < len(mine):
+def _diagnosed(batch: MicroBatch, states: Sequence[TargetStates], device: torch.device) -> DiagnosedTokens | None:
+    """The diagnosed tokens of several trajectories, by their index in the micro-batch."""
+    tokens = [state.diagnosed for state in states if state.diagnosed is not None]
+    if len(tokens) < len(states):
         return None
-    offsets = [sum(batch.response_lengths[:row]) for row in range(len(mine))]
+    offsets = [sum(batch.response_lengths[:i]) for i in range(len(states))]
     return DiagnosedTokens(
-        index=_together([part.index + offset for part, offset in zip(tokens, offsets, strict=True)], device),
-        privileged=_together([part.privileged for part in tokens], device),
-        reference=_together([part.reference for part in tokens], device),
+        index=_concatenated([part.index + offset for part, offset in zip(tokens, offsets, strict=True)], device),
+        privileged=_concatenated([part.privileged for part in tokens], device),
+        reference=_concatenated([part.reference for part in tokens], device),
     )

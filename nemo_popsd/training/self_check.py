@@ -1,4 +1,4 @@
-"""Before the first step: the branches, the alignment and the loss agree where they must, or training does not start."""
+"""Before the first step: checks that branches, alignment and loss agree where they must."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_popsd.distillation import LogLinearTarget, frozen_states
+from nemo_popsd.distillation import Target, hidden_pair
 from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states, student_batches
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -39,22 +39,21 @@ def check_student_equals_base(
     Args:
         student: before its first update.
         optimizer: its optimizer.
-        objective: gives divergence and settings; its target is replaced by the base alone.
+        objective: has divergence and settings; its target is replaced by the base alone.
         sequences: some of the first step's student contexts with their responses.
         token_budget: tokens of one forward and backward, padding included.
         packed: sequences one after the other instead of side by side.
 
     Raises:
-        RuntimeError: on every rank alike, saying what differs and what to look at.
+        RuntimeError: on every rank alike; the message names what differs and what to check.
     """
     batches = student_batches(student.chunks, sequences, token_budget, packed=packed)
     with student.base.model() as base:
         # As the student computes: in evaluation mode a GPU may take another kernel of attention, with other rounding.
         hidden = frozen_hidden_states(base, batches, training=True)
-    off = LogLinearTarget(base=1.0, temperature=objective.target.temperature)
+    off = Target(base=1.0, temperature=objective.target.temperature)
     plain = objective.with_target(off)
-    soft_cap = student.soft_cap
-    states = [TargetStates(frozen_states(off, state, None, None, soft_cap=soft_cap), None) for state in hidden]
+    states = [TargetStates(hidden_pair(off, base=state), None) for state in hidden]
     ones = torch.ones(len(sequences), device=device(), dtype=torch.float64)
 
     def loss(batch: MicroBatch, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, LossReport]:
@@ -64,7 +63,7 @@ def check_student_equals_base(
     reports = forward_backward(optimizer.chunks, batches, loss)
     grad_norm = optimizer.prepare()
     optimizer.zero_grad()
-    # Nothing where another stage has the loss, or other ranks own all tokens.
+    # Empty where another stage has the loss, or other ranks own all tokens.
     per_token = torch.cat([torch.zeros(1, device=device()), *(report.per_token for report in reports)])
     worst = all_reduce_max(float(per_token.abs().nan_to_num(nan=math.inf).max()))
     tolerance = TOLERANCE[next(student.chunks[0].parameters()).dtype]
@@ -74,5 +73,5 @@ def check_student_equals_base(
             f"self-check failed: with the student equal to the base and the PMI off, the loss per token reaches "
             f"{worst:.3g} and the gradient norm is {grad_norm:.3g}; both must be 0 (at most {tolerance:g} in this "
             "precision). The student and the frozen base do not compute the same thing: check the layer spec, dropout, "
-            "and that the base was not changed. Set training.self_check=false only to look into it."
+            "and that the base was not changed. Set training.self_check=false only to investigate."
         )

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nemo_popsd.data.dataset import PromptRow
-from nemo_popsd.distillation.build import build_divergence, build_target
 from nemo_popsd.distillation.config import DistillationConfig
+from nemo_popsd.distillation.divergence import build_divergence
+from nemo_popsd.distillation.families import build_target
 from nemo_popsd.megatron.forward import forward_backward, student_batches
 from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -67,7 +68,6 @@ class OnPolicyStep:
             target,
             token_budget=training.frozen_tokens,
             diagnosed_tokens=distillation.diagnosed_tokens,
-            soft_cap=student.soft_cap,
             packed=training.packing,
             on_host=training.cache_on_host,
         )

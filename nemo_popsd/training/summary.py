@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
 from nemo_popsd.megatron.microbatches import TokenCount
-from nemo_popsd.observability.metrics import StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 from nemo_popsd.parallel.distributed import all_reduce_max, device
 from nemo_popsd.training.objective import LossReport
 from nemo_popsd.training.trajectory import Trajectory
-
-_DECOMPOSITION = {"delta_ratio": "norm_ratio", "cos_total_it": "cosine_question", "cos_total_ref": "cosine_reference"}
 
 
 def summarize_step(
@@ -29,7 +28,8 @@ def summarize_step(
     computed: TokenCount,
     updates: int = 1,
 ) -> StepMetrics:
-    """Means over the global batch. One all-reduce of eighteen numbers over the world, and one of one number.
+    """Means over the global batch. Two all-reduces over the world, of all sums and of one number; the host waits for
+    the device once for its own sums, however many micro-batches and sequences there are.
 
     Every token must be reported by one rank of those that share it, and every trajectory by one of those that share
     its model; the others hand in nothing of it (see `Student.owns_loss` and `Student.owns_trajectories`).
@@ -41,12 +41,12 @@ def summarize_step(
         markers: epistemic markers in their responses.
         grad_norm: global gradient norm.
         learning_rate: of this step.
-        stopwatch: with the phases ``rollout``, ``frozen`` and ``train`` of this step.
+        stopwatch: has the phases ``rollout``, ``frozen`` and ``train`` of this step.
         computed: tokens that went through student and base for these trajectories.
         updates: optimizer updates that the loss is a mean over.
     """
-    sums: dict[str, torch.Tensor | float] = {
-        "loss": sum(float(report.loss) for report in reports),
+    sums: dict[str, float] = {
+        **_sums_over_tokens(reports),
         "tokens": sum(len(t.rollout.response) for t in trajectories),
         "responses": len(trajectories),
         "cut": sum(t.rollout.truncated for t in trajectories),
@@ -55,14 +55,6 @@ def summarize_step(
         "computed": computed.real + computed.padding,
         "padding": computed.padding,
     }
-    for name in ("forward_kl", "reverse_kl", "student_entropy", "target_entropy"):
-        sums[name] = sum(float(getattr(report.statistics, name).double().sum()) for report in reports)
-    for name, statistic in _DECOMPOSITION.items():
-        # A token on which student and teacher agree exactly has no direction: left out of the mean.
-        values = [getattr(r.decomposition, statistic).double() for r in reports if r.decomposition is not None]
-        finite = [value[value.isfinite()] for value in values]
-        sums[name] = sum(float(value.sum()) for value in finite)
-        sums[f"{name}_tokens"] = sum(len(value) for value in finite)
     totals = torch.tensor(list(map(float, sums.values())), dtype=torch.float64, device=device())
     dist.all_reduce(totals)
     oldest = all_reduce_max(max((t.rollout.age(weights_version) for t in trajectories), default=0))
@@ -71,11 +63,10 @@ def summarize_step(
     seconds = {phase: stopwatch.seconds(phase) for phase in ("rollout", "frozen", "train")}
     return StepMetrics(
         loss=total["loss"] / updates,
-        forward_kl=total["forward_kl"] / tokens,
-        reverse_kl=total["reverse_kl"] / tokens,
-        student_entropy=total["student_entropy"] / tokens,
-        target_entropy=total["target_entropy"] / tokens,
-        **{n: total[n] / total[f"{n}_tokens"] if total[f"{n}_tokens"] else None for n in _DECOMPOSITION},
+        statistics={
+            name: total[f"sum of {name}"] / total[f"tokens with {name}"] if total[f"tokens with {name}"] else None
+            for name in (statistic.name for statistic in DECLARED)
+        },
         response_tokens=total["tokens"] / max(total["responses"], 1.0),
         cut_share=total["cut"] / max(total["responses"], 1.0),
         marker_rate=1000 * total["markers"] / tokens,
@@ -89,3 +80,30 @@ def summarize_step(
         seconds_frozen=seconds["frozen"],
         seconds_train=seconds["train"],
     )
+
+
+def _sums_over_tokens(reports: Sequence[LossReport]) -> dict[str, float]:
+    """This rank's loss, and for each declared statistic the sum over its tokens and their number. One transfer.
+
+    A token on which a figure is not defined (student and teacher agree exactly, so there is no direction) is left out.
+    """
+    names = ["loss"]
+    for declared in DECLARED:
+        names += [f"sum of {declared.name}", f"tokens with {declared.name}"]
+    rows = []
+    for report in reports:
+        row = [report.loss.double()]
+        for values, count in (
+            (report.statistics, len(TOKEN_STATISTICS)),
+            (report.decomposition, len(SIGNAL_STATISTICS)),
+        ):
+            if values is None:
+                row += [row[0].new_zeros(())] * (2 * count)
+                continue
+            exact = values.values.double()
+            is_defined = exact.isfinite()
+            sums = torch.where(is_defined, exact, 0.0).sum(-1)
+            row += torch.stack([sums, is_defined.sum(-1).double()], -1).flatten().unbind()
+        rows.append(torch.stack(row))
+    by_report = torch.stack(rows).tolist() if rows else []
+    return {name: sum((values[i] for values in by_report), 0.0) for i, name in enumerate(names)}

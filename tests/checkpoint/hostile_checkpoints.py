@@ -44,7 +44,7 @@ def replace_by_pickle(mark: Path) -> Change:
     def change(rng: random.Random, folder: Path) -> str:
         name = rng.choice(("common.pt", ".metadata", "metadata.json"))
         file = folder / "weights" / name
-        kind = rng.choice(("whole", "inside"))
+        kind = rng.choice(("file", "inside"))
         if name == ".metadata" and kind == "inside":
             metadata = pickle.loads(file.read_bytes())
             metadata.planner_data = Payload(mark)

@@ -23,7 +23,8 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.parallel.config import ParallelConfig
 from tests.counted_kills import CountedKill
-from tests.harness import run_ranks
+from tests.harness import TRANSFORMER_ENGINE, run_ranks
+from tests.layers import on_transformer_engine
 from tests.tiny_models import KINDS, load_dense, save_tiny_model, whole_logits
 
 IDS = torch.randint(0, 203, (2, 14), generator=torch.Generator().manual_seed(3))
@@ -121,6 +122,32 @@ def test_local_layers_are_saved_with_the_names_of_transformer_engine_layers(plac
         assert {
             f"decoder.layers.{n}.layer_norm_weight" for n in ("self_attention.linear_qkv", "mlp.linear_fc1")
         } <= keys
+
+
+@pytest.fixture(scope="module")
+def by_transformer_engine(sources, places, tmp_path_factory):
+    """What was converted, loaded and saved by two tensor-parallel ranks on Transformer Engine's layers."""
+    folder = tmp_path_factory.mktemp("transformer_engine")
+    arguments = sources, places[0] / "converted", folder
+    return folder, run_ranks(_load_and_save, 2, *arguments, timeout=300.0, layers=TRANSFORMER_ENGINE)
+
+
+@pytest.mark.slow
+@on_transformer_engine
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_transformer_engines_layers_load_and_save_the_same(by_transformer_engine, places, sources, kind, tmp_path):
+    """Logits, names and shapes of tensors, and every bit."""
+    folder, ranks = by_transformer_engine
+    with torch.no_grad():
+        expected = load_dense(sources[kind])(IDS).logits
+    for logits in ranks:
+        torch.testing.assert_close(logits[kind], expected, rtol=0, atol=2e-5)
+    saved, converted = (place / kind / "weights" for place in (folder, places[0] / "converted"))
+    assert DistributedTensors(saved).shapes == DistributedTensors(converted).shapes
+    to_huggingface(open_source(str(folder / kind)), tmp_path / "hf", "fp32")
+    before, after = _tensors(sources[kind]), _tensors(tmp_path / "hf")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def _converted_and_packed(rank: int, world_size: int, source: Path, folder: Path) -> None:

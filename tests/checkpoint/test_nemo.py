@@ -214,7 +214,7 @@ def test_checkpoints_and_directories_are_distinguished(moved, source):
 def test_an_incomplete_checkpoint_is_refused(moved, tmp_path, missing):
     copied = Path(shutil.copytree(moved[0] / "full", tmp_path / "copied"))
     (copied / missing).rename(tmp_path / missing)
-    with pytest.raises(UserError, match=f"(no {missing}|{missing}.* is missing).*need a NeMo checkpoint"):
+    with pytest.raises(UserError, match=f"(no {missing}|{missing}.* is missing).*need an unchanged NeMo checkpoint"):
         NemoCheckpoint(copied)
 
 

@@ -83,13 +83,13 @@ def _mark(model: Any, step: int) -> None:
 def _marks(model: Any) -> set[float]:
     from nemo_popsd.megatron.optimizer_state import parameter_states
 
-    found = set()
+    marks = set()
     for state in parameter_states(model.optimizer.megatron):
         size = min(203, state.parameter.shape[0])  # the rest is padding of the vocabulary
-        found |= set(state.parameter.detach()[:size].unique().tolist())
+        marks |= set(state.parameter.detach()[:size].unique().tolist())
         for value in state.values.values():
-            found |= set(value.view(state.parameter.shape)[:size].unique().tolist())
-    return found
+            marks |= set(value.view(state.parameter.shape)[:size].unique().tolist())
+    return marks
 
 
 def _load_and_save_until_killed(rank: int, world_size: int, source: Path, output: Path, attempt: int) -> None:
@@ -142,7 +142,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path, elsewhere: Path) -> dict[str, str]:
+def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path) -> dict[str, str]:
     from nemo_popsd.checkpoint.retention import name_of
     from nemo_popsd.parallel.agreement import raise_on_all_ranks
     from nemo_popsd.rollout.engine import Rollout
@@ -203,7 +203,7 @@ def _reload(source: Path, checkpoint: Path, step: int) -> None:
 
 def test_a_full_disk_is_reported_and_changes_nothing(small_disk: Path, tmp_path: Path) -> None:
     source = _source(tmp_path / "hf")
-    [messages] = run_ranks(_fill_the_disk, 1, source, small_disk, tmp_path)
+    [messages] = run_ranks(_fill_the_disk, 1, source, small_disk)
     assert set(messages) == {"False True", "False False", "True True", "True False", "rollouts"}
     for text in messages.values():
         assert "o space left on" in text

@@ -22,7 +22,7 @@ from nemo_popsd.config.loading import load_config
 from tests.command_runner import run_command
 from tests.harness import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=12)
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "conf" / "tiny.yaml")

@@ -17,7 +17,7 @@ from tests.harness import run_ranks
 from tests.model import runs
 from tests.rollout.vllm_servers import SMALL, gone, needs_vllm
 
-pytestmark = [pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.slow(seconds=30), needs_vllm]
 
 WORDS = [*SMALL, "rollout.overlap=true", "rollout.max_response_tokens=100", "optimizer.lr=1e-3"]
 KILLED_AFTER = 0.02

@@ -22,7 +22,7 @@ from tests.rollout.test_vllm_engine import prompts
 from tests.rollout.vllm_servers import PYTHON, SMALL, gone, needs_vllm
 from tests.tiny_models import load_dense
 
-pytestmark = [pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.slow(seconds=30), needs_vllm]
 
 STEPS = 2
 WORDS = [

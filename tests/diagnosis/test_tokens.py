@@ -11,27 +11,29 @@ from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_popsd.diagnosis.push import COMPONENTS, VocabularyPush
-from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, BranchStates, TokenDiagnosis, diagnose_tokens
-from nemo_popsd.distillation import LogLinearTarget, PurifiedTarget
+from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, BranchStates, diagnose_tokens
+from nemo_popsd.distillation import Target
+from nemo_popsd.distillation.decomposition import SIGNAL_PRODUCTS
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
 from nemo_popsd.errors import UserError
-from nemo_popsd.parallel.vocabulary import true_width
+from nemo_popsd.parallel.vocabulary import VocabShard
 from tests.distillation.dense import log_probs, make_problem, relative, target_log_probs
 from tests.harness import run_ranks
 
 TARGETS = {
-    "purified": PurifiedTarget(temperature=1.3),
-    "no cap": PurifiedTarget(beta=2.0, cap=None),
-    "opsd": LogLinearTarget.opsd(),
-    "live": LogLinearTarget.live_student_pmi(cap=3.0),
-    "contrast": LogLinearTarget.contrast(0.5),
+    "purified": Target.purified(temperature=1.3),
+    "no cap": Target.purified(beta=2.0, cap=None),
+    "opsd": Target.opsd(),
+    "live": Target.live_student_pmi(cap=3.0),
+    "contrast": Target.contrast(0.5),
 }
 ALTERNATIVES = 20  # more than a shard of 16 holds
 TOKENS = torch.tensor([0, 28, 3, 15, 16, 17, 28])
 
 
 def diagnosed(problem, target, group=None, *, chunk=3, alternatives=ALTERNATIVES):
-    width = problem.student_weight.shape[0]
-    push = VocabularyPush(width, true_width(width, problem.vocab, group), torch.device("cpu"))
+    shard = problem.vocab_shard(group)
+    push = VocabularyPush(shard, torch.device("cpu"))
     states = BranchStates(problem.student, problem.base, problem.privileged, problem.reference)
     found, largest = diagnose_tokens(
         states,
@@ -39,10 +41,9 @@ def diagnosed(problem, target, group=None, *, chunk=3, alternatives=ALTERNATIVES
         problem.student_weight,
         problem.teacher_weight,
         target=target,
-        vocab_size=problem.vocab,
+        shard=shard,
         push=push,
         alternatives=alternatives,
-        tp_group=group,
         chunk_tokens=chunk,
     )
     return found, largest, push
@@ -69,7 +70,6 @@ def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
         at = lambda x: x.gather(1, TOKENS[:, None]).squeeze(1)  # noqa: E731
         p, q = student.exp(), goal.exp()
         want = {
-            "norm_total": total.norm(dim=-1),
             "norm_ratio": induced.norm(dim=-1) / total.norm(dim=-1),
             "cosine_question": cosine_similarity(total, question, dim=-1),
             "cosine_reference": cosine_similarity(total, induced, dim=-1),
@@ -84,15 +84,15 @@ def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
             "log_target": at(goal),
         }
         found, largest, push = diagnosed(whole.shard(rank, world_size), target, group)
-        assert sorted(want) == sorted(found._fields)
-        every = push.look_up(torch.arange(whole.vocab), group)
+        assert sorted(want) == sorted(found.columns())
+        every = push.look_up(torch.arange(whole.vocab))
         want["mass"] = p.sum(0)
-        got = {**found._asdict(), "mass": every.mass}
+        got = {**found.columns(), "mass": every.mass}
         for row, (name, delta) in enumerate(deltas.items()):
             want[name] = (p * (delta - (p * delta).sum(-1, keepdim=True))).sum(0)
             got[name] = every.push[row]
             dense_most = want[name].topk(5)
-            promoted, suppressed = (lists[row] for lists in push.extremes(5, group))
+            promoted, suppressed = (lists[row] for lists in push.extremes(5))
             assert promoted.ids.tolist() == dense_most.indices.tolist()
             assert suppressed.ids.tolist() == (-want[name]).topk(5).indices.tolist()
             torch.testing.assert_close(promoted.push[row], dense_most.values, rtol=1e-4, atol=1e-6)
@@ -130,22 +130,20 @@ def shard_of_padding(rank: int, world_size: int) -> tuple[list[list[int]], list[
     """Vocabulary 12 of 4 x 8 rows: rank 1 holds half of it, ranks 2 and 3 nothing but padding."""
     problem = make_problem(4, vocab=12)
     problem = type(problem)(**{**vars(problem), "vocab": 12}).shard(rank, world_size)
-    width = problem.student_weight.shape[0]
-    group = dist.group.WORLD
-    push = VocabularyPush(width, true_width(width, 12, group), torch.device("cpu"))
+    shard = problem.vocab_shard(dist.group.WORLD)
+    push = VocabularyPush(shard, torch.device("cpu"))
     states = BranchStates(problem.student, problem.base, problem.privileged, problem.reference)
     _, largest = diagnose_tokens(
         states,
         torch.zeros(7, dtype=torch.long),
         problem.student_weight,
         problem.teacher_weight,
-        target=PurifiedTarget(),
-        vocab_size=12,
+        target=Target.purified(),
+        shard=shard,
         push=push,
         alternatives=12,
-        tp_group=group,
     )
-    promoted, _ = push.extremes(12, group)
+    promoted, _ = push.extremes(12)
     return largest.ids[0].tolist(), promoted[0].ids.tolist()
 
 
@@ -160,40 +158,40 @@ def test_shards_of_nothing_but_padding_take_part() -> None:
 
 def test_identities() -> None:
     problem = make_problem(5)
-    found, _, push = diagnosed(problem, PurifiedTarget())
+    found, _, push = diagnosed(problem, Target.purified())
     torch.testing.assert_close(push.push.sum(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(push.push[0], push.push[1] + push.push[2])
     torch.testing.assert_close(push.mass.sum(), torch.tensor(7.0, dtype=torch.float64))
     assert push.tokens == 7
     same = type(problem)(**{**vars(problem), "reference": problem.privileged, "student": problem.base})
     same = type(same)(**{**vars(same), "student_weight": same.teacher_weight})
-    found, _, push = diagnosed(same, PurifiedTarget())  # no PMI: the target is the base, which is the student
-    assert found.forward_kl.abs().max() < 1e-14
-    torch.testing.assert_close(found.norm_ratio, torch.ones(7, dtype=torch.float64))
+    found, _, push = diagnosed(same, Target.purified())  # no PMI: the target is the base, which is the student
+    assert found.statistics["forward_kl"].abs().max() < 1e-14
+    torch.testing.assert_close(found.signal["norm_ratio"], torch.ones(7, dtype=torch.float64))
     assert push.push[COMPONENTS.index("target")].abs().max() < 1e-14
-    assert found.cosine_question.isnan().all()  # Δ_it is 0
+    assert found.signal["cosine_question"].isnan().all()  # Δ_it is 0
 
 
 def test_chunks_change_nothing_and_no_tokens_give_nothing() -> None:
     problem = make_problem(6)
-    small, _, a = diagnosed(problem, PurifiedTarget(), chunk=2)
-    large, _, b = diagnosed(problem, PurifiedTarget(), chunk=100)
-    for one, other in zip(small, large, strict=True):
-        torch.testing.assert_close(one, other)
+    small, _, a = diagnosed(problem, Target.purified(), chunk=2)
+    large, _, b = diagnosed(problem, Target.purified(), chunk=100)
+    for name, column in small.columns().items():
+        torch.testing.assert_close(column, large.columns()[name])
     torch.testing.assert_close(a.push, b.push)
     none = BranchStates(*(problem.student[:0] for _ in range(4)))
-    push = VocabularyPush(32, 29, torch.device("cpu"))
+    push = VocabularyPush(problem.vocab_shard(), torch.device("cpu"))
     found, largest = diagnose_tokens(
         none,
         TOKENS[:0],
         problem.student_weight,
         problem.teacher_weight,
-        target=PurifiedTarget(),
-        vocab_size=29,
+        target=Target.purified(),
+        shard=problem.vocab_shard(),
         push=push,
         alternatives=2,
     )
-    assert all(x.shape == (0,) for x in found)
+    assert all(column.shape == (0,) for column in found.columns().values())
     assert largest is not None
     assert largest.ids.shape == (5, 0, 2)
     assert push.tokens == 0
@@ -202,7 +200,7 @@ def test_chunks_change_nothing_and_no_tokens_give_nothing() -> None:
 def test_a_vocabulary_that_does_not_fit_is_refused_by_name() -> None:
     problem = type(make_problem())(**{**vars(make_problem()), "vocab": 40})
     with pytest.raises(UserError, match="vocab_size=40"):
-        diagnosed(problem, PurifiedTarget())
+        diagnosed(problem, Target.purified())
 
 
 class LiveTensors(TorchDispatchMode):
@@ -235,7 +233,7 @@ class LiveTensors(TorchDispatchMode):
 def test_no_tensor_of_all_tokens_and_the_whole_vocabulary_ever_exists() -> None:
     tokens, vocab, chunk = 320, 2000, 8
     problem = make_problem(7, tokens=tokens, vocab=vocab, padded=2048).to(torch.float32)
-    push = VocabularyPush(2048, vocab, torch.device("cpu"))
+    push = VocabularyPush(VocabShard(vocab, 2048), torch.device("cpu"))
     states = BranchStates(problem.student, problem.base, problem.privileged, problem.reference)
     ids = torch.arange(tokens)
     with LiveTensors() as seen:
@@ -244,15 +242,15 @@ def test_no_tensor_of_all_tokens_and_the_whole_vocabulary_ever_exists() -> None:
             ids,
             problem.student_weight,
             problem.teacher_weight,
-            target=PurifiedTarget(),
-            vocab_size=vocab,
+            target=Target.purified(),
+            shard=VocabShard(vocab, 2048),
             push=push,
             alternatives=8,
             chunk_tokens=chunk,
         )
     assert chunk * vocab <= seen.largest <= chunk * 2048
     inputs = sum(x.numel() for x in (*states, problem.student_weight, problem.teacher_weight))
-    found = tokens * (len(TokenDiagnosis._fields) + 2 * len(DISTRIBUTIONS) * 8)
+    found = tokens * (SIGNAL_PRODUCTS + len(SIGNAL_STATISTICS) + len(TOKEN_STATISTICS) + 5 + 2 * len(DISTRIBUTIONS) * 8)
     buffers = (seen.peak - inputs - push.push.numel() - found) / (chunk * vocab)
     print(f"peak {buffers:.1f} buffers of one chunk, of {tokens // chunk}")
     assert 5 < buffers < 13

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from nemo_popsd.distillation import (
+    Branches,
     DiagnosedTokens,
     Divergence,
-    LogLinearTarget,
-    PurifiedTarget,
+    HiddenPair,
+    Target,
     hidden_pair,
     loss_from_hidden,
     loss_from_logits,
@@ -19,18 +20,18 @@ from nemo_popsd.distillation import (
 from tests.distillation.dense import Problem, dense, make_problem, relative
 
 TARGETS = {
-    "purified": PurifiedTarget(),
-    "purified, cap 2, beta 0.7, temperature 1.3": PurifiedTarget(0.7, 2.0, 1.3),
-    "purified, cap 1, beta 3": PurifiedTarget(3.0, 1.0),
-    "purified, no cap, temperature 0.8": PurifiedTarget(2.0, None, 0.8),
-    "family purified": LogLinearTarget.purified(1.5, 4.0, 1.1),
-    "opsd": LogLinearTarget.opsd(),
-    "beta-opsd, base": LogLinearTarget.beta_opsd(0.3, temperature=1.2),
-    "beta-opsd, student": LogLinearTarget.beta_opsd(0.6, "student"),
-    "contrast": LogLinearTarget.contrast(0.5),
-    "student pmi": LogLinearTarget.live_student_pmi(1.4, 3.0, 0.9),
-    "student pmi, no cap": LogLinearTarget.live_student_pmi(2.0, None),
-    "everything": LogLinearTarget(student=0.2, base=0.5, privileged=0.9, reference=-0.4, temperature=1.1),
+    "purified": Target.purified(),
+    "purified, cap 2, beta 0.7, temperature 1.3": Target.purified(0.7, 2.0, 1.3),
+    "purified, cap 1, beta 3": Target.purified(3.0, 1.0),
+    "purified, no cap, temperature 0.8": Target.purified(2.0, None, 0.8),
+    "family purified": Target.purified(1.5, 4.0, 1.1),
+    "opsd": Target.opsd(),
+    "beta-opsd, base": Target.beta_opsd(0.3, temperature=1.2),
+    "beta-opsd, student": Target.beta_opsd(0.6, "student"),
+    "contrast": Target.contrast(0.5),
+    "student pmi": Target.live_student_pmi(1.4, 3.0, 0.9),
+    "student pmi, no cap": Target.live_student_pmi(2.0, None),
+    "everything": Target(student=0.2, base=0.5, privileged=0.9, reference=-0.4, temperature=1.1),
 }
 DIVERGENCES = {
     "jsd": Divergence(),
@@ -54,22 +55,25 @@ class Errors:
     padding: float
 
 
+def vectors_of(problem: Problem, target: Target) -> HiddenPair:
+    return hidden_pair(target, base=problem.base, privileged=problem.privileged, reference=problem.reference)
+
+
 def hidden_loss(problem: Problem, target, divergence, group=None, *, dh: bool = True, dw: bool = True, **settings):
     """`loss_from_hidden` with the leaves it was given; `shared`: student and teacher with the teacher's matrix."""
     shared = settings.pop("shared", False)
     hidden = problem.student.clone().requires_grad_(dh)
     weight = (problem.teacher_weight if shared else problem.student_weight).clone().requires_grad_(dw)
-    pair = hidden_pair(target, problem.base, problem.privileged, problem.reference)
+    vectors = vectors_of(problem, target)
     settings = {"token_weights": problem.token_weights, "chunk_tokens": 3, **settings}
     result = loss_from_hidden(
         hidden,
         weight,
-        pair,
+        vectors,
         weight.detach() if shared else problem.teacher_weight,
         target=target,
         divergence=divergence,
-        vocab_size=problem.vocab,
-        tp_group=group,
+        shard=problem.vocab_shard(group),
         **settings,
     )
     return result, hidden, weight
@@ -89,14 +93,15 @@ def logits_loss(problem: Problem, target, divergence, group=None):
 
     student = (problem.student @ problem.student_weight.T).requires_grad_()
     loss = loss_from_logits(
-        student,
-        frozen(problem.privileged),
-        frozen(problem.reference),
-        frozen(problem.base),
+        Branches(
+            student,
+            base=frozen(problem.base),
+            privileged=frozen(problem.privileged),
+            reference=frozen(problem.reference),
+        ),
         target=target,
         divergence=divergence,
-        vocab_size=problem.vocab,
-        tp_group=group,
+        shard=problem.vocab_shard(group),
     )
     return loss, student
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from nemo_popsd.parallel.vocabulary import VocabShard
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Problem:
         width = self.student_weight.shape[0] // size
         rows = slice(rank * width, (rank + 1) * width)
         return replace(self, student_weight=self.student_weight[rows], teacher_weight=self.teacher_weight[rows])
+
+    def vocab_shard(self, group: dist.ProcessGroup | None = None) -> VocabShard:
+        return VocabShard(self.vocab, self.student_weight.shape[0], group)
 
 
 def make_problem(

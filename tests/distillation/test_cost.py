@@ -14,16 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_popsd.distillation import (
     DiagnosedTokens,
     Divergence,
-    LogLinearTarget,
     MainGradient,
-    PurifiedTarget,
+    Target,
     fusion,
-    hidden_pair,
     loss_from_hidden,
 )
 from nemo_popsd.distillation.products import share_storage
-from nemo_popsd.parallel.vocabulary import mean_row
-from tests.distillation.calls import DIVERGENCES, diagnosed, hidden_loss, with_
+from nemo_popsd.parallel.vocabulary import mean_output_vector
+from tests.distillation.calls import DIVERGENCES, diagnosed, hidden_loss, vectors_of, with_
 from tests.distillation.dense import make_problem
 from tests.harness import run_ranks
 
@@ -81,10 +79,10 @@ class _Operations(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("target", "vectors"),
     [
-        (PurifiedTarget(), 2),
-        (PurifiedTarget(cap=None), 1),
-        (LogLinearTarget.opsd(), 1),
-        (LogLinearTarget.live_student_pmi(), 1),
+        (Target.purified(), 2),
+        (Target.purified(cap=None), 1),
+        (Target.opsd(), 1),
+        (Target.live_student_pmi(), 1),
     ],
     ids=["purified", "no cap", "opsd", "live student"],
 )
@@ -109,7 +107,7 @@ def test_matrix_products_of_a_chunk_are_those_that_are_needed(target, vectors, d
                 assert not result.total.requires_grad
         return operations.products
 
-    centre = mean_row(problem.teacher_weight, problem.vocab)
+    centre = mean_output_vector(problem.teacher_weight, problem.vocab_shard())
     for shared, forward in ((False, 1 + vectors), (True, 1)):
         assert products(dh=True, dw=True, shared=shared) == forward + 2
         assert products(dh=True, dw=True, shared=shared, diagnosed=diagnosed(problem)) == forward + 2
@@ -130,11 +128,11 @@ def test_a_shared_matrix_is_told_by_its_memory():
 def test_lora_on_the_body_costs_no_memory_for_the_matrix():
     problem = make_problem(9, tokens=4, hidden=64, vocab=500, padded=512)
     with _Operations() as operations:
-        result, _, _ = hidden_loss(problem, PurifiedTarget(), JSD, dw=False, chunk_tokens=1)
+        result, _, _ = hidden_loss(problem, Target.purified(), JSD, dw=False, chunk_tokens=1)
         result.total.backward()
     assert operations.largest < problem.student_weight.untyped_storage().nbytes() + 1
     with _Operations() as operations:
-        hidden_loss(with_(problem, student_weight=problem.student_weight), PurifiedTarget(), JSD, dw=False)
+        hidden_loss(with_(problem, student_weight=problem.student_weight), Target.purified(), JSD, dw=False)
     assert operations.count["zeros_like"] == 0
 
 
@@ -150,8 +148,8 @@ class _Peak(NamedTuple):
 def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plant=None, sink=True, **settings) -> _Peak:
     """Bytes that one loss and its backward pass allocate: at most at one time, in one piece, and left behind."""
     problem = make_problem(10, tokens=tokens, hidden=hidden, vocab=vocab, padded=vocab).to(torch.float32)
-    pair = hidden_pair(PurifiedTarget(), problem.base, problem.privileged, problem.reference)
-    centre = mean_row(problem.teacher_weight, vocab)
+    pair = vectors_of(problem, Target.purified())
+    centre = mean_output_vector(problem.teacher_weight, problem.vocab_shard())
     states = problem.student.requires_grad_()
     weight = problem.student_weight.requires_grad_()
     main = MainGradient(torch.zeros_like(weight), 1.0) if sink else None
@@ -174,9 +172,9 @@ def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plan
             weight,
             pair,
             problem.teacher_weight,
-            target=PurifiedTarget(),
+            target=Target.purified(),
             divergence=divergence,
-            vocab_size=vocab,
+            shard=problem.vocab_shard(),
             token_weights=problem.token_weights,
             chunk_tokens=chunk,
             centre=centre,
@@ -257,8 +255,8 @@ def _count_collectives(rank: int, world_size: int):
         setattr(dist, name, forbidden)
     found = {}
     mine = make_problem(12).shard(rank, world_size)
-    centre = mean_row(mine.teacher_weight, mine.vocab, group)
-    found["mean row"] = [shape for _, shape, _ in calls]
+    centre = mean_output_vector(mine.teacher_weight, mine.vocab_shard(group))
+    found["mean output vector"] = [shape for _, shape, _ in calls]
     for name, divergence in (("jsd", JSD), ("forward", FORWARD), ("reverse", REVERSE)):
         for dh in (True, False):
             for diagnosing in (False, True):
@@ -266,7 +264,7 @@ def _count_collectives(rank: int, world_size: int):
                     calls.clear()
                     result, _, _ = hidden_loss(
                         mine,
-                        PurifiedTarget(),
+                        Target.purified(),
                         divergence,
                         group,
                         dh=dh,
@@ -282,7 +280,7 @@ def _count_collectives(rank: int, world_size: int):
     # No tokens: nothing is sent, nothing hangs.
     calls.clear()
     result, hidden, _ = hidden_loss(
-        make_problem(13, tokens=0).shard(rank, world_size), PurifiedTarget(), JSD, group, centre=centre
+        make_problem(13, tokens=0).shard(rank, world_size), Target.purified(), JSD, group, centre=centre
     )
     result.total.backward()
     found["no tokens"] = (list(calls), hidden.grad.shape)
@@ -293,7 +291,7 @@ def _count_collectives(rank: int, world_size: int):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for divergence in DIVERGENCES.values():
             result, hidden, weight = hidden_loss(
-                same.to(dtype).shard(rank, world_size), PurifiedTarget(), divergence, group
+                same.to(dtype).shard(rank, world_size), Target.purified(), divergence, group
             )
             result.total.backward()
             exact.append(result.per_token.count_nonzero() + hidden.grad.count_nonzero() + weight.grad.count_nonzero())
@@ -304,7 +302,7 @@ def _count_collectives(rank: int, world_size: int):
 def test_collectives_are_as_few_and_as_small_as_promised():
     """One for each chunk of a KL, two of a JSD; one for w̄ where not given; one for dh in the backward pass."""
     for found in run_ranks(_count_collectives, 2):
-        assert found.pop("mean row") == [(8,)]
+        assert found.pop("mean output vector") == [(8,)]
         assert found.pop("no tokens") == ([], (0, 8))
         assert found.pop("exact zeros") == [0] * 15
         for (name, dh, diagnosing, given), (forward, backward) in found.items():
@@ -349,13 +347,13 @@ def _order_of_work(rank: int, world_size: int):
     for name in ("all_reduce", "all_gather"):
         setattr(dist, name, noting(name))
     mine = make_problem(17).shard(rank, world_size)
-    centre = mean_row(mine.teacher_weight, mine.vocab, dist.group.WORLD)
+    centre = mean_output_vector(mine.teacher_weight, mine.vocab_shard(dist.group.WORLD))
     found = {}
     for divergence in (FORWARD, JSD):
         for dw in (True, False):
             events.clear()
             with _Operations(on_product=lambda: events.append("product")):
-                hidden_loss(mine, PurifiedTarget(), divergence, dist.group.WORLD, dw=dw, shared=True, centre=centre)
+                hidden_loss(mine, Target.purified(), divergence, dist.group.WORLD, dw=dw, shared=True, centre=centre)
             found[divergence.kind, dw] = " ".join(events)
     return found
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_popsd.distillation import Divergence, PurifiedTarget, fusion
+from nemo_popsd.distillation import Divergence, Target, fusion
 from nemo_popsd.errors import UserError
 from tests.distillation.calls import diagnosed, hidden_loss
 from tests.distillation.dense import dense, make_problem, relative
 from tests.harness import run_ranks
 
-TARGET = PurifiedTarget(0.7, 2.0, 1.3)
+TARGET = Target.purified(0.7, 2.0, 1.3)
 KINDS = {"jsd": Divergence("jsd", 0.3), "forward": Divergence("forward_kl"), "reverse": Divergence("reverse_kl")}
 
 
@@ -30,7 +30,7 @@ def errors_of_fused(problem, mine, target, divergence, group=None, **settings) -
         relative(result.per_token, want.loss),
         relative(hidden.grad, want.dh),
         relative(weight.grad, want.dw[rows]),
-        relative(result.statistics.target_entropy, -(want.q * want.q.log()).sum(-1)),
+        relative(result.statistics["target_entropy"], -(want.q * want.q.log()).sum(-1)),
     ]
 
 
@@ -49,7 +49,7 @@ def test_fused_agrees_with_the_dense_reference_and_compiles_once_for_all_sizes()
         problem = make_problem(2, tokens=tokens, hidden=12, vocab=vocab, padded=512, sharpness=0.5).to(torch.float32)
         for kind, divergence in KINDS.items():
             for beta in (0.5, 1.5):
-                target = PurifiedTarget(beta, 4.0)
+                target = Target.purified(beta, 4.0)
                 found[tokens, kind, beta] = errors_of_fused(problem, problem, target, divergence, chunk_tokens=chunk)
     assert counters["stats"]["unique_graphs"] == graphs
     assert max(map(max, found.values())) < 1e-5, found
@@ -80,7 +80,7 @@ def test_fused_keeps_an_exact_zero():
     problem = make_problem(4, vocab=60, padded=64).to(torch.float32)
     same = type(problem)(**{**vars(problem), "base": problem.student, "reference": problem.privileged})
     for divergence in KINDS.values():
-        result, hidden, weight = hidden_loss(same, PurifiedTarget(), divergence, fused="always", shared=True)
+        result, hidden, weight = hidden_loss(same, Target.purified(), divergence, fused="always", shared=True)
         result.total.backward()
         assert result.per_token.count_nonzero() == hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
 
@@ -91,18 +91,18 @@ def test_fused_does_not_swallow_what_is_not_finite():
         hidden = getattr(problem, field).clone()
         hidden[4, 1] = float("nan")
         poisoned = type(problem)(**{**vars(problem), field: hidden})
-        got, _, _ = hidden_loss(poisoned, PurifiedTarget(), divergence, fused="always")
+        got, _, _ = hidden_loss(poisoned, Target.purified(), divergence, fused="always")
         assert got.per_token.isnan().tolist() == [token == 4 for token in range(7)]
 
 
 def test_small_vocabularies_and_float64_are_not_compiled_by_default():
-    assert not fusion.choose_stages("auto", 1000, torch.float32).fused
-    assert not fusion.choose_stages("auto", 19000, torch.float64).fused
-    assert fusion.choose_stages("auto", 19000, torch.float32).fused
-    assert fusion.choose_stages("always", 10, torch.float32).fused
-    assert not fusion.choose_stages("never", 19000, torch.float32).fused
+    assert not fusion.choose_kernels("auto", 1000, torch.float32).fused
+    assert not fusion.choose_kernels("auto", 19000, torch.float64).fused
+    assert fusion.choose_kernels("auto", 19000, torch.float32).fused
+    assert fusion.choose_kernels("always", 10, torch.float32).fused
+    assert not fusion.choose_kernels("never", 19000, torch.float32).fused
     with pytest.raises(UserError, match="fused='yes'"):
-        fusion.choose_stages("yes", 10, torch.float32)
+        fusion.choose_kernels("yes", 10, torch.float32)
 
 
 def test_without_a_compiler_the_log_says_so_and_the_loss_is_computed_all_the_same(monkeypatch, caplog):
@@ -114,10 +114,10 @@ def test_without_a_compiler_the_log_says_so_and_the_loss_is_computed_all_the_sam
     monkeypatch.setattr(torch, "compile", lambda function, **options: no_compiler)
     problem = make_problem(6).to(torch.float32)
     with caplog.at_level(logging.WARNING):
-        got, _, _ = hidden_loss(problem, PurifiedTarget(), Divergence(), fused="always")
-    want, _, _ = hidden_loss(problem, PurifiedTarget(), Divergence(), fused="never")
+        got, _, _ = hidden_loss(problem, Target.purified(), Divergence(), fused="always")
+    want, _, _ = hidden_loss(problem, Target.purified(), Divergence(), fused="never")
     assert torch.equal(got.per_token, want.per_token)
     assert [record.message for record in caplog.records] == [
         "the loss is not fused, which costs time: torch.compile failed: RuntimeError: no working C++ compiler found"
     ]
-    assert not fusion.choose_stages("always", 10, torch.float32).fused
+    assert not fusion.choose_kernels("always", 10, torch.float32).fused

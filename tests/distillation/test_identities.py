@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_popsd.distillation import (
+    Branches,
     Divergence,
-    LogLinearTarget,
-    PurifiedTarget,
+    Target,
     loss_from_logits,
 )
+from nemo_popsd.parallel.vocabulary import VocabShard
 from tests.distillation.calls import diagnosed, hidden_loss
 from tests.distillation.dense import log_probs, make_problem
 from tests.distillation.test_traps import implied_target, square_problem
@@ -44,7 +45,7 @@ def probs(problem, field: str, temperature: float) -> torch.Tensor:
 def test_trap_12_equal_teachers_leave_the_base(seed, beta, cap, temperature, form):
     problem = square_problem(seed)
     problem = with_(problem, reference=problem.privileged)
-    target = PurifiedTarget(beta, cap, temperature)
+    target = Target.purified(beta, cap, temperature)
     torch.testing.assert_close(implied_target(problem, target, form=form), probs(problem, "base", temperature))
 
 
@@ -52,7 +53,7 @@ def test_trap_12_equal_teachers_leave_the_base(seed, beta, cap, temperature, for
 @given(seeds, caps, temperatures, forms)
 def test_trap_12_a_large_beta_leaves_the_base(seed, cap, temperature, form):
     problem = square_problem(seed)
-    target = PurifiedTarget(1e9, cap, temperature)
+    target = Target.purified(1e9, cap, temperature)
     want = probs(problem, "base", temperature)
     torch.testing.assert_close(implied_target(problem, target, form=form), want, rtol=1e-5, atol=1e-6)
 
@@ -63,7 +64,7 @@ def test_trap_12_a_reference_equal_to_the_base_gives_plain_opsd(seed, temperatur
     problem = square_problem(seed)
     problem = with_(problem, reference=problem.base)
     want = probs(problem, "privileged", temperature)
-    for target in (PurifiedTarget(1.0, None, temperature), LogLinearTarget.opsd(temperature)):
+    for target in (Target.purified(1.0, None, temperature), Target.opsd(temperature)):
         torch.testing.assert_close(implied_target(problem, target, form=form), want)
 
 
@@ -76,15 +77,15 @@ def test_trap_12_a_student_equal_to_base_and_target_has_loss_and_gradient_exactl
     problem = with_(
         problem, base=problem.student, reference=problem.privileged, student_weight=problem.teacher_weight
     ).to(dtype)
-    target = PurifiedTarget(beta, cap, temperature)
+    target = Target.purified(beta, cap, temperature)
     result, hidden, weight = hidden_loss(problem, target, divergence)
     result.total.backward()
     assert result.total.item() == 0
     assert result.per_token.count_nonzero() == 0
     assert hidden.grad.count_nonzero() == 0
     assert weight.grad.count_nonzero() == 0
-    assert result.statistics.forward_kl.count_nonzero() == 0
-    assert result.statistics.reverse_kl.count_nonzero() == 0
+    assert result.statistics["forward_kl"].count_nonzero() == 0
+    assert result.statistics["reverse_kl"].count_nonzero() == 0
 
 
 @quick
@@ -96,13 +97,10 @@ def test_trap_12_the_definition_vanishes_there_too(seed, beta, cap, temperature,
     )
     student = same.clone().requires_grad_()
     loss = loss_from_logits(
-        student,
-        teacher,
-        teacher,
-        same,
-        target=PurifiedTarget(beta, cap, temperature),
+        Branches(student, base=same, privileged=teacher, reference=teacher),
+        target=Target.purified(beta, cap, temperature),
         divergence=divergence,
-        vocab_size=29,
+        shard=VocabShard(29, 32),
     )
     loss.sum().backward()
     assert loss.abs().max() < 1e-14
@@ -116,11 +114,13 @@ def test_trap_12_a_constant_added_to_a_row_of_logits_changes_nothing(
 ):
     generator = torch.Generator().manual_seed(seed)
     logits = [torch.randn(5, 32, dtype=torch.float64, generator=generator) for _ in range(4)]
-    target = PurifiedTarget(beta, cap, temperature)
+    target = Target.purified(beta, cap, temperature)
 
     def run(rows):
         student = rows[0].clone().requires_grad_()
-        loss = loss_from_logits(student, *rows[1:], target=target, divergence=divergence, vocab_size=29)
+        loss = loss_from_logits(
+            Branches(student, *rows[1:]), target=target, divergence=divergence, shard=VocabShard(29, 32)
+        )
         loss.sum().backward()
         return loss.detach(), student.grad
 
@@ -136,7 +136,7 @@ def test_trap_12_a_row_added_to_a_whole_matrix_changes_nothing(seed, beta, cap, 
     problem = make_problem(seed)
     row = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * size
     moved = with_(problem, student_weight=problem.student_weight + row, teacher_weight=problem.teacher_weight - 2 * row)
-    target = PurifiedTarget(beta, cap, temperature)
+    target = Target.purified(beta, cap, temperature)
     want, _, want_w = hidden_loss(problem, target, divergence)
     got, _, got_w = hidden_loss(moved, target, divergence)
     want.total.backward()
@@ -148,7 +148,7 @@ def test_trap_12_a_row_added_to_a_whole_matrix_changes_nothing(seed, beta, cap, 
 @quick
 @given(seeds, betas, caps, temperatures, forms)
 def test_trap_12_the_target_sums_to_1_and_is_a_distribution(seed, beta, cap, temperature, form):
-    p = implied_target(square_problem(seed), PurifiedTarget(beta, cap, temperature), form=form)
+    p = implied_target(square_problem(seed), Target.purified(beta, cap, temperature), form=form)
     torch.testing.assert_close(p.sum(-1), torch.ones(7, dtype=torch.float64))
     assert p.min() > -1e-14
 
@@ -158,9 +158,9 @@ def test_trap_12_the_target_sums_to_1_and_is_a_distribution(seed, beta, cap, tem
 def test_trap_12_total_is_reference_part_plus_question_part(seed, temperature):
     """As the statistics report it: ⟨Δ_total, Δ_it⟩ = ‖Δ_total‖² − ⟨Δ_total, Δ_ref⟩."""
     problem = make_problem(seed)
-    target = PurifiedTarget(temperature=temperature)
+    target = Target.purified(temperature=temperature)
     result, _, _ = hidden_loss(problem, target, Divergence(), diagnosed=diagnosed(problem))
-    ratio, question, induced = result.decomposition
+    ratio, question, induced = result.decomposition.values
     question_norm = (1 + ratio**2 - 2 * ratio * induced).sqrt()
     torch.testing.assert_close(question * question_norm, 1 - ratio * induced)
 
@@ -168,7 +168,7 @@ def test_trap_12_total_is_reference_part_plus_question_part(seed, temperature):
 @quick
 @given(seeds, betas, temperatures, divergences)
 def test_the_divergence_is_never_negative_and_the_jsd_is_bounded(seed, beta, temperature, divergence):
-    result, _, _ = hidden_loss(make_problem(seed), PurifiedTarget(beta, 10.0, temperature), divergence)
+    result, _, _ = hidden_loss(make_problem(seed), Target.purified(beta, 10.0, temperature), divergence)
     assert result.per_token.min() >= 0
     if divergence.kind == "jsd":
         w = divergence.weight
@@ -178,6 +178,6 @@ def test_the_divergence_is_never_negative_and_the_jsd_is_bounded(seed, beta, tem
 @pytest.mark.parametrize("cap", [None, 10.0])
 def test_purified_is_its_member_of_the_family(cap):
     problem = make_problem(2)
-    one, _, _ = hidden_loss(problem, PurifiedTarget(1.7, cap, 1.2), Divergence())
-    other, _, _ = hidden_loss(problem, LogLinearTarget.purified(1.7, cap, 1.2), Divergence())
+    one, _, _ = hidden_loss(problem, Target.purified(1.7, cap, 1.2), Divergence())
+    other, _, _ = hidden_loss(problem, Target.purified(1.7, cap, 1.2), Divergence())
     assert torch.equal(one.per_token, other.per_token)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_popsd.distillation import Divergence, LogLinearTarget, PurifiedTarget
+from nemo_popsd.distillation import Divergence, Target
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS
 from tests.distillation.calls import DIVERGENCES, TARGETS, diagnosed, hidden_loss
 from tests.distillation.dense import dense, divergence_value, log_probs, make_problem, relative
 from tests.harness import run_ranks
@@ -23,10 +24,10 @@ def _token_statistics_errors(rank: int, world_size: int, dtype: torch.dtype) -> 
             result, _, _ = hidden_loss(mine, target, divergence, group)
             got = result.statistics
             errors += [
-                relative(got.forward_kl, divergence_value(want.p, want.q, "forward_kl", 0.5)),
-                relative(got.reverse_kl, divergence_value(want.p, want.q, "reverse_kl", 0.5)),
-                relative(got.student_entropy, -(want.p * want.p.log()).sum(-1)),
-                relative(got.target_entropy, -(want.q * want.q.log()).sum(-1)),
+                relative(got["forward_kl"], divergence_value(want.p, want.q, "forward_kl", 0.5)),
+                relative(got["reverse_kl"], divergence_value(want.p, want.q, "reverse_kl", 0.5)),
+                relative(got["student_entropy"], -(want.p * want.p.log()).sum(-1)),
+                relative(got["target_entropy"], -(want.q * want.q.log()).sum(-1)),
                 relative(result.per_token, want.loss),
             ]
     return errors
@@ -39,7 +40,7 @@ def _decomposition_errors(rank: int, world_size: int, dtype: torch.dtype) -> lis
     cosine = torch.nn.functional.cosine_similarity
     group = dist.group.WORLD if world_size > 1 else None
     errors = []
-    for target in (PurifiedTarget(temperature=1.3), PurifiedTarget(cap=None, temperature=0.8), LogLinearTarget.opsd()):
+    for target in (Target.purified(temperature=1.3), Target.purified(cap=None, temperature=0.8), Target.opsd()):
         student, teacher, reference = (
             log_probs(hidden[index], weight, whole.vocab, target.temperature)
             for hidden, weight in (
@@ -57,9 +58,9 @@ def _decomposition_errors(rank: int, world_size: int, dtype: torch.dtype) -> lis
             assert plain.decomposition is None
             got = result.decomposition
             errors += [
-                relative(got.norm_ratio, induced.norm(dim=-1) / total.norm(dim=-1)),
-                relative(got.cosine_question, cosine(total, question, dim=-1)),
-                relative(got.cosine_reference, cosine(total, induced, dim=-1)),
+                relative(got["norm_ratio"], induced.norm(dim=-1) / total.norm(dim=-1)),
+                relative(got["cosine_question"], cosine(total, question, dim=-1)),
+                relative(got["cosine_reference"], cosine(total, induced, dim=-1)),
             ]
     return errors
 
@@ -86,7 +87,7 @@ def test_statistics_agree_with_dense_formulas_in_shards():
 def test_a_student_equal_to_the_teacher_has_no_decomposition_and_no_sample_has_none():
     problem = make_problem(4)
     same = type(problem)(**{**vars(problem), "student": problem.privileged, "student_weight": problem.teacher_weight})
-    result, _, _ = hidden_loss(same, PurifiedTarget(), Divergence(), shared=True, diagnosed=diagnosed(same))
-    assert all(x.isnan().all() for x in result.decomposition)
-    result, _, _ = hidden_loss(same, PurifiedTarget(), Divergence(), diagnosed=diagnosed(same, []))
-    assert all(x.shape == (0,) for x in result.decomposition)
+    result, _, _ = hidden_loss(same, Target.purified(), Divergence(), shared=True, diagnosed=diagnosed(same))
+    assert result.decomposition.values.isnan().all()
+    result, _, _ = hidden_loss(same, Target.purified(), Divergence(), diagnosed=diagnosed(same, []))
+    assert result.decomposition.values.shape == (len(SIGNAL_STATISTICS), 0)

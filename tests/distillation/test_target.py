@@ -1,24 +1,25 @@
-"""The family's members, what is refused, and the two vectors a target is reduced to."""
+"""The published targets, what is refused, and the two vectors that a target is reduced to."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from nemo_popsd.distillation import Divergence, LogLinearTarget, PurifiedTarget, hidden_pair, loss_from_logits
+from nemo_popsd.distillation import Branches, Divergence, Target, hidden_pair, loss_from_logits
 from nemo_popsd.errors import UserError
-from tests.distillation.calls import TARGETS
+from nemo_popsd.parallel.vocabulary import VocabShard
+from tests.distillation.calls import TARGETS, vectors_of
 from tests.distillation.dense import make_problem
 
 # student, base, privileged, reference, cap
 TABLE = {
-    "purified": (PurifiedTarget(beta=4.0), (0, 1, 0.25, -0.25, 10.0)),
-    "purified, as a member": (LogLinearTarget.purified(beta=4.0), (0, 1, 0.25, -0.25, 10.0)),
-    "opsd": (LogLinearTarget.opsd(), (0, 0, 1, 0, None)),
-    "beta-opsd on the base": (LogLinearTarget.beta_opsd(0.25), (0, 0.75, 0.25, 0, None)),
-    "beta-opsd on the student": (LogLinearTarget.beta_opsd(0.25, "student"), (0.75, 0, 0.25, 0, None)),
-    "wrong-reference contrast": (LogLinearTarget.contrast(0.5), (0, 0, 1.5, -0.5, None)),
-    "pmi on the live student": (LogLinearTarget.live_student_pmi(beta=2.0, cap=5.0), (1, 0, 0.5, -0.5, 5.0)),
+    "purified": (Target.purified(beta=4.0), (0, 1, 0.25, -0.25, 10.0)),
+    "purified, as a member": (Target.purified(beta=4.0), (0, 1, 0.25, -0.25, 10.0)),
+    "opsd": (Target.opsd(), (0, 0, 1, 0, None)),
+    "beta-opsd on the base": (Target.beta_opsd(0.25), (0, 0.75, 0.25, 0, None)),
+    "beta-opsd on the student": (Target.beta_opsd(0.25, "student"), (0.75, 0, 0.25, 0, None)),
+    "wrong-reference contrast": (Target.contrast(0.5), (0, 0, 1.5, -0.5, None)),
+    "pmi on the live student": (Target.live_student_pmi(beta=2.0, cap=5.0), (1, 0, 0.5, -0.5, 5.0)),
 }
 
 
@@ -31,26 +32,26 @@ def test_the_named_members_have_the_coefficients_of_the_table(name):
 
 
 def test_the_defaults_are_the_papers():
-    assert (PurifiedTarget().beta, PurifiedTarget().cap) == (1.0, 10.0)
+    assert (Target.purified().beta, Target.purified().cap) == (1.0, 10.0)
     assert (Divergence().kind, Divergence().weight) == ("jsd", 0.5)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: PurifiedTarget(beta=0.0), "set beta"),
-        (lambda: PurifiedTarget(beta=float("nan")), "set beta"),
-        (lambda: PurifiedTarget(cap=-1.0), "set cap"),
-        (lambda: PurifiedTarget(temperature=0.0), "set temperature"),
-        (lambda: LogLinearTarget.purified(beta=-1.0), "set beta"),
-        (lambda: LogLinearTarget.live_student_pmi(beta=0.0), "set beta"),
-        (lambda: LogLinearTarget(student=1.0), "set base"),
-        (lambda: LogLinearTarget(base=float("inf")), "set base"),
-        (lambda: LogLinearTarget(base=1.0, temperature=-1.0), "set temperature"),
-        (lambda: LogLinearTarget(base=1.0, cap=0.0), "set cap"),
-        (lambda: LogLinearTarget(privileged=1.5, reference=-0.5, cap=10.0), "set reference"),
-        (lambda: LogLinearTarget.beta_opsd(1.5), "set weight"),
-        (lambda: LogLinearTarget.beta_opsd(0.5, "teacher"), "set anchor"),
+        (lambda: Target.purified(beta=0.0), "set beta"),
+        (lambda: Target.purified(beta=float("nan")), "set beta"),
+        (lambda: Target.purified(cap=-1.0), "set cap"),
+        (lambda: Target.purified(temperature=0.0), "set temperature"),
+        (lambda: Target.purified(beta=-1.0), "set beta"),
+        (lambda: Target.live_student_pmi(beta=0.0), "set beta"),
+        (lambda: Target(student=1.0), "set base"),
+        (lambda: Target(base=float("inf")), "set base"),
+        (lambda: Target(base=1.0, temperature=-1.0), "set temperature"),
+        (lambda: Target(base=1.0, cap=0.0), "set cap"),
+        (lambda: Target(privileged=1.5, reference=-0.5, cap=10.0), "set reference"),
+        (lambda: Target.beta_opsd(1.5), "set weight"),
+        (lambda: Target.beta_opsd(0.5, "teacher"), "set anchor"),
         (lambda: Divergence("total_variation"), "set kind"),
         (lambda: Divergence("jsd", 0.0), "set weight"),
         (lambda: Divergence("jsd", 1.0), "set weight"),
@@ -66,7 +67,7 @@ def test_the_pair_gives_the_logits_of_the_target(name):
     """Any member: log P = W·anchor + a_T·c·tanh(centred W·d / c) + a_S·log π_θ, up to a constant."""
     target = TARGETS[name]
     problem = make_problem(1)
-    anchor, shift = hidden_pair(target, problem.base, problem.privileged, problem.reference)
+    anchor, shift = vectors_of(problem, target)
     weight = problem.teacher_weight[: problem.vocab]
     got = torch.zeros(7, problem.vocab, dtype=torch.float64)
     if anchor is not None:
@@ -88,15 +89,15 @@ def test_the_pair_gives_the_logits_of_the_target(name):
 
 def test_the_pair_is_formed_in_fp32_and_copies_nothing_it_need_not():
     problem = make_problem(2).to(torch.bfloat16)
-    anchor, shift = hidden_pair(PurifiedTarget(), problem.base, problem.privileged, problem.reference)
+    anchor, shift = vectors_of(problem, Target.purified())
     assert anchor.data_ptr() == problem.base.data_ptr()
     assert shift.dtype == torch.float32
     assert torch.equal(shift, problem.privileged.float() - problem.reference.float())
-    folded, none = hidden_pair(PurifiedTarget(2.0, None), problem.base, problem.privileged, problem.reference)
+    folded, none = vectors_of(problem, Target.purified(2.0, None))
     assert none is None
     assert folded.dtype == torch.float32
     torch.testing.assert_close(folded, problem.base.float() + shift / 2)
-    opsd, _ = hidden_pair(LogLinearTarget.opsd(), None, problem.privileged, None)
+    opsd, _ = hidden_pair(Target.opsd(), privileged=problem.privileged)
     assert opsd.data_ptr() == problem.privileged.data_ptr()
 
 
@@ -105,7 +106,7 @@ def test_the_inputs_of_the_pair_are_left_alone_and_their_graph_is_cut():
     before = [x.clone() for x in (problem.base, problem.privileged, problem.reference)]
     inputs = [x.requires_grad_() for x in (problem.base, problem.privileged, problem.reference)]
     for target in TARGETS.values():
-        for vector in hidden_pair(target, *inputs):
+        for vector in vectors_of(problem, target):
             assert vector is None or not vector.requires_grad
     for now, then in zip(inputs, before, strict=True):
         assert torch.equal(now, then)
@@ -113,12 +114,16 @@ def test_the_inputs_of_the_pair_are_left_alone_and_their_graph_is_cut():
 
 def test_a_missing_branch_is_named():
     hidden = torch.zeros(2, 4)
-    for missing in range(3):
-        branches = [hidden, hidden, hidden]
-        branches[missing] = None
-        with pytest.raises(ValueError, match=("base_hidden", "privileged_hidden", "reference_hidden")[missing]):
-            hidden_pair(PurifiedTarget(), *branches)
-    logits = torch.zeros(2, 4)
+    branches = dict.fromkeys(("base", "privileged", "reference"), hidden)
+    for missing in branches:
+        with pytest.raises(ValueError, match=f"needs the hidden states of {missing}"):
+            hidden_pair(Target.purified(), **{**branches, missing: None})
+    logits, shard = torch.zeros(2, 4), VocabShard(4, 4)
     with pytest.raises(ValueError, match="the logits of reference"):
-        loss_from_logits(logits, logits, None, logits, target=PurifiedTarget(), divergence=Divergence(), vocab_size=4)
-    loss_from_logits(logits, logits, None, None, target=LogLinearTarget.opsd(), divergence=Divergence(), vocab_size=4)
+        loss_from_logits(
+            Branches(logits, base=logits, privileged=logits),
+            target=Target.purified(),
+            divergence=Divergence(),
+            shard=shard,
+        )
+    loss_from_logits(Branches(logits, privileged=logits), target=Target.opsd(), divergence=Divergence(), shard=shard)

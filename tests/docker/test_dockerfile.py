@@ -1,4 +1,4 @@
-"""The Dockerfile as far as it can be judged without an engine."""
+"""Checks of the Dockerfile without a container engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def tool(name: str) -> str:
-    """A linter that pip has put beside Python."""
+    """The path of a linter that pip installed."""
     path = Path(sys.executable).parent / name
     found = str(path) if path.is_file() else shutil.which(name)
     if found is None:
@@ -40,7 +40,7 @@ def test_the_container_is_an_argument_and_26_02_01_by_default() -> None:
     assert second == ("FROM", "nvcr.io/nvidia/nemo:${NEMO_TAG}")
 
 
-def test_it_does_not_run_as_root_and_tells_its_health() -> None:
+def test_it_does_not_run_as_root_and_has_a_health_check() -> None:
     found = instructions()
     users = [argument for name, argument in found if name == "USER"]
     assert users == ["${USER_ID}"]
@@ -49,7 +49,7 @@ def test_it_does_not_run_as_root_and_tells_its_health() -> None:
     assert health.endswith('CMD ["popsd", "doctor"]')
 
 
-def test_packages_are_installed_by_the_script_alone_and_examined() -> None:
+def test_only_the_script_installs_packages_and_they_are_examined() -> None:
     runs = [argument for name, argument in instructions() if name == "RUN"]
     assert not any("pip install" in run for run in runs)
     assert "docker/install.sh . && python -m nemo_popsd doctor --imports --strict" in runs[0]

@@ -1,7 +1,7 @@
-"""docker/install.sh in an environment whose packages are known: what is there stays, what is missing comes.
+"""docker/install.sh in an environment whose packages are known: installed versions stay, missing packages are added.
 
-In place of the container, distributions with its names and versions; in place of PyPI, wheels made here, newer
-versions of what must stay among them.
+Distributions with the names and versions of the container replace it; wheels made here replace PyPI, including newer
+versions of packages that must not change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ABSENT = {"accelerate", "math-verify", "rich", "tqdm"}
 
 
 def write_wheel(place: Path, name: str, version: str, *requires: str) -> None:
-    """A wheel with metadata and nothing to import."""
+    """A wheel with metadata only."""
     info = f"{name}-{version}.dist-info"
     metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {r}" for r in requires)]
     with zipfile.ZipFile(place / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
@@ -37,7 +37,7 @@ def write_wheel(place: Path, name: str, version: str, *requires: str) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's wheel, built from what .dockerignore lets through."""
+    """The project's wheel, built from the files that .dockerignore admits."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -90,12 +90,12 @@ def versions(environment: CleanEnvironment) -> dict[str, str]:
     return dict(line.split("==") for line in listed)
 
 
-def test_what_is_missing_is_added_and_nothing_else_changes(
+def test_missing_packages_are_added_and_no_version_changes(
     container: CleanEnvironment, index: Path, project: Path
 ) -> None:
-    container.declare("odd", "1.0-of-our-own")  # as vendors number them; pip's rules know no such version
+    container.declare("odd", "1.0-vendor")  # a vendor's version, which pip's rules do not allow
     before = versions(container)
-    # A package that cannot do with what is there is refused.
+    # A package that conflicts with an installed version is refused.
     write_wheel(index, "accelerate", "1.15.0", "torch>=2.11", "numpy>=2")
     done = install(container, index, project)
     assert done.returncode != 0

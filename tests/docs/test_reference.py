@@ -10,7 +10,6 @@ import pytest
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning.config import PlanConfig
-from nemo_popsd.settings.bounds import Bounds, ruled
 from tests.docs.pages import PAGES, ROOT, inline_code, reference
 
 generated = reference()
@@ -36,8 +35,9 @@ def test_every_setting_has_a_text_a_type_and_a_default(schema: type) -> None:
     assert {setting.name for setting in settings if setting.type} == declared(schema())
     assert not [setting.name for setting in settings if not setting.text.strip()]
     assert not [setting.name for setting in settings if setting.type and not setting.default]
-    bounds = {name: str(rule) for name, rule in ruled(schema) if isinstance(rule, Bounds)}
-    assert {setting.name: setting.allowed for setting in settings if setting.name in bounds} == bounds
+    numbers = [setting for setting in settings if re.search(r"int|float", setting.type)]
+    assert len(numbers) > 10
+    assert not [setting.name for setting in numbers if not re.match(r"(from|above) [\d.e-]", setting.allowed)]
 
 
 def test_the_page_of_settings_has_a_heading_and_the_text_of_each() -> None:

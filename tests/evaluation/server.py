@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks the completions API, with the faults that real ones have."""
+"""A real HTTP server with the completions API, which can reproduce faults of real servers."""
 
 from __future__ import annotations
 

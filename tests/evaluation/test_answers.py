@@ -44,7 +44,7 @@ def test_pattern_replaces_the_box() -> None:
     assert extract_answer("so answer 2 .", r"answer (\d+)") == "2"
 
 
-def test_last_number_only_when_asked_for() -> None:
+def test_the_last_number_counts_only_if_requested() -> None:
     assert extract_answer("3 and -1,234.5 in all.") is None
     assert extract_answer("3 and -1,234.5 in all.", last_number=True) == "-1,234.5"
     assert extract_answer("it is $72.", last_number=True) == "72."

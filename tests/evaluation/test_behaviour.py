@@ -25,7 +25,7 @@ MARKERS = ["Wait", "Maybe", "Hmm", "Let me think"]
         ("Wait. Maybe 7? No, it is 8. Hmm.", 2),
         ("Wait, 3.5 is too much. So 3.", 1),
         ("So 5.\nWait\nMaybe 6\nSo 6\nHmm", 2),
-        ("Wait.\n\n\nMaybe.", 1),  # blank lines are no sentences
+        ("Wait.\n\n\nMaybe.", 1),  # blank lines are not sentences
         ("Waiting. wait.", 0),
         ("Let me\nthink", 0),  # a line break ends a sentence
         ("Hmm... Maybe… So 5. Wait!", 2),
@@ -35,7 +35,7 @@ def test_reflection_segments(text: str, segments: int) -> None:
     assert reflection_segments(text, MARKERS) == segments
 
 
-def test_thinking_is_closed_by_its_mark() -> None:
+def test_thinking_is_closed_by_its_tag() -> None:
     assert closes_thinking("so 5</think>\n\n5", "</think>")
     assert not closes_thinking("<think>so 5", "</think>")
 
@@ -50,7 +50,7 @@ def test_repeated_share_by_hand() -> None:
     distinct = [str(number) for number in range(40)]
     assert repeated_share(distinct) == 0.0
     twice = distinct + distinct
-    # Sequences that begin in the second copy occurred before, as far as they lie within it.
+    # Sequences that start and end in the second copy occurred before.
     sequences = len(twice) - REPEATED_WORDS + 1
     assert repeated_share(twice) == pytest.approx((40 - REPEATED_WORDS + 1) / sequences)
     assert repeated_share(["a"] * REPEATED_WORDS) == 0.0
@@ -64,13 +64,13 @@ def test_loops_at_the_end_are_found(turn: int) -> None:
     period = [f"p{number}" for number in range(turn)]
     times = max(4, math.ceil(LOOP_WORDS / turn))
     assert ends_in_loop(lead + period * times)
-    assert ends_in_loop(lead + period[1:] + period * times + period[:1])  # it may be cut anywhere
+    assert ends_in_loop(lead + period[1:] + period * times + period[:1])  # it may be truncated anywhere
     assert not ends_in_loop(lead + period * times + ["end"])
     if turn >= 16:
         assert not ends_in_loop(lead + period * 3)
 
 
-def test_careful_reasoning_is_no_loop() -> None:
+def test_careful_reasoning_is_not_a_loop() -> None:
     steps = " ".join(f"Check {n}: {n} + 3 = {n + 3}, so b = {n + 3}." for n in range(60))
     assert not ends_in_loop(words_of(steps))
     assert repeated_share(words_of(steps)) == 0.0

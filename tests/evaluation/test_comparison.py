@@ -42,7 +42,7 @@ def test_changes_are_paired_and_over_common_problems() -> None:
     found = changes_between(evaluation(BEFORE), evaluation(AFTER), resamples=500)
     assert found["accuracy"].difference == pytest.approx(0.05)
     low, high = found["accuracy"].interval
-    assert low == 0.0  # 19 of 20 problems did not change: no resample loses
+    assert low == 0.0  # 19 of 20 problems did not change, so no resample has a negative change
     assert 0.1 <= high <= 0.2
     assert found["marker_rates.Wait"].difference == pytest.approx(10.0)
     fewer = evaluation([*AFTER[:4], score("other", False)])
@@ -80,19 +80,21 @@ def test_tables_of_one_and_of_three() -> None:
 def test_directories_of_one_set_each(tmp_path: Path) -> None:
     paths = [saved(tmp_path / "x" / "step-0", BEFORE), saved(tmp_path / "y" / "step-0", AFTER)]
     table = compare_directories(paths, resamples=500)
-    assert table.splitlines()[0] == "base: x/step-0 (the first that was named; --base NAME chooses another)"
+    assert table.splitlines()[0] == "base: x/step-0 (the first argument; --base NAME selects another)"
     assert table.splitlines()[2].split() == ["x/step-0", "y/step-0", "change"]
     assert "+5.0" in table
 
 
-def test_the_base_is_named(tmp_path: Path) -> None:
+def test_the_base_is_selected_by_name(tmp_path: Path) -> None:
     paths = [saved(tmp_path / name, scores) for name, scores in (("a_trained", AFTER), ("base", BEFORE))]
     for base in ("base", paths[1]):
         table = compare_directories(paths, resamples=500, base=base)
         assert table.splitlines()[0] == "base: base (by --base)"
         assert table.splitlines()[2].split() == ["base", "a_trained", "change"]
         assert "+5.0" in table
-    with pytest.raises(UserError, match="--base other, which is none of the evaluations; need one of a_trained, base"):
+    with pytest.raises(
+        UserError, match="--base other, which names none of the evaluations; need one of a_trained, base"
+    ):
         compare_directories(paths, resamples=500, base="other")
     assert compare_directories(paths[:1], resamples=500).splitlines()[0].split() == ["a_trained"]
 
@@ -119,7 +121,7 @@ def test_sets_of_an_average_have_equal_weight() -> None:
     assert "m: 50.0 % [50.0, 50.0]" in average_over_sets({"s": {"m": small}, "l": {"m": large}}, resamples=500)
 
 
-def test_what_cannot_be_compared(tmp_path: Path) -> None:
+def test_evaluations_without_common_problems_are_refused(tmp_path: Path) -> None:
     base = saved(tmp_path / "base" / "one", BEFORE)
     saved(tmp_path / "base" / "two", BEFORE)
     saved(tmp_path / "other" / "three", AFTER)
@@ -127,10 +129,10 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         compare_directories([str(tmp_path / "base"), str(tmp_path / "other")], resamples=500)
     with pytest.raises(UserError, match="twice"):
         compare_directories([base, base], resamples=500)
-    with pytest.raises(UserError, match="an evaluation that has ended"):
+    with pytest.raises(UserError, match="a finished evaluation"):
         read_evaluations(tmp_path / "nothing")
 
 
-def test_what_was_concluded_is_read_back(tmp_path: Path) -> None:
+def test_a_concluded_evaluation_is_read_back(tmp_path: Path) -> None:
     path = saved(tmp_path / "one", BEFORE)
     assert read_evaluations(path) == {"one": evaluation(BEFORE)}

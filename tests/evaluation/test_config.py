@@ -7,9 +7,9 @@ from nemo_popsd.evaluation.config import EndpointConfig, EvaluationConfig
 
 def test_structured_configuration_round_trip() -> None:
     merged = OmegaConf.merge(OmegaConf.structured(EvaluationConfig), {"problems": 8, "markers": ["Wait"]})
-    made = OmegaConf.to_object(merged)
-    assert isinstance(made, EvaluationConfig)
-    assert (made.problems, made.markers) == (8, ["Wait"])
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, EvaluationConfig)
+    assert (config.problems, config.markers) == (8, ["Wait"])
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_bad_endpoints_are_named(changes: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "ftp://h/v1", "http:///v1", "http://u:secret@h/v1", "http://h/v1?key=secret"]
 )
-def test_addresses_that_are_none_or_hold_secrets_are_refused_without_repeating_them(url: str) -> None:
-    with pytest.raises(UserError, match=r"set evaluation\.endpoint\.url") as told:
+def test_bad_addresses_are_refused_without_repeating_them(url: str) -> None:
+    with pytest.raises(UserError, match=r"set evaluation\.endpoint\.url") as raised:
         EndpointConfig(url=url)
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(raised.value)
     EndpointConfig(url="https://host:8000/v1")

@@ -59,7 +59,7 @@ def draw(server: Server, count: int = 2, samples: int = 2, **settings: Any) -> l
     return list(endpoint(server, **settings).draw(draws, SAMPLING, seed=1))
 
 
-def test_a_request_says_all_that_matters(server: Server) -> None:
+def test_a_request_contains_all_sampling_parameters(server: Server) -> None:
     (sample,) = draw(server, 1, 1)
     (request,) = server.requests
     seed = request.pop("seed")
@@ -79,7 +79,7 @@ def test_a_request_says_all_that_matters(server: Server) -> None:
         "add_special_tokens": False,
     }
     assert 0 <= seed < 2**31
-    assert (sample.problem, sample.sample, sample.cut, sample.tokens) == ("p0", 0, False, 3)
+    assert (sample.problem, sample.sample, sample.truncated, sample.tokens) == ("p0", 0, False, 3)
     assert sample.text == f"seed {seed}</think> \\boxed{{4}}"
 
 
@@ -90,20 +90,20 @@ def test_standard_parameters_and_text_for_other_servers(server: Server) -> None:
     assert request["prompt"] == tokenizer().decode([7, 7])
 
 
-def test_text_that_no_file_can_hold() -> None:
+def test_an_unpaired_surrogate_in_an_answer_is_replaced() -> None:
     with Server(answer=lambda body: "half \ud83d of a pair") as server:
         (sample,) = draw(server, 1, 1)
     assert sample.text == "half ? of a pair"
 
 
-def test_no_top_k_is_said_too(server: Server) -> None:
+def test_disabled_top_k_is_sent(server: Server) -> None:
     sampling = SamplingParams(1.0, 1.0, 0, max_response_tokens=3, stop_token_ids=frozenset({2}))
     (sample,) = endpoint(server).draw(missing_draws(prompts(1), 1), sampling, seed=1)
     assert server.requests[0]["top_k"] == -1
-    assert sample.cut
+    assert sample.truncated
 
 
-def test_every_draw_once_with_a_seed_of_its_own_and_not_too_many_at_once(server: Server) -> None:
+def test_each_sample_has_its_own_seed_and_concurrency_is_limited(server: Server) -> None:
     server.seconds = 0.02
     samples = draw(server, 5, 4, concurrency=3)
     assert sorted((s.problem, s.sample) for s in samples) == [(f"p{n}", s) for n in range(5) for s in range(4)]
@@ -117,7 +117,7 @@ def test_every_draw_once_with_a_seed_of_its_own_and_not_too_many_at_once(server:
 @pytest.mark.parametrize(
     "fault", [(429, {"Retry-After": "2"}, "busy"), (500, {}, "oops"), (503, {}, ""), "hang up"], ids=str
 )
-def test_what_may_pass_is_asked_again(
+def test_transient_failures_are_retried(
     server: Server, fault: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pauses: list[float] = []
@@ -137,33 +137,33 @@ def test_what_may_pass_is_asked_again(
     else:
         assert all(0.5 <= pause <= 1 for pause in pauses[::2])
         assert all(1 <= pause <= 2 for pause in pauses[1::2])
-    assert "asking again" in caplog.text
+    assert "retrying in" in caplog.text
 
 
-def test_what_keeps_failing_is_told_and_what_came_in_is_kept(server: Server) -> None:
+def test_permanent_failures_are_raised_after_the_received_samples(server: Server) -> None:
     server.fault = lambda body: (500, {}, "out of memory") if len(body["prompt"]) == 3 else None
     draws = missing_draws(prompts(3), 1)
     drawn = endpoint(server, retries=2, concurrency=1).draw(draws, SAMPLING, seed=1)
     assert next(drawn).problem == "p0"
-    with pytest.raises(TransientError, match=r"status 500: out of memory, 3 times.*look at the server"):
+    with pytest.raises(TransientError, match=r"status 500: out of memory, 3 times.*check the server"):
         next(drawn)
     assert len(server.requests) == 4
 
 
-def test_a_refusal_is_told_at_once(server: Server) -> None:
+def test_a_refusal_is_raised_without_retries(server: Server) -> None:
     server.fault = lambda body: (400, {}, '{"error": "prompt is too long"}')
     with pytest.raises(UserError, match=r"status 400: .*prompt is too long"):
         draw(server, 1, 1)
     assert len(server.requests) == 1
 
 
-def test_a_defect_is_no_user_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_is_not_a_user_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Endpoint, "_request", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         draw(server)
 
 
-def test_the_key_is_sent_and_never_told(
+def test_the_key_is_sent_and_never_logged(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -188,7 +188,7 @@ def test_the_key_does_not_follow_a_redirect(server: Server, monkeypatch: pytest.
         assert elsewhere.keys == []
 
 
-def test_servers_that_are_not_what_they_should_be(server: Server) -> None:
+def test_other_servers_are_refused(server: Server) -> None:
     with pytest.raises(UserError, match="got models served; need the model 'other'"):
         endpoint(server, model="other")
     server.fault = lambda body: (200, {}, '{"choices": [{"text": "x"}]}')
@@ -219,7 +219,7 @@ def evaluated(output: Path, server: Server, *more: str) -> str:
     )
 
 
-def test_a_repeated_command_draws_only_what_is_missing(server: Server, tmp_path: Path) -> None:
+def test_a_repeated_command_generates_only_missing_samples(server: Server, tmp_path: Path) -> None:
     table = evaluated(tmp_path, server)
     assert "accuracy (avg@2)" in table
     assert len(server.requests) == 6
@@ -242,7 +242,7 @@ def test_a_repeated_command_draws_only_what_is_missing(server: Server, tmp_path:
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_is_killed_goes_on(server: Server, tmp_path: Path) -> None:
+def test_a_killed_evaluation_continues(server: Server, tmp_path: Path) -> None:
     server.seconds = 0.15
     words = [f"output={tmp_path}", f"evaluation.endpoint.url={server.url}", "evaluation.problems=10"]
     words += ["evaluation.samples_per_problem=4", "evaluation.endpoint.concurrency=2"]

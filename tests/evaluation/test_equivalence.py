@@ -1,4 +1,4 @@
-"""Answers compared by the rules and by math-verify, in its real process."""
+"""Comparison of answers by the rules and by math-verify in its real process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nemo_popsd.evaluation.equivalence import AnswerVerifier, Verdict, require_m
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[AnswerVerifier]:
-    with AnswerVerifier(seconds=20) as made:
-        yield made
+    with AnswerVerifier(seconds=20) as running:
+        yield running
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,16 @@ def verifier() -> Iterator[AnswerVerifier]:
         (r"\[\sum_{k=1}^{10} k\]", "$55$", True),
         (r"\mathbb{R}\setminus\{1\}", r"(-\infty,1)\cup(1,\infty)", True),
         (r"\mathbb{R}", r"(-\infty,0)", False),
-        # What math-verify by itself lets pass: a part that it does not read, tiny numbers, the case of a letter.
+        # Wrong answers that math-verify alone accepts: an unparsed part, tiny numbers, the case of a letter.
         (r"\frac{1}{2}", r"\int_0^1 x\,dx + \unknown{3}", False),
         (r"10^{-20}\sum_{k=1}^{1} k", "10^{-21}", False),
         (r"\sum_{k=1}^{2} kx", "3X", False),
         (r"3\text{ cm}+\max(0,0)", "3", False),
     ],
 )
-def test_what_the_rules_do_not_read(verifier: AnswerVerifier, predicted: str, expected: str, equal: bool) -> None:
+def test_answers_beyond_the_rules_go_to_math_verify(
+    verifier: AnswerVerifier, predicted: str, expected: str, equal: bool
+) -> None:
     verdict = verifier.compare(predicted, expected)
     assert verdict.correct is equal
     assert verdict.decided_by in ("math-verify", "exact")
@@ -68,7 +70,7 @@ def test_the_rules_need_no_process(predicted: str | None, expected: str, verdict
         assert verifier._worker is None
 
 
-def test_one_that_takes_for_ever_is_killed_and_the_next_is_compared() -> None:
+def test_an_endless_comparison_is_killed_and_the_next_one_succeeds() -> None:
     with AnswerVerifier(seconds=1.5) as hasty:
         hasty._running()
         start = time.monotonic()
@@ -83,7 +85,7 @@ def test_one_that_takes_for_ever_is_killed_and_the_next_is_compared() -> None:
 def test_a_worker_that_dies_is_replaced() -> None:
     with AnswerVerifier(seconds=20) as verifier:
         worker = verifier._running()
-        worker.send_signal(signal.SIGSTOP)  # it dies in the middle of a comparison
+        worker.send_signal(signal.SIGSTOP)  # so that it dies during a comparison
         killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -KILL {worker.pid}"])
         assert verifier.compare(r"\max(1,9)", "9") == Verdict(False, "crash")
         killer.wait()
@@ -93,7 +95,7 @@ def test_a_worker_that_dies_is_replaced() -> None:
         assert second.pid != worker.pid
 
 
-def test_answers_are_remembered_and_closing_leaves_no_process() -> None:
+def test_verdicts_are_cached_and_closing_ends_the_process() -> None:
     with AnswerVerifier(seconds=20) as verifier:
         first = verifier.compare(r"\max(1,5)", "5")
         worker = verifier._worker
@@ -105,7 +107,7 @@ def test_answers_are_remembered_and_closing_leaves_no_process() -> None:
         os.kill(worker.pid, 0)
 
 
-def test_a_missing_library_is_told_before_anything_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     require_math_verify()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install 'math-verify"):

@@ -1,4 +1,4 @@
-"""Estimates against what can be counted, and intervals against what they promise."""
+"""Estimates compared with enumeration, and intervals with their nominal coverage."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
     assert high == pytest.approx(values.mean() + half, abs=0.03)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     generator = np.random.default_rng(1)
-    held = 0
+    covered = 0
     for trial in range(300):
         chances = generator.beta(2, 2, size=60)  # problems of unequal difficulty, mean 0.5, four samples each
         values = generator.binomial(4, chances) / 4
         found = intervals({"x": Ratio(list(values), [1.0] * 60)}, resamples=400, confidence=0.9, seed=trial)
-        held += found["x"][0] <= 0.5 <= found["x"][1]
-    assert 0.85 < held / 300 < 0.95
+        covered += found["x"][0] <= 0.5 <= found["x"][1]
+    assert 0.85 < covered / 300 < 0.95
 
 
 def test_a_rate_is_resampled_with_its_tokens() -> None:
-    # All markers lie in one long response of ten: whether it is drawn decides both sums.
+    # All markers are in one long response of ten, which dominates both sums of a resample that contains it.
     figure = Ratio([1000.0 * 90, *[0.0] * 9], [9000.0, *[100.0] * 9])
     low, high = intervals({"rate": figure}, **SETTINGS)["rate"]
     assert low == 0.0
     assert figure.value < high <= 10.0
 
 
-def test_pairing_takes_out_what_is_hard_for_both() -> None:
+def test_pairing_cancels_the_difficulty_of_the_problems() -> None:
     difficulty = np.random.default_rng(2).uniform(0, 1, size=100)
     before = {"x": Ratio(list(difficulty), [1.0] * 100)}
     after = {"x": Ratio(list(difficulty + 0.02), [1.0] * 100), "only here": Ratio([0.0] * 100, [1.0] * 100)}

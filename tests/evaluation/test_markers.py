@@ -26,7 +26,7 @@ def test_phrases_span_any_white_space() -> None:
     assert count_markers("Let me think. Let  me\nthink, Let me thinking", ["Let me think"]) == {"Let me think": 2}
 
 
-def test_markers_are_literal_and_counted_each_on_their_own() -> None:
+def test_markers_are_literal_and_counted_independently() -> None:
     assert count_markers("a.c abc Let me think", ["a.c", "Let me", "Let me think"]) == {
         "a.c": 1,
         "Let me": 1,

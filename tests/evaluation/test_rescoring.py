@@ -1,4 +1,4 @@
-"""Verdicts of former rules are never set beside those of the present ones."""
+"""Verdicts of older comparison rules are not compared with those of the present ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def written_before(path: Path) -> EvaluationDirectory:
     return directory
 
 
-def test_scores_of_former_rules_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_scored_by_older_rules_are_scored_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = written_before(tmp_path)
     before = (directory.path / "scores.jsonl").read_bytes()
     with caplog.at_level(logging.WARNING):
@@ -43,14 +43,14 @@ def test_scores_of_former_rules_are_made_again(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("gone", ["samples-00000.jsonl", "problems.jsonl"])
-def test_without_the_samples_they_are_refused(tmp_path: Path, gone: str) -> None:
+def test_scores_of_older_rules_without_samples_are_refused(tmp_path: Path, gone: str) -> None:
     directory = written_before(tmp_path)
     (directory.path / gone).unlink()
     with pytest.raises(UserError, match=r"2 of 2 samples missing; .*popsd evaluate"):
         Evaluation.read(directory)
 
 
-def test_scores_of_these_rules_are_read_as_they_are(tmp_path: Path) -> None:
+def test_scores_of_the_present_rules_are_read_unchanged(tmp_path: Path) -> None:
     directory = written_before(tmp_path)
     summary = json.loads((directory.path / "summary.json").read_text())
     summary["scoring"]["comparison"] = 2

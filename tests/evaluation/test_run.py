@@ -85,7 +85,7 @@ def drawn(tmp_path: Path, numbers: list[int]) -> ProblemSet:
     one = ProblemSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
     begin(one, sample_settings(one.prompts, SAMPLING, seed=1, model="m", weights_digest="f", engine="e"))
     with one.directory.append_to(0) as file:
-        file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, cut=False) for p in ("p0", "p1") for n in numbers)
+        file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, truncated=False) for p in ("p0", "p1") for n in numbers)
     return one
 
 

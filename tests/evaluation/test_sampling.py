@@ -13,7 +13,7 @@ SAMPLING = SamplingParams(1.0, 1.0, 0, max_response_tokens=64, stop_token_ids=fr
 
 
 class Engine:
-    """Answers with the prompt's length; every second response is cut before its stop token."""
+    """Answers with the prompt's length; every second response is truncated before its stop token."""
 
     def __init__(self) -> None:
         self.calls: list[list[Request]] = []
@@ -42,34 +42,34 @@ def seeds(count: int, samples: int, seed: int = 1234) -> dict[tuple[str, int], i
     return {(draw.prompt.record.id, draw.sample): draw.seed(seed) for draw in draws}
 
 
-def test_what_is_drawn_already_is_not_drawn_again() -> None:
+def test_existing_samples_are_not_generated_again() -> None:
     drawn = {("p0", 1), ("p2", 0), ("gone", 0)}
     missing = missing_draws(prompts(3), 2, drawn)
     assert [(draw.prompt.record.id, draw.sample) for draw in missing] == [("p0", 0), ("p1", 0), ("p1", 1), ("p2", 1)]
     assert missing_draws(prompts(3), 1, {("p0", 0), ("p1", 0), ("p2", 0)}) == []
 
 
-def test_samples_say_what_was_drawn() -> None:
+def test_samples_record_the_responses() -> None:
     engine = Engine()
     samples = draw_samples(missing_draws(prompts(2), 2), engine, SAMPLING, tokenizer(), seed=1)
     assert len(engine.calls) == 1  # all at once, so that the engine can fill its batches
     length = len("<user>") - 5 + len(" \\boxed{2}")  # the special token is one
     assert samples == [
-        Sample("p0", 0, "<user> \\boxed{2}", length + 1, cut=False),
-        Sample("p0", 1, "<user> \\boxed{2}", length, cut=True),
-        Sample("p1", 0, "<user> \\boxed{3}", length + 1, cut=False),
-        Sample("p1", 1, "<user> \\boxed{3}", length, cut=True),
+        Sample("p0", 0, "<user> \\boxed{2}", length + 1, truncated=False),
+        Sample("p0", 1, "<user> \\boxed{2}", length, truncated=True),
+        Sample("p1", 0, "<user> \\boxed{3}", length + 1, truncated=False),
+        Sample("p1", 1, "<user> \\boxed{3}", length, truncated=True),
     ]
     assert [request.seed for request in engine.calls[0]] == list(seeds(2, 2, seed=1).values())
     assert draw_samples([], engine, SAMPLING, tokenizer(), seed=1) == []
 
 
-def test_random_numbers_are_the_same_before_and_after_and_in_any_layout() -> None:
-    # A rank with fewer problems draws the same for those it has, and so does a run with fewer samples.
+def test_seeds_do_not_depend_on_step_or_layout() -> None:
+    # Fewer problems on a rank, or fewer samples in a run, do not change the seeds of the others.
     assert seeds(2, 3).items() <= seeds(4, 3).items()
     assert seeds(4, 2).items() <= seeds(4, 3).items()
 
 
-def test_every_sample_has_random_numbers_of_its_own() -> None:
+def test_every_sample_has_its_own_seed() -> None:
     assert len(set(seeds(4, 3).values())) == 12
     assert not set(seeds(4, 3).values()) & set(seeds(4, 3, seed=1).values())

@@ -7,12 +7,12 @@ from nemo_popsd.evaluation.scoring import score_samples
 
 
 def scored(*texts: str, expected: str = "1/2", **settings: object) -> list[SampleScore]:
-    samples = [Sample("p", number, text, tokens=9, cut=False) for number, text in enumerate(texts)]
+    samples = [Sample("p", number, text, tokens=9, truncated=False) for number, text in enumerate(texts)]
     with AnswerVerifier(seconds=20) as verifier:
         return score_samples(samples, {"p": expected}, EvaluationConfig(**settings), verifier)  # type: ignore[arg-type]
 
 
-def test_everything_that_is_read_in_a_response() -> None:
+def test_all_fields_of_a_score() -> None:
     (found,) = scored(r"Wait, no. Hmm. So it is.</think> \boxed{0.5}", markers=["Wait", "Hmm"])
     assert found == SampleScore(
         problem="p",
@@ -21,7 +21,7 @@ def test_everything_that_is_read_in_a_response() -> None:
         correct=True,
         decided_by="exact",
         vote=0,
-        cut=False,
+        truncated=False,
         tokens=9,
         markers={"Wait": 1, "Hmm": 1},
         segments=1,
@@ -40,7 +40,7 @@ def test_a_response_without_an_answer() -> None:
     assert found.correct
 
 
-def test_equal_answers_vote_alike() -> None:
+def test_equal_answers_share_a_vote() -> None:
     texts = [
         r"\boxed{0.5}",
         r"\boxed{7}",
@@ -54,12 +54,12 @@ def test_equal_answers_vote_alike() -> None:
 
 
 def test_votes_are_counted_for_each_problem() -> None:
-    samples = [Sample(problem, 0, r"\boxed{3}", tokens=1, cut=False) for problem in ("p", "q")]
+    samples = [Sample(problem, 0, r"\boxed{3}", tokens=1, truncated=False) for problem in ("p", "q")]
     with AnswerVerifier(seconds=20) as verifier:
         found = score_samples(samples, {"p": "3", "q": "4"}, EvaluationConfig(), verifier)
     assert [(one.correct, one.vote) for one in found] == [(True, 0), (False, 0)]
 
 
-def test_other_marks_close_the_thinking() -> None:
+def test_another_tag_can_close_the_thinking() -> None:
     (found,) = scored("so[/THINK]", thinking_end="[/THINK]")
     assert found.closed_thinking

@@ -47,7 +47,7 @@ def test_marker_rate_is_over_all_tokens() -> None:
 def test_shares() -> None:
     found = summary(
         [
-            score("p", cut=True, closed_thinking=False, looping=True, repeated=0.5),
+            score("p", truncated=True, closed_thinking=False, looping=True, repeated=0.5),
             score("q", False, answer=None, vote=None, decided_by="missing", segments=4),
             score("r", False, decided_by="timeout"),
             score("s", False, decided_by="crash"),
@@ -69,7 +69,7 @@ def test_pass_at_k() -> None:
     assert summary(fewer).pass_at == {}
 
 
-def test_every_figure_has_an_interval_that_holds_it() -> None:
+def test_every_statistic_lies_in_its_interval() -> None:
     samples = [score(f"p{n}", n % 3 == 0, sample=s, waits=n % 2) for n in range(20) for s in range(2)]
     found = summary(samples)
     assert set(found.intervals) == set(figures_of(samples))
@@ -78,7 +78,7 @@ def test_every_figure_has_an_interval_that_holds_it() -> None:
         assert low <= figure.value <= high, name
 
 
-def test_nothing_to_summarise() -> None:
+def test_a_summary_without_scores_is_refused() -> None:
     with pytest.raises(ValueError, match="no samples"):
         summary([])
 
@@ -88,12 +88,12 @@ def test_empty_responses() -> None:
     assert (found.mean_tokens, found.markers_per_1000_tokens) == (0, 0)
 
 
-def test_as_dict_goes_through_json_and_back() -> None:
+def test_as_dict_survives_json() -> None:
     found = summary([score("p"), score("q", False)])
     assert EvaluationSummary(**json.loads(json.dumps(found.as_dict()))) == found
 
 
-def test_numbers_are_what_can_be_drawn() -> None:
+def test_numbers_are_finite_statistics_for_loggers() -> None:
     found = summary([score("p", sample=n, waits=n) for n in range(2)]).numbers()
     assert found["accuracy"] == found["pass_at/2"] == 1.0
     assert found["marker_rates/Wait"] == 5.0

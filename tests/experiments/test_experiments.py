@@ -20,7 +20,7 @@ from experiments.results import Estimate, accuracy, markers, scores, signal_tabl
 from experiments.rows import HARD, drawn, rows, tuning_problems, write
 from experiments.run import CONF, Run, execute, training_runs, tuning_runs
 from nemo_popsd.config.loading import load_config
-from nemo_popsd.distillation.target import LogLinearTarget, PurifiedTarget
+from nemo_popsd.distillation.families import Target
 from nemo_popsd.testbed.contexts import sample_answers
 from nemo_popsd.testbed.problems import FAMILIES, split_of
 from nemo_popsd.testbed.templates import CONTEXTS, user_turn
@@ -142,7 +142,7 @@ def test_following_a_sharp_target_is_greedy_decoding_from_its_context(
 ) -> None:
     """log P = 1e5 log π: all mass on the likeliest token, as transformers finds it without our caches and padding."""
     chosen, context = tuning_problems()[:6], CONTEXTS[place]
-    target = LogLinearTarget(**{family: 1e5})
+    target = Target(**{family: 1e5})
     followed = follow(*base, chosen, target, CONTEXTS, borrow=False)
     turns = [user_turn(context, problem.question, problem.reference) for problem in chosen]
     greedy = sample_answers(*base, turns, temperature=0.0)
@@ -152,14 +152,14 @@ def test_following_a_sharp_target_is_greedy_decoding_from_its_context(
 @pytest.mark.slow
 def test_a_borrowed_reference_is_the_next_problems(base: tuple[Any, Any]) -> None:
     chosen = tuning_problems()[:4]
-    followed = follow(*base, chosen, LogLinearTarget(privileged=1e5), CONTEXTS, borrow=True)
+    followed = follow(*base, chosen, Target(privileged=1e5), CONTEXTS, borrow=True)
     references = [chosen[(number + 1) % 4].reference for number in range(4)]
     turns = [user_turn(CONTEXTS[1], p.question, r) for p, r in zip(chosen, references, strict=True)]
     assert followed == sample_answers(*base, turns, temperature=0.0)
 
 
 def test_guesses_of_a_target_that_is_the_base_are_the_bases(base: tuple[Any, Any]) -> None:
-    found = guesses(*base, tuning_problems()[:4], PurifiedTarget(beta=1e9))
+    found = guesses(*base, tuning_problems()[:4], Target.purified(beta=1e9))
     assert found["target"] == pytest.approx(found["question"], rel=1e-4)
     assert 0.3 < found["question"] < 1
     assert found["question+reference"] > found["reference"] + 0.05, "what a gain of purification stands on"

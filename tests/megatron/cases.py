@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_popsd.distillation import Divergence, HiddenPair, PurifiedTarget, loss_from_hidden, loss_from_logits
+from nemo_popsd.distillation import Branches, Divergence, HiddenPair, Target, loss_from_hidden, loss_from_logits
+from nemo_popsd.parallel.vocabulary import VocabShard
 from tests.tiny_models import load_dense
 
 VOCABULARY, HIDDEN, PADDED = 203, 32, 256
@@ -38,7 +39,7 @@ SHIFTS = [_random(r, HIDDEN) for _, r in LENGTHS]
 WEIGHTS = [torch.rand(r, generator=_generator) for _, r in LENGTHS]
 TEACHER = 0.3 * _random(PADDED, HIDDEN)
 """The teacher's output matrix; the values of padded output vectors must not matter."""
-TARGET, DIVERGENCE = PurifiedTarget(), Divergence()
+TARGET, DIVERGENCE = Target.purified(), Divergence()
 
 
 def sequences() -> list[Any]:
@@ -68,8 +69,7 @@ def loss_function(student: Any, rows: Sequence[int]) -> Callable[..., tuple[Tens
             shard,
             target=TARGET,
             divergence=DIVERGENCE,
-            vocab_size=VOCABULARY,
-            tp_group=student.tp_group,
+            shard=VocabShard(VOCABULARY, width, student.tp_group),
             token_weights=torch.cat([WEIGHTS[row] for row in chosen]),
             chunk_tokens=7,
             main_gradient=main_gradient,
@@ -91,8 +91,10 @@ def dense_gradients(directory: Path, output: Path) -> float:
         logits = model(torch.tensor([prompt + response])).logits[0, predicting_positions(row)]
         if response:
             shift, base = SHIFTS[row] @ teacher.T, ANCHORS[row] @ teacher.T
-            options = {"target": TARGET, "divergence": DIVERGENCE, "vocab_size": VOCABULARY}
-            per_token = loss_from_logits(logits, shift, torch.zeros_like(shift), base, **options)
+            options = {"target": TARGET, "divergence": DIVERGENCE, "shard": VocabShard(VOCABULARY, logits.shape[1])}
+            per_token = loss_from_logits(
+                Branches(logits, base=base, privileged=shift, reference=torch.zeros_like(shift)), **options
+            )
             total = total + (WEIGHTS[row] * per_token).sum()
     total.backward()
     output.mkdir(parents=True, exist_ok=True)

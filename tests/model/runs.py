@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import run_ranks
+from tests.harness import LOCAL, run_ranks
 
 TINY = str(Path(__file__).parents[2] / "conf" / "tiny.yaml")
 SETTINGS = [
@@ -34,7 +34,9 @@ SETTINGS = [
 LORA = "student.adaptation=lora"
 
 
-def train(output: Path, *words: str, ranks: int = 1, plan: dict[str, Any] | None = None) -> list[Any]:
+def train(
+    output: Path, *words: str, ranks: int = 1, plan: dict[str, Any] | None = None, layers: str = LOCAL
+) -> list[Any]:
     """`popsd train` in `ranks` processes; exit status and what was printed, by rank.
 
     Args:
@@ -43,14 +45,15 @@ def train(output: Path, *words: str, ranks: int = 1, plan: dict[str, Any] | None
         ranks: processes.
         plan: `rank`, `step` and `signal`: that rank gets the signal in the step, when its rollouts are there
             (`"where": "trained"`) or when the first tokens of them are (`"where": "decoding"`).
+        layers: of the model; see `tests.harness`.
     """
-    return run_ranks(_train, ranks, output, words, plan)
+    return run_ranks(_train, ranks, output, words, plan, layers=layers)
 
 
-def train_and_die(output: Path, *words: str, plan: dict[str, Any]) -> None:
+def train_and_die(output: Path, *words: str, plan: dict[str, Any], layers: str = LOCAL) -> None:
     """The same with SIGKILL."""
     with contextlib.suppress(AssertionError):
-        train(output, *words, plan={"rank": 0, "where": "trained", "signal": signal.SIGKILL, **plan})
+        train(output, *words, plan={"rank": 0, "where": "trained", "signal": signal.SIGKILL, **plan}, layers=layers)
         raise RuntimeError("the run was not killed")
 
 

@@ -1,19 +1,21 @@
 import time
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 
-from nemo_popsd.observability.metrics import StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 
 
 def test_names_and_what_was_not_measured() -> None:
-    required = {item.name: 1.0 for item in fields(StepMetrics) if item.name[:6] not in ("delta_", "cos_to")}
-    logged = StepMetrics(**required).as_dict()
-    assert logged == {f"train/{name}": 1.0 for name in required}
-    everything = {item.name: 2.0 for item in fields(StepMetrics)}
-    assert list(StepMetrics(**everything).as_dict()) == [f"train/{name}" for name in everything]
+    other: dict[str, Any] = {item.name: 1.0 for item in fields(StepMetrics) if item.name != "statistics"}
+    logged = StepMetrics(statistics={"forward_kl": 2.0, "norm_ratio": None}, **other).as_dict()
+    assert logged == {"train/forward_kl": 2.0, **{f"train/{name}": 1.0 for name in other}}
+    everything = StepMetrics(statistics={statistic.name: 2.0 for statistic in DECLARED}, **other).as_dict()
+    first, *rest = other
+    assert list(everything) == [f"train/{name}" for name in (first, *(s.name for s in DECLARED), *rest)]
 
 
 def test_stopwatch_adds_up_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:

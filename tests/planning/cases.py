@@ -42,11 +42,11 @@ def run_config(*, tensor: int = 1, distributed: bool = False, **student: Any) ->
     return config
 
 
-def planned(directory: Path, config: PopsdConfig, *, ranks: int) -> Case:
-    """The case of `config` on one node of `ranks`."""
+def planned(directory: Path, config: PopsdConfig, *, ranks: int, device: str = "cpu") -> Case:
+    """The case of `config` on one node of `ranks`, by default with the kernels of the CPU."""
     sizes, _ = read_sizes(str(directory))
     plan = PlanConfig(gpus_per_node=ranks, workload=WorkloadConfig(layers="plain"))
-    return Case(config, plan, sizes, 1)
+    return Case(config, plan, sizes, 1, device)
 
 
 def rows(count: int) -> list[Any]:

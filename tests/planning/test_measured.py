@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def _watch_caches() -> list[int]:
 def _measure_loss(run: Any) -> tuple[int, int]:
     """Peak bytes and operations of the loss of one micro-batch of all rows, forward and backward."""
     from nemo_popsd.distillation import DiagnosedTokens, HiddenPair, loss_from_hidden
-    from nemo_popsd.distillation.build import build_divergence, build_target
+    from nemo_popsd.distillation.divergence import build_divergence
+    from nemo_popsd.distillation.families import build_target
     from nemo_popsd.megatron.forward import upstream_of_loss
     from tests.planning.counters import LiveBytes, flop_counter
 
@@ -130,8 +132,7 @@ def _measure_loss(run: Any) -> tuple[int, int]:
             student.base_weight,
             target=build_target(settings.target),
             divergence=build_divergence(settings.divergence),
-            vocab_size=student.vocab_size,
-            tp_group=student.tp_group,
+            shard=student.vocab_shard,
             token_weights=torch.ones(tokens),
             chunk_tokens=settings.chunk_tokens,
             centre=student.centre,
@@ -153,6 +154,20 @@ def measure(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         name: _measure(directory, cases.run_config(tensor=world_size, **student), world_size)
         for name, student in cases.VARIANTS.items()
     }
+
+
+def _on_a_gpu(choice: Callable[..., Any]) -> Callable[..., Any]:
+    """What `choice` says of a GPU. The device's type is its last positional argument."""
+    return lambda *arguments, **options: choice(*arguments[:-1], "cuda", **options)
+
+
+def measure_kernels_of_a_gpu(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
+    """The same in fp32 with repeated heads and cache positions as on a GPU."""
+    from nemo_popsd.megatron import kernel_choice, kernels, kv_cache
+
+    for module, name in ((kernels, "takes_groups"), (kv_cache, "cache_positions")):
+        setattr(module, name, _on_a_gpu(getattr(kernel_choice, name)))
+    return measure(rank, world_size, directory)
 
 
 def measure_objects(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
@@ -221,7 +236,7 @@ def test_the_cache_of_a_batch_of_rollouts(measured: Any, variant: str) -> None:
 def test_activations_of_both_passes_and_the_loss(measured: Any, variant: str) -> None:
     case, found = _case(measured, variant), measured[2][0][variant]
     (stage,) = stages(case.sizes, case.layout)
-    frozen = memory.working_set(case) * case.frozen_tokens * case.element
+    frozen = memory.working_set(case, case.limits.privileged) * case.frozen_tokens * case.element
     # Recomputation under LoRA holds one more tensor of the residual stream.
     assert found["frozen forward"] == pytest.approx(frozen, rel=0.1)
     assert found["activations"] == pytest.approx(memory.activation_bytes(case, stage), rel=0.08)
@@ -229,6 +244,23 @@ def test_activations_of_both_passes_and_the_loss(measured: Any, variant: str) ->
     # whole chunk.
     tile = 4 * case.config.distillation.chunk_tokens * padded_vocabulary(case.sizes, case.layout) / case.layout.tensor
     assert memory.loss_bytes(case) <= found["loss"] <= memory.loss_bytes(case) + 12 * tile
+
+
+@pytest.fixture(scope="module")
+def measured_as_on_a_gpu(folder: Path) -> dict[str, Any]:
+    return run_ranks(measure_kernels_of_a_gpu, 1, folder / "qwen3", timeout=240)[0]
+
+
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+def test_kernels_of_a_gpu(folder: Path, measured_as_on_a_gpu: dict[str, Any], variant: str) -> None:
+    """Local layers in fp32: heads are repeated; the cache has a multiple of 256 positions."""
+    config = cases.run_config(**cases.VARIANTS[variant])
+    found, case = measured_as_on_a_gpu[variant], cases.planned(folder / "qwen3", config, ranks=1, device="cuda")
+    (stage,) = stages(case.sizes, case.layout)
+    assert found["cache"] == memory.cache_bytes(case, stage)
+    on_cpu = cases.planned(folder / "qwen3", config, ranks=1)
+    assert found["cache"] == memory.cache_bytes(on_cpu, stage) * 256 / case.limits.student
+    assert found["activations"] == pytest.approx(memory.activation_bytes(case, stage), rel=0.08)
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)

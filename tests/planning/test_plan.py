@@ -32,21 +32,43 @@ def case(
     return made
 
 
-@pytest.mark.parametrize("family", ["purified", "opsd", "beta_opsd", "student_pmi"])
-@pytest.mark.parametrize("diagnosed", [0, 5])
-@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
-def test_branches_are_those_that_training_runs(family: str, diagnosed: int, weight: float) -> None:
-    from nemo_popsd.distillation.build import build_target
-    from nemo_popsd.training.branches import FrozenBranches
-
+@pytest.mark.parametrize(
+    ("family", "diagnosed", "weight", "branches"),
+    [
+        ("purified", 0, 0.5, ("base", "privileged", "reference")),
+        ("opsd", 0, 0.5, ("privileged",)),
+        ("opsd", 5, 0.5, ("privileged", "reference")),
+        ("beta_opsd", 0, 0.0, ("base",)),
+        ("beta_opsd", 0, 0.5, ("base", "privileged")),
+        ("beta_opsd", 0, 1.0, ("privileged",)),
+        ("student_pmi", 0, 0.5, ("privileged", "reference")),
+        ("wrong_reference", 0, 0.5, ("privileged", "privileged")),
+    ],
+)
+def test_branches_are_those_of_the_target_by_the_context_that_each_reads(
+    family: str, diagnosed: int, weight: float, branches: tuple[str, ...]
+) -> None:
     settings = PopsdConfig().distillation
     settings.target.family, settings.target.weight, settings.diagnosed_tokens = family, weight, diagnosed
-    if family == "beta_opsd" and weight == 0 and not diagnosed:
-        assert frozen_branches(settings) == ("base",)
-        return
-    base: Any = None
-    real = FrozenBranches(base, build_target(settings.target), token_budget=1, diagnosed_tokens=diagnosed)
-    assert list(frozen_branches(settings)) == real._wanted_branches()
+    assert frozen_branches(settings) == branches
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_of_sums"),
+    [
+        (["distillation.target.family=purified"], 4),
+        (["distillation.target.family=purified", "distillation.target.cap=null"], 4),
+        (["distillation.target.family=opsd"], 0),
+        (["distillation.target.family=beta_opsd"], 4),
+        (["distillation.target.family=wrong_reference"], 4),
+    ],
+)
+def test_frozen_states_hold_the_fp32_sums_of_the_target(settings: list[str], bytes_of_sums: int) -> None:
+    """An anchor that is a sum of branches is a new fp32 vector; one branch's own states are not copied."""
+    planned = case("Qwen3-8B", "distillation.diagnosed_tokens=0", *settings)
+    found = memory.memory(planned).phases["frozen"]["frozen states"]
+    per_token = planned.sizes.hidden * (len(planned.branches) * planned.element + bytes_of_sums)
+    assert found == planned.owned_rows * planned.limits.response * per_token
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nemo_popsd.evaluation.comparison import Evaluation
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.records import EvaluationDirectory, Problem, Sample, SampleScore, SampleSettings
-from nemo_popsd.observability.metrics import StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, StepMetrics
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->\u2028\x00 <b>bold</b> &lt;"
 """Text that breaks out of a page that does not escape it."""
@@ -25,8 +26,9 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->
 
 def step_metrics(step: int, *, scale: float = 1.0) -> StepMetrics:
     """All metrics of one step."""
-    names = StepMetrics.__dataclass_fields__
-    return StepMetrics(**{name: scale * (index + 1) / (step + 1) for index, name in enumerate(names)})
+    names = [*(item.name for item in fields(StepMetrics) if item.name != "statistics"), *(s.name for s in DECLARED)]
+    values: dict[str, Any] = {name: scale * (index + 1) / (step + 1) for index, name in enumerate(names)}
+    return StepMetrics(statistics={s.name: values.pop(s.name) for s in DECLARED}, **values)
 
 
 def write_run(
@@ -89,7 +91,7 @@ def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text:
             correct=correct[s.problem],
             decided_by="text",
             vote=0,
-            cut=False,
+            truncated=False,
             tokens=s.tokens,
             markers=count_markers(s.text, config.markers),
             segments=1,

@@ -21,7 +21,7 @@ from tests.rollout.vllm_servers import engine, gone, needs_vllm, settings
 from tests.tiny_models import build_student, save_tiny_model, whole_logits
 from tests.training.layouts import draw_adapters
 
-pytestmark = [pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.slow(seconds=8), needs_vllm]
 
 LIMIT = 160
 KILLED_AFTER = 0.5

@@ -79,14 +79,14 @@ class Cluster:
         self._write_configuration()
         self._start_munge()
         self._start("slurmctld", "-D")
-        # A slurmd that finds no controller waits for minutes before it tries again.
+        # A slurmd without a controller waits for minutes before it retries.
         self.until(lambda: "is UP" in self.command("scontrol", "ping", check=False), 60, "controller")
         for node in self.nodes:
             self._start("slurmd", "-D", "-N", node)
         self.until(lambda: self._node_states() == {"idle"}, 60, "idle nodes")
 
     def stop(self) -> None:
-        """Cancels all jobs and ends all daemons with what they started."""
+        """Cancels all jobs and ends all daemons and their processes."""
         self.command("scancel", "--user", getpass.getuser(), check=False)
         deadline = time.monotonic() + 20
         while self.command("squeue", "--noheader", check=False) and time.monotonic() < deadline:
@@ -101,7 +101,7 @@ class Cluster:
                 daemon.wait()
 
     def command(self, *words: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
-        """What a Slurm command prints."""
+        """The output of a Slurm command."""
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=60, cwd=cwd, env={**self._environment, **variables}
         )
@@ -113,11 +113,11 @@ class Cluster:
         return self.command("sbatch", "--parsable", *words, cwd=cwd, **variables)
 
     def record(self, job: str) -> dict[str, str]:
-        """What the controller knows of a job."""
+        """The controller's record of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "show", "job", job)))
 
     def wait_for(self, job: str, *states: str, seconds: float = 120, restarts: int = 0) -> dict[str, str]:
-        """The record of `job` once it is in one of `states` and was started again so many times.
+        """The record of `job` once it is in one of `states` and was restarted so many times.
 
         Fails at once where the job has ended in another way. A job that was requeued does not sit out the ten seconds
         that Slurm gives its nodes, once they have ended what they ran of it.
@@ -131,7 +131,7 @@ class Cluster:
                 return record
             if (record["JobState"], record["Reason"]) == ("PENDING", "BeginTime") and not _runs_here(record["JobId"]):
                 left = left or time.monotonic()
-                # Slurm counts in whole seconds: a start in that of the end is refused ("credential revoked").
+                # Slurm counts in seconds: a start in the second of the end is refused ("credential revoked").
                 if time.monotonic() > left + 1.2:
                     self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             assert record["JobState"] not in ended - set(states), f"job {job} ended: {record}\n{self.output(job)}"
@@ -139,7 +139,7 @@ class Cluster:
             time.sleep(0.3)
 
     def output(self, job: str) -> str:
-        """What the batch script has printed so far."""
+        """The output of the batch script so far."""
         found = re.search(r"^ *StdOut=(.*)$", self.command("scontrol", "show", "job", job), re.MULTILINE)
         assert found is not None
         file = Path(found[1])
@@ -151,7 +151,7 @@ class Cluster:
         self.command("scontrol", "update", f"NodeName={node}", f"State={state}", *reason)
 
     def wait_until_idle(self, seconds: float = 60) -> None:
-        """Returns when no job is left and every node may take one."""
+        """Returns when no job is left and every node is available."""
         self.until(lambda: not self.command("squeue", "--noheader"), seconds, "an empty queue")
         self.until(lambda: self._node_states() == {"idle"}, seconds, "idle nodes")
 
@@ -165,7 +165,7 @@ class Cluster:
             time.sleep(0.2)
 
     def _last_lines(self) -> str:
-        """Of every daemon's log."""
+        """The end of every daemon's log."""
         logs = [self.place / "daemons.log", self.place / "controller.log", *sorted(self.place.glob("node*/log"))]
         texts = {log: log.read_text(errors="replace").splitlines()[-8:] for log in logs if log.is_file()}
         return "\n".join(f"== {log}\n" + "\n".join(lines) for log, lines in texts.items())
@@ -213,13 +213,13 @@ class Cluster:
 
 
 def missing_programs() -> list[str]:
-    """What of Slurm and munge is not installed here. Debian puts the daemons where only root looks."""
+    """The programs of Slurm and munge that are not installed. Debian installs the daemons outside of users' PATH."""
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
     return [program for program in PROGRAMS if shutil.which(program, path=path) is None]
 
 
 def _runs_here(job: str) -> bool:
-    """Whether Slurm still looks after a step of `job`; what it has yet to tell would be taken for the next start's."""
+    """Whether Slurm still manages a step of `job`, whose late messages would be attributed to the next start."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
@@ -232,7 +232,7 @@ def _runs_here(job: str) -> bool:
 
 
 def _character_device(path: Path) -> Path:
-    """Something that Slurm takes for a GPU: it wants a device file."""
+    """A device file that Slurm accepts as a GPU."""
     try:
         os.mknod(path, 0o20666, os.makedev(1, 3))
     except PermissionError:

@@ -1,4 +1,4 @@
-"""One Slurm for all tests here; they are skipped, by name, where it is not installed."""
+"""One Slurm for all tests of this folder, which are skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def slurm() -> Iterator[Cluster]:
     absent = missing_programs()
     if absent:
         pytest.skip(f"{', '.join(absent)} not installed; `make slurm` installs them, as root")
-    # Not pytest's directory: the path of a socket must be short, and munge refuses one that others may write.
+    # Not pytest's directory: the path of a socket must be short, and munge refuses a directory that others can write.
     place = Path(tempfile.mkdtemp(prefix="popsd_slurm_", dir="/tmp"))
     before = os.environ["PATH"]
     os.environ["PATH"] = f"{before}:/usr/sbin:/sbin"

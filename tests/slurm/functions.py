@@ -1,4 +1,4 @@
-"""The scripts' functions without a Slurm: bash sources them, and small programs stand in for srun and scontrol."""
+"""The scripts' functions without Slurm: bash sources them, and small programs replace srun and scontrol."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _JOB = {
     "SLURM_CPUS_ON_NODE": "4",
     "SLURMD_NODENAME": "node1",
 }
-"""What Slurm sets for a job of two ranks on one node."""
+"""Slurm's variables for a job of two ranks on one node."""
 
 
 class Job:
-    """The shell of a batch job, as far as the scripts can tell.
+    """The shell of a simulated batch job.
 
     Attributes:
         place: directory of the submission.
@@ -76,7 +76,7 @@ class Job:
         )
 
     def refusal(self, script: str, *arguments: str, **variables: str) -> str:
-        """The one line with which it ends; the status must be 2 and nothing else may be printed."""
+        """The line that a refused job prints; its status is 2 and it prints nothing else."""
         done = self.run(script, *arguments, **variables)
         assert done.returncode == 2, done
         (line,) = done.stderr.splitlines()

@@ -14,7 +14,7 @@ TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=8")
 
 
 def submit(slurm: Cluster, place: Path, *words: str, script: str = "train", **variables: str) -> str:
-    """A job submitted in `place`, which is not the project's directory; its logs are there, too."""
+    """A job submitted in `place`, outside of the project's directory; its logs are there too."""
     settings = {"POPSD_PYTHON": STAND_IN, "POPSD_ENV": str(ROOT / "slurm" / "env.example.sh"), "OMP_NUM_THREADS": "1"}
     settings["STAND_IN_PYTHON"] = sys.executable
     flags = [word for word in words if word.startswith("--")]
@@ -24,7 +24,7 @@ def submit(slurm: Cluster, place: Path, *words: str, script: str = "train", **va
 
 
 def logs(place: Path, pattern: str) -> str:
-    """All logs of one name, one after the other."""
+    """The concatenated logs of one name."""
     return "\n".join(path.read_text() for path in sorted(place.glob(f"logs/*/{pattern}")))
 
 

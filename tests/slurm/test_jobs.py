@@ -1,4 +1,4 @@
-"""The scripts on a real Slurm, with a stand-in for Python where training is not the point."""
+"""The scripts on a real Slurm, with a substitute for Python where no training is needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _an_idle_cluster(slurm: Cluster) -> None:
     slurm.wait_until_idle()
 
 
-def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tmp_path: Path) -> None:
+def test_every_rank_gets_its_variables_and_secrets_are_not_logged(slurm: Cluster, tmp_path: Path) -> None:
     secrets = tmp_path / "secrets"
     secrets.write_text(f"WANDB_API_KEY={SECRET}\n")
     secrets.chmod(0o600)
@@ -66,7 +66,7 @@ def test_every_rank_is_told_its_place_and_secrets_stay_secret(slurm: Cluster, tm
     assert "another-password" not in everything
     assert SECRET not in Path(slurm.place / "controller.log").read_text()
 
-    # Started again, for whatever reason, it finds that it is done.
+    # Restarted for any reason, it reports that it is done.
     slurm.command("scontrol", "requeue", job)
     slurm.wait_for(job, "COMPLETED", seconds=60, restarts=1)
     assert "start 1" in slurm.output(job)
@@ -83,7 +83,7 @@ def test_a_secret_that_others_can_read_is_refused(slurm: Cluster, tmp_path: Path
     assert "chmod 600" in slurm.output(job)
 
 
-def test_the_environment_that_sbatch_does_not_pass_on(slurm: Cluster, tmp_path: Path) -> None:
+def test_export_none_is_supported(slurm: Cluster, tmp_path: Path) -> None:
     home = tmp_path / "project"
     shutil.copytree(ROOT / "slurm", home / "slurm")
     (home / "slurm" / "env.sh").write_text(f"POPSD_PYTHON={STAND_IN}\nOMP_NUM_THREADS=3\n")
@@ -92,7 +92,7 @@ def test_the_environment_that_sbatch_does_not_pass_on(slurm: Cluster, tmp_path: 
     assert "3: OMP_NUM_THREADS=3" in logs(home, "start-0/node-1.log")
 
 
-def test_a_container_where_srun_knows_none(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_container_without_pyxis_is_refused(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "conf.yaml", CONTAINER_IMAGE="docker://nvcr.io#nvidia/nemo:26.02.01")
     assert slurm.wait_for(job, "FAILED", seconds=60)["ExitCode"] == "2:0"
     assert "need Slurm's plugin pyxis" in slurm.output(job)
@@ -153,20 +153,20 @@ def test_a_missing_path_and_missing_devices_are_found_before_anything_starts(slu
         assert f"check-{node}.log" in printed
         check = logs(tmp_path, f"start-0/check-{node}.log")
         assert re.search(r"failed +data +data\.train\.path='/nowhere\.jsonl'", check)
-        assert re.search(r"failed +disk .*; make room there, or set output", check)
+        assert re.search(r"failed +disk .*; free space there, or set output", check)
         if not os.path.exists("/dev/nvidia0"):
             assert re.search(r"failed +CUDA devices ", check)
     assert logs(tmp_path, "start-0/node-*.log") == ""
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_more_ranks_than_gpus(slurm: Cluster, tmp_path: Path) -> None:
+def test_more_ranks_than_gpus_are_refused(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "--ntasks-per-node=8", "--gpus-per-node=4", "conf.yaml")
     slurm.wait_for(job, "FAILED", seconds=60)
-    assert "got 8 ranks and 4 GPUs a node" in slurm.output(job)
+    assert "got 8 ranks and 4 GPUs per node" in slurm.output(job)
 
 
-def test_what_starting_again_cannot_mend_is_not_started_again(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_user_error_is_not_restarted(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, *TWO, "conf.yaml", "act=user_error")
     record = slurm.wait_for(job, "FAILED", seconds=60)
     assert (record["ExitCode"], record["Restarts"]) == ("2:0", "0")
@@ -179,13 +179,13 @@ def test_a_rank_that_fails_ends_the_others_and_restarts_are_bounded(slurm: Clust
     assert record["Restarts"] == "1"
     printed = slurm.output(job)
     assert "failed (1 in a row); requeueing" in printed
-    assert "failed 2 times in a row; the bound is POPSD_MAX_CRASHES=1" in printed
+    assert "failed 2 times in a row; the limit is POPSD_MAX_CRASHES=1" in printed
     assert logs(tmp_path, "start-0/node-1.log").count("asked: train conf.yaml act=fail\n") == 2
-    # What the first start may have overwritten must not be overwritten again.
+    # A later start must not overwrite what the first start wrote.
     assert "asked: train conf.yaml act=fail overwrite=false" in logs(tmp_path, "start-1/node-1.log")
 
 
-def test_scancel_is_for_good_although_the_ranks_save(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, *TWO, "conf.yaml", "act=wait")
     until_ranks_wait(slurm, tmp_path, job)
     slurm.command("scancel", job)
@@ -196,7 +196,7 @@ def test_scancel_is_for_good_although_the_ranks_save(slurm: Cluster, tmp_path: P
     assert "requeueing" not in slurm.output(job)
 
 
-def test_usr1_saves_and_requeues_and_the_bound_holds(slurm: Cluster, tmp_path: Path) -> None:
+def test_usr1_saves_and_requeues_up_to_the_limit(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, *TWO, "conf.yaml", "act=wait", POPSD_MAX_RESTARTS="1")
     for start in range(2):
         until_ranks_wait(slurm, tmp_path, job, start)
@@ -209,7 +209,7 @@ def test_usr1_saves_and_requeues_and_the_bound_holds(slurm: Cluster, tmp_path: P
 
 
 def pipeline(slurm: Cluster, place: Path, *words: str, **variables: str) -> dict[str, str]:
-    """Name of each stage to its job."""
+    """The job of each stage by name."""
     environment = {"POPSD_PYTHON": STAND_IN, "POPSD_ENV": str(ROOT / "slurm" / "env.example.sh"), **variables}
     printed = slurm.command(str(ROOT / "slurm" / "pipeline.sh"), *words, cwd=place, **environment)
     return dict(line.split() for line in printed.splitlines())
@@ -263,7 +263,7 @@ def test_a_pipeline_runs_its_stages_one_after_the_other(slurm: Cluster, tmp_path
         ("[aime24]", ["evaluation.sets=[]"], False),
     ],
 )
-def test_a_pipeline_evaluates_where_there_is_something_to_evaluate(
+def test_a_pipeline_evaluates_if_sets_or_rows_are_named(
     slurm: Cluster, tmp_path: Path, sets: str, override: list[str], evaluates: bool
 ) -> None:
     conf = tmp_path / "conf.yaml"
@@ -275,7 +275,7 @@ def test_a_pipeline_evaluates_where_there_is_something_to_evaluate(
     slurm.command("scancel", *jobs.values())
 
 
-def test_what_follows_a_stage_that_fails_is_cancelled(slurm: Cluster, tmp_path: Path) -> None:
+def test_the_stages_after_a_failed_one_are_cancelled(slurm: Cluster, tmp_path: Path) -> None:
     conf = tmp_path / "conf.yaml"
     conf.write_text("output: out\nstudent:\n  source: nemo_popsd:tiny_reasoner\n")
     jobs = pipeline(slurm, tmp_path, str(conf), "act=user_error")
@@ -291,14 +291,14 @@ def test_a_pipeline_without_a_configuration_submits_nothing(slurm: Cluster, tmp_
         assert done.stderr.startswith("usage: ")
 
 
-def test_a_pipeline_of_which_slurm_refuses_a_stage_leaves_nothing_behind(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_pipeline_with_a_refused_stage_cancels_all(slurm: Cluster, tmp_path: Path) -> None:
     conf = tmp_path / "conf.yaml"
     conf.write_text("output: out\nstudent:\n  source: nemo_popsd:tiny_reasoner\n")
     home = tmp_path / "project"
     shutil.copytree(ROOT / "slurm", home / "slurm")
     export = home / "slurm" / "export.sh"
     export.write_text(export.read_text().replace("--nodes=1", "--nodes=99"))
-    with pytest.raises(AssertionError, match="nothing was left in the queue"):
+    with pytest.raises(AssertionError, match="all submitted jobs were cancelled"):
         slurm.command(str(home / "slurm" / "pipeline.sh"), str(conf), cwd=tmp_path, POPSD_PYTHON=STAND_IN)
     slurm.wait_until_idle()
     newest = slurm.command("squeue", "--noheader", "--states=all", "--sort=-i", "--format=%j %T").splitlines()[0]

@@ -1,4 +1,4 @@
-"""How a job ends, by what its ranks and checks have left: done, started again, or ended with a status and a line."""
+"""The end of a job by the statuses of its ranks and checks: done, requeued, or ended with a status and a message."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def ranks(job: Job, *statuses: int) -> None:
         ((0, 0), 0, "done: "),
         ((85, 85), 85, "saved and stopped; requeueing"),
         ((0, 85), 85, "saved and stopped; requeueing"),
-        ((2, 143), 2, "starting again would not change this"),
-        ((143, 2), 2, "starting again would not change this"),
+        ((2, 143), 2, "a restart would not change this"),
+        ((143, 2), 2, "a restart would not change this"),
         ((1, 143), 9, "failed (1 in a row); requeueing"),
         ((85, 1), 9, "failed (1 in a row); requeueing"),
         ((0,), 9, "failed (1 in a row); requeueing"),
         ((), 9, "failed (1 in a row); requeueing"),
     ],
 )
-def test_the_end_of_the_ranks_is_that_of_the_job(job: Job, statuses: tuple[int, ...], code: int, told: str) -> None:
+def test_the_statuses_of_the_ranks_end_the_job(job: Job, statuses: tuple[int, ...], code: int, told: str) -> None:
     ranks(job, *statuses)
     done = job.run(STEPS + "conclude 9")
     assert done.returncode == code, done
@@ -44,7 +44,7 @@ def test_the_end_of_the_ranks_is_that_of_the_job(job: Job, statuses: tuple[int, 
     assert ("asked: scontrol requeue 12\n" in done.stdout) == ("requeueing" in told)
 
 
-def test_only_its_own_task_of_an_array_is_started_again(job: Job) -> None:
+def test_only_the_task_itself_of_an_array_is_requeued(job: Job) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
     start = job.place / "logs" / "popsd-train-12_3" / "start-0"
     start.mkdir(parents=True)
@@ -56,7 +56,7 @@ def test_only_its_own_task_of_an_array_is_started_again(job: Job) -> None:
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PREEMPTED"])
-def test_a_job_that_slurm_ends_is_not_started_again(job: Job, state: str) -> None:
+def test_a_job_that_slurm_ends_is_not_requeued(job: Job, state: str) -> None:
     job.program("scontrol", f'[[ $1 == show ]]; echo "JobState={state}"')
     ranks(job, 85, 85)
     done = job.run(STEPS + "conclude 0")
@@ -64,14 +64,14 @@ def test_a_job_that_slurm_ends_is_not_started_again(job: Job, state: str) -> Non
     assert "saved and stopped; ended from outside, not requeued by itself" in done.stdout
 
 
-def test_a_controller_that_is_silent_for_a_moment_does_not_end_the_job(job: Job) -> None:
+def test_a_controller_without_an_answer_does_not_end_the_job(job: Job) -> None:
     job.program("scontrol", 'if mkdir asked 2>/dev/null; then exit 1; fi; echo "JobState=RUNNING, asked: $*"')
     ranks(job, 85, 85)
     assert "asked: requeue 12\n" in job.run(STEPS + "conclude 0").stdout
 
 
-def test_a_full_disk_for_logs_does_not_hide_how_the_run_ended(job: Job) -> None:
-    full = STEPS + 'ln -s /dev/full "$RUN_DIR/.room-0"; ln -s /dev/full "$JOB_DIR/DONE"; '
+def test_a_full_disk_for_logs_does_not_hide_the_end_of_the_run(job: Job) -> None:
+    full = STEPS + 'ln -s /dev/full "$RUN_DIR/.space-0"; ln -s /dev/full "$JOB_DIR/DONE"; '
     ranks(job, 1, 0)
     done = job.run(full + "conclude 1")
     assert done.returncode == 2
@@ -83,7 +83,7 @@ def test_a_full_disk_for_logs_does_not_hide_how_the_run_ended(job: Job) -> None:
     assert "cannot be written" in done.stdout
 
 
-def test_what_a_rank_says_of_its_error_comes_first(job: Job) -> None:
+def test_the_error_of_a_rank_is_shown_first(job: Job) -> None:
     ranks(job, 143, 1)
     (job.start / "node-0.log").write_text(
         "0: popsd: error: ranks: got no answer within 60 s; need one; set training.collective_timeout\n"
@@ -104,7 +104,7 @@ def check(job: Job, node: int, status: int | None, log: str) -> None:
         (job.start / f"check-{node}.exit").write_text(f"{status}\n")
 
 
-def test_what_the_checks_found_is_shown_whole_and_once(job: Job) -> None:
+def test_the_problems_of_the_checks_are_shown_once(job: Job) -> None:
     table = (
         "machine\n"
         "  failed    CUDA devices     none     need 8; see nvidia-smi and CUDA_VISIBLE_DEVICES\n"
@@ -125,10 +125,10 @@ def test_what_the_checks_found_is_shown_whole_and_once(job: Job) -> None:
     ]
     assert lines[3].endswith("error: found on node3 (check-2.log):")
     assert lines[4] == "  popsd: error: settings: got POPSD_PYTHON=/nope; set POPSD_PYTHON"
-    assert "error: the checks before the start found the above" in lines[5]
+    assert "error: the checks before the start found the problems above" in lines[5]
 
 
-def test_a_check_that_could_not_run_is_tried_again(job: Job) -> None:
+def test_a_check_that_could_not_run_is_repeated(job: Job) -> None:
     check(job, 0, 137, "first\nKilled\n")
     check(job, 1, None, "")
     done = job.run(STEPS + "conclude_check 137")
@@ -138,9 +138,9 @@ def test_a_check_that_could_not_run_is_tried_again(job: Job) -> None:
     assert (job.start.parent / "crashes").read_text() == "1\n"
 
 
-def test_a_cancel_during_the_check_is_no_failed_check(job: Job) -> None:
+def test_a_cancel_during_the_check_is_not_a_failed_check(job: Job) -> None:
     job.program("srun", "exit 143")
     job.program("scontrol", 'echo "JobState=CANCELLED"')
     done = job.run(STEPS + "CONTAINER=(); TERMINATED=; check_nodes train conf.yaml")
     assert (done.returncode, done.stderr) == (143, "")
-    assert "the checks were broken off; ended from outside, not requeued by itself" in done.stdout
+    assert "the checks were interrupted; ended from outside, not requeued by itself" in done.stdout

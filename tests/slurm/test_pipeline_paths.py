@@ -1,4 +1,4 @@
-"""The paths that slurm/pipeline.sh takes from one configuration for four jobs: they must mean the same in each."""
+"""The paths that slurm/pipeline.sh reads from one configuration for four jobs, which must be the same in each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pipeline(place: Path, text: str, *words: str) -> tuple[int, str, list[list[str]]]:
-    """Status, standard error and what sbatch was asked for, each job without its options."""
+    """Status, standard error and the submitted jobs, without sbatch options."""
     sbatch = place / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>asked\nprintf "\\n\\0" >>asked\necho 12\n')
@@ -57,7 +57,7 @@ def test_all_stages_have_one_output(tmp_path: Path, text: str, word: str | None,
     assert (code, told) == (0, "")
     assert export[1:] == [f"{path}/checkpoints/final", f"{path}/huggingface"]
     written = [value for value in train if value.startswith("output=")]
-    # Where the configuration writes it out plainly, nothing need be said.
+    # A plain path in the configuration needs no override.
     plain = word is None and f"output: {path}" in text
     assert written == ([] if plain else [f"output={path}"])
 
@@ -76,7 +76,7 @@ def test_an_array_of_pipelines_is_refused(tmp_path: Path) -> None:
     assert "start a pipeline for each run" in told
 
 
-def test_settings_that_are_named_and_not_there_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_of_settings_is_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "POPSD_ENV": "/nowhere/env.sh"}
     (tmp_path / "conf.yaml").write_text(configuration("a"))
     words = [str(ROOT / "slurm" / "pipeline.sh"), "conf.yaml"]

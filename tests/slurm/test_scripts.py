@@ -1,4 +1,4 @@
-"""The scripts as text: shellcheck's judgement, and one place for what depends on the cluster."""
+"""Static checks of the scripts: shellcheck, and one file for cluster-dependent settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ JOBS = ("train", "evaluate", "convert", "export", "doctor")
 def test_shellcheck_finds_nothing() -> None:
     files = [str(path) for place in ("slurm", "docker", "tests/slurm") for path in sorted((ROOT / place).glob("*.sh"))]
     done = subprocess.run(
-        # Its extended analysis follows every sourced file again in each script, and takes three times as long.
+        # Its extended analysis repeats every sourced file for each script, and takes three times as long.
         [tool("shellcheck"), "--external-sources", "--source-path=slurm", "--extended-analysis=false", *files],
         cwd=ROOT,
         capture_output=True,
@@ -28,12 +28,12 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_job_that_is_not_submitted_says_how(job: str) -> None:
+def test_a_job_outside_of_slurm_explains_how_to_submit_it(job: str) -> None:
     done = subprocess.run(["bash", ROOT / "slurm" / f"{job}.sh", "conf.yaml"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, f"submit it: sbatch slurm/{job}.sh ...\n")
 
 
-def test_what_depends_on_the_cluster_stands_in_the_settings_alone() -> None:
+def test_only_the_settings_depend_on_the_cluster() -> None:
     for name in SCRIPTS:
         text = (ROOT / "slurm" / name).read_text()
         settings = re.findall(r"^(?!\s*#(?!SBATCH)).*(?:--partition|--account|NCCL_\w+=|SOCKET_IFNAME).*$", text, re.M)
@@ -50,7 +50,7 @@ def test_every_setting_is_in_the_example() -> None:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_jobs_can_be_started_again_and_their_output_needs_no_directory(job: str) -> None:
+def test_jobs_can_be_requeued_and_their_output_needs_no_directory(job: str) -> None:
     directives = re.findall(r"^#SBATCH (.*)$", (ROOT / "slurm" / f"{job}.sh").read_text(), re.M)
     assert "--requeue" in directives
     assert "--open-mode=append" in directives

@@ -1,4 +1,4 @@
-"""The file of secrets is read and never run, and what it says shows nowhere but in the steps' environment."""
+"""The file of secrets is read and never run, and its values are only in the steps' environment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def secrets(place: Path, text: str) -> str:
         ("NAME=first\nNAME=second", "second"),
     ],
 )
-def test_what_a_line_says_reaches_the_steps(job: Job, text: str, value: str) -> None:
+def test_the_value_of_a_line_reaches_the_steps(job: Job, text: str, value: str) -> None:
     job.program("srun", 'printf "%s" "$NAME"')
     done = job.run(
         "load_settings; CONTAINER=(); run_step check true; [[ -z ${NAME+set} ]]", POPSD_SECRETS=secrets(job.place, text)
@@ -60,7 +60,7 @@ def test_what_a_line_says_reaches_the_steps(job: Job, text: str, value: str) -> 
         "USER_ERROR=not-to-be-printed",
     ],
 )
-def test_another_line_is_refused_by_its_number_and_not_run(job: Job, line: str) -> None:
+def test_an_invalid_line_is_refused_by_its_number_and_not_run(job: Job, line: str) -> None:
     file = secrets(job.place, f"# mine\nWANDB_API_KEY={SECRET}\n{line}\n")
     told = job.refusal("load_settings", POPSD_SECRETS=file)
     assert told.startswith(f"POPSD_SECRETS: got line 3 of {file}, which is not NAME=VALUE; need ")
@@ -68,7 +68,7 @@ def test_another_line_is_refused_by_its_number_and_not_run(job: Job, line: str) 
     assert not (job.place / "ran").exists()
 
 
-def test_only_a_file_of_the_users_alone_is_read(job: Job) -> None:
+def test_only_a_private_file_is_read(job: Job) -> None:
     file = Path(secrets(job.place, f"NAME={SECRET}\n"))
     link = job.place / "link"
     link.symlink_to(file)
@@ -80,7 +80,7 @@ def test_only_a_file_of_the_users_alone_is_read(job: Job) -> None:
         assert "chmod 600 it" in job.refusal("load_settings", POPSD_SECRETS=str(job.place / other))
 
 
-def test_no_log_shows_a_secret_whatever_its_name(job: Job) -> None:
+def test_no_log_contains_a_secret_whatever_its_name(job: Job) -> None:
     file = secrets(job.place, f"NCCL_PLAIN={SECRET}\nPOPSD_PIN=17\nEMPTY=\n")
     job.program("srun", 'echo "given ${#NCCL_PLAIN}: $*"')
     steps = "set -x; load_settings; set_up_logs; CONTAINER=(); show_environment; run_step check --output=x true"

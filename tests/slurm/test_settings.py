@@ -1,4 +1,4 @@
-"""What a job is told by Slurm and by its settings, and what it makes of that."""
+"""The ranks, arguments and directories that a job derives from Slurm's variables and its settings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def job(tmp_path: Path) -> Job:
         ("3", "", "", "3 1"),
     ],
 )
-def test_there_are_as_many_ranks_as_slurm_has_counted(
-    job: Job, nodes: str, tasks: str, per_node: str, ranks: str
-) -> None:
+def test_there_is_one_rank_per_task(job: Job, nodes: str, tasks: str, per_node: str, ranks: str) -> None:
     given = {"SLURM_NNODES": nodes, "SLURM_NTASKS": tasks, "SLURM_NTASKS_PER_NODE": per_node}
     done = job.run('load_settings; choose_ranks train; echo "$RANKS $RANKS_PER_NODE"', **given)
     assert (done.stdout, done.stderr) == (f"{ranks}\n", "")
@@ -36,7 +34,7 @@ def test_ranks_that_do_not_fit_are_refused(job: Job) -> None:
     uneven = job.refusal("load_settings; choose_ranks train", SLURM_NNODES="2", SLURM_NTASKS="3")
     assert uneven.startswith("layout: got 3 ranks on 2 nodes; need the same number on each node")
     many = job.refusal("load_settings; choose_ranks train", SLURM_NTASKS="8", SLURM_GPUS_PER_NODE="h100:4")
-    assert many.startswith("layout: got 8 ranks and 4 GPUs a node")
+    assert many.startswith("layout: got 8 ranks and 4 GPUs per node")
     for command in ("convert", "export"):
         assert "got 2 ranks for popsd" in job.refusal(f"load_settings; choose_ranks {command}")
 
@@ -50,7 +48,7 @@ def arguments(job: Job, *words: str) -> list[str]:
     return rest
 
 
-def test_a_task_of_an_array_has_its_number_in_its_arguments(job: Job) -> None:
+def test_a_task_of_an_array_has_its_index_in_its_arguments(job: Job) -> None:
     given = ["train", "conf.yaml", "output=runs/x_%a", "seed=%a%a", "name=100 %"]
     assert arguments(job, *given) == ["train", "conf.yaml", "output=runs/x_3", "seed=33", "name=100 %"]
     assert arguments(job, "export", "runs/x_%a/checkpoints/final", "out_%a")[-1] == "out_3"
@@ -66,14 +64,14 @@ def test_a_task_of_an_array_has_its_number_in_its_arguments(job: Job) -> None:
         ("export", "checkpoint", "out"),
     ],
 )
-def test_an_array_whose_tasks_would_write_to_one_place_is_refused(job: Job, words: tuple[str, ...]) -> None:
+def test_an_array_with_one_output_for_all_tasks_is_refused(job: Job, words: tuple[str, ...]) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3"}
     told = job.refusal('load_settings; choose_arguments "$@"', *words, **array)
     assert told.startswith("job array: got the same ")
     assert "as in output=runs/x_%a" in told
 
 
-def test_outside_an_array_arguments_are_left_alone(job: Job) -> None:
+def test_outside_an_array_arguments_are_unchanged(job: Job) -> None:
     done = job.run('load_settings; choose_arguments "$@"; echo "$JOB ${ARGUMENTS[*]}"', "train", "c", "output=x_%a")
     assert done.stdout == "12 train c output=x_%a\n"
 
@@ -96,7 +94,7 @@ def test_settings_are_read_as_a_login_shell_does(job: Job) -> None:
         (None, "which is not a readable file; need a file like slurm/env.example.sh; set POPSD_ENV"),
     ],
 )
-def test_settings_that_fail_end_the_job_with_a_line(job: Job, text: str | None, told: str) -> None:
+def test_failing_settings_end_the_job_with_a_message(job: Job, text: str | None, told: str) -> None:
     file = job.place / "env.sh"
     if text is not None:
         file.write_text(text)
@@ -106,12 +104,12 @@ def test_settings_that_fail_end_the_job_with_a_line(job: Job, text: str | None, 
 @pytest.mark.parametrize(
     ("logs", "told"),
     [
-        ("file/logs", "Not a directory; need a directory that can be made"),
-        ("/proc/logs", "; need a directory that can be made"),
+        ("file/logs", "Not a directory; need a directory that can be created"),
+        ("/proc/logs", "; need a directory that can be created"),
         ("100%", "% or \\ in the path; need a path without them"),
     ],
 )
-def test_logs_that_cannot_be_made_are_named(job: Job, logs: str, told: str) -> None:
+def test_logs_that_cannot_be_created_are_refused(job: Job, logs: str, told: str) -> None:
     (job.place / "file").touch()
     path = str(job.place / logs)
     line = job.refusal("load_settings; set_up_logs", POPSD_LOGS=path)
@@ -120,13 +118,13 @@ def test_logs_that_cannot_be_made_are_named(job: Job, logs: str, told: str) -> N
     assert line.endswith("set POPSD_LOGS")
 
 
-def test_a_full_disk_for_logs_is_named(job: Job) -> None:
-    (job.start / ".room-0").symlink_to("/dev/full")
+def test_a_full_disk_for_logs_is_refused(job: Job) -> None:
+    (job.start / ".space-0").symlink_to("/dev/full")
     line = job.refusal("load_settings; set_up_logs")
-    assert line.startswith(f"logs: got POPSD_LOGS={job.place}/logs, on node1 No space left on device; need room")
+    assert line.startswith(f"logs: got POPSD_LOGS={job.place}/logs, on node1 No space left on device; need space")
 
 
-def test_the_directory_of_a_job_is_one_directory_whatever_its_name(job: Job) -> None:
+def test_the_directory_of_a_job_does_not_depend_on_special_characters(job: Job) -> None:
     done = job.run('load_settings; set_up_logs; echo "$JOB_DIR"', SLURM_JOB_NAME="../a/b c'%j\\é")
     assert done.returncode == 0
     assert done.stdout.startswith(f"{job.place}/logs/.._a_b_c__j_")
@@ -134,7 +132,7 @@ def test_the_directory_of_a_job_is_one_directory_whatever_its_name(job: Job) -> 
     assert len(list((job.place / "logs").iterdir())) == 1
 
 
-def test_a_container_takes_the_jobs_variables_before_its_own(job: Job) -> None:
+def test_the_jobs_variables_take_precedence_in_a_container(job: Job) -> None:
     secrets = job.place / "secrets"
     secrets.write_text("MY_KEY=x\n")
     secrets.chmod(0o600)

@@ -1,5 +1,5 @@
-"""Two nodes train the embedded model through sbatch. One job lives through everything that may happen to it, and its
-losses are those of a job that nothing happens to.
+"""Two nodes train the embedded model through sbatch. One job is interrupted in all supported ways, and its losses equal
+those of an uninterrupted job.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def submit(slurm: Cluster, place: Path, *flags: str) -> str:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    # What the first start may overwrite, one that is started again must not.
+    # Only the first start may overwrite.
     output = [f"output={place / 'run'}", "overwrite=true"]
     words = [str(ROOT / "slurm" / "train.sh"), str(ROOT / "conf" / "tiny.yaml"), *output, *SETTINGS]
     return slurm.submit(*TWO, *flags, *words, cwd=place, **environment)
 
 
 def losses(place: Path) -> dict[int, float]:
-    """Step to loss, as logged so far."""
+    """The logged losses by step."""
     file = place / "run" / "metrics.jsonl"
     found = {}
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             entry = json.loads(line)
-        except ValueError:  # the line that is being written
+        except ValueError:  # a partial line
             continue
         if "train/loss" in entry:
             found[entry["step"]] = entry["train/loss"]
@@ -76,7 +76,7 @@ def losses(place: Path) -> dict[int, float]:
 
 
 def until_it_trains(slurm: Cluster, place: Path, job: str, start: int, steps: int = 3) -> int:
-    """Waits for some steps of that start of the job; returns the step after which it began."""
+    """Waits for some steps of that start of the job; returns the step after which it started."""
     logs = place / "logs" / f"popsd-train-{job}" / f"start-{start}"
     slurm.wait_for(job, "RUNNING", seconds=300, restarts=start)
 
@@ -121,13 +121,13 @@ def paused(processes: list[int]) -> Iterator[None]:
             os.kill(process, signal.SIGCONT)
 
 
-def test_a_job_survives_and_learns_the_same(slurm: Cluster, tmp_path: Path) -> None:
+def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(slurm: Cluster, tmp_path: Path) -> None:
     slurm.wait_until_idle()
     place, plain = tmp_path / "survivor", tmp_path / "plain"
     job = submit(slurm, place)
     assert until_it_trains(slurm, place, job, start=0) == 0
 
-    # The time limit comes near. Slurm looks every 30 seconds, in which the ranks must not come to their end.
+    # The time limit approaches. Slurm checks it every 30 seconds, in which the ranks must not end.
     hours, minutes, _ = map(int, slurm.record(job)["RunTime"].split(":"))
     slurm.command("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     with paused(ranks_of(place / "run")):
@@ -149,7 +149,7 @@ def test_a_job_survives_and_learns_the_same(slurm: Cluster, tmp_path: Path) -> N
     assert resumed >= reached
     assert resumed % 5 == 0 or resumed == reached
 
-    # An urgent job, which is the one that nothing happens to, takes two of the three nodes.
+    # An urgent job, which is not interrupted, takes two of the three nodes.
     reached = max(losses(place))
     other = submit(slurm, plain, "--partition=urgent")
     slurm.wait_for(job, "PENDING", seconds=120, restarts=2)
@@ -158,7 +158,7 @@ def test_a_job_survives_and_learns_the_same(slurm: Cluster, tmp_path: Path) -> N
     assert set(losses(plain)) == set(range(1, STEPS + 1))
     assert until_it_trains(slurm, place, job, start=3) >= reached
 
-    # A node fails. The job goes on without it.
+    # A node fails. The job continues without it.
     node = slurm.record(job)["BatchHost"]
     slurm.update_node(node, "down")
     try:

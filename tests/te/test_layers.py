@@ -15,7 +15,7 @@ from tests.tiny_models import KINDS, build_student, load_dense, save_tiny_model,
 
 pytestmark = [on_transformer_engine, pytest.mark.slow]
 IDS = torch.randint(0, 203, (3, 17), generator=torch.Generator().manual_seed(2))
-EVERY_KIND = (*KINDS, "qwen3_moe")
+EVERY_KIND = (*KINDS, "qwen3_moe", "mistral")
 FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion")
 
 

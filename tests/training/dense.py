@@ -70,7 +70,7 @@ def dense_step(
         loss = torch.cat(per_sequence).mean()
     loss.backward()
     names = ("forward_kl", "reverse_kl", "student_entropy", "target_entropy")
-    names += ("delta_ratio", "cos_total_it", "cos_total_ref")
+    names += ("norm_ratio", "cosine_question", "cosine_reference")
     means = dict(zip(names, torch.cat(rows, dim=1).mean(1).tolist(), strict=True))
     gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
     return DenseStep(float(loss.detach()), gradients, means)

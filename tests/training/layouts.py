@@ -68,6 +68,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     run = start(folder / variant.kind, config, initial=live)
     if variant.adaptation == "lora":
         draw_adapters(run.student)
+        run.optimizer.megatron.reload_model_params()  # in bf16 the optimizer has weights of its own
     group = run.student.dp_group
     share = len(LENGTHS) // group.size()
     mine = list(range(group.rank() * share, (group.rank() + 1) * share))

@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
-    from nemo_popsd.distillation import LogLinearTarget, PurifiedTarget
+    from nemo_popsd.distillation import Target
     from nemo_popsd.megatron import forward
     from nemo_popsd.training import branches
     from tests.tiny_models import build_student
@@ -44,14 +44,14 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
             student.base, target, token_budget=budget, diagnosed_tokens=diagnosed
         ).target_states(rows)
 
-    seen: dict[str, Any] = {f"budget {budget}": states(PurifiedTarget(), budget) for budget in BUDGETS}
+    seen: dict[str, Any] = {f"budget {budget}": states(Target.purified(), budget) for budget in BUDGETS}
     targets = {
-        "purified": PurifiedTarget(),
-        "uncapped": PurifiedTarget(beta=2.0, cap=None),
-        "opsd": LogLinearTarget.opsd(),
-        "beta_opsd": LogLinearTarget.beta_opsd(0.25),
-        "student_pmi": LogLinearTarget.live_student_pmi(),
-        "base alone": LogLinearTarget(base=1.0),
+        "purified": Target.purified(),
+        "uncapped": Target.purified(beta=2.0, cap=None),
+        "opsd": Target.opsd(),
+        "beta_opsd": Target.beta_opsd(0.25),
+        "student_pmi": Target.live_student_pmi(),
+        "base alone": Target(base=1.0),
     }
     for name, target in targets.items():
         asked.clear()
@@ -59,8 +59,8 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
         seen[f"{name} asked"] = list(asked)
     asked.clear()
     for count in (1, 7, 10_000):
-        seen[f"diagnosed {count}"] = states(LogLinearTarget.opsd(), diagnosed=count)
-    seen["again"] = states(LogLinearTarget.opsd(), diagnosed=7)
+        seen[f"diagnosed {count}"] = states(Target.opsd(), diagnosed=count)
+    seen["again"] = states(Target.opsd(), diagnosed=7)
     seen["diagnosed asked"] = list(asked)
     return seen
 
@@ -103,23 +103,23 @@ def test_states_are_those_of_separate_forwards_of_the_right_contexts(
     seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], budget: int
 ) -> None:
     for states, expected in zip(seen[f"budget {budget}"], dense, strict=True):
-        close(states.frozen.anchor, expected["student"])
-        close(states.frozen.shift, expected["privileged"] - expected["reference"])
-        assert not states.frozen.anchor.requires_grad
-        assert not states.frozen.shift.requires_grad
+        close(states.vectors.anchor, expected["student"])
+        close(states.vectors.shift, expected["privileged"] - expected["reference"])
+        assert not states.vectors.anchor.requires_grad
+        assert not states.vectors.shift.requires_grad
         assert states.diagnosed is None
 
 
 def test_each_member_of_the_family_gets_its_vectors(seen: dict[str, Any], dense: list[dict[str, torch.Tensor]]) -> None:
     for row, expected in enumerate(dense):
         base, privileged, reference = (expected[name] for name in ("student", "privileged", "reference"))
-        close(seen["uncapped"][row].frozen.anchor, base + (privileged - reference) / 2)
-        close(seen["opsd"][row].frozen.anchor, privileged)
-        close(seen["beta_opsd"][row].frozen.anchor, 0.75 * base + 0.25 * privileged)
-        close(seen["student_pmi"][row].frozen.shift, privileged - reference)
-        close(seen["base alone"][row].frozen.anchor, base)
-        assert seen["student_pmi"][row].frozen.anchor is None
-        assert all(seen[name][row].frozen.shift is None for name in ("uncapped", "opsd", "beta_opsd", "base alone"))
+        close(seen["uncapped"][row].vectors.anchor, base + (privileged - reference) / 2)
+        close(seen["opsd"][row].vectors.anchor, privileged)
+        close(seen["beta_opsd"][row].vectors.anchor, 0.75 * base + 0.25 * privileged)
+        close(seen["student_pmi"][row].vectors.shift, privileged - reference)
+        close(seen["base alone"][row].vectors.anchor, base)
+        assert seen["student_pmi"][row].vectors.anchor is None
+        assert all(seen[name][row].vectors.shift is None for name in ("uncapped", "opsd", "beta_opsd", "base alone"))
 
 
 def test_branches_without_a_coefficient_are_not_run(seen: dict[str, Any]) -> None:

@@ -89,17 +89,27 @@ def seen_in(layout: str, layers: str, folder: Path, runs: dict[tuple[str, str], 
     return runs[key]
 
 
+def logged(seen: dict[str, Any]) -> list[dict[str, float]]:
+    return [metrics.as_dict() for metrics in seen["metrics"]]
+
+
 def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     """Every rank saw the metrics of the whole step, and its part of the model is that of `expected`."""
     seen: set[str] = set()
     for rank in ranks:
-        for measured, wanted in zip(rank["metrics"], expected["metrics"], strict=True):
+        for measured, wanted in zip(logged(rank), logged(expected), strict=True):
             for name in ("loss", "forward_kl", "reverse_kl", "student_entropy", "target_entropy", "grad_norm"):
-                assert getattr(measured, name) == pytest.approx(getattr(wanted, name), rel=2e-5), name
-            for name in ("delta_ratio", "cos_total_it", "cos_total_ref"):
-                assert getattr(measured, name) == pytest.approx(getattr(wanted, name), rel=1e-4, abs=1e-5), name
+                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
+                    wanted.as_dict()[f"train/{name}"], rel=2e-5
+                ), name
+            for name in ("norm_ratio", "cosine_question", "cosine_reference"):
+                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
+                    wanted.as_dict()[f"train/{name}"], rel=1e-4, abs=1e-5
+                ), name
             for name in ("response_tokens", "cut_share", "marker_rate", "learning_rate"):
-                assert getattr(measured, name) == pytest.approx(getattr(wanted, name), rel=1e-12), name
+                assert measured.as_dict()[f"train/{name}"] == pytest.approx(
+                    wanted.as_dict()[f"train/{name}"], rel=1e-12
+                ), name
         for what, tolerance in (("gradients", GRADIENT_TOLERANCE), ("weights", WEIGHT_TOLERANCE)):
             errors = dict(deviations(rank[what], expected[what]))
             assert {name: error for name, error in errors.items() if not error < tolerance} == {}, what

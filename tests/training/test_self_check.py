@@ -17,7 +17,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str) -> dict[str, Any]:
     """The check on a fresh student, and again after each of three faults."""
-    from nemo_popsd.distillation import Divergence, PurifiedTarget
+    from nemo_popsd.distillation import Divergence, Target
     from nemo_popsd.training import self_check
     from nemo_popsd.training.objective import Objective
     from tests.digests import base_digest
@@ -25,7 +25,7 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
 
     run = start(model, settings(parallel={"tensor": tensor}, student={"adaptation": adaptation}))
     settled = {"loss_mean": "sequence", "chunk_tokens": 8, "fused": "never"}
-    objective = Objective(run.student, PurifiedTarget(), Divergence(), **settled)
+    objective = Objective(run.student, Target.purified(), Divergence(), **settled)
     sequences = [trajectory(number, 3 + 4 * number).student for number in range(2)]
     said: list[tuple[float, float]] = []
     self_check.logger.info = lambda _, *numbers: said.append(numbers)  # type: ignore[method-assign, assignment]

@@ -47,19 +47,18 @@ def aged(trajectory: Any, number: int) -> Any:
 
 def report(number: int) -> Any:
     """One micro-batch; row 1's decomposition has no direction, row 2's was not measured."""
-    from nemo_popsd.distillation import DecompositionStatistics, TokenStatistics
+    from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, StatisticValues
     from nemo_popsd.training.objective import LossReport
 
     tokens = torch.arange(LENGTHS[number]) + 10.0 * number
-    decomposition = DecompositionStatistics(tokens + 1, tokens + 2, tokens + 3)
-    if number == 1:
-        decomposition = DecompositionStatistics(*(torch.full((1,), torch.nan) for _ in range(3)))
+    signal = torch.stack([tokens + 1, tokens + 2, tokens + 3]) if number != 1 else torch.full((3, 1), torch.nan)
+    decomposition = StatisticValues(SIGNAL_STATISTICS, signal)
     return LossReport(
         rows=[0],
         response_lengths=[LENGTHS[number]],
         loss=torch.tensor(0.25 * (number + 1)),
         per_token=tokens,
-        statistics=TokenStatistics(tokens, 2 * tokens, 3 * tokens, 4 * tokens),
+        statistics=StatisticValues(TOKEN_STATISTICS, torch.stack([(i + 1) * tokens for i in range(4)])),
         decomposition=None if number == 2 else decomposition,
     )
 
@@ -69,13 +68,13 @@ def test_means_are_over_the_global_batch_however_it_is_shared_out() -> None:
     diagnosed = torch.cat([torch.arange(LENGTHS[number]) + 10.0 * number for number in (0, 3)])
     for world_size, metrics in [(size, metrics) for size in (1, 2) for metrics in run_ranks(summarize, size)]:
         assert metrics.loss == pytest.approx(0.25 * 10)
-        assert metrics.forward_kl == pytest.approx(float(tokens.mean()))
-        assert metrics.reverse_kl == pytest.approx(2 * float(tokens.mean()))
-        assert metrics.student_entropy == pytest.approx(3 * float(tokens.mean()))
-        assert metrics.target_entropy == pytest.approx(4 * float(tokens.mean()))
-        assert metrics.delta_ratio == pytest.approx(float(diagnosed.mean()) + 1)
-        assert metrics.cos_total_it == pytest.approx(float(diagnosed.mean()) + 2)
-        assert metrics.cos_total_ref == pytest.approx(float(diagnosed.mean()) + 3)
+        assert metrics.statistics["forward_kl"] == pytest.approx(float(tokens.mean()))
+        assert metrics.statistics["reverse_kl"] == pytest.approx(2 * float(tokens.mean()))
+        assert metrics.statistics["student_entropy"] == pytest.approx(3 * float(tokens.mean()))
+        assert metrics.statistics["target_entropy"] == pytest.approx(4 * float(tokens.mean()))
+        assert metrics.statistics["norm_ratio"] == pytest.approx(float(diagnosed.mean()) + 1)
+        assert metrics.statistics["cosine_question"] == pytest.approx(float(diagnosed.mean()) + 2)
+        assert metrics.statistics["cosine_reference"] == pytest.approx(float(diagnosed.mean()) + 3)
         assert metrics.response_tokens == 11 / 4
         assert metrics.cut_share == 0
         assert metrics.rollout_age == pytest.approx((5 * 1 + 2 + 1) / 11)
@@ -111,5 +110,5 @@ def undirected(rank: int, world_size: int) -> Any:
 
 def test_a_decomposition_without_any_direction_is_left_out() -> None:
     (metrics,) = run_ranks(undirected, 1)
-    assert metrics.delta_ratio is None
-    assert not any("cos_" in name or "delta" in name for name in metrics.as_dict())
+    assert metrics.statistics["norm_ratio"] is None
+    assert not any("cosine" in name or "norm_ratio" in name for name in metrics.as_dict())

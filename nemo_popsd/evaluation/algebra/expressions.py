@@ -1,11 +1,11 @@
-r"""Arithmetic expressions: a parser by recursive descent that uses every token or refuses.
+r"""Arithmetic expressions: a recursive-descent parser that uses every token or raises.
 
     sum      term (+ | - | \pm | \mp) term ...
     term     factor (\cdot | \times | * | / | \div | nothing) factor ...
     factor   atom, then any of !, ^ and degree signs
     atom     number, mixed number, variable, constant, \frac, \sqrt, \binom, function, (...), {...}, |...|
 
-Two numbers side by side are no product: "3 4" is refused, "1 1/4" and "1\frac14" are mixed numbers.
+Two adjacent numbers are not a product: "3 4" is refused, "1 1/4" and "1\frac14" are mixed numbers.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class Expression:
         return frozenset[str]().union(*(argument.variables() for argument in self.arguments))
 
     def is_of_variables_alone(self) -> bool:
-        """Whether it is made of variables by the four operations alone, as m + n is."""
+        """Whether it consists of variables and the four operations only, such as m + n."""
         if self.operation == "variable":
             return True
         return self.operation in ("+", "-", "*", "/") and all(a.is_of_variables_alone() for a in self.arguments)
 
     def has_two_signs(self) -> bool:
-        r"""Whether it holds `\pm` or `\mp`."""
+        r"""Whether it contains `\pm` or `\mp`."""
         return self.operation in ("+-", "-+") or any(argument.has_two_signs() for argument in self.arguments)
 
     def with_sign(self, plus: bool) -> Expression:
-        r"""With every `\pm` taken as + (or -), every `\mp` as the other."""
+        r"""The expression with every `\pm` replaced by + (or -), and every `\mp` by the opposite sign."""
         arguments = tuple(argument.with_sign(plus) for argument in self.arguments)
         if self.operation in ("+-", "-+"):
             sign = "+" if plus == (self.operation == "+-") else "-"
@@ -76,10 +76,10 @@ def variable(name: str) -> Expression:
 
 
 def parse_expression(tokens: Sequence[Token]) -> Expression:
-    """The expression that all of `tokens` make.
+    """The expression that consists of all `tokens`.
 
     Raises:
-        UnreadableError: they make none.
+        UnreadableError: they are not an expression.
     """
     parser = _Parser(tokens)
     found = parser.whole()
@@ -119,10 +119,10 @@ class _Parser:
 
     def _expect(self, text: str) -> None:
         if not self._take().is_symbol(text):
-            raise UnreadableError(f"no {text!r} where one is needed")
+            raise UnreadableError(f"a missing {text!r}")
 
     def whole(self) -> Expression:
-        r"""A sum, or two with \over or \choose between: they take everything on both sides."""
+        r"""A sum, or two sums joined by \over or \choose, which apply to everything on both sides."""
         inner = self.sum()
         if self._at_command("over", "choose"):
             kind = "/" if self._take().text == r"\over" else "binom"
@@ -130,7 +130,7 @@ class _Parser:
         return inner
 
     def sum(self) -> Expression:
-        """Terms with signs between."""
+        """Terms joined by signs."""
         self._depth += 1
         if self._depth > _DEEPEST:
             raise UnreadableError("nested too deeply")
@@ -177,7 +177,7 @@ class _Parser:
             before = self._tokens[self._place - 1]
             if before.kind == "command" or before.is_symbol(")", "}"):
                 return True
-            raise UnreadableError(f"{token.text!r} beside {before.text!r}")
+            raise UnreadableError(f"{token.text!r} next to {before.text!r}")
         if token.is_symbol("|"):
             return self._bars == 0
         if token.kind == "command":
@@ -252,7 +252,7 @@ class _Parser:
         return operation("+", found, number(fraction))
 
     def _fraction_of_mixed(self, whole: Token) -> Fraction | None:
-        r"""The fraction of a mixed number, taken: "1/4" behind a space, or \frac{1}{4}, below one."""
+        r"""Consumes and returns the fraction of a mixed number: "1/4" after a space, or \frac{1}{4}, below one."""
         assert whole.value is not None
         if whole.value.denominator != 1 or whole.base is not None or "." in whole.text:
             return None

@@ -1,4 +1,4 @@
-r"""What an answer is as a whole: a quantity, words, several answers, an interval, an equation, a matrix, a time.
+r"""Forms of complete answers: a quantity, words, several answers, an interval, an equation, a matrix, a time.
 
 An answer is split at its commas, semicolons and the words "and" and "or" outside brackets; each part is read as a
 relation, a bracket, a union, a matrix, a time or ratio with colons, a quantity with a unit, or words.
@@ -32,7 +32,7 @@ class Words:
 
     words: tuple[str, ...]
     expression: Expression | None = None
-    """What it is where it is read as a variable or a product of variables."""
+    """The words as a variable or a product of variables, if they can be read so."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Several:
 
 @dataclass(frozen=True)
 class Named:
-    """A value that is given for a name, as in x = 5 or f(x) = x^2."""
+    """A value with a name, as in x = 5 or f(x) = x^2."""
 
     name: str
     value: Form
     left: Expression | None = None
-    """The name as an expression, where it is one: a variable, or an unknown such as m + n."""
+    """The name as an expression, if it is one: a variable, or an unknown such as m + n."""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """An equation, an inequality, or a chain of inequalities: sides with the signs between them."""
+    """An equation, an inequality, or a chain of inequalities: sides and the signs between them."""
 
     sides: tuple[Expression, ...]
     signs: tuple[str, ...]
@@ -75,7 +75,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Parted:
-    """Numbers with colons between: a time or a ratio. `half` is am or pm, or empty."""
+    """Numbers separated by colons: a time or a ratio. `half` is am or pm, or empty."""
 
     parts: tuple[Form, ...]
     half: str = ""
@@ -88,17 +88,17 @@ def parse_answer(tokens: Sequence[Token], *, letter_units: bool) -> Form:
     """The form of an answer.
 
     Args:
-        tokens: of the whole answer.
-        letter_units: a letter close to a number may be a unit, as in 540m; otherwise it is a variable.
+        tokens: of the complete answer.
+        letter_units: whether a letter directly after a number may be a unit, as in 540m, and not a variable.
 
     Raises:
-        UnreadableError: it has none.
+        UnreadableError: it has no known form.
     """
     return _Reader(letter_units).answer(list(tokens))
 
 
 def in_direction(relation: Relation) -> Relation:
-    """With the greater side last, so that 3 > x is x < 3."""
+    """The relation with the greater side last: 3 > x becomes x < 3."""
     if relation.signs[0] in (">", ">="):
         return Relation(relation.sides[::-1], tuple(_FLIPPED[sign] for sign in relation.signs[::-1]))
     return relation
@@ -250,7 +250,7 @@ def _flat(form: Form) -> Sequence[Form]:
 
 
 def _split(tokens: Sequence[Token], separates: Callable[[Token], bool]) -> list[list[Token]]:
-    """The parts of `tokens` between separators that stand outside brackets."""
+    """The parts of `tokens` between separators outside brackets."""
     parts: list[list[Token]] = [[]]
     depth = 0
     for token in tokens:
@@ -301,7 +301,7 @@ def _is_separator(token: Token) -> bool:
 
 
 def _after_comma(tokens: Sequence[Token], parts: Sequence[Sequence[Token]], index: int) -> bool:
-    """Whether the empty part `index` is between a comma and the word "and" behind it."""
+    """Whether the empty part `index` is between a comma and a following "and"."""
     if index == 0 or index == len(parts) - 1:
         return False
     separators = [token for token in _outside(tokens) if _is_separator(token)]
@@ -345,7 +345,7 @@ def _words(tokens: Sequence[Token]) -> Words:
 
 
 def _name(tokens: Sequence[Token]) -> tuple[str, Expression | None] | None:
-    """The name that a left side is: a variable, an unknown such as m + n, f(x), (a, b), or words. None for others."""
+    """A left side as a name: a variable, an unknown such as m + n, f(x), (a, b), or words; None for others."""
     tokens = list(tokens)
     if tokens and tokens[0].is_symbol("(") and tokens[-1].is_symbol(")") and _closes_at_end(tokens):
         names = [_name(part) for part in _split(tokens[1:-1], _is_separator)]
@@ -370,7 +370,7 @@ def difference(relation: Relation) -> Expression:
 
 
 def as_relation(form: Form) -> Relation | None:
-    """An equation, or a named value as one; None for all else."""
+    """An equation, or a named value as an equation; None for other forms."""
     if isinstance(form, Relation):
         return form
     if isinstance(form, Named) and isinstance(form.value, (Quantity, Words)) and form.value.expression is not None:

@@ -1,7 +1,7 @@
-r"""Text of an answer, LaTeX or plain, as tokens. Wrapping that has no meaning is removed here.
+r"""Tokens of an answer in LaTeX or plain text, without markup that has no meaning.
 
-Numbers are read here, since spaces and commas decide: "1,234", "1{,}234", "12\,000" and "12 000" are one number each,
-"1, 234" and "3 4" are two.
+Numbers are recognised here, since spaces and commas matter: "1,234", "1{,}234", "12\,000" and "12 000" are one number
+each, "1, 234" and "3 4" are two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 LONGEST_ANSWER = 1000
-"""Characters of an answer that the grammar reads; longer ones are compared as text."""
+"""Maximum length of an answer for the grammar; longer ones are compared as text."""
 _MOST_TOKENS = 400
 _LONGEST_NUMBER = 200
 _LARGEST_EXPONENT = 1000
@@ -24,11 +24,11 @@ def names(text: str) -> frozenset[str]:
 
 
 class UnreadableError(ValueError):
-    """The grammar does not read this answer."""
+    """The grammar cannot parse the answer."""
 
 
 class UnknownCommandError(UnreadableError):
-    """A LaTeX command stands in the answer that the grammar does not know and math-verify does."""
+    """The answer contains a LaTeX command that the grammar does not know and math-verify does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Token:
     """`number`, `word` (a run of letters), `command` (with its backslash), `matrix`, or `symbol` (one character)."""
     text: str
     spaced: bool = False
-    """White space stands before it."""
+    """Whether white space precedes it."""
     value: Fraction | None = None
     """Of a number."""
     quoted: bool = False
@@ -162,13 +162,13 @@ _BEGIN = re.compile(r"\\(begin|end)\s*\{([A-Za-z]+)\*?\}(?:\s*\{[clr|\s]*\})?")
 
 
 def cleaned(text: str) -> str:
-    """`text` with characters of mathematics as LaTeX, without outer spaces and without a mark at its end."""
+    """`text` with mathematical characters as LaTeX, without outer spaces and final punctuation."""
     text = _RANGE.sub(r"\\text{ to }", text)
     for character, command in _CHARACTERS.items():
         text = text.replace(character, command)
     text = _COMPARISON.sub(lambda match: _COMPARISONS[match[0]], text)
     text = text.replace("{,}", ",").replace(r"\$", "\x00").replace("\u00a0", " ").replace("\u202f", " ").strip()
-    if text.count("$") % 2 == 0:  # in pairs they delimit mathematics; a single one is a currency
+    if text.count("$") % 2 == 0:  # pairs delimit mathematics; a single one is a currency
         text = text.replace("$", "")
     text = text.replace("\x00", "$")
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
@@ -182,12 +182,12 @@ def tokens_of(text: str, *, grouped: bool = True) -> list[Token]:
     r"""The tokens of an answer.
 
     Args:
-        text: what `cleaned` returned.
-        grouped: read "1,234" as one number; otherwise commas always part.
+        text: from `cleaned`.
+        grouped: whether "1,234" is one number; otherwise commas always separate.
 
     Raises:
-        UnreadableError: it is too long, or holds what no answer holds.
-        UnknownCommandError: a LaTeX command is none of those that the grammar knows.
+        UnreadableError: it is too long, or contains an unknown character.
+        UnknownCommandError: it contains a LaTeX command that the grammar does not know.
     """
     if len(text) > LONGEST_ANSWER:
         raise UnreadableError(f"{len(text)} characters")
@@ -198,7 +198,7 @@ def tokens_of(text: str, *, grouped: bool = True) -> list[Token]:
 
 
 def has_groups(text: str) -> bool:
-    """Whether `text` holds something like 1,234, which may be a number or two."""
+    """Whether `text` contains an expression such as 1,234, which may be one number or two."""
     return _GROUPED.search(text) is not None
 
 
@@ -242,7 +242,7 @@ def _plain_token(text: str, place: int, spaced: bool, grouped: bool) -> tuple[To
     if word := re.compile(r"[^\W\d_]+(?:['\-.][^\W\d_]+)*\.?(?!\w)|[^\W\d_]+").match(text, place):
         written = word[0]
         if len(written.rstrip(".")) == 1 or "-" in written or ("." in written and not _is_half_of_day(written)):
-            # x-y and a.b are no words
+            # x-y and a.b are not words
             written = re.match(r"[^\W\d_]+", written)[0]  # type: ignore[index]
         return Token("word", written, spaced), place + len(written)
     if not character.isprintable():
@@ -291,7 +291,7 @@ def _based(match: re.Match[str], spaced: bool) -> Token | None:
 
 
 def _command(text: str, place: int, spaced: bool, grouped: bool, depth: int) -> tuple[list[Token], int]:
-    r"""The tokens of the command that begins at `place`, and where it ends."""
+    r"""The tokens of the command that starts at `place`, and the index of its end."""
     if environment := _BEGIN.match(text, place):
         if environment[2] not in _MATRICES:
             raise UnreadableError(f"environment {environment[2]}")
@@ -318,7 +318,7 @@ def _command(text: str, place: int, spaced: bool, grouped: bool, depth: int) -> 
 
 
 def _braced(text: str, place: int) -> tuple[str, int]:
-    """Content of the braces that begin at `place`, and where they end."""
+    """Content of the braces that start at `place`, and the index of their end."""
     while text[place : place + 1].isspace():
         place += 1
     if text[place : place + 1] != "{":

@@ -1,7 +1,7 @@
-"""Values of expressions, exact where they are fractions, and whether two expressions have the same value everywhere.
+"""Values of expressions, exact if they are rational, and equality of two expressions for all values of variables.
 
-An expression without roots, constants and functions has an exact value, so no two different ones pass. Others are
-computed with 50 and with 100 digits. Variables are given several random rational values, the same ones by name.
+An expression without roots, constants and functions has an exact value. Others are computed with 50 and with 100
+digits. Variables get several random rational values that depend on their names.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from nemo_popsd.evaluation.algebra.expressions import Expression
 _MOST_BITS = 30_000
 """Size of an exact number: 2^30000, about 9,000 digits."""
 _LARGEST_ARGUMENT = 2500
-"""Of factorials and binomials."""
+"""Largest argument of factorials and binomials."""
 _POINTS = 4
 
 
 class NoValueError(ValueError):
-    """The expression has no value, or one that is too large to compute."""
+    """The expression has no value, or its value is too large to compute."""
 
 
 def _context(digits: int) -> Any:
@@ -40,7 +40,7 @@ Value = Any
 
 
 def same_everywhere(one: Expression, other: Expression) -> bool:
-    """Whether both have the same value, whatever their variables are."""
+    """Whether both have the same value for all values of their variables."""
     for point in _points(one.variables() | other.variables()):
         try:
             if not _same_at(one, other, point):
@@ -51,12 +51,12 @@ def same_everywhere(one: Expression, other: Expression) -> bool:
 
 
 def proportional(one: Expression, other: Expression, *, positive: bool) -> bool:
-    """Whether one is the other times a constant that is not zero: then `one = 0` and `other = 0` say the same.
+    """Whether `one` is `other` times a constant other than zero: then `one = 0` and `other = 0` are equivalent.
 
     Args:
-        one: a side minus the other of an equation or an inequality.
-        other: the same of another one.
-        positive: the constant must be positive.
+        one: difference of the sides of an equation or an inequality.
+        other: the same for another one.
+        positive: whether the constant must be positive.
     """
     points = list(_points(one.variables() | other.variables()))
     ratios = []
@@ -99,16 +99,16 @@ def _same_at(one: Expression, other: Expression, point: Mapping[str, Fraction]) 
     difference = abs(fine[0] - fine[1])
     if difference <= max(abs(value) for value in fine) * _FINE.mpf(10) ** -70:
         return True
-    # Both sides may be zero but for rounding: then more digits make the difference smaller.
+    # Both sides may be zero up to rounding: then more digits reduce the difference.
     rough = abs(_as_float(coarse[0], _COARSE) - _as_float(coarse[1], _COARSE))
     return bool(difference <= _FINE.mpf(10) ** -40 * rough or (rough == 0 and difference < _FINE.mpf(10) ** -80))
 
 
 def value_of(expression: Expression, point: Mapping[str, Fraction], context: Any) -> Value:
-    """The value of `expression` where variables have the values of `point`.
+    """The value of `expression` for the values of variables in `point`.
 
     Raises:
-        NoValueError: it has none, or one that is too large.
+        NoValueError: it has no value, or a value that is too large.
     """
     kind = expression.operation
     if kind == "number":
@@ -220,7 +220,7 @@ def _root(degree: Value, value: Value, context: Any) -> Value:
 
 
 def _factorial(value: Value, context: Any) -> Value:
-    """Of natural numbers; of others, as a variable may stand for, by the gamma function."""
+    """The factorial of a natural number, or the gamma function for other values, which variables may have."""
     _refuse_large_argument(value)
     if isinstance(value, Fraction) and value.denominator == 1:
         return Fraction(math.factorial(int(value)))

@@ -1,4 +1,4 @@
-"""A number or an expression with what stands around it: a currency, a unit, a per-cent sign, a short sentence."""
+"""A number or an expression with its context: a currency, a unit, a per-cent sign, a short sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VERBS = names(
     "took sells sold spends spent saves saved buys bought reads eats uses used gives gave leaves weighs receives "
     "received runs walks drives travels"
 )
-"""The word before the number of a sentence; any other, such as "than", means something else."""
+"""Words that may precede the number of a sentence; others, such as "than", change its meaning."""
 _NEGATIONS = names("not never no nor if unless without")
 _POWERS = ("squared", "cubed")
 _SHORTEST_WORD = 3
@@ -33,9 +33,9 @@ class Quantity:
     unit: Unit | None = None
     percent: bool = False
     digits: Expression | None = None
-    """Of a number in another base, its digits read as decimal ones."""
+    """For a number in another base: the value of its digits read as decimal digits."""
     base: int | None = None
-    """That base."""
+    """The other base."""
 
 
 def without_sentence(tokens: Sequence[Token]) -> list[Token]:
@@ -48,14 +48,14 @@ def without_sentence(tokens: Sequence[Token]) -> list[Token]:
 
 
 def parse_quantity(tokens: Sequence[Token], *, letter_units: bool) -> Quantity:
-    """The quantity that all of `tokens` make.
+    """The quantity that consists of all `tokens`.
 
     Args:
         tokens: of one answer.
-        letter_units: a letter close to a number may be a unit, as in 540m; otherwise it is a variable.
+        letter_units: whether a letter directly after a number may be a unit, as in 540m, and not a variable.
 
     Raises:
-        UnreadableError: they make none.
+        UnreadableError: they are not a quantity.
     """
     tokens = list(tokens)
     before: list[str] = []
@@ -69,7 +69,7 @@ def parse_quantity(tokens: Sequence[Token], *, letter_units: bool) -> Quantity:
     behind = tokens[end:]
     percent = [token for token in behind if token.is_symbol("%") or token.is_word(*_PERCENT)]
     if len(percent) > 1 or (percent and (before or not (percent[0] is behind[0] or percent[0] is behind[-1]))):
-        raise UnreadableError("a per-cent sign in such a place")
+        raise UnreadableError("a misplaced per-cent sign")
     behind = [token for token in behind if token not in percent]
     expression = parse_expression(tokens[:end])
     while behind and behind[0].is_word(*SCALES):
@@ -78,7 +78,7 @@ def parse_quantity(tokens: Sequence[Token], *, letter_units: bool) -> Quantity:
     powers = [word for word in words if word in _POWERS]
     units = [word for word in words if word not in _POWERS]
     if any(word in NO_UNITS for word in units) or (powers and not (units and all(map(is_known, units)))):
-        raise UnreadableError("words that are no unit")
+        raise UnreadableError("words that are not a unit")
     digits = base = None
     if end == 1 and tokens[0].base is not None:
         base = tokens[0].base
@@ -91,7 +91,7 @@ def _is_currency(token: Token) -> bool:
 
 
 def _end_of_value(tokens: Sequence[Token], letter_units: bool) -> int:
-    """Where the unit of a value begins: the longest end of `tokens` that can be one."""
+    """Index at which the unit of a value starts: the longest end of `tokens` that can be a unit."""
     end = place = len(tokens)
     while place > 1:
         token = tokens[place - 1]
@@ -119,14 +119,16 @@ def _end_of_value(tokens: Sequence[Token], letter_units: bool) -> int:
 
 
 def _is_power(tokens: Sequence[Token], place: int) -> bool:
-    """Whether "^2" or "^3" ends at `place`, behind a word."""
+    """Whether "^2" or "^3" ends at `place`, after a word."""
     if place < 3 or not tokens[place - 2].is_symbol("^") or tokens[place - 3].kind != "word":
         return False
     return tokens[place - 1].text in ("2", "3") and is_known(tokens[place - 3].text)
 
 
 def _length_of_degree(tokens: Sequence[Token], place: int) -> int:
-    """Tokens of the degree sign that ends at `place`; 0 where none does, or where it is of the angle of a function."""
+    """Number of tokens of the degree sign that ends at `place`; 0 if there is none, or if it belongs to an angle in a
+    function.
+    """
     if any(token.text.lstrip("\\") in FUNCTIONS for token in tokens[:place]):
         return 0
     if place > 2 and tokens[place - 1].is_command(r"\circ") and tokens[place - 2].is_symbol("^"):
@@ -159,7 +161,7 @@ def _may_be_unit(tokens: Sequence[Token], place: int, letter_units: bool) -> boo
 
 
 def _in_phrase(tokens: Sequence[Token], place: int) -> bool:
-    """Whether a short word stands between longer ones, as "of" and "a" do."""
+    """Whether a short word is between longer ones, as "of" and "a" are."""
     token = tokens[place]
     behind = tokens[place + 1] if place + 1 < len(tokens) else None
     return token.spaced and behind is not None and behind.kind == "word" and len(behind.text) >= _SHORTEST_WORD

@@ -1,4 +1,4 @@
-"""Whether two forms of answers are the same answer. The decisions are in docs/evaluation.md."""
+"""Comparison of two answers; docs/evaluation.md documents the decisions."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _CHOICES = frozenset("ABCDEFGHIJ")
 
 
 def same_answer(predicted: str, expected: str) -> bool | None:
-    r"""Whether `predicted` is the answer `expected`; None where a LaTeX command is beyond the rules.
+    r"""Whether `predicted` is the answer `expected`; None if a LaTeX command is not covered by the rules.
 
-    Text that the grammar does not read is the same when it is written alike but for spaces and case.
+    Texts that the grammar cannot parse are the same if they differ only in spaces and case.
     """
     ours, theirs = cleaned(predicted), cleaned(expected)
     if not ours or not theirs:
@@ -56,14 +56,14 @@ def same_answer(predicted: str, expected: str) -> bool | None:
 
 
 class _Answer:
-    """The readings of one answer: several where "1,234" may be a number or two, none where the grammar does not fit."""
+    """The interpretations of one answer: several if "1,234" may be one number or two, none if it cannot be parsed."""
 
     def __init__(self, text: str, *, letter_units: bool) -> None:
         self.forms: list[Form] = []
         self.written: list[str] = []
-        """Its tokens, words without case."""
+        """Its tokens, with words in lower case."""
         self.beyond = False
-        """Whether math-verify may read it."""
+        """Whether math-verify can parse it."""
         for grouped in (True, False) if has_groups(text) else (True,):
             try:
                 tokens = tokens_of(text, grouped=grouped)
@@ -81,13 +81,13 @@ def _written(tokens: Sequence[Token]) -> list[str]:
 
 
 def _chosen(written: Sequence[str]) -> list[str]:
-    """The letter of a choice that is given with its text, as in "(C) 12"; else nothing."""
+    """The letter of a choice that is followed by its text, as in "(C) 12"; empty otherwise."""
     choice = len(written) > 3 and written[0] == "(" and written[2] == ")" and written[1] in _CHOICES
     return [written[1]] if choice else []
 
 
 def _as_text(text: str) -> str:
-    """`text` without spaces that mean nothing; case counts only for single letters, which are variables or choices."""
+    """`text` without insignificant spaces; case matters only for single letters, which are variables or choices."""
     words = text.split()
     folded = [word.casefold() if len(word) > 1 and word.isalpha() else word for word in words]
     kept: list[str] = []
@@ -146,7 +146,7 @@ def _same_quantity(expected: Quantity, predicted: Quantity) -> bool:
 
 
 def _values(own: Quantity, other: Quantity) -> Iterator[Expression]:
-    """What `own` may mean beside `other`: a per-cent sign or a base that only one side has may be left out."""
+    """The possible meanings of `own` compared with `other`: a per-cent sign or a base may be missing on one side."""
     yield own.expression
     if own.percent and not other.percent:
         yield operation("/", own.expression, number(100))
@@ -176,7 +176,7 @@ def _same_relation(expected: Relation, predicted: Relation) -> bool:
 
 
 def _interval(form: Form) -> Form:
-    """The interval that an inequality in one variable is; any other form as it is."""
+    """An inequality in one variable as an interval; other forms unchanged."""
     if not isinstance(form, Relation):
         return form
     relation = in_direction(form)
@@ -214,7 +214,7 @@ def _same_several(expected: Form, predicted: Form) -> bool:
 
 
 def _is_ordered(one: Several, other: Several) -> bool:
-    """Whether the order of two lists counts: with an ellipsis, or where only one says which value is whose."""
+    """Whether the order of two lists matters: with an ellipsis, or if only one of them names its values."""
     if any(isinstance(part, Dots) for part in (*one.parts, *other.parts)):
         return True
     names = [[part.name for part in form.parts if isinstance(part, Named)] for form in (one, other)]

@@ -1,4 +1,4 @@
-"""Words behind a number: known units, which convert into each other, and any others, which are compared as words."""
+"""Words after a number: known units, which are converted, and other words, which are compared as words."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ NO_UNITS = names(
     "or and not no than plus minus if but half third halves thirds pi root sqrt remainder mod modulo base except "
     "between least most about approximately around is are was were equals percent"
 )
-"""Words that change what the number before them means: an answer with one is no number with a unit."""
+"""Words that change the meaning of the number before them: an answer with one is not a number with a unit."""
 _FILLERS = names(
     "old left each remaining total altogether more in all long tall wide high deep apart away later of the a an units "
     "unit"
@@ -71,20 +71,20 @@ _FILLERS = names(
 
 @dataclass(frozen=True)
 class Unit:
-    """What stands behind a number."""
+    """The unit of a number."""
 
     factor: Fraction
-    """By which the number is multiplied for the basic unit of its kind."""
+    """Factor from the unit to the base unit of its dimension."""
     powers: tuple[tuple[str, int], ...]
-    """Kinds of known units with their powers; empty for other words."""
+    """Dimensions of known units with their powers; empty for other words."""
     words: tuple[str, ...] = ()
-    """The words, in the singular, where one is unknown."""
+    """The words in the singular, if one of them is unknown."""
 
 
 def conversion(one: Unit, other: Unit) -> Fraction | None:
-    """Number of `other` in one of `one`; None when they are not of the same kind.
+    """Number of `other` in one of `one`; None if their dimensions differ.
 
-    Unknown words agree when one phrase ends with the other: duck eggs are eggs.
+    Unknown words agree if one phrase ends with the other: duck eggs are eggs.
     """
     if one.words or other.words:
         shorter, longer = sorted((one.words, other.words), key=len)
@@ -98,7 +98,7 @@ def is_known(word: str) -> bool:
 
 
 def unit_of(words: Sequence[str]) -> Unit:
-    """The unit that a phrase names; "/" is "per", and "^2" a power. Words that say nothing are passed over."""
+    """The unit that a phrase names; "/" is "per", and "^2" a power. Words without meaning are skipped."""
     singular = [_singular(word) for word in words]
     kept = [word for word in singular if word not in _FILLERS] or singular
     known = _known_unit(kept)

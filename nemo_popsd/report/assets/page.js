@@ -71,9 +71,7 @@ function readTokens(block) {
       ["Δ_ref = log reference-only − log student", signed(at("delta_reference"))],
       ["Δ_it = log teacher − log reference-only", signed(at("delta_question"))],
       ["log target − log student", signed(at("delta_target"))],
-      ["entropy of student | target", `${figure(at("student_entropy"), 2)} | ${figure(at("target_entropy"), 2)}`],
-      ["‖Δ_ref‖ / ‖Δ_total‖", figure(at("norm_ratio"), 2)],
-      ["cos(Δ_total, Δ_it) | (Δ_total, Δ_ref)", `${figure(at("cosine_question"), 2)} | ${figure(at("cosine_reference"), 2)}`],
+      ...data.statistics.map(([name, symbol]) => [symbol, figure(at(name), 2)]),
     ]) {
       const row = facts.insertRow();
       const head = make("th", "", label);

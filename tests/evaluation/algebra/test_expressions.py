@@ -68,12 +68,12 @@ def test_forms(text: str, form: str) -> None:
         "(" * 60 + "1",
     ],
 )
-def test_every_token_is_used_or_nothing_is_read(text: str) -> None:
+def test_unused_tokens_are_refused(text: str) -> None:
     with pytest.raises(UnreadableError):
         parsed(text)
 
 
-def test_what_an_expression_tells_of_itself() -> None:
+def test_properties_of_an_expression() -> None:
     assert parsed("xy+z^2").variables() == {"x", "y", "z"}
     assert parsed("m+n").is_of_variables_alone()
     assert not parsed("m+1").is_of_variables_alone()

@@ -41,7 +41,7 @@ def test_tokens(answer: str, found: list[str]) -> None:
     assert texts(answer) == found
 
 
-def test_commas_part_where_groups_are_not_wanted() -> None:
+def test_commas_separate_without_grouping() -> None:
     assert has_groups("1,234")
     assert not has_groups("1,23")
     assert texts("1,234", grouped=False) == ["1", ",", "234"]
@@ -76,6 +76,6 @@ def test_unreadable(answer: str) -> None:
         tokens_of(answer)
 
 
-def test_what_math_verify_may_read_is_told_apart() -> None:
+def test_commands_of_math_verify_are_distinguished() -> None:
     with pytest.raises(UnknownCommandError):
         tokens_of(r"\int x")

@@ -26,18 +26,18 @@ def parsed(text: str, *, letter_units: bool = True) -> Quantity:
         "18 apples a day",
     ],
 )
-def test_a_unit_is_set_apart(text: str) -> None:
+def test_a_unit_is_separated_from_its_value(text: str) -> None:
     found = parsed(text)
     assert same_everywhere(found.expression, number(18))
     assert found.unit is not None
 
 
 @pytest.mark.parametrize("text", ["18x", "2xyz", r"18\sin x", "18pi"])
-def test_variables_are_no_unit(text: str) -> None:
+def test_variables_are_not_units(text: str) -> None:
     assert parsed(text).unit is None
 
 
-def test_a_letter_close_to_an_expected_number_is_a_variable() -> None:
+def test_a_letter_after_an_expected_number_is_a_variable() -> None:
     assert parsed("3m", letter_units=False).expression.variables() == {"m"}
     assert parsed("3 m", letter_units=False).unit is not None
 

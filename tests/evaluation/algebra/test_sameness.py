@@ -1,4 +1,4 @@
-"""The comparison of answers on pairs in both directions, and on references of GSM8K."""
+"""Comparison of answers on pairs in both directions, and on references of GSM8K."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_pairs(kind: str, verifier: AnswerVerifier) -> None:
     assert wrong == []
 
 
-def test_an_answer_is_itself() -> None:
+def test_an_answer_equals_itself() -> None:
     for pair in PAIRS:
         if pair["kind"] not in ("empty", "library"):
             assert same_answer(pair["expected"], pair["expected"]), pair["expected"]
 
 
 def test_another_digit_is_another_answer() -> None:
-    """Every digit of every answer counts, but those of a chain's first sides, of a repeated element and of parity."""
+    """Every digit of every answer matters, except those of a chain's first sides, repeated elements and parity."""
     excepted = {"S = 2+3 = 5", r"\{1,1,2\}", "(-1)^{n+1}"}
     texts = {pair[side] for pair in PAIRS for side in ("expected", "predicted") if pair["kind"] not in BEYOND_RULES}
     wrong = []
@@ -73,7 +73,7 @@ FORMS = (
 
 
 def test_references_of_gsm8k() -> None:
-    """Each in every usual form is right, and wrong for the reference of any other row that is another number."""
+    """Each is correct in every usual form, and wrong for the reference of any other row with another number."""
     if not GSM8K.is_dir():
         pytest.skip("no references of GSM8K at ../shared/data")
     answers = []
@@ -89,7 +89,7 @@ def test_references_of_gsm8k() -> None:
         assert same_answer(form, other) is (other.replace(",", "") == plain), (form, other)
 
 
-def test_nothing_that_a_model_writes_takes_long() -> None:
+def test_adversarial_answers_are_compared_quickly() -> None:
     answers = [
         "9^{9^{9^{9}}}",
         "9" * 199,

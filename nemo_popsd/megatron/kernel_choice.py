@@ -1,0 +1,33 @@
+"""Which attention kernels a device has, without torch: `nemo_popsd.megatron.kernels` and the planner both ask here."""
+
+from __future__ import annotations
+
+import math
+
+_CACHE_STEP = 256
+_WIDEST_FLASH_HEAD = 256
+
+PACKED_TAKES_GROUPS = False
+"""Whether torch's kernel for packed sequences takes fewer key-value heads than query heads. It does from torch 2.13 on;
+there less memory is needed than planned."""
+
+
+def takes_groups(device_type: str, *, half: bool, masked: bool) -> bool:
+    """Whether torch's fused attention takes fewer key-value heads than query heads.
+
+    Args:
+        device_type: `cpu` or that of a GPU.
+        half: whether elements have 16 bits.
+        masked: whether a mask is given; causal attention alone needs none.
+    """
+    return device_type == "cpu" or (half and not masked)
+
+
+def takes_packed(device_type: str, *, half: bool, width: int) -> bool:
+    """Whether FlashAttention computes packed sequences with heads of `width`; see `takes_groups`."""
+    return device_type != "cpu" and half and width <= _WIDEST_FLASH_HEAD and width % 8 == 0
+
+
+def cache_positions(capacity: int, device_type: str) -> int:
+    """Positions to allocate of each slot for `capacity` in use: on a GPU a multiple of 256, so that strides repeat."""
+    return capacity if device_type == "cpu" else math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP
