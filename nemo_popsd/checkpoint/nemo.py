@@ -24,7 +24,7 @@ from yaml import YAMLError
 
 from nemo_popsd.checkpoint.archive import unpack
 from nemo_popsd.checkpoint.completeness import expected_shapes
-from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEIGHTS, missing_files, ranks_of
+from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, WEIGHTS, missing_files, ranks_of
 from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.manifest import FILE_NAME, damaged, read_manifest, refuse_absent, verify, verify_files
@@ -100,11 +100,6 @@ class NemoCheckpoint:
     def adapters_only(self) -> bool:
         """Whether the checkpoint contains only adapters, without the weights of the base."""
         return self.manifest["weights"] == "adapters"
-
-    @property
-    def has_training_state(self) -> bool:
-        """Whether a run can resume from it."""
-        return (self.directory / STATE).is_dir()
 
     def verify(self) -> None:
         """Compares every file with the manifest, on the first call only. Collective if there is a process group.

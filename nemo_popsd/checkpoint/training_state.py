@@ -90,7 +90,7 @@ class StagedState:
         for index, (state, sharding) in enumerate(_with_sharding(models, optimizer)):
             owner = index % state.group.size()
             for name in state.names:
-                tensor = state.whole(name, owner)
+                tensor = state.gathered(name, owner)
                 if tensor is None or not _written_by_this_shard(sharding):
                     continue
                 for piece in _pieces(sharding, tensor, name):

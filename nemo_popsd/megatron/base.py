@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-import torch
 from megatron.core.models.gpt import GPTModel
 from torch import nn
 
@@ -76,14 +74,3 @@ class FrozenCopy:
         """The copy's chunks, on the device."""
         with nullcontext() if self._host is None else self._host.on_device():
             yield self._copy
-
-
-@torch.no_grad()
-def base_digest(model: nn.Module) -> str:
-    """SHA-256 of this rank's parameters but adapters, by name and bits: equal if and only if the base is the same."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if ".adapter." not in name:
-            digest.update(name.replace(".to_wrap", "").encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -32,7 +32,7 @@ _KNOWN_ROTATIONS = ("RotaryEmbedding", "YarnRotaryEmbedding")
 
 
 @contextmanager
-def whole_sequences(chunks: Sequence[GPTModel]) -> Iterator[None]:
+def full_sequences(chunks: Sequence[GPTModel]) -> Iterator[None]:
     """Context in which the model is in evaluation mode, with sequence and context parallelism off.
 
     A single token cannot be split. Weights do not change: each tensor-parallel rank applies its shards to all tokens,
@@ -107,8 +107,8 @@ class SlotDecoder:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Context in which the chunks can only decode; see also `whole_sequences`."""
-        with whole_sequences(self._chunks), ExitStack() as restore:
+        """Context in which the chunks can only decode; see also `full_sequences`."""
+        with full_sequences(self._chunks), ExitStack() as restore:
             for owner in [self._chunks[0].config, *(a.config for a in attentions(self._chunks))]:
                 for name in _ROTATION_FLAGS:
                     _replace(restore, owner, name, True, False)
@@ -146,7 +146,7 @@ class SlotDecoder:
         self._forward(inputs, positions.expand_as(inputs), Prefill(slots))
 
     def next_logits(self, inputs: Tensor, positions: Tensor, reach: int) -> Tensor | None:
-        """Logits [B, V_pad/tp] of this rank after one more token of each of the first B slots; on the last stage alone.
+        """Logits [B, V_pad/tp] of this rank after one more token of each of the first B slots; on the last stage only.
 
         Slots that have finished may be among them, with their last token and position: their logits have no meaning,
         and the slot's earlier positions do not change.
@@ -175,7 +175,7 @@ class SlotDecoder:
                 cache[target, :, :length] = cache[source, :, :length]
 
     def _forward(self, inputs: Tensor, positions: Tensor, step: Prefill | Decode) -> Tensor | None:
-        """Hidden states [s, B, H] after the last layer, on the last stage alone.
+        """Hidden states [s, B, H] after the last layer, on the last stage only.
 
         Under pipeline parallelism a token passes through the stages one after the other, under virtual pipelining
         several times; each transfer sends B·s·H numbers to the next stage, and the other stages wait while one
@@ -224,11 +224,11 @@ class _Rotation(torch.nn.Module):
 
     def __init__(self, original: torch.nn.Module, capacity: int) -> None:
         super().__init__()
-        kind = type(original).__name__
-        if kind not in _KNOWN_ROTATIONS:
+        name = type(original).__name__
+        if name not in _KNOWN_ROTATIONS:
             raise UserError(
                 "rollout",
-                got=f"rotary embedding {kind}",
+                got=f"rotary embedding {name}",
                 need=f"one of {', '.join(_KNOWN_ROTATIONS)}, whose angles depend only on the position",
                 fix="use another model",
             )

@@ -24,7 +24,7 @@ _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of whole sequences through torch's fused kernels: [b, n, s, d], [b, g, s, d], [b, g, s, d].
+    """Attention of full sequences through torch's fused kernels: [b, n, s, d], [b, g, s, d], [b, g, s, d].
 
     On a GPU, FlashAttention (bf16, no mask) supports grouped heads. The memory-efficient kernel, which supports fp32
     and masks, does not: for it keys and values are repeated, because torch's fallback would store all scores.
@@ -67,9 +67,9 @@ def packed_kernel(query: Tensor, scale: float, window: int | None) -> Callable[.
         window: number of tokens that a token attends to, including itself; None for all earlier ones.
 
     Returns:
-        From query, key and value ([t, n, d], [t, g, d], [t, g, d]), the bounds of the sequences [number + 1] int32 and
-        the longest length to [t, n, d]; None where attention must run for one sequence at a time: on a CPU, in fp32,
-        with a head size that FlashAttention does not support, or with a torch that has no such function.
+        From query, key and value ([t, n, d], [t, g, d], [t, g, d]), the bounds of the sequences [sequences + 1] int32
+        and the longest length to [t, n, d]; None where attention must run for one sequence at a time: on a CPU, in
+        fp32, with a head size that FlashAttention does not support, or with a torch that has no such function.
     """
     width = query.shape[-1]
     if not takes_packed(query.device.type, half=query.dtype in _FLASH_DTYPES, width=width):

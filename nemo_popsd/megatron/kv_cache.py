@@ -70,11 +70,11 @@ class CachedCoreAttention(torch.nn.Module):
         config = attention.config
         # In a list, so that it is not a submodule of two modules and `modules()` finds it once.
         self._inner = [attention.core_attention]
-        kind = type(attention.core_attention).__name__
-        if kind not in _KNOWN_CORES or config.softmax_type != "vanilla":
+        name = type(attention.core_attention).__name__
+        if name not in _KNOWN_CORES or config.softmax_type != "vanilla":
             raise UserError(
                 "rollout",
-                got=f"core attention {kind} with softmax_type={config.softmax_type!r}",
+                got=f"core attention {name} with softmax_type={config.softmax_type!r}",
                 need=f"one of {', '.join(_KNOWN_CORES)} with 'vanilla', which the cache can replace",
                 fix="use another model",
             )

@@ -16,7 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from nemo_popsd.data.alignment import append_response, response_positions
-from nemo_popsd.megatron.response_routing import WHOLE, Route, SequenceSplit, plan_route
+from nemo_popsd.megatron.response_routing import UNSPLIT, Route, SequenceSplit, plan_route
 
 FEWEST_TOKENS = 2
 """Fewest tokens of a forward. Transformer Engine refuses one token with one key-value head, whose memory layout it
@@ -122,7 +122,7 @@ def microbatches(
     token_budget: int,
     device: torch.device,
     *,
-    split: SequenceSplit = WHOLE,
+    split: SequenceSplit = UNSPLIT,
     packed: bool = False,
     one_shape: bool = False,
     count_multiple: int = 1,
@@ -164,8 +164,8 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return math.ceil(number / multiple) * multiple
+def _round_up(value: int, multiple: int) -> int:
+    return math.ceil(value / multiple) * multiple
 
 
 def _shape(lengths: list[int], split: SequenceSplit, *, packed: bool) -> tuple[int, int]:

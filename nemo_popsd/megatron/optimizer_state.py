@@ -46,7 +46,7 @@ class ParameterState:
         """Names of the state's tensors, the same on every rank."""
         return _MOMENTS if self.parameter.dtype == torch.float32 else (*_MOMENTS, MAIN)
 
-    def whole(self, name: str, owner: int) -> Tensor | None:
+    def gathered(self, name: str, owner: int) -> Tensor | None:
         """State `name` in the shape of the shard, on rank `owner` of the group; None elsewhere.
 
         Collective over the group where the state is split: one reduction of 4 bytes per weight. The bits are summed as

@@ -1,7 +1,7 @@
 """The fields of Megatron's TransformerConfig, in three lists by what `nemo_popsd.megatron.plain_layers` does with them.
 
 `unsupported_fields` returns a field that is in no list, such as one that a newer megatron-core adds, whatever its
-value: tokens then pass through the forward of Megatron's layers, until somebody has put the field into a list.
+value: tokens then pass through the forward of Megatron's layers, until the field has been reviewed and added to a list.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class SequenceSplit:
         return slice((self.context_rank - sum(response)) % self.context_size, None, self.context_size)
 
 
-WHOLE = SequenceSplit()
+UNSPLIT = SequenceSplit()
 """Each rank has full sequences."""
 
 

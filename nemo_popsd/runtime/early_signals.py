@@ -18,7 +18,7 @@ from types import FrameType
 from nemo_popsd.errors import SAVED_AND_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""What asks a run to stop: a batch system, its warning before a time limit, Ctrl-C, a terminal that is closed."""
+"""Signals that stop a run: a batch system, its warning before a time limit, Ctrl-C, a closed terminal."""
 _LEFT_IF_IGNORED = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 

@@ -89,7 +89,7 @@ def _router_without_transformer_engine() -> None:
 
 
 def _names_of_local_experts() -> None:
-    """Counts the experts of `SequentialMLP` through the whole model, as the library does for those of a grouped one."""
+    """Counts the experts of `SequentialMLP` through the full model, as the library does for those of a grouped one."""
     module = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
     stock = module._megatron_local_name_to_global
     if getattr(stock, "counts_local_experts", False):
@@ -132,7 +132,7 @@ LOCAL_LAYERS: tuple[Adaptation, ...] = (
     Adaptation(
         "names of a rank's experts",
         ("megatron.bridge.models.conversion.model_bridge._megatron_local_name_to_global",),
-        "counts only the experts of the grouped layer through the whole model",
+        "counts only the experts of the grouped layer through the full model",
         _names_of_local_experts,
     ),
 )

@@ -38,7 +38,7 @@ ANCHORS = [_random(r, HIDDEN) for _, r in LENGTHS]
 SHIFTS = [_random(r, HIDDEN) for _, r in LENGTHS]
 WEIGHTS = [torch.rand(r, generator=_generator) for _, r in LENGTHS]
 TEACHER = 0.3 * _random(PADDED, HIDDEN)
-"""The teacher's output matrix; what stands in padded rows must not matter."""
+"""The teacher's output matrix; the values of padded output vectors must not matter."""
 TARGET, DIVERGENCE = Target.purified(), Divergence()
 
 

@@ -61,10 +61,10 @@ def _expected_adapter_gradients(gpt: Any, weight_gradients: dict[str, Tensor], g
 
 def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
     from nemo_popsd.megatron.adapters import merged_state
-    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.megatron.build import build_chunks
     from nemo_popsd.parallel.config import ParallelConfig
     from nemo_popsd.parallel.distributed import on_any_rank
+    from tests.digests import base_digest
 
     plain = build_student(source, tensor=world_size).gpt
     settings: dict[str, Any] = {"adaptation": "lora", "lora": LORA}
@@ -152,7 +152,7 @@ def test_the_student_starts_as_the_base_bit_for_bit(results, size, kind):
 
 @each_kind
 @each_layout
-def test_off_the_adapters_leave_the_base_bit_for_bit(results, size, kind):
+def test_with_adapters_off_the_model_is_the_base_bit_for_bit(results, size, kind):
     for ranks in results[size]:
         result = ranks[kind]
         assert (result["adapted"] - result["plain"]).abs().max() > 0.1
@@ -178,7 +178,7 @@ def test_only_adapters_are_trained_and_their_start_does_not_depend_on_the_layout
 
 @each_kind
 @each_layout
-def test_merged_the_adapters_compute_the_same(results, folders, size, kind):
+def test_merged_adapters_compute_the_same(results, folders, size, kind):
     """In a plain Megatron model and in transformers; without the merge the export is the source."""
     for ranks in results[size]:
         result = ranks[kind]
@@ -192,7 +192,7 @@ def test_merged_the_adapters_compute_the_same(results, folders, size, kind):
 
 @each_kind
 @each_layout
-def test_gradients_of_the_adapters_are_the_dense_ones(results, size, kind):
+def test_gradients_of_the_adapters_equal_the_dense_ones(results, size, kind):
     for ranks in results[size]:
         result = ranks[kind]
         assert len(result["gradients"]) == 16
@@ -208,7 +208,7 @@ def test_gradient_checkpointing_changes_nothing(results, size, kind):
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["linear_qkv", "linear_prj"], ["output_layer"], []])
-def test_targets_that_are_no_linears_of_the_decoder_are_refused(tmp_path, targets):
+def test_targets_that_are_not_linears_of_the_decoder_are_refused(tmp_path, targets):
     with pytest.raises(AssertionError, match=r"UserError: adapters: got student\.lora\.targets=.*linear_qkv"):
         run_ranks(build_with_targets, 1, save_tiny_model(tmp_path), targets)
 

@@ -21,7 +21,7 @@ from nemo_popsd.parallel.config import ParallelConfig
         ({"virtual_pipeline": 2}, r"parallel\.virtual_pipeline=2 with parallel\.pipeline=1.*set parallel\.pipeline"),
     ],
 )
-def test_contradictions(fields: dict[str, Any], message: str) -> None:
+def test_contradictory_settings_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ParallelConfig(**fields)
 
@@ -34,12 +34,12 @@ def test_contradictions(fields: dict[str, Any], message: str) -> None:
         ({"pipeline": 2, "expert": 4}, 4, r"8 \(expert · pipeline\)"),
     ],
 )
-def test_worlds_that_do_not_divide(fields: dict[str, Any], ranks: int, message: str) -> None:
+def test_worlds_that_the_layout_does_not_divide_are_refused(fields: dict[str, Any], ranks: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ParallelConfig(**fields).check_world(ranks)
 
 
-def test_layouts_that_fit() -> None:
+def test_layouts_that_divide_the_world_are_accepted() -> None:
     ParallelConfig().check_world(3)
     layout = ParallelConfig(tensor=2, sequence=True, pipeline=2, virtual_pipeline=2, context=2, expert=2)
     layout.check_world(16)
@@ -63,11 +63,13 @@ ARCHITECTURE = {"num_attention_heads": 8, "num_query_groups": 4, "num_layers": 6
         ({"tensor": 2}, {"num_moe_experts": 6}, r"6 experts.*set parallel\.sequence=true"),
     ],
 )
-def test_architectures_that_do_not_divide(fields: dict[str, Any], architecture: dict[str, Any], message: str) -> None:
+def test_architectures_that_the_layout_does_not_divide_are_refused(
+    fields: dict[str, Any], architecture: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, **architecture}), ParallelConfig(**fields))
 
 
-def test_an_architecture_that_divides() -> None:
+def test_an_architecture_that_the_layout_divides_is_accepted() -> None:
     layout = ParallelConfig(tensor=4, sequence=True, pipeline=3, virtual_pipeline=2, expert=2)
     refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, "num_moe_experts": 4}), layout)

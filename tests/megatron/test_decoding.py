@@ -1,4 +1,4 @@
-"""Decoding from a cache with one slot for each row, against forwards of each row's whole sequence."""
+"""Decoding from a cache of slots against forwards of the full sequences."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.tiny_models import build_student, save_tiny_model, whole_logits
 
 IDS = torch.randint(0, 203, (4, 40), generator=torch.Generator().manual_seed(1))
 PROMPTS = [3, 9, 1, 6]
-"""Tokens before the first that is fed alone."""
+"""Length of each slot's prompt."""
 STEPS = 12
 KINDS = ["qwen3", "qwen2", "olmo3", "qwen3_moe"]
 """Norms over heads, biases, norms over projections with windows of 5 in three layers of four, experts."""
 
 
 def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
-    """Logits of rows at different positions step by step, of their whole sequences, and what is left behind."""
+    """Logits of slots at different positions by step, of their full sequences, and the model's state afterwards."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region as gather
 
     from nemo_popsd.megatron.decoding import SlotDecoder
@@ -35,12 +35,12 @@ def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
     decoder = SlotDecoder(student.chunks, slots=6, capacity=48)
     steps, copied, moved = [], [], []
     with torch.no_grad(), decoder.open():
-        for slots in ([0, 3], [1]):  # several prompts together, the shorter padded; row 2 has none
+        for slots in ([0, 3], [1]):  # several prompts together, the shorter padded; slot 2 has none
             longest = max(PROMPTS[slot] for slot in slots)
             inputs = torch.stack([IDS[n, :longest].where(torch.arange(longest) < PROMPTS[n], 7) for n in slots])
             decoder.prefill(torch.tensor(slots), inputs)
         decoder.prefill(torch.tensor([2]), IDS[2:3, :1])
-        decoder.copy(torch.tensor([1]), torch.tensor([5]), PROMPTS[1])  # before the row writes beyond its prompt
+        decoder.copy(torch.tensor([1]), torch.tensor([5]), PROMPTS[1])  # before the slot goes beyond its prompt
         positions = torch.tensor(PROMPTS)
         rows = torch.arange(4)
         for step in range(STEPS):
@@ -51,7 +51,7 @@ def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
             steps.append(gather(logits)[:, :203].clone())
         decoder.copy(torch.tensor([5]), torch.tensor([0]), PROMPTS[1])
         decoder.copy(torch.tensor([3]), torch.tensor([1]), PROMPTS[3] + STEPS)
-        for step in range(3):  # row 0's slot goes on from the prompt of row 1, slot 1 from where row 3 was
+        for step in range(3):  # slot 0 continues the prompt of slot 1, slot 1 the sequence of slot 3
             at = torch.tensor([PROMPTS[1] + step, PROMPTS[3] + STEPS + step])
             logits = decoder.next_logits(torch.stack([IDS[1, at[0]], IDS[3, at[1]]]), at, int(at.max()) + 1)
             assert logits is not None
@@ -71,7 +71,7 @@ def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [1, 2], ids=["tp1", "tp2 sp"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_is_full_recomputation(tmp_path: Path, kind: str, size: int, layers: str) -> None:
+def test_decoding_equals_full_recomputation(tmp_path: Path, kind: str, size: int, layers: str) -> None:
     source = save_tiny_model(tmp_path, kind)
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=2e-5)  # noqa: E731
     for seen in run_ranks(observe, size, source, layers=layers):
@@ -87,7 +87,7 @@ def test_decoding_is_full_recomputation(tmp_path: Path, kind: str, size: int, la
 
 
 def refuse(rank: int, world_size: int, source: Path) -> list[str]:
-    """What a decoder says of a model whose attention or rotary embedding is of another kind."""
+    """Errors of a decoder for a model with another attention or rotary embedding."""
     from nemo_popsd.megatron.decoding import SlotDecoder
     from nemo_popsd.megatron.kv_cache import attentions
 
@@ -108,6 +108,6 @@ def refuse(rank: int, world_size: int, source: Path) -> list[str]:
     return messages
 
 
-def test_what_the_cache_cannot_stand_for_is_refused(tmp_path: Path, layers: str) -> None:
+def test_attention_that_the_cache_cannot_replace_is_refused(tmp_path: Path, layers: str) -> None:
     (messages,) = run_ranks(refuse, 1, save_tiny_model(tmp_path), layers=layers)
     assert ["core attention Identity" in messages[0], "rotary embedding Identity" in messages[1]] == [True, True]

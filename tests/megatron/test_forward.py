@@ -109,26 +109,26 @@ def _check(results: list[dict[str, Any]], case: str, dense: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["one batch", "micro-batches", "recompute"])
-def test_gradients_of_every_parameter_are_the_dense_ones(one_rank, dense, kind, how):
+def test_gradients_of_every_parameter_equal_the_dense_ones(one_rank, dense, kind, how):
     assert (one_rank[0][f"{kind}, {how}"][2] > 1) == (how != "one batch")
     _check(one_rank, f"{kind}, {how}", dense)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["one batch", "micro-batches", "recompute"])
-def test_gradients_under_tensor_parallelism_are_the_dense_ones(two_ranks, dense, kind, how):
+def test_gradients_under_tensor_parallelism_equal_the_dense_ones(two_ranks, dense, kind, how):
     _check(two_ranks, f"{kind}, {how}", dense)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_unequal_shares_are_those_of_the_union(two_ranks, dense, kind):
+def test_gradients_of_unequal_shares_equal_those_of_the_union(two_ranks, dense, kind):
     case = f"{kind}, data parallel"
     assert two_ranks[0][case][2] < two_ranks[1][case][2], "ranks run different numbers of micro-batches"
     _check(two_ranks, case, dense)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frozen_hidden_states_give_the_logits_at_the_predicting_positions(one_rank, two_ranks, dense, kind):
+def test_frozen_hidden_states_yield_the_logits_at_the_predicting_positions(one_rank, two_ranks, dense, kind):
     model = load_dense(dense[kind][0])
     for results in (one_rank, two_ranks):
         weight = torch.cat([result[f"{kind}, hidden"]["weight"] for result in results])[: cases.VOCABULARY]
@@ -142,7 +142,7 @@ def test_frozen_hidden_states_give_the_logits_at_the_predicting_positions(one_ra
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_grouping_changes_nothing_and_the_model_is_given_back_as_it_was(one_rank, two_ranks, kind):
+def test_grouping_changes_no_state_and_the_mode_of_the_model_is_restored(one_rank, two_ranks, kind):
     for result in (*one_rank, *two_ranks):
         hidden = result[f"{kind}, hidden"]
         assert hidden["restored"]

@@ -64,7 +64,7 @@ def _kernel_of(monkeypatch: pytest.MonkeyPatch, version: str, scale: float, wind
 
 
 @pytest.mark.parametrize(("version", "window"), [("2.10", None), ("2.11", None), ("2.11", 3), ("2.13", 3)])
-def test_packed_sequences_attend_at_once_as_they_do_one_by_one(monkeypatch, version, window):
+def test_packed_attention_equals_attention_of_each_sequence(monkeypatch, version, window):
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from nemo_popsd.megatron import layers
@@ -89,7 +89,7 @@ def test_packed_sequences_attend_at_once_as_they_do_one_by_one(monkeypatch, vers
     _close(_with_gradients(forward, inputs, weight), one_by_one)
 
 
-def test_what_a_version_does_not_compute_is_left_to_the_loop(monkeypatch):
+def test_versions_without_the_needed_options_use_the_loop(monkeypatch):
     assert _kernel_of(monkeypatch, "2.10", WIDTH**-0.5, 3) is None, "no window"
     assert _kernel_of(monkeypatch, "2.10", 0.5, None) is None, "no scale of its own"
     assert _kernel_of(monkeypatch, "2.11", 0.5, 3) is not None
@@ -97,7 +97,7 @@ def test_what_a_version_does_not_compute_is_left_to_the_loop(monkeypatch):
     assert kernels.packed_kernel(query, WIDTH**-0.5, None) is None, "on a CPU"
 
 
-def test_this_torch_has_the_function_with_parameters_that_are_known():
+def test_the_installed_torch_has_the_function_with_known_parameters():
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     known = inspect.signature(varlen.varlen_attn).parameters
     assert list(known)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
@@ -106,7 +106,7 @@ def test_this_torch_has_the_function_with_parameters_that_are_known():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_repeated_heads_are_grouped_heads(monkeypatch, masked):
+def test_repeated_heads_equal_grouped_heads(monkeypatch, masked):
     query, key, value = (x.permute(1, 2, 0, 3) for x in _inputs(9, 2))
     mask = torch.ones(9, 9, dtype=torch.bool).tril() if masked else None
     weight = torch.randn(query.shape, generator=torch.Generator().manual_seed(1))
@@ -118,7 +118,7 @@ def test_repeated_heads_are_grouped_heads(monkeypatch, masked):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [None, 3])
-def test_on_a_gpu_packed_sequences_attend_as_they_do_one_by_one(window):
+def test_on_a_gpu_packed_attention_equals_attention_of_each_sequence(window):
     query, key, value = (x.squeeze(1).cuda().bfloat16() for x in _inputs(sum(LENGTHS), 1))
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to("cuda", torch.int32)
     kernel = kernels.packed_kernel(query, 0.3, window)

@@ -71,7 +71,7 @@ def _close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=TOLERANCE * max(1.0, e.abs().max().item()))
 
 
-def test_the_norm_is_that_of_transformers():
+def test_the_norm_equals_that_of_transformers():
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
     from nemo_popsd.megatron.layers import LocalRMSNorm
@@ -90,7 +90,7 @@ def test_the_norm_is_that_of_transformers():
     assert not LocalRMSNorm(_config(), 48).weight.sequence_parallel
 
 
-def test_the_norm_refuses_what_it_does_not_compute():
+def test_the_norm_refuses_other_normalizations():
     from nemo_popsd.megatron.layers import LocalRMSNorm
 
     with pytest.raises(ValueError, match="LayerNorm"):
@@ -112,13 +112,13 @@ def test_attention_is_causal_with_grouped_queries(scale):
         torch.testing.assert_close(full(*repeated), actual[0])
 
 
-def test_other_keys_than_the_queries_own_are_refused():
+def test_keys_of_another_length_than_the_queries_are_refused():
     query, key, value = _inputs(7, 3)
     with pytest.raises(ValueError, match="got 2 queries for 7 keys"):
         _attention()(query[-2:], key, value)
 
 
-def test_packed_sequences_do_not_see_each_other():
+def test_packed_sequences_do_not_attend_to_each_other():
     from megatron.core.packed_seq_params import PackedSeqParams
 
     lengths = [4, 1, 6]
@@ -145,7 +145,7 @@ def test_what_it_does_not_compute_is_refused():
 
 
 @pytest.mark.parametrize("tokens", [4, 9])
-def test_a_window_hides_what_is_further_back_in_its_layers_alone(tokens):
+def test_a_window_hides_earlier_tokens_in_windowed_layers_only(tokens):
     fields = {"window_size": (3, 0)}
     windowed, skipped = _attention(**fields), _attention(**fields, window_attn_skip_freq=[0])
     inputs, weight = _inputs(tokens, 2), torch.randn(tokens, 2, HEADS * WIDTH)

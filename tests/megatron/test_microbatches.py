@@ -22,7 +22,7 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1,
 
 
 def _sequences(lengths: list[tuple[int, int]]) -> list[ContextSequence]:
-    """Token ids that are all different, so that a position tells where its token came from."""
+    """Token ids that are all different, so that each position identifies its token."""
     ids = iter(range(1, 10_000))
     return [ContextSequence([next(ids) for _ in range(p)], [next(ids) for _ in range(r)]) for p, r in lengths]
 
@@ -51,7 +51,7 @@ def test_every_response_token_is_predicted_from_the_token_before_it(lengths, bud
 
 
 @given(LENGTHS, st.integers(1, 60))
-def test_a_group_padded_keeps_within_the_budget_unless_it_is_one_sequence(lengths, budget):
+def test_a_padded_group_is_within_the_budget_unless_it_is_one_sequence(lengths, budget):
     sizes = [p + r for p, r in lengths]
     groups = group_by_length(sizes, budget)
     assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
@@ -64,7 +64,7 @@ def test_a_group_padded_keeps_within_the_budget_unless_it_is_one_sequence(length
         assert (len(first) + 1) * max(sizes[index] for index in first) > budget
 
 
-def test_grouping_by_hand():
+def test_groups_of_an_example():
     assert group_by_length([3, 9, 3, 4, 9], 18) == [[1, 4], [3, 0, 2]]
     assert group_by_length([5, 5, 5], 4) == [[0], [1], [2]]
     assert group_by_length([], 4) == []
@@ -81,14 +81,14 @@ def test_one_token_and_empty_responses():
 
 
 @given(LENGTHS, st.integers(1, 60))
-def test_packed_sequences_lie_one_after_the_other_within_their_bounds(lengths, budget):
+def test_packed_sequences_follow_each_other_within_their_bounds(lengths, budget):
     sequences = _sequences(lengths)
     seen = []
     for batch in microbatches(sequences, budget, CPU, packed=True):
         seen += batch.sequences
         tokens = [[*sequences[row].prompt, *sequences[row].response] for row in batch.sequences]
         alone = tokens[0] if sum(map(len, tokens)) == 1 else None
-        if alone is not None:  # a forward has two tokens at least
+        if alone is not None:  # a forward has at least two tokens
             alone.append(0)
         assert batch.input_ids.tolist() == [[token for row in tokens for token in row]]
         assert batch.position_ids.tolist() == [[place for row in tokens for place in range(len(row))]]
@@ -104,7 +104,7 @@ def test_packed_sequences_lie_one_after_the_other_within_their_bounds(lengths, b
     assert sorted(seen) == list(range(len(sequences)))
 
 
-def test_packing_by_hand():
+def test_packed_groups_of_an_example():
     assert pack_by_length([3, 9, 3, 4, 9], 18) == [[1, 4], [3, 0, 2]]
     assert pack_by_length([7, 6, 4, 3], 10) == [[0, 3], [1, 2]]
     assert pack_by_length([12, 2], 10) == [[0], [1]]
@@ -127,7 +127,7 @@ def test_batches_of_one_shape_in_the_number_that_a_schedule_needs(lengths, budge
     assert TokenCount.of(batches).padding == sum(batch.input_ids.numel() for batch in batches) - real
 
 
-def test_a_rank_without_sequences_has_a_batch_without_rows():
+def test_a_rank_without_sequences_has_an_empty_batch():
     for packed in (False, True):
         assert microbatches([], 10, CPU, packed=packed) == []
         [batch] = microbatches([], 10, CPU, packed=packed, at_least=1)
@@ -136,7 +136,7 @@ def test_a_rank_without_sequences_has_a_batch_without_rows():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_forward_has_two_tokens_at_least(packed):
+def test_a_forward_has_at_least_two_tokens(packed):
     """Transformer Engine refuses one token where a rank has one key-value head."""
     [batch] = microbatches([ContextSequence([7], [])], 10, CPU, packed=packed)
     assert batch.shape == (2, 1)

@@ -19,14 +19,14 @@ KINDS = ("qwen3", "qwen3_tied")
 
 
 def train(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Three steps of each kind with the copy in each place."""
+    """Three steps of each adaptation with the copy in each place."""
     return {
         f"{kind} {place}": _train(folder / kind, world_size, place) for kind in KINDS for place in ("device", "host")
     }
 
 
 def _train(directory: Path, tensor: int, place: str) -> dict[str, Any]:
-    from nemo_popsd.megatron.base import base_digest
+    from tests.digests import base_digest
     from tests.training.runs import row, settings, start
 
     run = start(directory, settings(parallel={"tensor": tensor}, student={"frozen_copy": place}))
@@ -60,7 +60,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_place_of_the_copy_changes_nothing(trained: list[dict[str, Any]], kind: str) -> None:
+def test_losses_do_not_depend_on_where_the_copy_is_kept(trained: list[dict[str, Any]], kind: str) -> None:
     for rank in trained:
         device, host = rank[f"{kind} device"], rank[f"{kind} host"]
         assert host["losses"] == device["losses"]
@@ -94,12 +94,12 @@ def fail_within(rank: int, world_size: int, directory: Path) -> tuple[int, int]:
     return outside, base.device_bytes
 
 
-def test_an_error_leaves_nothing_behind_and_no_use_outside_passes_unnoticed(tmp_path: Path) -> None:
+def test_after_an_error_the_parameters_are_off_the_device_and_a_use_outside_fails(tmp_path: Path) -> None:
     ((before, after),) = run_ranks(fail_within, 1, save_tiny_model(tmp_path / "model"))
     assert before == after
 
 
-def test_lora_has_no_copy_to_place(tmp_path: Path) -> None:
+def test_lora_refuses_a_copy_on_the_host(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no copy"):
         StudentConfig(frozen_copy="host")
     with pytest.raises(UserError, match="one of device, host"):

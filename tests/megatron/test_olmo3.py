@@ -74,7 +74,7 @@ def observed(request, source, layers):
     return run_ranks(_observe, request.param, source, layers=layers)
 
 
-def test_gradients_are_those_of_transformers(observed, source):
+def test_gradients_equal_those_of_transformers(observed, source):
     dense = load_dense(source)
     (dense(IDS).logits * _weighting()).sum().backward()
     expected = {name: parameter.grad for name, parameter in dense.named_parameters()}
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_transformers(observed, source):
                 assert (name in result["split"]) == (dimension is not None), name
 
 
-def test_cached_decoding_gives_the_tokens_of_transformers(observed, source):
+def test_cached_decoding_generates_the_tokens_of_transformers(observed, source):
     dense = load_dense(source)
     for row, prompt in enumerate(PROMPTS):
         tokens = dense.generate(
@@ -101,7 +101,7 @@ def test_cached_decoding_gives_the_tokens_of_transformers(observed, source):
             assert result["tokens"][row] == tokens[0, len(prompt) :].tolist()
 
 
-def test_adapters_begin_at_the_base(observed):
+def test_adapters_start_at_the_base(observed):
     for result in observed:
         assert result["adapters"] == 2 * 4 * len(LAYERS)
         assert torch.equal(result["adapted"], torch.zeros_like(result["adapted"]))
@@ -116,7 +116,7 @@ def _too_many_ranks(rank: int, world_size: int, source: Path) -> str:
     return ""
 
 
-def test_key_heads_that_no_rank_holds_whole_are_refused(tmp_path):
+def test_key_heads_that_are_split_over_ranks_are_refused(tmp_path):
     source = save_tiny_model(tmp_path / "hf", "olmo3", num_key_value_heads=1)
     for message in run_ranks(_too_many_ranks, 2, source):
         assert "got 1 key-value heads with parallel.tensor=2" in message

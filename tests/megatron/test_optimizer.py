@@ -29,8 +29,8 @@ def _share(student: Any) -> list[int]:
 
 def _train(student: Any, bf16: bool = False, **config: Any) -> tuple[Any, dict[str, Any]]:
     """Three steps on this rank's share; what AdamW does with the same gradients, parameter by parameter."""
-    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.megatron.optimizer import StudentOptimizer
+    from tests.digests import base_digest
 
     settings = OptimizerConfig(**{**CONFIG, **config})
     optimizer = StudentOptimizer(student.wrap(settings), settings, steps=STEPS, bf16=bf16)
@@ -150,7 +150,7 @@ def test_steps_are_those_of_adamw_on_the_clipped_gradients(trained, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradient_norm_is_global_and_alike_on_every_rank_and_in_every_layout(trained, case):
+def test_the_gradient_norm_is_global_and_the_same_on_every_rank_and_in_every_layout(trained, case):
     expected = _reports(trained, "tp1 lora" if "lora" in case else "tp1 full")[0]
     assert expected["norms"] == pytest.approx(expected["local norms"], rel=1e-5)
     for report in _reports(trained, case):

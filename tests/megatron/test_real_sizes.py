@@ -81,7 +81,7 @@ def whole_shapes(name: str, directory: Path) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def without_memory(rank: int, size: int) -> Iterator[None]:
-    """Within, this process is one rank of `size` that nobody answers, and models are built on the meta device."""
+    """Context in which this process is one rank of `size` without peers, and models are built on the meta device."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -165,4 +165,4 @@ def test_names_shapes_counts_and_shards_are_those_of_transformers(name: str, lay
 
 
 NOT_SPLIT = ("layernorm.weight", "router.weight")
-"""Norms but OLMo-3's of projections, and routers: whole on every rank."""
+"""Norms except OLMo-3's of projections, and routers: complete on every rank."""

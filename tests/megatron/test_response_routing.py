@@ -1,4 +1,4 @@
-"""Where response tokens lie, who owns them, and that states and gradients arrive there: against whole sequences."""
+"""Holders and owners of response tokens, and routes of states and gradients, against unsplit sequences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemo_popsd.megatron.microbatches import ContextSequence, microbatches
-from nemo_popsd.megatron.response_routing import WHOLE, SequenceSplit, gather_response_states
+from nemo_popsd.megatron.response_routing import UNSPLIT, SequenceSplit, gather_response_states
 from tests.harness import run_ranks
 
 CASES = {
@@ -21,7 +21,7 @@ CASES = {
     "one row": [(3, 2)],
     "nothing to learn": [(3, 0), (1, 0)],
 }
-"""Prompt and response tokens of each row."""
+"""Prompt and response tokens of each sequence."""
 SIZES = {"cp2": (2, 1), "sp2": (1, 2), "cp2 sp2": (2, 2)}
 """Context-parallel ranks, slices of each."""
 HIDDEN = 3
@@ -50,7 +50,7 @@ def test_one_token_responses_do_not_all_go_to_one_rank() -> None:
     st.lists(st.integers(1, 6), min_size=1, max_size=5),
     st.sampled_from([(2, 1), (3, 1), (2, 2), (4, 3), (1, 2)]),
 )
-def test_ranks_hold_each_place_once_and_lengths_divide(blocks: list[int], sizes: tuple[int, int]) -> None:
+def test_ranks_hold_each_position_once_and_lengths_divide(blocks: list[int], sizes: tuple[int, int]) -> None:
     contexts, slices = sizes
     split = SequenceSplit(context=_fake(contexts, 0), tensor=_fake(slices, 0))
     lengths = [block * split.sequence_multiple for block in blocks]
@@ -81,7 +81,7 @@ def _travel(rank: int, world_size: int, contexts: int, slices: int) -> dict[str,
                 local = batch.input_ids.t().chunk(slices)[split.tensor_rank].double()
                 states = torch.stack([local * (number + 1) for number in range(HIDDEN)], dim=-1).requires_grad_()
                 owned = gather_response_states(states, batch.route, split)
-                # A gradient that depends on the token alone, alike on every slice, as the loss gives it.
+                # A gradient that depends only on the token and is the same on every slice, as the loss returns it.
                 owned.backward(1.0 / (1.0 + owned.detach()))
                 responses = [sequences[row].response[split.owned(sequences[row].response)] for row in batch.sequences]
                 seen.append({"owned": owned.detach(), "responses": responses, "states": states.detach()})
@@ -116,9 +116,7 @@ def test_owners_get_the_states_that_predict_their_tokens(travelled: Any, layout:
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", SIZES)
-def test_each_gradient_goes_back_once_to_where_its_state_lies(
-    travelled: Any, layout: str, case: str, form: str
-) -> None:
+def test_each_gradient_returns_once_to_the_rank_of_its_state(travelled: Any, layout: str, case: str, form: str) -> None:
     ids = [p + r for p, r in CASES[case]]
     predicting = {sum(ids[:n]) + p + i for n, (p, r) in enumerate(CASES[case]) for i in range(r)}
     total = 0
@@ -132,8 +130,8 @@ def test_each_gradient_goes_back_once_to_where_its_state_lies(
     assert total == len(predicting)
 
 
-def test_without_a_split_nothing_is_moved() -> None:
+def test_without_a_split_no_state_moves() -> None:
 
     [batch] = microbatches([ContextSequence([7, 8], [9, 4]), ContextSequence([5], [6])], 100, torch.device("cpu"))
     states: Tensor = batch.input_ids.t()[..., None].double()
-    assert gather_response_states(states, batch.route, WHOLE).squeeze(1).tolist() == [8.0, 9.0, 5.0]
+    assert gather_response_states(states, batch.route, UNSPLIT).squeeze(1).tolist() == [8.0, 9.0, 5.0]

@@ -23,19 +23,19 @@ from nemo_popsd.megatron.config import StudentConfig
         ("transformer_engine", True, True, "transformer_engine"),
     ],
 )
-def test_the_machine_decides_only_where_it_may(monkeypatch, setting, cuda, engine, chosen):
+def test_the_machine_decides_only_for_auto(monkeypatch, setting, cuda, engine, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(spec, "transformer_engine_imports", lambda: engine)
     assert spec.chosen_layers(setting) == chosen
 
 
-def test_transformer_engine_that_is_not_there_is_refused_by_name(monkeypatch):
+def test_a_missing_transformer_engine_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(spec, "transformer_engine_imports", lambda: False)
     with pytest.raises(UserError, match=r"student\.layers=transformer_engine.*does not import.*student\.layers=local"):
         spec.chosen_layers("transformer_engine")
 
 
-def test_local_layers_need_no_fused_kernel_on_a_gpu_either(monkeypatch, caplog):
+def test_local_layers_use_no_fused_kernel_on_a_gpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(spec, "transformer_engine_imports", lambda: False)
     provider = SimpleNamespace(gradient_accumulation_fusion=True, apply_rope_fusion=True)
@@ -47,6 +47,6 @@ def test_local_layers_need_no_fused_kernel_on_a_gpu_either(monkeypatch, caplog):
     assert "layers: local (student.layers=auto)" in caplog.text
 
 
-def test_a_setting_that_is_none_of_the_three_is_refused():
+def test_an_unknown_value_of_layers_is_refused():
     with pytest.raises(UserError, match=r"student\.layers"):
         StudentConfig(layers="torch")

@@ -34,19 +34,19 @@ def _fail(rank: int, world_size: int) -> list[Any]:
         stale()
         raise OSError(28, "No space left on device")
 
-    told: list[Any] = []
+    raised: list[Any] = []
     for action in (full, defect, damaged, stale, gone, one_of_each, lambda: None):
         try:
             raise_on_all_ranks("saving", action, need="room", fix="free some")
-            told.append(None)
+            raised.append(None)
         except (UserError, RuntimeError) as error:
-            told.append((type(error).__name__, str(error), getattr(error, "advice", ())))
-    return told
+            raised.append((type(error).__name__, str(error), getattr(error, "advice", ())))
+    return raised
 
 
-def test_all_ranks_learn_what_one_met() -> None:
-    for told in run_ranks(_fail, 2):
-        assert told == [
+def test_all_ranks_raise_what_one_raised() -> None:
+    for raised in run_ranks(_fail, 2):
+        assert raised == [
             ("UserError", "saving: got No space left on device: /x (rank 1); need room; free some", ()),
             ("RuntimeError", "saving: KeyError: 'a' (rank 1)", ()),
             ("UserError", "model m: got half a file; need a whole one; fetch it again", ("its log:", "...")),

@@ -83,7 +83,7 @@ def test_nccl_gets_the_device_of_its_rank(distributed, monkeypatch, cuda):
     assert given["device_id"] == (torch.device("cuda", 3) if cuda else None)
 
 
-def test_shut_down_it_can_start_again(distributed):
+def test_groups_can_be_created_again_after_shutdown(distributed):
     from megatron.core import parallel_state
 
     for _ in range(2):
@@ -94,7 +94,7 @@ def test_shut_down_it_can_start_again(distributed):
     distributed.shutdown()
 
 
-def test_the_variables_of_a_launcher_are_followed(distributed, monkeypatch):
+def test_the_variables_of_a_launcher_are_used(distributed, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -17,19 +17,19 @@ TORCHRUN = {
 }
 
 
-def test_a_process_of_its_own() -> None:
+def test_a_process_without_a_launcher() -> None:
     assert read_launch({}) == Launch()
     assert read_launch({"MASTER_ADDR": "node7", "MASTER_PORT": "x"}) == Launch(), "of a batch job's shell"
 
 
-def test_what_torchrun_says() -> None:
+def test_the_variables_of_torchrun_are_read() -> None:
     expected = Launch(rank=3, world_size=4, local_rank=1, address="127.0.0.1", port=29500)
     assert read_launch(TORCHRUN) == expected
     agent = read_launch(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert agent.agent_listens
 
 
-def test_one_process_needs_no_place_to_meet() -> None:
+def test_a_single_process_needs_no_rendezvous() -> None:
     assert read_launch({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "2"}) == Launch(local_rank=2)
 
 
@@ -53,17 +53,17 @@ def test_one_process_needs_no_place_to_meet() -> None:
         ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, str | None], words: str) -> None:
+def test_contradictory_variables_are_refused_in_one_line(changes: dict[str, str | None], words: str) -> None:
     environment = {name: value for name, value in (TORCHRUN | changes).items() if value is not None}
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         read_launch(environment)
-    assert words in str(told.value)
-    assert "unset RANK WORLD_SIZE LOCAL_RANK" in str(told.value)
-    assert len(str(told.value)) < 400
+    assert words in str(error.value)
+    assert "unset RANK WORLD_SIZE LOCAL_RANK" in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(("text", "expected"), [("2", 2), ("x", 0), ("-1", 0), ("", 0)])
-def test_who_speaks_is_known_whatever_the_variable_says(
+def test_the_rank_is_known_whatever_the_variable_contains(
     monkeypatch: pytest.MonkeyPatch, text: str, expected: int
 ) -> None:
     monkeypatch.setenv("RANK", text)
@@ -74,7 +74,7 @@ def launch(**changes: object) -> Launch:
     return Launch(**({"rank": 0, "world_size": 2, "address": "127.0.0.1", "port": 29500} | changes))  # type: ignore[arg-type]
 
 
-def test_a_taken_port_is_told_at_once() -> None:
+def test_a_port_in_use_is_reported_at_once() -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         begun = time.monotonic()
@@ -92,7 +92,7 @@ def test_a_taken_port_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("number", "kind"), [(socket.EAI_NONAME, UserError), (socket.EAI_AGAIN, TransientError)], ids=["unknown", "passing"]
 )
-def test_an_unknown_host_is_told_at_once(monkeypatch: pytest.MonkeyPatch, number: int, kind: type) -> None:
+def test_an_unknown_host_is_reported_at_once(monkeypatch: pytest.MonkeyPatch, number: int, kind: type) -> None:
     def fail(*args: object, **options: object) -> None:
         raise socket.gaierror(number, "Name or service not known")
 
@@ -103,7 +103,7 @@ def test_an_unknown_host_is_told_at_once(monkeypatch: pytest.MonkeyPatch, number
         check_rendezvous(launch(address="nowhere", rank=1))
 
 
-def test_a_port_that_is_not_for_this_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_at_which_this_user_cannot_listen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _decode(rank: int, world_size: int, tensor: int) -> dict[str, Any]:
-    """Rank 1 gets the signal while the ranks decode; all must leave at the same token."""
+    """Rank 1 gets the signal while the ranks decode; all must stop at the same token."""
     import torch.distributed as dist
 
     from nemo_popsd.parallel.distributed import initialize
@@ -29,10 +29,10 @@ def _decode(rank: int, world_size: int, tensor: int) -> dict[str, Any]:
     stop = StopSignals()
     stop.install()
     stop.raise_if_requested()
-    looks = 0
-    while looks < 20_000 and not stop.while_decoding():
-        looks += 1
-        if rank == 1 and looks == 5:
+    steps = 0
+    while steps < 20_000 and not stop.while_decoding():
+        steps += 1
+        if rank == 1 and steps == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.0005)
     knows = stop.requested
@@ -41,17 +41,17 @@ def _decode(rank: int, world_size: int, tensor: int) -> dict[str, Any]:
     dist.barrier()
     stop.uninstall()
     after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    return {"looks": looks, "knew": knows, "restored": before == after}
+    return {"steps": steps, "knew": knows, "restored": before == after}
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_a_signal_to_one_rank_cuts_the_decoding_of_all_short(tensor: int) -> None:
+def test_a_signal_to_one_rank_ends_the_decoding_of_all_ranks(tensor: int) -> None:
     zero, one = run_ranks(_decode, 2, tensor)
     assert (zero["knew"], one["knew"]) == (False, True)
-    assert zero["looks"] < 20_000
-    assert one["looks"] < 20_000
+    assert zero["steps"] < 20_000
+    assert one["steps"] < 20_000
     if tensor == 2:
-        assert zero["looks"] == one["looks"]
+        assert zero["steps"] == one["steps"]
     assert zero["restored"]
     assert one["restored"]
 
@@ -71,20 +71,20 @@ def _while_waiting(rank: int, world_size: int) -> bool:
         on_any_rank(False)
         return True
     deadline = time.monotonic() + 30
-    told = False
-    while not told and time.monotonic() < deadline:
-        told = stop.while_decoding()
+    stopped = False
+    while not stopped and time.monotonic() < deadline:
+        stopped = stop.while_decoding()
         time.sleep(0.001)
     on_any_rank(False)
-    return told
+    return stopped
 
 
-def test_a_rank_that_waits_in_a_collective_passes_the_signal_on() -> None:
+def test_a_rank_that_waits_in_a_collective_forwards_the_signal() -> None:
     assert run_ranks(_while_waiting, 2) == [True, True]
 
 
 def _another_handler(rank: int, world_size: int) -> bool:
-    """Somebody takes the signal after us, as Lightning does; `retake` takes it back."""
+    """Another library replaces the handler, as Lightning does; `retake` installs it again."""
     from nemo_popsd.parallel.distributed import initialize
     from nemo_popsd.parallel.signals import StopSignals
 
@@ -98,7 +98,7 @@ def _another_handler(rank: int, world_size: int) -> bool:
     return stop.requested
 
 
-def test_the_signals_can_be_taken_back() -> None:
+def test_handlers_that_another_library_replaced_are_installed_again() -> None:
     assert run_ranks(_another_handler, 1) == [True]
 
 
@@ -119,14 +119,14 @@ def _interrupted(rank: int, world_size: int, times: int) -> bool:
     return stop.requested
 
 
-def test_ctrl_c_asks_to_stop_and_a_second_one_ends_at_once() -> None:
+def test_ctrl_c_requests_a_stop_and_a_second_one_ends_the_process() -> None:
     assert run_ranks(_interrupted, 1, 1) == [True]
     with pytest.raises(AssertionError, match="exit code 130"):
         run_ranks(_interrupted, 1, 2)
 
 
 def _ignoring(rank: int, world_size: int) -> list[bool]:
-    """What the process was told to ignore, as by nohup, stays ignored; a batch system's warning does not."""
+    """Signals that are ignored from the start, as by nohup, stay ignored; a batch system's warning does not."""
     from nemo_popsd.parallel.distributed import initialize
     from nemo_popsd.parallel.signals import StopSignals
 
@@ -141,7 +141,7 @@ def _ignoring(rank: int, world_size: int) -> list[bool]:
     return taken
 
 
-def test_what_is_ignored_stays_ignored() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     assert run_ranks(_ignoring, 1) == [[False, False, True]]
 
 
@@ -160,7 +160,7 @@ with ended_by_signals():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_before_the_first_step_a_signal_is_one_line_and_asks_for_the_same_command_again(number: signal.Signals) -> None:
+def test_before_the_first_step_a_signal_prints_one_line_and_requests_a_restart(number: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _EARLY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
@@ -168,7 +168,7 @@ def test_before_the_first_step_a_signal_is_one_line_and_asks_for_the_same_comman
         assert process.stderr is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        told = process.stderr.read()
+        output = process.stderr.read()
         assert process.wait(10) == SAVED_AND_STOPPED
-    assert told.startswith(f"popsd: stopped by {number.name}; no step was in progress")
-    assert told.count("\n") == 1
+    assert output.startswith(f"popsd: stopped by {number.name}; no step was in progress")
+    assert output.count("\n") == 1

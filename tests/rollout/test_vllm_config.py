@@ -35,7 +35,7 @@ def test_values(name: str, good: list[Any], bad: list[Any]) -> None:
             VllmConfig(**{name: value})
 
 
-def test_it_is_a_section_of_a_run() -> None:
+def test_the_section_belongs_to_a_run() -> None:
     config = load_config(TINY, ["rollout.engine=vllm", "rollout.vllm.launcher=[srun, -w, node7]"])
     assert (config.rollout.engine, config.rollout.vllm.launcher) == ("vllm", ["srun", "-w", "node7"])
     assert load_config(TINY, []).rollout.engine == "megatron"
@@ -45,7 +45,7 @@ def test_it_is_a_section_of_a_run() -> None:
         load_config(TINY, ["rollout.vllm.bucket_size=1"])
 
 
-def test_torch_gives_its_cached_memory_back_before_a_server_takes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_releases_cached_memory_before_a_server_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server on the trainer's card starts, or wakes, in every call."""
     from nemo_popsd.rollout.vllm.engine import VllmEngine
 

@@ -1,4 +1,4 @@
-"""A real vLLM against the Megatron engine: same weights, same tokens, whatever befalls the server."""
+"""A real vLLM against the Megatron engine: same weights, same tokens, even if the server is lost."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
     seen["printed"] = printed
     seen["first is gone"] = first is None or gone(first)
     seen["another"] = vllm.server is None or vllm.server.pid != first
-    # Asked to stop while the server is busy.
+    # A stop is requested while the server is busy.
     looks = [0]
 
     def stop() -> bool:
@@ -178,7 +178,7 @@ def test_greedy_tokens_are_those_of_the_megatron_engine(ranks: list[dict[str, An
         assert any(not r.truncated for r in seen["before"][1])
 
 
-def test_seeds_determine_the_draws_and_filters_hold(ranks: list[dict[str, Any]]) -> None:
+def test_seeds_determine_the_samples_and_filters_apply(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         drawn = [r.response for r in seen["random"]]
         assert [r.response for r in seen["random, other batches"]] == drawn[-10:]
@@ -195,7 +195,7 @@ def test_log_probabilities_are_the_models_own(ranks: list[dict[str, Any]]) -> No
         assert min(min(r.log_probs) for r in seen["random"]) < -1.0
 
 
-def test_a_killed_server_costs_time_and_nothing_else(ranks: list[dict[str, Any]]) -> None:
+def test_a_killed_server_changes_no_response(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert any("lost the vLLM server: generate" in line for line in seen["printed"]), seen["printed"]
         same(seen["endless"], seen["expected endless"], 7)
@@ -207,7 +207,7 @@ def test_a_stop_does_not_wait_for_the_server(ranks: list[dict[str, Any]]) -> Non
     assert all(seen["second is gone"] for seen in ranks)
 
 
-def test_every_rank_has_the_same_and_one_speaks(ranks: list[dict[str, Any]]) -> None:
+def test_every_rank_has_the_same_responses_and_one_has_a_server(ranks: list[dict[str, Any]]) -> None:
     assert [("update" in seen) for seen in ranks] == [True] + [False] * (len(ranks) - 1)
     assert all(seen["random"] == ranks[0]["random"] for seen in ranks)
     update = ranks[0]["update"]
@@ -244,7 +244,7 @@ def draw_with_experts(rank: int, world_size: int, model: Path, output: Path) -> 
     return seen
 
 
-def test_replicas_that_share_experts_start_a_server_anew_together(tmp_path: Path) -> None:
+def test_replicas_that_share_experts_restart_a_server_together(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
     model = save_tiny_model(tmp_path / "model", "qwen3_moe", **sizes)
     for rank, seen in enumerate(run_ranks(draw_with_experts, 2, model, tmp_path / "run", timeout=400)):

@@ -38,7 +38,7 @@ while True:
     request = wire.receive(connection)[0]
     {answer}
 """
-"""A program that speaks the protocol up to where `answer` goes on."""
+"""A program that follows the protocol up to the point where `answer` continues."""
 
 
 def launch(tmp_path: Path, python: str, *, start_seconds: float = 30, answer_seconds: float = 30) -> Launch:
@@ -55,7 +55,7 @@ def launch(tmp_path: Path, python: str, *, start_seconds: float = 30, answer_sec
 
 
 def program(tmp_path: Path, text: str) -> str:
-    """An executable that stands where vLLM's Python would."""
+    """An executable in place of vLLM's Python."""
     path = tmp_path / "python"
     path.write_text(text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -67,12 +67,12 @@ def speaker(tmp_path: Path, answer: str, *, honest: bool = True) -> str:
     return program(tmp_path, f"#!{sys.executable}\n{text}")
 
 
-def test_a_python_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be run.*rollout\.vllm\.python.*make vllm-env"):
         VllmServer(launch(tmp_path, str(tmp_path / "nowhere")))
 
 
-def test_a_python_without_vllm(tmp_path: Path) -> None:
+def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot import vLLM .*No module named 'vllm'") as printed:
         VllmServer(launch(tmp_path, sys.executable))
     assert any("ModuleNotFoundError" in line for line in printed.value.advice), "the end of the log"
@@ -85,7 +85,7 @@ def test_a_server_that_ends_at_once(tmp_path: Path) -> None:
     assert "no such device" in printed.value.advice
 
 
-def test_a_server_that_says_nothing(tmp_path: Path) -> None:
+def test_a_silent_server_is_lost(tmp_path: Path) -> None:
     python = program(tmp_path, "#!/bin/sh\necho $$ > $(dirname $0)/pid\nsleep 300\n")
     begun = time.monotonic()
     with pytest.raises(ServerLost, match=r"not ready within rollout\.vllm\.start_seconds=1"):
@@ -94,7 +94,7 @@ def test_a_server_that_says_nothing(tmp_path: Path) -> None:
     assert gone(int((tmp_path / "pid").read_text()))
 
 
-def test_a_stranger_is_not_let_in(tmp_path: Path) -> None:
+def test_a_connection_without_the_token_is_refused(tmp_path: Path) -> None:
     python = speaker(tmp_path, "pass", honest=False)
     with pytest.raises(ServerLost, match=r"ended at once|not ready within"):
         VllmServer(launch(tmp_path, python, start_seconds=3))
@@ -131,7 +131,7 @@ while True:
     responses = [[[5], [-0.5]] for _ in request.get("requests", [])]
     wire.send(connection, {{"version": version, "responses": responses}})
 """
-"""A program that loads as the events say, one for each start, and then draws."""
+"""A program that loads as the events say, one for each start, and then generates."""
 
 
 def loader(tmp_path: Path, *events: str, restarts: int = 2, lost_at_requests: int = 0) -> VllmEngine:
@@ -139,7 +139,7 @@ def loader(tmp_path: Path, *events: str, restarts: int = 2, lost_at_requests: in
     text = LOADER.format(folder=str(SERVER.parent), events=events, lost_at_requests=lost_at_requests)
     python = program(tmp_path, f"#!{sys.executable}\n{text}")
     return VllmEngine(
-        ServerRanks(replica=None, domain=None, number=0),
+        ServerRanks(replica=None, domain=None, index=0),
         start=lambda limit: VllmServer(launch(tmp_path, python)),
         weights=list,
         weights_version=lambda: 3,
@@ -165,20 +165,20 @@ def test_a_server_that_fails_while_it_loads_is_started_again(tmp_path: Path, eve
     assert (tmp_path / "starts").read_text() == "xx"
 
 
-def test_a_server_that_never_loads_is_nothing_that_a_setting_must_change(tmp_path: Path) -> None:
+def test_a_server_that_never_loads_is_a_transient_error(tmp_path: Path) -> None:
     with pytest.raises(TransientError, match=r"lost 3 times \(rollout\.vllm\.restarts=2\): it ended while") as printed:
         drawn(loader(tmp_path, "die"))
     assert (tmp_path / "starts").read_text() == "xxx"
     assert "loading half of it" in printed.value.advice, "the end of the log"
 
 
-def test_a_student_that_vllm_refuses_is_the_users_at_once(tmp_path: Path) -> None:
+def test_a_student_that_vllm_refuses_is_a_user_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot load the student .ValueError: no such architecture"):
         drawn(loader(tmp_path, "ValueError: no such architecture"))
     assert (tmp_path / "starts").read_text() == "x"
 
 
-def test_what_a_server_has_loaded_before_is_not_the_users(tmp_path: Path) -> None:
+def test_a_failure_after_a_server_has_loaded_is_not_a_user_error(tmp_path: Path) -> None:
     events = ("ready", "ValueError: Free memory on device is less than desired", "ready")
     assert drawn(loader(tmp_path, *events, lost_at_requests=1)) == [[5]]
     assert (tmp_path / "starts").read_text() == "xxx"
@@ -194,7 +194,7 @@ def test_what_a_server_has_loaded_before_is_not_the_users(tmp_path: Path) -> Non
     ],
     ids=["dies", "hangs", "fails", "babbles"],
 )
-def test_a_server_that_fails_at_a_request_is_lost_and_gone(tmp_path: Path, answer: str, printed: str) -> None:
+def test_a_server_that_fails_at_a_request_is_lost_and_ended(tmp_path: Path, answer: str, printed: str) -> None:
     server = VllmServer(launch(tmp_path, speaker(tmp_path, answer), answer_seconds=1))
     with pytest.raises(ServerLost, match=printed):
         server.ask({"request": "generate"})
@@ -213,7 +213,7 @@ def test_a_server_ends_with_its_trainer_and_its_object(tmp_path: Path) -> None:
     assert gone(pid)
 
 
-def test_another_thread_ends_a_server_that_is_waited_for(tmp_path: Path) -> None:
+def test_another_thread_can_end_a_server_during_a_request(tmp_path: Path) -> None:
     server = VllmServer(launch(tmp_path, speaker(tmp_path, "time.sleep(300)")))
     threading.Timer(0.3, server.close).start()
     begun = time.monotonic()
@@ -222,7 +222,7 @@ def test_another_thread_ends_a_server_that_is_waited_for(tmp_path: Path) -> None
     assert time.monotonic() - begun < 15
 
 
-def test_servers_see_nothing_of_our_rank_and_our_modules() -> None:
+def test_servers_do_not_inherit_rank_and_module_path() -> None:
     ours = {
         "PATH": "/bin",
         "RANK": "3",
@@ -265,7 +265,7 @@ def test_versions(tmp_path: Path, version: str, printed: str | None) -> None:
         check_environment(config)
 
 
-def test_an_environment_elsewhere_is_not_looked_at() -> None:
+def test_the_environment_of_another_machine_is_not_checked() -> None:
     assert check_environment(VllmConfig(python="/not/here", launcher=["srun"])) is None
 
 
@@ -277,7 +277,7 @@ def together(rank: int, world_size: int, case: str) -> Any:
     import torch.distributed as dist
 
     group = dist.group.WORLD
-    ranks = ServerRanks(replica=group, domain=group, number=0)
+    ranks = ServerRanks(replica=group, domain=group, index=0)
     actions: dict[str, Callable[[], Any]] = {
         "answer": lambda: [rank, "first"],
         "user": lambda: (_ for _ in ()).throw(UserError("x", got="1", need="2", fix="3", advice=["look"])),
@@ -307,7 +307,7 @@ def together(rank: int, world_size: int, case: str) -> Any:
         ("slow", ("StopRequested", "", ())),
     ],
 )
-def test_every_rank_learns_what_came_of_it(case: str, expected: Any) -> None:
+def test_every_rank_gets_the_outcome(case: str, expected: Any) -> None:
     assert run_ranks(together, 2, case, timeout=90) == [expected, expected]
 
 

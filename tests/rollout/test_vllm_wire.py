@@ -26,7 +26,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield one, other
 
 
-def test_frames_arrive_whole_and_in_order(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_frames_arrive_complete_and_in_order(ends: tuple[socket.socket, socket.socket]) -> None:
     large = bytes(range(256)) * (1 << 14)  # more than a socket's buffer holds
     sent: list[tuple[dict[str, Any], bytes]] = [
         ({"request": "generate", "prompts": [[1, 2], [3]], "log_probs": [-0.1, -1e-30]}, b""),
@@ -40,7 +40,7 @@ def test_frames_arrive_whole_and_in_order(ends: tuple[socket.socket, socket.sock
     assert [(header, bytes(payload)) for header, payload in received] == sent
 
 
-def test_a_connection_that_closes_is_told(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_a_closed_connection_is_an_error(ends: tuple[socket.socket, socket.socket]) -> None:
     ends[0].sendall(struct.pack("!IQ", 10, 0) + b"{")
     ends[0].close()
     with pytest.raises(wire.DisconnectedError):
@@ -52,7 +52,7 @@ def test_a_connection_that_closes_is_told(ends: tuple[socket.socket, socket.sock
     [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", struct.pack("!IQ", 2, 1 << 40) + b"{}", struct.pack("!IQ", 2, 0) + b"[]"],
     ids=["http", "too large", "no object"],
 )
-def test_what_is_no_frame_is_refused(ends: tuple[socket.socket, socket.socket], data: bytes) -> None:
+def test_bytes_that_are_not_a_frame_are_refused(ends: tuple[socket.socket, socket.socket], data: bytes) -> None:
     ends[0].sendall(data)
     with pytest.raises(ValueError, match=r"frame|header"):
         wire.receive(ends[1])
@@ -99,7 +99,7 @@ class Receiver:
 
 @pytest.mark.parametrize("same_machine", [True, False])
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 700, 1 << 20])
-def test_buckets_hold_every_tensor_once(bucket_bytes: int, same_machine: bool) -> None:
+def test_buckets_contain_every_tensor_once(bucket_bytes: int, same_machine: bool) -> None:
     receiver, sent = Receiver(same_machine=same_machine), tensors()
     sender = BucketSender(receiver, bucket_bytes)  # type: ignore[arg-type]
     assert receiver.version is None, "while weights are on their way there is no version"

@@ -147,7 +147,7 @@ def test_an_installed_transformer_engine_is_not_replaced(monkeypatch):
     assert "megatron.bridge.peft.lora" not in sys.modules, "not imported over a stand-in"
 
 
-def test_a_target_that_has_vanished_is_an_error(monkeypatch):
+def test_a_missing_target_is_an_error(monkeypatch):
     hollow = types.ModuleType("hollow")
     hollow.function = lambda: "torch.FloatTensor"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hollow", hollow)

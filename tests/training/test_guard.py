@@ -12,9 +12,9 @@ from tests.tiny_models import save_tiny_model
 
 def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     """Steps of two data-parallel ranks that fail on one of them; the error and the weights of each rank."""
-    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.training import step as module
     from nemo_popsd.training.guard import NonFiniteError, refuse_non_finite
+    from tests.digests import base_digest
     from tests.training.runs import ScriptedEngine, response, row, settings, start
 
     run = start(model, settings())

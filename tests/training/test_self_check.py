@@ -18,9 +18,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str) -> dict[str, Any]:
     """The check on a fresh student, and again after each of three faults."""
     from nemo_popsd.distillation import Divergence, Target
-    from nemo_popsd.megatron.base import base_digest
     from nemo_popsd.training import self_check
     from nemo_popsd.training.objective import Objective
+    from tests.digests import base_digest
     from tests.training.runs import settings, start, trajectory
 
     run = start(model, settings(parallel={"tensor": tensor}, student={"adaptation": adaptation}))

@@ -37,7 +37,7 @@ def train(rank: int, world_size: int, model: Path, tensor: int, variants: dict[s
 
 
 def train_one(rank: int, world_size: int, model: Path, tensor: int, variant: Variant) -> dict[str, Any]:
-    from nemo_popsd.megatron.base import base_digest
+    from tests.digests import base_digest
     from tests.training.runs import row, settings, start
 
     run = start(model, settings(parallel={"tensor": tensor}, **variant))

@@ -66,7 +66,7 @@ class VllmEngine:
         bucket_bytes: int,
         restarts: int,
         sleep: bool,
-        kind: str = "weights",
+        content: str = "weights",
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Keeps references only.
@@ -81,7 +81,7 @@ class VllmEngine:
             bucket_bytes: see `BucketSender`.
             restarts: number of restarts of a lost server in one call of `generate`.
             sleep: whether the server releases memory after each call.
-            kind: `weights` or `adapter`, the content of `weights`; see `BucketSender`.
+            content: `weights` or `adapter`, the content of `weights`; see `BucketSender`.
             stop_requested: called while waiting, by all ranks of the model together; returns the same on each.
         """
         self._ranks = ranks
@@ -92,11 +92,11 @@ class VllmEngine:
         self._bucket_bytes = bucket_bytes
         self._restarts = restarts
         self._sleep = sleep
-        self._kind = kind
+        self._content = content
         self._stop_requested = stop_requested
         self._limit = 0
         self._has_served = False
-        self._last: VllmDrawing | None = None
+        self._last: VllmPendingRollouts | None = None
         self.server: VllmServer | None = None
         self.last_update: WeightUpdate | None = None
 
@@ -104,21 +104,21 @@ class VllmEngine:
         """See `nemo_popsd.rollout.engine.RolloutEngine`. Collective over the ranks that gather weights together.
 
         Raises:
-            StopRequested: the run was asked to stop; on all ranks.
+            StopRequested: a stop of the run was requested; on all ranks.
             UserError: the server cannot be started, for a reason that the user can fix; on all ranks.
             TransientError: it was lost more than `restarts` times, while loading or later; on all ranks.
             RuntimeError: a defect; on all ranks.
         """
         return self.submit(requests, sampling).result()
 
-    def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> VllmDrawing:
+    def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> VllmPendingRollouts:
         """See `nemo_popsd.rollout.engine.ConcurrentEngine`. Collective as `generate` is, and raises the same.
 
-        A server has one thing to do at a time: what was begun before is waited for first.
+        A server handles one call at a time: responses that were requested before are waited for first.
         """
         if self._last is not None and self._last.pending:
             self._last.result()
-        self._last = VllmDrawing(self, requests, sampling)
+        self._last = VllmPendingRollouts(self, requests, sampling)
         return self._last
 
     def close(self) -> None:
@@ -209,7 +209,7 @@ class VllmEngine:
         sender: BucketSender | None = None
         try:
             if self.server is not None:
-                sender = BucketSender(self.server, self._bucket_bytes, content=self._kind)
+                sender = BucketSender(self.server, self._bucket_bytes, content=self._content)
         except Exception as error:
             failure = error
         for name, tensor in self._weights():  # Every rank iterates to the end: it is collective.
@@ -278,8 +278,8 @@ def _release_cached_memory() -> None:
         logger.info("device memory for vLLM: %.1f of %.1f GiB are free", free / 2**30, total / 2**30)
 
 
-class VllmDrawing:
-    """Responses that a server draws while the ranks do something else; see `VllmEngine.submit`."""
+class VllmPendingRollouts:
+    """Responses that a server generates while the ranks do other work; see `VllmEngine.submit`."""
 
     def __init__(self, engine: VllmEngine, requests: Sequence[Request], sampling: SamplingParams) -> None:
         """Sends the requests. Collective over the domain."""

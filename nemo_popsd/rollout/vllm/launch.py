@@ -127,7 +127,7 @@ def build_vllm_engine(
             )
         ),
         weights=model.weights if base is None else model.adapters,
-        kind="weights" if base is None else "adapter",
+        content="weights" if base is None else "adapter",
         weights_version=weights_version,
         longest=longest,
         bucket_bytes=vllm.bucket_bytes,
@@ -145,7 +145,7 @@ def server_ranks(replica: Replica, *, timeout: timedelta) -> ServerRanks:
         timeout: a rank that waits longer for the others fails.
     """
     if dist.get_world_size() == 1:
-        return ServerRanks(replica=None, domain=None, number=replica.index)
+        return ServerRanks(replica=None, domain=None, index=replica.index)
     indices: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(indices, replica.index)
     members: dict[int, list[int]] = defaultdict(list)
@@ -158,7 +158,7 @@ def server_ranks(replica: Replica, *, timeout: timedelta) -> ServerRanks:
     domain = own
     if replica.shares_experts:
         domain = dist.new_group(list(range(len(indices))), backend="gloo", timeout=timeout)
-    return ServerRanks(replica=own, domain=domain, number=replica.index)
+    return ServerRanks(replica=own, domain=domain, index=replica.index)
 
 
 def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:

@@ -37,7 +37,7 @@ class ServerRanks:
     """The ranks that hold one copy of the model and have the same prompts; the first of them is the leader."""
     domain: dist.ProcessGroup | None
     """The ranks that must gather weights together: the replica, or under expert parallelism the world."""
-    number: int
+    index: int
     """Index of the replica and of its server."""
 
     @property
