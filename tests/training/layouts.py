@@ -31,7 +31,7 @@ class Variant:
     precision: str = "fp32"
     recompute: bool = False
     shares: tuple[tuple[int, ...], ...] | None = None
-    """Rows of each data-parallel rank, which then are not shared out anew; None for equal shares that are."""
+    """Rows of each data-parallel rank, which are then not rebalanced; None for equal shares, which are."""
 
 
 def train(
