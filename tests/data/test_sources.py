@@ -136,7 +136,7 @@ def test_the_layout_of_verl(tmp_path: Path) -> None:
     assert records == [Record("Q!", "Q?", "long\n#### 18", "18")]
     nested = ColumnsConfig(question="prompt.0.content", reference="extra_info.solution")
     with pytest.raises(
-        UserError, match="no field 'solution' in column 'extra_info', only (question, answer|answer, question)"
+        UserError, match=r"no field 'solution' in column 'extra_info', only (question, answer|answer, question)"
     ):
         read_records(source(path, columns=nested))
     with pytest.raises(UserError, match=r"reward\.ground_truth among them"):
