@@ -17,7 +17,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"report: {first / 'report.html'}\n"
     page = tmp_path / "compared.html"
     assert cli.main(["report", str(first), str(second), "--output", str(page)]) == 0
-    assert "first against second" in page.read_text()
+    assert "first vs. second" in page.read_text()
     assert cli.main(["report", str(tmp_path)]) == cli.USER_ERROR
     assert "the output directory of a training run" in capsys.readouterr().err
 
