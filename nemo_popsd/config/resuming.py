@@ -15,7 +15,7 @@ FREE = (
     "name",
     "output",
     "overwrite",
-    "student.source",  # may be moved; the fingerprint of the digest of its weights must be the same
+    "student.source",  # may be moved; the digest of its weights must be the same
     "student.layers",
     "student.recompute",
     "student.frozen_copy",
