@@ -24,6 +24,12 @@ from nemo_popsd.config.schema import PopsdConfig  # noqa: E402
 from nemo_popsd.planning.config import PlanConfig  # noqa: E402
 
 
+NOT_LOGGED = ("confidence", "intervals")
+"""Fields of an evaluation's summary that are in its summary.json and in no logger."""
+KEYS = {"pass_at": "/K", "marker_rates": "/MARKER"}
+"""Fields of an evaluation's summary that are mappings, with a word for their keys."""
+
+
 class Setting(NamedTuple):
     """One setting of a configuration, or a section of them."""
 
@@ -40,10 +46,10 @@ class Setting(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """One number that is logged."""
+    """One number that is logged, or one number for each key of a mapping."""
 
     name: str
-    """As in metrics.jsonl."""
+    """As in metrics.jsonl; for a mapping it ends in a word in capitals, in whose place the key is."""
     text: str
     """The string under the field."""
 
@@ -135,9 +141,10 @@ def metrics() -> Iterator[Metric]:
             yield from (Metric(PREFIX + statistic, text) for statistic, text in declared_statistics().items())
         else:
             yield Metric(PREFIX + name, text)
-    # numpy is not imported for the sake of its strings.
+    # The class is not imported, since it needs numpy.
     for name, text in field_texts(class_node(PACKAGE / "evaluation/summary.py", "EvaluationSummary")).items():
-        yield Metric(f"validation/{name}", text)
+        if name not in NOT_LOGGED:
+            yield Metric(f"validation/{name}{KEYS.get(name, '')}", text)
 
 
 def declared_statistics() -> dict[str, str]:
@@ -187,7 +194,8 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         "Generated from the declarations. Each name is the key in `<output>/metrics.jsonl`, in TensorBoard, Weights &",
-        "Biases and MLflow. A metric that a step does not measure is absent.",
+        "Biases and MLflow. A metric that a step does not measure is absent. A word in capitals is a key: pass@8 is",
+        "`validation/pass_at/8`.",
         "",
     ]
     groups: dict[str, list[Metric]] = {}
