@@ -12,7 +12,6 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -22,12 +21,22 @@ sys.path.insert(0, str(ROOT))
 
 from nemo_popsd.config.schema import PopsdConfig  # noqa: E402
 from nemo_popsd.planning.config import PlanConfig  # noqa: E402
+from nemo_popsd.settings.bounds import Text  # noqa: E402
 
 
+MODEL = "nemo_popsd.model"
+"""The package with the model class, which is first on the page of the API."""
 NOT_LOGGED = ("confidence", "intervals")
 """Fields of an evaluation's summary that are in its summary.json and in no logger."""
 KEYS = {"pass_at": "/K", "marker_rates": "/MARKER"}
 """Fields of an evaluation's summary that are mappings, with a word for their keys."""
+TEXTS = {
+    Text.LINE: "one line",
+    Text.NAME: "a short line, not empty",
+    Text.PATH: "a path; a leading `~` is the home directory",
+    Text.PROSE: "text of any number of lines",
+}
+"""What a text may be, in words."""
 
 
 class Setting(NamedTuple):
@@ -128,7 +137,7 @@ def yaml_text(value: Any) -> str:
 def allowed(hint: Any) -> str:
     """What the rule of an annotated type lets through, in words: an interval, or what a text is for."""
     rules = getattr(hint, "__metadata__", ())
-    return ", ".join(f"text: {rule.value}" if isinstance(rule, Enum) else str(rule) for rule in rules)
+    return ", ".join(TEXTS[rule] if isinstance(rule, Text) else str(rule) for rule in rules)
 
 
 def metrics() -> Iterator[Metric]:
@@ -229,11 +238,17 @@ def api_page() -> str:
     lines = [
         "# Python API",
         "",
-        "What the packages export in `__all__`, and the protocols that an extension implements.",
+        "What the packages export in `__all__`, and the protocols that an extension implements, by the module to import",
+        "them from.",
         "",
     ]
+    groups: dict[str, list[str]] = {MODEL: []}
     for name in [*exported(), *protocols()]:
-        lines += [f"::: {name}", ""]
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    for module, names in groups.items():
+        lines += [f"## `{module}`", ""]
+        for name in names:
+            lines += [f"::: {name}", ""]
     return "\n".join(lines)
 
 
