@@ -23,7 +23,6 @@ from nemo_popsd.config.schema import PopsdConfig  # noqa: E402
 from nemo_popsd.planning.config import PlanConfig  # noqa: E402
 from nemo_popsd.settings.bounds import Text  # noqa: E402
 
-
 MODEL = "nemo_popsd.model"
 """The package with the model class, which is first on the page of the API."""
 NOT_LOGGED = ("confidence", "intervals")
@@ -238,8 +237,8 @@ def api_page() -> str:
     lines = [
         "# Python API",
         "",
-        "What the packages export in `__all__`, and the protocols that an extension implements, by the module to import",
-        "them from.",
+        "What the packages export in `__all__`, and the protocols that an extension implements. The headings name the",
+        "modules from which to import them.",
         "",
     ]
     groups: dict[str, list[str]] = {MODEL: []}
