@@ -104,7 +104,8 @@ $(VENV)/bin/python $(VLLM_ENV)/bin/python $(DOCS_ENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -m venv $(@:/bin/python=)
+	@$(PYTHON) -m venv $(@:/bin/python=) || \
+	  { rm -f $@; echo "make: $(PYTHON) -m venv failed; need Python's venv with pip; install it (Debian: python3-venv)" >&2; exit 1; }
 
 # A stamp is written last, so an interrupted install is taken up again.
 $(RUNTIME_STAMP): $(LOCK) $(BRIDGE) pyproject.toml | $(VENV)/bin/python

@@ -12,7 +12,6 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -22,6 +21,21 @@ sys.path.insert(0, str(ROOT))
 
 from nemo_popsd.config.schema import PopsdConfig  # noqa: E402
 from nemo_popsd.planning.config import PlanConfig  # noqa: E402
+from nemo_popsd.settings.bounds import Text  # noqa: E402
+
+MODEL = "nemo_popsd.model"
+"""The package with the model class, which is first on the page of the API."""
+NOT_LOGGED = ("confidence", "intervals")
+"""Fields of an evaluation's summary that are in its summary.json and in no logger."""
+KEYS = {"pass_at": "/K", "marker_rates": "/MARKER"}
+"""Fields of an evaluation's summary that are mappings, with a word for their keys."""
+TEXTS = {
+    Text.LINE: "one line",
+    Text.NAME: "a short line, not empty",
+    Text.PATH: "a path; a leading `~` is the home directory",
+    Text.PROSE: "text of any number of lines",
+}
+"""What a text may be, in words."""
 
 
 class Setting(NamedTuple):
@@ -40,10 +54,10 @@ class Setting(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """One number that is logged."""
+    """One number that is logged, or one number for each key of a mapping."""
 
     name: str
-    """As in metrics.jsonl."""
+    """As in metrics.jsonl; for a mapping it ends in a word in capitals, in whose place the key is."""
     text: str
     """The string under the field."""
 
@@ -122,7 +136,7 @@ def yaml_text(value: Any) -> str:
 def allowed(hint: Any) -> str:
     """What the rule of an annotated type lets through, in words: an interval, or what a text is for."""
     rules = getattr(hint, "__metadata__", ())
-    return ", ".join(f"text: {rule.value}" if isinstance(rule, Enum) else str(rule) for rule in rules)
+    return ", ".join(TEXTS[rule] if isinstance(rule, Text) else str(rule) for rule in rules)
 
 
 def metrics() -> Iterator[Metric]:
@@ -135,9 +149,10 @@ def metrics() -> Iterator[Metric]:
             yield from (Metric(PREFIX + statistic, text) for statistic, text in declared_statistics().items())
         else:
             yield Metric(PREFIX + name, text)
-    # numpy is not imported for the sake of its strings.
+    # The class is not imported, since it needs numpy.
     for name, text in field_texts(class_node(PACKAGE / "evaluation/summary.py", "EvaluationSummary")).items():
-        yield Metric(f"validation/{name}", text)
+        if name not in NOT_LOGGED:
+            yield Metric(f"validation/{name}{KEYS.get(name, '')}", text)
 
 
 def declared_statistics() -> dict[str, str]:
@@ -187,7 +202,8 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         "Generated from the declarations. Each name is the key in `<output>/metrics.jsonl`, in TensorBoard, Weights &",
-        "Biases and MLflow. A metric that a step does not measure is absent.",
+        "Biases and MLflow. A metric that a step does not measure is absent. A word in capitals is a key: pass@8 is",
+        "`validation/pass_at/8`.",
         "",
     ]
     groups: dict[str, list[Metric]] = {}
@@ -221,11 +237,17 @@ def api_page() -> str:
     lines = [
         "# Python API",
         "",
-        "What the packages export in `__all__`, and the protocols that an extension implements.",
+        "What the packages export in `__all__`, and the protocols that an extension implements. The headings name the",
+        "modules from which to import them.",
         "",
     ]
+    groups: dict[str, list[str]] = {MODEL: []}
     for name in [*exported(), *protocols()]:
-        lines += [f"::: {name}", ""]
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    for module, names in groups.items():
+        lines += [f"## `{module}`", ""]
+        for name in names:
+            lines += [f"::: {name}", ""]
     return "\n".join(lines)
 
 

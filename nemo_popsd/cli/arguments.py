@@ -36,7 +36,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
         metavar="key=value",
         nargs="*",
         default=[],
-        help="setting to change, e.g. training.steps=20 (null, lists [a, b] and quotes as in YAML)",
+        help="setting to change, e.g. training.steps=20 (null, lists [a, b] and quotes as in YAML); "
+        "`popsd config CONF` prints all settings",
     )
 
 

@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="measure accuracy, markers and response length on problem sets, or compare such evaluations",
-        description="Sample responses to the problems of CONF (evaluation.sets, or data.validation) and report "
+        description="Generate responses to the problems of CONF (evaluation.sets, or data.validation) and report "
         "accuracy, epistemic behaviour and length with intervals. A repeated command generates only missing samples.",
     )
     add_config_arguments(parser, optional=True)

@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="popsd",
         description="Purified On-Policy Self-Distillation on NVIDIA NeMo and Megatron-core.",
-        epilog="Several ranks: torchrun --nproc-per-node 2 -m nemo_popsd train CONF parallel.tensor=2",
+        epilog="CONF is a YAML file such as conf/tiny.yaml; `popsd config CONF` prints all settings with their values. "
+        "A first run: docs/tour.md. Several ranks: "
+        "torchrun --nproc-per-node 2 -m nemo_popsd train CONF parallel.tensor=2",
     )
     parser.add_argument("--version", action="version", version=f"popsd {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")

@@ -19,7 +19,9 @@ class EvaluationSummary:
     """Statistics over all samples; shares and accuracies are between 0 and 1. All fields are JSON values."""
 
     problems: int
+    """Number of problems."""
     samples: int
+    """Number of samples, over all problems."""
     samples_per_problem: int
     """Samples of the problem that has the fewest: the k of avg@k and of majority@k."""
     accuracy: float

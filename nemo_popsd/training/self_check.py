@@ -67,7 +67,7 @@ def check_student_equals_base(
     per_token = torch.cat([torch.zeros(1, device=device()), *(report.per_token for report in reports)])
     worst = all_reduce_max(float(per_token.abs().nan_to_num(nan=math.inf).max()))
     tolerance = TOLERANCE[next(student.chunks[0].parameters()).dtype]
-    logger.info("self-check with student = base and PMI off: loss at most %.3g, gradient norm %.3g", worst, grad_norm)
+    logger.info("self-check, base as target: largest loss per token %.3g, gradient norm %.3g", worst, grad_norm)
     if not (worst <= tolerance and grad_norm <= tolerance):
         raise RuntimeError(
             f"self-check failed: with the student equal to the base and the PMI off, the loss per token reaches "

@@ -64,6 +64,18 @@ def test_make_refuses_an_old_python_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_python_without_pip_is_reported_each_time(tmp_path: Path) -> None:
+    # Debian's python3 without python3-venv leaves an interpreter in the environment when it fails.
+    broken, venv = tmp_path / "python3", tmp_path / "venv"
+    broken.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exit 0\nmkdir -p {venv}/bin; touch {venv}/bin/python; exit 1\n')
+    broken.chmod(0o755)
+    for _ in range(2):
+        done = make("venv", f"PYTHON={broken}", f"VENV={venv}")
+        assert done.returncode != 0
+        assert f"make: {broken} -m venv failed; need Python's venv with pip" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_installs_before_it_trains_and_only_once(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     fresh = make("-n", "train", f"VENV={venv}", "ARGS=training.steps=3").stdout

@@ -14,8 +14,6 @@ from nemo_popsd.planning.config import PlanConfig
 from tests.docs.pages import PAGES, ROOT, inline_code, reference
 
 generated = reference()
-WITHOUT_TEXT = {"validation/problems", "validation/samples"}
-"""Counts whose names say all."""
 MADE = {"slurm/env.sh"}
 """What a reader copies from an example."""
 
@@ -51,7 +49,7 @@ def test_the_page_of_settings_has_a_heading_and_the_text_of_each() -> None:
 def test_every_metric_has_a_text_and_is_on_the_page() -> None:
     metrics = list(generated.metrics())
     assert {metric.name.partition("/")[0] for metric in metrics} == {"train", "validation"}
-    assert {metric.name for metric in metrics if not metric.text.strip()} <= WITHOUT_TEXT
+    assert not [metric.name for metric in metrics if not metric.text.strip()]
     page = generated.metrics_page()
     assert not [metric.name for metric in metrics if f"| `{metric.name}` | {generated.cell(metric.text)} |" not in page]
 
@@ -64,6 +62,23 @@ def test_what_a_step_logs_is_what_the_page_lists() -> None:
         values["statistics"] = dict.fromkeys(generated.declared_statistics(), 1.0)
     step = StepMetrics(**values)
     assert set(step.as_dict()) == {metric.name for metric in generated.metrics() if metric.name.startswith("train/")}
+
+
+def test_what_an_evaluation_logs_is_what_the_page_lists() -> None:
+    from nemo_popsd.evaluation.summary import EvaluationSummary
+
+    values: dict[str, Any] = {field.name: 1.0 for field in dataclasses.fields(EvaluationSummary)}
+    values |= {"pass_at": {"K": 1.0}, "marker_rates": {"MARKER": 1.0}, "intervals": {}}
+    logged = {f"validation/{name}" for name in EvaluationSummary(**values).numbers()}
+    assert logged == {metric.name for metric in generated.metrics() if metric.name.startswith("validation/")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_metrics_that_a_page_names_exist(page: str) -> None:
+    metrics = {metric.name for metric in generated.metrics()}
+    for code in inline_code(page):
+        if re.fullmatch(r"(?:train|validation)/[a-z]\w*", code):
+            assert code in metrics, f"{page} names {code}"
 
 
 def test_every_module_is_listed_with_its_purpose() -> None:
