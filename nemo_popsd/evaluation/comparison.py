@@ -165,9 +165,9 @@ def compare_directories(paths: Sequence[str], *, resamples: int, base: str | Non
         UserError: a path holds no concluded evaluation, they have no set in common, or `base` is not one of them.
     """
     names = {path: _short(path, paths) for path in paths}
+    read = {path: read_evaluations(path) for path in paths}
     first = paths[0] if base is None else _chosen(base, names)
-    ordered = [first, *(path for path in paths if path != first)]
-    evaluations = {names[path]: read_evaluations(path) for path in ordered}
+    evaluations = {names[path]: read[path] for path in [first, *(path for path in paths if path != first)]}
     origin = "the first argument; --base NAME selects another" if base is None else "by --base"
     title = f"base: {names[first]} ({origin})\n\n" if len(paths) > 1 else ""
     single = all(len(sets) == 1 for sets in evaluations.values())

@@ -99,6 +99,11 @@ def test_the_base_is_selected_by_name(tmp_path: Path) -> None:
     assert compare_directories(paths[:1], resamples=500).splitlines()[0].split() == ["a_trained"]
 
 
+def test_a_missing_directory_is_reported_before_a_base_that_would_be_in_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"got no summary.json in '.*/\*'"):
+        compare_directories([str(tmp_path / "*")], resamples=500, base="base")
+
+
 def test_models_with_several_sets_are_averaged(tmp_path: Path) -> None:
     for model, scores in (("base", BEFORE), ("trained", AFTER)):
         saved(tmp_path / model / "aime24", scores)

@@ -90,7 +90,7 @@ def until_it_trains(slurm: Cluster, place: Path, job: str, start: int, steps: in
         return match is not None and max(losses(place), default=0) >= int(match[1] or 0) + steps
 
     slurm.until(trains, 300, f"steps of start {start} of job {job}")
-    match = begun()
+    match = start_line()
     assert match is not None
     return int(match[1] or 0)
 
