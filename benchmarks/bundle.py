@@ -37,7 +37,7 @@ opentelemetry-exporter-otlp-common opentelemetry-exporter-otlp-proto-common open
 NAMES = tuple(_NAMES.split())
 """Packages with the versions of the lock."""
 BESIDE = ("liger-kernel==0.8.5",)
-"""Packages outside of the lock: the loss is compared with them."""
+"""Packages outside of the lock, with which the loss is compared."""
 FROM_SOURCE = ("antlr4-python3-runtime",)
 """Pure Python packages that PyPI has as source only."""
 

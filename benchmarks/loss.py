@@ -107,10 +107,10 @@ def bf16_targets() -> list[list[str]]:
 
 def memory(problem: Problem, names: list[str]) -> list[list[str]]:
     """Rows: form, peak memory of forward and backward beyond that of the problem, in tensors [T, V/tp]."""
-    row = len(problem.student) * problem.weight.shape[0] * 4
+    unit = len(problem.student) * problem.weight.shape[0] * 4
     every = forms(problem)
     every["ours"]()  # compiles
-    return [[name, _ratio(peak_bytes(every[name]), row)] for name in names]
+    return [[name, _ratio(peak_bytes(every[name]), unit)] for name in names]
 
 
 def _count_collectives(form: Callable[[], Outcome]) -> int:
@@ -194,14 +194,14 @@ def on_cpu(quick: bool) -> str:
     sizes = (8192, 1188, 128) if quick else (8192, 4750, 512)
     section(
         f"Memory: T={sizes[0]}, V={sizes[1]}, H={sizes[2]}",
-        "Peak beyond inputs and parameters' kept gradient, forward and backward, in rows of fp32 [T, V].",
-        table(["form", "rows"], memory(make_problem(*sizes), EVERY)),
+        "Peak of forward and backward beyond inputs and the kept gradient of the parameters, in fp32 tensors [T, V].",
+        table(["form", "tensors [T, V]"], memory(make_problem(*sizes), EVERY)),
     )
     if not quick:
         full = (8192, 19000, 2048)
         section(
             f"Ours at full size: T={full[0]}, V={full[1]}, H={full[2]}",
-            table(["form", "rows"], memory(make_problem(*full), ["ours"])),
+            table(["form", "tensors [T, V]"], memory(make_problem(*full), ["ours"])),
         )
     sizes = (256, 4750, 256) if quick else (1024, 9500, 1024)
     rows, sharded_errors = two_shards(sizes, repetitions)

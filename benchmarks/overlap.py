@@ -71,8 +71,8 @@ def main() -> None:
     print("| overlap | method | " + " | ".join((*PARTS, "step")) + " |\n|" + "---|" * (len(PARTS) + 3))
     for (overlap, method), parts in found.items():
         medians = [statistics.median(parts[part]) for part in PARTS]
-        whole = statistics.median([sum(step) for step in zip(*parts.values(), strict=True)])
-        print(f"| {overlap} | {method} | " + " | ".join(f"{value:.2f}" for value in (*medians, whole)) + " |")
+        total = statistics.median([sum(step) for step in zip(*parts.values(), strict=True)])
+        print(f"| {overlap} | {method} | " + " | ".join(f"{value:.2f}" for value in (*medians, total)) + " |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What `nemo_popsd.megatron.plain_layers` gains: one token of each slot with it and through Megatron's own layers.
+"""The time of one token of each slot with `nemo_popsd.megatron.plain_layers` and with Megatron's own layers.
 
     python -m benchmarks.plain_layers [--model MODEL] [--rounds 20]
 
-One process, one thread, the two alternating on the same slots. Prints the median milliseconds of a token by slots.
+In one process with one thread, both alternate on the same slots. Prints the median milliseconds of a token by slots.
 """
 
 from __future__ import annotations

@@ -130,13 +130,15 @@ def speeds(workers: dict[str, Worker], quick: bool) -> list[list[str]]:
         for batch in (1, 8, 64):
             best: dict[str, tuple[float, float]] = {}
             repetitions = 1 if quick or workload.limit * workload.batches > 512 else 2
-            asked = prompts(batch * workload.batches)
+            requested = prompts(batch * workload.batches)
             for _ in range(repetitions):
                 for name, worker in workers.items():
-                    answer = worker.ask(prompts=asked, batch=batch, limit=workload.limit, stops=list(workload.stops))
+                    answer = worker.ask(
+                        prompts=requested, batch=batch, limit=workload.limit, stops=list(workload.stops)
+                    )
                     tokens = sum(answer["lengths"])
                     speed = tokens / answer["seconds"]
-                    best[name] = max(best.get(name, (0.0, 0.0)), (speed, tokens / len(asked)))
+                    best[name] = max(best.get(name, (0.0, 0.0)), (speed, tokens / len(requested)))
             length = f"{best[OURS][1]:.0f}"
             cells = [
                 f"{best[name][0]:,.0f} ({best[name][0] / best[THEIRS][0]:.2f})" if name in best else "not run"

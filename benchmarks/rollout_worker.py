@@ -108,7 +108,7 @@ def transformers(model: str) -> dict[str, Callable[..., Answer]]:
             longest = max(map(len, rows))
             ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-            drawn = module.generate(
+            sequences = module.generate(
                 ids,
                 attention_mask=mask,
                 do_sample=True,
@@ -119,7 +119,7 @@ def transformers(model: str) -> dict[str, Callable[..., Answer]]:
                 eos_token_id=stops or None,
                 pad_token_id=0,
             )
-            for response in drawn[:, longest:].tolist():
+            for response in sequences[:, longest:].tolist():
                 ends = [place + 1 for place, token in enumerate(response) if token in stops]
                 lengths.append(ends[0] if ends else len(response))
         return lengths

@@ -31,7 +31,7 @@ PARTS = ("rollout", "frozen", "train")
 METHODS = {"OPSD": "opsd", "Purified": "purified"}
 
 
-class DrawOnce:
+class GenerateOnce:
     """Returns the same rollouts for repeated calls with the same requests."""
 
     def __init__(self, engine: RolloutEngine) -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     config.data = replace(config.data, validation=SourceConfig())
     model = PurifiedOPSDModel(to_dict_config(config), build_trainer(config, logs=False))
     optimizer = model.configure_optimizers()
-    engine = DrawOnce(model.engine)
+    engine = GenerateOnce(model.engine)
     assert model.training_data is not None
     steps = {}
     for name, family in METHODS.items():
@@ -84,16 +84,16 @@ def main() -> None:
     seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in METHODS}
     rows = _rows(model)
     for number in range(options.steps + 1):
-        batch, drawn = next(rows), 0.0
+        batch, rollout_seconds = next(rows), 0.0
         order = list(METHODS) if number % 2 else list(METHODS)[::-1]
         for name in order:
             # Always the first: no trainer counts these updates, so the engine's weights version stays 0.
             found = steps[name](1, batch, optimizer, optimizer.step)
-            drawn = max(drawn, found.seconds_rollout)
+            rollout_seconds = max(rollout_seconds, found.seconds_rollout)
             seconds[name]["frozen"].append(found.seconds_frozen)
             seconds[name]["train"].append(found.seconds_train)
         for name in METHODS:
-            seconds[name]["rollout"].append(drawn)
+            seconds[name]["rollout"].append(rollout_seconds)
     if dist.get_rank() == 0:
         _print(options, {name: {p: statistics.median(s[1:]) for p, s in of.items()} for name, of in seconds.items()})
     shutdown()

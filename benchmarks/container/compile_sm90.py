@@ -192,8 +192,8 @@ def _resources(cubin: Path) -> tuple[str, str]:
     tools = [*Path(triton.__file__).parent.rglob("cuobjdump")]
     if not tools:
         return "?", "?"
-    told = subprocess.run([tools[0], "--dump-resource-usage", cubin], capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+).*?STACK:(\d+)", told, re.DOTALL)
+    output = subprocess.run([tools[0], "--dump-resource-usage", cubin], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+).*?STACK:(\d+)", output, re.DOTALL)
     return (found[1], found[2]) if found else ("?", "?")
 
 

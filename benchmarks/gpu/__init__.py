@@ -1,1 +1,1 @@
-"""The first hour on a GPU, in eight minutes: `python -m benchmarks.gpu`; see `benchmarks.gpu.__main__`."""
+"""Measurements of this package on a GPU in eight minutes: `python -m benchmarks.gpu`; see `benchmarks.gpu.__main__`."""

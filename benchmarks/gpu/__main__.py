@@ -1,11 +1,11 @@
-"""What a GPU does with this package, in eight minutes, most valuable first.
+"""Measures this package on a GPU in eight minutes, the most valuable parts first.
 
     python -m benchmarks.gpu [--output DIR] [--minutes 8] [--only PART ...]    on a machine with a GPU
     python -m benchmarks.gpu --rehearse                                        tiny sizes on a CPU, two minutes
 
-Each part has a process and a time limit of its own, so that one that crashes, hangs or runs out of memory costs no
-other; each result is in DIR/results.jsonl the moment it is known, and DIR/results.md has the tables after each part.
-A machine without the packages: `python -m benchmarks.bundle`.
+Each part has a separate process and time limit, so that a crash, a hang or a lack of memory does not affect the others.
+Each result is appended to DIR/results.jsonl as soon as it is known, and DIR/results.md is written after each part.
+For a machine without the packages, see `python -m benchmarks.bundle`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _REHEARSED_LIMIT = 240.0
 
 
 def main() -> int:
-    """The command; returns the exit status: 1 where a part failed or ran out of time."""
+    """Runs the command; returns the exit status, 1 if a part failed or exceeded its time limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_benchmark"), help="directory of the results")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of all parts together")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="some parts")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     options = parser.parse_args()

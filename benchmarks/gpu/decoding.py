@@ -30,9 +30,9 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
 
 
 def _engine(report: Report, model: Run, batch: int) -> None:
-    draw = random.Random(batch)
+    rng = random.Random(batch)
     length, vocabulary = model.config.data.max_prompt_tokens, model.student.vocab_size
-    requests = [Request([draw.randrange(vocabulary) for _ in range(length)], seed=n) for n in range(batch)]
+    requests = [Request([rng.randrange(vocabulary) for _ in range(length)], seed=n) for n in range(batch)]
     engine = model.engine(batch)
     engine.generate(requests, model.sampling)
     start_time = time.perf_counter()
@@ -44,7 +44,7 @@ def _engine(report: Report, model: Run, batch: int) -> None:
 
 @torch.no_grad()
 def _bare_step(report: Report, model: Run, batch: int) -> None:
-    """One token of each row at the end of the prompt; logits, nothing drawn."""
+    """One token for each sequence after a prompt of full length: the logits, without sampling."""
     device = next(model.student.chunks[0].parameters()).device
     position = model.config.data.max_prompt_tokens
     capacity = position + model.config.rollout.max_response_tokens
@@ -88,7 +88,7 @@ def _bare_step(report: Report, model: Run, batch: int) -> None:
 
 
 def _captured(action: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What replays `action` as a CUDA graph, and the tensor that it writes."""
+    """A function that replays `action` as a CUDA graph, and the tensor that it writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,6 +1,6 @@
 """Loss and gradients, and the attention of local layers, on this device against float64 on the CPU.
 
-Errors are ‖got − want‖ / ‖want‖; the limits are those of the precision: what is beyond is wrong, not imprecise.
+Errors are ‖got − want‖ / ‖want‖. Rounding in the precision stays below the limits; a larger error is a wrong result.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def _attention(report: Report, device: torch.device) -> None:
             )
             collection = ProcessGroupCollection(cp=None, tp=None)
             core = LocalCoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=collection)
-            drawn = [torch.randn(total, n, width, generator=generator).to(dtype) for n in (heads, groups, groups)]
+            inputs = [torch.randn(total, n, width, generator=generator).to(dtype) for n in (heads, groups, groups)]
             upstream = torch.randn(total, heads * width, generator=generator).to(dtype)
-            leaves = [x.clone().to(device).requires_grad_() for x in drawn]
+            leaves = [x.clone().to(device).requires_grad_() for x in inputs]
             output = core(*leaves, packed_seq_params=packed)
             output.backward(upstream.to(device))
-            wide = [x.double().requires_grad_() for x in drawn]
+            wide = [x.double().requires_grad_() for x in inputs]
             expected = _dense_attention(*wide, window)
             expected.backward(upstream.double())
             errors = {"output": _error(output, expected)}
@@ -100,9 +100,9 @@ def _attention(report: Report, device: torch.device) -> None:
 
 def _dense_attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    number = torch.repeat_interleave(torch.arange(len(_LENGTHS)), torch.tensor(_LENGTHS))
-    distance = torch.arange(len(number))[:, None] - torch.arange(len(number))[None]
-    visible = (number[:, None] == number[None]) & (distance >= 0)
+    sequence = torch.repeat_interleave(torch.arange(len(_LENGTHS)), torch.tensor(_LENGTHS))
+    distance = torch.arange(len(sequence))[:, None] - torch.arange(len(sequence))[None]
+    visible = (sequence[:, None] == sequence[None]) & (distance >= 0)
     if window is not None:
         visible &= distance < window
     scores = torch.einsum("snd,tnd->nst", query, key) * query.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""What the parts found, on disk the moment it is known: JSON lines, and the same as Markdown tables."""
+"""The results of the parts: JSON lines that are written as soon as a result is known, and Markdown tables of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class Report(Protocol):
-    """How a part says what it found."""
+    """The function with which a part reports its results."""
 
     def __call__(self, table_name: str, **fields: Any) -> None:
         """Writes one row of the part's table of that name."""
@@ -29,7 +29,7 @@ def append(journal: Path, row: Mapping[str, Any]) -> None:
 
 
 def read(journal: Path) -> list[Row]:
-    """All whole lines; a line that a kill cut off is left out."""
+    """All complete lines; a partial line that a kill left is skipped."""
     rows = []
     for line in journal.read_text().splitlines() if journal.exists() else []:
         try:
@@ -40,7 +40,7 @@ def read(journal: Path) -> list[Row]:
 
 
 def reporter(journal: Path, part: str) -> Report:
-    """Writes rows of `part`, and prints them."""
+    """A function that appends rows of `part` and prints them."""
 
     def report(table_name: str, **fields: Any) -> None:
         append(journal, {"part": part, "table": table_name, **fields})
@@ -50,12 +50,12 @@ def reporter(journal: Path, part: str) -> Report:
 
 
 def as_markdown(rows: Iterable[Row], titles: Mapping[str, str], head: str) -> str:
-    """One section for each part that began, with its status and its tables.
+    """One section for each part that was started, with its status and its tables.
 
     Args:
-        rows: of the journal.
-        titles: of the parts, in order.
-        head: what stands above.
+        rows: the rows of the journal.
+        titles: titles of the parts, in order.
+        head: text above the sections.
     """
     rows = list(rows)
     sections = [head]
@@ -73,8 +73,8 @@ def as_markdown(rows: Iterable[Row], titles: Mapping[str, str], head: str) -> st
             sections.append(f"{name}:\n\n" + table(columns, cells))
         for row in own:
             if "status" in row:
-                said = f"*{row['status']}* after {row['seconds']:.0f} s."
-                sections.append(said + (f"\n\n```\n{row['tail']}\n```" if row.get("tail") else ""))
+                status = f"*{row['status']}* after {row['seconds']:.0f} s."
+                sections.append(status + (f"\n\n```\n{row['tail']}\n```" if row.get("tail") else ""))
     return "\n\n".join(sections) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Card, versions, and what `popsd doctor` finds."""
+"""The device, the versions, and the findings of `popsd doctor`."""
 
 from __future__ import annotations
 

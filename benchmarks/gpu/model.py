@@ -1,4 +1,4 @@
-"""A random model in the shape of Qwen3-0.6B, a run on it, and rows whose lengths are the run's limits."""
+"""A random model with the shape of Qwen3-0.6B, a run on it, and rows whose lengths are the limits of the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nemo_popsd.training.step import OnPolicyStep
 
 STEPS = 3
 RESPONSES = "responses.json"
-"""Below the parts' common folder: what the steps were trained on, and their losses."""
+"""File in the folder that the parts share: the responses of each step, with loss and gradient norm."""
 
 _QWEN3_600M: dict[str, Any] = {
     "vocab_size": 151936,
@@ -40,7 +40,7 @@ _QWEN3_600M: dict[str, Any] = {
     "rope_theta": 1000000.0,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
-    "initializer_range": 0.05,  # wide enough that the branches differ by more than bf16 rounds
+    "initializer_range": 0.05,  # large enough that the branches differ by more than the rounding of bf16
 }
 _TINY = _QWEN3_600M | {
     "vocab_size": 500,
@@ -55,7 +55,7 @@ _TINY = _QWEN3_600M | {
 
 
 def random_model(work: Path, *, rehearse: bool) -> Path:
-    """Directory of the model in bf16, made at the first call below `work`."""
+    """Directory of the model in bf16, which the first call creates in `work`."""
     directory = work / "model"
     if not (directory / "config.json").exists():
         from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -68,7 +68,7 @@ def random_model(work: Path, *, rehearse: bool) -> Path:
 
 
 def settings(directory: Path, *, rehearse: bool, precision: str = "bf16", adaptation: str = "lora") -> PopsdConfig:
-    """A run on packed sequences; all rows are as long as its limits."""
+    """The configuration of a run on packed sequences; its limits are the lengths of all rows."""
     config = PopsdConfig()
     config.student.source = str(directory)
     config.student.precision, config.student.adaptation = precision, adaptation
@@ -84,7 +84,7 @@ def settings(directory: Path, *, rehearse: bool, precision: str = "bf16", adapta
 
 @dataclass
 class Run:
-    """What a step needs."""
+    """Student, optimizer and configuration of a run, from which steps are made."""
 
     config: PopsdConfig
     architecture: HuggingFaceModel
@@ -94,14 +94,14 @@ class Run:
 
     @property
     def sampling(self) -> SamplingParams:
-        """The run's; nothing ends a response but the limit."""
+        """The sampling of the run, without stop tokens: every response ends at the limit."""
         section = self.config.rollout
         return SamplingParams(
             section.temperature, section.top_p, section.top_k, section.max_response_tokens, frozenset()
         )
 
     def engine(self, rows: int | None = None) -> MegatronEngine:
-        """Draws from the live weights, at most `rows` together."""
+        """The engine that generates with the live weights, for at most `rows` rows together."""
         return MegatronEngine(
             self.student.chunks,
             vocab_size=self.student.vocab_size,
@@ -111,7 +111,7 @@ class Run:
         )
 
     def step(self, engine: RolloutEngine) -> OnPolicyStep:
-        """The package's step."""
+        """A training step with rollouts by `engine`."""
         rollouts = StepRollouts(
             self.config.rollout,
             self.student,
@@ -126,27 +126,27 @@ class Run:
         return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, lambda response: 0)
 
     def update(self) -> None:
-        """Updates the weights and counts."""
+        """Updates the weights and counts the step."""
         self.optimizer.step()
         self.steps += 1
 
     def rows(self, step: int) -> list[PromptRow]:
-        """Rows of a step; each context is as long as the limits let it be."""
-        draw = random.Random(step)
+        """Rows of a step, whose contexts have the maximum lengths."""
+        rng = random.Random(step)
         data = self.config.data
-        made = []
-        for number in range(self.config.training.prompts_per_step):
+        rows = []
+        for index in range(self.config.training.prompts_per_step):
             prompt, reference = (
-                [draw.randrange(self.student.vocab_size) for _ in range(length)]
+                [rng.randrange(self.student.vocab_size) for _ in range(length)]
                 for length in (data.max_prompt_tokens, data.max_reference_tokens)
             )
             contexts = Contexts(prompt, [*reference, *prompt], reference, "r", reference_truncated=False)
-            made.append(PromptRow(Record(f"row{step}.{number}", "q", "r", None), contexts))
-        return made
+            rows.append(PromptRow(Record(f"row{step}.{index}", "q", "r", None), contexts))
+        return rows
 
 
 def start(config: PopsdConfig) -> Run:
-    """Process group of one, student and optimizer."""
+    """Creates the process group of one rank, the student and the optimizer."""
     initialize(config.parallel, seed=config.seed)
     source = HuggingFaceModel(Path(config.student.source))
     student = Student(source, config.student, config.parallel, seed=config.seed, load_initial=source.load)
@@ -160,7 +160,7 @@ def start(config: PopsdConfig) -> Run:
 
 
 class KeepingEngine:
-    """Draws as `engine` does, and keeps the responses."""
+    """Generates by `engine`, and keeps the responses."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
@@ -174,7 +174,7 @@ class KeepingEngine:
 
 
 class ScriptedEngine:
-    """Gives the responses that are set, in order, as drawn by the weights of `version`."""
+    """Returns given responses in order, as if the weights of `version` had generated them."""
 
     responses: Sequence[list[int]] = ()
     version = 0

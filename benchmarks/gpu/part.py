@@ -1,4 +1,4 @@
-"""One part in this process: `python -m benchmarks.gpu.part NAME MODULE OUTPUT [--rehearse]`; see `runner`."""
+"""Runs one part in this process: `python -m benchmarks.gpu.part NAME MODULE OUTPUT [--rehearse]`; see `runner`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.gpu.journal import reporter
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name")
     parser.add_argument("module")

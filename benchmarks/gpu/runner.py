@@ -1,4 +1,4 @@
-"""Runs parts one after the other, each in a process of its own with a time limit: what one does costs no other one."""
+"""Runs parts one after the other, each in a separate process with a time limit, so that none affects the others."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TAIL_LINES = 15
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that is measured.
+    """One measurement.
 
     Attributes:
-        name: of the part.
-        title: of its section.
-        module: has `run(report, *, rehearse, work)`.
-        seconds: it is ended after this long.
-        environment: what its process gets besides.
+        name: name of the part.
+        title: title of its section.
+        module: module with a function `run(report, *, rehearse, work)`.
+        seconds: time limit.
+        environment: additional environment variables of its process.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Part:
 def run_parts(
     parts: Sequence[Part], output: Path, *, head: str, total_seconds: float, rehearse: bool = False
 ) -> dict[str, str]:
-    """Runs `parts` in order; after each, the tables are written again.
+    """Runs `parts` in order, and writes the tables after each.
 
     Args:
         parts: most valuable first.
-        output: gets `results.jsonl`, `results.md`, `log.txt` and, for the time of the run, what parts leave each other.
-        head: above the tables.
-        total_seconds: for all; a part for which less than a few seconds are left is not begun.
-        rehearse: tiny sizes.
+        output: directory for `results.jsonl`, `results.md`, `log.txt` and, during the run, the files that parts share.
+        head: text above the tables.
+        total_seconds: time limit of all parts; a part that would have only a few seconds is not started.
+        rehearse: whether to use tiny sizes.
 
     Returns:
         By part: `ok`, `failed`, `time limit` or `no time left`.
@@ -85,7 +85,7 @@ def _run(part: Part, output: Path, log: int, seconds: float, rehearse: bool) -> 
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **part.environment},
-        start_new_session=True,  # so that what it starts ends with it
+        start_new_session=True,  # so that its child processes end with it
     )
     try:
         return "ok" if process.wait(seconds) == 0 else "failed"

@@ -1,7 +1,7 @@
-"""Seconds until a vLLM server beside the training has new weights: adapters alone, and all of them.
+"""Seconds until a vLLM server on this machine has new weights: only adapters, and all weights.
 
-`POPSD_VLLM_PYTHON` names the Python of vLLM's environment; without it, vLLM must be in this one. A rehearsal starts no
-server unless it is set.
+`POPSD_VLLM_PYTHON` names the Python of vLLM's environment; without it, vLLM must be installed in this environment. A
+rehearsal starts no server unless it is set.
 """
 
 from __future__ import annotations

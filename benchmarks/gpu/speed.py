@@ -1,6 +1,6 @@
-"""Head, target, divergence and backward: time, TFLOP/s and peak memory, beside the products alone and Liger's JSD.
+"""Head, target, divergence and backward: time, TFLOP/s and peak memory; also of the products alone and of Liger's JSD.
 
-Legend as in `benchmarks/README.md`: F = 2·T·V·H is one product; ours does 5 with the tanh and dW. One row of memory is
+Legend as in `benchmarks/README.md`: F = 2·T·V·H is one product; ours does 5 with the tanh and dW. The unit of memory is
 an fp32 tensor [T, V]. Liger's fused linear JSD takes one teacher's states instead of three and does 4 F, dW included.
 """
 
@@ -46,7 +46,7 @@ def _measure(report: Report, tokens: int, vocab: int, hidden: int, device: str) 
         try:
             liger()
             actions["Liger, JSD of one teacher"] = liger
-        except Exception as error:  # its own affair, which must not cost our numbers
+        except Exception as error:  # must not prevent the other measurements
             report("bf16", T=tokens, V=vocab, H=hidden, form=f"Liger failed: {str(error).splitlines()[0]}")
     for action in actions.values():
         action()  # compiles
@@ -62,12 +62,12 @@ def _measure(report: Report, tokens: int, vocab: int, hidden: int, device: str) 
             ms=seconds * 1e3,
             over_products=seconds / taken["its products alone"],
             tflops=_PRODUCTS[form] * 2 * tokens * vocab * hidden / seconds / 1e12,
-            peak_rows=peak_bytes(action) / (4 * tokens * vocab),
+            peak_memory=peak_bytes(action) / (4 * tokens * vocab),
         )
 
 
 def _liger(problem: Problem) -> Callable[[], Any] | None:
-    """Forward and backward of Liger's fused linear JSD; None where it is not installed."""
+    """Forward and backward of Liger's fused linear JSD; None if it is not installed."""
     try:
         from liger_kernel.transformers import LigerFusedLinearJSD
     except ImportError:

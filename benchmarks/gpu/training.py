@@ -1,6 +1,6 @@
-"""The start-up self-check, three steps (LoRA, bf16, packed), and the peak memory of each phase beside the plan's.
+"""The start-up self-check, three steps (LoRA, bf16, packed), and the peak memory of each phase compared with the plan.
 
-What the steps were trained on goes to the common folder, so that the CPU can repeat them.
+The responses are written to the folder that the parts share, so that the CPU can repeat the steps.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nemo_popsd.training import self_check
 from nemo_popsd.training.objective import Objective
 
 _PHASES = {"rollout": "rollout", "frozen": "frozen", "train": "training"}
-"""The stopwatch's names of the phases, and the planner's."""
+"""Name of each phase in the stopwatch to its name in the planner."""
 
 
 class _MemoryWatch(Stopwatch):
-    """Notes beside the seconds the most bytes that torch's allocator held in each phase."""
+    """Also records the peak bytes of torch's allocator in each phase."""
 
-    peaks: dict[str, int] = {}  # noqa: RUF012  (of the whole process: each step makes a stopwatch)
+    peaks: dict[str, int] = {}  # noqa: RUF012  (shared by the process: each step makes a stopwatch)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -59,13 +59,13 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
     kept = []
     with patch("nemo_popsd.training.step.Stopwatch", _MemoryWatch):
         step = trained.step(engine)
-        for number in range(1, STEPS + 1):
-            metrics = step(number, trained.rows(number), trained.optimizer, trained.update)
+        for index in range(1, STEPS + 1):
+            metrics = step(index, trained.rows(index), trained.optimizer, trained.update)
             kept.append({"responses": engine.responses, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
             (work / RESPONSES).write_text(json.dumps(kept))
             report(
                 "steps",
-                step=number,
+                step=index,
                 loss=metrics.loss,
                 grad_norm=metrics.grad_norm,
                 rollout_s=metrics.seconds_rollout,
@@ -87,7 +87,7 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
 
 
 def _self_check(report: Report, trained: Run) -> None:
-    """On made-up responses; what the check finds is what it logs."""
+    """Runs the check with references as responses; its loss and gradient norm are taken from its log record."""
     found: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = found.append  # type: ignore[method-assign]

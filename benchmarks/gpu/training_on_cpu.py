@@ -1,4 +1,4 @@
-"""The steps of `training` again, on the CPU in fp32, on the same responses: losses and gradient norms beside those."""
+"""Repeats the steps of `training` on the CPU in fp32, on the same responses, and compares losses and gradient norms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.gpu.journal import Report
 from benchmarks.gpu.model import RESPONSES, ScriptedEngine, random_model, settings, start
 
 _LOSS_LIMIT, _NORM_LIMIT = 0.03, 0.1
-"""Relative differences beyond which bf16 on a GPU is not the same computation."""
+"""Largest relative differences between the same computation in bf16 on a GPU and in fp32."""
 
 
 def run(report: Report, *, rehearse: bool, work: Path) -> None:
@@ -18,14 +18,14 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
     repeated = start(settings(random_model(work, rehearse=rehearse), rehearse=rehearse, precision="fp32"))
     engine = ScriptedEngine()
     step = repeated.step(engine)
-    for number, there in enumerate(kept, 1):
-        engine.responses, engine.version = there["responses"], number - 1
-        here = step(number, repeated.rows(number), repeated.optimizer, repeated.update)
+    for index, there in enumerate(kept, 1):
+        engine.responses, engine.version = there["responses"], index - 1
+        here = step(index, repeated.rows(index), repeated.optimizer, repeated.update)
         loss = abs(there["loss"] / here.loss - 1)
         norm = abs(there["grad_norm"] / here.grad_norm - 1)
         report(
             "bf16 there, fp32 on the CPU",
-            step=number,
+            step=index,
             loss_there=there["loss"],
             loss_cpu=here.loss,
             loss_difference=loss,

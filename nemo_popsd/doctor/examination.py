@@ -20,7 +20,7 @@ class Question:
         conf: configuration of a run; None to examine packages and machine only.
         overrides: its ``key=value`` overrides.
         evaluates: whether the run is an evaluation.
-        checkpoint: that the run evaluates.
+        checkpoint: checkpoint that the run evaluates; None for `student.source`.
         world_size: number of ranks of the run.
         gpus: CUDA devices that the run needs on this machine.
         free_gib: free space in GiB that the run needs at its output.

@@ -22,7 +22,7 @@ def examine_run(
         overrides: ``key=value``.
         world_size: number of ranks of the run.
         evaluates: whether the run is an evaluation.
-        checkpoint: that is evaluated; None for `student.source`.
+        checkpoint: checkpoint to evaluate; None for `student.source`.
 
     Returns:
         The findings, and `output`, which is None if the configuration could not be read.

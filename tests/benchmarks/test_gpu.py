@@ -78,7 +78,7 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     statuses = {row["part"]: row["status"] for row in rows if "status" in row}
     assert statuses == {p.name: "ok" for p in PARTS}, (tmp_path / "log.txt").read_text()[-4000:]
     assert done.returncode == 0
-    # Of the CPU: whatever else runs on the machine, it would take no longer alone.
+    # CPU time, which does not depend on other load of the machine.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
     assert {row["part"] for row in rows if row.get("table")} == set(statuses)
     assert {row["verdict"] for row in rows if "verdict" in row} == {"right", "passed"}

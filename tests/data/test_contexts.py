@@ -171,7 +171,7 @@ def test_overlong_prompts_follow_the_setting_and_are_never_truncated() -> None:
         builder(max_prompt_tokens=150).build(rows[1])
 
 
-def test_the_limit_is_on_the_whole_student_prompt() -> None:
+def test_the_limit_is_on_the_complete_student_prompt() -> None:
     length = len(builder().build(record()).student)
     assert isinstance(builder(max_prompt_tokens=length).fit([record()])[0], FittedRow)
     assert isinstance(builder(max_prompt_tokens=length - 1).fit([record()])[0], RejectedRow)

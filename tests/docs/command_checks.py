@@ -1,4 +1,4 @@
-"""What can be known of a command line without running it: programs, options, settings and files exist."""
+"""Checks of a command line without running it: programs, options, settings and files exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class WrongCommandError(AssertionError):
 
 
 def statements(script: str) -> list[list[str]]:
-    """The commands of a block in words: continued lines joined, comments left out, substitutions opened."""
+    """The commands of a block as words: continued lines are joined, comments dropped, substitutions opened."""
     found: list[list[str]] = []
     for line in script.replace("\\\n", " ").splitlines():
         found.append([])
@@ -45,11 +45,11 @@ def opened(words: list[str]) -> list[str]:
 
 
 def check(words: Sequence[str], *, refused: bool = False) -> None:
-    """Raise `WrongCommandError` unless a command is known to be right.
+    """Raise `WrongCommandError` unless the checks of the command pass.
 
     Args:
         words: the command.
-        refused: whether the page shows how it is refused.
+        refused: whether the page shows its refusal.
     """
     statement = shlex.join(words)
     while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
@@ -70,7 +70,7 @@ def check(words: Sequence[str], *, refused: bool = False) -> None:
 
 
 def check_popsd(words: Sequence[str], *, refused: bool = False) -> None:
-    """Arguments as the parser takes them, settings as the configuration does."""
+    """Check the arguments with the parser, and the settings with the configuration."""
     args = parse([word.replace("%a", "1") for word in words])
     configuration = getattr(args, "config", None)
     if configuration is None:
@@ -150,32 +150,32 @@ def check_sbatch(words: Sequence[str]) -> None:
 
 
 def check_pipeline(words: Sequence[str]) -> None:
-    """Options of the training, its configuration, its settings."""
+    """Options of sbatch, then the arguments of the training."""
     rest = [word for word in words if not word.startswith("-")]
     check_popsd(["train", *rest])
 
 
 def check_first_file(words: Sequence[str]) -> None:
-    """The first argument is a file of the repository, an environment, or what a copy of an example makes."""
+    """Check that the first argument is a file of the repository, an environment, or the copy of an example."""
     made = {"slurm/env.sh": "slurm/env.example.sh", ".venv/bin/activate": "Makefile"}
     require_file(made.get(words[0], words[0]))
 
 
 def check_docker(words: Sequence[str]) -> None:
-    """The image is built from here."""
+    """Check that the image is built from the repository."""
     if words[0] != "build" or words[-1] != ".":
         raise WrongCommandError(f"docker {' '.join(words)}")
     require_file("Dockerfile")
 
 
 def require_file(path: str | Path) -> None:
-    """Raise unless the repository has it."""
+    """Raise `WrongCommandError` unless the repository has the file."""
     if not (ROOT / path).exists():
         raise WrongCommandError(f"{path} does not exist")
 
 
 def needs_nothing(words: Sequence[str]) -> None:
-    """A program of the system on files of the reader's."""
+    """A program of the system, applied to the reader's files, is not checked."""
 
 
 _PROGRAMS: dict[str, Callable[[list[str]], object]] = {

@@ -1,4 +1,4 @@
-"""The documents, their blocks of code and what is written as code in their text."""
+"""The documents, their blocks of code, and the code in their text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Block(NamedTuple):
     page: str
     language: str
     words: str
-    """What follows the language: `run`, `shown-below`."""
+    """The words after the language: `run`, `shown-below`."""
     body: str
 
 
@@ -35,9 +35,14 @@ def blocks(page: str, language: str) -> list[Block]:
     return [block for block in found if block.language == language]
 
 
+def without_blocks(page: str) -> str:
+    """The text of a page outside its fenced blocks."""
+    return _BLOCK.sub("", text_of(page))
+
+
 def inline_code(page: str) -> list[str]:
-    """What a page has between backticks, outside its blocks."""
-    return re.findall(r"`([^`\n]+)`", _BLOCK.sub("", text_of(page)))
+    """The texts between backticks on a page, outside its blocks."""
+    return re.findall(r"`([^`\n]+)`", without_blocks(page))
 
 
 def reference() -> ModuleType:

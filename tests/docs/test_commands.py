@@ -48,7 +48,7 @@ def test_every_complete_command_in_the_text_is_right(page: str) -> None:
         words = code.split()
         if words[0] == "popsd" and not words[1].startswith("-"):
             assert words[1] in [*commands, "COMMAND"], code
-            # A command that is named without what it needs, or with placeholders, is no command to type.
+            # A command that is named without its arguments, or with placeholders, is not a command to run.
             if len(words) == 2 or _PLACEHOLDER.search(code):
                 continue
             if not any(word.startswith("conf/") for word in words):
@@ -91,7 +91,7 @@ def test_shellcheck_finds_nothing(page: str) -> None:
         "curl https://example.org",
     ],
 )
-def test_a_wrong_command_is_noticed(statement: str) -> None:
+def test_a_wrong_command_is_detected(statement: str) -> None:
     with pytest.raises(WrongCommandError):
         check(shlex.split(statement))
 

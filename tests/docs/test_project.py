@@ -1,4 +1,4 @@
-"""README on a screen and a half, one version, and what a package needs beside its code."""
+"""The length of the README, the single version, and the files that a package needs besides its code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_wheel_states_that_the_package_is_typed() -> None:
     assert (ROOT / "nemo_popsd" / "py.typed").is_file()
 
 
-def test_the_changelog_knows_the_version_or_what_it_will_contain() -> None:
+def test_the_changelog_names_the_version() -> None:
     headings = re.findall(r"^## \[([^\]]+)\]", text_of("CHANGELOG.md"), re.MULTILINE)
     assert headings[0] == "Unreleased"
     assert nemo_popsd.__version__ in text_of("CHANGELOG.md")

@@ -14,10 +14,10 @@ class Server:
     """Serves `model` on a port that the kernel picks, as a context manager.
 
     Attributes:
-        root: what it says that the model was loaded from.
-        requests: bodies of the completion requests, as they came.
-        keys: Authorization headers, of all requests.
-        most_at_once: greatest number of completions under way at a time.
+        root: directory from which it states that the model was loaded.
+        requests: bodies of the completion requests, in order of arrival.
+        keys: Authorization headers of all requests.
+        most_at_once: largest number of completions in progress at a time.
         fault: called with each body before it is answered; may return (status, headers, text), or "hang up".
     """
 
@@ -38,9 +38,9 @@ class Server:
             def do_GET(self) -> None:
                 outer.keys.append(self.headers.get("Authorization"))
                 if self.path == "/v1/models":
-                    self._say(200, json.dumps({"data": [{"id": outer.model, "root": outer.root}]}))
+                    self._respond(200, json.dumps({"data": [{"id": outer.model, "root": outer.root}]}))
                 else:
-                    self._say(404, "no such page")
+                    self._respond(404, "no such page")
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -56,12 +56,12 @@ class Server:
                 if fault == "hang up":
                     self.connection.close()
                 elif fault is None:
-                    self._say(404, "no such page")
+                    self._respond(404, "no such page")
                 else:
                     status, headers, text = fault
-                    self._say(status, text, headers)
+                    self._respond(status, text, headers)
 
-            def _say(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
+            def _respond(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)
                 for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
                     self.send_header(name, value)

@@ -1,4 +1,4 @@
-"""What is between the prompts and the tables of an evaluation."""
+"""The steps of an evaluation between its prompts and its tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.evaluation.test_sampling import prompts
 SAMPLING = SamplingParams(1.0, 1.0, 0, max_response_tokens=8, stop_token_ids=frozenset({2}))
 
 
-def test_digests_follow_the_weights_and_not_the_place(tmp_path: Path) -> None:
+def test_digests_depend_on_the_weights_and_not_on_their_path(tmp_path: Path) -> None:
     model = tmp_path / "model"
     (model / "inner").mkdir(parents=True)
     (model / "config.json").write_text("{}")
@@ -69,7 +69,7 @@ def test_prepared_sets_have_names_directories_and_problems(tmp_path: Path) -> No
     assert not one.directory.path.exists()
 
 
-def test_a_named_set_must_be_whole(tmp_path: Path) -> None:
+def test_a_named_set_must_be_complete(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.evaluation.sets, settings.evaluation.sets_directory = ["aime24"], str(tmp_path)
     write_jsonl(tmp_path / "aime24.jsonl", rows(29))
@@ -89,7 +89,7 @@ def drawn(tmp_path: Path, numbers: list[int]) -> ProblemSet:
     return one
 
 
-def test_what_is_concluded_is_what_was_asked_for(tmp_path: Path) -> None:
+def test_the_requested_samples_are_concluded(tmp_path: Path) -> None:
     settings = EvaluationConfig(samples_per_problem=2)
     table = conclude_all([drawn(tmp_path, [2, 1, 0])], settings, model="m")
     summary = EvaluationDirectory(tmp_path / "s").summary()
@@ -100,7 +100,7 @@ def test_what_is_concluded_is_what_was_asked_for(tmp_path: Path) -> None:
     assert "average" not in table
 
 
-def test_samples_that_other_ranks_kept_to_themselves_are_missed(tmp_path: Path) -> None:
+def test_samples_that_other_ranks_wrote_elsewhere_are_reported_missing(tmp_path: Path) -> None:
     settings = EvaluationConfig(samples_per_problem=2)
     with AnswerVerifier(1) as verifier, pytest.raises(UserError, match=r"2 of 4 missing.*all of them share"):
         conclude(drawn(tmp_path, [0]), settings, verifier, model="m")

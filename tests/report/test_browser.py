@@ -149,7 +149,7 @@ def test_the_values_of_a_token_are_shown(browser: Browser, pages: dict[str, Path
     assert page.complaints() == []
 
 
-def test_on_a_telephone_a_tap_calls_the_panel_up(browser: Browser, pages: dict[str, Path]) -> None:
+def test_on_a_phone_a_tap_opens_the_panel(browser: Browser, pages: dict[str, Path]) -> None:
     page = opened(browser, pages["diagnosis"], PHONE)
     shown = "getComputedStyle(document.querySelector('.inspector')).display"
     assert page.value(shown) == "none"

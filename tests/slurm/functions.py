@@ -26,7 +26,7 @@ class Job:
 
     Attributes:
         place: directory of the submission.
-        start: directory of the logs of its first start; made when asked for.
+        start: directory of the logs of its first start; created at the first access.
     """
 
     def __init__(self, place: Path) -> None:

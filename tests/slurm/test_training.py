@@ -80,17 +80,17 @@ def until_it_trains(slurm: Cluster, place: Path, job: str, start: int, steps: in
     logs = place / "logs" / f"popsd-train-{job}" / f"start-{start}"
     slurm.wait_for(job, "RUNNING", seconds=300, restarts=start)
 
-    def begun() -> re.Match[str] | None:
+    def start_line() -> re.Match[str] | None:
         log = logs / "node-0.log"
         return re.search(r"resuming after step (\d+)|beginning at step 1", log.read_text() if log.is_file() else "")
 
     def trains() -> bool:
         assert slurm.record(job)["JobState"] in ("RUNNING", "COMPLETED"), slurm.output(job)
-        match = begun()
+        match = start_line()
         return match is not None and max(losses(place), default=0) >= int(match[1] or 0) + steps
 
     slurm.until(trains, 300, f"steps of start {start} of job {job}")
-    match = begun()
+    match = start_line()
     assert match is not None
     return int(match[1] or 0)
 
