@@ -106,7 +106,7 @@ def test_what_no_layer_can_compute_is_refused_before_a_model_is_built(models: Pa
     [said] = run_ranks(_refusals, 1, models, layers=TRANSFORMER_ENGINE)
     assert "student.lora.targets with linear_fc1, linear_fc2 for a mixture of 4 experts" in said["experts"]
     assert "set student.lora.targets=[linear_qkv,linear_proj]" in said["experts"]
-    assert "within a window (OLMo-3's) with parallel.context=2" in said["window"]
+    assert "layers with sliding windows (OLMo-3's) with parallel.context=2" in said["window"]
     assert "student.precision=fp32 with parallel.context=2" in said["fp32"]
     assert "NVIDIA_TF32_OVERRIDE=0" in said["warning"]
     for name in ("experts, attention alone", "experts, full", "window, whole", "fp32, whole", "bf16"):

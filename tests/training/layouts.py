@@ -95,21 +95,21 @@ def _gather_that_sums() -> None:
     """Sequence parallelism: the gather's backward sums over the group, as Megatron's default does."""
     from megatron.core import parallel_state
 
-    from nemo_popsd.megatron import alignment
+    from nemo_popsd.megatron import response_routing
 
-    right = alignment._GatherSlices.backward
+    right = response_routing._GatherSlices.backward
 
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
         return right(ctx, gradient)
 
-    _replace_backward(alignment._GatherSlices, backward)
+    _replace_backward(response_routing._GatherSlices, backward)
 
 
 def _exchange_that_stays() -> None:
     """Context parallelism: the exchange's backward keeps the rows that stayed here and sends nothing back."""
-    from nemo_popsd.megatron import alignment
+    from nemo_popsd.megatron import response_routing
 
     def backward(ctx: Any, gradient: Tensor) -> Any:
         send_counts, receive_counts = ctx.counts
@@ -119,7 +119,7 @@ def _exchange_that_stays() -> None:
         result[sum(send_counts[:rank]) : sum(send_counts[: rank + 1])] = mine
         return result, None, None, None
 
-    _replace_backward(alignment._Exchange, backward)
+    _replace_backward(response_routing._Exchange, backward)
 
 
 def _replace_backward(function: Any, backward: Callable[..., Any]) -> None:

@@ -30,7 +30,7 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
         states = healthy(self, trajectories)
         for trajectory, state in zip(trajectories, states, strict=True):
             if trajectory.row_id == "row3":  # on the rank that lengths gave it to
-                state.frozen.anchor[3] = torch.nan
+                state.vectors.anchor[3] = torch.nan
                 seen["holds it"] = rank
         return states
 
