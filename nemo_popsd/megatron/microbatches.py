@@ -188,7 +188,7 @@ def _pad(
         ids[column, : len(sequences[index])] = torch.tensor(
             append_response(sequences[index].prompt, sequences[index].response)
         )
-    held = split.held([length], split.context_rank)
+    held = split.held_places([length], split.context_rank)
     return _micro_batch(
         sequences,
         indices,
@@ -219,7 +219,7 @@ def _pack(
         tokens = append_response(sequences[index].prompt, sequences[index].response)
         ids[0, begin : begin + len(tokens)] = torch.tensor(tokens)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    held = split.held(lengths, split.context_rank)
+    held = split.held_places(lengths, split.context_rank)
     host_bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     bounds = host_bounds.to(device)
     packed = PackedSeqParams(

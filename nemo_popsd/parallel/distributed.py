@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from nemo_popsd.errors import TransientError, UserError, describe_error
 from nemo_popsd.parallel import launcher
 from nemo_popsd.parallel.config import ParallelConfig
-from nemo_popsd.parallel.waiting import prepare_meeting
+from nemo_popsd.parallel.waiting import create_waiting_group
 from nemo_popsd.runtime.cpu import adapt_megatron
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             device_id=device() if torch.cuda.is_available() else None,
         )
     parallel.check_world(dist.get_world_size())
-    prepare_meeting()
+    create_waiting_group()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

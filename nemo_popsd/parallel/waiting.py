@@ -12,20 +12,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE = timedelta(days=1)
+WAIT_LIMIT = timedelta(days=1)
 """Time limit of the wait for a rank that is alive."""
 
 _groups: list[tuple[Any, dist.ProcessGroup]] = []
-"""The default group of this process and the gloo group for waiting; empty before `prepare_meeting`."""
+"""The default group of this process and the gloo group for waiting; empty before `create_waiting_group`."""
 
 
-def prepare_meeting() -> None:
+def create_waiting_group() -> None:
     """Creates the group for waiting, once for each default group. Collective over the world."""
     if not (_groups and _groups[0][0] is dist.group.WORLD):
-        _groups[:] = [(dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))]
+        _groups[:] = [(dist.group.WORLD, dist.new_group(backend="gloo", timeout=WAIT_LIMIT))]
 
 
 def wait_for_all() -> None:
-    """Returns when all ranks have called it. Collective over the world: one barrier, after `prepare_meeting`."""
+    """Returns when all ranks have called it. Collective over the world: one barrier, after `create_waiting_group`."""
     [(_, group)] = _groups
     dist.barrier(group=group)

@@ -131,7 +131,7 @@ class StepFlops:
 def prefill(case: Case) -> Flops:
     """The prompts of all rows that a rank generates for, written to the cache except their last tokens."""
     length = case.means.prompt - 1
-    tokens = case.drawn_rows * length * case.layout.context  # no sequence is split while decoding
+    tokens = case.generated_rows * length * case.layout.context  # no sequence is split while decoding
     return forward(case, tokens, tokens * length, adapters=case.lora)
 
 
@@ -146,7 +146,7 @@ def attended(case: Case) -> float:
 def step(case: Case) -> StepFlops:
     """Of one step."""
     rows, mean = case.rows, case.means
-    decoded = decoding(case, case.drawn_rows, attended(case)) * mean.response
+    decoded = decoding(case, case.generated_rows, attended(case)) * mean.response
     lengths = [mean.of(branch) for branch in case.branches]
     frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False)
     trained = training(case, rows * mean.student, rows * mean.student**2)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
-from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, whole
+from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, total_parameters
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
 
@@ -156,7 +156,7 @@ def server_bytes(case: Case) -> float:
     if rollout.engine != "vllm" or rollout.vllm.launcher:
         return 0.0
     if rollout.vllm.cache_bytes:
-        return whole(case.sizes) * case.element / rollout.vllm.tensor + rollout.vllm.cache_bytes
+        return total_parameters(case.sizes) * case.element / rollout.vllm.tensor + rollout.vllm.cache_bytes
     return rollout.vllm.memory_share * case.plan.hardware.memory_gib * 2**30
 
 

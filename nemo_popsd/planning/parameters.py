@@ -129,7 +129,7 @@ def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | No
     return Parameters(dense, experts, adapters, expert_adapters, vocabulary)
 
 
-def whole(sizes: ModelSizes) -> int:
+def total_parameters(sizes: ModelSizes) -> int:
     """Parameters of the full model as published: no padding, no adapters."""
     hidden, experts = sizes.hidden, max(1, sizes.experts)
     vocabulary = sizes.vocab * hidden * (1 if sizes.tied else 2)

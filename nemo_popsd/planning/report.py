@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nemo_popsd.planning.memory import PHASES
-from nemo_popsd.planning.parameters import whole
+from nemo_popsd.planning.parameters import total_parameters
 from nemo_popsd.planning.plan import GIB, Changes, Estimate
 from nemo_popsd.planning.workload import Case
 
@@ -20,7 +20,7 @@ def describe(made: Estimate, origin: str) -> str:
     lines = [_NOTE, ""]
     lines += _aligned(
         [
-            ("model", f"{case.sizes.name}: {whole(case.sizes) / 1e9:.2f} billion parameters ({origin})"),
+            ("model", f"{case.sizes.name}: {total_parameters(case.sizes) / 1e9:.2f} billion parameters ({origin})"),
             ("layout", f"{_size(layout.nodes, 'node')} of {_size(layout.gpus_per_node, 'GPU')}: {shape(case)}"),
             ("training", _training(case)),
             ("step", _step(case)),
@@ -95,7 +95,7 @@ def as_data(made: Estimate, origin: str) -> dict[str, Any]:
     case, layout = made.case, made.case.layout
     return {
         "estimate": True,
-        "model": {**asdict(case.sizes), "parameters": whole(case.sizes), "origin": origin},
+        "model": {**asdict(case.sizes), "parameters": total_parameters(case.sizes), "origin": origin},
         "layout": {**asdict(layout), "data": layout.data},
         "assumptions": asdict(case.plan),
         "prompts": case.prompts,

@@ -144,8 +144,8 @@ def step(case: Case, *, from_host: float) -> StepTraffic:
     rows, mean, layout = case.rows, case.means, case.layout
     sizes = case.sizes
     # No sequence is split while decoding, which the divisions by c below assume.
-    generated = case.drawn_rows * (mean.student - 1) * layout.context
-    drawn = case.drawn_rows * mean.response * sampling(case)
+    generated = case.generated_rows * (mean.student - 1) * layout.context
+    drawn = case.generated_rows * mean.response * sampling(case)
     rollout = Phase(
         tensor=tensor_forward(case, generated, adapters=case.lora) + drawn,
         pipeline=stage_transfer(case, generated) / layout.virtual_pipeline,

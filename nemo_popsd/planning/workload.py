@@ -183,7 +183,7 @@ class Case:
         return math.ceil(tokens / self.config.training.frozen_tokens)
 
     @property
-    def drawn_rows(self) -> int:
+    def generated_rows(self) -> int:
         """Responses that a rank generates: context-parallel ranks divide the rows, ranks that share experts generate
         for the rows of all of them.
         """
@@ -195,9 +195,9 @@ class Case:
     def decoded_rows(self) -> int:
         """B, rows that a rank decodes together."""
         rollout = self.config.rollout
-        return max(1, min(rollout.batch_rows, self.drawn_rows, rollout.cache_tokens // self.limits.student))
+        return max(1, min(rollout.batch_rows, self.generated_rows, rollout.cache_tokens // self.limits.student))
 
     @property
     def decoding_waves(self) -> int:
         """Batches of `decoded_rows`, one after the other."""
-        return math.ceil(self.drawn_rows / self.decoded_rows)
+        return math.ceil(self.generated_rows / self.decoded_rows)

@@ -109,7 +109,7 @@ def without_memory(rank: int, size: int) -> Iterator[None]:
 def observe(rank: int, world_size: int, name: str, directory: Path) -> dict[str, Any]:
     """Shape, and the dimension that is split, of every parameter of all stages, by its name in local layers."""
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-    from nemo_popsd.megatron.adapters import whole_model_name
+    from nemo_popsd.megatron.adapters import full_model_name
     from nemo_popsd.megatron.build import build_chunks
     from nemo_popsd.megatron.config import StudentConfig
     from nemo_popsd.parallel.config import ParallelConfig
@@ -133,7 +133,7 @@ def observe(rank: int, world_size: int, name: str, directory: Path) -> dict[str,
                 assert parameter.device.type == "meta", own
                 assert parameter.dtype == torch.bfloat16, own
                 split = getattr(parameter, "tensor_model_parallel", False)
-                seen["parameters"][whole_model_name(gpt, local_name(own))] = tuple(parameter.shape), split
+                seen["parameters"][full_model_name(gpt, local_name(own))] = tuple(parameter.shape), split
     return seen
 
 

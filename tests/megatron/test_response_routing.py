@@ -54,7 +54,7 @@ def test_ranks_hold_each_position_once_and_lengths_divide(blocks: list[int], siz
     contexts, slices = sizes
     split = SequenceSplit(context=_fake(contexts, 0), tensor=_fake(slices, 0))
     lengths = [block * split.sequence_multiple for block in blocks]
-    held = torch.cat([split.held(lengths, rank) for rank in range(contexts)])
+    held = torch.cat([split.held_places(lengths, rank) for rank in range(contexts)])
     assert sorted(held.tolist()) == list(range(sum(lengths)))
     assert split.total_multiple % split.sequence_multiple == 0
     assert split.total_multiple // contexts % slices == 0

@@ -13,7 +13,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning import compute, memory, traffic
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout, misfits
-from nemo_popsd.planning.parameters import count, stages, whole
+from nemo_popsd.planning.parameters import count, stages, total_parameters
 from nemo_popsd.planning.plan import estimate, fastest, nearest, problems
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_sizes
@@ -225,7 +225,7 @@ def test_an_exact_cache_counts_beside_the_weights() -> None:
         "rollout.vllm.tensor=2",
     ]
     made = estimate(case("Qwen3-8B", *words, tensor=2))
-    assert made.memory.phases["rollout"]["vLLM"] == whole(made.case.sizes) * 2 / 2 + 1_000_000
+    assert made.memory.phases["rollout"]["vLLM"] == total_parameters(made.case.sizes) * 2 / 2 + 1_000_000
 
 
 def test_pipeline_stages_keep_several_micro_batches_and_wait() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_popsd.embedded.names import asset
 from nemo_popsd.errors import UserError
-from nemo_popsd.planning.parameters import whole
+from nemo_popsd.planning.parameters import total_parameters
 from nemo_popsd.planning.sizes import embedded_models, read_sizes
 
 # As the model cards state them, in billions.
@@ -25,7 +25,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", embedded_models())
 def test_the_sizes_that_ship_add_up_to_the_published_parameters(name: str) -> None:
     sizes, origin = read_sizes(f"models/{name.lower()}")
-    assert whole(sizes) / 1e9 == pytest.approx(PUBLISHED[name], abs=0.06)
+    assert total_parameters(sizes) / 1e9 == pytest.approx(PUBLISHED[name], abs=0.06)
     assert "ship with nemo_popsd" in origin
     assert f"models/{name.lower()} is not on this machine" in origin
 

@@ -67,7 +67,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     live = folder / f"{variant.kind}_live" if variant.adaptation == "full" else None
     run = start(folder / variant.kind, config, initial=live)
     if variant.adaptation == "lora":
-        draw_adapters(run.student)
+        randomize_adapters(run.student)
         run.optimizer.megatron.reload_model_params()  # in bf16 the optimizer has weights of its own
     group = run.student.dp_group
     share = len(LENGTHS) // group.size()
@@ -190,14 +190,14 @@ def _main_gradients(run: Any, distributed: bool) -> Named:
 def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
     """Tensors of this rank's stage, by their names in a whole model of local layers, put together over the
     tensor-parallel group."""
-    from nemo_popsd.megatron.adapters import whole_model_name
+    from nemo_popsd.megatron.adapters import full_model_name
 
     result = {}
     for chunk, tensors in zip(run.student.chunks, named, strict=True):
         for name, parameter, tensor in tensors:
             expert = not getattr(parameter, "allreduce", True)
             group = chunk.pg_collection.expt_tp if expert else run.student.tp_group
-            result[whole_model_name(chunk, local_name(name))] = _whole(name, parameter, tensor, group)
+            result[full_model_name(chunk, local_name(name))] = _whole(name, parameter, tensor, group)
     return result
 
 
@@ -223,16 +223,16 @@ def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
 
 
 @torch.no_grad()
-def draw_adapters(student: Any) -> None:
+def randomize_adapters(student: Any) -> None:
     """Gives the B matrices values, the same in every layout, so that the A matrices have gradients too."""
-    from nemo_popsd.megatron.adapters import whole_model_name
+    from nemo_popsd.megatron.adapters import full_model_name
 
     group = student.tp_group
     for chunk in student.chunks:
         for name, parameter in chunk.named_parameters():
             if name.endswith("adapter.linear_out.weight"):
                 rows, columns = parameter.shape[0] * group.size(), parameter.shape[1]
-                seed = zlib.crc32(whole_model_name(chunk, name).encode())
+                seed = zlib.crc32(full_model_name(chunk, name).encode())
                 whole = 0.1 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
                 parts: list[Tensor] = list(whole.chunk(group.size()))
                 if "linear_fc1" in name:
