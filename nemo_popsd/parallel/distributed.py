@@ -26,10 +26,10 @@ from nemo_popsd.runtime.cpu import adapt_megatron
 logger = logging.getLogger(__name__)
 
 _LONGEST_START = timedelta(minutes=30)
-"""Time limit from the first rank that waits for the others to the last."""
+"""Longest time that a rank waits for the others to connect."""
 _PATIENCE_SECONDS = 20.0
 _PATIENCE_OF_OTHERS_SECONDS = 300.0
-"""Time before a rank logs that it waits for others. Rank 0 does so first; other ranks only if rank 0 is missing."""
+"""Time after which a rank logs that it waits for others: rank 0, and later, in case rank 0 is missing, the others."""
 
 
 def device() -> torch.device:

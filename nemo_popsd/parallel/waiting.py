@@ -2,7 +2,7 @@
 
 Replicas generate responses of different lengths. A rank that waits for them in a collective of the default group would
 fail after `training.collective_timeout`, which is meant for ranks that hang. Here ranks wait in a gloo group with a
-long timeout. If a rank dies meanwhile, its connections close and the others fail at once.
+long timeout. If a process ends meanwhile, its connections close and the others fail at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 WAIT_LIMIT = timedelta(days=1)
-"""Time limit of the wait for a rank that is alive."""
+"""Time limit of the wait for ranks that are still running."""
 
 _groups: list[tuple[Any, dist.ProcessGroup]] = []
 """The default group of this process and the gloo group for waiting; empty before `create_waiting_group`."""

@@ -24,7 +24,7 @@ TARGETS = {
     "purified, cap 2, beta 0.7, temperature 1.3": Target.purified(0.7, 2.0, 1.3),
     "purified, cap 1, beta 3": Target.purified(3.0, 1.0),
     "purified, no cap, temperature 0.8": Target.purified(2.0, None, 0.8),
-    "family purified": Target.purified(1.5, 4.0, 1.1),
+    "purified, cap 4, beta 1.5, temperature 1.1": Target.purified(1.5, 4.0, 1.1),
     "opsd": Target.opsd(),
     "beta-opsd, base": Target.beta_opsd(0.3, temperature=1.2),
     "beta-opsd, student": Target.beta_opsd(0.6, "student"),
@@ -40,7 +40,7 @@ DIVERGENCES = {
     "forward": Divergence("forward_kl"),
     "reverse": Divergence("reverse_kl"),
 }
-# (true vocabulary, padded): ragged last shard; nothing padded; a whole shard of padding under TP=2.
+# (true vocabulary, padded): part of the last shard is padding; none; under TP=2 all of the second shard.
 VOCABULARIES = ((29, 32), (32, 32), (13, 32))
 CHUNKS = (1, 3, 7, 100)
 
@@ -60,7 +60,7 @@ def vectors_of(problem: Problem, target: Target) -> HiddenPair:
 
 
 def hidden_loss(problem: Problem, target, divergence, group=None, *, dh: bool = True, dw: bool = True, **settings):
-    """`loss_from_hidden` with the leaves it was given; `shared`: student and teacher with the teacher's matrix."""
+    """`loss_from_hidden`, and the leaves of its inputs; `shared`: the teacher's matrix for student and teacher."""
     shared = settings.pop("shared", False)
     hidden = problem.student.clone().requires_grad_(dh)
     weight = (problem.teacher_weight if shared else problem.student_weight).clone().requires_grad_(dw)
@@ -86,7 +86,7 @@ def diagnosed(problem: Problem, index=None) -> DiagnosedTokens:
 
 
 def logits_loss(problem: Problem, target, divergence, group=None):
-    """`loss_from_logits` on this shard's logits, with the leaf."""
+    """`loss_from_logits` on this shard's logits, and the student's logits."""
 
     def frozen(hidden):
         return hidden @ problem.teacher_weight.T

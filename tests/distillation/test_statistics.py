@@ -1,4 +1,4 @@
-"""Per-token statistics and the paper's decomposition against dense formulas, whole and in shards."""
+"""Per-token statistics and the paper's decomposition against dense formulas, with one shard and with two."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_statistics_agree_with_dense_formulas_in_shards():
         assert max(found[torch.float32]) < 1e-5
 
 
-def test_a_student_equal_to_the_teacher_has_no_decomposition_and_no_sample_has_none():
+def test_the_decomposition_is_undefined_where_student_and_teacher_agree_and_empty_without_a_sample():
     problem = make_problem(4)
     same = type(problem)(**{**vars(problem), "student": problem.privileged, "student_weight": problem.teacher_weight})
     result, _, _ = hidden_loss(same, Target.purified(), Divergence(), shared=True, diagnosed=diagnosed(same))

@@ -1,4 +1,4 @@
-"""Models of the sizes that users train, without memory: names, shapes, counts and shards against transformers' own.
+"""Models of the sizes that users train, without memory: names, shapes, counts and shards against transformers.
 
 On the meta device, one tensor-parallel rank and every pipeline stage in turn, under torch's process group that sends
 nothing.
@@ -50,7 +50,7 @@ PARAMETERS = {
     "DeepSeek-R1-Distill-Llama-70B": 70_553_706_496,
     "Olmo-3-7B": 7_298_011_136,
 }
-"""As the models' own cards and files have them."""
+"""As the models' cards and files state them."""
 STAGES = 4
 TENSOR = dict.fromkeys(PARAMETERS, 8) | {"Qwen3-30B-A3B": 4}
 """Four key-value heads are split over four ranks at most."""

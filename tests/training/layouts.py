@@ -1,4 +1,4 @@
-"""Three steps on fixed rollouts in any layout, and every gradient and weight as one process would have it, by name."""
+"""Three steps on fixed rollouts in any layout, with every gradient and weight of the full model by name."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     if variant.shares is not None:
         mine = list(variant.shares[group.rank()])
         module.rebalance = lambda trajectories, *_: [list(trajectories)]  # type: ignore[attr-defined]
-    run.steps = 1  # the first one checks itself
+    run.steps = 1  # the first one includes the self-check
     engine = ScriptedEngine([response(number, LENGTHS[number]) for number in mine], lambda: run.steps)
     step = run.on_policy_step(engine)
     gradients: dict[str, Tensor] = {}
@@ -137,7 +137,7 @@ def _mean_over_context() -> None:
 
 
 def _embedding_of_one_stage() -> None:
-    """Pipeline: the flag that the reduction of tied embeddings asks for is down while the schedule runs."""
+    """Pipeline: the flag that the reduction of tied embeddings reads is False while the schedule runs."""
     from nemo_popsd.megatron import optimizer
 
     right = optimizer.finalize_model_grads
@@ -188,8 +188,9 @@ def _main_gradients(run: Any, distributed: bool) -> Named:
 
 
 def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
-    """Tensors of this rank's stage, by their names in a whole model of local layers, put together over the
-    tensor-parallel group."""
+    """Full tensors of this rank's stage, by their names in a full model of local layers. Collective over the
+    tensor-parallel group: one all-gather for each sharded tensor.
+    """
     from nemo_popsd.megatron.adapters import full_model_name
 
     result = {}
@@ -202,7 +203,7 @@ def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
 
 
 def local_name(name: str) -> str:
-    """The name that a parameter of Transformer Engine's layers has in local ones: norms and experts of their own."""
+    """The name that a parameter of Transformer Engine's layers has in local layers, which do not fuse the norms."""
     name = re.sub(r"self_attention\.linear_qkv\.(to_wrap\.)?layer_norm_weight", "input_layernorm.weight", name)
     name = re.sub(r"mlp\.linear_fc1\.(to_wrap\.)?layer_norm_weight", "pre_mlp_layernorm.weight", name)
     return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
@@ -244,7 +245,7 @@ def randomize_adapters(student: Any) -> None:
 def deviations(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
     """Largest deviation of each tensor, relative to the largest entry that it should have."""
     for name, value in actual.items():
-        # A tied output matrix is a parameter of its own where it lies on another stage than the embedding.
+        # A tied output matrix is a separate parameter where it is on another stage than the embedding.
         tied = name == "output_layer.weight" and name not in expected
         wanted = expected["embedding.word_embeddings.weight" if tied else name]
         assert wanted.abs().max() > 0, f"{name}: nothing to compare"

@@ -15,7 +15,7 @@ STEPS = 5
 TOLERANCE = 1e-5
 """Relative, of the losses over five steps. Layouts add the same numbers in another order, which is 1e-7 in the first
 step; Adam divides by the root of the second moment, so a gradient near 0 that rounds differently moves its weight by up
-to the learning rate (1e-3 here), and the difference grows with the steps. Drawn tokens are the same throughout."""
+to the learning rate (1e-3 here), and the difference grows with the steps. The sampled tokens are equal."""
 
 Variant = dict[str, dict[str, Any]]
 FULL: Variant = {}
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(rank: int, world_size: int, model: Path, tensor: int, variants: dict[str, Variant]) -> dict[str, Any]:
-    """For each variant: what five steps with the real engine came to."""
+    """For each variant: the results of five steps with the real engine."""
     return {name: train_one(rank, world_size, model, tensor, variant) for name, variant in variants.items()}
 
 
@@ -83,7 +83,7 @@ def one(model: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def others(model: Path) -> dict[str, Any]:
-    """What must, or must nearly, come to the same."""
+    """Variants whose results must be the same, or nearly so."""
     variants = {
         "full again": FULL,
         "full, small batches": SMALL_BATCHES,
@@ -181,7 +181,7 @@ def data_parallel(model: Path) -> Any:
     return run_ranks(train, 2, model, 1, variants)
 
 
-def ask_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, int, int]]:
+def request_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, int, int]]:
     """Row id, step and seed of every request of two steps on the same rows, in another order."""
     from tests.training.runs import ScriptedEngine, response, row, settings, start
 
@@ -201,6 +201,6 @@ def ask_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, int, i
 def test_random_numbers_come_from_seed_step_and_row_alone(model: Path) -> None:
     from nemo_popsd.rollout.engine import row_seed
 
-    (asked,) = run_ranks(ask_twice, 1, model)
+    (asked,) = run_ranks(request_twice, 1, model)
     assert len({seed for *_, seed in asked}) == 4
     assert all(seed == row_seed(1234, "train", number, row_id) for row_id, number, seed in asked)
