@@ -25,8 +25,8 @@ def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool 
         as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
 
     Raises:
-        UserError: a setting is wrong or one layout is requested and does not divide or fit; `advice` names the
-            nearest layouts that do.
+        UserError: a setting is wrong, or the only requested layout does not divide or fit; `advice` names the nearest
+            layouts that do.
     """
     plan, rest = split_settings(words)
     run = load_config(config, rest)
