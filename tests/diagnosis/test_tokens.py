@@ -60,11 +60,11 @@ def dense_distributions(problem, target):
 
 def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
     """Largest relative error of each field, push and alternative over all targets."""
-    whole = make_problem(3).to(dtype)
+    problem = make_problem(3).to(dtype)
     group = dist.group.WORLD if world_size > 1 else None
     worst: dict[str, float] = {}
     for target in TARGETS.values():
-        student, base, teacher, reference_only, goal = dense_distributions(whole.to(torch.float64), target)
+        student, base, teacher, reference_only, goal = dense_distributions(problem.to(torch.float64), target)
         total, induced, question = teacher - student, reference_only - student, teacher - reference_only
         deltas = dict(zip(COMPONENTS, (total, induced, question, goal - student), strict=True))
         at = lambda x: x.gather(1, TOKENS[:, None]).squeeze(1)  # noqa: E731
@@ -83,9 +83,9 @@ def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
             "log_reference": at(reference_only),
             "log_target": at(goal),
         }
-        found, largest, push = diagnosed(whole.shard(rank, world_size), target, group)
+        found, largest, push = diagnosed(problem.shard(rank, world_size), target, group)
         assert sorted(want) == sorted(found.columns())
-        every = push.look_up(torch.arange(whole.vocab))
+        every = push.look_up(torch.arange(problem.vocab))
         want["mass"] = p.sum(0)
         got = {**found.columns(), "mass": every.mass}
         for row, (name, delta) in enumerate(deltas.items()):

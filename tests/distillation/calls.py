@@ -116,16 +116,16 @@ def compare(case, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, g
     """Errors of both forms against the dense reference on the same (rounded) inputs."""
     target_name, divergence_name, (vocab, padded), chunk = case
     target, divergence = TARGETS[target_name], DIVERGENCES[divergence_name]
-    whole = make_problem(seed, vocab=vocab, padded=padded, sharpness=0.7).to(dtype)
-    want = dense(whole, target, divergence)
-    mine = whole.shard(rank, size)
-    width = mine.student_weight.shape[0]
+    problem = make_problem(seed, vocab=vocab, padded=padded, sharpness=0.7).to(dtype)
+    want = dense(problem, target, divergence)
+    problem_shard = problem.shard(rank, size)
+    width = problem_shard.student_weight.shape[0]
     columns = slice(rank * width, (rank + 1) * width)
     true = min(max(vocab - rank * width, 0), width)
-    total = (want.loss * whole.token_weights.double()).sum()
+    total = (want.loss * problem.token_weights.double()).sum()
     name = f"{target_name} | {divergence_name} | vocab {vocab}/{padded} | chunk {chunk} | {dtype}"
 
-    result, hidden, weight = hidden_loss(mine, target, divergence, group, chunk_tokens=chunk)
+    result, hidden, weight = hidden_loss(problem_shard, target, divergence, group, chunk_tokens=chunk)
     result.total.backward()
     from_hidden = Errors(
         f"hidden | {name}",
@@ -135,8 +135,8 @@ def compare(case, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, g
         relative(weight.grad, want.dw[columns]) if true else weight.grad.abs().max().item(),
         weight.grad[true:].abs().sum().item(),
     )
-    loss, logits = logits_loss(mine, target, divergence, group)
-    weighted = (loss * mine.token_weights).sum()
+    loss, logits = logits_loss(problem_shard, target, divergence, group)
+    weighted = (loss * problem_shard.token_weights).sum()
     weighted.backward()
     from_logits = Errors(
         f"logits | {name}",

@@ -118,11 +118,11 @@ def test_a_chunk_has_only_the_matrix_products_that_it_needs(target, vectors, div
 
 
 def test_a_shared_matrix_is_recognised_by_its_memory():
-    whole = torch.zeros(6, 4)
-    assert share_storage(whole, whole.detach())
-    assert share_storage(whole[:5], whole.view(6, 4)[:5])
-    for other in (whole.clone(), whole[:5], whole[1:], whole.view(4, 6).t(), whole.view(torch.int32)):
-        assert not share_storage(whole, other)
+    matrix = torch.zeros(6, 4)
+    assert share_storage(matrix, matrix.detach())
+    assert share_storage(matrix[:5], matrix.view(6, 4)[:5])
+    for other in (matrix.clone(), matrix[:5], matrix[1:], matrix.view(4, 6).t(), matrix.view(torch.int32)):
+        assert not share_storage(matrix, other)
 
 
 def test_lora_on_the_body_costs_no_memory_for_the_matrix():

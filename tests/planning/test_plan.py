@@ -149,9 +149,9 @@ def test_operations_are_divided_over_ranks(layout: dict[str, Any]) -> None:
     one, four = case(plan=PlanConfig(gpus_per_node=1)), case(plan=PlanConfig(gpus_per_node=4), **layout)
     assert one.rows == four.rows == 32
     for phase in ("frozen", "training"):
-        whole, part = (getattr(compute.step(c), phase) for c in (one, four))
-        assert part.linear == pytest.approx(whole.linear / 4, rel=2e-3)
-        assert part.attention == pytest.approx(whole.attention / 4)
+        alone, part = (getattr(compute.step(c), phase) for c in (one, four))
+        assert part.linear == pytest.approx(alone.linear / 4, rel=2e-3)
+        assert part.attention == pytest.approx(alone.attention / 4)
     assert compute.step(four).rollout.linear == pytest.approx(compute.step(one).rollout.linear / 4)
 
 
@@ -161,12 +161,12 @@ def test_bytes_are_sent_for_each_dimension_of_the_layout() -> None:
     assert zero.training.data > 0
     split = traffic.step(case("Qwen3-30B-A3B", tensor=2, sequence=True, context=2, pipeline=2, expert=2), from_host=0.0)
     assert min(split.frozen.tensor, split.frozen.context, split.frozen.pipeline, split.frozen.expert) > 0
-    whole, shared = (
+    replicated, distributed = (
         traffic.step(case("Qwen3-8B", f"optimizer.distributed={on}"), from_host=0.0) for on in ("false", "true")
     )
     # All-reduce in fp32 against reduce-scatter in fp32 and all-gather in bf16.
-    assert shared.training.data == pytest.approx(whole.training.data * 6 / 8)
-    assert shared.weight_gather == pytest.approx(whole.training.data * 2 / 8)
+    assert distributed.training.data == pytest.approx(replicated.training.data * 6 / 8)
+    assert distributed.weight_gather == pytest.approx(replicated.training.data * 2 / 8)
 
 
 def test_a_copy_on_the_host_leaves_its_output_matrix_and_comes_in_once() -> None:

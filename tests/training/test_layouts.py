@@ -94,7 +94,7 @@ def logged(seen: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Every rank saw the metrics of the whole step, and its part of the model is that of `expected`."""
+    """Every rank saw the metrics of the complete step, and its part of the model is that of `expected`."""
     seen: set[str] = set()
     for rank in ranks:
         for measured, wanted in zip(logged(rank), logged(expected), strict=True):

@@ -189,18 +189,18 @@ def request_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, in
     run.steps = 1
     engine = ScriptedEngine([response(0, 3), response(1, 5)], lambda: run.steps)
     step = run.on_policy_step(engine)
-    asked = []
+    requested = []
     for number, order in ((2, (0, 1)), (3, (1, 0))):
         engine.requests.clear()
         step(number, [row(index) for index in order], run.optimizer, run.update)
-        asked += [(f"row{index}", number, q.seed) for index, q in zip(order, engine.requests, strict=True)]
+        requested += [(f"row{index}", number, q.seed) for index, q in zip(order, engine.requests, strict=True)]
         assert [q.prompt for q in engine.requests] == [row(index).contexts.student for index in order]
-    return asked
+    return requested
 
 
 def test_random_numbers_come_from_seed_step_and_row_alone(model: Path) -> None:
     from nemo_popsd.rollout.engine import row_seed
 
-    (asked,) = run_ranks(request_twice, 1, model)
-    assert len({seed for *_, seed in asked}) == 4
-    assert all(seed == row_seed(1234, "train", number, row_id) for row_id, number, seed in asked)
+    (requested,) = run_ranks(request_twice, 1, model)
+    assert len({seed for *_, seed in requested}) == 4
+    assert all(seed == row_seed(1234, "train", number, row_id) for row_id, number, seed in requested)
