@@ -45,24 +45,24 @@ BY_ARCHITECTURE = {
 NOT_BY_KIND = {"both forms of config.json": ("qwen3", "llama3", "olmo3", "mistral"), "gradients of OLMo-3": ("olmo3",)}
 """Architectures of tests that have no parameter for them."""
 BY_PROPERTY = {
-    "bf16: losses, gradients, weights": ["te/test_bf16.py::test_it_trains_as_in_fp32"],
+    "bf16: losses, gradients, weights": ["te/test_bf16.py::test_training_in_bf16_is_close_to_fp32"],
     "optimizer, bf16 weights": ["megatron/test_optimizer.py::test_bf16_weights_follow_main_weights_in_fp32"],
     "guard against NaN": ["training/test_guard.py::test_nan_in_one_ranks_row_stops_every_rank_and_names_it"],
     "self-check at the start": ["training/test_self_check.py::test_zero_at_the_start_and_an_explanation_otherwise"],
     "killed and resumed": [
         "commands/test_resume.py::test_a_killed_run_ends_with_the_same_bits",
-        "te/test_resume.py::test_a_killed_run_ends_with_the_same_bits_and_can_go_on_with_local_layers",
+        "te/test_resume.py::test_a_killed_run_ends_with_the_same_bits_and_can_continue_on_local_layers",
     ],
     "optimizer state in another layout": [
         "checkpoint/test_training_state.py::test_state_that_another_layout_wrote_is_bit_equal"
     ],
-    "diagnosis": ["diagnosis/test_run.py::test_two_ranks_find_what_one_finds"],
+    "diagnosis": ["diagnosis/test_run.py::test_two_ranks_give_the_figures_of_one"],
     "real sizes, without memory": [
         "megatron/test_real_sizes.py::test_names_shapes_counts_and_shards_are_those_of_transformers"
     ],
     "planned activations": [
-        "planning/test_measured.py::test_activations_of_both_passes_and_the_loss",
-        "te/test_planning.py::test_a_layer_keeps_what_is_planned",
+        "planning/test_measured.py::test_activations_and_the_loss_take_the_planned_bytes",
+        "te/test_planning.py::test_a_layer_keeps_the_planned_activations",
     ],
 }
 

@@ -13,7 +13,7 @@ from nemo_popsd.megatron.config import LoRAConfig
 from tests.harness import run_ranks
 from tests.rollout.test_megatron_engine import GREEDY, RANDOM, REQUESTS
 from tests.tiny_models import build_student, save_tiny_model
-from tests.training.layouts import draw_adapters
+from tests.training.layouts import randomize_adapters
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -38,7 +38,7 @@ def observe(rank: int, world_size: int, model: Path, parallel: dict[str, Any]) -
 
     lora = {"adaptation": "lora", "lora": LoRAConfig(rank=4, alpha=6.0)}
     student = build_student(model, parallel=parallel, **lora)
-    draw_adapters(student)
+    randomize_adapters(student)
     engine = MegatronEngine(
         student.chunks, vocab_size=student.vocab_size, batch_rows=4, cache_tokens=1 << 20, weights_version=lambda: 3
     )

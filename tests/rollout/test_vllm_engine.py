@@ -19,7 +19,7 @@ from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from tests.harness import run_ranks
 from tests.rollout.vllm_servers import engine, gone, needs_vllm, settings
 from tests.tiny_models import build_student, save_tiny_model, whole_logits
-from tests.training.layouts import draw_adapters
+from tests.training.layouts import randomize_adapters
 
 pytestmark = [pytest.mark.slow(seconds=8), needs_vllm]
 
@@ -92,7 +92,7 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
 
     both("before", greedy)
     if student.adapters is not None:
-        draw_adapters(student)
+        randomize_adapters(student)
     else:
         disturb(student, 0.05)
     version[0] = 7
