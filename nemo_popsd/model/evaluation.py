@@ -28,7 +28,7 @@ from nemo_popsd.evaluation.run import (
     problems_of,
     sample_settings,
 )
-from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
+from nemo_popsd.evaluation.sampling import generate_samples, missing_samples
 from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.engines import engine_name
@@ -117,7 +117,7 @@ def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, mo
     for one in problem_sets:
         wanted = sampler.sample_settings(one.prompts, model=model, digest=digest)
         on_disk = from_rank_zero(f"evaluation {one.directory.path}", partial(_samples_on_disk, one, wanted), **_SPACE)
-        missing = missing_draws(one.prompts, sampler.settings.samples_per_problem, on_disk)
+        missing = missing_samples(one.prompts, sampler.settings.samples_per_problem, on_disk)
         own = missing[replica::replicas]
         requested = own
         if sampler.expert_parallel:
@@ -126,7 +126,9 @@ def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, mo
         with one.directory.append_to(replica) if student.is_replica_leader else nullcontext() as file:
             for start in range(0, len(requested), rows):
                 batch = requested[start : start + rows]
-                samples = draw_samples(batch, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed)
+                samples = generate_samples(
+                    batch, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed
+                )
                 if file is not None:
                     file.add(samples[: len(own) - start])
                 logger.info("%s: %d of %d samples of this replica", one.name, min(start + rows, len(own)), len(own))
@@ -157,8 +159,10 @@ class Validation:
         """Generates responses to some of this replica's problems. Collective over the ranks that share the model."""
         require_math_verify()
         sampler = self._sampler
-        draws = missing_draws(prompts, sampler.settings.samples_per_problem)
-        self._samples += draw_samples(draws, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed)
+        requests = missing_samples(prompts, sampler.settings.samples_per_problem)
+        self._samples += generate_samples(
+            requests, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed
+        )
         self._prompts += prompts
 
     def conclude(self, step: int) -> EvaluationSummary:
