@@ -12,7 +12,7 @@ import pytest
 
 from nemo_popsd.observability import trackers
 from nemo_popsd.observability.jsonl_logger import JsonlLogger
-from nemo_popsd.observability.trackers import Tracker, close_trackers, keep_id, read_id
+from nemo_popsd.observability.trackers import Tracker, close_trackers, read_id, store_id
 from tests.observability.one_step import fit
 
 
@@ -124,12 +124,12 @@ def test_a_tracker_that_hangs_is_abandoned_in_time(
 
 def test_ids_are_stored_with_the_run(tmp_path: Path) -> None:
     assert read_id(tmp_path, "wandb") is None
-    keep_id(tmp_path, "wandb", "a")
-    keep_id(tmp_path, "mlflow", "b")
-    keep_id(tmp_path, "wandb", "c")
+    store_id(tmp_path, "wandb", "a")
+    store_id(tmp_path, "mlflow", "b")
+    store_id(tmp_path, "wandb", "c")
     assert (read_id(tmp_path, "wandb"), read_id(tmp_path, "mlflow"), read_id(tmp_path, "x")) == ("c", "b", None)
     for damaged in ("", "{", "[1]", '{"wandb": 3}'):
         (tmp_path / trackers.IDS).write_text(damaged)
         assert read_id(tmp_path, "wandb") is None
-        keep_id(tmp_path, "wandb", "d")
+        store_id(tmp_path, "wandb", "d")
         assert read_id(tmp_path, "wandb") == "d"
