@@ -25,18 +25,21 @@ GPU = "not run yet"
 TRAINING = "training/test_layouts.py::test_every_layout_gives_the_same_training"
 ROLLOUTS = "rollout/test_layouts.py::test_responses_are_those_of_one_process"
 ROLLOUTS_OF_EXPERTS = "rollout/test_layouts.py::test_experts_on_several_ranks_generate_the_same_as_one_process"
-CHECKPOINTS = "checkpoint/test_layouts.py::test_what_a_layout_writes_one_process_reads_and_the_other_way_round"
+CHECKPOINTS = (
+    "checkpoint/test_layouts.py::test_one_process_and_the_layout_export_equal_weights_from_a_checkpoint_of_the_layout"
+)
 BY_ARCHITECTURE = {
-    "conversion": "checkpoint/test_conversion.py::test_tensors_come_back_bit_for_bit_from_what_any_layout_wrote",
-    "conversion by TE layers": "checkpoint/test_conversion.py::test_transformer_engines_layers_load_and_save_the_same",
+    "conversion": "checkpoint/test_conversion.py::"
+    "test_tensors_are_bit_equal_after_a_conversion_and_saves_of_any_layout",
+    "conversion by TE layers": "checkpoint/test_conversion.py::test_te_layers_load_and_save_the_same_tensors",
     "logits": "te/test_layers.py::test_logits_are_those_of_transformers",
     "both forms of config.json": "checkpoint/test_families.py::"
-    "test_both_forms_of_a_rotation_compute_the_same_bits_which_are_those_of_transformers",
-    "gradients": "megatron/test_forward.py::test_gradients_of_every_parameter_are_the_dense_ones",
-    "gradients of OLMo-3": "megatron/test_olmo3.py::test_gradients_are_those_of_transformers",
-    "LoRA": "megatron/test_adapters.py::test_gradients_of_the_adapters_are_the_dense_ones",
-    "PEFT adapter": "checkpoint/test_peft_adapter.py::test_peft_computes_the_student_on_the_original_model",
-    "decoding": "megatron/test_decoding.py::test_decoding_is_full_recomputation",
+    "test_both_forms_of_the_rotary_embedding_give_bit_equal_logits_that_agree_with_transformers",
+    "gradients": "megatron/test_forward.py::test_gradients_of_every_parameter_equal_the_dense_ones",
+    "gradients of OLMo-3": "megatron/test_olmo3.py::test_gradients_equal_those_of_transformers",
+    "LoRA": "megatron/test_adapters.py::test_gradients_of_the_adapters_equal_the_dense_ones",
+    "PEFT adapter": "checkpoint/test_peft_adapter.py::test_peft_on_the_original_model_gives_the_logits_of_the_student",
+    "decoding": "megatron/test_decoding.py::test_decoding_equals_full_recomputation",
     "layouts": TRAINING,
 }
 NOT_BY_KIND = {"both forms of config.json": ("qwen3", "llama3", "olmo3", "mistral"), "gradients of OLMo-3": ("olmo3",)}
@@ -51,7 +54,7 @@ BY_PROPERTY = {
         "te/test_resume.py::test_a_killed_run_ends_with_the_same_bits_and_can_go_on_with_local_layers",
     ],
     "optimizer state in another layout": [
-        "checkpoint/test_training_state.py::test_state_comes_back_from_another_layout_bit_for_bit"
+        "checkpoint/test_training_state.py::test_state_that_another_layout_wrote_is_bit_equal"
     ],
     "diagnosis": ["diagnosis/test_run.py::test_two_ranks_find_what_one_finds"],
     "real sizes, without memory": [
@@ -78,23 +81,23 @@ class Collected:
 
 
 def _layers(test: str, parameters: dict[str, Any]) -> str:
-    """Of a case without a parameter `layers`."""
+    """Layers of a case without a parameter `layers`."""
     if test.startswith("te/"):
         return LOCAL if parameters.get("run") == LOCAL else TRANSFORMER_ENGINE
     return TRANSFORMER_ENGINE if test == BY_ARCHITECTURE["conversion by TE layers"] else LOCAL
 
 
 def collected() -> dict[str, list[dict[str, Any]]]:
-    """As pytest collects them, in this process."""
+    """The cases that pytest collects in this process; see `Collected`."""
     tests = [TRAINING, ROLLOUTS, ROLLOUTS_OF_EXPERTS, CHECKPOINTS, *BY_ARCHITECTURE.values()]
     tests += [test for several in BY_PROPERTY.values() for test in several]
-    found = Collected()
+    plugin = Collected()
     paths = sorted({str(ROOT / "tests" / test.split("::")[0]) for test in tests})
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *paths], plugins=[found])
+        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *paths], plugins=[plugin])
     assert status == 0, printed.getvalue()
-    assert set(tests) <= found.cases.keys(), set(tests) - found.cases.keys()
-    return found.cases
+    assert set(tests) <= plugin.cases.keys(), set(tests) - plugin.cases.keys()
+    return plugin.cases
 
 
 def _cell(tests: Iterable[str]) -> str:
@@ -161,7 +164,7 @@ def _properties(cases: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def rewritten(page: str, cases: dict[str, list[dict[str, Any]]]) -> str:
-    """`page` with its tables as the tests have them."""
+    """`page` with tables that are generated from the tests."""
     tables = {"layout": _layouts(cases), "architecture": _architectures(cases), "property": _properties(cases)}
     for head, table in tables.items():
         page, count = re.subn(rf"\| {head} \|.*\n(\|.*\n)+", lambda _, table=table: table, page)
