@@ -31,7 +31,7 @@ CHECKPOINTS = (
 BY_ARCHITECTURE = {
     "conversion": "checkpoint/test_conversion.py::"
     "test_tensors_are_bit_equal_after_a_conversion_and_saves_of_any_layout",
-    "conversion by TE layers": "checkpoint/test_conversion.py::test_transformer_engines_layers_load_and_save_the_same",
+    "conversion by TE layers": "checkpoint/test_conversion.py::test_te_layers_load_and_save_the_same_tensors",
     "logits": "te/test_layers.py::test_logits_are_those_of_transformers",
     "both forms of config.json": "checkpoint/test_families.py::"
     "test_both_forms_of_the_rotary_embedding_give_bit_equal_logits_that_agree_with_transformers",
@@ -81,23 +81,23 @@ class Collected:
 
 
 def _layers(test: str, parameters: dict[str, Any]) -> str:
-    """Of a case without a parameter `layers`."""
+    """Layers of a case without a parameter `layers`."""
     if test.startswith("te/"):
         return LOCAL if parameters.get("run") == LOCAL else TRANSFORMER_ENGINE
     return TRANSFORMER_ENGINE if test == BY_ARCHITECTURE["conversion by TE layers"] else LOCAL
 
 
 def collected() -> dict[str, list[dict[str, Any]]]:
-    """As pytest collects them, in this process."""
+    """The cases that pytest collects in this process; see `Collected`."""
     tests = [TRAINING, ROLLOUTS, ROLLOUTS_OF_EXPERTS, CHECKPOINTS, *BY_ARCHITECTURE.values()]
     tests += [test for several in BY_PROPERTY.values() for test in several]
-    found = Collected()
+    plugin = Collected()
     paths = sorted({str(ROOT / "tests" / test.split("::")[0]) for test in tests})
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *paths], plugins=[found])
+        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *paths], plugins=[plugin])
     assert status == 0, printed.getvalue()
-    assert set(tests) <= found.cases.keys(), set(tests) - found.cases.keys()
-    return found.cases
+    assert set(tests) <= plugin.cases.keys(), set(tests) - plugin.cases.keys()
+    return plugin.cases
 
 
 def _cell(tests: Iterable[str]) -> str:
@@ -164,7 +164,7 @@ def _properties(cases: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def rewritten(page: str, cases: dict[str, list[dict[str, Any]]]) -> str:
-    """`page` with its tables as the tests have them."""
+    """`page` with tables that are generated from the tests."""
     tables = {"layout": _layouts(cases), "architecture": _architectures(cases), "property": _properties(cases)}
     for head, table in tables.items():
         page, count = re.subn(rf"\| {head} \|.*\n(\|.*\n)+", lambda _, table=table: table, page)
