@@ -75,7 +75,7 @@ test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 check: lint $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two minutes)
 	$(PYTEST) -q -m "not slow and not transformer_engine" $(ARGS)
 
-quick: $(DEV_STAMP) $(TE_STAMP) ## the tests that start no process: what to run after each edit (half a minute)
+quick: $(DEV_STAMP) $(TE_STAMP) ## tests without processes and random examples: what to run after each edit (half a minute)
 	$(PYTEST) -q -m quick --timeout 30 $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, formatting, types
