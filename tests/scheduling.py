@@ -1,7 +1,7 @@
 """How the tests are divided: which are quick, and which of them one worker of pytest-xdist runs together.
 
 The tests of `make quick` are not listed anywhere. A test is quick unless it is marked slow, or it, one of its fixtures
-or a module of `tests` that they import can start a process.
+or a module of `tests` that they import can start a process or tries random examples.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-_STARTERS = {"subprocess", "multiprocessing", "tests.harness", "tests.command_runner"}
-"""Modules with functions that start processes."""
+_LONG = {"subprocess", "multiprocessing", "tests.harness", "tests.command_runner", "hypothesis.core"}
+"""Modules that define what starts processes or tries a hundred examples."""
 _SLURM = "tests/slurm/"
 _SECONDS = 4.0
 """Typical time of a slow test; ``@pytest.mark.slow(seconds=...)`` gives that of one that takes much longer."""
@@ -27,16 +27,16 @@ def is_quick(item: pytest.Item) -> bool:
         return False
     definitions = item._fixtureinfo.name2fixturedefs.values()
     functions = [item.function, *(definition.func for several in definitions for definition in several)]
-    return not any(_starts_processes(name) for name in _modules_of_tests(functions))
+    return not any(_takes_long(name) for name in _modules_of_tests(functions))
 
 
 @functools.cache
-def _starts_processes(name: str) -> bool:
-    """Whether a module of the tests, or one that it imports, can start a process."""
+def _takes_long(name: str) -> bool:
+    """Whether a module of the tests, or one that it imports, uses one of `_LONG`."""
     seen, pending = {name}, [name]
     while pending:
         values = list(vars(sys.modules[pending.pop()]).values())
-        if not _STARTERS.isdisjoint(map(_module, values)):
+        if not _LONG.isdisjoint(map(_module, values)):
             return True
         imported = _modules_of_tests(values) - seen
         seen |= imported

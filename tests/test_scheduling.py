@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.scheduling import _starts_processes, group, longest_first
+from tests.scheduling import _takes_long, group, longest_first
 
 
 @pytest.mark.parametrize(
-    ("module", "starts"),
+    ("module", "long"),
     [
         ("tests.test_harness", True),  # imports subprocess and run_ranks
         ("tests.training.layouts", False),
@@ -20,11 +20,12 @@ from tests.scheduling import _starts_processes, group, longest_first
         ("tests.cli.test_damage", False),
         ("tests.report.test_browser", True),  # a helper starts the browser
         ("tests.settings.test_bounds", False),
+        ("tests.report.test_markup", True),  # hypothesis
     ],
 )
-def test_modules_that_can_start_processes_are_recognised(module: str, starts: bool) -> None:
+def test_modules_whose_tests_are_not_quick_are_recognised(module: str, long: bool) -> None:
     importlib.import_module(module)
-    assert _starts_processes(module) == starts
+    assert _takes_long(module) == long
 
 
 def test_a_test_without_processes_is_marked_quick(request: pytest.FixtureRequest) -> None:
