@@ -123,6 +123,18 @@ def test_without_samples_the_rollouts_of_the_diagnoses_are_shown(tmp_path: Path)
     assert "diagnoses" in origin
 
 
+def test_truncated_responses_are_read_under_the_present_and_the_older_key(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    summary, responses = (tmp_path / "diagnosis" / "before" / name for name in ("summary.json", "rollouts.jsonl"))
+    present, _ = answer_pairs(read_run(tmp_path), 4)
+    assert [pair.before.truncated for pair in present if pair.before] == [False, True]
+    responses.write_text(responses.read_text().replace('"truncated"', '"cut"'))
+    older = json.loads(summary.read_text())
+    del older["sum"], older["rollouts_sha256"]  # older diagnoses have neither
+    summary.write_text(json.dumps(older))
+    assert answer_pairs(read_run(tmp_path), 4)[0] == present
+
+
 def test_missing_data_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: young\n")
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
