@@ -65,9 +65,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `popsd`; returns the exit status. Exceptions other than those of `nemo_popsd.errors` escape."""
     args = parse(argv)
-    # Waiting OpenMP threads spin by default, which makes decoding with a small model 20 times slower on a shared CPU.
-    # torch reads this at import, which happens only when a sub-command runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with missing_packages_named():
             status = int(args.run(args) or 0)
