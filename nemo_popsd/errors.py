@@ -121,7 +121,7 @@ def user_or_transient(error: UserError) -> UserError | TransientError:
     while cause is not None:
         cause = cause.__cause__ or cause.__context__
         if cause is not None and is_transient(cause):
-            return TransientError(error.what, got=error.got, fix=f"{START_AGAIN}; if it stays, {error.fix}")
+            return TransientError(error.what, got=error.got, fix=f"{START_AGAIN}; if it happens again, {error.fix}")
     return error
 
 

@@ -1,4 +1,4 @@
-"""A real browser without a window, driven over Chromium's debugging pipe: what a page draws, logs and asks for."""
+"""A real browser without a window, driven over Chromium's debugging pipe: what a page draws, logs and requests."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 _SHIM = "import os,sys;os.dup2(int(sys.argv[1]),3);os.dup2(int(sys.argv[2]),4);os.execv(sys.argv[3],sys.argv[3:])"
-_SECONDS = 90.0  # starting takes one second alone, and many on a machine that is busy
+_SECONDS = 90.0  # starting takes a second, and many on a busy machine
 
 
 def chromium() -> str:
     """Path of a browser; skips the test by name where there is none."""
     for name in _NAMES:
-        found = shutil.which(name)
-        if found:
-            return found
+        path = shutil.which(name)
+        if path:
+            return path
     pytest.skip(f"no browser: none of {', '.join(_NAMES)} is on the path (apt-get install chromium)")
 
 
@@ -43,7 +43,7 @@ class Page:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command; its result."""
+        """Sends one command and returns its result."""
         return self._browser.send(method, params, self._session)
 
     def open(self, file: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
@@ -75,14 +75,14 @@ class Page:
 
     def complaints(self) -> list[str]:
         """Everything that was logged, thrown or refused so far."""
-        found = []
+        messages = []
         for event in self._browser.events(self._session):
             if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
-                found.append(json.dumps(event["params"])[:600])
-        return found
+                messages.append(json.dumps(event["params"])[:600])
+        return messages
 
     def requests(self) -> list[str]:
-        """Addresses that the page asked for, itself included."""
+        """Addresses that the page has requested, its own included."""
         events = self._browser.events(self._session)
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
@@ -108,7 +108,7 @@ class Browser:
         return Page(self, session)
 
     def send(self, method: str, params: dict[str, Any], session: str | None = None) -> dict[str, Any]:
-        """One command; its result."""
+        """Sends one command and returns its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if session:
@@ -122,7 +122,7 @@ class Browser:
             self._events.append(answer)
 
     def events(self, session: str) -> list[dict[str, Any]]:
-        """What one page has told so far."""
+        """Events of one page so far."""
         return [event for event in self._events if event.get("sessionId") == session]
 
     def _next(self) -> dict[str, Any]:
@@ -133,17 +133,17 @@ class Browser:
             chunk = os.read(self._read, 1 << 16)
             assert chunk, "the browser has ended"
             self._buffer += chunk
-        whole, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(whole)
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
 
 
 @contextmanager
 def running_browser(profile: Path) -> Iterator[Browser]:
     """Starts a browser with an empty profile in `profile`, and ends it and all its processes."""
     program = chromium()
-    theirs_in, ours_out = os.pipe()
-    ours_in, theirs_out = os.pipe()
-    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (theirs_in, theirs_out)]
+    browser_in, own_out = os.pipe()
+    own_in, browser_out = os.pipe()
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (browser_in, browser_out)]
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
     options += ["--no-first-run", "--disable-extensions", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
     process = subprocess.Popen(
@@ -153,12 +153,12 @@ def running_browser(profile: Path) -> Iterator[Browser]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    for descriptor in (theirs_in, theirs_out, *high):
+    for descriptor in (browser_in, browser_out, *high):
         os.close(descriptor)
     try:
-        yield Browser(ours_in, ours_out)
+        yield Browser(own_in, own_out)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        os.close(ours_in)
-        os.close(ours_out)
+        os.close(own_in)
+        os.close(own_out)

@@ -1,4 +1,4 @@
-"""One `popsd` command after the other, each in a process of its own that begins with everything imported."""
+"""Runs `popsd` commands, each in a separate process that is forked with all packages imported."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def run_command(
 
     Args:
         argv: arguments.
-        log: file for what it prints.
+        log: file for its output.
         timeout: seconds after which it is killed.
         environment: variables to set besides the caller's.
-        directory: where it runs; None for where the first command of this session began.
+        directory: working directory; None uses that of the first command.
     """
     server = _start_fork_server(LOCAL)
     variables = {**os.environ, **(environment or {})}

@@ -1,4 +1,4 @@
-"""Variables of the environment that are set for a moment."""
+"""Environment variables that are set temporarily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Set variables within, and restore what they were afterwards."""
+    """Context with `variables` set; restores the previous values."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

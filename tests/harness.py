@@ -12,10 +12,10 @@ How it works
       session (`tests/preloaded.py`); a rank then starts in tenths of a second. The server imports and nothing more:
       it has a single thread and no process group, so forking it is safe.
     * Which layers a model has is decided when Megatron is imported. Ranks with the layers that a GPU has are forked
-      from a second server (`tests/te/preloaded.py`), which starts when they are first asked for.
+      from a second server (`tests/te/preloaded.py`), which starts when they are first needed.
     * The parent hosts the TCPStore on a port the kernel picks: no race for a port.
     * Arguments and results travel as plain pickles through a pipe: no shared memory that must outlive the rank.
-    * A rank that has returned stays alive until all have: none sees a peer's connection close in mid-collective.
+    * A rank that has returned stays alive until all have, so that no rank sees a connection close during a collective.
     * Every rank is a session of its own and is killed as such, with whatever it started; a rank also watches the test
       process and ends with it.
 """
@@ -67,7 +67,7 @@ def run_ranks(
         worker: a module-level function; so are callables among `args`.
         world_size: number of ranks.
         args: picklable; tensors on the CPU are fine.
-        timeout: seconds for the whole run.
+        timeout: seconds for the complete run.
         layers: `LOCAL` or `TRANSFORMER_ENGINE`; see `tests.layers` for tests that run on both.
 
     Raises:
@@ -86,7 +86,7 @@ def run_ranks(
         stack_files = [os.path.join(folder, f"rank{rank}.txt") for rank in range(world_size)]
         try:
             for rank in range(world_size):
-                ours, theirs = _CONTEXT.Pipe()
+                pipe, pipe_of_rank = _CONTEXT.Pipe()
                 variables = {
                     **os.environ,
                     "RANK": str(rank),
@@ -98,14 +98,14 @@ def run_ranks(
                 }
                 process = _CONTEXT.Process(
                     target=_rank_main,
-                    args=(payload, rank, world_size, variables, timeout, stack_files[rank], layers, theirs),
+                    args=(payload, rank, world_size, variables, timeout, stack_files[rank], layers, pipe_of_rank),
                     name=f"rank{rank}",
                 )
                 with _forked_by(server):
                     process.start()
-                theirs.close()
+                pipe_of_rank.close()
                 processes.append(process)
-                pipes.append(ours)
+                pipes.append(pipe)
             results = _collect(processes, pipes, deadline, timeout, stack_files)
             for pipe in pipes:
                 with contextlib.suppress(OSError):
@@ -121,7 +121,7 @@ def run_ranks(
 
 
 def _start_fork_server(layers: str) -> forkserver.ForkServer:
-    """Start the server, or do nothing where it runs already (it serves the whole test session)."""
+    """Start the server unless it runs already; it serves all tests of this process."""
     server = _SERVERS[layers]
     server.set_forkserver_preload([_PRELOADED[layers]])
     # One thread each: the server must have no thread pool when it forks.
@@ -138,7 +138,7 @@ def _start_fork_server(layers: str) -> forkserver.ForkServer:
 
 @contextlib.contextmanager
 def _forked_by(server: forkserver.ForkServer) -> Iterator[None]:
-    """Within, processes start from `server`; multiprocessing itself knows one server alone."""
+    """Context in which processes are forked by `server`; multiprocessing itself supports one server only."""
     before = forkserver.connect_to_new_process
     forkserver.connect_to_new_process = server.connect_to_new_process
     try:
@@ -180,7 +180,7 @@ def _receive(
     for rank in ranks:
         try:
             succeeded, moment, content = pickle.loads(pipes[rank].recv_bytes())
-        except (EOFError, OSError):  # died without a word: rather the cause of a peer's error than its effect
+        except (EOFError, OSError):  # died without a message: more likely the cause of a peer's error than its effect
             processes[rank].join(_EXIT_GRACE_SECONDS)
             failures.append((0.0, rank, f"the process died with exit code {processes[rank].exitcode}"))
             continue
@@ -264,7 +264,7 @@ def _call_worker(payload: bytes, rank: int, world_size: int, timeout: float) -> 
 
 
 def _die_with_parent() -> None:
-    """End this rank, and what it started, as soon as the test process is gone, however that went."""
+    """Ends this rank, and what it started, when the test process ends for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

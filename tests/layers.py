@@ -1,4 +1,4 @@
-"""The layers that a test's models have, for tests that run on both kinds."""
+"""The layers of a test's models, for tests that run with local and with TE layers."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ on_transformer_engine = _INSTALLED
 
 @pytest.fixture(scope="module", params=BOTH)
 def layers(request: pytest.FixtureRequest) -> str:
-    """Each kind in turn, for `run_ranks`."""
+    """Local layers and TE layers in turn, for `run_ranks`."""
     return str(request.param)

@@ -22,6 +22,6 @@ with warnings.catch_warnings():
         "transformers.models.qwen3.modeling_qwen3",
         "nemo_popsd.model.purified_opsd",
     ):
-        # Whatever keeps a package from importing here is the affair of the test that needs it.
+        # A package that cannot be imported is reported by the tests that need it.
         with contextlib.suppress(Exception):
             importlib.import_module(_name)

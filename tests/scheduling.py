@@ -1,7 +1,7 @@
 """How the tests are divided: which are quick, and which of them one worker of pytest-xdist runs together.
 
-Nobody lists the tests of `make quick`. A test is quick unless it is marked slow, or it, one of its fixtures or a module
-of `tests` that they import can start a process.
+The tests of `make quick` are not listed anywhere. A test is quick unless it is marked slow, or it, one of its fixtures
+or a module of `tests` that they import can start a process.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def is_quick(item: pytest.Item) -> bool:
 @functools.cache
 def _starts_processes(name: str) -> bool:
     """Whether a module of the tests, or one that it imports, can start a process."""
-    seen, todo = {name}, [name]
-    while todo:
-        values = list(vars(sys.modules[todo.pop()]).values())
+    seen, pending = {name}, [name]
+    while pending:
+        values = list(vars(sys.modules[pending.pop()]).values())
         if not _STARTERS.isdisjoint(map(_module, values)):
             return True
         imported = _modules_of_tests(values) - seen
         seen |= imported
-        todo += imported
+        pending += imported
     return False
 
 

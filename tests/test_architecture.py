@@ -1,4 +1,4 @@
-"""The direction of imports between packages, what some of them must not import, and the README's list of them."""
+"""The direction of imports between packages, what some of them must not import, and that the documents name them."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def graph(root: Path) -> dict[str, dict[str, str]]:
         source = file.relative_to(root).parts[0].removesuffix(".py")
         if source == "__init__":
             continue
-        found = edges.setdefault(source, {})
+        targets = edges.setdefault(source, {})
         for module in imports(file):
             parts = module.split(".")
             if parts[0] != name or len(parts) < 2 or parts[1] == source:
                 continue
             if (root / parts[1]).is_dir() or (root / f"{parts[1]}.py").is_file():
-                found.setdefault(parts[1], str(file.relative_to(root)))
+                targets.setdefault(parts[1], str(file.relative_to(root)))
     return edges
 
 
@@ -138,7 +138,7 @@ def test_packages_import_lower_layers_only() -> None:
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from nemo_popsd.high import x",
     ],
 )
-def test_an_import_back_up_is_seen_wherever_it_is(tmp_path: Path, statement: str) -> None:
+def test_an_upward_import_is_found_wherever_it_is(tmp_path: Path, statement: str) -> None:
     root = tmp_path / "nemo_popsd"
     for name, text in (("low", statement), ("middle", "import nemo_popsd.low"), ("high", "import nemo_popsd.middle")):
         (root / name).mkdir(parents=True)

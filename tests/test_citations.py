@@ -22,12 +22,12 @@ def sources() -> list[Path]:
 
 def citations() -> list[tuple[str, str]]:
     """Each cited name, and the file that cites it first."""
-    found: dict[str, str] = {}
+    cited: dict[str, str] = {}
     for file in sources():
         for name in CITATION.findall(file.read_text()):
             if name.rpartition(".")[2] not in IGNORED_TAILS:
-                found.setdefault(name, str(file.relative_to(PACKAGE)))
-    return sorted(found.items())
+                cited.setdefault(name, str(file.relative_to(PACKAGE)))
+    return sorted(cited.items())
 
 
 @pytest.mark.parametrize(("name", "file"), citations(), ids=lambda value: value)
@@ -46,7 +46,7 @@ def test_no_file_cites_a_line_of_a_library() -> None:
     assert cited == set()
 
 
-def test_a_name_that_the_library_does_not_have_is_noticed() -> None:
+def test_a_name_that_the_library_does_not_have_is_reported() -> None:
     assert "def forward" in str(cited_source("megatron.core.models.gpt.gpt_model.GPTModel.forward"))
     assert cited_source("no_such_library.module.function") is None
     for name in ("megatron.core.models.gpt.gpt_model.GPTModel.backwards", "megatron.core.no_such_module.function"):

@@ -47,7 +47,7 @@ def fail_to_read(error: Exception) -> UserError:
 def test_a_file_that_cannot_be_read_for_a_moment_is_not_reported_as_damaged() -> None:
     stale = user_or_transient(fail_to_read(OSError(errno.ESTALE, "Stale file handle")))
     assert type(stale) is TransientError
-    assert str(stale) == f"checkpoint c: a file that cannot be read; {START_AGAIN}; if it stays, copy it"
+    assert str(stale) == f"checkpoint c: a file that cannot be read; {START_AGAIN}; if it happens again, copy it"
     for error in (ValueError("no JSON"), FileNotFoundError(errno.ENOENT, "No such file"), OSError("no number")):
         raised = fail_to_read(error)
         assert user_or_transient(raised) is raised

@@ -130,7 +130,7 @@ def test_the_first_failing_rank_is_named_with_its_traceback():
     assert time.monotonic() - started < 60
 
 
-def test_a_rank_that_dies_without_a_word_is_named():
+def test_a_rank_that_dies_without_a_message_is_named():
     with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2 failed first.*exit code 7"):
         run_ranks(_one_dies, 2)
 
@@ -157,7 +157,7 @@ def test_a_time_out_names_the_ranks_shows_their_stack_and_leaves_no_process(tmp_
 
 @pytest.mark.slow
 def test_no_rank_outlives_a_killed_test_process(tmp_path):
-    """SIGKILL of the caller: no `finally` runs, the ranks have to notice."""
+    """After SIGKILL of the caller no `finally` runs: the ranks must end by themselves."""
     script = (
         "from tests.harness import run_ranks\n"
         "from tests.test_harness import _note_pid_and_sleep\n"

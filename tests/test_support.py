@@ -31,7 +31,7 @@ CHECKPOINTS = (
 BY_ARCHITECTURE = {
     "conversion": "checkpoint/test_conversion.py::"
     "test_tensors_are_bit_equal_after_a_conversion_and_saves_of_any_layout",
-    "conversion by TE layers": "checkpoint/test_conversion.py::test_transformer_engines_layers_load_and_save_the_same",
+    "conversion by TE layers": "checkpoint/test_conversion.py::test_te_layers_load_and_save_the_same_tensors",
     "logits": "te/test_layers.py::test_logits_are_those_of_transformers",
     "both forms of config.json": "checkpoint/test_families.py::"
     "test_both_forms_of_the_rotary_embedding_give_bit_equal_logits_that_agree_with_transformers",
@@ -45,24 +45,24 @@ BY_ARCHITECTURE = {
 NOT_BY_KIND = {"both forms of config.json": ("qwen3", "llama3", "olmo3", "mistral"), "gradients of OLMo-3": ("olmo3",)}
 """Architectures of tests that have no parameter for them."""
 BY_PROPERTY = {
-    "bf16: losses, gradients, weights": ["te/test_bf16.py::test_it_trains_as_in_fp32"],
+    "bf16: losses, gradients, weights": ["te/test_bf16.py::test_training_in_bf16_is_close_to_fp32"],
     "optimizer, bf16 weights": ["megatron/test_optimizer.py::test_bf16_weights_follow_main_weights_in_fp32"],
     "guard against NaN": ["training/test_guard.py::test_nan_in_one_ranks_row_stops_every_rank_and_names_it"],
     "self-check at the start": ["training/test_self_check.py::test_zero_at_the_start_and_an_explanation_otherwise"],
     "killed and resumed": [
         "commands/test_resume.py::test_a_killed_run_ends_with_the_same_bits",
-        "te/test_resume.py::test_a_killed_run_ends_with_the_same_bits_and_can_go_on_with_local_layers",
+        "te/test_resume.py::test_a_killed_run_ends_with_the_same_bits_and_can_continue_on_local_layers",
     ],
     "optimizer state in another layout": [
         "checkpoint/test_training_state.py::test_state_that_another_layout_wrote_is_bit_equal"
     ],
-    "diagnosis": ["diagnosis/test_run.py::test_two_ranks_find_what_one_finds"],
+    "diagnosis": ["diagnosis/test_run.py::test_two_ranks_give_the_figures_of_one"],
     "real sizes, without memory": [
         "megatron/test_real_sizes.py::test_names_shapes_counts_and_shards_are_those_of_transformers"
     ],
     "planned activations": [
-        "planning/test_measured.py::test_activations_of_both_passes_and_the_loss",
-        "te/test_planning.py::test_a_layer_keeps_what_is_planned",
+        "planning/test_measured.py::test_activations_and_the_loss_take_the_planned_bytes",
+        "te/test_planning.py::test_a_layer_keeps_the_planned_activations",
     ],
 }
 
@@ -81,23 +81,23 @@ class Collected:
 
 
 def _layers(test: str, parameters: dict[str, Any]) -> str:
-    """Of a case without a parameter `layers`."""
+    """Layers of a case without a parameter `layers`."""
     if test.startswith("te/"):
         return LOCAL if parameters.get("run") == LOCAL else TRANSFORMER_ENGINE
     return TRANSFORMER_ENGINE if test == BY_ARCHITECTURE["conversion by TE layers"] else LOCAL
 
 
 def collected() -> dict[str, list[dict[str, Any]]]:
-    """As pytest collects them, in this process."""
+    """The cases that pytest collects in this process; see `Collected`."""
     tests = [TRAINING, ROLLOUTS, ROLLOUTS_OF_EXPERTS, CHECKPOINTS, *BY_ARCHITECTURE.values()]
     tests += [test for several in BY_PROPERTY.values() for test in several]
-    found = Collected()
+    plugin = Collected()
     paths = sorted({str(ROOT / "tests" / test.split("::")[0]) for test in tests})
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *paths], plugins=[found])
+        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *paths], plugins=[plugin])
     assert status == 0, printed.getvalue()
-    assert set(tests) <= found.cases.keys(), set(tests) - found.cases.keys()
-    return found.cases
+    assert set(tests) <= plugin.cases.keys(), set(tests) - plugin.cases.keys()
+    return plugin.cases
 
 
 def _cell(tests: Iterable[str]) -> str:
@@ -164,7 +164,7 @@ def _properties(cases: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def rewritten(page: str, cases: dict[str, list[dict[str, Any]]]) -> str:
-    """`page` with its tables as the tests have them."""
+    """`page` with tables that are generated from the tests."""
     tables = {"layout": _layouts(cases), "architecture": _architectures(cases), "property": _properties(cases)}
     for head, table in tables.items():
         page, count = re.subn(rf"\| {head} \|.*\n(\|.*\n)+", lambda _, table=table: table, page)

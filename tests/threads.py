@@ -1,4 +1,4 @@
-"""How many threads torch takes in tests."""
+"""The number of torch's threads in tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """One: most tensors of tests are too small for more, and spinning threads slow a shared machine down."""
+    """Sets one thread: most tensors are too small for more, and spinning threads slow a shared machine down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

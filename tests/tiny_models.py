@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": 203,  # divides by nothing: every layout has padded rows
+    "vocab_size": 203,  # not a multiple of any layout: every vocabulary is padded
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -56,16 +56,16 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 5, "rope_scaling": _YARN, "pad_token_id": 0}),
 }
 KINDS = tuple(kind for kind in _KINDS if kind not in ("qwen3_moe", "mistral"))
-"""Dense ones, on which every layout is tested."""
+"""Dense models, on which every layout is tested."""
 
 
 def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0, **overrides: Any) -> Path:
     """Writes a random model of `kind` in fp32, with a few files beside it that an export has to carry over.
 
-    Every parameter is drawn, norms and biases too, and wide enough that one in the wrong place shows in the logits.
+    Every parameter is random, norms and biases too, with a spread that makes an exchanged one visible in the logits.
 
     Args:
-        directory: to make.
+        directory: to create.
         kind: one of `KINDS`, `qwen3_moe` or `mistral`.
         seed: of the weights.
         overrides: fields of the transformers configuration.
@@ -116,7 +116,7 @@ def build_student(
 
 
 def whole_logits(gpt: Any, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Logits of a Megatron model over the true vocabulary, [b, s, V], on every rank of its tensor-parallel group."""
+    """Logits [b, s, V] of a Megatron model without padding, on every rank of its tensor-parallel group."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     positions = torch.arange(ids.shape[1]).expand_as(ids)

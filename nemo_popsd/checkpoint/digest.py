@@ -1,4 +1,6 @@
-"""Digests of the weights that a run starts from, independent of the layout and of the split into files."""
+"""Digests of the weights that a run starts from, independent of the layout of the run. The digest of a Hugging Face
+directory is also independent of the split into files.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ from nemo_popsd.checkpoint.manifest import file_digest, list_files, read_manifes
 from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles
 
 _BLOCK_LENGTH = 4096
-"""Extent along the first dimension of the part of a tensor that is read at a time."""
+"""Extent along the first dimension of the blocks in which a tensor is read."""
 
 
 def huggingface_digest(directory: Path) -> str:
     """SHA-256 over names, types, shapes and bits of every tensor of a Hugging Face directory.
 
     Collective if there is a process group: each rank reads a share of the tensors, and one gather of objects collects
-    their digests. Every byte is read once; no tensor is held in memory as a whole.
+    their digests. Every byte is read once; no complete tensor is held in memory.
     """
     files = SafetensorsFiles(directory)
     return _combined_over_ranks(files, lambda name: _tensor_digest(directory / files.file_of(name), name))

@@ -108,8 +108,8 @@ class Family:
             raise UnsupportedError(f"no {THETA}")  # The default differs between transformers 4 and 5.
         theta, scaling = full.get(THETA, _DEFAULT_THETA), full.get(SCALING)
         check_rotation(theta, scaling, rope_types=self.rotations, fixed_llama3=not self.windows)
-        without = {key for key in full if key.startswith("_") or key in ("attn_implementation", PARAMETERS)}
-        config = make({key: value for key, value in full.items() if key not in without})
+        excluded = {key for key in full if key.startswith("_") or key in ("attn_implementation", PARAMETERS)}
+        config = make({key: value for key, value in full.items() if key not in excluded})
         self._check_values(full, config)
         _check_heads(config)
         return config, full
@@ -120,9 +120,9 @@ class Family:
         known = {*self.sizes, *self.aliases, *_COMPUTED, *_FIXED, *self.fixed, *self.unused, *_WITHOUT_EFFECT}
         if self.windows:
             known |= {"sliding_window", "layer_types"}
-        anywhere = PretrainedConfig().to_dict()
+        common_defaults = PretrainedConfig().to_dict()
         for key, value in content.items():
-            if key not in known and (key not in anywhere or anywhere[key] != value):
+            if key not in known and (key not in common_defaults or common_defaults[key] != value):
                 raise UnsupportedError(
                     f"{key}={_shortened(value)}, an unknown key that may change what the model computes"
                 )

@@ -50,7 +50,7 @@ class NemoCheckpoint:
         manifest: content of its manifest.
         config: configuration of the run that wrote it.
         architecture: configuration and tokenizer of the model.
-        step: number of training steps before it was saved.
+        step: number of completed training steps.
         base: `source` of the weights that training started from, and their digest as `fingerprint`; None for a
             converted model.
     """

@@ -63,7 +63,7 @@ _EXPERT_KEYS = {
     "moe_router_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",
 }
-"""Keys of Hugging Face's configuration by those of NeMo 2's; `_EXPERT_KEYS` are used for a model with experts."""
+"""Keys of the Hugging Face configuration by keys of NeMo 2; `_EXPERT_KEYS` are added for a model with experts."""
 
 
 def is_nemo2_checkpoint(path: str | Path) -> bool:

@@ -54,8 +54,8 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
                 # A clone, since safetensors refuses shared storage; A is shared, and the parts of B are views.
                 tensors[f"base_model.model.{module}.lora_{letter}.weight"] = factor.clone()
             targets.add(module.rpartition(".")[2])
-    if bad := [name for name, factor in tensors.items() if not bool(factor.isfinite().all())]:
-        raise non_finite_error(f"checkpoint {checkpoint.directory}", bad)
+    if non_finite := [name for name, factor in tensors.items() if not bool(factor.isfinite().all())]:
+        raise non_finite_error(f"checkpoint {checkpoint.directory}", non_finite)
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -138,7 +138,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         return result
 
     def _with_file(self, file: str, read: Callable[[Any], T]) -> T:
-        """`read` of the opened file."""
+        """Calls `read` with the opened file, and refuses a damaged one."""
         if reason := unreadable(self.directory / file):
             raise self._damaged(file, reason)
         try:

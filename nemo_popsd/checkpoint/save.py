@@ -66,7 +66,7 @@ class Content:
     config: DictConfig
     """The resolved configuration."""
     step: int
-    """Number of training steps before the weights."""
+    """Number of completed training steps."""
     base: Mapping[str, str] | None = None
     """`source` of the weights that training started from, and their digest as `fingerprint`."""
     adapters_only: bool = False
@@ -84,7 +84,7 @@ class PendingSave:
 
     Attributes:
         path: path of the complete checkpoint.
-        step: number of training steps before its weights.
+        step: number of completed training steps.
     """
 
     def __init__(self, path: str | Path, content: Content, *, background: bool = False) -> None:
@@ -168,9 +168,8 @@ class PendingSave:
             raise_on_all_ranks(f"checkpoint {self.path}", action, **_ADVICE)
         except Exception:
             if self._owns_partial:
-                with suppress(
-                    OSError, UserError
-                ):  # the other ranks wait at the barrier; the next save removes the rest
+                # No error may escape: the other ranks wait at the barrier. The next save removes what is left.
+                with suppress(OSError, UserError):
                     remove_directory(self._partial, CHECKPOINT)
             dist.barrier()
             raise

@@ -22,7 +22,7 @@ from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_t
 from nemo_popsd.checkpoint.trust import safe_unpickling
 from nemo_popsd.errors import UserError
 
-Which = Callable[[str], bool]
+ParameterFilter = Callable[[str], bool]
 """Whether a parameter is saved or loaded, by its name."""
 
 
@@ -39,7 +39,7 @@ def adapter_parameters(name: str) -> bool:
 class StagedWeights:
     """Weights to be written: staging and `finish` are collective, `write` uses no collectives."""
 
-    def __init__(self, models: Sequence[GPTModel], directory: Path, *, which: Which, copy: bool) -> None:
+    def __init__(self, models: Sequence[GPTModel], directory: Path, *, which: ParameterFilter, copy: bool) -> None:
         """Plans which rank writes which shards. Collective over all ranks: one gather and one scatter of plans.
 
         Args:
@@ -145,7 +145,7 @@ class StagedPieces:
         """Does nothing: `write` has written the metadata."""
 
 
-def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = every_parameter) -> None:
+def load_weights(models: Sequence[GPTModel], directory: Path, *, which: ParameterFilter = every_parameter) -> None:
     """Loads the weights in the layout of `models`. Collective over all ranks. Runs no code from the files.
 
     Args:
@@ -160,23 +160,24 @@ def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = 
         raise _unusable(directory, "no Megatron distributed checkpoint")
     try:
         with safe_unpickling():
-            states, unread, absent = dist_checkpointing.load(
+            states, not_loaded, not_stored = dist_checkpointing.load(
                 _sharded_state(models, which), str(directory), strict=StrictHandling.RETURN_ALL
             )
     except (CheckpointException, CheckpointingException, EOFError, OSError, UnpicklingError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise _unusable(directory, f"an unreadable distributed checkpoint ({reason})") from reason
-    missing: set[str] = set(absent)
-    unexpected: set[str] = set(unread)
+    missing: set[str] = set(not_stored)
+    unexpected: set[str] = set(not_loaded)
     for index, model in enumerate(models):
         state = states[str(index)]
         # A layer with an adapter is saved with its own name (`AdapterWrapper.sharded_state_dict`), and loaded with that
         # of the wrapper's attribute.
         wrapped = {name.removesuffix(".to_wrap") for name, _ in model.named_modules() if name.endswith(".to_wrap")}
         keys = {name: ".to_wrap.".join(name.rsplit(".", 1)) for name in state if name.rpartition(".")[0] in wrapped}
-        without, beyond = model.load_state_dict({keys.get(k, k): v for k, v in state.items()}, strict=False)
-        missing |= {name for name in without if which(name)}
-        unexpected |= set(beyond)
+        renamed = {keys.get(name, name): tensor for name, tensor in state.items()}
+        without_value, without_parameter = model.load_state_dict(renamed, strict=False)
+        missing |= {name for name in without_value if which(name)}
+        unexpected |= set(without_parameter)
     missing, unexpected = ({n for n in names if "_extra_state" not in n} for names in (missing, unexpected))
     if missing or unexpected:
         raise _unusable(
@@ -184,7 +185,7 @@ def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Which = 
         )
 
 
-def _sharded_state(models: Sequence[GPTModel], which: Which) -> dict[str, Any]:
+def _sharded_state(models: Sequence[GPTModel], which: ParameterFilter) -> dict[str, Any]:
     """The selected tensors. Transformer Engine's extra state is left out: it is a pickle, and only fp8 uses it."""
     return {
         str(index): {

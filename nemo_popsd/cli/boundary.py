@@ -1,4 +1,4 @@
-"""Errors that any sub-command may have: a package that is not installed, an output that is closed early."""
+"""Errors that any sub-command may raise: a package that is not installed, an output that is closed early."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "convert",
-        help="Hugging Face directory to NeMo checkpoint, or back",
-        description="Convert a model between the formats, tensor by tensor, in one process with memory for one shard. "
-        "Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
+        help="convert a Hugging Face directory to a NeMo checkpoint, or back",
+        description="Convert a model between the formats, tensor by tensor, in one process that needs memory for one "
+        "shard. Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
     )
     directions = parser.add_subparsers(title="directions", dest="direction", required=True, metavar="DIRECTION")
     to_nemo = directions.add_parser("hf-to-nemo", help="write a Hugging Face directory as a NeMo checkpoint")
@@ -30,13 +30,17 @@ def add_parser(subparsers: Any) -> None:
         "output", metavar="OUT", type=path_argument, help="directory to write, or a file name ending in .nemo"
     )
     to_hf = directions.add_parser("nemo-to-hf", help="write a NeMo checkpoint as a Hugging Face directory")
-    to_hf.add_argument("source", metavar="SRC", type=path_argument, help="NeMo checkpoint: directory or .nemo")
+    to_hf.add_argument("source", metavar="SRC", type=path_argument, help="NeMo checkpoint: a directory or a .nemo file")
     to_hf.add_argument("output", metavar="OUT", type=path_argument, help="directory to write")
     to_hf.add_argument(
-        "--shard-size", type=number(float, 1e-6, 1e6), default=4.0, metavar="GIB", help="size of a file (4 GiB)"
+        "--shard-size",
+        type=number(float, 1e-6, 1e6),
+        default=4.0,
+        metavar="GIB",
+        help="size at which a new weight file starts; default: 4",
     )
     for direction in (to_nemo, to_hf):
-        direction.add_argument("--precision", choices=("bf16", "fp32"), help="of OUT (that of SRC)")
+        direction.add_argument("--precision", choices=("bf16", "fp32"), help="precision of OUT; default: that of SRC")
         direction.add_argument("--verify", action="store_true", help="compare every tensor, and logits on sample text")
         direction.add_argument(
             "--trust-remote-code",

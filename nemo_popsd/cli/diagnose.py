@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="PATH",
         type=path_argument,
         default=None,
-        help="what to diagnose; default: student.source, untrained",
+        help="NeMo checkpoint to diagnose; default: the model in student.source",
     )
     parser.set_defaults(run=run)
 

@@ -23,15 +23,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
     parser.add_argument("--evaluate", action="store_true", help="CONF is for `popsd evaluate`, not for `popsd train`")
     parser.add_argument(
-        "--checkpoint", metavar="PATH", type=path_argument, default=None, help="with --evaluate: what will be evaluated"
+        "--checkpoint", metavar="PATH", type=path_argument, default=None, help="with --evaluate: the checkpoint"
     )
     parser.add_argument(
-        "--gpus", metavar="N", type=number(int, 0, 10**6), default=0, help="CUDA devices that must be visible"
+        "--gpus", metavar="N", type=number(int, 0, 10**6), default=0, help="number of CUDA devices that must be visible"
     )
     parser.add_argument(
-        "--free-gib", metavar="GIB", type=number(float, 0, 1e9), default=0.0, help="space that must be free at output"
+        "--free-gib",
+        metavar="GIB",
+        type=number(float, 0, 1e9),
+        default=0.0,
+        help="disk space that must be free at `output`",
     )
-    parser.add_argument("--imports", action="store_true", help="also import every package (a minute)")
+    parser.add_argument("--imports", action="store_true", help="also import every package; takes about a minute")
     parser.add_argument("--strict", action="store_true", help="treat a version outside its range as an error")
     parser.add_argument(
         "--sharing",

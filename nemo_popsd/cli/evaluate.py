@@ -20,9 +20,10 @@ def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="measure accuracy, markers and response length on problem sets, or compare such evaluations",
+        help="measure accuracy, epistemic markers and response length on problem sets, or compare evaluations",
         description="Generate responses to the problems of CONF (evaluation.sets, or data.validation) and report "
-        "accuracy, epistemic behaviour and length with intervals. A repeated command generates only missing samples.",
+        "accuracy, epistemic markers and response length with confidence intervals. If the command is repeated, it "
+        "generates only missing samples.",
     )
     add_config_arguments(parser, optional=True)
     parser.add_argument(
@@ -30,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="PATH",
         type=path_argument,
         default=None,
-        help="what to evaluate; default: student.source, untrained",
+        help="NeMo checkpoint to evaluate; default: the model in student.source",
     )
     parser.add_argument(
         "--compare",
@@ -55,9 +56,11 @@ def run(args: argparse.Namespace) -> None:
         _compare(args)
         return
     if args.base is not None:
-        raise UserError("evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", fix="omit it")
+        raise UserError(
+            "evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", fix="omit --base"
+        )
     if args.config is None:
-        raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", fix="name one")
+        raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", fix="give one of them")
     from nemo_popsd.config.consistency import check_evaluation_run
     from nemo_popsd.config.loading import load_config
 

@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check both paths, then convert."""
+    """Check both paths, then export."""
     from nemo_popsd.config.consistency import check_checkpoint, check_output
     from nemo_popsd.files.atomic import refuse_occupied
     from nemo_popsd.files.ownership import ADAPTER, EXPORT, refuse_overlap

@@ -1,4 +1,4 @@
-"""Recognising the errors of communication libraries that mean that another rank was lost."""
+"""Recognises errors of communication libraries that are caused by the loss of another rank."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nemo_popsd.errors import START_AGAIN, TransientError
 from nemo_popsd.parallel.launcher import read_launch
 
 _LIBRARIES = re.compile(r"gloo|NCCL|TCPStore|c10d|ProcessGroup|socket", re.IGNORECASE)
-_WAITED = re.compile(r"time[d]?[ -]?out|timeout", re.IGNORECASE)
-_ENDED = re.compile(
+_TIMED_OUT = re.compile(r"time[d]?[ -]?out|timeout", re.IGNORECASE)
+_DISCONNECTED = re.compile(
     r"connection (was |is )?(likely )?(closed|reset|refused|aborted)|broken pipe|remote process exited|"
     r"communicator was aborted|pair closure|failed to (recv|send)|unexpected end of|connection was closed",
     re.IGNORECASE,
@@ -23,7 +23,7 @@ class LostPeerError(TransientError):
 
 
 def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeerError | None:
-    """The error to raise in place of a library's, if that means that another rank has ended or does not answer.
+    """The error to raise in place of `error`, if `error` shows that another rank has ended or does not answer.
 
     Args:
         error: raised on this rank.
@@ -39,7 +39,7 @@ def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeer
     launch = read_launch()
     who = f"rank {launch.rank} of {launch.world_size}"
     advice = [f"{type(error).__name__}: {text[:_LONGEST_TEXT]}"]
-    if _WAITED.search(text):
+    if _TIMED_OUT.search(text):
         seconds = getattr(getattr(config, "training", None), "collective_timeout", None)
         limit = f"training.collective_timeout={seconds:g} s" if seconds and command != "evaluate" else "its time limit"
         return LostPeerError(
@@ -58,8 +58,11 @@ def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeer
 
 
 def _is_of_communication(error: BaseException, text: str) -> bool:
-    """Torch has classes for some of these errors (DistNetworkError, ...); gloo raises plain RuntimeError."""
-    named = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    if not named and not (isinstance(error, RuntimeError) and _LIBRARIES.search(text)):
+    """Whether a communication library raised `error` because of another rank.
+
+    Torch has classes for some of these errors (DistNetworkError, ...); gloo raises plain RuntimeError.
+    """
+    is_dist_error = any(cls.__name__ == "DistError" for cls in type(error).__mro__)
+    if not is_dist_error and not (isinstance(error, RuntimeError) and _LIBRARIES.search(text)):
         return False
-    return bool(_WAITED.search(text) or _ENDED.search(text))
+    return bool(_TIMED_OUT.search(text) or _DISCONNECTED.search(text))

@@ -55,6 +55,6 @@ def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kw
 
 
 def _connected() -> bool:
-    """Whether this process is connected to the others already, as one that runs several commands is."""
+    """Whether the process group exists already, as in a process that runs several commands."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized()

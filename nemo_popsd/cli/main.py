@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `popsd`; returns the exit status. Exceptions other than those of `nemo_popsd.errors` escape."""
     args = parse(argv)
-    # Threads of OpenMP spin while they wait; on a shared CPU, decoding with a small model is twenty times slower then.
+    # Waiting OpenMP threads spin by default, which makes decoding with a small model 20 times slower on a shared CPU.
     # torch reads this at import, which happens only when a sub-command runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"popsd {args.command}: stopped by Ctrl-C", file=sys.stderr, flush=True)
         status = 128 + signal.SIGINT
     if status == SAVED_AND_STOPPED:
-        _leave_for_torchrun("popsd: saved and stopped on request of a signal; this is not a failure", time.time())
+        _leave_for_torchrun("popsd: saved and stopped after a signal; this is not a failure", time.time())
     _leave_hanging_trackers(status)
     return status
 

@@ -12,9 +12,9 @@ def add_parser(subparsers: Any) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "plan",
-        help="estimate memory, work and time of a run before it is queued",
-        description="Estimate a step of CONF per GPU on N nodes by formula (docs/planning.md): memory, FLOPs, bytes "
-        "sent, seconds. A layout that does not fit or divide is refused, with the nearest ones that do. Needs no "
+        help="estimate memory, FLOPs, traffic and time of a run before it is queued",
+        description="Estimate one step of CONF on N nodes by formula (docs/planning.md): memory, FLOPs, bytes sent and "
+        "seconds per GPU. A layout that does not fit is refused, and the nearest layouts that fit are named. Needs no "
         "GPU, no weights and no data.",
     )
     parser.add_argument(

@@ -22,8 +22,8 @@ def add_parser(subparsers: Any) -> None:
     show = actions.add_parser(
         "show",
         help="print steps, the rollouts of a step, or their text",
-        description="Print one line per step; with --step or --row each rollout as JSON; with --text its prompt and "
-        "response.",
+        description="Print one line per step; with --step or --row, each rollout as JSON; with --text, the text of its "
+        "prompt and response.",
     )
     show.add_argument("output", metavar="RUN", type=path_argument, help="output directory of a run")
     show.add_argument(
@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> None:
             _print_summary(step, list(store.read(step)))
         return
     decode = _decoder(Path(args.output)) if args.text else None
-    found = False
+    printed = False
     for step in steps if args.step is None else [args.step]:
         for row in store.read(step):
             if args.row in (None, row.row_id):
-                found = True
+                printed = True
                 _print_rollout(step, row, decode)
-    if not found:
+    if not printed:
         raise UserError(
             f"rollouts of {args.output}", got=f"no row {args.row!r}", need="the id of a row", fix="give another --row"
         )
@@ -73,10 +73,10 @@ def _print_summary(step: int, rows: list[Any]) -> None:
     lengths = [len(row.rollout.response) for row in rows]
     truncated = sum(row.rollout.truncated for row in rows)
     version = rows[0].rollout.weights_version if rows else "-"
-    left = sum(row.rollout.unfinished for row in rows)
+    unfinished = sum(row.rollout.unfinished for row in rows)
     print(
         f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, "
-        f"{truncated} truncated at the limit" + (f", {left} left unfinished" if left else "")
+        f"{truncated} truncated at the limit" + (f", {unfinished} left unfinished" if unfinished else "")
     )
 
 
@@ -107,9 +107,9 @@ def _decoder(run: Path) -> Any:
     from nemo_popsd.data.tokenizer import load_tokenizer
     from nemo_popsd.embedded.names import PREFIX, asset
 
-    kept = sorted((run / "checkpoints").glob("*/huggingface/tokenizer_config.json"))
-    if kept:
-        return load_tokenizer(kept[-1].parent, setting="RUN").decode
+    configs = sorted((run / "checkpoints").glob("*/huggingface/tokenizer_config.json"))
+    if configs:
+        return load_tokenizer(configs[-1].parent, setting="RUN").decode
     source = load_config(run / "config.yaml").student.source
     return load_tokenizer(asset(source) if source.startswith(PREFIX) else source).decode
 

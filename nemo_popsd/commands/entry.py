@@ -123,8 +123,8 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
         output=config.output,
         vocab_size=model.architecture.vocab_size,
     )
-    for one in problem_sets:
-        model.refuse_long_evaluation(one.prompts)
+    for problem_set in problem_sets:
+        model.refuse_long_evaluation(problem_set.prompts)
     generate_missing(model.sampler, problem_sets, model=name, digest=digest)
     shutdown()
     if is_rank_zero():
@@ -136,12 +136,12 @@ def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
     `<output>/diagnosis/<name>`.
     """
     name = checkpoint or config.student.source
-    place = Path(config.output) / "diagnosis" / as_file_name(name)
-    refuse_other_files(place)
+    directory = Path(config.output) / "diagnosis" / as_file_name(name)
+    refuse_other_files(directory)
     config, opened = _open(config, checkpoint)
     config = replace(config, data=replace(config.data, validation=SourceConfig()))
     model = PurifiedOPSDModel(to_dict_config(config), build_trainer(config, logs=False), checkpoint=opened)
-    write_diagnosis(model.diagnose(name), place)
+    write_diagnosis(model.diagnose(name), directory)
     shutdown()
 
 
@@ -199,8 +199,8 @@ def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> None:
-    """Evaluates the current weights unless that has been done. Keeps the random state, so that a run trains
-    identically whether or not it finds the evaluation on disk.
+    """Evaluates the current weights unless they have been evaluated. Keeps the random state, so that a run trains
+    identically whether or not the evaluation exists already.
     """
     if model.last_evaluation_step != model.completed_steps:
         with preserved_random_state():

@@ -6,6 +6,11 @@ metrics.jsonl   one line per step and per evaluation
 checkpoints/    step-000050, ..., final; the file `latest` names the newest
 validation/     samples and scores of each evaluation: step-000000, ...
 rollouts/       the rollouts of each step
+diagnosis/      analyses before and after training
+tensorboard/    events for TensorBoard
+vllm/           logs and model files of vLLM servers
+huggingface/    export of the final weights
+report.html     the report
 DONE            the run is finished
 REQUEUE         the run was requested to stop and has saved
 """
@@ -62,6 +67,7 @@ class RunDirectory:
     """The files in `output`, which all ranks read and rank 0 writes. All ranks call its methods together."""
 
     def __init__(self, config: PopsdConfig) -> None:
+        """Reads nothing yet."""
         self._config = config
         self.output = Path(config.output)
         self._checkpoints = self.output / "checkpoints"
@@ -87,7 +93,7 @@ class RunDirectory:
             self._hold.check()
 
     def refuse_lost_lock(self) -> None:
-        """Does what `check_lock` does on all ranks together. Collective: one gather of objects."""
+        """Calls `check_lock` on rank 0 and raises its error on all ranks. Collective: one gather of objects."""
         self._on_rank_zero(lambda: None)
 
     def checkpoint(self) -> NemoCheckpoint | None:
@@ -98,7 +104,7 @@ class RunDirectory:
 
         Raises:
             DamagedCheckpointError: the newest is damaged; the message explains how to resume from an earlier one.
-            UserError: its run had other settings, or files that no run wrote are in the place of its checkpoints.
+            UserError: its run had other settings, or files that no run wrote have the name of a checkpoint.
         """
         if self._config.overwrite:
             return None
@@ -163,7 +169,7 @@ class RunDirectory:
     def _with_fix(
         self, error: DamagedCheckpointError, damaged: str, checkpoints: Checkpoints
     ) -> DamagedCheckpointError:
-        """The error with a fix that names the newest intact checkpoint, which is looked for. Collective."""
+        """`error` with a fix that names the newest intact checkpoint: verifies them from the newest on. Collective."""
         path = self._checkpoints / damaged
         aside = path.with_name(f"{damaged}.damaged")
         fix = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is intact"

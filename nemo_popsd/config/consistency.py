@@ -59,7 +59,7 @@ def check_sections(config: PopsdConfig) -> None:
         raise UserError(
             "configuration",
             got=f"optimizer.min_lr={optimizer.min_lr} with optimizer.lr={optimizer.lr}",
-            need="a final rate no higher than the peak",
+            need="a final learning rate no higher than the peak",
             fix="set optimizer.min_lr or optimizer.lr",
         )
 
@@ -170,7 +170,7 @@ def _check_ownership(config: PopsdConfig, output: Path, present: Sequence[str]) 
             raise UserError(
                 "configuration",
                 got=f"output={config.output!r}, which has a config.yaml that no run wrote and this run would replace",
-                need="a directory without files of others",
+                need="a directory without files that no run wrote",
                 fix="set output to another directory, or rename that file",
             )
     if config.training.export_huggingface:

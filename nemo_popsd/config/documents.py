@@ -59,16 +59,16 @@ def read_override(override: str, known: Mapping[str, Any] | None = None) -> tupl
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(where, got="no key and value", need="key=value, as in training.steps=20", fix="rewrite it")
-    kind = known.get(key)
-    if kind is None:
+        raise UserError(where, got="no key and value", need="key=value, as in training.steps=20", fix="correct it")
+    hint = known.get(key)
+    if hint is None:
         raise unknown_key(where, key, known)
-    if is_text(kind) and text not in ("null", "~") and text[:1] not in ("'", '"'):
+    if is_text(hint) and text not in ("null", "~") and text[:1] not in ("'", '"'):
         return key, text
     node = _compose(text, where, lambda _: where)
     if node is None:
-        raise wrong_type(where, key, kind, f"{key}= without a value")
-    return key, _Tree(known, where).value(node, key, kind, 0, where)
+        raise wrong_type(where, key, hint, f"{key}= without a value")
+    return key, _Tree(known, where).value(node, key, hint, 0, where)
 
 
 def _text(path: Path) -> str:
@@ -145,32 +145,32 @@ class _Tree:
                 raise unknown_key(where, key if name is not None else f"{prefix}[{key_node.id}]", self._known)
             if name in lines:
                 got = f"{key} again, first in line {lines[name]}"
-                raise UserError(where, got=got, need="each key once", fix="take one of them out")
+                raise UserError(where, got=got, need="each key once", fix="remove one of them")
             lines[name] = key_node.start_mark.line + 1
             values[name] = self.value(value_node, key, self._known[key], level + 1, where)
         return values
 
-    def value(self, node: yaml.Node, key: str, kind: Any, level: int, where: str, need: Any = None) -> Any:
-        """The value of `node` for `key` of type `kind`; for an item of a list, `need` is the type of the list."""
+    def value(self, node: yaml.Node, key: str, hint: Any, level: int, where: str, need: Any = None) -> Any:
+        """The value of `node` for `key` of type `hint`; for an item of a list, `need` is the type of the list."""
         self._count(level)
         if isinstance(node, yaml.ScalarNode) and (node.value == MISSING or "${" in node.value):
-            if is_dataclass(kind):
-                raise wrong_type(where, key, kind, f"{key}={shown(node.value)}")
+            if is_dataclass(hint):
+                raise wrong_type(where, key, hint, f"{key}={shown(node.value)}")
             return node.value
-        if is_dataclass(kind):
+        if is_dataclass(hint):
             if isinstance(node, yaml.MappingNode):
                 return self.section(node, f"{key}.", level)
-        elif get_origin(kind) is list and isinstance(node, yaml.SequenceNode):
-            return [self.value(item, key, get_args(kind)[0], level + 1, where, need=kind) for item in node.value]
+        elif get_origin(hint) is list and isinstance(node, yaml.SequenceNode):
+            return [self.value(item, key, get_args(hint)[0], level + 1, where, need=hint) for item in node.value]
         elif isinstance(node, yaml.ScalarNode) and node.style in _QUOTED:
-            if inner(kind) is str:
+            if inner(hint) is str:
                 return node.value
         elif isinstance(node, yaml.ScalarNode):
             try:
-                return read_scalar(kind, node.value)
+                return read_scalar(hint, node.value)
             except ValueError:
                 pass
-        raise wrong_type(where, key, need or kind, f"{key}={_written(node)}")
+        raise wrong_type(where, key, need or hint, f"{key}={_written(node)}")
 
     def _merged(self, node: yaml.MappingNode, level: int) -> list[tuple[yaml.Node, yaml.Node]]:
         """The pairs of `node`, and those that it merges (``<<``) and does not have itself."""
@@ -189,7 +189,7 @@ class _Tree:
         self._nodes += 1
         if self._nodes > _MOST_NODES or level > _MOST_LEVELS:
             what = f"configuration {_named(self._origin)}" if isinstance(self._origin, Path) else self._origin
-            raise UserError(what, got=_TOO_MUCH, need="a configuration, which is smaller", fix="take aliases out")
+            raise UserError(what, got=_TOO_MUCH, need="a configuration, which is smaller", fix="remove aliases")
 
     def _where(self, node: yaml.Node) -> str:
         return f"{_named(self._origin)}:{node.start_mark.line + 1}" if isinstance(self._origin, Path) else self._origin

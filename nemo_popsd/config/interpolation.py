@@ -84,7 +84,7 @@ class _Resolution:
         for other in self._referred(key):
             if other in self._open:
                 self._resolve(other)
-        kind = self._known[key]
+        hint = self._known[key]
         try:
             OmegaConf.update(self._tree, key, self._values[key])
             result = OmegaConf.select(self._tree, key)
@@ -95,9 +95,9 @@ class _Resolution:
         if any(len(text) > LONGEST_TEXT for text in _texts(result)):
             raise self._refused(key, f"it gives more than {LONGEST_TEXT:,} characters")
         try:
-            value = from_interpolation(kind, result)
+            value = from_interpolation(hint, result)
         except ValueError:
-            raise wrong_type(self._what, key, kind, f"{key}={shown(result)} from an interpolation") from None
+            raise wrong_type(self._what, key, hint, f"{key}={shown(result)} from an interpolation") from None
         self._values[key] = value
         OmegaConf.update(self._tree, key, escaped(value))
         del self._open[key]

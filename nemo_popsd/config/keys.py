@@ -24,11 +24,11 @@ def known_keys(schema: type = PopsdConfig) -> Mapping[str, Any]:
     keys: dict[str, Any] = {}
 
     def visit(section: type, prefix: str) -> None:
-        for field, kind in hints(section).items():
+        for field, hint in hints(section).items():
             name = prefix + field
-            keys[name] = kind
-            if is_dataclass(kind):
-                visit(cast(type, kind), name + ".")
+            keys[name] = hint
+            if is_dataclass(hint):
+                visit(cast(type, hint), name + ".")
 
     visit(schema, "")
     return keys
@@ -42,19 +42,19 @@ def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
     """
     key = key[:200]  # difflib takes quadratic time
     section, _, leaf = key.rpartition(".")
-    settings = [name for name, kind in known.items() if not is_dataclass(kind)]
-    sections = [name for name, kind in known.items() if is_dataclass(kind) and not key.startswith(f"{name}.")]
+    settings = [name for name, hint in known.items() if not is_dataclass(hint)]
+    sections = [name for name, hint in known.items() if is_dataclass(hint) and not key.startswith(f"{name}.")]
     top = key.partition(".")[0] if section else None
     siblings = [name for name in (*settings, *sections) if name.rpartition(".")[0] == section]
     around = [name for name in settings if top is not None and name.partition(".")[0] == top]
     for candidates in (
-        _close(leaf, siblings),
-        _equal(leaf, around),
-        _close(leaf, around),
-        _whole(key, settings),
-        _whole(key, sections),
-        _equal(leaf, settings),
-        _close(leaf, settings),
+        _similar_leaf(leaf, siblings),
+        _same_leaf(leaf, around),
+        _similar_leaf(leaf, around),
+        _similar_key(key, settings),
+        _similar_key(key, sections),
+        _same_leaf(leaf, settings),
+        _similar_leaf(leaf, settings),
     ):
         if candidates:
             return candidates[:_MOST_NAMED]
@@ -83,26 +83,26 @@ def unknown_key(where: str, key: str, known: Mapping[str, Any] | None = None) ->
         need = f"a known key: {', '.join(settings)}, or one of a section; sections are " + ", ".join(
             name for name in top if is_dataclass(known[name])
         )
-    return UserError(where, got=f"unknown key {_shown_key(key)}", need=need, fix="rename it or take it out")
+    return UserError(where, got=f"unknown key {_shown_key(key)}", need=need, fix="rename or remove it")
 
 
-def wrong_type(where: str, key: str, kind: Any, got: str) -> UserError:
-    """The error for a value, described by `got`, that has the wrong type for the setting `key` of type `kind`."""
-    return UserError(where, got=got, need=describe(kind), fix=f"set {key}")
+def wrong_type(where: str, key: str, hint: Any, got: str) -> UserError:
+    """The error for a value, described by `got`, that has the wrong type for the setting `key` of type `hint`."""
+    return UserError(where, got=got, need=describe(hint), fix=f"set {key}")
 
 
-def _close(leaf: str, names: Iterable[str]) -> list[str]:
+def _similar_leaf(leaf: str, names: Iterable[str]) -> list[str]:
     """Those of `names` whose last part is most similar to `leaf`, if it is close and has the same first letter."""
     alike = {name: difflib.SequenceMatcher(None, leaf, _leaf(name)).ratio() for name in names}
     alike = {name: ratio for name, ratio in alike.items() if ratio >= _CLOSE and _leaf(name)[:1] == leaf[:1]}
     return [name for name, ratio in alike.items() if ratio == max(alike.values())]
 
 
-def _equal(leaf: str, names: Iterable[str]) -> list[str]:
+def _same_leaf(leaf: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if _leaf(name) == leaf]
 
 
-def _whole(key: str, names: Iterable[str]) -> list[str]:
+def _similar_key(key: str, names: Iterable[str]) -> list[str]:
     return [name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.8) if name[:1] == key[:1]]
 
 

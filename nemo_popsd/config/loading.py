@@ -84,13 +84,13 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
     plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
     values = dict(_flat(asdict(PopsdConfig()), known_keys()))
     for key, value in _flat({key: value for key, value in plain.items() if key not in _NEMO_KEYS}, known_keys()):
-        where, kind = f"configuration key {key}", known_keys().get(key)
-        if kind is None:
+        where, hint = f"configuration key {key}", known_keys().get(key)
+        if hint is None:
             raise unknown_key(where, key)
         try:
-            values[key] = from_plain(kind, value)
+            values[key] = from_plain(hint, value)
         except ValueError:
-            raise wrong_type(where, key, kind, f"{key}={shown(value)}") from None
+            raise wrong_type(where, key, hint, f"{key}={shown(value)}") from None
     config = _build(PopsdConfig, values)
     check_sections(config)
     return config
@@ -116,7 +116,7 @@ def _flat(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -
 def _build(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """An instance of the dataclass `schema` with its nested sections; each checks its own values."""
     arguments: dict[str, Any] = {}
-    for name, kind in hints(cast(Any, schema)).items():
+    for name, hint in hints(cast(Any, schema)).items():
         key = prefix + name
-        arguments[name] = _build(cast(type, kind), values, f"{key}.") if is_dataclass(kind) else values[key]
+        arguments[name] = _build(cast(type, hint), values, f"{key}.") if is_dataclass(hint) else values[key]
     return schema(**arguments)

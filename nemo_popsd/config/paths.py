@@ -17,7 +17,7 @@ _LONGEST_NAME = 255
 
 
 def given_path(setting: str, text: str) -> str:
-    """The path that `text` means, with `~` expanded.
+    """The path in `text`, with `~` expanded.
 
     Args:
         setting: dotted name of the setting, or of the argument, for messages.

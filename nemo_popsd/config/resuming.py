@@ -11,11 +11,14 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.checks import shown
 
+_MOST_NAMED = 6
+"""Most settings that one message names."""
+
 FREE = (
     "name",
     "output",
     "overwrite",
-    "student.source",  # may be moved; the fingerprint of the digest of its weights must be the same
+    "student.source",  # may be moved; the digest of its weights must be the same
     "student.layers",
     "student.recompute",
     "student.frozen_copy",
@@ -67,22 +70,19 @@ def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
     before, after = _flat(asdict(old)), _flat(asdict(new))
     changed = [key for key in after if before.get(key) != after[key] and not _is_free(key)]
     if changed:
-        named = [f"{key}={_short(after[key])} (was {_short(before.get(key))})" for key in changed[:_NAMED]]
-        more = f" and {len(changed) - _NAMED} more settings" if len(changed) > _NAMED else ""
+        named = [f"{key}={_short(after[key])} (was {_short(before.get(key))})" for key in changed[:_MOST_NAMED]]
+        more = f" and {len(changed) - _MOST_NAMED} more settings" if len(changed) > _MOST_NAMED else ""
         raise UserError(
             "resuming",
             got=", ".join(named) + more,
             need=f"the settings of the run in output={shown(new.output)} (its config.yaml)",
-            fix=f"set {', '.join(changed[:_NAMED])}{more} back, set output for another run, or overwrite=true to "
+            fix=f"set {', '.join(changed[:_MOST_NAMED])}{more} back, set output for another run, or overwrite=true to "
             "start again at step 1",
         )
 
 
-_NAMED = 6
-"""Most settings that one message names."""
-
 DONE = "DONE"
-"""File in `output` of a finished run; has the number of its steps."""
+"""File in `output` of a finished run; contains the number of its steps."""
 REQUEUE = "REQUEUE"
 """File in `output` of a run that was requested to stop, has saved, and should be started again."""
 

@@ -29,21 +29,21 @@ class PopsdConfig:
     """Start at step 1 if `output` has a run of nemo_popsd already (marked by `.nemo_popsd`): removes the files that the
     run wrote and nothing else. If false, that run is resumed."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 1234
-    """Seed of data order, rollouts and adapters. Its random numbers do not depend on the parallel layout."""
+    """Seed of data order, rollouts and adapters. The random numbers do not depend on the parallel layout."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The model that is trained."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Its layout."""
+    """The parallel layout."""
     data: DataConfig = field(default_factory=DataConfig)
     """Rows and contexts."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """Generating on-policy responses."""
+    """Generation of on-policy responses."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Target and divergence."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam, schedule, clipping."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """The loop."""
+    """The training loop."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Accuracy, epistemic markers and response length on problem sets."""
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)

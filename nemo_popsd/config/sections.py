@@ -7,7 +7,7 @@ from nemo_popsd.diagnosis.config import DiagnosisSettings
 
 
 def diagnosis_settings(config: PopsdConfig) -> DiagnosisSettings:
-    """Everything that a diagnosis reads of `config`."""
+    """The values of `config` that a diagnosis needs."""
     return DiagnosisSettings(
         diagnosis=config.diagnosis,
         target=config.distillation.target,

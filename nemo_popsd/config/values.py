@@ -36,67 +36,69 @@ MISSING = "???"
 """OmegaConf's mark of a missing value."""
 
 
-def read_scalar(kind: Any, text: str) -> Any:
-    """The value of an unquoted `text` for a setting of type `kind`.
+def read_scalar(hint: Any, text: str) -> Any:
+    """The value of an unquoted `text` for a setting of type `hint`.
 
     Raises:
         ValueError: it is not such a value.
     """
     if text in _NULL:
-        if is_optional(kind):
+        if is_optional(hint):
             return None
         raise ValueError
-    kind = inner(kind)
-    if kind is str:
+    hint = inner(hint)
+    if hint is str:
         return text
-    if kind is bool:
+    if hint is bool:
         if text in _TRUTH:
             return _TRUTH[text]
         raise ValueError
-    if kind is int and len(text) <= _LONGEST_NUMBER and _WHOLE.fullmatch(text):
+    if hint is int and len(text) <= _LONGEST_NUMBER and _WHOLE.fullmatch(text):
         return int(text)
-    if kind is float:
-        odd = _NOT_FINITE.fullmatch(text)
-        if odd:
-            return float(odd[1] + odd[2])  # refused by the bounds of the setting, whose message names them
+    if hint is float:
+        not_finite = _NOT_FINITE.fullmatch(text)
+        if not_finite:
+            return float(
+                not_finite[1] + not_finite[2]
+            )  # refused by the bounds of the setting, whose message names them
         if _NUMBER.fullmatch(text):
             return float(text)
     raise ValueError
 
 
-def from_plain(kind: Any, value: object) -> Any:
-    """`value`, of a type that YAML or an interpolation gives, converted to type `kind`.
+def from_plain(hint: Any, value: object) -> Any:
+    """`value`, of a type that YAML or an interpolation gives, converted to type `hint`.
 
     Raises:
         ValueError: it has another type.
     """
-    if value is None and is_optional(kind):
+    if value is None and is_optional(hint):
         return None
-    kind = inner(kind)
-    if get_origin(kind) is list and isinstance(value, list):
-        return [from_plain(get_args(kind)[0], item) for item in value]
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    hint = inner(hint)
+    if get_origin(hint) is list and isinstance(value, list):
+        return [from_plain(get_args(hint)[0], item) for item in value]
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return _as_float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind in (str, bool) and isinstance(value, kind):
+    if hint in (str, bool) and isinstance(value, hint):
         return value
     raise ValueError
 
 
-def from_interpolation(kind: Any, value: object) -> Any:
+def from_interpolation(hint: Any, value: object) -> Any:
     """As `from_plain`, for the result of an interpolation: the text of a variable is read as if it were written there.
 
     Raises:
         ValueError: it has another type.
     """
-    if get_origin(kind) is list and isinstance(value, list):
-        return [from_interpolation(get_args(kind)[0], item) for item in value]
-    if isinstance(value, str) and inner(kind) is not str:
-        return read_scalar(kind, value)
-    if inner(kind) is str and isinstance(value, bool | int | float):
+    if get_origin(hint) is list and isinstance(value, list):
+        return [from_interpolation(get_args(hint)[0], item) for item in value]
+    if isinstance(value, str) and inner(hint) is not str:
+        return read_scalar(hint, value)
+    if inner(hint) is str and isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
-    return from_plain(kind, value)
+    return from_plain(hint, value)
 
 
 def check_text(setting: str, value: str, rule: Text) -> str:
@@ -116,30 +118,30 @@ def check_text(setting: str, value: str, rule: Text) -> str:
     return given_path(setting, value) if rule is Text.PATH else value
 
 
-def describe(kind: Any) -> str:
-    """A description, in words, of a value of type `kind` in a file."""
-    if is_optional(kind):
-        return " or ".join([describe(inner(kind)), "null"])
-    if get_origin(kind) is list:
-        item = get_args(kind)[0]
+def describe(hint: Any) -> str:
+    """A description, in words, of a value of type `hint` in a file."""
+    if is_optional(hint):
+        return " or ".join([describe(inner(hint)), "null"])
+    if get_origin(hint) is list:
+        item = get_args(hint)[0]
         examples = {int: "whole numbers, as in [1, 4]", float: "numbers, as in [0.1, 1]", str: "texts, as in [a, b]"}
         return f"a list of {examples[item]}"
-    return _NEEDS.get(kind, "a section with keys of its own")
+    return _NEEDS.get(hint, "a section with keys of its own")
 
 
-def is_text(kind: Any) -> bool:
-    """Whether `kind` is text, optional or not."""
-    return inner(kind) is str
+def is_text(hint: Any) -> bool:
+    """Whether `hint` is text, optional or not."""
+    return inner(hint) is str
 
 
-def is_optional(kind: Any) -> bool:
-    """Whether a setting of type `kind` may be null."""
-    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+def is_optional(hint: Any) -> bool:
+    """Whether a setting of type `hint` may be null."""
+    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
-def inner(kind: Any) -> Any:
-    """`kind` without null."""
-    return next(part for part in get_args(kind) if part is not type(None)) if is_optional(kind) else kind
+def inner(hint: Any) -> Any:
+    """`hint` without null."""
+    return next(part for part in get_args(hint) if part is not type(None)) if is_optional(hint) else hint
 
 
 def _as_float(value: float) -> float:

@@ -1,5 +1,6 @@
 """The paper's analysis on any model and data: the parts of the teacher's signal at every token.
 
+config.py       settings of a diagnosis
 tokens.py       one set of tokens: decomposition, divergences, most likely alternatives; chunked, over vocabulary shards
 shards.py       the k largest entries of a sharded vocabulary
 push.py         which vocabulary entries each component raises and lowers, summed over tokens

@@ -22,8 +22,8 @@ class DiagnosisConfig:
     rows: Annotated[int, Bounds(1, 10**6)] = 16
     """How many rows, from the start of `data.train`; one rollout each."""
     shown_rows: list[str] = field(default_factory=list)
-    """Ids of rows whose rollouts are shown token by token, beside those of `rows` also further down the file. Empty
-    shows the first `shown`."""
+    """Ids of rows whose rollouts are shown token by token. They are diagnosed in addition to the first `rows`, wherever
+    they are in the file. Empty shows the first `shown`."""
     shown: Annotated[int, Bounds(0, 10**4)] = 4
     """Rollouts shown token by token where `shown_rows` names none."""
     alternatives: Annotated[int, Bounds(1, 10**4)] = 8
@@ -31,11 +31,11 @@ class DiagnosisConfig:
     listed_tokens: Annotated[int, Bounds(1, 10**4)] = 20
     """Tokens listed as most promoted, and as most suppressed, by each component."""
     position_bins: Annotated[int, Bounds(1, 10**4)] = 16
-    """Equal stretches of the response by which figures are averaged."""
+    """Number of equal intervals of the response over which figures are averaged."""
     entropy_edges: Annotated[list[float], Bounds(0, 100, above=True)] = field(
         default_factory=lambda: [0.01, 0.1, 0.5, 1.0, 2.0]
     )
-    """Borders, in nats of the student's entropy, between the bins by which figures are averaged."""
+    """Borders, in nats of the student's entropy, between the bins over which figures are averaged."""
     chunk_tokens: Annotated[int, Bounds(1, 10**7)] = 128
     """Response tokens whose logits exist at one time, on each tensor-parallel rank."""
     in_training: bool = True
@@ -48,7 +48,7 @@ class DiagnosisConfig:
             raise UserError(
                 "configuration",
                 got=f"diagnosis.entropy_edges={edges!r}",
-                need="numbers in rising order, each once",
+                need="different numbers in ascending order",
                 fix="set diagnosis.entropy_edges",
             )
 
@@ -58,7 +58,7 @@ class DiagnosisSettings:
     """Everything that a diagnosis reads of a run's configuration."""
 
     diagnosis: DiagnosisConfig
-    """The section of its own."""
+    """The `diagnosis` section."""
     target: TargetConfig
     """`distillation.target`."""
     rollout: RolloutConfig

@@ -39,18 +39,18 @@ def group_figures(
 ) -> dict[str, Any]:
     """Figures of all groups, ready for JSON.
 
-    Position bins are equal stretches up to the longest response; an entropy bin holds lower edge ≤ H < upper edge.
+    Position bins have equal lengths up to the longest response; an entropy bin has lower edge ≤ H < upper edge.
 
     Returns:
-        "all", "markers" and "others" with one group each; "position" and "entropy" with lists of groups, which have
-        "from" and "to" besides ("to" is null for the last entropy bin). A group has "tokens" and, for each measure,
+        "all", "markers" and "others" with one group each; "position" and "entropy" with lists of groups, which
+        also have "from" and "to" ("to" is null for the last entropy bin). A group has "tokens" and, for each measure,
         "mean", "q25", "median" and "q75" over the tokens on which it is defined, or null where there are none.
     """
     longest = max((token.position for token in tokens), default=0) + 1
     step = math.ceil(longest / position_bins)
-    stretches = [(begin, min(begin + step, longest)) for begin in range(0, longest, step)]
+    bins = [(begin, min(begin + step, longest)) for begin in range(0, longest, step)]
     edges = [0.0, *entropy_edges]
-    by_position = _split(tokens, len(stretches), lambda token: token.position // step)
+    by_position = _split(tokens, len(bins), lambda token: token.position // step)
     by_entropy = _split(
         tokens, len(edges), lambda token: bisect_right(edges, max(token.values["student_entropy"], 0)) - 1
     )
@@ -59,8 +59,7 @@ def group_figures(
         "markers": _figures([token for token in tokens if token.marked]),
         "others": _figures([token for token in tokens if not token.marked]),
         "position": [
-            {"from": begin, "to": end, **_figures(part)}
-            for (begin, end), part in zip(stretches, by_position, strict=True)
+            {"from": begin, "to": end, **_figures(part)} for (begin, end), part in zip(bins, by_position, strict=True)
         ],
         "entropy": [
             {"from": low, "to": high, **_figures(part)}

@@ -35,7 +35,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
 
 
 def marked_tokens(pieces: Sequence[str], markers: Sequence[str]) -> list[bool]:
-    """For each piece, whether it has part of an occurrence of one of `markers` by `nemo_popsd.evaluation.markers`."""
+    """For each piece, whether it overlaps a marker that `nemo_popsd.evaluation.markers` finds in the response."""
     spans = marker_spans("".join(pieces), markers)
     marked = []
     begin = 0
@@ -51,7 +51,7 @@ def marker_entries(
 ) -> Mapping[str, list[int]]:
     """The vocabulary entries that are exactly one marker, apart from white space around it, by marker.
 
-    A marker of several tokens has none: its first token ("Let") mostly opens something else.
+    A marker of several tokens has none, because its first token ("Let") mostly begins other text.
     """
     entries: dict[str, list[int]] = {marker: [] for marker in markers}
     size = min(vocab_size, len(tokenizer))

@@ -54,7 +54,7 @@ class VocabularyPush:
         self.tokens = 0
 
     def reduce_over_(self, dp_group: dist.ProcessGroup | None) -> None:
-        """Adds up the sums of all data-parallel ranks: one all-reduce of [5·v + 1] in float64."""
+        """Replaces the sums by those over all data-parallel ranks: one all-reduce of [5·v + 1] in float64."""
         packed = torch.cat([self.push.flatten(), self.mass, self.mass.new_tensor([self.tokens])])
         reduce_sum_(packed, dp_group)
         self.push.copy_(packed[: self.push.numel()].view_as(self.push))
@@ -67,12 +67,12 @@ class VocabularyPush:
         Collectives over the vocabulary group: one all-gather of [2, 4, count] pairs and one all-reduce of [5, 8·count].
         `count` is at most the vocabulary.
         """
-        both = (self.push, -self.push)
-        ids = largest_of_shards(both, count, self._shard).ids
+        signed_push = (self.push, -self.push)
+        ids = largest_of_shards(signed_push, count, self._shard).ids
         pushed = self.look_up(ids.flatten())
         parts = [
-            PushedTokens(pushed.ids[at], pushed.push[:, at], pushed.mass[at])
-            for at in torch.arange(len(pushed.ids), device=pushed.ids.device).split(count)
+            PushedTokens(pushed.ids[part], pushed.push[:, part], pushed.mass[part])
+            for part in torch.arange(len(pushed.ids), device=pushed.ids.device).split(count)
         ]
         return parts[: len(COMPONENTS)], parts[len(COMPONENTS) :]
 

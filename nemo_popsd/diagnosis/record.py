@@ -7,12 +7,14 @@ summary.json
     rollouts, tokens
     measures        the meaning of each per-token figure
     groups          see `nemo_popsd.diagnosis.groups`
-    rollouts_sha256, sum  of rollouts.jsonl, and of everything else in this file
+    rollouts_sha256  SHA-256 of rollouts.jsonl
+    sum             checksum of everything else in this file
     push            tokens: as above; "components": for each of total, reference, question, target the lists "promoted"
                     and "suppressed" of entries {id, text, mass, push: {component: ...}}; "markers": for each marker
                     of one token the same sums over its entries, or null. Sums are per 1,000 response tokens.
 rollouts.jsonl
-    row, question, reference, cut
+    row, question, reference
+    cut             whether the response was truncated
     pieces          the text of each token
     marked          1 for tokens of a marker, else 0
     values          for each measure, and for log_student, log_base, log_privileged, log_reference, log_target of the

@@ -59,22 +59,22 @@ class DiagnosedRow:
 
 
 def choose_rows(dataset: PromptDataset, settings: DiagnosisConfig) -> list[DiagnosedRow]:
-    """The rows that `settings` names, those to be shown first named first; the same on every rank.
+    """The rows to diagnose: first those that are shown, then the others of the first `rows`. The same on every rank.
 
     Raises:
         UserError: a row of `shown_rows` is missing.
     """
-    named = [dataset.index(row_id) for row_id in settings.shown_rows]
-    if None in named:
+    shown_indices = [dataset.index(row_id) for row_id in settings.shown_rows]
+    if None in shown_indices:
         raise UserError(
             "diagnosis",
             got=f"diagnosis.shown_rows={settings.shown_rows!r}, of which "
-            f"{settings.shown_rows[named.index(None)]!r} is not among the {len(dataset)} rows",
+            f"{settings.shown_rows[shown_indices.index(None)]!r} is not among the {len(dataset)} rows",
             need="ids of rows of data.train that are within its limits",
             fix="set diagnosis.shown_rows",
         )
     first = list(range(min(settings.rows, len(dataset))))
-    shown = [index for index in named if index is not None] or first[: settings.shown]
+    shown = [index for index in shown_indices if index is not None] or first[: settings.shown]
     order = list(dict.fromkeys([*shown, *first]))
     return [DiagnosedRow(dataset[index], index in shown) for index in order]
 
@@ -104,8 +104,8 @@ def diagnose(
         sampling: its parameters.
         tokenizer: the student's.
         rows: from `choose_rows`, the same on every rank.
-        settings: what the run's configuration says of it.
-        name: of what is diagnosed.
+        settings: what a diagnosis reads of the run's configuration.
+        name: of the diagnosed model, for the record.
         step: optimizer steps behind the live weights.
         stop: checked after the rollouts, which a signal ends early.
 
@@ -115,82 +115,86 @@ def diagnose(
     Raises:
         StopRequested: on every rank.
     """
-    drawn = _draw(student, engine, sampling, rows, settings, stop)
+    rollouts = _generate(student, engine, sampling, rows, settings, stop)
     push = VocabularyPush(student.vocab_shard, student.weight.device) if student.holds_output else None
-    parts: list[_Diagnosed] = []
-    for some in _in_step(student, _within(drawn, settings.frozen_tokens)):
-        states = _branch_states(student, [d.trajectory for d in some], settings)
+    parts: list[_RolloutFigures] = []
+    for batch in _equal_counts(student, _batches(rollouts, settings.frozen_tokens)):
+        states = _branch_states(student, [rollout.trajectory for rollout in batch], settings)
         if push is not None:
             parts += [
-                _diagnosed(student, d, of, push, settings, shown=rows[d.row].shown)
-                for d, of in zip(some, states, strict=True)
+                _decompose(student, rollout, branch_states, push, settings, shown=rows[rollout.row].shown)
+                for rollout, branch_states in zip(batch, states, strict=True)
             ]
-    pushed = None
+    push_record = None
     if push is not None:
         push.reduce_over_(parallel_state.get_data_parallel_group(with_context_parallel=True))
-        pushed = _push(push, student, tokenizer, settings)
-    # What one of the ranks that share a vocabulary knows, all of them know; first pipeline stages know nothing.
-    told = parts if student.owns_loss else []
-    gathered: list[tuple[list[_Diagnosed], dict[str, Any] | None]] = [([], None)] * dist.get_world_size()
-    dist.all_gather_object(gathered, (told, pushed))
+        push_record = _push_record(push, student, tokenizer, settings)
+    # Ranks that share a vocabulary have the same figures, so one of them reports; earlier pipeline stages have none.
+    reported = parts if student.owns_loss else []
+    gathered: list[tuple[list[_RolloutFigures], dict[str, Any] | None]] = [([], None)] * dist.get_world_size()
+    dist.all_gather_object(gathered, (reported, push_record))
     records = [
-        _rollout_record(rows[number].row, _joined(owned), tokenizer, settings.markers)
-        for number, owned in _by_row(part for found, _ in gathered for part in found)
+        _rollout_record(rows[index].row, _merged(row_parts), tokenizer, settings.markers)
+        for index, row_parts in _by_row(part for rank_parts, _ in gathered for part in rank_parts)
     ]
-    pushed = next(found for _, found in gathered if found is not None)
+    push_record = next(record for _, record in gathered if record is not None)
     summary = {
         "format": FORMAT,
         "name": name,
         "step": step,
         "settings": _recorded(settings, len(rows)),
         "rollouts": len(records),
-        "tokens": pushed["tokens"],
+        "tokens": push_record["tokens"],
         "measures": MEASURES,
         "groups": _groups(records, settings.diagnosis),
-        "push": pushed,
+        "push": push_record,
     }
     return Diagnosis(summary, records)
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """A rollout to row number `row`."""
+class _RowRollout:
+    """The rollout of one row."""
 
     row: int
+    """Index of the row."""
     trajectory: Trajectory
 
 
 @dataclass(frozen=True)
-class _Diagnosed:
-    """The figures of one rollout, on the CPU: what ranks exchange."""
+class _RolloutFigures:
+    """The figures of one rollout's tokens, on the CPU; ranks exchange these."""
 
     row: int
+    """Index of the row."""
     rollout: Rollout
     owned: slice
-    """Which of its tokens this is about."""
+    """The tokens of the response that the figures are of."""
     values: dict[str, list[float]]
     alternatives: Alternatives | None
 
 
-def _draw(
+def _generate(
     student: Student,
     engine: RolloutEngine,
     sampling: SamplingParams,
     rows: Sequence[DiagnosedRow],
     settings: DiagnosisSettings,
     stop: StopSignals | None,
-) -> list[_Drawn]:
-    """One rollout for each of this data-parallel rank's rows. Ranks that share experts draw equally many: who has
-    fewer draws a row of another's, and keeps it to itself.
+) -> list[_RowRollout]:
+    """One rollout for each of this data-parallel rank's rows.
+
+    Ranks that share experts generate equally many rollouts: a rank with fewer rows generates one more, of the first
+    row, and discards it.
     """
     dp_rank, dp_size = student.dp_group.rank(), student.dp_group.size()
-    mine = list(range(len(rows)))[dp_rank::dp_size]
-    asked = list(mine)
+    own_indices = list(range(len(rows)))[dp_rank::dp_size]
+    indices = list(own_indices)
     if settings.expert_parallel:
-        asked += [0] * (math.ceil(len(rows) / dp_size) - len(mine))
+        indices += [0] * (math.ceil(len(rows) / dp_size) - len(own_indices))
     requests = [
         Request(row.contexts.student, row_seed(settings.seed, "diagnosis", row.record.id))
-        for row in (rows[index].row for index in asked)
+        for row in (rows[index].row for index in indices)
     ]
     rollouts: list[Rollout] = []
     try:
@@ -201,29 +205,34 @@ def _draw(
         stop.request()
     if stop is not None:
         stop.raise_if_requested()
-    return [_Drawn(i, Trajectory(rows[i].row, rollout)) for i, rollout in zip(mine, rollouts[: len(mine)], strict=True)]
+    own_rollouts = rollouts[: len(own_indices)]
+    return [
+        _RowRollout(index, Trajectory(rows[index].row, rollout))
+        for index, rollout in zip(own_indices, own_rollouts, strict=True)
+    ]
 
 
-def _in_step(student: Student, parts: Iterable[list[_Drawn]]) -> list[list[_Drawn]]:
-    """`parts`, with empty ones added until every data-parallel rank has as many (one all-reduce of a number): their
-    forwards are collective where ranks share experts.
+def _equal_counts(student: Student, batches: Iterable[list[_RowRollout]]) -> list[list[_RowRollout]]:
+    """`batches`, with empty ones added until every data-parallel rank has equally many (one all-reduce of one number).
+
+    Their forwards are collective where ranks share experts.
     """
-    own = list(parts)
+    own = list(batches)
     most = torch.tensor(len(own), device=device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=student.dp_group)
     return own + [[] for _ in range(int(most) - len(own))]
 
 
-def _by_row(parts: Iterable[_Diagnosed]) -> list[tuple[int, list[_Diagnosed]]]:
+def _by_row(parts: Iterable[_RolloutFigures]) -> list[tuple[int, list[_RolloutFigures]]]:
     """Parts of the same rollout together, in the order of the rows."""
-    found: dict[int, list[_Diagnosed]] = {}
+    row_parts: dict[int, list[_RolloutFigures]] = {}
     for part in parts:
-        found.setdefault(part.row, []).append(part)
-    return sorted(found.items())
+        row_parts.setdefault(part.row, []).append(part)
+    return sorted(row_parts.items())
 
 
-def _joined(parts: Sequence[_Diagnosed]) -> _Diagnosed:
-    """One rollout, from what the context-parallel ranks found on the tokens that they own."""
+def _merged(parts: Sequence[_RolloutFigures]) -> _RolloutFigures:
+    """The figures of all tokens of a rollout, from those of the tokens that each context-parallel rank owns."""
     first, count = parts[0], len(parts[0].rollout.response)
     values: dict[str, list[float]] = {name: [math.nan] * count for name in first.values}
     alternatives = None
@@ -233,29 +242,29 @@ def _joined(parts: Sequence[_Diagnosed]) -> _Diagnosed:
         for name, column in part.values.items():
             values[name][part.owned] = column
         if alternatives is not None and part.alternatives is not None:
-            for whole, owned in zip(alternatives, part.alternatives, strict=True):
-                whole[:, part.owned] = owned
+            for merged, owned in zip(alternatives, part.alternatives, strict=True):
+                merged[:, part.owned] = owned
     return replace(first, owned=slice(None), values=values, alternatives=alternatives)
 
 
-def _within(drawn: Sequence[_Drawn], tokens: int) -> Iterator[list[_Drawn]]:
-    """Parts of `drawn`, in order, of at most `tokens` response tokens where more than one."""
-    part: list[_Drawn] = []
-    held = 0
-    for one in drawn:
-        length = len(one.trajectory.rollout.response)
-        if part and held + length > tokens:
-            yield part
-            part, held = [], 0
-        part.append(one)
-        held += length
-    if part:
-        yield part
+def _batches(rollouts: Sequence[_RowRollout], token_budget: int) -> Iterator[list[_RowRollout]]:
+    """`rollouts` in order, in batches of at most `token_budget` response tokens; a longer one is a batch of its own."""
+    batch: list[_RowRollout] = []
+    tokens = 0
+    for rollout in rollouts:
+        length = len(rollout.trajectory.rollout.response)
+        if batch and tokens + length > token_budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(rollout)
+        tokens += length
+    if batch:
+        yield batch
 
 
 def _branch_states(student: Student, part: Sequence[Trajectory], settings: DiagnosisSettings) -> list[BranchStates]:
-    """Hidden states of the four contexts at the response tokens that this rank owns of each trajectory; none but on
-    the last pipeline stage.
+    """Hidden states of the four contexts at the response tokens that this rank owns of each trajectory; an empty list
+    except on the last pipeline stage.
     """
 
     def states(chunks: list[GPTModel], sequences: list[ContextSequence]) -> list[Tensor]:
@@ -270,19 +279,19 @@ def _branch_states(student: Student, part: Sequence[Trajectory], settings: Diagn
     return [BranchStates(live[row], frozen[row], frozen[count + row], frozen[2 * count + row]) for row in range(count)]
 
 
-def _diagnosed(
+def _decompose(
     student: Student,
-    drawn: _Drawn,
+    row_rollout: _RowRollout,
     states: BranchStates,
     push: VocabularyPush,
     settings: DiagnosisSettings,
     *,
     shown: bool,
-) -> _Diagnosed:
+) -> _RolloutFigures:
     """Decomposes the signal on this rank's tokens of one rollout, and adds it to `push`."""
-    rollout = drawn.trajectory.rollout
+    rollout = row_rollout.trajectory.rollout
     owned = student.split.owned(rollout.response)
-    found, alternatives = diagnose_tokens(
+    diagnosis, alternatives = diagnose_tokens(
         states,
         torch.tensor(rollout.response[owned], dtype=torch.long, device=states.student.device),
         student.weight.detach(),
@@ -293,33 +302,33 @@ def _diagnosed(
         alternatives=min(settings.diagnosis.alternatives, student.vocab_size) if shown else 0,
         chunk_tokens=settings.diagnosis.chunk_tokens,
     )
-    columns = {name: column.cpu() for name, column in found.columns().items()}
+    columns = {name: column.cpu() for name, column in diagnosis.columns().items()}
     for name, (raised, lowered) in _DELTAS.items():
         columns[name] = columns[raised] - columns[lowered]
-    kept = {name: columns[name].tolist() for name in (*MEASURES, *_LOG_PROBS)}
-    best = Alternatives(*(x.cpu() for x in alternatives)) if alternatives else None
-    return _Diagnosed(drawn.row, rollout, owned, kept, best)
+    values = {name: columns[name].tolist() for name in (*MEASURES, *_LOG_PROBS)}
+    on_cpu = Alternatives(*(x.cpu() for x in alternatives)) if alternatives else None
+    return _RolloutFigures(row_rollout.row, rollout, owned, values, on_cpu)
 
 
 def _rollout_record(
-    row: PromptRow, found: _Diagnosed, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]
+    row: PromptRow, figures: _RolloutFigures, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]
 ) -> dict[str, Any]:
     """One line of rollouts.jsonl."""
-    pieces = token_pieces(tokenizer, found.rollout.response)
-    kept = None
-    if found.alternatives is not None:
-        ids = found.alternatives.ids.flatten().unique().tolist()
+    pieces = token_pieces(tokenizer, figures.rollout.response)
+    alternatives = None
+    if figures.alternatives is not None:
+        ids = figures.alternatives.ids.flatten().unique().tolist()
         texts = tokenizer.batch_decode([[token] for token in ids])
-        kept = alternatives_record(found.alternatives, dict(zip(ids, texts, strict=True)))
+        alternatives = alternatives_record(figures.alternatives, dict(zip(ids, texts, strict=True)))
     return {
         "row": row.record.id,
         "question": row.record.question,
         "reference": row.contexts.reference_text,
-        "cut": found.rollout.truncated,
+        "cut": figures.rollout.truncated,
         "pieces": pieces,
         "marked": [int(mark) for mark in marked_tokens(pieces, markers)],
-        "values": {name: [rounded(value) for value in column] for name, column in found.values.items()},
-        "alternatives": kept,
+        "values": {name: [rounded(value) for value in column] for name, column in figures.values.items()},
+        "alternatives": alternatives,
     }
 
 
@@ -340,29 +349,30 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _push(
+def _push_record(
     push: VocabularyPush, student: Student, tokenizer: PreTrainedTokenizerBase, settings: DiagnosisSettings
 ) -> dict[str, Any]:
+    """The push of summary.json. Collective over the vocabulary group: those of `extremes`, and one for each marker."""
     count = min(settings.diagnosis.listed_tokens, student.vocab_size)
     promoted, suppressed = push.extremes(count)
     components: dict[str, Any] = {}
-    for row, name in enumerate(COMPONENTS):
+    for index, name in enumerate(COMPONENTS):
         components[name] = {}
         for direction, lists in (("promoted", promoted), ("suppressed", suppressed)):
-            tokens = lists[row]
+            tokens = lists[index]
             texts = tokenizer.batch_decode([[token] for token in tokens.ids.tolist()])
             components[name][direction] = [
                 pushed_entry(tokens, place, text, push.tokens) for place, text in enumerate(texts)
             ]
     entries = marker_entries(tokenizer, settings.markers, student.vocab_size)
-    device = push.mass.device
-    found = {
-        marker: push.look_up(torch.tensor(ids, dtype=torch.long, device=device)) for marker, ids in entries.items()
+    marker_tokens = {
+        marker: push.look_up(torch.tensor(ids, dtype=torch.long, device=push.mass.device))
+        for marker, ids in entries.items()
     }
     return {
         "tokens": push.tokens,
         "components": components,
-        "markers": {marker: marker_push(tokens, push.tokens) for marker, tokens in found.items()},
+        "markers": {marker: marker_push(tokens, push.tokens) for marker, tokens in marker_tokens.items()},
     }
 
 

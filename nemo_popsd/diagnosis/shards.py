@@ -24,9 +24,9 @@ class Largest(NamedTuple):
 def largest_of_shards(tensors: Sequence[Tensor], count: int, shard: VocabShard) -> Largest:
     """The `count` largest entries of the last dimension of several tensors over the full vocabulary, exactly.
 
-    Each rank sends its own `count` largest, among which the full vocabulary's must be. One all-gather of
-    [n, ..., count] pairs in float64, which holds ids exactly; none for one shard. Among equal entries the order is
-    not defined.
+    Each rank sends its own `count` largest entries; together they contain the largest of the full vocabulary. One
+    all-gather of [n, ..., count] pairs in float64, which represents ids exactly; none for one shard. The order of equal
+    entries is not defined.
 
     Args:
         tensors: n of [..., v] each, this rank's true entries; v may differ between ranks, and be 0.

@@ -88,11 +88,11 @@ def diagnose_tokens(
     Args:
         states: of each context at these tokens.
         token_ids: [N] int64, the response's tokens.
-        student_weight: the live output matrix, this rank's rows [V_pad/tp, H].
-        frozen_weight: the frozen one.
+        student_weight: this rank's shard of the live output matrix [V_pad/tp, H].
+        frozen_weight: this rank's shard of the frozen output matrix [V_pad/tp, H].
         target: whose P is measured; its temperature applies to all distributions.
-        shard: which rows of the vocabulary the matrices are.
-        push: to which these tokens are added.
+        shard: which vocabulary entries the matrices hold.
+        push: sums to which these tokens are added.
         alternatives: how many of the most likely tokens of each distribution to return; 0 for none.
         chunk_tokens: tokens of a chunk.
     """
@@ -101,8 +101,8 @@ def diagnose_tokens(
     columns: list[Tensor] = []
     largest: list[Largest] = []
 
-    def one_chunk(chunk: slice) -> None:
-        """A function of its own, so that the tensors of one chunk are freed before those of the next are allocated."""
+    def diagnose_chunk(chunk: slice) -> None:
+        """A function, so that the tensors of one chunk are freed before those of the next are allocated."""
         log_probs = Branches(
             *(
                 log_softmax(_logits(hidden[chunk], weight[: shard.true_width], dtype, target.temperature), shard.group)
@@ -116,7 +116,7 @@ def diagnose_tokens(
 
     with torch.autocast(states.student.device.type, enabled=False):
         for start in range(0, len(token_ids), chunk_tokens):
-            one_chunk(slice(start, start + chunk_tokens))
+            diagnose_chunk(slice(start, start + chunk_tokens))
     sizes = [SIGNAL_PRODUCTS, len(TOKEN_STATISTICS), len(DISTRIBUTIONS)]
     empty = states.student.new_empty(sum(sizes), 0, dtype=dtype)
     products, statistics, log_probs = torch.cat([empty, *columns], dim=1).split(sizes)
@@ -124,8 +124,8 @@ def diagnose_tokens(
     if not alternatives:
         return diagnosis, None
     shape = (len(DISTRIBUTIONS), 0, alternatives)
-    none = Largest(empty.new_empty(shape), token_ids.new_empty(shape))
-    parts = [none, *largest]
+    no_tokens = Largest(empty.new_empty(shape), token_ids.new_empty(shape))
+    parts = [no_tokens, *largest]
     return diagnosis, Alternatives(
         torch.cat([part.values for part in parts], dim=1), torch.cat([part.ids for part in parts], dim=1)
     )
@@ -151,13 +151,13 @@ def _columns(log_probs: Branches, log_q: Tensor, token_ids: Tensor, shard: Vocab
     assert reference is not None
     signal = signal_sums(student, privileged, reference)
     statistics = [statistic.definition(student, log_q).sum(-1) for statistic in TOKEN_STATISTICS]
-    of_token = [at_ids(x, token_ids, shard) for x in _distributions(log_probs, log_q)]
+    token_log_probs = [at_ids(x, token_ids, shard) for x in _distributions(log_probs, log_q)]
     p_CV = student.exp()
     deltas = [privileged - student, reference - student, privileged - reference, log_q - student]
     expected = [(p_CV * delta).sum(-1) for delta in deltas]
-    sums = reduce_sum_(torch.stack([*signal, *statistics, *of_token, *expected]), shard.group)
-    for of_component, delta, mean_C in zip(push.push, deltas, sums[-len(deltas) :], strict=True):
-        of_component += delta.sub_(mean_C[:, None]).mul_(p_CV).sum(0, dtype=torch.float64)
+    sums = reduce_sum_(torch.stack([*signal, *statistics, *token_log_probs, *expected]), shard.group)
+    for component_push, delta, mean_C in zip(push.push, deltas, sums[-len(deltas) :], strict=True):
+        component_push += delta.sub_(mean_C[:, None]).mul_(p_CV).sum(0, dtype=torch.float64)
     push.mass += p_CV.sum(0, dtype=torch.float64)
     push.tokens += len(token_ids)
     return sums[: -len(deltas)]

@@ -1,18 +1,19 @@
-"""The distillation loss: targets, divergences, statistics, exact over a sharded vocabulary. Needs torch, not Megatron.
+"""The distillation loss: targets, divergences and statistics, exact over a sharded vocabulary. Without Megatron.
 
+config.py         settings of target, divergence and loss (without torch)
 families.py       the target distributions, Purified OPSD among them, as coefficients (without torch)
-statistics.py     what is measured of every token: the declarations (without torch)
+statistics.py     declarations of what is measured at each token (without torch)
 divergence.py     JSD, forward KL, reverse KL
-definition.py     target and loss by their definition, from logits: the reference of everything below
+definition.py     target and loss by their definition, from logits; the diagnosis uses it
 target.py         the two hidden vectors that determine the target of a token
 hidden.py         the loss from hidden states, in chunks, with closed-form gradients: what training uses
-closed_form.py    the loss of one chunk of tokens: equations, kernels, what crosses the shards between them
+closed_form.py    the loss of one chunk of tokens: equations, kernels, and the collectives between them
 chunked_loss.py   the pass over all chunks, and what runs while collectives are under way
 products.py       hidden states times the output matrix, in full precision, in buffers that all chunks share
 decomposition.py  norms and products of the teacher's signal on a sample of tokens
 chunks.py         how many tokens a chunk has
 fusion.py         the kernels, compiled
-checks.py         what the loss refuses
+checks.py         checks of the arguments of the loss
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = [
     "loss_from_logits",
 ]
 
-_HOMES = {
+_MODULES = {
     "Branches": "definition",
     "DiagnosedTokens": "decomposition",
     "Divergence": "divergence",
@@ -60,6 +61,6 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports torch only when the mathematics is used: configuration, families and declarations do not need it."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

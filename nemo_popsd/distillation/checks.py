@@ -1,4 +1,4 @@
-"""What `loss_from_hidden` refuses."""
+"""Checks of the arguments of `loss_from_hidden`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_inputs(
     """Checks the arguments of `loss_from_hidden` against each other.
 
     Raises:
-        ValueError: shapes, dtypes or vectors do not fit each other or the target.
+        ValueError: shapes, dtypes or vectors do not fit each other or the target, or `token_weights` requires grad.
     """
     tokens, width = student_hidden.shape
     matrix = (shard.width, width)

@@ -1,7 +1,7 @@
 """One pass over the chunks of tokens: losses, statistics and gradients, while the logits of a chunk exist.
 
-Legend: N tokens, C tokens of a chunk, D diagnosed tokens, H hidden size, V rows of the true vocabulary on this rank, W
-rows with padding, S token statistics.
+Legend: N tokens, C tokens of a chunk, D diagnosed tokens, H hidden size, V true vocabulary entries of this
+rank, W entries with padding, S token statistics.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from nemo_popsd.parallel.vocabulary import VocabShard
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What is the same for all chunks."""
+    """Arguments of the loss that are the same for all chunks."""
 
     target: Target
     divergence: Divergence
     vectors: HiddenPair
     """Of the target, [N, H] each, detached."""
     teacher: Tensor
-    """True rows of the frozen output matrix [V, H]."""
+    """This rank's shard of the frozen output matrix, without padding: [V, H]."""
     centre: Tensor | None
     """w̄ [H], where the target has a shift."""
     token_weights: Tensor | None
@@ -56,7 +56,7 @@ class LossSpec:
     chunk_tokens: int
     kernels: Kernels
     weight_scale: float
-    """What the gradient of the matrix is multiplied by."""
+    """Factor of the gradient of the matrix."""
     hidden_gradient: bool
     """Whether dh is needed."""
     weight_gradient: bool
@@ -129,7 +129,7 @@ class ChunkedLoss:
         sampled: slice,
         gradient_CV: Tensor | None,
     ) -> None:
-        """One chunk: products, divergence, and the products of its gradient queued."""
+        """Computes one chunk, and queues the products of its gradient."""
         spec, count = self._spec, tokens.stop - tokens.start
         logits = products(tokens, sampled)
         needs_gradient = self._dh_NH is not None or self._dw_VH is not None

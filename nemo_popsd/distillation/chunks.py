@@ -1,4 +1,4 @@
-"""How many tokens a chunk has: memory against the cost of small products."""
+"""The number of tokens of a chunk: few need less memory, many make products efficient."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import itertools
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # sizes are planned where there is no torch
+if TYPE_CHECKING:  # the planner imports this module without torch
     from torch import Tensor
 
 LARGEST_CHUNK = 1024
-"""Tokens. Every chunk reads and writes all of dW once: with fewer tokens that outweighs its product."""
+"""Most tokens of a default chunk. Each chunk reads and writes dW once; at this size its product takes longer."""
 
-_ROW_TOKENS = 8192
-_SHARE_OF_A_ROW = 0.4
+_LOGITS_TOKENS = 8192
+_SHARE_OF_LOGITS = 0.4
 _MULTIPLE = 64
 
 
 def default_chunk_tokens(buffers: float) -> int:
     """Tokens of a chunk whose `buffers` [C, V] buffers in fp32 take at most 0.4 of an fp32 [8192, V] tensor.
 
-    That leaves the other half of 0.8 for what grows with [N, H] and for dW where no trainer keeps it. The result does
-    not depend on V: the memory of a chunk and that of everything else are proportional to it alike.
+    The limit of the complete loss is 0.8 of that tensor (`distillation.chunk_tokens`); the other half is for tensors of
+    [N, H], and for dW where no trainer keeps it. The result does not depend on V, since the memory of a chunk and the
+    limit are both proportional to V.
     """
-    affordable = int(_SHARE_OF_A_ROW * _ROW_TOKENS / buffers)
+    affordable = int(_SHARE_OF_LOGITS * _LOGITS_TOKENS / buffers)
     return min(LARGEST_CHUNK, affordable // _MULTIPLE * _MULTIPLE)
 
 

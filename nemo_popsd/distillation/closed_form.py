@@ -1,4 +1,4 @@
-"""The loss of one chunk of tokens: its equations, their order, and what crosses the shards of the vocabulary.
+"""The loss of one chunk of tokens: its equations, their order, and the collectives over the shards of the vocabulary.
 
 Let s, t be the logits of student and target, each less its maximum over the vocabulary, Z_s and Z_t the sums of their
 exponentials, and r = t − s − (log Z_t − log Z_s) = log q − log p. Then, with respect to the student's logits,
@@ -9,8 +9,9 @@ exponentials, and r = t − s − (log Z_t − log Z_s) = log q − log p. Then,
 
 where L = log(m/p) = log1p(w·expm1(r)). Every form is exactly 0, with gradient exactly 0, where s and t are equal.
 
-First the kernels: pure functions of one tile of tokens on one shard, without process groups. `fusion.py` compiles them;
-uncompiled they are the reference. Then `ChunkDivergence`, which calls them in order and exchanges between them
+The kernels are functions of one tile of tokens on one shard. They use no process group, and write results of the size
+of the logits in place. `fusion.py` compiles them; uncompiled they are the reference. `ChunkDivergence` calls them in
+this order, with these collectives after them:
 
     shard_stats      s and t from raw products, and their statistics on this shard    all-gather of [SHARD_STATS, C]
     jsd_mixture      (JSD) the statistics of the mixture on this shard                all-reduce of [2, C]
@@ -43,7 +44,7 @@ maximum over this shard, D is T less S."""
 
 
 class Constants(NamedTuple):
-    """Scalars of target and divergence as tensors: compiled code serves all values."""
+    """Scalars of target and divergence as tensors, so that one compilation serves all values."""
 
     inverse_temperature: Tensor
     """1/τ."""
@@ -80,7 +81,7 @@ class VocabStats(NamedTuple):
 def shard_stats(
     s_RV: Tensor, anchor_RV: Tensor | None, shift_RV: Tensor | None, mean_R: Tensor | None, constants: Constants
 ) -> Tensor:
-    """From raw products to s and t, in place, and to their statistics on this shard.
+    """Computes s and t from raw products, in place, and returns their statistics on this shard.
 
     s replaces `s_RV`; t replaces `anchor_RV`, or `shift_RV` where there is no anchor.
 
@@ -126,30 +127,30 @@ def shard_stats(
 def merge_shards(stats_PKR: Tensor) -> VocabStats:
     """Statistics over the full vocabulary from `shard_stats` of all shards [P, SHARD_STATS, R].
 
-    The sums of a shard are relative to its own maxima; with a = its maximum less the largest, e^a·Σ makes them relative
-    to the largest. Where s = t on every shard both KLs are exactly 0.
+    The sums of a shard are relative to its own maxima; with gap = its maximum less the largest,
+    e^gap·Σ makes them relative to the largest. Where s = t on every shard both KLs are exactly 0.
     """
     max_s, max_t, z_s, z_t, s_s, t_t, s_difference, t_difference = stats_PKR.unbind(1)
     largest_s, largest_t = max_s.amax(0), max_t.amax(0)
-    # A shard of padding alone has maximum −∞: it is left out, where 0·∞ would make NaN.
-    away_s = torch.where(max_s == -torch.inf, 0.0, max_s - largest_s)
-    away_t = torch.where(max_t == -torch.inf, 0.0, max_t - largest_t)
-    share_s, share_t = away_s.exp(), away_t.exp()
-    apart = away_t - away_s
+    # A shard that holds only padding has maximum −∞. It is left out, since 0·∞ would be NaN.
+    gap_s = torch.where(max_s == -torch.inf, 0.0, max_s - largest_s)
+    gap_t = torch.where(max_t == -torch.inf, 0.0, max_t - largest_t)
+    share_s, share_t = gap_s.exp(), gap_t.exp()
+    gap_difference = gap_t - gap_s
     total_z_s, total_z_t = (share_s * z_s).sum(0), (share_t * z_t).sum(0)
     log_z_s, log_z_t = total_z_s.log(), total_z_t.log()
     offset = log_z_t - log_z_s
-    mean_difference = (share_s * (s_difference + apart * z_s)).sum(0) / total_z_s
+    mean_difference = (share_s * (s_difference + gap_difference * z_s)).sum(0) / total_z_s
     return VocabStats(
         max_s=largest_s,
         max_t=largest_t,
         z_s=total_z_s,
         z_t=total_z_t,
         mean_difference=mean_difference,
-        forward_kl=(share_t * (t_difference + apart * z_t)).sum(0) / total_z_t - offset,
+        forward_kl=(share_t * (t_difference + gap_difference * z_t)).sum(0) / total_z_t - offset,
         reverse_kl=offset - mean_difference,
-        student_entropy=log_z_s - (share_s * (s_s + away_s * z_s)).sum(0) / total_z_s,
-        target_entropy=log_z_t - (share_t * (t_t + away_t * z_t)).sum(0) / total_z_t,
+        student_entropy=log_z_s - (share_s * (s_s + gap_s * z_s)).sum(0) / total_z_s,
+        target_entropy=log_z_t - (share_t * (t_t + gap_t * z_t)).sum(0) / total_z_t,
     )
 
 
@@ -161,7 +162,7 @@ def kl_and_entropy(stats: VocabStats) -> Tensor:
 def forward_kl_grad(
     s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, weights_R: Tensor, out_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of weights·KL(q‖p): weights·(p − q), into `out_RV`, or `s_RV` where that is None.
+    """Writes the gradient of weights·KL(q‖p), weights·(p − q), to `out_RV`, or to `s_RV` where that is None.
 
     Returns:
         KL(q‖p) [R], and `kl_and_entropy`.
@@ -176,9 +177,9 @@ def forward_kl_grad(
 def reverse_kl_grad(
     s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, weights_R: Tensor, out_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of weights·KL(p‖q): weights·p·(log p − log q − KL), into `out_RV`, or `s_RV` where that is None.
+    """Writes the gradient of weights·KL(p‖q) to `out_RV`, or to `s_RV` where that is None.
 
-    The normalisers cancel in the bracket.
+    It is weights·p·(log p − log q − KL); the normalisers cancel in the bracket.
 
     Returns:
         KL(p‖q) [R], and `kl_and_entropy`.
@@ -219,9 +220,10 @@ def jsd_grad(
     out_RV: Tensor | None,
     constants: Constants,
 ) -> None:
-    """Gradient of weights·JSD: weights·(1−w)·p·(−log(m/p) − KL(p‖m)), into `out_RV`, or `p_RV` where that is None.
+    """Writes the gradient of weights·JSD to `out_RV`, or to `p_RV` where that is None.
 
-    The same memory must not be passed twice: compiled code may not see that two arguments overlap.
+    It is weights·(1−w)·p·(−log(m/p) − KL(p‖m)). No two arguments may share memory: compiled code does not see that they
+    overlap.
     """
     factor = weights_R * (constants.weight - 1)
     (p_RV if out_RV is None else out_RV).copy_(p_RV * factor[:, None] * (log_m_over_p_RV + kl_pm_R[:, None]))
@@ -256,12 +258,12 @@ class Chunk:
     shift_mean: Tensor | None
     """w̄·d [C], with `shift`."""
     weights: Tensor
-    """[C]: what the gradient of each token is multiplied by."""
+    """[C]: factor of each token's gradient."""
     gradient: Tensor | None
-    """Where weights · dD/dz goes, z being `student` before the temperature; None: in place of `student`."""
+    """Buffer for weights · dD/dz, where z is `student` before the temperature; None writes it over `student`."""
     needs_gradient: bool
     signal_stats: Tensor | None
-    """This shard's statistics of the chunk's diagnosed tokens, which go along with the first collective."""
+    """This shard's statistics of the chunk's diagnosed tokens, gathered by the first collective."""
 
     @property
     def target(self) -> Tensor:
@@ -283,7 +285,7 @@ class ChunkResult(NamedTuple):
     statistics: Tensor
     """[S, C], by `TOKEN_STATISTICS`."""
     signal_stats: Tensor | None
-    """[P, ...] of what each rank passed."""
+    """[P, ...]: `Chunk.signal_stats` of each rank."""
 
 
 @dataclass(frozen=True)
@@ -320,8 +322,8 @@ class ChunkDivergence:
     def __call__(self, chunk: Chunk, overlap: Overlap) -> ChunkResult:
         """Loss of one chunk, and its gradient.
 
-        With one shard each tile goes through all kernels while it is in the cache; with more, all tiles go through a
-        kernel before the next one, so that each collective is one for the chunk.
+        With one shard each tile passes through all kernels while it is in the cache. With more, all tiles pass through
+        one kernel before the next, so that there is one collective for the chunk and not one for each tile.
         """
         tokens, width = chunk.student.shape
         step = self._kernels.tile_tokens(width, chunk.student.dtype, chunk.student.device)
@@ -329,26 +331,26 @@ class ChunkDivergence:
         during_gather = overlap.first if self._divergence.kind == "jsd" else overlap.rest
         losses, statistics = [], []
         signal: Tensor | None = None
-        for together in [[tile] for tile in tiles] if self._shard.ranks == 1 else [tiles]:
-            start = together[0].start
-            sent = [_joined([self._shard_stats(chunk, tile) for tile in together])]
+        for tile_group in [[tile] for tile in tiles] if self._shard.ranks == 1 else [tiles]:
+            start = tile_group[0].start
+            sent = [_joined([self._shard_stats(chunk, tile) for tile in tile_group])]
             if chunk.signal_stats is not None and start == 0:
                 sent.append(chunk.signal_stats)
             stats_PKn, *others = gather_shards(sent, self._shard.group, during_gather)
             signal = others[0] if others else signal
-            gathered = [(tile, stats_PKn[:, :, tile.start - start : tile.stop - start]) for tile in together]
-            loss, statistics_of = self._finish(chunk, gathered, overlap)
-            losses.append(loss)
-            statistics.append(statistics_of)
+            gathered = [(tile, stats_PKn[:, :, tile.start - start : tile.stop - start]) for tile in tile_group]
+            loss_n, statistics_Sn = self._finish(chunk, gathered, overlap)
+            losses.append(loss_n)
+            statistics.append(statistics_Sn)
         return ChunkResult(_joined(losses), _joined(statistics), signal)
 
     def _shard_stats(self, chunk: Chunk, tile: slice) -> Tensor:
         """[SHARD_STATS, R] of one tile on this shard."""
         s_RV = chunk.student[tile]
-        if s_RV.shape[1] == 0:  # a shard of padding alone
-            nothing = s_RV.new_zeros(SHARD_STATS, s_RV.shape[0])
-            nothing[:2] = -torch.inf
-            return nothing
+        if s_RV.shape[1] == 0:  # a shard that holds only padding
+            empty_stats = s_RV.new_zeros(SHARD_STATS, s_RV.shape[0])
+            empty_stats[:2] = -torch.inf
+            return empty_stats
         anchor, shift, mean = (x if x is None else x[tile] for x in (chunk.anchor, chunk.shift, chunk.shift_mean))
         return self._kernels.shard_stats(s_RV, anchor, shift, mean, self._constants)
 

@@ -69,7 +69,7 @@ class DistillationConfig:
     where the target or the layout needs more buffers, so that the loss needs at most 0.8 of an fp32 [8192, V/tp]."""
     fused: str = "auto"
     """Whether the arithmetic between the loss's products is compiled into fused kernels: `auto` from 8,192 vocabulary
-    entries of a rank on, `always` or `never`. Without a working compiler it is not, and a warning is logged."""
+    entries of a rank on, `always` or `never`. Without a working compiler a warning is logged instead."""
     diagnosed_tokens: Annotated[int, Bounds(0, 10**7)] = 256
     """Tokens per step and data-parallel rank on which Δ norms and cosines are measured; 0 measures none.
     Needs both teachers on every row, also where the target (`opsd`, `beta_opsd`) needs no reference-only teacher."""

@@ -1,10 +1,11 @@
 """The decomposition of the teacher's signal (eq. 4) on a sample of a chunk's tokens, over a sharded vocabulary.
 
-`statistics` declares the figures; here are the norms and products that they are formulas of. Over the full vocabulary
-these need the log-probabilities of T and of ref, each with a log-sum-exp of its own. The loss has W·h, W·d with
-d = h_T − h_ref, and W·h_0: none of the three is W·h_T or W·h_ref, and log Σexp is not linear, so no combination of what
-the chunk has gives them. One more vector for each sampled token suffices (h_T; z_ref is z_T − W·d then), two where the
-target has no shift. They join the chunk's matrix product and its first collective, so neither is added.
+`statistics` declares the figures as formulas of norms and inner products, which this module computes. Over the full
+vocabulary they need the log-probabilities of T and of ref, each with its own log-sum-exp. The loss computes W·h, W·h_0,
+and W·d with d = h_T − h_ref. None of the three is W·h_T or W·h_ref, and log Σexp is not linear, so these
+log-probabilities do not follow from the chunk's products. One more vector for each sampled token suffices: h_T, since
+z_ref is z_T − W·d; where the target has no shift, h_ref is the second. These vectors join the chunk's matrix product
+and its first collective, so no product and no collective is added.
 
 Legend: D sampled tokens of the chunk, V true vocabulary entries of this rank, P ranks.
 """
@@ -21,7 +22,7 @@ from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, SignalProducts
 
 @dataclass(frozen=True)
 class DiagnosedTokens:
-    """Tokens on which to decompose, with the states that the decomposition needs; D of N."""
+    """D of the N tokens, on which the signal is decomposed, with the states that this needs."""
 
     index: Tensor
     """[D] int64, ascending: which tokens."""
@@ -46,9 +47,9 @@ def signal_shard_stats(student_DV: Tensor, privileged_DV: Tensor, reference_DV: 
     """
     logits = (student_DV, privileged_DV, reference_DV)
     if student_DV.shape[1] == 0:
-        nothing = student_DV.new_zeros(SIGNAL_SHARD_STATS, student_DV.shape[0])
-        nothing[:3] = -torch.inf
-        return nothing
+        empty_stats = student_DV.new_zeros(SIGNAL_SHARD_STATS, student_DV.shape[0])
+        empty_stats[:3] = -torch.inf
+        return empty_stats
     peaks = [x.amax(-1) for x in logits]
     student, privileged, reference = (x - peak[:, None] for x, peak in zip(logits, peaks, strict=True))
     total, induced, question = privileged - student, reference - student, privileged - reference
@@ -77,7 +78,7 @@ def merge_signal_shards(stats_PMD: Tensor, widths: list[int]) -> Tensor:
     peaks_P3D, sums_P3D = m[:, :3], m[:, 3:6]
     largest_3D = peaks_P3D.amax(0)
     log_z_3D = largest_3D + ((peaks_P3D - largest_3D).exp() * sums_P3D).sum(0).log()
-    # What the shard's own maximum leaves of each log-probability; nothing on a shard without entries.
+    # A log-probability is the logit less the shard's own maximum, plus this; 0 on a shard without entries.
     rest = torch.where(peaks_P3D == -torch.inf, 0.0, peaks_P3D - log_z_3D)
     student, privileged, reference = rest.unbind(1)
     total, induced, question = range(3)

@@ -1,4 +1,4 @@
-"""The equations by their definition, from logits, under autograd: what `hidden.py` and the diagnosis compute.
+"""The equations as defined, from logits, under autograd. The diagnosis uses the target and the sums of this module.
 
 `hidden.py` computes the same loss from hidden states, with closed-form gradients and a fraction of the memory.
 """
@@ -33,8 +33,8 @@ class Branches:
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of the branch called `name`."""
-        found: Tensor | None = getattr(self, name)
-        return found
+        tensor: Tensor | None = getattr(self, name)
+        return tensor
 
 
 def loss_from_logits(logits: Branches, *, target: Target, divergence: Divergence, shard: VocabShard) -> Tensor:
@@ -69,7 +69,8 @@ def loss_from_logits(logits: Branches, *, target: Target, divergence: Divergence
 def target_from_logits(logits: Branches, *, target: Target, shard: VocabShard) -> Tensor:
     """The target distribution from logits, as log-probabilities [N, v] of the v true columns of this rank's shard.
 
-    Arguments, errors, padding and dtypes are those of `loss_from_logits`; collectives are those of the target there.
+    Arguments, errors, padding and dtypes are those of `loss_from_logits`, and so are the collectives, except those of
+    the divergence.
     """
     with torch.autocast(logits.student.device.type, enabled=False):
         needed = (("student",) if target.student != 0 else ()) + target.frozen_branches()
@@ -116,13 +117,13 @@ def log_softmax(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _log_probs(name: str, logits: Branches, target: Target, shard: VocabShard) -> Tensor:
     """Log-probabilities [N, v] of one branch at the target's temperature."""
-    of_branch = logits.get(name)
-    if of_branch is None:
+    branch = logits.get(name)
+    if branch is None:
         raise ValueError(f"the target {target} needs the logits of {name}; got None")
-    wanted = (len(logits.student), shard.width)
-    if tuple(of_branch.shape) != wanted:
-        raise ValueError(f"the logits of {name} have shape {tuple(of_branch.shape)}; need {wanted}")
-    return log_softmax(_true_columns(of_branch, logits.student, shard) / target.temperature, shard.group)
+    shape = (len(logits.student), shard.width)
+    if tuple(branch.shape) != shape:
+        raise ValueError(f"the logits of {name} have shape {tuple(branch.shape)}; need {shape}")
+    return log_softmax(_true_columns(branch, logits.student, shard) / target.temperature, shard.group)
 
 
 def _true_columns(logits: Tensor, student: Tensor, shard: VocabShard) -> Tensor:

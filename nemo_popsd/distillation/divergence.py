@@ -31,7 +31,7 @@ class Divergence:
     """Which divergence the loss is.
 
     Raises:
-        UserError: unknown kind, or a weight outside (0, 1), where the JSD is identically 0 at the ends.
+        UserError: unknown kind, or a weight that is not in (0, 1); at 0 and at 1 the JSD is identically 0.
     """
 
     kind: str = "jsd"

@@ -13,7 +13,7 @@ gradient. With a `cap` c, the pair (π_T, π_ref) enters centred and bounded (Pu
 The equations are the paper's; the family by coefficients is ours.
 
 This module needs no torch. The loss, the frozen branches, the planner and the diagnosis read the coefficients of a
-`Target` and the properties derived from them; none of them knows the name of a family. A new family is an entry of
+`Target` and the properties derived from them; none of them depends on the name of a family. A new family is an entry of
 `FAMILIES`, and a setting in `distillation/config.py` where it has a parameter of its own.
 """
 
@@ -129,7 +129,7 @@ class Target:
 
     @property
     def uses_shift(self) -> bool:
-        """Whether the loss needs the shift vector d = h_T − h_ref: only the tanh keeps it from joining the anchor."""
+        """Whether the loss needs the shift vector d = h_T − h_ref; without a tanh the shift is part of the anchor."""
         return self.cap is not None and self.privileged != 0
 
     @property

@@ -1,8 +1,9 @@
 """The kernels of `closed_form.py` as the loss calls them: compiled by torch.compile into fused kernels, or uncompiled.
 
-Between two matrix products nearly everything is bound by memory: fused, a tile of logits is read a few times instead
-of a few dozen. Compiled once per process for each target and divergence (some seconds the first time; inductor's
-cache on disk makes later runs quicker); sizes are symbolic, so other numbers of tokens cost nothing.
+Between two matrix products nearly everything is bound by memory bandwidth: a fused kernel reads a tile of logits a few
+times, uncompiled code a few dozen times. A kernel is compiled once per process for each target and divergence (some
+seconds the first time; inductor's cache on disk makes later runs quicker). Sizes are symbolic, so another number of
+tokens needs no compilation.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ logger = logging.getLogger(__name__)
 SETTINGS = ("auto", "always", "never")
 
 _SMALLEST_FUSED_VOCABULARY = 8192
-"""Entries of a shard from which `auto` compiles: below, a run is over before the compilation has paid for itself."""
+"""Entries of a shard from which `auto` compiles; with fewer, compilation takes longer than it saves in a run."""
 
 _TILE_BYTES = {("cpu", False): 1 << 19, ("cpu", True): 1 << 22, ("cuda", False): 1 << 26, ("cuda", True): 1 << 26}
-"""Size of one tile of logits by device and whether fused: a handful of them fits the cache (measured on a CPU)."""
-
+"""Bytes of one tile of logits, by device type and whether fused; several tiles fit the cache (measured on a CPU)."""
 
 _ALIGNED_TOKENS = 8
 
@@ -37,7 +37,7 @@ def _tile_tokens(fused: bool, width: int, dtype: torch.dtype, device: torch.devi
     """Tokens of `width` entries that a kernel handles at a time."""
     size = _TILE_BYTES["cpu" if device.type == "cpu" else "cuda", fused]
     tokens = max(1, size // max(1, width * dtype.itemsize))
-    # Tiles start at multiples that vector loads need, whatever the width: else compiled GPU code copies its inputs.
+    # Tiles start at multiples that vector loads need at any width; otherwise compiled GPU code copies its inputs.
     return tokens if tokens < _ALIGNED_TOKENS else tokens // _ALIGNED_TOKENS * _ALIGNED_TOKENS
 
 
@@ -45,7 +45,7 @@ class _Compiled:
     """A kernel, compiled when first called; uncompiled where no compiler works."""
 
     broken = False
-    """Of the whole class: what fails for one function fails for all."""
+    """Whether a compilation failed. Shared by all kernels, since it would fail for each of them."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -54,7 +54,7 @@ class _Compiled:
         self._worked = False
 
     def __call__(self, first: Tensor, *rest: Any) -> Any:
-        """Calls it. Sizes of 1 would be compiled once more for themselves, so they are not compiled at all."""
+        """Calls the kernel; uncompiled where a size is 1, for which torch would compile a variant of its own."""
         if _Compiled.broken or min(first.shape) < 2:
             return self._function(first, *rest)
         if self._worked:
@@ -92,7 +92,7 @@ _fused: Kernels | None = None
 
 
 def choose_kernels(setting: str, width: int, dtype: torch.dtype) -> Kernels:
-    """The functions to use for a shard of `width` entries.
+    """The kernels to use for a shard of `width` entries.
 
     Args:
         setting: `auto` fuses in fp32 from 8,192 entries of a shard on; `always` always; `never` never.

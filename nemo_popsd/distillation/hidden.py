@@ -1,11 +1,11 @@
 """The loss from hidden states: exact, full vocabulary, chunk by chunk, closed-form gradients (*ours*).
 
-A target token is two vectors of size H (`hidden_pair`) instead of three vectors of size V, and only the logits of one
-chunk of tokens exist at a time. Gradients are computed with the loss, in the forward pass, while the chunk's logits
-exist; the backward pass only scales them.
+Two vectors of size H (`hidden_pair`) determine the target of a token, instead of three vectors of size V, and only the
+logits of one chunk of tokens exist at a time. Gradients are computed with the loss, in the forward pass, while the
+chunk's logits exist; the backward pass only scales them.
 
-Legend: N tokens, C tokens of a chunk, D diagnosed tokens, H hidden size, V rows of the true vocabulary on this rank,
-W rows with padding.
+Legend: N tokens, C tokens of a chunk, D diagnosed tokens, H hidden size, V true vocabulary entries of this
+rank, W entries with padding.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def loss_from_hidden(
     1/(number of tokens), or 1/(sequences · length of the token's sequence), as `token_weights`, and call backward on
     `total`, possibly scaled by any scalar. `per_token` is detached: a loss built from it has no gradient.
 
-    Sharding: hidden states are replicated over `shard.group`, the two matrices are this rank's rows. All ranks of the
+    Sharding: hidden states are replicated over `shard.group`, the two matrices are this rank's shards. All ranks of the
     group have the same N and the same diagnosed tokens. The gradient of `student_hidden` is the full one, summed over
-    the group here, as Megatron's output layer does it (so pass hidden states that were gathered with no sum in
-    their own backward); the gradient of `student_weight` is this rank's rows, with zeros in padding.
+    the group here, as in Megatron's output layer; if the hidden states come from a gather, its backward must not sum
+    them again. The gradient of `student_weight` is this rank's shard, with zeros in padding.
 
     Products for each chunk of tokens: one stacked product where student and teacher share the matrix (the same
     storage), else one for each vector; one for dh and one for dW. Collectives for each chunk: 1 for the KLs (an
@@ -114,8 +114,8 @@ def loss_from_hidden(
 
     Memory: a [C, V] tensor in fp32 for the student and one for each vector of the target, plus one for the gradient
     (in the matrix's dtype) with more than one shard or in bf16, plus the products of diagnosed tokens; plus dh of
-    [N, H]; plus dW in fp32, unless there is a `main_gradient`. What needs no gradient costs nothing: a frozen
-    or LoRA-covered `student_weight`, or anything under torch.no_grad. `benchmarks/README.md` has the figures.
+    [N, H]; plus dW in fp32, unless there is a `main_gradient`. A gradient that is not needed takes no memory: that of a
+    frozen or LoRA-covered `student_weight`, or any under torch.no_grad. `benchmarks/README.md` has the figures.
 
     Args:
         student_hidden: h [N, H], final hidden state after the last norm, at the response positions only.
@@ -124,7 +124,7 @@ def loss_from_hidden(
         teacher_weight: W [V_pad/tp, H], frozen; may be the same tensor as `student_weight`.
         target: what `vectors` were computed for.
         divergence: which divergence.
-        shard: which rows of the vocabulary the matrices are.
+        shard: which vocabulary entries the matrices hold.
         token_weights: [N], constants; None for 1 each, which makes `total` the plain sum.
         chunk_tokens: tokens of a chunk; None takes what keeps the chunk's buffers within 0.4 of an fp32 [8192, V].
         centre: w̄ = `mean_output_vector(teacher_weight, shard)`, computed here where needed and None.
@@ -134,8 +134,9 @@ def loss_from_hidden(
 
     Raises:
         UserError: `fused` is unknown.
-        ValueError: shapes, dtypes or vectors do not fit each other or the target.
-        RuntimeError: in backward, where it does not keep what `main_gradient` states.
+        ValueError: shapes, dtypes or vectors do not fit each other or the target, `token_weights` requires grad, or
+            `chunk_tokens` is below 1.
+        RuntimeError: in backward, where it does not multiply the loss by `main_gradient.upstream`, or runs twice.
     """
     dtype = statistics_dtype(student_weight)
     check_inputs(
@@ -147,7 +148,7 @@ def loss_from_hidden(
         centre = mean_output_vector(teacher_weight, shard)
     record = torch.is_grad_enabled()
     gradients = record and (student_hidden.requires_grad or student_weight.requires_grad)
-    # The gradient needs memory of its own where it outlives the chunk's logits, or is smaller than they are.
+    # The gradient needs its own buffer where it outlives the chunk's logits, or is smaller than the logits.
     rounded = student_weight.is_cuda and student_weight.dtype != dtype
     separate_gradient = gradients and (rounded or shard.ranks > 1)
     buffers = 1 + target.vectors + (0.5 if rounded else 1) * separate_gradient
@@ -223,5 +224,5 @@ def _check_upstream(ctx: Any, upstream: Tensor) -> None:
     ctx.spent = True
     stated = ctx.main_gradient.upstream
     agrees = (upstream - stated).abs() <= _UPSTREAM_TOLERANCE * abs(stated)
-    # On a GPU this waits for nothing: the check runs there.
+    # The host does not wait for a GPU: the check runs on it.
     torch._assert_async(agrees, f"backward does not multiply the loss by main_gradient.upstream={stated}")

@@ -21,7 +21,7 @@ def statistics_dtype(weight: Tensor) -> torch.dtype:
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two matrices are the same numbers in the same memory."""
+    """Whether two matrices are the same elements of the same memory."""
     return (
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         and a.storage_offset() == b.storage_offset()
@@ -32,7 +32,7 @@ def share_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Put a @ b into `out`: rounded to the inputs' precision first only where the device offers no better."""
+    """Writes a @ b to `out`; on a CPU it is first rounded to the inputs' dtype, which on a GPU is not needed."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -43,7 +43,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """Add scale · a @ b to `total`, summed in the dtype of `total` and with no tensor of its size beside it."""
+    """Adds scale · a @ b to `total`, in the dtype of `total` and without a second tensor of its size."""
     if a.dtype != total.dtype and total.is_cuda:
         torch.addmm(total, a, b.to(a.dtype), alpha=scale, out_dtype=total.dtype, out=total)
     else:
@@ -78,8 +78,8 @@ class Products:
     """The products of one chunk of tokens at a time.
 
     Where student and frozen branches share one matrix, a chunk takes a single product of their stacked states;
-    otherwise one for each vector, with the sampled states below the last. All have the same precision and, for
-    equal states, the same bits: hence a loss of exactly 0 where the student is the target.
+    otherwise one for each vector; the sampled states are part of the last one. All have the same precision and, for
+    equal states, the same bits, so the loss is exactly 0 where the student is the target.
 
     Memory: one [C, V] buffer for each vector and at most one for each of the sampled states.
     """
@@ -99,9 +99,9 @@ class Products:
 
         Args:
             student_NH: states of all tokens.
-            student_VH: true rows of the live matrix.
+            student_VH: shard of the live matrix, without padding.
             vectors: of the target, of all tokens; at least one.
-            teacher_VH: true rows of the frozen matrix.
+            teacher_VH: shard of the frozen matrix, without padding.
             sampled: further states of the sampled tokens.
             chunk_tokens: most tokens of a chunk.
             sampled_tokens: most sampled tokens of a chunk.
@@ -138,14 +138,14 @@ class Products:
             for rows in frozen[:-1]:
                 self._multiply(rows)
             self._multiply(slice(frozen[-1].start, end if samples else frozen[-1].stop))
-        of_vectors = [self._products[rows] for rows in frozen]
-        of_samples = [self._products[rows] for rows in samples]
+        vector_products = [self._products[rows] for rows in frozen]
+        sample_products = [self._products[rows] for rows in samples]
         return ChunkProducts(
             student=self._products[:tokens],
-            anchor=None if self._vectors.anchor is None else of_vectors[0],
-            shift=None if self._vectors.shift is None else of_vectors[-1],
-            sampled_privileged=of_samples[0] if of_samples else None,
-            sampled_reference=of_samples[1] if len(of_samples) > 1 else None,
+            anchor=None if self._vectors.anchor is None else vector_products[0],
+            shift=None if self._vectors.shift is None else vector_products[-1],
+            sampled_privileged=sample_products[0] if sample_products else None,
+            sampled_reference=sample_products[1] if len(sample_products) > 1 else None,
         )
 
     def rounded_shift(self, tokens: int) -> Tensor:

@@ -1,5 +1,4 @@
-"""What is measured of every token beside the loss: each statistic is declared here once, and reaches the metrics, the
-loggers, the report and the diagnosis from its declaration.
+"""Declarations of what is measured at each token beside the loss. Metrics, loggers, report and diagnosis read them.
 
 Token statistics compare the student p = π_θ with the target q = P on every response token, whichever divergence is the
 loss. Signal statistics decompose the teacher's signal (eq. 4) on a sample of tokens:

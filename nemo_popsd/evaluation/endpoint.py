@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_popsd.errors import TransientError, UserError
 from nemo_popsd.evaluation.config import EndpointConfig
 from nemo_popsd.evaluation.records import Sample
-from nemo_popsd.evaluation.sampling import Draw
+from nemo_popsd.evaluation.sampling import SampleRequest
 from nemo_popsd.rollout.engine import SamplingParams
 
 if TYPE_CHECKING:
@@ -74,31 +74,33 @@ class Endpoint:
         root = entries[self.model].get("root")
         self.identity = f"{self.model} from {root}" if root else self.model
 
-    def draw(self, draws: Sequence[Draw], sampling: SamplingParams, *, seed: int) -> Iterator[Sample]:
-        """Generates a sample for each of `draws`, with `concurrency` requests at a time; yields each on arrival.
+    def generate(
+        self, sample_requests: Sequence[SampleRequest], sampling: SamplingParams, *, seed: int
+    ) -> Iterator[Sample]:
+        """Generates a sample for each of `sample_requests`, `concurrency` at a time, and yields it on arrival.
 
         Raises:
             UserError: the server refuses a request.
             TransientError: the server answered at first and then keeps failing. In both cases, requests in progress are
                 completed and their samples are yielded first.
         """
-        left, taking, stop = iter(draws), threading.Lock(), threading.Event()
+        left, taking, stop = iter(sample_requests), threading.Lock(), threading.Event()
         results: queue.SimpleQueue[Sample | Exception | None] = queue.SimpleQueue()
 
         def work() -> None:
             while not stop.is_set():
                 with taking:
-                    draw = next(left, None)
-                if draw is None:
+                    sample_request = next(left, None)
+                if sample_request is None:
                     break
                 try:
-                    results.put(self._sample(draw, sampling, seed))
-                except Exception as error:  # raised where `draw` was called
+                    results.put(self._sample(sample_request, sampling, seed))
+                except Exception as error:  # raised where `generate` was called
                     stop.set()
                     results.put(error)
             results.put(None)
 
-        working = min(self._config.concurrency, len(draws))
+        working = min(self._config.concurrency, len(sample_requests))
         for _ in range(working):
             # Daemon threads, so that an interrupted command does not wait for answers that take an hour.
             threading.Thread(target=work, daemon=True).start()
@@ -117,8 +119,8 @@ class Endpoint:
         if failure is not None:
             raise failure
 
-    def _sample(self, draw: Draw, sampling: SamplingParams, seed: int) -> Sample:
-        answer = self._answer("completions", self._request(draw, sampling, seed))
+    def _sample(self, sample_request: SampleRequest, sampling: SamplingParams, seed: int) -> Sample:
+        answer = self._answer("completions", self._request(sample_request, sampling, seed))
         try:
             (choice,) = answer["choices"]
             # JSON can contain an unpaired surrogate, which a UTF-8 file cannot.
@@ -132,10 +134,12 @@ class Endpoint:
                 need="choices with text and finish_reason, and usage, as in the completions API",
                 fix="set evaluation.endpoint.url to a server that supports it",
             ) from None
-        return Sample(draw.prompt.record.id, draw.sample, text=text, tokens=tokens, truncated=truncated)
+        return Sample(
+            sample_request.prompt.record.id, sample_request.sample, text=text, tokens=tokens, truncated=truncated
+        )
 
-    def _request(self, draw: Draw, sampling: SamplingParams, seed: int) -> dict[str, Any]:
-        ids = list(draw.prompt.prompt)
+    def _request(self, sample_request: SampleRequest, sampling: SamplingParams, seed: int) -> dict[str, Any]:
+        ids = list(sample_request.prompt.prompt)
         as_text = self._config.prompts == "text"
         request: dict[str, Any] = {
             "model": self.model,
@@ -143,7 +147,7 @@ class Endpoint:
             "max_tokens": sampling.max_response_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": draw.seed(seed) % _SEEDS,
+            "seed": sample_request.seed(seed) % _SEEDS,
             "n": 1,
             "stream": False,
         }

@@ -25,7 +25,7 @@ from nemo_popsd.evaluation.records import (
     SampleSettings,
     prompt_digest,
 )
-from nemo_popsd.evaluation.sampling import Draw, missing_draws
+from nemo_popsd.evaluation.sampling import SampleRequest, missing_samples
 from nemo_popsd.evaluation.scoring import score_samples
 from nemo_popsd.rollout.engine import SamplingParams
 
@@ -45,9 +45,9 @@ class ProblemSet:
     prompts: list[EvaluationPrompt]
     directory: EvaluationDirectory
 
-    def missing(self, samples_per_problem: int) -> list[Draw]:
+    def missing(self, samples_per_problem: int) -> list[SampleRequest]:
         """The samples that the directory does not have yet."""
-        return missing_draws(self.prompts, samples_per_problem, self.directory.samples())
+        return missing_samples(self.prompts, samples_per_problem, self.directory.samples())
 
 
 def sources_of(settings: EvaluationConfig, data: DataConfig) -> dict[str, SourceConfig]:
@@ -148,8 +148,8 @@ def conclude(
         UserError: samples are missing, because ranks do not share a file system.
     """
     on_disk = problem_set.directory.samples()
-    wanted = missing_draws(problem_set.prompts, settings.samples_per_problem)
-    keys = [(draw.prompt.record.id, draw.sample) for draw in wanted]
+    wanted = missing_samples(problem_set.prompts, settings.samples_per_problem)
+    keys = [(request.prompt.record.id, request.sample) for request in wanted]
     absent = sum(key not in on_disk for key in keys)
     if absent:
         raise UserError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SampleRequest:
     """One sample to generate."""
 
     prompt: EvaluationPrompt
@@ -29,31 +29,31 @@ class Draw:
         return row_seed(run_seed, "evaluation", self.prompt.record.id, self.sample)
 
 
-def missing_draws(
-    prompts: Sequence[EvaluationPrompt], samples_per_problem: int, drawn: Collection[tuple[str, int]] = ()
-) -> list[Draw]:
-    """The samples to generate, problem by problem; `drawn` holds problem and index of the existing samples."""
-    wanted = (Draw(prompt, sample) for prompt in prompts for sample in range(samples_per_problem))
-    return [draw for draw in wanted if (draw.prompt.record.id, draw.sample) not in drawn]
+def missing_samples(
+    prompts: Sequence[EvaluationPrompt], samples_per_problem: int, existing: Collection[tuple[str, int]] = ()
+) -> list[SampleRequest]:
+    """The samples to generate, problem by problem; `existing` holds problem and index of the existing samples."""
+    wanted = (SampleRequest(prompt, sample) for prompt in prompts for sample in range(samples_per_problem))
+    return [request for request in wanted if (request.prompt.record.id, request.sample) not in existing]
 
 
-def draw_samples(
-    draws: Sequence[Draw],
+def generate_samples(
+    sample_requests: Sequence[SampleRequest],
     engine: RolloutEngine,
     sampling: SamplingParams,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
 ) -> list[Sample]:
-    """Generates all of `draws` with one call of `engine`. Collective over the ranks that share the model."""
-    requests = [Request(draw.prompt.prompt, draw.seed(seed)) for draw in draws]
+    """Generates all of `sample_requests` with one call of `engine`. Collective over the ranks that share the model."""
+    requests = [Request(sample_request.prompt.prompt, sample_request.seed(seed)) for sample_request in sample_requests]
     samples = []
-    for draw, rollout in zip(draws, engine.generate(requests, sampling), strict=True):
+    for sample_request, rollout in zip(sample_requests, engine.generate(requests, sampling), strict=True):
         content = rollout.response if rollout.truncated else rollout.response[:-1]
         samples.append(
             Sample(
-                problem=draw.prompt.record.id,
-                sample=draw.sample,
+                problem=sample_request.prompt.record.id,
+                sample=sample_request.sample,
                 text=tokenizer.decode(content, skip_special_tokens=False),
                 tokens=len(rollout.response),
                 truncated=rollout.truncated,

@@ -47,7 +47,7 @@ def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str
         begin(one, sample_settings(one.prompts, sampling, seed=seed, **names))
         missing = one.missing(settings.samples_per_problem)
         with one.directory.append_to(0) as file:
-            for count, sample in enumerate(endpoint.draw(missing, sampling, seed=seed), start=1):
+            for count, sample in enumerate(endpoint.generate(missing, sampling, seed=seed), start=1):
                 file.add([sample])
                 if count % settings.endpoint.concurrency == 0:
                     logger.info("%s: %d of %d samples", one.name, count, len(missing))

@@ -55,7 +55,7 @@ class Adapters:
                 set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
             for name, module in chunk.named_modules():
                 if name.endswith("adapter.linear_in"):
-                    _sample_full(module, f"{whole_model_name(chunk, name)}.weight", seed)
+                    _sample_full(module, f"{full_model_name(chunk, name)}.weight", seed)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -81,7 +81,7 @@ def gather_in_adapters(chunks: Sequence[GPTModel]) -> None:
             module.adapter.disable_sequence_parallel_comm = False
 
 
-def whole_model_name(chunk: GPTModel, name: str) -> str:
+def full_model_name(chunk: GPTModel, name: str) -> str:
     """`name` of a module or parameter of `chunk` with the layer's and the expert's index in the full model.
 
     In `name` layers are counted from the chunk's first one, and experts from the rank's first one.

@@ -66,7 +66,7 @@ def student_batches(
         chunks: of the model, without DDP.
         sequences: of this data-parallel rank.
         token_budget: tokens of one micro-batch, with padding, over the ranks that share it.
-        packed: one sequence after the other instead of side by side.
+        packed: concatenate sequences instead of padding them.
     """
     config = chunks[0].config
     options: dict[str, Any] = {"split": SequenceSplit.of(chunks[0]), "packed": packed, "at_least": 1}

@@ -1,4 +1,4 @@
-"""Which attention kernels a device has, without torch: `nemo_popsd.megatron.kernels` and the planner both ask here."""
+"""Which attention kernels a device has, without torch, for `nemo_popsd.megatron.kernels` and the planner."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ _CACHE_STEP = 256
 _WIDEST_FLASH_HEAD = 256
 
 PACKED_TAKES_GROUPS = False
-"""Whether torch's kernel for packed sequences takes fewer key-value heads than query heads. It does from torch 2.13 on;
-there less memory is needed than planned."""
+"""Whether the plan assumes that torch's kernel for packed sequences takes fewer key-value heads than query heads. Torch
+2.13 does; with it a run needs less memory than planned."""
 
 
 def takes_groups(device_type: str, *, half: bool, masked: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Attention kernels by device: the only module where a GPU and a CPU choose differently. Results are the same.
+"""Attention kernels, which depend on the device and the installed torch. Results differ only by rounding.
 
 Shapes: s sequence, b batch, t packed tokens, n query heads and g key-value heads of this tensor-parallel rank, d head
 dimension.

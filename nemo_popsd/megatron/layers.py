@@ -24,7 +24,7 @@ from nemo_popsd.megatron.kernels import causal_attention, packed_kernel
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm over the last dimension, marked for sequence parallelism.
+    """RMSNorm over the last dimension, in the model's dtype, marked for sequence parallelism.
 
     Under sequence parallelism each rank normalises its own tokens, so the weight's gradient covers only
     those; Megatron's `finalize_model_grads` sums the gradients of parameters marked ``sequence_parallel``.
@@ -126,9 +126,9 @@ class LocalCoreAttention(MegatronModule):
             )
         mask = None
         if self.cp_group is not None:
-            mask = zigzag_positions(query.shape[0], self.cp_group.size(), self.cp_group.rank(), query.device)
+            positions = zigzag_positions(query.shape[0], self.cp_group.size(), self.cp_group.rank(), query.device)
             key, value = (self._gather_context(x) for x in (key, value))
-            mask = self._visible(mask, key.shape[0])
+            mask = self._visible(positions, key.shape[0])
         elif self.window is not None and self.window < key.shape[0]:
             mask = self._visible(torch.arange(key.shape[0], device=key.device), key.shape[0])
         q_bnsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))

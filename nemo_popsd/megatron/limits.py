@@ -34,7 +34,11 @@ def refuse_impossible(provider: ModelProvider, student: StudentConfig, parallel:
 
 
 def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> None:
-    """Refuses heads, groups, layers or experts that the layout does not divide."""
+    """Refuses heads, groups, layers or experts that the layout does not divide.
+
+    Raises:
+        UserError: the message names both numbers and the setting.
+    """
     groups = provider.num_query_groups or provider.num_attention_heads
     experts = provider.num_moe_experts
     stages = parallel.pipeline * parallel.virtual_pipeline

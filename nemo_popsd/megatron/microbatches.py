@@ -135,7 +135,7 @@ def microbatches(
         token_budget: largest S·b of a micro-batch; a single sequence may be longer.
         device: of the tensors.
         split: how the model splits sequences over ranks.
-        packed: one after the other instead of side by side.
+        packed: concatenate sequences instead of padding them.
         one_shape: all micro-batches have the same S and b, as the interleaved pipeline schedule needs.
         count_multiple: empty micro-batches are added until this divides the number of micro-batches.
         at_least: smallest number of micro-batches. An empty one has no sequence and a few tokens of padding.
@@ -188,12 +188,12 @@ def _pad(
         ids[column, : len(sequences[index])] = torch.tensor(
             append_response(sequences[index].prompt, sequences[index].response)
         )
-    held = split.held([length], split.context_rank)
+    places = split.held_places([length], split.context_rank)
     return _micro_batch(
         sequences,
         indices,
-        input_ids=ids[:, held],
-        position_ids=held.expand(width, -1),
+        input_ids=ids[:, places],
+        position_ids=places.expand(width, -1),
         packed=None,
         host_bounds=None,
         shape=shape,
@@ -219,7 +219,7 @@ def _pack(
         tokens = append_response(sequences[index].prompt, sequences[index].response)
         ids[0, begin : begin + len(tokens)] = torch.tensor(tokens)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    held = split.held(lengths, split.context_rank)
+    places = split.held_places(lengths, split.context_rank)
     host_bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     bounds = host_bounds.to(device)
     packed = PackedSeqParams(
@@ -232,8 +232,8 @@ def _pack(
     return _micro_batch(
         sequences,
         indices,
-        input_ids=ids[:, held],
-        position_ids=positions[held][None],
+        input_ids=ids[:, places],
+        position_ids=positions[places][None],
         packed=packed,
         host_bounds=host_bounds,
         shape=shape,
@@ -260,18 +260,18 @@ def _micro_batch(
 ) -> MicroBatch:
     """A micro-batch of either form; `starts` are (place along S, place along b) of each sequence's first token."""
     positions, columns, owners = ([torch.empty(0, dtype=torch.long)] for _ in range(3))
-    own: list[int] = []
+    owned_counts: list[int] = []
     for index, (begin, column) in zip(indices, starts, strict=True):
         prompt, response = sequences[index].prompt, sequences[index].response
         places = torch.arange(shape[0])[response_positions(len(prompt), len(response))]
         positions.append(begin + places)
         columns.append(torch.full_like(places, column))
         owners.append(split.owners(response))
-        own.append(len(response[split.owned(response)]))
+        owned_counts.append(len(response[split.owned(response)]))
     route = plan_route(split, lengths, shape[1], torch.cat(positions), torch.cat(columns), torch.cat(owners))
     return MicroBatch(
         sequences=indices,
-        response_lengths=own,
+        response_lengths=owned_counts,
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
         packed=packed,

@@ -1,4 +1,4 @@
-"""The state that Megatron's optimizers keep of each parameter, the same for every optimizer and sharding.
+"""The state that Megatron's optimizers keep of each parameter, in one form for every optimizer and sharding.
 
 megatron-core 0.16.1 saves the state of its distributed optimizer in forms that load only in the same layout, or that
 fail without Transformer Engine (`megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict`). Here the

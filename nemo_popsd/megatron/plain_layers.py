@@ -2,8 +2,8 @@
 
 `SlotDecoder` uses it for every token after the prompt; prompts, training and the frozen branches go through Megatron's
 own forward, and so does decoding where `are_plain` is false. It applies the same weights, norms, adapters and experts,
-but leaves out the some 60 Python calls that Megatron's layer makes around a dozen operations, which at one token per
-slot cost more than the arithmetic. On one CPU core a token of the embedded model takes Megatron's layers 2.8 times as
+without the about 60 Python calls that Megatron's layer makes around a dozen operations. With one token per slot they
+cost more than the arithmetic. On one CPU core a token of the embedded model takes Megatron's layers 2.8 times as
 long at 1 slot, 2.2 times at 8 and 1.6 times at 64 (`python -m benchmarks.plain_layers`).
 
 What a layer computes depends on its configuration: `nemo_popsd.megatron.plain_fields` lists every field.

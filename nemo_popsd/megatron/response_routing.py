@@ -75,7 +75,7 @@ class SequenceSplit:
         """S must be a multiple of this: each rank's part must also divide into slices."""
         return math.lcm(self.sequence_multiple, self.context_size * self.tensor_size)
 
-    def held(self, lengths: Sequence[int], rank: int) -> Tensor:
+    def held_places(self, lengths: Sequence[int], rank: int) -> Tensor:
         """Places along S of the tokens that context-parallel rank `rank` holds, in its order: [S/cp] int64.
 
         Args:
@@ -138,7 +138,7 @@ def plan_route(
 
     Args:
         split: how sequences are split over ranks.
-        lengths: as for `SequenceSplit.held`.
+        lengths: as for `SequenceSplit.held_places`.
         width: b.
         positions: places along S that predict the response tokens, in the order of the tokens.
         columns: their places along b.
@@ -147,7 +147,7 @@ def plan_route(
     total = sum(lengths)
     holder, place = torch.empty(2, total, dtype=torch.long)
     for rank in range(split.context_size):
-        held = split.held(lengths, rank)
+        held = split.held_places(lengths, rank)
         holder[held], place[held] = rank, torch.arange(len(held))
     slice_length = total // (split.context_size * split.tensor_size)
     at_slice = place[positions] // slice_length

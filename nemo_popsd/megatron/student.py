@@ -114,7 +114,7 @@ class Student:
 
     @property
     def vocab_shard(self) -> VocabShard:
-        """Which rows of the vocabulary `weight` and `base_weight` hold; on the last pipeline stage."""
+        """Which vocabulary entries `weight` and `base_weight` hold; on the last pipeline stage."""
         return VocabShard(self.vocab_size, self.weight.shape[0], self.tp_group)
 
     @property

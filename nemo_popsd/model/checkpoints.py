@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when one is due, at most one in flight, which of the old ones are removed."""
+"""The checkpoints of a run: when to save, at most one save in flight, which old checkpoints to remove."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class RunCheckpoints:
             settings: when to save, and what to keep.
             output: directory of the run.
             content: weights, optimizer and facts after the last completed step; the random state is added here.
-            completed_steps: number of steps behind the current weights.
-            stop: raised from `maybe_save`.
+            completed_steps: returns the number of completed training steps.
+            stop: requests to stop, for which `maybe_save` raises.
             resumed: the checkpoint from which the run continues.
         """
         self._settings = settings
@@ -104,7 +104,8 @@ class RunCheckpoints:
         self._random = capture_random_state()
 
     def save(self, name: str) -> Path:
-        """Saves weights and training state after the last completed step, in the background if that is set.
+        """Saves weights and training state after the last completed step, in the background if
+        `training.async_save` is set.
 
         Raises:
             UserError: it, or the save in flight, failed; older checkpoints are unchanged.

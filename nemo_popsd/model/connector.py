@@ -68,6 +68,9 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
             return_config: return the configuration and build nothing.
             trainer: passed to the model.
             validate_access_integrity: not used.
+
+        Raises:
+            UserError: the checkpoint is damaged, or the configuration does not fit it.
         """
         checkpoint = NemoCheckpoint(Path(restore_path))
         config = to_dict_config(checkpoint.config)

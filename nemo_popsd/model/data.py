@@ -33,7 +33,7 @@ class TrainingData:
     """Indices of this data-parallel rank's rows, step by step."""
 
     def loader(self) -> DataLoader[PromptRow]:
-        """One batch per step: this data-parallel rank's share of it."""
+        """One batch per step: the rows of this data-parallel rank."""
         return DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate)
 
     def rows(self) -> TrainingRows:

@@ -28,10 +28,10 @@ def build_engine(
 
     Args:
         settings: the run.
-        student: whose weights generate.
-        architecture: the model that they are weights of.
-        weights_version: number of training steps behind them.
-        longest: number of tokens of the longest sequence to expect.
+        student: the model that generates.
+        architecture: its configuration and tokenizer files.
+        weights_version: returns the number of completed training steps.
+        longest: returns the number of tokens of the longest expected sequence.
         stop_requested: see `StopSignals.while_decoding`.
     """
     if settings.rollout.engine == "megatron":

@@ -28,7 +28,7 @@ from nemo_popsd.evaluation.run import (
     problems_of,
     sample_settings,
 )
-from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
+from nemo_popsd.evaluation.sampling import generate_samples, missing_samples
 from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.engines import engine_name
@@ -114,22 +114,27 @@ def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, mo
     """
     student, rows = sampler.student, sampler.batch_rows
     replica, replicas = student.dp_group.rank(), student.dp_group.size()
-    for one in problem_sets:
-        wanted = sampler.sample_settings(one.prompts, model=model, digest=digest)
-        on_disk = from_rank_zero(f"evaluation {one.directory.path}", partial(_samples_on_disk, one, wanted), **_SPACE)
-        missing = missing_draws(one.prompts, sampler.settings.samples_per_problem, on_disk)
+    for problem_set in problem_sets:
+        wanted = sampler.sample_settings(problem_set.prompts, model=model, digest=digest)
+        on_disk = from_rank_zero(
+            f"evaluation {problem_set.directory.path}", partial(_samples_on_disk, problem_set, wanted), **_SPACE
+        )
+        missing = missing_samples(problem_set.prompts, sampler.settings.samples_per_problem, on_disk)
         own = missing[replica::replicas]
         requested = own
         if sampler.expert_parallel:
             # Ranks that share experts generate equally often: one with fewer samples repeats one and discards it.
             requested = own + missing[: len(missing[::replicas]) - len(own)]
-        with one.directory.append_to(replica) if student.is_replica_leader else nullcontext() as file:
+        with problem_set.directory.append_to(replica) if student.is_replica_leader else nullcontext() as file:
             for start in range(0, len(requested), rows):
                 batch = requested[start : start + rows]
-                samples = draw_samples(batch, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed)
+                samples = generate_samples(
+                    batch, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed
+                )
                 if file is not None:
                     file.add(samples[: len(own) - start])
-                logger.info("%s: %d of %d samples of this replica", one.name, min(start + rows, len(own)), len(own))
+                count = min(start + rows, len(own))
+                logger.info("%s: %d of %d samples of this replica", problem_set.name, count, len(own))
     wait_for_all()
 
 
@@ -157,8 +162,10 @@ class Validation:
         """Generates responses to some of this replica's problems. Collective over the ranks that share the model."""
         require_math_verify()
         sampler = self._sampler
-        draws = missing_draws(prompts, sampler.settings.samples_per_problem)
-        self._samples += draw_samples(draws, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed)
+        requests = missing_samples(prompts, sampler.settings.samples_per_problem)
+        self._samples += generate_samples(
+            requests, sampler.engine, sampler.sampling, sampler.tokenizer, seed=sampler.seed
+        )
         self._prompts += prompts
 
     def conclude(self, step: int) -> EvaluationSummary:
@@ -168,14 +175,17 @@ class Validation:
         data-parallel group, a gather and a broadcast over all.
 
         Args:
-            step: training steps behind the weights.
+            step: number of completed training steps.
+
+        Raises:
+            UserError, TransientError: on every rank; the output belongs to another run or cannot be written.
         """
         wait_for_all()
         group = self._sampler.student.dp_group
         own, self._samples, self._prompts = (self._samples, self._prompts), [], []
         gathered: list[tuple[list[Sample], list[EvaluationPrompt]]] = [own] * group.size()
         dist.all_gather_object(gathered, own, group=group)
-        # Replicas take turns in the problems of the set: this restores its order in any layout.
+        # Problems are dealt to the replicas in turn: interleaving restores their order in any layout.
         turns = zip_longest(*(part for _, part in gathered))
         prompts = [prompt for turn in turns for prompt in turn if prompt is not None]
         place = {prompt.record.id: index for index, prompt in enumerate(prompts)}

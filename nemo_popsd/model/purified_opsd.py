@@ -75,8 +75,8 @@ class PurifiedOPSDModel(ModelPT):
         sampler: generates samples for an evaluation.
         training_data: rows and sampler of `data.train`; None without training rows.
         last_evaluation: result of the last validation, on every rank.
-        last_evaluation_step: training steps behind the weights that it evaluated.
-        stop: whether the run was requested to save and stop.
+        last_evaluation_step: number of completed training steps at that validation; -1 before the first.
+        stop: requests to save and stop.
         checkpoints: saves the run.
         optimizer: of the student, once training has been set up.
         base: source and digest of the initial weights, once training has been set up.
@@ -120,7 +120,7 @@ class PurifiedOPSDModel(ModelPT):
             source = open_source(self.settings.student.source)
             self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
-        # Read now: a resumed run may outlive the checkpoint that it started from.
+        # Read now: a resumed run may remove the checkpoint that it starts from.
         self._generation = read_generation_config(self.architecture.directory)
         refuse_tokens_beyond(self.tokenizer, self._generation, self.architecture.vocab_size)
         self.data_digest = ""
@@ -142,7 +142,9 @@ class PurifiedOPSDModel(ModelPT):
             base_first=checkpoint is not None and checkpoint.adapters_only,
         )
         self.chunks = torch.nn.ModuleList(self.student.chunks)
-        self._checkpoint = checkpoint  # Holds the directory of an unpacked one, whose tokenizer files are needed.
+        self._checkpoint = (
+            checkpoint  # Keeps the temporary directory of a packed checkpoint, whose tokenizer files are needed.
+        )
         self._resumes = resume
         self.engine = build_engine(
             self.settings,
@@ -173,7 +175,7 @@ class PurifiedOPSDModel(ModelPT):
 
     @property
     def completed_steps(self) -> int:
-        """Training steps behind the current weights."""
+        """Number of completed training steps."""
         updates = self.trainer.global_step if self._trainer is not None else 0
         return self._restored_steps + updates // self.settings.training.updates_per_step
 
@@ -258,7 +260,7 @@ class PurifiedOPSDModel(ModelPT):
         self.log_dict({"step": float(step), **metrics.as_dict()})
 
     def configure_callbacks(self) -> list[Callback]:
-        """What Lightning adds to the trainer's callbacks: saves and signals between steps."""
+        """The callback that saves and handles signals between steps, which Lightning adds to the trainer's."""
         return [StepBoundary(self.checkpoints, self.stop)]
 
     # Evaluation
@@ -282,7 +284,7 @@ class PurifiedOPSDModel(ModelPT):
         summary = self._validation.conclude(self.completed_steps)
         self.last_evaluation, self.last_evaluation_step = summary, self.completed_steps
         metrics = {f"validation/{name}": value for name, value in summary.numbers().items()}
-        # Values are over all ranks. `sync_dist` only silences Lightning: its trainer has one device and reduces none.
+        # Values are over all ranks. `sync_dist` only silences Lightning: a trainer with one device reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
 
     # Diagnosis
@@ -386,7 +388,7 @@ class PurifiedOPSDModel(ModelPT):
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """The embedded model; others come as local directories."""
+        """The embedded model; all other models are local directories."""
         name = "nemo_popsd:tiny_reasoner"
         description = "A tiny long-chain-of-thought reasoner that ships with the package (Hugging Face format)."
         return [PretrainedModelInfo(name, description, location=name, class_=cls)]

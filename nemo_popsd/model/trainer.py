@@ -38,7 +38,7 @@ def build_trainer(
         accelerator=device().type if device().type == "cpu" else "gpu",
         strategy=MegatronPlacement(device=device()),
         devices=1,
-        # Without it Lightning detects Slurm by its variables, insists on counting the ranks, and requeues by itself.
+        # Without it Lightning detects Slurm by its variables, refuses one device per process, and requeues the job.
         plugins=[LightningEnvironment()],
         max_steps=(config.training.steps - completed) * config.training.updates_per_step,
         val_check_interval=config.training.validate_every if validates else None,

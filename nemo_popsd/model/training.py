@@ -40,7 +40,7 @@ def build_step(
         tokenizer: the student's.
         data: the training rows.
         check_lock: raises if the output belongs to another run; called before rollouts are written.
-        stop: signals that ask the run to stop.
+        stop: requests to stop.
     """
     rollouts = StepRollouts(
         config.rollout,

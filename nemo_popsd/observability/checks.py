@@ -23,8 +23,8 @@ def check_trackers(config: ObservabilityConfig) -> None:
         UserError: W&B or MLflow is enabled and not installed (on every rank), or W&B needs a key and there is none (on
             rank 0, the only one that logs).
     """
-    for package, wanted in (("wandb", config.wandb.enabled), ("mlflow", config.mlflow.enabled)):
-        if wanted and importlib.util.find_spec(package) is None:
+    for package, enabled in (("wandb", config.wandb.enabled), ("mlflow", config.mlflow.enabled)):
+        if enabled and importlib.util.find_spec(package) is None:
             raise UserError(
                 "configuration",
                 got=f"observability.{package}.enabled=true without the package {package}",
@@ -46,7 +46,7 @@ def _wandb_host() -> str:
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb would find a key, or is set not to go online by its own variable."""
+    """Whether wandb would find a key, or its variable WANDB_MODE turns the network off."""
     if any(os.environ.get(name) for name in _KEYS) or os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
         return True
     settings = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings"

@@ -1,4 +1,4 @@
-"""Building the loggers of a run from `observability`."""
+"""Builds the loggers of a run from the section `observability`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from nemo_popsd.observability.config import MlflowConfig, ObservabilityConfig, WandbConfig
 from nemo_popsd.observability.jsonl_logger import JsonlLogger
 from nemo_popsd.observability.rank import is_rank_zero
-from nemo_popsd.observability.trackers import Tracker, keep_id, read_id
+from nemo_popsd.observability.trackers import Tracker, read_id, store_id
 
 _WANDB, _MLFLOW = "wandb", "mlflow"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRun:
-    """What loggers are given of a run."""
+    """The facts about a run that loggers need."""
 
     name: str
     """Name of the run in W&B and MLflow."""
     output: Path
     """Directory that local files go to."""
     overwrite: bool
-    """Whether the run starts again; in W&B and MLflow it then gets a new entry."""
+    """Whether the run starts again at step 1; in W&B and MLflow it then gets a new entry."""
     parameters: Mapping[str, Any]
     """The resolved configuration, nested by section."""
 
@@ -47,7 +47,7 @@ def build_loggers(
     Args:
         settings: which trackers are enabled, and how.
         run: what they record.
-        completed: steps that a resumed run has already trained; TensorBoard hides what was written of later ones.
+        completed: steps that a resumed run has already trained; TensorBoard hides events of later steps.
         may_write: see `JsonlLogger`.
     """
     if not is_rank_zero():
@@ -73,7 +73,7 @@ def _wandb_logger(settings: WandbConfig, run: LoggedRun) -> WandbLogger:
     run_id = None if run.overwrite else read_id(run.output, _WANDB)
     if run_id is None:
         run_id = secrets.token_hex(8)
-        keep_id(run.output, _WANDB, run_id)
+        store_id(run.output, _WANDB, run_id)
     logger = WandbLogger(
         save_dir=run.output,
         name=run.name,
@@ -89,7 +89,9 @@ def _wandb_logger(settings: WandbConfig, run: LoggedRun) -> WandbLogger:
 
 
 def _mlflow_logger(settings: MlflowConfig, run: LoggedRun) -> MLFlowLogger:
-    """The configuration becomes the run's parameters. MLflow keeps their first values, cut at 250 characters."""
+    """The configuration becomes the run's parameters. MLflow keeps their first values, truncated to 250
+    characters.
+    """
     # Read when mlflow is imported or a store is opened; values that the user has set stay. The file store needs no
     # database package, which mlflow-skinny lacks; recent versions require this variable for it. The second variable
     # turns off telemetry.
@@ -105,7 +107,7 @@ def _mlflow_logger(settings: MlflowConfig, run: LoggedRun) -> MLFlowLogger:
     if run_id is None:
         logger.log_hyperparams(dict(run.parameters))
         run.output.mkdir(parents=True, exist_ok=True)
-        keep_id(run.output, _MLFLOW, str(logger.run_id))
+        store_id(run.output, _MLFLOW, str(logger.run_id))
     else:
         logger.experiment.update_run(run_id, status="RUNNING")
     return logger

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, Statistic
 
 PREFIX = "train/"
-"""Before the name of every training metric, in all loggers."""
+"""Prefix of the name of every training metric, in all loggers."""
 
 DECLARED: tuple[Statistic, ...] = (*TOKEN_STATISTICS, *SIGNAL_STATISTICS)
 """Per-token statistics that are metrics by their declaration in `nemo_popsd.distillation.statistics`."""
@@ -16,12 +16,12 @@ DECLARED: tuple[Statistic, ...] = (*TOKEN_STATISTICS, *SIGNAL_STATISTICS)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """One training step, over all data-parallel ranks. None: not measured in this step, and not logged."""
+    """Metrics of one training step, over all data-parallel ranks. None: not measured in this step, and not logged."""
 
     loss: float
     """The loss, averaged as set by `distillation.loss_mean`; mean over the updates of the step."""
     statistics: Mapping[str, float | None]
-    """Means of `DECLARED` over tokens, by name; None where none of the step's tokens has the figure."""
+    """Means of `DECLARED` over tokens, by name; None if no token of the step has a value."""
     response_tokens: float
     """Mean length of a response, in tokens."""
     cut_share: float
@@ -29,7 +29,8 @@ class StepMetrics:
     marker_rate: float
     """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
     rollout_age: float
-    """Number of steps between the weights that generated a response token and those trained on it; mean over tokens."""
+    """Number of steps between the weights that generated a response token and the weights that are trained on it; mean
+    over tokens."""
     rollout_age_max: float
     """The same for the oldest token."""
     padding_share: float

@@ -30,7 +30,7 @@ class Tracker(Logger):
     """Passes metrics to another logger in a separate thread, and tolerates its failure.
 
     The thread starts at the first call. The first error of the other logger is reported, and the logger gets no more
-    calls. Lightning finalises loggers when `fit` or `validate` ends; this one waits for `close`, when the result is
+    calls. Lightning finalises loggers when `fit` or `validate` ends; this one ends in `close`, after the result is
     saved.
 
     Args:
@@ -124,10 +124,10 @@ class Tracker(Logger):
 
 
 def close_trackers(loggers: Iterable[Any], succeeded: bool | None) -> None:
-    """Closes those of a trainer's loggers that are trackers; see `Tracker.close`."""
-    for one in loggers:
-        if isinstance(one, Tracker):
-            one.close(succeeded)
+    """Closes the trackers among the loggers of a trainer; see `Tracker.close`."""
+    for tracker in loggers:
+        if isinstance(tracker, Tracker):
+            tracker.close(succeeded)
 
 
 def any_hangs() -> bool:
@@ -145,7 +145,7 @@ def read_id(output: Path, service: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def keep_id(output: Path, service: str, name: str) -> None:
+def store_id(output: Path, service: str, name: str) -> None:
     """Stores the id of the run in `output` in a tracking service."""
     try:
         content = json.loads((output / IDS).read_text(encoding="utf-8"))

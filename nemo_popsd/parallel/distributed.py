@@ -20,16 +20,16 @@ from torch.distributed.rendezvous import rendezvous
 from nemo_popsd.errors import TransientError, UserError, describe_error
 from nemo_popsd.parallel import launcher
 from nemo_popsd.parallel.config import ParallelConfig
-from nemo_popsd.parallel.waiting import prepare_meeting
+from nemo_popsd.parallel.waiting import create_waiting_group
 from nemo_popsd.runtime.cpu import adapt_megatron
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_START = timedelta(minutes=30)
-"""Time limit from the first rank that waits for the others to the last."""
+"""Longest time that a rank waits for the others to connect."""
 _PATIENCE_SECONDS = 20.0
 _PATIENCE_OF_OTHERS_SECONDS = 300.0
-"""Time before a rank logs that it waits for others. Rank 0 does so first; other ranks only if rank 0 is missing."""
+"""Time after which a rank logs that it waits for others: rank 0, and later, in case rank 0 is missing, the others."""
 
 
 def device() -> torch.device:
@@ -73,7 +73,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             device_id=device() if torch.cuda.is_available() else None,
         )
     parallel.check_world(dist.get_world_size())
-    prepare_meeting()
+    create_waiting_group()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

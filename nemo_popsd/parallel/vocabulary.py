@@ -1,4 +1,4 @@
-"""Which rows of the output matrix, or columns of the logits, a rank holds, and which of them are true vocabulary.
+"""Which vocabulary entries of the output matrix and of the logits a rank holds, and which of them are padding.
 
 The vocabulary is padded, at its end, to ranks · width; rank r holds the contiguous range [r·width, (r+1)·width). A
 rank's true entries are therefore a prefix of its shard. The losses cut to that prefix: padding has probability exactly
@@ -22,7 +22,7 @@ class VocabShard:
     """This rank's shard of the vocabulary. No property needs a collective.
 
     Raises:
-        UserError: the shards together are smaller than the vocabulary.
+        UserError: `vocab_size` is not positive, or the shards together are smaller.
     """
 
     vocab_size: int
@@ -80,8 +80,8 @@ def mean_output_vector(weight: Tensor, shard: VocabShard) -> Tensor:
     One all-reduce of [H]. For a frozen matrix it is needed once per run.
 
     Args:
-        weight: this rank's rows of the output matrix [V_pad/tp, H].
-        shard: which rows they are.
+        weight: this rank's shard of the output matrix [V_pad/tp, H].
+        shard: which vocabulary entries it holds.
 
     Returns:
         [H], replicated, in fp32 (float64 for float64).

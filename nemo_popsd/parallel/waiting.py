@@ -2,7 +2,7 @@
 
 Replicas generate responses of different lengths. A rank that waits for them in a collective of the default group would
 fail after `training.collective_timeout`, which is meant for ranks that hang. Here ranks wait in a gloo group with a
-long timeout. If a rank dies meanwhile, its connections close and the others fail at once.
+long timeout. If a process ends meanwhile, its connections close and the others fail at once.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE = timedelta(days=1)
-"""Time limit of the wait for a rank that is alive."""
+WAIT_LIMIT = timedelta(days=1)
+"""Time limit of the wait for ranks that are still running."""
 
 _groups: list[tuple[Any, dist.ProcessGroup]] = []
-"""The default group of this process and the gloo group for waiting; empty before `prepare_meeting`."""
+"""The default group of this process and the gloo group for waiting; empty before `create_waiting_group`."""
 
 
-def prepare_meeting() -> None:
+def create_waiting_group() -> None:
     """Creates the group for waiting, once for each default group. Collective over the world."""
     if not (_groups and _groups[0][0] is dist.group.WORLD):
-        _groups[:] = [(dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))]
+        _groups[:] = [(dist.group.WORLD, dist.new_group(backend="gloo", timeout=WAIT_LIMIT))]
 
 
 def wait_for_all() -> None:
-    """Returns when all ranks have called it. Collective over the world: one barrier, after `prepare_meeting`."""
+    """Returns when all ranks have called it. Collective over the world: one barrier, after `create_waiting_group`."""
     [(_, group)] = _groups
     dist.barrier(group=group)

@@ -1,8 +1,8 @@
 """What a run needs, before it is queued: memory, FLOPs, bytes moved and time by formula. No torch.
 
 config.py      nodes, hardware and lengths that the estimate assumes
-sizes.py       the numbers of a model, from its config.json or from a file that ships here
-layout.py      a layout on so many GPUs, and why it may be impossible
+sizes.py       sizes of a model, from its config.json or from a file in models/
+layout.py      a layout on a number of GPUs, and the reasons why it is impossible
 workload.py    sequences, micro-batches and branches of one step
 parameters.py  parameters of one rank
 memory.py      bytes of one GPU, by what holds them and by phase
@@ -11,6 +11,8 @@ traffic.py     bytes that one GPU sends, by what sends them
 duration.py    from operations and bytes to seconds
 plan.py        all of it for one layout; the nearest layouts that fit
 report.py      what `popsd plan` prints
+settings.py    separates the settings of the plan from those of the run
+command.py     the output of `popsd plan`, from its settings
 
 The formulas are written out in docs/planning.md.
 """

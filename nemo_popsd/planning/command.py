@@ -1,4 +1,4 @@
-"""From the words of `popsd plan` to the text that it prints."""
+"""The output of `popsd plan`, from its settings."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool 
         as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
 
     Raises:
-        UserError: a setting is wrong or, where one layout is asked for, it does not fit or divide; its `advice` names
-            the nearest layouts that do.
+        UserError: a setting is wrong, or the only requested layout does not divide or fit; `advice` names the nearest
+            layouts that do.
     """
     plan, rest = split_settings(words)
     run = load_config(config, rest)
     sizes, origin = read_sizes(run.student.source)
     cases = [Case(run, plan, sizes, nodes) for nodes in plan.nodes]
     if len(cases) == 1:
-        made = _one(cases[0], fastest_layout)
-        return json.dumps(report.as_data(made, origin), indent=2) if as_json else report.describe(made, origin)
-    rows = [(case, _or_none(case, fastest_layout)) for case in cases]
+        result = _estimate_or_raise(cases[0], fastest_layout)
+        return json.dumps(report.as_data(result, origin), indent=2) if as_json else report.describe(result, origin)
+    rows = [(case, _estimate_or_none(case, fastest_layout)) for case in cases]
     if as_json:
-        return json.dumps([None if made is None else report.as_data(made, origin) for _, made in rows], indent=2)
+        return json.dumps([None if row is None else report.as_data(row, origin) for _, row in rows], indent=2)
     return report.growth_table(rows)
 
 
-def _one(case: Case, fastest_layout: bool) -> Estimate:
+def _estimate_or_raise(case: Case, fastest_layout: bool) -> Estimate:
     if fastest_layout:
-        found = fastest(case)
-        if found is not None:
-            return found[1]
-        against = [f"no layout on {case.layout.world} GPUs"]
+        best = fastest(case)
+        if best is not None:
+            return best[1]
+        reasons = [f"no layout on {case.layout.world} GPUs"]
     else:
-        against = problems(case)
-        if not against:
+        reasons = problems(case)
+        if not reasons:
             return estimate(case)
     raise UserError(
         f"plan of {case.sizes.name} on {case.layout.nodes} x {case.layout.gpus_per_node} GPUs",
-        got="; ".join(against),
+        got="; ".join(reasons),
         need="a layout that divides and fits",
         fix="set parallel.*, or nodes",
         advice=report.advice([] if fastest_layout else nearest(case)),
     )
 
 
-def _or_none(case: Case, fastest_layout: bool) -> Estimate | None:
+def _estimate_or_none(case: Case, fastest_layout: bool) -> Estimate | None:
     if fastest_layout:
-        found = fastest(case)
-        return None if found is None else found[1]
+        best = fastest(case)
+        return None if best is None else best[1]
     return None if problems(case) else estimate(case)

@@ -1,6 +1,6 @@
 """Floating-point operations of one GPU in one step, two per multiply-add. Formulas: docs/planning.md, "FLOPs".
 
-Counted are matrix products and attention. With pipeline stages the last one is counted, which has the loss.
+Matrix products and attention are counted. Of several pipeline stages the last one is counted, which has the loss.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ class StepFlops:
 
 
 def prefill(case: Case) -> Flops:
-    """The prompts of all rows that a rank generates for, written to the cache except their last tokens."""
+    """Operations of the forward that fills the cache with a rank's prompts, without their last tokens."""
     length = case.means.prompt - 1
-    tokens = case.drawn_rows * length * case.layout.context  # no sequence is split while decoding
+    tokens = case.generated_rows * length * case.layout.context  # no sequence is split while decoding
     return forward(case, tokens, tokens * length, adapters=case.lora)
 
 
@@ -144,9 +144,9 @@ def attended(case: Case) -> float:
 
 
 def step(case: Case) -> StepFlops:
-    """Of one step."""
+    """Operations of one step."""
     rows, mean = case.rows, case.means
-    decoded = decoding(case, case.drawn_rows, attended(case)) * mean.response
+    decoded = decoding(case, case.generated_rows, attended(case)) * mean.response
     lengths = [mean.of(branch) for branch in case.branches]
     frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False)
     trained = training(case, rows * mean.student, rows * mean.student**2)

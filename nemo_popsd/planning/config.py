@@ -48,7 +48,7 @@ class HardwareConfig:
     layer_launch_us: Annotated[float, Bounds(0, 1e9)] = 200.0
     """Least time of one layer of one decoding step, microseconds: it is launched kernel by kernel. Ours."""
     latency_us: Annotated[float, Bounds(0, 1e9)] = 20.0
-    """Time of a collective on next to no bytes, microseconds; counts in decoding. Ours."""
+    """Time of a collective on few bytes, microseconds; counts in decoding. Ours."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "hardware")
@@ -56,21 +56,20 @@ class HardwareConfig:
 
 @dataclass(kw_only=True)
 class WorkloadConfig:
-    """What the rows and responses are like. Memory is planned for the run's limits whatever is set here."""
+    """Mean lengths of rows and responses. Memory is always planned for the run's limits."""
 
     prompt_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
-    """Mean length of a student prompt; null takes the limit, `data.max_prompt_tokens`."""
+    """Mean tokens of a student prompt; null takes the limit, `data.max_prompt_tokens`."""
     reference_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
-    """Mean length of a reference; null takes the limit, `data.max_reference_tokens`."""
+    """Mean tokens of a reference; null takes the limit, `data.max_reference_tokens`."""
     response_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
-    """Mean length of a response; null takes the limit, `rollout.max_response_tokens`."""
+    """Mean tokens of a response; null takes the limit, `rollout.max_response_tokens`."""
     prompts_per_node: Annotated[int | None, Bounds(1, 2**16)] = None
-    """The batch grows with the nodes: this many prompts for each replace `training.prompts_per_step`. Null: it does
-    not."""
+    """Prompts of a step for each node, instead of `training.prompts_per_step` for all nodes; null keeps the latter."""
     layers: str = "fused"
-    """Which layers keep activations: `fused`, Transformer Engine's (compared by the tests with what its modules keep,
-    with emulated kernels); `plain`, the local ones (compared with what they allocate on a CPU), whatever is set here
-    with `student.layers=local`."""
+    """Which layers activations are planned for: `fused`, Transformer Engine's (tests compare with what its modules
+    keep, on emulated kernels), or `plain`, the local ones (tests compare with what they allocate on a CPU). A run with
+    `student.layers=local` is always planned with the latter."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "workload")
@@ -79,10 +78,10 @@ class WorkloadConfig:
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """The settings of `popsd plan` that are none of a run's."""
+    """The settings of `popsd plan` that a run does not have."""
 
     nodes: Annotated[list[int], Bounds(1, 10**5)] = field(default_factory=lambda: [1])
-    """Nodes to plan for; more than one number makes a table."""
+    """Numbers of nodes to plan for; several numbers make a table."""
     gpus_per_node: Annotated[int, Bounds(1, 1024)] = 8
     """GPUs of one node."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

@@ -15,9 +15,9 @@ class Seconds:
     """Estimated seconds of one phase."""
 
     compute: float
-    """Arithmetic, or in decoding reading weights and cache, or launching kernels, whichever is slowest."""
+    """Arithmetic; in decoding the slowest of arithmetic, reading weights and cache, and launching kernels."""
     communication: float
-    """Collectives, transfers and copies from the host; none of them is taken to overlap."""
+    """Collectives, transfers and copies from the host, as if nothing overlapped with them."""
     bubble: float
     """Waiting for other pipeline stages."""
 
@@ -42,13 +42,13 @@ class StepSeconds:
 
     @property
     def total(self) -> float:
-        """Of the step."""
-        trained = self.frozen.total + self.training.total
-        return max(self.rollout.total, trained) if self.overlap else self.rollout.total + trained
+        """Seconds of the step."""
+        after_rollout = self.frozen.total + self.training.total
+        return max(self.rollout.total, after_rollout) if self.overlap else self.rollout.total + after_rollout
 
 
 def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> StepSeconds:
-    """Of one step with these operations and bytes."""
+    """Estimated seconds of one step with these operations and bytes."""
     hardware, layout = case.plan.hardware, case.layout
     forward_rate = _peak(case) * hardware.forward_efficiency
     training_rate = _peak(case) * hardware.training_efficiency

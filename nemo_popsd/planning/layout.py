@@ -1,4 +1,4 @@
-"""A layout on so many GPUs: the sizes of its groups, which links they use, and why it may be impossible."""
+"""A layout on a number of GPUs: its groups, which links they use, and the reasons why it is impossible."""
 
 from __future__ import annotations
 
@@ -80,18 +80,18 @@ class Layout:
 
 
 def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
-    """Why `layout` is impossible, each reason with both numbers; empty where it is possible.
+    """The reasons why `layout` is impossible, each with both numbers; empty where it is possible.
 
     Args:
         layout: any numbers of at least 1.
         sizes: the model.
         prompts: of one step over all data-parallel ranks.
     """
-    found = []
+    reasons = []
 
     def divide(what: str, count: int, by: str, size: int) -> None:
         if count % size:
-            found.append(f"{count} {what} do not divide by {by}={size}")
+            reasons.append(f"{count} {what} do not divide by {by}={size}")
 
     divide("GPUs", layout.world, "tensor·pipeline·context", layout.replica)
     divide("GPUs", layout.world, "pipeline·expert", layout.pipeline * layout.expert)
@@ -100,18 +100,18 @@ def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
     divide("MLP columns", sizes.intermediate, "parallel.tensor", layout.expert_tensor)
     divide("layers", sizes.layers, "pipeline·virtual_pipeline", layout.pipeline * layout.virtual_pipeline)
     if layout.tensor > layout.gpus_per_node:
-        found.append(f"parallel.tensor={layout.tensor} reaches beyond a node of {layout.gpus_per_node} GPUs")
+        reasons.append(f"parallel.tensor={layout.tensor} reaches beyond a node of {layout.gpus_per_node} GPUs")
     if layout.expert > 1:
         if sizes.experts:
             divide("experts", sizes.experts, "parallel.expert", layout.expert)
         else:
-            found.append(f"parallel.expert={layout.expert} with a model that has no experts")
+            reasons.append(f"parallel.expert={layout.expert} with a model that has no experts")
     if sizes.experts and layout.tensor > 1 and not layout.sequence:
-        found.append(f"experts with parallel.tensor={layout.tensor} need parallel.sequence=true")
+        reasons.append(f"experts with parallel.tensor={layout.tensor} need parallel.sequence=true")
     if layout.sequence and layout.tensor == 1:
-        found.append("parallel.sequence=true needs parallel.tensor above 1")
+        reasons.append("parallel.sequence=true needs parallel.tensor above 1")
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
-        found.append("parallel.virtual_pipeline needs parallel.pipeline above 1")
-    if not found:
+        reasons.append("parallel.virtual_pipeline needs parallel.pipeline above 1")
+    if not reasons:
         divide("prompts of a step (training.prompts_per_step)", prompts, "data-parallel ranks", layout.data)
-    return found
+    return reasons

@@ -1,4 +1,4 @@
-"""Bytes of one GPU, by what holds them, and the peak of each phase of a step. Formulas: docs/planning.md, "Memory"."""
+"""Bytes of one GPU, by what takes them, and the peak of each phase of a step. Formulas: docs/planning.md, "Memory"."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
-from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, whole
+from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, total_parameters
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
 
 PHASES = ("rollout", "frozen", "training")
-"""Phases of a step; what is listed for one of them is free in the others."""
+"""Phases of a step; the memory that only one of them needs is free in the others."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ def kept_by_layer(case: Case) -> LayerActivations:
 
 
 def _local_attention(case: Case) -> int:
-    """Elements per token that attention of local layers keeps, by the kernel that it takes."""
+    """Elements per token that attention of local layers keeps, which depends on its kernel."""
     query, key = case.sizes.query_width, case.sizes.key_width
     elements = 4 * query + 3 * key + _repeated_heads(case)
     if case.sizes.qk_norm and not case.lora:
         elements += query + key
     if case.config.training.packing and not _attends_at_once(case):
-        elements += query  # sequences that attend one by one are put together again
+        elements += query  # the outputs of sequences that attend one by one are concatenated
     return elements
 
 
@@ -156,7 +156,7 @@ def server_bytes(case: Case) -> float:
     if rollout.engine != "vllm" or rollout.vllm.launcher:
         return 0.0
     if rollout.vllm.cache_bytes:
-        return whole(case.sizes) * case.element / rollout.vllm.tensor + rollout.vllm.cache_bytes
+        return total_parameters(case.sizes) * case.element / rollout.vllm.tensor + rollout.vllm.cache_bytes
     return rollout.vllm.memory_share * case.plan.hardware.memory_gib * 2**30
 
 
@@ -181,11 +181,11 @@ class Memory:
     """Bytes of one GPU of one stage."""
 
     standing: dict[str, float]
-    """What stays, by name."""
+    """Bytes that are taken in every phase, by name."""
     phases: dict[str, dict[str, float]]
-    """What each phase adds, by name."""
+    """Bytes that each phase adds, by name."""
     copy_on_host: float
-    """Bytes of the frozen copy that lie on the host and come in once a step."""
+    """Bytes of the frozen copy that are on the host, and are copied to the device once per step."""
     host: float
     """Pinned bytes of the host for this GPU: the copy, and the frozen passes' states where they are kept there."""
 
@@ -200,8 +200,11 @@ class Memory:
 
 
 def memory(case: Case) -> Memory:
-    """Of the stage whose peak is highest."""
-    return max((_of_stage(case, stage) for stage in stages(case.sizes, case.layout)), key=lambda found: found.worst)
+    """Memory of the stage whose peak is highest."""
+    return max(
+        (_of_stage(case, stage) for stage in stages(case.sizes, case.layout)),
+        key=lambda stage_memory: stage_memory.worst,
+    )
 
 
 def _of_stage(case: Case, stage: Stage) -> Memory:
@@ -223,7 +226,7 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
     rollout = case.config.rollout
     sampled = 24 if rollout.top_p == 1 or rollout.temperature == 0 or 0 < rollout.top_k < sizes.vocab else 56
     longest = max(case.limits.of(branch) for branch in case.branches)
-    drawing = {
+    rollout_bytes = {
         "KV cache": cache_bytes(case, stage),
         "prefill": min(case.decoded_rows * case.limits.prompt, max(PREFILL_TOKENS, case.limits.prompt))
         * working_set(case, case.limits.prompt)
@@ -231,9 +234,9 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         "sampling": case.decoded_rows * sizes.vocab / layout.tensor * float(sampled) if stage.last else 0.0,
     }
     if rollout.engine == "vllm":
-        drawing = {"vLLM": server_bytes(case)}
+        rollout_bytes = {"vLLM": server_bytes(case)}
     phases = {
-        "rollout": drawing,
+        "rollout": rollout_bytes,
         "frozen": {
             "frozen copy brought in": float(copy - kept_matrix) if offloaded else 0.0,
             "frozen forward": case.frozen_tokens / layout.context * working_set(case, longest) * case.element,

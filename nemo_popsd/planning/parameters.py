@@ -1,4 +1,4 @@
-"""How many parameters one rank holds, by type: what Megatron allocates, vocabulary padding included."""
+"""The number of parameters of one rank, by type, as Megatron allocates them: with vocabulary padding."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Stage:
 
 
 def stages(sizes: ModelSizes, layout: Layout) -> tuple[Stage, ...]:
-    """The stages that can be the fullest: first and last, which are one without pipeline parallelism."""
+    """The stages that can have the most parameters: the first and the last, or the only one."""
     layers = sizes.layers // layout.pipeline
     if layout.pipeline == 1:
         return (Stage(layers, first=True, last=True),)
@@ -107,7 +107,7 @@ class Parameters:
 
 
 def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | None) -> Parameters:
-    """Elements on one rank of `stage`, adapters where `lora` is given."""
+    """Elements on one rank of `stage`; with adapters if `lora` is given."""
     hidden = sizes.hidden
     vocabulary = padded_vocabulary(sizes, layout) // layout.tensor * hidden
     norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
@@ -129,7 +129,7 @@ def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | No
     return Parameters(dense, experts, adapters, expert_adapters, vocabulary)
 
 
-def whole(sizes: ModelSizes) -> int:
+def total_parameters(sizes: ModelSizes) -> int:
     """Parameters of the full model as published: no padding, no adapters."""
     hidden, experts = sizes.hidden, max(1, sizes.experts)
     vocabulary = sizes.vocab * hidden * (1 if sizes.tied else 2)

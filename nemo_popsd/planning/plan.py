@@ -46,59 +46,59 @@ class Estimate:
 
 
 def estimate(case: Case) -> Estimate:
-    """Of a layout that divides (see `problems`)."""
-    found = memory(case)
-    flops, moved = compute.step(case), traffic.step(case, from_host=found.copy_on_host)
-    return Estimate(case, found, flops, moved, duration.step(case, flops, moved))
+    """The estimate for a layout that divides (see `problems`)."""
+    needed = memory(case)
+    flops, moved = compute.step(case), traffic.step(case, from_host=needed.copy_on_host)
+    return Estimate(case, needed, flops, moved, duration.step(case, flops, moved))
 
 
 def problems(case: Case) -> list[str]:
     """Why the run is impossible: numbers that do not divide or, where all do, memory. Empty where it is possible."""
-    found = misfits(case.layout, case.sizes, case.prompts)
-    if found:
-        return found
-    made = estimate(case)
-    if made.fits:
+    reasons = misfits(case.layout, case.sizes, case.prompts)
+    if reasons:
+        return reasons
+    result = estimate(case)
+    if result.fits:
         return []
-    return [f"{made.memory.worst / GIB:.1f} GiB per GPU of {made.budget / GIB:.1f} GiB that may be taken"]
+    return [f"{result.memory.worst / GIB:.1f} GiB per GPU of {result.budget / GIB:.1f} GiB that may be taken"]
 
 
 def fastest(case: Case) -> tuple[Changes, Estimate] | None:
     """The layout with the shortest estimated step of those that fit, and what it changes; None where none fits."""
     best: tuple[Changes, Estimate] | None = None
-    for changes in sorted(_candidates(case), key=lambda found: _distance(case, found)):
-        made = _if_possible(case.replace(changes))
-        if made is not None and (best is None or made.seconds.total < best[1].seconds.total):
-            best = changes, made
+    for changes in sorted(_candidates(case), key=lambda candidate: _distance(case, candidate)):
+        result = _if_possible(case.replace(changes))
+        if result is not None and (best is None or result.seconds.total < best[1].seconds.total):
+            best = changes, result
     return best
 
 
 def nearest(case: Case, limit: int = 4) -> list[tuple[Changes, Estimate]]:
-    """Up to `limit` layouts that fit, those that change least first, of equal ones the fastest first.
+    """Up to `limit` layouts that fit, ordered by how much they change, then by the time of a step.
 
     The number of prompts of a step is changed only for layouts that do not divide it.
     """
-    found: list[tuple[Changes, Estimate]] = []
+    layouts: list[tuple[Changes, Estimate]] = []
     choices = [_with_batch(case, changes) for changes in _candidates(case)]
     ordered = sorted(choices, key=lambda changes: _distance(case, changes))
     for _, alike in itertools.groupby(ordered, key=lambda changes: _distance(case, changes)):
-        made = [(changes, _if_possible(case.replace(changes))) for changes in alike]
-        possible = [(changes, one) for changes, one in made if one is not None]
-        found += sorted(possible, key=lambda pair: pair[1].seconds.total)
-        if len(found) >= limit:
+        results = [(changes, _if_possible(case.replace(changes))) for changes in alike]
+        possible = [(changes, result) for changes, result in results if result is not None]
+        layouts += sorted(possible, key=lambda layout: layout[1].seconds.total)
+        if len(layouts) >= limit:
             break
-    return found[:limit]
+    return layouts[:limit]
 
 
 def _if_possible(case: Case) -> Estimate | None:
     if misfits(case.layout, case.sizes, case.prompts):
         return None
-    made = estimate(case)
-    return made if made.fits else None
+    result = estimate(case)
+    return result if result.fits else None
 
 
 def _candidates(case: Case) -> Iterator[Changes]:
-    """Changes to try: powers of two for the sizes; what saves memory, on or unchanged."""
+    """Changes to try: powers of two for the sizes; settings that save memory, unchanged or on."""
     layout = case.layout
     sizes = {
         "tensor": _powers(min(layout.gpus_per_node, case.sizes.groups)),
@@ -127,7 +127,7 @@ def _candidates(case: Case) -> Iterator[Changes]:
 
 
 def _with_batch(case: Case, changes: Changes) -> Changes:
-    """`changes`, with the nearest number of prompts that their layout divides where it does not divide the present."""
+    """`changes`; where their layout does not divide the prompts of a step, with the nearest number that it divides."""
     layout = case.replace(changes).layout
     fixed = case.plan.workload.prompts_per_node is not None or layout.world % layout.replica
     if fixed or case.prompts % layout.data == 0:
@@ -140,7 +140,10 @@ def _powers(largest: int) -> list[int]:
 
 
 def _distance(case: Case, changes: Changes) -> float:
-    """Distance from the request: doublings and halvings of sizes, one for each switch except the one that follows t."""
+    """Distance from the request: doublings and halvings of sizes, plus 1 for each other setting.
+
+    `parallel.sequence` does not count, since it follows the tensor-parallel size.
+    """
     distance = 0.0
     for name, value in changes.items():
         before = case.setting(name)

@@ -7,30 +7,30 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nemo_popsd.planning.memory import PHASES
-from nemo_popsd.planning.parameters import whole
+from nemo_popsd.planning.parameters import total_parameters
 from nemo_popsd.planning.plan import GIB, Changes, Estimate
 from nemo_popsd.planning.workload import Case
 
 _NOTE = "Estimates by formula, not measurements; formulas and assumptions: docs/planning.md"
 
 
-def describe(made: Estimate, origin: str) -> str:
+def describe(estimate: Estimate, origin: str) -> str:
     """One layout: model, layout, memory by phase, work and time by phase."""
-    case, layout = made.case, made.case.layout
+    case, layout = estimate.case, estimate.case.layout
     lines = [_NOTE, ""]
     lines += _aligned(
         [
-            ("model", f"{case.sizes.name}: {whole(case.sizes) / 1e9:.2f} billion parameters ({origin})"),
+            ("model", f"{case.sizes.name}: {total_parameters(case.sizes) / 1e9:.2f} billion parameters ({origin})"),
             ("layout", f"{_size(layout.nodes, 'node')} of {_size(layout.gpus_per_node, 'GPU')}: {shape(case)}"),
             ("training", _training(case)),
             ("step", _step(case)),
         ]
     )
-    lines += ["", *_memory_table(made), "", *_work_table(made), ""]
-    total = made.seconds.total
+    lines += ["", *_memory_table(estimate), "", *_work_table(estimate), ""]
+    total = estimate.seconds.total
     lines.append(
         f"step {total:.1f} s, {case.config.training.steps} steps {total * case.config.training.steps / 3600:.1f} h, "
-        f"{case.prompts / total:.2f} prompts/s, {gpu_hours(made):.2f} GPU hours per 1,000 prompts"
+        f"{case.prompts / total:.2f} prompts/s, {gpu_hours(estimate):.2f} GPU hours per 1,000 prompts"
     )
     return "\n".join(lines)
 
@@ -52,18 +52,18 @@ def shape(case: Case) -> str:
 
 
 def overrides(changes: Changes) -> str:
-    """Changes as words for the command line."""
+    """Changes as settings for the command line."""
     return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
 
 
-def advice(found: Sequence[tuple[Changes, Estimate]]) -> list[str]:
-    """The nearest layouts, one a line, each to add to the command."""
-    if not found:
+def advice(layouts: Sequence[tuple[Changes, Estimate]]) -> list[str]:
+    """The nearest layouts, one per line, as settings to add to the command."""
+    if not layouts:
         return ["no layout on these GPUs fits: take more nodes, or lower the limits of lengths and tokens"]
     lines = ["nearest layouts that fit (estimates):"]
-    for changes, made in found:
+    for changes, estimate in layouts:
         words = overrides(changes) or "as it is"
-        lines.append(f"  {words}  ({made.memory.worst / GIB:.1f} GiB, {made.seconds.total:.1f} s a step)")
+        lines.append(f"  {words}  ({estimate.memory.worst / GIB:.1f} GiB, {estimate.seconds.total:.1f} s a step)")
     return lines
 
 
@@ -72,60 +72,68 @@ def growth_table(rows: Sequence[tuple[Case, Estimate | None]]) -> str:
     head = ["nodes", "GPUs", "prompts", "layout", "GiB/GPU", "rollout s", "frozen s", "training s", "step s"]
     head += ["prompts/s", "GPU h per 1,000 prompts"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for case, made in rows:
+    for case, estimate in rows:
         start = [str(case.nodes), str(case.layout.world), str(case.prompts)]
-        if made is None:
+        if estimate is None:
             cells = [*start, "none fits", *[""] * (len(head) - 4)]
         else:
-            seconds = made.seconds
+            seconds = estimate.seconds
             times = [seconds.rollout.total, seconds.frozen.total, seconds.training.total, seconds.total]
-            cells = [*start, shape(made.case), f"{made.memory.worst / GIB:.1f}", *(f"{time:.1f}" for time in times)]
-            cells += [f"{made.case.prompts / seconds.total:.2f}", f"{gpu_hours(made):.2f}"]
+            cells = [
+                *start,
+                shape(estimate.case),
+                f"{estimate.memory.worst / GIB:.1f}",
+                *(f"{time:.1f}" for time in times),
+            ]
+            cells += [f"{estimate.case.prompts / seconds.total:.2f}", f"{gpu_hours(estimate):.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def gpu_hours(made: Estimate) -> float:
+def gpu_hours(estimate: Estimate) -> float:
     """GPU hours per 1,000 prompts."""
-    return made.seconds.total * made.case.layout.world / made.case.prompts * 1000 / 3600
+    return estimate.seconds.total * estimate.case.layout.world / estimate.case.prompts * 1000 / 3600
 
 
-def as_data(made: Estimate, origin: str) -> dict[str, Any]:
+def as_data(estimate: Estimate, origin: str) -> dict[str, Any]:
     """All numbers of one layout: bytes, operations, seconds, per GPU unless named otherwise."""
-    case, layout = made.case, made.case.layout
+    case, layout = estimate.case, estimate.case.layout
     return {
         "estimate": True,
-        "model": {**asdict(case.sizes), "parameters": whole(case.sizes), "origin": origin},
+        "model": {**asdict(case.sizes), "parameters": total_parameters(case.sizes), "origin": origin},
         "layout": {**asdict(layout), "data": layout.data},
         "assumptions": asdict(case.plan),
         "prompts": case.prompts,
         "rows_per_replica": case.rows,
         "microbatches": case.microbatches,
         "decoded_rows": case.decoded_rows,
-        "fits": made.fits,
+        "fits": estimate.fits,
         "memory_bytes": {
-            "budget": made.budget,
-            "standing": made.memory.standing,
-            **made.memory.phases,
-            "peak": {phase: made.memory.peak(phase) for phase in PHASES},
-            "host": made.memory.host,
+            "budget": estimate.budget,
+            "standing": estimate.memory.standing,
+            **estimate.memory.phases,
+            "peak": {phase: estimate.memory.peak(phase) for phase in PHASES},
+            "host": estimate.memory.host,
         },
         "flops": {
             phase: {**asdict(flops), "counted": flops.counted, "needed": flops.needed}
-            for phase, flops in ((p, getattr(made.flops, p)) for p in PHASES)
+            for phase, flops in ((p, getattr(estimate.flops, p)) for p in PHASES)
         },
-        "sent_bytes": asdict(made.traffic),
+        "sent_bytes": asdict(estimate.traffic),
         "seconds": {
-            **{phase: {**asdict(s), "total": s.total} for phase, s in ((p, getattr(made.seconds, p)) for p in PHASES)},
-            "step": made.seconds.total,
+            **{
+                phase: {**asdict(s), "total": s.total}
+                for phase, s in ((p, getattr(estimate.seconds, p)) for p in PHASES)
+            },
+            "step": estimate.seconds.total,
         },
-        "gpu_hours_per_1000_prompts": gpu_hours(made),
+        "gpu_hours_per_1000_prompts": gpu_hours(estimate),
     }
 
 
-def _memory_table(made: Estimate) -> list[str]:
-    memory = made.memory
-    lines = [f"GiB per GPU (of {made.budget / GIB:.1f} that may be taken), rows and responses at their limits"]
+def _memory_table(estimate: Estimate) -> list[str]:
+    memory = estimate.memory
+    lines = [f"GiB per GPU (of {estimate.budget / GIB:.1f} that may be taken), rows and responses at their limits"]
     rows: list[tuple[str, ...]] = [("", *PHASES)]
     rows += [(name, *[_gib(size)] * len(PHASES)) for name, size in memory.standing.items() if size]
     named = list(dict.fromkeys(name for phase in PHASES for name in memory.phases[phase]))
@@ -140,21 +148,21 @@ def _memory_table(made: Estimate) -> list[str]:
     return lines
 
 
-def _work_table(made: Estimate) -> list[str]:
+def _work_table(estimate: Estimate) -> list[str]:
     rows: list[tuple[str, ...]] = [("per GPU and step, at the mean lengths", *PHASES)]
-    flops, seconds = ([getattr(group, phase) for phase in PHASES] for group in (made.flops, made.seconds))
-    rows.append(("TFLOP", *(f"{one.needed / 1e12:,.1f}" for one in flops)))
-    moved = [getattr(made.traffic, phase) for phase in PHASES]
+    flops, seconds = ([getattr(group, phase) for phase in PHASES] for group in (estimate.flops, estimate.seconds))
+    rows.append(("TFLOP", *(f"{phase.needed / 1e12:,.1f}" for phase in flops)))
+    moved = [getattr(estimate.traffic, phase) for phase in PHASES]
     for item in fields(moved[0]):
         sent = [getattr(phase, item.name) for phase in moved]
         if any(sent):
             rows.append((f"GB sent, {item.name} parallel", *(f"{size / 1e9:,.2f}" if size else "" for size in sent)))
-    if made.traffic.weight_gather:
-        rows.append(("  of it gathering weights", "", "", f"{made.traffic.weight_gather / 1e9:,.2f}"))
-    if made.traffic.from_host:
-        rows.append(("GB from the host", "", f"{made.traffic.from_host / 1e9:,.2f}", ""))
+    if estimate.traffic.weight_gather:
+        rows.append(("  of it gathering weights", "", "", f"{estimate.traffic.weight_gather / 1e9:,.2f}"))
+    if estimate.traffic.from_host:
+        rows.append(("GB from the host", "", f"{estimate.traffic.from_host / 1e9:,.2f}", ""))
     for name in ("compute", "communication", "bubble", "total"):
-        values = [getattr(one, name) for one in seconds]
+        values = [getattr(phase, name) for phase in seconds]
         if any(values):
             rows.append((f"s, {name}", *(f"{value:,.2f}" for value in values)))
     return _columns(rows)

@@ -1,4 +1,4 @@
-"""Takes the words of `popsd plan` apart: those of the plan, and those of the run."""
+"""Separates the settings of `popsd plan` from those of the run."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def split_settings(words: Sequence[str]) -> tuple[PlanConfig, list[str]]:
         UserError: a key is neither the plan's nor the run's (the nearest of both is named), or a setting of the plan
             has the wrong type or an impossible value.
     """
-    of_plan, of_run = known_keys(PlanConfig), known_keys()
-    mine, rest = [], []
+    plan_keys, run_keys = known_keys(PlanConfig), known_keys()
+    plan_words, run_words = [], []
     for word in words:
         key, equals, text = word.partition("=")
         key = key.strip()
-        if key in of_plan:
-            listed = key != "nodes" or text.startswith("[")
-            mine.append(word if listed else f"nodes=[{text}]")
-        elif not key or not equals or key in of_run:
-            rest.append(word)
+        if key in plan_keys:
+            without_brackets = key == "nodes" and not text.startswith("[")
+            plan_words.append(f"nodes=[{text}]" if without_brackets else word)
+        elif not key or not equals or key in run_keys:
+            run_words.append(word)
         else:
-            raise unknown_key(f"override {shown(word)}", key, {**of_plan, **of_run})
-    return load_schema(PlanConfig, {}, mine, what="popsd plan"), rest
+            raise unknown_key(f"override {shown(word)}", key, {**plan_keys, **run_keys})
+    return load_schema(PlanConfig, {}, plan_words, what="popsd plan"), run_words

@@ -1,4 +1,4 @@
-"""The numbers of a model that memory and work follow from, read from a config.json. No tokenizer, no weights."""
+"""The sizes of a model that determine memory and work, read from a config.json; needs no tokenizer and no weights."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def embedded_models() -> list[str]:
 
 
 def read_sizes(source: str) -> tuple[ModelSizes, str]:
-    """Sizes of what `student.source` names, and in words where they were read.
+    """Sizes of the model that `student.source` names, and a description of where they were read.
 
     Args:
         source: a Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), an embedded model, or, where no
             such file exists, a path whose last part is one of `embedded_models` in any case.
 
     Raises:
-        UserError: none of these, or an architecture whose sizes are not known to be read rightly.
+        UserError: `source` is not one of these, or its architecture is not supported.
     """
     if source.startswith(PREFIX):
         return _parse(json.loads((asset(source) / "config.json").read_text()), source), f"config.json of {source}"
@@ -91,15 +91,15 @@ def read_sizes(source: str) -> tuple[ModelSizes, str]:
         if file.is_file():
             return _parse(_object(read_json(file), str(file)), path.name), str(file)
     if path.suffix == ".nemo" and path.is_file():
-        found = _object(parse_json(_from_archive(path), source), source)
-        return _parse(found, path.stem), f"config.json in {source}"
+        config = _object(parse_json(_from_archive(path), source), source)
+        return _parse(config, path.stem), f"config.json in {source}"
     embedded = {name.lower(): name for name in embedded_models()}
     name = embedded.get(path.name.lower())
     if name is None or path.exists():
         raise UserError(
             "plan",
             got=f"student.source={source!r}" + (", which has no config.json" if path.exists() else ""),
-            need="a model's directory, or a name out of " + ", ".join(embedded_models()),
+            need="a model's directory, or one of " + ", ".join(embedded_models()),
             fix="set student.source",
         )
     origin = f"sizes that ship with nemo_popsd as {name}; {source} is not on this machine"
@@ -119,17 +119,17 @@ def _from_archive(path: Path) -> bytes:
         ) from None
 
 
-def _object(found: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(found, dict):
+def _object(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
         raise UserError(where, got="not an object", need="a config.json", fix="correct it, or set student.source")
-    return found
+    return value
 
 
-def _whole(config: Mapping[str, Any], name: str, default: object = None) -> int:
-    """A size: a positive integer, which every model has.
+def _size(config: Mapping[str, Any], name: str, default: object = None) -> int:
+    """The size `name` of `config`, or `default` where it is missing.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not a positive integer.
     """
     value = config.get(name, default)
     value = default if value is None else value
@@ -139,34 +139,34 @@ def _whole(config: Mapping[str, Any], name: str, default: object = None) -> int:
 
 
 def _parse(config: Mapping[str, Any], name: str) -> ModelSizes:
-    kind = config.get("model_type")
-    family = _FAMILIES.get(str(kind))
+    model_type = config.get("model_type")
+    family = _FAMILIES.get(str(model_type))
     sparse_everywhere = config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")
     if family is None or not sparse_everywhere:
         raise UserError(
             f"model {name}",
-            got=f"model_type={kind!r}" + ("" if sparse_everywhere else " with dense layers among sparse ones"),
+            got=f"{model_type=}" + ("" if sparse_everywhere else " with dense layers among sparse ones"),
             need="one of " + ", ".join(_FAMILIES) + ", all layers alike",
             fix="set student.source",
         )
     try:
-        heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
-        sparse = kind == "qwen3_moe"
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        sparse = model_type == "qwen3_moe"
         return ModelSizes(
             name=name,
-            vocab=_whole(config, "vocab_size"),
+            vocab=_size(config, "vocab_size"),
             hidden=hidden,
-            layers=_whole(config, "num_hidden_layers"),
+            layers=_size(config, "num_hidden_layers"),
             heads=heads,
-            groups=_whole(config, "num_key_value_heads", heads),
-            head_dim=_whole(config, "head_dim", hidden // heads),
-            intermediate=_whole(config, "moe_intermediate_size" if sparse else "intermediate_size"),
+            groups=_size(config, "num_key_value_heads", heads),
+            head_dim=_size(config, "head_dim", hidden // heads),
+            intermediate=_size(config, "moe_intermediate_size" if sparse else "intermediate_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family["qkv_bias"] or bool(config.get("attention_bias", False)),
             output_bias=bool(config.get("attention_bias", False)),
             qk_norm=family["qk_norm"],
-            experts=_whole(config, "num_experts") if sparse else 0,
-            experts_per_token=_whole(config, "num_experts_per_tok") if sparse else 0,
+            experts=_size(config, "num_experts") if sparse else 0,
+            experts_per_token=_size(config, "num_experts_per_tok") if sparse else 0,
         )
     except ValueError as error:
         raise UserError(

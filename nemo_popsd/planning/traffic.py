@@ -1,4 +1,4 @@
-"""Bytes that one GPU sends in one step, by what sends them. Formulas: docs/planning.md, "Bytes moved".
+"""Bytes that one GPU sends in one step, by the dimension that sends them. Formulas: docs/planning.md, "Bytes moved".
 
 Ring algorithms: of a tensor of M bytes over k ranks an all-reduce sends 2·M·(k−1)/k from each, an all-gather or
 reduce-scatter M·(k−1)/k, a point-to-point transfer M.
@@ -35,16 +35,17 @@ def tensor_forward(case: Case, tokens: float, *, adapters: bool) -> float:
 
 
 def tensor_backward(case: Case, tokens: float) -> float:
-    """Bytes of the backward's: [tokens, H] summed twice a layer, and once more for each adapter on full inputs.
+    """Bytes of the tensor-parallel collectives of one backward: [tokens, H] summed twice a layer.
 
-    Sequence parallelism under full fine-tuning gathers two inputs a layer once more.
+    It is summed once more for each adapter on full inputs. Under full fine-tuning, sequence parallelism gathers two
+    inputs a layer once more.
     """
     layout, sizes, student = case.layout, case.sizes, case.config.student
     layers = sizes.layers / layout.pipeline
     width = 4.0 * sizes.hidden * layers
     if case.lora:
-        whole = [name for name in student.lora.targets if name in ("linear_qkv", "linear_fc1")]
-        width += 2 * layers * (sizes.hidden * len(whole) + student.lora.rank * len(student.lora.targets))
+        full_inputs = [name for name in student.lora.targets if name in ("linear_qkv", "linear_fc1")]
+        width += 2 * layers * (sizes.hidden * len(full_inputs) + student.lora.rank * len(student.lora.targets))
         if not student.recompute and layout.pipeline == 1:
             width -= 2 * sizes.hidden  # nothing before the first linear is trained
     elif layout.sequence:
@@ -87,7 +88,7 @@ def sampling_calls(case: Case) -> int:
 
 
 def sampling(case: Case) -> float:
-    """Bytes that drawing one token sends: the best k of each shard; or a few sums, with top-p alone four histograms."""
+    """Bytes that sampling one token sends: the best k of each shard; or a few sums, and with top-p alone histograms."""
     rollout, ranks = case.config.rollout, case.layout.tensor
     calls = sampling_calls(case)
     if calls == 1:
@@ -140,14 +141,14 @@ class StepTraffic:
 
 
 def step(case: Case, *, from_host: float) -> StepTraffic:
-    """Of one step; `from_host` is the copy's size where it is kept there."""
+    """Bytes of one step; `from_host`: bytes of the frozen copy that are kept on the host."""
     rows, mean, layout = case.rows, case.means, case.layout
     sizes = case.sizes
     # No sequence is split while decoding, which the divisions by c below assume.
-    generated = case.drawn_rows * (mean.student - 1) * layout.context
-    drawn = case.drawn_rows * mean.response * sampling(case)
+    generated = case.generated_rows * (mean.student - 1) * layout.context
+    sampled = case.generated_rows * mean.response * sampling(case)
     rollout = Phase(
-        tensor=tensor_forward(case, generated, adapters=case.lora) + drawn,
+        tensor=tensor_forward(case, generated, adapters=case.lora) + sampled,
         pipeline=stage_transfer(case, generated) / layout.virtual_pipeline,
         expert=expert_forward(case, generated),
     )

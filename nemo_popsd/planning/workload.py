@@ -1,4 +1,4 @@
-"""The sizes of one step: rows of a rank, lengths, micro-batches, branches, what is decoded together."""
+"""The sizes of one step: rows of a rank, lengths, micro-batches, branches, decoding batches."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ class Lengths:
 
 
 def frozen_branches(config: DistillationConfig) -> tuple[str, ...]:
-    """The frozen branches that a target and its diagnosis need, as `nemo_popsd.training.branches` runs them, by the
-    context that each reads: a second context with question and reference is as long as the privileged one.
+    """The frozen branches that `nemo_popsd.training.branches` runs for a target and its diagnosis, by their contexts.
+
+    A second context that holds another row's reference has the question too: it counts as a privileged one.
     """
     branches = build_target(config.target).frozen_branches(diagnosed=config.diagnosed_tokens > 0)
-    read = {"reference": "privileged"} if config.target.borrowed == "reference" else {}
-    return tuple(read.get(name, name) for name in branches)
+    contexts = {"reference": "privileged"} if config.target.borrowed == "reference" else {}
+    return tuple(contexts.get(name, name) for name in branches)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Case:
     nodes: int
     """Nodes."""
     device: str = "cuda"
-    """Type of the device whose kernels compute."""
+    """Type of the device on which the run computes."""
 
     def replace(self, settings: Mapping[str, object]) -> Case:
         """The same run with other values of dotted settings, as in ``{"parallel.tensor": 2}``; nothing is checked."""
@@ -123,7 +124,7 @@ class Case:
 
     @cached_property
     def means(self) -> Lengths:
-        """What time and work are estimated for."""
+        """The mean lengths: what time and work are estimated for."""
         work, limits = self.plan.workload, self.limits
         return Lengths(
             work.prompt_tokens or limits.prompt,
@@ -183,7 +184,7 @@ class Case:
         return math.ceil(tokens / self.config.training.frozen_tokens)
 
     @property
-    def drawn_rows(self) -> int:
+    def generated_rows(self) -> int:
         """Responses that a rank generates: context-parallel ranks divide the rows, ranks that share experts generate
         for the rows of all of them.
         """
@@ -195,9 +196,9 @@ class Case:
     def decoded_rows(self) -> int:
         """B, rows that a rank decodes together."""
         rollout = self.config.rollout
-        return max(1, min(rollout.batch_rows, self.drawn_rows, rollout.cache_tokens // self.limits.student))
+        return max(1, min(rollout.batch_rows, self.generated_rows, rollout.cache_tokens // self.limits.student))
 
     @property
     def decoding_waves(self) -> int:
         """Batches of `decoded_rows`, one after the other."""
-        return math.ceil(self.drawn_rows / self.decoded_rows)
+        return math.ceil(self.generated_rows / self.decoded_rows)

@@ -27,6 +27,8 @@ from nemo_popsd.files.json_files import checksum, damaged, open_regular, read_js
 
 TRAIN, VALIDATION = "train/", "validation/"
 BEFORE, AFTER = "before", "after"
+_OLDER_NAMES = {"delta_ratio": "norm_ratio", "cos_total_it": "cosine_question", "cos_total_ref": "cosine_reference"}
+"""Present names of training metrics by the names under which earlier versions wrote them."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int
             if value is None:
                 continue
             if key.startswith(TRAIN):
-                training.setdefault(key.removeprefix(TRAIN), {})[step] = value
+                name = key.removeprefix(TRAIN)
+                training.setdefault(_OLDER_NAMES.get(name, name), {})[step] = value
             elif key.startswith(VALIDATION):
                 validations.setdefault(step, {})[key.removeprefix(VALIDATION)] = value
     curves = {name: [(float(step), points[step]) for step in sorted(points)] for name, points in training.items()}

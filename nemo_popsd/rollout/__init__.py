@@ -1,1 +1,1 @@
-"""On-policy responses: the engine interface, sampling, the engine in the training processes, storage; vLLM below."""
+"""On-policy responses: the interface of engines, sampling, Megatron's engine, storage; `vllm/` has the engine vLLM."""

@@ -16,7 +16,7 @@ class RolloutConfig:
     """How the student generates responses to the training questions. Defaults are those of OPSD."""
 
     engine: str = "megatron"
-    """What generates the responses: `megatron`, the training processes themselves, or `vllm`, a server beside them."""
+    """What generates the responses: `megatron`, the training processes themselves, or `vllm`, a separate server."""
     temperature: Annotated[float, Bounds(1e-3, 100, or_zero=True)] = 1.1
     """Sampling temperature; 0 is greedy. Independent of `distillation.target.temperature`."""
     top_p: Annotated[float, Bounds(1e-6, 1)] = 0.95
@@ -32,16 +32,16 @@ class RolloutConfig:
     prompt and limit are long. One token of Qwen3-8B takes 147 KB in bf16, split over the tensor-parallel ranks."""
     tokens_per_step: Annotated[int, Bounds(0, 10**12)] = 0
     """Response tokens after which a step leaves its responses unfinished; the next step continues them, with newer
-    weights. Each data-parallel replica has an equal share. Always finished are the first response of each replica,
-    responses that would become older than `max_age` or wait a second time before their first token, and all responses
-    of the last step. Which responses are left depends on layout and `batch_rows`. 0: every response ends in its own
-    step. Needs `save`, which keeps partial responses."""
+    weights. Each data-parallel replica has an equal share. These are always finished: the first response of each
+    replica, responses that would become older than `max_age` or wait a second time before their first token, and all
+    responses of the last step. Which responses are left unfinished depends on layout and `batch_rows`. 0: every
+    response ends in its own step. Needs `save`, which keeps partial responses."""
     overlap: bool = False
     """Generate the responses of the next step while this step trains, with the weights that this step starts with: from
-    step 2 on they are one step old. Needs the engine `vllm`, which generates in other processes."""
+    step 2 on, the weights are one step old. Needs the engine `vllm`, which generates in other processes."""
     max_age: Annotated[int, Bounds(0, 10**6)] = 1
-    """With `overlap` or `tokens_per_step`: how many steps the weights that generated any token may be behind those that
-    are trained on it. Stored responses that are older are generated again."""
+    """With `overlap` or `tokens_per_step`: greatest age of a token, in steps from the weights that generate it to the
+    weights that are trained on it. Stored responses that are older are generated again."""
     save: bool = True
     """Write the rollouts of a step to `<output>/rollouts` before they are trained on; see `popsd rollouts show`. A
     step that is repeated after a kill reads them from there."""
@@ -55,7 +55,7 @@ class RolloutConfig:
             raise UserError(
                 "configuration",
                 got=f"rollout.overlap=true with rollout.engine={self.engine}",
-                need="the engine that generates beside the training processes, not in them",
+                need="the engine that generates in other processes",
                 fix="set rollout.engine=vllm or rollout.overlap=false",
             )
         if self.max_age == 0 and (self.overlap or self.tokens_per_step):

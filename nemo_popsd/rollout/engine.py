@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled; nothing here affects the loss."""
+    """How tokens are sampled. The loss does not use these values."""
 
     temperature: float
     """Divides the logits; 0 takes the most likely token."""
@@ -52,7 +52,7 @@ class Rollout:
     truncated: bool
     """Whether it reached the limit without a stop token."""
     weights_version: int
-    """Number of training steps behind the weights that generated it; of several, those of the last call."""
+    """Number of completed training steps when it was generated; if several versions generated it, in the last call."""
     unfinished: bool = False
     """Whether it was left before its end because of a token budget."""
     segments: tuple[tuple[int, int], ...] = ()
@@ -95,7 +95,7 @@ class ConcurrentEngine(RolloutEngine, Protocol):
 
 
 def row_seed(seed: int, *parts: object) -> int:
-    """A 63-bit seed from the run's seed and what identifies the response: step, row id, sample.
+    """A 63-bit seed from the run's seed and the parts that identify the response: step, row id, sample.
 
     A hash, not a sum: seeds of neighbouring steps and rows are unrelated. The parallel layout has no influence.
     """

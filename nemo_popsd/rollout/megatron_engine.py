@@ -21,7 +21,7 @@ from nemo_popsd.rollout.scheduler import PREFILL_TOKENS, Admission, DecodingSequ
 
 
 class MegatronEngine:
-    """Decodes many sequences together, one token each per step; sequences leave when done, waiting ones enter.
+    """Decodes many sequences together, one token each per step; sequences leave when done, and waiting ones enter.
 
     Each sequence has a slot of a cache and its own position in it (`SlotDecoder`, `SlotSchedule`). Prompts are
     prefilled several at once when slots are free, and once for all sequences with the same prompt. When none waits, the
@@ -57,12 +57,12 @@ class MegatronEngine:
         """Keeps references only.
 
         Args:
-            chunks: the student's, bare.
-            vocab_size: true vocabulary; padded entries are never sampled.
-            batch_rows: most sequences decoded together.
+            chunks: the student's model chunks, without wrappers.
+            vocab_size: size of the vocabulary without padding; padding is never sampled.
+            batch_rows: largest number of sequences that are decoded together.
             cache_tokens: largest size of the cache, in tokens: slots times the longest prompt plus the limit. One
                 sequence always fits.
-            weights_version: number of training steps behind the current weights.
+            weights_version: returns the number of completed training steps.
             stop_requested: called for every token by all ranks of the model together; returns the same on each.
         """
         self._chunks = list(chunks)
@@ -160,7 +160,11 @@ class MegatronEngine:
         return rollouts
 
     def _choose(self, logits: Tensor | None, sampling: SamplingParams, uniform: Tensor) -> Tensor:
-        """Tokens and their log-probabilities [B, 2] float64, the same on all ranks that decode these sequences."""
+        """Tokens and their log-probabilities [B, 2] float64, the same on all ranks that decode these sequences.
+
+        Collectives: those of `sample_tokens`; one broadcast if there are several pipeline stages; one if ranks share
+        experts.
+        """
         chosen = torch.empty(len(uniform), 2, dtype=torch.float64, device=uniform.device)
         if logits is not None:
             group = parallel_state.get_tensor_model_parallel_group()

@@ -1,6 +1,6 @@
 """Sampling tokens from logits that are sharded over the vocabulary: temperature, top-k, top-p, one uniform number each.
 
-The sampled token is defined on the whole vocabulary and does not depend on how it is sharded, up to the rounding of
+The sampled token is defined on the complete vocabulary and does not depend on how it is sharded, up to the rounding of
 sums: one shard takes the same steps as several, without the collectives. Logits are never gathered.
 
 Shapes: B sequences, V entries of this shard's vocabulary, R shards, K candidates.
@@ -36,7 +36,7 @@ class VocabularyShard:
     first: int
     """Token id of its first column."""
     vocab_size: int
-    """True size of the whole vocabulary; columns of larger ids are padding and never sampled."""
+    """Size of the complete vocabulary without padding; columns of larger ids are padding and never sampled."""
     group: dist.ProcessGroup | None = None
     """Ranks that hold all columns, in the order of the ids; None if this rank holds all."""
 
@@ -61,9 +61,9 @@ class VocabularyShard:
         """`x` of all shards, [R, ...]. One all-gather, none with one shard."""
         if self.ranks == 1:
             return x[None]
-        everything = x.new_empty(self.ranks, *x.shape)
-        dist.all_gather_into_tensor(everything.flatten(0, 1), x.contiguous(), group=self.group)
-        return everything
+        gathered = x.new_empty(self.ranks, *x.shape)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=self.group)
+        return gathered
 
     def select_owner(self, x: Tensor, owned_B: Tensor) -> Tensor:
         """`x` [B, ...] of the one shard for which `owned_B` is true. One all-reduce, none with one shard."""
@@ -79,9 +79,9 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Samples one token per sequence by inverting the distribution function of the filtered, tempered softmax.
 
-    Filters in the usual order: temperature, then top-k, then top-p on the remaining tokens: in the order of falling
-    logits (equal ones by id) until their mass reaches top_p; the most likely token always remains. Each token's mass is
-    computed in fp32, and masses are summed in float64. The distribution function orders the tokens by falling
+    Filters in the usual order: temperature, top-k, top-p. Top-p keeps tokens in the order of falling logits (equal ones
+    by id) until their mass reaches top_p; the most likely token always remains. Each token's mass is computed in fp32,
+    and masses are summed in float64. The distribution function orders the tokens by falling
     probability with top-k, and by id without.
 
     Collectives over the shards, for one token of all sequences; none with one shard:
@@ -144,8 +144,8 @@ def _sample_from_all(
     weights_BV = (scaled_BV - _finite(greatest_B)[:, None]).exp()
     sums_BV = weights_BV.cumsum(-1, dtype=torch.float64)
     normaliser_B = logits_BV.logsumexp(-1)
-    found_RB3 = shard.gather(torch.stack([greatest_B.double(), sums_BV[:, -1], normaliser_B.double()], dim=-1))
-    greatest_RB, mass_RB, normaliser_RB = found_RB3.unbind(-1)
+    gathered_RB3 = shard.gather(torch.stack([greatest_B.double(), sums_BV[:, -1], normaliser_B.double()], dim=-1))
+    greatest_RB, mass_RB, normaliser_RB = gathered_RB3.unbind(-1)
     scale_RB = (greatest_RB - greatest_RB.amax(0)).exp()
     return _invert(logits_BV, sums_BV, scale_RB * mass_RB, scale_RB, normaliser_RB.logsumexp(0), uniform_B, shard)
 
@@ -169,15 +169,15 @@ def _sample_from_nucleus(
         sums_B256 = mass_B256.cumsum(-1)
         if shift == _DIGITS[0]:
             goal_B1 = top_p * sums_B256[:, -1:]
-        # Rounding may leave the goal unreached: then the last digit with a mass.
+        # If rounding leaves the goal unreached, the last digit with a mass is taken.
         last_B1 = (sums_B256 < sums_B256[:, -1:]).sum(-1, keepdim=True)
         digit_B1 = torch.minimum((before_B1 + sums_B256 < goal_B1).sum(-1, keepdim=True), last_B1)
         before_B1 = before_B1 + sums_B256.gather(1, digit_B1) - mass_B256.gather(1, digit_B1)
         prefix_B1 = (prefix_B1 << 8) + 255 - digit_B1
     above_BV, equal_BV = keys_BV > prefix_B1, keys_BV == prefix_B1
     mass_B = torch.where(above_BV, weights_BV, 0.0).sum(-1)
-    found_RB2 = shard.gather(torch.stack([mass_B, equal_BV.sum(-1).double()], dim=-1))
-    mass_RB, equal_RB = found_RB2.unbind(-1)
+    gathered_RB2 = shard.gather(torch.stack([mass_B, equal_BV.sum(-1).double()], dim=-1))
+    mass_RB, equal_RB = gathered_RB2.unbind(-1)
     border_B = (_from_sortable((prefix_B1 - 2**31).int()).squeeze(1) / temperature - greatest_B.float()).exp().double()
     wanted_B = ((goal_B1.squeeze(1) - mass_RB.sum(0)) / border_B).ceil().clamp(min=1)
     kept_RB = torch.minimum((wanted_B - (equal_RB.cumsum(0) - equal_RB)).clamp(min=0), equal_RB)
@@ -209,7 +209,7 @@ def _invert(
     """
     until_RB = mass_RB.cumsum(0)
     threshold_B = uniform_B * until_RB[-1]
-    # Smaller than the total, so there is such a shard, and its mass is positive.
+    # The threshold is smaller than the total, so it lies in one shard, whose mass is positive.
     owner_B = (until_RB <= threshold_B).sum(0)
     owned_B = owner_B == shard.rank
     beyond_B = threshold_B - (until_RB[shard.rank] - mass_RB[shard.rank])
@@ -222,6 +222,7 @@ def _invert(
 
 
 def _finite(x: Tensor) -> Tensor:
+    """`x` with 0 in place of -inf."""
     return torch.where(x == -torch.inf, torch.zeros_like(x), x)
 
 
@@ -231,6 +232,7 @@ def _sortable(x: Tensor) -> Tensor:
 
 
 def _from_sortable(keys: Tensor) -> Tensor:
+    """The inverse of `_sortable`."""
     return _flip(keys).view(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Which sequence has which slot of the cache: sequences enter slots that others have left. Plain Python.
+"""Assigns sequences to slots of the cache: waiting sequences enter slots that others have left. Uses no tensors.
 
 Decisions depend only on the requests and the sampled tokens, which are the same on all ranks of a model.
 """
@@ -89,7 +89,7 @@ class SlotSchedule:
 
         Args:
             requests: with non-empty prompts.
-            slots: most sequences in the cache at one time.
+            slots: largest number of sequences in the cache at one time.
             prefill_tokens: most tokens, padding included, of one prefill of several sequences.
         """
         sequences = [DecodingSequence.of(index, request) for index, request in enumerate(requests)]
@@ -104,7 +104,7 @@ class SlotSchedule:
         self._waiting = sequences[::-1]
         self._prefill_tokens = prefill_tokens
         self.slots: list[DecodingSequence | None] = [None] * slots
-        self._held: list[tuple[int, ...] | None] = [None] * slots
+        self._prompts: list[tuple[int, ...] | None] = [None] * slots
         self.width = slots
         self.done: list[DecodingSequence] = []
         self.generated = 0
@@ -134,7 +134,7 @@ class SlotSchedule:
         while free and self._waiting:
             sequence = self._waiting.pop()
             prompt = tuple(sequence.context)
-            source = self._held.index(prompt) if prompt in self._held else None
+            source = self._prompts.index(prompt) if prompt in self._prompts else None
             slot = source if source in free else free[0]
             assert slot is not None
             free.remove(slot)
@@ -142,7 +142,7 @@ class SlotSchedule:
                 prefills.append((slot, sequence))
             elif source != slot:
                 copies.append((source, slot, len(prompt) - 1))
-            self.slots[slot], self._held[slot] = sequence, prompt
+            self.slots[slot], self._prompts[slot] = sequence, prompt
             sequences.append((slot, sequence))
         return Admission(sequences, self._grouped([pair for pair in prefills if pair[1].position > 0]), copies)
 
@@ -174,7 +174,7 @@ class SlotSchedule:
     def leave_unfinished(self, budget: int) -> list[int]:
         """Leaves all sequences except those that run to their end, once another step would exceed `budget` tokens.
 
-        Never before one sequence has ended, so that there is something to train on.
+        Leaves none before the first sequence has ended, so that there is something to train on.
 
         Returns:
             The slots of those that were being decoded.
@@ -206,7 +206,7 @@ class SlotSchedule:
         moves = []
         for (slot, sequence), target in zip([pair for pair in live if pair[0] >= width], free, strict=False):
             self.slots[target], self.slots[slot] = sequence, None
-            self._held[target], self._held[slot] = self._held[slot], None
+            self._prompts[target], self._prompts[slot] = self._prompts[slot], None
             moves.append((slot, target, sequence.position))
         return moves
 
@@ -226,7 +226,7 @@ def _prefilled(group: list[tuple[int, DecodingSequence]]) -> int:
 def reach_of(longest: int, capacity: int) -> int:
     """Number of cached positions that attention reads for `longest` positions.
 
-    One of a few lengths; beyond 256 at most an eighth too long.
+    Rounded up to one of a few lengths; beyond 256 by at most an eighth.
     """
     step = max(32, 1 << max(0, longest.bit_length() - 4))
     return min(capacity, math.ceil(longest / step) * step)

@@ -98,7 +98,7 @@ class RolloutStore:
         return None
 
     def unfinished(self, step: int) -> list[StoredRollout] | None:
-        """Unfinished rollouts of a step, in an order that no layout changes; None if a part is missing."""
+        """Unfinished rollouts of a step, sorted by row id and seed; None if a part is missing."""
         rows = self.complete(step, {step - 1})
         return None if rows is None else [row for _, row in sorted(rows.items()) if row.rollout.unfinished]
 
@@ -152,8 +152,8 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
 
 def _row(line: dict[str, Any], version: int) -> StoredRollout:
     lists = ((name, [*line[name]]) for name in ("prompt", "response", "log_probs"))
-    if odd := [name for name, values in lists if not all(type(value) in (int, float) for value in values)]:
-        raise ValueError(f"{odd[0]} without numbers")
+    if invalid := [name for name, values in lists if not all(type(value) in (int, float) for value in values)]:
+        raise ValueError(f"{invalid[0]} without numbers")
     reason, segments = line["finish_reason"], line.get("segments", ())
     parts = tuple((by, tokens) for by, tokens in segments)
     rollout = Rollout(line["response"], line["log_probs"], reason == "length", version, reason == "unfinished", parts)

@@ -1,4 +1,4 @@
-"""One change to a library, with the functions that need it, and how changes are applied."""
+"""A change to a library, the functions that need it, and how changes are applied."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Adaptation:
-    """A change to something that a library does and that this machine, or these layers, cannot do.
+    """A change to library code that does not work on this machine or with local layers.
 
     Attributes:
         name: what is adapted.
         needed_by: dotted names of the library's functions that need it, or of modules where importing them fails.
-        reason: what these functions do.
+        reason: what these functions do that does not work.
         apply: makes the change; raises RuntimeError when the library no longer has what is changed.
     """
 

@@ -1,4 +1,5 @@
-"""Signals while a run starts or ends and no step is in progress: one line, and the exit status that requests a restart.
+"""Handles signals while a run starts or ends and no step is in progress: prints one line, and exits with the status
+that requests a restart.
 
 Does not import torch, so that it works before the slow imports.
 """
@@ -18,8 +19,8 @@ from types import FrameType
 from nemo_popsd.errors import SAVED_AND_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""Signals that stop a run: a batch system, its warning before a time limit, Ctrl-C, a closed terminal."""
-_LEFT_IF_IGNORED = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Signals that stop a run: of a batch system, its warning before a time limit, Ctrl-C, and a closed terminal."""
+_KEPT_IF_IGNORED = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
@@ -36,26 +37,26 @@ def ended_by_signals() -> Iterator[None]:
     writer.setblocking(False)
     # A thread, since the main one may be waiting for other processes where Python's own handlers do not run.
     threading.Thread(target=_end, args=(reader,), name="early signals", daemon=True).start()
-    woken = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    taken = [n for n in SIGNALS if not (n in _LEFT_IF_IGNORED and signal.getsignal(n) == signal.SIG_IGN)]
-    previous = {number: signal.signal(number, _nothing) for number in taken}
+    previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    handled = [n for n in SIGNALS if not (n in _KEPT_IF_IGNORED and signal.getsignal(n) == signal.SIG_IGN)]
+    previous = {number: signal.signal(number, _do_nothing) for number in handled}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(woken)
+        signal.set_wakeup_fd(previous_descriptor)
         writer.close()  # ends the thread
 
 
-def say(text: str) -> None:
+def print_to_stderr(text: str) -> None:
     """Prints a line to stderr, if it is open."""
     with contextlib.suppress(OSError):  # the terminal is gone
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())
 
 
-def _nothing(number: int, frame: FrameType | None) -> None:
-    """Python needs a handler to write the signal to the wake-up socket, which the thread reads."""
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """Does nothing. Python writes a signal to the wake-up socket, which the thread reads, only if it has a handler."""
 
 
 def _end(reader: socket.socket) -> None:
@@ -63,5 +64,5 @@ def _end(reader: socket.socket) -> None:
         for byte in reader.recv(64):
             if byte in SIGNALS:
                 name = signal.Signals(byte).name
-                say(f"popsd: stopped by {name}; no step was in progress; what has been saved is unchanged")
+                print_to_stderr(f"popsd: stopped by {name}; no step was in progress; what has been saved is unchanged")
                 os._exit(SAVED_AND_STOPPED)

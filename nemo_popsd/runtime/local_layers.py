@@ -62,6 +62,7 @@ def _transformer_engine_names() -> None:
 
 
 def _expert_indices() -> None:
+    """Appends the index of an expert of `SequentialMLP` to the name in which the library looks for it."""
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
     stock = mapping.gather_from_ep_ranks
     if getattr(stock, "numbered", False):
@@ -80,7 +81,7 @@ def _expert_indices() -> None:
 
 
 def _router_without_transformer_engine() -> None:
-    """Defines the router's name of a kernel of Transformer Engine as None, where Transformer Engine is missing."""
+    """Defines `te_general_gemm`, to which the router refers, as None where Transformer Engine is missing."""
     module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if "te_general_gemm" not in inspect.getsource(module):
         raise RuntimeError(f"{module.__name__} does not use te_general_gemm; revise nemo_popsd/runtime/local_layers.py")
@@ -89,7 +90,7 @@ def _router_without_transformer_engine() -> None:
 
 
 def _names_of_local_experts() -> None:
-    """Counts the experts of `SequentialMLP` through the full model, as the library does for those of a grouped one."""
+    """Counts the experts of `SequentialMLP` over all expert-parallel ranks, as the library does for a grouped layer."""
     module = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
     stock = module._megatron_local_name_to_global
     if getattr(stock, "counts_local_experts", False):
@@ -132,7 +133,7 @@ LOCAL_LAYERS: tuple[Adaptation, ...] = (
     Adaptation(
         "names of a rank's experts",
         ("megatron.bridge.models.conversion.model_bridge._megatron_local_name_to_global",),
-        "counts only the experts of the grouped layer through the full model",
+        "counts only the experts of the grouped layer over all ranks",
         _names_of_local_experts,
     ),
 )

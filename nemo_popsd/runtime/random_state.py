@@ -35,11 +35,11 @@ def capture_random_state() -> dict[str, Tensor]:
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Context that restores all generators when it ends."""
-    kept = capture_random_state()
+    state = capture_random_state()
     try:
         yield
     finally:
-        restore_random_state(kept)
+        restore_random_state(state)
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:

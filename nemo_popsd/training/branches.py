@@ -69,7 +69,7 @@ class FrozenBranches:
             target: branches whose coefficient is 0 are not run.
             token_budget: tokens of one forward, padding included.
             diagnosed_tokens: response tokens per call to keep for diagnosis, which needs both teachers.
-            packed: sequences one after the other instead of side by side.
+            packed: concatenate sequences instead of padding them.
             on_host: keep the states in host memory until the loss needs them.
         """
         self._base = base
@@ -104,13 +104,13 @@ class FrozenBranches:
         diagnosed = self._sample(trajectories, split)
         states = []
         for i in range(count):
-            of_trajectory = {name: by_trajectory[i] for name, by_trajectory in branches.items()}
+            branch_states = {name: by_trajectory[i] for name, by_trajectory in branches.items()}
             tokens = None
             if diagnosed is not None:
-                privileged, reference = of_trajectory["privileged"], of_trajectory["reference"]
+                privileged, reference = branch_states["privileged"], branch_states["reference"]
                 index = diagnosed[i].to(privileged.device)
                 tokens = DiagnosedTokens(index, privileged[index], reference[index])
-            states.append(TargetStates(hidden_pair(self._target, **of_trajectory), tokens))
+            states.append(TargetStates(hidden_pair(self._target, **branch_states), tokens))
         return [state.on_host() for state in states] if self._on_host else states
 
     def _sample(self, trajectories: Sequence[Trajectory], split: SequenceSplit) -> list[Tensor] | None:

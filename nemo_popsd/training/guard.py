@@ -1,4 +1,4 @@
-"""Stops every rank when a loss, gradient or weight is not finite, and names the rows that it came from."""
+"""Stops every rank when a loss, gradient or weight is not finite, and names the rows whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NonFiniteError(RuntimeError):
 
 
 def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequence[str], grad_norm: float) -> None:
-    """Raises the same error on every rank if any rank has a loss, or the gradient norm is, not finite.
+    """Raises the same error on every rank if a loss on any rank, or the gradient norm, is not finite.
 
     The host waits once for the device. Collectives over the world: one all-reduce of one number, and one gather of
     names if something is not finite.

@@ -76,7 +76,7 @@ class Objective:
         )
 
     def token_weights(self, response_lengths: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> Tensor:
-        """Weight of each response token of each of this rank's trajectories, by trajectory: [len(response_lengths)].
+        """Weight of a response token of each of this rank's trajectories: [len(response_lengths)] float64.
 
         ``sequence``: 1 / (sequences · length), over the sequences of all ranks that have a response; ``token``:
         1 / tokens of all ranks. The global loss is the sum over ranks of Σ weight · divergence. One all-reduce of
@@ -102,17 +102,17 @@ class Objective:
 
         Args:
             batch: the micro-batch.
-            hidden_NH: the student's states at its response positions.
+            hidden_NH: the student's states that predict its response tokens.
             states: target states of all of this rank's trajectories, on any device.
             weights: from `token_weights`.
         """
-        student, of_batch = self._student, [states[row] for row in batch.sequences]
+        student, batch_states = self._student, [states[row] for row in batch.sequences]
         lengths = torch.tensor(batch.response_lengths, device=hidden_NH.device)
         rows = torch.tensor(batch.sequences, device=hidden_NH.device)
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
-            _joined([state.vectors for state in of_batch], hidden_NH.device),
+            _joined([state.vectors for state in batch_states], hidden_NH.device),
             student.base_weight,
             target=self.target,
             divergence=self.divergence,
@@ -122,7 +122,7 @@ class Objective:
             centre=student.centre,
             fused=self._fused,
             main_gradient=student.main_gradient,
-            diagnosed=_diagnosed(batch, of_batch, hidden_NH.device),
+            diagnosed=_diagnosed(batch, batch_states, hidden_NH.device),
         )
         report = LossReport(
             rows=batch.sequences,

@@ -202,10 +202,10 @@ class StepRollouts:
         stored = self._store.complete(step, range(step - 1 - bound, step)) or {}
         own = [stored.get((row.record.id, request.seed)) for row, request in zip(rows, requests, strict=True)]
         fits = all(
-            one is not None and one.prompt == list(request.prompt) and one.rollout.age(step - 1) <= bound
-            for one, request in zip(own, requests, strict=True)
+            line is not None and line.prompt == list(request.prompt) and line.rollout.age(step - 1) <= bound
+            for line, request in zip(own, requests, strict=True)
         )
-        return None if on_any_rank(not fits) else [one.rollout for one in own if one is not None]
+        return None if on_any_rank(not fits) else [line.rollout for line in own if line is not None]
 
     def _write(
         self, step: int, rows: Sequence[PromptRow], requests: Sequence[Request], rollouts: Sequence[Rollout]

@@ -42,7 +42,7 @@ def check_student_equals_base(
         objective: has divergence and settings; its target is replaced by the base alone.
         sequences: some of the first step's student contexts with their responses.
         token_budget: tokens of one forward and backward, padding included.
-        packed: sequences one after the other instead of side by side.
+        packed: concatenate sequences instead of padding them.
 
     Raises:
         RuntimeError: on every rank alike; the message names what differs and what to check.
@@ -51,19 +51,19 @@ def check_student_equals_base(
     with student.base.model() as base:
         # In training mode, as the student: a GPU may use another attention kernel for evaluation, with other rounding.
         hidden = frozen_hidden_states(base, batches, training=True)
-    off = Target(base=1.0, temperature=objective.target.temperature)
-    plain = objective.with_target(off)
-    states = [TargetStates(hidden_pair(off, base=state), None) for state in hidden]
+    base_target = Target(base=1.0, temperature=objective.target.temperature)
+    base_objective = objective.with_target(base_target)
+    states = [TargetStates(hidden_pair(base_target, base=state), None) for state in hidden]
     ones = torch.ones(len(sequences), device=device(), dtype=torch.float64)
 
     def loss(batch: MicroBatch, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, LossReport]:
-        return plain(batch, hidden_NH, states, ones / max(1, sum(batch.response_lengths)))
+        return base_objective(batch, hidden_NH, states, ones / max(1, sum(batch.response_lengths)))
 
     optimizer.zero_grad()
     reports = forward_backward(optimizer.chunks, batches, loss)
     grad_norm = optimizer.prepare()
     optimizer.zero_grad()
-    # Empty where another stage has the loss, or other ranks own all tokens.
+    # The 0 stands for a rank without tokens: another stage has the loss, or other ranks own all tokens.
     per_token = torch.cat([torch.zeros(1, device=device()), *(report.per_token for report in reports)])
     worst = all_reduce_max(float(per_token.abs().nan_to_num(nan=math.inf).max()))
     tolerance = TOLERANCE[next(student.chunks[0].parameters()).dtype]

@@ -55,7 +55,7 @@ def _without(*ends: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(ends)}
 
 
-def _one(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
+def _changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {**tensors, name: change(tensors[name]).contiguous()}
 
 
@@ -74,17 +74,23 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: {**t, "model.layers.2.x": torch.ones(3)},
         r"a tensor model\.layers\.2\.x in model\.saf",
     ),
-    "columns": (_one(_DOWN, lambda t: t[:, :-1]), r"down_proj\.weight of the shape \[32, 47\] instead of \[32, 48\]"),
-    "transposed": (_one(_DOWN, lambda t: t.t()), r"down_proj\.weight of the shape \[48, 32\]"),
+    "columns": (
+        _changed(_DOWN, lambda t: t[:, :-1]),
+        r"down_proj\.weight of the shape \[32, 47\] instead of \[32, 48\]",
+    ),
+    "transposed": (_changed(_DOWN, lambda t: t.t()), r"down_proj\.weight of the shape \[48, 32\]"),
     "short vocabulary": (
-        _one(_EMBEDDING, lambda t: t[:201]),
+        _changed(_EMBEDDING, lambda t: t[:201]),
         r"model\.embed_tokens\.weight with 201 vocabulary entries",
     ),
-    "long vocabulary": (_one(_EMBEDDING, lambda t: torch.cat([t, t])), r"406 vocabulary entries and vocab_size=203"),
+    "long vocabulary": (
+        _changed(_EMBEDDING, lambda t: torch.cat([t, t])),
+        r"406 vocabulary entries and vocab_size=203",
+    ),
     "int8": (lambda t: {name: tensor.to(torch.int8) for name, tensor in t.items()}, r"lm_head\.weight of type I8"),
-    "one int8": (_one(_DOWN, lambda t: t.to(torch.int8)), r"down_proj\.weight of type I8"),
-    "fp8": (_one(_DOWN, lambda t: t.to(torch.float8_e4m3fn)), r"down_proj\.weight of type F8_E4M3"),
-    "fp64": (_one(_DOWN, lambda t: t.double()), r"down_proj\.weight of type F64"),
+    "one int8": (_changed(_DOWN, lambda t: t.to(torch.int8)), r"down_proj\.weight of type I8"),
+    "fp8": (_changed(_DOWN, lambda t: t.to(torch.float8_e4m3fn)), r"down_proj\.weight of type F8_E4M3"),
+    "fp64": (_changed(_DOWN, lambda t: t.double()), r"down_proj\.weight of type F64"),
 }
 
 
@@ -206,7 +212,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
         _weight_map(lambda i: {**i, _DOWN: i["lm_head.weight"], "lm_head.weight": i[_DOWN]}),
         "no such tens",
     ),
-    "not message": (
+    "name left out": (
         _weight_map(lambda i: {n: f for n, f in i.items() if n != _DOWN}),
         "does not name model.layers.1.mlp",
     ),

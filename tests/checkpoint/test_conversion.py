@@ -126,7 +126,7 @@ def test_local_layers_are_saved_with_the_names_of_transformer_engine_layers(plac
 
 @pytest.fixture(scope="module")
 def by_transformer_engine(sources, places, tmp_path_factory):
-    """What was converted, loaded and saved by two tensor-parallel ranks on Transformer Engine's layers."""
+    """Converted checkpoints that two tensor-parallel ranks with TE layers have loaded and saved, and their logits."""
     folder = tmp_path_factory.mktemp("transformer_engine")
     arguments = sources, places[0] / "converted", folder
     return folder, run_ranks(_load_and_save, 2, *arguments, timeout=300.0, layers=TRANSFORMER_ENGINE)
@@ -135,7 +135,7 @@ def by_transformer_engine(sources, places, tmp_path_factory):
 @pytest.mark.slow
 @on_transformer_engine
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_transformer_engines_layers_load_and_save_the_same(by_transformer_engine, places, sources, kind, tmp_path):
+def test_te_layers_load_and_save_the_same_tensors(by_transformer_engine, places, sources, kind, tmp_path):
     """Logits, names and shapes of tensors, and every bit."""
     folder, ranks = by_transformer_engine
     with torch.no_grad():

@@ -18,7 +18,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.megatron.config import LoRAConfig
 from tests.harness import run_ranks
 from tests.tiny_models import build_student, save_tiny_model
-from tests.training.layouts import draw_adapters
+from tests.training.layouts import randomize_adapters
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline": 2},
@@ -39,7 +39,7 @@ def _write(rank: int, world_size: int, folder: Path, parallel: dict[str, Any]) -
     for case, kind in CASES.items():
         student = _student(folder / kind, case, parallel)
         if case == "lora":
-            draw_adapters(student)
+            randomize_adapters(student)
         config = PopsdConfig()
         config.student.precision = "fp32"
         config.student.adaptation = "lora" if case == "lora" else "full"

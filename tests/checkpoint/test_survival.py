@@ -186,7 +186,7 @@ def _fill_the_disk(rank: int, world_size: int, source: Path, disk: Path) -> dict
         raise_on_all_ranks("rollouts", lambda: store.write(1, rows, part=0, parts=1), need="space", fix="free space")
     except UserError as error:
         messages["rollouts"] = str(error)
-    assert store.complete(1, 0) is None
+    assert store.complete(1, {0}) is None
     return messages
 
 

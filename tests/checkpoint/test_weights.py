@@ -1,4 +1,4 @@
-"""Weights on their way to the disk: copies are made where training would change what is written, and only there."""
+"""Weights are copied before they are written only if training would change them meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_popsd.checkpoint import weights
 
 
 def _staged(monkeypatch: pytest.MonkeyPatch, device: str, *, copy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What Megatron prepares to write of a model on `device`, always in host memory, and what is staged of it."""
+    """The tensor that Megatron prepares for a model on `device`, always in host memory, and the staged tensor."""
     prepared = torch.arange(4.0)
     buckets = [(Path("shard.distcp"), "key", ([], [("item", prepared)]))]
     request = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""What may go wrong around any sub-command."""
+"""Errors of any sub-command: a closed output, a missing package."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_missing_module_of_this_package_is_a_defect(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_training_without_the_bridge(tmp_path: Path) -> None:
+def test_training_without_megatron_bridge_is_one_line(tmp_path: Path) -> None:
     """The real import, in a process in which `megatron.bridge` cannot be found."""
     code = f"""
 import sys

@@ -9,7 +9,7 @@ from nemo_popsd.config.loading import load_config
 from tests.cli.conftest import TINY
 
 
-def test_config_prints_what_loads_to_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_configuration_loads_to_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", TINY, "training.steps=3", "data.train.answer_pattern=#### (.+)"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)

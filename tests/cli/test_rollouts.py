@@ -1,3 +1,5 @@
+"""`popsd rollouts show`."""
+
 from __future__ import annotations
 
 import json

@@ -34,12 +34,12 @@ def test_one_run_at_a_time_in_an_output(
     assert "set output to another directory" in err
     assert (calls, sorted(tmp_path.rglob("*"))) == ([], before)
     other.release()
-    held: list[bool] = []
+    holds_lock: list[bool] = []
     entry = sys.modules["nemo_popsd.commands.entry"]
-    monkeypatch.setattr(entry, "train", lambda config, lock: held.append(lock.hold.is_held()))
+    monkeypatch.setattr(entry, "train", lambda config, lock: holds_lock.append(lock.hold.is_held()))
     assert cli.main(["train", TINY, f"output={tmp_path}"]) == 0
-    assert held == [True]
-    assert list(tmp_path.iterdir()) == [], "it is given back"
+    assert holds_lock == [True]
+    assert list(tmp_path.iterdir()) == [], "the lock was not released"
 
 
 def test_threads_do_not_spin_unless_the_user_sets_it(
@@ -106,4 +106,4 @@ def test_ranks_of_torchrun_print_an_error_once_and_all_fail() -> None:
     assert len(lines) == 1, done.stderr
     assert "load_config" not in done.stderr
     reported = done.stderr.partition("Root Cause")[2]
-    assert lines[0] in reported, "what torchrun itself says in the end"
+    assert lines[0] in reported, "torchrun's summary does not contain the error"

@@ -1,12 +1,12 @@
-"""Whole runs killed at random moments: each must end with the bits of a run that nothing happens to.
+"""Complete runs that are killed at random moments: each must end bit-equal to an undisturbed run.
 
     python -m tests.commands.kills --kills 60            all cases, about a quarter of an hour on two cores
     python -m tests.commands.kills --kills 8 --cases 2   what the tests do
 
 A case is one of: saves in the foreground or the background, one rank or two tensor-parallel ones, all weights or LoRA,
-`keep_last` 1 or 2. All ranks are killed at once, or one of two, whose
-peer must then end by itself. What is compared: weights, optimizer, generators, rollouts, metrics. Then `final` is
-exported, evaluated and resumed, and the resumed run is compared too.
+`keep_last` 1 or 2. All ranks are killed at once, or one of two, whose peer must then end by itself. Weights, optimizer,
+random state, rollouts and metrics are compared. Then `final` is exported, evaluated and resumed, and the resumed run is
+compared too.
 
 Attempts are forked from this process, which has imported everything once. Prints one line per case; exit status 1 if
 anything differs.
@@ -39,14 +39,14 @@ _SETTINGS = (
     "training.checkpoint_every=1",
     "training.self_check=false",
     "diagnosis.in_training=false",
-    # A rank whose peer is killed before they have met waits for it as long.
+    # A rank whose peer is killed before they have connected waits for it this long.
     "training.collective_timeout=30",
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run."""
+    """Settings of a run."""
 
     background: bool
     ranks: int
@@ -55,17 +55,17 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name in the output."""
         saves, weights = "async" if self.background else "sync", "lora" if self.lora else "full"
         return f"{saves}-{self.ranks}-{weights}-keep{self.keep_last}"
 
     @property
     def reference(self) -> str:
-        """Name of the undisturbed run that it must equal: how it saves changes nothing."""
+        """Name of the undisturbed run that it must equal, whatever its settings of saving."""
         return f"{self.ranks}-{'lora' if self.lora else 'full'}"
 
     def words(self, output: Path, steps: int = _STEPS) -> list[str]:
-        """The command."""
+        """Arguments of the command."""
         return [
             "train",
             TINY,
@@ -81,8 +81,8 @@ class Case:
 
 
 @dataclass
-class Found:
-    """What became of the kills of a case."""
+class Outcome:
+    """Result of a case."""
 
     kills: int = 0
     runs: int = 0
@@ -97,20 +97,20 @@ class Killer:
         self._random = random.Random(seed)
         self._seconds: dict[str, float] = {}
 
-    def run(self, case: Case, kills: int) -> Found:
+    def run(self, case: Case, kills: int) -> Outcome:
         """Kills runs of `case` until `kills` have hit, each run to its end."""
         self._make_reference(case)
-        found = Found()
-        while found.kills < kills or not found.runs:
-            output = self._work / f"{case.name}-{found.runs}"
-            self._kill_until_done(case, output, kills, found)
-            found.runs += 1
-            found.wrong += self._compare(case, output, self._work / case.reference)
-            found.wrong += self._use(case, output)
-            if found.wrong:
+        outcome = Outcome()
+        while outcome.kills < kills or not outcome.runs:
+            output = self._work / f"{case.name}-{outcome.runs}"
+            self._kill_until_done(case, output, kills, outcome)
+            outcome.runs += 1
+            outcome.wrong += self._compare(case, output, self._work / case.reference)
+            outcome.wrong += self._use(case, output)
+            if outcome.wrong:
                 break
             shutil.rmtree(output)
-        return found
+        return outcome
 
     def _make_reference(self, case: Case) -> None:
         output = self._work / case.reference
@@ -124,10 +124,10 @@ class Killer:
         shutil.copytree(output, more)
         self._must_end(plain.words(more, _MORE), plain.ranks, more)
 
-    def _kill_until_done(self, case: Case, output: Path, kills: int, found: Found) -> None:
+    def _kill_until_done(self, case: Case, output: Path, kills: int, outcome: Outcome) -> None:
         while True:
             processes = _start(case.words(output), case.ranks, self._log(output))
-            if found.kills < kills:
+            if outcome.kills < kills:
                 time.sleep(self._random.uniform(0.0, self._seconds[case.reference]))
                 victims = processes
                 if case.ranks > 1 and self._random.random() < 0.5:
@@ -135,15 +135,15 @@ class Killer:
                 hit = [_ended(process) is None for process in victims]
                 for process in victims:
                     _kill(process)
-                found.kills += all(hit)
+                outcome.kills += all(hit)
             statuses = _wait(processes)
             if None in statuses:
-                found.wrong.append(f"a rank hangs when its peer is dead, or the run does: {statuses}")
+                outcome.wrong.append(f"a rank hangs after its peer was killed, or the run hangs: {statuses}")
                 return
             if (output / "DONE").exists():
                 return
             if all(status not in (-signal.SIGKILL, None) for status in statuses):
-                found.wrong.append(f"an attempt that nobody killed ended with {statuses}")
+                outcome.wrong.append(f"an attempt that was not killed ended with {statuses}")
                 return
 
     def _compare(self, case: Case, output: Path, reference: Path) -> list[str]:
@@ -219,8 +219,8 @@ def _fork(words: Sequence[str], rank: int, ranks: int, port: int, log: Path) -> 
 
 def _ended(process: int) -> int | None:
     if process not in _ENDED:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
             _ENDED[process] = os.waitstatus_to_exitcode(status)
     return _ENDED.get(process)
 
@@ -241,10 +241,10 @@ def _wait(processes: Sequence[int]) -> list[int | None]:
 
 
 def main() -> int:
-    """Runs the cases; exit status."""
+    """Runs the cases and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60, help="of all cases together")
-    parser.add_argument("--cases", type=int, default=16, help="how many of the cases, drawn by the seed")
+    parser.add_argument("--kills", type=int, default=60, help="number of kills, of all cases together")
+    parser.add_argument("--cases", type=int, default=16, help="number of cases, chosen by the seed")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -258,7 +258,7 @@ def main() -> int:
     torch.set_num_threads(1)
     cases = [Case(*parts) for parts in itertools.product((False, True), (1, 2), (False, True), (1, 2))]
     random.Random(options.seed).shuffle(cases)
-    if options.cases < len(cases):  # one of each kind comes before two of a kind
+    if options.cases < len(cases):  # one case with one rank, then cases with two ranks
         cases = [case for case in cases if case.ranks == 1][:1] + [case for case in cases if case.ranks == 2]
     cases = cases[: options.cases]
     shares = [options.kills // len(cases) + (n < options.kills % len(cases)) for n in range(len(cases))]
@@ -266,11 +266,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kills-") as work:
         killer = Killer(Path(work), options.seed)
         for case, share in zip(cases, shares, strict=True):
-            found = killer.run(case, share)
-            kills += found.kills
-            wrong += bool(found.wrong)
+            outcome = killer.run(case, share)
+            kills += outcome.kills
+            wrong += bool(outcome.wrong)
             print(
-                f"{case.name}: {found.kills} kills, {found.runs} runs, {'; '.join(found.wrong) or 'equal'}", flush=True
+                f"{case.name}: {outcome.kills} kills, {outcome.runs} runs, {'; '.join(outcome.wrong) or 'equal'}",
+                flush=True,
             )
     print(f"{kills} kills in {len(cases)} cases, {wrong} wrong, {time.monotonic() - start:.0f} s", flush=True)
     return int(wrong > 0 or kills < options.kills)

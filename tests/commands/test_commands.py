@@ -1,4 +1,4 @@
-"""The commands as a user gives them: processes of their own, with and without torchrun.
+"""The commands as a user runs them: in separate processes, with and without torchrun.
 
 Training in one process and under torchrun starts Python as a user does. Other commands are forked from a process that
 has imported everything; an import of all packages takes longer than they do.
@@ -42,7 +42,7 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 
 
 def environment() -> dict[str, str]:
-    """Without the variables of a launcher, with one thread."""
+    """Environment variables without those of a launcher, with one thread."""
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -62,7 +62,7 @@ def run_forked(log: Path, *words: str) -> tuple[int | None, str]:
 
 
 def command(rank: int, world_size: int, words: list[str]) -> tuple[int, str]:
-    """The same on ranks of the test harness."""
+    """Exit status and output of a command on ranks of the test harness."""
     from nemo_popsd.cli.main import main
 
     printed = io.StringIO()
@@ -154,7 +154,7 @@ def test_gsm8k_with_the_real_qwen3_tokenizer(tmp_path: Path) -> None:
     rows, tokenizer = SHARED / "data" / "gsm8k_train_1k.jsonl", SHARED / "tokenizers" / "qwen3"
     for needed in (rows, tokenizer):
         if not needed.exists():
-            pytest.skip(f"{needed.resolve()} is not there")
+            pytest.skip(f"{needed.resolve()} is missing")
     from tests.tiny_models import save_tiny_model
 
     model = save_tiny_model(tmp_path / "hf", vocab_size=151_936, max_position_embeddings=16_384)

@@ -1,4 +1,4 @@
-"""What the commands do with the configuration that they are given."""
+"""How the commands use their configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random kills over whole runs; `python -m tests.commands.kills --kills 60` is the whole of it."""
+"""Random kills of complete runs; `python -m tests.commands.kills --kills 60` runs all cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.slow(seconds=120)
-def test_runs_that_are_killed_end_with_the_bits_of_one_that_is_not() -> None:
+def test_killed_runs_end_bit_equal_to_an_undisturbed_run() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.commands.kills", "--kills", "8", "--cases", "2"],

@@ -1,4 +1,4 @@
-"""Whole runs in which a real vLLM draws the next step's responses while this one is trained on."""
+"""Complete runs in which a real vLLM generates the responses of the next step while a step trains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(
         output: of the run.
         words: further overrides.
         plan: see `runs.train`.
-        lost_at: the first server is killed while it draws by these weights.
+        lost_at: the first server is killed while it generates with the weights of this version.
 
     Returns:
         Exit status, what was printed, the servers' pids.
@@ -59,9 +59,9 @@ def train(
 
 def ages(output: Path) -> list[float]:
     """Greatest age of a step's tokens, by step; equal to the mean where the same weights generated all."""
-    found = [age for _, age in runs.metrics(output, "train/rollout_age_max")]
-    assert [age for _, age in runs.metrics(output, "train/rollout_age")] == pytest.approx(found)
-    return found
+    greatest = [age for _, age in runs.metrics(output, "train/rollout_age_max")]
+    assert [age for _, age in runs.metrics(output, "train/rollout_age")] == pytest.approx(greatest)
+    return greatest
 
 
 def versions(output: Path) -> list[set[int]]:
@@ -71,22 +71,22 @@ def versions(output: Path) -> list[set[int]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("overlap") / "run"
     ((status, printed, pids),) = run_ranks(train, 1, output, [], None, None, timeout=300)
     assert status == 0, printed
-    assert len(pids) == 1, "one server for the whole run"
+    assert len(pids) == 1, "more than one server was started"
     assert gone(pids[0])
     return output
 
 
-def test_steps_train_on_responses_of_the_previous_weights(whole: Path) -> None:
-    assert versions(whole) == [{0}, {0}, {1}, {2}]
-    assert ages(whole) == [0, 1, 1, 1]
-    assert [step for step, _ in runs.metrics(whole, "validation/accuracy")] == [0, 2, 4]
+def test_steps_train_on_responses_of_the_previous_weights(undisturbed: Path) -> None:
+    assert versions(undisturbed) == [{0}, {0}, {1}, {2}]
+    assert ages(undisturbed) == [0, 1, 1, 1]
+    assert [step for step, _ in runs.metrics(undisturbed, "validation/accuracy")] == [0, 2, 4]
 
 
-def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     """Killed in step 4, resumed after step 2: step 3 finds its rollouts, one step old, and continues."""
     output = tmp_path / "run"
     plan = {"rank": 0, "where": "trained", "step": 4, "signal": signal.SIGKILL}
@@ -97,16 +97,16 @@ def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> No
     ((status, printed, _),) = run_ranks(train, 1, output, [], None, None, timeout=300)
     assert status == 0, printed
     assert "resuming after step 2" in printed
-    assert runs.rollouts(output) == runs.rollouts(whole)
-    assert runs.metrics(output, "train/loss") == runs.metrics(whole, "train/loss")
-    assert runs.differences(whole / "checkpoints" / "final", output / "checkpoints" / "final") == []
+    assert runs.rollouts(output) == runs.rollouts(undisturbed)
+    assert runs.metrics(output, "train/loss") == runs.metrics(undisturbed, "train/loss")
+    assert runs.differences(undisturbed / "checkpoints" / "final", output / "checkpoints" / "final") == []
 
 
-def test_two_shards_gather_weights_for_one_server(whole: Path, tmp_path: Path) -> None:
+def test_two_shards_gather_weights_for_one_server(undisturbed: Path, tmp_path: Path) -> None:
     ranks = run_ranks(train, 2, tmp_path / "run", ["parallel.tensor=2"], None, None, timeout=300)
     assert [status for status, _, _ in ranks] == [0, 0]
-    assert versions(tmp_path / "run") == versions(whole)
-    losses, expected = (dict(runs.metrics(output, "train/loss")) for output in (tmp_path / "run", whole))
+    assert versions(tmp_path / "run") == versions(undisturbed)
+    losses, expected = (dict(runs.metrics(output, "train/loss")) for output in (tmp_path / "run", undisturbed))
     assert losses == pytest.approx(expected, rel=1e-3)
 
 

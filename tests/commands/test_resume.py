@@ -1,4 +1,4 @@
-"""Runs that are killed, signalled, moved and taken up again."""
+"""Runs that are killed, signalled or moved, and resumed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(runs: Path) -> Path:
-    """Four steps without a break, with and without adapters."""
+def undisturbed(runs: Path) -> Path:
+    """Four steps without an interruption, with and without adapters."""
     for adaptation, words in ADAPTATIONS.items():
-        assert train(runs / "whole" / adaptation, *words)[0][0] == 0
-    return runs / "whole"
+        assert train(runs / "undisturbed" / adaptation, *words)[0][0] == 0
+    return runs / "undisturbed"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def resumed(runs: Path) -> Path:
         assert [step for step, _ in metrics(output, "train/loss")] == [1, 2, 3]
         assert sorted(rollouts(output)) == [f"step-{step:06d}/part-0000-of-0001.jsonl" for step in (1, 2, 3, 4)]
         with (output / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 4, "train/l')  # as a kill in mid-write leaves it
+            file.write('{"step": 4, "train/l')  # an incomplete line, as after a kill
         (output / "checkpoints" / "step-000003.partial").mkdir()
         written = (output / "rollouts" / "step-000003" / "part-0000-of-0001.jsonl").stat().st_mtime_ns
         status, printed = train(output, *words)[0]
@@ -57,18 +57,18 @@ def resumed(runs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def longer(whole: Path, runs: Path) -> Path:
+def longer(undisturbed: Path, runs: Path) -> Path:
     """The same runs with two steps more."""
     for adaptation, words in ADAPTATIONS.items():
         output = runs / "longer" / adaptation
-        shutil.copytree(whole / adaptation, output)
+        shutil.copytree(undisturbed / adaptation, output)
         assert train(output, *words, *SIX_STEPS)[0][0] == 0
     return runs / "longer"
 
 
 @both
-def test_a_killed_run_ends_with_the_same_bits(whole: Path, resumed: Path, adaptation: str) -> None:
-    one, other = whole / adaptation, resumed / adaptation
+def test_a_killed_run_ends_with_the_same_bits(undisturbed: Path, resumed: Path, adaptation: str) -> None:
+    one, other = undisturbed / adaptation, resumed / adaptation
     assert differences(one / "checkpoints" / "final", other / "checkpoints" / "final") == []
     assert any("random-00000" in name for name in state(one / "checkpoints" / "final"))
     assert rollouts(one) == rollouts(other)
@@ -76,18 +76,18 @@ def test_a_killed_run_ends_with_the_same_bits(whole: Path, resumed: Path, adapta
     assert metrics(one, "train/loss") == metrics(other, "train/loss")
 
 
-def test_a_kill_before_the_first_checkpoint_changes_no_bit(whole: Path, runs: Path) -> None:
-    """The second start finds the first validation on the disk and does not make it again."""
+def test_a_kill_before_the_first_checkpoint_changes_no_bit(undisturbed: Path, runs: Path) -> None:
+    """The second start finds the first validation on disk and does not repeat it."""
     output = runs / "killed early"
     train_and_die(output, plan={"step": 1})
     assert (output / "validation" / "step-000000" / "summary.json").is_file()
     assert not list((output / "checkpoints").glob("step-*"))
     assert train(output)[0][0] == 0
-    assert differences(whole / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
+    assert differences(undisturbed / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
 
 
-def test_a_resumed_run_does_not_need_the_checkpoint_that_it_started_from(whole: Path, runs: Path) -> None:
-    """Resumed after step 2, which is removed when step 3 is complete: `final` has all files all the same."""
+def test_a_resumed_run_does_not_need_the_checkpoint_that_it_started_from(undisturbed: Path, runs: Path) -> None:
+    """Resumed after step 2, which is removed when step 3 is complete: `final` still has all files."""
     from nemo_popsd.checkpoint.manifest import read_manifest
 
     output = runs / "outlived"
@@ -97,16 +97,16 @@ def test_a_resumed_run_does_not_need_the_checkpoint_that_it_started_from(whole: 
     assert status == 0
     assert "resuming after step 2" in printed
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["final", "latest", "step-000003"]
-    files = [sorted(read_manifest(path / "checkpoints" / "final")["files"]) for path in (whole / "full", output)]
+    files = [sorted(read_manifest(path / "checkpoints" / "final")["files"]) for path in (undisturbed / "full", output)]
     assert files[0] == files[1]
     assert {"huggingface/config.json", "huggingface/tokenizer.json"} <= set(files[0])
     assert {"config.json", "tokenizer.json"} <= {path.name for path in (output / "huggingface").iterdir()}
     assert train(output, *words, "training.steps=5")[0][0] == 0
 
 
-def test_an_old_damaged_checkpoint_is_kept_and_does_not_stop_the_run(whole: Path, tmp_path: Path) -> None:
+def test_an_old_damaged_checkpoint_is_kept_and_does_not_stop_the_run(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    shutil.copytree(whole / "full", output)
+    shutil.copytree(undisturbed / "full", output)
     (output / "DONE").unlink()
     old = output / "checkpoints" / "step-000002"
     (old / "manifest.json").write_bytes(b"")
@@ -133,10 +133,10 @@ def test_no_line_of_the_metrics_is_lost_or_duplicated(resumed: Path, adaptation:
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
-def test_two_seeded_runs_are_equal_bit_for_bit(whole: Path, runs: Path) -> None:
+def test_two_seeded_runs_are_equal_bit_for_bit(undisturbed: Path, runs: Path) -> None:
     assert train(runs / "again")[0][0] == 0
-    assert differences(whole / "full" / "checkpoints" / "final", runs / "again" / "checkpoints" / "final") == []
-    assert rollouts(whole / "full") == rollouts(runs / "again")
+    assert differences(undisturbed / "full" / "checkpoints" / "final", runs / "again" / "checkpoints" / "final") == []
+    assert rollouts(undisturbed / "full") == rollouts(runs / "again")
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_two_seeded_runs_are_equal_bit_for_bit(whole: Path, runs: Path) -> None:
     ],
 )
 def test_in_another_layout_the_losses_are_equal(
-    whole: Path, longer: Path, tmp_path: Path, adaptation: str, layout: str
+    undisturbed: Path, longer: Path, tmp_path: Path, adaptation: str, layout: str
 ) -> None:
     """Steps 3 and 4 on two ranks, steps 5 and 6 on one again."""
     moved = tmp_path / "moved"
-    shutil.copytree(whole / adaptation, moved)
+    shutil.copytree(undisturbed / adaptation, moved)
     shutil.rmtree(moved / "checkpoints" / "final")
     (moved / "DONE").unlink()
     words = ADAPTATIONS[adaptation]
@@ -166,18 +166,18 @@ def test_in_another_layout_the_losses_are_equal(
 
 
 def test_a_finished_run_is_reported_as_finished(
-    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    before = (whole / "full" / "metrics.jsonl").read_bytes()
-    assert main(["train", TINY, f"output={whole / 'full'}", *SETTINGS]) == 0
+    before = (undisturbed / "full" / "metrics.jsonl").read_bytes()
+    assert main(["train", TINY, f"output={undisturbed / 'full'}", *SETTINGS]) == 0
     assert "is finished after 4 steps" in capsys.readouterr().out
-    assert (whole / "full" / "metrics.jsonl").read_bytes() == before
+    assert (undisturbed / "full" / "metrics.jsonl").read_bytes() == before
 
 
-def test_only_adapters_are_saved_and_old_checkpoints_are_removed(whole: Path) -> None:
-    lora, full = (whole / name / "checkpoints" for name in ("lora", "full"))
+def test_only_adapters_are_saved_and_old_checkpoints_are_removed(undisturbed: Path) -> None:
+    lora, full = (undisturbed / name / "checkpoints" for name in ("lora", "full"))
     assert json.loads((lora / "final" / "manifest.json").read_text())["weights"] == "adapters"
     size = {p: sum(f.stat().st_size for f in (p / "final" / "weights").glob("*.distcp")) for p in (lora, full)}
     assert size[lora] < size[full] / 3
@@ -185,9 +185,9 @@ def test_only_adapters_are_saved_and_old_checkpoints_are_removed(whole: Path) ->
     assert sorted(path.name for path in lora.iterdir()) == ["final", "latest", "step-000002"]
 
 
-def test_another_base_other_rows_and_other_settings_are_refused(whole: Path, tmp_path: Path) -> None:
+def test_another_base_other_rows_and_other_settings_are_refused(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "lora"
-    shutil.copytree(whole / "lora", output)
+    shutil.copytree(undisturbed / "lora", output)
     (output / "DONE").unlink()
     from nemo_popsd.embedded.names import asset
 
@@ -212,9 +212,9 @@ def test_another_base_other_rows_and_other_settings_are_refused(whole: Path, tmp
     assert (status, "seed=3 (was 1234), optimizer.lr=0.5" in printed) == (2, True)
 
 
-def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) -> None:
+def test_damage_is_named_before_anything_is_loaded(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    shutil.copytree(whole / "full", output)
+    shutil.copytree(undisturbed / "full", output)
     (output / "DONE").unlink()
     shard = min((output / "checkpoints" / "final" / "weights").glob("*.distcp"))
     content = bytearray(shard.read_bytes())
@@ -246,9 +246,9 @@ def test_damage_is_named_before_anything_is_loaded(whole: Path, tmp_path: Path) 
     ids=["TERM while decoding", "USR1 while training", "Ctrl-C while decoding"],
 )
 def test_a_signal_to_one_rank_saves_and_stops_all(
-    whole: Path, tmp_path: Path, where: str, number: signal.Signals, saved: int
+    undisturbed: Path, tmp_path: Path, where: str, number: signal.Signals, saved: int
 ) -> None:
-    """Rank 1 of two data-parallel ranks gets it in step 3: a step that decodes is dropped, one that trains ends."""
+    """Rank 1 of two data-parallel ranks receives it in step 3. A step that decodes is dropped, one that trains ends."""
     output = tmp_path / "run"
     plan = {"rank": 1, "where": where, "step": 3, "signal": number}
     limits = ("rollout.max_response_tokens=60", "rollout.temperature=3.0", "training.checkpoint_every=0")
@@ -265,16 +265,16 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     assert [step for step, _ in metrics(output, "train/loss")] == [1, 2, 3, 4]
 
 
-def test_saving_in_the_background_keeping_the_best_and_overwriting(whole: Path, tmp_path: Path) -> None:
+def test_saving_in_the_background_keeping_the_best_and_overwriting(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     background = ("training.async_save=true", "training.checkpoint_every=1")
     keep = ("training.keep_last=1", "training.keep_best=1", "training.best_metric=train/loss", "training.best_is=min")
     assert train(output, *background, *keep)[0][0] == 0
-    assert metrics(output, "train/loss") == metrics(whole / "full", "train/loss")
+    assert metrics(output, "train/loss") == metrics(undisturbed / "full", "train/loss")
     losses = dict(metrics(output, "train/loss")[:3])
     kept = {f"step-{step:06d}" for step in (3, min(losses, key=lambda step: losses[step]))}
     assert {path.name for path in (output / "checkpoints").glob("step-*")} == kept
-    assert differences(whole / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
+    assert differences(undisturbed / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
     for name in ("checkpoints/my-model", "checkpoints/step-000003", "rollouts/step-000001", "tensorboard"):
         (output / name).mkdir(exist_ok=True)
         (output / name / "notes.txt").write_text("mine")
@@ -295,7 +295,8 @@ BUDGET = (
     "training.prompts_per_step=6",
     "data.train.limit=12",
 )
-"""Six rows of at most 12 tokens, two at a time; an epoch of two steps, so that a row and its successor meet."""
+"""Six rows of at most 12 tokens per step, two at a time. An epoch has two steps, so a step may continue a response to a
+row and generate another one."""
 
 
 @pytest.fixture(scope="module")
@@ -313,14 +314,14 @@ def test_unfinished_responses_are_trained_on_in_the_next_step(budgeted: Path) ->
     for step in store.steps():
         rows = {(row.row_id, row.seed): row for row in store.read(step)}
         assert set(left) < set(rows)
-        for key, begun in left.items():
+        for key, before in left.items():
             rollout = rows[key].rollout
-            assert rollout.response[: len(begun)] == begun
+            assert rollout.response[: len(before)] == before
             assert not rollout.unfinished
-            if begun:
-                assert rollout.parts == ((step - 2, len(begun)), (step - 1, len(rollout.response) - len(begun)))
+            if before:
+                assert rollout.parts == ((step - 2, len(before)), (step - 1, len(rollout.response) - len(before)))
         left = {key: row.rollout.response for key, row in rows.items() if row.rollout.unfinished}
-        assert bool(left) == (step < 4), "every step but the last leaves some"
+        assert bool(left) == (step < 4), "only the last step leaves none unfinished"
         ended += len(rows) - len(left)
     assert ended == 4 * 6, "each row is trained on once"
 
@@ -369,7 +370,7 @@ def test_every_layout_trains_on_each_row_once(runs: Path, layout: str) -> None:
 
 
 def test_unfinished_responses_wait_until_their_age_bound(runs: Path) -> None:
-    """Several steps' weights draw one response; killed and taken up, the run ends with the same bits."""
+    """The weights of several steps generate one response; a killed and resumed run ends with the same bits."""
     from nemo_popsd.rollout.storage import RolloutStore
 
     patient = (*BUDGET, "rollout.tokens_per_step=30", "rollout.max_age=2")

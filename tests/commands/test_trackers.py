@@ -1,4 +1,4 @@
-"""A whole run with a real tracker, and with one that fails."""
+"""A complete run with a real tracker and one that fails."""
 
 from __future__ import annotations
 

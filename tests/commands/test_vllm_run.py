@@ -1,4 +1,4 @@
-"""Whole runs whose rollouts come from a real vLLM, and what they export in vLLM and in transformers."""
+"""Complete runs whose rollouts come from a real vLLM, and their exports in vLLM and in transformers."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ GENERATE = """
 import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    llm = LLM(asked["model"], dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 27)
-    sampling = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True)
-    found = llm.generate([{"prompt_token_ids": p} for p in asked["prompts"]], sampling, use_tqdm=False)
-    print("TOKENS " + json.dumps([list(output.outputs[0].token_ids) for output in found]))
+    request = json.load(sys.stdin)
+    llm = LLM(request["model"], dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 27)
+    sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in request["prompts"]], sampling, use_tqdm=False)
+    print("TOKENS " + json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 """
 
 
@@ -70,7 +70,7 @@ def train(rank: int, world_size: int, output: Path, words: list[str], kill: bool
     return status, printed, pids
 
 
-def drawn(rank: int, world_size: int, checkpoint: Path) -> list[list[int]]:
+def greedy_responses(rank: int, world_size: int, checkpoint: Path) -> list[list[int]]:
     """Greedy responses of a NeMo checkpoint by the Megatron engine."""
     from nemo_popsd.checkpoint.nemo import NemoCheckpoint
     from nemo_popsd.config.loading import to_dict_config
@@ -101,22 +101,22 @@ def test_a_run_generates_with_vllm_and_leaves_no_server(run: tuple[Path, list[An
     assert [step for step, _ in runs.metrics(output, "train/loss")] == [1, 2]
     store = RolloutStore(output)
     assert [{row.rollout.weights_version for row in store.read(step)} for step in store.steps()] == [{0}, {1}]
-    assert len(printed[0][2]) == 1, "one server for the whole run"
+    assert len(printed[0][2]) == 1, "more than one server was started"
     assert all(gone(pid) for pid in printed[0][2])
-    assert not any(pids for _, _, pids in printed[1:]), "one rank speaks"
+    assert not any(pids for _, _, pids in printed[1:]), "more than one rank has a server"
     assert "vLLM" in (output / "vllm" / "server-0.log").read_text()
 
 
 def test_vllm_and_transformers_load_an_exported_model(run: tuple[Path, list[Any]]) -> None:
     output, _ = run
-    (expected,) = run_ranks(drawn, 1, output / "checkpoints" / "final", timeout=120)
+    (expected,) = run_ranks(greedy_responses, 1, output / "checkpoints" / "final", timeout=120)
     before = run_ranks(untrained, 1, timeout=120)[0]
-    assert expected != before, "training shows in what is drawn"
+    assert expected != before, "training changed no response"
     exported = output / "huggingface"
-    asked = {"model": str(exported), "tokens": LIMIT, "prompts": prompts(6)}
+    request = {"model": str(exported), "tokens": LIMIT, "prompts": prompts(6)}
     done = subprocess.run(
         [PYTHON, "-c", GENERATE],
-        input=json.dumps(asked),
+        input=json.dumps(request),
         capture_output=True,
         text=True,
         timeout=300,
@@ -135,7 +135,7 @@ def test_vllm_and_transformers_load_an_exported_model(run: tuple[Path, list[Any]
 
 
 def untrained(rank: int, world_size: int) -> list[list[int]]:
-    """The same prompts by the embedded model as it is."""
+    """Greedy responses of the untrained embedded model to the same prompts."""
     from nemo_popsd.embedded.names import asset
     from nemo_popsd.rollout.megatron_engine import MegatronEngine
     from tests.tiny_models import build_student

@@ -25,7 +25,7 @@ def test_every_file_loads_and_is_named_after_its_run(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     assert config.output == f"runs/{path.stem}"
-    assert not config.overwrite, "after an interruption the same command must go on"
+    assert not config.overwrite, "the same command must resume an interrupted run"
 
 
 def test_tiny_repeats_the_templates_of_the_embedded_model() -> None:
@@ -75,5 +75,5 @@ def test_every_field_has_its_documentation_below_it(path: Path) -> None:
 def test_every_type_of_the_schema_can_be_described() -> None:
     assert len(DECLARATIONS) >= 9
     assert len(known_keys()) > 60
-    for kind in known_keys().values():
-        assert describe(kind)
+    for hint in known_keys().values():
+        assert describe(hint)

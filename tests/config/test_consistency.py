@@ -46,7 +46,7 @@ def test_settings_of_the_data_are_checked_before_any_model_is_built(runnable: Po
         check_training_run(runnable, world_size=1)
 
 
-def test_schedule() -> None:
+def test_a_schedule_that_does_not_fit_the_run_is_refused() -> None:
     config = PopsdConfig()
     config.optimizer.warmup_steps = config.training.steps
     config.optimizer.min_lr = config.optimizer.lr
@@ -160,7 +160,7 @@ def test_an_endpoint_needs_one_process_and_no_checkpoint(runnable: PopsdConfig, 
         check_evaluation_run(runnable, world_size=1)
 
 
-def test_evaluated_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused(runnable: PopsdConfig, tmp_path: Path) -> None:
     runnable.student.source = ""
     check_evaluation_run(runnable, world_size=1, checkpoint=str(tmp_path))
     with pytest.raises(UserError, match=r"--checkpoint '.*nothing', which does not exist"):
@@ -169,7 +169,7 @@ def test_evaluated_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
         check_checkpoint(str(tmp_path / "nothing"), setting="CHECKPOINT")
 
 
-def test_output(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_a_directory_is_refused(tmp_path: Path) -> None:
     check_output(str(tmp_path))
     check_output(str(tmp_path / "a" / "b"))
     (tmp_path / "file").write_text("")
@@ -180,7 +180,7 @@ def test_output(tmp_path: Path) -> None:
         check_output("")
 
 
-def test_output_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o500)
     if os.geteuid() == 0:  # root can write everywhere
         monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
@@ -291,4 +291,4 @@ def test_overlap_needs_another_process_and_an_age() -> None:
         RolloutConfig(overlap=True, engine="vllm", max_age=0)
     assert RolloutConfig(overlap=True, engine="vllm").age_bound == 1
     assert RolloutConfig(tokens_per_step=5, max_age=3).age_bound == 3
-    assert RolloutConfig(max_age=3).age_bound == 0, "on-policy, whatever the bound says"
+    assert RolloutConfig(max_age=3).age_bound == 0, "without overlap or a token budget, every response is on-policy"

@@ -1,9 +1,9 @@
 """Random configurations, overrides and command lines, up to where a model would be built.
 
 Every case must end within ten seconds, without a traceback, with nothing on disk: either accepted, and then within its
-bounds and the same after it was printed and read again, or refused in one line with exit status 2.
+bounds and unchanged after it was printed and read again, or refused in one line with exit status 2.
 
-A sample runs with the other tests. All of it, with seeds of one's choice:
+A sample runs with the other tests. More cases, with another seed:
 
     POPSD_FUZZ_CASES=2000 POPSD_FUZZ_SEED=7 python -m pytest -s tests/config/test_fuzz.py
 """
@@ -89,7 +89,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def raw_texts(base: str) -> list[bytes]:
-    """Complete files of other kinds in place of a configuration."""
+    """Complete files that are not valid configurations, and some that are."""
     bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
     # fmt: off
     texts: list[str | bytes] = [
@@ -245,12 +245,12 @@ def verdict(case: Case, status: int | None, out: str, err: str, accepted: list[P
     if status != 0 and not (command == "doctor" and status == 1):
         return f"exit status {status}"
     if command == "config" and "usage:" not in out:
-        made = OmegaConf.create(out)
+        tree = OmegaConf.create(out)
         printed = Path.cwd().parent / "printed.yaml"
         printed.write_text(out, encoding="utf-8")
         accepted.append(load_config(printed))
         if OmegaConf.to_yaml(to_dict_config(accepted[-1])) != out:
-            return f"printed and read again it is another configuration: {made}"
+            return f"printed and read again it is another configuration: {tree}"
     for config in accepted:
         wrong = out_of_bounds(config)
         if wrong is not None:
@@ -261,9 +261,9 @@ def verdict(case: Case, status: int | None, out: str, err: str, accepted: list[P
 @pytest.fixture
 def accepted(monkeypatch: pytest.MonkeyPatch) -> list[PopsdConfig]:
     """The configurations that were accepted; no model is built."""
-    made: list[PopsdConfig] = []
+    configs: list[PopsdConfig] = []
     entry = types.ModuleType("nemo_popsd.commands.entry")
-    keep: Callable[..., int] = lambda config, *_, **__: made.append(config) or 0  # noqa: E731
+    keep: Callable[..., int] = lambda config, *_, **__: configs.append(config) or 0  # noqa: E731
     for name in ("train", "evaluate", "diagnose"):
         setattr(entry, name, keep)
     monkeypatch.setitem(sys.modules, "nemo_popsd.commands.entry", entry)
@@ -271,13 +271,13 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> list[PopsdConfig]:
     monkeypatch.setattr("nemo_popsd.commands.served.evaluate_endpoint", keep)
     monkeypatch.setattr("nemo_popsd.doctor.examination.cuda_devices", list)
     monkeypatch.setattr("nemo_popsd.doctor.run.examine_sharing", lambda *_, **__: None)
-    # Taken on `output` before a model is built; made-up directories are not to be made.
+    # The lock is taken before a model is built, and would create the random output directories.
     monkeypatch.setattr(
         "nemo_popsd.cli.train.OutputLock", lambda *_, **__: types.SimpleNamespace(release=int), raising=False
     )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    return made
+    return configs
 
 
 def test_random_command_lines(accepted: list[PopsdConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,22 +288,22 @@ def test_random_command_lines(accepted: list[PopsdConfig], tmp_path: Path, monke
     monkeypatch.setattr("sys.stdin", io.StringIO())
     counts: collections.Counter[str] = collections.Counter()
     wrong: list[str] = []
-    slowest, begun = 0.0, time.monotonic()
-    made = cases(random.Random(SEED), files)
+    slowest, started = 0.0, time.monotonic()
+    sequence = cases(random.Random(SEED), files)
     for _ in range(CASES):
-        case = next(made)
+        case = next(sequence)
         accepted.clear()
         start = time.monotonic()
         status, out, err = run(case.argv)
         slowest = max(slowest, time.monotonic() - start)
         problem = verdict(case, status, out, err, accepted)
         if os.listdir(here):
-            problem = f"made {os.listdir(here)}"
+            problem = f"created {os.listdir(here)}"
         counts[f"{case.argv[0]} {'accepted' if status in (0, 1) else 'refused' if status == 2 else 'failed'}"] += 1
         if problem is not None:
             wrong.append(f"{[shown[:120] for shown in case.argv]} ({case.label[:200]}): {problem}")
     summary = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
-    print(f"\n{CASES} cases, seed {SEED}: {summary}; slowest {slowest:.1f} s, all {time.monotonic() - begun:.0f} s")
+    print(f"\n{CASES} cases, seed {SEED}: {summary}; slowest {slowest:.1f} s, all {time.monotonic() - started:.0f} s")
     assert not wrong, f"{len(wrong)} of {CASES}:\n" + "\n".join(wrong[:20])
     assert counts["config accepted"]
     assert counts["train accepted"]

@@ -1,4 +1,4 @@
-"""One rule for all paths: `~` is the home directory, and unexpanded names are refused."""
+"""One rule for all paths: `~` is the home directory, and unexpanded shell variables are refused."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def test_home_is_expanded_and_variables_of_the_shell_are_refused(
     monkeypatch.setenv("HOME", "/home/somebody")
     (tmp_path / "file.yaml").write_text("")
     section, _, name = key.rpartition(".")
-    first = [f"{section}.path=x"] if name == "more_paths" else []  # which needs one
+    first = [f"{section}.path=x"] if name == "more_paths" else []  # `more_paths` needs a path
 
     def load(text: str) -> PopsdConfig:
         value = "['" + text.strip("'") + "']" if first else text
         return load_config(tmp_path / "file.yaml", [*first, f"{key}={value}"])
 
-    made: object = load("~/x")
+    value: object = load("~/x")
     for part in key.split("."):
-        made = getattr(made, part)
-    assert made == (["/home/somebody/x"] if first else "/home/somebody/x")
+        value = getattr(value, part)
+    assert value == (["/home/somebody/x"] if first else "/home/somebody/x")
     for text in ("$HOME/x", "a/$USER", "~nobody-of-that-name/x", "a/~/b", "a" * 256, "a/" * 2000, "'\\$\\{HOME}'"):
         with pytest.raises(UserError, match=rf"{key}=.*set {key}\b"):
             load(text)

@@ -36,20 +36,20 @@ def both(folder: Path, key: str, text: str) -> list[Any]:
     nested = "".join(f"{'  ' * level}{part}:\n" for level, part in enumerate(key.split(".")))
     (folder / "file.yaml").write_text(f"{nested.rstrip()} {text}\n")
     (folder / "empty.yaml").write_text("")
-    found: list[Any] = []
+    values: list[Any] = []
     for name, words in (("file.yaml", []), ("empty.yaml", [f"{key}={text}"])):
         printed = ""
         try:
-            found.append(value(load_config(folder / name, words), key))
+            values.append(value(load_config(folder / name, words), key))
         except UserError as error:
-            found.append(None)
+            values.append(None)
             printed = str(error)
-        assert (found[-1] is None) == (key in printed), printed
-    return found
+        assert (values[-1] is None) == (key in printed), printed
+    return values
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "read"),
+    ("value_type", "text", "read"),
     [
         (int, "12", 12),
         (int, "+12", 12),
@@ -81,8 +81,8 @@ def both(folder: Path, key: str, text: str) -> list[Any]:
         (str, "~", None),
     ],
 )
-def test_values(kind: type, text: str, read: object, tmp_path: Path) -> None:
-    assert both(tmp_path, KEYS[kind], text) == [read, read]
+def test_values_are_read_by_the_type_of_their_key(value_type: type, text: str, read: object, tmp_path: Path) -> None:
+    assert both(tmp_path, KEYS[value_type], text) == [read, read]
 
 
 @pytest.mark.parametrize("key", ["training.steps", "name", "optimizer.lr", "data.train.path", "evaluation.markers"])
@@ -99,7 +99,7 @@ def test_a_missing_value_may_be_given_on_the_command_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["[a, '???']", "['???']"])
-def test_in_a_list_too(text: str, tmp_path: Path) -> None:
+def test_a_missing_value_in_a_list_is_refused(text: str, tmp_path: Path) -> None:
     assert both(tmp_path, "evaluation.markers", text) == [None, None]
 
 

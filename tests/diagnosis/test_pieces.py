@@ -27,7 +27,7 @@ def test_pieces_join_to_the_text_and_no_character_is_split(tokenizer) -> None:
     assert "" in pieces  # a token that holds a part of a character
 
 
-def test_a_response_that_ends_inside_a_character_and_an_empty_one(tokenizer) -> None:
+def test_pieces_of_an_empty_response_and_of_one_that_ends_inside_a_character(tokenizer) -> None:
     ids = tokenizer.encode("漢", add_special_tokens=False)
     assert len(ids) == 3
     assert token_pieces(tokenizer, ids[:2])[0] == ""
@@ -37,7 +37,7 @@ def test_a_response_that_ends_inside_a_character_and_an_empty_one(tokenizer) -> 
 
 
 @needs(QWEN3)
-def test_a_real_tokenizer() -> None:
+def test_pieces_and_marker_entries_of_a_real_tokenizer() -> None:
     from nemo_popsd.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(QWEN3)
@@ -48,14 +48,14 @@ def test_a_real_tokenizer() -> None:
     assert entries["Alternatively"]
 
 
-def test_tokens_of_a_marker_are_marked_whole_words_only() -> None:
+def test_tokens_of_markers_are_marked_but_not_parts_of_other_words() -> None:
     pieces = ["Wa", "it", ",", " Wait", "ing", " Let", " me", "\n", "think", "", "!"]
     assert marked_tokens(pieces, MARKERS) == [True, True, *[False] * 3, *[True] * 4, False, False]
     assert marked_tokens([], MARKERS) == []
     assert marker_spans("Maybe Wait", MARKERS) == [(0, 5), (6, 10)]
 
 
-def test_entries_of_a_marker_are_those_that_are_all_of_it(tokenizer) -> None:
+def test_entries_of_a_marker_are_the_complete_marker(tokenizer) -> None:
     entries = marker_entries(tokenizer, MARKERS, len(tokenizer))
     for marker in ("Wait", "Maybe"):
         assert entries[marker]

@@ -1,4 +1,4 @@
-"""A diagnosis of the embedded model, end to end: against the dense model, alike in every layout, and its files."""
+"""A diagnosis of the embedded model, end to end: against the dense model, in every layout, and its files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.slow
-def test_what_is_said_of_each_token_is_what_the_dense_model_says(one: Any) -> None:
+def test_the_figures_of_each_token_equal_those_of_the_dense_model(one: Any) -> None:
     found, contexts, ids = one
     model = load_dense(asset("nemo_popsd:tiny_reasoner"))
     seen = 0
@@ -94,7 +94,7 @@ def test_what_is_said_of_each_token_is_what_the_dense_model_says(one: Any) -> No
 
 
 @pytest.mark.slow
-def test_rows_that_are_named_are_shown_and_come_first(one: Any) -> None:
+def test_the_rows_of_shown_rows_are_shown_and_come_first(one: Any) -> None:
     found, _, _ = one
     assert [r["row"] for r in found.rollouts] == [*ROWS, "train-00001"]
     assert [r["alternatives"] is not None for r in found.rollouts] == [True, True, False]
@@ -118,7 +118,7 @@ def test_rows_that_are_named_are_shown_and_come_first(one: Any) -> None:
     ],
     ids=["tensor", "data", "pipeline", "context", "context-packed"],
 )
-def test_two_ranks_find_what_one_finds(one: Any, tmp_path: Path, layout: list[str], layers: str) -> None:
+def test_two_ranks_give_the_figures_of_one(one: Any, tmp_path: Path, layout: list[str], layers: str) -> None:
     want = one[0]
     for got, _, _ in run_ranks(diagnosed, 2, tmp_path, *layout, layers=layers):
         assert [r["pieces"] for r in got.rollouts] == [r["pieces"] for r in want.rollouts]
@@ -137,7 +137,7 @@ def test_two_ranks_find_what_one_finds(one: Any, tmp_path: Path, layout: list[st
 
 
 @pytest.mark.slow
-def test_the_files_hold_the_diagnosis_and_make_a_page(one: Any, tmp_path: Path) -> None:
+def test_the_files_contain_the_diagnosis_and_a_page_is_built_from_them(one: Any, tmp_path: Path) -> None:
     found = one[0]
     found.write(tmp_path)
     written = json.loads((tmp_path / "summary.json").read_text())
@@ -159,7 +159,7 @@ def missing(rank: int, world_size: int, folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_row_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_row_is_refused_by_name(tmp_path: Path) -> None:
     (message,) = run_ranks(missing, 1, tmp_path)
     assert "'nowhere' is not among the 5 rows" in message
     assert "set diagnosis.shown_rows" in message

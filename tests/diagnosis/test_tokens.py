@@ -1,4 +1,4 @@
-"""The decomposition, the push and the alternatives against dense formulas, whole and in shards; memory; contract."""
+"""The decomposition, the push and the alternatives against dense formulas, with one shard and with two; memory."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def dense_distributions(problem, target):
 
 def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
     """Largest relative error of each field, push and alternative over all targets."""
-    whole = make_problem(3).to(dtype)
+    problem = make_problem(3).to(dtype)
     group = dist.group.WORLD if world_size > 1 else None
     worst: dict[str, float] = {}
     for target in TARGETS.values():
-        student, base, teacher, reference_only, goal = dense_distributions(whole.to(torch.float64), target)
+        student, base, teacher, reference_only, goal = dense_distributions(problem.to(torch.float64), target)
         total, induced, question = teacher - student, reference_only - student, teacher - reference_only
         deltas = dict(zip(COMPONENTS, (total, induced, question, goal - student), strict=True))
         at = lambda x: x.gather(1, TOKENS[:, None]).squeeze(1)  # noqa: E731
@@ -83,9 +83,9 @@ def errors(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, float]:
             "log_reference": at(reference_only),
             "log_target": at(goal),
         }
-        found, largest, push = diagnosed(whole.shard(rank, world_size), target, group)
+        found, largest, push = diagnosed(problem.shard(rank, world_size), target, group)
         assert sorted(want) == sorted(found.columns())
-        every = push.look_up(torch.arange(whole.vocab))
+        every = push.look_up(torch.arange(problem.vocab))
         want["mass"] = p.sum(0)
         got = {**found.columns(), "mass": every.mass}
         for row, (name, delta) in enumerate(deltas.items()):
@@ -148,7 +148,7 @@ def shard_of_padding(rank: int, world_size: int) -> tuple[list[list[int]], list[
 
 
 @pytest.mark.slow
-def test_shards_of_padding_alone_take_part() -> None:
+def test_shards_that_hold_only_padding_are_supported() -> None:
     results = run_ranks(shard_of_padding, 4)
     assert all(result == results[0] for result in results)
     alternatives, promoted = results[0]
@@ -204,7 +204,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused_by_name() -> None:
 
 
 class LiveTensors(TorchDispatchMode):
-    """The largest tensor that any operation made, and the most elements alive at one time, both without inputs."""
+    """The largest tensor that an operation returns, and the most elements alive at one time, both without inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class LiveTensors(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_of_all_tokens_and_the_whole_vocabulary_ever_exists() -> None:
+def test_no_tensor_has_all_tokens_and_the_full_vocabulary() -> None:
     tokens, vocab, chunk = 320, 2000, 8
     problem = make_problem(7, tokens=tokens, vocab=vocab, padded=2048).to(torch.float32)
     push = VocabularyPush(VocabShard(vocab, 2048), torch.device("cpu"))

@@ -24,7 +24,7 @@ TARGETS = {
     "purified, cap 2, beta 0.7, temperature 1.3": Target.purified(0.7, 2.0, 1.3),
     "purified, cap 1, beta 3": Target.purified(3.0, 1.0),
     "purified, no cap, temperature 0.8": Target.purified(2.0, None, 0.8),
-    "family purified": Target.purified(1.5, 4.0, 1.1),
+    "purified, cap 4, beta 1.5, temperature 1.1": Target.purified(1.5, 4.0, 1.1),
     "opsd": Target.opsd(),
     "beta-opsd, base": Target.beta_opsd(0.3, temperature=1.2),
     "beta-opsd, student": Target.beta_opsd(0.6, "student"),
@@ -40,7 +40,7 @@ DIVERGENCES = {
     "forward": Divergence("forward_kl"),
     "reverse": Divergence("reverse_kl"),
 }
-# (true vocabulary, padded): ragged last shard; nothing padded; a whole shard of padding under TP=2.
+# (true vocabulary, padded): part of the last shard is padding; none; under TP=2 all of the second shard.
 VOCABULARIES = ((29, 32), (32, 32), (13, 32))
 CHUNKS = (1, 3, 7, 100)
 
@@ -60,7 +60,7 @@ def vectors_of(problem: Problem, target: Target) -> HiddenPair:
 
 
 def hidden_loss(problem: Problem, target, divergence, group=None, *, dh: bool = True, dw: bool = True, **settings):
-    """`loss_from_hidden` with the leaves it was given; `shared`: student and teacher with the teacher's matrix."""
+    """`loss_from_hidden`, and the leaves of its inputs; `shared`: the teacher's matrix for student and teacher."""
     shared = settings.pop("shared", False)
     hidden = problem.student.clone().requires_grad_(dh)
     weight = (problem.teacher_weight if shared else problem.student_weight).clone().requires_grad_(dw)
@@ -86,7 +86,7 @@ def diagnosed(problem: Problem, index=None) -> DiagnosedTokens:
 
 
 def logits_loss(problem: Problem, target, divergence, group=None):
-    """`loss_from_logits` on this shard's logits, with the leaf."""
+    """`loss_from_logits` on this shard's logits, and the student's logits."""
 
     def frozen(hidden):
         return hidden @ problem.teacher_weight.T
@@ -116,16 +116,16 @@ def compare(case, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, g
     """Errors of both forms against the dense reference on the same (rounded) inputs."""
     target_name, divergence_name, (vocab, padded), chunk = case
     target, divergence = TARGETS[target_name], DIVERGENCES[divergence_name]
-    whole = make_problem(seed, vocab=vocab, padded=padded, sharpness=0.7).to(dtype)
-    want = dense(whole, target, divergence)
-    mine = whole.shard(rank, size)
-    width = mine.student_weight.shape[0]
+    problem = make_problem(seed, vocab=vocab, padded=padded, sharpness=0.7).to(dtype)
+    want = dense(problem, target, divergence)
+    problem_shard = problem.shard(rank, size)
+    width = problem_shard.student_weight.shape[0]
     columns = slice(rank * width, (rank + 1) * width)
     true = min(max(vocab - rank * width, 0), width)
-    total = (want.loss * whole.token_weights.double()).sum()
+    total = (want.loss * problem.token_weights.double()).sum()
     name = f"{target_name} | {divergence_name} | vocab {vocab}/{padded} | chunk {chunk} | {dtype}"
 
-    result, hidden, weight = hidden_loss(mine, target, divergence, group, chunk_tokens=chunk)
+    result, hidden, weight = hidden_loss(problem_shard, target, divergence, group, chunk_tokens=chunk)
     result.total.backward()
     from_hidden = Errors(
         f"hidden | {name}",
@@ -135,8 +135,8 @@ def compare(case, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, g
         relative(weight.grad, want.dw[columns]) if true else weight.grad.abs().max().item(),
         weight.grad[true:].abs().sum().item(),
     )
-    loss, logits = logits_loss(mine, target, divergence, group)
-    weighted = (loss * mine.token_weights).sum()
+    loss, logits = logits_loss(problem_shard, target, divergence, group)
+    weighted = (loss * problem_shard.token_weights).sum()
     weighted.backward()
     from_logits = Errors(
         f"logits | {name}",

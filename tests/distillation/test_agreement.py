@@ -1,4 +1,4 @@
-"""Both forms of the loss against the dense float64 reference: value, dh, dW; whole and in shards."""
+"""Both forms of the loss against the dense float64 reference: value, dh, dW; with one shard and with several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_one_shard_agrees_with_the_dense_reference(dtype):
 
 
 def _two_groups(rank: int, world_size: int):
-    """Two tensor-parallel groups of two, each with a problem of its own: the default group would mix them."""
+    """Two tensor-parallel groups of two, each with its own problem; the default group would mix them."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = rank // 2
     cases = {torch.float64: all_cases(), torch.float32: all_cases()[::2]}

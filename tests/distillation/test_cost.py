@@ -1,4 +1,4 @@
-"""What the chunked form costs: matrix products, memory, collectives, and what goes on while those are under way."""
+"""What the chunked form costs: matrix products, memory, and collectives, with the work that overlaps with them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class _Operations(TorchDispatchMode):
     ids=["purified", "no cap", "opsd", "live student"],
 )
 @pytest.mark.parametrize("divergence", [JSD, FORWARD, REVERSE], ids=lambda d: d.kind)
-def test_matrix_products_of_a_chunk_are_those_that_are_needed(target, vectors, divergence):
+def test_a_chunk_has_only_the_matrix_products_that_it_needs(target, vectors, divergence):
     """One for each vector of the token, or one for all on a shared matrix; one more for dh, one more for dW.
 
     None of these for frozen leaves, and none for statistics or diagnosed tokens.
@@ -118,11 +118,11 @@ def test_matrix_products_of_a_chunk_are_those_that_are_needed(target, vectors, d
 
 
 def test_a_shared_matrix_is_recognised_by_its_memory():
-    whole = torch.zeros(6, 4)
-    assert share_storage(whole, whole.detach())
-    assert share_storage(whole[:5], whole.view(6, 4)[:5])
-    for other in (whole.clone(), whole[:5], whole[1:], whole.view(4, 6).t(), whole.view(torch.int32)):
-        assert not share_storage(whole, other)
+    matrix = torch.zeros(6, 4)
+    assert share_storage(matrix, matrix.detach())
+    assert share_storage(matrix[:5], matrix.view(6, 4)[:5])
+    for other in (matrix.clone(), matrix[:5], matrix[1:], matrix.view(4, 6).t(), matrix.view(torch.int32)):
+        assert not share_storage(matrix, other)
 
 
 def test_lora_on_the_body_costs_no_memory_for_the_matrix():
@@ -145,14 +145,14 @@ class _Peak(NamedTuple):
     kept: int
 
 
-def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plant=None, sink=True, **settings) -> _Peak:
-    """Bytes that one loss and its backward pass allocate: at most at one time, in one piece, and left behind."""
+def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plant=None, main=True, **settings) -> _Peak:
+    """Bytes that one loss and its backward pass allocate: at one time, in one tensor, and afterwards."""
     problem = make_problem(10, tokens=tokens, hidden=hidden, vocab=vocab, padded=vocab).to(torch.float32)
     pair = vectors_of(problem, Target.purified())
     centre = mean_output_vector(problem.teacher_weight, problem.vocab_shard())
     states = problem.student.requires_grad_()
     weight = problem.student_weight.requires_grad_()
-    main = MainGradient(torch.zeros_like(weight), 1.0) if sink else None
+    main_gradient = MainGradient(torch.zeros_like(weight), 1.0) if main else None
     with _Operations() as operations:
         for tensor in (
             *pair,
@@ -161,7 +161,7 @@ def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plan
             problem.teacher_weight,
             problem.token_weights,
             centre,
-            main and main.buffer,
+            main_gradient and main_gradient.buffer,
         ):
             if tensor is not None:
                 operations._follow(tensor.untyped_storage())
@@ -178,7 +178,7 @@ def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plan
             token_weights=problem.token_weights,
             chunk_tokens=chunk,
             centre=centre,
-            main_gradient=main,
+            main_gradient=main_gradient,
             **settings,
         )
         if plant is not None:
@@ -189,7 +189,7 @@ def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plan
 
 @pytest.mark.parametrize("divergence", [FORWARD, REVERSE, JSD], ids=lambda d: d.kind)
 @pytest.mark.parametrize("diagnosing", [False, True])
-def test_no_tensor_has_all_tokens_of_a_shard_and_the_peak_is_one_chunk(monkeypatch, divergence, diagnosing):
+def test_no_tensor_has_the_logits_of_all_tokens_and_the_peak_is_one_chunk(monkeypatch, divergence, diagnosing):
     """16 chunks: the peak is that of three buffers of one, whatever the divergence, and a tile of temporaries."""
     tokens, chunk, vocab, hidden = 512, 32, 2000, 8
     monkeypatch.setitem(fusion._TILE_BYTES, ("cpu", False), vocab * 4)
@@ -201,29 +201,29 @@ def test_no_tensor_has_all_tokens_of_a_shard_and_the_peak_is_one_chunk(monkeypat
     buffers = 3.25 if diagnosing else 3  # eight of a chunk's 32 tokens are diagnosed
     tile = 12 * vocab * 4
     small = tokens * (hidden + 8 + 16) * 4 + 6 * chunk * hidden * 4
-    print(f"peak {found.peak / one:.2f} buffers of one chunk, {found.peak / (tokens * vocab * 4):.3f} rows")
+    print(f"peak {found.peak / one:.2f} buffers of one chunk, {found.peak / (tokens * vocab * 4):.3f} of all logits")
     assert found.largest <= buffers * one
     assert found.largest < tokens * vocab * 4 / 4
     assert found.peak <= buffers * one + small + tile
-    assert found.peak > 3 * one  # the instrument sees the buffers
+    assert found.peak > 3 * one  # the buffers are counted
     assert found.kept <= small
 
 
-def test_a_planted_row_of_logits_is_caught():
+def test_a_planted_tensor_of_all_logits_is_detected():
     tokens, vocab = 64, 3000
     found = memory(tokens, vocab, 8, JSD, chunk=4, plant=lambda h, w: (h.detach() @ w.detach().T).sum())
     assert found.largest >= tokens * vocab * 4
     assert memory(tokens, vocab, 8, JSD, chunk=4).largest < tokens * vocab * 4 / 2
 
 
-def test_the_default_chunk_keeps_the_peak_within_the_promise_at_any_number_of_tokens():
+def test_the_default_chunk_keeps_the_peak_within_the_stated_limit_at_any_number_of_tokens():
     """8,192 tokens in a shard of V entries, with H : V as 2048 : 19000; twice as many tokens add [N, H] only."""
     vocab, hidden = 950, 102
-    row = 8192 * vocab * 4
+    logits = 8192 * vocab * 4
     peaks = {tokens: memory(tokens, vocab, hidden, FORWARD).peak for tokens in (8192, 16384)}
-    print({tokens: f"{peak / row:.2f} rows of 8192" for tokens, peak in peaks.items()})
-    assert peaks[8192] <= 0.8 * row
-    assert memory(8192, vocab, hidden, FORWARD, sink=False).peak <= 0.8 * row
+    print({tokens: f"{peak / logits:.2f} of the logits of 8192 tokens" for tokens, peak in peaks.items()})
+    assert peaks[8192] <= 0.8 * logits
+    assert memory(8192, vocab, hidden, FORWARD, main=False).peak <= 0.8 * logits
     per_token = (hidden * 2 + 16) * 4  # dh twice while it is scaled, losses and statistics
     assert peaks[16384] - peaks[8192] <= 8192 * per_token
 
@@ -247,7 +247,7 @@ def _count_collectives(rank: int, world_size: int):
         return counted
 
     def forbidden(*args, **kwargs):
-        raise AssertionError("only all-reduces and all-gathers are promised")
+        raise AssertionError("only all-reduces and all-gathers are allowed")
 
     for name in counted_names:
         setattr(dist, name, counting(name))
@@ -299,7 +299,7 @@ def _count_collectives(rank: int, world_size: int):
     return found
 
 
-def test_collectives_are_as_few_and_as_small_as_promised():
+def test_the_collectives_are_those_that_the_docstring_states():
     """One for each chunk of a KL, two of a JSD; one for w̄ where not given; one for dh in the backward pass."""
     for found in run_ranks(_count_collectives, 2):
         assert found.pop("mean output vector") == [(8,)]
@@ -322,7 +322,7 @@ def test_collectives_are_as_few_and_as_small_as_promised():
 
 
 def _order_of_work(rank: int, world_size: int):
-    """What happens between the start of each collective and its end."""
+    """Products, and the start and the end of each collective, in order."""
     events: list[str] = []
 
     class Work:
@@ -358,7 +358,7 @@ def _order_of_work(rank: int, world_size: int):
     return found
 
 
-def test_a_chunks_collectives_are_under_way_while_the_products_of_the_chunk_before_are_computed():
+def test_the_products_of_a_chunk_overlap_with_the_collectives_of_the_next():
     for found in run_ranks(_order_of_work, 2):
         gather, total = "all_gather", "all_reduce"
         for dw in (True, False):

@@ -1,4 +1,4 @@
-"""The compiled arithmetic: the same values as the eager one, one compilation for all sizes, a clear fall-back."""
+"""The compiled kernels: the values of the uncompiled ones, one compilation for all sizes, a fallback."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def errors_of_fused(problem, mine, target, divergence, group=None, **settings) -
 
 
 def test_fused_agrees_with_the_dense_reference_and_compiles_once_for_all_sizes():
-    """Tiles of several sizes, ragged ones and one of a single row among them; further sizes compile nothing new."""
+    """Tiles of several sizes, shorter last ones and single tokens among them; other sizes compile nothing new."""
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -57,7 +57,7 @@ def test_fused_agrees_with_the_dense_reference_and_compiles_once_for_all_sizes()
 
 
 def _fused_in_shards(rank: int, world_size: int):
-    """A ragged shard, and one of padding alone."""
+    """A shard with some padding, and one that holds only padding."""
     group, found = dist.group.WORLD, []
     for vocab in (300, 130):
         problem = make_problem(3, tokens=9, hidden=16, vocab=vocab, padded=320, sharpness=0.5).to(torch.float32)
@@ -65,7 +65,7 @@ def _fused_in_shards(rank: int, world_size: int):
         settings = {"diagnosed": diagnosed(mine, [2])}
         if vocab > 160 or rank == 0:
             found += errors_of_fused(problem, mine, TARGET, Divergence(), group, **settings)
-        else:  # nothing to compare with, but it must take its part in what the other rank computes
+        else:  # nothing to compare with, but the other rank needs this rank's collectives
             hidden_loss(mine, TARGET, Divergence(), group, fused="always", **settings)[0].total.backward()
     return found
 

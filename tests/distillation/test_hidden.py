@@ -1,4 +1,4 @@
-"""What the chunked form promises beside its value: how it may be called, and whose gradient it adds to."""
+"""The contract of the chunked form beside its value: how it may be called, and where it adds gradients."""
 
 from __future__ import annotations
 
@@ -193,8 +193,8 @@ def test_the_jsd_is_accurate_in_fp32_where_student_and_target_almost_agree():
 # --- A gradient that the trainer keeps -------------------------------------------------------------------------------
 
 
-def test_the_gradient_is_added_to_the_one_that_the_trainer_keeps():
-    """What was there stays; the stated scale is in it; autograd gets none, or zeros where hooks want one."""
+def test_the_gradient_is_added_to_the_trainers_buffer():
+    """The buffer keeps its content; the stated scale is applied; autograd gets no gradient, or zeros for hooks."""
     problem = make_problem(18)
     want = dense(problem, Target.purified(), JSD)
     for placeholder in (False, True):
@@ -212,8 +212,8 @@ def test_the_gradient_is_added_to_the_one_that_the_trainer_keeps():
             assert weight.grad is None
 
 
-def test_a_weight_with_a_second_use_keeps_that_gradient():
-    """Tied embeddings: the loss's part goes to the kept gradient, the embedding's part through autograd."""
+def test_a_second_use_of_the_weight_gets_its_gradient_through_autograd():
+    """Tied embeddings: the loss's part goes to the trainer's buffer, the embedding's part through autograd."""
     problem = make_problem(19)
     for placeholder in (False, True):
         kept = torch.zeros(32, 8, dtype=torch.float64)
@@ -255,7 +255,7 @@ def test_a_backward_pass_with_another_scale_is_refused():
             hidden_loss(problem, Target.purified(), JSD, main_gradient=wrong)
 
 
-def test_a_frozen_weight_leaves_the_kept_gradient_alone():
+def test_a_frozen_weight_does_not_change_the_trainers_buffer():
     kept = torch.zeros(32, 8, dtype=torch.float64)
     result, _, _ = hidden_loss(
         make_problem(21), Target.purified(), JSD, dw=False, main_gradient=MainGradient(kept, 3.0)

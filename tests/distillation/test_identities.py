@@ -16,7 +16,7 @@ from nemo_popsd.distillation import (
     loss_from_logits,
 )
 from nemo_popsd.parallel.vocabulary import VocabShard
-from tests.distillation.calls import diagnosed, hidden_loss
+from tests.distillation.calls import diagnosed, hidden_loss, with_
 from tests.distillation.dense import log_probs, make_problem
 from tests.distillation.test_traps import implied_target, square_problem
 
@@ -30,10 +30,6 @@ divergences = st.one_of(
     st.builds(Divergence, st.just("jsd"), st.floats(0.05, 0.95)),
     st.sampled_from([Divergence("forward_kl"), Divergence("reverse_kl")]),
 )
-
-
-def with_(problem, **fields):
-    return type(problem)(**{**vars(problem), **fields})
 
 
 def probs(problem, field: str, temperature: float) -> torch.Tensor:
@@ -90,8 +86,8 @@ def test_trap_12_a_student_equal_to_base_and_target_has_loss_and_gradient_exactl
 
 @quick
 @given(seeds, betas, caps, temperatures, divergences)
-def test_trap_12_the_definition_vanishes_there_too(seed, beta, cap, temperature, divergence):
-    """To rounding; the other form is the one that is exact."""
+def test_trap_12_the_loss_from_logits_is_0_there_to_rounding(seed, beta, cap, temperature, divergence):
+    """`loss_from_hidden` is exactly 0."""
     same, teacher = (
         torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1)
     )
@@ -131,7 +127,7 @@ def test_trap_12_a_constant_added_to_a_row_of_logits_changes_nothing(
 
 @quick
 @given(seeds, betas, caps, temperatures, divergences, st.floats(-3, 3))
-def test_trap_12_a_row_added_to_a_whole_matrix_changes_nothing(seed, beta, cap, temperature, divergence, size):
+def test_trap_12_a_vector_added_to_every_output_vector_changes_nothing(seed, beta, cap, temperature, divergence, size):
     """The same for hidden states: W + 1·uᵀ adds a constant to each row of logits."""
     problem = make_problem(seed)
     row = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * size
@@ -176,8 +172,9 @@ def test_the_divergence_is_never_negative_and_the_jsd_is_bounded(seed, beta, tem
 
 
 @pytest.mark.parametrize("cap", [None, 10.0])
-def test_purified_is_its_member_of_the_family(cap):
+def test_purified_is_the_target_of_its_coefficients(cap):
     problem = make_problem(2)
-    one, _, _ = hidden_loss(problem, Target.purified(1.7, cap, 1.2), Divergence())
-    other, _, _ = hidden_loss(problem, Target.purified(1.7, cap, 1.2), Divergence())
-    assert torch.equal(one.per_token, other.per_token)
+    by_name, _, _ = hidden_loss(problem, Target.purified(1.7, cap, 1.2), Divergence())
+    coefficients = Target(base=1.0, privileged=1 / 1.7, reference=-1 / 1.7, cap=cap, temperature=1.2)
+    by_coefficients, _, _ = hidden_loss(problem, coefficients, Divergence())
+    assert torch.equal(by_name.per_token, by_coefficients.per_token)

@@ -1,4 +1,4 @@
-"""Per-token statistics and the paper's decomposition against dense formulas, whole and in shards."""
+"""Per-token statistics and the paper's decomposition against dense formulas, with one shard and with two."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.harness import run_ranks
 
 
 def _token_statistics_errors(rank: int, world_size: int, dtype: torch.dtype) -> list[float]:
-    whole = make_problem(1).to(dtype)
+    problem = make_problem(1).to(dtype)
     group = dist.group.WORLD if world_size > 1 else None
-    mine = whole.shard(rank, world_size)
+    problem_shard = problem.shard(rank, world_size)
     errors = []
     for target in TARGETS.values():
         for divergence in DIVERGENCES.values():
-            want = dense(whole, target, divergence)
-            result, _, _ = hidden_loss(mine, target, divergence, group)
+            want = dense(problem, target, divergence)
+            result, _, _ = hidden_loss(problem_shard, target, divergence, group)
             got = result.statistics
             errors += [
                 relative(got["forward_kl"], divergence_value(want.p, want.q, "forward_kl", 0.5)),
@@ -35,25 +35,27 @@ def _token_statistics_errors(rank: int, world_size: int, dtype: torch.dtype) -> 
 
 def _decomposition_errors(rank: int, world_size: int, dtype: torch.dtype) -> list[float]:
     """With a shift (the reference's logits come from it) and without; chunks with all, some and none sampled."""
-    whole = make_problem(2, tokens=11).to(dtype)
+    problem = make_problem(2, tokens=11).to(dtype)
     index = [0, 1, 2, 4, 9]
     cosine = torch.nn.functional.cosine_similarity
     group = dist.group.WORLD if world_size > 1 else None
     errors = []
     for target in (Target.purified(temperature=1.3), Target.purified(cap=None, temperature=0.8), Target.opsd()):
         student, teacher, reference = (
-            log_probs(hidden[index], weight, whole.vocab, target.temperature)
+            log_probs(hidden[index], weight, problem.vocab, target.temperature)
             for hidden, weight in (
-                (whole.student, whole.student_weight),
-                (whole.privileged, whole.teacher_weight),
-                (whole.reference, whole.teacher_weight),
+                (problem.student, problem.student_weight),
+                (problem.privileged, problem.teacher_weight),
+                (problem.reference, problem.teacher_weight),
             )
         )
         total, induced, question = teacher - student, reference - student, teacher - reference
         for divergence in (Divergence(), Divergence("reverse_kl")):
-            mine = whole.shard(rank, world_size)
-            result, _, _ = hidden_loss(mine, target, divergence, group, diagnosed=diagnosed(mine, index))
-            plain, _, _ = hidden_loss(mine, target, divergence, group)
+            problem_shard = problem.shard(rank, world_size)
+            result, _, _ = hidden_loss(
+                problem_shard, target, divergence, group, diagnosed=diagnosed(problem_shard, index)
+            )
+            plain, _, _ = hidden_loss(problem_shard, target, divergence, group)
             torch.testing.assert_close(result.per_token, plain.per_token)
             assert plain.decomposition is None
             got = result.decomposition
@@ -84,7 +86,7 @@ def test_statistics_agree_with_dense_formulas_in_shards():
         assert max(found[torch.float32]) < 1e-5
 
 
-def test_a_student_equal_to_the_teacher_has_no_decomposition_and_no_sample_has_none():
+def test_the_decomposition_is_undefined_where_student_and_teacher_agree_and_empty_without_a_sample():
     problem = make_problem(4)
     same = type(problem)(**{**vars(problem), "student": problem.privileged, "student_weight": problem.teacher_weight})
     result, _, _ = hidden_loss(same, Target.purified(), Divergence(), shared=True, diagnosed=diagnosed(same))

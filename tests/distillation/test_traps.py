@@ -49,8 +49,8 @@ def square_problem(seed: int, vocab: int = 20, padded: int = 24, **settings):
 
 @pytest.mark.parametrize("form", ["hidden", "logits"])
 @pytest.mark.parametrize("junk", [0.0, 5.0, float("nan")], ids=["zeros", "large", "nan"])
-def test_trap_1_padding_has_no_mass_no_share_in_the_mean_and_no_gradient(form, junk):
-    """Whatever padding holds, the result is that of the true rows alone; zero rows would take real mass."""
+def test_trap_1_padding_has_no_probability_does_not_enter_the_mean_and_gets_no_gradient(form, junk):
+    """Whatever the padding contains, the result is that of the true entries; unmasked zeros would take probability."""
     padded, bare = make_problem(1, vocab=20, padded=32, junk=junk), make_problem(1, vocab=20, padded=32)
     bare = type(bare)(
         **{**vars(bare), "student_weight": padded.student_weight[:20], "teacher_weight": padded.teacher_weight[:20]}
@@ -160,7 +160,7 @@ def test_trap_2_the_target_from_bf16_states_is_at_least_as_good_as_from_bf16_log
 
 
 def _raw_all_reduce(x: torch.Tensor, group) -> torch.Tensor:
-    """The planted mistake: a sum that autograd takes for the identity."""
+    """The planted fault: a sum whose backward in autograd is the identity."""
     x = x.clone()
     dist.all_reduce(x, group=group)
     return x
@@ -277,7 +277,7 @@ def _poison_one_rank(rank: int, world_size: int):
 
 
 def test_trap_11_a_non_finite_weight_on_one_rank_makes_the_loss_of_every_rank_non_finite():
-    """Neither a maximum nor the clamp of the log-ratio may swallow it."""
+    """Neither a maximum nor the clamp of the log-ratio may hide it."""
     by_rank = run_ranks(_poison_one_rank, 2)
     for found in by_rank:
         for case, (total, per_token) in found.items():
@@ -287,7 +287,7 @@ def test_trap_11_a_non_finite_weight_on_one_rank_makes_the_loss_of_every_rank_no
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 def test_trap_11_a_token_that_is_not_finite_leaves_its_neighbours_unchanged(divergence):
-    """The trainer names samples: the per-token losses of the others stay what they were."""
+    """The trainer names rows by their per-token losses: those of the other tokens do not change."""
     clean = make_problem(7)
     want, _, _ = hidden_loss(clean, Target.purified(), divergence)
     for field in ("student", "base", "privileged", "reference"):

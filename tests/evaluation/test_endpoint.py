@@ -23,7 +23,7 @@ from nemo_popsd.evaluation import endpoint as module
 from nemo_popsd.evaluation.config import EndpointConfig
 from nemo_popsd.evaluation.endpoint import Endpoint
 from nemo_popsd.evaluation.records import EvaluationDirectory
-from nemo_popsd.evaluation.sampling import missing_draws
+from nemo_popsd.evaluation.sampling import missing_samples
 from nemo_popsd.evaluation.served import evaluate_served
 from nemo_popsd.rollout.engine import SamplingParams
 from tests.data.small import tokenizer
@@ -54,13 +54,13 @@ def endpoint(server: Server, **settings: Any) -> Endpoint:
     return Endpoint(EndpointConfig(url=server.url, **settings), tokenizer())
 
 
-def draw(server: Server, count: int = 2, samples: int = 2, **settings: Any) -> list[Any]:
-    draws = missing_draws(prompts(count), samples)
-    return list(endpoint(server, **settings).draw(draws, SAMPLING, seed=1))
+def generate(server: Server, count: int = 2, samples: int = 2, **settings: Any) -> list[Any]:
+    requests = missing_samples(prompts(count), samples)
+    return list(endpoint(server, **settings).generate(requests, SAMPLING, seed=1))
 
 
 def test_a_request_contains_all_sampling_parameters(server: Server) -> None:
-    (sample,) = draw(server, 1, 1)
+    (sample,) = generate(server, 1, 1)
     (request,) = server.requests
     seed = request.pop("seed")
     assert request == {
@@ -84,7 +84,7 @@ def test_a_request_contains_all_sampling_parameters(server: Server) -> None:
 
 
 def test_standard_parameters_and_text_for_other_servers(server: Server) -> None:
-    draw(server, 1, 1, dialect="openai", prompts="text")
+    generate(server, 1, 1, dialect="openai", prompts="text")
     (request,) = server.requests
     assert set(request) == {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
     assert request["prompt"] == tokenizer().decode([7, 7])
@@ -92,26 +92,26 @@ def test_standard_parameters_and_text_for_other_servers(server: Server) -> None:
 
 def test_an_unpaired_surrogate_in_an_answer_is_replaced() -> None:
     with Server(answer=lambda body: "half \ud83d of a pair") as server:
-        (sample,) = draw(server, 1, 1)
+        (sample,) = generate(server, 1, 1)
     assert sample.text == "half ? of a pair"
 
 
 def test_disabled_top_k_is_sent(server: Server) -> None:
     sampling = SamplingParams(1.0, 1.0, 0, max_response_tokens=3, stop_token_ids=frozenset({2}))
-    (sample,) = endpoint(server).draw(missing_draws(prompts(1), 1), sampling, seed=1)
+    (sample,) = endpoint(server).generate(missing_samples(prompts(1), 1), sampling, seed=1)
     assert server.requests[0]["top_k"] == -1
     assert sample.truncated
 
 
 def test_each_sample_has_its_own_seed_and_concurrency_is_limited(server: Server) -> None:
     server.seconds = 0.02
-    samples = draw(server, 5, 4, concurrency=3)
+    samples = generate(server, 5, 4, concurrency=3)
     assert sorted((s.problem, s.sample) for s in samples) == [(f"p{n}", s) for n in range(5) for s in range(4)]
     assert len({request["seed"] for request in server.requests}) == 20
     assert server.most_at_once == 3
-    again = {(s.problem, s.sample): s.text for s in draw(server, 5, 4)}
+    again = {(s.problem, s.sample): s.text for s in generate(server, 5, 4)}
     assert again == {(s.problem, s.sample): s.text for s in samples}
-    assert draw(server, 0) == []
+    assert generate(server, 0) == []
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_transient_failures_are_retried(
         return fault if seen[body["seed"]] <= 2 else None
 
     server.fault = twice
-    assert len(draw(server, concurrency=1)) == 4
+    assert len(generate(server, concurrency=1)) == 4
     assert set(seen.values()) == {3}
     assert len(pauses) == 8
     if fault[0] == 429:
@@ -142,38 +142,38 @@ def test_transient_failures_are_retried(
 
 def test_permanent_failures_are_raised_after_the_received_samples(server: Server) -> None:
     server.fault = lambda body: (500, {}, "out of memory") if len(body["prompt"]) == 3 else None
-    draws = missing_draws(prompts(3), 1)
-    drawn = endpoint(server, retries=2, concurrency=1).draw(draws, SAMPLING, seed=1)
-    assert next(drawn).problem == "p0"
+    requests = missing_samples(prompts(3), 1)
+    samples = endpoint(server, retries=2, concurrency=1).generate(requests, SAMPLING, seed=1)
+    assert next(samples).problem == "p0"
     with pytest.raises(TransientError, match=r"status 500: out of memory, 3 times.*check the server"):
-        next(drawn)
+        next(samples)
     assert len(server.requests) == 4
 
 
 def test_a_refusal_is_raised_without_retries(server: Server) -> None:
     server.fault = lambda body: (400, {}, '{"error": "prompt is too long"}')
     with pytest.raises(UserError, match=r"status 400: .*prompt is too long"):
-        draw(server, 1, 1)
+        generate(server, 1, 1)
     assert len(server.requests) == 1
 
 
 def test_a_defect_is_not_a_user_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Endpoint, "_request", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        draw(server)
+        generate(server)
 
 
 def test_the_key_is_sent_and_never_logged(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    draw(server, 1, 1)
+    generate(server, 1, 1)
     assert set(server.keys) == {None}
     monkeypatch.setenv("MY_KEY", KEY)
     server.keys.clear()
     server.fault = lambda body: (500, {}, f"bad key {KEY}") if len(server.requests) < 4 else (401, {}, f"no {KEY}")
     with pytest.raises(UserError, match=r"status 401: no \*\*\*.*MY_KEY is set") as told:
-        draw(server, 1, 1, key_variable="MY_KEY")
+        generate(server, 1, 1, key_variable="MY_KEY")
     assert set(server.keys) == {f"Bearer {KEY}"}
     assert "bad key ***" in caplog.text
     assert KEY not in caplog.text + str(told.value)
@@ -184,7 +184,7 @@ def test_the_key_does_not_follow_a_redirect(server: Server, monkeypatch: pytest.
     with Server() as elsewhere:
         server.fault = lambda body: (307, {"Location": f"{elsewhere.url}/completions"}, "moved")
         with pytest.raises(UserError, match="status 307"):
-            draw(server, 1, 1)
+            generate(server, 1, 1)
         assert elsewhere.keys == []
 
 
@@ -193,10 +193,10 @@ def test_other_servers_are_refused(server: Server) -> None:
         endpoint(server, model="other")
     server.fault = lambda body: (200, {}, '{"choices": [{"text": "x"}]}')
     with pytest.raises(UserError, match="an answer without 'finish_reason'"):
-        draw(server, 1, 1)
+        generate(server, 1, 1)
     server.fault = lambda body: (200, {}, "<html>")
     with pytest.raises(TransientError, match=r"JSONDecodeError.*3 times"):
-        draw(server, 1, 1, retries=2)
+        generate(server, 1, 1, retries=2)
     url = server.url
     server.__exit__()
     with pytest.raises(UserError, match="refused"):

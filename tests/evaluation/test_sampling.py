@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from nemo_popsd.data.dataset import EvaluationPrompt
 from nemo_popsd.data.records import Record
 from nemo_popsd.evaluation.records import Sample
-from nemo_popsd.evaluation.sampling import draw_samples, missing_draws
+from nemo_popsd.evaluation.sampling import generate_samples, missing_samples
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from tests.data.small import tokenizer
 
@@ -38,20 +38,21 @@ def prompts(count: int) -> list[EvaluationPrompt]:
 
 
 def seeds(count: int, samples: int, seed: int = 1234) -> dict[tuple[str, int], int]:
-    draws = missing_draws(prompts(count), samples)
-    return {(draw.prompt.record.id, draw.sample): draw.seed(seed) for draw in draws}
+    requests = missing_samples(prompts(count), samples)
+    return {(request.prompt.record.id, request.sample): request.seed(seed) for request in requests}
 
 
 def test_existing_samples_are_not_generated_again() -> None:
-    drawn = {("p0", 1), ("p2", 0), ("gone", 0)}
-    missing = missing_draws(prompts(3), 2, drawn)
-    assert [(draw.prompt.record.id, draw.sample) for draw in missing] == [("p0", 0), ("p1", 0), ("p1", 1), ("p2", 1)]
-    assert missing_draws(prompts(3), 1, {("p0", 0), ("p1", 0), ("p2", 0)}) == []
+    existing = {("p0", 1), ("p2", 0), ("gone", 0)}
+    missing = missing_samples(prompts(3), 2, existing)
+    identities = [(request.prompt.record.id, request.sample) for request in missing]
+    assert identities == [("p0", 0), ("p1", 0), ("p1", 1), ("p2", 1)]
+    assert missing_samples(prompts(3), 1, {("p0", 0), ("p1", 0), ("p2", 0)}) == []
 
 
 def test_samples_record_the_responses() -> None:
     engine = Engine()
-    samples = draw_samples(missing_draws(prompts(2), 2), engine, SAMPLING, tokenizer(), seed=1)
+    samples = generate_samples(missing_samples(prompts(2), 2), engine, SAMPLING, tokenizer(), seed=1)
     assert len(engine.calls) == 1  # all at once, so that the engine can fill its batches
     length = len("<user>") - 5 + len(" \\boxed{2}")  # the special token is one
     assert samples == [
@@ -61,7 +62,7 @@ def test_samples_record_the_responses() -> None:
         Sample("p1", 1, "<user> \\boxed{3}", length, truncated=True),
     ]
     assert [request.seed for request in engine.calls[0]] == list(seeds(2, 2, seed=1).values())
-    assert draw_samples([], engine, SAMPLING, tokenizer(), seed=1) == []
+    assert generate_samples([], engine, SAMPLING, tokenizer(), seed=1) == []
 
 
 def test_seeds_do_not_depend_on_step_or_layout() -> None:

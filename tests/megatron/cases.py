@@ -1,7 +1,7 @@
-"""One distillation batch, its loss through Megatron and its loss densely through transformers.
+"""One distillation batch, with its loss through Megatron and through transformers on full logits.
 
 The target is fixed and random. Expected gradients are written as if they were weights of a Hugging Face model, so that
-conversion brings each of them into the layout of a Megatron model, where a parameter's `main_grad` has its counterpart.
+conversion gives them the names and shards of a Megatron model, as they are compared with each parameter's `main_grad`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LoRA: off it is the base bit for bit, it starts at nothing in every layout, its gradients and its merge are exact."""
+"""LoRA: the base bit for bit when off and at the start, the same initial values in every layout, gradients, merging."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_with_adapters_off_the_model_is_the_base_bit_for_bit(results, size, kind
         assert (result["adapted"] - result["plain"]).abs().max() > 0.1
         assert torch.equal(result["off"], result["plain"])
         assert torch.equal(result["base"], result["plain"])
-        assert torch.equal(result["on again"], result["adapted"]), "an error within leaves them off"
+        assert torch.equal(result["on again"], result["adapted"]), "an error in the context leaves them off"
 
 
 @each_kind

@@ -22,7 +22,7 @@ KINDS = ["qwen3", "qwen2", "olmo3", "qwen3_moe"]
 
 
 def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
-    """Logits of slots at different positions by step, of their full sequences, and the model's state afterwards."""
+    """Logits of slots at different positions by step, logits of their full sequences, and the model's final state."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region as gather
 
     from nemo_popsd.megatron.decoding import SlotDecoder

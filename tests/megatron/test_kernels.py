@@ -1,4 +1,4 @@
-"""The kernels that a GPU takes, as far as a CPU can tell: what they are given, and that it means the same attention."""
+"""The attention kernels of a GPU with emulated functions: their arguments describe the attention of the CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _visible(bounds: Tensor, left: int) -> Tensor:
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *, left: int, scale: float) -> Tensor:
     assert bounds.dtype == torch.int32
-    assert key.shape[1] == query.shape[1], "this version knows no grouped heads"
+    assert key.shape[1] == query.shape[1], "this version does not support grouped heads"
     scores = torch.einsum("snd,tnd->nst", query.double(), key.double()) * scale
     weights = scores.masked_fill(~_visible(bounds, left), -torch.inf).softmax(-1)
     return torch.einsum("nst,tnd->snd", weights, value.double()).to(query.dtype)
@@ -91,7 +91,7 @@ def test_packed_attention_equals_attention_of_each_sequence(monkeypatch, version
 
 def test_versions_without_the_needed_options_use_the_loop(monkeypatch):
     assert _kernel_of(monkeypatch, "2.10", WIDTH**-0.5, 3) is None, "no window"
-    assert _kernel_of(monkeypatch, "2.10", 0.5, None) is None, "no scale of its own"
+    assert _kernel_of(monkeypatch, "2.10", 0.5, None) is None, "only the default scale"
     assert _kernel_of(monkeypatch, "2.11", 0.5, 3) is not None
     query = torch.zeros(3, HEADS, WIDTH, dtype=torch.bfloat16)
     assert kernels.packed_kernel(query, WIDTH**-0.5, None) is None, "on a CPU"

@@ -135,7 +135,7 @@ def test_packed_sequences_do_not_attend_to_each_other():
     _close(actual, _with_gradients(separate, [x.double() for x in inputs], weight))
 
 
-def test_what_it_does_not_compute_is_refused():
+def test_dropout_and_other_softmaxes_are_refused():
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
         _attention(attention_dropout=0.1)
     with pytest.raises(ValueError, match=r"attention_dropout=0\.2"):
@@ -190,7 +190,7 @@ def _context_parallel(rank: int, world_size: int) -> dict[str, list[Tensor]]:
     return result
 
 
-def test_context_parallel_ranks_compute_one_sequence_together():
+def test_context_parallel_ranks_together_give_the_dense_attention():
     results = run_ranks(_context_parallel, 2)
     assert [r["positions"][0].tolist() for r in results] == [[0, 1, 6, 7], [2, 3, 4, 5]]
 

@@ -112,7 +112,7 @@ def test_packed_groups_of_an_example():
 
 
 @given(LENGTHS, st.integers(1, 60), st.booleans(), st.integers(1, 3), st.integers(0, 5))
-def test_batches_of_one_shape_in_the_number_that_a_schedule_needs(lengths, budget, packed, multiple, least):
+def test_batches_have_one_shape_and_the_number_that_a_schedule_needs(lengths, budget, packed, multiple, least):
     sequences = _sequences(lengths)
     batches = microbatches(
         sequences, budget, CPU, packed=packed, one_shape=True, count_multiple=multiple, at_least=least

@@ -36,7 +36,7 @@ def _train(directory: Path, tensor: int, place: str) -> dict[str, Any]:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
     kept = run.student.base_weight
     losses = [step(n + 1, [row(4 * n + i) for i in range(4)], run.optimizer, run.update).loss for n in range(STEPS)]
-    with base.model() as [model], base.model():  # used twice at a time: brought in once
+    with base.model() as [model], base.model():  # nested: copied once
         after = base_digest(model)
         within = base.device_bytes
     return {
@@ -86,15 +86,15 @@ def fail_within(rank: int, world_size: int, directory: Path) -> tuple[int, int]:
     student = build_student(directory, frozen_copy="host")
     base = student.base
     outside = base.device_bytes
-    with pytest.raises(RuntimeError, match="out of luck"), base.model():
-        raise RuntimeError("out of luck")
+    with pytest.raises(RuntimeError, match="planted"), base.model():
+        raise RuntimeError("planted")
     ids = torch.tensor([[1, 2]])
     with pytest.raises(RuntimeError):
         base._copy[0](input_ids=ids, position_ids=ids, attention_mask=None)
     return outside, base.device_bytes
 
 
-def test_after_an_error_the_parameters_are_off_the_device_and_a_use_outside_fails(tmp_path: Path) -> None:
+def test_after_an_error_the_parameters_are_off_the_device_and_using_them_fails(tmp_path: Path) -> None:
     ((before, after),) = run_ranks(fail_within, 1, save_tiny_model(tmp_path / "model"))
     assert before == after
 

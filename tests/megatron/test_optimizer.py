@@ -1,4 +1,4 @@
-"""Megatron's optimizer against torch's AdamW; the same weights in every layout; a base that never moves."""
+"""Megatron's optimizer against torch's AdamW; the same weights in every layout; a base that does not change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _share(student: Any) -> list[int]:
 
 
 def _train(student: Any, bf16: bool = False, **config: Any) -> tuple[Any, dict[str, Any]]:
-    """Three steps on this rank's share; what AdamW does with the same gradients, parameter by parameter."""
+    """Three steps on this rank's share, and those of AdamW with the same gradients, parameter by parameter."""
     from nemo_popsd.megatron.optimizer import StudentOptimizer
     from tests.digests import base_digest
 
@@ -173,7 +173,7 @@ def test_every_layout_ends_with_the_same_weights(trained, case):
 
 
 @pytest.mark.parametrize("case", [*CASES, "dp2 lora distributed"])
-def test_the_base_stays_bit_for_bit_while_the_student_moves(trained, case):
+def test_the_base_does_not_change_while_the_student_does(trained, case):
     for report in _reports(trained, case):
         assert report["frozen"]
         assert report["student moved"] == ("full" in case)

@@ -16,7 +16,7 @@ LENGTHS = (5, 1, 9, 12)
 
 
 def _hidden_states(rank: int, world_size: int, model: Path) -> dict[str, Any]:
-    """Of packed sequences: as they are, and with device bounds whose values nothing can read (device "meta")."""
+    """Hidden states of packed sequences, also with bounds on device "meta", which has no values to read."""
     from nemo_popsd.megatron import forward
     from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
     from nemo_popsd.megatron.microbatches import ContextSequence

@@ -1,4 +1,4 @@
-"""Models of the sizes that users train, without memory: names, shapes, counts and shards against transformers' own.
+"""Models of the sizes that users train, without memory: names, shapes, counts and shards against transformers.
 
 On the meta device, one tensor-parallel rank and every pipeline stage in turn, under torch's process group that sends
 nothing.
@@ -50,7 +50,7 @@ PARAMETERS = {
     "DeepSeek-R1-Distill-Llama-70B": 70_553_706_496,
     "Olmo-3-7B": 7_298_011_136,
 }
-"""As the models' own cards and files have them."""
+"""As the models' cards and files state them."""
 STAGES = 4
 TENSOR = dict.fromkeys(PARAMETERS, 8) | {"Qwen3-30B-A3B": 4}
 """Four key-value heads are split over four ranks at most."""
@@ -109,7 +109,7 @@ def without_memory(rank: int, size: int) -> Iterator[None]:
 def observe(rank: int, world_size: int, name: str, directory: Path) -> dict[str, Any]:
     """Shape, and the dimension that is split, of every parameter of all stages, by its name in local layers."""
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
-    from nemo_popsd.megatron.adapters import whole_model_name
+    from nemo_popsd.megatron.adapters import full_model_name
     from nemo_popsd.megatron.build import build_chunks
     from nemo_popsd.megatron.config import StudentConfig
     from nemo_popsd.parallel.config import ParallelConfig
@@ -133,7 +133,7 @@ def observe(rank: int, world_size: int, name: str, directory: Path) -> dict[str,
                 assert parameter.device.type == "meta", own
                 assert parameter.dtype == torch.bfloat16, own
                 split = getattr(parameter, "tensor_model_parallel", False)
-                seen["parameters"][whole_model_name(gpt, local_name(own))] = tuple(parameter.shape), split
+                seen["parameters"][full_model_name(gpt, local_name(own))] = tuple(parameter.shape), split
     return seen
 
 

@@ -54,14 +54,14 @@ def test_ranks_hold_each_position_once_and_lengths_divide(blocks: list[int], siz
     contexts, slices = sizes
     split = SequenceSplit(context=_fake(contexts, 0), tensor=_fake(slices, 0))
     lengths = [block * split.sequence_multiple for block in blocks]
-    held = torch.cat([split.held(lengths, rank) for rank in range(contexts)])
+    held = torch.cat([split.held_places(lengths, rank) for rank in range(contexts)])
     assert sorted(held.tolist()) == list(range(sum(lengths)))
     assert split.total_multiple % split.sequence_multiple == 0
     assert split.total_multiple // contexts % slices == 0
 
 
-def _travel(rank: int, world_size: int, contexts: int, slices: int) -> dict[str, list[dict[str, Any]]]:
-    """Each case padded and packed: the states that this rank owns, and the gradient of what it holds."""
+def _route(rank: int, world_size: int, contexts: int, slices: int) -> dict[str, list[dict[str, Any]]]:
+    """Each case padded and packed: states of the tokens that this rank owns, gradients of those that it holds."""
     import torch.distributed as dist
 
     tensor_groups = [dist.new_group([c * slices + t for t in range(slices)]) for c in range(contexts)]
@@ -77,7 +77,7 @@ def _travel(rank: int, world_size: int, contexts: int, slices: int) -> dict[str,
         for packed in (False, True):
             seen = results[f"{name}, {'packed' if packed else 'padded'}"] = []
             for batch in microbatches(sequences, 40, torch.device("cpu"), split=split, packed=packed):
-                # A token's state is its id, in H variations; what a rank holds is cut from its input.
+                # A token's state is H multiples of its id; each slice holds its part of the input.
                 local = batch.input_ids.t().chunk(slices)[split.tensor_rank].double()
                 states = torch.stack([local * (number + 1) for number in range(HIDDEN)], dim=-1).requires_grad_()
                 owned = gather_response_states(states, batch.route, split)
@@ -90,17 +90,17 @@ def _travel(rank: int, world_size: int, contexts: int, slices: int) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def travelled() -> dict[str, list[dict[str, Any]]]:
-    return {name: run_ranks(_travel, sizes[0] * sizes[1], *sizes) for name, sizes in SIZES.items()}
+def routed() -> dict[str, list[dict[str, Any]]]:
+    return {name: run_ranks(_route, sizes[0] * sizes[1], *sizes) for name, sizes in SIZES.items()}
 
 
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", SIZES)
-def test_owners_get_the_states_that_predict_their_tokens(travelled: Any, layout: str, case: str, form: str) -> None:
+def test_owners_get_the_states_that_predict_their_tokens(routed: Any, layout: str, case: str, form: str) -> None:
     _, slices = SIZES[layout]
     seen: list[int] = []
-    for rank, results in enumerate(travelled[layout]):
+    for rank, results in enumerate(routed[layout]):
         for batch in results[f"{case}, {form}"]:
             tokens = [token for response in batch["responses"] for token in response]
             assert batch["lengths"] == [len(response) for response in batch["responses"]]
@@ -116,11 +116,11 @@ def test_owners_get_the_states_that_predict_their_tokens(travelled: Any, layout:
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", SIZES)
-def test_each_gradient_returns_once_to_the_rank_of_its_state(travelled: Any, layout: str, case: str, form: str) -> None:
+def test_each_gradient_returns_once_to_the_rank_of_its_state(routed: Any, layout: str, case: str, form: str) -> None:
     ids = [p + r for p, r in CASES[case]]
     predicting = {sum(ids[:n]) + p + i for n, (p, r) in enumerate(CASES[case]) for i in range(r)}
     total = 0
-    for results in travelled[layout]:
+    for results in routed[layout]:
         for batch in results[f"{case}, {form}"]:
             states, gradient = batch["states"], batch["gradient"]
             learns = torch.isin(states[..., 0], torch.tensor(sorted(predicting), dtype=torch.float64))
@@ -130,8 +130,7 @@ def test_each_gradient_returns_once_to_the_rank_of_its_state(travelled: Any, lay
     assert total == len(predicting)
 
 
-def test_without_a_split_no_state_moves() -> None:
-
+def test_without_a_split_no_state_is_exchanged() -> None:
     [batch] = microbatches([ContextSequence([7, 8], [9, 4]), ContextSequence([5], [6])], 100, torch.device("cpu"))
     states: Tensor = batch.input_ids.t()[..., None].double()
     assert gather_response_states(states, batch.route, UNSPLIT).squeeze(1).tolist() == [8.0, 9.0, 5.0]

@@ -1,4 +1,4 @@
-"""Which layers are taken, on which machine."""
+"""Which layers are used on which machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_popsd.megatron.config import StudentConfig
         ("transformer_engine", True, True, "transformer_engine"),
     ],
 )
-def test_the_machine_decides_only_for_auto(monkeypatch, setting, cuda, engine, chosen):
+def test_the_layers_depend_on_the_machine_only_for_auto(monkeypatch, setting, cuda, engine, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(spec, "transformer_engine_imports", lambda: engine)
     assert spec.chosen_layers(setting) == chosen

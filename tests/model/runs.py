@@ -43,8 +43,8 @@ def train(
         output: of the run.
         words: overrides.
         ranks: processes.
-        plan: `rank`, `step` and `signal`: that rank gets the signal in the step, when its rollouts are there
-            (`"where": "trained"`) or when the first tokens of them are (`"where": "decoding"`).
+        plan: `rank`, `step`, `signal` and `where`: that rank receives the signal in the step, after the rollouts
+            (`"where": "trained"`) or while they are generated (`"where": "decoding"`).
         layers: of the model; see `tests.harness`.
     """
     return run_ranks(_train, ranks, output, words, plan, layers=layers)
@@ -62,34 +62,35 @@ def _train(rank: int, world_size: int, output: Path, words: tuple[str, ...], pla
 
     from nemo_popsd.cli.main import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background of a shell
     if plan and plan["rank"] == rank:
-        _plant(plan)
+        _send_signal(plan)
     console = io.StringIO()
     with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
         status = main(["train", TINY, f"output={output}", *SETTINGS, *words])
     return status, console.getvalue()
 
 
-def _plant(plan: dict[str, Any]) -> None:
+def _send_signal(plan: dict[str, Any]) -> None:
+    """Patches the step and the decoder so that this process receives the signal of `plan`; see `train`."""
     from nemo_popsd.megatron.decoding import SlotDecoder
     from nemo_popsd.training.step import OnPolicyStep
 
     call, forward = OnPolicyStep.__call__, SlotDecoder.next_logits
-    here = {"step": 0, "tokens": 0}
+    current = {"step": 0, "tokens": 0}
 
-    def count(self: Any, number: int, *args: Any) -> Any:
-        here.update(step=number, tokens=0)
-        return call(self, number, *args)
+    def count(self: Any, step: int, *args: Any) -> Any:
+        current.update(step=step, tokens=0)
+        return call(self, step, *args)
 
     def accumulate(self: Any, *args: Any) -> Any:
-        if plan["where"] == "trained" and here["step"] == plan["step"]:
+        if plan["where"] == "trained" and current["step"] == plan["step"]:
             os.kill(os.getpid(), plan["signal"])
         return trained(self, *args)
 
     def decode(*args: Any) -> Any:
-        here["tokens"] += 1
-        if plan["where"] == "decoding" and here == {"step": plan["step"], "tokens": 3}:
+        current["tokens"] += 1
+        if plan["where"] == "decoding" and current == {"step": plan["step"], "tokens": 3}:
             os.kill(os.getpid(), plan["signal"])
         return forward(*args)
 
@@ -112,19 +113,19 @@ def rollouts(output: Path) -> dict[str, bytes]:
 
 
 def state(checkpoint: Path) -> dict[str, Any]:
-    """Weights as they lie on the disk; optimizer state and generators tensor by tensor."""
-    found: dict[str, Any] = {}
+    """The bytes of the weight files, and the tensors of optimizer state and random state."""
+    content: dict[str, Any] = {}
     for file in sorted((checkpoint / "training_state").glob("*.safetensors")):
-        found |= {f"{file.name}/{key}": value for key, value in load_file(file).items()}
+        content |= {f"{file.name}/{key}": value for key, value in load_file(file).items()}
     index = json.loads((checkpoint / "training_state" / "index.json").read_text())
-    found["step count"] = torch.tensor(index["step_count"])
+    content["step count"] = torch.tensor(index["step_count"])
     for file in sorted((checkpoint / "weights").glob("*.distcp")):
-        found[file.name] = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-    return found
+        content[file.name] = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    return content
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Names of what is not equal, bit for bit, in two checkpoints."""
+    """Names of the parts of two checkpoints that are not bit-equal; see `state`."""
     a, b = state(one), state(other)
     return sorted(a.keys() ^ b.keys()) + [
         name for name in a.keys() & b.keys() if a[name].shape != b[name].shape or not _same_bits(a[name], b[name])

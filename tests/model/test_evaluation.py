@@ -1,4 +1,4 @@
-"""The model evaluated by its own processes, in several layouts, killed and taken up again."""
+"""Evaluation in the processes of the model: in several layouts, interrupted and continued."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def overrides(output: Path, tensor: int = 1, samples: int = 2) -> list[str]:
 
 
 def evaluate(rank: int, world_size: int, output: Path, tensor: int, calls: int) -> dict[str, Any]:
-    """The command's work `calls` times over: first cut short after two calls of the engine, then to the end."""
+    """Evaluates `calls` times; if more than once, the first is interrupted in the second call of the engine."""
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.data.config import SourceConfig
     from nemo_popsd.evaluation.run import conclude_all, prepare_sets
@@ -83,11 +83,11 @@ def test_every_layout_generates_the_same_samples_and_none_twice_after_an_interru
     single: Path, tmp_path: Path, tensor: int
 ) -> None:
     first, second = run_ranks(evaluate, 2, tmp_path, tensor, 2)
-    # Two of ten samples a call; tensor-parallel ranks draw the same, data-parallel ones share.
+    # Two of ten samples per call; tensor-parallel ranks generate the same ones, data-parallel ranks different ones.
     assert first["kept"] in (2, 4)
-    drawn = sum(first["requests"]) + (sum(second["requests"]) if tensor == 1 else 0)
+    generated = sum(first["requests"]) + (sum(second["requests"]) if tensor == 1 else 0)
     interrupted = 2 * (2 if tensor == 1 else 1)
-    assert drawn - interrupted == 10
+    assert generated - interrupted == 10
     assert samples(tmp_path) == samples(single)
     directory = tmp_path / "evaluation" / "m" / "validation"
     files = sorted(path.name for path in directory.glob("samples-*"))
@@ -138,13 +138,13 @@ def validate(rank: int, world_size: int, output: Path, tensor: int) -> Any:
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["DP2", "TP2"])
 def test_validation_is_equal_in_every_layout_and_writes_its_samples(single: Path, tmp_path: Path, tensor: int) -> None:
-    found = run_ranks(validate, 2, tmp_path, tensor)
-    assert found[0] == found[1]
+    summaries = run_ranks(validate, 2, tmp_path, tensor)
+    assert summaries[0] == summaries[1]
     directory = EvaluationDirectory(tmp_path / "validation" / "step-000000")
     assert directory.samples() == samples(single)
     assert [problem.id for problem in directory.problems()] == [f"validation-{n:05}" for n in range(5)]
     summary = directory.summary()
-    assert summary["accuracy"] == found[0].accuracy
+    assert summary["accuracy"] == summaries[0].accuracy
     assert summary["model"] == "step 0"
     order = [(score.problem, score.sample) for score in directory.scores()]
     assert order == sorted(order)

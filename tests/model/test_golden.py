@@ -115,7 +115,7 @@ def test_five_steps_of_the_tiny_run_give_the_recorded_losses(tmp_path: Path, nam
     results: list[Any] = run_ranks(_losses, ranks, tmp_path / "run", words, timeout=300.0)
     assert [status for status, _ in results] == [0] * ranks
     losses = [value for _, value in metrics(tmp_path / "run", "train/loss")]
-    (machine,) = {found for _, found in results}
+    (machine,) = {machine for _, machine in results}
     torch_version, processor, capability = machine
     if (torch_version, processor) == (TORCH, PROCESSOR) and capability in RECORDED:
         assert losses == RECORDED[capability][name]

@@ -51,7 +51,7 @@ def train(rank: int, world_size: int, output: Path) -> dict[str, Any]:
 def test_from_config_trains_in_a_directory_of_its_own(tmp_path: Path, ranks: int) -> None:
     output = tmp_path / "run"
     seen = run_ranks(train, ranks, output)
-    assert all(one == seen[0] for one in seen)
+    assert all(facts == seen[0] for facts in seen)
     assert (seen[0]["mark"], seen[0]["steps before"], seen[0]["steps"], seen[0]["has a run"]) == (
         "training run",
         0,

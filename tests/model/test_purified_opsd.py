@@ -45,7 +45,7 @@ def live(rank: int, world_size: int, folder: Path, adaptations: tuple[str, ...])
 
 
 def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
-    """One run; what can be seen of it from outside."""
+    """One run, and what the model's public interface shows of it."""
     from nemo.core.classes import ModelPT
 
     from nemo_popsd.config.loading import load_config, to_dict_config
@@ -80,11 +80,11 @@ def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
     changes = output / "changes.yaml"
     OmegaConf.save(changed, changes)
     seen["override file"] = PurifiedOPSDModel.restore_from(path, override_config_path=str(changes), return_config=True)
-    goes_on = build_trainer(load_config(TINY, overrides(folder, adaptation, "training.steps=2")))
-    again = PurifiedOPSDModel.restore_from(path, trainer=goes_on)
-    goes_on.fit(again)
-    seen["goes on"] = again.completed_steps
-    with again.student.base.model() as [base]:
+    trainer_of_two_steps = build_trainer(load_config(TINY, overrides(folder, adaptation, "training.steps=2")))
+    resumed = PurifiedOPSDModel.restore_from(path, trainer=trainer_of_two_steps)
+    trainer_of_two_steps.fit(resumed)
+    seen["continued"] = resumed.completed_steps
+    with resumed.student.base.model() as [base]:
         seen["base"] = whole_logits(base.eval(), IDS, vocab_size)
     train = DictConfig({"path": "nemo_popsd:tiny_train", "limit": 3, "columns": {"id": "id"}})
     model.setup_training_data(train)
@@ -133,17 +133,17 @@ def test_fit_trains_validates_and_saves_on_time(lives: dict[str, Any], folder: P
 
 @both
 @pytest.mark.parametrize("form", ["saved", "saved.nemo"])
-def test_what_is_saved_is_restored(lives: dict[str, Any], adaptation: str, form: str) -> None:
+def test_a_saved_model_is_restored(lives: dict[str, Any], adaptation: str, form: str) -> None:
     seen = lives[adaptation]
-    logits, steps, kind = seen[form]
+    logits, steps, model_class = seen[form]
     assert torch.equal(logits, seen["trained"])
     assert steps == 4
-    assert kind.__name__ == "PurifiedOPSDModel"
+    assert model_class.__name__ == "PurifiedOPSDModel"
 
 
 @both
 def test_a_restored_model_keeps_its_base(lives: dict[str, Any], adaptation: str) -> None:
-    assert lives[adaptation]["goes on"] == 6
+    assert lives[adaptation]["continued"] == 6
     assert torch.equal(lives[adaptation]["base"], lives[adaptation]["untrained"])
 
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_is_restored_in_another_layout(lives: dict[str, Any], folde
             assert seen[f"{adaptation} evaluated"].problems == 4
 
 
-def test_models_by_name() -> None:
+def test_the_embedded_model_is_listed_and_built_by_name() -> None:
     from nemo_popsd.model import PurifiedOPSDModel
 
     (listed,) = PurifiedOPSDModel.list_available_models()

@@ -1,4 +1,4 @@
-"""Lightning leaves the weights where Megatron put them."""
+"""`MegatronPlacement` never moves the weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from lightning.pytorch import LightningModule, Trainer
 from nemo_popsd.model.strategy import MegatronPlacement
 
 
-class Still(LightningModule):
-    """Counts who moves it."""
+class RecordsMoves(LightningModule):
+    """Records each call that would move its weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.moved: list[str] = []
 
-    def _apply(self, *args: object, **kwargs: object) -> Still:  # type: ignore[override]
+    def _apply(self, *args: object, **kwargs: object) -> RecordsMoves:  # type: ignore[override]
         self.moved.append("moved")
         return self
 
@@ -28,7 +28,7 @@ class Still(LightningModule):
 
 
 def run(strategy: object) -> list[str]:
-    model = Still()
+    model = RecordsMoves()
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -43,6 +43,6 @@ def run(strategy: object) -> list[str]:
     return model.moved
 
 
-def test_weights_stay_where_they_are() -> None:
-    assert run("auto") != []  # what Lightning does by itself
+def test_weights_are_not_moved() -> None:
+    assert run("auto") != []  # Lightning's own strategy moves them
     assert run(MegatronPlacement(device=torch.device("cpu"))) == []

@@ -1,4 +1,4 @@
-"""A Lightning module that logs, and a Trainer set up as a rank of a run has it."""
+"""A Lightning module that only logs, and a trainer with one device, as in a run."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from nemo_popsd.observability.config import ObservabilityConfig
 
 
 @pytest.fixture(autouse=True)
-def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _without_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RANK", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -28,7 +28,7 @@ def wandb(**settings: object) -> ObservabilityConfig:
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
-def test_trackers_that_are_not_installed(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_are_not_installed_are_refused(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PopsdConfig().observability
     getattr(config, package).enabled = True
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -50,7 +50,7 @@ def test_wandb_online_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     check_trackers(wandb())
 
 
-@pytest.mark.parametrize("place", ["variable", "token", "netrc", "NETRC", "settings", "own server", "printed offline"])
+@pytest.mark.parametrize("place", ["variable", "token", "netrc", "NETRC", "settings", "own server", "WANDB_MODE"])
 def test_a_key_is_found_where_wandb_looks(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if place == "variable":
         monkeypatch.setenv("WANDB_API_KEY", "x")
@@ -59,7 +59,7 @@ def test_a_key_is_found_where_wandb_looks(place: str, monkeypatch: pytest.Monkey
     elif place == "settings":
         (tmp_path / "config").mkdir()
         (tmp_path / "config" / "settings").write_text("[default]\napi_key = x\n")
-    elif place == "printed offline":
+    elif place == "WANDB_MODE":
         monkeypatch.setenv("WANDB_MODE", "offline")
     else:
         host = "wandb.example.org" if place == "own server" else "api.wandb.ai"

@@ -41,15 +41,15 @@ def lines(path: Path) -> list[dict]:
     return [strict(line) for line in text.splitlines()]
 
 
-def test_a_line_per_call_readable_at_once(tmp_path: Path) -> None:
-    logger = JsonlLogger(tmp_path / "made")
+def test_every_call_writes_a_line_that_can_be_read_at_once(tmp_path: Path) -> None:
+    logger = JsonlLogger(tmp_path / "new")
     logger.log_metrics({"train/loss": 0.5, "n": torch.tensor(3), "half": torch.tensor(0.5, dtype=torch.bfloat16)}, 1)
     assert lines(logger.path) == [{"step": 1, "train/loss": 0.5, "n": 3, "half": 0.5}]
     logger.log_metrics({"accuracy": 1.0})
-    assert lines(tmp_path / "made" / "metrics.jsonl")[1] == {"accuracy": 1.0}
+    assert lines(tmp_path / "new" / "metrics.jsonl")[1] == {"accuracy": 1.0}
 
 
-def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_written_as_strings(tmp_path: Path) -> None:
     logger = JsonlLogger(tmp_path)
     logger.log_metrics({"a": math.nan, "b": torch.tensor(math.inf), "c": -math.inf}, step=0)
     (line,) = lines(logger.path)
@@ -58,7 +58,7 @@ def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", ['{"step": 3, "lo', "", "{"])
-def test_resume_appends_and_drops_a_half_written_line(tmp_path: Path, tail: str) -> None:
+def test_a_resumed_run_appends_and_drops_an_incomplete_line(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
     JsonlLogger(tmp_path).log_metrics({}, step=3)
@@ -73,7 +73,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "run").exists()
 
 
-def test_jsonl_and_tensorboard_of_a_trainer(tmp_path: Path) -> None:
+def test_a_trainer_writes_jsonl_and_tensorboard(tmp_path: Path) -> None:
     loggers = build_loggers(ObservabilityConfig(), run_in(tmp_path))
     fit(3, logger=loggers)
     close_trackers(loggers, True)
@@ -87,7 +87,7 @@ def test_jsonl_and_tensorboard_of_a_trainer(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (2, 1.5), (3, 2.5)]
 
 
-def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
+def test_tensorboard_can_be_turned_off(tmp_path: Path) -> None:
     loggers = build_loggers(ObservabilityConfig(tensorboard=False), run_in(tmp_path))
     assert [type(logger) for logger in loggers] == [JsonlLogger]
 
@@ -104,8 +104,8 @@ def test_nothing_is_written_to_an_output_of_another_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wandb_offline_for_real(tmp_path: Path) -> None:
-    """In a process of its own: wandb keeps a service running and holds on to the environment."""
+def test_wandb_writes_offline(tmp_path: Path) -> None:
+    """In a separate process: wandb keeps a service running and reads the environment once."""
     code = f"""
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.observability.loggers import LoggedRun, build_loggers
@@ -145,8 +145,8 @@ assert attempt(0.5, True)[0] != first[0]
     assert b"a-run" in content
 
 
-def socket_free(code: str) -> str:
-    """`code` in a process whose sockets reach no other machine: a try to would be an error."""
+def without_network(code: str) -> str:
+    """`code`, in a process where a connection to another machine is an error."""
     return f"""
 import socket
 connect = socket.socket.connect
@@ -159,7 +159,7 @@ socket.socket.connect = refuse
 
 
 @pytest.mark.slow
-def test_mlflow_offline_for_real(tmp_path: Path) -> None:
+def test_mlflow_writes_to_files_without_a_network(tmp_path: Path) -> None:
     """A trainer logs to files; mlflow's own client reads them back, without any network."""
     code = f"""
 import json, math, mlflow
@@ -178,12 +178,12 @@ def attempt(rows, steps, succeeded):
     )
     loggers = build_loggers(config.observability, run)
     for row in rows:
-        loggers[1].log_metrics({{"train/loss": row - 0.5}}, step=float(row))  # as Lightning hands a step on
+        loggers[1].log_metrics({{"train/loss": row - 0.5}}, step=float(row))  # a float, as Lightning passes it
     close_trackers(loggers, succeeded)
     return loggers[1]
 attempt((1, 2), 200, None)  # requested to stop
 client = mlflow.MlflowClient({(tmp_path / "run" / "mlflow").as_uri()!r})
-(experiment,) = [found for found in client.search_experiments() if found.name == "nemo_popsd"]
+(experiment,) = [each for each in client.search_experiments() if each.name == "nemo_popsd"]
 (run,) = client.search_runs([experiment.experiment_id])
 assert run.info.status == "RUNNING", run.info
 attempt((3,), 300, True)
@@ -196,11 +196,11 @@ assert run.data.params["training/steps"] == "200", run.data.params
 assert run.data.params["distillation/target/family"] == "purified"
 config.overwrite = True
 attempt((1,), 200, False)
-assert sorted(found.info.status for found in client.search_runs([experiment.experiment_id])) == ["FAILED", "FINISHED"]
+assert sorted(each.info.status for each in client.search_runs([experiment.experiment_id])) == ["FAILED", "FINISHED"]
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
     done = subprocess.run(
-        [sys.executable, "-c", socket_free(code)],
+        [sys.executable, "-c", without_network(code)],
         capture_output=True,
         text=True,
         timeout=240,

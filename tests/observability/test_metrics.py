@@ -9,13 +9,13 @@ from nemo_popsd.observability.metrics import DECLARED, StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 
 
-def test_names_without_metrics_that_were_not_measured() -> None:
+def test_metrics_that_were_not_measured_are_not_logged() -> None:
     other: dict[str, Any] = {item.name: 1.0 for item in fields(StepMetrics) if item.name != "statistics"}
     logged = StepMetrics(statistics={"forward_kl": 2.0, "norm_ratio": None}, **other).as_dict()
     assert logged == {"train/forward_kl": 2.0, **{f"train/{name}": 1.0 for name in other}}
-    everything = StepMetrics(statistics={statistic.name: 2.0 for statistic in DECLARED}, **other).as_dict()
+    complete = StepMetrics(statistics={statistic.name: 2.0 for statistic in DECLARED}, **other).as_dict()
     first, *rest = other
-    assert list(everything) == [f"train/{name}" for name in (first, *(s.name for s in DECLARED), *rest)]
+    assert list(complete) == [f"train/{name}" for name in (first, *(s.name for s in DECLARED), *rest)]
 
 
 def test_stopwatch_adds_up_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
 
 
-def test_a_line_per_step_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_there_is_a_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:
     fit(2, callbacks=[StepProgress(5, completed=3)], logger=False, enable_progress_bar=True)
     assert shown(capsys) == [
         "step 4/5  loss 0.5  tokens/response 100  tok/s 2000",
@@ -29,7 +29,7 @@ def test_a_line_per_step_where_there_is_no_terminal(capsys: pytest.CaptureFixtur
     ]
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     fit(2, callbacks=[StepProgress(5, completed=3)], logger=False, enable_progress_bar=True)
@@ -39,14 +39,14 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "a line of text" in capsys.readouterr().out
 
 
-def test_silent_when_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
     fit(1, callbacks=[StepProgress(5, enabled=False)], logger=False, enable_progress_bar=True)
     out, err = capsys.readouterr()
     assert out == "a line of text\n"
     assert "step 1" not in err
 
 
-def test_silent_on_other_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_show_no_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     fit(1, callbacks=[StepProgress(5)], logger=False, enable_progress_bar=True)
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A tracker that fails or hangs costs a run nothing but its own record."""
+"""A tracker that fails or hangs loses only its own record: the run continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from nemo_popsd.observability import trackers
 from nemo_popsd.observability.jsonl_logger import JsonlLogger
-from nemo_popsd.observability.trackers import Tracker, close_trackers, keep_id, read_id
+from nemo_popsd.observability.trackers import Tracker, close_trackers, read_id, store_id
 from tests.observability.one_step import fit
 
 
@@ -51,26 +51,26 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tracker(fails: str = "", error: BaseException | None = None, **options: Any) -> tuple[Tracker, list[Inner]]:
-    made: list[Inner] = []
+    built: list[Inner] = []
 
     def build() -> Inner:
-        made.append(Inner(fails, error))
-        return made[0]
+        built.append(Inner(fails, error))
+        return built[0]
 
-    return Tracker("Service", build, lambda inner, succeeded: inner.finish(succeeded), **options), made
+    return Tracker("Service", build, lambda inner, succeeded: inner.finish(succeeded), **options), built
 
 
-def test_everything_is_passed_on_in_order_and_steps_are_whole_numbers() -> None:
-    one, made = tracker(takes_hyperparameters=True)
-    one.log_hyperparams({"a": 1})
+def test_all_calls_are_passed_on_in_order_with_integer_steps() -> None:
+    first, built = tracker(takes_hyperparameters=True)
+    first.log_hyperparams({"a": 1})
     metrics = {"loss": 0.5}
-    one.log_metrics(metrics, step=3.0)  # type: ignore[arg-type]
+    first.log_metrics(metrics, step=3.0)  # type: ignore[arg-type]
     metrics["loss"] = 7.0
-    one.log_metrics({"loss": 0.25})
-    one.finalize("success")
-    one.close(True)
+    first.log_metrics({"loss": 0.25})
+    first.finalize("success")
+    first.close(True)
     saved = ("save",)
-    assert made[0].seen == [
+    assert built[0].seen == [
         ("build",),
         ("hyperparameters", {"a": 1}),
         ("log", {"loss": 0.5}, 3),
@@ -79,14 +79,14 @@ def test_everything_is_passed_on_in_order_and_steps_are_whole_numbers() -> None:
         saved,
         ("finish", True),
     ]
-    assert type(made[0].seen[2][2]) is int
+    assert type(built[0].seen[2][2]) is int
 
 
 def test_a_tracker_without_calls_is_not_built() -> None:
-    one, made = tracker()
-    one.log_hyperparams({"a": 1})
-    one.close(True)
-    assert made == []
+    first, built = tracker()
+    first.log_hyperparams({"a": 1})
+    first.close(True)
+    assert built == []
 
 
 @pytest.mark.parametrize("fails", ["build", "log", "save", "finish"])
@@ -95,10 +95,10 @@ def test_a_failure_is_reported_once_and_the_run_continues(
     fails: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
-    one, _ = tracker(fails, error)
+    first, _ = tracker(fails, error)
     other, seen = tracker()
-    fit(3, logger=[JsonlLogger(tmp_path), one, other])
-    close_trackers([one, other], True)
+    fit(3, logger=[JsonlLogger(tmp_path), first, other])
+    close_trackers([first, other], True)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     (printed,) = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
     words = " ".join(f"{type(error).__name__}: {error}".split())
@@ -112,11 +112,11 @@ def test_a_tracker_that_hangs_is_abandoned_in_time(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
     forever = threading.Event()
-    one = Tracker("Service", Inner, lambda inner, succeeded: forever.wait())  # type: ignore[arg-type,return-value]
-    one.log_metrics({"loss": 0.5}, step=1)
-    begun = time.monotonic()
-    one.close(True)
-    assert 0.4 < time.monotonic() - begun < 5
+    first = Tracker("Service", Inner, lambda inner, succeeded: forever.wait())  # type: ignore[arg-type,return-value]
+    first.log_metrics({"loss": 0.5}, step=1)
+    started = time.monotonic()
+    first.close(True)
+    assert 0.4 < time.monotonic() - started < 5
     assert "Service is turned off: it does not end within 0.5 s" in caplog.text
     assert trackers.any_hangs()
     forever.set()
@@ -124,12 +124,12 @@ def test_a_tracker_that_hangs_is_abandoned_in_time(
 
 def test_ids_are_stored_with_the_run(tmp_path: Path) -> None:
     assert read_id(tmp_path, "wandb") is None
-    keep_id(tmp_path, "wandb", "a")
-    keep_id(tmp_path, "mlflow", "b")
-    keep_id(tmp_path, "wandb", "c")
+    store_id(tmp_path, "wandb", "a")
+    store_id(tmp_path, "mlflow", "b")
+    store_id(tmp_path, "wandb", "c")
     assert (read_id(tmp_path, "wandb"), read_id(tmp_path, "mlflow"), read_id(tmp_path, "x")) == ("c", "b", None)
     for damaged in ("", "{", "[1]", '{"wandb": 3}'):
         (tmp_path / trackers.IDS).write_text(damaged)
         assert read_id(tmp_path, "wandb") is None
-        keep_id(tmp_path, "wandb", "d")
+        store_id(tmp_path, "wandb", "d")
         assert read_id(tmp_path, "wandb") == "d"

@@ -20,7 +20,7 @@ def _fail(rank: int, world_size: int) -> list[Any]:
     def damaged() -> None:
         if rank == 1:
             raise UserError(
-                "model m", got="half a file", need="a whole one", fix="fetch it again", advice=["its log:", "..."]
+                "model m", got="half a file", need="a complete one", fix="fetch it again", advice=["its log:", "..."]
             )
 
     def stale() -> None:
@@ -37,7 +37,7 @@ def _fail(rank: int, world_size: int) -> list[Any]:
     raised: list[Any] = []
     for action in (full, defect, damaged, stale, gone, one_of_each, lambda: None):
         try:
-            raise_on_all_ranks("saving", action, need="room", fix="free some")
+            raise_on_all_ranks("saving", action, need="space", fix="free some")
             raised.append(None)
         except (UserError, RuntimeError) as error:
             raised.append((type(error).__name__, str(error), getattr(error, "advice", ())))
@@ -47,11 +47,11 @@ def _fail(rank: int, world_size: int) -> list[Any]:
 def test_all_ranks_raise_what_one_raised() -> None:
     for raised in run_ranks(_fail, 2):
         assert raised == [
-            ("UserError", "saving: got No space left on device: /x (rank 1); need room; free some", ()),
+            ("UserError", "saving: got No space left on device: /x (rank 1); need space; free some", ()),
             ("RuntimeError", "saving: KeyError: 'a' (rank 1)", ()),
-            ("UserError", "model m: got half a file; need a whole one; fetch it again", ("its log:", "...")),
+            ("UserError", "model m: got half a file; need a complete one; fetch it again", ("its log:", "...")),
             ("TransientError", f"saving: Stale file handle: /x (rank 1); {START_AGAIN}", ()),
             ("TransientError", "server: it died; start again", ("its log:", "...")),
-            ("UserError", "saving: got No space left on device (rank 0); need room; free some", ()),
+            ("UserError", "saving: got No space left on device (rank 0); need space; free some", ()),
             None,
         ]

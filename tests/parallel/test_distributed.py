@@ -30,7 +30,7 @@ def distributed(monkeypatch):
     assert not dist.is_initialized()
 
 
-def _draws() -> tuple[float, ...]:
+def _random_numbers() -> tuple[float, ...]:
     return (random.random(), float(np.random.rand()), torch.rand(1).item())
 
 
@@ -44,11 +44,11 @@ def test_one_process_needs_no_launcher(distributed):
     assert distributed.device() == torch.device("cpu")
     assert distributed.on_any_rank(True) is True
     assert distributed.on_any_rank(False) is False
-    first = _draws()
+    first = _random_numbers()
     distributed.initialize(ParallelConfig(), seed=4)
-    assert _draws() == first
+    assert _random_numbers() == first
     distributed.initialize(ParallelConfig(), seed=5)
-    assert all(a != b for a, b in zip(_draws(), first, strict=True))
+    assert all(a != b for a, b in zip(_random_numbers(), first, strict=True))
     with pytest.raises(UserError, match=r"parallel\.tensor=2 with 1 rank;.*--nproc-per-node"):
         distributed.initialize(ParallelConfig(tensor=2), seed=4)
 
@@ -104,7 +104,7 @@ def test_the_variables_of_a_launcher_are_used(distributed, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     distributed.initialize(ParallelConfig(), seed=4)
     assert dist.get_backend() == "gloo"
-    monkeypatch.setenv("WORLD_SIZE", "none")  # was read, and is not read again
+    monkeypatch.setenv("WORLD_SIZE", "none")  # not read again
     distributed.initialize(ParallelConfig(), seed=4)
 
 
@@ -118,7 +118,7 @@ def _layouts(rank: int, world_size: int) -> dict[str, Any]:
         initialize(ParallelConfig(tensor=3), seed=4)
     except UserError as error:
         result["refusal"] = str(error)
-    result["nothing made"] = not parallel_state.model_parallel_is_initialized()
+    result["no groups"] = not parallel_state.model_parallel_is_initialized()
     for tensor in (2, 1):
         initialize(ParallelConfig(tensor=tensor), seed=4)
         result[f"tensor {tensor}"] = (
@@ -127,25 +127,25 @@ def _layouts(rank: int, world_size: int) -> dict[str, Any]:
             parallel_state.get_data_parallel_world_size(),
             parallel_state.get_data_parallel_rank(),
         )
-        result[f"draws {tensor}"] = _draws()
+        result[f"random numbers {tensor}"] = _random_numbers()
         parallel_state.destroy_model_parallel()
     result["any"] = [on_any_rank(rank == 1), on_any_rank(rank == 0), on_any_rank(False), on_any_rank(True)]
     return result
 
 
-def test_two_processes_in_both_layouts():
+def test_two_processes_get_the_groups_and_seeds_of_each_layout():
     results = run_ranks(_layouts, 2)
     for rank, result in enumerate(results):
         assert "parallel.tensor=3 with 2 ranks" in result["refusal"]
-        assert result["nothing made"]
+        assert result["no groups"]
         assert result["tensor 2"] == (2, rank, 1, 0)
         assert result["tensor 1"] == (1, 0, 2, rank)
         assert result["any"] == [True, True, False, True]
-        assert result["draws 2"] == result["draws 1"] == results[0]["draws 1"]
+        assert result["random numbers 2"] == result["random numbers 1"] == results[0]["random numbers 1"]
 
 
 def _wait_too_long(rank: int, world_size: int, group: str) -> float:
-    """Rank 1 hangs; what rank 0 met at its collective, and after how many seconds."""
+    """Rank 1 hangs; the seconds after which the collective of rank 0 fails."""
     import os
     import time
     from datetime import timedelta

@@ -35,19 +35,19 @@ def _decode(rank: int, world_size: int, tensor: int) -> dict[str, Any]:
         if rank == 1 and steps == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.0005)
-    knows = stop.requested
+    received = stop.requested
     with pytest.raises(StopRequested):
         stop.raise_if_requested()
     dist.barrier()
     stop.uninstall()
     after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    return {"steps": steps, "knew": knows, "restored": before == after}
+    return {"steps": steps, "received": received, "restored": before == after}
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_a_signal_to_one_rank_ends_the_decoding_of_all_ranks(tensor: int) -> None:
     zero, one = run_ranks(_decode, 2, tensor)
-    assert (zero["knew"], one["knew"]) == (False, True)
+    assert (zero["received"], one["received"]) == (False, True)
     assert zero["steps"] < 20_000
     assert one["steps"] < 20_000
     if tensor == 2:
@@ -103,7 +103,7 @@ def test_handlers_that_another_library_replaced_are_installed_again() -> None:
 
 
 def _interrupted(rank: int, world_size: int, times: int) -> bool:
-    """Ctrl-C, so many times, while the main thread waits where Python's handlers do not run."""
+    """Ctrl-C `times` times while the main thread waits, where Python's handlers do not run."""
     import threading
 
     from nemo_popsd.parallel.distributed import initialize

@@ -17,7 +17,7 @@ from tests.harness import run_ranks
 TIMEOUT_OF_COLLECTIVES = 3.0
 
 
-def _meet(rank: int, world_size: int) -> str:
+def _wait(rank: int, world_size: int) -> str:
     dist.destroy_process_group()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the harness hosts the store
     initialize(ParallelConfig(), seed=1, timeout=timedelta(seconds=TIMEOUT_OF_COLLECTIVES))
@@ -34,15 +34,15 @@ def _meet(rank: int, world_size: int) -> str:
     finally:
         if rank == 0:
             shutdown()
-    return "met"
+    return "passed"
 
 
 @pytest.mark.slow
 def test_ranks_wait_longer_than_the_timeout_of_a_collective() -> None:
-    assert "timed out" in run_ranks(_meet, 2), "the collective after the wait must time out"
+    assert "timed out" in run_ranks(_wait, 2), "the collective after the wait must time out"
 
 
-def _die(rank: int, world_size: int) -> str:
+def _exit(rank: int, world_size: int) -> str:
     initialize(ParallelConfig(), seed=1)
     if rank == 1:
         os._exit(3)
@@ -50,9 +50,9 @@ def _die(rank: int, world_size: int) -> str:
     with pytest.raises(RuntimeError):
         wait_for_all()
     assert time.monotonic() - start < 60
-    raise ValueError("noticed")
+    raise ValueError("the wait failed")
 
 
-def test_a_rank_that_dies_is_noticed_at_once() -> None:
+def test_the_wait_for_a_process_that_ended_fails_at_once() -> None:
     with pytest.raises(AssertionError, match="exit code 3"):
-        run_ranks(_die, 2)
+        run_ranks(_exit, 2)

@@ -1,4 +1,4 @@
-"""A small model, the run that plans it, and the same run carried out on this rank."""
+"""Runs of a small model, as the planner and as the trainer get them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_popsd.planning.workload import Case
 PROMPT, REFERENCE, RESPONSE, ROWS = 10, 40, 16, 4
 """Such that each frozen branch is a forward of its own, without padding, within `frozen_tokens`."""
 MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 24}
-"""Wide enough that what is left out (positions, indices) is little."""
+"""Wide enough that positions and indices, which the plan leaves out, are few bytes in comparison."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"adaptation": "full"},
@@ -55,9 +55,9 @@ def rows(count: int) -> list[Any]:
     from nemo_popsd.data.dataset import PromptRow
     from nemo_popsd.data.records import Record
 
-    made = []
-    for number in range(count):
-        ids = [(number + position) % 199 for position in range(PROMPT + REFERENCE)]
+    rows = []
+    for index in range(count):
+        ids = [(index + position) % 199 for position in range(PROMPT + REFERENCE)]
         contexts = Contexts(ids[:PROMPT], ids, ids[:REFERENCE], reference_text="r", reference_truncated=False)
-        made.append(PromptRow(Record(id=f"row{number}", question="q", reference="r", answer=None), contexts))
-    return made
+        rows.append(PromptRow(Record(id=f"row{index}", question="q", reference="r", answer=None), contexts))
+    return rows

@@ -1,4 +1,4 @@
-"""Counters of what really happens: operations, bytes alive, bytes sent. All watch torch's dispatcher."""
+"""Counters of operations, of bytes alive and of bytes sent, by torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _added_product(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's own, which knows neither the CPU's attention kernel nor a product that is added in place."""
+    """torch's own, with the CPU's attention kernel and products that are added in place, which it does not count."""
     aten = torch.ops.aten
     kernels = {
         aten.addmm_: _added_product,
@@ -35,7 +35,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made within and still exist, and their peak."""
+    """Bytes of the storages that were allocated in the context and still exist, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes that a ring of `size` ranks sends from each for the collectives within, by kind."""
+    """Bytes that each rank of a ring of `size` ranks sends in the collectives of the context, by collective."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

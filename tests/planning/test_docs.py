@@ -32,7 +32,7 @@ def printed(command: str) -> str:
 
 
 def rewritten(page: str) -> str:
-    """`page` with the outputs of its commands as they are today."""
+    """`page` with the present outputs of its commands."""
     return _BLOCK.sub(lambda found: f"{_FENCE}{found['command']}\n```\n\n{printed(found['command'])}", page)
 
 

@@ -1,4 +1,4 @@
-"""The formulas against what a small model really holds, computes and sends here, at one and at two ranks."""
+"""The formulas against what a small model allocates, computes and sends, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
     caches = _watch_caches()
     tensor = config.parallel.tensor
     mine = cases.rows(config.training.prompts_per_step * tensor // world_size)
-    step = _never_stops(run, engine)
-    run.steps = 1  # the first step checks itself
+    step = _step_to_the_limit(run, engine)
+    run.steps = 1  # the first step includes the self-check
     found: dict[str, Any] = {"weights": _bytes(run.student.gpt.parameters())}
     found["gradients"] = _gradient_bytes(run)
     with SentBytes(world_size) as sent, flop_counter() as counter:
@@ -85,8 +85,8 @@ def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
     return found
 
 
-def _never_stops(run: Any, engine: Any) -> Any:
-    """The step of the package, its responses as long as the limit."""
+def _step_to_the_limit(run: Any, engine: Any) -> Any:
+    """The step of the package, with responses as long as the limit."""
     from nemo_popsd.rollout.engine import SamplingParams
 
     section = run.config.rollout
@@ -157,7 +157,7 @@ def measure(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
 
 
 def _on_a_gpu(choice: Callable[..., Any]) -> Callable[..., Any]:
-    """What `choice` says of a GPU. The device's type is its last positional argument."""
+    """`choice` for a GPU, whatever the device. The device's type is its last positional argument."""
     return lambda *arguments, **options: choice(*arguments[:-1], "cuda", **options)
 
 
@@ -217,7 +217,7 @@ def _case(measured: Any, variant: str) -> Any:
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)
-def test_a_rank_holds_what_is_planned(measured: Any, variant: str) -> None:
+def test_a_rank_allocates_the_planned_weights_gradients_and_optimizer_state(measured: Any, variant: str) -> None:
     standing = memory.memory(_case(measured, variant)).standing
     for rank in measured[2]:
         for name in ("weights", "gradients", "optimizer"):
@@ -225,7 +225,7 @@ def test_a_rank_holds_what_is_planned(measured: Any, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)
-def test_the_cache_of_a_batch_of_rollouts(measured: Any, variant: str) -> None:
+def test_the_planned_cache_is_allocated(measured: Any, variant: str) -> None:
     case = _case(measured, variant)
     (stage,) = stages(case.sizes, case.layout)
     assert case.decoded_rows == cases.ROWS
@@ -233,7 +233,7 @@ def test_the_cache_of_a_batch_of_rollouts(measured: Any, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)
-def test_activations_of_both_passes_and_the_loss(measured: Any, variant: str) -> None:
+def test_activations_and_the_loss_take_the_planned_bytes(measured: Any, variant: str) -> None:
     case, found = _case(measured, variant), measured[2][0][variant]
     (stage,) = stages(case.sizes, case.layout)
     frozen = memory.working_set(case, case.limits.privileged) * case.frozen_tokens * case.element
@@ -252,7 +252,9 @@ def measured_as_on_a_gpu(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)
-def test_kernels_of_a_gpu(folder: Path, measured_as_on_a_gpu: dict[str, Any], variant: str) -> None:
+def test_cache_and_activations_with_the_kernels_of_a_gpu_are_planned(
+    folder: Path, measured_as_on_a_gpu: dict[str, Any], variant: str
+) -> None:
     """Local layers in fp32: heads are repeated; the cache has a multiple of 256 positions."""
     config = cases.run_config(**cases.VARIANTS[variant])
     found, case = measured_as_on_a_gpu[variant], cases.planned(folder / "qwen3", config, ranks=1, device="cuda")
@@ -264,7 +266,7 @@ def test_kernels_of_a_gpu(folder: Path, measured_as_on_a_gpu: dict[str, Any], va
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)
-def test_operations(measured: Any, variant: str) -> None:
+def test_the_planned_operations_are_counted(measured: Any, variant: str) -> None:
     case = _case(measured, variant)
     tokens, longest = case.rows * case.limits.student, case.limits.privileged
     expected = {
@@ -285,13 +287,13 @@ def test_operations(measured: Any, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", cases.VARIANTS)
-def test_bytes_sent_in_a_step(measured: Any, variant: str) -> None:
+def test_the_planned_bytes_are_sent(measured: Any, variant: str) -> None:
     case = _case(measured, variant)
     moved = traffic.step(case, from_host=0.0)
     planned = moved.rollout.tensor + moved.frozen.tensor + moved.training.tensor
     for rank in measured[2]:
         kinds = dict(rank[variant]["sent"])
-        # Over groups of one rank, which send nothing; the order of the drawn tokens.
+        # The former are over groups of one rank, which send nothing; the latter send the sampled tokens.
         reduced = kinds.pop("allreduce_coalesced_", 0.0)
         kinds.pop("broadcast_", None)
         assert (reduced == 0) == (measured[1] == 1)
@@ -304,7 +306,7 @@ def objects(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, int, li
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_families_precisions_and_the_distributed_optimizer(objects: Any, kind: str) -> None:
+def test_weights_gradients_and_optimizer_of_families_and_precisions_are_planned(objects: Any, kind: str) -> None:
     folder, ranks, found = objects
     for precision in ("fp32", "bf16"):
         for adaptation in ("full", "lora"):
@@ -320,8 +322,8 @@ def test_families_precisions_and_the_distributed_optimizer(objects: Any, kind: s
             assert total == pytest.approx(ranks * standing["optimizer"], rel=1e-6)
 
 
-def test_the_counts_are_of_a_model_that_has_everything(folder: Path) -> None:
-    """A count that forgot norms, biases or padding would differ: each of them is there."""
+def test_the_models_have_norms_biases_ties_and_padding(folder: Path) -> None:
+    """So a count without one of them would differ in the tests above."""
     for kind in KINDS:
         case = cases.planned(folder / kind, cases.run_config(), ranks=1)
         (stage,) = stages(case.sizes, case.layout)

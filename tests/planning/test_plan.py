@@ -1,4 +1,4 @@
-"""Refusals, nearest layouts, and how the numbers move with layouts that a CPU test of real objects does not reach."""
+"""Refusals, nearest layouts, and how the numbers depend on layouts for which no test allocates the objects."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning import compute, memory, traffic
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout, misfits
-from nemo_popsd.planning.parameters import count, stages, whole
-from nemo_popsd.planning.plan import estimate, fastest, nearest, problems
+from nemo_popsd.planning.parameters import count, stages, total_parameters
+from nemo_popsd.planning.plan import _distance, estimate, fastest, nearest, problems
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_sizes
 from nemo_popsd.planning.workload import Case, frozen_branches
@@ -25,11 +25,11 @@ CONF = Path(__file__).resolve().parents[2] / "conf" / "qwen3_8b.yaml"
 def case(
     model: str = "Qwen3-8B", *settings: str, nodes: int = 1, plan: PlanConfig | None = None, **layout: Any
 ) -> Case:
-    """The recipe for `model` on `nodes`, in a layout that may have dimensions a run does not know yet."""
+    """The recipe for `model` on `nodes`, with `layout` in place of the run's."""
     config = load_config(CONF, [f"student.source={model}", *settings])
-    made = Case(config, plan or PlanConfig(), read_sizes(model)[0], nodes)
-    made.__dict__["layout"] = replace(made.layout, **layout)
-    return made
+    run = Case(config, plan or PlanConfig(), read_sizes(model)[0], nodes)
+    run.__dict__["layout"] = replace(run.layout, **layout)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_frozen_states_hold_the_fp32_sums_of_the_target(settings: list[str], byt
         ({"virtual_pipeline": 2}, "needs parallel.pipeline above 1"),
     ],
 )
-def test_what_does_not_divide_is_said(layout: dict[str, Any], message: str) -> None:
+def test_misfits_are_reported_with_both_numbers(layout: dict[str, Any], message: str) -> None:
     found = misfits(case(**layout).layout, read_sizes("Qwen3-8B")[0], 32)
     assert any(message in line for line in found), found
 
 
-def test_prompts_that_do_not_divide_and_mixtures() -> None:
+def test_prompts_and_mixtures_that_do_not_divide_are_reported() -> None:
     assert misfits(case(nodes=3).layout, read_sizes("Qwen3-8B")[0], 32) == [
         "32 prompts of a step (training.prompts_per_step) do not divide by data-parallel ranks=24"
     ]
@@ -100,26 +100,28 @@ def test_prompts_that_do_not_divide_and_mixtures() -> None:
     assert misfits(replace(layout, sequence=True, expert=3), mixture, 32)[0].startswith("8 GPUs do not divide")
 
 
-def test_layouts_proposed_fit_differ_and_are_ordered() -> None:
-    asked = case("Qwen3-8B", "student.adaptation=full")
-    (why,) = problems(asked)
-    assert "GiB per GPU of 73.2 GiB" in why
-    found = nearest(asked)
-    assert len(found) == 4
-    assert len({str(changes) for changes, _ in found}) == 4
-    for changes, made in found:
+def test_the_nearest_layouts_fit_differ_and_are_ordered_by_distance() -> None:
+    requested = case("Qwen3-8B", "student.adaptation=full")
+    (reason,) = problems(requested)
+    assert "GiB per GPU of 73.2 GiB" in reason
+    layouts = nearest(requested)
+    assert len(layouts) == 4
+    assert len({str(changes) for changes, _ in layouts}) == 4
+    distances = [_distance(requested, changes) for changes, _ in layouts]
+    assert distances == sorted(distances)
+    for changes, result in layouts:
         assert changes
-        assert made.fits
-        assert problems(asked.replace(changes)) == []
-        assert made.memory == estimate(asked.replace(changes)).memory
+        assert result.fits
+        assert problems(requested.replace(changes)) == []
+        assert result.memory == estimate(requested.replace(changes)).memory
 
 
 def test_the_fastest_is_no_slower_than_the_nearest() -> None:
-    asked = case("Qwen3-8B", "student.adaptation=full")
-    best = fastest(asked)
+    requested = case("Qwen3-8B", "student.adaptation=full")
+    best = fastest(requested)
     assert best is not None
     assert best[1].fits
-    assert all(best[1].seconds.total <= made.seconds.total for _, made in nearest(asked, limit=50))
+    assert all(best[1].seconds.total <= result.seconds.total for _, result in nearest(requested, limit=50))
     small = PlanConfig(gpus_per_node=1)
     assert fastest(case("DeepSeek-R1-Distill-Llama-70B", plan=small)) is None
     assert nearest(case("DeepSeek-R1-Distill-Llama-70B", plan=small)) == []
@@ -129,11 +131,11 @@ def test_the_fastest_is_no_slower_than_the_nearest() -> None:
 @pytest.mark.parametrize("layout", [{"pipeline": 2}, {"pipeline": 4}, {"tensor": 2, "sequence": True}, {"tensor": 4}])
 def test_shares_of_the_ranks_add_up_to_the_model(model: str, layout: dict[str, Any]) -> None:
     one, many = case(model), case(model, **layout)
-    (whole,) = stages(one.sizes, one.layout)
-    alone = count(one.sizes, one.layout, whole, None)
+    (only_stage,) = stages(one.sizes, one.layout)
+    alone = count(one.sizes, one.layout, only_stage, None)
     parts = [count(many.sizes, many.layout, stage, None) for stage in stages(many.sizes, many.layout)]
     sizes, pipeline, tensor = many.sizes, many.layout.pipeline, many.layout.tensor
-    # A middle stage is a first one without the embedding; a tied matrix lies on both ends.
+    # A middle stage is a first one without the embedding; a tied matrix is on the first and the last.
     total = sum(part.model for part in parts) + max(0, pipeline - 2) * (parts[0].model - parts[0].vocabulary)
     copies = (tensor - 1) * (sizes.layers * (2 * sizes.hidden + 2 * sizes.head_dim + sizes.hidden * sizes.experts))
     copies += (tensor - 1) * sizes.hidden + (parts[0].vocabulary * tensor if sizes.tied and pipeline > 1 else 0)
@@ -142,29 +144,29 @@ def test_shares_of_the_ranks_add_up_to_the_model(model: str, layout: dict[str, A
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 4}, {"pipeline": 4}, {"context": 4}, {"tensor": 2, "context": 2}])
-def test_work_is_shared_out(layout: dict[str, Any]) -> None:
+def test_operations_are_divided_over_ranks(layout: dict[str, Any]) -> None:
     """Four times as many ranks for the same rows: a quarter of the layers' operations each."""
     one, four = case(plan=PlanConfig(gpus_per_node=1)), case(plan=PlanConfig(gpus_per_node=4), **layout)
     assert one.rows == four.rows == 32
     for phase in ("frozen", "training"):
-        whole, part = (getattr(compute.step(c), phase) for c in (one, four))
-        assert part.linear == pytest.approx(whole.linear / 4, rel=2e-3)
-        assert part.attention == pytest.approx(whole.attention / 4)
+        alone, part = (getattr(compute.step(c), phase) for c in (one, four))
+        assert part.linear == pytest.approx(alone.linear / 4, rel=2e-3)
+        assert part.attention == pytest.approx(alone.attention / 4)
     assert compute.step(four).rollout.linear == pytest.approx(compute.step(one).rollout.linear / 4)
 
 
-def test_sending_follows_the_layout() -> None:
+def test_bytes_are_sent_for_each_dimension_of_the_layout() -> None:
     zero = traffic.step(case(), from_host=0.0)
     assert (zero.frozen.tensor, zero.frozen.context, zero.frozen.pipeline, zero.frozen.expert) == (0, 0, 0, 0)
     assert zero.training.data > 0
     split = traffic.step(case("Qwen3-30B-A3B", tensor=2, sequence=True, context=2, pipeline=2, expert=2), from_host=0.0)
     assert min(split.frozen.tensor, split.frozen.context, split.frozen.pipeline, split.frozen.expert) > 0
-    whole, shared = (
+    replicated, distributed = (
         traffic.step(case("Qwen3-8B", f"optimizer.distributed={on}"), from_host=0.0) for on in ("false", "true")
     )
     # All-reduce in fp32 against reduce-scatter in fp32 and all-gather in bf16.
-    assert shared.training.data == pytest.approx(whole.training.data * 6 / 8)
-    assert shared.weight_gather == pytest.approx(whole.training.data * 2 / 8)
+    assert distributed.training.data == pytest.approx(replicated.training.data * 6 / 8)
+    assert distributed.weight_gather == pytest.approx(replicated.training.data * 2 / 8)
 
 
 def test_a_copy_on_the_host_leaves_its_output_matrix_and_comes_in_once() -> None:
@@ -210,8 +212,8 @@ def test_a_server_takes_its_share_of_the_gpu_for_as_long_as_it_is_awake() -> Non
     for phase in ("frozen", "training"):
         assert sleeps.memory.peak(phase) == elsewhere.memory.peak(phase) == own.memory.peak(phase)
         assert awake.memory.peak(phase) == ahead.memory.peak(phase) == pytest.approx(own.memory.peak(phase) + share)
-    for made in (sleeps, ahead):  # on shared GPUs the two compete
-        assert made.seconds.total == pytest.approx(own.seconds.total)
+    for shared in (sleeps, ahead):  # on shared GPUs the two compete
+        assert shared.seconds.total == pytest.approx(own.seconds.total)
     assert elsewhere.seconds.total == max(
         own.seconds.rollout.total, own.seconds.frozen.total + own.seconds.training.total
     )
@@ -224,8 +226,8 @@ def test_an_exact_cache_counts_beside_the_weights() -> None:
         "rollout.vllm.cache_bytes=1000000",
         "rollout.vllm.tensor=2",
     ]
-    made = estimate(case("Qwen3-8B", *words, tensor=2))
-    assert made.memory.phases["rollout"]["vLLM"] == whole(made.case.sizes) * 2 / 2 + 1_000_000
+    result = estimate(case("Qwen3-8B", *words, tensor=2))
+    assert result.memory.phases["rollout"]["vLLM"] == total_parameters(result.case.sizes) * 2 / 2 + 1_000_000
 
 
 def test_pipeline_stages_keep_several_micro_batches_and_wait() -> None:
@@ -238,15 +240,15 @@ def test_pipeline_stages_keep_several_micro_batches_and_wait() -> None:
     assert estimate(staged).seconds.training.bubble > 0 == estimate(flat).seconds.training.bubble
 
 
-def test_settings_of_the_plan_and_of_the_run_are_told_apart() -> None:
+def test_settings_of_the_plan_and_of_the_run_are_separated() -> None:
     plan, rest = split_settings(["nodes=1,2,4", "training.steps=3", "hardware.memory_gib=141", "gpus_per_node=4"])
     assert (plan.nodes, plan.gpus_per_node, plan.hardware.memory_gib) == ([1, 2, 4], 4, 141)
     assert rest == ["training.steps=3"]
 
 
-def test_local_layers_of_a_run_are_plain_ones() -> None:
+def test_local_layers_of_a_run_are_planned_as_plain_layers() -> None:
     plain = PlanConfig()
     plain.workload.layers = "plain"
-    asked = estimate(case("Qwen3-8B", plan=plain)).memory
-    assert estimate(case("Qwen3-8B", "student.layers=local")).memory == asked
-    assert estimate(case("Qwen3-8B")).memory.peak("training") < asked.peak("training")
+    planned = estimate(case("Qwen3-8B", plan=plain)).memory
+    assert estimate(case("Qwen3-8B", "student.layers=local")).memory == planned
+    assert estimate(case("Qwen3-8B")).memory.peak("training") < planned.peak("training")

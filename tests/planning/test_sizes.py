@@ -8,7 +8,7 @@ import pytest
 
 from nemo_popsd.embedded.names import asset
 from nemo_popsd.errors import UserError
-from nemo_popsd.planning.parameters import whole
+from nemo_popsd.planning.parameters import total_parameters
 from nemo_popsd.planning.sizes import embedded_models, read_sizes
 
 # As the model cards state them, in billions.
@@ -25,7 +25,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", embedded_models())
 def test_the_sizes_that_ship_add_up_to_the_published_parameters(name: str) -> None:
     sizes, origin = read_sizes(f"models/{name.lower()}")
-    assert whole(sizes) / 1e9 == pytest.approx(PUBLISHED[name], abs=0.06)
+    assert total_parameters(sizes) / 1e9 == pytest.approx(PUBLISHED[name], abs=0.06)
     assert "ship with nemo_popsd" in origin
     assert f"models/{name.lower()} is not on this machine" in origin
 
@@ -45,7 +45,7 @@ def test_a_directory_a_checkpoint_and_an_archive_are_read(tmp_path: Path) -> Non
     }
 
 
-def test_a_directory_is_never_taken_for_a_name(tmp_path: Path) -> None:
+def test_a_directory_is_not_used_as_the_name_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "Qwen3-8B").mkdir()
     with pytest.raises(UserError, match="which has no config"):
         read_sizes(str(tmp_path / "Qwen3-8B"))
@@ -59,7 +59,9 @@ def test_a_directory_is_never_taken_for_a_name(tmp_path: Path) -> None:
         ({"hidden_size": None}, None),
     ],
 )
-def test_what_is_not_known_is_refused(tmp_path: Path, change: dict, message: str | None) -> None:
+def test_unsupported_architectures_and_damaged_files_are_refused(
+    tmp_path: Path, change: dict, message: str | None
+) -> None:
     config = json.loads((asset("nemo_popsd:tiny_reasoner") / "config.json").read_text())
     config = {name: value for name, value in {**config, **change}.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -70,6 +72,6 @@ def test_what_is_not_known_is_refused(tmp_path: Path, change: dict, message: str
         read_sizes(str(tmp_path))
 
 
-def test_an_unknown_name_is_told_the_known_ones() -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="Qwen3-8B"):
         read_sizes("models/none")

@@ -162,6 +162,20 @@ def test_an_unlisted_metric_is_drawn_under_its_name(tmp_path: Path) -> None:
     assert "<h3>brand_new</h3>" in write_report([tmp_path], tmp_path / "r.html").read_text()
 
 
+def test_metrics_of_an_earlier_version_are_drawn_under_their_present_names(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    present = read_run(tmp_path).training
+    older = {"norm_ratio": "delta_ratio", "cosine_question": "cos_total_it", "cosine_reference": "cos_total_ref"}
+    lines = file.read_text().splitlines()
+    for name, old in older.items():  # the run was resumed after half of its steps
+        lines = [line.replace(f"train/{name}", f"train/{old}") for line in lines[:4]] + lines[4:]
+    assert "cos_total_it" in lines[1]
+    assert "cos_total_it" not in lines[-2]
+    file.write_text("\n".join(lines) + "\n")
+    assert read_run(tmp_path).training == present
+
+
 def test_empty_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"without a readable config\.yaml"):
         write_report([tmp_path], tmp_path / "r.html")

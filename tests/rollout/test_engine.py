@@ -1,3 +1,5 @@
+"""Seeds of responses."""
+
 from __future__ import annotations
 
 import inspect

@@ -1,4 +1,4 @@
-"""The engine draws the same responses in any layout, and leaves the model as it was."""
+"""Megatron's engine generates the same responses in any layout, and does not change the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_popsd.megatron.config import LoRAConfig
 from tests.harness import run_ranks
 from tests.rollout.test_megatron_engine import GREEDY, RANDOM, REQUESTS
 from tests.tiny_models import build_student, save_tiny_model
-from tests.training.layouts import draw_adapters
+from tests.training.layouts import randomize_adapters
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -38,7 +38,7 @@ def observe(rank: int, world_size: int, model: Path, parallel: dict[str, Any]) -
 
     lora = {"adaptation": "lora", "lora": LoRAConfig(rank=4, alpha=6.0)}
     student = build_student(model, parallel=parallel, **lora)
-    draw_adapters(student)
+    randomize_adapters(student)
     engine = MegatronEngine(
         student.chunks, vocab_size=student.vocab_size, batch_rows=4, cache_tokens=1 << 20, weights_version=lambda: 3
     )
@@ -72,7 +72,7 @@ def test_responses_are_those_of_one_process(model: Path, one: dict[str, Any], la
                 assert actual.log_probs == pytest.approx(expected.log_probs, abs=2e-5)
                 assert (actual.truncated, actual.weights_version) == (expected.truncated, 3)
         assert seen["none"] == []
-        assert seen["same after"], "the training forward is what it was"
+        assert seen["same after"], "generation changed the training forward"
         assert seen["trains"]
     assert any(seen["states"] == len(REQUESTS) for seen in ranks)
 
@@ -96,12 +96,12 @@ def observe_experts(rank: int, world_size: int, model: Path, parallel: dict[str,
         student.chunks, vocab_size=student.vocab_size, batch_rows=4, cache_tokens=1 << 20, weights_version=lambda: 3
     )
     share, shares = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = [n for n in range(len(REQUESTS)) if shares == 1 or (n < 2) == (share == 0)]
-    left = engine.generate([REQUESTS[n] for n in mine], replace(RANDOM, token_budget=20))
+    own = [n for n in range(len(REQUESTS)) if shares == 1 or (n < 2) == (share == 0)]
+    budgeted = engine.generate([REQUESTS[n] for n in own], replace(RANDOM, token_budget=20))
     return {
-        "numbers": mine,
-        "random": engine.generate([REQUESTS[n] for n in mine], RANDOM),
-        "left": left,
+        "indices": own,
+        "random": engine.generate([REQUESTS[n] for n in own], RANDOM),
+        "budgeted": budgeted,
     }
 
 
@@ -121,11 +121,11 @@ def test_experts_on_several_ranks_generate_the_same_as_one_process(
     mixture: Path, one_mixture: dict[str, Any], layout: str, layers: str
 ) -> None:
     ranks = run_ranks(observe_experts, EXPERTS[layout][0], mixture, EXPERTS[layout][1], layers=layers)
-    assert set().union(*(seen["numbers"] for seen in ranks)) == set(range(len(REQUESTS)))
+    assert set().union(*(seen["indices"] for seen in ranks)) == set(range(len(REQUESTS)))
     for seen in ranks:
-        for number, actual, left in zip(seen["numbers"], seen["random"], seen["left"], strict=True):
-            expected = one_mixture["random"][number]
+        for index, actual, budgeted in zip(seen["indices"], seen["random"], seen["budgeted"], strict=True):
+            expected = one_mixture["random"][index]
             assert (actual.response, actual.truncated) == (expected.response, expected.truncated)
             assert actual.log_probs == pytest.approx(expected.log_probs, abs=2e-5)
-            assert left.response == expected.response[: len(left.response)]
-    assert any(left.unfinished for seen in ranks for left in seen["left"])
+            assert budgeted.response == expected.response[: len(budgeted.response)]
+    assert any(rollout.unfinished for seen in ranks for rollout in seen["budgeted"])

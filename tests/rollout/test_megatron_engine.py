@@ -60,7 +60,7 @@ def stops(greedy: list[list[int]]) -> frozenset[int]:
 
 
 def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> dict[str, Any]:
-    """All that the tests look at, from one start."""
+    """Everything that the tests check, generated in one start of the ranks."""
     from nemo_popsd.megatron.decoding import SlotDecoder
     from nemo_popsd.megatron.forward import frozen_hidden_states, output_weight, student_batches
     from nemo_popsd.megatron.microbatches import ContextSequence
@@ -81,13 +81,13 @@ def observe(rank: int, world_size: int, model: Path, stops: frozenset[int]) -> d
 
     prefilled: list[list[int]] = []
 
-    def watched(decoder: Any, slots: torch.Tensor, inputs: torch.Tensor) -> None:
+    def record_prefill(decoder: Any, slots: torch.Tensor, inputs: torch.Tensor) -> None:
         prefilled.extend(inputs.tolist())
         prefill(decoder, slots, inputs)
 
     prefill = SlotDecoder.prefill
-    SlotDecoder.prefill = watched  # type: ignore[method-assign]
-    with torch.no_grad():  # padded rows that would win every sample
+    SlotDecoder.prefill = record_prefill  # type: ignore[method-assign]
+    with torch.no_grad():  # output vectors of the padding that would always be sampled
         first = rank * student.weight.shape[0]
         student.weight[max(0, student.vocab_size - first) :] = PLANTED
     student.gpt.train()
@@ -161,7 +161,7 @@ def test_greedy_tokens_are_those_of_transformers(one: dict[str, Any], greedy: li
 def test_a_stop_token_ends_a_response_and_is_in_it_once(
     one: dict[str, Any], greedy: list[list[int]], stops: frozenset[int]
 ) -> None:
-    """Rows end at very different times, so the batch shrinks on the way."""
+    """Sequences end at very different steps, so the batch shrinks."""
     assert responses(one["stopped"]) == [until(response, stops) for response in greedy]
     for rollout in one["stopped"]:
         assert rollout.truncated == (rollout.response[-1] not in stops)
@@ -171,8 +171,8 @@ def test_a_stop_token_ends_a_response_and_is_in_it_once(
 def test_log_probabilities_agree_with_the_training_forward(one: dict[str, Any]) -> None:
     for name in ("random", "one by one", "three rows", "alone"):
         for rollout, expected in zip(one[name], one["training forward"], strict=True):
-            drawn = expected[torch.arange(len(rollout.response)), torch.tensor(rollout.response)]
-            torch.testing.assert_close(torch.tensor(rollout.log_probs), drawn, atol=1e-5, rtol=0)
+            log_probs = expected[torch.arange(len(rollout.response)), torch.tensor(rollout.response)]
+            torch.testing.assert_close(torch.tensor(rollout.log_probs), log_probs, atol=1e-5, rtol=0)
 
 
 def test_log_probabilities_agree_with_transformers(one: dict[str, Any], model: Path) -> None:
@@ -180,13 +180,13 @@ def test_log_probabilities_agree_with_transformers(one: dict[str, Any], model: P
     for request, rollout in zip(REQUESTS, one["random"], strict=True):
         ids, start = [*request.prompt, *rollout.response], len(request.prompt) - 1
         log_probs = torch.log_softmax(dense(torch.tensor([ids])).logits[0], -1)
-        drawn = [float(log_probs[start + number, token]) for number, token in enumerate(rollout.response)]
-        assert rollout.log_probs == pytest.approx(drawn, abs=1e-5)
+        expected = [float(log_probs[start + number, token]) for number, token in enumerate(rollout.response)]
+        assert rollout.log_probs == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_response_does_not_depend_on_its_batch(one: dict[str, Any]) -> None:
     lengths = {len(response) for response in responses(one["random"])}
-    assert len(lengths) > 3  # rows leave the batch at different times
+    assert len(lengths) > 3  # sequences leave the batch at different steps
     for name in ("one by one", "three rows", "alone", "small cache"):
         assert responses(one[name]) == responses(one["random"]), name
         assert [r.truncated for r in one[name]] == [r.truncated for r in one["random"]]
@@ -194,7 +194,7 @@ def test_a_response_does_not_depend_on_its_batch(one: dict[str, Any]) -> None:
 
 
 def test_requests_with_the_same_prompt_share_its_prefill(one: dict[str, Any]) -> None:
-    """Each of the three prompts is computed once, but for its last token, however many slots there are."""
+    """Each of the three prompts is computed once, except for its last token, however many slots there are."""
     alone = responses(one["repeated alone"])
     assert len({tuple(response) for response in alone}) == len(REPEATED)
     for name in ("repeated", "repeated, four rows", "repeated, one row"):
@@ -222,9 +222,9 @@ def test_responses_that_a_budget_left_unfinished_continue_identically(
         assert not rollout.unfinished
         assert (rollout.response, rollout.truncated) == (whole[number].response, whole[number].truncated)
         assert rollout.log_probs == pytest.approx(whole[number].log_probs, abs=1e-5)
-        begun = len(left[number].response)
+        before = len(left[number].response)
         assert rollout.parts == (
-            ((0, begun), (1, len(rollout.response) - begun)) if begun else ((1, len(rollout.response)),)
+            ((0, before), (1, len(rollout.response) - before)) if before else ((1, len(rollout.response)),)
         )
         assert rollout.weights_version == 1
     assert any(rollout.segments for rollout in then)
@@ -239,7 +239,7 @@ def test_seeds_determine_the_responses(one: dict[str, Any]) -> None:
 
 
 def test_padded_entries_are_never_sampled(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    """Their rows of the output matrix were made large; the other tests show that nothing else changed."""
+    """Their output vectors are large; the other tests show that nothing else changed."""
     for seen in (one, *two):
         for name in ("greedy", "random", "top-p", "one token", "other weights"):
             assert all(token < 203 for response in responses(seen[name]) for token in response)

@@ -1,3 +1,5 @@
+"""Sampling on one shard against a reference that filters token by token."""
+
 from __future__ import annotations
 
 import pytest
@@ -9,12 +11,12 @@ from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
 
 
-def whole(logits: torch.Tensor) -> VocabularyShard:
+def one_shard(logits: torch.Tensor) -> VocabularyShard:
     return VocabularyShard(0, logits.shape[-1])
 
 
 def sample(logits: torch.Tensor, sampling: SamplingParams, uniform: torch.Tensor) -> torch.Tensor:
-    return sample_tokens(logits, sampling, uniform, whole(logits))[0]
+    return sample_tokens(logits, sampling, uniform, one_shard(logits))[0]
 
 
 def params(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingParams:
@@ -38,55 +40,55 @@ def reference_distribution(logits: torch.Tensor, sampling: SamplingParams) -> to
     return filtered
 
 
-def drawn_distribution(logits: torch.Tensor, sampling: SamplingParams, draws: int = 20_000) -> torch.Tensor:
+def sampled_distribution(logits: torch.Tensor, sampling: SamplingParams, samples: int = 20_000) -> torch.Tensor:
     """Shares of the tokens over an even grid of uniforms: the distribution to within one grid step at each border."""
-    grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    tokens = sample(logits.expand(draws, -1), sampling, grid)
-    return torch.bincount(tokens, minlength=len(logits)).double() / draws
+    grid = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
+    tokens = sample(logits.expand(samples, -1), sampling, grid)
+    return torch.bincount(tokens, minlength=len(logits)).double() / samples
 
 
 SETTINGS = [
     params(),
-    params(temperature=1.1, top_p=0.95, top_k=20),  # the recipe's
+    params(temperature=1.1, top_p=0.95, top_k=20),  # the default settings
     params(temperature=0.5),
     params(temperature=2.0, top_k=5),
     params(top_p=0.7),
     params(top_k=3, top_p=0.6),
     params(top_p=1e-9),
     params(top_k=1),
-    params(top_k=1000, top_p=0.9),  # more than there are
+    params(top_k=1000, top_p=0.9),  # more than the vocabulary has
 ]
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=lambda s: f"T{s.temperature}-p{s.top_p}-k{s.top_k}")
 def test_tokens_follow_the_filtered_distribution(sampling: SamplingParams) -> None:
     logits = 2 * torch.randn(50, generator=torch.Generator().manual_seed(0))
-    expected, drawn = reference_distribution(logits, sampling), drawn_distribution(logits, sampling)
-    assert (drawn[expected == 0] == 0).all()
-    torch.testing.assert_close(drawn, expected, atol=2e-4, rtol=0)
+    expected, sampled = reference_distribution(logits, sampling), sampled_distribution(logits, sampling)
+    assert (sampled[expected == 0] == 0).all()
+    torch.testing.assert_close(sampled, expected, atol=2e-4, rtol=0)
 
 
 def test_seeded_tokens_pass_a_chi_square_test() -> None:
-    draws, logits = 20_000, torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])
-    numbers = uniforms(list(range(draws)), 1).squeeze(1)
-    counts = torch.bincount(sample(logits.expand(draws, -1), params(), numbers), minlength=5)
-    expected = draws * torch.softmax(logits.double(), -1)
+    samples, logits = 20_000, torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])
+    numbers = uniforms(list(range(samples)), 1).squeeze(1)
+    counts = torch.bincount(sample(logits.expand(samples, -1), params(), numbers), minlength=5)
+    expected = samples * torch.softmax(logits.double(), -1)
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert statistic < 18.5  # 4 degrees of freedom: exceeded once in a thousand
 
 
 def test_ties_share_their_mass() -> None:
-    drawn = drawn_distribution(torch.tensor([1.0, 1.0, 1.0, 1.0]), params())
-    torch.testing.assert_close(drawn, torch.full((4,), 0.25, dtype=torch.float64), atol=1e-3, rtol=0)
-    # Which of equal tokens top-k keeps is open; how many is not.
-    drawn = drawn_distribution(torch.tensor([1.0, 1.0, 1.0, -5.0]), params(top_k=2))
-    assert sorted(drawn.tolist()) == pytest.approx([0, 0, 0.5, 0.5], abs=1e-3)
+    sampled = sampled_distribution(torch.tensor([1.0, 1.0, 1.0, 1.0]), params())
+    torch.testing.assert_close(sampled, torch.full((4,), 0.25, dtype=torch.float64), atol=1e-3, rtol=0)
+    # Top-k keeps two of the three equal tokens; which two is not specified.
+    sampled = sampled_distribution(torch.tensor([1.0, 1.0, 1.0, -5.0]), params(top_k=2))
+    assert sorted(sampled.tolist()) == pytest.approx([0, 0, 0.5, 0.5], abs=1e-3)
 
 
 def test_top_p_stops_at_the_token_that_reaches_it() -> None:
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    assert (drawn_distribution(logits, params(top_p=0.5)) > 0).tolist() == [True, False, False, False]
-    assert (drawn_distribution(logits, params(top_p=0.51)) > 0).tolist() == [True, True, False, False]
+    assert (sampled_distribution(logits, params(top_p=0.5)) > 0).tolist() == [True, False, False, False]
+    assert (sampled_distribution(logits, params(top_p=0.51)) > 0).tolist() == [True, True, False, False]
 
 
 def test_temperature_zero_takes_the_most_likely_token() -> None:
@@ -118,7 +120,7 @@ def test_every_token_is_in_the_filtered_support(
     logits = spread * torch.randn(size, generator=torch.Generator().manual_seed(seed))
     sampling = params(temperature, top_p, top_k)
     token = int(sample(logits[None], sampling, torch.tensor([number], dtype=torch.float64)))
-    # A slightly wider filter: sums in another order may put the border one token on.
+    # A slightly wider filter: sums in another order may move the border by one token.
     wider = reference_distribution(logits, params(temperature, min(1.0, top_p + 1e-6), top_k))
     assert wider[token] > 0
     alone = sample(logits[None], sampling, torch.tensor([number], dtype=torch.float64))
@@ -146,7 +148,7 @@ def test_log_probabilities_are_those_of_the_model_itself(dtype: torch.dtype) -> 
     logits = 5 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     logits = logits.to(dtype)
     for sampling in SETTINGS:
-        tokens, log_probs = sample_tokens(logits, sampling, torch.linspace(0, 0.99, 6).double(), whole(logits))
+        tokens, log_probs = sample_tokens(logits, sampling, torch.linspace(0, 0.99, 6).double(), one_shard(logits))
         expected = torch.log_softmax(logits.double(), -1)[torch.arange(6), tokens]
         assert log_probs.dtype == torch.float32
         torch.testing.assert_close(log_probs.double(), expected, atol=2e-6, rtol=1e-6)

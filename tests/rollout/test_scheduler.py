@@ -40,12 +40,12 @@ class TokenCache:
 
 def response_of(request: Request, limit: int) -> list[int]:
     """The response of the "model": a function of the request."""
-    made = random.Random(request.seed)
-    length = made.randint(1, limit + 3)
-    return [*(made.randint(1, 9) for _ in range(length)), STOP][:limit]
+    generator = random.Random(request.seed)
+    length = generator.randint(1, limit + 3)
+    return [*(generator.randint(1, 9) for _ in range(length)), STOP][:limit]
 
 
-def play(
+def simulate(
     requests: Sequence[Request], slots: int, limit: int, prefill_tokens: int = 40, budget: int = 0
 ) -> tuple[Any, TokenCache, int]:
     """The engine's loop on `TokenCache`; the schedule, the cache and the number of steps."""
@@ -66,9 +66,9 @@ def play(
         tokens = torch.full((schedule.width,), 5)
         for slot, row in schedule.live:
             assert slot < schedule.width
-            whole = [*row.request.prompt, *row.response]
-            assert cache.content[slot, : len(whole)].tolist() == whole
-            assert (int(inputs[slot]), int(positions[slot])) == (whole[-1], len(whole) - 1)
+            context = [*row.request.prompt, *row.response]
+            assert cache.content[slot, : len(context)].tolist() == context
+            assert (int(inputs[slot]), int(positions[slot])) == (context[-1], len(context) - 1)
             assert uniform[slot] == numbers[row.request.seed][len(row.response)]
             tokens[slot] = response_of(row.request, limit)[len(row.response)]
         state.advance(tokens)
@@ -91,7 +91,7 @@ def test_every_request_is_answered_once_from_its_own_keys(
     prompts: list[list[int]], slots: int, limit: int, seed: int
 ) -> None:
     requests = [Request(prompt, seed=seed * 100 + number) for number, prompt in enumerate(prompts)]
-    schedule, cache, _ = play(requests, slots, limit)
+    schedule, cache, _ = simulate(requests, slots, limit)
     by_number = sorted(schedule.done, key=lambda row: row.index)
     assert [row.index for row in by_number] == list(range(len(requests)))
     for row, request in zip(by_number, requests, strict=True):
@@ -118,10 +118,10 @@ def test_requests_that_run_to_their_end_come_first_then_partial_ones() -> None:
 
 
 def test_waiting_sequences_take_the_slots_of_those_that_end() -> None:
-    """Far fewer steps than batches that wait for their longest row; as many as there are tokens, nearly."""
+    """Far fewer steps than with batches that wait for their longest sequence."""
     requests = [Request([1 + number % 9, 2, 3], seed=number) for number in range(200)]
     lengths = [len(response_of(request, 40)) for request in requests]
-    _, _, steps = play(requests, 16, 40)
+    _, _, steps = simulate(requests, 16, 40)
     in_batches = sum(max(lengths[begin : begin + 16]) for begin in range(0, len(lengths), 16))
     assert steps < 1.25 * sum(lengths) / 16 + 40
     assert steps < 0.75 * in_batches
@@ -166,7 +166,7 @@ def test_attention_reads_one_of_a_few_lengths() -> None:
 def test_a_budget_leaves_responses_that_later_calls_finish(
     prompts: list[list[int]], slots: int, limit: int, budget: int, patience: int, seed: int
 ) -> None:
-    """Call after call, new rows with those left before: each ends, at the latest when it must, as if alone."""
+    """Each call has new requests and those left unfinished before. Every response is the same as if generated alone."""
     times_left: Counter[int] = Counter()
     waiting = [Request(prompt, seed=seed * 100 + number) for number, prompt in enumerate(prompts)]
     ended: dict[int, list[int]] = {}
@@ -174,17 +174,17 @@ def test_a_budget_leaves_responses_that_later_calls_finish(
     while waiting or partial:
         fresh, waiting = waiting[:5], waiting[5:]
         requests = [*partial, *fresh]
-        schedule, _, _ = play(requests, slots, limit, budget=budget)
+        schedule, _, _ = simulate(requests, slots, limit, budget=budget)
         rows = sorted(schedule.done, key=lambda row: row.index)
         assert [row.index for row in rows] == list(range(len(requests)))
         assert any(not row.unfinished for row in rows)
-        drawn = sum(
+        generated = sum(
             len(row.response) - len(q.partial.response if q.partial else [])
             for row, q in zip(rows, requests, strict=True)
         )
-        assert schedule.generated == drawn
+        assert schedule.generated == generated
         if not partial and sum(not row.unfinished for row in rows) > 1:
-            assert drawn <= budget + limit * slots  # up to the end of the first response
+            assert generated <= budget + limit * slots  # up to the end of the first response
         for row in rows:
             if row.request.run_to_end:
                 assert not row.unfinished

@@ -1,4 +1,4 @@
-"""Draws from logits that are sharded over ranks: the same tokens as from one shard, by the distribution of float64."""
+"""Sampling from logits that are sharded over ranks: the same tokens as from one shard, by the float64 distribution."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
 from tests.harness import run_ranks
 from tests.rollout.test_sampling import params, reference_distribution
 
-DRAWS = 5_000
+SAMPLES = 5_000
 SIZES = {"padded": 203, "second shard empty": 100, "full": 256}
-"""True vocabulary of 256 columns: on two shards of 128, of which the second has 75, none, or all of them."""
+"""Sizes of the vocabulary without padding. With two shards of 128 columns, 75, none or all of the second are not
+padding."""
 COLUMNS = 256
 SETTINGS = {
     "greedy": params(temperature=0.0),
@@ -33,7 +34,7 @@ COLLECTIVES = {"greedy": (1, 0), "none": (1, 1), "tempered": (1, 1), "top-p": (6
 
 
 def logits(size: int, *, ties: bool) -> torch.Tensor:
-    """[COLUMNS]; the padding would win every sample. With ties they are rounded to bf16's few values."""
+    """[COLUMNS]; the padding has by far the largest values. With ties, the values are multiples of 0.5."""
     values = 2 * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(size))
     values = (values * 2).round() / 2 if ties else values
     values[size:] = 1000.0
@@ -55,20 +56,20 @@ def observe(rank: int, world_size: int) -> dict[str, Any]:
     for name in counts:
         setattr(dist, name, counting(name))
     share = COLUMNS // world_size
-    grid = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
-    seeded = uniforms(list(range(DRAWS)), 1).squeeze(1)
+    grid = (torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES
+    seeded = uniforms(list(range(SAMPLES)), 1).squeeze(1)
     seen: dict[str, Any] = {}
     for kind, size in SIZES.items():
         shard = VocabularyShard(rank * share, size, dist.group.WORLD)
         for ties in (False, True):
-            mine = logits(size, ties=ties)[rank * share : (rank + 1) * share].expand(DRAWS, -1)
+            own = logits(size, ties=ties)[rank * share : (rank + 1) * share].expand(SAMPLES, -1)
             for name, sampling in SETTINGS.items():
                 for key in counts:
                     counts[key] = 0
-                seen[kind, ties, name] = sample_tokens(mine, sampling, grid, shard)
+                seen[kind, ties, name] = sample_tokens(own, sampling, grid, shard)
                 seen["collectives", name] = tuple(counts.values())
                 if not ties:
-                    seen[kind, "seeded", name] = sample_tokens(mine, sampling, seeded, shard)[0]
+                    seen[kind, "seeded", name] = sample_tokens(own, sampling, seeded, shard)[0]
     for name, function in real.items():
         setattr(dist, name, function)
     return seen
@@ -101,10 +102,10 @@ def test_a_grid_of_uniform_numbers_gives_the_dense_distribution(
         expected = dense(SIZES[kind], SETTINGS[name], ties=ties)
         for seen in (one, *two):
             tokens, _ = seen[kind, ties, name]
-            drawn = torch.bincount(tokens, minlength=SIZES[kind]).double() / DRAWS
-            assert len(drawn) == SIZES[kind], "padding was drawn"
-            assert (drawn[expected == 0] == 0).all()
-            torch.testing.assert_close(drawn, expected, atol=2.5 / DRAWS, rtol=0)
+            sampled = torch.bincount(tokens, minlength=SIZES[kind]).double() / SAMPLES
+            assert len(sampled) == SIZES[kind], "padding was sampled"
+            assert (sampled[expected == 0] == 0).all()
+            torch.testing.assert_close(sampled, expected, atol=2.5 / SAMPLES, rtol=0)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -116,7 +117,7 @@ def test_two_shards_sample_the_same_as_one(
         tokens, log_probs = one[kind, ties, name]
         for seen in two:
             other, others = seen[kind, ties, name]
-            # Sums of other shards round otherwise: a number of the grid may lie that near to a border.
+            # Sums over two shards are rounded differently: a number of the grid may lie that close to a border.
             same = other == tokens
             assert int((~same).sum()) <= 1
             torch.testing.assert_close(others[same], log_probs[same], atol=2e-6, rtol=1e-6)
@@ -135,7 +136,7 @@ def test_log_probabilities_are_the_models_own(two: list[dict[str, Any]], kind: s
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("greedy", "narrow top-p")])
 def test_seeded_tokens_pass_a_chi_square_test(one: dict[str, Any], two: list[dict[str, Any]], name: str) -> None:
     for kind, size in SIZES.items():
-        expected = DRAWS * dense(size, SETTINGS[name], ties=False)
+        expected = SAMPLES * dense(size, SETTINGS[name], ties=False)
         for seen in (one, two[0]):
             counts = torch.bincount(seen[kind, "seeded", name], minlength=size).double()
             order = expected.argsort(descending=True)

@@ -1,3 +1,5 @@
+"""Rollouts on disk."""
+
 from __future__ import annotations
 
 import json
@@ -21,10 +23,10 @@ def test_rollouts_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     store.write(7, [row("a"), row("b", truncated=True)], part=0, parts=2)
     assert store.complete(7, {6}) is None  # a part is missing
     store.write(7, [row("c")], part=1, parts=2)
-    found = store.complete(7, {6})
+    complete = store.complete(7, {6})
     seed = row("a").seed
-    assert found == {("a", seed): row("a"), ("b", seed): row("b", truncated=True), ("c", seed): row("c")}
-    assert str(found["a", seed].rollout.log_probs) == str(row("a").rollout.log_probs)
+    assert complete == {("a", seed): row("a"), ("b", seed): row("b", truncated=True), ("c", seed): row("c")}
+    assert str(complete["a", seed].rollout.log_probs) == str(row("a").rollout.log_probs)
     assert [line.row_id for line in store.read(7)] == ["a", "b", "c"]
     assert [line.finish_reason for line in store.read(7)] == ["stop", "length", "stop"]
     assert store.complete(7, range(3, 6)) is None  # by other weights
@@ -36,14 +38,14 @@ def test_unfinished_responses_of_a_step(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     assert store.unfinished(7) is None
     left = StoredRollout("z", 5, [5, 6], Rollout([7], [-0.5], False, 6, unfinished=True))
-    never_begun = StoredRollout("a", 9, [5], Rollout([], [], False, 6, unfinished=True))
+    without_tokens = StoredRollout("a", 9, [5], Rollout([], [], False, 6, unfinished=True))
     continued = StoredRollout("b", 3, [5], Rollout([7, 8, 9], [-1.0] * 3, True, 6, segments=((5, 2), (6, 1))))
     store.write(7, [left, continued], part=0, parts=2)
     assert store.unfinished(7) is None  # a part is missing
-    store.write(7, [row("c"), never_begun], part=1, parts=2)
-    assert store.unfinished(7) == [never_begun, left]
+    store.write(7, [row("c"), without_tokens], part=1, parts=2)
+    assert store.unfinished(7) == [without_tokens, left]
     rows = list(store.read(7))
-    assert rows == [left, continued, row("c"), never_begun]
+    assert rows == [left, continued, row("c"), without_tokens]
     assert [line.finish_reason for line in rows] == ["unfinished", "length", "stop", "unfinished"]
     assert rows[1].rollout.parts == ((5, 2), (6, 1))
     assert rows[0].rollout.parts == ((6, 1),)

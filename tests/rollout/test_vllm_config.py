@@ -1,3 +1,5 @@
+"""Configuration of the vLLM engine, and device memory before a server starts."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -27,7 +29,7 @@ from tests.model.runs import TINY
         ("interface", ["auto", "weight-transfer", "worker-extension"], ["http"]),
     ],
 )
-def test_values(name: str, good: list[Any], bad: list[Any]) -> None:
+def test_values_are_accepted_or_refused(name: str, good: list[Any], bad: list[Any]) -> None:
     for value in good:
         assert getattr(VllmConfig(**{name: value}), name) == value
     for value in bad:
@@ -46,17 +48,17 @@ def test_the_section_belongs_to_a_run() -> None:
 
 
 def test_torch_releases_cached_memory_before_a_server_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server on the trainer's card starts, or wakes, in every call."""
+    """A server on the trainer's GPU starts, or wakes up, in every call."""
     from nemo_popsd.rollout.vllm.engine import VllmEngine
 
-    happened: list[str] = []
+    events: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("memory"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("memory"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**33))
 
     class Ranks:
         def together(self, *_: Any, **__: Any) -> None:
-            happened.append("server")
+            events.append("server")
             raise RuntimeError("no server here")
 
     engine = VllmEngine(
@@ -71,4 +73,4 @@ def test_torch_releases_cached_memory_before_a_server_starts(monkeypatch: pytest
     )
     with pytest.raises(RuntimeError, match="no server here"):
         engine.request([], SamplingParams(1.0, 1.0, 0, 1, frozenset()))
-    assert happened == ["memory", "server"]
+    assert events == ["memory", "server"]

@@ -19,7 +19,7 @@ from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from tests.harness import run_ranks
 from tests.rollout.vllm_servers import engine, gone, needs_vllm, settings
 from tests.tiny_models import build_student, save_tiny_model, whole_logits
-from tests.training.layouts import draw_adapters
+from tests.training.layouts import randomize_adapters
 
 pytestmark = [pytest.mark.slow(seconds=8), needs_vllm]
 
@@ -28,8 +28,8 @@ KILLED_AFTER = 0.5
 LORA = ["student.adaptation=lora", "student.lora.rank=4", "student.lora.alpha=6"]
 CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "one": (1, {}, []),
-    # Adapters merged on the way, tensors gathered; through the older interface, in many buckets, over the connection
-    # as to another machine.
+    # Merged adapters and gathered tensors, through the older interface, in many buckets, over the connection that is
+    # used for another machine.
     "tp2 sp merged": (
         2,
         {"tensor": 2, "sequence": True},
@@ -48,15 +48,15 @@ INTERFACES = {"one": "weight-transfer", "tp2 sp merged": "worker-extension", "pp
 
 
 def prompts(rows: int) -> list[list[int]]:
-    """Questions as the embedded model knows them."""
+    """Prompts of the embedded validation set."""
     from nemo_popsd.data.dataset import build_evaluation_prompts
     from nemo_popsd.data.tokenizer import load_tokenizer
     from nemo_popsd.embedded.names import asset
 
     config = settings(Path("unused"))
     tokenizer = load_tokenizer(asset("nemo_popsd:tiny_reasoner"), setting="student.source")
-    found, _ = build_evaluation_prompts(config.data, config.data.validation, tokenizer)
-    return [list(prompt.prompt) for prompt in found[:rows]]
+    evaluation_prompts, _ = build_evaluation_prompts(config.data, config.data.validation, tokenizer)
+    return [list(prompt.prompt) for prompt in evaluation_prompts[:rows]]
 
 
 def disturb(student: Any, share: float) -> None:
@@ -68,7 +68,7 @@ def disturb(student: Any, share: float) -> None:
 
 
 def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], words: list[str]) -> dict[str, Any]:
-    """All that the tests look at, from one start of a server and one restart."""
+    """Everything that the tests check, from one start of a server and one restart."""
     from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
     from nemo_popsd.embedded.names import asset
     from nemo_popsd.rollout.vllm import supervisor
@@ -92,7 +92,7 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
 
     both("before", greedy)
     if student.adapters is not None:
-        draw_adapters(student)
+        randomize_adapters(student)
     else:
         disturb(student, 0.05)
     version[0] = 7
@@ -103,7 +103,7 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
     seen["none"] = vllm.generate([], random)
     pairs = zip(requests, seen["random"], strict=True)
     if "pipeline" not in parallel:
-        seen["log-probabilities"] = [under(student, request, rollout) for request, rollout in pairs]
+        seen["log-probabilities"] = [log_probs_of(student, request, rollout) for request, rollout in pairs]
     seen["expected endless"] = megatron.generate(requests, endless)
     first = None if vllm.server is None else vllm.server.pid
     if first is not None:
@@ -126,11 +126,11 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
     seen["first is gone"] = first is None or gone(first)
     seen["another"] = vllm.server is None or vllm.server.pid != first
     # A stop is requested while the server is busy.
-    looks = [0]
+    checks = [0]
 
     def stop() -> bool:
-        looks[0] += 1
-        return looks[0] > 8
+        checks[0] += 1
+        return checks[0] > 8
 
     vllm._stop_requested = stop
     second = None if vllm.server is None else vllm.server.pid
@@ -140,7 +140,7 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
     return seen
 
 
-def under(student: Any, request: Request, rollout: Rollout) -> list[float]:
+def log_probs_of(student: Any, request: Request, rollout: Rollout) -> list[float]:
     """Log-probabilities of a response by the training forward: temperature 1, nothing filtered."""
     ids = torch.tensor([[*request.prompt, *rollout.response]])
     wanted, length = ids, ids.shape[1]
@@ -161,10 +161,10 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def same(actual: Sequence[Rollout], expected: Sequence[Rollout], version: int) -> None:
     assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.response == other.response
-        assert one.log_probs == pytest.approx(other.log_probs, abs=5e-5)
-        assert (one.truncated, one.weights_version) == (other.truncated, version)
+    for rollout, other in zip(actual, expected, strict=True):
+        assert rollout.response == other.response
+        assert rollout.log_probs == pytest.approx(other.log_probs, abs=5e-5)
+        assert (rollout.truncated, rollout.weights_version) == (other.truncated, version)
 
 
 def test_greedy_tokens_are_those_of_the_megatron_engine(ranks: list[dict[str, Any]]) -> None:
@@ -173,16 +173,16 @@ def test_greedy_tokens_are_those_of_the_megatron_engine(ranks: list[dict[str, An
             megatron, vllm = seen[name]
             same(vllm, megatron, version)
         before, after = ([r.response for r in seen[name][0]] for name in ("before", "after"))
-        assert before != after, "the update shows"
+        assert before != after, "the update changed nothing"
         assert any(r.truncated for r in seen["before"][1])
         assert any(not r.truncated for r in seen["before"][1])
 
 
 def test_seeds_determine_the_samples_and_filters_apply(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
-        drawn = [r.response for r in seen["random"]]
-        assert [r.response for r in seen["random, other batches"]] == drawn[-10:]
-        assert drawn != [r.response for r in seen["after"][1]]
+        sampled = [r.response for r in seen["random"]]
+        assert [r.response for r in seen["random, other batches"]] == sampled[-10:]
+        assert sampled != [r.response for r in seen["after"][1]]
         same(seen["most likely of one"], seen["after"][1], 7)
         assert seen["none"] == []
 
@@ -215,8 +215,8 @@ def test_every_rank_has_the_same_responses_and_one_has_a_server(ranks: list[dict
     assert update.buckets > 10 if ranks[0]["interface"] == "worker-extension" else update.buckets == 1
 
 
-def draw_with_experts(rank: int, world_size: int, model: Path, output: Path) -> dict[str, Any]:
-    """Each replica has a server, and gathers weights with the other: its experts are there too."""
+def generate_with_experts(rank: int, world_size: int, model: Path, output: Path) -> dict[str, Any]:
+    """Each replica has a server, and gathers weights with the other replica, which holds experts too."""
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.model.engines import build_engine
 
@@ -247,16 +247,16 @@ def draw_with_experts(rank: int, world_size: int, model: Path, output: Path) -> 
 def test_replicas_that_share_experts_restart_a_server_together(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
     model = save_tiny_model(tmp_path / "model", "qwen3_moe", **sizes)
-    for rank, seen in enumerate(run_ranks(draw_with_experts, 2, model, tmp_path / "run", timeout=400)):
+    for rank, seen in enumerate(run_ranks(generate_with_experts, 2, model, tmp_path / "run", timeout=400)):
         for number in range(3):
             megatron, vllm = seen[number]
             same(vllm, megatron, number)
         first, second, third = seen["pids"]
         assert first == second
-        assert (second == third) == (rank == 0), "the one that lives stays"
+        assert (second == third) == (rank == 0), "only the killed server is restarted"
 
 
-def draw_and_die(rank: int, world_size: int, output: Path) -> None:
+def generate_until_killed(rank: int, world_size: int, output: Path) -> None:
     """Is killed while its server is busy."""
     from nemo_popsd.embedded.names import asset
 
@@ -270,5 +270,5 @@ def draw_and_die(rank: int, world_size: int, output: Path) -> None:
 
 def test_a_server_does_not_outlive_its_trainer(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the process died with exit code -9"):
-        run_ranks(draw_and_die, 1, tmp_path, timeout=200)
+        run_ranks(generate_until_killed, 1, tmp_path, timeout=200)
     assert gone(int((tmp_path / "pid").read_text()))

@@ -25,8 +25,8 @@ MODEL = ServedModel(
 
 
 def settings(model: ServedModel, *, adapter: bool) -> dict[str, Any]:
-    place: dict[str, Any] = {"output": Path("/run"), "limit": 10, "replica": 3, "devices": None}
-    return server_launch(RolloutConfig(), model, Path("/model"), adapter=adapter, **place).settings
+    options: dict[str, Any] = {"output": Path("/run"), "limit": 10, "replica": 3, "devices": None}
+    return server_launch(RolloutConfig(), model, Path("/model"), adapter=adapter, **options).settings
 
 
 def test_a_server_gets_the_overrides_of_the_models_configuration() -> None:
@@ -46,7 +46,7 @@ def test_a_server_of_adapters_reads_the_base_and_one_of_merged_weights_does_not(
     assert "enable_lora" not in merged["arguments"]
 
 
-def test_which_models_are_served_with_adapters(tmp_path: Path) -> None:
+def test_adapters_are_sent_for_dense_models_in_hugging_face_directories(tmp_path: Path) -> None:
     auto = VllmConfig()
     base = adapter_base(auto, MODEL)
     assert base is not None

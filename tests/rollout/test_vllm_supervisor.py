@@ -23,7 +23,7 @@ from nemo_popsd.rollout.vllm.supervisor import Launch, ServerLost, VllmServer
 from tests.harness import run_ranks
 from tests.rollout.vllm_servers import gone
 
-SPEAKER = """
+REPLYING_SERVER = """
 import json, os, signal, socket, sys, time
 sys.path.insert(0, {folder!r})
 import popsd_wire as wire
@@ -38,7 +38,7 @@ while True:
     request = wire.receive(connection)[0]
     {answer}
 """
-"""A program that follows the protocol up to the point where `answer` continues."""
+"""A program that follows the protocol until the first request, for which it runs `answer`."""
 
 
 def launch(tmp_path: Path, python: str, *, start_seconds: float = 30, answer_seconds: float = 30) -> Launch:
@@ -62,8 +62,8 @@ def program(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def speaker(tmp_path: Path, answer: str, *, honest: bool = True) -> str:
-    text = SPEAKER.format(folder=str(SERVER.parent), honest=honest, answer=answer)
+def replying_server(tmp_path: Path, answer: str, *, honest: bool = True) -> str:
+    text = REPLYING_SERVER.format(folder=str(SERVER.parent), honest=honest, answer=answer)
     return program(tmp_path, f"#!{sys.executable}\n{text}")
 
 
@@ -78,7 +78,7 @@ def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
     assert any("ModuleNotFoundError" in line for line in printed.value.advice), "the end of the log"
 
 
-def test_a_server_that_ends_at_once(tmp_path: Path) -> None:
+def test_a_server_that_ends_at_once_is_lost(tmp_path: Path) -> None:
     python = program(tmp_path, "#!/bin/sh\necho no such device\nexit 7\n")
     with pytest.raises(ServerLost, match="ended at once, exit status 7") as printed:
         VllmServer(launch(tmp_path, python))
@@ -87,15 +87,15 @@ def test_a_server_that_ends_at_once(tmp_path: Path) -> None:
 
 def test_a_silent_server_is_lost(tmp_path: Path) -> None:
     python = program(tmp_path, "#!/bin/sh\necho $$ > $(dirname $0)/pid\nsleep 300\n")
-    begun = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(ServerLost, match=r"not ready within rollout\.vllm\.start_seconds=1"):
         VllmServer(launch(tmp_path, python, start_seconds=1))
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - started < 10
     assert gone(int((tmp_path / "pid").read_text()))
 
 
 def test_a_connection_without_the_token_is_refused(tmp_path: Path) -> None:
-    python = speaker(tmp_path, "pass", honest=False)
+    python = replying_server(tmp_path, "pass", honest=False)
     with pytest.raises(ServerLost, match=r"ended at once|not ready within"):
         VllmServer(launch(tmp_path, python, start_seconds=3))
 
@@ -131,11 +131,11 @@ while True:
     responses = [[[5], [-0.5]] for _ in request.get("requests", [])]
     wire.send(connection, {{"version": version, "responses": responses}})
 """
-"""A program that loads as the events say, one for each start, and then generates."""
+"""A program whose start number n ends with event n, and which then generates."""
 
 
 def loader(tmp_path: Path, *events: str, restarts: int = 2, lost_at_requests: int = 0) -> VllmEngine:
-    """The engine of one rank whose servers are such programs."""
+    """The engine of one rank whose servers run `LOADER`."""
     text = LOADER.format(folder=str(SERVER.parent), events=events, lost_at_requests=lost_at_requests)
     python = program(tmp_path, f"#!{sys.executable}\n{text}")
     return VllmEngine(
@@ -150,7 +150,7 @@ def loader(tmp_path: Path, *events: str, restarts: int = 2, lost_at_requests: in
     )
 
 
-def drawn(engine: VllmEngine) -> list[list[int]]:
+def generate(engine: VllmEngine) -> list[list[int]]:
     rollouts = engine.generate([Request([1, 2], 1)], SamplingParams(0.0, 1.0, 0, 4, frozenset()))
     engine.close()
     return [rollout.response for rollout in rollouts]
@@ -161,26 +161,26 @@ OUT_OF_MEMORY = "OutOfMemoryError: CUDA out of memory"
 
 @pytest.mark.parametrize("event", ["die", OUT_OF_MEMORY])
 def test_a_server_that_fails_while_it_loads_is_started_again(tmp_path: Path, event: str) -> None:
-    assert drawn(loader(tmp_path, event, "ready")) == [[5]]
+    assert generate(loader(tmp_path, event, "ready")) == [[5]]
     assert (tmp_path / "starts").read_text() == "xx"
 
 
 def test_a_server_that_never_loads_is_a_transient_error(tmp_path: Path) -> None:
     with pytest.raises(TransientError, match=r"lost 3 times \(rollout\.vllm\.restarts=2\): it ended while") as printed:
-        drawn(loader(tmp_path, "die"))
+        generate(loader(tmp_path, "die"))
     assert (tmp_path / "starts").read_text() == "xxx"
     assert "loading half of it" in printed.value.advice, "the end of the log"
 
 
 def test_a_student_that_vllm_refuses_is_a_user_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot load the student .ValueError: no such architecture"):
-        drawn(loader(tmp_path, "ValueError: no such architecture"))
+        generate(loader(tmp_path, "ValueError: no such architecture"))
     assert (tmp_path / "starts").read_text() == "x"
 
 
 def test_a_failure_after_a_server_has_loaded_is_not_a_user_error(tmp_path: Path) -> None:
     events = ("ready", "ValueError: Free memory on device is less than desired", "ready")
-    assert drawn(loader(tmp_path, *events, lost_at_requests=1)) == [[5]]
+    assert generate(loader(tmp_path, *events, lost_at_requests=1)) == [[5]]
     assert (tmp_path / "starts").read_text() == "xxx"
 
 
@@ -192,10 +192,10 @@ def test_a_failure_after_a_server_has_loaded_is_not_a_user_error(tmp_path: Path)
         ("wire.send(connection, {'error': 'ValueError: too long'})", "generate: ValueError: too long"),
         ("connection.sendall(b'x' * 64)", "generate: ValueError"),
     ],
-    ids=["dies", "hangs", "fails", "babbles"],
+    ids=["dies", "hangs", "fails", "sends garbage"],
 )
 def test_a_server_that_fails_at_a_request_is_lost_and_ended(tmp_path: Path, answer: str, printed: str) -> None:
-    server = VllmServer(launch(tmp_path, speaker(tmp_path, answer), answer_seconds=1))
+    server = VllmServer(launch(tmp_path, replying_server(tmp_path, answer), answer_seconds=1))
     with pytest.raises(ServerLost, match=printed):
         server.ask({"request": "generate"})
     assert not server.alive
@@ -206,7 +206,7 @@ def test_a_server_that_fails_at_a_request_is_lost_and_ended(tmp_path: Path, answ
 
 def test_a_server_ends_with_its_trainer_and_its_object(tmp_path: Path) -> None:
     answer = "wire.send(connection, {'version': None})"
-    server = VllmServer(launch(tmp_path, speaker(tmp_path, answer)))
+    server = VllmServer(launch(tmp_path, replying_server(tmp_path, answer)))
     server.check_health()
     pid = server.pid
     del server
@@ -214,35 +214,35 @@ def test_a_server_ends_with_its_trainer_and_its_object(tmp_path: Path) -> None:
 
 
 def test_another_thread_can_end_a_server_during_a_request(tmp_path: Path) -> None:
-    server = VllmServer(launch(tmp_path, speaker(tmp_path, "time.sleep(300)")))
+    server = VllmServer(launch(tmp_path, replying_server(tmp_path, "time.sleep(300)")))
     threading.Timer(0.3, server.close).start()
-    begun = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(ServerLost):
         server.ask({"request": "generate"})
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - started < 15
 
 
 def test_servers_do_not_inherit_rank_and_module_path() -> None:
-    ours = {
+    own = {
         "PATH": "/bin",
         "RANK": "3",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "4",
         "MASTER_ADDR": "here",
-        "PYTHONPATH": "/ours",
+        "PYTHONPATH": "/trainer",
         "VIRTUAL_ENV": "/venv",
         "TORCHELASTIC_RUN_ID": "x",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # a server that sleeps refuses it
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3",
     }
-    theirs = server_environment(ours, "2,3")
-    assert theirs["PATH"] == "/bin"
-    assert theirs["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert theirs["PYTHONPATH"] == str(SERVER.parent)
-    left_out = ours.keys() - {"PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES"}
-    assert not left_out & theirs.keys()
-    assert server_environment(ours, None)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    server = server_environment(own, "2,3")
+    assert server["PATH"] == "/bin"
+    assert server["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert server["PYTHONPATH"] == str(SERVER.parent)
+    withheld = own.keys() - {"PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES"}
+    assert not withheld & server.keys()
+    assert server_environment(own, None)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_servers_do_not_inherit_rank_and_module_path() -> None:
         ("", "no vLLM"),
     ],
 )
-def test_versions(tmp_path: Path, version: str, printed: str | None) -> None:
+def test_versions_of_vllm_are_accepted_or_refused(tmp_path: Path, version: str, printed: str | None) -> None:
     config = VllmConfig(python=program(tmp_path, f"#!/bin/sh\necho {version}\n"))
     if printed is None:
         assert check_environment(config) == version
@@ -273,7 +273,7 @@ def test_the_environment_of_another_machine_is_not_checked() -> None:
 
 
 def together(rank: int, world_size: int, case: str) -> Any:
-    """What a rank gets from something that only the first does."""
+    """What a rank gets from an action that only the leader runs."""
     import torch.distributed as dist
 
     group = dist.group.WORLD
@@ -285,11 +285,11 @@ def together(rank: int, world_size: int, case: str) -> Any:
         "defect": lambda: {}["missing"],
         "slow": lambda: time.sleep(20),
     }
-    looks = [0]
+    checks = [0]
 
     def stop() -> bool:
-        looks[0] += 1
-        return case == "slow" and looks[0] > 3
+        checks[0] += 1
+        return case == "slow" and checks[0] > 3
 
     try:
         return ranks.share(ranks.together(actions[case], stop_requested=stop)), ranks.any(rank == 1)

@@ -1,4 +1,4 @@
-"""Frames and buckets: what is sent is what arrives, and what is no frame is refused."""
+"""Frames and buckets arrive unchanged, and bytes that are not a frame are refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 class Receiver:
-    """In the place of a server: reads buckets as vLLM's workers do."""
+    """Replaces a server: reads buckets as vLLM's workers do."""
 
     def __init__(self, *, same_machine: bool) -> None:
         self.launch = SimpleNamespace(same_machine=same_machine)
@@ -90,7 +90,7 @@ class Receiver:
                 folder.write_bytes(payload)
                 path = str(folder)
             self.sizes.append(Path(path).stat().st_size)
-            # Read later: a layer may wait for the rest of its tensors until the bucket is long gone.
+            # Used later: a layer may wait for the rest of its tensors after the bucket has been removed.
             self.received |= dict(read_bucket(path, request["tensors"]))
             if folder is not None:
                 folder.unlink()
@@ -102,7 +102,7 @@ class Receiver:
 def test_buckets_contain_every_tensor_once(bucket_bytes: int, same_machine: bool) -> None:
     receiver, sent = Receiver(same_machine=same_machine), tensors()
     sender = BucketSender(receiver, bucket_bytes)  # type: ignore[arg-type]
-    assert receiver.version is None, "while weights are on their way there is no version"
+    assert receiver.version is None, "during an update the server has no version"
     for name, tensor in sent.items():
         sender.add(name, tensor)
     sender.commit(8)
@@ -126,4 +126,4 @@ def test_the_servers_modules_need_nothing_of_this_package() -> None:
 
     for path in folder.glob("*.py"):
         assert {module.split(".")[0] for module in imports(path)} <= known, path.name
-    assert imports(Path(wire.__file__)) <= set(sys.stdlib_module_names), "both sides have it"
+    assert imports(Path(wire.__file__)) <= set(sys.stdlib_module_names), "the trainer imports it too"

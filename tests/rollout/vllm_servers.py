@@ -1,4 +1,4 @@
-"""Where the tests find a real vLLM, and runs that draw from it."""
+"""Where the tests find a real vLLM, and settings of runs that generate with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PYTHON = os.environ.get("POPSD_VLLM_PYTHON", str(ROOT / ".vllm-venv" / "bin" / "
 
 needs_vllm = pytest.mark.skipif(
     not Path(PYTHON).is_file(),
-    reason=f"no vLLM at {PYTHON}; `make vllm-env` makes one, or set POPSD_VLLM_PYTHON",
+    reason=f"no vLLM at {PYTHON}; `make vllm-env` creates one, or set POPSD_VLLM_PYTHON",
 )
 SMALL = [
     "rollout.engine=vllm",
@@ -52,7 +52,7 @@ def engine(config: Any, student: Any, *, version: Any = lambda: 0, longest: int 
 
 
 def gone(pid: int, *, within: float = 20) -> bool:
-    """Whether a process ends in time."""
+    """Whether a process ends `within` seconds."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):

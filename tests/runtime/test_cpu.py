@@ -1,4 +1,4 @@
-"""Megatron without CUDA: every adaptation is applied, needed at the lines it names, and has no other effect."""
+"""Megatron without CUDA: every adaptation is applied, needed by the functions it names, and has no other effect."""
 
 from __future__ import annotations
 
@@ -99,14 +99,16 @@ def test_torch_itself_is_untouched():
         assert patched == []
 
 
-def test_no_transformer_engine_is_left_behind():
-    """What probes for it later must not find the stand-in."""
+def test_the_stand_in_for_transformer_engine_is_removed():
+    """Libraries that look for Transformer Engine later must not find the stand-in."""
     importlib.import_module("megatron.bridge.peft.lora")
     assert "transformer_engine" not in sys.modules
     assert importlib.util.find_spec("transformer_engine") is None
-    believers = {n for n, m in list(sys.modules.items()) if n.startswith("megatron.") and getattr(m, "HAVE_TE", False)}
-    # That one believes of itself: what it imports from megatron-core exists without Transformer Engine, too.
-    assert believers <= {"megatron.core.transformer.multi_latent_attention"}
+    modules_with_te = {
+        n for n, m in list(sys.modules.items()) if n.startswith("megatron.") and getattr(m, "HAVE_TE", False)
+    }
+    # This module sets HAVE_TE by itself: what it imports from megatron-core exists without Transformer Engine too.
+    assert modules_with_te <= {"megatron.core.transformer.multi_latent_attention"}
     layers = importlib.import_module("megatron.bridge.peft.lora_layers")
     with pytest.raises(RuntimeError, match="not installed"):
         layers.te.Linear(2, 2)
@@ -123,9 +125,9 @@ def test_applying_twice_changes_nothing():
 
 def test_with_cuda_nothing_is_applied_but_what_local_layers_need(monkeypatch):
     applied = []
-    one, other = (Adaptation(name, (), "", lambda name=name: applied.append(name)) for name in ("cpu", "local"))
-    monkeypatch.setattr(cpu, "ADAPTATIONS", (one,))
-    monkeypatch.setattr(cpu, "LOCAL_LAYERS", (other,))
+    cuda_free, local = (Adaptation(name, (), "", lambda name=name: applied.append(name)) for name in ("cpu", "local"))
+    monkeypatch.setattr(cpu, "ADAPTATIONS", (cuda_free,))
+    monkeypatch.setattr(cpu, "LOCAL_LAYERS", (local,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     adapt_megatron()
     assert applied == ["local"]
@@ -144,20 +146,20 @@ def test_an_installed_transformer_engine_is_not_replaced(monkeypatch):
         adaptations[name].apply()
     assert moe.te_general_gemm == "its own"
     assert "transformer_engine" not in sys.modules
-    assert "megatron.bridge.peft.lora" not in sys.modules, "not imported over a stand-in"
+    assert "megatron.bridge.peft.lora" not in sys.modules, "LoRA was imported with the stand-in"
 
 
 def test_a_missing_target_is_an_error(monkeypatch):
     hollow = types.ModuleType("hollow")
     hollow.function = lambda: "torch.FloatTensor"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hollow", hollow)
-    gone = {
+    failing = {
         "no torch": cpu._rebind_torch("hollow"),
         "no module": cpu._rebind_torch("no_such_module"),
         "no tensor type": cpu._cpu_tensor_types("hollow", "function"),
         "no function": cpu._cpu_tensor_types("hollow", "Class.method"),
     }
-    for name, apply in gone.items():
+    for name, apply in failing.items():
         monkeypatch.setattr(cpu, "ADAPTATIONS", (Adaptation(name, (), "", apply),))
         with pytest.raises(RuntimeError, match=r"revise nemo_popsd/runtime/cpu\.py"):
             adapt_megatron()
@@ -194,12 +196,12 @@ def test_the_functions_that_need_it_still_do(adaptation):
 
 
 def test_nothing_else_in_the_package_patches_a_library():
-    """Except two lines, with their reasons: the queue of a checkpoint's writers, and the unpickler of its readers."""
-    found = set()
+    """Except two lines with their reasons: the queue of a checkpoint's writers, and the unpickler of its readers."""
+    patched = set()
     for file in PACKAGE.rglob("*.py"):
         if file not in (Path(cpu.__file__), Path(local_layers.__file__)):
-            found |= {(str(file.relative_to(PACKAGE)), target) for target in _patched(ast.parse(file.read_text()))}
-    assert found == {
+            patched |= {(str(file.relative_to(PACKAGE)), target) for target in _patched(ast.parse(file.read_text()))}
+    assert patched == {
         ("checkpoint/weights.py", "filesystem_async._results_queue"),
         ("checkpoint/trust.py", "filesystem.pickle"),
     }
@@ -207,7 +209,7 @@ def test_nothing_else_in_the_package_patches_a_library():
 
 
 def _patched(tree: ast.AST) -> set[str]:
-    """Attributes set on what was imported from outside of the package."""
+    """Attributes that are set on objects imported from other packages."""
     imported = set()
     for node in ast.walk(tree):
         outside = isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and "popsd" not in str(node.module))
@@ -252,13 +254,13 @@ def _scatter(rank: int, world_size: int) -> dict[str, Any]:
     from nemo_popsd.parallel.distributed import initialize
 
     initialize(ParallelConfig(tensor=world_size), seed=3)
-    whole = torch.arange(12.0).reshape(3, 4)
+    matrix = torch.arange(12.0).reshape(3, 4)
     mapping = ColumnParallelMapping("a.weight", "b.weight")
-    ours = type(mapping).scatter_to_tp_ranks
-    [stock] = [c.cell_contents for c in ours.__closure__ if callable(c.cell_contents)]
-    result = {"expected": whole.chunk(world_size, dim=1)[rank].clone()}
-    for name, scatter in (("ours", ours), ("stock", stock)):
-        splits = list(whole.chunk(world_size, dim=1)) if rank == 0 else None
+    adapted = type(mapping).scatter_to_tp_ranks
+    [stock] = [c.cell_contents for c in adapted.__closure__ if callable(c.cell_contents)]
+    result = {"expected": matrix.chunk(world_size, dim=1)[rank].clone()}
+    for name, scatter in (("adapted", adapted), ("stock", stock)):
+        splits = list(matrix.chunk(world_size, dim=1)) if rank == 0 else None
         try:
             result[name] = scatter(mapping, splits, torch.Size([3, 2]), torch.float32, torch.device("cpu"))
         except Exception as error:
@@ -270,7 +272,7 @@ def test_regions_have_their_own_random_state_and_restore_the_outer_one():
     [alone] = run_ranks(_random_state, 1)
     assert alone["restored"]
     assert alone["records"] == []
-    assert not torch.equal(alone["first"], alone["second"]), "a region goes on where it stopped"
+    assert not torch.equal(alone["first"], alone["second"]), "a region continues its own random numbers"
     assert not torch.equal(alone["first"], alone["outside"])
     two = run_ranks(_random_state, 2)
     assert all(result["restored"] for result in two)
@@ -281,6 +283,6 @@ def test_regions_have_their_own_random_state_and_restore_the_outer_one():
 def test_scattered_views_arrive_intact():
     results = run_ranks(_scatter, 2)
     for result in results:
-        assert torch.equal(result["ours"], result["expected"])
-    # Once the library's own does as well, the adaptation can go.
+        assert torch.equal(result["adapted"], result["expected"])
+    # If this fails, the library's own method works too, and the adaptation is no longer needed.
     assert not all(torch.is_tensor(r["stock"]) and torch.equal(r["stock"], r["expected"]) for r in results)

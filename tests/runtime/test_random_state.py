@@ -1,3 +1,5 @@
+"""Every random generator of a process is saved and restored."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -5,7 +7,7 @@ from typing import Any
 from tests.harness import run_ranks
 
 
-def _draw(rank: int, world_size: int) -> list[Any]:
+def _random_numbers(rank: int, world_size: int) -> list[Any]:
     import random
 
     import numpy as np
@@ -23,14 +25,14 @@ def _draw(rank: int, world_size: int) -> list[Any]:
 
     initialize(ParallelConfig(), seed=3)
     numbers()
-    kept = capture_random_state()
+    state = capture_random_state()
     first = numbers()
     numbers()
-    restore_random_state(kept)
+    restore_random_state(state)
     return [first, numbers(), numbers()]
 
 
 def test_every_generator_is_restored() -> None:
-    [[first, again, later]] = run_ranks(_draw, 1)
+    [[first, again, later]] = run_ranks(_random_numbers, 1)
     assert first == again
     assert not set(first) & set(later)

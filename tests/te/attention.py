@@ -1,7 +1,7 @@
-"""Transformer Engine's fused attention (cuDNN) in torch, and what context parallelism needs beside it.
+"""Transformer Engine's fused attention (cuDNN) in torch, with the functions that context parallelism needs.
 
-Forward returns the log-sum-exp of each query's scores; backward takes it, and takes the one of the whole sequence where
-the keys of a call are a part of it: that is what context parallelism builds on.
+Forward returns the log-sum-exp of each query's scores, and backward takes it. Under context parallelism a call has a
+part of the keys, and backward takes the log-sum-exp over the full sequence.
 
 Shapes: [s, b, n, d] (sbhd), [b, s, n, d] (bshd) or [t, n, d] (thd) of queries; keys and values with g heads; the
 log-sum-exp is [b, n, s, 1], or [t, n, 1] when packed.
@@ -26,7 +26,7 @@ _LAYOUTS = (
     "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD"
 )
 _ONE_FORMAT = 15
-"""So many of them, the first, have queries, keys and values in one form."""
+"""The first 15 layouts have queries, keys and values in one form."""
 
 
 def _names(kind: str, names: str) -> Any:
@@ -45,7 +45,7 @@ Backend = _names("NVTE_Fused_Attn_Backend", "No_Backend F16_max512_seqlen F16_ar
 
 
 def get_fused_attn_backend(*arguments: Any, **options: Any) -> Any:
-    """The one that is emulated."""
+    """The backend that is emulated."""
     return Backend.NVTE_F16_arbitrary_seqlen
 
 
@@ -59,7 +59,7 @@ def _form(layout: Any) -> str:
 def _sequences(
     form: str, mask: Any, bounds: Tensor, padded: Tensor | None, queries: bool, tensors: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Views [b, s, n, d] of parts of `tensors` in which all rows are of one length."""
+    """Views [b, s, n, d] of parts of `tensors` in which all sequences have one length."""
     lengths = torch.diff(bounds).tolist()
     if form == "thd":
         begins = (bounds if padded is None else padded)[:-1].tolist()
@@ -75,7 +75,7 @@ def _sequences(
 
 
 def _hidden(mask: Any, window: Sequence[int], bottom_right: bool, queries: int, keys: int) -> Tensor | None:
-    """Which keys each query does not see, [s, k]; None where it sees all."""
+    """Which keys each query does not attend to, [s, k]; None where it attends to all."""
     left, right = window
     causal = "CAUSAL" in mask.name
     if causal:
@@ -84,7 +84,7 @@ def _hidden(mask: Any, window: Sequence[int], bottom_right: bool, queries: int, 
         return None
     offset = keys - queries if bottom_right else 0
     if causal and not bottom_right and queries != keys:
-        raise NotImplementedError("causal attention of unlike numbers of queries and keys is not emulated")
+        raise NotImplementedError("causal attention with different numbers of queries and keys is not emulated")
     distance = torch.arange(queries)[:, None] + offset - torch.arange(keys)[None]
     hidden = torch.zeros(queries, keys, dtype=torch.bool)
     if left >= 0:
@@ -133,7 +133,7 @@ def fused_attn_fwd(
     return_max_logit: bool,
     cuda_graph: bool,
 ) -> list[Tensor]:
-    """Attended values, the log-sum-exp, and the state of a generator that nothing is drawn from."""
+    """Attended values, the log-sum-exp, and the state of a generator that is not used."""
     refuse(
         "fused_attn_fwd",
         dropout=is_training and dropout,

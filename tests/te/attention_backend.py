@@ -1,4 +1,4 @@
-"""Transformer Engine's unfused attention, which a GPU has in fp32, for models that this process builds."""
+"""Transformer Engine's unfused attention, which a GPU uses in fp32, for models that this process builds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def use_unfused_attention() -> None:
-    """From now on, models take products and a softmax between them; the emulated fused attention takes fp32 too."""
+    """Makes all models built from now on use the unfused attention, as fp32 does on a GPU."""
     from megatron.core.transformer.enums import AttnBackend
 
     from nemo_popsd.megatron import build, limits
@@ -22,7 +22,7 @@ def use_unfused_attention() -> None:
 
 
 def attention_in_use() -> str:
-    """`fused` or `unfused`: what the last forward took."""
+    """`fused` or `unfused`: the attention of the last forward."""
     from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
 
     chosen = dot_product_attention._attention_backends

@@ -1,4 +1,4 @@
-"""The module ``transformer_engine_torch``, whose kernels are those of `kernels` and `attention`; the others refuse."""
+"""The module ``transformer_engine_torch`` with the kernels of `kernels` and `attention`; the other kernels raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENUMERATIONS = {
     "Float8BlockScaleTensorFormat": "GEMM_READY COMPACT",
 }
 CUDNN, CUBLAS = 91500, 130100
-"""Versions that are reported: those of the container."""
+"""The versions that the module reports: those of the container."""
 
 
 def _public(module: types.ModuleType) -> Iterable[tuple[str, Any]]:
@@ -47,7 +47,7 @@ class _Extension(types.ModuleType):
 
 
 def build(package: Path) -> types.ModuleType:
-    """A fresh module, with every kernel that the sources below `package` name: Transformer Engine looks many up."""
+    """A new module with every kernel that the sources below `package` name, since Transformer Engine looks up many."""
     module: Any = _Extension(NAME)
     module.__spec__ = importlib.machinery.ModuleSpec(NAME, None)
     sources = (path.read_text() for path in package.rglob("*.py"))

@@ -3,10 +3,9 @@
     install()        # before anything of Megatron is imported; the whole process then has the layers of a GPU
 
 Nothing on disk is changed. In Transformer Engine's modules, as they are imported, the name ``torch`` is a view of
-torch whose one CUDA device is the CPU, ``is_cuda`` asks for the CPU, the device "cuda" is "cpu", and fused attention
-takes fp32; that is all. In the project one function answers as it does on a GPU
-(`nemo_popsd.megatron.spec.chosen_layers`), and what is CUDA or Triton rather than Python stays off
-(`KERNELS_THAT_STAY_OFF`).
+torch whose one CUDA device is the CPU, ``is_cuda`` is ``is_cpu``, the device "cuda" is "cpu", and fused attention
+supports fp32. In the project `nemo_popsd.megatron.spec.chosen_layers` returns what it does on a GPU, and kernels that
+are written in CUDA or Triton stay off (`KERNELS_THAT_STAY_OFF`).
 """
 
 from __future__ import annotations
@@ -37,25 +36,25 @@ _HALF_PRECISION_ALONE = (
     "torch.float16, torch.bfloat16",
     "torch.bfloat16, torch.float16, torch.float8_e4m3fn",
 )
-"""Lists of what fused attention takes. The emulated one takes fp32 too: the layouts are compared in fp32, and it is the
-attention that a GPU has in bf16, with context parallelism in particular. NVTE_FUSED_ATTN=0 is the one of fp32."""
+"""Lists of the dtypes that fused attention supports. The emulated one also supports fp32, because layouts are compared
+in fp32 with the attention that a GPU uses in bf16. NVTE_FUSED_ATTN=0 selects the one that a GPU uses in fp32."""
 
 KERNELS_THAT_STAY_OFF = ("gradient_accumulation_fusion", "moe_permute_fusion")
 """Settings of a model whose kernels are sources in CUDA (Apex) or Triton."""
 
 
 def folder() -> Path:
-    """Where Transformer Engine is installed, away from the environment: it would break Megatron's import there."""
+    """Where Transformer Engine is installed: outside of the environment, in which it would break Megatron's import."""
     return _ROOT / os.environ.get(ENVIRONMENT, ".te-site")
 
 
 def available() -> bool:
-    """Whether it is."""
+    """Whether Transformer Engine is installed."""
     return (folder() / PACKAGE / "pytorch").is_dir()
 
 
 class _Done:
-    """A stream, or an event: everything has happened when a call returns."""
+    """A stream, or an event, of a device whose calls are complete when they return."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -66,7 +65,7 @@ class _Done:
 
 
 class _Once:
-    """A request that may be waited for again, as one of NCCL may: gloo's would wait for another message."""
+    """A request on which `wait` may be called again, as with NCCL; gloo would wait for another message."""
 
     def __init__(self, request: Any) -> None:
         self._request = request
@@ -131,7 +130,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder(importlib.metadata.DistributionFinder):
-    """Finds Transformer Engine's modules and its version. On no path: ranks take theirs from the test process."""
+    """Finds Transformer Engine's modules and its version, without an entry on the path, which ranks would inherit."""
 
     def __init__(self, view: types.ModuleType) -> None:
         self._view = view
@@ -155,14 +154,14 @@ class _Finder(importlib.metadata.DistributionFinder):
 def install() -> None:
     """Imports Transformer Engine, Megatron on it, and the project on both. Once in a process."""
     if "megatron.core" in sys.modules or PACKAGE in sys.modules:
-        raise RuntimeError("Transformer Engine is to be installed before Megatron is imported")
+        raise RuntimeError("install Transformer Engine before Megatron is imported")
     sys.modules[extension.NAME] = extension.build(folder() / PACKAGE / "pytorch")
     view = _Torch()
     sys.meta_path.insert(0, _Finder(view))
-    # Functions that torch would compile at their first call stay Python: a compiler takes longer than they ever do.
+    # Compiling functions would take longer than the tests run them.
     torch._dynamo.config.disable = True
-    # Else it looks for its CUDA library, which the wheel has not.
-    sys.path.append(str(folder()))  # of onnxscript, which it imports
+    sys.path.append(str(folder()))  # Transformer Engine imports onnxscript, which is installed beside it
+    # With NVTE_PROJECT_BUILDING it does not look for its CUDA library, which the wheel does not contain.
     with environment(NVTE_PROJECT_BUILDING="1", NVTE_TORCH_COMPILE="0"):
         importlib.import_module(f"{PACKAGE}.pytorch")
     sys.path.remove(str(folder()))
@@ -172,10 +171,10 @@ def install() -> None:
     ring: Any = importlib.import_module(f"{PACKAGE}.pytorch.attention.dot_product_attention.context_parallel")
     exchange = ring.flash_attn_p2p_communicate
     ring.flash_attn_p2p_communicate = lambda *arguments: [_Once(request) for request in exchange(*arguments)]
-    _choose_it()
+    _select_transformer_engine()
 
 
-def _choose_it() -> None:
+def _select_transformer_engine() -> None:
     from nemo_popsd.megatron import limits, spec
 
     right = spec.choose_layer_spec
@@ -187,5 +186,5 @@ def _choose_it() -> None:
 
     build: Any = importlib.import_module("nemo_popsd.megatron.build")
     spec.chosen_layers = lambda setting: "transformer_engine"
-    limits.PRECISIONS_OF_CONTEXT = ("bf16", "fp32")  # as the emulated attention has it
+    limits.PRECISIONS_OF_CONTEXT = ("bf16", "fp32")  # those of the emulated attention
     build.choose_layer_spec = choose

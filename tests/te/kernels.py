@@ -1,7 +1,7 @@
 """Kernels of Transformer Engine's torch extension, written in torch: norms, products, softmax, rotation, optimizer.
 
 Each has the signature of the compiled one (``transformer_engine_torch`` 2.12) and computes what that one does, on any
-device and without its speed. What a caller of ours never asks for (fp8, communication overlap, GELU) is refused.
+device. Options that this project does not use (fp8, communication overlap, GELU) are refused.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def convert_thd_to_bshd(x: Tensor, bounds: Tensor, batch: int, length: int) -> T
 
 
 def convert_bshd_to_thd(x: Tensor, bounds: Tensor, total: int) -> Tensor:
-    """The way back."""
+    """[b, s, n, d] -> [t, n, d]."""
     packed = x.new_zeros(total, *x.shape[2:])
     for row, (begin, end) in enumerate(_spans(bounds)):
         packed[begin:end] = x[row, : end - begin]
@@ -220,7 +220,7 @@ def _angles_of(
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
-    """x·cos + rotate_half(x)·sin in the first so many dimensions as there are angles; the transpose of it backward."""
+    """x·cos + rotate_half(x)·sin in as many of the first dimensions as there are angles; backward: its transpose."""
     width = cosine.shape[-1]
     turned, rest = x[..., :width].float(), x[..., width:]
     one, other = (turned * sine).chunk(2, dim=-1) if backward else turned.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""What the fork server of `tests.harness` imports for ranks that have the layers of a GPU."""
+"""What the fork server of `tests.harness` imports for ranks with Transformer Engine's layers."""
 
 from __future__ import annotations
 

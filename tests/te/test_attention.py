@@ -1,4 +1,4 @@
-"""Emulated fused attention against dense attention and its autograd, whole and in the parts of context parallelism."""
+"""Emulated fused attention against dense attention and autograd, complete and in the parts of context parallelism."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ CASES = {
 
 @pytest.mark.parametrize("form", ["sbhd", "bshd"])
 @pytest.mark.parametrize("case", CASES)
-def test_side_by_side(form: str, case: str) -> None:
+def test_unpacked_sequences_equal_dense_attention(form: str, case: str) -> None:
     mask, name, window = CASES[case]
     q, k, v, upstream = (_draw(2, 7, n, WIDTH, seed=i) for i, n in enumerate((HEADS, GROUPS, GROUPS, HEADS)))
     expected = _dense_gradients(lambda *x: _dense(*x, name, window), upstream, q, k, v)
@@ -90,7 +90,7 @@ def test_side_by_side(form: str, case: str) -> None:
         _close(turn(a), e)
 
 
-def test_packed_sequences_do_not_see_each_other() -> None:
+def test_packed_sequences_do_not_attend_to_each_other() -> None:
     lengths, bounds = [3, 1, 5], torch.tensor([0, 3, 4, 9])
     q, k, v, upstream = (_draw(9, n, WIDTH, seed=i) for i, n in enumerate((HEADS, GROUPS, GROUPS, HEADS)))
 
@@ -106,8 +106,8 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         _close(a, e)
 
 
-def test_parts_of_the_keys_make_up_the_whole() -> None:
-    """The second halves of packed sequences see the first halves' keys in one call and their own in another."""
+def test_parts_of_the_keys_add_up_to_attention_to_all_keys() -> None:
+    """The second halves of packed sequences attend to the first halves' keys in one call, to their own in another."""
     bounds, half = torch.tensor([0, 4, 10]), torch.tensor([0, 2, 5])
     q, k, v, upstream = (_draw(10, n, WIDTH, seed=i) for i, n in enumerate((HEADS, GROUPS, GROUPS, HEADS)))
     causal, everything = Mask.NVTE_PADDING_CAUSAL_MASK, Mask.NVTE_PADDING_MASK
@@ -154,5 +154,5 @@ def test_parts_of_the_keys_make_up_the_whole() -> None:
 
 def test_what_is_not_emulated_is_refused() -> None:
     q, k, v = (_draw(4, n, WIDTH) for n in (HEADS, GROUPS, GROUPS))
-    with pytest.raises(NotImplementedError, match="unlike numbers"):
+    with pytest.raises(NotImplementedError, match="different numbers"):
         _forward("thd", Mask.NVTE_PADDING_CAUSAL_MASK, torch.tensor([0, 2]), q, k, v, bounds_kv=torch.tensor([0, 4]))

@@ -1,4 +1,4 @@
-"""A student in bf16, which is what a GPU trains, on Transformer Engine's layers, local ones, and in fp32."""
+"""A student in bf16, as on a GPU, on Transformer Engine's layers and on local ones, against fp32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ at most 7e-4 was measured in the first loss, 5.6e-3 in later ones, whose weights
 over all its entries (3.7e-2 on local layers) and 2.1e-3 in the weights. A branch that is left out, or a wrong scale,
 is an error of 0.3 and more."""
 BESIDE_LOCAL = 1.5
-"""Times the gradient's error of local layers in bf16, which round elsewhere; up to 1.35 was measured."""
+"""Factor of the gradient's error of local layers in bf16, which round at other places; up to 1.35 was measured."""
 
 VARIANTS = {
     "full, padded": Variant(precision="bf16"),
@@ -92,7 +92,7 @@ def _errors(results: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("run", "variant"), [(run, variant) for run in RUNS for variant in RUNS[run][2]])
-def test_it_trains_as_in_fp32(
+def test_training_in_bf16_is_close_to_fp32(
     trained: dict[str, list[dict[str, Any]]], exact: dict[str, Any], run: str, variant: str
 ) -> None:
     """Forward, gradient and three optimizer steps."""

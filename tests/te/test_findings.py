@@ -1,4 +1,4 @@
-"""What Transformer Engine's own modules refuse or take over: each test fails where the code does not allow for it."""
+"""Restrictions and side effects of Transformer Engine's modules for which the project has a workaround."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _single_tokens(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
 @on_transformer_engine
 def test_one_token_with_one_key_value_head_is_computed(tmp_path: Path) -> None:
-    """Transformer Engine cannot tell how a single token lies in memory; a second token of padding makes it clear."""
+    """Transformer Engine cannot determine the memory layout of a single token; a token of padding is added."""
     model = save_tiny_model(tmp_path / "model", "qwen3", **ONE_GROUP)
     [seen] = run_ranks(_single_tokens, 1, model, layers=TRANSFORMER_ENGINE)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def _with_variables(rank: int, world_size: int, model: Path) -> dict[str, str]:
             seen[name] = str(error)
         del os.environ[name]
     whole_logits(build_student(model).gpt, IDS, 203)
-    for name in VARIABLES:  # Megatron sets them to what the model's configuration asks for
+    for name in VARIABLES:  # Megatron sets them from the model's configuration
         seen[f"{name} afterwards"] = os.environ[name]
     build_student(model)
     return seen
@@ -112,7 +112,7 @@ def _with_variables(rank: int, world_size: int, model: Path) -> dict[str, str]:
 
 @on_transformer_engine
 def test_variables_that_choose_the_attention_are_refused_by_name(tmp_path: Path) -> None:
-    """Megatron stops at an assertion about a setting that a run does not have."""
+    """Megatron would fail with an assertion about a setting that a run does not have."""
     [seen] = run_ranks(_with_variables, 1, save_tiny_model(tmp_path / "model"), layers=TRANSFORMER_ENGINE)
     for name in VARIABLES:
         assert f"got {name}=0" in seen[name]
@@ -120,7 +120,7 @@ def test_variables_that_choose_the_attention_are_refused_by_name(tmp_path: Path)
         assert seen[f"{name} afterwards"] == "1"
 
 
-def test_nothing_in_the_project_sets_them() -> None:
+def test_nothing_in_the_project_sets_the_variables() -> None:
     root = Path(__file__).parents[2]
     folders = ("nemo_popsd", "slurm", "docker", "conf", "experiments")
     files = [root / "Dockerfile", *(file for name in folders for file in (root / name).rglob("*") if file.is_file())]

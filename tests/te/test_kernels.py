@@ -36,7 +36,7 @@ def _gradients(function: Callable[..., Tensor], upstream: Tensor, *inputs: Tenso
 
 
 @each_dtype
-def test_the_norm(dtype: torch.dtype) -> None:
+def test_the_norm_and_its_gradients(dtype: torch.dtype) -> None:
     x, weight, upstream = _draw(5, 16, dtype=dtype), _draw(16, dtype=dtype, seed=1), _draw(5, 16, dtype=dtype, seed=2)
     dense = lambda a, w: torch.nn.functional.rms_norm(a, (16,), w, 1e-5)  # noqa: E731
     out = torch.empty_like(x)
@@ -122,13 +122,13 @@ def test_softmax(kind: str, dtype: torch.dtype) -> None:
     _close(kernels.scaled_masked_softmax_backward(upstream, exact, 0.5), expected)
 
 
-def test_a_row_that_sees_nothing_is_zero() -> None:
+def test_a_query_without_keys_has_probabilities_0() -> None:
     y = kernels.scaled_masked_softmax_forward(_draw(1, 1, 2, 3), torch.tensor([[[[True] * 3, [False] * 3]]]), 1.0)
     assert y[0, 0, 0].tolist() == [0, 0, 0]
     assert y[0, 0, 1].sum().item() == pytest.approx(1)
 
 
-def test_padded_and_packed_and_back() -> None:
+def test_conversion_to_padded_and_back_to_packed() -> None:
     bounds, x = torch.tensor([0, 3, 3, 5]), _draw(5, 2, 4)
     padded = kernels.convert_thd_to_bshd(x, bounds, 3, 4)
     assert torch.equal(padded[0, :3], x[:3])

@@ -1,4 +1,4 @@
-"""Models on Transformer Engine: they are those of transformers, and what its layers cannot compute is refused."""
+"""Models on Transformer Engine: logits equal those of transformers; what its layers cannot compute is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _logits(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
             "core": type(gpt.decoder.layers[0].self_attention.core_attention).__name__,
             "fusions": {name: getattr(gpt.config, name) for name in FUSIONS},
         }
-        for name, fused in (("unfused", "0"), ("fused", "1")):  # the last is what Megatron expects
+        for name, fused in (("unfused", "0"), ("fused", "1")):  # Megatron requires the last value
             os.environ["NVTE_FUSED_ATTN"] = fused
             _choose_attention_again()
             seen[kind][name] = whole_logits(gpt.eval(), IDS, 203)
@@ -65,8 +65,8 @@ def test_logits_are_those_of_transformers(models: Path, seen: dict[str, Any], ki
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_what_can_be_fused_is(seen: dict[str, Any], kind: str) -> None:
-    """But rotations that YaRN scales, which the fused kernel leaves out; OLMo-3's scale is in the query."""
+def test_all_fusions_are_on(seen: dict[str, Any], kind: str) -> None:
+    """OLMo-3 has YaRN's scale in the query, so its rotations are fused too."""
     assert seen[kind]["fusions"] == dict.fromkeys(FUSIONS, True)
 
 
@@ -106,7 +106,7 @@ def test_what_no_layer_can_compute_is_refused_before_a_model_is_built(models: Pa
     [said] = run_ranks(_refusals, 1, models, layers=TRANSFORMER_ENGINE)
     assert "student.lora.targets with linear_fc1, linear_fc2 for a mixture of 4 experts" in said["experts"]
     assert "set student.lora.targets=[linear_qkv,linear_proj]" in said["experts"]
-    assert "within a window (OLMo-3's) with parallel.context=2" in said["window"]
+    assert "layers with sliding windows (OLMo-3's) with parallel.context=2" in said["window"]
     assert "student.precision=fp32 with parallel.context=2" in said["fp32"]
     assert "NVIDIA_TF32_OVERRIDE=0" in said["warning"]
     for name in ("experts, attention alone", "experts, full", "window, whole", "fp32, whole", "bf16"):

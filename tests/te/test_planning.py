@@ -78,7 +78,7 @@ def measured(models: Path, request: pytest.FixtureRequest) -> tuple[str, dict[tu
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_a_layer_keeps_what_is_planned(models: Path, measured: Any, kind: str, adaptation: str) -> None:
+def test_a_layer_keeps_the_planned_activations(models: Path, measured: Any, kind: str, adaptation: str) -> None:
     """Two depths differ by what their layers keep."""
     precision, peaks = measured
     config = cases.run_config(adaptation=adaptation, precision=precision)
@@ -86,5 +86,5 @@ def test_a_layer_keeps_what_is_planned(models: Path, measured: Any, kind: str, a
     assert not case.plain
     deep, shallow = (peaks[kind, adaptation, depth] for depth in reversed(DEPTHS))
     kept = (deep - shallow) / (DEPTHS[1] - DEPTHS[0]) / case.element / case.microbatch_tokens
-    # Beside that, statistics of norms and softmax, a few numbers of each token.
+    # The plan leaves out the statistics of norms and softmax, a few numbers for each token.
     assert kept == pytest.approx(memory.kept_by_layer(case).per_rank(case), rel=0.03)

@@ -17,7 +17,7 @@ ADAPTATIONS = {"full": (), "lora": (LORA,)}
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_a_killed_run_ends_with_the_same_bits_and_can_go_on_with_local_layers(tmp_path: Path, adaptation: str) -> None:
+def test_a_killed_run_ends_with_the_same_bits_and_can_continue_on_local_layers(tmp_path: Path, adaptation: str) -> None:
     """Killed in step 4, with a checkpoint after step 2: weights, optimizer and random state come from it."""
     words = ADAPTATIONS[adaptation]
     complete, killed, moved = (tmp_path / name for name in ("complete", "killed", "moved"))

@@ -1,4 +1,4 @@
-"""The whole step by the paper's equations, on Hugging Face models in float64: one forward per context, full logits."""
+"""A complete step by the paper's equations, on Hugging Face models in float64: one forward per context, full logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny_models import load_dense
 
 @dataclass
 class DenseStep:
-    """What a step must come to."""
+    """The expected results of a step."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -77,7 +77,7 @@ def dense_step(
 
 
 def response_log_probs(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Log-probabilities [R, V] of the distributions from which the tokens of `answer` would be drawn after `prompt`."""
+    """Log-probabilities [R, V] at the tokens of `answer` after `prompt`, each given the tokens before it."""
     logits = model(torch.tensor([[*prompt, *answer]])).logits[0]
     rows = [logits[len(prompt) + number - 1] for number in range(len(answer))]
     return torch.log_softmax(torch.stack(rows).double(), -1)

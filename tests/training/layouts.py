@@ -1,4 +1,4 @@
-"""Three steps on fixed rollouts in any layout, and every gradient and weight as one process would have it, by name."""
+"""Three steps on fixed rollouts in any layout, with every gradient and weight of the full model by name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     live = folder / f"{variant.kind}_live" if variant.adaptation == "full" else None
     run = start(folder / variant.kind, config, initial=live)
     if variant.adaptation == "lora":
-        draw_adapters(run.student)
+        randomize_adapters(run.student)
         run.optimizer.megatron.reload_model_params()  # in bf16 the optimizer has weights of its own
     group = run.student.dp_group
     share = len(LENGTHS) // group.size()
@@ -75,7 +75,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
     if variant.shares is not None:
         mine = list(variant.shares[group.rank()])
         module.rebalance = lambda trajectories, *_: [list(trajectories)]  # type: ignore[attr-defined]
-    run.steps = 1  # the first one checks itself
+    run.steps = 1  # the first one includes the self-check
     engine = ScriptedEngine([response(number, LENGTHS[number]) for number in mine], lambda: run.steps)
     step = run.on_policy_step(engine)
     gradients: dict[str, Tensor] = {}
@@ -95,21 +95,21 @@ def _gather_that_sums() -> None:
     """Sequence parallelism: the gather's backward sums over the group, as Megatron's default does."""
     from megatron.core import parallel_state
 
-    from nemo_popsd.megatron import alignment
+    from nemo_popsd.megatron import response_routing
 
-    right = alignment._GatherSlices.backward
+    right = response_routing._GatherSlices.backward
 
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
         return right(ctx, gradient)
 
-    _replace_backward(alignment._GatherSlices, backward)
+    _replace_backward(response_routing._GatherSlices, backward)
 
 
 def _exchange_that_stays() -> None:
     """Context parallelism: the exchange's backward keeps the rows that stayed here and sends nothing back."""
-    from nemo_popsd.megatron import alignment
+    from nemo_popsd.megatron import response_routing
 
     def backward(ctx: Any, gradient: Tensor) -> Any:
         send_counts, receive_counts = ctx.counts
@@ -119,7 +119,7 @@ def _exchange_that_stays() -> None:
         result[sum(send_counts[:rank]) : sum(send_counts[: rank + 1])] = mine
         return result, None, None, None
 
-    _replace_backward(alignment._Exchange, backward)
+    _replace_backward(response_routing._Exchange, backward)
 
 
 def _replace_backward(function: Any, backward: Callable[..., Any]) -> None:
@@ -137,7 +137,7 @@ def _mean_over_context() -> None:
 
 
 def _embedding_of_one_stage() -> None:
-    """Pipeline: the flag that the reduction of tied embeddings asks for is down while the schedule runs."""
+    """Pipeline: the flag that the reduction of tied embeddings reads is False while the schedule runs."""
     from nemo_popsd.megatron import optimizer
 
     right = optimizer.finalize_model_grads
@@ -188,21 +188,22 @@ def _main_gradients(run: Any, distributed: bool) -> Named:
 
 
 def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
-    """Tensors of this rank's stage, by their names in a whole model of local layers, put together over the
-    tensor-parallel group."""
-    from nemo_popsd.megatron.adapters import whole_model_name
+    """Full tensors of this rank's stage, by their names in a full model of local layers. Collective over the
+    tensor-parallel group: one all-gather for each sharded tensor.
+    """
+    from nemo_popsd.megatron.adapters import full_model_name
 
     result = {}
     for chunk, tensors in zip(run.student.chunks, named, strict=True):
         for name, parameter, tensor in tensors:
             expert = not getattr(parameter, "allreduce", True)
             group = chunk.pg_collection.expt_tp if expert else run.student.tp_group
-            result[whole_model_name(chunk, local_name(name))] = _whole(name, parameter, tensor, group)
+            result[full_model_name(chunk, local_name(name))] = _whole(name, parameter, tensor, group)
     return result
 
 
 def local_name(name: str) -> str:
-    """The name that a parameter of Transformer Engine's layers has in local ones: norms and experts of their own."""
+    """The name that a parameter of Transformer Engine's layers has in local layers, which do not fuse the norms."""
     name = re.sub(r"self_attention\.linear_qkv\.(to_wrap\.)?layer_norm_weight", "input_layernorm.weight", name)
     name = re.sub(r"mlp\.linear_fc1\.(to_wrap\.)?layer_norm_weight", "pre_mlp_layernorm.weight", name)
     return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
@@ -223,16 +224,16 @@ def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
 
 
 @torch.no_grad()
-def draw_adapters(student: Any) -> None:
+def randomize_adapters(student: Any) -> None:
     """Gives the B matrices values, the same in every layout, so that the A matrices have gradients too."""
-    from nemo_popsd.megatron.adapters import whole_model_name
+    from nemo_popsd.megatron.adapters import full_model_name
 
     group = student.tp_group
     for chunk in student.chunks:
         for name, parameter in chunk.named_parameters():
             if name.endswith("adapter.linear_out.weight"):
                 rows, columns = parameter.shape[0] * group.size(), parameter.shape[1]
-                seed = zlib.crc32(whole_model_name(chunk, name).encode())
+                seed = zlib.crc32(full_model_name(chunk, name).encode())
                 whole = 0.1 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
                 parts: list[Tensor] = list(whole.chunk(group.size()))
                 if "linear_fc1" in name:
@@ -244,7 +245,7 @@ def draw_adapters(student: Any) -> None:
 def deviations(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
     """Largest deviation of each tensor, relative to the largest entry that it should have."""
     for name, value in actual.items():
-        # A tied output matrix is a parameter of its own where it lies on another stage than the embedding.
+        # A tied output matrix is a separate parameter where it is on another stage than the embedding.
         tied = name == "output_layer.weight" and name not in expected
         wanted = expected["embedding.word_embeddings.weight" if tied else name]
         assert wanted.abs().max() > 0, f"{name}: nothing to compare"

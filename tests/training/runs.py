@@ -1,4 +1,4 @@
-"""A student on this rank, with rows and responses made up by number: no files of rows, no tokenizer."""
+"""A student on this rank, with rows and responses generated from their index, without files and tokenizer."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Run:
         )
 
     def engine(self) -> MegatronEngine:
-        """Draws from the live weights."""
+        """Generates with the live weights."""
         return MegatronEngine(
             self.student.chunks,
             vocab_size=self.student.vocab_size,

@@ -17,18 +17,18 @@ def test_each_index_has_one_rank_and_loads_are_balanced(costs: list[int], ranks:
     shares = balanced_shares(costs, ranks)
     assert sorted(index for share in shares for index in share) == list(range(len(costs)))
     assert all(share == sorted(share) for share in shares)
-    least = max([0, *costs, math.ceil(sum(costs) / ranks)])  # no sharing out can do better than this
+    least = max([0, *costs, math.ceil(sum(costs) / ranks)])  # no assignment has a smaller maximum
     assert max(sum(costs[i] for i in share) for share in shares) <= least + max([0, *costs]) * (1 - 1 / ranks)
 
 
-def test_by_hand() -> None:
+def test_shares_of_examples() -> None:
     assert balanced_shares([5, 10, 4, 4], 2) == [[1], [0, 2, 3]]  # 10; then 5, 4 and 4, each time to the one with less
     assert balanced_shares([5, 8, 4, 4], 2) == [[1, 3], [0, 2]]
     assert balanced_shares([7], 3) == [[0], [], []]
     assert balanced_shares([], 2) == [[], []]
 
 
-def _share_out(rank: int, world_size: int) -> dict[str, Any]:
+def _rebalanced(rank: int, world_size: int) -> dict[str, Any]:
     """This rank's share of six rollouts, of which each of three ranks has a contiguous third."""
     import torch.distributed as dist
 
@@ -36,21 +36,21 @@ def _share_out(rank: int, world_size: int) -> dict[str, Any]:
     from tests.training.runs import trajectory
 
     numbers = list(range(6))[rank * 6 // world_size : (rank + 1) * 6 // world_size]
-    drawn = [trajectory(number, [40, 1, 1, 1, 40, 40][number]) for number in numbers]
+    trajectories = [trajectory(number, [40, 1, 1, 1, 40, 40][number]) for number in numbers]
     return {
-        f"{updates} updates": [[t.row_id for t in part] for part in rebalance(drawn, dist.group.WORLD, updates)]
+        f"{updates} updates": [[t.row_id for t in part] for part in rebalance(trajectories, dist.group.WORLD, updates)]
         for updates in (1, 2, 3)
-    } | {"costs": {t.row_id: (t.cost, t.rollout.response) for t in drawn}}
+    } | {"costs": {t.row_id: (t.cost, t.rollout.response) for t in trajectories}}
 
 
 def test_updates_take_the_same_rows_in_any_layout() -> None:
-    [one], three = run_ranks(_share_out, 1), run_ranks(_share_out, 3)
+    [one], three = run_ranks(_rebalanced, 1), run_ranks(_rebalanced, 3)
     assert one["1 updates"] == [[f"row{number}" for number in range(6)]]
     assert one["2 updates"] == [["row0", "row2", "row4"], ["row1", "row3", "row5"]]
     for updates in (1, 2, 3):
         for part, rows in enumerate(one[f"{updates} updates"]):
             assert sorted(row for seen in three for row in seen[f"{updates} updates"][part]) == sorted(rows)
-    # The three long ones lie on three ranks.
+    # The three long ones are on three ranks.
     for seen in three:
         assert len({"row0", "row4", "row5"} & set(seen["1 updates"][0])) == 1
         assert all(one["costs"][row] == cost for row, cost in seen["costs"].items())

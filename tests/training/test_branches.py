@@ -31,10 +31,10 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
     student = build_student(model)
     rows = [trajectory(number, length) for number, length in enumerate(LENGTHS)]
-    asked: list[int] = []
+    sequences: list[int] = []
 
     def counted(chunks: Any, batches: Any) -> Any:
-        asked.append(sum(len(batch.sequences) for batch in batches))
+        sequences.append(sum(len(batch.sequences) for batch in batches))
         return forward.frozen_hidden_states(chunks, batches)
 
     branches.frozen_hidden_states = counted  # type: ignore[attr-defined]
@@ -54,14 +54,14 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
         "base alone": Target(base=1.0),
     }
     for name, target in targets.items():
-        asked.clear()
+        sequences.clear()
         seen[name] = states(target)
-        seen[f"{name} asked"] = list(asked)
-    asked.clear()
+        seen[f"{name} sequences"] = list(sequences)
+    sequences.clear()
     for count in (1, 7, 10_000):
         seen[f"diagnosed {count}"] = states(Target.opsd(), diagnosed=count)
     seen["again"] = states(Target.opsd(), diagnosed=7)
-    seen["diagnosed asked"] = list(asked)
+    seen["diagnosed sequences"] = list(sequences)
     return seen
 
 
@@ -125,12 +125,12 @@ def test_each_target_gets_its_vectors(seen: dict[str, Any], dense: list[dict[str
 def test_branches_without_a_coefficient_are_not_run(seen: dict[str, Any]) -> None:
     branches = {"purified": 3, "uncapped": 3, "opsd": 1, "beta_opsd": 2, "student_pmi": 2, "base alone": 1}
     for name, count in branches.items():
-        assert seen[f"{name} asked"] == [count * len(LENGTHS)], name
-    assert seen["diagnosed asked"] == [2 * len(LENGTHS)] * 4  # diagnosis needs both teachers, not the base
+        assert seen[f"{name} sequences"] == [count * len(LENGTHS)], name
+    assert seen["diagnosed sequences"] == [2 * len(LENGTHS)] * 4  # diagnosis needs both teachers, not the base
 
 
 @pytest.mark.parametrize("count", [1, 7, 10_000])
-def test_diagnosed_tokens_are_spread_evenly_and_never_more_than_asked(
+def test_diagnosed_tokens_are_spread_evenly_and_at_most_the_requested_number(
     seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], count: int
 ) -> None:
     places, offset = [], 0

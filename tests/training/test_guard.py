@@ -29,8 +29,8 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     def poisoned(self: Any, trajectories: Any) -> Any:
         states = healthy(self, trajectories)
         for trajectory, state in zip(trajectories, states, strict=True):
-            if trajectory.row_id == "row3":  # on the rank that lengths gave it to
-                state.frozen.anchor[3] = torch.nan
+            if trajectory.row_id == "row3":  # which rank has it depends on the lengths
+                state.vectors.anchor[3] = torch.nan
                 seen["holds it"] = rank
         return states
 
@@ -50,7 +50,7 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     seen["norm"] = attempt(8)
     run.optimizer.prepare = true_norm  # type: ignore[method-assign]
     seen["after"], seen["steps"] = base_digest(run.student.gpt), run.steps
-    try:  # Inf on this rank alone, with nothing to report: the other rank must hear of it.
+    try:  # Inf on rank 0 only, without reports: rank 1 must raise too
         refuse_non_finite(9, [], [], float("inf") if rank == 0 else 1.0)
     except NonFiniteError as error:
         seen["one rank's norm"] = str(error)
@@ -59,12 +59,12 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     seen["trained"] = base_digest(run.student.gpt)
     true_step = run.optimizer.megatron.step
 
-    def beyond_sense() -> None:  # as a rate of 1e38 does, whose gradients were finite; on one rank
+    def overflow() -> None:  # on one rank, as with a learning rate of 1e38 and finite gradients
         true_step()
         if rank == 1:
             run.optimizer.trained[-1].data.mul_(1e30).mul_(1e30)
 
-    run.optimizer.megatron.step = beyond_sense  # type: ignore[method-assign]
+    run.optimizer.megatron.step = overflow  # type: ignore[method-assign]
     seen["update"] = attempt(12)
     return seen
 

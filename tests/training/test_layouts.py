@@ -18,7 +18,7 @@ from tests.training.layouts import Variant, deviations, train
 
 GRADIENT_TOLERANCE = 2e-5
 """Of the largest entry of the same gradient. All is fp32 and layouts sum in another order, which is 1e-7 for each sum;
-through four layers and a softmax up to 4e-6 was measured. A gradient that is wrong in kind is off by its own size."""
+through four layers and a softmax up to 4e-6 was measured. The error of a wrong gradient is of the gradient's size."""
 WEIGHT_TOLERANCE = 1e-4
 """Of the largest entry of the same weight, after three steps of Adam at 1e-2; up to 2e-5 was measured."""
 
@@ -74,7 +74,7 @@ def runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def variants_of(layout: str) -> dict[str, Variant]:
-    """Dense ones, tied embeddings in pipelines alone; or mixtures of experts."""
+    """Dense models, with tied embeddings only in pipelines; or mixtures of experts."""
     experts = layout.startswith("experts")
     kinds = {"qwen3_moe"} if experts else {"qwen3", "qwen3_tied"} if "pp" in layout else {"qwen3"}
     return {name: variant for name, variant in VARIANTS.items() if variant.kind in kinds}
@@ -94,7 +94,7 @@ def logged(seen: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Every rank saw the metrics of the whole step, and its part of the model is that of `expected`."""
+    """Every rank saw the metrics of the complete step, and its part of the model is that of `expected`."""
     seen: set[str] = set()
     for rank in ranks:
         for measured, wanted in zip(logged(rank), logged(expected), strict=True):
@@ -157,7 +157,7 @@ def test_unequal_shares_and_an_empty_rank_give_the_union(folder: Path, reference
         ),
     ],
 )
-def test_the_table_sees_faults_that_the_loss_does_not_show(
+def test_planted_faults_that_the_loss_does_not_show_are_detected(
     folder: Path, reference: dict[str, Any], fault: str, layout: str, variant: str, layers: str
 ) -> None:
     world_size, parallel, distributed = LAYOUTS[layout]
@@ -171,8 +171,8 @@ def test_the_table_sees_faults_that_the_loss_does_not_show(
         same_training([rank[variant] for rank in ranks], expected)
 
 
-def test_a_forgotten_scale_is_refused_where_the_loss_keeps_the_matrix_gradient(folder: Path) -> None:
-    """Full fine-tuning: the loss was printed what backward will multiply it with, and holds backward to it."""
+def test_a_missing_scale_is_refused_where_the_loss_adds_the_matrix_gradient(folder: Path) -> None:
+    """Full fine-tuning: the loss gets the factor by which backward multiplies it; backward refuses another factor."""
     world_size, parallel, distributed = LAYOUTS["cp2"]
     chosen = {"full, padded": VARIANTS["full, padded"]}
     with pytest.raises(AssertionError, match=r"main_gradient\.upstream"):

@@ -1,4 +1,4 @@
-"""A whole step against the paper's equations on dense models: loss, gradient of every weight, metrics."""
+"""A complete step against the paper's equations on dense models: loss, gradient of every weight, metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dense(models: dict[str, Path]) -> dict[str, Any]:
 def whole_step(rank: int, world_size: int, models: dict[str, Path], scratch: Path, tensor: int) -> dict[str, Any]:
     """Metrics and gradients under both means.
 
-    Rows are shared out unevenly on purpose: rank 1 of two has a single response of one token.
+    The shares are unequal: rank 1 of two has a single response of one token.
     """
     from tests.training.runs import ScriptedEngine, named_gradients, response, row, settings, start
 

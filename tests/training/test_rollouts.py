@@ -1,4 +1,4 @@
-"""Which weights draw what a step trains on, with the real engine; vLLM itself is in tests/commands/test_overlap.py."""
+"""Which weights generate the rollouts of a step, with the real engine; vLLM: see tests/commands/test_overlap.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass
-class Drawn:
+class FinishedRollouts:
     """Responses that were generated when they were submitted."""
 
     rollouts: list[Rollout]
@@ -44,9 +44,9 @@ class BesideEngine:
         self.generated += 1
         return self._engine.generate(requests, sampling)
 
-    def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> Drawn:
+    def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> FinishedRollouts:
         self.submitted += 1
-        return Drawn(self._engine.generate(requests, sampling))
+        return FinishedRollouts(self._engine.generate(requests, sampling))
 
 
 def rows_of(number: int, rank: int, ranks: int) -> list[Any]:
@@ -59,7 +59,7 @@ def rows_of(number: int, rank: int, ranks: int) -> list[Any]:
 
 
 def train(rank: int, world_size: int, model: Path, output: Path, overlap: bool) -> dict[str, Any]:
-    """Four steps, and what the weights that each begins with would draw for it and for the next."""
+    """Four steps, and what the weights at the start of each generate for it and for the next one."""
     from nemo_popsd.rollout.engine import row_seed
     from nemo_popsd.training.rollouts import TrainingRows
     from tests.training.runs import settings, start
@@ -69,16 +69,16 @@ def train(rank: int, world_size: int, model: Path, output: Path, overlap: bool) 
     store = RolloutStore(output)
     rows = TrainingRows(lambda name: rows_of(0, 0, 1)[0], lambda number: rows_of(number, rank, world_size))
     step = run.on_policy_step(engine, store=store, rows=rows)
-    seen: dict[str, Any] = {"metrics": [], "by now": [], "ahead": []}
+    seen: dict[str, Any] = {"metrics": [], "current": [], "ahead": []}
     for number in range(1, STEPS + 1):
-        for name, of in (("by now", number), ("ahead", number + 1)):
+        for name, of in (("current", number), ("ahead", number + 1)):
             requests = [
                 Request(r.contexts.student, row_seed(1234, "train", of, r.record.id))
                 for r in rows_of(of, rank, world_size)
             ]
             seen[name].append([r.response for r in run.engine().generate(requests, run.sampling)])
         seen["metrics"].append(step(number, rows_of(number, rank, world_size), run.optimizer, run.update))
-    seen["asked"] = engine.generated, engine.submitted
+    seen["calls"] = engine.generated, engine.submitted
     return seen
 
 
@@ -99,16 +99,16 @@ def test_the_next_step_is_generated_by_the_weights_that_this_one_starts_with(
     model: Path, tmp_path: Path, overlap: bool
 ) -> None:
     for rank, seen in enumerate(run_ranks(train, 2, model, tmp_path, overlap)):
-        drawn = stored(tmp_path, rank)
-        assert seen["by now"][1:] != seen["ahead"][:-1], "a step shows in what is drawn"
+        trained_on = stored(tmp_path, rank)
+        assert seen["current"][1:] != seen["ahead"][:-1], "a step changes the responses"
         if overlap:
-            assert drawn == [seen["by now"][0], *seen["ahead"][:-1]]
+            assert trained_on == [seen["current"][0], *seen["ahead"][:-1]]
             assert ages(seen) == [(0, 0)] + [(1, 1)] * (STEPS - 1)
-            assert seen["asked"] == (1, STEPS - 1), "the last step draws nothing ahead"
+            assert seen["calls"] == (1, STEPS - 1), "the last step generates nothing ahead"
         else:
-            assert drawn == seen["by now"]
+            assert trained_on == seen["current"]
             assert ages(seen) == [(0, 0)] * STEPS
-            assert seen["asked"] == (STEPS, 0)
+            assert seen["calls"] == (STEPS, 0)
 
 
 def take_up(rank: int, world_size: int, model: Path, output: Path, bound: int, stored_by: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def take_up(rank: int, world_size: int, model: Path, output: Path, bound: int, s
     training_rows = TrainingRows(lambda name: rows[0], lambda number: rows_of(number, 0, 1))
     step = run.on_policy_step(engine, store=store, rows=training_rows)
     metrics = step(STEPS, rows, run.optimizer, run.update)
-    return {"age": metrics.rollout_age_max, "drawn": engine.generated}
+    return {"age": metrics.rollout_age_max, "generated": engine.generated}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_stored_rollouts_are_trained_on_unless_they_are_too_old(
     model: Path, tmp_path: Path, bound: int, stored_by: int, expected: tuple[int, int]
 ) -> None:
     (seen,) = run_ranks(take_up, 1, model, tmp_path, bound, stored_by)
-    assert (seen["age"], seen["drawn"]) == expected
+    assert (seen["age"], seen["generated"]) == expected
 
 
 def train_on_old(rank: int, world_size: int, model: Path) -> None:
@@ -156,10 +156,10 @@ def train_on_old(rank: int, world_size: int, model: Path) -> None:
     run = start(model, settings())
     engine = run.engine()
     generate = engine.generate
-    engine.generate = lambda *asked: [replace(r, weights_version=-1) for r in generate(*asked)]  # type: ignore
+    engine.generate = lambda *arguments: [replace(r, weights_version=-1) for r in generate(*arguments)]  # type: ignore
     run.on_policy_step(engine)(1, rows_of(1, 0, 1), run.optimizer, run.update)
 
 
-def test_nothing_older_than_the_bound_is_ever_trained_on(model: Path) -> None:
+def test_rollouts_that_are_too_old_are_not_trained_on(model: Path) -> None:
     with pytest.raises(AssertionError, match="step 1 has rollouts by weights that are 1 steps old"):
         run_ranks(train_on_old, 1, model)

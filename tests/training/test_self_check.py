@@ -27,8 +27,8 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
     settled = {"loss_mean": "sequence", "chunk_tokens": 8, "fused": "never"}
     objective = Objective(run.student, Target.purified(), Divergence(), **settled)
     sequences = [trajectory(number, 3 + 4 * number).student for number in range(2)]
-    said: list[tuple[float, float]] = []
-    self_check.logger.info = lambda _, *numbers: said.append(numbers)  # type: ignore[method-assign, assignment]
+    logged: list[tuple[float, float]] = []
+    self_check.logger.info = lambda _, *numbers: logged.append(numbers)  # type: ignore[method-assign, assignment]
     before = base_digest(run.student.gpt)
 
     def outcome() -> str:
@@ -42,7 +42,7 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
     with run.student.base.model() as [base]:
         for model_ in {run.student.gpt, base}:
             model_.decoder.register_forward_pre_hook(lambda decoder, _: modes.append(decoder.training))
-    seen: dict[str, Any] = {"fresh": outcome(), "numbers": list(said), "modes": modes.copy()}
+    seen: dict[str, Any] = {"fresh": outcome(), "numbers": list(logged), "modes": modes.copy()}
     gradients = [p.main_grad.abs().max().item() for p in run.student.gpt.parameters() if p.requires_grad]
     seen["gradients left"] = max(gradients)
     seen["weights kept"] = base_digest(run.student.gpt) == before
@@ -66,7 +66,7 @@ def test_zero_at_the_start_and_an_explanation_otherwise(model: Path, tensor: int
         assert seen["fresh"] == "passed"
         assert seen["numbers"] == [(0.0, 0.0)]
         assert len(seen["modes"]) >= 2
-        assert all(seen["modes"]), "both in training mode: a GPU takes other kernels in evaluation"
+        assert all(seen["modes"]), "both in training mode: a GPU uses other kernels in evaluation"
         assert seen["gradients left"] == 0
         assert seen["weights kept"]
         for fault in {"full": ["live weight", "base weight"], "lora": ["live weight"]}[adaptation]:

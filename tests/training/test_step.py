@@ -15,7 +15,7 @@ STEPS = 5
 TOLERANCE = 1e-5
 """Relative, of the losses over five steps. Layouts add the same numbers in another order, which is 1e-7 in the first
 step; Adam divides by the root of the second moment, so a gradient near 0 that rounds differently moves its weight by up
-to the learning rate (1e-3 here), and the difference grows with the steps. Drawn tokens are the same throughout."""
+to the learning rate (1e-3 here), and the difference grows with the steps. The sampled tokens are equal."""
 
 Variant = dict[str, dict[str, Any]]
 FULL: Variant = {}
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(rank: int, world_size: int, model: Path, tensor: int, variants: dict[str, Variant]) -> dict[str, Any]:
-    """For each variant: what five steps with the real engine came to."""
+    """For each variant: the results of five steps with the real engine."""
     return {name: train_one(rank, world_size, model, tensor, variant) for name, variant in variants.items()}
 
 
@@ -83,7 +83,7 @@ def one(model: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def others(model: Path) -> dict[str, Any]:
-    """What must, or must nearly, come to the same."""
+    """Variants whose results must be the same, or nearly so."""
     variants = {
         "full again": FULL,
         "full, small batches": SMALL_BATCHES,
@@ -181,7 +181,7 @@ def data_parallel(model: Path) -> Any:
     return run_ranks(train, 2, model, 1, variants)
 
 
-def ask_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, int, int]]:
+def request_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, int, int]]:
     """Row id, step and seed of every request of two steps on the same rows, in another order."""
     from tests.training.runs import ScriptedEngine, response, row, settings, start
 
@@ -189,18 +189,18 @@ def ask_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, int, i
     run.steps = 1
     engine = ScriptedEngine([response(0, 3), response(1, 5)], lambda: run.steps)
     step = run.on_policy_step(engine)
-    asked = []
+    requested = []
     for number, order in ((2, (0, 1)), (3, (1, 0))):
         engine.requests.clear()
         step(number, [row(index) for index in order], run.optimizer, run.update)
-        asked += [(f"row{index}", number, q.seed) for index, q in zip(order, engine.requests, strict=True)]
+        requested += [(f"row{index}", number, q.seed) for index, q in zip(order, engine.requests, strict=True)]
         assert [q.prompt for q in engine.requests] == [row(index).contexts.student for index in order]
-    return asked
+    return requested
 
 
 def test_random_numbers_come_from_seed_step_and_row_alone(model: Path) -> None:
     from nemo_popsd.rollout.engine import row_seed
 
-    (asked,) = run_ranks(ask_twice, 1, model)
-    assert len({seed for *_, seed in asked}) == 4
-    assert all(seed == row_seed(1234, "train", number, row_id) for row_id, number, seed in asked)
+    (requested,) = run_ranks(request_twice, 1, model)
+    assert len({seed for *_, seed in requested}) == 4
+    assert all(seed == row_seed(1234, "train", number, row_id) for row_id, number, seed in requested)

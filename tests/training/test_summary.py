@@ -63,7 +63,7 @@ def report(number: int) -> Any:
     )
 
 
-def test_means_are_over_the_global_batch_however_it_is_shared_out() -> None:
+def test_means_are_over_the_global_batch_on_any_number_of_ranks() -> None:
     tokens = torch.cat([torch.arange(length) + 10.0 * number for number, length in enumerate(LENGTHS)])
     diagnosed = torch.cat([torch.arange(LENGTHS[number]) + 10.0 * number for number in (0, 3)])
     for world_size, metrics in [(size, metrics) for size in (1, 2) for metrics in run_ranks(summarize, size)]:

@@ -13,7 +13,7 @@ INTERFACES = ("auto", "weight-transfer", "worker-extension")
 
 @dataclass(kw_only=True)
 class VllmConfig:
-    """One server for each data-parallel replica, in its own environment."""
+    """The vLLM servers: one for each data-parallel replica, in their own Python environment."""
 
     python: Annotated[str, Text.PATH] = ".vllm-venv/bin/python"
     """Python of an environment with vLLM 0.14.1 or newer; `make vllm-env` creates one for CPUs."""
@@ -34,7 +34,7 @@ class VllmConfig:
     cache_bytes: Annotated[int, Bounds(0, 2**50)] = 0
     """Exact size of the key-value cache on each GPU; 0 uses the part of `memory_share` that the weights leave."""
     eager: bool = False
-    """No compilation and CUDA graphs: the server starts faster and decodes more slowly."""
+    """Turn off compilation and CUDA graphs: the server starts faster and decodes more slowly."""
     sleep: bool = True
     """Release the GPU's memory between rollouts; no effect on CPUs."""
     bucket_bytes: Annotated[int, Bounds(1, 2**50)] = 268435456

@@ -27,10 +27,15 @@ class WeightUpdate:
     """Measurements of the last transfer of weights."""
 
     version: int
+    """Of the weights."""
     seconds: float
+    """Duration."""
     bytes: int
+    """Size of the tensors."""
     tensors: int
+    """Number of tensors."""
     buckets: int
+    """Number of buckets; see `BucketSender`."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class VllmEngine:
     again and gets the weights and the requests again; a request's seed determines its response, so only time is lost.
 
     Attributes:
-        server: on leaders, after it was first needed.
-        last_update: on leaders, after weights were first sent.
+        server: on leaders, once it has been started.
+        last_update: on leaders, once weights have been sent.
     """
 
     def __init__(
@@ -76,12 +81,12 @@ class VllmEngine:
             start: starts a server for sequences of up to the given number of tokens; called on leaders.
             weights: all tensors of the student under Hugging Face's names, or those of its adapters under PEFT's, the
                 same on every rank; iterating is collective over `ranks.domain`.
-            weights_version: number of optimizer updates of the current weights.
-            longest: tokens of the longest expected sequence.
+            weights_version: returns the number of completed training steps.
+            longest: returns the number of tokens of the longest expected sequence.
             bucket_bytes: see `BucketSender`.
             restarts: number of restarts of a lost server in one call of `generate`.
             sleep: whether the server releases memory after each call.
-            content: `weights` or `adapter`, the content of `weights`; see `BucketSender`.
+            content: what `weights` yields, `weights` or `adapter`; see `BucketSender`.
             stop_requested: called while waiting, by all ranks of the model together; returns the same on each.
         """
         self._ranks = ranks
@@ -177,7 +182,7 @@ class VllmEngine:
                     raise TransientError(
                         "rollouts by vLLM",
                         got=f"the server was lost {len(lost)} times (rollout.vllm.restarts={self._restarts}): {error}",
-                        fix=f"{START_AGAIN}; if it stays, set rollout.vllm.* or rollout.engine=megatron",
+                        fix=f"{START_AGAIN}; if it happens again, set rollout.vllm.* or rollout.engine=megatron",
                         advice=[*lost, *error.advice],
                     ) from error
 

