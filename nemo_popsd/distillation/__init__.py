@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from nemo_popsd.distillation.definition import Branches, loss_from_logits
     from nemo_popsd.distillation.divergence import Divergence
     from nemo_popsd.distillation.families import Target
-    from nemo_popsd.distillation.hidden import HiddenLoss, MainGradient, loss_from_hidden
+    from nemo_popsd.distillation.hidden import HiddenLoss, loss_from_hidden
+    from nemo_popsd.distillation.main_gradient import MainGradient
     from nemo_popsd.distillation.statistics import StatisticValues
     from nemo_popsd.distillation.target import HiddenPair, hidden_pair
 
@@ -50,7 +51,7 @@ _MODULES = {
     "Divergence": "divergence",
     "HiddenLoss": "hidden",
     "HiddenPair": "target",
-    "MainGradient": "hidden",
+    "MainGradient": "main_gradient",
     "StatisticValues": "statistics",
     "Target": "families",
     "hidden_pair": "target",

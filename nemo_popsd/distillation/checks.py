@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from nemo_popsd.distillation.decomposition import DiagnosedTokens
 from nemo_popsd.distillation.families import Target
+from nemo_popsd.distillation.main_gradient import MainGradient
 from nemo_popsd.distillation.products import statistics_dtype
 from nemo_popsd.distillation.target import HiddenPair
 from nemo_popsd.parallel.vocabulary import VocabShard
-
-if TYPE_CHECKING:
-    from nemo_popsd.distillation.hidden import MainGradient
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from nemo_popsd.distillation.divergence import Divergence
 from nemo_popsd.distillation.families import Target
-from nemo_popsd.distillation.statistics import TOKEN_STATISTICS
+from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, VocabStats
 from nemo_popsd.parallel.collectives import gather_shards, sum_shards_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
@@ -56,23 +56,6 @@ class Constants(NamedTuple):
     """a_S."""
     weight: Tensor
     """w of the JSD."""
-
-
-class VocabStats(NamedTuple):
-    """Statistics over the full vocabulary [R], the same on every shard."""
-
-    max_s: Tensor
-    max_t: Tensor
-    z_s: Tensor
-    """Z_s."""
-    z_t: Tensor
-    """Z_t."""
-    mean_difference: Tensor
-    """Σ p·(t less s), each less its maximum."""
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    student_entropy: Tensor
-    target_entropy: Tensor
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------

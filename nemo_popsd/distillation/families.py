@@ -22,12 +22,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nemo_popsd.errors import UserError
-
-if TYPE_CHECKING:
-    from nemo_popsd.distillation.config import TargetConfig
 
 _FP32_BYTES = 4
 
@@ -163,16 +160,27 @@ class Target:
         return tuple(coefficient for coefficient in terms if coefficient != 0)
 
 
+class TargetSettings(Protocol):
+    """What a family reads of the section `distillation.target`, `nemo_popsd.distillation.config.TargetConfig`."""
+
+    family: str
+    beta: float
+    cap: float | None
+    weight: float
+    alpha: float
+    temperature: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A name of `distillation.target.family`: which target it is, by its settings, and which contexts it needs."""
 
     summary: str
     """What it is and where it was published, in one line."""
-    target: Callable[[TargetConfig], Target]
+    target: Callable[[TargetSettings], Target]
     """The coefficients that the settings give."""
     settings: tuple[str, ...] = ()
-    """Fields of `TargetConfig` that `target` reads, beside `temperature`."""
+    """Fields of `TargetSettings` that `target` reads, beside `temperature`."""
     borrowed: str = ""
     """The context that holds another row's reference: "privileged", "reference", or "" for none."""
 
@@ -212,6 +220,6 @@ FAMILIES: dict[str, Family] = {
 """Every family by its name in the configuration."""
 
 
-def build_target(config: TargetConfig) -> Target:
+def build_target(config: TargetSettings) -> Target:
     """The target that `config` names."""
     return FAMILIES[config.family].target(config)

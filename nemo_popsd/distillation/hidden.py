@@ -11,7 +11,6 @@ rank, W entries with padding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from nemo_popsd.distillation.decomposition import DiagnosedTokens, signal_statis
 from nemo_popsd.distillation.divergence import Divergence
 from nemo_popsd.distillation.families import Target
 from nemo_popsd.distillation.fusion import choose_kernels
+from nemo_popsd.distillation.main_gradient import MainGradient
 from nemo_popsd.distillation.products import statistics_dtype
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, StatisticValues
 from nemo_popsd.distillation.target import HiddenPair
@@ -49,26 +49,6 @@ class HiddenLoss(NamedTuple):
 
     decomposition: StatisticValues | None
     """`SIGNAL_STATISTICS` of the diagnosed tokens [D], where any were passed."""
-
-
-@dataclass(frozen=True)
-class MainGradient:
-    """Where a trainer keeps the gradient of the output matrix, so that no second tensor of its size is needed.
-
-    A gradient computed in the forward pass must be scaled there: the trainer states what backward will multiply the
-    loss by, and backward raises where it does not. One forward pass, then one backward pass.
-    """
-
-    buffer: Tensor
-    """[V_pad/tp, H] in fp32 (float64 for float64); the gradient is added to it in the forward pass."""
-
-    upstream: float
-    """Derivative of what backward is called on with respect to the loss's `total`."""
-
-    placeholder: bool = False
-    """Whether autograd must still pass zeros of the matrix's size to the parameter's hooks, which require some
-    gradient (Megatron's, where it overlaps the reduction of gradients with the backward pass). Otherwise the parameter
-    gets none from the loss."""
 
 
 def loss_from_hidden(

@@ -20,7 +20,22 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_popsd.distillation.closed_form import VocabStats
+
+class VocabStats(NamedTuple):
+    """Statistics over the full vocabulary [R], the same on every shard."""
+
+    max_s: Tensor
+    max_t: Tensor
+    z_s: Tensor
+    """Z_s."""
+    z_t: Tensor
+    """Z_t."""
+    mean_difference: Tensor
+    """Σ p·(t less s), each less its maximum."""
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    student_entropy: Tensor
+    target_entropy: Tensor
 
 
 class SignalProducts(NamedTuple):

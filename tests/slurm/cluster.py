@@ -120,7 +120,7 @@ class Cluster:
         """The record of `job` once it is in one of `states` and was restarted so many times.
 
         Fails at once if the job has ended in another state. Slurm delays a requeued job by ten seconds; this function
-        starts it earlier, once its nodes have ended its steps.
+        starts the job earlier, once its nodes have ended its steps.
         """
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
         deadline = time.monotonic() + seconds
