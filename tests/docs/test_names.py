@@ -34,10 +34,8 @@ def missing_names(codes: list[str]) -> list[str]:
 
 
 def test_a_missing_name_is_detected() -> None:
-    assert missing_names(["Target.absent_field", "AbsentClass", "Target", "UserError", "word"]) == [
-        "Target.absent_field",
-        "AbsentClass",
-    ]
+    absent = ["Target.absent" + "_field", "Absent" + "Class"]  # in two parts, since this file is a source, too
+    assert missing_names([*absent, "Target", "Target.purified", "UserError", "word"]) == absent
 
 
 @pytest.mark.parametrize("page", PAGES)
