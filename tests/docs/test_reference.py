@@ -107,13 +107,6 @@ def test_settings_that_a_page_names_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_metrics_that_a_page_names_exist(page: str) -> None:
-    metrics = {metric.name for metric in generated.metrics()}
-    named = {code for code in inline_code(page) if re.fullmatch(r"(train|validation)/[a-z_]+", code)}
-    assert named <= metrics
-
-
-@pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page: str) -> None:
     roots = [ROOT, ROOT / "nemo_popsd", ROOT / "tests", (ROOT / page).parent]
     for code in inline_code(page):

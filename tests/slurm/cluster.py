@@ -119,8 +119,8 @@ class Cluster:
     def wait_for(self, job: str, *states: str, seconds: float = 120, restarts: int = 0) -> dict[str, str]:
         """The record of `job` once it is in one of `states` and was restarted so many times.
 
-        Fails at once if the job has ended in another state. Slurm delays a requeued job by ten seconds; this function starts
-        the job earlier, once its nodes have ended its steps.
+        Fails at once if the job has ended in another state. Slurm delays a requeued job by ten seconds; this function
+        starts the job earlier, once its nodes have ended its steps.
         """
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
         deadline = time.monotonic() + seconds
