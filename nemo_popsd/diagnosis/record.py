@@ -14,7 +14,7 @@ summary.json
                     of one token the same sums over its entries, or null. Sums are per 1,000 response tokens.
 rollouts.jsonl
     row, question, reference
-    cut             whether the response was truncated
+    truncated       whether the response ended at the length limit (older files name the key `cut`)
     pieces          the text of each token
     marked          1 for tokens of a marker, else 0
     values          for each measure, and for log_student, log_base, log_privileged, log_reference, log_target of the

@@ -324,7 +324,7 @@ def _rollout_record(
         "row": row.record.id,
         "question": row.record.question,
         "reference": row.contexts.reference_text,
-        "cut": figures.rollout.truncated,
+        "truncated": figures.rollout.truncated,
         "pieces": pieces,
         "marked": [int(mark) for mark in marked_tokens(pieces, markers)],
         "values": {name: [rounded(value) for value in column] for name, column in figures.values.items()},

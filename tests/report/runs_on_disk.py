@@ -149,7 +149,7 @@ def _rollout(row: int, text: str, tokens: int) -> dict[str, Any]:
         "row": f"{text} {row}",
         "question": text,
         "reference": text,
-        "cut": row == 1,
+        "truncated": row == 1,
         "pieces": [text if token % 5 == 0 else f" {token}" for token in range(tokens)],
         "marked": [int(token % 5 == 0) for token in range(tokens)],
         "values": values,
