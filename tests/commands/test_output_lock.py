@@ -41,7 +41,7 @@ def test_a_run_whose_output_was_taken_over_ends_on_all_ranks_and_writes_nothing(
         assert status == 2, text
         lines = [line for line in text.splitlines() if "popsd: error" in line]
         assert len(lines) == 1
-        assert "got another run that has taken it over" in lines[0]
+        assert "got another run, which took over" in lines[0]
         assert "host node7, process 42" in lines[0]
         assert "Traceback" not in text
     assert [step for step, _ in runs.metrics(tmp_path, "train/loss")] == [1]

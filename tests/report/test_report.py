@@ -10,7 +10,7 @@ import pytest
 from nemo_popsd.errors import UserError
 from nemo_popsd.observability.metrics import DECLARED, StepMetrics
 from nemo_popsd.report import verdicts, write_diagnosis_page, write_report
-from nemo_popsd.report.rollouts import answer_pairs, pair_cards
+from nemo_popsd.report.rollouts import answer_pairs, is_truncated, pair_cards
 from nemo_popsd.report.run import read_run
 from nemo_popsd.report.sections import CURVES, DECOMPOSITION_CURVES, PHASES
 from tests.report.runs_on_disk import diagnosis, validation, write_run, write_samples
@@ -201,3 +201,9 @@ def test_a_page_loads_no_resources(tmp_path: Path) -> None:
     assert "http://www.w3.org/2000/svg" in page  # a name, in the script
     assert page.replace("http://www.w3.org/2000/svg", "").count("http") == page.count("http-equiv")
     assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("key", ["truncated", "cut"])
+def test_truncated_responses_are_marked_under_the_present_and_the_older_key(key: str) -> None:
+    assert is_truncated({key: True})
+    assert not is_truncated({key: False})
