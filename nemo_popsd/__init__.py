@@ -4,6 +4,6 @@ import os
 
 __version__ = "0.1.0"
 
-# Threads of OpenMP spin while they wait; on a shared CPU, decoding with a small model is twenty times slower then.
+# Waiting OpenMP threads spin by default, which makes decoding with a small model 20 times slower on a shared CPU.
 # torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
