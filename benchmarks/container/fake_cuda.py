@@ -84,14 +84,15 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any = None, out: A
 
 def sampling(top_k: int, top_p: float, temperature: float) -> str:
     """Samples one token from bf16 logits; returns a description of the results."""
+    from nemo_popsd.parallel.vocabulary import VocabShard
     from nemo_popsd.rollout.engine import SamplingParams
-    from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens
+    from nemo_popsd.rollout.sampling import sample_tokens
 
     with FakeTensorMode():
         logits = torch.empty(4, 1024, dtype=torch.bfloat16, device=GPU)
         uniform = torch.empty(4, dtype=torch.float64, device=GPU)
         params = SamplingParams(temperature, top_p, top_k, 8, frozenset())
-        return _described(*sample_tokens(logits, params, uniform, VocabularyShard(0, 1000, None)))
+        return _described(*sample_tokens(logits, params, uniform, VocabShard(1000, 1024)))
 
 
 def layers(architecture: Any, precision: str, adapted: bool) -> str:

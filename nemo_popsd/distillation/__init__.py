@@ -19,7 +19,7 @@ checks.py         checks of the arguments of the loss
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_popsd.distillation.decomposition import DiagnosedTokens
@@ -60,7 +60,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports torch only when the mathematics is used: configuration, families and declarations do not need it."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from nemo_popsd.distillation.closed_form import Kernels
 from nemo_popsd.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 SETTINGS = ("auto", "always", "never")
 
@@ -41,19 +43,19 @@ def _tile_tokens(fused: bool, width: int, dtype: torch.dtype, device: torch.devi
     return tokens if tokens < _ALIGNED_TOKENS else tokens // _ALIGNED_TOKENS * _ALIGNED_TOKENS
 
 
-class _Compiled:
+class _Compiled(Generic[Result]):
     """A kernel, compiled when first called; uncompiled where no compiler works."""
 
     broken = False
     """Whether a compilation failed. Shared by all kernels, since it would fail for each of them."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Result]) -> None:
         self._function = function
         # One thread compiles: a pool of processes would outlive its use, and a few kernels gain nothing by it.
         self._compiled = torch.compile(function, dynamic=True, fullgraph=True, options={"compile_threads": 1})
         self._worked = False
 
-    def __call__(self, first: Tensor, *rest: Any) -> Any:
+    def __call__(self, first: Tensor, *rest: object) -> Result:
         """Calls the kernel; uncompiled where a size is 1, for which torch would compile a variant of its own."""
         if _Compiled.broken or min(first.shape) < 2:
             return self._function(first, *rest)
@@ -75,7 +77,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _kernels(wrap: Callable[[Callable[..., Any]], Callable[..., Any]], *, fused: bool) -> Kernels:
+class _Wrap(Protocol):
+    def __call__(self, function: Callable[..., Result], /) -> Callable[..., Result]: ...
+
+
+def _uncompiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    return function
+
+
+def _kernels(wrap: _Wrap, *, fused: bool) -> Kernels:
     return Kernels(
         shard_stats=wrap(closed_form.shard_stats),
         jsd_mixture=wrap(closed_form.jsd_mixture),
@@ -87,7 +97,7 @@ def _kernels(wrap: Callable[[Callable[..., Any]], Callable[..., Any]], *, fused:
     )
 
 
-_eager = _kernels(lambda function: function, fused=False)
+_eager = _kernels(_uncompiled, fused=False)
 _fused: Kernels | None = None
 
 

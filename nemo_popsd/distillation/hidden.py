@@ -11,9 +11,10 @@ rank, W entries with padding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -159,10 +160,25 @@ def loss_from_hidden(
     )
 
 
+class _LossContext(Protocol):
+    main_gradient: MainGradient | None
+    spent: bool
+    group: dist.ProcessGroup | None
+    weight_shape: torch.Size
+    weight_dtype: torch.dtype
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
 class _HiddenLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_NH: Tensor, w_WH: Tensor, spec: LossSpec, main_gradient: MainGradient | None
+        ctx: _LossContext, h_NH: Tensor, w_WH: Tensor, spec: LossSpec, main_gradient: MainGradient | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dh_NH = torch.empty_like(h_NH) if spec.hidden_gradient else None
         dw_WH = None
@@ -183,13 +199,13 @@ class _HiddenLossFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: _LossContext, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         upstream = gradients[0]
         dh_NH, dw_WH = ctx.saved_tensors
         if dh_NH is not None:
             dh_NH = reduce_sum_(dh_NH * upstream.to(dh_NH.dtype), ctx.group) if dh_NH.numel() else dh_NH
         if ctx.main_gradient is not None:
-            _check_upstream(ctx, upstream)
+            _check_upstream(ctx, ctx.main_gradient, upstream)
             if ctx.main_gradient.placeholder:
                 dw_WH = upstream.new_zeros(ctx.weight_shape, dtype=ctx.weight_dtype)
         elif dw_WH is not None:
@@ -197,12 +213,12 @@ class _HiddenLossFunction(torch.autograd.Function):
         return dh_NH, dw_WH, None, None
 
 
-def _check_upstream(ctx: Any, upstream: Tensor) -> None:
+def _check_upstream(ctx: _LossContext, main_gradient: MainGradient, upstream: Tensor) -> None:
     """Refuses a backward pass whose gradient is not what was added in the forward pass."""
     if ctx.spent:
         raise RuntimeError("a second backward pass over a loss that added its gradient to main_gradient")
     ctx.spent = True
-    stated = ctx.main_gradient.upstream
+    stated = main_gradient.upstream
     agrees = (upstream - stated).abs() <= _UPSTREAM_TOLERANCE * abs(stated)
     # The host does not wait for a GPU: the check runs on it.
     torch._assert_async(agrees, f"backward does not multiply the loss by main_gradient.upstream={stated}")

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig
+from nemo_popsd.megatron.interfaces import ShardedParameter
 from nemo_popsd.runtime.cpu import adapt_megatron
 
 adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
@@ -127,8 +128,8 @@ def _all_gather_first_dimension(shard: Tensor, group: dist.ProcessGroup) -> Tens
 @torch.no_grad()
 def _sample_full(linear: nn.Module, name: str, seed: int) -> None:
     """Fills the weight of `linear` with this rank's shard of a matrix that depends on `name` and `seed` only."""
-    weight: Any = linear.weight
-    group: Any = linear.tp_group
+    weight = cast(ShardedParameter, linear.weight)
+    group = cast(dist.ProcessGroup, linear.tp_group)
     size, rank = group.size(), group.rank()
     shape = list(weight.shape)
     dimension = weight.partition_dim

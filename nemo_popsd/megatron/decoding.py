@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +58,7 @@ def full_sequences(chunks: Sequence[GPTModel]) -> Iterator[None]:
         yield
 
 
-def _replace(restore: ExitStack, owner: Any, name: str, value: Any, other: Any) -> None:
+def _replace(restore: ExitStack, owner: object, name: str, value: object, other: object) -> None:
     """Sets `owner.name` to `other` until `restore` closes, if the instance has this attribute with `value`."""
     if value is not None and owner.__dict__.get(name) == value:
         setattr(owner, name, other)
@@ -241,10 +240,10 @@ class _Rotation(torch.nn.Module):
         angles = self._table[positions]  # [s, 1, 1, d] or [s, B, 1, 1, d]
         self.angles = angles if positions.dim() == 1 else angles.squeeze(2)
 
-    def get_rotary_seq_len(self, *args: Any) -> int:
+    def get_rotary_seq_len(self, *args: object) -> int:
         """Not needed."""
         return 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
         """Angles [s, 1 or B, 1, d], in the form in which the original module returns them."""
         return (self.angles, *self._rest) if self._rest else self.angles

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,10 @@ Report = TypeVar("Report")
 def output_weight(model: GPTModel) -> Tensor:
     """This rank's shard of the output matrix [V_pad/tp, H], tied to the embedding or not; `model` is a last chunk."""
     if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
+        shared: Tensor = model.shared_embedding_or_output_weight()
+        return shared
+    own: Tensor = model.output_layer.weight
+    return own
 
 
 @contextmanager
@@ -69,27 +72,36 @@ def student_batches(
         packed: concatenate sequences instead of padding them.
     """
     config = chunks[0].config
-    options: dict[str, Any] = {"split": SequenceSplit.of(chunks[0]), "packed": packed, "at_least": 1}
-    if len(chunks) > 1:
-        options |= {"one_shape": True, "count_multiple": config.pipeline_model_parallel_size}
+    interleaved = len(chunks) > 1
     device = next(chunks[0].parameters()).device
-    batches = microbatches(sequences, token_budget, device, **options)
+    grouped = partial(
+        microbatches,
+        sequences,
+        token_budget,
+        device,
+        split=SequenceSplit.of(chunks[0]),
+        packed=packed,
+        one_shape=interleaved,
+        count_multiple=config.pipeline_model_parallel_size if interleaved else 1,
+    )
+    batches = grouped(at_least=1)
     if config.expert_model_parallel_size > 1:
         most = torch.tensor(len(batches), device=device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel_state.get_expert_model_parallel_group())
         if most > len(batches):
-            batches = microbatches(sequences, token_budget, device, **{**options, "at_least": int(most)})
+            batches = grouped(at_least=int(most))
     return batches
 
 
 def _run_schedule(
-    chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], loss: Callable[..., Any], *, forward_only: bool
-) -> list[Any]:
+    chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], loss: Callable[..., object], *, forward_only: bool
+) -> list[object]:
+    """Returns what `loss` returned on the last stage: all of it if `forward_only`, otherwise its second value."""
     bare = [_bare(chunk) for chunk in chunks]
     split = SequenceSplit.of(bare[0])
     local = isinstance(bare[0].decoder.layers[0].self_attention.core_attention, LocalCoreAttention)
 
-    def step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    def step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
         batch = next(data)
         with hidden_states_only(_bare(chunk)):
             hidden_SBH = chunk(
@@ -99,14 +111,14 @@ def _run_schedule(
                 packed_seq_params=_packed_params(batch, local),
             )
 
-        def at_responses(hidden_SBH: Tensor, **options: Any) -> Any:
+        def at_responses(hidden_SBH: Tensor, **options: object) -> object:
             """Called on the last stage; keeps the states that predict owned response tokens, [N, H]."""
             return loss(batch, gather_response_states(hidden_SBH, batch.route, split), **options)
 
         return hidden_SBH, at_responses
 
     interleaved = len(chunks) > 1
-    results: list[Any] = get_forward_backward_func()(
+    results: list[object] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
         model=list(chunks) if interleaved else chunks[0],
@@ -162,7 +174,9 @@ def frozen_hidden_states(
     for chunk in chunks:
         chunk.train(training)
     try:
-        results = _run_schedule(chunks, batches, keep, forward_only=True)
+        results = cast(
+            "list[tuple[list[int], tuple[Tensor, ...]]]", _run_schedule(chunks, batches, keep, forward_only=True)
+        )
     finally:
         for chunk, mode in zip(chunks, before, strict=True):
             chunk.train(mode)
@@ -208,5 +222,5 @@ def forward_backward(
         value, report = loss(batch, hidden_NH)
         return value * scale, report
 
-    results = _run_schedule(chunks, batches, scaled, forward_only=False)
+    results = cast("list[Report | None]", _run_schedule(chunks, batches, scaled, forward_only=False))
     return [report for report in results if report is not None]

@@ -7,11 +7,14 @@ checker sees a misspelt one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypedDict
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 class ModelProvider(Protocol):
@@ -29,7 +32,7 @@ class ModelProvider(Protocol):
     rotary_interleaved: bool
     gated_linear_unit: bool
     glu_linear_offset: float
-    activation_func: Callable[..., Any]
+    activation_func: Callable[..., torch.Tensor]
     use_te_activation_func: bool
     # The layout.
     tensor_model_parallel_size: int
@@ -63,7 +66,7 @@ class ModelProvider(Protocol):
     recompute_method: str | None
     recompute_num_layers: int | None
     # Layers.
-    transformer_layer_spec: Any
+    transformer_layer_spec: ModuleSpec | Callable[..., ModuleSpec]
     bias_dropout_fusion: bool
     bias_activation_fusion: bool
     apply_rope_fusion: bool
@@ -75,12 +78,43 @@ class ModelProvider(Protocol):
         """The model of this rank, or its chunk `vp_stage`."""
 
 
+class LinearModule(Protocol):
+    """A linear of megatron-core, with LoRA or without, of which each rank has a shard."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    tp_group: dist.ProcessGroup
+    gather_output: bool
+    """Of a column-parallel linear."""
+    input_is_parallel: bool
+    """Of a row-parallel linear."""
+
+    def __call__(self, x: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, and the bias where the caller adds it."""
+
+
+class ShardedParameter(Protocol):
+    """A parameter of which each tensor-parallel rank has a shard, marked by megatron-core."""
+
+    partition_dim: int
+    shape: torch.Size
+
+    def copy_(self, other: torch.Tensor, /) -> object:
+        """Sets the values."""
+
+
+class ParameterGroup(TypedDict):
+    """What the package reads of a group of Adam's parameters."""
+
+    lr: float
+
+
 class MegatronOptimizer(Protocol):
     """megatron-core's optimizer as `megatron.core.optimizer.get_megatron_optimizer` returns it, chained or not."""
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Of Adam, with the learning rate under ``lr``."""
+    def param_groups(self) -> list[ParameterGroup]:
+        """Of Adam."""
 
     def prepare_grads(self) -> bool:
         """Copies gradients to the main weights; whether any of them is Inf or NaN under loss scaling."""
@@ -88,7 +122,7 @@ class MegatronOptimizer(Protocol):
     def get_grad_norm(self) -> float:
         """Global norm of the gradients, the same on every rank."""
 
-    def step(self) -> Any:
+    def step(self) -> object:
         """Clips and updates."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -103,8 +137,8 @@ class OptimizerPart(Protocol):
 
     optimizer: torch.optim.Optimizer
     """Adam."""
-    config: Any
-    init_state_fn: Callable[[torch.optim.Optimizer, Any], None]
+    config: OptimizerConfig
+    init_state_fn: Callable[[torch.optim.Optimizer, OptimizerConfig], None]
     """Creates Adam's state where it is missing."""
 
 

@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,11 +80,11 @@ def packed_kernel(query: Tensor, scale: float, window: int | None) -> Callable[.
 def _variable_lengths(scale: float, window: int | None, default_scale: float) -> Callable[..., Tensor] | None:
     """`torch.nn.attention.varlen.varlen_attn` (torch 2.10 and newer), whose parameters differ between versions."""
     try:
-        varlen_attn: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        varlen_attn: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
     known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     if "window_size" in known:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     elif "is_causal" in known and window is None:
@@ -103,13 +102,12 @@ def _variable_lengths(scale: float, window: int | None, default_scale: float) ->
     def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
         if not groups:
             key, value = (_for_each_query_head(x, query) for x in (key, value))
-        attended: Tensor = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
-        return attended
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
     return attend
 
 
-def cached_attention(device: torch.device) -> AbstractContextManager[Any]:
+def cached_attention(device: torch.device) -> AbstractContextManager[object]:
     """Context in which attention to the cache uses a kernel that needs no plan for each length and stride.
 
     On a GPU cuDNN, which torch prefers here, would build a plan for each new shape.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -88,7 +87,7 @@ class CachedCoreAttention(torch.nn.Module):
             self.window = config.window_size[0] + 1
         self._scale = width**-0.5 if config.softmax_scale is None else config.softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
         """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n·d]; accepts Megatron's other arguments."""
         step = self.forward_of
         if isinstance(step, Prefill):

@@ -145,7 +145,7 @@ class LocalCoreAttention(MegatronModule):
         """[s/cp, b, g, d] of every rank, in the order of the sequence: [s, b, g, d]."""
         assert self.cp_group is not None
         size = self.cp_group.size()
-        gathered = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
+        gathered: Tensor = gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
         positions = [zigzag_positions(x.shape[0], size, rank, x.device) for rank in range(size)]
         return gathered[torch.argsort(torch.cat(positions))]
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -36,6 +38,13 @@ from nemo_popsd.runtime.cpu import adapt_megatron
 
 adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
+
+ShardedOffsets: TypeAlias = tuple[tuple[int, int, int], ...]
+"""Axis, index of the shard and number of shards of each dimension that Megatron adds in front."""
+ResidualEnd: TypeAlias = Callable[[tuple[Tensor, None], Tensor, float], Tensor]
+"""End of a residual branch: output with bias, residual and dropout to the new residual."""
+BiasDropoutAdd: TypeAlias = Callable[[bool, bool], ResidualEnd]
+"""From `training` and `fused` to the end of a residual branch."""
 
 
 class ProjectionNorm(MegatronModule):
@@ -61,7 +70,9 @@ class ProjectionNorm(MegatronModule):
         scaled = wide * torch.rsqrt(squares / width + self._eps)
         return (self.weight.view(x.shape[-2:]) * scaled).to(x.dtype)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: ShardedOffsets = (), metadata: dict[str, object] | None = None
+    ) -> ShardedStateDict:
         """The weight, sharded along its only dimension."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
@@ -82,7 +93,7 @@ class Olmo3Attention(SelfAttention):
 
     def __init__(
         self,
-        config: Any,
+        config: Olmo3Provider,
         submodules: SelfAttentionSubmodules,
         layer_number: int,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
@@ -101,7 +112,7 @@ class Olmo3Attention(SelfAttention):
         if config.rope_ratio and not windowed:
             self._rope_ratio = torch.tensor([*config.rope_ratio, *config.rope_ratio])
 
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+    def get_query_key_value_tensors(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
         """Query [s, b, n, d] and key [s, b, g, d] normalised, value [s, b, g, d]. Collectives: those of both norms.
 
         The rotation's amplitude scales queries and keys; here the query takes both factors.
@@ -112,7 +123,13 @@ class Olmo3Attention(SelfAttention):
             query = query * self.config.rope_amplitude**2
         return query, key, value
 
-    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: object,
+        rotary_pos_emb: Tensor | tuple[Tensor, ...] | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
         """Megatron's forward with the angles [s, 1, 1, d] of this layer's rotation."""
         if self._rope_ratio is not None and rotary_pos_emb is not None:
             self._rope_ratio = self._rope_ratio.to(hidden_states.device)
@@ -121,44 +138,48 @@ class Olmo3Attention(SelfAttention):
                 if isinstance(rotary_pos_emb, tuple)
                 else rotary_pos_emb * self._rope_ratio
             )
-        return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        result: tuple[Tensor, Tensor | None] = super().forward(
+            hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+        )
+        return result
 
 
 @dataclass
 class Olmo3LayerSubmodules(TransformerLayerSubmodules):
     """Megatron's submodules and the norm that follows attention and MLP."""
 
-    post_norm: Any = None
+    post_norm: type[torch.nn.Module] | None = None
 
 
 class Olmo3Layer(TransformerLayer):
     """A layer with a norm at the end, not at the beginning, of its two residual branches."""
 
-    def __init__(self, config: Any, submodules: Olmo3LayerSubmodules, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: Olmo3LayerSubmodules, *args: object, **kwargs: object
+    ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
             norm = build_module(
                 submodules.post_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
             setattr(self, name, norm)
-        self.self_attn_bda: Any = partial(_normed, self.self_attn_bda, self.post_attention_layernorm)
-        self.mlp_bda: Any = partial(_normed, self.mlp_bda, self.post_feedforward_layernorm)
+        self.self_attn_bda: BiasDropoutAdd = partial(_normed, self.self_attn_bda, self.post_attention_layernorm)
+        self.mlp_bda: BiasDropoutAdd = partial(_normed, self.mlp_bda, self.post_feedforward_layernorm)
 
 
-def _normed(bias_dropout_add: Callable[..., Any], norm: torch.nn.Module, training: bool, fused: bool) -> Any:
+def _normed(bias_dropout_add: BiasDropoutAdd, norm: torch.nn.Module, training: bool, fused: bool) -> ResidualEnd:
     """Megatron's end of a residual branch applied to the output of `norm`; OLMo-3 has no biases."""
     end = bias_dropout_add(training, fused)
 
     def call(output_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
         output, bias = output_with_bias
         assert bias is None
-        ended: Tensor = end((norm(output), None), residual, dropout)
-        return ended
+        return end((norm(output), None), residual, dropout)
 
     return call
 
 
-def olmo3_layer_spec(backend: Any, *, norm: type, core_attention: type) -> ModuleSpec:
+def olmo3_layer_spec(backend: BackendSpecProvider, *, norm: type, core_attention: type) -> ModuleSpec:
     """The spec of an OLMo-3 layer with the linears of `backend`.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -117,7 +116,7 @@ class StudentOptimizer(torch.optim.Optimizer):
         self.grad_norm = float(self.megatron.get_grad_norm())
         return self.grad_norm
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         """Updates the weights at the learning rate of this step, counted from 1.
 
         Args:

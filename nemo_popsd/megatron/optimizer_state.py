@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,7 +104,7 @@ def _parts(optimizer: AnyOptimizer) -> list[OptimizerPart]:
     return [part for part in parts if part.optimizer is not None]
 
 
-def _counts(adam: torch.optim.Optimizer) -> list[Any]:
+def _counts(adam: torch.optim.Optimizer) -> list[Tensor | float]:
     if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
         return [state["step"] for state in adam.state.values() if "step" in state]
     return [group["step"] for group in adam.param_groups if "step" in group]
@@ -141,13 +140,16 @@ def _main_weights(part: OptimizerPart) -> Iterator[tuple[nn.Parameter, Tensor]]:
         yield from ((parameter, parameter) for parameter in group)
 
 
-def _flat(parameter: nn.Parameter, kept: dict[str, Any]) -> dict[str, Tensor]:
+def _flat(parameter: nn.Parameter, kept: dict[str, Tensor]) -> dict[str, Tensor]:
     names = _MOMENTS if parameter.dtype == torch.float32 else (*_MOMENTS, MAIN)
     assert all(kept[name].dtype == torch.float32 for name in names)
     return {name: kept[name].detach().view(-1) for name in names}
 
 
 def _replicas(parameter: nn.Parameter) -> dist.ProcessGroup:
-    if getattr(parameter, "allreduce", True):
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return parallel_state.get_expert_data_parallel_group()
+    group: dist.ProcessGroup = (
+        parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if getattr(parameter, "allreduce", True)
+        else parallel_state.get_expert_data_parallel_group()
+    )
+    return group

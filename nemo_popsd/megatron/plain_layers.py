@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,10 +24,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from nemo_popsd.megatron.interfaces import LinearModule
 from nemo_popsd.megatron.kv_cache import CachedCoreAttention
 from nemo_popsd.megatron.plain_fields import unsupported_fields
 
@@ -104,14 +105,14 @@ class _PlainLayer:
         normed_BH = layer.pre_mlp_layernorm(hidden_BH)
         if self._gated is None:
             output, bias = self._mlp(normed_BH[None])
-            output_BH = output[0]
+            output_BH: Tensor = output[0]
             return hidden_BH + (output_BH if bias is None else output_BH + bias)
         first, second = self._gated
         gate, up = first(normed_BH).chunk(2, dim=-1)
         return hidden_BH + second(silu(gate) * up)
 
 
-def _is_gated(mlp: Any) -> bool:
+def _is_gated(mlp: MegatronModule) -> bool:
     """Whether `mlp` is silu(gate)·up between two linears."""
     if type(mlp) is not MLP:
         return False
@@ -129,7 +130,7 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return rotated if x.shape[-1] == width else torch.cat([rotated, x[..., width:]], dim=-1)
 
 
-def _linear(module: Any) -> Callable[[Tensor], Tensor]:
+def _linear(module: LinearModule) -> Callable[[Tensor], Tensor]:
     """A linear of any class as [B, inputs] -> [B, outputs], bias included; reads the weights at each call."""
     if type(module) is ColumnParallelLinear and not module.gather_output:
         return lambda x: linear(x, module.weight, module.bias)

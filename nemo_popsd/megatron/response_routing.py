@@ -14,9 +14,9 @@ when packed), H hidden size, M response tokens that this context-parallel rank h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -186,20 +186,27 @@ def gather_response_states(hidden_SBH: Tensor, route: Route, split: SequenceSpli
     """
     states = hidden_SBH.flatten(0, 1).index_select(0, route.take)
     if split.tensor is not None:
-        states = _GatherSlices.apply(states, route.slice_counts, split.tensor)
+        gather: Callable[..., Tensor] = _GatherSlices.apply
+        states = gather(states, route.slice_counts, split.tensor)
     if split.context is None:
         # No exchange: the order of the owner is the order of the tokens.
         return states if split.tensor is None else states.index_select(0, route.send)
     states = states.index_select(0, route.send)
-    states = _Exchange.apply(states, route.send_counts, route.receive_counts, split.context)
+    exchange: Callable[..., Tensor] = _Exchange.apply
+    states = exchange(states, route.send_counts, route.receive_counts, split.context)
     return states.index_select(0, route.receive)
+
+
+class _GatherContext(Protocol):
+    begin: int
+    count: int
 
 
 class _GatherSlices(torch.autograd.Function):
     """States of all ranks, one rank after the other, on every rank; the backward takes this rank's, without a sum."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: _GatherContext, states: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.begin = sum(counts[: group.rank()])
         ctx.count = counts[group.rank()]
         padded = states.new_zeros(max(counts), states.shape[1])
@@ -210,8 +217,13 @@ class _GatherSlices(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _GatherContext, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return gradients[0][ctx.begin : ctx.begin + ctx.count].contiguous(), None, None
+
+
+class _ExchangeContext(Protocol):
+    counts: tuple[list[int], list[int]]
+    group: dist.ProcessGroup
 
 
 class _Exchange(torch.autograd.Function):
@@ -219,14 +231,18 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+        ctx: _ExchangeContext,
+        states: Tensor,
+        send_counts: list[int],
+        receive_counts: list[int],
+        group: dist.ProcessGroup,
     ) -> Tensor:
         ctx.counts, ctx.group = (send_counts, receive_counts), group
         return _all_to_all(states, send_counts, receive_counts, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _ExchangeContext, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         send_counts, receive_counts = ctx.counts
         return _all_to_all(gradients[0], receive_counts, send_counts, ctx.group), None, None, None
 

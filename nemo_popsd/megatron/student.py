@@ -136,7 +136,7 @@ class Student:
     @property
     def holds_output(self) -> bool:
         """Whether this rank has a shard of the output matrix, as on the last pipeline stage."""
-        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
 
     @property
     def owns_loss(self) -> bool:
@@ -166,7 +166,8 @@ class Student:
     @property
     def tp_group(self) -> torch.distributed.ProcessGroup:
         """The tensor-parallel group, over which the vocabulary is sharded."""
-        return parallel_state.get_tensor_model_parallel_group()
+        group: torch.distributed.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        return group
 
     @property
     def is_replica_leader(self) -> bool:
@@ -180,7 +181,8 @@ class Student:
     @property
     def dp_group(self) -> torch.distributed.ProcessGroup:
         """The data-parallel group, over which the prompts of a step are distributed."""
-        return parallel_state.get_data_parallel_group()
+        group: torch.distributed.ProcessGroup = parallel_state.get_data_parallel_group()
+        return group
 
     def wrap(self, config: OptimizerConfig) -> list[DistributedDataParallel]:
         """The chunks of the live model in Megatron's DDP, which the first call creates."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -36,13 +36,13 @@ def raise_on_all_ranks(what: str, action: Callable[[], None], *, need: str, fix:
         action()
     except Exception as raised:
         error = raised
-    failures: list[tuple[str, Any] | None] = [None] * dist.get_world_size()
+    failures: list[tuple[str, Exception | str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, None if error is None else _categorized(error, what, need=need, fix=fix))
     failed = [(rank, *entry) for rank, entry in enumerate(failures) if entry is not None]
     if not failed:
         return
-    rank, category, content = min(failed, key=lambda entry: _CATEGORIES.index(entry[1]))
-    if category == "defect":
+    rank, _, content = min(failed, key=lambda entry: _CATEGORIES.index(entry[1]))
+    if isinstance(content, str):  # of a defect
         raise RuntimeError(f"{what}: {content} (rank {rank})") from error
     raise content from error
 
@@ -59,7 +59,7 @@ def from_rank_zero(what: str, action: Callable[[], T], *, need: str, fix: str) -
     Raises:
         UserError, TransientError, RuntimeError: on every rank, as `raise_on_all_ranks`.
     """
-    box: list[Any] = [None]
+    box: list[T | None] = [None]
 
     def act() -> None:
         if dist.get_rank() == 0:
@@ -67,11 +67,11 @@ def from_rank_zero(what: str, action: Callable[[], T], *, need: str, fix: str) -
 
     raise_on_all_ranks(what, act, need=need, fix=fix)
     dist.broadcast_object_list(box, src=0)
-    result: T = box[0]
-    return result
+    return cast(T, box[0])
 
 
-def _categorized(error: Exception, what: str, *, need: str, fix: str) -> tuple[str, Any]:
+def _categorized(error: Exception, what: str, *, need: str, fix: str) -> tuple[str, Exception | str]:
+    """The category of an error and the error itself, or its description if it is a defect."""
     if isinstance(error, OSError):
         reported: Exception = system_error(what, error, need=need, fix=fix, where=f"(rank {dist.get_rank()})")
     else:

@@ -14,7 +14,7 @@ operation. There are two correct adjoints, and the consumer of the sum decides w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -87,34 +87,38 @@ def sum_shards_(x: Tensor, group: dist.ProcessGroup | None, meanwhile: Callable[
     return x
 
 
+class _GroupContext(Protocol):
+    group: dist.ProcessGroup | None
+
+
 class _SumForShards(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: _GroupContext, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         return reduce_sum_(x.detach().clone(), group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _GroupContext, *gradients: Tensor) -> tuple[Tensor, None]:
         return reduce_sum_(gradients[0].detach().clone(), ctx.group), None
 
 
 class _SumForReplicas(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: object, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return reduce_sum_(x.detach().clone(), group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 
 def sum_for_shards(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum over the group, differentiable, for use with sharded tensors: all-reduce forward, all-reduce backward."""
-    result: Tensor = _SumForShards.apply(x, group)
-    return result
+    apply: Callable[..., Tensor] = _SumForShards.apply
+    return apply(x, group)
 
 
 def sum_for_replicas(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum over the group, differentiable, for use alike on every rank: all-reduce forward, identity backward."""
-    result: Tensor = _SumForReplicas.apply(x, group)
-    return result
+    apply: Callable[..., Tensor] = _SumForReplicas.apply
+    return apply(x, group)

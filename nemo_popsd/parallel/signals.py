@@ -15,8 +15,9 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ _INTERRUPTED = 128 + signal.SIGINT
 _KEY = "nemo_popsd/stop"
 _TOKENS_BETWEEN_CHECKS = 16
 
+_Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+
 
 class StopSignals:
     """Whether a stop of the run was requested. One object for each process; the process groups must exist."""
@@ -39,7 +42,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._requested = False
         self._decoded = 0
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, _Handler] = {}
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._woken_before = -1
         self._terminals: list[int] = []
@@ -147,4 +150,4 @@ def _groups_exchange_data() -> bool:
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
-    return max(sizes) > 1
+    return any(size > 1 for size in sizes)

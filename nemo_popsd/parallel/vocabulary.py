@@ -47,14 +47,19 @@ class VocabShard:
         return group_size(self.group)
 
     @property
+    def rank(self) -> int:
+        """Index of this rank's shard."""
+        return group_rank(self.group)
+
+    @property
     def offset(self) -> int:
         """Vocabulary id of this rank's first entry."""
-        return group_rank(self.group) * self.width
+        return self.rank * self.width
 
     @property
     def true_width(self) -> int:
         """Number of true vocabulary entries on this rank: a prefix of its shard, possibly empty."""
-        return self.true_widths[group_rank(self.group)]
+        return self.true_widths[self.rank]
 
     @property
     def true_widths(self) -> list[int]:

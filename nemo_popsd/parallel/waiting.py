@@ -8,14 +8,13 @@ long timeout. If a process ends meanwhile, its connections close and the others 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
 WAIT_LIMIT = timedelta(days=1)
 """Time limit of the wait for ranks that are still running."""
 
-_groups: list[tuple[Any, dist.ProcessGroup]] = []
+_groups: list[tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = []
 """The default group of this process and the gloo group for waiting; empty before `create_waiting_group`."""
 
 

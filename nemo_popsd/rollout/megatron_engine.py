@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from nemo_popsd.errors import StopRequested
 from nemo_popsd.megatron.decoding import SlotDecoder
+from nemo_popsd.parallel.vocabulary import VocabShard
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
-from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
+from nemo_popsd.rollout.sampling import sample_tokens, uniforms
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS, Admission, DecodingSequence, SlotSchedule, reach_of
 
 
@@ -168,7 +168,7 @@ class MegatronEngine:
         chosen = torch.empty(len(uniform), 2, dtype=torch.float64, device=uniform.device)
         if logits is not None:
             group = parallel_state.get_tensor_model_parallel_group()
-            shard = VocabularyShard(group.rank() * logits.shape[1], self._vocab_size, group)
+            shard = VocabShard(self._vocab_size, logits.shape[1], group)
             chosen = torch.stack([x.double() for x in sample_tokens(logits, sampling, uniform, shard)], dim=1)
         for group, source in (
             (parallel_state.get_pipeline_model_parallel_group(), -1),
@@ -232,5 +232,5 @@ class _SlotState:
             for values in (self._last, self._position, self._generated, self._advance, self._uniforms):
                 values[target] = values[source]
 
-    def _tensor(self, values: Sequence[Any]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -8,12 +8,11 @@ Shapes: B sequences, V entries of this shard's vocabulary, R shards, K candidate
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_popsd.parallel.vocabulary import VocabShard
 from nemo_popsd.rollout.engine import SamplingParams
 
 _LOW = 0xFFFFFFFF
@@ -29,53 +28,8 @@ def uniforms(seeds: list[int], tokens: int) -> Tensor:
     return torch.stack(numbers)
 
 
-@dataclass(frozen=True)
-class VocabularyShard:
-    """The columns of the logits that a rank holds."""
-
-    first: int
-    """Token id of its first column."""
-    vocab_size: int
-    """Size of the complete vocabulary without padding; columns of larger ids are padding and never sampled."""
-    group: dist.ProcessGroup | None = None
-    """Ranks that hold all columns, in the order of the ids; None if this rank holds all."""
-
-    @property
-    def ranks(self) -> int:
-        """Number of shards."""
-        return 1 if self.group is None else self.group.size()
-
-    @property
-    def rank(self) -> int:
-        """Index of this shard."""
-        return 0 if self.group is None else self.group.rank()
-
-    def true_columns(self, logits_BV: Tensor) -> Tensor:
-        """The columns that are not padding, in fp32; one column of -inf if there are none."""
-        count = min(logits_BV.shape[1], self.vocab_size - self.first)
-        if count <= 0:
-            return torch.full_like(logits_BV[:, :1], -torch.inf, dtype=torch.float32)
-        return logits_BV[:, :count].float()
-
-    def gather(self, x: Tensor) -> Tensor:
-        """`x` of all shards, [R, ...]. One all-gather, none with one shard."""
-        if self.ranks == 1:
-            return x[None]
-        gathered = x.new_empty(self.ranks, *x.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=self.group)
-        return gathered
-
-    def select_owner(self, x: Tensor, owned_B: Tensor) -> Tensor:
-        """`x` [B, ...] of the one shard for which `owned_B` is true. One all-reduce, none with one shard."""
-        if self.ranks == 1:
-            return x
-        chosen = torch.where(owned_B.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
-        dist.all_reduce(chosen, group=self.group)
-        return chosen
-
-
 def sample_tokens(
-    logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor, shard: VocabularyShard
+    logits_BV: Tensor, sampling: SamplingParams, uniform_B: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """Samples one token per sequence by inverting the distribution function of the filtered, tempered softmax.
 
@@ -96,13 +50,13 @@ def sample_tokens(
         logits_BV: of this shard, any float dtype.
         sampling: temperature 0 takes the most likely token.
         uniform_B: random numbers in [0, 1), float64, the same on all shards.
-        shard: of this rank.
+        shard: which vocabulary entries the columns of `logits_BV` are; padding is never sampled.
 
     Returns:
         Token ids [B] int64, and their log-probabilities [B] fp32 under the softmax of all logits at temperature 1,
         unfiltered.
     """
-    logits_BV = shard.true_columns(logits_BV)
+    logits_BV = _true_columns(logits_BV, shard)
     if sampling.temperature == 0:
         return _sample_from_top(logits_BV, 1, 1.0, 1.0, uniform_B, shard)
     if 0 < sampling.top_k < shard.vocab_size:
@@ -113,16 +67,16 @@ def sample_tokens(
 
 
 def _sample_from_top(
-    logits_BV: Tensor, count: int, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabularyShard
+    logits_BV: Tensor, count: int, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """Merges the best candidates of each shard, which include the best of all."""
-    ids_V = torch.arange(shard.first, shard.first + logits_BV.shape[1], device=logits_BV.device)
+    ids_V = torch.arange(shard.offset, shard.offset + logits_BV.shape[1], device=logits_BV.device)
     keys_BV = (_sortable(logits_BV).long() << 32) | (_LOW - ids_V)
     keys_BK = keys_BV.topk(min(count, keys_BV.shape[1]), dim=-1).values
     if keys_BK.shape[1] < count:
         keys_BK = torch.nn.functional.pad(keys_BK, (0, count - keys_BK.shape[1]), value=torch.iinfo(torch.int64).min)
     normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True).double()
-    both_RBK = shard.gather(torch.cat([keys_BK, normaliser_B1.view(torch.int64)], dim=1))
+    both_RBK = _gather(torch.cat([keys_BK, normaliser_B1.view(torch.int64)], dim=1), shard)
     normaliser_B = both_RBK[..., -1].contiguous().view(torch.float64).logsumexp(0)
     keys_BK = both_RBK[..., :-1].transpose(0, 1).flatten(1).topk(count, dim=-1).values
     values_BK = _from_sortable((keys_BK >> 32).int())
@@ -136,7 +90,7 @@ def _sample_from_top(
 
 
 def _sample_from_all(
-    logits_BV: Tensor, temperature: float, uniform_B: Tensor, shard: VocabularyShard
+    logits_BV: Tensor, temperature: float, uniform_B: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """Finds the shard by the masses of the shards, then the token by the masses in it."""
     scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
@@ -144,18 +98,18 @@ def _sample_from_all(
     weights_BV = (scaled_BV - _finite(greatest_B)[:, None]).exp()
     sums_BV = weights_BV.cumsum(-1, dtype=torch.float64)
     normaliser_B = logits_BV.logsumexp(-1)
-    gathered_RB3 = shard.gather(torch.stack([greatest_B.double(), sums_BV[:, -1], normaliser_B.double()], dim=-1))
+    gathered_RB3 = _gather(torch.stack([greatest_B.double(), sums_BV[:, -1], normaliser_B.double()], dim=-1), shard)
     greatest_RB, mass_RB, normaliser_RB = gathered_RB3.unbind(-1)
     scale_RB = (greatest_RB - greatest_RB.amax(0)).exp()
     return _invert(logits_BV, sums_BV, scale_RB * mass_RB, scale_RB, normaliser_RB.logsumexp(0), uniform_B, shard)
 
 
 def _sample_from_nucleus(
-    logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabularyShard
+    logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """Finds the smallest logit that remains, eight bits at a time, by the masses of the logits with the same bits."""
     scaled_BV = logits_BV / temperature
-    stacked_RB2 = shard.gather(torch.stack([scaled_BV.amax(-1), logits_BV.logsumexp(-1)], dim=-1).double())
+    stacked_RB2 = _gather(torch.stack([scaled_BV.amax(-1), logits_BV.logsumexp(-1)], dim=-1).double(), shard)
     greatest_B, normaliser_B = stacked_RB2[..., 0].amax(0), stacked_RB2[..., 1].logsumexp(0)
     weights_BV = (scaled_BV - greatest_B.float()[:, None]).exp().double()
     keys_BV = _sortable(logits_BV).long() + 2**31
@@ -165,7 +119,7 @@ def _sample_from_nucleus(
     for shift in _DIGITS:
         share_BV = torch.where(keys_BV >> (shift + 8) == prefix_B1, weights_BV, 0.0)
         local_B256 = weights_BV.new_zeros(len(keys_BV), 256).scatter_add_(1, 255 - (keys_BV >> shift & 255), share_BV)
-        mass_B256 = shard.gather(local_B256).sum(0)  # by falling digit
+        mass_B256 = _gather(local_B256, shard).sum(0)  # by falling digit
         sums_B256 = mass_B256.cumsum(-1)
         if shift == _DIGITS[0]:
             goal_B1 = top_p * sums_B256[:, -1:]
@@ -176,7 +130,7 @@ def _sample_from_nucleus(
         prefix_B1 = (prefix_B1 << 8) + 255 - digit_B1
     above_BV, equal_BV = keys_BV > prefix_B1, keys_BV == prefix_B1
     mass_B = torch.where(above_BV, weights_BV, 0.0).sum(-1)
-    gathered_RB2 = shard.gather(torch.stack([mass_B, equal_BV.sum(-1).double()], dim=-1))
+    gathered_RB2 = _gather(torch.stack([mass_B, equal_BV.sum(-1).double()], dim=-1), shard)
     mass_RB, equal_RB = gathered_RB2.unbind(-1)
     border_B = (_from_sortable((prefix_B1 - 2**31).int()).squeeze(1) / temperature - greatest_B.float()).exp().double()
     wanted_B = ((goal_B1.squeeze(1) - mass_RB.sum(0)) / border_B).ceil().clamp(min=1)
@@ -194,7 +148,7 @@ def _invert(
     scale_RB: Tensor,
     normaliser_B: Tensor,
     uniform_B: Tensor,
-    shard: VocabularyShard,
+    shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
     """Inverts the distribution function in the order of the ids.
 
@@ -216,9 +170,34 @@ def _invert(
     local_B1 = (beyond_B / scale_RB[shard.rank])[:, None]
     last_B1 = (sums_BV < sums_BV[:, -1:]).sum(-1, keepdim=True)
     index_B1 = torch.minimum((sums_BV <= local_B1).sum(-1, keepdim=True), last_B1)
-    chosen_B2 = torch.cat([(index_B1 + shard.first).double(), logits_BV.gather(1, index_B1).double()], dim=1)
-    chosen_B2 = shard.select_owner(chosen_B2, owned_B)
+    chosen_B2 = torch.cat([(index_B1 + shard.offset).double(), logits_BV.gather(1, index_B1).double()], dim=1)
+    chosen_B2 = _select_owner(chosen_B2, owned_B, shard)
     return chosen_B2[:, 0].long(), (chosen_B2[:, 1] - normaliser_B).float()
+
+
+def _true_columns(logits_BV: Tensor, shard: VocabShard) -> Tensor:
+    """The columns that are not padding, in fp32; one column of -inf if there are none."""
+    if shard.true_width == 0:
+        return torch.full_like(logits_BV[:, :1], -torch.inf, dtype=torch.float32)
+    return logits_BV[:, : shard.true_width].float()
+
+
+def _gather(x: Tensor, shard: VocabShard) -> Tensor:
+    """`x` of all shards, [R, ...]. One all-gather, none with one shard."""
+    if shard.ranks == 1:
+        return x[None]
+    gathered = x.new_empty(shard.ranks, *x.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=shard.group)
+    return gathered
+
+
+def _select_owner(x: Tensor, owned_B: Tensor, shard: VocabShard) -> Tensor:
+    """`x` [B, ...] of the one shard for which `owned_B` is true. One all-reduce, none with one shard."""
+    if shard.ranks == 1:
+        return x
+    chosen = torch.where(owned_B.view(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
+    dist.all_reduce(chosen, group=shard.group)
+    return chosen
 
 
 def _finite(x: Tensor) -> Tensor:

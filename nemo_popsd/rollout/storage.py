@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final, Literal, NotRequired, TypedDict
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import flush_directory, remove_files, write_text
@@ -26,6 +26,24 @@ FILES = ("part-*.jsonl",)
 """Patterns of the names of a step's files."""
 _PART = re.compile(r"part-(\d+)-of-(\d+)\.jsonl")
 _STEP = re.compile(r"step-(\d+)")
+
+_LISTS: Final[Sequence[Literal["prompt", "response", "log_probs"]]] = ("prompt", "response", "log_probs")
+
+
+class _Head(TypedDict):
+    step: int
+    weights_version: int
+    rows: int
+
+
+class _Line(TypedDict):
+    id: str
+    seed: int
+    finish_reason: str
+    prompt: list[int]
+    response: list[int]
+    log_probs: list[float]
+    segments: NotRequired[Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -122,8 +140,8 @@ class RolloutStore:
         return self.folder / f"step-{step:06d}"
 
 
-def _line(row: StoredRollout) -> dict[str, Any]:
-    line = {
+def _line(row: StoredRollout) -> _Line:
+    line: _Line = {
         "id": row.row_id,
         "seed": row.seed,
         "finish_reason": row.finish_reason,
@@ -131,10 +149,12 @@ def _line(row: StoredRollout) -> dict[str, Any]:
         "response": row.rollout.response,
         "log_probs": row.rollout.log_probs,
     }
-    return line | ({"segments": row.rollout.segments} if row.rollout.segments else {})
+    if row.rollout.segments:
+        line["segments"] = row.rollout.segments
+    return line
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
+def _read_part(path: Path) -> tuple[_Head, list[StoredRollout]]:
     try:
         lines = [line for _, line in read_json_lines(path)]
         head, rows = lines[0], lines[1:]
@@ -150,8 +170,8 @@ def _read_part(path: Path) -> tuple[dict[str, Any], list[StoredRollout]]:
         ) from None
 
 
-def _row(line: dict[str, Any], version: int) -> StoredRollout:
-    lists = ((name, [*line[name]]) for name in ("prompt", "response", "log_probs"))
+def _row(line: _Line, version: int) -> StoredRollout:
+    lists = ((name, [*line[name]]) for name in _LISTS)
     if invalid := [name for name, values in lists if not all(type(value) in (int, float) for value in values)]:
         raise ValueError(f"{invalid[0]} without numbers")
     reason, segments = line["finish_reason"], line.get("segments", ())

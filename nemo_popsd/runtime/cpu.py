@@ -15,9 +15,10 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from operator import attrgetter
 
 import torch
+import torch.distributed as dist
 
 from nemo_popsd.runtime.adaptation import Adaptation, apply_all
 from nemo_popsd.runtime.local_layers import LOCAL_LAYERS
@@ -48,9 +49,7 @@ def _cpu_tensor_types(module_name: str, qualified_name: str) -> Callable[[], Non
         return constant
 
     def apply() -> None:
-        function: Any = importlib.import_module(module_name)
-        for part in qualified_name.split("."):
-            function = getattr(function, part)
+        function = attrgetter(qualified_name)(importlib.import_module(module_name))
         function = inspect.unwrap(getattr(function, "__func__", function))
         if not re.search(r"torch\.cuda\.\w+Tensor", inspect.getsource(function)):
             raise RuntimeError(
@@ -107,7 +106,7 @@ def _rotary_embedding_of_a_context_rank() -> None:
         setattr(module, name, _chunks_of_context_rank)
 
 
-def _chunks_of_context_rank(embedding: torch.Tensor, dimension: int, group: Any) -> torch.Tensor:
+def _chunks_of_context_rank(embedding: torch.Tensor, dimension: int, group: dist.ProcessGroup) -> torch.Tensor:
     """This context-parallel rank's two of the 2·cp chunks along `dimension`, as the library's own function returns."""
     chunks = embedding.chunk(2 * group.size(), dim=dimension)
     return torch.cat([chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]], dim=dimension)
@@ -120,7 +119,7 @@ def _splits_of_dispatched_tokens() -> None:
     if getattr(stock, "numpy_on_cpu", False):
         return
 
-    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    def maybe_move_tensor_to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     maybe_move_tensor_to_cpu.numpy_on_cpu = True  # type: ignore[attr-defined]

@@ -13,11 +13,19 @@ import inspect
 import re
 import sys
 import types
-from typing import Any
+from typing import Protocol
 
 import torch
 
 from nemo_popsd.runtime.adaptation import Adaptation
+
+
+class _NamedMapping(Protocol):
+    megatron_param: str
+
+
+class _ExpertConfig(Protocol):
+    num_moe_experts: int
 
 
 def transformer_engine_imports() -> bool:
@@ -68,7 +76,7 @@ def _expert_indices() -> None:
     if getattr(stock, "numbered", False):
         return
 
-    def gather_from_ep_ranks(self: Any, *args: object, **kwargs: object) -> object:
+    def gather_from_ep_ranks(self: _NamedMapping, *args: object, **kwargs: object) -> object:
         name, expert = self.megatron_param, re.search(r"\.local_experts\.(\d+)\.", self.megatron_param)
         self.megatron_param = f"{name}{expert[1]}" if expert else name
         try:
@@ -96,10 +104,12 @@ def _names_of_local_experts() -> None:
     if getattr(stock, "counts_local_experts", False):
         return
 
-    def local_name_to_global(models: Any, config: Any, param_name: str, vp_stage: int | None = None) -> Any:
+    def local_name_to_global(
+        models: object, config: _ExpertConfig, param_name: str, vp_stage: int | None = None
+    ) -> str:
         from megatron.core import parallel_state
 
-        name = stock(models, config, param_name, vp_stage)
+        name: str = stock(models, config, param_name, vp_stage)
         group = parallel_state.get_expert_model_parallel_group()
         if group.size() > 1 and ".adapter." not in name:
             first = config.num_moe_experts // group.size() * group.rank()

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_popsd.parallel.vocabulary import VocabShard
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
+from nemo_popsd.rollout.sampling import sample_tokens, uniforms
 
 
-def one_shard(logits: torch.Tensor) -> VocabularyShard:
-    return VocabularyShard(0, logits.shape[-1])
+def one_shard(logits: torch.Tensor) -> VocabShard:
+    return VocabShard(logits.shape[-1], logits.shape[-1])
 
 
 def sample(logits: torch.Tensor, sampling: SamplingParams, uniform: torch.Tensor) -> torch.Tensor:

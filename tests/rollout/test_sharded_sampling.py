@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_popsd.parallel.vocabulary import VocabShard
 from nemo_popsd.rollout.engine import SamplingParams
-from nemo_popsd.rollout.sampling import VocabularyShard, sample_tokens, uniforms
+from nemo_popsd.rollout.sampling import sample_tokens, uniforms
 from tests.harness import run_ranks
 from tests.rollout.test_sampling import params, reference_distribution
 
@@ -60,7 +61,7 @@ def observe(rank: int, world_size: int) -> dict[str, Any]:
     seeded = uniforms(list(range(SAMPLES)), 1).squeeze(1)
     seen: dict[str, Any] = {}
     for kind, size in SIZES.items():
-        shard = VocabularyShard(rank * share, size, dist.group.WORLD)
+        shard = VocabShard(size, share, dist.group.WORLD)
         for ties in (False, True):
             own = logits(size, ties=ties)[rank * share : (rank + 1) * share].expand(SAMPLES, -1)
             for name, sampling in SETTINGS.items():

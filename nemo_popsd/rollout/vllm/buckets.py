@@ -7,11 +7,11 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_popsd.rollout.vllm.serving import popsd_wire as wire
 from nemo_popsd.rollout.vllm.supervisor import VllmServer
 
 _ALIGNMENT = 64
@@ -72,12 +72,12 @@ class BucketSender:
         if bucket is None:
             return
         with bucket.sealed():
-            request = {"request": "bucket", "tensors": bucket.tensors}
+            request: wire.Request = {"request": "bucket", "tensors": bucket.tensors}
             if self._server.launch.same_machine:
-                self._server.ask(request | {"path": bucket.path})
+                self._server.ask({**request, "path": bucket.path})
             else:
                 with bucket.bytes() as payload:
-                    self._server.ask(request | {"path": None}, payload)
+                    self._server.ask({**request, "path": None}, payload)
         self.buckets += 1
 
     def commit(self, version: int) -> None:
@@ -99,7 +99,7 @@ class _Bucket:
         self._mapping = mmap.mmap(self._descriptor, capacity)
         self._capacity = capacity
         self._used = 0
-        self.tensors: list[list[Any]] = []
+        self.tensors: wire.Tensors = []
         """Name, dtype, shape and offset of each."""
 
     @property
@@ -115,7 +115,7 @@ class _Bucket:
         target = torch.frombuffer(self._mapping, dtype=tensor.dtype, count=count, offset=self._used)
         target.view(tensor.shape).copy_(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        self.tensors.append([name, dtype, list(tensor.shape), self._used])
+        self.tensors.append((name, dtype, list(tensor.shape), self._used))
         end = self._used + count * tensor.element_size()
         self._used = min(math.ceil(end / _ALIGNMENT) * _ALIGNMENT, self._capacity)
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from nemo_popsd.errors import START_AGAIN, StopRequested, TransientError, UserEr
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.vllm.buckets import BucketSender
 from nemo_popsd.rollout.vllm.ranks import Call, ServerRanks
+from nemo_popsd.rollout.vllm.serving import popsd_wire as wire
 from nemo_popsd.rollout.vllm.supervisor import ServerLost, VllmServer
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class PendingResponses:
 
     version: int
     """Of the weights."""
-    call: Call[list[tuple[Any, Any]]]
+    call: Call[list[wire.Response]]
     """Returns tokens and log-probabilities of each response."""
 
 
@@ -242,14 +243,14 @@ class VllmEngine:
 
         self._ranks.together(commit)
 
-    def _generate(self, requests: Sequence[Request], sampling: SamplingParams, version: int) -> list[tuple[Any, Any]]:
+    def _generate(self, requests: Sequence[Request], sampling: SamplingParams, version: int) -> list[wire.Response]:
         if not requests:
             return []
         assert self.server is not None
         answer = self.server.ask(
             {
                 "request": "generate",
-                "requests": [[list(request.prompt), request.seed] for request in requests],
+                "requests": [(list(request.prompt), request.seed) for request in requests],
                 "sampling": {
                     "temperature": sampling.temperature,
                     "top_p": sampling.top_p,

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +66,7 @@ class ServedModel:
     """The adapters under PEFT's names."""
     write_files: Callable[[Path], object]
     """Writes ``config.json`` and the tokenizer files into a directory."""
-    config_overrides: Mapping[str, Any] = field(default_factory=dict)
+    config_overrides: Mapping[str, object] = field(default_factory=dict)
     """Keys of ``config.json`` that replace those in the file."""
 
 
@@ -151,7 +150,7 @@ def server_ranks(replica: Replica, *, timeout: timedelta) -> ServerRanks:
     members: dict[int, list[int]] = defaultdict(list)
     for rank, index in enumerate(indices):
         members[index].append(rank)
-    groups: dict[int, Any] = {
+    groups: dict[int, dist.ProcessGroup] = {
         index: dist.new_group(ranks, backend="gloo", timeout=timeout) for index, ranks in sorted(members.items())
     }
     own = groups[replica.index] if len(members[replica.index]) > 1 else None
@@ -218,7 +217,7 @@ def server_launch(
             all weights.
     """
     vllm = settings.vllm
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         "model": str(directory.absolute()),
         "skip_tokenizer_init": True,
         "load_format": "auto" if adapter else "dummy",  # weights that the student sends are not read from files first

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
 from nemo_popsd.errors import UserError, describe_error, is_transient
 from nemo_popsd.rollout.vllm.environment import SERVER
@@ -74,7 +74,7 @@ class Launch:
     """Command prefix."""
     environment: Mapping[str, str]
     """Environment variables of the server."""
-    settings: Mapping[str, Any]
+    settings: wire.Settings
     """Its first message; see `popsd_server.Server`."""
     log: Path
     """File to which its output is appended."""
@@ -129,7 +129,7 @@ class VllmServer:
                 self._connection = self._accept(listener, token, deadline)
                 self._end.detach()
                 self._end = weakref.finalize(self, _end, self._process, self._connection)
-                wire.send(self._connection, dict(launch.settings))
+                wire.send(self._connection, launch.settings)
                 self.vllm = self._event("imported", deadline)["vllm"]
                 ready = self._event("ready", deadline)
             except BaseException:
@@ -158,8 +158,8 @@ class VllmServer:
         self.ask({"request": "ping"}, seconds=_PING_SECONDS)
 
     def ask(
-        self, request: dict[str, Any], payload: bytes | bytearray | memoryview = b"", *, seconds: float | None = None
-    ) -> dict[str, Any]:
+        self, request: wire.Request, payload: bytes | bytearray | memoryview = b"", *, seconds: float | None = None
+    ) -> wire.Answer:
         """Sends a request and waits for its answer. Another thread may `close` meanwhile.
 
         Args:
@@ -173,7 +173,7 @@ class VllmServer:
         try:
             self._connection.settimeout(seconds or self.launch.answer_seconds)
             wire.send(self._connection, request, payload)
-            answer, _ = wire.receive(self._connection)
+            answer = cast(wire.Answer, wire.receive(self._connection)[0])
         except (OSError, ValueError) as error:
             if not isinstance(error, TimeoutError):
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -201,17 +201,17 @@ class VllmServer:
                 continue
             connection.settimeout(_PING_SECONDS)
             with contextlib.suppress(OSError, ValueError):
-                hello, _ = wire.receive(connection)
+                hello = cast(wire.Hello, wire.receive(connection)[0])
                 if hmac.compare_digest(str(hello.get("token")), token) and hello.get("protocol") == wire.PROTOCOL:
                     self.pid = int(hello["pid"])
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     return connection
             connection.close()  # not the server
 
-    def _event(self, name: str, deadline: float) -> dict[str, Any]:
+    def _event(self, name: str, deadline: float) -> wire.Event:
         self._connection.settimeout(max(_POLL_SECONDS, deadline - time.monotonic()))
         try:
-            event, _ = wire.receive(self._connection)
+            event = cast(wire.Event, wire.receive(self._connection)[0])
         except TimeoutError:
             self._still_starting(deadline)
             raise self._not_ready() from None

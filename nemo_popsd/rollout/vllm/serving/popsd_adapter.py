@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from popsd_buckets import read_bucket
+from popsd_wire import Adapter as Config
+from popsd_wire import Tensors
 from safetensors.torch import save_file
 from torch import Tensor
 from vllm.lora.request import LoRARequest
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 INTERFACE = "adapter"
 
@@ -22,7 +27,7 @@ class Adapter:
         request: passed with each request so that vLLM applies the adapters; None before the first version.
     """
 
-    def __init__(self, llm: Any, config: dict[str, Any]) -> None:
+    def __init__(self, llm: LLM, config: Config) -> None:
         """Keeps references.
 
         Args:
@@ -40,7 +45,7 @@ class Adapter:
         """Starts an update."""
         self._tensors = {}
 
-    def bucket(self, path: str, tensors: list[list[Any]]) -> None:
+    def bucket(self, path: str, tensors: Tensors) -> None:
         """Stores the tensors of a bucket; see `read_bucket`."""
         self._tensors |= read_bucket(path, tensors)
 

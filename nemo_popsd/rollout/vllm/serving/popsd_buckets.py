@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from popsd_wire import Tensors
+
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
 
-def read_bucket(path: str, tensors: list[list[Any]]) -> list[tuple[str, Tensor]]:
+def read_bucket(path: str, tensors: Tensors) -> list[tuple[str, Tensor]]:
     """Tensors in a private mapping of the file, which stays valid when the file is removed.
 
     Args:

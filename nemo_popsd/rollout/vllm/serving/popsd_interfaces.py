@@ -18,7 +18,11 @@ same loader (`popsd_weights`), which reloads layer by layer where vLLM supports 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from popsd_wire import Tensors
+    from vllm import LLM
 
 WEIGHT_TRANSFER = "weight-transfer"
 WORKER_EXTENSION = "worker-extension"
@@ -64,7 +68,7 @@ def has_weight_transfer() -> bool:
     )
 
 
-def arguments(interface: str) -> dict[str, Any]:
+def arguments(interface: str) -> dict[str, object]:
     """Arguments of `LLM`, in addition to the worker extension, whose import registers the back end in each worker."""
     if interface == WORKER_EXTENSION:
         return {}
@@ -76,7 +80,7 @@ def arguments(interface: str) -> dict[str, Any]:
 class Weights:
     """Weights of a running `LLM`, replaced through one interface."""
 
-    def __init__(self, llm: Any, interface: str) -> None:
+    def __init__(self, llm: LLM, interface: str) -> None:
         """Keeps references."""
         self._llm = llm
         self._interface = interface
@@ -90,7 +94,7 @@ class Weights:
         else:
             self._llm.collective_rpc("popsd_begin")
 
-    def bucket(self, path: str, tensors: list[list[Any]]) -> None:
+    def bucket(self, path: str, tensors: Tensors) -> None:
         """Loads a bucket; when this returns, every worker has mapped or read the file at `path`.
 
         Args:

@@ -27,9 +27,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import popsd_wire as wire
+
+if TYPE_CHECKING:
+    import popsd_adapter
+    import popsd_interfaces
+    from vllm.outputs import CompletionOutput
 
 _CONNECT_SECONDS = 60
 
@@ -37,7 +42,7 @@ _CONNECT_SECONDS = 60
 class Server:
     """The model, the version of its weights, and one method for each request."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: wire.Settings) -> None:
         """Loads the model with random weights.
 
         Args:
@@ -57,7 +62,9 @@ class Server:
         if settings["adapter"] is not None:
             self.interface = popsd_adapter.INTERFACE
             self._llm = LLM(**arguments)
-            self._weights: Any = popsd_adapter.Adapter(self._llm, settings["adapter"])
+            self._weights: popsd_adapter.Adapter | popsd_interfaces.Weights = popsd_adapter.Adapter(
+                self._llm, settings["adapter"]
+            )
             self._adapter = self._weights
         else:
             self.interface = interfaces.choose(settings["interface"])
@@ -67,11 +74,11 @@ class Server:
         self._version: int | None = None
         self._asleep = False
 
-    def ping(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
+    def ping(self, request: wire.Request, payload: bytearray) -> wire.Answer:
         """The version, as a sign of life."""
         return {"version": self._version}
 
-    def begin(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
+    def begin(self, request: wire.Request, payload: bytearray) -> wire.Answer:
         """Starts an update: until its commit there is no version, and nothing can be generated."""
         if (request["content"] == "adapter") != (self._adapter is not None):
             raise ValueError(f"{request['content']} for a server with the interface {self.interface}")
@@ -80,19 +87,19 @@ class Server:
         self._weights.begin()
         return {}
 
-    def bucket(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
+    def bucket(self, request: wire.Request, payload: bytearray) -> wire.Answer:
         """Some tensors of an update."""
         with _file(request["path"], payload) as path:
             self._weights.bucket(path, request["tensors"])
         return {}
 
-    def commit(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
+    def commit(self, request: wire.Request, payload: bytearray) -> wire.Answer:
         """Ends an update."""
         self._weights.commit(request["version"])
         self._version = request["version"]
         return {"version": self._version}
 
-    def generate(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
+    def generate(self, request: wire.Request, payload: bytearray) -> wire.Answer:
         """One response to each prompt."""
         from vllm import SamplingParams
 
@@ -121,7 +128,7 @@ class Server:
         responses = [[list(o.token_ids), _log_probs(o)] for o in (output.outputs[0] for output in outputs)]
         return {"responses": responses, "version": self._version, "seconds": time.monotonic() - start}
 
-    def sleep(self, request: dict[str, Any], payload: bytearray) -> dict[str, Any]:
+    def sleep(self, request: wire.Request, payload: bytearray) -> wire.Answer:
         """Releases memory, if vLLM can."""
         if self.sleeps and not self._asleep:
             self._llm.sleep(level=1)
@@ -137,7 +144,7 @@ class Server:
 _REQUESTS = ("ping", "begin", "bucket", "commit", "generate", "sleep")
 
 
-def _log_probs(completion: Any) -> list[float]:
+def _log_probs(completion: CompletionOutput) -> list[float]:
     return [at[token].logprob for token, at in zip(completion.token_ids, completion.logprobs, strict=True)]
 
 
@@ -157,7 +164,7 @@ def _file(path: str | None, payload: bytearray) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _read(connection: socket.socket, frames: queue.Queue[tuple[dict[str, Any], bytearray]]) -> None:
+def _read(connection: socket.socket, frames: queue.Queue[tuple[wire.Request | wire.Settings, bytearray]]) -> None:
     """Puts frames into the queue until the connection closes, then kills this process and its workers."""
     try:
         while True:
@@ -172,7 +179,7 @@ def serve(connection: socket.socket, token: str) -> None:
     """Answers requests until the connection closes, which ends the process."""
     hello = {"token": token, "protocol": wire.PROTOCOL, "pid": os.getpid(), "host": socket.gethostname()}
     wire.send(connection, hello)
-    frames: queue.Queue[tuple[dict[str, Any], bytearray]] = queue.Queue()
+    frames: queue.Queue[tuple[wire.Request | wire.Settings, bytearray]] = queue.Queue()
     threading.Thread(target=_read, args=(connection, frames), name="frames", daemon=True).start()
     settings, _ = frames.get()
     stage = "import"

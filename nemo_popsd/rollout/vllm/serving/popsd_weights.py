@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from popsd_buckets import read_bucket
 from popsd_interfaces import BACKEND, has_weight_transfer
+from popsd_wire import Tensors
 from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+
+class _Model(Protocol):
+    """What is used of vLLM's model."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]: ...
+
+
+class _QuantMethod(Protocol):
+    """What is used of vLLM's method of a layer."""
+
+    def process_weights_after_loading(self, layer: object) -> None: ...
+
+
+class _Layer(Protocol):
+    """A layer of vLLM with a method."""
+
+    quant_method: _QuantMethod
+
+
+class _ModelRunner(Protocol):
+    model: _Model
+
+
+class _Worker(Protocol):
+    """What is used of vLLM's worker, and the loader of the current update."""
+
+    vllm_config: VllmConfig
+    model_runner: _ModelRunner
+    popsd_loader: BucketLoader
 
 
 class BucketLoader:
     """One update of one worker's model from full tensors under Hugging Face's names, which vLLM shards and fuses."""
 
-    def __init__(self, model: nn.Module, model_config: Any) -> None:
+    def __init__(self, model: _Model, model_config: ModelConfig) -> None:
         """Prepares the model.
 
         Where vLLM supports it, a layer is assembled separately and processed when its weights are complete: kernels get
@@ -29,16 +69,15 @@ class BucketLoader:
         try:
             from vllm.model_executor.model_loader import reload
         except ImportError:
-            self._reload: Any = None
+            self._reload: ModuleType | None = None
         else:
             self._reload = reload
             reload.initialize_layerwise_reload(model)
 
     @torch.no_grad()
-    def bucket(self, path: str, tensors: list[list[Any]]) -> None:
+    def bucket(self, path: str, tensors: Tensors) -> None:
         """Loads the tensors of one bucket, or keeps them until their layer is complete."""
-        model: Any = self._model
-        self._missing -= model.load_weights(iter(read_bucket(path, tensors)))
+        self._missing -= self._model.load_weights(iter(read_bucket(path, tensors)))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -61,7 +100,7 @@ class BucketLoader:
             torch.cuda.synchronize()
 
 
-def _pack_experts(model: nn.Module) -> None:
+def _pack_experts(model: _Model) -> None:
     """Packs the experts' matrices for kernels on CPUs, which vLLM does only at the first load."""
     for layer in model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
@@ -69,14 +108,14 @@ def _pack_experts(model: nn.Module) -> None:
             kernel.fused_experts.process_weights_after_loading(layer)
 
 
-def _tied_layers(model: nn.Module) -> list[Any]:
+def _tied_layers(model: _Model) -> list[_Layer]:
     """Layers with a parameter that an earlier layer also has."""
     seen: set[int] = set()
-    tied = []
+    tied: list[_Layer] = []
     for layer in model.modules():
         own = {id(parameter) for parameter in layer.parameters(recurse=False)}
         if own & seen and hasattr(layer, "quant_method"):
-            tied.append(layer)
+            tied.append(cast(_Layer, layer))
         seen |= own
     return tied
 
@@ -84,24 +123,21 @@ def _tied_layers(model: nn.Module) -> list[Any]:
 class WorkerExtension:
     """Methods for `collective_rpc` in every worker; vLLM makes the worker's class inherit from this one."""
 
-    def popsd_begin(self) -> None:
+    def popsd_begin(self: _Worker) -> None:
         """Starts an update."""
-        worker: Any = self
-        with set_current_vllm_config(worker.vllm_config):
-            worker.popsd_loader = BucketLoader(worker.model_runner.model, worker.vllm_config.model_config)
+        with set_current_vllm_config(self.vllm_config):
+            self.popsd_loader = BucketLoader(self.model_runner.model, self.vllm_config.model_config)
 
-    def popsd_bucket(self, path: str, tensors: list[list[Any]]) -> None:
+    def popsd_bucket(self: _Worker, path: str, tensors: Tensors) -> None:
         """See `BucketLoader.bucket`."""
-        worker: Any = self
-        with set_current_vllm_config(worker.vllm_config):
-            worker.popsd_loader.bucket(path, tensors)
+        with set_current_vllm_config(self.vllm_config):
+            self.popsd_loader.bucket(path, tensors)
 
-    def popsd_commit(self) -> None:
+    def popsd_commit(self: _Worker) -> None:
         """See `BucketLoader.finish`."""
-        worker: Any = self
-        with set_current_vllm_config(worker.vllm_config):
-            worker.popsd_loader.finish()
-        del worker.popsd_loader
+        with set_current_vllm_config(self.vllm_config):
+            self.popsd_loader.finish()
+        del self.popsd_loader
 
 
 if has_weight_transfer():
@@ -121,7 +157,7 @@ if has_weight_transfer():
         """One bucket."""
 
         path: str
-        tensors: list[list[Any]] = field(default_factory=list)
+        tensors: Tensors = field(default_factory=list)
 
     class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
         """Back end `popsd_host`: buckets in host memory. Needs neither a GPU nor the trainer's version of torch."""
@@ -153,7 +189,7 @@ if has_weight_transfer():
             self._loader = None
 
         @staticmethod
-        def trainer_send_weights(*arguments: Any, **named: Any) -> None:
+        def trainer_send_weights(*arguments: object, **named: object) -> None:
             """Abstract in some versions; the trainer does not use it."""
             raise NotImplementedError("the trainer sends buckets without vLLM")
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from typing import Any
+from collections.abc import Mapping
+from typing import TypedDict
 
 PROTOCOL = 2
 """Version, the same on both sides."""
@@ -22,12 +23,109 @@ _LENGTHS = struct.Struct("!IQ")
 _LARGEST_HEADER = 1 << 30
 _LARGEST_PAYLOAD = 1 << 36
 
+Tensors = list[tuple[str, str, list[int], int]]
+"""Name, dtype, shape and offset in the bucket of each tensor; JSON arrays when received."""
+Response = tuple[list[int], list[float]]
+"""Tokens and their log-probabilities; a JSON array when received."""
+
+
+class Sampling(TypedDict):
+    """Settings that all requested responses share."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_token_ids: list[int]
+
+
+class Adapter(TypedDict):
+    """LoRA configuration of the adapters, under PEFT's names."""
+
+    r: int
+    lora_alpha: float
+
+
+class Settings(TypedDict):
+    """The first frame from the trainer."""
+
+    arguments: dict[str, object]
+    """Of vLLM's `LLM`."""
+    interface: str
+    """Requested interface for weights."""
+    sleep: bool
+    adapter: Adapter | None
+
+
+class _NamedRequest(TypedDict):
+    request: str
+
+
+class Request(_NamedRequest, total=False):
+    """A request; which other fields it has depends on `request`."""
+
+    content: str
+    """`begin`: `weights` or `adapter`."""
+    path: str | None
+    """`bucket`: a file, or None with a payload."""
+    tensors: Tensors
+    """`bucket`."""
+    version: int
+    """`commit`: of the weights."""
+    requests: list[tuple[list[int], int]]
+    """`generate`: token ids of each prompt, and the seed of its response."""
+    sampling: Sampling
+    """`generate`."""
+
+
+class Hello(TypedDict, total=False):
+    """The first frame from the server."""
+
+    token: str
+    """As it was given to the server."""
+    protocol: int
+    pid: int
+    host: str
+
+
+class Answer(TypedDict, total=False):
+    """The answer to a request; which fields it has depends on the request."""
+
+    version: int | None
+    """`ping`, `commit`, `generate`: of the weights."""
+    responses: list[Response]
+    """`generate`."""
+    seconds: float
+    """`generate`."""
+    asleep: bool
+    """`sleep`."""
+    error: str
+    """The request failed."""
+
+
+class Event(TypedDict, total=False):
+    """What happens while the server starts; which fields it has depends on `event`."""
+
+    event: str
+    vllm: str
+    """`imported`: version."""
+    interface: str
+    """`ready`."""
+    sleeps: bool
+    """`ready`."""
+    stage: str
+    """`failed`: `import` or `load`."""
+    error: str
+    """`failed`."""
+
 
 class DisconnectedError(ConnectionError):
     """The other side has closed the connection, or died."""
 
 
-def send(connection: socket.socket, header: dict[str, Any], payload: bytes | bytearray | memoryview = b"") -> None:
+def send(
+    connection: socket.socket, header: Mapping[str, object], payload: bytes | bytearray | memoryview = b""
+) -> None:
     """Sends one frame.
 
     Raises:
@@ -40,7 +138,7 @@ def send(connection: socket.socket, header: dict[str, Any], payload: bytes | byt
         connection.sendall(payload)
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], bytearray]:
+def receive(connection: socket.socket) -> tuple[dict[str, object], bytearray]:
     """Waits for one frame.
 
     Raises:
