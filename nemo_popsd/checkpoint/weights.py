@@ -185,7 +185,7 @@ def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Paramete
         )
 
 
-def _sharded_state(models: Sequence[GPTModel], which: ParameterFilter) -> dict[str, Any]:
+def _sharded_state(models: Sequence[GPTModel], which: ParameterFilter) -> dict[str, object]:
     """The selected tensors. Transformer Engine's extra state is left out: it is a pickle, and only fp8 uses it."""
     return {
         str(index): {

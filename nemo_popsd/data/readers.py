@@ -36,7 +36,7 @@ class MalformedError(Exception):
     """A row cannot be used; the message is the reason."""
 
 
-Row = tuple[int, "Mapping[str, Any] | MalformedError"]
+Row = tuple[int, "Mapping[str, object] | MalformedError"]
 
 
 def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
@@ -114,7 +114,7 @@ def _jsonl_rows(path: Path, setting: str) -> Iterator[Row]:
         raise _unreadable(path, error, setting) from None
 
 
-def _jsonl_row(line: bytes) -> Mapping[str, Any] | MalformedError:
+def _jsonl_row(line: bytes) -> Mapping[str, object] | MalformedError:
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
@@ -147,7 +147,7 @@ def _arrow_rows(path: Path, columns: Sequence[str], setting: str) -> Iterator[Ro
         raise _unreadable(path, error, setting) from None
 
 
-def _numbered(batches: Iterable[Any], rows: Callable[[Any], Iterable[Mapping[str, Any]]]) -> Iterator[Row]:
+def _numbered(batches: Iterable[Any], rows: Callable[[Any], Iterable[Mapping[str, object]]]) -> Iterator[Row]:
     return enumerate((row for batch in batches for row in rows(batch)), start=1)
 
 

@@ -54,7 +54,7 @@ def main(seconds: float) -> None:
         send(equal=verdict)
 
 
-def _make_parser() -> Callable[[str], Any]:
+def _make_parser() -> Callable[[str], object]:
     """A function that converts LaTeX into an expression of sympy, and raises if a part of it would be skipped."""
     from antlr4 import CommonTokenStream, InputStream, Token
     from latex2sympy2_extended.antlr_parser import PSLexer, PSParser
@@ -66,7 +66,7 @@ def _make_parser() -> Callable[[str], Any]:
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
     )
 
-    def parse(text: str) -> Any:
+    def parse(text: str) -> object:
         latex = normalize_latex(text, normalization)
         parser = PSParser(CommonTokenStream(PSLexer(InputStream(latex))))
         parser.removeErrorListeners()
@@ -84,7 +84,7 @@ def _make_parser() -> Callable[[str], Any]:
     return parse
 
 
-def _make_comparison() -> Callable[[Any, Any], bool]:
+def _make_comparison() -> Callable[[object, object], bool]:
     """A function that returns whether two expressions of sympy are equal."""
     from math_verify import verify
     from sympy import Expr, FiniteSet, Interval, N, Rational, Symbol
@@ -99,7 +99,7 @@ def _make_comparison() -> Callable[[Any, Any], bool]:
                 return False
         return True
 
-    def equal(expected: Any, predicted: Any) -> bool:
+    def equal(expected: object, predicted: object) -> bool:
         if isinstance(expected, Symbol) or isinstance(predicted, Symbol):
             return bool(expected == predicted)
         kinds = [Interval if isinstance(side, Interval) else FiniteSet for side in (expected, predicted)]

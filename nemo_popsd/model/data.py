@@ -20,7 +20,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.training.rollouts import TrainingRows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def refuse_other_rows(checkpoint: NemoCheckpoint, digest: str) -> None:
         )
 
 
-def refuse_beyond_positions(model: Any, longest: int, settings: str) -> None:
+def refuse_beyond_positions(model: PretrainedConfig, longest: int, settings: str) -> None:
     """Refuses sequences that are longer than the model has positions.
 
     Args:

@@ -66,7 +66,7 @@ Rule = Bounds | Text
 
 
 @cache
-def hints(schema: type) -> Mapping[str, Any]:
+def hints(schema: type) -> Mapping[str, object]:
     """The type of each field of the dataclass `schema`."""
     return get_type_hints(schema)
 
@@ -82,7 +82,7 @@ def rules(schema: type) -> Mapping[str, Rule]:
     return declared
 
 
-def check_numbers(section: Any, name: str = "") -> None:
+def check_numbers(section: object, name: str = "") -> None:
     """Refuse a number of `section` that is out of bounds; nested sections check themselves.
 
     Args:
