@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch.distributed as dist
 
@@ -53,7 +53,7 @@ class Manifest(TypedDict):
 class DamagedCheckpointError(UserError):
     """A checkpoint that is incomplete or was changed; another one of the same run may be intact."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[], DamagedCheckpointError], tuple[()]]:
         """Pickles the error, as `UserError` does."""
         rebuild = partial(
             DamagedCheckpointError, self.what, got=str(self.got), need=self.need, fix=self.fix, advice=self.advice

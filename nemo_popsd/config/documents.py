@@ -150,7 +150,7 @@ class _Tree:
             values[name] = self.value(value_node, key, self._known[key], level + 1, where)
         return values
 
-    def value(self, node: yaml.Node, key: str, hint: object, level: int, where: str, need: object = None) -> Any:
+    def value(self, node: yaml.Node, key: str, hint: object, level: int, where: str, need: object = None) -> object:
         """The value of `node` for `key` of type `hint`; for an item of a list, `need` is the type of the list."""
         self._count(level)
         if isinstance(node, yaml.ScalarNode) and (node.value == MISSING or "${" in node.value):

@@ -20,7 +20,7 @@ _MOST = 24
 _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
 
 
-def escaped(value: object) -> Any:
+def escaped(value: object) -> object:
     """`value`, a text, list or section, escaped so that OmegaConf does not take its texts for interpolations."""
     if is_dataclass(value):
         result = copy.copy(value)  # without its checks: an escaped pattern may be invalid

@@ -46,7 +46,7 @@ def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence
     Raises:
         UserError: as `load_config`; `what` is its name in messages.
     """
-    known = known_keys(cast(Any, schema))
+    known = known_keys(cast(type, schema))
     values = {key: value for key, value in _flat(asdict(cast(Any, schema())), known) if not is_dataclass(known[key])}
     values = {key: escaped(value) for key, value in values.items()}
     values |= dict(_flat(tree, known))
@@ -116,7 +116,7 @@ def _flat(tree: Mapping[str, object], known: Mapping[str, object], prefix: str =
 def _build(schema: type[T], values: Mapping[str, object], prefix: str = "") -> T:
     """An instance of the dataclass `schema` with its nested sections; each checks its own values."""
     arguments: dict[str, object] = {}
-    for name, hint in hints(cast(Any, schema)).items():
+    for name, hint in hints(cast(type, schema)).items():
         key = prefix + name
         arguments[name] = _build(cast(type, hint), values, f"{key}.") if is_dataclass(hint) else values[key]
     return schema(**arguments)

@@ -11,7 +11,7 @@ import re
 import types
 import unicodedata
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin
+from typing import Union, get_args, get_origin
 
 from nemo_popsd.config.paths import given_path
 from nemo_popsd.settings.bounds import Text
@@ -37,7 +37,7 @@ MISSING = "???"
 """OmegaConf's mark of a missing value."""
 
 
-def read_scalar(hint: object, text: str) -> Any:
+def read_scalar(hint: object, text: str) -> object:
     """The value of an unquoted `text` for a setting of type `hint`.
 
     Raises:
@@ -67,7 +67,7 @@ def read_scalar(hint: object, text: str) -> Any:
     raise ValueError
 
 
-def from_plain(hint: object, value: object) -> Any:
+def from_plain(hint: object, value: object) -> object:
     """`value`, of a type that YAML or an interpolation gives, converted to type `hint`.
 
     Raises:
@@ -87,7 +87,7 @@ def from_plain(hint: object, value: object) -> Any:
     raise ValueError
 
 
-def from_interpolation(hint: object, value: object) -> Any:
+def from_interpolation(hint: object, value: object) -> object:
     """As `from_plain`, for the result of an interpolation: the text of a variable is read as if it were written there.
 
     Raises:

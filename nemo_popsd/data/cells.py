@@ -55,7 +55,7 @@ def _written(value: float | Decimal, column: str) -> str:
     return format(Decimal(repr(value)) if isinstance(value, float) else Decimal(value), "f")
 
 
-def _cell(row: Mapping[str, object], column: str) -> Any:
+def _cell(row: Mapping[str, object], column: str) -> object:
     if column in row:
         value = row[column]
     else:
@@ -70,7 +70,7 @@ def _cell(row: Mapping[str, object], column: str) -> Any:
     return value
 
 
-def _field(value: object, field: str, where: str) -> Any:
+def _field(value: object, field: str, where: str) -> object:
     if value is None:
         raise MalformedError(f"column {where!r} is null")
     if isinstance(value, Mapping):
@@ -84,7 +84,7 @@ def _field(value: object, field: str, where: str) -> Any:
     raise MalformedError(f"column {where!r} holds {_type_name(value)}, which has no field {field!r}")
 
 
-def _message(messages: list[Any], column: str, field: str) -> Any:
+def _message(messages: list[Any], column: str, field: str) -> object:
     """The content of the only message with the role of `field`."""
     role = _ROLES[field]
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]

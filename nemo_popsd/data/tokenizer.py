@@ -105,7 +105,7 @@ def _load(source: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # type: ignore[no-untyped-call]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(source), local_files_only=True, use_fast=True, trust_remote_code=False
         )
     except Exception as error:

@@ -22,7 +22,10 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sympy import Basic
 
 _MEMORY_BYTES = 4 << 30
 _GRACE_SECONDS = 1.0
@@ -89,7 +92,7 @@ def _make_comparison() -> Callable[[object, object], bool]:
     from math_verify import verify
     from sympy import Expr, FiniteSet, Interval, N, Rational, Symbol
 
-    def same_value(one: Any, other: Any) -> bool:
+    def same_value(one: Basic, other: Basic) -> bool:
         names = sorted(one.free_symbols | other.free_symbols, key=str)
         for seed in range(3):
             rng = random.Random(seed)

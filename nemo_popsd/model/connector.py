@@ -33,7 +33,7 @@ class Saveable(Protocol):
         """Weights and configuration, without training state."""
 
 
-class MegatronSaveRestoreConnector(SaveRestoreConnector):
+class MegatronSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]  # NeMo has no types
     """What `ModelPT.save_to` and `restore_from` call; every rank takes part in both."""
 
     def save_to(self, model: Saveable, save_path: str) -> str:

@@ -110,7 +110,8 @@ def as_source(config: SourceConfig | DictConfig) -> SourceConfig:
     """`config` as a `SourceConfig`; NeMo's set-up methods pass a tree."""
     if isinstance(config, SourceConfig):
         return config
-    source: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), config))
+    source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), config))
+    assert isinstance(source, SourceConfig)
     return source
 
 

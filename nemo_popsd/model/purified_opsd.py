@@ -60,7 +60,7 @@ from nemo_popsd.training.step import OnPolicyStep
 logger = logging.getLogger(__name__)
 
 
-class PurifiedOPSDModel(ModelPT):
+class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
     """Student, frozen base and data of a run, with NeMo's contract: set-up, steps, save and restore.
 
     Connects the packages and contains no algorithm of its own. Every rank holds its part of the model; Megatron owns

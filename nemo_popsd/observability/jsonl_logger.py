@@ -7,7 +7,6 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
@@ -112,7 +111,7 @@ def _complete_lines(path: Path) -> list[str]:
     return [line + "\n" for line in text.split("\n")[:-1]]
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

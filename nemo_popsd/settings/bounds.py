@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from nemo_popsd.settings.checks import refuse
 
@@ -92,7 +92,7 @@ def check_numbers(section: object, name: str = "") -> None:
     Raises:
         UserError: names the setting and its bounds.
     """
-    schema: Any = type(section)
+    schema: type = type(section)
     kinds = hints(schema)
     for field, rule in rules(schema).items():
         value = getattr(section, field)
