@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -24,7 +23,7 @@ class Architecture:
 
     config: PretrainedConfig
     """The transformers configuration."""
-    content: dict[str, Any]
+    content: dict[str, object]
     """Content of the file without names of Python code. Keys of transformers 4 are added if the file has only those of
     transformers 5."""
     changed: bool
@@ -52,7 +51,7 @@ def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool)
             need="a local Hugging Face model directory",
             fix=f"set {setting}",
         )
-    content: dict[str, Any] = read_strict_json(directory / CONFIG, what, fix=f"repair the file, or set {setting}")
+    content: dict[str, object] = read_strict_json(directory / CONFIG, what, fix=f"repair the file, or set {setting}")
     names = content.get("architectures")
     family = (
         FAMILIES.get(names[0]) if isinstance(names, list) and len(names) == 1 and str(names[0]) == names[0] else None

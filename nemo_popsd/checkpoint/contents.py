@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
+
+from nemo_popsd.checkpoint.manifest import Manifest
 
 CONFIG_NAME = "model_config.yaml"
 """The resolved configuration."""
@@ -51,7 +52,7 @@ def missing_files(names: Collection[str], *, ranks: int) -> list[str]:
     return missing
 
 
-def ranks_of(manifest: Mapping[str, Any]) -> int:
+def ranks_of(manifest: Manifest) -> int:
     """Number of ranks that wrote the training state of the checkpoint that `manifest` describes; 0 if it has none."""
     if not any(name.startswith(f"{STATE}/") for name in manifest["files"]):
         return 0

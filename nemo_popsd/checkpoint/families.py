@@ -79,8 +79,8 @@ class Family:
     """Names of transformers 5, and the corresponding names of transformers 4."""
 
     def read(
-        self, content: Mapping[str, Any], make: Callable[[dict[str, Any]], PretrainedConfig]
-    ) -> tuple[PretrainedConfig, dict[str, Any]]:
+        self, content: Mapping[str, object], make: Callable[[dict[str, object]], PretrainedConfig]
+    ) -> tuple[PretrainedConfig, dict[str, object]]:
         """Checks that Megatron computes what `content` describes, and makes the transformers configuration.
 
         Args:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +76,7 @@ class HuggingFaceModel:
                 architecture (see `require_complete`), or a file cannot be read.
         """
         self.directory = Path(directory)
-        self.overrides: dict[str, Any] = {}
+        self.overrides: dict[str, object] = {}
         architecture = read_architecture(self.directory, setting=setting, trust_remote_code=trust_remote_code)
         self.config = architecture.config
         self.vocab_size: int = self.config.vocab_size

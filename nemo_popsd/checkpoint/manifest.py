@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch.distributed as dist
 
@@ -24,10 +24,36 @@ from nemo_popsd.files.ownership import MANIFEST as FILE_NAME
 FORMAT = 2
 
 
+class FileRecord(TypedDict):
+    """Size and digest of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """Content of a manifest, without its digest."""
+
+    format: int
+    step: int
+    weights: str
+    """``whole`` or ``adapters``."""
+    base: dict[str, str] | None
+    """Of adapters: the source of the base model and its digest."""
+    layout: dict[str, int]
+    """Ranks by axis of parallelism."""
+    versions: dict[str, str | None]
+    """By library."""
+    data: NotRequired[str]
+    """Digest of the training rows."""
+    files: dict[str, FileRecord]
+    """By relative name."""
+
+
 class DamagedCheckpointError(UserError):
     """A checkpoint that is incomplete or was changed; another one of the same run may be intact."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[], DamagedCheckpointError], tuple[()]]:
         """Pickles the error, as `UserError` does."""
         rebuild = partial(
             DamagedCheckpointError, self.what, got=str(self.got), need=self.need, fix=self.fix, advice=self.advice
@@ -53,7 +79,7 @@ def list_files(directory: Path) -> list[str]:
     return sorted(name for path in files_below if (name := path.relative_to(directory).as_posix()) != FILE_NAME)
 
 
-def write_manifest(directory: Path, facts: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> None:
+def write_manifest(directory: Path, facts: Mapping[str, object], files: Mapping[str, tuple[int, str]]) -> None:
     """Writes the manifest. Every other file must have been flushed to the disk.
 
     Args:
@@ -69,7 +95,7 @@ def write_manifest(directory: Path, facts: Mapping[str, Any], files: Mapping[str
     write_text(directory / FILE_NAME, json.dumps({**content, "sum": checksum(content)}, indent=2) + "\n")
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> Manifest:
     """Reads the manifest and compares it with its own digest.
 
     Raises:
@@ -79,7 +105,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if os.path.lexists(path) and not path.is_file():  # reading a named pipe would block
         raise damaged(directory, f"a {FILE_NAME} that is not a regular file")
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise damaged(directory, f"format {content['format']} in {FILE_NAME}")
         if content.pop("sum") != checksum(content):
@@ -90,7 +116,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise damaged(directory, f"{FILE_NAME} that cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(directory, f"an unreadable {FILE_NAME} ({error!r})") from None
-    return content
+    manifest: Manifest = content
+    return manifest
 
 
 def refuse_absent(directory: Path, names: Iterable[str]) -> None:
@@ -102,24 +129,24 @@ def refuse_absent(directory: Path, names: Iterable[str]) -> None:
     _raise_damage(directory, [_absent(directory / name, name) for name in sorted(names)])
 
 
-def verify_files(directory: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+def verify_files(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Compares the files `names` with the manifest. Runs on this process only.
 
     Raises:
         DamagedCheckpointError: names the files that are missing, truncated or changed.
     """
-    files: dict[str, dict[str, Any]] = manifest["files"]
+    files = manifest["files"]
     _raise_damage(directory, [_damage(directory, name, files[name]) for name in sorted(names)])
 
 
-def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
+def verify(directory: Path, manifest: Manifest) -> None:
     """Compares every file with the manifest. Collective if there is a process group: each rank reads a share of the
     files, and one gather of objects collects the results.
 
     Raises:
         DamagedCheckpointError: on every rank; names the files that are missing, truncated, changed or unexpected.
     """
-    files: dict[str, dict[str, Any]] = manifest["files"]
+    files = manifest["files"]
     distributed = dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     damage = [_damage(directory, name, files[name]) for name in sorted(files)[rank::ranks]]
@@ -148,7 +175,7 @@ def damaged(directory: Path, got: str) -> DamagedCheckpointError:
     )
 
 
-def _damage(directory: Path, name: str, recorded: Mapping[str, Any]) -> str | None:
+def _damage(directory: Path, name: str, recorded: FileRecord) -> str | None:
     path = directory / name
     if absent := _absent(path, name):
         return absent

@@ -88,7 +88,7 @@ class NemoCheckpoint:
             if _INTERPOLATION.search(json.dumps(OmegaConf.to_container(tree, resolve=False), default=str)):
                 raise ValueError("an interpolation, which a resolved configuration does not contain")
             self.step = int(self.manifest["step"])
-            self.base: dict[str, str] | None = self.manifest["base"]
+            self.base = self.manifest["base"]
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, YAMLError) as error:

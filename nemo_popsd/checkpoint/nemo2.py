@@ -121,7 +121,7 @@ class Nemo2Checkpoint:
             if (configs[0].parent / name).is_file():
                 shutil.copy(configs[0].parent / name, folder / name)
 
-    def _huggingface_config(self) -> dict[str, Any]:
+    def _huggingface_config(self) -> dict[str, object]:
         tree = self._model_tree()
         name = str(tree.get("_target_", "")).rpartition(".")[2]
         config = tree.get("config")
@@ -158,7 +158,7 @@ class Nemo2Checkpoint:
             "torch_dtype": dtype,
         }
 
-    def _model_tree(self) -> dict[str, Any]:
+    def _model_tree(self) -> dict[str, object]:
         file = self.directory / "context" / "model.yaml"
         try:
             text = read_text(file, f"NeMo 2 checkpoint {self.directory}", fix=_FIX, limit=YAML_BYTES)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from copy import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from transformers import Olmo3ForCausalLM
+from transformers import Olmo3ForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_popsd.megatron.olmo3 import Olmo3Provider, transformer_engine_layer_spec
@@ -33,13 +33,19 @@ _NAMES = {
 }
 
 
+class _Pretrained(Protocol):
+    """What Megatron-Bridge passes: a model or its stand-in, of which only the configuration is used."""
+
+    config: PretrainedConfig
+
+
 @MegatronModelBridge.register_bridge(
     source=Olmo3ForCausalLM, target=GPTModel, provider=Olmo3Provider, model_type="olmo3"
 )
-class Olmo3Bridge(MegatronModelBridge):
+class Olmo3Bridge(MegatronModelBridge):  # type: ignore[misc]  # Megatron-Bridge has no types
     """Bridge for the OLMo-3 of transformers."""
 
-    def provider_bridge(self, hf_pretrained: Any) -> Olmo3Provider:
+    def provider_bridge(self, hf_pretrained: _Pretrained) -> Olmo3Provider:
         """The provider for a transformers configuration. Layers have either a window or a scaled rotation."""
         config = hf_pretrained.config
         # `rope_scaling` is removed because Megatron would apply it in every layer.

@@ -10,7 +10,7 @@ every reader uses them. A configuration with contradictory keys is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 THETA, SCALING, PARAMETERS = "rope_theta", "rope_scaling", "rope_parameters"
 
@@ -33,7 +33,7 @@ class UnsupportedError(ValueError):
     """A configuration requests what Megatron does not compute. The message follows "got" in a `UserError`."""
 
 
-def with_rotation(content: Mapping[str, Any], *, by_layer: bool) -> dict[str, Any]:
+def with_rotation(content: Mapping[str, object], *, by_layer: bool) -> dict[str, object]:
     """Adds the keys of transformers 4 for the rotary embedding to the content of a ``config.json``.
 
     Args:
@@ -96,27 +96,24 @@ def check_rotation(theta: object, scaling: object, *, rope_types: tuple[str, ...
         raise UnsupportedError(f"{SCALING}={scaling} (only the factor may differ from {_LLAMA3})")
 
 
-def _of_full_attention(parameters: dict[str, Any]) -> dict[str, Any]:
+def _of_full_attention(parameters: dict[str, object]) -> dict[str, object]:
     """The parameters of the layers without a window. Layers with a window must have no scaling and the same theta."""
-    parts = [parameters.get(layer_type) for layer_type in ("full_attention", "sliding_attention")]
-    if len(parameters) != 2 or not all(isinstance(part, dict) for part in parts):
+    full, sliding = parameters.get("full_attention"), parameters.get("sliding_attention")
+    if len(parameters) != 2 or not isinstance(full, dict) or not isinstance(sliding, dict):
         raise UnsupportedError(f"{PARAMETERS}={parameters}, which is not one object for each layer type")
-    full, sliding = parts
-    assert full is not None
-    assert sliding is not None
     if _scaling(sliding) is not None or sliding.get(THETA, full.get(THETA)) != full.get(THETA):
         raise UnsupportedError(f"{PARAMETERS}.sliding_attention={sliding}")
     return full
 
 
-def _rope_type(scaling: Mapping[str, Any]) -> str:
+def _rope_type(scaling: Mapping[str, object]) -> str:
     types = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
     if len(types) == 2 and types[0] != types[1]:
         raise UnsupportedError(f"{SCALING} with rope_type={types[0]!r} and type={types[1]!r}")
     return str(types[0]) if types else "default"
 
 
-def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scaling(parameters: Mapping[str, object]) -> dict[str, object] | None:
     """The ``rope_scaling`` for these ``rope_parameters``; None for an unscaled rotation of complete heads."""
     rest = {
         key: value for key, value in parameters.items() if key not in (THETA, "type", "rope_type") and value is not None

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -120,7 +120,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
             raise self._damaged(INDEX, f"does not name {unlisted[0]}, which is in {self._headers[unlisted[0]].file}")
 
     def _read_headers(self, file: str, *, check_dtypes: bool) -> dict[str, _Header]:
-        def headers(opened: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+        def headers(opened: safe_open) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 not a mapping
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
@@ -137,7 +137,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
             result[name] = _Header(file, shape, _DTYPES.get(dtype, torch.float32))
         return result
 
-    def _with_file(self, file: str, read: Callable[[Any], T]) -> T:
+    def _with_file(self, file: str, read: Callable[[safe_open], T]) -> T:
         """Calls `read` with the opened file, and refuses a damaged one."""
         if reason := unreadable(self.directory / file):
             raise self._damaged(file, reason)

@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -75,7 +74,7 @@ class Content:
     """Megatron's optimizer, or None to save no training state."""
     random_state: Mapping[str, Tensor] = field(default_factory=dict)
     """State of this rank's random generators, saved with the training state."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     """Further content of the manifest."""
 
 
@@ -240,7 +239,7 @@ class PendingSave:
                 fix="set output to shared storage; older checkpoints are unchanged",
             )
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, object]:
         content = self._content
         return {
             "step": content.step,

@@ -138,7 +138,8 @@ class TensorMap:
     def join(self, tensor: MegatronTensor, parts: Sequence[Tensor]) -> Tensor:
         """Builds Megatron's tensor from the Hugging Face tensors; the vocabulary is padded with zeros."""
         if len(parts) == 3:
-            return merge_qkv_weights(self._provider, *parts)
+            merged: Tensor = merge_qkv_weights(self._provider, *parts)
+            return merged
         joined = torch.cat(list(parts)) if len(parts) == 2 else parts[0]
         if tensor.parts[0] in self.vocabulary:
             joined = pad(joined, (0, 0, 0, self._padded_vocabulary - joined.shape[0]))

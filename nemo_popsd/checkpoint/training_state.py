@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -209,7 +209,7 @@ class _Reader:
         self._pieces: dict[str, list[_StoredPiece]] = defaultdict(list)
         for piece in pieces:
             self._pieces[piece["tensor"]].append(piece)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, safe_open] = {}
 
     def fill(self, wanted: ShardedTensor) -> None:
         """Copies the overlap of the stored pieces with `wanted` into its data."""
@@ -236,7 +236,7 @@ class _Reader:
         """Closes the files."""
         self._open.clear()
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> safe_open:
         if name not in self._open:
             self._open[name] = safe_open(self._folder / name, framework="pt")
         return self._open[name]

@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch.distributed.checkpoint import filesystem
@@ -49,7 +49,7 @@ class RefusedPickle(pickle.UnpicklingError):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in _SUBCLASSES:
             return _SUBCLASSES[module, name]
         if name in _METADATA_CLASSES.get(module, ()):

@@ -158,7 +158,7 @@ def _megatron_logits(source: Source, ids: list[int], precision: str) -> Tensor:
     input_ids = torch.tensor([ids], device=device())
     positions = torch.arange(len(ids), device=device())[None]
     logits = model(input_ids=input_ids, position_ids=positions, attention_mask=None)
-    gathered = gather_from_tensor_model_parallel_region(logits)
+    gathered: Tensor = gather_from_tensor_model_parallel_region(logits)
     return gathered[:, :length, : source.architecture.vocab_size].float().cpu()
 
 

@@ -6,8 +6,9 @@ import queue
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -17,6 +18,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_tensors
 from nemo_popsd.checkpoint.trust import safe_unpickling
@@ -24,6 +27,10 @@ from nemo_popsd.errors import UserError
 
 ParameterFilter = Callable[[str], bool]
 """Whether a parameter is saved or loaded, by its name."""
+
+
+_Bucket: TypeAlias = tuple[str, str, tuple[list[tuple[WriteItem, object]], list[tuple[WriteItem, torch.Tensor]]]]
+"""What is written to one file: its path, its key in the metadata, and its objects and tensors."""
 
 
 def every_parameter(name: str) -> bool:
@@ -55,9 +62,9 @@ class StagedWeights:
         request = dist_checkpointing.save(_sharded_state(models, which), str(directory), async_sharded_save=True)
         assert request is not None
         self._finish = request.finalize_fns
-        self._results: Any = None
-        self._transforms: list[Any] = []
-        self._buckets: list[Any] = []
+        self._results: queue.Queue[dict[int, list[WriteResult]]] | None = None
+        self._transforms: list[object] = []
+        self._buckets: list[_Bucket] = []
         if request.async_fn is not None:
             self._transforms = request.async_fn.args[0]
             _, buckets, self._results = request.async_fn_args
@@ -77,9 +84,9 @@ class StagedWeights:
         Raises:
             OSError: from the file system.
         """
-        written: dict[int, Any] = {}
+        written: dict[int, list[WriteResult]] = {}
         for index, bucket in enumerate(self._buckets):
-            results: queue.Queue[tuple[int, Any]] = queue.Queue()
+            results: queue.Queue[tuple[int, list[WriteResult] | Exception]] = queue.Queue()
             token: queue.Queue[int] = queue.Queue()
             token.put(index)
             FileSystemWriterAsync.write_preloaded_data(self._transforms, index, bucket, results, token, use_fsync=True)
@@ -88,6 +95,7 @@ class StagedWeights:
                 raise _system_error(outcome) or outcome
             written[index] = outcome
         if self._buckets:
+            assert self._results is not None
             self._results.put(written)
         self._buckets = []
 
@@ -185,7 +193,7 @@ def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Paramete
         )
 
 
-def _sharded_state(models: Sequence[GPTModel], which: ParameterFilter) -> dict[str, Any]:
+def _sharded_state(models: Sequence[GPTModel], which: ParameterFilter) -> dict[str, object]:
     """The selected tensors. Transformer Engine's extra state is left out: it is a pickle, and only fp8 uses it."""
     return {
         str(index): {

@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeAlias, TypeVar
 
 from nemo_popsd.config.paths import path_argument
 
@@ -25,11 +25,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
+"""What a sub-command adds its parser to."""
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add the configuration file, which may be `optional`, and its overrides."""
-    options: dict[str, Any] = {"nargs": "?", "default": None} if optional else {}
     parser.add_argument(
-        "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/tiny.yaml", **options
+        "config",
+        metavar="CONF",
+        nargs="?" if optional else None,
+        type=path_argument,
+        help="configuration file, e.g. conf/tiny.yaml",
     )
     parser.add_argument(
         "overrides",

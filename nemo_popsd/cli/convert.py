@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
 
-from nemo_popsd.cli.arguments import number
+from nemo_popsd.cli.arguments import Subparsers, number
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 
 _GIB = 1 << 30
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "convert",
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_checkpoint(args.source, setting="SRC")
     check_new_output(args.output, setting="OUT")
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "precision": args.precision,
         "verifies": args.verify,
         "trust_remote_code": args.trust_remote_code,

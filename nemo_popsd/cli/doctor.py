@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from nemo_popsd.cli.arguments import number
+from nemo_popsd.cli.arguments import Subparsers, number
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
 from nemo_popsd.parallel.launcher import world_size
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "doctor",

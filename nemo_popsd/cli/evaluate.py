@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nemo_popsd.cli.arguments import add_config_arguments
+from nemo_popsd.cli.arguments import Subparsers, add_config_arguments
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nemo_popsd.config.schema import PopsdConfig
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "evaluate",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from nemo_popsd.cli.arguments import Subparsers
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "export",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from nemo_popsd.errors import START_AGAIN, TransientError
 from nemo_popsd.parallel.launcher import read_launch
@@ -22,7 +21,7 @@ class LostPeerError(TransientError):
     """An error on this rank that a failure of another rank caused."""
 
 
-def as_lost_peer(error: BaseException, *, command: str, config: Any) -> LostPeerError | None:
+def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostPeerError | None:
     """The error to raise in place of `error`, if `error` shows that another rank has ended or does not answer.
 
     Args:

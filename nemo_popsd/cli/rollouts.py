@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from nemo_popsd.cli.arguments import number
+from nemo_popsd.cli.arguments import Subparsers, number
 from nemo_popsd.config.paths import path_argument
 
+if TYPE_CHECKING:
+    from nemo_popsd.rollout.storage import StoredRollout
 
-def add_parser(subparsers: Any) -> None:
+
+def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "rollouts",
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _print_summary(step: int, rows: list[Any]) -> None:
+def _print_summary(step: int, rows: list[StoredRollout]) -> None:
     lengths = [len(row.rollout.response) for row in rows]
     truncated = sum(row.rollout.truncated for row in rows)
     version = rows[0].rollout.weights_version if rows else "-"
@@ -80,7 +84,7 @@ def _print_summary(step: int, rows: list[Any]) -> None:
     )
 
 
-def _print_rollout(step: int, row: Any, decode: Any) -> None:
+def _print_rollout(step: int, row: StoredRollout, decode: Callable[[list[int]], str] | None) -> None:
     if decode is None:
         line = {
             "step": step,
@@ -101,7 +105,7 @@ def _print_rollout(step: int, row: Any, decode: Any) -> None:
     print(f">>> {decode(row.rollout.response)}")
 
 
-def _decoder(run: Path) -> Any:
+def _decoder(run: Path) -> Callable[[list[int]], str] | None:
     """Decodes token ids with the tokenizer of the run's newest checkpoint, or of its source if there is none yet."""
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.data.tokenizer import load_tokenizer

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from nemo_popsd.cli.arguments import add_config_arguments
+from nemo_popsd.cli.arguments import Subparsers, add_config_arguments
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.parallel.launcher import read_launch
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "train",

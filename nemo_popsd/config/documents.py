@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -24,7 +24,7 @@ _MERGE = f"{_TAGS}merge"
 _QUOTED = ("'", '"', "|", ">")
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, object]:
     """The tree of a configuration file.
 
     Values have the types of their keys. Texts with ``${`` are interpolations that are resolved later, and `MISSING` is
@@ -43,7 +43,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return _Tree(known_keys(), path).section(node, "", 0)
 
 
-def read_override(override: str, known: Mapping[str, Any] | None = None) -> tuple[str, Any]:
+def read_override(override: str, known: Mapping[str, object] | None = None) -> tuple[str, Any]:
     """Key and value of one ``key=value``.
 
     Args:
@@ -96,7 +96,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         super().__init__(text)
         self._nodes = self._levels = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._nodes += 1
         self._levels += 1
         event = self.peek_event()
@@ -111,7 +111,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         return node
 
 
-def _compose(text: str, what: str, where: Any) -> yaml.Node | None:
+def _compose(text: str, what: str, where: Callable[[int], str]) -> yaml.Node | None:
     """The root of the one document in `text`."""
     need, fix = "valid YAML", "correct it (quote what is meant as text)"
     try:
@@ -126,14 +126,14 @@ def _compose(text: str, what: str, where: Any) -> yaml.Node | None:
 class _Tree:
     """Converts nodes to values. An alias is one node and may be many values, so values are counted again."""
 
-    def __init__(self, known: Mapping[str, Any], origin: Path | str) -> None:
+    def __init__(self, known: Mapping[str, object], origin: Path | str) -> None:
         self._known = known
         self._origin = origin
         self._nodes = 0
 
-    def section(self, node: yaml.MappingNode, prefix: str, level: int) -> dict[str, Any]:
+    def section(self, node: yaml.MappingNode, prefix: str, level: int) -> dict[str, object]:
         """The keys of one section; `prefix` is its dotted name with a dot at the end."""
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         lines: dict[str, int] = {}
         for key_node, value_node in self._merged(node, level):
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -150,7 +150,7 @@ class _Tree:
             values[name] = self.value(value_node, key, self._known[key], level + 1, where)
         return values
 
-    def value(self, node: yaml.Node, key: str, hint: Any, level: int, where: str, need: Any = None) -> Any:
+    def value(self, node: yaml.Node, key: str, hint: object, level: int, where: str, need: object = None) -> object:
         """The value of `node` for `key` of type `hint`; for an item of a list, `need` is the type of the list."""
         self._count(level)
         if isinstance(node, yaml.ScalarNode) and (node.value == MISSING or "${" in node.value):

@@ -20,7 +20,7 @@ _MOST = 24
 _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
 
 
-def escaped(value: Any) -> Any:
+def escaped(value: object) -> object:
     """`value`, a text, list or section, escaped so that OmegaConf does not take its texts for interpolations."""
     if is_dataclass(value):
         result = copy.copy(value)  # without its checks: an escaped pattern may be invalid
@@ -34,7 +34,7 @@ def escaped(value: Any) -> Any:
     return value
 
 
-def resolve(values: dict[str, Any], known: Mapping[str, Any], what: str) -> None:
+def resolve(values: dict[str, object], known: Mapping[str, object], what: str) -> None:
     """Replaces the interpolations in `values` by their results, read as if these had been written there.
 
     Args:
@@ -58,7 +58,9 @@ def resolve(values: dict[str, Any], known: Mapping[str, Any], what: str) -> None
 class _Resolution:
     """Resolves the keys that a text refers to before the text itself, so that each value is resolved once."""
 
-    def __init__(self, values: dict[str, Any], known: Mapping[str, Any], what: str, unresolved: list[str]) -> None:
+    def __init__(
+        self, values: dict[str, object], known: Mapping[str, object], what: str, unresolved: list[str]
+    ) -> None:
         self._values = values
         self._known = known
         self._what = what

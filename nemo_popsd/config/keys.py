@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.values import describe
@@ -19,9 +19,9 @@ _MOST_NAMED = 3
 
 
 @cache
-def known_keys(schema: type = PopsdConfig) -> Mapping[str, Any]:
+def known_keys(schema: type = PopsdConfig) -> Mapping[str, object]:
     """Dotted name of every section and every setting, with its type; sections have a dataclass as type."""
-    keys: dict[str, Any] = {}
+    keys: dict[str, object] = {}
 
     def visit(section: type, prefix: str) -> None:
         for field, hint in hints(section).items():
@@ -34,7 +34,7 @@ def known_keys(schema: type = PopsdConfig) -> Mapping[str, Any]:
     return keys
 
 
-def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
+def nearest(key: str, known: Mapping[str, object]) -> list[str]:
     """The keys of `known` that `key` most likely means; none if none is close, several if they are equally likely.
 
     In order of preference: a misspelt key of the same section, the same name elsewhere in the top-level section, a
@@ -61,7 +61,7 @@ def nearest(key: str, known: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def unknown_key(where: str, key: str, known: Mapping[str, Any] | None = None) -> UserError:
+def unknown_key(where: str, key: str, known: Mapping[str, object] | None = None) -> UserError:
     """The error for a key that the schema does not have.
 
     Args:
@@ -86,7 +86,7 @@ def unknown_key(where: str, key: str, known: Mapping[str, Any] | None = None) ->
     return UserError(where, got=f"unknown key {_shown_key(key)}", need=need, fix="rename or remove it")
 
 
-def wrong_type(where: str, key: str, hint: Any, got: str) -> UserError:
+def wrong_type(where: str, key: str, hint: object, got: str) -> UserError:
     """The error for a value, described by `got`, that has the wrong type for the setting `key` of type `hint`."""
     return UserError(where, got=got, need=describe(hint), fix=f"set {key}")
 

@@ -40,13 +40,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
     return load_schema(PopsdConfig, read_file(Path(path)), overrides, what=f"configuration {path}")
 
 
-def load_schema(schema: type[T], tree: Mapping[str, Any], overrides: Sequence[str], *, what: str) -> T:
+def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence[str], *, what: str) -> T:
     """An instance of `schema` with the values of `tree` (see `documents.read_file`), then those of `overrides`.
 
     Raises:
         UserError: as `load_config`; `what` is its name in messages.
     """
-    known = known_keys(cast(Any, schema))
+    known = known_keys(cast(type, schema))
     values = {key: value for key, value in _flat(asdict(cast(Any, schema())), known) if not is_dataclass(known[key])}
     values = {key: escaped(value) for key, value in values.items()}
     values |= dict(_flat(tree, known))
@@ -81,7 +81,7 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
     Raises:
         UserError: as `load_config`; a tree written by another version may hold keys that this one does not know.
     """
-    plain = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+    plain = cast(dict[str, object], OmegaConf.to_container(tree, resolve=True))
     values = dict(_flat(asdict(PopsdConfig()), known_keys()))
     for key, value in _flat({key: value for key, value in plain.items() if key not in _NEMO_KEYS}, known_keys()):
         where, hint = f"configuration key {key}", known_keys().get(key)
@@ -103,7 +103,7 @@ def save_resolved(config: PopsdConfig, path: str | Path) -> None:
     write_text(path, OmegaConf.to_yaml(to_dict_config(config)))
 
 
-def _flat(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: Mapping[str, object], known: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values of the leaves of `tree`, including unknown ones and values in the place of a section."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -113,10 +113,10 @@ def _flat(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -
             yield key, value
 
 
-def _build(schema: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+def _build(schema: type[T], values: Mapping[str, object], prefix: str = "") -> T:
     """An instance of the dataclass `schema` with its nested sections; each checks its own values."""
-    arguments: dict[str, Any] = {}
-    for name, hint in hints(cast(Any, schema)).items():
+    arguments: dict[str, object] = {}
+    for name, hint in hints(cast(type, schema)).items():
         key = prefix + name
         arguments[name] = _build(cast(type, hint), values, f"{key}.") if is_dataclass(hint) else values[key]
     return schema(**arguments)

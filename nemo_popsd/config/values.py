@@ -10,13 +10,14 @@ import math
 import re
 import types
 import unicodedata
-from typing import Any, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Union, get_args, get_origin
 
 from nemo_popsd.config.paths import given_path
 from nemo_popsd.settings.bounds import Text
 from nemo_popsd.settings.checks import refuse
 
-_NEEDS = {
+_NEEDS: Mapping[object, str] = {
     bool: "true or false",
     int: "a whole number in decimal digits",
     float: "a number (0.5, 1e-5)",
@@ -36,7 +37,7 @@ MISSING = "???"
 """OmegaConf's mark of a missing value."""
 
 
-def read_scalar(hint: Any, text: str) -> Any:
+def read_scalar(hint: object, text: str) -> object:
     """The value of an unquoted `text` for a setting of type `hint`.
 
     Raises:
@@ -66,7 +67,7 @@ def read_scalar(hint: Any, text: str) -> Any:
     raise ValueError
 
 
-def from_plain(hint: Any, value: object) -> Any:
+def from_plain(hint: object, value: object) -> object:
     """`value`, of a type that YAML or an interpolation gives, converted to type `hint`.
 
     Raises:
@@ -86,7 +87,7 @@ def from_plain(hint: Any, value: object) -> Any:
     raise ValueError
 
 
-def from_interpolation(hint: Any, value: object) -> Any:
+def from_interpolation(hint: object, value: object) -> object:
     """As `from_plain`, for the result of an interpolation: the text of a variable is read as if it were written there.
 
     Raises:
@@ -118,7 +119,7 @@ def check_text(setting: str, value: str, rule: Text) -> str:
     return given_path(setting, value) if rule is Text.PATH else value
 
 
-def describe(hint: Any) -> str:
+def describe(hint: object) -> str:
     """A description, in words, of a value of type `hint` in a file."""
     if is_optional(hint):
         return " or ".join([describe(inner(hint)), "null"])
@@ -129,17 +130,17 @@ def describe(hint: Any) -> str:
     return _NEEDS.get(hint, "a section with keys of its own")
 
 
-def is_text(hint: Any) -> bool:
+def is_text(hint: object) -> bool:
     """Whether `hint` is text, optional or not."""
     return inner(hint) is str
 
 
-def is_optional(hint: Any) -> bool:
+def is_optional(hint: object) -> bool:
     """Whether a setting of type `hint` may be null."""
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
-def inner(hint: Any) -> Any:
+def inner(hint: object) -> object:
     """`hint` without null."""
     return next(part for part in get_args(hint) if part is not type(None)) if is_optional(hint) else hint
 

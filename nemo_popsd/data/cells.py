@@ -15,7 +15,7 @@ _NO_ANSWERS = frozenset(("nan", "<na>"))
 """Texts that pandas writes for a missing value."""
 
 
-def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
+def text_of(row: Mapping[str, object], column: str, *, field: str) -> str:
     """The unchanged text of `column`. A column of chat messages must hold exactly one message of the field's role.
 
     Args:
@@ -32,7 +32,7 @@ def text_of(row: Mapping[str, Any], column: str, *, field: str) -> str:
     return _checked(value, column)
 
 
-def scalar_of(row: Mapping[str, Any], column: str) -> str:
+def scalar_of(row: Mapping[str, object], column: str) -> str:
     """The text or number of `column`, without outer spaces; a number in plain notation: 18, not 18.0 or 1e+16.
 
     Raises:
@@ -55,7 +55,7 @@ def _written(value: float | Decimal, column: str) -> str:
     return format(Decimal(repr(value)) if isinstance(value, float) else Decimal(value), "f")
 
 
-def _cell(row: Mapping[str, Any], column: str) -> Any:
+def _cell(row: Mapping[str, object], column: str) -> object:
     if column in row:
         value = row[column]
     else:
@@ -70,7 +70,7 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def _field(value: Any, field: str, where: str) -> Any:
+def _field(value: object, field: str, where: str) -> object:
     if value is None:
         raise MalformedError(f"column {where!r} is null")
     if isinstance(value, Mapping):
@@ -84,7 +84,7 @@ def _field(value: Any, field: str, where: str) -> Any:
     raise MalformedError(f"column {where!r} holds {_type_name(value)}, which has no field {field!r}")
 
 
-def _message(messages: list[Any], column: str, field: str) -> Any:
+def _message(messages: list[Any], column: str, field: str) -> object:
     """The content of the only message with the role of `field`."""
     role = _ROLES[field]
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
@@ -100,7 +100,7 @@ def _message(messages: list[Any], column: str, field: str) -> Any:
     return messages[roles.index(role)].get("content")
 
 
-def _checked(value: Any, column: str) -> str:
+def _checked(value: object, column: str) -> str:
     if not isinstance(value, str):
         raise MalformedError(f"column {column!r} holds {_type_name(value)}, not text")
     if is_blank(value):
@@ -112,5 +112,5 @@ def _checked(value: Any, column: str) -> str:
     return value
 
 
-def _type_name(value: Any) -> str:
+def _type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__

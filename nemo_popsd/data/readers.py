@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from nemo_popsd.data.files import is_saved_dataset
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import unique_keys
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+T = TypeVar("T")
 
 LONGEST_LINE = 64 << 20
 """Largest size in bytes of a line of JSONL; a longer one might not fit into memory."""
@@ -36,7 +41,7 @@ class MalformedError(Exception):
     """A row cannot be used; the message is the reason."""
 
 
-Row = tuple[int, "Mapping[str, Any] | MalformedError"]
+Row = tuple[int, "Mapping[str, object] | MalformedError"]
 
 
 def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
@@ -114,7 +119,7 @@ def _jsonl_rows(path: Path, setting: str) -> Iterator[Row]:
         raise _unreadable(path, error, setting) from None
 
 
-def _jsonl_row(line: bytes) -> Mapping[str, Any] | MalformedError:
+def _jsonl_row(line: bytes) -> Mapping[str, object] | MalformedError:
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
@@ -147,7 +152,7 @@ def _arrow_rows(path: Path, columns: Sequence[str], setting: str) -> Iterator[Ro
         raise _unreadable(path, error, setting) from None
 
 
-def _numbered(batches: Iterable[Any], rows: Callable[[Any], Iterable[Mapping[str, Any]]]) -> Iterator[Row]:
+def _numbered(batches: Iterable[T], rows: Callable[[T], Iterable[Mapping[str, object]]]) -> Iterator[Row]:
     return enumerate((row for batch in batches for row in rows(batch)), start=1)
 
 
@@ -157,7 +162,7 @@ def _saved_dataset_rows(path: Path, columns: Sequence[str], setting: str) -> Ite
     yield from enumerate(dataset.select_columns(wanted), start=1)
 
 
-def _saved_dataset(path: Path, setting: str) -> Any:
+def _saved_dataset(path: Path, setting: str) -> Dataset:
     """The data set that `datasets` saved at `path`; the split `train` if there are splits."""
     if not is_saved_dataset(path):
         raise _unreadable(path, "a directory without the files that `datasets` saves", setting)

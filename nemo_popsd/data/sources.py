@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from nemo_popsd.data.cells import scalar_of, text_of
 from nemo_popsd.data.config import ColumnsConfig, SourceConfig
@@ -115,7 +114,7 @@ def read_records(
 
 def _rows(
     files: list[Path], columns: ColumnsConfig, setting: str
-) -> Iterator[tuple[str, str, Mapping[str, Any] | MalformedError]]:
+) -> Iterator[tuple[str, str, Mapping[str, object] | MalformedError]]:
     """The rows of all files: location for messages, name for the id, and content of each."""
     wanted = [name for name in (columns.id, columns.question, columns.reference, columns.answer) if name is not None]
     for path, name in zip(files, row_names(files), strict=True):
@@ -139,7 +138,7 @@ def _refuse_unused_pattern(source: SourceConfig, setting: str, *, need_answer: b
     raise UserError("configuration", got=got, need="settings that have an effect", fix=fix)
 
 
-def _record(row: Mapping[str, Any], name: str, source: SourceConfig, *, need_answer: bool) -> Record:
+def _record(row: Mapping[str, object], name: str, source: SourceConfig, *, need_answer: bool) -> Record:
     columns = source.columns
     identity = name if columns.id is None else scalar_of(row, columns.id)
     question = text_of(row, columns.question, field="question")

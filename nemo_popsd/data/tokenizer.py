@@ -52,7 +52,7 @@ def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreT
         file = directory / name
         if (file.exists() or file.is_symlink()) and (reason := unreadable(file)):
             raise UserError(str(directory), got=f"{name}, which {reason}", need=need, fix="download the file again")
-    content: dict[str, Any] = {}
+    content: dict[str, object] = {}
     if (directory / TOKENIZER_CONFIG).is_file():
         content = read_strict_json(directory / TOKENIZER_CONFIG, str(directory), fix="repair the file")
     translated = for_transformers_4(content, str(directory))
@@ -68,7 +68,7 @@ def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreT
     return tokenizer
 
 
-def for_transformers_4(content: Mapping[str, Any], what: str) -> dict[str, Any]:
+def for_transformers_4(content: Mapping[str, Any], what: str) -> dict[str, object]:
     """A ``tokenizer_config.json`` in the form that transformers 4 and 5 both read.
 
     Transformers 5 writes a list of special tokens under a key that holds an object in transformers 4, and the name of a
@@ -105,7 +105,7 @@ def _load(source: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # type: ignore[no-untyped-call]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(source), local_files_only=True, use_fast=True, trust_remote_code=False
         )
     except Exception as error:
@@ -115,7 +115,7 @@ def _load(source: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_generation_config(path: str | Path) -> dict[str, Any] | None:
+def read_generation_config(path: str | Path) -> dict[str, object] | None:
     """The content of ``generation_config.json`` in directory `path`; None if there is none.
 
     Raises:
@@ -124,12 +124,12 @@ def read_generation_config(path: str | Path) -> dict[str, Any] | None:
     file = Path(path).expanduser() / "generation_config.json"
     if not file.exists():
         return None
-    content: dict[str, Any] = read_strict_json(file, str(file), fix="repair the file")
+    content: dict[str, object] = read_strict_json(file, str(file), fix="repair the file")
     return content
 
 
 def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, object] | None = None
 ) -> tuple[int, ...]:
     """Token ids that end a response, ascending: the union of the tokenizer's and the generation configuration's.
 
@@ -159,7 +159,7 @@ def stop_token_ids(
 
 
 def refuse_tokens_beyond(
-    tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any] | None, vocab_size: int
+    tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, object] | None, vocab_size: int
 ) -> None:
     """Refuse special tokens for which the model has no embedding.
 

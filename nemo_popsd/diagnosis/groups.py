@@ -7,8 +7,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
+from nemo_popsd.diagnosis.schema import Groups, Spread
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
 
 MEASURES = {
@@ -34,9 +34,7 @@ class TokenFigures:
     """By the names of `MEASURES`; NaN where not defined."""
 
 
-def group_figures(
-    tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]
-) -> dict[str, Any]:
+def group_figures(tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]) -> Groups:
     """Figures of all groups, ready for JSON.
 
     Position bins have equal lengths up to the longest response; an entropy bin has lower edge ≤ H < upper edge.
@@ -77,11 +75,11 @@ def _split(
     return parts
 
 
-def _figures(tokens: Sequence[TokenFigures]) -> dict[str, Any]:
+def _figures(tokens: Sequence[TokenFigures]) -> dict[str, int | Spread | None]:
     return {"tokens": len(tokens), **{name: _spread([token.values[name] for token in tokens]) for name in MEASURES}}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
+def _spread(values: Sequence[float]) -> Spread | None:
     defined = sorted(value for value in values if math.isfinite(value))
     if not defined:
         return None

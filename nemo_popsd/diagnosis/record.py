@@ -32,9 +32,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_popsd.diagnosis.push import COMPONENTS, PushedTokens
+from nemo_popsd.diagnosis.schema import MarkerPush, PushedEntry, RolloutRecord, Summary
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
@@ -50,8 +50,8 @@ _DIGITS = 5
 class Diagnosis:
     """The content of both files."""
 
-    summary: dict[str, Any]
-    rollouts: list[dict[str, Any]]
+    summary: Summary
+    rollouts: list[RolloutRecord]
 
     def write(self, directory: Path) -> None:
         """Writes both files into `directory`, which is created; the summary last: where it exists, both are complete.
@@ -94,7 +94,7 @@ def rounded(value: float) -> float | None:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def pushed_entry(tokens: PushedTokens, index: int, text: str, total_tokens: int) -> dict[str, Any]:
+def pushed_entry(tokens: PushedTokens, index: int, text: str, total_tokens: int) -> PushedEntry:
     """One vocabulary entry for the summary, per 1,000 tokens."""
     scale = 1000 / max(total_tokens, 1)
     return {
@@ -105,7 +105,7 @@ def pushed_entry(tokens: PushedTokens, index: int, text: str, total_tokens: int)
     }
 
 
-def marker_push(tokens: PushedTokens, total_tokens: int) -> dict[str, Any] | None:
+def marker_push(tokens: PushedTokens, total_tokens: int) -> MarkerPush | None:
     """Sums over the entries of one marker, per 1,000 tokens; None where no entry is the marker."""
     if not len(tokens.ids):
         return None
@@ -117,7 +117,7 @@ def marker_push(tokens: PushedTokens, total_tokens: int) -> dict[str, Any] | Non
     }
 
 
-def alternatives_record(alternatives: Alternatives, texts: Mapping[int, str]) -> dict[str, Any]:
+def alternatives_record(alternatives: Alternatives, texts: Mapping[int, str]) -> dict[str, object]:
     """Alternatives of one rollout, texts stored once.
 
     Args:
@@ -125,7 +125,7 @@ def alternatives_record(alternatives: Alternatives, texts: Mapping[int, str]) ->
         texts: of every id in them.
     """
     order = {token: index for index, token in enumerate(texts)}
-    record: dict[str, Any] = {"texts": list(texts.values())}
+    record: dict[str, object] = {"texts": list(texts.values())}
     for name, log_probs, ids in zip(DISTRIBUTIONS, alternatives.log_probs, alternatives.ids, strict=True):
         record[name] = [
             [part for token, p in zip(row, ps, strict=True) for part in (order[token], float(f"{p:.3g}"))]

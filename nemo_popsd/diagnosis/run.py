@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from nemo_popsd.diagnosis.record import (
     pushed_entry,
     rounded,
 )
+from nemo_popsd.diagnosis.schema import Extremes, Groups, Push, PushedEntry, RolloutRecord, SettingsRecord, Summary
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives, BranchStates, diagnose_tokens
 from nemo_popsd.distillation.families import build_target
 from nemo_popsd.errors import StopRequested, UserError
@@ -131,14 +132,14 @@ def diagnose(
         push_record = _push_record(push, student, tokenizer, settings)
     # Ranks that share a vocabulary have the same figures, so one of them reports; earlier pipeline stages have none.
     reported = parts if student.owns_loss else []
-    gathered: list[tuple[list[_RolloutFigures], dict[str, Any] | None]] = [([], None)] * dist.get_world_size()
+    gathered: list[tuple[list[_RolloutFigures], Push | None]] = [([], None)] * dist.get_world_size()
     dist.all_gather_object(gathered, (reported, push_record))
     records = [
         _rollout_record(rows[index].row, _merged(row_parts), tokenizer, settings.markers)
         for index, row_parts in _by_row(part for rank_parts, _ in gathered for part in rank_parts)
     ]
     push_record = next(record for _, record in gathered if record is not None)
-    summary = {
+    summary: Summary = {
         "format": FORMAT,
         "name": name,
         "step": step,
@@ -312,7 +313,7 @@ def _decompose(
 
 def _rollout_record(
     row: PromptRow, figures: _RolloutFigures, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]
-) -> dict[str, Any]:
+) -> RolloutRecord:
     """One line of rollouts.jsonl."""
     pieces = token_pieces(tokenizer, figures.rollout.response)
     alternatives = None
@@ -332,7 +333,7 @@ def _rollout_record(
     }
 
 
-def _groups(rollouts: Sequence[dict[str, Any]], settings: DiagnosisConfig) -> dict[str, Any]:
+def _groups(rollouts: Sequence[RolloutRecord], settings: DiagnosisConfig) -> Groups:
     tokens = [
         TokenFigures(
             position,
@@ -351,23 +352,22 @@ def _number(value: float | None) -> float:
 
 def _push_record(
     push: VocabularyPush, student: Student, tokenizer: PreTrainedTokenizerBase, settings: DiagnosisSettings
-) -> dict[str, Any]:
+) -> Push:
     """The push of summary.json. Collective over the vocabulary group: those of `extremes`, and one for each marker."""
     count = min(settings.diagnosis.listed_tokens, student.vocab_size)
     promoted, suppressed = push.extremes(count)
-    components: dict[str, Any] = {}
+    components: dict[str, Extremes] = {}
     for index, name in enumerate(COMPONENTS):
-        components[name] = {}
-        for direction, lists in (("promoted", promoted), ("suppressed", suppressed)):
+        entries: list[list[PushedEntry]] = []
+        for lists in (promoted, suppressed):
             tokens = lists[index]
             texts = tokenizer.batch_decode([[token] for token in tokens.ids.tolist()])
-            components[name][direction] = [
-                pushed_entry(tokens, place, text, push.tokens) for place, text in enumerate(texts)
-            ]
-    entries = marker_entries(tokenizer, settings.markers, student.vocab_size)
+            entries.append([pushed_entry(tokens, place, text, push.tokens) for place, text in enumerate(texts)])
+        components[name] = {"promoted": entries[0], "suppressed": entries[1]}
+    entries_of_markers = marker_entries(tokenizer, settings.markers, student.vocab_size)
     marker_tokens = {
         marker: push.look_up(torch.tensor(ids, dtype=torch.long, device=push.mass.device))
-        for marker, ids in entries.items()
+        for marker, ids in entries_of_markers.items()
     }
     return {
         "tokens": push.tokens,
@@ -376,7 +376,7 @@ def _push_record(
     }
 
 
-def _recorded(settings: DiagnosisSettings, rows: int) -> dict[str, Any]:
+def _recorded(settings: DiagnosisSettings, rows: int) -> SettingsRecord:
     """The settings that summary.json repeats."""
     return {
         "data": settings.data_path,

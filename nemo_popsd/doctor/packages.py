@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict
 
 from nemo_popsd.doctor.findings import Finding, State
 
@@ -26,6 +27,11 @@ _NOTES = {
 }
 
 _SOURCE = Path(__file__).parents[2]
+
+
+_Project = TypedDict(
+    "_Project", {"requires-python": str, "dependencies": list[str], "optional-dependencies": dict[str, list[str]]}
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ def _parse(line: str, extra: str | None) -> Requirement:
     return Requirement(line, _canonical(match[1]), match[2].strip(), extra)
 
 
-def _source_project() -> dict | None:
+def _source_project() -> _Project | None:
     """The [project] table of the source tree that contains this module; None if there is none."""
     file = _SOURCE / "pyproject.toml"
     if not file.is_file():

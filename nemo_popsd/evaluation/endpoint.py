@@ -36,7 +36,7 @@ _SEEDS = 2**31
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Refuses redirects, which would send the key to another host."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    def redirect_request(self, *args: object, **kwargs: object) -> None:
         return None
 
 
@@ -138,10 +138,10 @@ class Endpoint:
             sample_request.prompt.record.id, sample_request.sample, text=text, tokens=tokens, truncated=truncated
         )
 
-    def _request(self, sample_request: SampleRequest, sampling: SamplingParams, seed: int) -> dict[str, Any]:
+    def _request(self, sample_request: SampleRequest, sampling: SamplingParams, seed: int) -> dict[str, object]:
         ids = list(sample_request.prompt.prompt)
         as_text = self._config.prompts == "text"
-        request: dict[str, Any] = {
+        request: dict[str, object] = {
             "model": self.model,
             "prompt": self._tokenizer.decode(ids, skip_special_tokens=False) if as_text else ids,
             "max_tokens": sampling.max_response_tokens,
@@ -162,7 +162,7 @@ class Endpoint:
             }
         return request
 
-    def _answer(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _answer(self, path: str, body: Mapping[str, object] | None) -> dict[str, Any]:
         """The server's answer, after up to `retries` retries.
 
         Raises:
@@ -189,7 +189,7 @@ class Endpoint:
         fix = "check the server, and start the same command again, which generates the missing samples"
         raise TransientError(failed.what, got=failed.got, fix=fix)
 
-    def _ask_once(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _ask_once(self, path: str, body: Mapping[str, object] | None) -> dict[str, Any]:
         headers = {"Accept": "application/json"}
         key = self._key()
         if key:

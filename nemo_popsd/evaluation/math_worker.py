@@ -22,7 +22,10 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sympy import Basic
 
 _MEMORY_BYTES = 4 << 30
 _GRACE_SECONDS = 1.0
@@ -54,7 +57,7 @@ def main(seconds: float) -> None:
         send(equal=verdict)
 
 
-def _make_parser() -> Callable[[str], Any]:
+def _make_parser() -> Callable[[str], object]:
     """A function that converts LaTeX into an expression of sympy, and raises if a part of it would be skipped."""
     from antlr4 import CommonTokenStream, InputStream, Token
     from latex2sympy2_extended.antlr_parser import PSLexer, PSParser
@@ -66,7 +69,7 @@ def _make_parser() -> Callable[[str], Any]:
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
     )
 
-    def parse(text: str) -> Any:
+    def parse(text: str) -> object:
         latex = normalize_latex(text, normalization)
         parser = PSParser(CommonTokenStream(PSLexer(InputStream(latex))))
         parser.removeErrorListeners()
@@ -84,12 +87,12 @@ def _make_parser() -> Callable[[str], Any]:
     return parse
 
 
-def _make_comparison() -> Callable[[Any, Any], bool]:
+def _make_comparison() -> Callable[[object, object], bool]:
     """A function that returns whether two expressions of sympy are equal."""
     from math_verify import verify
     from sympy import Expr, FiniteSet, Interval, N, Rational, Symbol
 
-    def same_value(one: Any, other: Any) -> bool:
+    def same_value(one: Basic, other: Basic) -> bool:
         names = sorted(one.free_symbols | other.free_symbols, key=str)
         for seed in range(3):
             rng = random.Random(seed)
@@ -99,7 +102,7 @@ def _make_comparison() -> Callable[[Any, Any], bool]:
                 return False
         return True
 
-    def equal(expected: Any, predicted: Any) -> bool:
+    def equal(expected: object, predicted: object) -> bool:
         if isinstance(expected, Symbol) or isinstance(predicted, Symbol):
             return bool(expected == predicted)
         kinds = [Interval if isinstance(side, Interval) else FiniteSet for side in (expected, predicted)]

@@ -207,7 +207,7 @@ class EvaluationDirectory:
                 samples[sample.problem, sample.sample] = sample
         return samples
 
-    def conclude(self, scores: Sequence[SampleScore], summary: Mapping[str, Any]) -> None:
+    def conclude(self, scores: Sequence[SampleScore], summary: Mapping[str, object]) -> None:
         """Writes scores and summary, each atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / _SCORES, _lines(asdict(score) for score in scores))
@@ -237,7 +237,7 @@ class EvaluationDirectory:
             raise self._incomplete(name)
         return content
 
-    def _refuse_other_files(self, settings: Mapping[str, Any] | None) -> None:
+    def _refuse_other_files(self, settings: Mapping[str, object] | None) -> None:
         mark = read_mark(self.path)
         if (mark is not None and mark.kind == EVALUATION) or (settings is not None and "prompts" in settings):
             return
@@ -321,7 +321,7 @@ def prompt_digest(prompt: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, prompt)).encode()).hexdigest()[:16]
 
 
-def _lines(objects: Iterable[Mapping[str, Any]]) -> str:
+def _lines(objects: Iterable[Mapping[str, object]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
 
 
@@ -334,12 +334,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
     """Location and object of each complete line of `path`."""
     return read_json_lines(path, skip_partial=True)
 
 
-def _renamed(line: Any) -> Any:
+def _renamed(line: object) -> object:
     """`line` with the present name of `truncated`, which older files name `cut`."""
     if not isinstance(line, dict) or "cut" not in line:
         return line

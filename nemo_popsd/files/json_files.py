@@ -31,7 +31,7 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """The content of a JSON file.
 
     Raises:
@@ -57,7 +57,7 @@ def read_json_lines(path: Path, *, skip_partial: bool = False) -> Iterator[tuple
             yield where, parse_json(line, where)
 
 
-def parse_json(text: bytes | str, where: object) -> Any:
+def parse_json(text: bytes | str, where: object) -> object:
     """The value of a JSON `text`.
 
     Raises:
@@ -69,7 +69,7 @@ def parse_json(text: bytes | str, where: object) -> Any:
         raise damaged(where, str(error)) from None
 
 
-def decode_json(text: bytes | str, *, strict: bool = False) -> Any:
+def decode_json(text: bytes | str, *, strict: bool = False) -> object:
     """The value of a JSON `text`, in which no string holds an unpaired surrogate.
 
     Args:
@@ -79,11 +79,13 @@ def decode_json(text: bytes | str, *, strict: bool = False) -> Any:
     Raises:
         ValueError: with a reason in one phrase.
     """
-    rules: dict[str, Any] = {}
-    if strict:
-        rules = {"object_pairs_hook": unique_keys, "parse_constant": _refuse_constant, "parse_float": _finite}
     try:
-        value = json.loads(text, **rules)
+        if strict:
+            value: object = json.loads(
+                text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant, parse_float=_finite
+            )
+        else:
+            value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     raw = text.encode() if isinstance(text, str) else text
@@ -113,7 +115,7 @@ def as_dataclass(kind: type[T], value: object, where: object) -> T:
         raise damaged(where, str(error).partition(".")[2] or str(error)) from None
 
 
-def checksum(content: Mapping[str, Any]) -> str:
+def checksum(content: Mapping[str, object]) -> str:
     """SHA-256 of a JSON object, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -129,7 +131,7 @@ def damaged(where: object, problem: str) -> UserError:
 
 
 @cache
-def _hints(kind: type) -> Mapping[str, Any]:
+def _hints(kind: type) -> Mapping[str, object]:
     return get_type_hints(kind)
 
 
@@ -162,7 +164,7 @@ def _content(path: Path) -> bytes:
         ) from error
 
 
-def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     """An `object_pairs_hook` of `json.loads`.
 
     Raises:

@@ -13,7 +13,6 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_popsd.errors import UserError
 
@@ -57,10 +56,11 @@ def write_mark(directory: Path, kind: str, files: Mapping[str, int] | None = Non
 def read_mark(directory: Path) -> Mark | None:
     """The mark of `directory`; None if there is no valid one."""
     content = _read_json(directory / MARK)
-    if content.get("written_by") != "nemo_popsd" or not isinstance(content.get("kind"), str):
+    kind = content.get("kind")
+    if content.get("written_by") != "nemo_popsd" or not isinstance(kind, str):
         return None
     files = content.get("files")
-    return Mark(content["kind"], files if isinstance(files, dict) else None)
+    return Mark(kind, files if isinstance(files, dict) else None)
 
 
 def sizes_of(directory: Path) -> dict[str, int]:
@@ -207,7 +207,7 @@ def _listed_by_manifest(directory: Path) -> dict[str, int] | None:
         return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, object]:
     """The JSON object in a regular file; empty for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

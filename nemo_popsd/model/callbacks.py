@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_popsd.model.checkpoints import RunCheckpoints
@@ -30,12 +28,12 @@ class StepBoundary(Callback):
         """Reinstalls the signal handlers."""
         self._stop.retake()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Saves if a checkpoint is due."""
         self._checkpoints.maybe_save()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Records the random state after a step, before any validation."""
         self._checkpoints.after_step()

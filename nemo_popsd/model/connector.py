@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +15,11 @@ from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.embedded.names import local_path
 from nemo_popsd.files.ownership import refuse_overlap
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Trainer
+    from nemo.core import ModelPT
 
 
 class Saveable(Protocol):
@@ -27,7 +33,7 @@ class Saveable(Protocol):
         """Weights and configuration, without training state."""
 
 
-class MegatronSaveRestoreConnector(SaveRestoreConnector):
+class MegatronSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]  # NeMo has no types
     """What `ModelPT.save_to` and `restore_from` call; every rank takes part in both."""
 
     def save_to(self, model: Saveable, save_path: str) -> str:
@@ -45,15 +51,15 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
 
     def restore_from(
         self,
-        calling_cls: Any,
+        calling_cls: Callable[..., ModelPT],
         restore_path: str,
         override_config_path: DictConfig | str | None = None,
-        map_location: Any = None,
+        map_location: torch.device | None = None,
         strict: bool = True,
         return_config: bool = False,
-        trainer: Any = None,
+        trainer: Trainer | None = None,
         validate_access_integrity: bool = True,
-    ) -> Any:
+    ) -> ModelPT | DictConfig:
         """Builds a model from a checkpoint, in the layout of the configuration.
 
         `map_location`, `strict` and `validate_access_integrity` are part of NeMo's signature and are not used: weights
@@ -75,9 +81,11 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
         checkpoint = NemoCheckpoint(Path(restore_path))
         config = to_dict_config(checkpoint.config)
         if override_config_path is not None:
-            override: Any = override_config_path
-            if not isinstance(override, DictConfig):
-                override = OmegaConf.load(override)
+            override = (
+                override_config_path
+                if isinstance(override_config_path, DictConfig)
+                else OmegaConf.load(override_config_path)
+            )
             config = to_dict_config(from_dict_config(cast(DictConfig, OmegaConf.merge(config, override))))
         if return_config:
             return config

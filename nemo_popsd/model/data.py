@@ -20,7 +20,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.training.rollouts import TrainingRows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def as_source(config: SourceConfig | DictConfig) -> SourceConfig:
     """`config` as a `SourceConfig`; NeMo's set-up methods pass a tree."""
     if isinstance(config, SourceConfig):
         return config
-    source: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), config))
+    source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), config))
+    assert isinstance(source, SourceConfig)
     return source
 
 
@@ -129,7 +130,7 @@ def refuse_other_rows(checkpoint: NemoCheckpoint, digest: str) -> None:
         )
 
 
-def refuse_beyond_positions(model: Any, longest: int, settings: str) -> None:
+def refuse_beyond_positions(model: PretrainedConfig, longest: int, settings: str) -> None:
     """Refuses sequences that are longer than the model has positions.
 
     Args:

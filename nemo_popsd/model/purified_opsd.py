@@ -60,7 +60,7 @@ from nemo_popsd.training.step import OnPolicyStep
 logger = logging.getLogger(__name__)
 
 
-class PurifiedOPSDModel(ModelPT):
+class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
     """Student, frozen base and data of a run, with NeMo's contract: set-up, steps, save and restore.
 
     Connects the packages and contains no algorithm of its own. Every rank holds its part of the model; Megatron owns
@@ -216,7 +216,7 @@ class PurifiedOPSDModel(ModelPT):
         self._longest = max(self._longest, longest)
         refuse_beyond_positions(self.architecture.config, longest, settings)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Returns `batch`: it has token ids in lists; micro-batches are built on the device."""
         return batch
 
@@ -355,7 +355,7 @@ class PurifiedOPSDModel(ModelPT):
         return cls(to_dict_config(config), trainer)
 
     @classmethod
-    def restore_from(cls, restore_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def restore_from(cls, restore_path: str | Path, *args: object, **kwargs: object) -> Any:
         """NeMo's `restore_from` for a directory or a `.nemo` file; see `MegatronSaveRestoreConnector`. Collective."""
         if kwargs.get("save_restore_connector") is None:
             kwargs["save_restore_connector"] = MegatronSaveRestoreConnector()

@@ -7,7 +7,6 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
@@ -53,7 +52,7 @@ class JsonlLogger(Logger):
         """The file."""
         return self._path
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, object], step: int | None = None) -> None:
         """Append one line; values are numbers or one-element tensors.
 
         Raises:
@@ -61,7 +60,7 @@ class JsonlLogger(Logger):
         """
         if not is_rank_zero() or not self._may_write():
             return
-        line: dict[str, Any] = {} if step is None else {"step": int(step)}
+        line: dict[str, object] = {} if step is None else {"step": int(step)}
         line |= {name: _plain(value) for name, value in metrics.items()}
         text = json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
         try:
@@ -71,7 +70,7 @@ class JsonlLogger(Logger):
         except OSError as error:
             raise system_error(f"metrics {self._path}", error, **_SPACE) from None
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: dict[str, object] | Namespace, *args: object, **kwargs: object) -> None:
         """Does nothing: the resolved configuration has its own file."""
 
     def _prepare(self) -> None:
@@ -112,7 +111,7 @@ def _complete_lines(path: Path) -> list[str]:
     return [line + "\n" for line in text.split("\n")[:-1]]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

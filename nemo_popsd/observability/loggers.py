@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
@@ -29,7 +28,7 @@ class LoggedRun:
     """Directory that local files go to."""
     overwrite: bool
     """Whether the run starts again at step 1; in W&B and MLflow it then gets a new entry."""
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, object]
     """The resolved configuration, nested by section."""
 
 
@@ -113,14 +112,14 @@ def _mlflow_logger(settings: MlflowConfig, run: LoggedRun) -> MLFlowLogger:
     return logger
 
 
-def _finish_tensorboard(logger: Any, succeeded: bool | None) -> None:
+def _finish_tensorboard(logger: Logger, succeeded: bool | None) -> None:
     logger.finalize("success")
 
 
-def _finish_wandb(logger: Any, succeeded: bool | None) -> None:
+def _finish_wandb(logger: WandbLogger, succeeded: bool | None) -> None:
     logger.experiment.finish(exit_code=1 if succeeded is False else 0)
 
 
-def _finish_mlflow(logger: Any, succeeded: bool | None) -> None:
+def _finish_mlflow(logger: Logger, succeeded: bool | None) -> None:
     if succeeded is not None:
         logger.finalize("success" if succeeded else "failed")

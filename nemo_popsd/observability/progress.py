@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor
 from tqdm import tqdm
 
 from nemo_popsd.observability.metrics import PREFIX
@@ -54,7 +54,7 @@ class StepProgress(ProgressBar):
             self._bar = tqdm(total=self._steps, initial=self._completed, desc="step", dynamic_ncols=True)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Advance by one step."""
         self._completed += 1
@@ -81,13 +81,13 @@ class StepProgress(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *args: object, **kwargs: object) -> None:
         """Print on rank 0, above the bar if there is one (called by `LightningModule.print`)."""
         if is_rank_zero():
             tqdm.write(" ".join(str(argument) for argument in args), **kwargs)
 
 
-def _shown(metrics: Mapping[str, Any]) -> dict[str, str]:
+def _shown(metrics: Mapping[str, Tensor]) -> dict[str, str]:
     return {
         label: format(float(metrics[PREFIX + name]), spec)
         for name, (label, spec) in _SHOWN.items()

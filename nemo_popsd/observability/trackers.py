@@ -9,7 +9,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 from lightning.pytorch.loggers import Logger
 
@@ -17,6 +17,8 @@ from nemo_popsd.files.atomic import write_text
 from nemo_popsd.observability.jsonl_logger import FILE_NAME
 
 logger = logging.getLogger(__name__)
+
+LoggerT = TypeVar("LoggerT", bound=Logger)
 
 IDS = "trackers.json"
 """File in `output` with the ids that a run has in tracking services, so that a resumed run continues under them."""
@@ -26,7 +28,7 @@ CLOSE_SECONDS = 120.0
 _hanging: list[str] = []
 
 
-class Tracker(Logger):
+class Tracker(Logger, Generic[LoggerT]):
     """Passes metrics to another logger in a separate thread, and tolerates its failure.
 
     The thread starts at the first call. The first error of the other logger is reported, and the logger gets no more
@@ -43,8 +45,8 @@ class Tracker(Logger):
     def __init__(
         self,
         label: str,
-        build: Callable[[], Any],
-        finish: Callable[[Any, bool | None], None],
+        build: Callable[[], LoggerT],
+        finish: Callable[[LoggerT, bool | None], None],
         *,
         takes_hyperparameters: bool = False,
     ) -> None:
@@ -53,7 +55,7 @@ class Tracker(Logger):
         self._build = build
         self._finish = finish
         self._takes_hyperparameters = takes_hyperparameters
-        self._calls: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[LoggerT], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._failed = False
 
@@ -67,17 +69,17 @@ class Tracker(Logger):
         """Lightning's notion of a version; a run has one."""
         return ""
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs them in the thread, with an integer step: Lightning passes a float, which some services refuse."""
         values, index = dict(metrics), None if step is None else int(step)
 
-        def log(inner: Any) -> None:
+        def log(inner: LoggerT) -> None:
             inner.log_metrics(values, step=index)
             inner.save()
 
         self._put(log)
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: dict[str, object] | Namespace, *args: object, **kwargs: object) -> None:
         """Logs them in the thread if `takes_hyperparameters`; the resolved configuration has its own file."""
         if self._takes_hyperparameters:
             self._put(lambda inner: inner.log_hyperparams(params, *args, **kwargs))
@@ -100,7 +102,7 @@ class Tracker(Logger):
             _hanging.append(self._label)
             self._report(f"it does not end within {CLOSE_SECONDS:g} s")
 
-    def _put(self, call: Callable[[Any], None]) -> None:
+    def _put(self, call: Callable[[LoggerT], None]) -> None:
         if self._failed:
             return
         if self._thread is None:
@@ -123,7 +125,7 @@ class Tracker(Logger):
         )
 
 
-def close_trackers(loggers: Iterable[Any], succeeded: bool | None) -> None:
+def close_trackers(loggers: Iterable[Logger], succeeded: bool | None) -> None:
     """Closes the trackers among the loggers of a trainer; see `Tracker.close`."""
     for tracker in loggers:
         if isinstance(tracker, Tracker):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any
 
 from nemo_popsd.planning.memory import PHASES
 from nemo_popsd.planning.parameters import total_parameters
@@ -95,7 +94,7 @@ def gpu_hours(estimate: Estimate) -> float:
     return estimate.seconds.total * estimate.case.layout.world / estimate.case.prompts * 1000 / 3600
 
 
-def as_data(estimate: Estimate, origin: str) -> dict[str, Any]:
+def as_data(estimate: Estimate, origin: str) -> dict[str, object]:
     """All numbers of one layout: bytes, operations, seconds, per GPU unless named otherwise."""
     case, layout = estimate.case, estimate.case.layout
     return {

@@ -7,7 +7,6 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
@@ -119,13 +118,13 @@ def _from_archive(path: Path) -> bytes:
         ) from None
 
 
-def _object(value: object, where: str) -> Mapping[str, Any]:
+def _object(value: object, where: str) -> Mapping[str, object]:
     if not isinstance(value, dict):
         raise UserError(where, got="not an object", need="a config.json", fix="correct it, or set student.source")
     return value
 
 
-def _size(config: Mapping[str, Any], name: str, default: object = None) -> int:
+def _size(config: Mapping[str, object], name: str, default: object = None) -> int:
     """The size `name` of `config`, or `default` where it is missing.
 
     Raises:
@@ -138,7 +137,7 @@ def _size(config: Mapping[str, Any], name: str, default: object = None) -> int:
     return value
 
 
-def _parse(config: Mapping[str, Any], name: str) -> ModelSizes:
+def _parse(config: Mapping[str, object], name: str) -> ModelSizes:
     model_type = config.get("model_type")
     family = _FAMILIES.get(str(model_type))
     sparse_everywhere = config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")

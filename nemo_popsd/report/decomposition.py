@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal
 
+from nemo_popsd.diagnosis.schema import Group, Spread, Summary
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
 from nemo_popsd.report.bars import push_chart
 from nemo_popsd.report.markup import card, esc, fixed, number, signed, table, visible
 from nemo_popsd.report.plots import Series, line_plot
-
-Summary = Mapping[str, Any]
 
 COMPONENTS = {
     "reference": ("Δ_ref: the reference alone", "log π_ref − log π_θ. Induced by the reference; not transferable."),
@@ -48,11 +47,16 @@ def entropy_plots(summaries: Sequence[tuple[str, str, Summary]]) -> str:
     return _plots(summaries, "entropy", "nats", None)
 
 
-def _middle(group: Mapping[str, Any]) -> float:
+def _middle(group: Group) -> float:
     return (float(group["from"]) + float(group["to"]) - 1) / 2
 
 
-def _plots(summaries: Sequence[tuple[str, str, Summary]], grouping: str, x_label: str, x_of: Any) -> str:
+def _plots(
+    summaries: Sequence[tuple[str, str, Summary]],
+    grouping: Literal["position", "entropy"],
+    x_label: str,
+    x_of: Callable[[Group], float] | None,
+) -> str:
     """One card for each statistic; a single summary has a band between its quartiles."""
     names = () if x_of else [_bin_name(group) for group in summaries[0][2]["groups"][grouping]]
     cards = []
@@ -72,7 +76,7 @@ def _plots(summaries: Sequence[tuple[str, str, Summary]], grouping: str, x_label
     return f'<div class="grid">{"".join(cards)}</div>'
 
 
-def _bin_name(group: Mapping[str, Any]) -> str:
+def _bin_name(group: Group) -> str:
     if group["to"] is None:
         return f"≥{group['from']:g}"
     return f"<{group['to']:g}"
@@ -81,7 +85,7 @@ def _bin_name(group: Mapping[str, Any]) -> str:
 def markers_table(summary: Summary) -> str:
     """Each statistic for marker tokens, other tokens and all tokens."""
     groups = summary["groups"]
-    shown = ("markers", "others", "all")
+    shown: tuple[Literal["markers", "others", "all"], ...] = ("markers", "others", "all")
     header = ["", *(f"{name}<br>{groups[name]['tokens']:,} tokens" for name in shown)]
     rows = [
         [esc(_NAMES[measure]), *(_spread(groups[name].get(measure), measure) for name in shown)] for measure in _NAMES
@@ -89,7 +93,7 @@ def markers_table(summary: Summary) -> str:
     return table(header, rows)
 
 
-def _spread(spread: Mapping[str, float] | None, measure: str) -> str:
+def _spread(spread: Spread | None, measure: str) -> str:
     if not spread:
         return "–"
     text = signed if measure.startswith(("delta", "cosine")) else fixed
@@ -104,8 +108,8 @@ def push_cards(summary: Summary, components: Sequence[str] = tuple(COMPONENTS), 
         lists = summary["push"]["components"][name]
         parts = []
         for direction in ("promoted", "suppressed"):
-            entries = [(entry["text"], entry["push"][name]) for entry in lists[direction][:count]]
-            parts.append(push_chart([e for e in entries if e[1]], label=f"most {direction} by {title}"))
+            entries = [(entry["text"], push) for entry in lists[direction][:count] if (push := entry["push"][name])]
+            parts.append(push_chart(entries, label=f"most {direction} by {title}"))
         cards.append(card(title, f'{parts[0]}<div class="split"></div>{parts[1]}', note=note))
     css = "two" if len(cards) in (2, 4) else "three"
     return f'<div class="{css}">{"".join(cards)}</div>'
@@ -135,7 +139,9 @@ def chips(summary: Summary, component: str, count: int = 6) -> str:
     """The entries that a component promotes and suppresses most, as two lists of chips."""
     lists = summary["push"]["components"][component]
     lines = []
-    for direction, css, sign in (("promoted", "up", 1), ("suppressed", "down", -1)):
+    directions: tuple[tuple[Literal["promoted", "suppressed"], str, int], ...]
+    directions = (("promoted", "up", 1), ("suppressed", "down", -1))
+    for direction, css, sign in directions:
         strongest = [entry for entry in lists[direction][:count] if (entry["push"][component] or 0) * sign > 0]
         items = "".join(f'<li class="{css}"><code>{visible(entry["text"])}</code></li>' for entry in strongest)
         lines.append(f'<p class="sub">{direction}</p><ul class="chips">{items or "<li>nothing</li>"}</ul>')

@@ -6,7 +6,6 @@ import html
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 _CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}
@@ -17,7 +16,7 @@ def esc(value: object) -> str:
     return html.escape(str(value).translate(_CONTROLS), quote=True)
 
 
-def data_block(value: Any, name: str) -> str:
+def data_block(value: object, name: str) -> str:
     """`value` as JSON for the page's script, escaped so that no text can close the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":

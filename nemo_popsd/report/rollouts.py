@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
+from nemo_popsd.diagnosis.schema import RolloutRecord
 from nemo_popsd.evaluation.markers import DEFAULT_MARKERS, marker_spans
 from nemo_popsd.files.json_files import damaged
 from nemo_popsd.report.markup import esc
@@ -82,7 +82,7 @@ def _scored_pairs(run: RunData) -> list[Pair]:
     ]
 
 
-def _first_samples(directory: Path) -> dict[Any, Answer]:
+def _first_samples(directory: Path) -> dict[str, Answer]:
     scores = {
         str(line.get("problem")): bool(line.get("correct"))
         for line in read_lines(directory / "scores.jsonl")
@@ -98,20 +98,20 @@ def _first_samples(directory: Path) -> dict[Any, Answer]:
     }
 
 
-def _tokens(line: dict[str, Any], file: Path) -> int:
+def _tokens(line: dict[str, object], file: Path) -> int:
     tokens = line.get("tokens", 0)
     if not isinstance(tokens, int):
         raise damaged(file, f"tokens={tokens!r}")
     return tokens
 
 
-def _rollout(rollout: dict[str, Any] | None) -> Answer | None:
+def _rollout(rollout: RolloutRecord | None) -> Answer | None:
     if rollout is None:
         return None
     return Answer("".join(rollout["pieces"]), len(rollout["pieces"]), is_truncated(rollout), None)
 
 
-def is_truncated(line: Mapping[str, Any]) -> bool:
+def is_truncated(line: Mapping[str, object]) -> bool:
     """Whether a response of an evaluation or a diagnosis was truncated at its limit; older files name the key `cut`."""
     return bool(line.get("truncated", line.get("cut")))
 

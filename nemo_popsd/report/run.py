@@ -18,10 +18,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
+from nemo_popsd.diagnosis.schema import RolloutRecord, Summary
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import checksum, damaged, open_regular, read_json, read_json_lines
 
@@ -35,8 +36,8 @@ _OLDER_NAMES = {"delta_ratio": "norm_ratio", "cos_total_it": "cosine_question", 
 class Diagnosed:
     """One diagnosis: the content of its two files."""
 
-    summary: dict[str, Any]
-    rollouts: list[dict[str, Any]]
+    summary: Summary
+    rollouts: list[RolloutRecord]
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,16 @@ class RunData:
     """One run."""
 
     directory: Path
-    config: dict[str, Any]
+    config: dict[str, object]
     training: dict[str, list[tuple[float, float]]]
     """(step, value) by name of the metric, without prefix."""
     validations: dict[int, Validation]
     """By step, ascending."""
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, object]] = field(default_factory=list)
     """Summaries of `popsd evaluate`."""
     diagnoses: dict[str, Diagnosed] = field(default_factory=dict)
     """By name of their directory."""
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
     """Manifest of the final checkpoint."""
 
     @property
@@ -91,7 +92,7 @@ class RunData:
 
     def setting(self, key: str) -> Any:
         """Value of a dotted key of the configuration; None if it is missing."""
-        value: Any = self.config
+        value: object = self.config
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
                 return None
@@ -165,11 +166,11 @@ def read_diagnosis(directory: Path) -> Diagnosed | None:
             raise damaged(directory / "summary.json", "it was changed after it was written")
         if summary["rollouts_sha256"] != hashlib.sha256((directory / "rollouts.jsonl").read_bytes()).hexdigest():
             raise damaged(directory / "rollouts.jsonl", "it was changed after it was written")
-    return Diagnosed(summary, rollouts)
+    return Diagnosed(cast(Summary, summary), cast(list[RolloutRecord], rollouts))
 
 
 def flat_figures(
-    summary: Mapping[str, Any], where: object = "summary"
+    summary: Mapping[str, object], where: object = "summary"
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Numbers of an evaluation's summary, and their intervals, by name.
 
@@ -240,7 +241,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def _object(file: Path) -> dict[str, Any] | None:
+def _object(file: Path) -> dict[str, object] | None:
     if not file.exists():
         return None
     value = read_json(file)

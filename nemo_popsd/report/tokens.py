@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from nemo_popsd.diagnosis.schema import RolloutRecord
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, Statistic
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
@@ -100,7 +99,7 @@ def _page(diagnosed: Diagnosed) -> str:
     return document(str(summary["name"]), "Purified OPSD · diagnosis", header, "".join(body))
 
 
-def _readers(shown: list[dict[str, Any]]) -> str:
+def _readers(shown: list[RolloutRecord]) -> str:
     if not shown:
         return '<p class="absent">No rollout is stored token by token (diagnosis.shown).</p>'
     buttons = "".join(
@@ -115,7 +114,7 @@ def _readers(shown: list[dict[str, Any]]) -> str:
     return f'<div class="switch" role="group">{buttons}</div>{legend}<div class="readers show-both">{readers}</div>'
 
 
-def _reader(rollout: Mapping[str, Any], name: str) -> str:
+def _reader(rollout: RolloutRecord, name: str) -> str:
     values = rollout["values"]
     spans = []
     for piece, marked, question, reference in zip(

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
+from nemo_popsd.diagnosis.schema import Summary
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.comparison import Change, Evaluation, changes_between
 from nemo_popsd.evaluation.records import EvaluationDirectory
@@ -124,7 +124,7 @@ def thinking_verdict(run: RunData) -> str:
     return f"thinks more: {changes}"
 
 
-def target_summary(run: RunData) -> dict[str, Any] | None:
+def target_summary(run: RunData) -> Summary | None:
     """The summary of the diagnosis before training, else of any other."""
     for name in (BEFORE, AFTER, *run.diagnoses):
         if name in run.diagnoses:
@@ -132,16 +132,16 @@ def target_summary(run: RunData) -> dict[str, Any] | None:
     return None
 
 
-def marker_share(summary: dict[str, Any], component: str) -> float | None:
+def marker_share(summary: Summary, component: str) -> float | None:
     """First-order relative change of the probability of all single-token markers along a component; None if the
     vocabulary has no such marker, or their probability is 0.
     """
     markers = [entry for entry in summary["push"]["markers"].values() if entry and entry["mass"]]
-    mass = sum(entry["mass"] for entry in markers)
+    mass = sum(entry["mass"] or 0.0 for entry in markers)
     return sum(entry["push"][component] or 0.0 for entry in markers) / mass if mass else None
 
 
-def target_verdict(summary: dict[str, Any]) -> str:
+def target_verdict(summary: Summary) -> str:
     """The effect of the target on the probability of all single-token markers."""
     share = marker_share(summary, "target")
     if share is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from nemo_popsd.settings.checks import refuse
 
@@ -66,7 +66,7 @@ Rule = Bounds | Text
 
 
 @cache
-def hints(schema: type) -> Mapping[str, Any]:
+def hints(schema: type) -> Mapping[str, object]:
     """The type of each field of the dataclass `schema`."""
     return get_type_hints(schema)
 
@@ -82,7 +82,7 @@ def rules(schema: type) -> Mapping[str, Rule]:
     return declared
 
 
-def check_numbers(section: Any, name: str = "") -> None:
+def check_numbers(section: object, name: str = "") -> None:
     """Refuse a number of `section` that is out of bounds; nested sections check themselves.
 
     Args:
@@ -92,7 +92,7 @@ def check_numbers(section: Any, name: str = "") -> None:
     Raises:
         UserError: names the setting and its bounds.
     """
-    schema: Any = type(section)
+    schema: type = type(section)
     kinds = hints(schema)
     for field, rule in rules(schema).items():
         value = getattr(section, field)

@@ -93,7 +93,8 @@ class Objective:
         sequences, tokens = totals.clamp(min=1).tolist()
         if self._loss_mean == "token":
             return torch.full_like(lengths, 1.0 / tokens)
-        return 1.0 / (sequences * lengths.clamp(min=1))
+        weights: Tensor = 1.0 / (sequences * lengths.clamp(min=1))
+        return weights
 
     def __call__(
         self, batch: MicroBatch, hidden_NH: Tensor, states: Sequence[TargetStates], weights: Tensor

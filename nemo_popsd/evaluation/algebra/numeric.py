@@ -27,7 +27,7 @@ class NoValueError(ValueError):
     """The expression has no value, or its value is too large to compute."""
 
 
-def _context(digits: int) -> Any:
+def _context(digits: int) -> MPContext:
     made = MPContext()
     made.dps = digits
     return made
@@ -104,7 +104,7 @@ def _same_at(one: Expression, other: Expression, point: Mapping[str, Fraction]) 
     return bool(difference <= _FINE.mpf(10) ** -40 * rough or (rough == 0 and difference < _FINE.mpf(10) ** -80))
 
 
-def value_of(expression: Expression, point: Mapping[str, Fraction], context: Any) -> Value:
+def value_of(expression: Expression, point: Mapping[str, Fraction], context: MPContext) -> Value:
     """The value of `expression` for the values of variables in `point`.
 
     Raises:
@@ -130,7 +130,7 @@ def value_of(expression: Expression, point: Mapping[str, Fraction], context: Any
     return found
 
 
-def _applied(expression: Expression, values: list[Value], context: Any) -> Value:
+def _applied(expression: Expression, values: list[Value], context: MPContext) -> Value:
     kind = expression.operation
     if kind in ("+", "-", "*"):
         left, right = _alike(values, context)
@@ -159,7 +159,7 @@ def _applied(expression: Expression, values: list[Value], context: Any) -> Value
     return _called(expression.name, _as_float(values[0], context), context)
 
 
-def _called(name: str, argument: Value, context: Any) -> Value:
+def _called(name: str, argument: Value, context: MPContext) -> Value:
     if name in ("exp", "sinh", "cosh", "tanh"):
         _refuse_large(abs(argument) * 2)
     elif name in ("sin", "cos", "tan", "cot", "sec", "csc"):
@@ -170,26 +170,26 @@ def _called(name: str, argument: Value, context: Any) -> Value:
     return getattr(context, functions.get(name, name))(argument)
 
 
-def _alike(values: list[Value], context: Any) -> list[Value]:
+def _alike(values: list[Value], context: MPContext) -> list[Value]:
     if all(isinstance(value, Fraction) for value in values):
         return values
     return [_as_float(value, context) for value in values]
 
 
-def _as_float(value: Value, context: Any) -> Value:
+def _as_float(value: Value, context: MPContext) -> Value:
     if isinstance(value, Fraction):
         return context.mpf(value.numerator) / value.denominator
     return value
 
 
-def _divided(above: Value, below: Value, context: Any) -> Value:
+def _divided(above: Value, below: Value, context: MPContext) -> Value:
     above, below = _alike([above, below], context)
     if below == 0:
         raise NoValueError("division by zero")
     return above / below
 
 
-def _power(base: Value, exponent: Value, context: Any) -> Value:
+def _power(base: Value, exponent: Value, context: MPContext) -> Value:
     if isinstance(exponent, Fraction) and exponent.denominator == 1 and isinstance(base, Fraction):
         size = max(base.numerator.bit_length(), base.denominator.bit_length())
         if base not in (0, 1, -1):
@@ -206,7 +206,7 @@ def _power(base: Value, exponent: Value, context: Any) -> Value:
     return context.power(base, exponent)
 
 
-def _root(degree: Value, value: Value, context: Any) -> Value:
+def _root(degree: Value, value: Value, context: MPContext) -> Value:
     if not isinstance(degree, Fraction) or degree.denominator != 1 or not 2 <= degree <= 1000:
         raise NoValueError("a root of this degree")
     if isinstance(value, Fraction) and degree == 2 and value >= 0:
@@ -219,7 +219,7 @@ def _root(degree: Value, value: Value, context: Any) -> Value:
     return context.root(value, int(degree))
 
 
-def _factorial(value: Value, context: Any) -> Value:
+def _factorial(value: Value, context: MPContext) -> Value:
     """The factorial of a natural number, or the gamma function for other values, which variables may have."""
     _refuse_large_argument(value)
     if isinstance(value, Fraction) and value.denominator == 1:
@@ -227,7 +227,7 @@ def _factorial(value: Value, context: Any) -> Value:
     return context.gamma(_as_float(value, context) + 1)
 
 
-def _binomial(above: Value, below: Value, context: Any) -> Value:
+def _binomial(above: Value, below: Value, context: MPContext) -> Value:
     _refuse_large_argument(above)
     _refuse_large_argument(below)
     if all(isinstance(value, Fraction) and value.denominator == 1 and value >= 0 for value in (above, below)):
@@ -240,12 +240,12 @@ def _refuse_large_argument(value: Value) -> None:
         raise NoValueError("too large")
 
 
-def _refuse_large(bits: Any) -> None:
+def _refuse_large(bits: Value) -> None:
     if not bits <= _MOST_BITS:
         raise NoValueError("too large")
 
 
-def _refuse_large_float(value: Value, context: Any) -> None:
+def _refuse_large_float(value: Value, context: MPContext) -> None:
     if not abs(value) < context.mpf(10) ** 40:
         raise NoValueError("too large for its digits")
 
@@ -254,13 +254,13 @@ def _real(value: Value) -> bool:
     return isinstance(value, Fraction) or not getattr(value, "imag", 0)
 
 
-def _real_part(value: Value, context: Any) -> Value:
+def _real_part(value: Value, context: MPContext) -> Value:
     if not _real(value):
         raise NoValueError("a complex number")
     return value if isinstance(value, Fraction) else context.mpf(value.real)
 
 
-def _close(one: Value, other: Value, context: Any) -> bool:
+def _close(one: Value, other: Value, context: MPContext) -> bool:
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     one, other = _alike([one, other], context)
