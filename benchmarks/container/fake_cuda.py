@@ -166,7 +166,7 @@ def _as_on_a_gpu() -> Any:
     with contextlib.ExitStack() as stack:
         for owner, name, other in (
             (CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
-            (adapters, "_draw_whole", lambda *_: None),  # copies values from the host
+            (adapters, "_sample_full", lambda *_: None),  # copies values from the host
             (rope_utils, "_apply_rotary_pos_emb_thd", lambda t, *_, **__: t),  # reads the lengths on the host
             (nn.Module, "_apply", _apply),
         ):

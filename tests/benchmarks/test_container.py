@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from benchmarks.container.__main__ import merge_sections
+from nemo_popsd.megatron import adapters
 
 
 def test_a_check_replaces_only_its_own_section() -> None:
@@ -15,3 +19,11 @@ def test_a_check_replaces_only_its_own_section() -> None:
         "## fast tests: passed\n\n```\n9 passed\n```\n\n"
         "## kernels for sm_90: passed\n\n| a | b |\n"
     )
+
+
+def test_the_functions_that_fake_parameters_need_replaced_exist() -> None:
+    """The check itself needs torch's CUDA build, so its names are compared here."""
+    source = (Path(__file__).resolve().parents[2] / "benchmarks" / "container" / "fake_cuda.py").read_text()
+    names = re.findall(r'\(adapters, "(\w+)"', source)
+    assert names
+    assert all(hasattr(adapters, name) for name in names)
