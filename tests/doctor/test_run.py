@@ -76,3 +76,11 @@ def test_a_node_with_a_local_disk_is_detected(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_created_is_a_failure() -> None:
     assert examine_sharing("/proc/nowhere", node=0, nodes=1, token="m").state == "failed"
+
+
+def test_a_file_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
+    foreign = tmp_path / ".nodes" / "m" / "notes.txt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    assert examine_sharing(str(tmp_path), node=0, nodes=1, token="m").state == "ok"
+    assert [file.name for file in foreign.parent.iterdir()] == ["notes.txt"]
