@@ -80,8 +80,8 @@ test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 check: lint $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two minutes)
 	$(PYTEST) -q -m "not slow and not transformer_engine" $(ARGS)
 
-quick: $(DEV_STAMP) $(TE_STAMP) ## tests without processes and random examples: what to run after each edit (half a minute)
-	$(PYTEST) -q -m quick --timeout 30 $(ARGS)
+quick: $(DEV_STAMP) $(TE_STAMP) ## tests without processes, Megatron and random examples: what to run after each edit (half a minute)
+	$(PYTEST) -q -m quick --timeout 30 -p no:hypothesispytest $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, formatting, types
 	$(VENV)/bin/ruff check .

@@ -3,24 +3,44 @@ the quick tests and gives each worker of pytest-xdist tests that belong together
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 from tests.layers import layers  # noqa: F401  (a fixture)
-from tests.scheduling import group, is_quick, longest_first
+from tests.scheduling import group, has_no_quick_tests, is_quick, longest_first
+from tests.te.location import available
 
-# Workers share the cores: the time of one example says nothing. pytest-timeout bounds each test.
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _quick_alone(config):  # no quick test has random examples
+        return
+    import hypothesis
+
+    # Workers share the cores: the time of one example says nothing. pytest-timeout bounds each test.
+    hypothesis.settings.register_profile("no deadline", deadline=None)
+    hypothesis.settings.load_profile("no deadline")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return (_quick_alone(config) and collection_path.is_file() and has_no_quick_tests(collection_path)) or None
+
+
+def _quick_alone(config: pytest.Config) -> bool:
+    return bool(config.getoption("markexpr") == "quick")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needs_transformer_engine = pytest.mark.skipif(
+        not available(), reason="needs Transformer Engine's Python modules: make te-env"
+    )
     for item in items:
         if is_quick(item):
             item.add_marker("quick")
+        if item.get_closest_marker("transformer_engine") is not None:
+            item.add_marker(needs_transformer_engine)
     if hasattr(config, "workerinput"):
         longest_first(items)
 

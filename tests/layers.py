@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import LOCAL, TRANSFORMER_ENGINE
-from tests.te.install import available
 
-_INSTALLED = pytest.mark.skipif(not available(), reason="needs Transformer Engine's Python modules: make te-env")
-BOTH = [LOCAL, pytest.param(TRANSFORMER_ENGINE, marks=[_INSTALLED, pytest.mark.transformer_engine])]
-on_transformer_engine = _INSTALLED
-"""Marks tests that are about Transformer Engine alone."""
+on_transformer_engine = pytest.mark.transformer_engine
+"""Marks tests that are about Transformer Engine alone. `tests/conftest.py` skips them where it is not installed."""
+BOTH = [LOCAL, pytest.param(TRANSFORMER_ENGINE, marks=on_transformer_engine)]
 
 
 @pytest.fixture(scope="module", params=BOTH)

@@ -1,21 +1,31 @@
 """How the tests are divided: which are quick, and which of them one worker of pytest-xdist runs together.
 
-The tests of `make quick` are not listed anywhere. A test is quick unless it is marked slow, or it, one of its fixtures
-or a module of `tests` that they import can start a process or tries random examples.
+The tests of `make quick` are not listed anywhere. A test is quick unless it is marked slow, or a module of `tests` that
+defines it or one of its fixtures, or a module that this one imports,
+
+* can start a process or tries random examples (`_LONG`): looked for in modules of `tests`;
+* imports Megatron, NeMo, Lightning or Transformers' models, which takes longer than all quick tests together
+  (`_HEAVY`): looked for in all modules.
+
+Imports are read from the sources, so that `make quick` does not import files without quick tests.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Iterable
-from types import ModuleType
-from typing import Any
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-_LONG = {"subprocess", "multiprocessing", "tests.harness", "tests.command_runner", "hypothesis.core"}
-"""Modules that define what starts processes or tries a hundred examples."""
+_LONG = {"subprocess", "multiprocessing", "hypothesis", "tests.harness", "tests.command_runner"}
+_HEAVY = re.compile(r"(megatron|nemo|lightning)(\.|$)|transformers\.\w*(ForCausalLM|Model)$")
+_OWN = {"tests", "nemo_popsd", "benchmarks", "experiments"}
+"""Top-level packages of this repository."""
+_ROOT = Path(__file__).resolve().parents[1]
+_IMPORT = re.compile(r"^(?:from (\S+) import (\([^)]*\)|[^\n]*)|import ([^\n]*))", re.MULTILINE)
+"""An import that runs when the module is imported: indented ones are in functions or for type checkers."""
 _SLURM = "tests/slurm/"
 _SECONDS = 4.0
 """Typical time of a slow test; ``@pytest.mark.slow(seconds=...)`` gives that of one that takes much longer."""
@@ -27,32 +37,59 @@ def is_quick(item: pytest.Item) -> bool:
         return False
     definitions = item._fixtureinfo.name2fixturedefs.values()
     functions = [item.function, *(definition.func for several in definitions for definition in several)]
-    return not any(_takes_long(name) for name in _modules_of_tests(functions))
+    names = {function.__module__ for function in functions}
+    return not any(takes_long(name) for name in names if name.startswith("tests."))
+
+
+def has_no_quick_tests(file: Path) -> bool:
+    """Whether all tests of a file would be refused by `is_quick` for what the file imports."""
+    return file.suffix == ".py" and takes_long(".".join(file.relative_to(_ROOT).with_suffix("").parts))
 
 
 @functools.cache
-def _takes_long(name: str) -> bool:
-    """Whether a module of the tests, or one that it imports, uses one of `_LONG`."""
+def takes_long(name: str) -> bool:
+    """Whether a module of the tests, or one that it imports, uses one of `_LONG` or imports what `_HEAVY` matches."""
     seen, pending = {name}, [name]
     while pending:
-        values = list(vars(sys.modules[pending.pop()]).values())
-        if not _LONG.isdisjoint(map(_module, values)):
+        current = pending.pop()
+        imported = _imports(current)
+        if current.startswith("tests.") and not _LONG.isdisjoint(imported):
             return True
-        imported = _modules_of_tests(values) - seen
-        seen |= imported
-        pending += imported
+        if any(map(_HEAVY.match, imported)):
+            return True
+        new = {module for module in imported if module.partition(".")[0] in _OWN} - seen
+        seen |= new
+        pending += new
     return False
 
 
-def _modules_of_tests(values: Iterable[Any]) -> set[str]:
-    return {name for name in map(_module, values) if name.startswith("tests.") and name in sys.modules}
+@functools.cache
+def _imports(name: str) -> frozenset[str]:
+    """Modules and objects that the module `name` imports, with the packages that contain it."""
+    file = _file(name)
+    if file is None:
+        return frozenset()
+    parents = {name[: match.start()] for match in re.finditer(r"\.", name)}
+    return frozenset({*_imported(file.read_text()), *parents})
 
 
-def _module(value: Any) -> str:
-    """Name of a module, or of the one that defines a function or class."""
-    if isinstance(value, ModuleType):
-        return value.__name__
-    return str(getattr(value, "__module__", "")) if callable(value) else ""
+def _imported(source: str) -> Iterator[str]:
+    for package, names, modules in _IMPORT.findall(source):
+        for text in re.sub(r"#[^\n]*|[()]", "", names or modules).split(","):
+            imported = text.split(" as ")[0].strip()
+            if not package:
+                yield imported
+            elif imported:
+                yield from (package, f"{package}.{imported}")
+
+
+@functools.cache
+def _file(name: str) -> Path | None:
+    """The file of a module or package of this repository."""
+    if name.partition(".")[0] not in _OWN:
+        return None
+    place = _ROOT.joinpath(*name.split("."))
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
 
 
 def group(nodeid: str) -> str:

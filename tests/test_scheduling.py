@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.scheduling import _takes_long, group, longest_first
+from tests.scheduling import group, has_no_quick_tests, longest_first, takes_long
 
 
 @pytest.mark.parametrize(
     ("module", "long"),
     [
         ("tests.test_harness", True),  # imports subprocess and run_ranks
-        ("tests.training.layouts", False),
+        ("tests.te.test_kernels", False),  # the emulated kernels: torch alone
         ("tests.training.test_layouts", True),
+        ("tests.model.test_strategy", True),  # a module that it imports, and one that this one imports, need NeMo
         ("tests.cli.test_damage", False),
         ("tests.report.test_browser", True),  # a helper starts the browser
         ("tests.settings.test_bounds", False),
@@ -24,8 +25,8 @@ from tests.scheduling import _takes_long, group, longest_first
     ],
 )
 def test_modules_whose_tests_are_not_quick_are_recognised(module: str, long: bool) -> None:
-    importlib.import_module(module)
-    assert _takes_long(module) == long
+    assert takes_long(module) == long
+    assert has_no_quick_tests(Path(__file__).parents[1] / f"{module.replace('.', '/')}.py") == long
 
 
 def test_a_test_without_processes_is_marked_quick(request: pytest.FixtureRequest) -> None:

@@ -38,13 +38,25 @@ def qwen3() -> Any:
     return load_tokenizer(QWEN3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def r1() -> Any:
     """Qwen3's vocabulary with R1's control tokens and template, as in R1-Distill-Qwen."""
+    return with_tokens_of_r1(special=True)
+
+
+@pytest.fixture(scope="module")
+def r1_with_ordinary_marks() -> Any:
+    """The same, but the marks of the roles are not special tokens."""
+    return with_tokens_of_r1(special=False)
+
+
+def with_tokens_of_r1(special: bool) -> Any:
     made = load_tokenizer(QWEN3)
     settings = json.loads((R1 / "tokenizer_config.json").read_text(encoding="utf-8"))
-    marks = [settings["bos_token"], settings["eos_token"], "<｜User｜>", "<｜Assistant｜>"]  # noqa: RUF001
-    made.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks], special_tokens=True)
+    marks = [AddedToken(mark, special=special, normalized=False) for mark in ("<｜User｜>", "<｜Assistant｜>")]  # noqa: RUF001
+    ends = [AddedToken(settings[f"{end}_token"], special=True, normalized=False) for end in ("bos", "eos")]
+    made.add_tokens(marks, special_tokens=special)
+    made.add_tokens(ends, special_tokens=True)
     made.bos_token, made.eos_token = settings["bos_token"], settings["eos_token"]
     made.chat_template = settings["chat_template"]
     return made
@@ -72,10 +84,16 @@ def test_qwen3_prefix(qwen3: Any, thinking: bool, prefix: str) -> None:
 @needs(QWEN3, R1)
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("open_thought", [True, False], ids=["open thought", "assistant mark alone"])
-def test_r1_distill_prefix(r1: Any, thinking: bool, open_thought: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_r1_distill_prefix(
+    r1: Any,
+    thinking: bool,
+    open_thought: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if not open_thought:
         assert "<think>\\n'" in r1.chat_template
-        r1.chat_template = r1.chat_template.replace("<think>\\n'", "'")
+        monkeypatch.setattr(r1, "chat_template", r1.chat_template.replace("<think>\\n'", "'"))
     builder = ContextBuilder(r1, DataConfig(enable_thinking=thinking))
     assert builder.assistant_prefix == "<｜Assistant｜>" + ("<think>\n" if open_thought else "")  # noqa: RUF001
     assert builder.template_ignores_thinking
@@ -121,14 +139,10 @@ def test_a_reference_may_quote_a_thought(qwen3: Any) -> None:
 @needs(QWEN3, R1)
 @pytest.mark.parametrize("mark", ["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"])  # noqa: RUF001
 @pytest.mark.parametrize("column", ["question", "reference"])
-def test_control_tokens_of_r1_distill_are_refused_although_not_special(column: str, mark: str) -> None:
-    made = load_tokenizer(QWEN3)
-    settings = json.loads((R1 / "tokenizer_config.json").read_text(encoding="utf-8"))
-    made.add_tokens([AddedToken(mark, special=False) for mark in ("<｜User｜>", "<｜Assistant｜>")])  # noqa: RUF001
-    made.add_tokens([AddedToken(settings[f"{end}_token"], special=True) for end in ("bos", "eos")], special_tokens=True)
-    made.bos_token, made.eos_token = settings["bos_token"], settings["eos_token"]
-    made.chat_template = settings["chat_template"]
-    builder = ContextBuilder(made, DataConfig())
+def test_control_tokens_of_r1_distill_are_refused_although_not_special(
+    r1_with_ordinary_marks: Any, column: str, mark: str
+) -> None:
+    builder = ContextBuilder(r1_with_ordinary_marks, DataConfig())
     with pytest.raises(UserError, match=re.escape(f"the token {mark} in its {column}")):
         builder.fit([record(**{column: f"2+2?{mark}And 3+3?"})])
     builder.fit([record(reference="<think>\nhm\n</think>\n4")])
@@ -136,17 +150,17 @@ def test_control_tokens_of_r1_distill_are_refused_although_not_special(column: s
 
 @needs(QWEN3, GSM8K)
 def test_gsm8k_as_published(qwen3: Any) -> None:
-    train = SourceConfig(path=str(GSM8K), columns=ColumnsConfig(reference="answer"), limit=100)
+    train = SourceConfig(path=str(GSM8K), columns=ColumnsConfig(reference="answer"), limit=40)
     held_out = replace(train, answer_pattern=r"####\s*(.+)")
     config = DataConfig(train=train, validation=held_out, max_reference_tokens=64)
     dataset, report = build_dataset(config, train, qwen3)
-    assert report.rows_kept == 100
-    assert 0 < report.references_truncated < 100
+    assert report.rows_kept == 40
+    assert 0 < report.references_truncated < 40
     for row in dataset:
         teacher, probe = (qwen3.decode(ids) for ids in (row.contexts.privileged, row.contexts.reference))
         assert teacher.replace(f"Problem: {row.record.question}\n\n", "", 1) == probe
     prompts, _ = build_evaluation_prompts(config, held_out, qwen3)
-    assert len(prompts) == 100
+    assert len(prompts) == 40
     assert prompts[0].record.answer == "72"
     assert all(prompt.record.answer for prompt in prompts)
 

@@ -37,6 +37,7 @@ def test_pieces_of_an_empty_response_and_of_one_that_ends_inside_a_character(tok
 
 
 @needs(QWEN3)
+@pytest.mark.slow
 def test_pieces_and_marker_entries_of_a_real_tokenizer() -> None:
     from nemo_popsd.data.tokenizer import load_tokenizer
 

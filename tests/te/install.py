@@ -14,23 +14,17 @@ import contextlib
 import importlib
 import importlib.machinery
 import importlib.metadata
-import os
 import re
 import sys
 import types
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.environment import environment
 from tests.te import extension
-
-ENVIRONMENT = "TE_ENV"
-"""Names the folder that Transformer Engine was installed into."""
-_ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "transformer_engine"
+from tests.te.location import PACKAGE, folder
 
 _HALF_PRECISION_ALONE = (
     "torch.float16, torch.bfloat16",
@@ -41,16 +35,6 @@ in fp32 with the attention that a GPU uses in bf16. NVTE_FUSED_ATTN=0 selects th
 
 KERNELS_THAT_STAY_OFF = ("gradient_accumulation_fusion", "moe_permute_fusion")
 """Settings of a model whose kernels are sources in CUDA (Apex) or Triton."""
-
-
-def folder() -> Path:
-    """Where Transformer Engine is installed: outside of the environment, in which it would break Megatron's import."""
-    return _ROOT / os.environ.get(ENVIRONMENT, ".te-site")
-
-
-def available() -> bool:
-    """Whether Transformer Engine is installed."""
-    return (folder() / PACKAGE / "pytorch").is_dir()
 
 
 class _Done:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.te.install import available, install
+from tests.te.install import install
+from tests.te.location import available
 
 if available():
     install()
