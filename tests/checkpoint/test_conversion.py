@@ -85,6 +85,7 @@ def places(sources, tmp_path_factory):
     return folder, logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_logits_agree_with_transformers_in_every_layout(places, sources, kind):
     with torch.no_grad():
@@ -94,6 +95,7 @@ def test_logits_agree_with_transformers_in_every_layout(places, sources, kind):
             torch.testing.assert_close(result[kind], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_tensors_are_bit_equal_after_a_conversion_and_saves_of_any_layout(places, sources, kind, tmp_path):
     before = _tensors(sources[kind])
@@ -108,6 +110,7 @@ def test_tensors_are_bit_equal_after_a_conversion_and_saves_of_any_layout(places
         assert torch.equal(load_dense(tmp_path / "four")(IDS).logits, load_dense(sources[kind])(IDS).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_local_layers_are_saved_with_the_names_of_transformer_engine_layers(places, sources, kind):
     """Megatron-Bridge's mapping uses these names."""
@@ -222,6 +225,7 @@ def _verify(rank: int, world_size: int, sources: dict[str, Path], nemo: Path, fo
     return outcomes
 
 
+@pytest.mark.slow
 def test_verification_accepts_equal_models_and_names_the_difference(places, sources, tmp_path):
     tensors = _tensors(sources["qwen3"])
     name = "model.layers.1.self_attn.k_proj.weight"

@@ -355,6 +355,7 @@ def _logits(rank: int, world_size: int, directories: list[Path], exports: Path) 
     return results
 
 
+@pytest.mark.slow
 def test_both_forms_of_the_rotary_embedding_give_bit_equal_logits_that_agree_with_transformers(tmp_path: Path) -> None:
     kinds = {"qwen3": {"rope_theta": 50000.0}, "llama3": {}, "olmo3": {"rope_theta": 20000.0}, "mistral": {}}
     older = [

@@ -126,7 +126,13 @@ def source(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (1, 2)], ids=["tp2-to-tp1", "tp1-to-tp2"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((2, 1), id="tp2-to-tp1"),
+        pytest.param((1, 2), id="tp1-to-tp2", marks=pytest.mark.slow),
+    ],
+)
 def moved(request, source, tmp_path_factory):
     saved, loaded = request.param
     folder, again = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("again")

@@ -96,9 +96,9 @@ LAYOUTS["dp2 split on transformer engine"] = LAYOUTS["dp2 split"]
     ("between", "layers"),
     [
         ("tp2", LOCAL),
-        ("dp2", LOCAL),
+        pytest.param("dp2", LOCAL, marks=pytest.mark.slow),
         ("dp2 split", LOCAL),
-        ("tp2 split", LOCAL),
+        pytest.param("tp2 split", LOCAL, marks=pytest.mark.slow),
         # Their norms are parameters of the linears that follow.
         pytest.param("tp2 on transformer engine", TRANSFORMER_ENGINE, marks=on_transformer_engine),
         pytest.param("dp2 split on transformer engine", TRANSFORMER_ENGINE, marks=on_transformer_engine),

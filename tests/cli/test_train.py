@@ -90,6 +90,7 @@ def test_wandb_without_a_key_is_refused_before_the_work(
     assert calls == []
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_print_an_error_once_and_all_fail() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

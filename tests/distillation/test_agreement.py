@@ -36,6 +36,7 @@ def _two_groups(rank: int, world_size: int):
     }
 
 
+@pytest.mark.slow
 def test_two_shards_agree_with_the_dense_reference_on_the_given_group():
     for by_dtype in run_ranks(_two_groups, 4):
         for dtype, errors in by_dtype.items():

@@ -216,6 +216,7 @@ def test_a_planted_tensor_of_all_logits_is_detected():
     assert memory(tokens, vocab, 8, JSD, chunk=4).largest < tokens * vocab * 4 / 2
 
 
+@pytest.mark.slow
 def test_the_default_chunk_keeps_the_peak_within_the_stated_limit_at_any_number_of_tokens():
     """8,192 tokens in a shard of V entries, with H : V as 2048 : 19000; twice as many tokens add [N, H] only."""
     vocab, hidden = 950, 102

@@ -100,6 +100,7 @@ def test_a_new_family_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert target.summed_bytes == 8  # half of h_0 and d, both fp32
 
 
+@pytest.mark.slow
 def test_a_new_statistic_is_one_declaration() -> None:
     """In a fresh process, since metrics, report and diagnosis read the declarations when they are imported."""
     program = """

@@ -34,6 +34,7 @@ def errors_of_fused(problem, mine, target, divergence, group=None, **settings) -
     ]
 
 
+@pytest.mark.slow
 def test_fused_agrees_with_the_dense_reference_and_compiles_once_for_all_sizes():
     """Tiles of several sizes, shorter last ones and single tokens among them; other sizes compile nothing new."""
     from torch._dynamo.utils import counters

@@ -26,6 +26,7 @@ JSD, FORWARD, REVERSE = Divergence(), Divergence("forward_kl"), Divergence("reve
 # --- Contract ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_package_needs_torch_alone():
     """Imported in a fresh process, it brings neither Megatron nor NeMo nor anything built on them."""
     program = (

@@ -70,6 +70,7 @@ def test_the_rules_need_no_process(predicted: str | None, expected: str, verdict
         assert verifier._worker is None
 
 
+@pytest.mark.slow
 def test_an_endless_comparison_is_killed_and_the_next_one_succeeds() -> None:
     with AnswerVerifier(seconds=1.5) as hasty:
         hasty._running()

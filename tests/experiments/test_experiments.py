@@ -31,6 +31,7 @@ def _task(row: dict[str, str]) -> str:
     return row["question"].partition(" Version: ")[0]
 
 
+@pytest.mark.slow
 def test_files_share_no_task_and_contain_all_families_equally(tmp_path: Path) -> None:
     write(tmp_path)
     files = {
@@ -158,6 +159,7 @@ def test_a_borrowed_reference_is_the_next_problems(base: tuple[Any, Any]) -> Non
     assert followed == sample_answers(*base, turns, temperature=0.0)
 
 
+@pytest.mark.slow
 def test_a_target_equal_to_the_base_has_its_guesses(base: tuple[Any, Any]) -> None:
     found = guesses(*base, tuning_problems()[:4], Target.purified(beta=1e9))
     assert found["target"] == pytest.approx(found["question"], rel=1e-4)

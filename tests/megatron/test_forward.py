@@ -114,12 +114,14 @@ def test_gradients_of_every_parameter_equal_the_dense_ones(one_rank, dense, kind
     _check(one_rank, f"{kind}, {how}", dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["one batch", "micro-batches", "recompute"])
 def test_gradients_under_tensor_parallelism_equal_the_dense_ones(two_ranks, dense, kind, how):
     _check(two_ranks, f"{kind}, {how}", dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_unequal_shares_equal_those_of_the_union(two_ranks, dense, kind):
     case = f"{kind}, data parallel"
@@ -127,6 +129,7 @@ def test_gradients_of_unequal_shares_equal_those_of_the_union(two_ranks, dense, 
     _check(two_ranks, case, dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_hidden_states_yield_the_logits_at_the_predicting_positions(one_rank, two_ranks, dense, kind):
     model = load_dense(dense[kind][0])
@@ -141,6 +144,7 @@ def test_frozen_hidden_states_yield_the_logits_at_the_predicting_positions(one_r
                 torch.testing.assert_close(states[row] @ weight.T, logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_grouping_changes_no_state_and_the_mode_of_the_model_is_restored(one_rank, two_ranks, kind):
     for result in (*one_rank, *two_ranks):

@@ -59,6 +59,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return run_ranks(train, request.param, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_do_not_depend_on_where_the_copy_is_kept(trained: list[dict[str, Any]], kind: str) -> None:
     for rank in trained:
@@ -71,6 +72,7 @@ def test_losses_do_not_depend_on_where_the_copy_is_kept(trained: list[dict[str, 
         assert host["base_digest"] == device["base_digest"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_between_the_frozen_passes_only_the_output_matrix_is_on_the_device(trained: Any, kind: str) -> None:
     for rank in trained:

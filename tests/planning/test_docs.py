@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.command import plan_text
 from nemo_popsd.planning.sizes import embedded_models
@@ -36,6 +38,7 @@ def rewritten(page: str) -> str:
     return _BLOCK.sub(lambda found: f"{_FENCE}{found['command']}\n```\n\n{printed(found['command'])}", page)
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_its_commands_print() -> None:
     page = PAGE.read_text()
     assert len(_BLOCK.findall(page)) == page.count(_FENCE) > 5

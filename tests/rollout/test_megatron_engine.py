@@ -14,6 +14,8 @@ from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from tests.harness import run_ranks
 from tests.tiny_models import load_dense, save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 24
 PROMPTS = [[11, 150, 7], [42], [3, 3, 9, 100, 77, 61, 180], [90, 14, 4, 55], [42, 8], [5, 6, 7, 8, 9]]
 """Lengths 1 to 7, not in order."""

@@ -14,6 +14,8 @@ from nemo_popsd.rollout.sampling import sample_tokens, uniforms
 from tests.harness import run_ranks
 from tests.rollout.test_sampling import params, reference_distribution
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 5_000
 SIZES = {"padded": 203, "second shard empty": 100, "full": 256}
 """Sizes of the vocabulary without padding. With two shards of 128 columns, 75, none or all of the second are not

@@ -148,6 +148,7 @@ def test_bf16_stays_finite_and_close(one: dict[str, Any], others: dict[str, Any]
     assert seen["losses"] == pytest.approx(one[adaptation]["losses"], rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_two_tensor_parallel_ranks_train_like_one(tensor_parallel: Any, one: dict[str, Any], adaptation: str) -> None:
     for seen in (rank[adaptation] for rank in tensor_parallel):
@@ -156,6 +157,7 @@ def test_two_tensor_parallel_ranks_train_like_one(tensor_parallel: Any, one: dic
         same_run(seen, one[adaptation])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["full", "lora", "full, distributed", "lora, distributed"])
 def test_two_data_parallel_ranks_train_like_one(data_parallel: Any, one: dict[str, Any], variant: str) -> None:
     expected = one[variant.split(",")[0]]
