@@ -28,6 +28,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import new_directory
 from nemo_popsd.files.ownership import EXPORT
 from nemo_popsd.megatron.build import Model, chunks_of
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.runtime.cpu import adapt_megatron
 
 adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
@@ -36,7 +37,6 @@ from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  
 from megatron.bridge.models.conversion.param_mapping import AutoMapping  # noqa: E402
 from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
 
 # Megatron-Bridge looks up the parallelism of a layer by the name of its class.
 AutoMapping.register_module_type("LocalRMSNorm", "replicated")
@@ -289,7 +289,7 @@ class HuggingFaceModel:
 class _VocabularyPaddedState(Mapping[str, Tensor]):
     """The directory's tensors, read on access; [V, H] tensors are padded with zeros to the model's vocabulary."""
 
-    def __init__(self, owner: HuggingFaceModel, model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, owner: HuggingFaceModel, model: ModelChunk, tensors: Mapping[str, Tensor]) -> None:
         # Megatron-Bridge reads the names from `source`.
         self.source = SimpleNamespace(get_all_keys=lambda: list(tensors))
         self._tensors = tensors
@@ -309,7 +309,7 @@ class _VocabularyPaddedState(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def _copy_tied_embedding(chunks: Sequence[GPTModel]) -> None:
+def _copy_tied_embedding(chunks: Sequence[ModelChunk]) -> None:
     """Copies a tied embedding from the first pipeline stage to the last, with one broadcast between the two."""
     if not chunks[0].share_embeddings_and_output_weights or chunks[0].config.pipeline_model_parallel_size == 1:
         return

@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -40,6 +39,7 @@ from nemo_popsd.files.atomic import (
     remove_directory,
 )
 from nemo_popsd.files.ownership import CHECKPOINT, refuse_foreign_archive
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.parallel.agreement import raise_on_all_ranks
 from nemo_popsd.parallel.distributed import layout
 
@@ -56,7 +56,7 @@ _ADVICE = {
 class Content:
     """Content of a checkpoint."""
 
-    models: Sequence[GPTModel] = ()
+    models: Sequence[ModelChunk] = ()
     """This rank's chunks of the model, without wrappers; empty if `pieces` are given."""
     pieces: Sequence[Piece] = ()
     """The weights if there is no model; rank 0 computes them while it writes."""

@@ -26,7 +26,6 @@ from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
 )
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -35,6 +34,7 @@ from torch import Tensor
 from nemo_popsd.checkpoint.contents import STATE, STATE_INDEX, random_file
 from nemo_popsd.checkpoint.manifest import damaged
 from nemo_popsd.files.atomic import flush_file
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.optimizer_state import ParameterState, parameter_states, set_step_count, step_count
 from nemo_popsd.runtime.random_state import restore_random_state
 
@@ -66,7 +66,7 @@ class StagedState:
 
     def __init__(
         self,
-        models: Sequence[GPTModel],
+        models: Sequence[ModelChunk],
         optimizer: MegatronOptimizer,
         directory: Path,
         *,
@@ -138,7 +138,7 @@ class StagedState:
         (self._folder / STATE_INDEX).write_text(json.dumps(self._index))
 
 
-def load_training_state(directory: Path, models: Sequence[GPTModel], optimizer: MegatronOptimizer) -> int:
+def load_training_state(directory: Path, models: Sequence[ModelChunk], optimizer: MegatronOptimizer) -> int:
     """Loads the optimizer state, whatever layout wrote it, and returns Adam's step count. No collectives.
 
     The model's weights must have been loaded. Needs memory for the state of one parameter besides the optimizer's.
@@ -246,7 +246,7 @@ Sharding: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def _with_sharding(
-    models: Sequence[GPTModel], optimizer: MegatronOptimizer
+    models: Sequence[ModelChunk], optimizer: MegatronOptimizer
 ) -> Iterator[tuple[ParameterState, Sharding]]:
     states = list(parameter_states(optimizer))
     sharded = {str(index): model.sharded_state_dict() for index, model in enumerate(models)}

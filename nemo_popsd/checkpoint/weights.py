@@ -16,7 +16,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_tensors
 from nemo_popsd.checkpoint.trust import safe_unpickling
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.interfaces import ModelChunk
 
 ParameterFilter = Callable[[str], bool]
 """Whether a parameter is saved or loaded, by its name."""
@@ -46,7 +46,7 @@ def adapter_parameters(name: str) -> bool:
 class StagedWeights:
     """Weights to be written: staging and `finish` are collective, `write` uses no collectives."""
 
-    def __init__(self, models: Sequence[GPTModel], directory: Path, *, which: ParameterFilter, copy: bool) -> None:
+    def __init__(self, models: Sequence[ModelChunk], directory: Path, *, which: ParameterFilter, copy: bool) -> None:
         """Plans which rank writes which shards. Collective over all ranks: one gather and one scatter of plans.
 
         Args:
@@ -153,7 +153,7 @@ class StagedPieces:
         """Does nothing: `write` has written the metadata."""
 
 
-def load_weights(models: Sequence[GPTModel], directory: Path, *, which: ParameterFilter = every_parameter) -> None:
+def load_weights(models: Sequence[ModelChunk], directory: Path, *, which: ParameterFilter = every_parameter) -> None:
     """Loads the weights in the layout of `models`. Collective over all ranks. Runs no code from the files.
 
     Args:
@@ -193,7 +193,7 @@ def load_weights(models: Sequence[GPTModel], directory: Path, *, which: Paramete
         )
 
 
-def _sharded_state(models: Sequence[GPTModel], which: ParameterFilter) -> dict[str, object]:
+def _sharded_state(models: Sequence[ModelChunk], which: ParameterFilter) -> dict[str, object]:
     """The selected tensors. Transformer Engine's extra state is left out: it is a pickle, and only fp8 uses it."""
     return {
         str(index): {

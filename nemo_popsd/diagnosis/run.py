@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_popsd.data.dataset import PromptDataset, PromptRow
@@ -31,6 +30,7 @@ from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives, BranchState
 from nemo_popsd.distillation.families import build_target
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.microbatches import ContextSequence
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.parallel.distributed import device
@@ -268,7 +268,7 @@ def _branch_states(student: Student, part: Sequence[Trajectory], settings: Diagn
     except on the last pipeline stage.
     """
 
-    def states(chunks: list[GPTModel], sequences: list[ContextSequence]) -> list[Tensor]:
+    def states(chunks: list[ModelChunk], sequences: list[ContextSequence]) -> list[Tensor]:
         batches = student_batches(chunks, sequences, settings.frozen_tokens, packed=settings.packing)
         return frozen_hidden_states(chunks, batches)
 

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig
-from nemo_popsd.megatron.interfaces import ShardedParameter
+from nemo_popsd.megatron.interfaces import ModelChunk, ShardedParameter
 from nemo_popsd.runtime.cpu import adapt_megatron
 
 adapt_megatron()  # Without CUDA, Megatron-Bridge cannot be imported before this.
 from megatron.bridge.peft.lora import LoRA  # noqa: E402
 from megatron.bridge.peft.lora_layers import LoRALinear  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.tensor_parallel.layers import (  # noqa: E402
     set_defaults_if_not_set_tensor_model_parallel_attributes,
 )
@@ -29,7 +28,7 @@ from megatron.core.tensor_parallel.layers import (  # noqa: E402
 class Adapters:
     """The adapters of one model's chunks: added once, switched off for the frozen branches."""
 
-    def __init__(self, chunks: Sequence[GPTModel], config: LoRAConfig, *, seed: int) -> None:
+    def __init__(self, chunks: Sequence[ModelChunk], config: LoRAConfig, *, seed: int) -> None:
         """Freezes `chunks`, wraps their target linears and samples the A matrices; the B matrices are 0.
 
         Megatron-Bridge samples each rank's shard from that rank's generator, so that the adapters would start from
@@ -68,7 +67,7 @@ class Adapters:
             self._lora.enable_adapter_layers(self._chunks)
 
 
-def gather_in_adapters(chunks: Sequence[GPTModel]) -> None:
+def gather_in_adapters(chunks: Sequence[ModelChunk]) -> None:
     """Under sequence parallelism, makes each adapter gather its own input instead of taking it gathered from the layer.
 
     `megatron.bridge.peft.utils.get_adapter_attributes_from_linear` makes Transformer Engine's fused norm and linear
@@ -82,7 +81,7 @@ def gather_in_adapters(chunks: Sequence[GPTModel]) -> None:
             module.adapter.disable_sequence_parallel_comm = False
 
 
-def full_model_name(chunk: GPTModel, name: str) -> str:
+def full_model_name(chunk: ModelChunk, name: str) -> str:
     """`name` of a module or parameter of `chunk` with the layer's and the expert's index in the full model.
 
     In `name` layers are counted from the chunk's first one, and experts from the rank's first one.
@@ -98,7 +97,7 @@ def full_model_name(chunk: GPTModel, name: str) -> str:
 
 
 @torch.no_grad()
-def merged_state(model: GPTModel, config: LoRAConfig) -> dict[str, Tensor]:
+def merged_state(model: ModelChunk, config: LoRAConfig) -> dict[str, Tensor]:
     """State of a model without adapters that computes what `model` does with them; tensors are this rank's shards.
 
     Collective: one all-gather over the tensor-parallel group for each adapted linear, of the factor that is split along

@@ -6,30 +6,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 from nemo_popsd.megatron.adapters import Adapters
 from nemo_popsd.megatron.forward import output_weight
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.offload import HostParameters
 
 
 class FrozenBase(Protocol):
     """Weights θ₀ of all three frozen branches."""
 
-    def model(self) -> AbstractContextManager[list[GPTModel]]:
+    def model(self) -> AbstractContextManager[list[ModelChunk]]:
         """Context in which the returned chunks compute with θ₀; no other model may be used in it."""
 
 
 class AdaptersOff:
     """The student with its adapters off: no copy of the weights."""
 
-    def __init__(self, student: Sequence[GPTModel], adapters: Adapters) -> None:
+    def __init__(self, student: Sequence[ModelChunk], adapters: Adapters) -> None:
         self._student = list(student)
         self._adapters = adapters
 
     @contextmanager
-    def model(self) -> Iterator[list[GPTModel]]:
+    def model(self) -> Iterator[list[ModelChunk]]:
         """The student's chunks with their adapters off."""
         with self._adapters.off():
             yield self._student
@@ -43,7 +43,7 @@ class FrozenCopy:
     tensor of the output matrix is the same inside and outside of `model`.
     """
 
-    def __init__(self, copy: Sequence[GPTModel], *, on_host: bool = False) -> None:
+    def __init__(self, copy: Sequence[ModelChunk], *, on_host: bool = False) -> None:
         """Freezes `copy` and keeps it.
 
         Args:
@@ -70,7 +70,7 @@ class FrozenCopy:
         return sum(p.numel() * p.element_size() for p in self._parameters())
 
     @contextmanager
-    def model(self) -> Iterator[list[GPTModel]]:
+    def model(self) -> Iterator[list[ModelChunk]]:
         """The copy's chunks, on the device."""
         with nullcontext() if self._host is None else self._host.on_device():
             yield self._copy

@@ -1,4 +1,4 @@
-"""Builds megatron-core GPTModels on this rank from an architecture; the only module that creates a GPTModel."""
+"""Builds the model chunks of this rank from an architecture; the only module that makes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -16,14 +15,14 @@ from megatron.core.tensor_parallel.layers import (
 )
 
 from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, StudentConfig
-from nemo_popsd.megatron.interfaces import ModelProvider
+from nemo_popsd.megatron.interfaces import ModelChunk, ModelProvider
 from nemo_popsd.megatron.limits import refuse_impossible
 from nemo_popsd.megatron.spec import choose_layer_spec
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.distributed import device
 
 
-def build_chunks(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> list[GPTModel]:
+def build_chunks(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> list[ModelChunk]:
     """Builds this rank's part of the model on its device, with weights that are not yet loaded.
 
     Args:
@@ -78,16 +77,16 @@ def build_chunks(provider: ModelProvider, student: StudentConfig, parallel: Para
     return chunks
 
 
-Model: TypeAlias = GPTModel | Sequence[GPTModel]
+Model: TypeAlias = ModelChunk | Sequence[ModelChunk]
 """A model on this rank: its only chunk, or all of its chunks."""
 
 
-def chunks_of(model: Model) -> list[GPTModel]:
+def chunks_of(model: Model) -> list[ModelChunk]:
     """The chunks of `model`."""
-    return [model] if isinstance(model, GPTModel) else list(model)
+    return list(model) if isinstance(model, Sequence) else [model]
 
 
-def layout_of(model: GPTModel) -> ParallelConfig:
+def layout_of(model: ModelChunk) -> ParallelConfig:
     """The layout that `model` was built for."""
     config = model.config
     return ParallelConfig(
@@ -117,7 +116,7 @@ def _set_pipeline(provider: ModelProvider, parallel: ParallelConfig) -> None:
         provider.batch_p2p_comm = False
 
 
-def _mark_shards(model: GPTModel) -> None:
+def _mark_shards(model: ModelChunk) -> None:
     """Marks the weights that are sharded over the tensor-parallel group, as megatron-core does when it initialises
     them.
 

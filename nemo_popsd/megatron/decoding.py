@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.forward import hidden_states_only
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.kernels import cached_attention
 from nemo_popsd.megatron.kv_cache import CachedCoreAttention, Decode, Prefill, attentions, decode_step
 from nemo_popsd.megatron.microbatches import FEWEST_TOKENS
@@ -31,7 +31,7 @@ _KNOWN_ROTATIONS = ("RotaryEmbedding", "YarnRotaryEmbedding")
 
 
 @contextmanager
-def full_sequences(chunks: Sequence[GPTModel]) -> Iterator[None]:
+def full_sequences(chunks: Sequence[ModelChunk]) -> Iterator[None]:
     """Context in which the model is in evaluation mode, with sequence and context parallelism off.
 
     A single token cannot be split. Weights do not change: each tensor-parallel rank applies its shards to all tokens,
@@ -80,7 +80,7 @@ class SlotDecoder:
         capacity: positions of each slot.
     """
 
-    def __init__(self, chunks: Sequence[GPTModel], slots: int, capacity: int) -> None:
+    def __init__(self, chunks: Sequence[ModelChunk], slots: int, capacity: int) -> None:
         """Allocates 2·slots·capacity·g·d elements for each layer of this rank; g key-value heads of this rank.
 
         Args:

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from nemo_popsd.megatron.interfaces import ModelChunk, WrappedChunk
 from nemo_popsd.megatron.layers import LocalCoreAttention
 from nemo_popsd.megatron.microbatches import ContextSequence, MicroBatch, microbatches
 from nemo_popsd.megatron.response_routing import SequenceSplit, gather_response_states
@@ -30,7 +30,7 @@ from nemo_popsd.megatron.response_routing import SequenceSplit, gather_response_
 Report = TypeVar("Report")
 
 
-def output_weight(model: GPTModel) -> Tensor:
+def output_weight(model: ModelChunk) -> Tensor:
     """This rank's shard of the output matrix [V_pad/tp, H], tied to the embedding or not; `model` is a last chunk."""
     if model.share_embeddings_and_output_weights:
         shared: Tensor = model.shared_embedding_or_output_weight()
@@ -40,7 +40,7 @@ def output_weight(model: GPTModel) -> Tensor:
 
 
 @contextmanager
-def hidden_states_only(model: GPTModel) -> Iterator[None]:
+def hidden_states_only(model: ModelChunk) -> Iterator[None]:
     """Context in which the model returns final hidden states [s, b, H], after the last norm, before the output layer.
 
     `megatron.core.models.gpt.gpt_model.GPTModel._postprocess` returns them where the model has no output layer; the
@@ -57,7 +57,7 @@ def hidden_states_only(model: GPTModel) -> Iterator[None]:
 
 
 def student_batches(
-    chunks: Sequence[GPTModel], sequences: Sequence[ContextSequence], token_budget: int, *, packed: bool
+    chunks: Sequence[ModelChunk], sequences: Sequence[ContextSequence], token_budget: int, *, packed: bool
 ) -> list[MicroBatch]:
     """Micro-batches of `sequences` as the schedule of `chunks` needs them; at least one, even of no sequences.
 
@@ -94,14 +94,18 @@ def student_batches(
 
 
 def _run_schedule(
-    chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], loss: Callable[..., object], *, forward_only: bool
+    chunks: Sequence[ModelChunk] | Sequence[WrappedChunk],
+    batches: Sequence[MicroBatch],
+    loss: Callable[..., object],
+    *,
+    forward_only: bool,
 ) -> list[object]:
     """Returns what `loss` returned on the last stage: all of it if `forward_only`, otherwise its second value."""
     bare = [_bare(chunk) for chunk in chunks]
     split = SequenceSplit.of(bare[0])
     local = isinstance(bare[0].decoder.layers[0].self_attention.core_attention, LocalCoreAttention)
 
-    def step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
+    def step(data: Iterator[MicroBatch], chunk: ModelChunk | WrappedChunk) -> tuple[Tensor, Callable[..., object]]:
         batch = next(data)
         with hidden_states_only(_bare(chunk)):
             hidden_SBH = chunk(
@@ -144,13 +148,13 @@ def _packed_params(batch: MicroBatch, local: bool) -> PackedSeqParams | None:
     return replace(batch.packed, cu_seqlens_q_padded=batch.host_bounds, cu_seqlens_kv_padded=batch.host_bounds)
 
 
-def _bare(chunk: torch.nn.Module) -> GPTModel:
-    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+def _bare(chunk: ModelChunk | WrappedChunk) -> ModelChunk:
+    return cast(ModelChunk, chunk.module if isinstance(chunk, DistributedDataParallel) else chunk)
 
 
 @torch.no_grad()
 def frozen_hidden_states(
-    chunks: Sequence[GPTModel], batches: Sequence[MicroBatch], *, training: bool = False
+    chunks: Sequence[ModelChunk], batches: Sequence[MicroBatch], *, training: bool = False
 ) -> list[Tensor]:
     """Hidden states at the response positions of each sequence: [R_i, H] in the model's dtype, detached.
 
@@ -194,7 +198,7 @@ def upstream_of_loss() -> float:
 
 
 def forward_backward(
-    chunks: Sequence[DistributedDataParallel],
+    chunks: Sequence[WrappedChunk],
     batches: Sequence[MicroBatch],
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, Report]],
 ) -> list[Report]:

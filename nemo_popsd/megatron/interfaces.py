@@ -1,4 +1,4 @@
-"""What the package uses of Megatron-Bridge's model provider and of megatron-core's optimizers.
+"""What the package uses of Megatron-Bridge's model provider and of megatron-core's models and optimizers.
 
 Neither library is typed. These protocols state the attributes and methods that the package depends on, so that a type
 checker sees a misspelt one.
@@ -6,15 +6,20 @@ checker sees a misspelt one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, TypedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, TypedDict
 
-import torch
-import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import ModuleSpec
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlock
 
 
 class ModelProvider(Protocol):
@@ -74,8 +79,106 @@ class ModelProvider(Protocol):
     def finalize(self) -> None:
         """Checks the fields and derives the others; called once, after the last change."""
 
-    def provide(self, *, vp_stage: int | None = None) -> GPTModel:
+    def provide(self, *, vp_stage: int | None = None) -> ModelChunk:
         """The model of this rank, or its chunk `vp_stage`."""
+
+
+class ModelChunk(Protocol):
+    """This rank's part of a language model: megatron-core's ``GPTModel``, complete or one stage of a pipeline.
+
+    ``build_chunks`` makes them. A chunk is a ``torch.nn.Module``, of which only what the package calls is listed.
+    """
+
+    config: TransformerConfig
+    pg_collection: ProcessGroupCollection
+    pre_process: bool
+    """Whether the chunk has the embedding."""
+    post_process: bool
+    """Whether the chunk has the last norm and the output layer."""
+    share_embeddings_and_output_weights: bool
+    position_embedding_type: str
+    embedding: torch.nn.Module
+    """Of a chunk with `pre_process`."""
+    rotary_pos_emb: RotaryEmbedding
+    """Of a chunk whose `position_embedding_type` is a rotation."""
+    decoder: TransformerBlock
+    output_layer: OutputLayer
+    """Of a chunk with `post_process`."""
+    vocab_size: int
+    """With padding."""
+    training: bool
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """Sets the output of the previous stage, which the next forward continues."""
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The matrix of a model whose embedding is also its output matrix."""
+
+    def sharded_state_dict(self) -> dict[str, object]:
+        """Tensors with their places in the complete model, for a distributed checkpoint."""
+
+    def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
+        """Hidden states, or logits of this rank's vocabulary shard where the chunk has an output layer."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Of the chunk."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """With their names in the chunk."""
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """The chunk and all modules in it."""
+
+    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """With their names in the chunk."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors by name, without their places."""
+
+    def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True) -> tuple[list[str], list[str]]:
+        """Sets the values; the missing and the unexpected names."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Selects training or evaluation mode."""
+
+    def eval(self) -> Self:
+        """Selects evaluation mode."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Sets whether the parameters have gradients."""
+
+    def to(self, device: torch.device) -> Self:
+        """Moves the parameters."""
+
+
+class OutputLayer(Protocol):
+    """The linear from hidden states to logits, of which each tensor-parallel rank has a shard."""
+
+    weight: torch.Tensor
+
+    def __call__(
+        self, x: torch.Tensor, /, *, weight: torch.Tensor | None, runtime_gather_output: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of this rank's vocabulary shard by its own weight or by `weight`, and the bias."""
+
+
+class WrappedChunk(Protocol):
+    """A chunk in megatron-core's ``DistributedDataParallel``, which accumulates and reduces its gradients."""
+
+    module: ModelChunk
+    ddp_config: DistributedDataParallelConfig
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context in which gradients are accumulated and not reduced."""
+
+    def zero_grad_buffer(self) -> None:
+        """Clears the accumulated gradients."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Of the chunk."""
+
+    def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
+        """What the chunk returns."""
 
 
 class LinearModule(Protocol):

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.kernel_choice import cache_positions
 
 _KNOWN_CORES = ("LocalCoreAttention", "TEDotProductAttention")
@@ -116,7 +116,7 @@ class CachedCoreAttention(torch.nn.Module):
         return context.reshape(count, -1)
 
 
-def attentions(chunks: Sequence[GPTModel]) -> Iterator[Attention]:
+def attentions(chunks: Sequence[ModelChunk]) -> Iterator[Attention]:
     """The attention of every layer of this rank."""
     return (layer.self_attention for chunk in chunks for layer in chunk.decoder.layers)
 

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_popsd.megatron.config import OptimizerConfig
-from nemo_popsd.megatron.interfaces import MegatronOptimizer
+from nemo_popsd.megatron.interfaces import MegatronOptimizer, ModelChunk, WrappedChunk
 
 
-def wrap_for_training(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
+def wrap_for_training(chunks: Sequence[ModelChunk], config: OptimizerConfig) -> list[WrappedChunk]:
     """Megatron's DDP around each of the student's chunks; gradients are accumulated and reduced in fp32.
 
     The schedule also reduces gradients over other groups: norms under sequence parallelism, q and k norms under tensor
@@ -53,9 +52,7 @@ class StudentOptimizer(torch.optim.Optimizer):
         trained: this rank's trained parameters.
     """
 
-    def __init__(
-        self, chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, *, steps: int, bf16: bool
-    ) -> None:
+    def __init__(self, chunks: Sequence[WrappedChunk], config: OptimizerConfig, *, steps: int, bf16: bool) -> None:
         """Builds Megatron's optimizer and schedule.
 
         Args:

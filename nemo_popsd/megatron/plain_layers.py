@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -29,14 +28,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from nemo_popsd.megatron.interfaces import LinearModule
+from nemo_popsd.megatron.interfaces import LinearModule, ModelChunk
 from nemo_popsd.megatron.kv_cache import CachedCoreAttention
 from nemo_popsd.megatron.plain_fields import unsupported_fields
 
 logger = logging.getLogger(__name__)
 
 
-def are_plain(chunk: GPTModel) -> bool:
+def are_plain(chunk: ModelChunk) -> bool:
     """Whether `PlainLayers` computes what the layers of `chunk` do; logs the settings that prevent it."""
     unsupported = unsupported_fields(chunk.config)
     if unsupported:
@@ -54,7 +53,7 @@ def are_plain(chunk: GPTModel) -> bool:
 class PlainLayers:
     """The decoder of one chunk for a step of decoding."""
 
-    def __init__(self, chunk: GPTModel, caches: Sequence[CachedCoreAttention]) -> None:
+    def __init__(self, chunk: ModelChunk, caches: Sequence[CachedCoreAttention]) -> None:
         """`caches`: of the chunk's layers, in order."""
         self._chunk = chunk
         self._caches = list(caches)

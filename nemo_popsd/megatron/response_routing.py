@@ -20,10 +20,10 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.layers import zigzag_positions
 
 
@@ -37,7 +37,7 @@ class SequenceSplit:
     """The tensor-parallel group under sequence parallelism; None without."""
 
     @classmethod
-    def of(cls, model: GPTModel) -> SequenceSplit:
+    def of(cls, model: ModelChunk) -> SequenceSplit:
         """The split of `model`."""
         groups = model.pg_collection
         return cls(

@@ -8,8 +8,6 @@ from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_popsd.distillation import MainGradient
@@ -19,7 +17,7 @@ from nemo_popsd.megatron.base import AdaptersOff, FrozenBase, FrozenCopy
 from nemo_popsd.megatron.build import Model, build_chunks
 from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.forward import output_weight, upstream_of_loss
-from nemo_popsd.megatron.interfaces import ModelProvider
+from nemo_popsd.megatron.interfaces import ModelChunk, ModelProvider, WrappedChunk
 from nemo_popsd.megatron.optimizer import wrap_for_training
 from nemo_popsd.megatron.response_routing import SequenceSplit
 from nemo_popsd.parallel.config import ParallelConfig
@@ -76,9 +74,9 @@ class Student:
         self._config = config
         self._parallel = parallel
         self._load_initial = load_initial
-        self._wrapped: list[DistributedDataParallel] | None = None
+        self._wrapped: list[WrappedChunk] | None = None
         self.vocab_size = architecture.vocab_size
-        self.chunks: list[GPTModel] = build_chunks(architecture.provider(), config, parallel)
+        self.chunks: list[ModelChunk] = build_chunks(architecture.provider(), config, parallel)
         _refuse_soft_cap(self.chunks[-1])
         self.adapters: Adapters | None = None
         if load_trained is None or base_first:
@@ -123,7 +121,7 @@ class Student:
         return output_weight(self.chunks[-1])
 
     @property
-    def gpt(self) -> GPTModel:
+    def gpt(self) -> ModelChunk:
         """The only chunk of the live model."""
         (only,) = self.chunks
         return only
@@ -184,14 +182,14 @@ class Student:
         group: torch.distributed.ProcessGroup = parallel_state.get_data_parallel_group()
         return group
 
-    def wrap(self, config: OptimizerConfig) -> list[DistributedDataParallel]:
+    def wrap(self, config: OptimizerConfig) -> list[WrappedChunk]:
         """The chunks of the live model in Megatron's DDP, which the first call creates."""
         if self._wrapped is None:
             self._wrapped = wrap_for_training(self.chunks, config)
         return self._wrapped
 
 
-def _refuse_soft_cap(model: GPTModel) -> None:
+def _refuse_soft_cap(model: ModelChunk) -> None:
     """Refuses a model whose logits are not linear in the hidden state (Gemma 2): the loss takes them to be W·h."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
@@ -16,6 +15,7 @@ from nemo_popsd.checkpoint.retention import FINAL, Checkpoints, name_of, prune, 
 from nemo_popsd.checkpoint.save import Content, PendingSave
 from nemo_popsd.checkpoint.training_state import load_random_state, load_training_state
 from nemo_popsd.files.atomic import flush_file
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.observability.jsonl_logger import FILE_NAME, read_metric
 from nemo_popsd.parallel.agreement import raise_on_all_ranks
@@ -196,7 +196,7 @@ class RunCheckpoints:
         self._reported |= kept.keys() | checkpoints.damaged.keys()
 
 
-def resume_optimizer(checkpoint: NemoCheckpoint, models: Sequence[GPTModel], optimizer: StudentOptimizer) -> None:
+def resume_optimizer(checkpoint: NemoCheckpoint, models: Sequence[ModelChunk], optimizer: StudentOptimizer) -> None:
     """Restores optimizer and schedule from `checkpoint`, which may have been written in another layout."""
     optimizer.resume(load_training_state(checkpoint.directory, models, optimizer.megatron))
 

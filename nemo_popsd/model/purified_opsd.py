@@ -141,7 +141,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             load_trained=checkpoint.load_trained if checkpoint else None,
             base_first=checkpoint is not None and checkpoint.adapters_only,
         )
-        self.chunks = torch.nn.ModuleList(self.student.chunks)
+        self.chunks = torch.nn.ModuleList(cast(list[torch.nn.Module], self.student.chunks))
         self._checkpoint = (
             checkpoint  # Keeps the temporary directory of a packed checkpoint, whose tokenizer files are needed.
         )

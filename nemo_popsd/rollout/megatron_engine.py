@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_popsd.errors import StopRequested
 from nemo_popsd.megatron.decoding import SlotDecoder
+from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.parallel.vocabulary import VocabShard
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.sampling import sample_tokens, uniforms
@@ -46,7 +46,7 @@ class MegatronEngine:
 
     def __init__(
         self,
-        chunks: Sequence[GPTModel],
+        chunks: Sequence[ModelChunk],
         *,
         vocab_size: int,
         batch_rows: int,
