@@ -26,7 +26,7 @@ from experiments.run import CONF
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.distillation.definition import Branches, target_from_logits
-from nemo_popsd.distillation.families import Target, build_target
+from nemo_popsd.distillation.target_families import Target, build_target
 from nemo_popsd.parallel.vocabulary import VocabShard
 from nemo_popsd.testbed.contexts import count_markers, right
 from nemo_popsd.testbed.problems import Difficulty, Problem, response, thoughtful_thoughts

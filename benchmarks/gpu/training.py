@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu.journal import Report
 from benchmarks.gpu.model import RESPONSES, STEPS, KeepingEngine, Run, random_model, settings, start
 from nemo_popsd.distillation.divergence import build_divergence
-from nemo_popsd.distillation.families import build_target
+from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.megatron.microbatches import ContextSequence
 from nemo_popsd.megatron.spec import chosen_layers
 from nemo_popsd.observability.stopwatch import Stopwatch

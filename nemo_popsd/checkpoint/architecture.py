@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 import nemo_popsd.checkpoint.olmo3  # noqa: F401  (registers the architecture)
-from nemo_popsd.checkpoint.families import FAMILIES
+from nemo_popsd.checkpoint.model_families import FAMILIES
 from nemo_popsd.checkpoint.rotation import UnsupportedError
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.reading import read_strict_json

@@ -24,7 +24,7 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     Transformers builds the model on the meta device with one layer; all layers have the same tensors.
 
     Args:
-        config: transformers configuration of a family in `nemo_popsd.checkpoint.families`.
+        config: transformers configuration of a family in `nemo_popsd.checkpoint.model_families`.
     """
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import no_init_weights

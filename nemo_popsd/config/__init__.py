@@ -1,1 +1,1 @@
-"""The configuration of a run: the typed schema, reading and overriding it, and the checks before anything is built."""
+"""The configuration of a run, composed of all sections: the typed schema, reading, overriding, checks across sections."""

@@ -27,7 +27,7 @@ from nemo_popsd.diagnosis.record import (
 )
 from nemo_popsd.diagnosis.schema import Extremes, Groups, Push, PushedEntry, RolloutRecord, SettingsRecord, Summary
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives, BranchStates, diagnose_tokens
-from nemo_popsd.distillation.families import build_target
+from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.errors import StopRequested, UserError
 from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
 from nemo_popsd.megatron.interfaces import ModelChunk

@@ -17,9 +17,9 @@ from nemo_popsd.diagnosis.push import VocabularyPush
 from nemo_popsd.diagnosis.shards import Largest, at_ids, largest_of_shards
 from nemo_popsd.distillation.decomposition import SIGNAL_PRODUCTS, signal_statistics
 from nemo_popsd.distillation.definition import Branches, log_softmax, signal_sums, target_from_log_probs
-from nemo_popsd.distillation.families import Target
 from nemo_popsd.distillation.products import product_into, statistics_dtype
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, StatisticValues
+from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.parallel.collectives import reduce_sum_
 from nemo_popsd.parallel.vocabulary import VocabShard
 

@@ -1,19 +1,19 @@
 """The distillation loss: targets, divergences and statistics, exact over a sharded vocabulary. Without Megatron.
 
-config.py         settings of target, divergence and loss (without torch)
-families.py       the target distributions, Purified OPSD among them, as coefficients (without torch)
-statistics.py     declarations of what is measured at each token (without torch)
-divergence.py     JSD, forward KL, reverse KL
-definition.py     target and loss by their definition, from logits; the diagnosis uses it
-target.py         the two hidden vectors that determine the target of a token
-hidden.py         the loss from hidden states, in chunks, with closed-form gradients: what training uses
-closed_form.py    the loss of one chunk of tokens: equations, kernels, and the collectives between them
-chunked_loss.py   the pass over all chunks, and what runs while collectives are under way
-products.py       hidden states times the output matrix, in full precision, in buffers that all chunks share
-decomposition.py  norms and products of the teacher's signal on a sample of tokens
-chunks.py         how many tokens a chunk has
-fusion.py         the kernels, compiled
-checks.py         checks of the arguments of the loss
+config.py           settings of target, divergence and loss (without torch)
+target_families.py  the target distributions, Purified OPSD among them, as coefficients (without torch)
+statistics.py       declarations of what is measured at each token (without torch)
+divergence.py       JSD, forward KL, reverse KL
+definition.py       target and loss by their definition, from logits; the diagnosis uses it
+target.py           the two hidden vectors that determine the target of a token
+hidden.py           the loss from hidden states, in chunks, with closed-form gradients: what training uses
+closed_form.py      the loss of one chunk of tokens: equations, kernels, and the collectives between them
+chunked_loss.py     the pass over all chunks, and what runs while collectives are under way
+products.py         hidden states times the output matrix, in full precision, in buffers that all chunks share
+decomposition.py    norms and products of the teacher's signal on a sample of tokens
+chunks.py           how many tokens a chunk has
+fusion.py           the kernels, compiled
+checks.py           checks of the arguments of the loss
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from nemo_popsd.distillation.decomposition import DiagnosedTokens
     from nemo_popsd.distillation.definition import Branches, loss_from_logits
     from nemo_popsd.distillation.divergence import Divergence
-    from nemo_popsd.distillation.families import Target
     from nemo_popsd.distillation.hidden import HiddenLoss, loss_from_hidden
     from nemo_popsd.distillation.main_gradient import MainGradient
     from nemo_popsd.distillation.statistics import StatisticValues
     from nemo_popsd.distillation.target import HiddenPair, hidden_pair
+    from nemo_popsd.distillation.target_families import Target
 
 __all__ = [
     "Branches",

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from nemo_popsd.distillation.decomposition import DiagnosedTokens
-from nemo_popsd.distillation.families import Target
 from nemo_popsd.distillation.main_gradient import MainGradient
 from nemo_popsd.distillation.products import statistics_dtype
 from nemo_popsd.distillation.target import HiddenPair
+from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)

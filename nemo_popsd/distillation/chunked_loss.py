@@ -23,7 +23,6 @@ from nemo_popsd.distillation.decomposition import (
     signal_shard_stats,
 )
 from nemo_popsd.distillation.divergence import Divergence
-from nemo_popsd.distillation.families import Target
 from nemo_popsd.distillation.products import (
     ChunkProducts,
     Products,
@@ -34,6 +33,7 @@ from nemo_popsd.distillation.products import (
 )
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS
 from nemo_popsd.distillation.target import HiddenPair
+from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 

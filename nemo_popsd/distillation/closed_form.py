@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from nemo_popsd.distillation.divergence import Divergence
-from nemo_popsd.distillation.families import Target
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, VocabStats
+from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.parallel.collectives import gather_shards, sum_shards_
 from nemo_popsd.parallel.vocabulary import VocabShard
 

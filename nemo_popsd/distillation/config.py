@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from nemo_popsd.distillation.families import FAMILIES
+from nemo_popsd.distillation.target_families import FAMILIES
 from nemo_popsd.settings.bounds import Bounds, check_numbers
 from nemo_popsd.settings.checks import one_of
 
 
 @dataclass(kw_only=True)
 class TargetConfig:
-    """The target distribution: a family by name, and its parameters; see `nemo_popsd.distillation.families`."""
+    """The target distribution: a family by name, and its parameters; see `nemo_popsd.distillation.target_families`."""
 
     family: str = "purified"
     """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582), `student_pmi` (PMI on the live

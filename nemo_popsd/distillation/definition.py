@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.distillation.divergence import Divergence, divergence_of_log_probs
-from nemo_popsd.distillation.families import Target
+from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.parallel.collectives import reduce_max_, reduce_sum_, sum_for_shards
 from nemo_popsd.parallel.vocabulary import VocabShard, token_max
 

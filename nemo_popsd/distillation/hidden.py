@@ -23,12 +23,12 @@ from nemo_popsd.distillation.chunked_loss import ChunkedLoss, LossSpec
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.distillation.decomposition import DiagnosedTokens, signal_statistics
 from nemo_popsd.distillation.divergence import Divergence
-from nemo_popsd.distillation.families import Target
 from nemo_popsd.distillation.fusion import choose_kernels
 from nemo_popsd.distillation.main_gradient import MainGradient
 from nemo_popsd.distillation.products import statistics_dtype
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, StatisticValues
 from nemo_popsd.distillation.target import HiddenPair
+from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.parallel.collectives import reduce_sum_
 from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_popsd.distillation.families import Target
+from nemo_popsd.distillation.target_families import Target
 
 
 class HiddenPair(NamedTuple):

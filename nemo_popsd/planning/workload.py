@@ -11,7 +11,7 @@ from functools import cached_property
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.distillation.config import DistillationConfig
-from nemo_popsd.distillation.families import Target, build_target
+from nemo_popsd.distillation.target_families import Target, build_target
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout
 from nemo_popsd.planning.sizes import ModelSizes

@@ -1,1 +1,1 @@
-"""Declaration of settings in a section of the configuration: bounds, checks and errors that name the setting."""
+"""How settings are declared, not which ones exist: bounds, checks, and errors that name the setting."""

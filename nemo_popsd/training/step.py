@@ -9,7 +9,7 @@ import torch
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.distillation.divergence import build_divergence
-from nemo_popsd.distillation.families import build_target
+from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.megatron.forward import forward_backward, student_batches
 from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
 from nemo_popsd.megatron.optimizer import StudentOptimizer

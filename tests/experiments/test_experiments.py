@@ -20,7 +20,7 @@ from experiments.results import Estimate, accuracy, markers, scores, signal_tabl
 from experiments.rows import HARD, drawn, rows, tuning_problems, write
 from experiments.run import CONF, Run, execute, training_runs, tuning_runs
 from nemo_popsd.config.loading import load_config
-from nemo_popsd.distillation.families import Target
+from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.testbed.contexts import sample_answers
 from nemo_popsd.testbed.problems import FAMILIES, split_of
 from nemo_popsd.testbed.templates import CONTEXTS, user_turn

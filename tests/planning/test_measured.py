@@ -113,7 +113,7 @@ def _measure_loss(run: Any) -> tuple[int, int]:
     """Peak bytes and operations of the loss of one micro-batch of all rows, forward and backward."""
     from nemo_popsd.distillation import DiagnosedTokens, HiddenPair, loss_from_hidden
     from nemo_popsd.distillation.divergence import build_divergence
-    from nemo_popsd.distillation.families import build_target
+    from nemo_popsd.distillation.target_families import build_target
     from nemo_popsd.megatron.forward import upstream_of_loss
     from tests.planning.counters import LiveBytes, flop_counter
 

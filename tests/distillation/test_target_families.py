@@ -11,7 +11,7 @@ import torch
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.distillation import Divergence, Target
 from nemo_popsd.distillation.config import DistillationConfig, TargetConfig
-from nemo_popsd.distillation.families import FAMILIES, Family, build_target
+from nemo_popsd.distillation.target_families import FAMILIES, Family, build_target
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.workload import frozen_branches
 from tests.distillation.calls import TARGETS, hidden_loss, vectors_of
