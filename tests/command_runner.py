@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.harness import _CONTEXT, LOCAL, _die_with_parent, _forked_by, _start_fork_server
 
@@ -56,11 +57,16 @@ def _main(argv: list[str], log: str, environment: dict[str, str], directory: Pat
     os.environ.update(environment)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+    become_command(argv, Path(log))
+
+
+def become_command(argv: Sequence[str], log: Path, *, append: bool = False) -> NoReturn:
+    """In a forked process: run ``popsd *argv`` with its output in `log`, and end with its exit status, 1 for a traceback."""
     status = 1
     try:
+        descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | (os.O_APPEND if append else os.O_TRUNC), 0o644)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
         import torch
 
         from nemo_popsd.cli.main import main

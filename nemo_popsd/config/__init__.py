@@ -1,1 +1,1 @@
-"""The configuration of a run, composed of all sections: the typed schema, reading, overriding, checks across sections."""
+"""The configuration of a run, composed of all sections: the typed schema, loading, checks across sections."""

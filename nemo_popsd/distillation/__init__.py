@@ -53,7 +53,7 @@ _MODULES = {
     "HiddenPair": "target",
     "MainGradient": "main_gradient",
     "StatisticValues": "statistics",
-    "Target": "families",
+    "Target": "target_families",
     "hidden_pair": "target",
     "loss_from_hidden": "hidden",
     "loss_from_logits": "definition",

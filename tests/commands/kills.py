@@ -24,12 +24,12 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_popsd.checkpoint.retention import FINAL, LATEST, is_name
+from tests.command_runner import become_command
 from tests.model.runs import SETTINGS, TINY, differences, metrics, rollouts
 
 _STEPS = 4
@@ -197,24 +197,11 @@ def _fork(words: Sequence[str], rank: int, ranks: int, port: int, log: Path) -> 
     process = os.fork()
     if process:
         return process
-    status = 1
-    try:
-        os.setsid()
-        descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        if ranks > 1:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        from nemo_popsd.cli.main import main
-
-        status = main(words)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    os.setsid()
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    become_command(words, log, append=True)
 
 
 def _ended(process: int) -> int | None:
