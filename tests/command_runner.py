@@ -61,7 +61,7 @@ def _main(argv: list[str], log: str, environment: dict[str, str], directory: Pat
 
 
 def become_command(argv: Sequence[str], log: Path, *, append: bool = False) -> NoReturn:
-    """In a forked process: run ``popsd *argv`` with its output in `log`, and end with its exit status, 1 for a traceback."""
+    """In a forked process: run ``popsd *argv`` with its output in `log`, and end with its status, 1 for a traceback."""
     status = 1
     try:
         descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | (os.O_APPEND if append else os.O_TRUNC), 0o644)

@@ -195,13 +195,13 @@ def _start(words: Sequence[str], ranks: int, log: Path) -> list[int]:
 
 def _fork(words: Sequence[str], rank: int, ranks: int, port: int, log: Path) -> int:
     process = os.fork()
-    if process:
-        return process
-    os.setsid()
-    if ranks > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    become_command(words, log, append=True)
+    if not process:
+        os.setsid()
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        become_command(words, log, append=True)
+    return process
 
 
 def _ended(process: int) -> int | None:
