@@ -128,7 +128,7 @@ def make_problem(
     )
 
 
-class Ours:
+class PackageLoss:
     """`loss_from_hidden` as training calls it: w̄ known, dW added to a gradient that the trainer keeps.
 
     The trainer clears it once per step, so the dW of the first call is correct, and later calls add to it.
@@ -245,8 +245,8 @@ class UnderAutograd:
 def forms(problem: Problem) -> dict[str, Callable[[], Outcome]]:
     """All compared forms by name."""
     return {
-        "ours": Ours(problem),
-        "ours, not fused": Ours(problem, fused="never"),
+        "nemo_popsd": PackageLoss(problem),
+        "nemo_popsd, not fused": PackageLoss(problem, fused="never"),
         "dense, four logits, autograd": UnderAutograd(problem),
         "chunks under autograd": UnderAutograd(problem, chunk_tokens=PEERS_CHUNK),
         "chunks, recomputed in backward": UnderAutograd(problem, chunk_tokens=PEERS_CHUNK, recompute=True),

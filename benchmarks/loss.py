@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.forms import Ours, Outcome, Problem, Products, forms, make_problem
+from benchmarks.forms import Outcome, PackageLoss, Problem, Products, forms, make_problem
 from benchmarks.measure import interleaved, machine, peak_bytes
 from benchmarks.tables import table
 from nemo_popsd.distillation.chunks import LARGEST_CHUNK
@@ -41,7 +41,7 @@ def times(problem: Problem, names: list[str], repetitions: int) -> list[list[str
     every = forms(problem)
     actions: dict[str, Callable[[], Any]] = {PRODUCTS: Products(problem, LARGEST_CHUNK)}
     actions |= {name: every[name] for name in names}
-    actions["ours"]()  # compiles
+    actions["nemo_popsd"]()  # compiles
     taken = interleaved(actions, repetitions)
     dense = next((seconds for name, seconds in taken.items() if name.startswith("dense")), None)
     return [
@@ -67,9 +67,9 @@ def errors(group: dist.ProcessGroup | None) -> list[list[str]]:
         rounded = exact.to(dtype)
         want = forms(rounded.to(torch.float64))["dense, four logits, autograd"]()
         every = forms(rounded)
-        every["ours, fused"] = Ours(rounded, fused="always", chunk_tokens=100)
+        every["nemo_popsd, fused"] = PackageLoss(rounded, fused="always", chunk_tokens=100)
         for name, form in every.items():
-            if name != "ours, fused" or dtype == torch.float32:
+            if name != "nemo_popsd, fused" or dtype == torch.float32:
                 rows.append([name, str(dtype).removeprefix("torch."), *_errors(form(), want)])
     return rows
 
@@ -98,8 +98,8 @@ def bf16_targets() -> list[list[str]]:
     kept = torch.softmax(z_0 + capped(z_d), -1)
     named = {
         "three bf16 logits (four with the student's)": from_logits,
-        "two vectors, products rounded to bf16 (ours on a CPU)": rounded,
-        "two vectors, products kept in fp32 (ours on a GPU)": kept,
+        "two vectors, products rounded to bf16 (nemo_popsd on a CPU)": rounded,
+        "two vectors, products kept in fp32 (nemo_popsd on a GPU)": kept,
     }
     found = {name: _total_variation(got, want) for name, got in named.items()}
     return [[name, f"{error.mean():.1e}", f"{error.max():.1e}"] for name, error in found.items()]
@@ -109,7 +109,7 @@ def memory(problem: Problem, names: list[str]) -> list[list[str]]:
     """Rows: form, peak memory of forward and backward beyond that of the problem, in tensors [T, V/tp]."""
     unit = len(problem.student) * problem.weight.shape[0] * 4
     every = forms(problem)
-    every["ours"]()  # compiles
+    every["nemo_popsd"]()  # compiles
     return [[name, _ratio(peak_bytes(every[name]), unit)] for name in names]
 
 
@@ -158,7 +158,7 @@ def two_shards(sizes: tuple[int, int, int], repetitions: int) -> tuple[list[list
 
 TIME_HEADER = ["form", "s", "÷ products", "÷ dense"]
 ERROR_HEADER = ["form", "precision", "value", "dh", "dW"]
-MAIN = ["ours", "ours, not fused", "dense, four logits, autograd"]
+MAIN = ["nemo_popsd", "nemo_popsd, not fused", "dense, four logits, autograd"]
 EVERY = [*MAIN, "chunks under autograd", "chunks, recomputed in backward", "top-64 (an approximation)"]
 
 
@@ -200,8 +200,8 @@ def on_cpu(quick: bool) -> str:
     if not quick:
         full = (8192, 19000, 2048)
         section(
-            f"Ours at full size: T={full[0]}, V={full[1]}, H={full[2]}",
-            table(["form", "tensors [T, V]"], memory(make_problem(*full), ["ours"])),
+            f"nemo_popsd at full size: T={full[0]}, V={full[1]}, H={full[2]}",
+            table(["form", "tensors [T, V]"], memory(make_problem(*full), ["nemo_popsd"])),
         )
     sizes = (256, 4750, 256) if quick else (1024, 9500, 1024)
     rows, sharded_errors = two_shards(sizes, repetitions)

@@ -32,7 +32,7 @@ from nemo_popsd.embedded.names import asset
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("RESULTS-rollout.md")
 MODEL = asset("nemo_popsd:tiny_reasoner")
-OURS, BEFORE, THEIRS, VLLM = "Megatron engine", "Megatron engine before", "transformers.generate", "vLLM"
+MEGATRON, BEFORE, THEIRS, VLLM = "Megatron engine", "Megatron engine before", "transformers.generate", "vLLM"
 
 
 class Worker:
@@ -139,10 +139,10 @@ def speeds(workers: dict[str, Worker], quick: bool) -> list[list[str]]:
                     tokens = sum(answer["lengths"])
                     speed = tokens / answer["seconds"]
                     best[name] = max(best.get(name, (0.0, 0.0)), (speed, tokens / len(requested)))
-            length = f"{best[OURS][1]:.0f}"
+            length = f"{best[MEGATRON][1]:.0f}"
             cells = [
                 f"{best[name][0]:,.0f} ({best[name][0] / best[THEIRS][0]:.2f})" if name in best else "not run"
-                for name in (OURS, BEFORE, THEIRS, VLLM)
+                for name in (MEGATRON, BEFORE, THEIRS, VLLM)
             ]
             rows.append([workload.name, str(batch), length, *cells])
             print(" | ".join(rows[-1]), flush=True)
@@ -151,14 +151,14 @@ def speeds(workers: dict[str, Worker], quick: bool) -> list[list[str]]:
 
 def updates(workers: dict[str, Worker]) -> list[list[str]]:
     """Rows: engine, transfer of new weights, bytes, seconds."""
-    rows = [[OURS, "uses the trained tensors", "0", "0"]]
+    rows = [[MEGATRON, "uses the trained tensors", "0", "0"]]
     with tempfile.TemporaryDirectory() as folder:
-        exported = workers[OURS].ask(export=folder)
+        exported = workers[MEGATRON].ask(export=folder)
         loaded = workers[THEIRS].ask(load=folder)
         seconds = exported["seconds"] + loaded["seconds"]
         rows.append([THEIRS, "export to safetensors, load", f"{2 * exported['bytes']:,}", f"{seconds:.3f}"])
     if python := os.environ.get("POPSD_VLLM_PYTHON"):
-        sent = workers[OURS].ask(send=python)
+        sent = workers[MEGATRON].ask(send=python)
         measured = [f"{sent['bytes']:,}", f"{sent['seconds']:.3f}"] if sent else ["not measured", "not measured"]
         rows.append([VLLM, "rollout.engine=vllm: buckets to the server, under a version", *measured])
     return rows
@@ -186,7 +186,7 @@ PHASES = ("rollout", "frozen", "train")
 def splits(before: Path | None, quick: bool) -> list[list[str]]:
     """Rows: engine, seconds of each phase, their sum, share of the rollouts."""
     rows = []
-    for name, checkout in ((BEFORE, before), (OURS, ROOT)):
+    for name, checkout in ((BEFORE, before), (MEGATRON, ROOT)):
         if checkout is not None:
             seconds = split_of_a_step(checkout, 3 if quick else 8)
             total = sum(seconds.values())
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few and short responses; prints only")
     parser.add_argument("--before", type=Path, help="another checkout, whose engine is measured too")
     options = parser.parse_args()
-    workers = {OURS: Worker("megatron"), THEIRS: Worker("transformers")}
+    workers = {MEGATRON: Worker("megatron"), THEIRS: Worker("transformers")}
     if options.before:
         workers[BEFORE] = Worker("megatron", checkout=options.before.resolve())
     if python := os.environ.get("POPSD_VLLM_PYTHON"):
@@ -213,7 +213,7 @@ def main() -> None:
     parts = [
         "## Tokens per second\n\nIn brackets: ratio to transformers.generate. *length*: mean of the Megatron engine.",
         table(
-            ["lengths", "batch", "length", *(name for name in (OURS, BEFORE, THEIRS, VLLM))],
+            ["lengths", "batch", "length", *(name for name in (MEGATRON, BEFORE, THEIRS, VLLM))],
             speeds(workers, options.quick),
         ),
         "## New weights, after a step of the embedded model",

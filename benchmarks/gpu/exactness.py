@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.forms import Ours, UnderAutograd, make_problem
+from benchmarks.forms import PackageLoss, UnderAutograd, make_problem
 from benchmarks.gpu.journal import Report
 
 _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
@@ -31,7 +31,7 @@ def _loss(report: Report, device: torch.device, sizes: tuple[int, int, int]) -> 
             problem = make_problem(tokens, vocab, hidden, cap=cap, kind=kind, dtype=dtype)
             want = UnderAutograd(problem.to(torch.float64))()
             for fused in ("never", "always") if device.type == "cuda" else ("never",):
-                got = Ours(problem.on(device), fused=fused)()
+                got = PackageLoss(problem.on(device), fused=fused)()
                 errors = {"value": _error(got.total, want.total), "dh": _error(got.dh, want.dh)}
                 if got.dw is not None and want.dw is not None:
                     errors["dW"] = _error(got.dw, want.dw)

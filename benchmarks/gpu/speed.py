@@ -1,7 +1,8 @@
 """Head, target, divergence and backward: time, TFLOP/s and peak memory; also of the products alone and of Liger's JSD.
 
-Legend as in `benchmarks/README.md`: F = 2·T·V·H is one product; ours does 5 with the tanh and dW. The unit of memory is
-an fp32 tensor [T, V]. Liger's fused linear JSD takes one teacher's states instead of three and does 4 F, dW included.
+Legend as in `benchmarks/README.md`: F = 2·T·V·H is one product; this package does 5 with the tanh and dW. The unit
+of memory is an fp32 tensor [T, V]. Liger's fused linear JSD takes one teacher's states instead of three and does 4 F,
+dW included.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.forms import CudaProducts, Ours, Problem, Products, make_problem
+from benchmarks.forms import CudaProducts, PackageLoss, Problem, Products, make_problem
 from benchmarks.gpu.journal import Report
 from benchmarks.measure import interleaved, peak_bytes
 from nemo_popsd.distillation.chunks import LARGEST_CHUNK
 
 _HIDDEN = 4096
 _SIZES = [(tokens, vocab) for vocab in (19000, 152000) for tokens in (1024, 8192, 32768)]
-_PRODUCTS = {"ours": 5, "its products alone": 5, "Liger, JSD of one teacher": 4}
+_PRODUCTS = {"nemo_popsd": 5, "its products alone": 5, "Liger, JSD of one teacher": 4}
 
 
 def run(report: Report, *, rehearse: bool, work: Path) -> None:
@@ -39,7 +40,7 @@ def _measure(report: Report, tokens: int, vocab: int, hidden: int, device: str) 
     problem = make_problem(tokens, vocab, hidden, device=device, dtype=torch.bfloat16)
     products = CudaProducts if device == "cuda" else Products
     actions: dict[str, Callable[[], Any]] = {
-        "ours": Ours(problem),
+        "nemo_popsd": PackageLoss(problem),
         "its products alone": products(problem, LARGEST_CHUNK),
     }
     if device == "cuda" and (liger := _liger(problem)) is not None:

@@ -1,4 +1,4 @@
-"""The two hidden vectors that determine the target distribution of a token (*ours*); see `families` for the targets."""
+"""The two hidden vectors that determine the target distribution of a token (*ours*); targets: `target_families`."""
 
 from __future__ import annotations
 

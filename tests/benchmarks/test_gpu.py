@@ -43,10 +43,10 @@ def test_a_part_that_crashes_hangs_or_is_killed_does_not_affect_others(tmp_path:
     while alive(child := int((tmp_path / "work" / "child").read_text())):
         assert time.monotonic() < deadline, f"{child} outlives its part"
         time.sleep(0.1)
-    told = (tmp_path / "results.md").read_text()
-    assert told.startswith("# Results\n\n## The part that is to crash")
-    assert "| rehearse | value |\n| --- | --- |\n| False | 1.5 |" in told
-    assert "*time limit* after" in told
+    written = (tmp_path / "results.md").read_text()
+    assert written.startswith("# Results\n\n## The part that is to crash")
+    assert "| rehearse | value |\n| --- | --- |\n| False | 1.5 |" in written
+    assert "*time limit* after" in written
 
 
 def test_parts_without_time_are_reported(tmp_path: Path) -> None:
@@ -84,5 +84,5 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert {row["verdict"] for row in rows if "verdict" in row} == {"right", "passed"}
     assert len([row for row in rows if row.get("table") == "steps"]) == 3
     assert not (tmp_path / "work").exists()
-    told = (tmp_path / "results.md").read_text()
-    assert all(f"## {p.title}\n" in told for p in PARTS)
+    written = (tmp_path / "results.md").read_text()
+    assert all(f"## {p.title}\n" in written for p in PARTS)

@@ -1,4 +1,5 @@
-"""Every command in the documents is checked by parser, settings, Makefile and scripts; `bash run` blocks are run."""
+"""Every command in the documents is checked by parser, settings, Makefile and scripts, and run unless
+`tests.docs.command_runs` has a reason."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from nemo_popsd.cli.main import build_parser
 from tests.command_runner import run_command
 from tests.docker.test_dockerfile import tool
 from tests.docs.command_checks import WrongCommandError, check, statements
+from tests.docs.command_runs import AS_WRITTEN, NOT_RUN, is_run_with_stand_ins, prepare, reason, with_stand_ins
 from tests.docs.pages import PAGES, ROOT, blocks, inline_code
 
 _INLINE = re.compile(r"(popsd|torchrun|make|sbatch|python -m|slurm/pipeline\.sh|[A-Z_]+=\S+ (?:python|popsd)) .*")
@@ -111,6 +113,44 @@ def run(words: list[str], directory: Path, log: Path) -> int | None:
     with log.open("w") as file:
         done = subprocess.run(words, cwd=directory, stdout=file, stderr=file, timeout=600, env=environment())
     return done.returncode
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The commands of the blocks whose output the page does not show, which tests/planning/test_docs.py runs."""
+    return [words for b in blocks(page, "bash") if b.words == "" for words in statements(b.body)]
+
+
+def test_every_command_is_run_or_has_a_reason() -> None:
+    commands = [words for page in PAGES for words in commands_of(page)]
+    unknown = [
+        shlex.join(words)
+        for words in commands
+        if reason(words) is None and not AS_WRITTEN.fullmatch(shlex.join(words)) and not is_run_with_stand_ins(words)
+    ]
+    assert unknown == [], "run it, or state the reason in tests/docs/command_runs.py"
+    unused = [pattern for pattern in NOT_RUN if not any(re.fullmatch(pattern, " ".join(words)) for words in commands)]
+    assert unused == []
+    assert {b.words for page in PAGES for b in blocks(page, "bash")} <= {"", "run", "shown-below"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_commands_run_with_the_embedded_model(tmp_path: Path) -> None:
+    """Of all pages but the tour, in their order; later pages use the runs of docs/data.md."""
+    prepare(tmp_path)
+    log, trainings = tmp_path / "log", 0
+    commands = [words for page in PAGES for words in commands_of(page) if reason(words) is None]
+    assert [words[1] for words in commands[:2]] == ["train", "evaluate"]
+    for words in commands:
+        as_run = words
+        if is_run_with_stand_ins(words):
+            as_run = with_stand_ins(words, "runs/qwen3_8b" + f"_{trainings}" * bool(trainings))
+            trainings += words[1] == "train"
+        # A machine without a GPU fails the examination for one.
+        expected = {0, 1} if words[1] == "doctor" else {0}
+        assert run(as_run, tmp_path, log) in expected, f"{shlex.join(as_run)}\n{log.read_text()[-4000:]}"
+        assert "Traceback" not in log.read_text()
+    assert (tmp_path / "models" / "Qwen3-8B-purified" / "config.json").is_file()
 
 
 @pytest.mark.slow

@@ -172,11 +172,11 @@ def test_the_key_is_sent_and_never_logged(
     monkeypatch.setenv("MY_KEY", KEY)
     server.keys.clear()
     server.fault = lambda body: (500, {}, f"bad key {KEY}") if len(server.requests) < 4 else (401, {}, f"no {KEY}")
-    with pytest.raises(UserError, match=r"status 401: no \*\*\*.*MY_KEY is set") as told:
+    with pytest.raises(UserError, match=r"status 401: no \*\*\*.*MY_KEY is set") as caught:
         generate(server, 1, 1, key_variable="MY_KEY")
     assert set(server.keys) == {f"Bearer {KEY}"}
     assert "bad key ***" in caplog.text
-    assert KEY not in caplog.text + str(told.value)
+    assert KEY not in caplog.text + str(caught.value)
 
 
 def test_the_key_does_not_follow_a_redirect(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

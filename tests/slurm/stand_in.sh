@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# In place of Python, for jobs whose scripts are tested and not the training: prints what a rank is told, then does what
+# In place of Python, for jobs whose scripts are tested and not the training: prints what a rank is given, then does what
 # a word like act=fail says. POPSD_PYTHON names it.
 set -euo pipefail
 [[ $1 == -m && $2 == nemo_popsd ]]

@@ -242,8 +242,8 @@ def test_a_pipeline_runs_its_stages_one_after_the_other(slurm: Cluster, tmp_path
         name: re.search(r"0: asked: (.*)", logs(tmp_path, f"../popsd-{name}-{job}/start-0/node-0.log"))
         for name, job in jobs.items()
     }
-    told = {name: match[1] for name, match in asked.items() if match}
-    assert told == {
+    options = {name: match[1] for name, match in asked.items() if match}
+    assert options == {
         "convert": f"convert hf-to-nemo {model} out/student",
         "train": f"train {conf} student.source={model} name=a b seed=3 student.source=out/student "
         "training.export_huggingface=false",

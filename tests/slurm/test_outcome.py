@@ -23,7 +23,7 @@ def ranks(job: Job, *statuses: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("statuses", "code", "told"),
+    ("statuses", "code", "message"),
     [
         ((0, 0), 0, "done: "),
         ((85, 85), 85, "saved and stopped; requeueing"),
@@ -36,12 +36,12 @@ def ranks(job: Job, *statuses: int) -> None:
         ((), 9, "failed (1 in a row); requeueing"),
     ],
 )
-def test_the_statuses_of_the_ranks_end_the_job(job: Job, statuses: tuple[int, ...], code: int, told: str) -> None:
+def test_the_statuses_of_the_ranks_end_the_job(job: Job, statuses: tuple[int, ...], code: int, message: str) -> None:
     ranks(job, *statuses)
     done = job.run(STEPS + "conclude 9")
     assert done.returncode == code, done
-    assert told in done.stdout + done.stderr
-    assert ("asked: scontrol requeue 12\n" in done.stdout) == ("requeueing" in told)
+    assert message in done.stdout + done.stderr
+    assert ("asked: scontrol requeue 12\n" in done.stdout) == ("requeueing" in message)
 
 
 def test_only_the_task_itself_of_an_array_is_requeued(job: Job) -> None:

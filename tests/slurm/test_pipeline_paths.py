@@ -53,8 +53,8 @@ def configuration(output: str) -> str:
     ],
 )
 def test_all_stages_have_one_output(tmp_path: Path, text: str, word: str | None, path: str) -> None:
-    code, told, (train, export) = pipeline(tmp_path, text, *([word] if word else []))
-    assert (code, told) == (0, "")
+    code, errors, (train, export) = pipeline(tmp_path, text, *([word] if word else []))
+    assert (code, errors) == (0, "")
     assert export[1:] == [f"{path}/checkpoints/final", f"{path}/huggingface"]
     written = [value for value in train if value.startswith("output=")]
     # A plain path in the configuration needs no override.
@@ -64,16 +64,16 @@ def test_all_stages_have_one_output(tmp_path: Path, text: str, word: str | None,
 
 @pytest.mark.parametrize("output", ["$SCRATCH/a", "runs/${name}", "~other/a", "'a'b", '"a\\"b"', "'it''s'"])
 def test_an_output_that_only_one_stage_could_read_is_refused(tmp_path: Path, output: str) -> None:
-    code, told, jobs = pipeline(tmp_path, configuration(output))
+    code, errors, jobs = pipeline(tmp_path, configuration(output))
     assert (code, jobs) == (2, [])
-    (line,) = told.splitlines()
+    (line,) = errors.splitlines()
     assert "error: pipeline: got output=" in line
 
 
 def test_an_array_of_pipelines_is_refused(tmp_path: Path) -> None:
-    code, told, jobs = pipeline(tmp_path, configuration("runs/a"), "--array=0-2")
+    code, errors, jobs = pipeline(tmp_path, configuration("runs/a"), "--array=0-2")
     assert (code, jobs) == (2, [])
-    assert "start a pipeline for each run" in told
+    assert "start a pipeline for each run" in errors
 
 
 def test_a_missing_file_of_settings_is_refused(tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ def test_the_value_of_a_line_reaches_the_steps(job: Job, text: str, value: str) 
 )
 def test_an_invalid_line_is_refused_by_its_number_and_not_run(job: Job, line: str) -> None:
     file = secrets(job.place, f"# mine\nWANDB_API_KEY={SECRET}\n{line}\n")
-    told = job.refusal("load_settings", POPSD_SECRETS=file)
-    assert told.startswith(f"POPSD_SECRETS: got line 3 of {file}, which is not NAME=VALUE; need ")
-    assert "not-to-be-printed" not in told
+    refusal = job.refusal("load_settings", POPSD_SECRETS=file)
+    assert refusal.startswith(f"POPSD_SECRETS: got line 3 of {file}, which is not NAME=VALUE; need ")
+    assert "not-to-be-printed" not in refusal
     assert not (job.place / "ran").exists()
 
 

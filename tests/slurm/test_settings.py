@@ -66,9 +66,9 @@ def test_a_task_of_an_array_has_its_index_in_its_arguments(job: Job) -> None:
 )
 def test_an_array_with_one_output_for_all_tasks_is_refused(job: Job, words: tuple[str, ...]) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3"}
-    told = job.refusal('load_settings; choose_arguments "$@"', *words, **array)
-    assert told.startswith("job array: got the same ")
-    assert "as in output=runs/x_%a" in told
+    message = job.refusal('load_settings; choose_arguments "$@"', *words, **array)
+    assert message.startswith("job array: got the same ")
+    assert "as in output=runs/x_%a" in message
 
 
 def test_outside_an_array_arguments_are_unchanged(job: Job) -> None:
@@ -84,7 +84,7 @@ def test_settings_are_read_as_a_login_shell_does(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("export X=${\n", "need a file that bash can read; correct "),
         ("# first\nfalse\n", "got status 1 at line 2 of "),
@@ -94,27 +94,27 @@ def test_settings_are_read_as_a_login_shell_does(job: Job) -> None:
         (None, "which is not a readable file; need a file like slurm/env.example.sh; set POPSD_ENV"),
     ],
 )
-def test_failing_settings_end_the_job_with_a_message(job: Job, text: str | None, told: str) -> None:
+def test_failing_settings_end_the_job_with_a_message(job: Job, text: str | None, message: str) -> None:
     file = job.place / "env.sh"
     if text is not None:
         file.write_text(text)
-    assert told in job.refusal("load_settings", POPSD_ENV=str(file))
+    assert message in job.refusal("load_settings", POPSD_ENV=str(file))
 
 
 @pytest.mark.parametrize(
-    ("logs", "told"),
+    ("logs", "message"),
     [
         ("file/logs", "Not a directory; need a directory that can be created"),
         ("/proc/logs", "; need a directory that can be created"),
         ("100%", "% or \\ in the path; need a path without them"),
     ],
 )
-def test_logs_that_cannot_be_created_are_refused(job: Job, logs: str, told: str) -> None:
+def test_logs_that_cannot_be_created_are_refused(job: Job, logs: str, message: str) -> None:
     (job.place / "file").touch()
     path = str(job.place / logs)
     line = job.refusal("load_settings; set_up_logs", POPSD_LOGS=path)
     assert line.startswith(f"logs: got POPSD_LOGS={path}, ")
-    assert told in line
+    assert message in line
     assert line.endswith("set POPSD_LOGS")
 
 
