@@ -43,8 +43,8 @@ _SMALL = {
     "diagnose": ["diagnosis.rows=2", "rollout.max_response_tokens=8"],
 }
 """Settings that make a command a matter of seconds."""
-_ROWS = [{"question": f"What is {n}+2?", "answer": f"It is {n + 2}.\n#### {n + 2}"} for n in range(4)]
-_REASONED = [{"question": row["question"], "reference": row["answer"]} for row in _ROWS]
+_ROWS = [{"id": str(n), "question": f"What is {n}+2?", "answer": f"It is {n + 2}.\n#### {n + 2}"} for n in range(4)]
+_REASONED = [{"id": row["id"], "question": row["question"], "reference": row["answer"]} for row in _ROWS]
 _DATA = {"gsm8k/train.jsonl": _ROWS, "gsm8k/test.jsonl": _ROWS, "dasd_10k.jsonl": _REASONED}
 
 
