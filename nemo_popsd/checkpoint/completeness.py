@@ -27,13 +27,12 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         config: transformers configuration of a family in `nemo_popsd.checkpoint.families`.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_utils import no_init_weights
 
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
     if getattr(single, "layer_types", None):
         single.layer_types = single.layer_types[:1]
-    with no_init_weights(), torch.device("meta"):
+    with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(single, attn_implementation="eager").state_dict()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in built.items():

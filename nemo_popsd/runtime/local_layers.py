@@ -51,6 +51,7 @@ def _transformer_engine_names() -> None:
         setattr(pytorch, name, type(name, (torch.nn.Module,), {"__init__": refuse}))
     pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
     engine = types.ModuleType("transformer_engine")
+    engine.__version__ = "0.0.0"  # type: ignore[attr-defined]
     engine.pytorch = pytorch  # type: ignore[attr-defined]
     # importlib.util.find_spec, which other libraries probe with, refuses a module without a spec.
     engine.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None)
