@@ -11,11 +11,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+def invalid_configuration() -> tuple[type[Exception], ...]:
+    """Exceptions of transformers 5 for an invalid configuration, besides Python's own ones, which version 4 raises."""
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+    except ImportError:
+        return ()
+    return (StrictDataclassError,)
+
+
 def saved_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """The tensors of `model` with the names and shapes that `save_pretrained` writes; meta tensors stay so.
 
-    In transformers 4 they are those of the module. transformers 5 has all experts of a layer in one parameter and writes
-    a tensor for each expert.
+    In transformers 4 they are those of the module. transformers 5 has all experts of a layer in one parameter and
+    writes a tensor for each expert.
     """
     try:
         from transformers.core_model_loading import revert_weight_conversion
