@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def invalid_configuration() -> tuple[type[Exception], ...]:
-    """Exceptions of transformers 5 for an invalid configuration, besides Python's own ones, which version 4 raises."""
+def configuration_errors() -> tuple[type[Exception], ...]:
+    """Exceptions with which transformers refuses a configuration: Python's own ones; in version 5 one more."""
+    errors: tuple[type[Exception], ...] = (AttributeError, KeyError, TypeError, ValueError)
     try:
         from huggingface_hub.errors import StrictDataclassError
     except ImportError:
-        return ()
-    return (StrictDataclassError,)
+        return errors
+    return (*errors, StrictDataclassError)
 
 
 def saved_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:
