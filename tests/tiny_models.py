@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nemo_popsd.compat.transformers import unscale_windowed_layers
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 203,  # not a multiple of any layout: every vocabulary is padded
     "hidden_size": 32,
@@ -87,11 +89,24 @@ def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0
     return directory
 
 
+def assert_same_configuration(exported: Path, source: Path) -> None:
+    """The same bytes; where transformers 5 wrote `source`, an export has the keys of transformers 4 besides."""
+    before, after = (file / "config.json" for file in (source, exported))
+    content = json.loads(before.read_text())
+    if "rope_parameters" not in content:
+        assert after.read_bytes() == before.read_bytes()
+    else:
+        written = json.loads(after.read_text())
+        assert written.keys() - content.keys() <= {"rope_theta", "rope_scaling"}
+        assert {key: written[key] for key in content} == content
+
+
 def load_dense(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers computes it, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    unscale_windowed_layers(model)
     return model.eval()
 
 
