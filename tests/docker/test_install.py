@@ -63,6 +63,25 @@ def container(tmp_path: Path) -> CleanEnvironment:
 
 
 @pytest.fixture
+def container_without_nemo(tmp_path: Path) -> CleanEnvironment:
+    """The versions of the container 26.08, with the hydra-core that its Megatron-Bridge asks for."""
+    environment = CleanEnvironment(tmp_path / "venv", with_pip=True)
+    lend(environment, "packaging")
+    newer = {
+        "torch": "2.13.0", "transformer_engine": "2.20.2", "megatron-core": "0.19.2", "megatron-bridge": "0.6.2",
+        "transformers": "5.12.1", "hydra-core": "1.3.8", "omegaconf": "2.3.0", "pyyaml": "6.0.2",
+    }  # fmt: skip
+    for name, version in newer.items():
+        environment.declare(name, version)
+    declared_already = {*newer, "transformer-engine", "nemo-toolkit", "lightning", "math-verify", "packaging"}
+    for entry in declared()[1]:
+        if entry.needed and entry.name not in declared_already:
+            environment.declare(entry.name, "4.0")
+    environment.declare("math-verify", "0.9.0")
+    return environment
+
+
+@pytest.fixture
 def index(tmp_path: Path) -> Path:
     place = tmp_path / "index"
     place.mkdir()
@@ -112,3 +131,22 @@ def test_missing_packages_are_added_and_no_version_changes(
     assert versions(container) == {**after, **added}
     found = states(container.run("-m", "nemo_popsd", "doctor", "--json"))
     assert not {name for name, state in found.items() if state in ("missing", "outside")}
+
+
+def test_the_core_of_nemo_is_added_to_a_container_without_it(
+    container_without_nemo: CleanEnvironment, index: Path, project: Path
+) -> None:
+    extra = 'hydra-core<=1.3.2; extra == "common"'  # with its requirements, pip would refuse to install it
+    write_wheel(index, "nemo_toolkit", "3.0.0", extra, "Provides-Extra: common")
+    before = versions(container_without_nemo)
+    needed = {line.split(">")[0] for line in (ROOT / "docker" / "nemo-core.txt").read_text().splitlines()}
+    for name in sorted(name for name in needed if name and name[0] != "#" and name not in before):
+        write_wheel(index, name.replace("-", "_"), "2.4.0")
+    done = install(container_without_nemo, index, project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = versions(container_without_nemo)
+    assert {name: version for name, version in after.items() if name in before} == before
+    assert {"nemo_toolkit", "lightning", "webdataset"} <= {name.replace("-", "_") for name in after}
+    found = states(container_without_nemo.run("-m", "nemo_popsd", "doctor", "--json"))
+    assert not {name for name, state in found.items() if state in ("missing", "outside")}
+    assert found["stack"] == "ok"
