@@ -26,6 +26,7 @@ import torch
 
 from tests.environment import environment
 from tests.te import extension
+from tests.te.versions import Version
 
 ENVIRONMENT = "TE_ENV"
 """Names the folder that Transformer Engine was installed into."""
@@ -51,6 +52,13 @@ def folder() -> Path:
 def available() -> bool:
     """Whether Transformer Engine is installed."""
     return (folder() / PACKAGE / "pytorch").is_dir()
+
+
+def version() -> Version:
+    """Major and minor version of what is installed."""
+    [distribution] = importlib.metadata.distributions(name=PACKAGE, path=[str(folder())])
+    major, minor, *_ = distribution.version.split(".")
+    return int(major), int(minor)
 
 
 class _Done:
@@ -155,7 +163,7 @@ def install() -> None:
     """Imports Transformer Engine, Megatron on it, and the project on both. Once in a process."""
     if "megatron.core" in sys.modules or PACKAGE in sys.modules:
         raise RuntimeError("install Transformer Engine before Megatron is imported")
-    sys.modules[extension.NAME] = extension.build(folder() / PACKAGE / "pytorch")
+    sys.modules[extension.NAME] = extension.build(folder() / PACKAGE / "pytorch", version())
     view = _Torch()
     sys.meta_path.insert(0, _Finder(view))
     # Compiling functions would take longer than the tests run them.

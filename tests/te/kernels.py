@@ -19,15 +19,12 @@ class DType(enum.IntEnum):
     """Element types by the extension's numbers."""
 
     kByte = 0  # noqa: N815
-    kInt16 = 1  # noqa: N815
     kInt32 = 2  # noqa: N815
-    kInt64 = 3  # noqa: N815
     kFloat32 = 4  # noqa: N815
     kFloat16 = 5  # noqa: N815
     kBFloat16 = 6  # noqa: N815
     kFloat8E4M3 = 7  # noqa: N815
     kFloat8E5M2 = 8  # noqa: N815
-    kFloat8E8M0 = 9  # noqa: N815
     kFloat4E2M1 = 10  # noqa: N815
 
 
