@@ -271,6 +271,12 @@ def multi_tensor_scale(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Te
         target.copy_(source * scale)
 
 
+def multi_tensor_scale_tensor(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], scale: Tensor) -> None:
+    """`multi_tensor_scale` by a factor that is on the device, [1]."""
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * scale)
+
+
 def multi_tensor_adam(
     chunk: int,
     overflow: Tensor,
