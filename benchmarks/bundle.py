@@ -51,7 +51,9 @@ def pins() -> list[str]:
         ValueError: the lock does not contain a package.
     """
     lines = [
-        line for file in ("cpu-py311.txt", "bridge.txt") for line in (REQUIREMENTS / file).read_text().splitlines()
+        line
+        for file in ("26.02/runtime.txt", "26.02/bridge.txt")
+        for line in (REQUIREMENTS / file).read_text().splitlines()
     ]
     locked = {_canonical(line.split("==")[0]): line.split(";")[0].strip() for line in lines if "==" in line}
     missing = [name for name in NAMES if _canonical(name) not in locked]

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "nemo_popsd"
 # From bottom to top: a package imports packages of lower layers only. Packages of one layer do not import each other.
 LAYERS = (
     ("errors",),
-    ("files", "settings", "embedded"),
+    ("files", "settings", "embedded", "compat"),
     ("runtime",),
     ("parallel",),
     ("data", "distillation"),

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nemo_popsd.compat.transformers import unscale_windowed_layers
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 203,  # not a multiple of any layout: every vocabulary is padded
     "hidden_size": 32,
@@ -92,6 +94,7 @@ def load_dense(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    unscale_windowed_layers(model)
     return model.eval()
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.container --python .container-venv/bin/python [--only NAME ...] [--logs FOLDER] [--write]
 
 Python 3.12, torch's CUDA build, megatron-core, Megatron-Bridge and NeMo have the versions of the NGC container
-(`requirements/container-py312.txt`). Checks: the fast tests; loss, sampling and local layers on fake CUDA tensors; the
+(`requirements/26.02/container.txt`). Checks: the fast tests; loss, sampling and local layers on fake CUDA tensors; the
 kernels of the loss, compiled to machine code for an H100. `--write` replaces the sections of the checks that ran in
 RESULTS-container.md; the other sections stay. `--logs` keeps the complete output of each check, written as it comes.
 """

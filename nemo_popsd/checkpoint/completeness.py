@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PretrainedConfig
 
+from nemo_popsd.compat.transformers import saved_tensors
 from nemo_popsd.errors import UserError
 
 _FIRST, _HEAD = "model.layers.0.", "lm_head.weight"
@@ -33,7 +34,7 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     if getattr(single, "layer_types", None):
         single.layer_types = single.layer_types[:1]
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(single, attn_implementation="eager").state_dict()
+        built = saved_tensors(AutoModelForCausalLM.from_config(single, attn_implementation="eager"))
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in built.items():
         layers = config.num_hidden_layers if name.startswith(_FIRST) else 1

@@ -183,10 +183,9 @@ class HuggingFaceModel:
             model: the student, or its chunks.
             merge_adapters: whether LoRA adapters are merged into the weights; False yields the weights of the base.
         """
-        names = SimpleNamespace(get_all_keys=lambda: self.tensor_names)
         stream = self._bridge.stream_weights_megatron_to_hf(
             chunks_of(model),
-            SimpleNamespace(state=SimpleNamespace(source=names), config=self.config),
+            SimpleNamespace(state=_NamesWithoutTensors(self.tensor_names), config=self.config),
             cpu=False,  # only the rank that writes copies the tensors to the host
             show_progress=False,
             merge_adapter_weights=merge_adapters,
@@ -284,6 +283,14 @@ class HuggingFaceModel:
         parameters = ("embedding.word_embeddings.weight", "output_layer.weight")
         mappings = [registry.megatron_to_hf_lookup(name) for name in parameters]
         return {name for mapping in mappings if mapping is not None for name in _names(mapping.hf_param)}
+
+
+class _NamesWithoutTensors(dict[str, Tensor]):
+    """The state of a checkpoint whose names decide what Megatron-Bridge exports; without tensors that it could copy."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.source = SimpleNamespace(get_all_keys=lambda: names)
 
 
 class _VocabularyPaddedState(Mapping[str, Tensor]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from transformers import Olmo3ForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from nemo_popsd.compat.transformers import rotary_scaling, rotary_theta, without_rotary_scaling
 from nemo_popsd.megatron.olmo3 import Olmo3Provider, transformer_engine_layer_spec
 
 # Imported after nemo_popsd.megatron.olmo3, which calls `adapt_megatron`: without CUDA the import fails earlier.
@@ -48,10 +48,9 @@ class Olmo3Bridge(MegatronModelBridge):  # type: ignore[misc]  # Megatron-Bridge
     def provider_bridge(self, hf_pretrained: _Pretrained) -> Olmo3Provider:
         """The provider for a transformers configuration. Layers have either a window or a scaled rotation."""
         config = hf_pretrained.config
-        # `rope_scaling` is removed because Megatron would apply it in every layer.
-        unscaled = copy(config)
-        unscaled.rope_scaling = None
-        provider: Olmo3Provider = super().provider_bridge(SimpleNamespace(config=unscaled))
+        # Without the scaling, which Megatron would apply in every layer.
+        unscaled = SimpleNamespace(config=without_rotary_scaling(config))
+        provider: Olmo3Provider = super().provider_bridge(unscaled)
         provider.transformer_layer_spec = transformer_engine_layer_spec
         provider.normalization = "RMSNorm"
         provider.gated_linear_unit = True
@@ -64,11 +63,13 @@ class Olmo3Bridge(MegatronModelBridge):  # type: ignore[misc]  # Megatron-Bridge
             # The window of transformers includes the token itself, that of Megatron only the tokens before it.
             provider.window_size = (config.sliding_window - 1, 0)
             provider.window_attn_skip_freq = [int(window) for window in windowed]
-        if config.rope_scaling is not None:
-            rope_type = config.rope_scaling.get("rope_type", config.rope_scaling.get("type"))
+        scaling = rotary_scaling(config)
+        if scaling is not None:
+            rope_type = scaling.get("rope_type") or scaling["type"]
             scaled, provider.rope_amplitude = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-            plain, _ = ROPE_INIT_FUNCTIONS["default"](config, torch.device("cpu"))
-            provider.rope_ratio = (scaled / plain).tolist()
+            exponents = torch.arange(0, provider.kv_channels, 2, dtype=torch.int64).float() / provider.kv_channels
+            unscaled_frequencies = 1.0 / rotary_theta(config) ** exponents
+            provider.rope_ratio = (scaled / unscaled_frequencies).tolist()
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:

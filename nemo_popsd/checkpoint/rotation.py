@@ -1,10 +1,10 @@
 """Reads the rotary embedding from a ``config.json``, in the form of transformers 4 or of transformers 5.
 
     transformers 4    rope_theta, rope_scaling
-    transformers 5    rope_parameters: both in one object; in OLMo-3 one object for each layer type
+    transformers 5    rope_parameters: both in one object; in OLMo-3 that, or one object for each layer type
 
-The installed transformers 4 ignores ``rope_parameters``, so the keys of transformers 4 are computed from it here, and
-every reader uses them. A configuration with contradictory keys is refused.
+transformers 4 ignores ``rope_parameters``, so the keys of transformers 4 are computed from it here, and every reader
+uses them. A configuration with contradictory keys is refused.
 """
 
 from __future__ import annotations
@@ -97,7 +97,13 @@ def check_rotation(theta: object, scaling: object, *, rope_types: tuple[str, ...
 
 
 def _of_full_attention(parameters: dict[str, object]) -> dict[str, object]:
-    """The parameters of the layers without a window. Layers with a window must have no scaling and the same theta."""
+    """The parameters of the layers without a window. Layers with a window must have no scaling and the same theta.
+
+    One object for all layers, which transformers 5.8 to 5.12 write for OLMo-3, is that of the layers without a window:
+    OLMo-3 is trained with unscaled embeddings in the others (`nemo_popsd.compat.transformers.unscale_windowed_layers`).
+    """
+    if not any(isinstance(value, dict) for value in parameters.values()):
+        return parameters
     full, sliding = parameters.get("full_attention"), parameters.get("sliding_attention")
     if len(parameters) != 2 or not isinstance(full, dict) or not isinstance(sliding, dict):
         raise UnsupportedError(f"{PARAMETERS}={parameters}, which is not one object for each layer type")

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_popsd.checkpoint.conversion import DTYPES
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.source import Source
+from nemo_popsd.compat.transformers import unscale_windowed_layers
 from nemo_popsd.data.tokenizer import load_tokenizer
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.build import build_chunks
 from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.distributed import device, initialize, world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest accepted difference of two logits, relative to the greatest logit, by precision. Kernels that sum in another
@@ -132,7 +137,7 @@ def _transformers_logits(
 ) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    reference: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+    reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model.directory,
         config=model.config,
         dtype=dtype,
@@ -140,7 +145,9 @@ def _transformers_logits(
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
-    logits: Tensor = reference.to(device()).eval()(torch.tensor([ids], device=device())).logits
+    unscale_windowed_layers(reference)
+    module: nn.Module = reference
+    logits: Tensor = module.to(device()).eval()(torch.tensor([ids], device=device())).logits
     return logits.float().cpu()
 
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
 
+from nemo_popsd.compat.stacks import closest
 from nemo_popsd.doctor.findings import Finding, State
 
 DISTRIBUTION = "nemo_popsd"
@@ -80,7 +81,7 @@ def declared() -> tuple[str, list[Requirement]]:
 
 
 def examine_packages() -> list[Finding]:
-    """One finding for Python, the project and every declared distribution, and one for apex."""
+    """One finding for Python, the project, every declared distribution, apex, and the stack that they form."""
     python_range, requirements = declared()
     python = platform.python_version()
     return [
@@ -88,12 +89,27 @@ def examine_packages() -> list[Finding]:
         _examine_project(),
         *(_examine(entry, needed=entry.needed) for entry in requirements),
         _examine(Requirement("apex", "apex", "", "built from source"), needed=False),
+        *_examine_stack(python, [entry.name for entry in requirements]),
     ]
 
 
 def missing_requirements() -> list[str]:
     """Requirements for pip of the needed distributions that are not installed."""
     return [entry.line for entry in declared()[1] if entry.needed and _version(entry.name) is None]
+
+
+def _examine_stack(python: str, names: list[str]) -> list[Finding]:
+    """Whether the installed versions are tested together; nothing without `packaging` or megatron-core."""
+    installed = {name: version for name in names if (version := _version(name)) is not None}
+    if "megatron-core" not in installed or "packaging" not in installed:
+        return []
+    versions = {"python": python, **installed}
+    stack = closest(versions)
+    outside = [f"{name} {versions[name]}, not {stack.ranges[name]}" for name in stack.outside(versions)]
+    if not outside:
+        return [Finding("packages", "stack", "ok", stack.container, note="tested together")]
+    need = f"the versions of one stack; the closest is {stack.container}"
+    return [Finding("packages", "stack", "outside", "; ".join(outside), need)]
 
 
 def _examine_project() -> Finding:

