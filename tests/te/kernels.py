@@ -1,7 +1,8 @@
 """Kernels of Transformer Engine's torch extension, written in torch: norms, products, softmax, rotation, optimizer.
 
-Each has the signature of the compiled one (``transformer_engine_torch`` 2.12) and computes what that one does, on any
-device. Options that this project does not use (fp8, communication overlap, GELU) are refused.
+Each has the signature of the compiled one (``transformer_engine_torch``; `tests.te.versions` has what differs between
+versions) and computes what that one does, on any device. Options that this project does not use (fp8, communication
+overlap, GELU) are refused.
 """
 
 from __future__ import annotations
