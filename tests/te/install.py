@@ -40,8 +40,8 @@ _HALF_PRECISION_ALONE = (
 """Lists of the dtypes that fused attention supports. The emulated one also supports fp32, because layouts are compared
 in fp32 with the attention that a GPU uses in bf16. NVTE_FUSED_ATTN=0 selects the one that a GPU uses in fp32."""
 
-KERNELS_THAT_STAY_OFF = ("gradient_accumulation_fusion", "moe_permute_fusion")
-"""Settings of a model whose kernels are sources in CUDA (Apex) or Triton."""
+KERNELS_THAT_STAY_OFF = ("moe_permute_fusion",)
+"""Settings of a model whose kernels are sources in Triton."""
 
 
 def folder() -> Path:
