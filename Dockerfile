@@ -1,14 +1,15 @@
 # syntax=docker/dockerfile:1
-# nemo_popsd on the NGC NeMo container, with its versions of torch, Transformer Engine, apex, megatron-core,
-# Megatron-Bridge and NeMo.
+# nemo_popsd on the NGC NeMo container, with its versions of torch, Transformer Engine, apex, megatron-core and
+# Megatron-Bridge. NeMo's core is added where the container lacks it (since 26.04).
 #
 #   docker build --tag nemo_popsd .
+#   docker build --tag nemo_popsd:26.02.01 --build-arg NEMO_TAG=26.02.01 .
 #   docker run --rm --gpus all --shm-size=16g nemo_popsd doctor
 #   docker run --rm --gpus all --shm-size=16g -v /models:/models -v "$PWD/runs:/workspace/runs" \
 #     nemo_popsd train conf/qwen3_8b.yaml student.source=/models/Qwen3-8B
 #
 # On a cluster: docs/slurm.md. It does not run as root; enroot runs it as the calling user.
-ARG NEMO_TAG=26.02.01
+ARG NEMO_TAG=26.08
 FROM nvcr.io/nvidia/nemo:${NEMO_TAG}
 
 ARG VERSION=dev

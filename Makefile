@@ -19,14 +19,19 @@ override STACK := $(if $(filter current,$(STACK)),26.08,$(STACK))
 PYTHON_VERSION := $(if $(filter 26.02,$(STACK)),3.11,3.12)
 # A folder for each stack; that of 26.02 has the short name.
 SUFFIX := $(if $(filter 26.02,$(STACK)),,-$(STACK))
-PYTHON ?= $(shell command -v python$(PYTHON_VERSION) || command -v python3)
+# The first that starts: pyenv's python3.12 is a script that may find no such version.
+first_of = $(shell for python in $(1); do $$python -c "" 2>/dev/null && command -v $$python && break; done)
+pythons = python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python$(1))
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(call first_of,$(call pythons,$(PYTHON_VERSION)) python3)
+endif
 VENV ?= .venv$(SUFFIX)
 VLLM_ENV ?= .vllm-venv
 # Tests look for it there too.
 export TE_ENV ?= .te-site$(SUFFIX)
 # Tests look for it there too.
 export DOCS_ENV ?= .docs-venv
-CONTAINER_PYTHON ?= $(shell command -v python3.12)
+CONTAINER_PYTHON ?= $(call first_of,$(call pythons,3.12))
 CONTAINER_ENV ?= .container-venv
 TORCH_INDEX ?=
 PIP_ARGS ?=
@@ -35,12 +40,15 @@ CORES := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores
 ARGS ?=
 
 # The tests are for the CPU, whatever the machine has. `make train` takes a GPU where torch is built for it.
-test check quick: export CUDA_VISIBLE_DEVICES ?=
+test fast quick: export CUDA_VISIBLE_DEVICES ?=
 # Of all tests, some wait (for Slurm, for a time limit): one worker more than cores.
 test: WORKERS ?= $(shell echo $$(($(CORES) + 1)))
-check quick: WORKERS ?= $(CORES)
+fast quick: WORKERS ?= $(CORES)
 
 PINS := requirements/$(STACK)
+ifeq ($(wildcard $(PINS)/runtime.txt),)
+$(error got STACK=$(STACK); need 26.02, or 26.08, also named current; set STACK)
+endif
 LOCK := $(PINS)/runtime.txt
 BRIDGE := $(PINS)/bridge.txt
 DEV_LOCK := $(PINS)/dev.txt
@@ -62,7 +70,7 @@ DOCS_STAMP := $(DOCS_ENV)/.docs-installed
 CONTAINER_PIP := $(CONTAINER_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 CONTAINER_STAMP := $(CONTAINER_ENV)/.container-installed
 
-.PHONY: help venv venv-dev vllm-env te-env slurm train test check quick lint docs container-check clean distclean
+.PHONY: help venv venv-dev vllm-env te-env slurm train test check fast quick lint docs container-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -86,7 +94,9 @@ train: $(RUNTIME_STAMP) ## train the embedded tiny model with Purified OPSD (ARG
 test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 	$(PYTEST) $(ARGS)
 
-check: lint $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two minutes)
+check: lint fast ## lint and the fast tests on local layers: what to run before each commit (two minutes)
+
+fast: $(DEV_STAMP) $(TE_STAMP) ## the fast tests on local layers
 	$(PYTEST) -q -m "not slow and not transformer_engine" $(ARGS)
 
 quick: $(DEV_STAMP) $(TE_STAMP) ## tests without processes and random examples: what to run after each edit (half a minute)
@@ -113,8 +123,6 @@ distclean: clean ## and the virtual environments
 	rm -rf .venv-26.08 .te-site-26.08 $(VENV) $(VLLM_ENV) $(TE_ENV) $(DOCS_ENV) $(CONTAINER_ENV)
 
 $(VENV)/bin/python $(VLLM_ENV)/bin/python $(DOCS_ENV)/bin/python:
-	@test -d $(PINS) || \
-	  { echo "make: got STACK=$(STACK); need 26.02, or 26.08, also named current; set STACK" >&2; exit 1; }
 	@test -n "$(PYTHON)" || \
 	  { echo "make: got no python3; need Python $(PYTHON_VERSION); set PYTHON=/path/to/python$(PYTHON_VERSION)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(PYTHON_VERSION)".split("."))))' || \

@@ -7,6 +7,7 @@ set -euo pipefail
 
 project=$1
 python=${2:-python}
+nemo_core=$(dirname "$(realpath "$0")")/nemo-core.txt
 # Not `pip`, which belongs to another interpreter than `python` in the NGC NeMo containers.
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
@@ -29,8 +30,12 @@ if [[ -s missing ]]; then
   echo "missing packages to add:"
   cat missing
   # Megatron-Bridge requires packages without builds; the container that ships it has the modules that it imports.
-  grep '^megatron-bridge' missing >without_dependencies || true
-  grep --invert-match '^megatron-bridge' missing >with_dependencies || true
+  # NeMo's extra requires older versions than the containers without NeMo have.
+  grep --extended-regexp '^(megatron-bridge|nemo_toolkit)' missing >without_dependencies || true
+  grep --extended-regexp --invert-match '^(megatron-bridge|nemo_toolkit)' missing >with_dependencies || true
+  if grep --quiet '^nemo_toolkit' missing; then
+    cat "$nemo_core" >>with_dependencies
+  fi
   [[ ! -s with_dependencies ]] || pip install --constraint constraints --requirement with_dependencies
   [[ ! -s without_dependencies ]] || pip install --constraint constraints --no-deps --requirement without_dependencies
 fi

@@ -89,6 +89,18 @@ def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0
     return directory
 
 
+def assert_same_configuration(exported: Path, source: Path) -> None:
+    """The same bytes; where transformers 5 wrote `source`, an export has the keys of transformers 4 besides."""
+    before, after = (file / "config.json" for file in (source, exported))
+    content = json.loads(before.read_text())
+    if "rope_parameters" not in content:
+        assert after.read_bytes() == before.read_bytes()
+    else:
+        written = json.loads(after.read_text())
+        assert written.keys() - content.keys() <= {"rope_theta", "rope_scaling"}
+        assert {key: written[key] for key in content} == content
+
+
 def load_dense(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers computes it, in evaluation mode."""
     from transformers import AutoModelForCausalLM

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 import nemo_popsd.checkpoint.olmo3  # noqa: F401  (registers the architecture)
 from nemo_popsd.checkpoint.families import FAMILIES
 from nemo_popsd.checkpoint.rotation import UnsupportedError
+from nemo_popsd.compat.transformers import configuration_errors
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.reading import read_strict_json
 
@@ -88,8 +89,7 @@ def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool)
             need="a configuration that Megatron computes as transformers does",
             fix=f"set {setting} to another model, or remove the key from {CONFIG} to use the model without it",
         ) from None
-    # The exceptions with which transformers refuses a configuration.
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except configuration_errors() as error:
         raise UserError(
             what,
             got=f"a {CONFIG} that transformers rejects: {' '.join(str(error).split())}",

@@ -108,6 +108,7 @@ class Family:
             raise UnsupportedError(f"no {THETA}")  # The default differs between transformers 4 and 5.
         theta, scaling = full.get(THETA, _DEFAULT_THETA), full.get(SCALING)
         check_rotation(theta, scaling, rope_types=self.rotations, fixed_llama3=not self.windows)
+        self._check_layers(full)
         excluded = {key for key in full if key.startswith("_") or key in ("attn_implementation", PARAMETERS)}
         config = make({key: value for key, value in full.items() if key not in excluded})
         self._check_values(full, config)
@@ -140,6 +141,16 @@ class Family:
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
             raise UnsupportedError(f"rms_norm_eps={eps!r}" if "rms_norm_eps" in content else "no rms_norm_eps")
 
+    def _check_layers(self, content: Mapping[str, Any]) -> None:
+        """Refuses values of which transformers 5 would report only that they are invalid."""
+        tied, layers = content.get("tie_word_embeddings", False), content.get("layer_types")
+        if not isinstance(tied, bool):
+            raise UnsupportedError(f"tie_word_embeddings={tied!r}")
+        supported = {"full_attention", "sliding_attention"} if self.windows else {"full_attention"}
+        count = content["num_hidden_layers"]
+        if layers is not None and (len(layers) != count or not supported.issuperset(layers)):
+            raise UnsupportedError(f"layer_types={_shortened(layers)} of {count} layers")
+
     def _check_values(self, content: Mapping[str, Any], config: PretrainedConfig) -> None:
         """Refuses values that are not in `fixed`, whether from the file or transformers' defaults."""
         absent = object()
@@ -147,12 +158,7 @@ class Family:
             value = content.get(key, getattr(config, key, absent))
             if value is not absent and value not in values:
                 raise UnsupportedError(f"{key}={_shortened(value)}")
-        if not isinstance(config.tie_word_embeddings, bool):
-            raise UnsupportedError(f"tie_word_embeddings={config.tie_word_embeddings!r}")
         layers = content.get("layer_types", getattr(config, "layer_types", None))
-        supported = {"full_attention", "sliding_attention"} if self.windows else {"full_attention"}
-        if layers is not None and (len(layers) != config.num_hidden_layers or not supported.issuperset(layers)):
-            raise UnsupportedError(f"layer_types={_shortened(layers)} of {config.num_hidden_layers} layers")
         if self.windows and "sliding_attention" in layers:
             window = config.sliding_window
             if isinstance(window, bool) or not isinstance(window, int) or window < 1:

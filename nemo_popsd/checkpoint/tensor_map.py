@@ -29,9 +29,10 @@ from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     GatedMLPMapping,
     QKVMapping,
     merge_qkv_weights,
-    split_qkv_weights,
 )
 from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
+
+from nemo_popsd.compat.megatron_bridge import split_query_key_value  # noqa: E402
 
 _EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -151,7 +152,7 @@ class TensorMap:
         Also splits the matrix B of an adapter, which has the same output dimension.
         """
         if len(tensor.parts) == 3:
-            return tuple(split_qkv_weights(self._provider, joined))
+            return split_query_key_value(self._provider, joined)
         if len(tensor.parts) == 2:
             return joined.chunk(2)
         return (joined[: self._vocab_size] if tensor.parts[0] in self.vocabulary else joined,)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_tensors
 from nemo_popsd.checkpoint.trust import safe_unpickling
-from nemo_popsd.compat.megatron_core import async_save_options
+from nemo_popsd.compat.megatron_core import stage_save
 from nemo_popsd.errors import UserError
 
 ParameterFilter = Callable[[str], bool]
@@ -60,10 +60,7 @@ class StagedWeights:
         # it; its writers are forked, which is unsafe with threads. Here the caller's thread writes, and an ordinary
         # queue is sufficient.
         filesystem_async._results_queue = queue.Queue()
-        request = dist_checkpointing.save(
-            _sharded_state(models, which), str(directory), async_sharded_save=True, **async_save_options()
-        )
-        assert request is not None
+        request = stage_save(_sharded_state(models, which), directory)
         self._finish = request.finalize_fns
         self._results: queue.Queue[dict[int, list[WriteResult]]] | None = None
         self._transforms: list[object] = []

@@ -64,8 +64,7 @@ STACKS = (
         ),
     ),
 )
-"""Oldest first. The ranges are the versions that `make test` and `make container-check` cover, widened to what lies between
-them."""
+"""Oldest first. The ranges are the versions that `make test` and `make container-check` cover, and those between."""
 
 
 def closest(versions: Mapping[str, str]) -> Stack:

@@ -11,11 +11,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+def configuration_errors() -> tuple[type[Exception], ...]:
+    """Exceptions with which transformers refuses a configuration: Python's own ones; in version 5 one more."""
+    errors: tuple[type[Exception], ...] = (AttributeError, KeyError, TypeError, ValueError)
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+    except ImportError:
+        return errors
+    return (*errors, StrictDataclassError)
+
+
 def saved_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:
     """The tensors of `model` with the names and shapes that `save_pretrained` writes; meta tensors stay so.
 
-    In transformers 4 they are those of the module. transformers 5 has all experts of a layer in one parameter and writes
-    a tensor for each expert.
+    In transformers 4 they are those of the module. transformers 5 has all experts of a layer in one parameter and
+    writes a tensor for each expert.
     """
     try:
         from transformers.core_model_loading import revert_weight_conversion

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -96,11 +95,10 @@ class Olmo3Attention(SelfAttention):
         config: Olmo3Provider,
         submodules: SelfAttentionSubmodules,
         layer_number: int,
-        attn_mask_type: AttnMaskType = AttnMaskType.causal,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        *args: object,
+        **kwargs: object,
     ) -> None:
-        super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
         group = self.pg_collection.tp
         # The norm over all keys needs complete key heads on each rank; other layouts were refused before.
         assert config.num_query_groups % group.size() == 0

@@ -20,7 +20,7 @@ from operator import attrgetter
 import torch
 import torch.distributed as dist
 
-from nemo_popsd.runtime.adaptation import Adaptation, apply_all
+from nemo_popsd.runtime.adaptation import MEGATRON_BRIDGE, MEGATRON_BRIDGE_0_3, MEGATRON_CORE, Adaptation, apply_all
 from nemo_popsd.runtime.local_layers import LOCAL_LAYERS
 from nemo_popsd.runtime.torch_on_cpu import TORCH_ON_CPU
 
@@ -215,7 +215,13 @@ _OPTIMIZER = "megatron.core.optimizer"
 
 ADAPTATIONS: tuple[Adaptation, ...] = (
     *(
-        Adaptation(f"torch in {module}", tuple(f"{module}.{name}" for name in names), reason, _rebind_torch(module))
+        Adaptation(
+            f"torch in {module}",
+            tuple(f"{module}.{name}" for name in names),
+            reason,
+            MEGATRON_BRIDGE if module.startswith("megatron.bridge.") else MEGATRON_CORE,
+            _rebind_torch(module),
+        )
         for module, (names, reason) in _TORCH_MODULES.items()
     ),
     Adaptation(
@@ -225,6 +231,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
             "megatron.core.tensor_parallel.random._set_cuda_rng_state",
         ),
         "torch.cuda.random.get_rng_state and torch._C._cuda_setRNGState",
+        MEGATRON_CORE,
         _cpu_rng_state,
     ),
     *(
@@ -232,6 +239,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
             f"tensor types in {function}",
             (f"{module}.{function}",),
             "type() is compared with 'torch.cuda.FloatTensor' and the like",
+            MEGATRON_CORE,
             _cpu_tensor_types(module, function),
         )
         for module, function in (
@@ -248,24 +256,28 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
             ".LanguageModule.setup_embeddings_and_output_layer",
         ),
         ".cuda() of a weight that two stages share",
+        MEGATRON_CORE,
         _embedding_between_stages,
     ),
     Adaptation(
         "rotary embedding of a context-parallel rank",
         ("megatron.core.models.common.embeddings.rope_utils.get_pos_emb_on_this_cp_rank",),
         ".cuda() of an index in pinned memory",
+        MEGATRON_CORE,
         _rotary_embedding_of_a_context_rank,
     ),
     Adaptation(
         "splits of dispatched tokens",
         ("megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",),
         "only tensors on a GPU become arrays",
+        MEGATRON_CORE,
         _splits_of_dispatched_tokens,
     ),
     Adaptation(
         "contiguous shards in Megatron-Bridge's scatter",
         ("megatron.bridge.models.conversion.param_mapping.MegatronParamMapping.scatter_to_tp_ranks",),
         "scatters views, for which gloo sends wrong bytes",
+        MEGATRON_BRIDGE_0_3,
         _contiguous_scatter,
     ),
 )

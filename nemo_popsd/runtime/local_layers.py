@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from nemo_popsd.runtime.adaptation import Adaptation
+from nemo_popsd.runtime.adaptation import MEGATRON_BRIDGE, MEGATRON_BRIDGE_0_3, MEGATRON_CORE, Adaptation
 
 
 class _NamedMapping(Protocol):
@@ -51,7 +51,7 @@ def _transformer_engine_names() -> None:
         setattr(pytorch, name, type(name, (torch.nn.Module,), {"__init__": refuse}))
     pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
     engine = types.ModuleType("transformer_engine")
-    engine.__version__ = "0.0.0"  # type: ignore[attr-defined]
+    engine.__version__ = "0.0.0"  # type: ignore[attr-defined]  # Megatron-Bridge 0.6 has megatron-core compare it
     engine.pytorch = pytorch  # type: ignore[attr-defined]
     # importlib.util.find_spec, which other libraries probe with, refuses a module without a spec.
     engine.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None)
@@ -125,26 +125,30 @@ LOCAL_LAYERS: tuple[Adaptation, ...] = (
     # First: importing anything of Megatron-Bridge needs it.
     Adaptation(
         "Transformer Engine's names for the import of LoRA",
-        ("megatron.bridge.peft.lora", "megatron.bridge.peft.lora_layers"),
-        "import transformer_engine.pytorch unconditionally",
+        ("megatron.bridge.peft.lora_layers",),
+        "imports transformer_engine.pytorch unconditionally",
+        MEGATRON_BRIDGE,
         _transformer_engine_names,
     ),
     Adaptation(
         "router without Transformer Engine",
         ("megatron.core.transformer.moe.moe_utils.RouterGatingLinearFunction.forward",),
         "uses te_general_gemm, a name that is defined only where Transformer Engine imports",
+        MEGATRON_CORE,
         _router_without_transformer_engine,
     ),
     Adaptation(
         "indices of experts that are separate modules",
         ("megatron.bridge.models.conversion.param_mapping.MegatronParamMapping.gather_from_ep_ranks",),
         "looks for the expert's index at the end of the name, where only Transformer Engine's grouped experts have it",
+        MEGATRON_BRIDGE_0_3,
         _expert_indices,
     ),
     Adaptation(
         "names of a rank's experts",
         ("megatron.bridge.models.conversion.model_bridge._megatron_local_name_to_global",),
         "counts only the experts of the grouped layer over all ranks",
+        MEGATRON_BRIDGE_0_3,
         _names_of_local_experts,
     ),
 )

@@ -19,7 +19,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import new_directory
 from nemo_popsd.files.ownership import EXPORT, MARK
 from tests.harness import run_ranks
-from tests.tiny_models import KINDS, build_student, load_dense, save_tiny_model, whole_logits
+from tests.tiny_models import KINDS, assert_same_configuration, build_student, load_dense, save_tiny_model, whole_logits
 
 SHARD_BYTES = 9_000
 IDS = torch.randint(0, 203, (2, 13), generator=torch.Generator().manual_seed(3))
@@ -69,7 +69,8 @@ def test_an_export_is_bit_equal_to_the_source_and_has_its_files(converted, sourc
     before, after = load_file(sources[kind] / "model.safetensors"), load_file(output / kind / "model.safetensors")
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    for file in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+    assert_same_configuration(output / kind, sources[kind])
+    for file in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (output / kind / file).read_bytes() == (sources[kind] / file).read_bytes()
     assert {path.name for path in (output / kind).iterdir()} == {path.name for path in sources[kind].iterdir()} | {MARK}
     with torch.no_grad():
@@ -217,14 +218,13 @@ def test_artifacts_are_written_after_the_source_directory_was_removed(sources, t
     (source / "tokenizer.json").write_text("{}")
     (source / "vocab.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
-    config = (source / "config.json").read_bytes()
     model = HuggingFaceModel(source)
     shutil.rmtree(source)
     for name in ("all", "tokenizer"):
         (tmp_path / name).mkdir()
     model.copy_artifacts(tmp_path / "all", with_tensor_names=True)
     model.copy_tokenizer(tmp_path / "tokenizer")
-    assert (tmp_path / "all" / "config.json").read_bytes() == config
+    assert_same_configuration(tmp_path / "all", sources["qwen3"])
     assert {"tokenizer.json", "chat_template.jinja", "tensor_names.json"} <= {
         f.name for f in (tmp_path / "all").iterdir()
     }

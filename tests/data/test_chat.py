@@ -71,7 +71,7 @@ def test_bos_is_not_doubled() -> None:
     ids = made.encode([made.render("U")])[0].ids
     assert ids.count(bos) == 1
     messages = [{"role": "user", "content": "U"}]
-    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def test_truncation_and_padding_set_on_the_tokenizer_are_ignored() -> None:

@@ -92,7 +92,7 @@ def test_qwen3_prompts_equal_those_of_apply_chat_template(qwen3: Any) -> None:
     builder = ContextBuilder(qwen3, DataConfig(enable_thinking=False))
     turn = "Problem: What is 2+3?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     expected = qwen3.apply_chat_template(
-        [{"role": "user", "content": turn}], add_generation_prompt=True, enable_thinking=False
+        [{"role": "user", "content": turn}], add_generation_prompt=True, enable_thinking=False, return_dict=False
     )
     assert prompts_of(builder, record())[0] == expected
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_popsd.compat.stacks import STACKS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,9 +36,9 @@ def test_hadolint_finds_nothing() -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_the_container_is_an_argument_and_26_02_01_by_default() -> None:
+def test_the_container_is_an_argument_and_the_newest_that_is_supported_by_default() -> None:
     first, second = instructions()[:2]
-    assert first == ("ARG", "NEMO_TAG=26.02.01")
+    assert first == ("ARG", f"NEMO_TAG={STACKS[-1].container}")
     assert second == ("FROM", "nvcr.io/nvidia/nemo:${NEMO_TAG}")
 
 

@@ -72,13 +72,12 @@ def test_the_architecture_page_lists_the_folders_in_the_order_of_imports() -> No
 
 
 def test_the_support_page_states_the_versions_of_the_requirements() -> None:
-    rows = re.findall(
-        r"^\| ([\w-]+) \| [^|]+ \| ([\d.]+)[^|]* \| ([\d.]+)[^|]* \|$", text_of("docs/support.md"), re.MULTILINE
-    )
+    versions_of = r" \| ([\d.]+)[^|]*" * 3
+    rows = re.findall(rf"^\| ([\w-]+) \| [^|]+{versions_of} \|$", text_of("docs/support.md"), re.MULTILINE)
     assert [row[0] for row in rows][:2] == ["Python", "torch"]
-    shared = ["requirements/26.02/bridge.txt", "requirements/26.02/te.txt"]
-    for column, lock in ((1, "requirements/26.02/runtime.txt"), (2, "requirements/26.02/container.txt")):
-        lines = "\n".join(text_of(name) for name in (lock, *shared))
+    columns = (("26.02", "runtime"), ("26.08", "runtime"), ("26.02", "container"))
+    for column, (stack, lock) in enumerate(columns, start=1):
+        lines = "\n".join(text_of(f"requirements/{stack}/{name}.txt") for name in (lock, "bridge", "te"))
         pins = dict(re.findall(r"^([\w-]+)(?:\[[^\]]*\])?==([\w.]+)", lines, re.MULTILINE))
         versions = {name.replace("_", "-"): version for name, version in pins.items()}
         for row in rows[1:]:

@@ -25,8 +25,14 @@ def test_every_field_of_the_installed_megatron_is_in_one_list(plain_fields: Any)
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     lists = (plain_fields.IMPLEMENTED, plain_fields.IRRELEVANT, plain_fields.DEFAULT_ONLY)
-    names = sorted(name for names in lists for name in names)
-    assert names == sorted(field.name for field in fields(TransformerConfig))
+    names = [name for names in lists for name in names]
+    assert len(names) == len(set(names))
+    installed = {field.name for field in fields(TransformerConfig)}
+    assert installed <= set(names)
+    # The lists are those of both supported versions; a field that neither has does not remain in them.
+    if "moe_extended_tp" not in installed:  # megatron-core 0.19
+        only_0_16 = {"async_tensor_model_parallel_allreduce", "moe_extended_tp", "moe_use_legacy_grouped_gemm"}
+        assert set(names) - installed == only_0_16
 
 
 def test_a_usual_configuration_is_accepted(plain_fields: Any) -> None:
