@@ -61,6 +61,7 @@ class ModelProvider(Protocol):
     pipeline_dtype: torch.dtype | None
     perform_initialization: bool
     # Training.
+    gradient_accumulation_fusion: bool
     hidden_dropout: float
     attention_dropout: float
     moe_token_dispatcher_type: str

@@ -7,6 +7,7 @@ import logging
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch.nn.functional import silu
@@ -67,6 +68,9 @@ def choose_layer_spec(provider: ModelProvider, setting: str) -> None:
         # For packed sequences `megatron.core.models.common.embeddings.rope_utils.apply_rotary_pos_emb` ignores YaRN's
         # factor of sines and cosines when fused. The fused rotation does not support interleaved pairs.
         provider.apply_rope_fusion = provider.position_embedding_type == "rope" and not provider.rotary_interleaved
+        # Megatron-Bridge 0.6 looks for Transformer Engine alone. The output matrix and adapters are Megatron's own
+        # linears (`megatron.core.tensor_parallel.layers.ColumnParallelLinear`), which need Apex's kernel.
+        provider.gradient_accumulation_fusion &= layers._grad_accum_fusion_available
         return
     provider.transformer_layer_spec = local_layer_spec
     for fusion in (

@@ -69,10 +69,12 @@ def whole_shapes(name: str, directory: Path) -> dict[str, tuple[int, ...]]:
     """Of transformers' model; writes its configuration and the names of its tensors to `directory`."""
     from transformers import AutoModelForCausalLM
 
+    from nemo_popsd.compat.transformers import saved_tensors
+
     config = _configuration(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = {tensor: tuple(p.shape) for tensor, p in model.named_parameters()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in saved_tensors(model).items()}
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
     (directory / "tensor_names.json").write_text(json.dumps(sorted(shapes)))

@@ -47,6 +47,24 @@ def test_local_layers_use_no_fused_kernel_on_a_gpu(monkeypatch, caplog):
     assert "layers: local (student.layers=auto)" in caplog.text
 
 
+@pytest.mark.parametrize("apex", [True, False])
+def test_gradients_are_accumulated_by_a_kernel_only_where_megatrons_own_linears_have_it(monkeypatch, apex):
+    """Megatron-Bridge 0.6 enables it with Transformer Engine alone; building the output matrix would then fail."""
+    monkeypatch.setattr(spec, "on_transformer_engine", lambda setting: True)
+    monkeypatch.setattr(spec.layers, "_grad_accum_fusion_available", apex)
+    provider = SimpleNamespace(
+        gradient_accumulation_fusion=True,
+        position_embedding_type="rope",
+        rotary_interleaved=False,
+        gated_linear_unit=False,
+    )
+    for enabled in (True, False):
+        provider.gradient_accumulation_fusion = enabled
+        spec.choose_layer_spec(provider, "auto")
+        assert provider.gradient_accumulation_fusion is (enabled and apex)
+    assert provider.apply_rope_fusion
+
+
 def test_an_unknown_value_of_layers_is_refused():
     with pytest.raises(UserError, match=r"student\.layers"):
         StudentConfig(layers="torch")

@@ -23,7 +23,7 @@ _LAYOUTS = (
     "SB3HD SBH3D SBHD_SB2HD SBHD_SBH2D SBHD_SBHD_SBHD BS3HD BSH3D BSHD_BS2HD BSHD_BSH2D BSHD_BSHD_BSHD T3HD TH3D "
     "THD_T2HD THD_TH2D THD_THD_THD SBHD_BSHD_BSHD BSHD_SBHD_SBHD THD_BSHD_BSHD THD_SBHD_SBHD "
     "Paged_KV_BSHD_BSHD_BSHD Paged_KV_BSHD_SBHD_SBHD Paged_KV_SBHD_BSHD_BSHD Paged_KV_SBHD_SBHD_SBHD "
-    "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD"
+    "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD BHSD_BHSD_BHSD QKV_Layout_NOT_SET"
 )
 _ONE_FORMAT = 15
 """The first 15 layouts have queries, keys and values in one form."""
@@ -34,7 +34,7 @@ def _names(kind: str, names: str) -> Any:
 
 
 QKVLayout = _names("NVTE_QKV_Layout", _LAYOUTS)
-QKVFormat = _names("NVTE_QKV_Format", "SBHD BSHD THD BSHD_2SBHD SBHD_2BSHD THD_2BSHD THD_2SBHD")
+QKVFormat = _names("NVTE_QKV_Format", "SBHD BSHD THD BSHD_2SBHD SBHD_2BSHD THD_2BSHD THD_2SBHD BHSD QKV_Format_NOT_SET")
 Bias = _names("NVTE_Bias_Type", "NO_BIAS PRE_SCALE_BIAS POST_SCALE_BIAS ALIBI")
 Mask = _names(
     "NVTE_Mask_Type",
@@ -49,7 +49,7 @@ def get_fused_attn_backend(*arguments: Any, **options: Any) -> Any:
     return Backend.NVTE_F16_arbitrary_seqlen
 
 
-def _form(layout: Any) -> str:
+def form_of(layout: Any) -> str:
     """sbhd, bshd or thd."""
     if layout >= _ONE_FORMAT:
         raise NotImplementedError(f"fused attention of {layout.name} is not emulated")
@@ -143,7 +143,7 @@ def fused_attn_fwd(
         quantizer=s_quantizer or o_quantizer,
         return_max_logit=return_max_logit,
     )
-    form = _form(layout)
+    form = form_of(layout)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     packed = form == "thd"
     size = q.shape[0] if form != "sbhd" else q.shape[1]
@@ -196,7 +196,7 @@ def fused_attn_bwd(
 ) -> list[Tensor | None]:
     """Gradients of queries, keys and values; `saved` begins with the log-sum-exp over all keys."""
     refuse("fused_attn_bwd", dropout=dropout, bias_type=bias_type, quantizer=s_quantizer or dp_quantizer)
-    form = _form(layout)
+    form = form_of(layout)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     lse = saved[0]
     lse_bsn, form_lse = (lse, "thd") if form == "thd" else (lse.transpose(1, 2), "bshd")
@@ -229,6 +229,11 @@ def _halves(bounds: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def rows_of(bounds: Tensor, second_half: bool) -> Tensor:
+    """Places in a packed tensor of all tokens, or of all sequences' second halves."""
+    return _halves(bounds)[1] if second_half else torch.arange(int(bounds[-1]))
+
+
 def thd_read_half_tensor(x: Tensor, bounds: Tensor, half: int) -> Tensor:
     """The first (0) or second (1) halves of all sequences of [t, n, d]."""
     return x[_halves(bounds)[half]]
@@ -259,7 +264,7 @@ def thd_out_correction(
 ) -> None:
     """Adds what a part of the keys contributes, weighted by its share of the sum; [t, n, d] and [n, t]."""
     _packed("thd_out_correction", packed)
-    rows = _halves(bounds)[1] if second_half else torch.arange(int(bounds[-1]))
+    rows = rows_of(bounds, second_half)
     share = torch.exp(lse_part[:, : len(rows)] - lse[:, rows]).t()[..., None]
     flat = out.view(-1, *part.shape[-2:])
     flat[rows] += (part[: len(rows)] * share).to(out.dtype)

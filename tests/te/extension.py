@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.te import attention, kernels
+from tests.te import attention, kernels, versions
 
 NAME = "transformer_engine_torch"
 _CLASSES = (
@@ -46,8 +46,13 @@ class _Extension(types.ModuleType):
         return _not_emulated(name)
 
 
-def build(package: Path) -> types.ModuleType:
-    """A new module with every kernel that the sources below `package` name, since Transformer Engine looks up many."""
+def build(package: Path, version: versions.Version) -> types.ModuleType:
+    """A new module with every kernel that the sources below `package` name, since Transformer Engine looks up many.
+
+    Args:
+        package: the Python modules of Transformer Engine.
+        version: their version.
+    """
     module: Any = _Extension(NAME)
     module.__spec__ = importlib.machinery.ModuleSpec(NAME, None)
     sources = (path.read_text() for path in package.rglob("*.py"))
@@ -66,4 +71,6 @@ def build(package: Path) -> types.ModuleType:
     module.get_cudnn_version = lambda: CUDNN
     module.get_cublasLt_version = lambda: CUBLAS
     module.get_num_cublas_streams = lambda: 4
+    for name, value in versions.names_of(version).items():
+        setattr(module, name, value)
     return module

@@ -25,6 +25,7 @@ import torch
 from tests.environment import environment
 from tests.te import extension
 from tests.te.location import PACKAGE, folder
+from tests.te.versions import Version
 
 _HALF_PRECISION_ALONE = (
     "torch.float16, torch.bfloat16",
@@ -33,8 +34,15 @@ _HALF_PRECISION_ALONE = (
 """Lists of the dtypes that fused attention supports. The emulated one also supports fp32, because layouts are compared
 in fp32 with the attention that a GPU uses in bf16. NVTE_FUSED_ATTN=0 selects the one that a GPU uses in fp32."""
 
-KERNELS_THAT_STAY_OFF = ("gradient_accumulation_fusion", "moe_permute_fusion")
-"""Settings of a model whose kernels are sources in CUDA (Apex) or Triton."""
+KERNELS_THAT_STAY_OFF = ("moe_permute_fusion",)
+"""Settings of a model whose kernels are sources in Triton."""
+
+
+def version() -> Version:
+    """Major and minor version of what is installed."""
+    [distribution] = importlib.metadata.distributions(name=PACKAGE, path=[str(folder())])
+    major, minor, *_ = distribution.version.split(".")
+    return int(major), int(minor)
 
 
 class _Done:
@@ -139,7 +147,7 @@ def install() -> None:
     """Imports Transformer Engine, Megatron on it, and the project on both. Once in a process."""
     if "megatron.core" in sys.modules or PACKAGE in sys.modules:
         raise RuntimeError("install Transformer Engine before Megatron is imported")
-    sys.modules[extension.NAME] = extension.build(folder() / PACKAGE / "pytorch")
+    sys.modules[extension.NAME] = extension.build(folder() / PACKAGE / "pytorch", version())
     view = _Torch()
     sys.meta_path.insert(0, _Finder(view))
     # Compiling functions would take longer than the tests run them.

@@ -1,7 +1,8 @@
 """Kernels of Transformer Engine's torch extension, written in torch: norms, products, softmax, rotation, optimizer.
 
-Each has the signature of the compiled one (``transformer_engine_torch`` 2.12) and computes what that one does, on any
-device. Options that this project does not use (fp8, communication overlap, GELU) are refused.
+Each has the signature of the compiled one (``transformer_engine_torch``; `tests.te.versions` has what differs between
+versions) and computes what that one does, on any device. Options that this project does not use (fp8, communication
+overlap, GELU) are refused.
 """
 
 from __future__ import annotations
@@ -19,15 +20,12 @@ class DType(enum.IntEnum):
     """Element types by the extension's numbers."""
 
     kByte = 0  # noqa: N815
-    kInt16 = 1  # noqa: N815
     kInt32 = 2  # noqa: N815
-    kInt64 = 3  # noqa: N815
     kFloat32 = 4  # noqa: N815
     kFloat16 = 5  # noqa: N815
     kBFloat16 = 6  # noqa: N815
     kFloat8E4M3 = 7  # noqa: N815
     kFloat8E5M2 = 8  # noqa: N815
-    kFloat8E8M0 = 9  # noqa: N815
     kFloat4E2M1 = 10  # noqa: N815
 
 
@@ -270,6 +268,12 @@ def multi_tensor_l2norm(
 
 def multi_tensor_scale(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], scale: float) -> None:
     """second ← scale · first."""
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * scale)
+
+
+def multi_tensor_scale_tensor(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], scale: Tensor) -> None:
+    """`multi_tensor_scale` by a factor that is on the device, [1]."""
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
 

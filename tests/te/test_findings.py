@@ -1,4 +1,16 @@
-"""Restrictions and side effects of Transformer Engine's modules for which the project has a workaround."""
+"""Restrictions, side effects and defects of Transformer Engine for which the project has a workaround or a refusal.
+
+Each test that describes the library fails as soon as an installed version no longer has what it describes; the
+workaround can then be removed for that version. What is described here holds for Transformer Engine 2.12 and 2.20
+(`tests.te.versions.SUPPORTED`) with Megatron-Bridge 0.3 and 0.6:
+
+- the gradient of a norm's gathered output is dropped (`nemo_popsd.megatron.adapters.gather_in_adapters`)
+- Bridge's LoRA gives all experts of a rank one adapter unless told otherwise (`nemo_popsd.megatron.limits`)
+- context parallelism by exchange has no sliding window and no fp32 (`nemo_popsd.megatron.limits`)
+- a single token with one key-value head has no memory layout that the attention accepts (`decoding`, `microbatches`)
+- the variables that choose an attention conflict with Megatron's own choice (`nemo_popsd.megatron.limits`)
+- Bridge's LoRA imports Transformer Engine unconditionally (`nemo_popsd.runtime.local_layers`)
+"""
 
 from __future__ import annotations
 
@@ -12,10 +24,123 @@ import torch
 from nemo_popsd.errors import UserError
 from tests.harness import LOCAL, TRANSFORMER_ENGINE, run_ranks
 from tests.layers import on_transformer_engine
+from tests.te import versions
+from tests.te.install import version
+from tests.te.location import PACKAGE, folder
 from tests.tiny_models import build_student, load_dense, save_tiny_model, whole_logits
 
 IDS = torch.randint(0, 203, (1, 8), generator=torch.Generator().manual_seed(2))
 ONE_GROUP = {"num_key_value_heads": 1}
+
+
+@on_transformer_engine
+def test_the_findings_are_stated_for_the_installed_version() -> None:
+    assert version() in versions.SUPPORTED
+
+
+def _norm_of_gathered(rank: int, world_size: int, gathered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of a rank's tokens through the returned output of the norm, and what it is in plain torch."""
+    import transformer_engine.pytorch as te
+
+    group = torch.distributed.group.WORLD
+    generator = torch.Generator().manual_seed(rank)
+    x, upstream = (torch.randn(4, 2, 8, generator=generator) for _ in range(2))
+    linear = te.LayerNormLinear(
+        *(8, 4 * world_size),
+        sequence_parallel=True,
+        tp_group=group,
+        tp_size=world_size,
+        bias=False,
+        normalization="RMSNorm",
+        parallel_mode="column",
+        return_layernorm_output=True,
+        return_layernorm_output_gathered=gathered,
+        params_dtype=torch.float32,
+        device="cpu",
+    )
+    leaf = x.clone().requires_grad_()
+    _, normed = linear(leaf)
+    whole = upstream
+    if gathered:
+        parts = [torch.empty_like(upstream) for _ in range(world_size)]
+        torch.distributed.all_gather(parts, upstream)
+        # The ranks' gradients of the gathered output are summed: one of them has all.
+        whole = torch.cat(parts) if rank == 0 else torch.zeros(4 * world_size, 2, 8)
+    (normed * whole).sum().backward()
+    plain = x.clone().requires_grad_()
+    (torch.nn.functional.rms_norm(plain, (8,), linear.layer_norm_weight.detach(), 1e-5) * upstream).sum().backward()
+    assert leaf.grad is not None
+    assert plain.grad is not None
+    return leaf.grad, plain.grad
+
+
+@on_transformer_engine
+@pytest.mark.parametrize("gathered", [True, False])
+def test_the_gradient_of_a_gathered_norm_is_dropped(gathered: bool) -> None:
+    """Bridge's LoRA asks for the gathered output under sequence parallelism; `gather_in_adapters` prevents it."""
+    for got, right in run_ranks(_norm_of_gathered, 2, gathered, layers=TRANSFORMER_ENGINE):
+        assert right.abs().max() > 0.1
+        if gathered:
+            assert torch.count_nonzero(got) == 0, "fixed in this version: remove gather_in_adapters for it"
+        else:
+            torch.testing.assert_close(got, right, rtol=0, atol=1e-5)
+
+
+def _adapters_of_experts(rank: int, world_size: int, model: Path) -> list[tuple[int, int, bool]]:
+    """Of each grouped linear: experts, dimensions of the adapter's first matrix, whether Bridge gathers its norm."""
+    from megatron.bridge.peft.lora import LoRA
+
+    gpt = build_student(model).gpt
+    LoRA(target_modules=["linear_fc1", "linear_fc2"], dim=4)(gpt, training=True)
+    grouped = [m for name, m in gpt.named_modules() if name.endswith(("experts.linear_fc1", "experts.linear_fc2"))]
+    return [
+        (m.to_wrap.num_gemms, m.adapter.linear_in.weight.dim(), m.adapter.linear_in.weight.shape[0] == 4)
+        for m in grouped
+    ]
+
+
+@on_transformer_engine
+def test_all_experts_of_a_rank_share_one_adapter(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "qwen3_moe")
+    [adapters] = run_ranks(_adapters_of_experts, 1, model, layers=TRANSFORMER_ENGINE)
+    assert adapters
+    assert set(adapters) == {(4, 2, True)}, "an adapter for each expert: LoRA on experts need not be refused"
+
+
+def _with_window(rank: int, world_size: int) -> str:
+    from megatron.core.extensions.transformer_engine import torch as emulated
+    from transformer_engine.pytorch.attention import DotProductAttention
+
+    attention = DotProductAttention(2, 8, qkv_format="sbhd", attn_mask_type="causal", attention_dropout=0.0)
+    group: Any = torch.distributed.group.WORLD
+    attention.set_context_parallel_group(group, list(range(world_size)), emulated.cuda.Stream(), "p2p")
+    x = torch.randn(8, 1, 2, 8).bfloat16()
+    attention(x, x, x)
+    try:
+        attention(x, x, x, window_size=(2, 0))
+    except Exception as error:
+        return str(error)
+    return "computed"
+
+
+@on_transformer_engine
+def test_there_is_no_sliding_window_under_context_parallelism() -> None:
+    for said in run_ranks(_with_window, 2, layers=TRANSFORMER_ENGINE):
+        assert "does not support sliding window" in said or "No dot product attention" in said, said
+
+
+@on_transformer_engine
+def test_fused_attention_is_for_half_precision_alone() -> None:
+    """The emulation also supports fp32 (`tests.te.install`); the library, which has no other under context parallelism,
+    does not.
+    """
+    package = folder() / PACKAGE / "pytorch" / "attention" / "dot_product_attention"
+    text = (package / "utils.py").read_text()
+    condition = "if qkv_dtype not in [torch.bfloat16, torch.float16, torch.float8_e4m3fn]"
+    assert "Disabling FusedAttention" in text.rpartition(condition)[2].partition("# Filter")[0]
+    for backend in ("FlashAttention", "FusedAttention"):
+        body = (package / "backends.py").read_text().partition(f"class {backend}(")[2].partition("\nclass ")[0]
+        assert "x.dtype in [torch.float16, torch.bfloat16]" in body, backend
 
 
 def _single_tokens(rank: int, world_size: int, model: Path) -> dict[str, Any]:

@@ -167,6 +167,8 @@ def test_norms_and_scales_of_many_tensors() -> None:
     copies = [torch.empty_like(t) for t in tensors]
     kernels.multi_tensor_scale(0, torch.zeros(1), [tensors, copies], 0.25)
     assert all(torch.equal(c, 0.25 * t) for c, t in zip(copies, tensors, strict=True))
+    kernels.multi_tensor_scale_tensor(0, torch.zeros(1), [tensors, tensors], torch.tensor([0.25]))
+    assert all(torch.equal(c, t) for c, t in zip(copies, tensors, strict=True))
 
 
 @pytest.mark.parametrize("mode", [0, 1])
