@@ -14,7 +14,7 @@ from nemo_popsd.config.documents import read_file, read_override
 from nemo_popsd.config.interpolation import escaped, resolve
 from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.config.values import MISSING, check_text, from_plain
+from nemo_popsd.config.values import MISSING, check_text, from_plain, is_text
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.settings.bounds import Text, declared_rules, hints
@@ -87,6 +87,8 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
         where, hint = f"configuration key {key}", known_keys().get(key)
         if hint is None:
             raise unknown_key(where, key)
+        if isinstance(value, bool) and is_text(hint):  # of a version in which the setting was a Boolean
+            value = str(value).lower()
         try:
             values[key] = from_plain(hint, value)
         except ValueError:

@@ -20,6 +20,10 @@ FREE = (
     "student.source",  # may be moved; the digest of its weights must be the same
     "student.layers",
     "student.recompute",
+    "student.recompute_modules",
+    "student.recompute_method",
+    "student.recompute_layers",
+    "student.gradient_accumulation_fusion",
     "student.frozen_copy",
     "parallel",
     "data.train.path",  # may be moved; the rows must be the same
@@ -34,6 +38,10 @@ FREE = (
     "distillation.fused",
     "distillation.diagnosed_tokens",
     "optimizer.distributed",
+    "optimizer.overlap_grad_reduce",
+    "optimizer.overlap_param_gather",
+    "optimizer.bucket_size",
+    "optimizer.host_share",
     "training.steps",
     "training.microbatch_tokens",
     "training.frozen_tokens",

@@ -63,11 +63,16 @@ def build_chunks(provider: ModelProvider, student: StudentConfig, parallel: Para
     provider.autocast_dtype = provider.params_dtype
     if parallel.pipeline > 1:
         _set_pipeline(provider, parallel)
-    if student.recompute:
+    if student.recompute == "full":
         provider.recompute_granularity = "full"
-        provider.recompute_method = "uniform"
-        provider.recompute_num_layers = 1
+        provider.recompute_method = student.recompute_method
+        provider.recompute_num_layers = student.recompute_layers
+    elif student.recompute == "selective":
+        provider.recompute_granularity = "selective"
+        provider.recompute_modules = list(student.recompute_modules)
     choose_layer_spec(provider, student.layers)
+    if student.gradient_accumulation_fusion != "auto":
+        provider.gradient_accumulation_fusion = student.gradient_accumulation_fusion == "true"
     provider.finalize()
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]

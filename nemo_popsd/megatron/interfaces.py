@@ -65,6 +65,8 @@ class ModelProvider(Protocol):
     recompute_granularity: str | None
     recompute_method: str | None
     recompute_num_layers: int | None
+    recompute_modules: list[str] | None
+    gradient_accumulation_fusion: bool
     # Layers.
     transformer_layer_spec: ModuleSpec | Callable[..., ModuleSpec]
     bias_dropout_fusion: bool

@@ -118,7 +118,7 @@ def fill_gradients(student: Any, rows: Sequence[int], token_budget: int) -> list
 
     everything = sequences()
     batches = student_batches(student.chunks, [everything[row] for row in rows], token_budget, packed=False)
-    return forward_backward(student.wrap(OptimizerConfig()), batches, loss_function(student, rows))
+    return forward_backward(student.wrap(OptimizerConfig(distributed="false")), batches, loss_function(student, rows))
 
 
 def accumulated_gradients(
@@ -127,7 +127,7 @@ def accumulated_gradients(
     """``main_grad`` of every trained parameter after one `forward_backward`, and the losses of the micro-batches."""
     from nemo_popsd.megatron.config import OptimizerConfig
 
-    for chunk in student.wrap(OptimizerConfig()):
+    for chunk in student.wrap(OptimizerConfig(distributed="false")):
         chunk.zero_grad_buffer()
     losses = fill_gradients(student, rows, token_budget)
     trained = {name: p for name, p in student.gpt.named_parameters() if p.requires_grad}

@@ -17,9 +17,9 @@ MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"adaptation": "full"},
-    "full, recompute": {"adaptation": "full", "recompute": True},
+    "full, recompute": {"adaptation": "full", "recompute": "full"},
     "lora": {"adaptation": "lora"},
-    "lora, recompute": {"adaptation": "lora", "recompute": True},
+    "lora, recompute": {"adaptation": "lora", "recompute": "full"},
 }
 
 
@@ -31,7 +31,7 @@ def run_config(*, tensor: int = 1, distributed: bool = False, **student: Any) ->
         setattr(config.student, name, value)
     config.student.lora.rank, config.student.lora.alpha = 4, 8
     config.parallel.tensor = tensor
-    config.optimizer.distributed = distributed
+    config.optimizer.distributed = str(distributed).lower()
     config.data.max_prompt_tokens, config.data.max_reference_tokens = PROMPT, REFERENCE
     config.rollout.max_response_tokens = RESPONSE
     config.rollout.top_k, config.rollout.top_p = 0, 1.0

@@ -18,7 +18,10 @@ LENGTHS = (9, 1, 4, 12, 1, 7)
 """Response tokens of the step's rows; one-token responses among them."""
 STEPS = 3
 # An epsilon above the rounding of the gradients: Adam's first step is lr · g / (|g| + eps).
-OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "clip_grad": 1.0}
+OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "clip_grad": 1.0, "distributed": "false"}
+
+Settings = dict[str, dict[str, Any]]
+"""Settings of a layout beside `parallel`, by section."""
 
 
 @dataclass
@@ -29,7 +32,6 @@ class Variant:
     adaptation: str = "full"
     packing: bool = False
     precision: str = "fp32"
-    recompute: bool = False
     shares: tuple[tuple[int, ...], ...] | None = None
     """Rows of each data-parallel rank, which are then not rebalanced; None for equal shares, which are."""
 
@@ -39,17 +41,17 @@ def train(
     world_size: int,
     folder: Path,
     parallel: dict[str, Any],
-    distributed: bool,
+    others: Settings,
     variants: dict[str, Variant],
     fault: str = "",
 ) -> dict[str, Any]:
     """Each variant's losses, metrics, first gradients and last weights; with one of `FAULTS` planted where named."""
     if fault:
         FAULTS[fault]()
-    return {name: _train(folder, parallel, distributed, variant) for name, variant in variants.items()}
+    return {name: _train(folder, parallel, others, variant) for name, variant in variants.items()}
 
 
-def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: Variant) -> dict[str, Any]:
+def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Variant) -> dict[str, Any]:
     from nemo_popsd.training import step as module
     from tests.training.runs import ScriptedEngine, response, row, settings, start
 
@@ -58,10 +60,15 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
         student={
             "adaptation": variant.adaptation,
             "precision": variant.precision,
-            "recompute": variant.recompute,
+            **others.get("student", {}),
         },
-        optimizer={**OPTIMIZER, "distributed": distributed},
-        training={"packing": variant.packing, "microbatch_tokens": 48, "frozen_tokens": 80},
+        optimizer={**OPTIMIZER, **others.get("optimizer", {})},
+        training={
+            "packing": variant.packing,
+            "microbatch_tokens": 48,
+            "frozen_tokens": 80,
+            **others.get("training", {}),
+        },
         distillation={"chunk_tokens": 5, "diagnosed_tokens": 100},
     )
     live = folder / f"{variant.kind}_live" if variant.adaptation == "full" else None
@@ -82,7 +89,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
 
     def update() -> None:
         if not gradients:
-            gradients.update(whole_tensors(run, _main_gradients(run, distributed)))
+            gradients.update(whole_tensors(run, _main_gradients(run)))
         run.update()
 
     metrics = [step(number + 2, [row(index) for index in mine], run.optimizer, update) for number in range(STEPS)]
@@ -172,9 +179,11 @@ Named = list[list[tuple[str, Any, Tensor]]]
 """By chunk: a parameter's name, the parameter, a tensor in its shape."""
 
 
-def _main_gradients(run: Any, distributed: bool) -> Named:
-    for chunk in run.optimizer.chunks if distributed else ():
+def _main_gradients(run: Any) -> Named:
+    for chunk in run.optimizer.chunks:
         for buffer in chunk.buffers:
+            if not chunk.ddp_config.use_distributed_optimizer:
+                continue
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:  # the distributed optimizer leaves each rank the sum of its part alone
                 parts = list(bucket.grad_data.chunk(group.size()))
