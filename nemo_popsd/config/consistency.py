@@ -60,7 +60,7 @@ def check_sections(config: PopsdConfig) -> None:
         raise UserError(
             "configuration",
             got="optimizer.overlap_param_gather=true with training.updates_per_step=1",
-            need="several updates per step: the only forward pass of a step comes after rollouts, which need all weights",
+            need="several updates per step: rollouts, which read all weights, come before the first",
             fix="set optimizer.overlap_param_gather=false, or training.updates_per_step above 1",
         )
     if optimizer.min_lr > optimizer.lr:

@@ -42,6 +42,7 @@ FREE = (
     "optimizer.overlap_param_gather",
     "optimizer.bucket_size",
     "optimizer.host_share",
+    "megatron.ddp",
     "training.steps",
     "training.microbatch_tokens",
     "training.frozen_tokens",
@@ -75,9 +76,9 @@ def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
         UserError: names the settings that differ and must not.
     """
     before, after = _flat(asdict(old)), _flat(asdict(new))
-    changed = [key for key in after if before.get(key) != after[key] and not _is_free(key)]
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and not _is_free(key)]
     if changed:
-        named = [f"{key}={_short(after[key])} (was {_short(before.get(key))})" for key in changed[:_MOST_NAMED]]
+        named = [f"{key}={_short(after.get(key))} (was {_short(before.get(key))})" for key in changed[:_MOST_NAMED]]
         more = f" and {len(changed) - _MOST_NAMED} more settings" if len(changed) > _MOST_NAMED else ""
         raise UserError(
             "resuming",

@@ -68,9 +68,9 @@ class StudentConfig:
     """What the backward pass computes again instead of keeping it: `none`, `selective` (the parts of a layer that
     `recompute_modules` names), or `full` (whole layers). `true` stands for `full`, `false` for `none`."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """Parts of a layer for `recompute=selective`: `core_attn`, `mlp`, `layernorm`; in a mixture of experts `moe`, and
-    with grouped experts `moe_act`. Fused attention recomputes its scores itself, so `core_attn` saves memory only
-    without it."""
+    """Parts of a layer for `recompute=selective`: `core_attn` and `mlp`; in a mixture of experts `core_attn`, `moe`,
+    and with Transformer Engine's layers `moe_act` (the experts' activation) and `layernorm` (the norm before them).
+    Fused attention recomputes its scores itself, so `core_attn` saves memory only without it."""
     recompute_method: str = "uniform"
     """With `recompute=full`: `uniform` recomputes every layer, `recompute_layers` of them as one unit, and keeps each
     unit's input; `block` recomputes the first `recompute_layers` layers of each model chunk and keeps what the others
@@ -92,6 +92,16 @@ class StudentConfig:
             one_of("student.recompute_modules", module, RECOMPUTED_MODULES)
         if self.recompute == "selective" and not self.recompute_modules:
             raise refuse("student.recompute_modules", [], "a part of a layer: student.recompute is selective")
+        below = {"linear_qkv", "linear_proj"} & set(self.lora.targets)
+        within = {"mlp", "moe"} & set(self.recompute_modules)
+        if self.recompute == "selective" and within and self.adaptation == "lora" and not below:
+            # Nothing before the first layer's MLP would be trained, and torch recomputes only what has such an input.
+            raise UserError(
+                "configuration",
+                got=f"student.recompute_modules with {', '.join(within)} and student.lora.targets={self.lora.targets}",
+                need="an adapter before the first MLP, without which its own adapters would get no gradient",
+                fix="add linear_qkv or linear_proj to student.lora.targets, or set student.recompute=full",
+            )
         one_of("student.precision", self.precision, ("bf16", "fp32"))
         one_of("student.adaptation", self.adaptation, ("lora", "full"))
         one_of("student.layers", self.layers, ("auto", "transformer_engine", "local"))

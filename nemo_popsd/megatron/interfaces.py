@@ -44,6 +44,10 @@ class ModelProvider(Protocol):
     expert_tensor_parallel_size: int | None
     variable_seq_lengths: bool
     batch_p2p_comm: bool
+    overlap_p2p_comm: bool
+    deallocate_pipeline_outputs: bool
+    num_layers_in_first_pipeline_stage: int | None
+    num_layers_in_last_pipeline_stage: int | None
     parallel_output: bool
     should_pad_vocab: bool
     make_vocab_size_divisible_by: int

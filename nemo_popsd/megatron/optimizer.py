@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,18 @@ from nemo_popsd.megatron.config import OptimizerConfig
 from nemo_popsd.megatron.interfaces import MegatronOptimizer
 
 
-def wrap_for_training(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
+def wrap_for_training(
+    chunks: Sequence[GPTModel], config: OptimizerConfig, fields: Mapping[str, object] | None = None
+) -> list[DistributedDataParallel]:
     """Megatron's DDP around each of the student's chunks, in which gradients are accumulated and reduced.
 
     The schedule also reduces gradients over other groups: norms under sequence parallelism, q and k norms under tensor
     parallelism, tied embeddings between first and last stage.
+
+    Args:
+        chunks: the student's.
+        config: overlap, buckets and precision of gradients.
+        fields: values of further fields of Megatron's DDP (`megatron.ddp`).
     """
     wrapped = [
         DistributedDataParallel(
@@ -32,6 +39,7 @@ def wrap_for_training(chunks: Sequence[GPTModel], config: OptimizerConfig) -> li
                 overlap_param_gather=config.overlap_param_gather,
                 bucket_size=config.bucket_size or None,
                 use_distributed_optimizer=shards_state(config),
+                **dict(fields or {}),
             ),
             module=chunk,
             # The reduction of later chunks overlaps with the backward pass of earlier ones, whatever its buckets.
@@ -70,7 +78,13 @@ class StudentOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, *, steps: int, bf16: bool
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        config: OptimizerConfig,
+        *,
+        steps: int,
+        bf16: bool,
+        fields: Mapping[str, object] | None = None,
     ) -> None:
         """Builds Megatron's optimizer and schedule.
 
@@ -79,6 +93,7 @@ class StudentOptimizer(torch.optim.Optimizer):
             config: Adam, schedule, clipping.
             steps: length of the run, where the decay ends.
             bf16: whether the weights are bf16, with fp32 main weights in the optimizer.
+            fields: values of further fields of Megatron's optimizer (`megatron.optimizer`).
         """
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -94,7 +109,7 @@ class StudentOptimizer(torch.optim.Optimizer):
                 params_dtype=torch.bfloat16 if bf16 else torch.float32,
                 use_distributed_optimizer=shards_state(config),
                 overlap_param_gather=config.overlap_param_gather,
-                **_state_options(config),
+                **{**_state_options(config), **dict(fields or {})},
             ),
             list(chunks),
         )
@@ -174,7 +189,11 @@ def _state_options(config: OptimizerConfig) -> dict[str, Any]:
     if config.state_dtype == "bf16" or config.host_share:
         gradients = torch.bfloat16 if config.grad_dtype == "bf16" else torch.float32
         # Without remainders the main weights are fp32 tensors, as checkpoints store them.
-        options |= {"use_precision_aware_optimizer": True, "store_param_remainders": False, "main_grads_dtype": gradients}
+        options |= {
+            "use_precision_aware_optimizer": True,
+            "store_param_remainders": False,
+            "main_grads_dtype": gradients,
+        }
     if config.state_dtype == "bf16":
         options |= {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
     if config.host_share:

@@ -166,14 +166,95 @@ def _norm_output_without_gradient() -> None:
     adapters.gather_in_adapters = lambda chunks: None  # type: ignore[assignment]
 
 
+def _slowest_network() -> None:
+    """No fault: a reduction or gather that overlaps with compute does not happen before something waits for it."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    def lazy(name: str, handle: str, flag: str) -> None:
+        right = getattr(Group, name)
+
+        def start(group: Any, *arguments: Any, **options: Any) -> None:
+            if group.is_first_batch and name == "start_grad_sync" and group.grad_reduce_handle is not None:
+                return
+            if not getattr(group.ddp_config, flag) or options.get("force_sync"):
+                right(group, *arguments, **options)
+                return
+
+            def wait() -> None:
+                setattr(group, handle, None)
+                setattr(group.ddp_config, flag, False)
+                right(group, *arguments, **options)
+                setattr(group.ddp_config, flag, True)
+
+            setattr(group, handle, SimpleNamespace(wait=wait))
+            if name == "start_param_sync":
+                group.param_gather_dispatched = True
+
+        setattr(Group, name, start)
+
+    lazy("start_grad_sync", "grad_reduce_handle", "overlap_grad_reduce")
+    lazy("start_param_sync", "param_gather_handle", "overlap_param_gather")
+
+
+def _nobody_waits_for_gradients() -> None:
+    """Overlap: the update does not wait for the reductions that the backward pass has begun."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    _slowest_network()
+
+    def finish(group: Any, *_: Any, **__: Any) -> None:
+        group.param_gather_dispatched = False
+        group.grad_reduce_handle = None
+
+    Group.finish_grad_sync = finish
+
+
+def _nobody_waits_for_weights() -> None:
+    """Overlap: the forward pass does not wait for the weights that are being gathered."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    _slowest_network()
+
+    def finish(group: Any, *_: Any, **__: Any) -> None:
+        group.param_gather_handle = None
+
+    Group.finish_param_sync = finish
+
+
+def _output_matrix_not_awaited() -> None:
+    """Overlap: the loss, which reads the output matrix without its module, does not wait for it."""
+    from nemo_popsd.megatron import forward
+
+    _slowest_network()
+    forward._await_output_weight = lambda chunk: None  # type: ignore[assignment]
+
+
+def _last_weights_not_gathered() -> None:
+    """Overlap: the weights of a step's last update are left to the next forward pass, too."""
+    from nemo_popsd.megatron.optimizer import StudentOptimizer
+
+    right = StudentOptimizer.step
+
+    def step(optimizer: Any, *arguments: Any) -> None:
+        optimizer.update_follows = True
+        right(optimizer, *arguments)
+
+    StudentOptimizer.step = step  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "gather that sums": _gather_that_sums,
     "exchange that stays": _exchange_that_stays,
     "mean over context": _mean_over_context,
     "embedding of one stage": _embedding_of_one_stage,
     "norm output without gradient": _norm_output_without_gradient,
+    "slowest network": _slowest_network,
+    "nobody waits for gradients": _nobody_waits_for_gradients,
+    "nobody waits for weights": _nobody_waits_for_weights,
+    "output matrix not awaited": _output_matrix_not_awaited,
+    "last weights not gathered": _last_weights_not_gathered,
 }
-"""Each leaves the loss of the first step as it is and changes gradients."""
+"""Each leaves the loss of the first step as it is and changes gradients or weights, except for the slowest network."""
 
 Named = list[list[tuple[str, Any, Tensor]]]
 """By chunk: a parameter's name, the parameter, a tensor in its shape."""

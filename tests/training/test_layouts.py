@@ -34,6 +34,10 @@ VARIANTS = {
     "experts, padded": Variant(kind="qwen3_moe"),
     "experts, packed": Variant(kind="qwen3_moe", packing=True),
 }
+SELECTIVE = {"student": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}}
+SELECTIVE_EXPERTS = {"student": {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]}}
+BLOCK = {"student": {"recompute": "full", "recompute_method": "block", "recompute_layers": 1}}
+UNITS = {"student": {"recompute": "full", "recompute_layers": 2}}
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 3000}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], Settings]] = {
     "one": (1, {}, {}),
@@ -46,11 +50,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Settings]] = {
     "dp2 distributed": (2, {}, {"optimizer": {"distributed": "auto"}}),
     "dp2 overlap": (2, {}, {"optimizer": OVERLAP}),
     "dp2 distributed overlap": (2, {}, {"optimizer": {"distributed": "auto", **OVERLAP}}),
+    "one, selective recomputation": (1, {}, SELECTIVE),
+    "tp2 sp, selective recomputation": (2, {"tensor": 2, "sequence": True}, SELECTIVE),
+    "one, recomputation in units": (1, {}, UNITS),
+    "pp2 uneven, recomputation of a block": (2, {"pipeline": 2, "last_stage_layers": 1}, BLOCK),
+    "pp2 vpp2 overlapped transfers": (2, {"pipeline": 2, "virtual_pipeline": 2, "overlap_transfers": True}, {}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {}),
     "tp2 cp2": (4, {"tensor": 2, "context": 2}, {}),
     "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}, {}),
     "experts: tp2 sp": (2, {"tensor": 2, "sequence": True}, {}),
     "experts: ep2": (2, {"expert": 2}, {}),
+    "experts: ep2 overlap, selective recomputation": (
+        2,
+        {"expert": 2},
+        {"optimizer": {"distributed": "auto", **OVERLAP}, **SELECTIVE_EXPERTS},
+    ),
     "experts: tp2 sp ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}, {}),
 }
 
