@@ -157,7 +157,8 @@ class OptimizerConfig:
     Transformer Engine's Adam, `student.precision=bf16` and a sharded optimizer state."""
     host_share: Annotated[float, Bounds(0, 1)] = 0.0
     """Share of the optimizer's state that is kept and updated on the host (Megatron's hybrid optimizer): device memory
-    for transfers and a slow update. Needs a GPU, `student.precision=bf16` and a sharded optimizer state."""
+    for transfers and a slow update. Needs a GPU, Transformer Engine, `student.precision=bf16` and a sharded optimizer
+    state."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optimizer")

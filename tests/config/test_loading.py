@@ -104,7 +104,6 @@ def test_unknown_key_without_a_near_one_lists_the_section(tmp_path: Path) -> Non
         ("optimizer: {lr: fast}", "got optimizer.lr=fast; need a number"),
         ("overwrite: maybe", "need true or false"),
         ("overwrite: 1", "need true or false"),
-        ("student: {recompute: maybe}", "need one of none, selective, full"),
         ("name: [a]", "got name=a list; need text"),
         ("seed: null", "got seed=null; need a whole number"),
         ("evaluation: {markers: Wait}", "need a list of texts"),

@@ -122,12 +122,15 @@ def fill_gradients(student: Any, rows: Sequence[int], token_budget: int) -> list
 
 
 def accumulated_gradients(
-    student: Any, rows: Sequence[int], token_budget: int
+    student: Any, rows: Sequence[int], token_budget: int, **optimizer: Any
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """``main_grad`` of every trained parameter after one `forward_backward`, and the losses of the micro-batches."""
+    """``main_grad`` of every trained parameter after one `forward_backward`, and the losses of the micro-batches.
+
+    `optimizer` are fields of `OptimizerConfig`.
+    """
     from nemo_popsd.megatron.config import OptimizerConfig
 
-    for chunk in student.wrap(OptimizerConfig(distributed="false")):
+    for chunk in student.wrap(OptimizerConfig(distributed="false", **optimizer)):
         chunk.zero_grad_buffer()
     losses = fill_gradients(student, rows, token_budget)
     trained = {name: p for name, p in student.gpt.named_parameters() if p.requires_grad}
