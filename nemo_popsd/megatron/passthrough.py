@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.installed_fields import SOURCES, MegatronField, installed_fields
@@ -23,7 +24,8 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "set parallel.* instead": """
             tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size num_layers_in_first_pipeline_stage
             virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
-            num_layers_in_last_pipeline_stage overlap_p2p_comm expert_tensor_parallel_size
+            num_layers_in_last_pipeline_stage overlap_p2p_comm expert_tensor_parallel_size *gtp_weight_remat_size
+            *tensor_parallel_num_weight_shards
         """,
         "set student.recompute* instead": """
             recompute_granularity recompute_method recompute_num_layers recompute_modules moe_layer_recompute
@@ -32,9 +34,9 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "set student.gradient_accumulation_fusion instead": "gradient_accumulation_fusion",
         "student and frozen passes must compute the same, so no dropout": "hidden_dropout attention_dropout",
         "only the divergence is minimised, and a token's experts must not depend on its batch": """
-            moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps mtp_num_layers
+            moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps mtp_*
             moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_dropping moe_token_drop_policy
-            moe_router_force_load_balancing moe_router_bias_update_rate mtp_loss_scaling_factor mtp_standalone
+            moe_router_force_* moe_router_bias_update_rate
         """,
         "the loss weights its tokens itself": "calculate_per_token_loss",
         "the micro-batches of this schedule determine it": """
@@ -55,44 +57,41 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
             pipeline_model_parallel_comm_backend hierarchical_context_parallel_sizes
         """,
         "micro-batches of unequal lengths need the all-to-all dispatcher": """
-            moe_token_dispatcher_type moe_flex_dispatcher_backend moe_enable_deepep moe_deepep_num_sms
-            moe_hybridep_num_sms
+            moe_token_dispatcher_type moe_flex_* moe_enable_deepep moe_deepep_* moe_hybridep_* moe_ncclep_*
         """,
         "the model is not cut into the parts that its schedule needs": """
             overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release
         """,
         "Transformer Engine's user buffers are not set up": """
-            tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_bulk_wgrad
-            tp_comm_bulk_dgrad tp_comm_split_ag tp_comm_split_rs tp_comm_atomic_ag tp_comm_atomic_rs
-            tp_comm_overlap_disable_qkv tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend
+            tp_comm_*
         """,
         _LOW_PRECISION: """
-            fp8 fp8_recipe fp8_param fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len
-            fp8_amax_compute_algo fp8_wgrad fp8_dot_product_attention fp8_multi_head_attention fp4 fp4_recipe fp4_param
-            fp4_quantizer_factory tp_only_amax_red first_last_layers_bf16 num_layers_at_start_in_bf16
-            num_layers_at_end_in_bf16 quant_recipe activation_func_fp8_input_store
+            fp8* fp4* tp_only_amax_red first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
+            quant_recipe activation_func_fp8_input_store
         """,
         "rollouts decode with their own cache": """
-            flash_decode inference_rng_tracker inference_sampling_seed use_inference_optimized_layers
-            inference_fuse_tp_communication mlp_chunks_for_prefill
+            flash_decode inference_* use_inference_optimized_layers mlp_chunks_for_prefill
         """,
         "hidden states are read without CUDA graphs": """
-            enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_use_single_mempool
-            cuda_graph_retain_backward_graph cuda_graph_warmup_steps cuda_graph_scope
+            enable_cuda_graph external_cuda_graph cuda_graph_*
+        """,
+        "no supported architecture has it": """
+            dsa_* linear_* mamba_* use_mamba_* qk_clip_* mup_* use_mup kitchen_*
         """,
     },
     "ddp": {
         "set optimizer.* instead": """
             grad_reduce_in_fp32 overlap_grad_reduce overlap_param_gather use_distributed_optimizer bucket_size
+            num_buckets
         """,
         "gathers begin in the forward pass that needs the weights": "align_param_gather",
         "process groups are made for one instance": "num_distributed_optimizer_instances",
         "the model is not cut into the parts that it needs": "delay_wgrad_compute",
         "the run's own guard stops at such gradients and names the rows": "check_for_nan_in_grad check_for_large_grads",
-        _LOW_PRECISION: "fp8_param_gather reuse_grad_buf_for_mxfp8_param_ag keep_fp8_transpose_cache",
+        _LOW_PRECISION: "fp8_* fp4_* reuse_grad_buf_for_mxfp8_param_ag keep_fp8_transpose_cache",
         _FSDP: """
             use_megatron_fsdp use_custom_fsdp data_parallel_sharding_strategy suggested_communication_unit_size
-            preserve_fp32_weights fsdp_double_buffer outer_dp_sharding_strategy fsdp_manual_registration
+            preserve_fp32_weights outer_dp_sharding_strategy fsdp_* megatron_fsdp_*
         """,
     },
     "optimizer": {
@@ -109,12 +108,12 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "rollouts, which read all weights, follow the update": "overlap_param_gather_with_optimizer_step",
         _LOW_PRECISION: "fp8_recipe reuse_grad_buf_for_mxfp8_param_ag",
         "the optimizer is AdamW": """
-            optimizer decoupled_weight_decay sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov
-            muon_scale_mode muon_fp32_matmul_prec muon_num_ns_steps muon_tp_mode muon_extra_scale_factor
+            optimizer decoupled_weight_decay sgd_* muon_* adaptive_muon_* lion_* soap_*
+            use_layer_wise_distributed_optimizer
         """,
     },
 }
-"""By section: reason, and the fields that are refused for it."""
+"""By section: reason, and patterns of the names of the fields that are refused for it."""
 
 _HOW = """
     apply_rope_fusion attention_backend attention_softmax_in_fp32 batch_invariant_mode bias_activation_fusion
@@ -157,8 +156,8 @@ class MegatronConfig:
 
 def refusal(section: str, name: str, kind: MegatronField) -> str:
     """Why the installed field `name` cannot be set; "" for an allowed one."""
-    for reason, names in _REASONS[section].items():
-        if name in names.split():
+    for reason, patterns in _REASONS[section].items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
             return reason
     if section == "model" and name not in _HOW.split():
         if name in IMPLEMENTED:

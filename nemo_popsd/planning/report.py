@@ -46,6 +46,8 @@ def shape(case: Case) -> str:
     )
     parts = [f"{name}{size}" for name, size in names if size > 1]
     parts += ["SP"] if layout.sequence else []
+    if layout.first_stage_layers or layout.last_stage_layers:
+        parts.append("stages of " + "-".join(map(str, layout.stage_layers(case.sizes.layers))))
     parts.append(f"DP{layout.data}")
     return "·".join(parts) + (" distributed" if case.shards_state else "")
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.config import LoRAConfig
 from tests.harness import LOCAL, TRANSFORMER_ENGINE, run_ranks
-from tests.layers import on_transformer_engine
+from tests.layers import BOTH, on_transformer_engine
 from tests.megatron import cases
 from tests.tiny_models import build_student, save_tiny_model
 
@@ -141,6 +142,31 @@ def test_moments_in_bf16_train_like_those_in_fp32_and_are_saved(tmp_path: Path) 
         for name, error in seen["errors"].items():
             assert error <= 0.02 * seen["moved"][name] + 2**-8, name  # 8 bits of a moment; one rounding of a weight
         assert max(seen["moved"].values()) > 1e-3
+
+
+def _gradients_in_bf16(rank: int, world_size: int, source: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for adaptation in ("full", "lora"):
+        seen = {}
+        for name, options in (("fp32", {}), ("bf16", {"grad_dtype": "bf16"})):
+            student = build_student(source, precision="bf16", adaptation=adaptation, lora=LoRAConfig(rank=4))
+            seen[name], _ = cases.accumulated_gradients(student, ROWS[rank::2], 30, **options)
+            result[f"{adaptation} {name}"] = {gradient.dtype for gradient in seen[name].values()}
+        wide = {name: gradient.float() for name, gradient in seen["bf16"].items()}
+        # Under LoRA the gradient of the A matrices is 0 where the B matrices are.
+        some = [name for name, gradient in seen["fp32"].items() if gradient.abs().max() > 0]
+        result[adaptation] = cases.deviations({n: wide[n] for n in some}, {n: seen["fp32"][n] for n in some})
+    return result
+
+
+@pytest.mark.parametrize("layers", BOTH)
+def test_gradients_reduced_in_bf16_are_those_of_fp32_up_to_rounding(tmp_path: Path, layers: str) -> None:
+    for seen in run_ranks(_gradients_in_bf16, 2, save_tiny_model(tmp_path, "qwen3"), layers=layers):
+        for adaptation in ("full", "lora"):
+            assert seen[f"{adaptation} fp32"] == {torch.float32}
+            assert seen[f"{adaptation} bf16"] == {torch.bfloat16}
+            errors = seen[adaptation]
+            assert 0 < max(errors.values()) < 2**-5, "a few roundings to 8 bits, relative to the largest entry"
 
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -56,6 +56,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Settings]] = {
     "one, recomputation of a block": (1, {}, BLOCK),
     "pp2 uneven": (2, {"pipeline": 2, "last_stage_layers": 1}, {}),
     "pp2 vpp2 overlapped transfers": (2, {"pipeline": 2, "virtual_pipeline": 2, "overlap_transfers": True}, {}),
+    "tp2 sp dp2 distributed": (4, {"tensor": 2, "sequence": True}, {"optimizer": {"distributed": "auto"}}),
+    "pp2 vpp2 dp2 distributed overlap": (
+        4,
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"optimizer": {"distributed": "auto", **OVERLAP}},
+    ),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {}),
     "tp2 cp2": (4, {"tensor": 2, "context": 2}, {}),
     "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}, {}),
