@@ -142,16 +142,24 @@ def _powers(largest: int) -> list[int]:
     return [2**power for power in range(largest.bit_length())]
 
 
+_FOLLOWING = tuple(
+    f"parallel.{name}" for name in ("sequence", "overlap_transfers", "first_stage_layers", "last_stage_layers")
+)
+
+
 def _distance(case: Case, changes: Changes) -> float:
     """Distance from the request: doublings and halvings of sizes, plus 1 for each other setting.
 
-    `parallel.sequence` does not count, since it follows the tensor-parallel size.
+    `parallel.sequence`, which follows the tensor-parallel size, does not count, nor do the settings that another number
+    of stages sets back.
     """
     distance = 0.0
     for name, value in changes.items():
         before = case.setting(name)
+        if name in _FOLLOWING:
+            continue
         if isinstance(value, bool) or not isinstance(value, int):
-            distance += name != "parallel.sequence"
+            distance += 1
         else:
             assert isinstance(before, int)
             distance += abs(math.log2(value / before))

@@ -148,6 +148,7 @@ def test_fewer_layers_on_the_last_stage_make_room_for_its_loss() -> None:
     assert uneven.flops.training.head == 0, "19 layers are more than 17 and the loss"
     assert uneven.flops.training.needed < even.flops.training.needed
     assert uneven.seconds.training.compute < even.seconds.training.compute
+    assert all(problems(uneven.case.replace(changes)) == [] for changes, _ in nearest(uneven.case))
     four = replace(even.case.layout, pipeline=4, last_stage_layers=6)
     built = stages(even.case.sizes, four)
     assert [(stage.layers, stage.first, stage.last) for stage in built] == [(10, True, False), (6, False, True)]
