@@ -70,6 +70,7 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
             **others.get("training", {}),
         },
         distillation={"chunk_tokens": 5, "diagnosed_tokens": 100},
+        megatron=others.get("megatron", {}),
     )
     live = folder / f"{variant.kind}_live" if variant.adaptation == "full" else None
     run = start(folder / variant.kind, config, initial=live)

@@ -38,6 +38,13 @@ SELECTIVE = {"student": {"recompute": "selective", "recompute_modules": ["core_a
 SELECTIVE_EXPERTS = {"student": {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]}}
 BLOCK = {"student": {"recompute": "full", "recompute_method": "block", "recompute_layers": 1}}
 UNITS = {"student": {"recompute": "full", "recompute_layers": 2}}
+FIELDS = {
+    "megatron": {
+        "model": {"moe_router_dtype": "fp64"},
+        "ddp": {"pad_buckets_for_high_nccl_busbw": "true"},
+        "optimizer": {"log_num_zeros_in_grad": "true"},
+    }
+}
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 3000}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], Settings]] = {
     "one": (1, {}, {}),
@@ -67,6 +74,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Settings]] = {
     "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}, {}),
     "experts: tp2 sp": (2, {"tensor": 2, "sequence": True}, {}),
     "experts: ep2": (2, {"expert": 2}, {}),
+    "experts: ep2, fields of Megatron": (2, {"expert": 2}, FIELDS),
     "experts: ep2 overlap, selective recomputation": (
         2,
         {"expert": 2},
