@@ -10,7 +10,7 @@ import pytest
 
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.planning import compute, memory, traffic
+from nemo_popsd.planning import compute, memory, report, traffic
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout, misfits
 from nemo_popsd.planning.parameters import count, stages, total_parameters
@@ -149,6 +149,7 @@ def test_fewer_layers_on_the_last_stage_make_room_for_its_loss() -> None:
     assert uneven.flops.training.needed < even.flops.training.needed
     assert uneven.seconds.training.compute < even.seconds.training.compute
     assert all(problems(uneven.case.replace(changes)) == [] for changes, _ in nearest(uneven.case))
+    assert report.shape(uneven.case).startswith("PP2·stages of 19-17·DP4")
     four = replace(even.case.layout, pipeline=4, last_stage_layers=6)
     built = stages(even.case.sizes, four)
     assert [(stage.layers, stage.first, stage.last) for stage in built] == [(10, True, False), (6, False, True)]
