@@ -59,6 +59,7 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "micro-batches of unequal lengths need the all-to-all dispatcher": """
             moe_token_dispatcher_type moe_flex_* moe_enable_deepep moe_deepep_* moe_hybridep_* moe_ncclep_*
         """,
+        "local layers gather keys and values, and packed sequences need Transformer Engine's ring": "cp_comm_type",
         "the model is not cut into the parts that its schedule needs": """
             overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release
         """,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
@@ -198,3 +199,21 @@ def test_recomputation_that_the_model_does_not_have_is_refused(
 def test_an_architecture_that_the_layout_divides_is_accepted() -> None:
     layout = ParallelConfig(tensor=4, sequence=True, pipeline=3, virtual_pipeline=2, expert=2)
     refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, "num_moe_experts": 4}), layout)
+
+
+@pytest.mark.parametrize(
+    ("device", "overlap", "freed"), [("cpu", True, False), ("cpu", False, True), ("cuda", True, True)]
+)
+def test_outputs_are_kept_where_a_transfer_would_read_freed_memory(
+    monkeypatch: pytest.MonkeyPatch, device: str, overlap: bool, freed: bool
+) -> None:
+    """gloo reads an output after Megatron has freed it: `pp2 vpp2 overlapped transfers` then gives NaN."""
+    from nemo_popsd.megatron import build
+
+    monkeypatch.setattr(build, "device", lambda: torch.device(device))
+    provider = SimpleNamespace(params_dtype=torch.float32, deallocate_pipeline_outputs=True)
+    layout = ParallelConfig(pipeline=2, virtual_pipeline=2, overlap_transfers=overlap)
+    build._set_pipeline(provider, layout)
+    assert provider.overlap_p2p_comm == overlap
+    assert not provider.batch_p2p_comm
+    assert provider.deallocate_pipeline_outputs == freed

@@ -104,13 +104,13 @@ def test_refused_by_name_with_the_reason(section: str, name: str, text: str, mes
 
 def test_values_have_the_types_of_their_fields() -> None:
     config = MegatronConfig(
-        model={"moe_router_dtype": "null", "min_offloaded_tensor_size": "7", "cp_comm_type": "all_gather"},
+        model={"moe_router_dtype": "null", "min_offloaded_tensor_size": "7", "config_logger_dir": "logs"},
         optimizer={"log_num_zeros_in_grad": "true"},
     )
     assert config.values("model") == {
         "moe_router_dtype": None,
         "min_offloaded_tensor_size": 7,
-        "cp_comm_type": "all_gather",
+        "config_logger_dir": "logs",
     }
     assert config.values("optimizer") == {"log_num_zeros_in_grad": True}
 
