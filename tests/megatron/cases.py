@@ -61,7 +61,8 @@ def loss_function(student: Any, rows: Sequence[int]) -> Callable[..., tuple[Tens
     def loss(batch: Any, hidden_NH: Tensor) -> tuple[Tensor, float]:
         chosen = [rows[row] for row in batch.sequences]
         main_gradient = student.main_gradient
-        assert (main_gradient is not None) == student.weight.requires_grad
+        trained = student.weight.requires_grad and student.weight.main_grad.dtype == torch.float32
+        assert (main_gradient is not None) == trained
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
