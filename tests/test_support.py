@@ -131,7 +131,7 @@ def _layouts(cases: dict[str, list[dict[str, Any]]]) -> str:
             if ran:
                 yield TRAINING
             for test, layouts, experts in others:
-                if layout.startswith("experts") == experts and "distributed" not in layout:
+                if layout.startswith("experts") == experts and not training_layouts.LAYOUTS[layout][2]:
                     here = [case["layout"] for case in cases[test] if case["layers"] == layers]
                     if any(layouts[name] == parallel[layout] for name in here):
                         yield test

@@ -111,11 +111,17 @@ def load_dense(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any
 
 
 def build_student(
-    directory: str | Path, *, tensor: int = 1, parallel: dict[str, Any] | None = None, **config: Any
+    directory: str | Path,
+    *,
+    tensor: int = 1,
+    parallel: dict[str, Any] | None = None,
+    megatron: Any = None,
+    **config: Any,
 ) -> Any:
     """Process groups, and a `Student` in fp32 with the weights of `directory`; full fine-tuning unless `config` says.
 
-    Call it on every rank. `parallel` are further fields of `ParallelConfig`, `config` of `StudentConfig`.
+    Call it on every rank. `parallel` are further fields of `ParallelConfig`, `config` of `StudentConfig`; `megatron`
+    is a `MegatronConfig`.
     """
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.megatron.config import StudentConfig
@@ -127,7 +133,7 @@ def build_student(
     initialize(layout, seed=1)
     source = HuggingFaceModel(directory)
     settings = StudentConfig(**{"precision": "fp32", "adaptation": "full", **config})
-    return Student(source, settings, layout, seed=5, load_initial=source.load)
+    return Student(source, settings, layout, seed=5, load_initial=source.load, megatron=megatron)
 
 
 def whole_logits(gpt: Any, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -155,7 +155,7 @@ def load_training_state(directory: Path, models: Sequence[ModelChunk], optimizer
                 tensor = torch.zeros(state.parameter.shape, dtype=torch.float32)
                 for piece in _pieces(sharding, tensor, name):
                     reader.fill(piece)
-                part.copy_(tensor.view(-1)[state.begin : state.begin + part.numel()])
+                state.set(name, tensor.view(-1)[state.begin : state.begin + part.numel()])
         reader.close()
     except _READ_ERRORS as error:
         raise damaged(directory, f"an unreadable {STATE} ({error})") from error

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
-from nemo_popsd.config.values import MISSING, inner, is_text, read_scalar
+from nemo_popsd.config.values import MISSING, inner, is_mapping, is_text, read_scalar
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import open_regular
 from nemo_popsd.settings.checks import shown
@@ -60,6 +60,9 @@ def read_override(override: str, known: Mapping[str, object] | None = None) -> t
     key = key.strip()
     if not equals or not key:
         raise UserError(where, got="no key and value", need="key=value, as in training.steps=20", fix="correct it")
+    section, _, name = key.rpartition(".")
+    if name and is_mapping(known.get(section)):
+        return section, {name: text}
     hint = known.get(key)
     if hint is None:
         raise unknown_key(where, key, known)
@@ -160,6 +163,8 @@ class _Tree:
         if is_dataclass(hint):
             if isinstance(node, yaml.MappingNode):
                 return self.section(node, f"{key}.", level)
+        elif is_mapping(hint) and isinstance(node, yaml.MappingNode):
+            return self._mapping(node, key, level)
         elif get_origin(hint) is list and isinstance(node, yaml.SequenceNode):
             return [self.value(item, key, get_args(hint)[0], level + 1, where, need=hint) for item in node.value]
         elif isinstance(node, yaml.ScalarNode) and node.style in _QUOTED:
@@ -171,6 +176,21 @@ class _Tree:
             except ValueError:
                 pass
         raise wrong_type(where, key, need or hint, f"{key}={_written(node)}")
+
+    def _mapping(self, node: yaml.MappingNode, key: str, level: int) -> dict[str, str]:
+        """Names and scalar values, as texts: what uses the mapping knows their types."""
+        values: dict[str, str] = {}
+        for key_node, value_node in self._merged(node, level):
+            self._count(level + 1)
+            where = self._where(key_node)
+            if not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
+                got = f"{key} with {_written(key_node)}: {_written(value_node)}"
+                raise UserError(where, got=got, need="names with one value each", fix=f"set {key}")
+            if key_node.value in values:
+                got = f"{key}.{key_node.value} again"
+                raise UserError(where, got=got, need="each key once", fix="remove one of them")
+            values[key_node.value] = value_node.value
+        return values
 
     def _merged(self, node: yaml.MappingNode, level: int) -> list[tuple[yaml.Node, yaml.Node]]:
         """The pairs of `node`, and those that it merges (``<<``) and does not have itself."""

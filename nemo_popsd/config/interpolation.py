@@ -21,7 +21,7 @@ _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
 
 
 def escaped(value: object) -> object:
-    """`value`, a text, list or section, escaped so that OmegaConf does not take its texts for interpolations."""
+    """`value`, a text, list, mapping or section, escaped: OmegaConf does not take its texts for interpolations."""
     if is_dataclass(value):
         result = copy.copy(value)  # without its checks: an escaped pattern may be invalid
         for item in fields(value):
@@ -29,6 +29,8 @@ def escaped(value: object) -> object:
         return result
     if isinstance(value, list):
         return [escaped(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: escaped(item) for key, item in value.items()}
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
     return value

@@ -14,7 +14,7 @@ from nemo_popsd.config.documents import read_file, read_override
 from nemo_popsd.config.interpolation import escaped, resolve
 from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.config.values import MISSING, check_text, from_plain
+from nemo_popsd.config.values import MISSING, check_text, from_plain, is_mapping, is_text
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.settings.bounds import Text, declared_rules, hints
@@ -52,6 +52,8 @@ def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence
     values |= dict(_flat(tree, known))
     for override in overrides:
         key, value = read_override(override, known)
+        if is_mapping(known[key]) and isinstance(value, Mapping):
+            value = {**values[key], **value}
         values |= dict(_flat(value, known, f"{key}.")) if is_dataclass(known[key]) else {key: value}
     for key, value in values.items():
         if MISSING in (value if isinstance(value, list) else [value]):
@@ -64,6 +66,9 @@ def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence
             values[key] = check_text(key, value, rule)
         elif isinstance(rule, Text) and isinstance(value, list):
             values[key] = [check_text(key, item, rule) if isinstance(item, str) else item for item in value]
+        elif isinstance(value, Mapping):
+            for name, text in value.items():
+                check_text(f"{key}.{name}", text, Text.LINE)
     config = _build(schema, values)
     if isinstance(config, PopsdConfig):
         check_sections(config)
@@ -87,6 +92,8 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
         where, hint = f"configuration key {key}", known_keys().get(key)
         if hint is None:
             raise unknown_key(where, key)
+        if isinstance(value, bool) and is_text(hint):  # of a version in which the setting was a Boolean
+            value = str(value).lower()
         try:
             values[key] = from_plain(hint, value)
         except ValueError:

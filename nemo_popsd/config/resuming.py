@@ -20,6 +20,10 @@ FREE = (
     "student.source",  # may be moved; the digest of its weights must be the same
     "student.layers",
     "student.recompute",
+    "student.recompute_modules",
+    "student.recompute_method",
+    "student.recompute_layers",
+    "student.gradient_accumulation_fusion",
     "student.frozen_copy",
     "parallel",
     "data.train.path",  # may be moved; the rows must be the same
@@ -34,6 +38,11 @@ FREE = (
     "distillation.fused",
     "distillation.diagnosed_tokens",
     "optimizer.distributed",
+    "optimizer.overlap_grad_reduce",
+    "optimizer.overlap_param_gather",
+    "optimizer.bucket_size",
+    "optimizer.host_share",
+    "megatron.ddp",
     "training.steps",
     "training.microbatch_tokens",
     "training.frozen_tokens",
@@ -67,9 +76,9 @@ def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
         UserError: names the settings that differ and must not.
     """
     before, after = _flat(asdict(old)), _flat(asdict(new))
-    changed = [key for key in after if before.get(key) != after[key] and not _is_free(key)]
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and not _is_free(key)]
     if changed:
-        named = [f"{key}={_short(after[key])} (was {_short(before.get(key))})" for key in changed[:_MOST_NAMED]]
+        named = [f"{key}={_short(after.get(key))} (was {_short(before.get(key))})" for key in changed[:_MOST_NAMED]]
         more = f" and {len(changed) - _MOST_NAMED} more settings" if len(changed) > _MOST_NAMED else ""
         raise UserError(
             "resuming",

@@ -10,6 +10,7 @@ from nemo_popsd.diagnosis.config import DiagnosisConfig
 from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
+from nemo_popsd.megatron.passthrough import MegatronConfig
 from nemo_popsd.observability.config import ObservabilityConfig
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.rollout.config import RolloutConfig
@@ -42,6 +43,8 @@ class PopsdConfig:
     """Target and divergence."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam, schedule, clipping."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """Fields of megatron-core's configuration."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training loop."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

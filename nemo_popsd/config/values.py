@@ -78,6 +78,8 @@ def from_plain(hint: object, value: object) -> object:
     hint = inner(hint)
     if get_origin(hint) is list and isinstance(value, list):
         return [from_plain(get_args(hint)[0], item) for item in value]
+    if is_mapping(hint) and isinstance(value, Mapping):
+        return {str(key): from_plain(str, item) for key, item in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return _as_float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -123,6 +125,8 @@ def describe(hint: object) -> str:
     """A description, in words, of a value of type `hint` in a file."""
     if is_optional(hint):
         return " or ".join([describe(inner(hint)), "null"])
+    if is_mapping(hint):
+        return "a mapping of names to values"
     if get_origin(hint) is list:
         item = get_args(hint)[0]
         examples = {int: "whole numbers, as in [1, 4]", float: "numbers, as in [0.1, 1]", str: "texts, as in [a, b]"}
@@ -133,6 +137,11 @@ def describe(hint: object) -> str:
 def is_text(hint: object) -> bool:
     """Whether `hint` is text, optional or not."""
     return inner(hint) is str
+
+
+def is_mapping(hint: object) -> bool:
+    """Whether `hint` is a mapping of names, which the schema does not list, to texts."""
+    return get_origin(hint) is dict
 
 
 def is_optional(hint: object) -> bool:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_popsd.doctor.findings import Finding
 from nemo_popsd.errors import UserError
+
+if TYPE_CHECKING:
+    from nemo_popsd.config.schema import PopsdConfig
 
 
 def examine_run(
@@ -42,11 +46,26 @@ def examine_run(
             check_training_run(config, world_size=world_size)
     except UserError as error:
         return [Finding("run", error.what, "failed", str(error.got), error.need, error.fix)], output
-    if config.student.layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        got, fix = "transformer_engine, which is not installed", "install it, or set student.layers=auto"
-        return [Finding("run", "student.layers", "failed", got, "layers that are installed", fix)], output
+    for setting, value, off, module in _needed_libraries(config):
+        if importlib.util.find_spec(module) is None:
+            got, fix = f"{value}, which needs {module}, not installed", f"install it, or set {setting}={off}"
+            return [Finding("run", setting, "failed", got, "libraries that are installed", fix)], output
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     return [Finding("run", "configuration", "ok", f"{conf} for {ranks}")], output
+
+
+def _needed_libraries(config: PopsdConfig) -> Iterator[tuple[str, object, object, str]]:
+    """Setting, its value, the value that needs nothing, and the module that the value needs."""
+    student, optimizer = config.student, config.optimizer
+    engine = "transformer_engine"
+    if student.layers == engine:
+        yield "student.layers", student.layers, "auto", engine
+    if student.gradient_accumulation_fusion == "true":
+        yield "student.gradient_accumulation_fusion", "true", "auto", "fused_weight_gradient_mlp_cuda"
+    if optimizer.state_dtype != "fp32":
+        yield "optimizer.state_dtype", optimizer.state_dtype, "fp32", engine
+    if optimizer.host_share:
+        yield "optimizer.host_share", optimizer.host_share, 0, engine
 
 
 def examine_sharing(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 
+from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, StudentConfig
 from nemo_popsd.megatron.interfaces import ModelChunk, ModelProvider
 from nemo_popsd.megatron.limits import refuse_impossible
@@ -22,13 +23,19 @@ from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.distributed import device
 
 
-def build_chunks(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> list[ModelChunk]:
+def build_chunks(
+    provider: ModelProvider,
+    student: StudentConfig,
+    parallel: ParallelConfig,
+    fields: Mapping[str, object] | None = None,
+) -> list[ModelChunk]:
     """Builds this rank's part of the model on its device, with weights that are not yet loaded.
 
     Args:
         provider: a new provider with the architecture; changed in place.
         student: precision, adaptation and gradient checkpointing.
         parallel: the layout; Megatron's process groups must exist.
+        fields: values of further fields of the provider (`megatron.model`).
 
     Returns:
         The bare model chunks (no DDP, no adapters) in the order in which a token passes them: one, or
@@ -62,12 +69,19 @@ def build_chunks(provider: ModelProvider, student: StudentConfig, parallel: Para
     provider.autocast_dtype = provider.params_dtype
     if parallel.pipeline > 1:
         _set_pipeline(provider, parallel)
-    if student.recompute:
+    if student.recompute == "full":
         provider.recompute_granularity = "full"
-        provider.recompute_method = "uniform"
-        provider.recompute_num_layers = 1
+        provider.recompute_method = student.recompute_method
+        provider.recompute_num_layers = student.recompute_layers
+    elif student.recompute == "selective":
+        provider.recompute_granularity = "selective"
+        provider.recompute_modules = list(student.recompute_modules)
     choose_layer_spec(provider, student.layers)
-    provider.finalize()
+    if student.gradient_accumulation_fusion != "auto":
+        provider.gradient_accumulation_fusion = student.gradient_accumulation_fusion == "true"
+    for name, value in (fields or {}).items():
+        setattr(provider, name, value)
+    _finalize(provider, fields or {})
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
     chunks = [provider.provide(vp_stage=stage) for stage in stages]
@@ -94,9 +108,31 @@ def layout_of(model: ModelChunk) -> ParallelConfig:
         sequence=config.sequence_parallel,
         pipeline=config.pipeline_model_parallel_size,
         virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
+        first_stage_layers=config.num_layers_in_first_pipeline_stage or 0,
+        last_stage_layers=config.num_layers_in_last_pipeline_stage or 0,
+        overlap_transfers=config.overlap_p2p_comm,
         context=config.context_parallel_size,
         expert=config.expert_model_parallel_size,
     )
+
+
+def _finalize(provider: ModelProvider, fields: Mapping[str, object]) -> None:
+    """Lets Megatron check its configuration; names the user's fields where it refuses them.
+
+    Raises:
+        UserError: `fields` contradict each other or the rest.
+    """
+    try:
+        provider.finalize()
+    except (AssertionError, ValueError) as error:
+        if not fields:
+            raise
+        raise UserError(
+            "model",
+            got=", ".join(f"megatron.model.{name}={value}" for name, value in fields.items()),
+            need=" ".join(str(error).split()) or "values that agree with each other and with the layout",
+            fix="set megatron.model",
+        ) from error
 
 
 def _set_pipeline(provider: ModelProvider, parallel: ParallelConfig) -> None:
@@ -107,6 +143,9 @@ def _set_pipeline(provider: ModelProvider, parallel: ParallelConfig) -> None:
     for each other: `megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator._communicate_shapes` posts them
     in the same order on all ranks. Its micro-batches therefore have one shape, and its transfers the order of
     `megatron.core.pipeline_parallel.p2p_communication._p2p_ops`, which two stages need.
+
+    Megatron frees the memory of an output once its transfer has begun. NCCL's allocator keeps it until the transfer
+    ends; gloo would send what is written to it next, so there outputs are kept where transfers overlap.
     """
     provider.pipeline_dtype = provider.params_dtype
     interleaved = parallel.virtual_pipeline > 1
@@ -114,6 +153,11 @@ def _set_pipeline(provider: ModelProvider, parallel: ParallelConfig) -> None:
     if interleaved:
         provider.virtual_pipeline_model_parallel_size = parallel.virtual_pipeline
         provider.batch_p2p_comm = False
+        provider.overlap_p2p_comm = parallel.overlap_transfers
+        if parallel.overlap_transfers and device().type == "cpu":
+            provider.deallocate_pipeline_outputs = False
+    provider.num_layers_in_first_pipeline_stage = parallel.first_stage_layers or None
+    provider.num_layers_in_last_pipeline_stage = parallel.last_stage_layers or None
 
 
 def _mark_shards(model: ModelChunk) -> None:

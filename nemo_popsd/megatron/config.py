@@ -7,9 +7,12 @@ from typing import Annotated
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.bounds import Bounds, Text, check_numbers
-from nemo_popsd.settings.checks import one_of
+from nemo_popsd.settings.checks import one_of, refuse
 
 _SIZE = Bounds(1, 2**16)
+
+RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
+"""Parts of a layer that `student.recompute=selective` can recompute, by megatron-core's names."""
 
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does."""
@@ -61,10 +64,44 @@ class StudentConfig:
     layers: str = "auto"
     """`transformer_engine`, `local` (plain torch, on a GPU or a CPU), or `auto`: Transformer Engine on a GPU where it
     imports, else local. Checkpoints are the same; results differ only by rounding."""
-    recompute: bool = False
-    """Gradient checkpointing: recompute each layer in the backward pass."""
+    recompute: str = "none"
+    """What the backward pass computes again instead of keeping it: `none`, `selective` (the parts of a layer that
+    `recompute_modules` names), or `full` (whole layers). `true` stands for `full`, `false` for `none`."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """Parts of a layer for `recompute=selective`: `core_attn` and `mlp`; in a mixture of experts `core_attn`, `moe`,
+    and with Transformer Engine's layers `moe_act` (the experts' activation) and `layernorm` (the norm before them).
+    Fused attention recomputes its scores itself, so `core_attn` saves memory only without it."""
+    recompute_method: str = "uniform"
+    """With `recompute=full`: `uniform` recomputes every layer, `recompute_layers` of them as one unit, and keeps each
+    unit's input; `block` recomputes the first `recompute_layers` layers of each model chunk and keeps what the others
+    compute."""
+    recompute_layers: Annotated[int, _SIZE] = 1
+    """With `recompute=full`: layers of one unit (`uniform`), or recomputed layers of a model chunk (`block`)."""
+    gradient_accumulation_fusion: str = "auto"
+    """Whether the matrix product of a weight's gradient adds to the gradient buffer itself: `true` (needs
+    `fused_weight_gradient_mlp_cuda` of NVIDIA's apex), `false`, or `auto`, on with Transformer Engine's layers where
+    that library imports."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "student")
+        self.recompute = {"true": "full", "false": "none"}.get(self.recompute, self.recompute)
+        one_of("student.recompute", self.recompute, ("none", "selective", "full"))
+        one_of("student.recompute_method", self.recompute_method, ("uniform", "block"))
+        one_of("student.gradient_accumulation_fusion", self.gradient_accumulation_fusion, ("auto", "true", "false"))
+        for module in self.recompute_modules:
+            one_of("student.recompute_modules", module, RECOMPUTED_MODULES)
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise refuse("student.recompute_modules", [], "a part of a layer: student.recompute is selective")
+        below = {"linear_qkv", "linear_proj"} & set(self.lora.targets)
+        within = {"mlp", "moe"} & set(self.recompute_modules)
+        if self.recompute == "selective" and within and self.adaptation == "lora" and not below:
+            # Nothing before the first layer's MLP would be trained, and torch recomputes only what has such an input.
+            raise UserError(
+                "configuration",
+                got=f"student.recompute_modules with {', '.join(within)} and student.lora.targets={self.lora.targets}",
+                need="an adapter before the first MLP, without which its own adapters would get no gradient",
+                fix="add linear_qkv or linear_proj to student.lora.targets, or set student.recompute=full",
+            )
         one_of("student.precision", self.precision, ("bf16", "fp32"))
         one_of("student.adaptation", self.adaptation, ("lora", "full"))
         one_of("student.layers", self.layers, ("auto", "transformer_engine", "local"))
@@ -100,9 +137,73 @@ class OptimizerConfig:
     """Adam's epsilon."""
     clip_grad: Annotated[float, Bounds(1e-6, 1e6, or_zero=True)] = 1.0
     """Largest global gradient norm; 0 does not clip."""
-    distributed: bool = False
-    """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    distributed: str = "auto"
+    """Shard optimizer state over the ranks that hold the same weights, data-parallel and context-parallel ones
+    (Megatron's distributed optimizer): `true`, `false`, or `auto`, on from two such ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce the gradients of a bucket while the backward pass computes those of the next."""
+    overlap_param_gather: bool = False
+    """With `training.updates_per_step` above 1: gather the updated weights of a bucket while the forward pass of the
+    next update computes with those before it. The weights after the last update of a step are gathered at once,
+    because the rollouts read them. Needs `overlap_grad_reduce` and a sharded optimizer state."""
+    bucket_size: Annotated[int, Bounds(1, 2**40, or_zero=True)] = 0
+    """Parameters of a bucket of `overlap_grad_reduce`; 0 is Megatron's choice, 40 million, or 1 million times the
+    data-parallel size if that is more. On pipeline stages after the first one bucket holds all."""
+    grad_dtype: str = "fp32"
+    """`fp32`, or `bf16`, in which gradients are accumulated and reduced: half the memory and traffic, and rounding
+    errors that grow with the number of micro-batches and ranks. Needs `student.precision=bf16`."""
+    state_dtype: str = "fp32"
+    """`fp32`, or `bf16` for both moments (Megatron's precision-aware optimizer); main weights stay fp32. Needs
+    Transformer Engine's Adam, `student.precision=bf16` and a sharded optimizer state."""
+    host_share: Annotated[float, Bounds(0, 1)] = 0.0
+    """Share of the optimizer's state that is kept and updated on the host (Megatron's hybrid optimizer): device memory
+    for transfers and a slow update. Needs a GPU, Transformer Engine, `student.precision=bf16` and a sharded optimizer
+    state."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optimizer")
         one_of("optimizer.decay", self.decay, ("constant", "linear", "cosine"))
+        one_of("optimizer.distributed", self.distributed, ("auto", "true", "false"))
+        one_of("optimizer.grad_dtype", self.grad_dtype, ("fp32", "bf16"))
+        one_of("optimizer.state_dtype", self.state_dtype, ("fp32", "bf16"))
+        if self.distributed == "false" and self.needs_sharding:
+            raise UserError(
+                "configuration",
+                got=f"{self.needs_sharding} with optimizer.distributed=false",
+                need="a sharded optimizer state",
+                fix="set optimizer.distributed=auto or true",
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise UserError(
+                "configuration",
+                got="optimizer.overlap_param_gather=true with optimizer.overlap_grad_reduce=false",
+                need="both: Megatron overlaps the gather of weights only where it overlaps the reduction of gradients",
+                fix="set optimizer.overlap_grad_reduce=true, or optimizer.overlap_param_gather=false",
+            )
+        if self.bucket_size and not self.overlap_grad_reduce:
+            raise UserError(
+                "configuration",
+                got=f"optimizer.bucket_size={self.bucket_size} with optimizer.overlap_grad_reduce=false",
+                need="overlap: without it, all gradients are one bucket",
+                fix="set optimizer.overlap_grad_reduce=true, or optimizer.bucket_size=0",
+            )
+        if self.host_share and self.state_dtype != "fp32":
+            raise UserError(
+                "configuration",
+                got=f"optimizer.host_share={self.host_share} with optimizer.state_dtype={self.state_dtype}",
+                need="fp32: the Adam of the host keeps no other moments",
+                fix="set optimizer.state_dtype=fp32, or optimizer.host_share=0",
+            )
+
+    @property
+    def needs_sharding(self) -> str:
+        """The first setting that only Megatron's distributed optimizer supports, as ``name=value``; "" without one."""
+        if self.overlap_param_gather:
+            return "optimizer.overlap_param_gather=true"
+        if self.state_dtype != "fp32":
+            return f"optimizer.state_dtype={self.state_dtype}"
+        return f"optimizer.host_share={self.host_share}" if self.host_share else ""
+
+    def sharded(self, ranks: int) -> bool:
+        """Whether optimizer state is sharded over `ranks` ranks that hold the same weights."""
+        return self.distributed == "true" or (self.distributed == "auto" and (ranks > 1 or bool(self.needs_sharding)))

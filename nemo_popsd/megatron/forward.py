@@ -117,6 +117,7 @@ def _run_schedule(
 
         def at_responses(hidden_SBH: Tensor, **options: object) -> object:
             """Called on the last stage; keeps the states that predict owned response tokens, [N, H]."""
+            _await_output_weight(chunk)
             return loss(batch, gather_response_states(hidden_SBH, batch.route, split), **options)
 
         return hidden_SBH, at_responses
@@ -133,6 +134,16 @@ def _run_schedule(
         collect_non_loss_data=forward_only,
     )
     return results
+
+
+def _await_output_weight(chunk: ModelChunk | WrappedChunk) -> None:
+    """Waits for the output matrix where the forward pass gathers updated weights: the loss reads it without a module,
+    whose hook would wait. At most one all-gather of its bucket.
+    """
+    if isinstance(chunk, DistributedDataParallel) and chunk.remove_forward_pre_hook_handles:
+        bucket = chunk.param_to_bucket_group.get(output_weight(_bare(chunk)))
+        if bucket is not None:
+            bucket.finish_param_sync()
 
 
 def _packed_params(batch: MicroBatch, local: bool) -> PackedSeqParams | None:
@@ -188,6 +199,12 @@ def frozen_hidden_states(
     return [states[index] for index in range(len(states))]
 
 
+def _no_rows_of_output_weight(chunk: DistributedDataParallel) -> Tensor | float:
+    """0, with a gradient of 0 for a trained output matrix where its bucket is reduced once each weight has one."""
+    weight = output_weight(_bare(chunk))
+    return weight[:0].sum() if chunk.ddp_config.overlap_grad_reduce and weight.requires_grad else 0.0
+
+
 def upstream_of_loss() -> float:
     """Factor by which the backward pass of `forward_backward` multiplies the loss of a micro-batch.
 
@@ -221,8 +238,8 @@ def forward_backward(
     scale = len(batches) * parallel_state.get_data_parallel_world_size()
 
     def scaled(batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, Report | None]:
-        if not batch.sequences:  # no loss, but a gradient of 0 that other ranks may wait for
-            return hidden_NH.sum(), None
+        if not batch.sequences:  # no loss, but gradients of 0 that other ranks may wait for
+            return hidden_NH.sum() + _no_rows_of_output_weight(chunks[-1]), None
         value, report = loss(batch, hidden_NH)
         return value * scale, report
 

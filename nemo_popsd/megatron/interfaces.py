@@ -49,6 +49,10 @@ class ModelProvider(Protocol):
     expert_tensor_parallel_size: int | None
     variable_seq_lengths: bool
     batch_p2p_comm: bool
+    overlap_p2p_comm: bool
+    deallocate_pipeline_outputs: bool
+    num_layers_in_first_pipeline_stage: int | None
+    num_layers_in_last_pipeline_stage: int | None
     parallel_output: bool
     should_pad_vocab: bool
     make_vocab_size_divisible_by: int
@@ -71,6 +75,7 @@ class ModelProvider(Protocol):
     recompute_granularity: str | None
     recompute_method: str | None
     recompute_num_layers: int | None
+    recompute_modules: list[str] | None
     # Layers.
     transformer_layer_spec: ModuleSpec | Callable[..., ModuleSpec]
     bias_dropout_fusion: bool
@@ -163,17 +168,38 @@ class OutputLayer(Protocol):
         """Logits of this rank's vocabulary shard by its own weight or by `weight`, and the bias."""
 
 
+class BucketGroup(Protocol):
+    """Buckets of parameters whose weights are gathered together."""
+
+    def finish_param_sync(self) -> None:
+        """Waits for the gathered weights."""
+
+
 class WrappedChunk(Protocol):
     """A chunk in megatron-core's ``DistributedDataParallel``, which accumulates and reduces its gradients."""
 
     module: ModelChunk
     ddp_config: DistributedDataParallelConfig
+    use_forward_hook: bool
+    """Whether hooks before the modules' forward wait for the gathered weights."""
+    remove_forward_pre_hook_handles: Mapping[torch.nn.Module, object]
+    """Empty while these hooks are disabled."""
+    param_to_bucket_group: Mapping[torch.Tensor, BucketGroup]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Context in which gradients are accumulated and not reduced."""
 
     def zero_grad_buffer(self) -> None:
         """Clears the accumulated gradients."""
+
+    def enable_forward_pre_hook(self) -> None:
+        """Lets the next forward pass gather the updated weights."""
+
+    def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
+        """Removes the hooks; gathers the weights unless `param_sync` is false."""
+
+    def start_param_sync(self, *, force_sync: bool = False) -> None:
+        """Gathers the updated weights, one all-gather for each bucket; waits for them if `force_sync`."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Of the chunk."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 
+from megatron.core.tensor_parallel import layers
+
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron import spec
-from nemo_popsd.megatron.config import StudentConfig
+from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.interfaces import ModelProvider
-from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
+from nemo_popsd.parallel.distributed import device
+from nemo_popsd.runtime.local_layers import transformer_engine_imports
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,8 @@ def refuse_impossible(provider: ModelProvider, student: StudentConfig, parallel:
         UserError: the message names the settings.
     """
     refuse_indivisible(provider, parallel)
+    _refuse_recomputation(provider, student, parallel)
+    _refuse_fused_accumulation(student)
     if spec.on_transformer_engine(student.layers):
         _refuse_for_transformer_engine(provider, student, parallel)
 
@@ -41,7 +47,8 @@ def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> Non
     """
     groups = provider.num_query_groups or provider.num_attention_heads
     experts = provider.num_moe_experts
-    stages = parallel.pipeline * parallel.virtual_pipeline
+    uneven = parallel.first_stage_layers or parallel.last_stage_layers
+    stages = 1 if uneven else parallel.pipeline * parallel.virtual_pipeline
     for what, count, size, setting in (
         ("attention heads", provider.num_attention_heads, parallel.tensor, "parallel.tensor"),
         ("key-value heads", groups, parallel.tensor, "parallel.tensor"),
@@ -55,12 +62,86 @@ def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> Non
                 need=f"a multiple of {size} {what}",
                 fix=f"set {setting}",
             )
+    if uneven and layers_by_stage(parallel, provider.num_layers) is None:
+        raise UserError(
+            "layout",
+            got=f"{provider.num_layers} layers with {parallel.describe()}",
+            need="at least one layer on each stage, as many on all stages whose number is 0, and numbers that "
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} divides",
+            fix="set parallel.first_stage_layers or parallel.last_stage_layers",
+        )
     if experts and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(
             "layout",
             got=f"a mixture of {experts} experts with {parallel.describe()} and parallel.sequence=false",
             need="sequence parallelism together with tensor parallelism, so that no token is dispatched twice",
             fix="set parallel.sequence=true",
+        )
+
+
+def _refuse_recomputation(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> None:
+    """Refuses units that do not divide a model chunk, and parts of a layer that the model does not have or whose
+    recomputation is a part of Transformer Engine.
+    """
+    stages = layers_by_stage(parallel, provider.num_layers) or ()
+    chunks = sorted({layers // parallel.virtual_pipeline for layers in stages})
+    units = student.recompute == "full" and student.recompute_method == "uniform"
+    if units and any(layers % student.recompute_layers for layers in chunks):
+        raise UserError(
+            "model",
+            got=f"student.recompute_layers={student.recompute_layers} with {' and '.join(map(str, chunks))} layers in "
+            f"a model chunk ({parallel.describe()})",
+            need="units that divide them",
+            fix="set student.recompute_layers, or student.recompute_method=block",
+        )
+    if student.recompute != "selective":
+        return
+    experts, fused = bool(provider.num_moe_experts), spec.on_transformer_engine(student.layers)
+    parts = {"core_attn": True, "mlp": not experts, "moe": experts, "moe_act": experts and fused}
+    parts["layernorm"] = experts and fused
+    impossible = [name for name in student.recompute_modules if not parts[name]]
+    if impossible:
+        model = f"a mixture of {provider.num_moe_experts} experts" if experts else "a dense model"
+        raise UserError(
+            "model",
+            got=f"student.recompute_modules with {', '.join(impossible)} for {model} with "
+            f"{spec.chosen_layers(student.layers)} layers",
+            need=f"some of {', '.join(name for name, possible in parts.items() if possible)}",
+            fix="set student.recompute_modules",
+        )
+
+
+def _refuse_fused_accumulation(student: StudentConfig) -> None:
+    """Refuses `student.gradient_accumulation_fusion=true` where its kernel does not import."""
+    if student.gradient_accumulation_fusion == "true" and not layers._grad_accum_fusion_available:
+        raise UserError(
+            "environment",
+            got="student.gradient_accumulation_fusion=true without fused_weight_gradient_mlp_cuda",
+            need="NVIDIA's apex, built with --cuda_ext",
+            fix="install it, or set student.gradient_accumulation_fusion=auto",
+        )
+
+
+def refuse_optimizer(config: OptimizerConfig) -> None:
+    """Refuses an optimizer whose library or device is missing.
+
+    Raises:
+        UserError: the message names the setting.
+    """
+    if config.state_dtype != "fp32" and not transformer_engine_imports():
+        raise UserError(
+            "environment",
+            got=f"optimizer.state_dtype={config.state_dtype} on a machine where Transformer Engine does not import",
+            need="Transformer Engine's FusedAdam",
+            fix="install it, or set optimizer.state_dtype=fp32",
+        )
+    # megatron-core 0.16.1 compares the version of Transformer Engine for it, and fails without one.
+    if config.host_share and not (transformer_engine_imports() and device().type == "cuda"):
+        raise UserError(
+            "environment",
+            got=f"optimizer.host_share={config.host_share} on a machine without a GPU or Transformer Engine",
+            need="both",
+            fix="set optimizer.host_share=0",
         )
 
 

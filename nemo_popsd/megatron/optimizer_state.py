@@ -8,12 +8,14 @@ parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
@@ -32,18 +34,28 @@ class ParameterState:
     parameter: nn.Parameter
     """This rank's tensor-parallel shard."""
     values: dict[str, Tensor]
-    """Flat fp32 views of the optimizer's tensors, by name; empty where this rank has none."""
+    """Flat fp32 views of the optimizer's tensors, by name; copies where `store` is given; empty where this rank has
+    none. Of the share that the optimizer keeps on the host, on the host."""
     begin: int
     """Where the views begin in the flattened shard."""
     group: dist.ProcessGroup
     """Data-parallel ranks that have this shard."""
     split: bool
     """Whether each of these ranks has a part of the state instead of a copy."""
+    store: Callable[[str, Tensor], None] | None = None
+    """Sets a tensor that the optimizer keeps in another precision."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the state's tensors, the same on every rank."""
         return _MOMENTS if self.parameter.dtype == torch.float32 else (*_MOMENTS, MAIN)
+
+    def set(self, name: str, flat: Tensor) -> None:
+        """Sets this rank's part of state `name` to the flat fp32 tensor, rounded where the optimizer rounds it."""
+        if self.store is None:
+            self.values[name].copy_(flat)
+        else:
+            self.store(name, flat.to(self.parameter.device))
 
     def gathered(self, name: str, owner: int) -> Tensor | None:
         """State `name` in the shape of the shard, on rank `owner` of the group; None elsewhere.
@@ -68,7 +80,7 @@ def parameter_states(optimizer: AnyOptimizer) -> Iterator[ParameterState]:
         optimizer: from `get_megatron_optimizer`.
     """
     for part in _parts(optimizer):
-        part.init_state_fn(part.optimizer, part.config)
+        _create_states(part)
         if isinstance(part, DistributedOptimizer):
             yield from _split(part)
         else:
@@ -77,7 +89,7 @@ def parameter_states(optimizer: AnyOptimizer) -> Iterator[ParameterState]:
 
 def step_count(optimizer: AnyOptimizer) -> int:
     """Number of updates that Adam has counted."""
-    counts = {int(count) for part in _parts(optimizer) for count in _counts(part.optimizer)}
+    counts = {int(count) for adam in _adams(optimizer) for count in _counts(adam)}
     assert len(counts) <= 1, counts
     return counts.pop() if counts else 0
 
@@ -88,8 +100,7 @@ def set_step_count(optimizer: AnyOptimizer, steps: int) -> None:
 
     The states must exist.
     """
-    for part in _parts(optimizer):
-        adam = part.optimizer
+    for adam in _adams(optimizer):
         if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
             for state in adam.state.values():
                 state["step"] = torch.tensor(float(steps))
@@ -102,6 +113,41 @@ def _parts(optimizer: AnyOptimizer) -> list[OptimizerPart]:
     """The optimizer, or the members of a chained one, that have parameters on this rank."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if part.optimizer is not None]
+
+
+def _adams(optimizer: AnyOptimizer) -> Iterator[torch.optim.Optimizer]:
+    """The optimizers that update: of a hybrid one those of the host and the device."""
+    for part in _parts(optimizer):
+        adam = part.optimizer
+        yield from adam.sub_optimizers if isinstance(adam, HybridDeviceOptimizer) else [adam]
+
+
+def _create_states(part: OptimizerPart) -> None:
+    """Creates Adam's state where it is missing, as before the first update."""
+    adam = part.optimizer
+    if isinstance(adam, HybridDeviceOptimizer):
+        for inner in adam.sub_optimizers:
+            _create_moments(inner)
+        adam._sync_sub_optimizers_state_to_hdo()
+    elif _keeps_other_precision(part):
+        _create_moments(adam)
+    else:
+        part.init_state_fn(adam, part.config)
+
+
+def _create_moments(adam: torch.optim.Optimizer) -> None:
+    for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
+        if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            zeros = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        else:
+            adam.initialize_state(parameter, False)  # type: ignore[attr-defined]  # Transformer Engine's
+
+
+def _keeps_other_precision(part: OptimizerPart) -> bool:
+    """Whether Transformer Engine's Adam keeps moments in another precision than fp32, and the main weights itself."""
+    aware = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    return bool(aware) and not isinstance(part.optimizer, HybridDeviceOptimizer)
 
 
 def _counts(adam: torch.optim.Optimizer) -> list[Tensor | float]:
@@ -119,7 +165,14 @@ def _split(part: DistributedOptimizer) -> Iterator[ParameterState]:
                 begin = part._get_model_param_range_map(parameter)["param"].start
                 kept = part._get_main_param_and_optimizer_states(parameter)
                 values = _flat(parameter, kept)
-            yield ParameterState(parameter, values, begin, part.data_parallel_group, split=True)
+            store = partial(_store, part, parameter) if values and _keeps_other_precision(part) else None
+            yield ParameterState(parameter, values, begin, part.data_parallel_group, split=True, store=store)
+
+
+def _store(part: DistributedOptimizer, parameter: nn.Parameter, name: str, flat: Tensor) -> None:
+    group, order = part.model_param_group_index_map[parameter]
+    shard = part.optimizer.param_groups[group]["params"][order]
+    part.optimizer.set_scaled_state(shard, "master_param" if name == MAIN else name, flat)
 
 
 def _copies(part: OptimizerPart) -> Iterator[ParameterState]:

@@ -7,8 +7,10 @@ value: tokens then pass through the forward of Megatron's layers, until the fiel
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, fields
+from typing import TYPE_CHECKING
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def _names(text: str) -> frozenset[str]:
@@ -116,6 +118,8 @@ def unsupported_fields(config: TransformerConfig) -> list[str]:
     Covers the fields that `TransformerConfig` declares. Those that a subclass adds are read by layers of other classes,
     which `are_plain` refuses by their type.
     """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     return [
         field.name
         for field in fields(TransformerConfig)

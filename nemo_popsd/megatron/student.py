@@ -19,6 +19,7 @@ from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.forward import output_weight, upstream_of_loss
 from nemo_popsd.megatron.interfaces import ModelChunk, ModelProvider, WrappedChunk
 from nemo_popsd.megatron.optimizer import wrap_for_training
+from nemo_popsd.megatron.passthrough import MegatronConfig
 from nemo_popsd.megatron.response_routing import SequenceSplit
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
@@ -57,6 +58,7 @@ class Student:
         load_initial: LoadWeights,
         load_trained: LoadWeights | None = None,
         base_first: bool = False,
+        megatron: MegatronConfig | None = None,
     ) -> None:
         """Builds the live model. Collective over all ranks.
 
@@ -69,14 +71,16 @@ class Student:
             load_trained: loads a checkpoint into the live model with its adapters; None starts at θ₀.
             base_first: the checkpoint has only adapters, so `load_initial` is called before; otherwise it also has θ₀,
                 or under full fine-tuning all of θ.
+            megatron: fields of megatron-core's configuration.
         """
+        self._megatron = megatron or MegatronConfig()
         self._architecture = architecture
         self._config = config
         self._parallel = parallel
         self._load_initial = load_initial
         self._wrapped: list[WrappedChunk] | None = None
         self.vocab_size = architecture.vocab_size
-        self.chunks: list[ModelChunk] = build_chunks(architecture.provider(), config, parallel)
+        self.chunks: list[ModelChunk] = self._build()
         _refuse_soft_cap(self.chunks[-1])
         self.adapters: Adapters | None = None
         if load_trained is None or base_first:
@@ -95,7 +99,7 @@ class Student:
         """
         if self.adapters is not None:
             return AdaptersOff(self.chunks, self.adapters)
-        copy = build_chunks(self._architecture.provider(), self._config, self._parallel)
+        copy = self._build()
         self._load_initial(copy)
         return FrozenCopy(copy, on_host=self._config.frozen_copy == "host")
 
@@ -185,8 +189,12 @@ class Student:
     def wrap(self, config: OptimizerConfig) -> list[WrappedChunk]:
         """The chunks of the live model in Megatron's DDP, which the first call creates."""
         if self._wrapped is None:
-            self._wrapped = wrap_for_training(self.chunks, config)
+            self._wrapped = wrap_for_training(self.chunks, config, self._megatron.values("ddp"))
         return self._wrapped
+
+    def _build(self) -> list[ModelChunk]:
+        fields = self._megatron.values("model")
+        return build_chunks(self._architecture.provider(), self._config, self._parallel, fields)
 
 
 def _refuse_soft_cap(model: ModelChunk) -> None:

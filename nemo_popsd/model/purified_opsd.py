@@ -32,6 +32,7 @@ from nemo_popsd.errors import StopRequested
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.summary import EvaluationSummary
 from nemo_popsd.megatron.config import StudentConfig
+from nemo_popsd.megatron.limits import refuse_optimizer
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import LoadWeights, Student
 from nemo_popsd.model.callbacks import StepBoundary
@@ -132,6 +133,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             refuse_other_rows(checkpoint, self.data_digest)
         if self.settings.data.validation.path:
             self.setup_validation_data(self.settings.data.validation)
+        refuse_optimizer(self.settings.optimizer)
         self.student = Student(
             self.architecture,
             self.settings.student,
@@ -140,6 +142,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             load_initial=load_initial,
             load_trained=checkpoint.load_trained if checkpoint else None,
             base_first=checkpoint is not None and checkpoint.adapters_only,
+            megatron=self.settings.megatron,
         )
         self.chunks = torch.nn.ModuleList(cast(list[torch.nn.Module], self.student.chunks))
         self._checkpoint = (
@@ -232,6 +235,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             self.settings.optimizer,
             steps=self.settings.training.steps * self.settings.training.updates_per_step,
             bf16=self.settings.student.precision == "bf16",
+            fields=self.settings.megatron.values("optimizer"),
         )
         if self._checkpoint is not None and self._resumes:
             resume_optimizer(self._checkpoint, self.student.chunks, optimizer)

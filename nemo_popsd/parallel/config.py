@@ -4,12 +4,48 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.bounds import Bounds, check_numbers
 
 _SIZE = Bounds(1, 2**16)
+_SIZE_OR_ZERO = Bounds(1, 2**16, or_zero=True)
+
+
+class Stages(Protocol):
+    """How layers are divided over pipeline stages."""
+
+    @property
+    def pipeline(self) -> int:
+        """Stages."""
+
+    @property
+    def virtual_pipeline(self) -> int:
+        """Model chunks of each stage."""
+
+    @property
+    def first_stage_layers(self) -> int:
+        """Layers of the first stage; 0 is as many as the others have."""
+
+    @property
+    def last_stage_layers(self) -> int:
+        """Layers of the last stage; 0 is as many as the others have."""
+
+
+def layers_by_stage(stages: Stages, layers: int) -> tuple[int, ...] | None:
+    """Layers of each pipeline stage, as megatron-core divides `layers`; None where they do not divide.
+
+    Source: `megatron.core.transformer.transformer_block.get_num_layers_to_build`.
+    """
+    first, last = stages.first_stage_layers, stages.last_stage_layers
+    even = stages.pipeline - bool(first) - bool(last)
+    rest = layers - first - last
+    if rest < even or (rest % even if even else rest):
+        return None
+    each = [first or rest // even, *[rest // even if even else 0] * (stages.pipeline - 2), last or rest // even]
+    result = tuple(each) if stages.pipeline > 1 else (layers,)
+    return None if any(size % stages.virtual_pipeline for size in result) else result
 
 
 @dataclass(kw_only=True)
@@ -24,6 +60,13 @@ class ParallelConfig:
     """Pipeline-parallel size: layers are split into this number of stages."""
     virtual_pipeline: Annotated[int, _SIZE] = 1
     """Model chunks of each stage, for the interleaved schedule; above 1 it needs `pipeline` above 1."""
+    first_stage_layers: Annotated[int, _SIZE_OR_ZERO] = 0
+    """Layers of the first stage, which also embeds; 0 is as many as the other stages. Those divide the rest evenly."""
+    last_stage_layers: Annotated[int, _SIZE_OR_ZERO] = 0
+    """Layers of the last stage, which also has the output matrix and the loss; 0 is as many as the other stages."""
+    overlap_transfers: bool = False
+    """Send between stages while the next micro-batch computes; needs the interleaved schedule (`virtual_pipeline` above
+    1), whose transfers are as many times more."""
     context: Annotated[int, _SIZE] = 1
     """Context-parallel size: each sequence is split, for long contexts."""
     expert: Annotated[int, _SIZE] = 1
@@ -45,18 +88,37 @@ class ParallelConfig:
                 need="pipeline stages to interleave",
                 fix="set parallel.pipeline above 1, or parallel.virtual_pipeline=1",
             )
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if getattr(self, name) and self.pipeline == 1:
+                raise UserError(
+                    "configuration",
+                    got=f"parallel.{name}={getattr(self, name)} with parallel.pipeline=1",
+                    need="several pipeline stages",
+                    fix=f"set parallel.pipeline above 1, or parallel.{name}=0",
+                )
+        if self.overlap_transfers and self.virtual_pipeline == 1:
+            raise UserError(
+                "configuration",
+                got="parallel.overlap_transfers=true with parallel.virtual_pipeline=1",
+                need="the interleaved schedule: Megatron overlaps transfers in no other",
+                fix="set parallel.virtual_pipeline above 1, or parallel.overlap_transfers=false",
+            )
 
     @property
     def replica_ranks(self) -> int:
         """Ranks of one data-parallel replica: tensor · pipeline · context."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each dimension that has process groups."""
+        return {name: getattr(self, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert")}
+
     def describe(self) -> str:
-        """The sizes above 1 as settings, or ``parallel.tensor=1`` if all are 1."""
-        names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
-        return " ".join(f"parallel.{n}={getattr(self, n)}" for n in names if getattr(self, n) > 1) or (
-            "parallel.tensor=1"
-        )
+        """The sizes above 1 and uneven stages as settings, or ``parallel.tensor=1`` if all sizes are 1."""
+        shown = [name for name, size in self.sizes.items() if size > 1]
+        shown += [name for name in ("first_stage_layers", "last_stage_layers") if getattr(self, name)]
+        return " ".join(f"parallel.{name}={getattr(self, name)}" for name in shown) or "parallel.tensor=1"
 
     def check_world(self, ranks: int) -> None:
         """Refuses a number of ranks that the layout does not divide.

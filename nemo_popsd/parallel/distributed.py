@@ -86,7 +86,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
     present = _sizes_of_groups()
-    if present.describe() != parallel.describe():
+    if present.sizes != parallel.sizes:
         raise UserError(
             "layout",
             got=f"{parallel.describe()} in a process whose groups were created for {present.describe()}",

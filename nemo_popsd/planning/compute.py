@@ -1,14 +1,16 @@
 """Floating-point operations of one GPU in one step, two per multiply-add. Formulas: docs/planning.md, "FLOPs".
 
-Matrix products and attention are counted. Of several pipeline stages the last one is counted, which has the loss.
+Matrix products and attention are counted. Of several pipeline stages the one with the most work in training is counted:
+the last one, which has the loss, unless another one has so many more layers.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from nemo_popsd.planning.parameters import linears, padded_vocabulary
+from nemo_popsd.planning.recomputation import recomputed
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import reach_of
 
@@ -58,7 +60,7 @@ def layer_weights(case: Case) -> tuple[float, float]:
     return model, adapters
 
 
-def forward(case: Case, tokens: float, squares: float, *, adapters: bool) -> Flops:
+def forward(case: Case, tokens: float, squares: float, *, adapters: bool, layers: int | None = None) -> Flops:
     """One forward of the layers of a rank.
 
     Args:
@@ -66,28 +68,29 @@ def forward(case: Case, tokens: float, squares: float, *, adapters: bool) -> Flo
         tokens: of all sequences, padding included.
         squares: sum of the squares of their lengths, padding included.
         adapters: whether they are on.
+        layers: of the rank's stage; by default the last one's.
     """
     layout, sizes = case.layout, case.sizes
     model, adapter = layer_weights(case)
-    layers = sizes.layers / layout.pipeline
+    layers = layout.stage_layers(sizes.layers)[-1] if layers is None else layers
     linear = 2 * tokens / layout.context * layers * (model + (adapter if adapters else 0))
     attention = 4 * squares * sizes.query_width * layers / (layout.tensor * layout.context)
     return Flops(linear, attention)
 
 
-def training(case: Case, tokens: float, squares: float) -> Flops:
+def training(case: Case, tokens: float, squares: float, *, layers: int | None = None) -> Flops:
     """Forward, recomputation and backward of the student's layers; arguments as `forward`.
 
     The backward of a trained linear costs two forwards, of a frozen one under adapters one; that of attention 2.5.
     """
-    once = forward(case, tokens, squares, adapters=case.lora)
+    once = forward(case, tokens, squares, adapters=case.lora, layers=layers)
     model, adapter = layer_weights(case)
     ratio = (model + 2 * adapter) / (model + adapter) if case.lora else 2.0
     linear = once.linear * (1 + ratio)
     attention = once.attention * 3.5
-    if case.config.student.recompute:
-        linear, attention = linear + once.linear, attention + once.attention
-    elif case.lora and case.layout.pipeline == 1:
+    again = recomputed(case, layers or case.layout.stage_layers(case.sizes.layers)[-1])
+    linear, attention = linear + again.linear * once.linear, attention + again.attention * once.attention
+    if case.lora and case.layout.pipeline == 1 and case.config.student.recompute != "full":
         # Nothing before the first linear is trained, so no gradient is sent back through it.
         first = linears(case.sizes)[0].weights / case.layout.tensor
         linear -= 2 * tokens / case.layout.context * first
@@ -107,11 +110,12 @@ def loss(case: Case, responses: float, diagnosed: float) -> Flops:
     return Flops(0.0, head=2 * case.sizes.hidden * columns * (products * responses + sampled * diagnosed))
 
 
-def decoding(case: Case, rows: float, length: float) -> Flops:
+def decoding(case: Case, rows: float, length: float, *, layers: int | None = None) -> Flops:
     """One step of decoding: a token for each of this rank's `rows`, which attend to `length` positions of the cache."""
     layout, sizes = case.layout, case.sizes
-    linear = forward(case, rows * layout.context, 0, adapters=case.lora).linear
-    cached = 4 * rows * length * sizes.query_width * sizes.layers / layout.pipeline / layout.tensor
+    layers = layout.stage_layers(sizes.layers)[-1] if layers is None else layers
+    linear = forward(case, rows * layout.context, 0, adapters=case.lora, layers=layers).linear
+    cached = 4 * rows * length * sizes.query_width * layers / layout.tensor
     head = 2 * rows * sizes.hidden * padded_vocabulary(sizes, layout) / layout.tensor
     return Flops(linear, cached=cached, head=head)
 
@@ -128,11 +132,11 @@ class StepFlops:
     """Student and loss."""
 
 
-def prefill(case: Case) -> Flops:
+def prefill(case: Case, *, layers: int | None = None) -> Flops:
     """Operations of the forward that fills the cache with a rank's prompts, without their last tokens."""
     length = case.means.prompt - 1
     tokens = case.generated_rows * length * case.layout.context  # no sequence is split while decoding
-    return forward(case, tokens, tokens * length, adapters=case.lora)
+    return forward(case, tokens, tokens * length, adapters=case.lora, layers=layers)
 
 
 def attended(case: Case) -> float:
@@ -144,12 +148,24 @@ def attended(case: Case) -> float:
 
 
 def step(case: Case) -> StepFlops:
-    """Operations of one step."""
+    """Operations of one step on the stage that has the most work in training."""
+    stages = case.layout.stage_layers(case.sizes.layers)
+    last = _of_stage(case, stages[-1], last=True)
+    if max(stages) == stages[-1]:
+        return last
+    return max(last, _of_stage(case, max(stages), last=False), key=lambda flops: flops.training.needed)
+
+
+def _of_stage(case: Case, layers: int, *, last: bool) -> StepFlops:
+    """Operations of one step on a stage with this number of layers; the last one has the output matrix and the loss."""
     rows, mean = case.rows, case.means
-    decoded = decoding(case, case.generated_rows, attended(case)) * mean.response
+    decoded = decoding(case, case.generated_rows, attended(case), layers=layers)
     lengths = [mean.of(branch) for branch in case.branches]
-    frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False)
-    trained = training(case, rows * mean.student, rows * mean.student**2)
-    responses = case.owned_rows * mean.response
-    head = loss(case, responses, min(case.config.distillation.diagnosed_tokens, responses))
-    return StepFlops(prefill(case) + decoded, frozen, trained + head)
+    frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False, layers=layers)
+    trained = training(case, rows * mean.student, rows * mean.student**2, layers=layers)
+    if last:
+        responses = case.owned_rows * mean.response
+        trained += loss(case, responses, min(case.config.distillation.diagnosed_tokens, responses))
+    else:
+        decoded = replace(decoded, head=0.0)
+    return StepFlops(prefill(case, layers=layers) + decoded * mean.response, frozen, trained)

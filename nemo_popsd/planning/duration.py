@@ -17,7 +17,7 @@ class Seconds:
     compute: float
     """Arithmetic; in decoding the slowest of arithmetic, reading weights and cache, and launching kernels."""
     communication: float
-    """Collectives, transfers and copies from the host, as if nothing overlapped with them."""
+    """Collectives, transfers and copies from the host, without the part that training hides behind its arithmetic."""
     bubble: float
     """Waiting for other pipeline stages."""
 
@@ -65,7 +65,7 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
         ),
         training=Seconds(
             trained_seconds + case.updates * _update(case),
-            _sent(case, moved.training),
+            _sent(case, moved.training) - _hidden(case, moved, trained_seconds),
             trained_seconds * stages_waited / case.microbatches / layout.virtual_pipeline,
         ),
         overlap=case.config.rollout.overlap and bool(case.config.rollout.vllm.launcher),
@@ -99,26 +99,55 @@ def _weights_read(case: Case) -> int:
 
 
 def _update(case: Case) -> float:
-    """Reading and writing gradients, moments and weights once each."""
-    hardware, layout = case.plan.hardware, case.layout
+    """Reading and writing gradients, moments and weights once each; of the share on the host, sending gradients there
+    and weights back, without the host's arithmetic.
+    """
+    hardware, layout, share = case.plan.hardware, case.layout, case.config.optimizer.host_share
     touched = 0.0
     for stage in stages(case.sizes, layout):
         parameters = count(case.sizes, layout, stage, case.config.student.lora if case.lora else None)
         dense, experts = trained(case, parameters)
-        if case.config.optimizer.distributed:
+        if case.shards_state:
             touched = max(touched, dense / layout.dense_replicas + experts / layout.expert_replicas)
         else:
             touched = max(touched, float(dense + experts))
-    return touched * (4 + 2 * 12 + case.element) / (hardware.memory_gb_s * 1e9 * hardware.memory_efficiency)
+    state = 2 * (8 if case.config.optimizer.state_dtype == "bf16" else 12)
+    on_device = touched * (1 - share) * (case.gradient_element + state + case.element)
+    sent = touched * share * (case.gradient_element + case.element)
+    return on_device / (hardware.memory_gb_s * 1e9 * hardware.memory_efficiency) + sent / (
+        hardware.host_gb_s * 1e9 * hardware.link_efficiency
+    )
+
+
+def _hidden(case: Case, moved: traffic.StepTraffic, computing: float) -> float:
+    """Seconds of communication in training behind which the GPU computes, of `computing` seconds of arithmetic.
+
+    A backward takes two thirds of the arithmetic. Gradients are reduced in the last one of an update, weights are
+    gathered in the first forward of the next update in the step.
+    """
+    optimizer, updates = case.config.optimizer, case.updates
+    microbatch = computing / updates / case.microbatches
+    gathered = moved.weight_gather / updates
+    reduced = (moved.training.data - moved.weight_gather) / updates
+    hidden = 0.0
+    if optimizer.overlap_grad_reduce:
+        hidden += updates * min(_seconds(case, "data", reduced), microbatch * 2 / 3)
+    if optimizer.overlap_param_gather:
+        hidden += (updates - 1) * min(_seconds(case, "data", gathered), microbatch / 3)
+    if case.layout.overlap_transfers:
+        hidden += min(_seconds(case, "pipeline", moved.training.pipeline), computing)
+    return hidden
 
 
 def _sent(case: Case, phase: traffic.Phase) -> float:
-    hardware, layout = case.plan.hardware, case.layout
-    seconds = 0.0
-    for item in fields(phase):
-        link = hardware.network_gb_s if layout.spans_nodes(item.name) else hardware.node_gb_s
-        seconds += getattr(phase, item.name) / (link * 1e9 * hardware.link_efficiency)
-    return seconds
+    return sum(_seconds(case, item.name, getattr(phase, item.name)) for item in fields(phase))
+
+
+def _seconds(case: Case, dimension: str, sent: float) -> float:
+    """Seconds to send this many bytes in a group of `dimension`."""
+    hardware = case.plan.hardware
+    link = hardware.network_gb_s if case.layout.spans_nodes(dimension) else hardware.node_gb_s
+    return sent / (link * 1e9 * hardware.link_efficiency)
 
 
 def _peak(case: Case) -> float:

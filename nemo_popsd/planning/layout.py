@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
 from nemo_popsd.planning.sizes import ModelSizes
 
 DIMENSIONS = tuple(item.name for item in fields(ParallelConfig))
@@ -27,6 +27,12 @@ class Layout:
     """p, stages."""
     virtual_pipeline: int = 1
     """v, chunks of layers of each stage."""
+    first_stage_layers: int = 0
+    """Layers of the first stage; 0 is as many as the others have."""
+    last_stage_layers: int = 0
+    """Layers of the last stage; 0 is as many as the others have."""
+    overlap_transfers: bool = False
+    """Whether stages send while they compute."""
     context: int = 1
     """c."""
     expert: int = 1
@@ -51,6 +57,12 @@ class Layout:
     def data(self) -> int:
         """D = G / (t·p·c), data-parallel size."""
         return self.world // self.replica
+
+    def stage_layers(self, layers: int) -> tuple[int, ...]:
+        """Layers of each stage; the layout must divide them (see `misfits`)."""
+        each = layers_by_stage(self, layers)
+        assert each is not None, (self, layers)
+        return each
 
     @property
     def expert_tensor(self) -> int:
@@ -98,7 +110,15 @@ def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
     divide("query heads", sizes.heads, "parallel.tensor", layout.tensor)
     divide("key-value heads", sizes.groups, "parallel.tensor", layout.tensor)
     divide("MLP columns", sizes.intermediate, "parallel.tensor", layout.expert_tensor)
-    divide("layers", sizes.layers, "pipeline·virtual_pipeline", layout.pipeline * layout.virtual_pipeline)
+    if not layout.first_stage_layers and not layout.last_stage_layers:
+        divide("layers", sizes.layers, "pipeline·virtual_pipeline", layout.pipeline * layout.virtual_pipeline)
+    elif layout.pipeline == 1 or layers_by_stage(layout, sizes.layers) is None:
+        reasons.append(
+            f"{sizes.layers} layers do not divide by parallel.pipeline={layout.pipeline} with "
+            f"parallel.first_stage_layers={layout.first_stage_layers}, "
+            f"parallel.last_stage_layers={layout.last_stage_layers} and "
+            f"parallel.virtual_pipeline={layout.virtual_pipeline}"
+        )
     if layout.tensor > layout.gpus_per_node:
         reasons.append(f"parallel.tensor={layout.tensor} reaches beyond a node of {layout.gpus_per_node} GPUs")
     if layout.expert > 1:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
 from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
 from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, total_parameters
+from nemo_popsd.planning.recomputation import recomputed_layers, recomputes, recomputes_mlp
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
 
@@ -45,11 +49,30 @@ def kept_by_layer(case: Case) -> LayerActivations:
     attention = _local_attention(case) if plain else _transformer_engine_attention(case)
     dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
     adapters = len(case.config.student.lora.targets) * case.config.student.lora.rank if case.lora else 0
+    mlp = (5 if plain else 3) * width * visits
+    if recomputes(case, "core_attn"):
+        attention -= _within_core_attention(case)
+    if sizes.experts and recomputes(case, "layernorm"):  # the only norm that is not a part of a linear
+        residual -= 1
+    if recomputes(case, "moe_act"):
+        mlp -= width * visits
+    if recomputes_mlp(case):
+        mlp = dispatched = 0
     return LayerActivations(
         replicated=residual * sizes.hidden + dispatched + adapters,
         attention=attention,
-        mlp=(5 if plain else 3) * width * visits,
+        mlp=mlp,
     )
+
+
+def _within_core_attention(case: Case) -> int:
+    """Elements per token that attention keeps besides its inputs and its output."""
+    elements = _repeated_heads(case)
+    if case.plain:
+        elements += case.sizes.query_width  # the output in the order of the kernel
+    elif case.element == 4:
+        elements += 2 * case.sizes.heads * case.limits.student
+    return elements
 
 
 def _local_attention(case: Case) -> int:
@@ -121,11 +144,26 @@ def activation_bytes(case: Case, stage: Stage) -> float:
     if stage.first and layout.pipeline > 1:
         interleaving = 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual_pipeline)
         in_flight = min(layout.pipeline, case.microbatches) * (interleaving if layout.virtual_pipeline > 1 else 1)
-    if case.config.student.recompute:
-        elements = in_flight * stage.layers * residual + layer + backward
+    whole = recomputed_layers(case, stage.layers)
+    if whole == stage.layers and stage.layers:
+        unit = case.config.student.recompute_layers if case.config.student.recompute_method == "uniform" else 1
+        elements = in_flight * math.ceil(stage.layers / unit) * residual + min(unit, stage.layers) * layer + backward
     else:
-        elements = in_flight * (stage.layers * layer + 3 * residual) + backward
+        # `block` recomputes the first layers, whose backward comes when the activations of the others are free again.
+        kept = whole * residual + (stage.layers - whole) * layer
+        elements = in_flight * (kept + 3 * residual) + backward + _recomputed_part(case, layer)
     return tokens * elements * case.element
+
+
+def _recomputed_part(case: Case, kept: float) -> float:
+    """Elements per token that the backward of one layer recomputes under `student.recompute=selective`."""
+    if case.config.student.recompute != "selective":
+        return 0.0
+    student = copy.copy(case.config.student)
+    student.recompute = "none"
+    config = copy.copy(case.config)
+    config.student = student
+    return kept_by_layer(dataclasses.replace(case, config=config)).per_rank(case) - kept
 
 
 def loss_bytes(case: Case) -> float:
@@ -161,10 +199,11 @@ def server_bytes(case: Case) -> float:
 
 
 def optimizer_bytes(case: Case, parameters: Parameters) -> float:
-    """Bytes of Adam's moments in fp32, and of fp32 main weights where the model is bf16."""
-    each = 12 if case.element == 2 else 8
+    """Bytes of Adam's moments and, where the model is bf16, of fp32 main weights, on the device and the host."""
+    moments = 4 if case.config.optimizer.state_dtype == "bf16" else 8
+    each = moments + (4 if case.element == 2 else 0)
     dense, experts = trained(case, parameters)
-    if not case.config.optimizer.distributed:
+    if not case.shards_state:
         return each * (dense + experts)
     return each * (dense / case.layout.dense_replicas + experts / case.layout.expert_replicas)
 
@@ -187,7 +226,8 @@ class Memory:
     copy_on_host: float
     """Bytes of the frozen copy that are on the host, and are copied to the device once per step."""
     host: float
-    """Pinned bytes of the host for this GPU: the copy, and the frozen passes' states where they are kept there."""
+    """Bytes of the host for this GPU: the copy, the frozen passes' states and the optimizer's state, or what of them is
+    kept there."""
 
     def peak(self, phase: str) -> float:
         """Most bytes in `phase`."""
@@ -214,14 +254,15 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
     copy, matrix = parameters.model * case.element, parameters.vocabulary * case.element
     offloaded = not case.lora and student.frozen_copy == "host"
     kept_matrix = matrix if stage.last else 0
+    state, host_share = optimizer_bytes(case, parameters), case.config.optimizer.host_share
     standing = {
         "weights": float(parameters.all * case.element),
-        "gradients": 4.0 * (dense + experts),
-        "optimizer": optimizer_bytes(case, parameters),
+        "gradients": float(case.gradient_element * (dense + experts)),
+        "optimizer": state * (1 - host_share),
         "frozen copy": 0.0 if case.lora else float(kept_matrix if offloaded else copy),
     }
-    state = sizes.hidden * (len(case.branches) * case.element + case.target.summed_bytes)
-    states = case.owned_rows * case.limits.response * state if stage.last else 0
+    token = sizes.hidden * (len(case.branches) * case.element + case.target.summed_bytes)
+    states = case.owned_rows * case.limits.response * token if stage.last else 0
     cached = case.config.training.cache_on_host
     rollout = case.config.rollout
     sampled = 24 if rollout.top_p == 1 or rollout.temperature == 0 or 0 < rollout.top_k < sizes.vocab else 56
@@ -252,4 +293,4 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         for phase in ("frozen", "training"):
             phases[phase]["vLLM"] = server_bytes(case)
     copied = float(copy - kept_matrix) if offloaded else 0.0
-    return Memory(standing, phases, copied, copied + (states if cached else 0.0))
+    return Memory(standing, phases, copied, copied + (states if cached else 0.0) + state * host_share)

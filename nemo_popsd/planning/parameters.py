@@ -65,7 +65,7 @@ class Stage:
     """A pipeline stage."""
 
     layers: int
-    """L/p."""
+    """L/p, or what `parallel.first_stage_layers` and `parallel.last_stage_layers` leave."""
     first: bool
     """Whether it embeds."""
     last: bool
@@ -73,11 +73,14 @@ class Stage:
 
 
 def stages(sizes: ModelSizes, layout: Layout) -> tuple[Stage, ...]:
-    """The stages that can have the most parameters: the first and the last, or the only one."""
-    layers = sizes.layers // layout.pipeline
+    """The stages that can have the most parameters or activations: the first, one of those between where they have more
+    layers than it, and the last; or the only stage.
+    """
+    layers = layout.stage_layers(sizes.layers)
     if layout.pipeline == 1:
-        return (Stage(layers, first=True, last=True),)
-    return (Stage(layers, first=True, last=False), Stage(layers, first=False, last=True))
+        return (Stage(layers[0], first=True, last=True),)
+    between = [Stage(layers[1], first=False, last=False)] if layers[1:-1] and layers[1] > layers[0] else []
+    return (Stage(layers[0], first=True, last=False), *between, Stage(layers[-1], first=False, last=True))
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ def _candidates(case: Case) -> Iterator[Changes]:
         for name, values in sizes.items()
         if name in DIMENSIONS
     }
-    for name in ("optimizer.distributed", "student.recompute"):
-        choices[name] = [True] if case.setting(name) else [False, True]
+    for name, off, on in (("optimizer.distributed", "false", "true"), ("student.recompute", "none", "full")):
+        choices[name] = [off, on] if case.setting(name) == off else [case.setting(name)]
     if not case.lora:
         choices["student.frozen_copy"] = [*sorted({case.config.student.frozen_copy, "host"})]
     for values in itertools.product(*choices.values()):
@@ -123,6 +123,9 @@ def _candidates(case: Case) -> Iterator[Changes]:
             changes["parallel.sequence"] = layout.sequence if kept else changes["parallel.tensor"] != 1
         if "virtual_pipeline" in DIMENSIONS and changes.get("parallel.pipeline") == 1:
             changes["parallel.virtual_pipeline"] = 1
+            changes["parallel.overlap_transfers"] = False
+        if changes["parallel.pipeline"] != layout.pipeline:
+            changes["parallel.first_stage_layers"] = changes["parallel.last_stage_layers"] = 0
         yield {name: value for name, value in changes.items() if value != case.setting(name)}
 
 
@@ -139,16 +142,24 @@ def _powers(largest: int) -> list[int]:
     return [2**power for power in range(largest.bit_length())]
 
 
+_FOLLOWING = tuple(
+    f"parallel.{name}" for name in ("sequence", "overlap_transfers", "first_stage_layers", "last_stage_layers")
+)
+
+
 def _distance(case: Case, changes: Changes) -> float:
     """Distance from the request: doublings and halvings of sizes, plus 1 for each other setting.
 
-    `parallel.sequence` does not count, since it follows the tensor-parallel size.
+    `parallel.sequence`, which follows the tensor-parallel size, does not count, nor do the settings that another number
+    of stages sets back.
     """
     distance = 0.0
     for name, value in changes.items():
         before = case.setting(name)
+        if name in _FOLLOWING:
+            continue
         if isinstance(value, bool) or not isinstance(value, int):
-            distance += name != "parallel.sequence"
+            distance += 1
         else:
             assert isinstance(before, int)
             distance += abs(math.log2(value / before))

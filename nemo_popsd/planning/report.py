@@ -46,8 +46,10 @@ def shape(case: Case) -> str:
     )
     parts = [f"{name}{size}" for name, size in names if size > 1]
     parts += ["SP"] if layout.sequence else []
+    if layout.first_stage_layers or layout.last_stage_layers:
+        parts.append("stages of " + "-".join(map(str, layout.stage_layers(case.sizes.layers))))
     parts.append(f"DP{layout.data}")
-    return "·".join(parts) + (" distributed" if case.config.optimizer.distributed else "")
+    return "·".join(parts) + (" distributed" if case.shards_state else "")
 
 
 def overrides(changes: Changes) -> str:
@@ -172,9 +174,9 @@ def _training(case: Case) -> str:
     kind = f"all weights, frozen copy on the {student.frozen_copy}"
     if case.lora:
         kind = f"LoRA of rank {student.lora.rank}"
-    recompute = ", recompute" if student.recompute else ""
+    recompute = {"none": "", "full": ", recompute", "selective": ", recompute " + "+".join(student.recompute_modules)}
     limits = f"at most {lengths.prompt} prompt, {lengths.reference} reference, {lengths.response} response tokens"
-    return f"{kind}, {student.precision}{recompute}; {limits}"
+    return f"{kind}, {student.precision}{recompute[student.recompute]}; {limits}"
 
 
 def _step(case: Case) -> str:

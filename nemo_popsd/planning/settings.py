@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nemo_popsd.config.keys import known_keys, unknown_key
 from nemo_popsd.config.loading import load_schema
+from nemo_popsd.config.values import is_mapping
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.settings.checks import shown
 
@@ -25,7 +26,7 @@ def split_settings(words: Sequence[str]) -> tuple[PlanConfig, list[str]]:
         if key in plan_keys:
             without_brackets = key == "nodes" and not text.startswith("[")
             plan_words.append(f"nodes=[{text}]" if without_brackets else word)
-        elif not key or not equals or key in run_keys:
+        elif not key or not equals or key in run_keys or is_mapping(run_keys.get(key.rpartition(".")[0])):
             run_words.append(word)
         else:
             raise unknown_key(f"override {shown(word)}", key, {**plan_keys, **run_keys})

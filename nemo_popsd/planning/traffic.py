@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nemo_popsd.planning.memory import trained
 from nemo_popsd.planning.parameters import count, stages
+from nemo_popsd.planning.recomputation import recomputed
 from nemo_popsd.planning.workload import Case
 
 
@@ -24,7 +25,7 @@ def tensor_forward(case: Case, tokens: float, *, adapters: bool) -> float:
     or a sum of [tokens, rank] for each, and a gather of [tokens, H] for those whose inputs are split.
     """
     layout, sizes = case.layout, case.sizes
-    layers = sizes.layers / layout.pipeline
+    layers = max(layout.stage_layers(sizes.layers))
     width = 2 * sizes.hidden * (2 * layers + 1 / layout.pipeline)
     if adapters:
         for name in case.config.student.lora.targets:
@@ -41,12 +42,12 @@ def tensor_backward(case: Case, tokens: float) -> float:
     inputs a layer once more.
     """
     layout, sizes, student = case.layout, case.sizes, case.config.student
-    layers = sizes.layers / layout.pipeline
+    layers = max(layout.stage_layers(sizes.layers))
     width = 4.0 * sizes.hidden * layers
     if case.lora:
         full_inputs = [name for name in student.lora.targets if name in ("linear_qkv", "linear_fc1")]
         width += 2 * layers * (sizes.hidden * len(full_inputs) + student.lora.rank * len(student.lora.targets))
-        if not student.recompute and layout.pipeline == 1:
+        if student.recompute != "full" and layout.pipeline == 1:
             width -= 2 * sizes.hidden  # nothing before the first linear is trained
     elif layout.sequence:
         width += 2 * sizes.hidden * layers
@@ -56,7 +57,7 @@ def tensor_backward(case: Case, tokens: float) -> float:
 def context_forward(case: Case, tokens: float) -> float:
     """Bytes of keys and values gathered over the context-parallel ranks in one forward."""
     layout, sizes = case.layout, case.sizes
-    layers = sizes.layers / layout.pipeline
+    layers = max(layout.stage_layers(sizes.layers))
     return _ring(layout.context) * 2 * tokens * sizes.key_width / layout.tensor * layers * case.element
 
 
@@ -76,7 +77,7 @@ def expert_forward(case: Case, tokens: float) -> float:
         return 0.0
     spread = layout.tensor if layout.sequence else 1
     each = tokens / layout.context / spread * sizes.experts_per_token * sizes.hidden
-    return _ring(layout.expert) * 2 * each * sizes.layers / layout.pipeline * case.element
+    return _ring(layout.expert) * 2 * each * max(layout.stage_layers(sizes.layers)) * case.element
 
 
 def sampling_calls(case: Case) -> int:
@@ -98,8 +99,8 @@ def sampling(case: Case) -> float:
 
 
 def reduction(case: Case) -> dict[str, float]:
-    """Bytes of one update: fp32 gradients reduced over data-parallel ranks, and with the distributed optimizer the
-    updated weights gathered.
+    """Bytes of one update: gradients reduced over data-parallel ranks, and with the distributed optimizer the updated
+    weights gathered.
     """
     layout, student = case.layout, case.config.student
     gradients = weights = 0.0
@@ -107,8 +108,8 @@ def reduction(case: Case) -> dict[str, float]:
         parameters = count(case.sizes, layout, stage, student.lora if case.lora else None)
         dense, experts = trained(case, parameters)
         moved = dense * _ring(layout.dense_replicas) + experts * _ring(layout.expert_replicas)
-        gradients, weights = max(gradients, 4 * moved), max(weights, case.element * moved)
-    if case.config.optimizer.distributed:
+        gradients, weights = max(gradients, case.gradient_element * moved), max(weights, case.element * moved)
+    if case.shards_state:
         return {"gradients": gradients, "weight gather": weights}
     return {"gradients": 2 * gradients}
 
@@ -160,14 +161,16 @@ def step(case: Case, *, from_host: float) -> StepTraffic:
         expert=expert_forward(case, tokens),
     )
     student = rows * mean.student
-    passes = 2 if case.config.student.recompute else 1
+    again = recomputed(case, max(layout.stage_layers(sizes.layers)))
     loss = 2 * case.owned_rows * mean.response * sizes.hidden * case.element * _ring(layout.tensor)
     reduced = {name: case.updates * sent for name, sent in reduction(case).items()}
     trained_phase = Phase(
-        tensor=passes * tensor_forward(case, student, adapters=case.lora) + tensor_backward(case, student) + loss,
-        context=(passes + 1) * context_forward(case, student),
+        tensor=(1 + again.tensor_collectives) * tensor_forward(case, student, adapters=case.lora)
+        + tensor_backward(case, student)
+        + loss,
+        context=(2 + again.attention) * context_forward(case, student),
         pipeline=2 * stage_transfer(case, student),
-        expert=(passes + 1) * expert_forward(case, student),
+        expert=(2 + again.expert_collectives) * expert_forward(case, student),
         data=sum(reduced.values()),
     )
     return StepTraffic(rollout, frozen, trained_phase, reduced.get("weight gather", 0.0), from_host)

@@ -101,6 +101,16 @@ class Case:
         return self.config.student.adaptation == "lora"
 
     @property
+    def gradient_element(self) -> int:
+        """Bytes in which a gradient is accumulated and reduced."""
+        return 2 if self.config.optimizer.grad_dtype == "bf16" else 4
+
+    @property
+    def shards_state(self) -> bool:
+        """Whether optimizer state is sharded over the ranks that hold the same weights."""
+        return self.config.optimizer.sharded(self.layout.dense_replicas)
+
+    @property
     def plain(self) -> bool:
         """Whether layers keep what plain torch keeps: the run asks for local layers, or the plan for `plain` ones."""
         return self.config.student.layers == "local" or self.plan.workload.layers == "plain"

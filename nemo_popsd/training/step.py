@@ -101,7 +101,7 @@ class OnPolicyStep:
             states = self._branches.target_states(trajectories)
         computed, reports = self._branches.computed, []
         with watch.phase("train"):
-            for part in parts:
+            for number, part in enumerate(parts, start=1):
                 part_states, states = states[: len(part)], states[len(part) :]
                 batches = student_batches(
                     self._student.chunks,
@@ -112,6 +112,7 @@ class OnPolicyStep:
                 computed += TokenCount.of(batches)
                 reported = self._accumulate(part, batches, part_states, optimizer)
                 refuse_non_finite(step, reported, [t.row_id for t in part], optimizer.prepare())
+                optimizer.update_follows = number < len(parts)
                 update()
                 refuse_non_finite_update(step, optimizer.trained, optimizer.learning_rate)
                 reports += reported

@@ -23,6 +23,7 @@ from tests.training.layouts import randomize_adapters
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline": 2},
     "pp2 vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "pp2 uneven": {"pipeline": 2, "last_stage_layers": 1},
     "tp2 sp": {"tensor": 2, "sequence": True},
     "cp2": {"context": 2},
 }

@@ -31,7 +31,7 @@ LAYOUTS["tp2 split"] = (2, 2, True)
 
 def _optimizer(source: Path, name: str, tensor: int, split: bool) -> tuple[Any, StudentOptimizer]:
     student = build_student(source / ("tied" if name == "tied" else "plain"), tensor=tensor, **CASES[name])
-    settings = OptimizerConfig(distributed=split)
+    settings = OptimizerConfig(distributed=str(split).lower())
     bf16 = CASES[name].get("precision") == "bf16"
     return student, StudentOptimizer(student.wrap(settings), settings, steps=5, bf16=bf16)
 

@@ -15,6 +15,7 @@ from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.ownership import EXPORT, RUN, write_mark
+from nemo_popsd.megatron.config import OptimizerConfig
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.training.config import TrainingConfig
 
@@ -58,6 +59,31 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused() -> None:
     config.optimizer.min_lr *= 2
     with pytest.raises(UserError, match=r"optimizer\.min_lr"):
         check_sections(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"overlap_param_gather": True, "overlap_grad_reduce": True},
+            r"updates_per_step=1;.*set optimizer\.",
+        ),
+        ({"grad_dtype": "bf16"}, r"grad_dtype=bf16 with student\.precision=fp32.*student\.precision=bf16"),
+        ({"state_dtype": "bf16"}, r"state_dtype=bf16 with student\.precision=fp32"),
+        ({"host_share": 0.5}, r"host_share=0\.5 with student\.precision=fp32.*optimizer\.host_share=0"),
+    ],
+)
+def test_settings_of_the_optimizer_that_the_run_has_no_use_for_are_refused(
+    settings: dict[str, object], message: str
+) -> None:
+    config = PopsdConfig()
+    check_sections(config)
+    config.student.precision = "fp32"
+    config.optimizer = OptimizerConfig(**settings)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=message):
+        check_sections(config)
+    config.student.precision, config.training.updates_per_step = "bf16", 2
+    check_sections(config)
 
 
 @pytest.mark.parametrize(("tensor", "prompts", "world"), [(1, 32, 1), (2, 32, 2), (2, 30, 6), (4, 1, 4)])

@@ -17,7 +17,7 @@ def test_every_free_setting_exists() -> None:
 def test_free_settings_may_change() -> None:
     new = PopsdConfig(name="other", overwrite=True)
     new.training.steps = new.training.checkpoint_every = 7
-    new.parallel.tensor, new.optimizer.distributed = 2, True
+    new.parallel.tensor, new.optimizer.distributed = 2, "true"
     new.observability.wandb.project, new.evaluation.problems = "p", 3
     refuse_another_run(PopsdConfig(), new)
 

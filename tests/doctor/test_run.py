@@ -36,12 +36,23 @@ def test_a_run_that_can_start_passes(tmp_path: Path) -> None:
         ("training.prompts_per_step=31", "set training.prompts_per_step="),
         ("training.stepz=3", "training.steps"),
         ("student.layers=transformer_engine", "set student.layers=auto"),
+        ("student.gradient_accumulation_fusion=true", "set student.gradient_accumulation_fusion=auto"),
     ],
 )
 def test_a_failure_states_its_fix(tmp_path: Path, override: str, message: str) -> None:
     text, _ = run(f"output={tmp_path}", override, world_size=2)
     assert text.startswith("failed ")
     assert message in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "off"), [("state_dtype=bf16", "state_dtype=fp32"), ("host_share=0.5", "host_share=0")]
+)
+def test_a_library_of_the_optimizer_is_missing(tmp_path: Path, setting: str, off: str) -> None:
+    text, _ = run(f"output={tmp_path}", "student.precision=bf16", f"optimizer.{setting}")
+    assert text.startswith("failed ")
+    assert "needs transformer_engine, not installed" in text
+    assert f"set optimizer.{off}" in text
 
 
 def test_an_evaluation_needs_its_checkpoint_and_its_rows(tmp_path: Path) -> None:

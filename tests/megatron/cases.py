@@ -61,7 +61,8 @@ def loss_function(student: Any, rows: Sequence[int]) -> Callable[..., tuple[Tens
     def loss(batch: Any, hidden_NH: Tensor) -> tuple[Tensor, float]:
         chosen = [rows[row] for row in batch.sequences]
         main_gradient = student.main_gradient
-        assert (main_gradient is not None) == student.weight.requires_grad
+        trained = student.weight.requires_grad and student.weight.main_grad.dtype == torch.float32
+        assert (main_gradient is not None) == trained
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
@@ -118,16 +119,19 @@ def fill_gradients(student: Any, rows: Sequence[int], token_budget: int) -> list
 
     everything = sequences()
     batches = student_batches(student.chunks, [everything[row] for row in rows], token_budget, packed=False)
-    return forward_backward(student.wrap(OptimizerConfig()), batches, loss_function(student, rows))
+    return forward_backward(student.wrap(OptimizerConfig(distributed="false")), batches, loss_function(student, rows))
 
 
 def accumulated_gradients(
-    student: Any, rows: Sequence[int], token_budget: int
+    student: Any, rows: Sequence[int], token_budget: int, **optimizer: Any
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """``main_grad`` of every trained parameter after one `forward_backward`, and the losses of the micro-batches."""
+    """``main_grad`` of every trained parameter after one `forward_backward`, and the losses of the micro-batches.
+
+    `optimizer` are fields of `OptimizerConfig`.
+    """
     from nemo_popsd.megatron.config import OptimizerConfig
 
-    for chunk in student.wrap(OptimizerConfig()):
+    for chunk in student.wrap(OptimizerConfig(distributed="false", **optimizer)):
         chunk.zero_grad_buffer()
     losses = fill_gradients(student, rows, token_budget)
     trained = {name: p for name, p in student.gpt.named_parameters() if p.requires_grad}

@@ -114,7 +114,7 @@ def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str
     actual, losses = cases.accumulated_gradients(student, ROWS, 30)
     result["gradients"] = cases.deviations(actual, expected)
     result["losses"] = losses
-    again = build_student(source, tensor=world_size, recompute=True, **settings)
+    again = build_student(source, tensor=world_size, recompute="full", **settings)
     with torch.no_grad():
         for mine, theirs in zip(again.gpt.parameters(), gpt.parameters(), strict=True):
             mine.copy_(theirs)

@@ -6,10 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
+from nemo_popsd.config.loading import from_dict_config, to_dict_config
+from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.limits import refuse_indivisible
-from nemo_popsd.parallel.config import ParallelConfig
+from nemo_popsd.megatron.config import LoRAConfig, OptimizerConfig, StudentConfig
+from nemo_popsd.megatron.limits import refuse_impossible, refuse_indivisible
+from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
 
 
 @pytest.mark.parametrize(
@@ -18,6 +23,8 @@ from nemo_popsd.parallel.config import ParallelConfig
         ({"tensor": 0}, r"parallel\.tensor=0"),
         ({"context": 0}, r"parallel\.context=0"),
         ({"sequence": True}, r"parallel\.sequence=true with parallel\.tensor=1.*parallel\.sequence=false"),
+        ({"first_stage_layers": 2}, r"first_stage_layers=2 with parallel\.pipeline=1.*parallel\.first_stage_layers=0"),
+        ({"pipeline": 2, "overlap_transfers": True}, r"overlap_transfers=true with parallel\.virtual_pipeline=1"),
         ({"virtual_pipeline": 2}, r"parallel\.virtual_pipeline=2 with parallel\.pipeline=1.*set parallel\.pipeline"),
     ],
 )
@@ -58,6 +65,17 @@ ARCHITECTURE = {"num_attention_heads": 8, "num_query_groups": 4, "num_layers": 6
         ({"tensor": 8}, {}, r"4 key-value heads with parallel\.tensor=8"),
         ({"pipeline": 4}, {}, r"6 layers with parallel\.pipeline=4"),
         ({"pipeline": 2, "virtual_pipeline": 2}, {}, r"6 layers.*a multiple of 4 layers"),
+        (
+            {"pipeline": 2, "last_stage_layers": 6},
+            {},
+            r"pipeline=2 parallel\.last_stage_layers=6",
+        ),
+        ({"pipeline": 4, "first_stage_layers": 1}, {}, r"need at least one layer on each stage, as many on all"),
+        (
+            {"pipeline": 2, "virtual_pipeline": 2, "last_stage_layers": 3},
+            {},
+            r"that parallel\.virtual_pipeline=2",
+        ),
         ({"expert": 2}, {}, r"0 experts with parallel\.expert=2"),
         ({"expert": 4}, {"num_moe_experts": 6}, r"6 experts with parallel\.expert=4"),
         ({"tensor": 2}, {"num_moe_experts": 6}, r"6 experts.*set parallel\.sequence=true"),
@@ -70,6 +88,132 @@ def test_architectures_that_the_layout_does_not_divide_are_refused(
         refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, **architecture}), ParallelConfig(**fields))
 
 
+@pytest.mark.parametrize(
+    ("fields", "layers", "stages"),
+    [
+        ({}, 6, (6,)),
+        ({"pipeline": 3}, 6, (2, 2, 2)),
+        ({"pipeline": 3, "first_stage_layers": 1, "last_stage_layers": 2}, 6, (1, 3, 2)),
+        ({"pipeline": 2, "last_stage_layers": 2}, 6, (4, 2)),
+        ({"pipeline": 2, "first_stage_layers": 5, "last_stage_layers": 1}, 6, (5, 1)),
+        ({"pipeline": 2, "virtual_pipeline": 2, "last_stage_layers": 2}, 6, (4, 2)),
+        ({"pipeline": 2, "first_stage_layers": 5, "last_stage_layers": 2}, 6, None),
+        ({"pipeline": 4}, 6, None),
+    ],
+)
+def test_layers_of_each_stage(fields: dict[str, Any], layers: int, stages: tuple[int, ...] | None) -> None:
+    assert layers_by_stage(ParallelConfig(**fields), layers) == stages
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"distributed": "false", "state_dtype": "bf16"}, r"state_dtype=bf16 with optimizer\.distributed=false"),
+        ({"distributed": "false", "host_share": 0.5}, r"host_share=0\.5 with optimizer\.distributed=false"),
+        ({"overlap_param_gather": True}, r"with optimizer\.overlap_grad_reduce=false; need both"),
+        (
+            {"overlap_param_gather": True, "overlap_grad_reduce": True, "distributed": "false"},
+            r"overlap_param_gather=true with optimizer\.distributed=false",
+        ),
+        ({"bucket_size": 5}, r"bucket_size=5 with optimizer\.overlap_grad_reduce=false"),
+        ({"host_share": 0.5, "state_dtype": "bf16"}, r"host_share=0\.5 with optimizer\.state_dtype=bf16"),
+        ({"distributed": "yes"}, r"optimizer\.distributed='yes'; need one of auto, true, false"),
+        ({"grad_dtype": "fp16"}, r"need one of fp32, bf16"),
+    ],
+)
+def test_contradictions_within_the_optimizer_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OptimizerConfig(**fields)
+
+
+def test_the_state_is_sharded_from_two_ranks_or_where_a_setting_needs_it() -> None:
+    assert [OptimizerConfig().sharded(ranks) for ranks in (1, 2, 8)] == [False, True, True]
+    assert [OptimizerConfig(distributed="true").sharded(ranks) for ranks in (1, 2)] == [True, True]
+    assert [OptimizerConfig(distributed="false").sharded(ranks) for ranks in (1, 2)] == [False, False]
+    assert OptimizerConfig(host_share=0.5).sharded(1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recompute": "selective", "recompute_modules": ["attn"]}, r"recompute_modules='attn'; need one of core_attn"),
+        ({"recompute": "selective", "recompute_modules": []}, r"recompute_modules=\[\]; need a part of a layer"),
+        ({"recompute": "partial"}, r"need one of none, selective, full"),
+        (
+            {
+                "recompute": "selective",
+                "recompute_modules": ["mlp"],
+                "lora": LoRAConfig(targets=["linear_fc1"]),
+            },
+            r"need an adapter before the first MLP.*student\.recompute=full",
+        ),
+    ],
+)
+def test_impossible_recomputation_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        StudentConfig(**fields)
+
+
+def test_booleans_of_earlier_versions_are_understood() -> None:
+    assert [StudentConfig(recompute=text).recompute for text in ("true", "false")] == ["full", "none"]
+    tree = OmegaConf.to_container(to_dict_config(PopsdConfig()))
+    assert isinstance(tree, dict)
+    tree["student"]["recompute"], tree["optimizer"]["distributed"] = True, False
+    config = from_dict_config(OmegaConf.create(tree))
+    assert (config.student.recompute, config.optimizer.distributed) == ("full", "false")
+
+
+RECOMPUTED = {"recompute": "selective", "adaptation": "full", "layers": "local"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "architecture", "message"),
+    [
+        (
+            {"recompute_modules": ["moe"]},
+            {},
+            r"moe for a dense model with local layers; need some of core_attn, mlp;",
+        ),
+        (
+            {"recompute_modules": ["mlp"]},
+            {"num_moe_experts": 4},
+            r"mlp for a mixture of 4.*some of core_attn, moe",
+        ),
+        (
+            {"recompute_modules": ["layernorm", "moe_act"]},
+            {"num_moe_experts": 4},
+            r"with layernorm, moe_act for",
+        ),
+        ({"recompute": "full", "recompute_layers": 4}, {}, r"recompute_layers=4 with 6 layers in a model chunk"),
+        ({"recompute": "none", "gradient_accumulation_fusion": "true"}, {}, r"without fused_weight_gradient_mlp_cuda"),
+    ],
+)
+def test_recomputation_that_the_model_does_not_have_is_refused(
+    fields: dict[str, Any], architecture: dict[str, Any], message: str
+) -> None:
+    provider = SimpleNamespace(**{**ARCHITECTURE, **architecture})
+    with pytest.raises(UserError, match=message):
+        refuse_impossible(provider, StudentConfig(**{**RECOMPUTED, **fields}), ParallelConfig())
+
+
 def test_an_architecture_that_the_layout_divides_is_accepted() -> None:
     layout = ParallelConfig(tensor=4, sequence=True, pipeline=3, virtual_pipeline=2, expert=2)
     refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, "num_moe_experts": 4}), layout)
+
+
+@pytest.mark.parametrize(
+    ("device", "overlap", "freed"), [("cpu", True, False), ("cpu", False, True), ("cuda", True, True)]
+)
+def test_outputs_are_kept_where_a_transfer_would_read_freed_memory(
+    monkeypatch: pytest.MonkeyPatch, device: str, overlap: bool, freed: bool
+) -> None:
+    """gloo reads an output after Megatron has freed it: `pp2 vpp2 overlapped transfers` then gives NaN."""
+    from nemo_popsd.megatron import build
+
+    monkeypatch.setattr(build, "device", lambda: torch.device(device))
+    provider = SimpleNamespace(params_dtype=torch.float32, deallocate_pipeline_outputs=True)
+    layout = ParallelConfig(pipeline=2, virtual_pipeline=2, overlap_transfers=overlap)
+    build._set_pipeline(provider, layout)
+    assert provider.overlap_p2p_comm == overlap
+    assert not provider.batch_p2p_comm
+    assert provider.deallocate_pipeline_outputs == freed

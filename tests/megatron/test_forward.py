@@ -55,9 +55,9 @@ def _tensor_parallel(rank: int, world_size: int, dense: dict[str, tuple[Path, Pa
     for kind, (model, gradients, _) in dense.items():
         expected = cases.expected_gradients(gradients, world_size)
         for name, budget, recompute in (
-            ("one batch", cases.EVERYTHING, False),
-            ("micro-batches", 30, False),
-            ("recompute", 30, True),
+            ("one batch", cases.EVERYTHING, "none"),
+            ("micro-batches", 30, "none"),
+            ("recompute", 30, "full"),
         ):
             student = build_student(model, tensor=world_size, recompute=recompute)
             actual, losses = cases.accumulated_gradients(student, ROWS, budget)

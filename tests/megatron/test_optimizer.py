@@ -87,7 +87,7 @@ def _two_layouts(rank: int, world_size: int, source: Path, folder: Path) -> dict
             for distributed in (False, True) if layout == "dp2" else (False,):
                 student = build_student(source, tensor=tensor, **config)
                 case = f"{layout} {name}" + (" distributed" if distributed else "")
-                _, reports[case] = _train(student, distributed=distributed)
+                _, reports[case] = _train(student, distributed=str(distributed).lower())
                 reports[case].pop("copies")
                 _weights(student, source, folder, case)
         if layout != "tp2":
@@ -100,7 +100,9 @@ def _two_layouts(rank: int, world_size: int, source: Path, folder: Path) -> dict
 def _train_in_bf16(source: Path, tensor: int, distributed: bool) -> dict[str, Any]:
     """With a learning rate whose steps bf16 weights alone would round away."""
     student = build_student(source, tensor=tensor, precision="bf16")
-    optimizer, report = _train(student, bf16=True, distributed=distributed, lr=1e-4, weight_decay=0.0, clip_grad=0.0)
+    optimizer, report = _train(
+        student, bf16=True, distributed=str(distributed).lower(), lr=1e-4, weight_decay=0.0, clip_grad=0.0
+    )
     copies = report.pop("copies")
     if not distributed:
         mains = [p for group in _inner(optimizer).fp32_from_float16_groups for p in group]

@@ -17,9 +17,16 @@ MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"adaptation": "full"},
-    "full, recompute": {"adaptation": "full", "recompute": True},
+    "full, recompute": {"adaptation": "full", "recompute": "full"},
+    "full, block": {"adaptation": "full", "recompute": "full", "recompute_method": "block"},
+    "full, selective": {
+        "adaptation": "full",
+        "recompute": "selective",
+        "recompute_modules": ["core_attn", "mlp"],
+    },
     "lora": {"adaptation": "lora"},
-    "lora, recompute": {"adaptation": "lora", "recompute": True},
+    "lora, recompute": {"adaptation": "lora", "recompute": "full"},
+    "lora, selective": {"adaptation": "lora", "recompute": "selective", "recompute_modules": ["core_attn"]},
 }
 
 
@@ -31,7 +38,7 @@ def run_config(*, tensor: int = 1, distributed: bool = False, **student: Any) ->
         setattr(config.student, name, value)
     config.student.lora.rank, config.student.lora.alpha = 4, 8
     config.parallel.tensor = tensor
-    config.optimizer.distributed = distributed
+    config.optimizer.distributed = str(distributed).lower()
     config.data.max_prompt_tokens, config.data.max_reference_tokens = PROMPT, REFERENCE
     config.rollout.max_response_tokens = RESPONSE
     config.rollout.top_k, config.rollout.top_p = 0, 1.0

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.planning import compute, memory, traffic
+from nemo_popsd.planning import compute, memory, report, traffic
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout, misfits
 from nemo_popsd.planning.parameters import count, stages, total_parameters
@@ -78,6 +78,8 @@ def test_frozen_states_hold_the_fp32_sums_of_the_target(settings: list[str], byt
         ({"tensor": 16}, "8 key-value heads do not divide by parallel.tensor=16"),
         ({"pipeline": 5}, "36 layers do not divide"),
         ({"pipeline": 4, "virtual_pipeline": 2}, "36 layers do not divide by pipeline·virtual_pipeline=8"),
+        ({"pipeline": 4, "last_stage_layers": 4}, "36 layers do not divide by parallel.pipeline=4 with"),
+        ({"last_stage_layers": 4}, "36 layers do not divide by parallel.pipeline=1 with"),
         ({"context": 16}, "8 GPUs do not divide by tensor·pipeline·context=16"),
         ({"expert": 2}, "a model that has no experts"),
         ({"sequence": True}, "needs parallel.tensor above 1"),
@@ -87,6 +89,89 @@ def test_frozen_states_hold_the_fp32_sums_of_the_target(settings: list[str], byt
 def test_misfits_are_reported_with_both_numbers(layout: dict[str, Any], message: str) -> None:
     found = misfits(case(**layout).layout, read_sizes("Qwen3-8B")[0], 32)
     assert any(message in line for line in found), found
+
+
+def test_settings_of_the_optimizer_change_the_planned_bytes() -> None:
+    full = ("student.adaptation=full", "student.frozen_copy=host")
+    plain, aware, low, host = (
+        memory.memory(case("Qwen3-8B", *full, *settings))
+        for settings in (
+            [],
+            ["optimizer.state_dtype=bf16"],
+            ["optimizer.grad_dtype=bf16"],
+            ["optimizer.host_share=0.75"],
+        )
+    )
+    assert aware.standing["optimizer"] == pytest.approx(plain.standing["optimizer"] * 8 / 12)
+    assert low.standing["gradients"] == plain.standing["gradients"] / 2
+    assert host.standing["optimizer"] == pytest.approx(plain.standing["optimizer"] / 4)
+    assert host.host - plain.host == pytest.approx(plain.standing["optimizer"] * 3 / 4)
+    halved = [
+        traffic.step(case("Qwen3-8B", *full, f"optimizer.grad_dtype={dtype}"), from_host=0.0).training.data
+        for dtype in ("fp32", "bf16")
+    ]
+    assert halved[1] == pytest.approx(halved[0] * 4 / 6)  # the gather of bf16 weights is the same
+
+
+def test_a_state_is_sharded_by_default_from_two_ranks() -> None:
+    one, eight, off = (
+        memory.memory(case("Qwen3-8B", *settings, plan=PlanConfig(gpus_per_node=gpus))).standing["optimizer"]
+        for gpus, settings in ((1, []), (8, []), (8, ["optimizer.distributed=false"]))
+    )
+    assert one == off == pytest.approx(8 * eight)
+
+
+def test_overlap_hides_communication_behind_arithmetic() -> None:
+    full = ("student.adaptation=full", "training.updates_per_step=2")
+    overlap = "optimizer.overlap_grad_reduce=true"
+    plain, gradients, weights = (
+        estimate(case("Qwen3-8B", *full, *settings)).seconds.training
+        for settings in ([], [overlap], [overlap, "optimizer.overlap_param_gather=true"])
+    )
+    assert plain.communication > gradients.communication > weights.communication > 0
+    assert plain.compute == gradients.compute == weights.compute
+    stages = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
+    waiting, sending = (
+        estimate(case("Qwen3-8B", *stages, f"parallel.overlap_transfers={on}")).seconds.training.communication
+        for on in ("false", "true")
+    )
+    assert sending < waiting
+
+
+def test_fewer_layers_on_the_last_stage_make_room_for_its_loss() -> None:
+    """The stage with the most work counts: of even stages the last one, which has the loss."""
+    even, uneven = (
+        estimate(case("Qwen3-8B", "student.adaptation=full", "parallel.pipeline=2", *settings))
+        for settings in ([], ["parallel.last_stage_layers=17"])
+    )
+    assert even.flops.training.head > 0
+    assert uneven.flops.training.head == 0, "19 layers are more than 17 and the loss"
+    assert uneven.flops.training.needed < even.flops.training.needed
+    assert uneven.seconds.training.compute < even.seconds.training.compute
+    assert all(problems(uneven.case.replace(changes)) == [] for changes, _ in nearest(uneven.case))
+    assert report.shape(uneven.case).startswith("PP2·stages of 19-17·DP4")
+    four = replace(even.case.layout, pipeline=4, last_stage_layers=6)
+    built = stages(even.case.sizes, four)
+    assert [(stage.layers, stage.first, stage.last) for stage in built] == [(10, True, False), (6, False, True)]
+    built = stages(even.case.sizes, replace(four, first_stage_layers=6, last_stage_layers=0))
+    assert [stage.layers for stage in built] == [6, 10, 10]
+
+
+def test_recomputation_trades_memory_for_operations() -> None:
+    selective = ["student.recompute=selective", "student.recompute_modules=[core_attn,mlp]"]
+    block = ["student.recompute=full", "student.recompute_method=block", "student.recompute_layers=18"]
+    units = ["student.recompute=full", "student.recompute_layers=4"]
+    kept, operations = [], []
+    for settings in (["student.recompute=none"], block, selective, ["student.recompute=full"]):
+        found = estimate(case("Qwen3-8B", *settings))
+        kept.append(found.memory.phases["training"]["activations"])
+        operations.append(found.flops.training.counted)
+    assert kept == sorted(kept, reverse=True)
+    assert operations[0] < min(operations[1:3]) <= max(operations[1:3]) < operations[3]
+    whole, grouped = (estimate(case("Qwen3-8B", *s)).memory for s in (["student.recompute=full"], units))
+    layers = memory.kept_by_layer(case("Qwen3-8B")).per_rank(case("Qwen3-8B"))
+    assert layers > 27 / 3 * case("Qwen3-8B").sizes.hidden, "three more layers against 27 inputs fewer"
+    assert grouped.phases["training"]["activations"] > whole.phases["training"]["activations"]
 
 
 def test_prompts_and_mixtures_that_do_not_divide_are_reported() -> None:

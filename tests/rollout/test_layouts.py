@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 sp": (2, {"tensor": 2, "sequence": True}),
     "pp2": (2, {"pipeline": 2}),
     "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pp2 uneven": (2, {"pipeline": 2, "last_stage_layers": 1}),
     "cp2": (2, {"context": 2}),
     "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}),
 }

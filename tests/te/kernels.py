@@ -291,10 +291,12 @@ def multi_tensor_adam(
     bias_correction: int,
     weight_decay: float,
 ) -> None:
-    """Adam (mode 0, decay in the gradient) or AdamW (mode 1) on gradients, parameters, first and second moments."""
+    """Adam (mode 0, decay in the gradient) or AdamW (mode 1) on gradients, parameters, first and second moments, and
+    where there is a fifth list, main weights in fp32, to which the parameters are then rounded.
+    """
     first, second = (1 - beta**step if bias_correction else 1.0 for beta in (beta1, beta2))
-    for gradient, parameter, mean, square in zip(*lists, strict=True):
-        g, p = gradient.float(), parameter.float()
+    for gradient, parameter, mean, square, *main in zip(*lists, strict=True):
+        g, p = gradient.float(), (main[0] if main else parameter.float())
         if mode == 0:
             g = g + weight_decay * p
         mean.mul_(beta1).add_(g, alpha=1 - beta1)
@@ -302,4 +304,7 @@ def multi_tensor_adam(
         update = (mean / first) / ((square / second).sqrt() + eps)
         if mode == 1:
             update = update + weight_decay * p
-        parameter.copy_(p - lr * update)
+        updated = p - lr * update
+        for kept in main:
+            kept.copy_(updated)
+        parameter.copy_(updated)

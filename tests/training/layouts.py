@@ -18,7 +18,10 @@ LENGTHS = (9, 1, 4, 12, 1, 7)
 """Response tokens of the step's rows; one-token responses among them."""
 STEPS = 3
 # An epsilon above the rounding of the gradients: Adam's first step is lr · g / (|g| + eps).
-OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "clip_grad": 1.0}
+OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "clip_grad": 1.0, "distributed": "false"}
+
+Settings = dict[str, dict[str, Any]]
+"""Settings of a layout beside `parallel`, by section."""
 
 
 @dataclass
@@ -29,7 +32,6 @@ class Variant:
     adaptation: str = "full"
     packing: bool = False
     precision: str = "fp32"
-    recompute: bool = False
     shares: tuple[tuple[int, ...], ...] | None = None
     """Rows of each data-parallel rank, which are then not rebalanced; None for equal shares, which are."""
 
@@ -39,17 +41,17 @@ def train(
     world_size: int,
     folder: Path,
     parallel: dict[str, Any],
-    distributed: bool,
+    others: Settings,
     variants: dict[str, Variant],
     fault: str = "",
 ) -> dict[str, Any]:
     """Each variant's losses, metrics, first gradients and last weights; with one of `FAULTS` planted where named."""
     if fault:
         FAULTS[fault]()
-    return {name: _train(folder, parallel, distributed, variant) for name, variant in variants.items()}
+    return {name: _train(folder, parallel, others, variant) for name, variant in variants.items()}
 
 
-def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: Variant) -> dict[str, Any]:
+def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Variant) -> dict[str, Any]:
     from nemo_popsd.training import step as module
     from tests.training.runs import ScriptedEngine, response, row, settings, start
 
@@ -58,11 +60,17 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
         student={
             "adaptation": variant.adaptation,
             "precision": variant.precision,
-            "recompute": variant.recompute,
+            **others.get("student", {}),
         },
-        optimizer={**OPTIMIZER, "distributed": distributed},
-        training={"packing": variant.packing, "microbatch_tokens": 48, "frozen_tokens": 80},
+        optimizer={**OPTIMIZER, **others.get("optimizer", {})},
+        training={
+            "packing": variant.packing,
+            "microbatch_tokens": 48,
+            "frozen_tokens": 80,
+            **others.get("training", {}),
+        },
         distillation={"chunk_tokens": 5, "diagnosed_tokens": 100},
+        megatron=others.get("megatron", {}),
     )
     live = folder / f"{variant.kind}_live" if variant.adaptation == "full" else None
     run = start(folder / variant.kind, config, initial=live)
@@ -82,7 +90,7 @@ def _train(folder: Path, parallel: dict[str, Any], distributed: bool, variant: V
 
     def update() -> None:
         if not gradients:
-            gradients.update(whole_tensors(run, _main_gradients(run, distributed)))
+            gradients.update(whole_tensors(run, _main_gradients(run)))
         run.update()
 
     metrics = [step(number + 2, [row(index) for index in mine], run.optimizer, update) for number in range(STEPS)]
@@ -159,22 +167,105 @@ def _norm_output_without_gradient() -> None:
     adapters.gather_in_adapters = lambda chunks: None  # type: ignore[assignment]
 
 
+def _slowest_network() -> None:
+    """No fault: a reduction or gather that overlaps with compute does not happen before something waits for it."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    def lazy(name: str, handle: str, flag: str) -> None:
+        right = getattr(Group, name)
+
+        def start(group: Any, *arguments: Any, **options: Any) -> None:
+            if group.is_first_batch and name == "start_grad_sync" and group.grad_reduce_handle is not None:
+                return
+            if not getattr(group.ddp_config, flag) or options.get("force_sync"):
+                right(group, *arguments, **options)
+                return
+
+            def wait() -> None:
+                setattr(group, handle, None)
+                setattr(group.ddp_config, flag, False)
+                right(group, *arguments, **options)
+                setattr(group.ddp_config, flag, True)
+
+            setattr(group, handle, SimpleNamespace(wait=wait))
+            if name == "start_param_sync":
+                group.param_gather_dispatched = True
+
+        setattr(Group, name, start)
+
+    lazy("start_grad_sync", "grad_reduce_handle", "overlap_grad_reduce")
+    lazy("start_param_sync", "param_gather_handle", "overlap_param_gather")
+
+
+def _nobody_waits_for_gradients() -> None:
+    """Overlap: the update does not wait for the reductions that the backward pass has begun."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    _slowest_network()
+
+    def finish(group: Any, *_: Any, **__: Any) -> None:
+        group.param_gather_dispatched = False
+        group.grad_reduce_handle = None
+
+    Group.finish_grad_sync = finish
+
+
+def _nobody_waits_for_weights() -> None:
+    """Overlap: the forward pass does not wait for the weights that are being gathered."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    _slowest_network()
+
+    def finish(group: Any, *_: Any, **__: Any) -> None:
+        group.param_gather_handle = None
+
+    Group.finish_param_sync = finish
+
+
+def _output_matrix_not_awaited() -> None:
+    """Overlap: the loss, which reads the output matrix without its module, does not wait for it."""
+    from nemo_popsd.megatron import forward
+
+    _slowest_network()
+    forward._await_output_weight = lambda chunk: None  # type: ignore[assignment]
+
+
+def _last_weights_not_gathered() -> None:
+    """Overlap: the weights of a step's last update are left to the next forward pass, too."""
+    from nemo_popsd.megatron.optimizer import StudentOptimizer
+
+    right = StudentOptimizer.step
+
+    def step(optimizer: Any, *arguments: Any) -> None:
+        optimizer.update_follows = True
+        right(optimizer, *arguments)
+
+    StudentOptimizer.step = step  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "gather that sums": _gather_that_sums,
     "exchange that stays": _exchange_that_stays,
     "mean over context": _mean_over_context,
     "embedding of one stage": _embedding_of_one_stage,
     "norm output without gradient": _norm_output_without_gradient,
+    "slowest network": _slowest_network,
+    "nobody waits for gradients": _nobody_waits_for_gradients,
+    "nobody waits for weights": _nobody_waits_for_weights,
+    "output matrix not awaited": _output_matrix_not_awaited,
+    "last weights not gathered": _last_weights_not_gathered,
 }
-"""Each leaves the loss of the first step as it is and changes gradients."""
+"""Each leaves the loss of the first step as it is and changes gradients or weights, except for the slowest network."""
 
 Named = list[list[tuple[str, Any, Tensor]]]
 """By chunk: a parameter's name, the parameter, a tensor in its shape."""
 
 
-def _main_gradients(run: Any, distributed: bool) -> Named:
-    for chunk in run.optimizer.chunks if distributed else ():
+def _main_gradients(run: Any) -> Named:
+    for chunk in run.optimizer.chunks:
         for buffer in chunk.buffers:
+            if not chunk.ddp_config.use_distributed_optimizer:
+                continue
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:  # the distributed optimizer leaves each rank the sum of its part alone
                 parts = list(bucket.grad_data.chunk(group.size()))

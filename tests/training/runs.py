@@ -119,14 +119,22 @@ def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) 
     """
     initialize(config.parallel, seed=config.seed)
     source = HuggingFaceModel(directory)
-    student = Student(source, config.student, config.parallel, seed=config.seed, load_initial=source.load)
+    student = Student(
+        source,
+        config.student,
+        config.parallel,
+        seed=config.seed,
+        load_initial=source.load,
+        megatron=config.megatron,
+    )
     if initial is not None:
         with student.base.model():  # makes the copy before the live weights change
             pass
         HuggingFaceModel(initial).load(student.chunks)
     model = student.wrap(config.optimizer)
     bf16 = config.student.precision == "bf16"
-    optimizer = StudentOptimizer(model, config.optimizer, steps=config.training.steps, bf16=bf16)
+    fields = config.megatron.values("optimizer")
+    optimizer = StudentOptimizer(model, config.optimizer, steps=config.training.steps, bf16=bf16, fields=fields)
     return Run(config, source, student, optimizer)
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.harness import LOCAL, TRANSFORMER_ENGINE, run_ranks
 from tests.layers import BOTH, on_transformer_engine
 from tests.tiny_models import save_tiny_model
-from tests.training.layouts import Variant, deviations, train
+from tests.training.layouts import Settings, Variant, deviations, train
 
 GRADIENT_TOLERANCE = 2e-5
 """Of the largest entry of the same gradient. All is fp32 and layouts sum in another order, which is 1e-7 for each sum;
@@ -34,21 +34,53 @@ VARIANTS = {
     "experts, padded": Variant(kind="qwen3_moe"),
     "experts, packed": Variant(kind="qwen3_moe", packing=True),
 }
-LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
-    "one": (1, {}, False),
-    "tp2": (2, {"tensor": 2}, False),
-    "tp2 sp": (2, {"tensor": 2, "sequence": True}, False),
-    "pp2": (2, {"pipeline": 2}, False),
-    "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, False),
-    "cp2": (2, {"context": 2}, False),
-    "dp2": (2, {}, False),
-    "dp2 distributed": (2, {}, True),
-    "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, False),
-    "tp2 cp2": (4, {"tensor": 2, "context": 2}, False),
-    "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}, False),
-    "experts: tp2 sp": (2, {"tensor": 2, "sequence": True}, False),
-    "experts: ep2": (2, {"expert": 2}, False),
-    "experts: tp2 sp ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}, False),
+SELECTIVE = {"student": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}}
+SELECTIVE_EXPERTS = {"student": {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]}}
+BLOCK = {"student": {"recompute": "full", "recompute_method": "block", "recompute_layers": 1}}
+UNITS = {"student": {"recompute": "full", "recompute_layers": 2}}
+FIELDS = {
+    "megatron": {
+        "model": {"moe_router_dtype": "fp64"},
+        "ddp": {"pad_buckets_for_high_nccl_busbw": "true"},
+        "optimizer": {"log_num_zeros_in_grad": "true"},
+    }
+}
+OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 3000}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], Settings]] = {
+    "one": (1, {}, {}),
+    "tp2": (2, {"tensor": 2}, {}),
+    "tp2 sp": (2, {"tensor": 2, "sequence": True}, {}),
+    "pp2": (2, {"pipeline": 2}, {}),
+    "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "cp2": (2, {"context": 2}, {}),
+    "dp2": (2, {}, {}),
+    "dp2 distributed": (2, {}, {"optimizer": {"distributed": "auto"}}),
+    "dp2 overlap": (2, {}, {"optimizer": OVERLAP}),
+    "dp2 distributed overlap": (2, {}, {"optimizer": {"distributed": "auto", **OVERLAP}}),
+    "one, selective recomputation": (1, {}, SELECTIVE),
+    "tp2 sp, selective recomputation": (2, {"tensor": 2, "sequence": True}, SELECTIVE),
+    "one, recomputation in units": (1, {}, UNITS),
+    "one, recomputation of a block": (1, {}, BLOCK),
+    "pp2 uneven": (2, {"pipeline": 2, "last_stage_layers": 1}, {}),
+    "pp2 vpp2 overlapped transfers": (2, {"pipeline": 2, "virtual_pipeline": 2, "overlap_transfers": True}, {}),
+    "tp2 sp dp2 distributed": (4, {"tensor": 2, "sequence": True}, {"optimizer": {"distributed": "auto"}}),
+    "pp2 vpp2 dp2 distributed overlap": (
+        4,
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"optimizer": {"distributed": "auto", **OVERLAP}},
+    ),
+    "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {}),
+    "tp2 cp2": (4, {"tensor": 2, "context": 2}, {}),
+    "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}, {}),
+    "experts: tp2 sp": (2, {"tensor": 2, "sequence": True}, {}),
+    "experts: ep2": (2, {"expert": 2}, {}),
+    "experts: ep2, fields of Megatron": (2, {"expert": 2}, FIELDS),
+    "experts: ep2 overlap, selective recomputation": (
+        2,
+        {"expert": 2},
+        {"optimizer": {"distributed": "auto", **OVERLAP}, **SELECTIVE_EXPERTS},
+    ),
+    "experts: tp2 sp ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}, {}),
 }
 
 
@@ -64,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> dict[str, Any]:
     padded = {name: variant for name, variant in VARIANTS.items() if not variant.packing}
-    return run_ranks(train, 1, folder, {}, False, padded, timeout=300.0)[0]
+    return run_ranks(train, 1, folder, {}, {}, padded, timeout=300.0)[0]
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +115,8 @@ def variants_of(layout: str) -> dict[str, Variant]:
 def seen_in(layout: str, layers: str, folder: Path, runs: dict[tuple[str, str], Any]) -> list[dict[str, Any]]:
     key = layout, layers
     if key not in runs:
-        world_size, parallel, distributed = LAYOUTS[layout]
-        arguments = world_size, folder, parallel, distributed, variants_of(layout)
+        world_size, parallel, others = LAYOUTS[layout]
+        arguments = world_size, folder, parallel, others, variants_of(layout)
         runs[key] = run_ranks(train, *arguments, timeout=300.0, layers=layers)
     return runs[key]
 
@@ -136,7 +168,7 @@ def test_unequal_shares_and_an_empty_rank_give_the_union(folder: Path, reference
         for name, shares in SHARES.items()
         for adaptation in ("full", "lora")
     }
-    ranks = run_ranks(train, 2, folder, {}, False, variants)
+    ranks = run_ranks(train, 2, folder, {}, {}, variants)
     for name, variant in variants.items():
         same_training([rank[name] for rank in ranks], reference[f"{variant.adaptation}, padded"])
 
@@ -160,9 +192,9 @@ def test_unequal_shares_and_an_empty_rank_give_the_union(folder: Path, reference
 def test_planted_faults_that_the_loss_does_not_show_are_detected(
     folder: Path, reference: dict[str, Any], fault: str, layout: str, variant: str, layers: str
 ) -> None:
-    world_size, parallel, distributed = LAYOUTS[layout]
+    world_size, parallel, others = LAYOUTS[layout]
     chosen = {variant: VARIANTS[variant]}
-    ranks = run_ranks(train, world_size, folder, parallel, distributed, chosen, fault, layers=layers)
+    ranks = run_ranks(train, world_size, folder, parallel, others, chosen, fault, layers=layers)
     expected = reference[variant.replace("packed", "padded")]
     assert ranks[0][variant]["metrics"][0].loss == pytest.approx(expected["metrics"][0].loss, rel=1e-6)
     errors = [dict(deviations(rank[variant]["gradients"], expected["gradients"])) for rank in ranks]
@@ -173,7 +205,7 @@ def test_planted_faults_that_the_loss_does_not_show_are_detected(
 
 def test_a_missing_scale_is_refused_where_the_loss_adds_the_matrix_gradient(folder: Path) -> None:
     """Full fine-tuning: the loss gets the factor by which backward multiplies it; backward refuses another factor."""
-    world_size, parallel, distributed = LAYOUTS["cp2"]
+    world_size, parallel, others = LAYOUTS["cp2"]
     chosen = {"full, padded": VARIANTS["full, padded"]}
     with pytest.raises(AssertionError, match=r"main_gradient\.upstream"):
-        run_ranks(train, world_size, folder, parallel, distributed, chosen, "mean over context")
+        run_ranks(train, world_size, folder, parallel, others, chosen, "mean over context")

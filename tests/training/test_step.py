@@ -87,11 +87,11 @@ def others(model: Path) -> dict[str, Any]:
     variants = {
         "full again": FULL,
         "full, small batches": SMALL_BATCHES,
-        "full, recomputed": {"student": {"recompute": True}},
+        "full, recomputed": {"student": {"recompute": "full"}},
         "full, bf16": {"student": {"precision": "bf16"}},
         "lora again": LORA,
         "lora, small batches": {**LORA, **SMALL_BATCHES},
-        "lora, recomputed": {**LORA, "student": {"adaptation": "lora", "recompute": True}},
+        "lora, recomputed": {**LORA, "student": {"adaptation": "lora", "recompute": "full"}},
         "lora, bf16": {**LORA, "student": {"adaptation": "lora", "precision": "bf16"}},
     }
     return run_ranks(train, 1, model, 1, variants)[0]
@@ -178,7 +178,7 @@ def tensor_parallel(model: Path) -> Any:
 def data_parallel(model: Path) -> Any:
     variants = {"full": FULL, "lora": LORA}
     for name, variant in list(variants.items()):
-        optimizer = {**variant.get("optimizer", {}), "distributed": True}
+        optimizer = {**variant.get("optimizer", {}), "distributed": "true"}
         variants[f"{name}, distributed"] = {**variant, "optimizer": optimizer}
     return run_ranks(train, 2, model, 1, variants)
 

@@ -1,0 +1,74 @@
+"""What the backward pass computes again instead of keeping it (`student.recompute`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_popsd.planning.parameters import linears
+from nemo_popsd.planning.workload import Case
+
+_MLP = ("mlp", "moe")
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """Shares of the forward of a stage's layers that the backward pass computes again."""
+
+    linear: float
+    """Of the linears."""
+    attention: float
+    """Of attention, and of the collectives of context parallelism."""
+    tensor_collectives: float
+    """Of the collectives of tensor parallelism."""
+    expert_collectives: float
+    """Of the collectives of expert parallelism."""
+
+
+def recomputed_layers(case: Case, layers: int) -> int:
+    """Of a stage with this number of layers, those that are recomputed as a whole."""
+    student = case.config.student
+    if student.recompute != "full":
+        return 0
+    if student.recompute_method == "uniform":
+        return layers
+    return min(layers, student.recompute_layers * case.layout.virtual_pipeline)
+
+
+def recomputes_mlp(case: Case) -> bool:
+    """Whether the MLP (of a mixture, its experts) is recomputed on its own."""
+    student = case.config.student
+    return student.recompute == "selective" and _MLP[case.sizes.experts > 0] in student.recompute_modules
+
+
+def recomputes(case: Case, module: str) -> bool:
+    """Whether `module`, a name in `student.recompute_modules`, is recomputed on its own."""
+    student = case.config.student
+    return student.recompute == "selective" and module in student.recompute_modules
+
+
+def recomputed(case: Case, layers: int) -> Recomputed:
+    """The shares in a stage with this number of layers."""
+    if case.config.student.recompute == "full":
+        share = recomputed_layers(case, layers) / layers
+        return Recomputed(share, share, share, share)
+    mlp = recomputes_mlp(case)
+    return Recomputed(
+        linear=_mlp_share(case) if mlp else 0.0,
+        attention=float(recomputes(case, "core_attn")),
+        tensor_collectives=0.5 if mlp else 0.0,  # one of the two sums of a layer
+        expert_collectives=float(mlp),
+    )
+
+
+def _mlp_share(case: Case) -> float:
+    """Share of the MLP in the products of one layer with a token, adapters included."""
+    sizes, lora, layout = case.sizes, case.config.student.lora, case.layout
+    totals = {True: float(sizes.hidden * sizes.experts), False: 0.0}
+    for linear in linears(sizes):
+        visits = sizes.experts_per_token if linear.expert else 1
+        spread = layout.expert_tensor if linear.expert else layout.tensor
+        if linear.expert and layout.sequence and layout.expert_tensor == 1:
+            spread *= layout.tensor
+        adapter = linear.adapter(lora.rank) if case.lora and linear.name in lora.targets else 0
+        totals[linear.name in ("linear_fc1", "linear_fc2")] += (linear.weights + adapter) * visits / spread
+    return totals[True] / sum(totals.values())
