@@ -2,7 +2,7 @@
 
     train.jsonl      1,600 rows, 2 to 5 operations, four families
     tuning.jsonl     256 rows of the same kind, for the choice of learning rates; not in the others
-    held_out.jsonl   384 rows of the same kind and 128 with 6 or 7 operations, more than in pre-training
+    held_out.jsonl   384 rows of the same kind
 
 Rows are a pure function of the seeds below. A digest of its text assigns each question to one split
 (`nemo_popsd.testbed.problems.split_of`), so that pre-training, training and held-out rows cannot overlap.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from nemo_popsd.testbed.problems import FAMILIES, Difficulty, Problem, Split, problems
@@ -20,8 +19,6 @@ from nemo_popsd.testbed.problems import FAMILIES, Difficulty, Problem, Split, pr
 FOLDER = Path(__file__).parent / "data"
 USUAL = Difficulty(families=FAMILIES, reference="versions")
 """Operations as in pre-training."""
-HARD = replace(USUAL, shortest=6, longest=7)
-"""More operations than in pre-training."""
 _SEED = 11
 
 
@@ -63,7 +60,7 @@ def write(folder: Path = FOLDER) -> None:
     files = {
         "train": rows(drawn("train", 1600, USUAL), "train"),
         "tuning": rows(tuning_problems(), "tuning"),
-        "held_out": rows(drawn("validation", 384, USUAL), "usual") + rows(drawn("validation", 128, HARD), "hard"),
+        "held_out": rows(drawn("validation", 384, USUAL), "usual"),
     }
     for name, found in files.items():
         text = "".join(json.dumps(row) + "\n" for row in found)
