@@ -60,7 +60,7 @@ def write(folder: Path = FOLDER) -> None:
     files = {
         "train": rows(drawn("train", 1600, USUAL), "train"),
         "tuning": rows(tuning_problems(), "tuning"),
-        "held_out": rows(drawn("validation", 384, USUAL), "usual"),
+        "held_out": rows(drawn("validation", 384, USUAL), "validation"),
     }
     for name, found in files.items():
         text = "".join(json.dumps(row) + "\n" for row in found)
