@@ -26,10 +26,11 @@ from pathlib import Path
 
 from experiments.arms import ARMS, GRID, MAIN_ARMS, RATES, TUNING_SEEDS, Arm, seeds_of
 from experiments.records import FILE, Record, answers, append, curves, load
-from experiments.rows import FOLDER, write
+from experiments.rows import FILE as TUNING_ROWS
 from nemo_popsd.config.loading import load_config, save_resolved
 
 RUNS = Path("runs/experiments")
+HELD_OUT = "nemo_popsd:tiny_validation"
 CONF = Path(__file__).with_name("conf.yaml")
 TUNING = ("distillation.diagnosed_tokens=0", "training.self_check=false")
 """What only costs time in a run that chooses a learning rate; neither changes the weights."""
@@ -49,7 +50,8 @@ class Run:
     arm: Arm
     rate: str
     seed: int
-    rows: Path
+    rows: str
+    """Path or name of the rows that are answered before and after training."""
     output: Path
     more: tuple[str, ...] = ()
     """Further overrides."""
@@ -69,13 +71,13 @@ class Run:
 def tuning_run(arm: Arm, rate: str, seed: int) -> Run:
     """A run that is compared with those of the same arm and other rates."""
     output = RUNS / "tuning" / f"{arm.name}-{rate}-seed-{seed}"
-    return Run("tuning", arm, rate, seed, FOLDER / "tuning.jsonl", output, TUNING)
+    return Run("tuning", arm, rate, seed, str(TUNING_ROWS), output, TUNING)
 
 
 def training_run(arm: Arm, rate: str, seed: int) -> Run:
     """A run that the results are made of."""
     output = RUNS / "training" / f"{arm.name}-{rate}-seed-{seed}"
-    return Run("training", arm, rate, seed, FOLDER / "held_out.jsonl", output)
+    return Run("training", arm, rate, seed, HELD_OUT, output)
 
 
 def tuning_runs(arms: Sequence[Arm]) -> list[Run]:
@@ -252,8 +254,6 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="some of the arms")
     options = parser.parse_args()
     named = [arm for arm in ARMS if arm.name in options.arms]
-    if not FOLDER.is_dir():
-        write()
     groups = [named]
     if options.what == "all":
         groups = [[a for a in named if a in MAIN_ARMS], [a for a in named if a not in MAIN_ARMS]]

@@ -124,7 +124,7 @@ def test_two_ranks_give_the_figures_of_one(one: Any, tmp_path: Path, layout: lis
         assert [r["pieces"] for r in got.rollouts] == [r["pieces"] for r in want.rollouts]
         for mine, theirs in zip(got.rollouts, want.rollouts, strict=True):
             for name in MEASURES:
-                # Log-probabilities of -30 in fp32, differences of 396 entries: cosines of small ones lose digits.
+                # Log-probabilities of -30 in fp32, differences of 489 entries: cosines of small ones lose digits.
                 assert mine["values"][name] == pytest.approx(theirs["values"][name], rel=1e-3, abs=5e-4), name
             if theirs["alternatives"]:
                 first = [row[1] for row in theirs["alternatives"]["target"]]

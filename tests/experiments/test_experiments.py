@@ -30,7 +30,7 @@ from experiments.results import (
     signal_table,
     table,
 )
-from experiments.rows import rows, tuning_problems, write
+from experiments.rows import FILE, text, tuning_problems
 from experiments.run import (
     CONF,
     chosen,
@@ -44,30 +44,21 @@ from experiments.run import (
 )
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.distillation.families import Target
+from nemo_popsd.embedded.names import asset
 from nemo_popsd.testbed.contexts import sample_answers
-from nemo_popsd.testbed.problems import FAMILIES, split_of
+from nemo_popsd.testbed.problems import FAMILIES, records, split_of
 from nemo_popsd.testbed.templates import CONTEXTS, user_turn
 
 
-def _task(row: dict[str, str]) -> str:
-    """The question without its version, which pre-training and the files must not share."""
-    return row["question"].partition(" Version: ")[0]
-
-
-def test_files_share_no_task_and_contain_all_families_equally(tmp_path: Path) -> None:
-    write(tmp_path)
-    files = {
-        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")
-    }
-    assert {name: len(found) for name, found in files.items()} == {"train": 1600, "tuning": 256, "held_out": 384}
-    tasks = [_task(row) for found in files.values() for row in found]
-    assert len(set(tasks)) == len(tasks)
-    assert len({row["id"] for found in files.values() for row in found}) == len(tasks)
-    for name, found in files.items():
-        assert {split_of(_task(row)) for row in found} == {"validation" if name == "held_out" else "train"}
-        of_family = [row["id"].split("/")[1] for row in found]
-        assert {of_family.count(family) for family in FAMILIES} == {len(found) // len(FAMILIES)}
-    assert [p.question for p in tuning_problems()] == [row["question"] for row in files["tuning"]]
+def test_tuning_rows_share_no_task_with_the_embedded_ones_and_contain_all_families_equally() -> None:
+    assert FILE.read_text() == text()
+    tuning = tuning_problems()
+    tasks = [problem.task for problem in tuning]
+    assert {split_of(task) for task in tasks} == {"train"}
+    others = [json.loads(line)["question"] for line in asset("nemo_popsd:tiny_train").read_text().splitlines()]
+    assert not set(tasks) & {question.partition(" Version: ")[0] for question in others}
+    families = [problem.family for problem in tuning]
+    assert {families.count(family) for family in FAMILIES} == {64}
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
@@ -86,10 +77,10 @@ def _record(arm: Arm, rate: str, seed: int, right: int, phase: str = "tuning") -
 
 def test_every_arm_has_the_same_rates_and_seeds_and_only_main_arms_have_ten_seeds() -> None:
     tuning = tuning_runs(ARMS)
-    assert {run.rows.name for run in tuning} == {"tuning.jsonl"}
+    assert {run.rows for run in tuning} == {str(FILE)}
     assert {(run.arm, run.rate, run.seed) for run in tuning} == set(product(ARMS, GRID, TUNING_SEEDS))
     training = training_runs(dict.fromkeys((arm.name for arm in ARMS), GRID[0]), ARMS)
-    assert {run.rows.name for run in training} == {"held_out.jsonl"}
+    assert {run.rows for run in training} == {"nemo_popsd:tiny_validation"}
     assert [sum(run.arm == arm for run in training) for arm in ARMS] == [10] * 3 + [5] * (len(ARMS) - 3)
     assert not set(TUNING_SEEDS) & set(SEEDS)
     outputs = [run.output for run in (*tuning, *training)]
@@ -173,7 +164,7 @@ def test_records_are_tables(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_runs_are_recorded_and_not_repeated(tmp_path: Path) -> None:
     held_out, file = tmp_path / "held_out.jsonl", tmp_path / "runs.jsonl"
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows(tuning_problems()[:8], "tuning")))
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in records("tuning", tuning_problems()[:8])))
     more = (
         "training.steps=2",
         "training.prompts_per_step=4",
@@ -182,16 +173,18 @@ def test_runs_are_recorded_and_not_repeated(tmp_path: Path) -> None:
         f"data.train.path={held_out}",
     )
     first, second, third = (
-        replace(of(arm, GRID[0], 1), rows=held_out, output=tmp_path / name, more=(*of(arm, GRID[0], 1).more, *more))
+        replace(
+            of(arm, GRID[0], 1), rows=str(held_out), output=tmp_path / name, more=(*of(arm, GRID[0], 1).more, *more)
+        )
         for arm, of, name in ((OPSD, training_run, "a"), (PURIFIED, training_run, "b"), (OPSD, tuning_run, "c"))
     )
     execute([first], 1, file)
     execute([second], 1, file)  # by itself, so that it cannot reuse answers
-    records = load(file)
-    assert [record.key for record in records] == [first.key, second.key]
+    found = load(file)
+    assert [record.key for record in found] == [first.key, second.key]
     # The base's answers do not depend on the arm, so a run may reuse those of another.
-    assert records[0].before == records[1].before
-    assert len(records[0].before.correct) == 8
+    assert found[0].before == found[1].before
+    assert len(found[0].before.correct) == 8
     execute([first, second, third], 2, file)
     told = (third.output / "log.txt").read_text()
     assert "step 2: accuracy" in told
@@ -200,9 +193,9 @@ def test_runs_are_recorded_and_not_repeated(tmp_path: Path) -> None:
     *_, last = load(file)
     assert last.key == third.key
     # Not measuring the signal changes neither weights nor answers.
-    assert (last.before, last.after) == (records[0].before, records[0].after)
+    assert (last.before, last.after) == (found[0].before, found[0].after)
     assert last.curves == {}
-    assert {name: len(curve) for name, curve in records[0].curves.items()} == dict.fromkeys(CURVES, 2)
+    assert {name: len(curve) for name, curve in found[0].curves.items()} == dict.fromkeys(CURVES, 2)
     execute([first, second, third], 2, file)
     assert len(load(file)) == 3
 
@@ -210,7 +203,8 @@ def test_runs_are_recorded_and_not_repeated(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_others_are_executed(tmp_path: Path) -> None:
     runs = [
-        replace(tuning_run(OPSD, rate, 1), output=tmp_path / rate, rows=tmp_path / "nowhere.jsonl") for rate in GRID[:2]
+        replace(tuning_run(OPSD, rate, 1), output=tmp_path / rate, rows=str(tmp_path / "nowhere.jsonl"))
+        for rate in GRID[:2]
     ]
     with pytest.raises(RuntimeError, match=f"failed: {runs[0].output}, {runs[1].output}; see log.txt there"):
         execute(runs, 1, tmp_path / "runs.jsonl")
