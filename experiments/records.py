@@ -23,7 +23,7 @@ class Answers:
     """The held-out answers of one evaluation."""
 
     correct: str
-    """1 or 0 for each problem, in the order of the file."""
+    """1 or 0 for each answer, in the order of the file; the answers to a problem follow each other."""
     markers: int
     """Epistemic markers in all answers."""
     tokens: int
@@ -31,7 +31,7 @@ class Answers:
 
     @classmethod
     def of(cls, scores: Iterable[SampleScore]) -> Answers:
-        """One answer for each problem."""
+        """All answers of an evaluation."""
         found = list(scores)
         return cls(
             "".join(str(int(score.correct)) for score in found),

@@ -184,7 +184,7 @@ def test_runs_are_recorded_and_not_repeated(tmp_path: Path) -> None:
     assert [record.key for record in found] == [first.key, second.key]
     # The base's answers do not depend on the arm, so a run may reuse those of another.
     assert found[0].before == found[1].before
-    assert len(found[0].before.correct) == 8
+    assert len(found[0].before.correct) == 8 * 4, "four answers to each problem"
     execute([first, second, third], 2, file)
     told = (third.output / "log.txt").read_text()
     assert "step 2: accuracy" in told
