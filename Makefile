@@ -74,7 +74,7 @@ slurm: ## Debian's Slurm, for the tests that submit jobs (root; without it they 
 train: $(RUNTIME_STAMP) ## train the embedded tiny model with Purified OPSD (ARGS: overrides)
 	$(VENV)/bin/popsd train conf/tiny.yaml $(ARGS)
 
-# Of five learning rates, each method has the one with the highest accuracy on other rows: experiments/README.md.
+# Each method has the learning rate at which it does best: experiments/README.md.
 compare: OPSD_RATE := 1.0e-5
 compare: $(RUNTIME_STAMP) ## base, OPSD and Purified OPSD with the same budget, and one report about all three (ARGS: overrides)
 	$(VENV)/bin/popsd train conf/tiny.yaml name=OPSD output=runs/compare/opsd distillation.target.family=opsd optimizer.lr=$(OPSD_RATE) $(ARGS)
