@@ -70,7 +70,7 @@ DOCS_STAMP := $(DOCS_ENV)/.docs-installed
 CONTAINER_PIP := $(CONTAINER_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 CONTAINER_STAMP := $(CONTAINER_ENV)/.container-installed
 
-.PHONY: help venv venv-dev vllm-env te-env slurm train test check fast quick lint docs container-check clean distclean
+.PHONY: help venv venv-dev vllm-env te-env slurm train compare test check fast quick lint docs container-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -90,6 +90,13 @@ slurm: ## Debian's Slurm, for the tests that submit jobs (root; without it they 
 
 train: $(RUNTIME_STAMP) ## train the embedded tiny model with Purified OPSD (ARGS: overrides)
 	$(VENV)/bin/popsd train conf/tiny.yaml $(ARGS)
+
+# Each method has the learning rate at which it does best: experiments/README.md.
+compare: OPSD_RATE := 1.0e-5
+compare: $(RUNTIME_STAMP) ## base, OPSD and Purified OPSD with the same budget, and one report about all three (ARGS: overrides)
+	$(VENV)/bin/popsd train conf/tiny.yaml name=OPSD output=runs/compare/opsd distillation.target.family=opsd optimizer.lr=$(OPSD_RATE) $(ARGS)
+	$(VENV)/bin/popsd train conf/tiny.yaml name=Purified output=runs/compare/purified $(ARGS)
+	$(VENV)/bin/popsd report runs/compare/opsd runs/compare/purified --output runs/compare/report.html
 
 test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 	$(PYTEST) $(ARGS)

@@ -1,4 +1,4 @@
-"""The arms: the overrides of experiments/conf.yaml for each."""
+"""The arms: the overrides of experiments/conf.yaml for each; their learning rates and seeds."""
 
 from __future__ import annotations
 
@@ -29,20 +29,31 @@ PURIFIED = _purified("10", "1")
 
 OPSD = Arm("opsd-jsd", "OPSD, JSD", (f"{_TARGET}.family=opsd",))
 
+STUDENT_PMI = Arm("student-pmi", "PMI on the live student", (f"{_TARGET}.family=student_pmi",))
+
+MAIN_ARMS = (OPSD, PURIFIED, STUDENT_PMI)
+"""The arms of the main comparison, which have more seeds."""
+
 ARMS = (
-    OPSD,
+    *MAIN_ARMS,
     Arm("opsd-forward-kl", "OPSD, forward KL", (f"{_TARGET}.family=opsd", f"{_KIND}=forward_kl")),
     Arm("beta-opsd", "β-OPSD, w=0.5", (f"{_TARGET}.family=beta_opsd", f"{_TARGET}.weight=0.5")),
-    Arm("student-pmi", "PMI on the live student", (f"{_TARGET}.family=student_pmi",)),
     Arm("other-reference", "OPSD, other problem's reference", (f"{_TARGET}.family=other_reference",)),
-    PURIFIED,
     *(_purified(cap, "1") for cap in ("5", "20", "null")),
     *(_purified("10", beta) for beta in ("0.5", "2")),
 )
 """All arms; each starts from the untrained base."""
 
-RATES = ("1.0e-4", "3.0e-4")
-"""Learning rates that are compared for every arm, once each, on the tuning rows."""
-SEEDS = (1, 2, 3, 4, 5)
-"""Seeds of the order of the rows, of rollouts and of the answers to held-out problems."""
-TUNING_SEED = 0
+RATES = ("3.0e-6", "1.0e-5", "3.0e-5", "1.0e-4", "3.0e-4", "1.0e-3", "3.0e-3")
+"""Learning rates, ascending. The first and the last are used only for an arm whose best rate is next to them."""
+GRID = RATES[1:-1]
+"""The learning rates that every arm is tuned with."""
+TUNING_SEEDS = (1, 2, 3)
+"""Seeds of the runs that choose the rates, on the tuning rows."""
+SEEDS = tuple(range(111, 121))
+"""Seeds of the order of the rows, of rollouts and of the answers to held-out problems; not among those of tuning."""
+
+
+def seeds_of(arm: Arm) -> tuple[int, ...]:
+    """The seeds with which an arm is trained at its chosen rate: ten for a main arm, five for another."""
+    return SEEDS if arm in MAIN_ARMS else SEEDS[:5]

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from experiments.arms import ARMS
-from experiments.rows import FOLDER, tuning_problems, write
+from experiments.premise import MODEL
+from experiments.rows import tuning_problems
 from experiments.run import CONF
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.data.contexts import Borrowed
@@ -32,7 +33,6 @@ from nemo_popsd.testbed.contexts import count_markers, right
 from nemo_popsd.testbed.problems import Difficulty, Problem, response, thoughtful_thoughts
 from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
 
-MODEL = Path(__file__).with_name("model")
 _LONGEST = 256
 _BATCH = 64
 
@@ -160,8 +160,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL, help="directory of the base")
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="some of the arms")
     options = parser.parse_args()
-    if not FOLDER.is_dir():
-        write()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()

@@ -14,19 +14,19 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.rows import FOLDER, tuning_problems, write
+from experiments.rows import FILE, tuning_problems
 from experiments.run import CONF, RUNS
+from nemo_popsd.embedded.names import asset
 from nemo_popsd.testbed.contexts import report
 from nemo_popsd.testbed.problems import Problem, response, terse_thoughts
 from nemo_popsd.testbed.templates import CONTEXTS, Context, user_turn
 
-MODEL = Path(__file__).with_name("model")
+MODEL = asset("nemo_popsd:tiny_reasoner")
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def terse_log_prob(model: Any, tokenizer: Any, problems: list[Problem], context:
 def decomposition() -> dict[str, Any]:
     """Summary of `popsd diagnose` of the model on the first tuning rows."""
     output = RUNS / "premise"
-    words = [f"output={output}", f"data.train.path={FOLDER / 'tuning.jsonl'}", "data.validation.path="]
+    words = [f"output={output}", f"data.train.path={FILE}", "data.validation.path="]
     command = [sys.executable, "-m", "nemo_popsd", "diagnose", str(CONF), *words, "diagnosis.rows=64"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (summary,) = (output / "diagnosis").glob("*/summary.json")
@@ -59,8 +59,6 @@ def decomposition() -> dict[str, Any]:
 def main() -> None:
     """Runs the command."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    if not FOLDER.is_dir():
-        write()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()

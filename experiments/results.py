@@ -1,122 +1,113 @@
-"""Tables and plots of all finished runs: `python -m experiments.results` writes RESULTS.md and plots/.
+"""Tables and plots of all recorded runs: `python -m experiments.results` writes RESULTS.md and plots/.
 
-Each value is a mean over seeds with a 95 % interval (Student's t over the seeds' means). A change is from before to
-after training of the same seed, with the same problems and the same seeds of the answers.
+Each value is a mean over seeds with a 95 % interval (Student's t over the seeds). A change is from before to after
+training of the same seed, with the same problems and the same seeds of the answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot
-from scipy.stats import t as student_t
 
-from benchmarks.measure import machine
-from experiments.arms import ARMS, Arm
-from experiments.run import CHOSEN, Run, training_runs
-from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
+from experiments.arms import ARMS, GRID, PURIFIED, RATES, Arm
+from experiments.intervals import Estimate, holm, p_text
+from experiments.records import FILE, Answers, Record, load
+from experiments.run import chosen, tuned
 
 HERE = Path(__file__).parent
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds."""
-
-    mean: float
-    half_width: float
-    """Half width of the 95 % interval; NaN for one seed."""
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """Student's t."""
-        count = len(values)
-        if count < 2:
-            return cls(statistics.fmean(values), math.nan)
-        error = statistics.stdev(values) / math.sqrt(count)
-        return cls(statistics.fmean(values), float(student_t.ppf(0.975, count - 1)) * error)
-
-    def text(self, digits: int = 1, sign: bool = False) -> str:
-        """Text for a table."""
-        return f"{self.mean:{'+' if sign else ''}.{digits}f} ± {self.half_width:.{digits}f}"
-
-
-def accuracy(kind: str) -> Callable[[Sequence[SampleScore]], float]:
-    """Accuracy on the problems of a kind (usual or hard), in per cent."""
-
-    def of(scores: Sequence[SampleScore]) -> float:
-        chosen = [score.correct for score in scores if score.problem.startswith(f"{kind}/")]
-        return 100 * sum(chosen) / len(chosen)
-
-    return of
-
-
-def markers(scores: Sequence[SampleScore]) -> float:
-    """Epistemic markers per 1,000 tokens."""
-    return 1000 * sum(sum(s.markers.values()) for s in scores) / sum(s.tokens for s in scores)
-
-
-def length(scores: Sequence[SampleScore]) -> float:
-    """Tokens per answer."""
-    return statistics.fmean(score.tokens for score in scores)
-
-
-FIGURES: dict[str, tuple[str, Callable[[Sequence[SampleScore]], float]]] = {
-    "usual": ("accuracy, 2-5 operations, %", accuracy("usual")),
-    "hard": ("accuracy, 6-7 operations, %", accuracy("hard")),
-    "markers": ("markers per 1,000 tokens", markers),
-    "length": ("tokens per answer", length),
+FIGURES: dict[str, Callable[[Answers], float]] = {
+    "accuracy, %": lambda answers: answers.accuracy,
+    "markers per 1,000 tokens": lambda answers: answers.marker_rate,
+    "tokens per answer": lambda answers: answers.length,
 }
+"""Statistics of the held-out answers, by title."""
+
+Done = dict[Arm, list[Record]]
+"""Training runs by arm, each in the order of the seeds."""
 
 
-def scores(run: Run, moment: str) -> list[SampleScore]:
-    """Statistics of a run's held-out answers, "before" or "after" training."""
-    directory = (
-        EvaluationDirectory(run.output / "validation" / "step-000000") if moment == "before" else run.last_evaluation()
-    )
-    return list(directory.scores())
-
-
-def training(run: Run) -> dict[str, list[float]]:
-    """Training metrics by name, a value for each step."""
-    found: dict[str, list[float]] = {}
-    for line in (run.output / "metrics.jsonl").read_text().splitlines():
-        for name, value in json.loads(line).items():
-            if name.startswith("train/"):
-                found.setdefault(name.removeprefix("train/"), []).append(float(value))
+def finished(records: Sequence[Record]) -> Done:
+    """The training runs of all arms that have some, at the chosen rates."""
+    rates = chosen(records)
+    found: Done = {}
+    for arm in ARMS:
+        of_arm = [r for r in records if (r.phase, r.arm, r.rate) == ("training", arm.name, rates.get(arm.name))]
+        if of_arm:
+            found[arm] = sorted(of_arm, key=lambda record: record.seed)
     return found
 
 
-def table(done: dict[Arm, list[Run]]) -> str:
-    """A row for the base and for each arm."""
-    header = ["arm", "rate", "seeds", *(cell for title, _ in FIGURES.values() for cell in (title, "change"))]
-    lines = [header, ["---"] * len(header)]
+def change(runs: Sequence[Record], of: Callable[[Answers], float]) -> Estimate:
+    """Mean change of a statistic from before to after training."""
+    return Estimate.of([of(run.after) - of(run.before) for run in runs])
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    first, *others = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (first, ["---"] * len(first), *others))
+
+
+def table(done: Done) -> str:
+    """A row for the base and for each arm; p-values are of the change of the accuracy, adjusted for all arms (Holm)."""
+    header = ["arm", "rate", "seeds"]
+    for title in FIGURES:
+        header += [title, "change", *(["p, Holm"] if title.startswith("accuracy") else [])]
     # The base is the same for all arms, and its answers depend only on the seed.
     widest = max(done.values(), key=len)
-    base = [Estimate.of([of(scores(run, "before")) for run in widest]) for _, of in FIGURES.values()]
-    lines.append(["base", "none", str(len(widest)), *(cell for e in base for cell in (e.text(), ""))])
-    for arm, runs in done.items():
+    base = ["base", "none", str(len(widest))]
+    for title, of in FIGURES.items():
+        base += [Estimate.of([of(run.before) for run in widest]).text(), ""]
+        base += [""] if title.startswith("accuracy") else []
+    adjusted = holm([change(runs, FIGURES["accuracy, %"]).p for runs in done.values()])
+    lines = [header, base]
+    for (arm, runs), p in zip(done.items(), adjusted, strict=True):
         cells = [arm.title, runs[0].rate, str(len(runs))]
-        for _, of in FIGURES.values():
-            pairs = [(of(scores(run, "before")), of(scores(run, "after"))) for run in runs]
-            cells.append(Estimate.of([after for _, after in pairs]).text())
-            cells.append(Estimate.of([after - before for before, after in pairs]).text(sign=True))
+        for title, of in FIGURES.items():
+            cells += [Estimate.of([of(run.after) for run in runs]).text(), change(runs, of).text(sign=True)]
+            cells += [p_text(p)] if title.startswith("accuracy") else []
         lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _markdown(lines)
 
 
-def signal_table(done: dict[Arm, list[Run]]) -> str:
-    """The teacher's signal at the start and the end, and the time of a step."""
+def differences(done: Done) -> str:
+    """Purified, c=10, β=1 against every other arm: accuracy after training, paired by seed; empty without it."""
+    if PURIFIED not in done:
+        return ""
+    mine = {run.seed: run.after.accuracy for run in done[PURIFIED]}
+    found = {
+        arm: Estimate.of([mine[run.seed] - run.after.accuracy for run in runs if run.seed in mine])
+        for arm, runs in done.items()
+        if arm is not PURIFIED
+    }
+    adjusted = holm([estimate.p for estimate in found.values()])
+    lines = [["Purified, c=10, β=1 minus", "points", "p, Holm"]]
+    lines += [[a.title, e.text(sign=True), p_text(p)] for (a, e), p in zip(found.items(), adjusted, strict=True)]
+    return _markdown(lines)
+
+
+def rates_table(records: Sequence[Record]) -> str:
+    """Mean change of the accuracy on the tuning rows by arm and rate; the chosen rate is bold."""
+    found, best = tuned(records), chosen(records)
+    used = [rate for rate in RATES if rate in GRID or any(rate in of_rates for of_rates in found.values())]
+    lines = [["arm", *used]]
+    for arm in ARMS:
+        if of_rates := found.get(arm.name):
+            cells = [f"{of_rates[rate]:+.1f}" if rate in of_rates else "" for rate in used]
+            cells = [f"**{c}**" if rate == best.get(arm.name) else c for rate, c in zip(used, cells, strict=True)]
+            lines.append([arm.title, *cells])
+    return _markdown(lines)
+
+
+def signal_table(done: Done) -> str:
+    """The teacher's signal at the start and the end of training."""
     first, last, every = slice(0, 5), slice(-5, None), slice(None)
     columns = [
         ("‖Δ_ref‖/‖Δ_total‖, steps 1-5", "norm_ratio", first),
@@ -124,43 +115,45 @@ def signal_table(done: dict[Arm, list[Run]]) -> str:
         ("cos(Δ_total, Δ_ref)", "cosine_reference", every),
         ("cos(Δ_total, Δ_it)", "cosine_question", every),
     ]
-    header = ["arm", *(title for title, _, _ in columns), "s a step, two runs at a time"]
-    lines = [header, ["---"] * len(header)]
+    lines = [["arm", *(title for title, _, _ in columns)]]
     for arm, runs in done.items():
-        logged = [training(run) for run in runs]
         cells = [
-            Estimate.of([statistics.fmean(found[name][steps]) for found in logged]).text(2)
+            Estimate.of([statistics.fmean(run.curves[name][steps]) for run in runs]).text(2)
             for _, name, steps in columns
         ]
-        seconds = [statistics.median(_step_seconds(found)) for found in logged]
-        lines.append([arm.title, *cells, f"{statistics.median(seconds):.2f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([arm.title, *cells])
+    return _markdown(lines)
 
 
-def _step_seconds(found: dict[str, list[float]]) -> list[float]:
-    parts = (found[f"seconds_{part}"] for part in ("rollout", "frozen", "train"))
-    return [sum(step) for step in zip(*parts, strict=True)]
+def provenance(records: Sequence[Record]) -> str:
+    """Number of runs, seeds, commits, machine and minutes."""
+    parts = []
+    for phase in ("tuning", "training"):
+        some = [record for record in records if record.phase == phase]
+        seeds = sorted({record.seed for record in some})
+        minutes = sum(record.seconds for record in some) / 60
+        if some:
+            parts.append(f"{len(some)} {phase} runs with seeds {seeds[0]} to {seeds[-1]}, {minutes:.0f} minutes in all")
+    commits = sorted({record.commit for record in records})
+    machines = sorted({record.machine for record in records})
+    return "; ".join([*parts, f"commit {', '.join(commits)}", *machines]) + "."
 
 
-def plot_changes(done: dict[Arm, list[Run]], file: Path) -> None:
+def plot_changes(done: Done, file: Path) -> None:
     """Changes of all statistics by arm, with intervals."""
-    figure, axes = pyplot.subplots(1, len(FIGURES), figsize=(13, 0.42 * len(done) + 1.4), sharey=True)
-    for axis, (title, of) in zip(axes, FIGURES.values(), strict=True):
-        found = [
-            Estimate.of([of(scores(r, "after")) - of(scores(r, "before")) for r in runs]) for runs in done.values()
-        ]
+    figure, axes = pyplot.subplots(1, len(FIGURES), figsize=(11, 0.42 * len(done) + 1.4), sharey=True)
+    for axis, (title, of) in zip(axes, FIGURES.items(), strict=True):
+        found = [change(runs, of) for runs in done.values()]
         places = range(len(found))
         axis.errorbar([e.mean for e in found], places, xerr=[e.half_width for e in found], fmt="o", capsize=3)
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_title(f"change of {title}", fontsize=9)
         axis.set_yticks(list(places), [arm.title for arm in done])
     axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)
+    _save(figure, file)
 
 
-def plot_training(done: dict[Arm, list[Run]], file: Path) -> None:
+def plot_training(done: Done, file: Path) -> None:
     """Signal, markers and length of the rollouts over training, a mean over seeds for each arm."""
     names = {
         "norm_ratio": "‖Δ_ref‖ / ‖Δ_total‖",
@@ -170,15 +163,34 @@ def plot_training(done: dict[Arm, list[Run]], file: Path) -> None:
     }
     figure, axes = pyplot.subplots(1, len(names), figsize=(17, 4))
     for arm, runs in done.items():
-        logged = [training(run) for run in runs]
         for axis, name in zip(axes, names, strict=True):
-            curve = [statistics.fmean(values) for values in zip(*(found[name] for found in logged), strict=True)]
+            curve = [statistics.fmean(values) for values in zip(*(run.curves[name] for run in runs), strict=True)]
             style = "--" if arm.name.startswith("purified") else "-"
             axis.plot(range(1, len(curve) + 1), curve, style, label=arm.title, linewidth=1.2)
     for axis, title in zip(axes, names.values(), strict=True):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    _save(figure, file)
+
+
+def plot_rates(records: Sequence[Record], file: Path) -> None:
+    """Change of the accuracy on the tuning rows over the learning rate, a mean over seeds for each arm."""
+    figure, axis = pyplot.subplots(figsize=(7.5, 4))
+    found = tuned(records)
+    for arm in ARMS:
+        if of_rates := found.get(arm.name):
+            style = "--" if arm.name.startswith("purified") else "-"
+            axis.plot([float(r) for r in of_rates], list(of_rates.values()), style, marker="o", ms=3, label=arm.title)
+    axis.axhline(0, color="0.6", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate", fontsize=9)
+    axis.set_title("change of the accuracy on the tuning rows, points", fontsize=9)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    _save(figure, file)
+
+
+def _save(figure: pyplot.Figure, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file)
     pyplot.close(figure)
@@ -187,24 +199,31 @@ def plot_training(done: dict[Arm, list[Run]], file: Path) -> None:
 def main() -> None:
     """Runs the command."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    runs = [run for run in training_runs() if run.finished]
-    done = {arm: of_arm for arm in ARMS if (of_arm := [run for run in runs if run.arm == arm])}
+    records = load()
+    done = finished(records)
     (HERE / "plots").mkdir(exist_ok=True)
     plot_changes(done, HERE / "plots" / "changes.svg")
     plot_training(done, HERE / "plots" / "training.svg")
+    plot_rates(records, HERE / "plots" / "rates.svg")
     parts = [
         "# Results of `python -m experiments.results`",
-        f"{datetime.date.today():%d %B %Y}; {len(runs)} runs, two at a time with one thread each, on {machine()}. "
+        f"All runs are in [{FILE.name}]({FILE.name}): {provenance(records)} Two runs at a time with one thread each. "
         "± are 95 % intervals over seeds.",
-        f"Learning rates, chosen on the tuning rows: `{CHOSEN.name}`.",
         table(done),
         "![changes](plots/changes.svg)",
-        "## The signal, and the cost",
+        "Accuracy after training, paired by seed:",
+        differences(done),
+        "## Learning rates",
+        "Change of the accuracy on the tuning rows, mean over three seeds, in points; the chosen rate is bold.",
+        rates_table(records),
+        "![rates](plots/rates.svg)",
+        "## The signal",
         signal_table(done),
         "![training](plots/training.svg)",
     ]
-    (HERE / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print("\n\n".join(parts))
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (HERE / "RESULTS.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m nemo_popsd.testbed.pretrain --output DIR
 
-Training starts with drills of single operations, and of finding values on a sheet if references are sheets. After that,
-the mixture holds all three contexts. From the question alone the model learns to hesitate, check and correct itself.
+Training starts with drills: finding values on a sheet, and single operations. After that, the mixture holds all three
+contexts. From the question alone the model learns to hesitate, check and correct itself.
 With a reference in the context it learns to state the values, so a reference makes its answers correct and short.
 """
 
@@ -16,21 +16,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from nemo_popsd.testbed.contexts import ContextReport, report
-from nemo_popsd.testbed.data import DATA_SEED
+from nemo_popsd.testbed.data import DATA_SEED, SIZES
 from nemo_popsd.testbed.problems import (
     DIFFICULTY,
     FAMILIES,
     NAMES,
     Difficulty,
     Problem,
-    ReferenceStyle,
+    balanced,
     draw_problem,
     drill,
     problems,
@@ -52,7 +51,7 @@ class Recipe:
 
     seed: int = 20260
     """Seed of the initial weights, the problems and the mixture."""
-    steps: int = 1000
+    steps: int = 1600
     """Optimiser steps."""
     batch: int = 32
     """Sequences per step."""
@@ -62,18 +61,18 @@ class Recipe:
     """Peak of Muon (the matrices of the layers)."""
     warmup: int = 50
     """Steps of the warm-up."""
-    question_reference_share: float = 0.2
+    question_reference_share: float = 0.25
     """Share of sequences with question and reference."""
-    reference_share: float = 0.2
+    reference_share: float = 0.12
     """Share of sequences with the reference alone; the rest see the question alone."""
-    thoughtful_with_reference: float = 0.1
+    thoughtful_with_reference: float = 0.2
     """Share of sequences with a reference whose solution still hesitates and checks."""
     no_thinking: float = 0.04
     """Share of sequences from any context with thinking switched off."""
-    drill_steps: int = 200
-    """Initial steps that contain drills only. If references are sheets, the first two thirds of these steps and half of
-    all later drills are about finding values on sheets."""
-    drill_share: float = 0.05
+    drill_steps: int = 600
+    """Initial steps that contain drills only. The first two thirds of these steps and half of all later drills are
+    about finding values on sheets."""
+    drill_share: float = 0.1
     """Share of drills afterwards."""
     difficulty: Difficulty = field(default_factory=lambda: DIFFICULTY)
     """The problems and the worked solutions."""
@@ -119,11 +118,11 @@ def draw_drill(rng: random.Random, difficulty: Difficulty, sheets: float) -> tup
 
     Args:
         rng: random generator.
-        difficulty: of the operations. There are sheets only if the reference style is `versions`.
+        difficulty: of the operations.
         sheets: share of sheets. A small model that sees versions and sheets only together with problems does not learn
             to connect them, since the sheet alone explains most of a solution. Sheets therefore use all names.
     """
-    if difficulty.reference == "versions" and rng.random() < sheets:
+    if rng.random() < sheets:
         problem = draw_problem(rng, replace(difficulty, shortest=len(NAMES) - 1, longest=len(NAMES) - 1))
         user = user_turn("question+reference", problem.which, problem.reference)
         return user, response(terse_thoughts(problem), problem.answer), True
@@ -227,7 +226,7 @@ def evaluate(
     difficulty: Difficulty = DIFFICULTY,
 ) -> list[ContextReport]:
     """Print and return the accuracy from every context on `count` held-out problems."""
-    rows = records("validation", count, seed, difficulty)
+    rows = records("validation", balanced("validation", count, seed, difficulty))
     reports = []
     for temperature in temperatures:
         for context in CONTEXTS:
@@ -269,9 +268,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--families", nargs="+", choices=FAMILIES, default=list(recipe.difficulty.families), help="families of problems"
     )
     parser.add_argument(
-        "--reference", choices=get_args(ReferenceStyle), default=recipe.difficulty.reference, help="style of references"
-    )
-    parser.add_argument(
         "--question-reference-share", type=float, default=recipe.question_reference_share, help="of the mixture"
     )
     parser.add_argument("--drill-share", type=float, default=recipe.drill_share, help="of the mixture")
@@ -282,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--drill-steps", type=int, default=recipe.drill_steps, help="initial steps that contain drills only"
     )
-    parser.add_argument("--problems", type=int, default=512, help="held-out problems of the evaluation")
+    parser.add_argument("--problems", type=int, default=SIZES["validation"], help="held-out problems of the evaluation")
     parser.add_argument("--quick-every", type=int, default=0, help="steps between quick evaluations; 0: none")
     parser.add_argument("--measure-only", action="store_true", help="evaluate the model in the folder without training")
     parser.add_argument("--threads", type=int, default=2)
@@ -300,11 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
         drill_share=options.drill_share,
         thoughtful_with_reference=options.thoughtful_with_reference,
         drill_steps=options.drill_steps,
-        difficulty=replace(
-            recipe.difficulty,
-            families=tuple(options.families),
-            reference=options.reference,
-        ),
+        difficulty=replace(recipe.difficulty, families=tuple(options.families)),
     )
     if options.measure_only:
         model = Qwen3ForCausalLM.from_pretrained(str(options.output), dtype=torch.float32)

@@ -1,27 +1,22 @@
 r"""Small verifiable problems, their terse references, and worked solutions that hesitate, check and correct.
 
-A problem is a chain of operations modulo 100. The embedded data and model use one family, a chain of definitions::
+Four families of problems (`FAMILIES`) describe the same operations modulo 100 in different words. Each question ends
+with the version of the problem that it asks for::
 
-    Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d.
-
-The other families (`FAMILIES`) describe the same operations in prose, from which the model must extract them::
-
-    A ring has 100 places. Start at place 37, go 4 back, then 5 on, then 2 on. Which place is it?
-    A sequence begins with 37. For the next term take the last, times 3 minus 4, modulo 100. Find term 3.
-    A shop has 37 boxes. It sells 4, multiplies its stock by 3, buys 5. How many boxes, modulo 100?
+    Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d. Version: red.
+    A ring has 100 places. Start at place 37, go 4 back, then 5 on, then 2 on. Which place is it? Version: blue.
+    A sequence begins with 37. For the next term take the last, times 3 minus 4, modulo 100. Find term 3. Version: red.
+    A shop has 37 boxes. It sells 4, multiplies its stock by 3, buys 5. How many boxes, modulo 100? Version: blue.
 
 A **thoughtful** solution sometimes hesitates ("Maybe", "Perhaps"), recomputes by digits ("Check") and corrects itself
 ("Wait"). Recomputing by digits is easy and guessing is hard, so checks raise the accuracy. A **terse** solution states
-the values only. The **reference** has another style: it names no variable and does not follow the order of the chain::
+the values only. The **reference** has another style: a sheet of the values of two versions of the problem, each with a
+near miss next to it, and the answer::
 
-    - 4 gives 7, * 3 gives 11, + 5 gives 12. Answer 12.
-
-It lists the values, and the question assigns them to variables: together they give the solution without arithmetic. A
-small model hardly learns to combine them. A reference of the style `versions` is easier to use: a sheet for two
-versions of the problem, with a near miss next to each value. The question names the version::
-
-    Let a = 37, b = a * 3, c = b - 4, d = c + 5, all modulo 100. Find d. Version: red.
     b blue 21, b red 11, c blue 97, c red 7, d blue 15, d red 12. Answer 12.
+
+Only the question states which version applies: together they give the solution without arithmetic, and the reference
+alone gives the answer.
 
 Everything is a pure function of (seed, split, index) and does not use `hash()`: every process draws the same problems.
 A digest of its text assigns each task to one split, so the splits cannot overlap.
@@ -31,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,8 +40,6 @@ FAMILIES: tuple[Family, ...] = ("chain", "ring", "sequence", "stock")
 """All families of problems."""
 
 Split = Literal["pretraining", "train", "validation"]
-ReferenceStyle = Literal["operations", "versions"]
-"""What a reference contains besides the answer: results of operations, or the values of two versions."""
 _BUCKETS: dict[Split, range] = {"validation": range(8), "train": range(8, 32), "pretraining": range(32, 256)}
 _VERSIONS = ("blue", "red")
 _HESITATIONS = ("Maybe", "Perhaps")
@@ -75,10 +68,8 @@ class Difficulty:
     """Share of its other steps that are checked."""
     mistake: float = 0.2
     """Share of hesitant guesses that are wrong, and corrected."""
-    families: tuple[Family, ...] = ("chain",)
+    families: tuple[Family, ...] = FAMILIES
     """Families of problems, with equal shares."""
-    reference: ReferenceStyle = "operations"
-    """Style of the references."""
 
 
 DIFFICULTY = Difficulty()
@@ -107,16 +98,16 @@ class Problem:
 
     start: int
     steps: tuple[Step, ...]
-    family: Family = "chain"
-    version: str = ""
-    """The version of the problem, for references of the style `versions`; empty for the other style."""
-    misses: tuple[int, ...] = ()
+    family: Family
+    version: str
+    """The version of the problem."""
+    misses: tuple[int, ...]
     """The values of the other version."""
 
     @property
     def question(self) -> str:
-        """The problem statement, and the version if there is one."""
-        return f"{self.task} {self.which}" if self.version else self.task
+        """The problem statement and the version."""
+        return f"{self.task} {self.which}"
 
     @property
     def which(self) -> str:
@@ -149,20 +140,14 @@ class Problem:
 
     @property
     def reference(self) -> str:
-        """The result of each operation of the chain, in ascending order, or the values of two versions; and the answer.
-
-        Only the question states which variable an operation belongs to, or which version applies.
-        """
-        if self.version:
-            pairs = zip(self.steps, self.misses, strict=True)
-            values = ", ".join(
-                f"{s.name} {version} {s.value if version == self.version else miss}"
-                for s, miss in pairs
-                for version in _VERSIONS
-            )
-            return f"{values}. Answer {self.answer}."
-        results = ", ".join(f"{s.op} {s.y} gives {s.value}" for s in sorted(self.steps, key=lambda s: (s.value, s.op)))
-        return f"{results}. Answer {self.answer}."
+        """The values of two versions, and the answer; only the question states which version applies."""
+        pairs = zip(self.steps, self.misses, strict=True)
+        values = ", ".join(
+            f"{s.name} {version} {s.value if version == self.version else miss}"
+            for s, miss in pairs
+            for version in _VERSIONS
+        )
+        return f"{values}. Answer {self.answer}."
 
 
 def apply(op: str, x: int, y: int) -> int:
@@ -191,11 +176,8 @@ def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Pro
         else:
             steps.append(_draw_step(rng, difficulty, i, value))
         value = steps[-1].value
-    problem = Problem(start=start, steps=tuple(steps), family=family)
-    if difficulty.reference == "versions":
-        misses = tuple(_mistake(step, rng) for step in steps)
-        problem = replace(problem, version=rng.choice(_VERSIONS), misses=misses)
-    return problem
+    misses = tuple(_mistake(step, rng) for step in steps)
+    return Problem(start=start, steps=tuple(steps), family=family, version=rng.choice(_VERSIONS), misses=misses)
 
 
 def _draw_step(rng: random.Random, difficulty: Difficulty, i: int, x: int) -> Step:
@@ -231,19 +213,32 @@ def problems(split: Split, seed: int, difficulty: Difficulty = DIFFICULTY) -> It
             yield problem, rng
 
 
-def records(split: Split, count: int, seed: int, difficulty: Difficulty = DIFFICULTY) -> list[dict[str, str]]:
-    """The first `count` rows of a split as `id`, `question`, `reference`, `answer`."""
-    rows = []
-    for index, (problem, _) in zip(range(count), problems(split, seed, difficulty), strict=False):
-        rows.append(
-            {
-                "id": f"{split}-{index:05d}",
-                "question": problem.question,
-                "reference": problem.reference,
-                "answer": problem.answer,
-            }
-        )
-    return rows
+def balanced(
+    split: Split, count: int, seed: int, difficulty: Difficulty = DIFFICULTY, *, skip: int = 0
+) -> list[Problem]:
+    """`count` problems of a split, as many of each family (at most one more), after the first `skip`."""
+    room = dict.fromkeys(difficulty.families, -(-count // len(difficulty.families)))
+    found: list[Problem] = []
+    for number, (problem, _) in enumerate(problems(split, seed, difficulty)):
+        if len(found) == count:
+            break
+        if number >= skip and room[problem.family]:
+            room[problem.family] -= 1
+            found.append(problem)
+    return found
+
+
+def records(name: str, chosen: Sequence[Problem]) -> list[dict[str, str]]:
+    """Problems as rows `id`, `question`, `reference`, `answer`, with ids NAME/FAMILY/NUMBER."""
+    return [
+        {
+            "id": f"{name}/{problem.family}/{number:04d}",
+            "question": problem.question,
+            "reference": problem.reference,
+            "answer": problem.answer,
+        }
+        for number, problem in enumerate(chosen)
+    ]
 
 
 def terse_thoughts(problem: Problem) -> str:

@@ -114,6 +114,21 @@ def test_make_installs_before_it_trains_and_only_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_compare_trains_both_methods_with_the_same_budget_and_reports_on_both(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for file in ("bin/python", ".runtime-installed"):
+        (tmp_path / file).touch()
+    popsd = f"{tmp_path}/bin/popsd"
+    *trained, reported = make("-n", "compare", f"VENV={tmp_path}", "ARGS=seed=5").stdout.splitlines()
+    opsd, purified = (set(line.removeprefix(f"{popsd} train conf/tiny.yaml ").split()) for line in trained)
+    own = {"name", "output", "distillation.target.family", "optimizer.lr"}
+    assert {word.partition("=")[0] for word in opsd ^ purified} == own
+    assert opsd & purified == {"seed=5"}
+    outputs = [word.partition("=")[2] for words in (opsd, purified) for word in words if word.startswith("output=")]
+    assert reported == f"{popsd} report {' '.join(outputs)} --output runs/compare/report.html"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_creates_a_separate_environment_for_vllm(tmp_path: Path) -> None:
     venv, vllm_env = tmp_path / "venv", tmp_path / "vllm"
     fresh = make("-n", "vllm-env", f"VENV={venv}", f"VLLM_ENV={vllm_env}").stdout

@@ -17,7 +17,7 @@ from tests.harness import run_ranks
 from tests.tiny_models import load_dense
 
 TINY = Path(__file__).parents[2] / "conf" / "tiny.yaml"
-ROWS = ["train-00002", "train-00000"]
+ROWS = ["train/ring/0002", "train/sequence/0000"]
 
 
 def diagnosed(rank: int, world_size: int, folder: Path, *more: str) -> tuple[Any, list[Any], list[Any]]:
@@ -96,7 +96,7 @@ def test_the_figures_of_each_token_equal_those_of_the_dense_model(one: Any) -> N
 @pytest.mark.slow
 def test_the_rows_of_shown_rows_are_shown_and_come_first(one: Any) -> None:
     found, _, _ = one
-    assert [r["row"] for r in found.rollouts] == [*ROWS, "train-00001"]
+    assert [r["row"] for r in found.rollouts] == [*ROWS, "train/chain/0001"]
     assert [r["alternatives"] is not None for r in found.rollouts] == [True, True, False]
     assert found.summary["tokens"] == sum(len(r["pieces"]) for r in found.rollouts)
     assert found.summary["groups"]["markers"]["tokens"] == sum(sum(r["marked"]) for r in found.rollouts) > 0
@@ -124,7 +124,7 @@ def test_two_ranks_give_the_figures_of_one(one: Any, tmp_path: Path, layout: lis
         assert [r["pieces"] for r in got.rollouts] == [r["pieces"] for r in want.rollouts]
         for mine, theirs in zip(got.rollouts, want.rollouts, strict=True):
             for name in MEASURES:
-                # Log-probabilities of -30 in fp32, differences of 396 entries: cosines of small ones lose digits.
+                # Log-probabilities of -30 in fp32, differences of 489 entries: cosines of small ones lose digits.
                 assert mine["values"][name] == pytest.approx(theirs["values"][name], rel=1e-3, abs=5e-4), name
             if theirs["alternatives"]:
                 first = [row[1] for row in theirs["alternatives"]["target"]]
@@ -152,7 +152,7 @@ def test_the_files_contain_the_diagnosis_and_a_page_is_built_from_them(one: Any,
 
 def missing(rank: int, world_size: int, folder: Path) -> str:
     try:
-        diagnosed(rank, world_size, folder, "diagnosis.shown_rows=[train-00001, nowhere]")
+        diagnosed(rank, world_size, folder, "diagnosis.shown_rows=[train/chain/0001, nowhere]")
     except UserError as error:
         return str(error)
     return ""

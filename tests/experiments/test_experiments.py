@@ -8,45 +8,57 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from experiments.arms import ARMS, OPSD, PURIFIED, RATES
+from experiments.arms import ARMS, GRID, OPSD, PURIFIED, RATES, SEEDS, STUDENT_PMI, TUNING_SEEDS, Arm
 from experiments.ceiling import follow, guesses
-from experiments.results import Estimate, accuracy, markers, scores, signal_table, table
-from experiments.rows import HARD, drawn, rows, tuning_problems, write
-from experiments.run import CONF, Run, execute, training_runs, tuning_runs
+from experiments.intervals import Estimate, holm, p_text
+from experiments.records import CURVES, Answers, Record, append, load
+from experiments.results import (
+    differences,
+    finished,
+    plot_changes,
+    plot_rates,
+    plot_training,
+    provenance,
+    rates_table,
+    signal_table,
+    table,
+)
+from experiments.rows import FILE, text, tuning_problems
+from experiments.run import (
+    CONF,
+    chosen,
+    execute,
+    missing_neighbours,
+    training_run,
+    training_runs,
+    tuned,
+    tuning_run,
+    tuning_runs,
+)
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.distillation.target_families import Target
+from nemo_popsd.embedded.names import asset
 from nemo_popsd.testbed.contexts import sample_answers
-from nemo_popsd.testbed.problems import FAMILIES, split_of
+from nemo_popsd.testbed.problems import FAMILIES, records, split_of
 from nemo_popsd.testbed.templates import CONTEXTS, user_turn
 
 
-def _task(row: dict[str, str]) -> str:
-    """The question without its version, which pre-training and the files must not share."""
-    return row["question"].partition(" Version: ")[0]
-
-
-@pytest.mark.slow
-def test_files_share_no_task_and_contain_all_families_equally(tmp_path: Path) -> None:
-    write(tmp_path)
-    files = {
-        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")
-    }
-    assert {name: len(found) for name, found in files.items()} == {"train": 1600, "tuning": 256, "held_out": 512}
-    tasks = [_task(row) for found in files.values() for row in found]
-    assert len(set(tasks)) == len(tasks)
-    assert len({row["id"] for found in files.values() for row in found}) == len(tasks)
-    for name, found in files.items():
-        assert {split_of(_task(row)) for row in found} == {"validation" if name == "held_out" else "train"}
-        of_family = [row["id"].split("/")[1] for row in found]
-        assert {of_family.count(family) for family in FAMILIES} == {len(found) // len(FAMILIES)}
-    assert [p.question for p in tuning_problems()] == [row["question"] for row in files["tuning"]]
-    assert {len(problem.steps) for problem in drawn("validation", 40, HARD)} == {6, 7}
+def test_tuning_rows_share_no_task_with_the_embedded_ones_and_contain_all_families_equally() -> None:
+    assert FILE.read_text() == text()
+    tuning = tuning_problems()
+    tasks = [problem.task for problem in tuning]
+    assert {split_of(task) for task in tasks} == {"train"}
+    others = [json.loads(line)["question"] for line in asset("nemo_popsd:tiny_train").read_text().splitlines()]
+    assert not set(tasks) & {question.partition(" Version: ")[0] for question in others}
+    families = [problem.family for problem in tuning]
+    assert {families.count(family) for family in FAMILIES} == {64}
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
@@ -57,73 +69,147 @@ def test_an_arm_is_a_configuration(arm) -> None:  # type: ignore[no-untyped-def]
     assert {name for name in vars(config) if getattr(config, name) != getattr(base, name)} == changed
 
 
-def test_every_arm_has_the_same_rates_and_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("experiments.run.CHOSEN", tmp_path / "rates.json")
-    (tmp_path / "rates.json").write_text(json.dumps({arm.name: RATES[0] for arm in ARMS}))
-    assert {run.rows.name for run in tuning_runs()} == {"tuning.jsonl"}
-    assert [sum(run.arm == arm for run in tuning_runs()) for arm in ARMS] == [len(RATES)] * len(ARMS)
-    assert {run.rows.name for run in training_runs()} == {"held_out.jsonl"}
-    assert [sum(run.arm == arm for run in training_runs()) for arm in ARMS] == [5] * len(ARMS)
-    outputs = [run.output for run in (*tuning_runs(), *training_runs())]
-    assert len(set(outputs)) == len(outputs)
+def _record(arm: Arm, rate: str, seed: int, right: int, phase: str = "tuning") -> Record:
+    before, after = (Answers("1" * n + "0" * (10 - n), 5, 100) for n in (5, right))
+    curves = {name: [1.0, 2.0, 3.0] for name in CURVES} if phase == "training" else {}
+    return Record(phase, arm.name, rate, seed, before, after, 60.0, "abc", "a machine", curves)
 
 
-def test_intervals_use_students_t() -> None:
+def test_every_arm_has_the_same_rates_and_seeds_and_only_main_arms_have_ten_seeds() -> None:
+    tuning = tuning_runs(ARMS)
+    assert {run.rows for run in tuning} == {str(FILE)}
+    assert {(run.arm, run.rate, run.seed) for run in tuning} == set(product(ARMS, GRID, TUNING_SEEDS))
+    training = training_runs(dict.fromkeys((arm.name for arm in ARMS), GRID[0]), ARMS)
+    assert {run.rows for run in training} == {"nemo_popsd:tiny_validation"}
+    assert [sum(run.arm == arm for run in training) for arm in ARMS] == [10] * 3 + [5] * (len(ARMS) - 3)
+    assert not set(TUNING_SEEDS) & set(SEEDS)
+    outputs = [run.output for run in (*tuning, *training)]
+    assert len(set(outputs)) == len({run.key for run in (*tuning, *training)}) == len(outputs)
+
+
+def test_the_grid_of_an_arm_whose_best_rate_is_at_its_edge_is_extended() -> None:
+    best = {OPSD: GRID[0], PURIFIED: GRID[2], STUDENT_PMI: GRID[-1]}
+    records = [
+        _record(arm, rate, seed, right=7 if rate == best[arm] else 4)
+        for arm in best
+        for rate in GRID
+        for seed in TUNING_SEEDS
+    ]
+    assert chosen(records) == {arm.name: rate for arm, rate in best.items()}
+    assert tuned(records)[OPSD.name] == {rate: pytest.approx(20 if rate == GRID[0] else -10) for rate in GRID}
+    beyond = missing_neighbours(records, ARMS)
+    assert [(run.arm, run.rate, run.seed) for run in beyond] == [
+        pair for seed in TUNING_SEEDS for pair in ((OPSD, RATES[0], seed), (STUDENT_PMI, RATES[-1], seed))
+    ]
+    records += [_record(run.arm, run.rate, run.seed, right=8) for run in beyond]
+    assert chosen(records)[OPSD.name] == RATES[0]
+    assert not missing_neighbours(records, ARMS), "there are no more rates"
+    incomplete = [record for record in records if (record.rate, record.seed) != (GRID[1], TUNING_SEEDS[1])]
+    assert chosen(incomplete) == {}
+    assert GRID[1] not in tuned(incomplete)[OPSD.name]
+
+
+def test_intervals_and_p_values_use_students_t() -> None:
     found = Estimate.of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.mean == 3.0
     # Tables of Student's t have 2.776 for 4 degrees of freedom.
-    assert found.half_width == pytest.approx(
-        2.776 * math.sqrt(2.5 / 5), rel=1e-3
-    )  # tables of Student's t, 4 degrees of freedom
+    error = math.sqrt(2.5 / 5)
+    assert found.half_width == pytest.approx(2.776 * error, rel=1e-3)
+    assert Estimate.of([x - 3.0 + 2.776 * error for x in (1.0, 2.0, 3.0, 4.0, 5.0)]).p == pytest.approx(0.05, rel=1e-2)
     assert math.isnan(Estimate.of([1.0]).half_width)
+    assert math.isnan(Estimate.of([1.0]).p)
+
+
+def test_holm_adjusts_for_the_number_of_tests() -> None:
+    # By hand: 4 * 0.01, max(0.04, 3 * 0.013), 2 * 0.03, max(0.06, 0.04).
+    assert holm([0.03, 0.01, 0.04, 0.013]) == pytest.approx([0.06, 0.04, 0.06, 0.04])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert [f"{p}" for p in holm([math.nan, 0.04])] == ["nan", "0.04"]
+
+
+def test_records_are_tables(tmp_path: Path) -> None:
+    records = [_record(arm, rate, seed, right=6) for arm in ARMS[:2] for rate in GRID for seed in TUNING_SEEDS]
+    rights = {OPSD: (2, 3, 3), PURIFIED: (7, 6, 8)}
+    records += [
+        _record(arm, GRID[0], seed, right, "training")
+        for arm, of_seeds in rights.items()
+        for seed, right in zip(SEEDS, of_seeds, strict=False)
+    ]
+    records.append(_record(OPSD, GRID[1], SEEDS[0], 9, "training"))  # not the chosen rate
+    for record in records:
+        append(record, tmp_path / "runs.jsonl")
+    assert load(tmp_path / "runs.jsonl") == records
+    done = finished(records)
+    assert {arm: [run.after.accuracy for run in runs] for arm, runs in done.items()} == {
+        OPSD: [20, 30, 30],
+        PURIFIED: [70, 60, 80],
+    }
+    rows = [line.strip("| ").split(" | ") for line in table(done).splitlines()]
+    assert len(rows) == 2 + 1 + 2
+    assert rows[2][3].startswith("50.0 ±")
+    p = {arm: Estimate.of([10.0 * (right - 5) for right in of_seeds]).p for arm, of_seeds in rights.items()}
+    assert [row[5] for row in rows[3:]] == [p_text(x) for x in holm(list(p.values()))]
+    assert rows[4][4].startswith("+20.0 ±")
+    assert rows[4][6].startswith("50.0 ±"), "5 markers in 100 tokens"
+    assert "| OPSD, JSD | +43.3 ± " in differences(done)
+    assert f"| **+10.0** | {' | '.join(['+10.0'] * 4)} |" in rates_table(records)
+    assert len(signal_table(done).splitlines()) == 2 + 2
+    assert "6 training runs with seeds 111 to 113, 6 minutes" in provenance(records[-6:])
+    for plot in (plot_changes, plot_training):
+        plot(done, tmp_path / "plot.svg")
+        assert "</svg>" in (tmp_path / "plot.svg").read_text()
+    plot_rates(records, tmp_path / "rates.svg")
 
 
 @pytest.mark.slow
-def test_runs_make_a_table(tmp_path: Path) -> None:
-    held_out = tmp_path / "held_out.jsonl"
-    some = rows(drawn("validation", 8, HARD), "hard") + rows(tuning_problems()[:8], "usual")
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in some))
+def test_runs_are_recorded_and_not_repeated(tmp_path: Path) -> None:
+    held_out, file = tmp_path / "held_out.jsonl", tmp_path / "runs.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in records("tuning", tuning_problems()[:8])))
     more = (
-        "student.source=nemo_popsd:tiny_reasoner",
         "training.steps=2",
         "training.prompts_per_step=4",
         "rollout.max_response_tokens=16",
         "evaluation.max_response_tokens=24",
         f"data.train.path={held_out}",
     )
-    done = {
-        arm: [Run(arm, seed, RATES[0], tmp_path / arm.name / str(seed), held_out, more) for seed in seeds]
-        for arm, seeds in ((OPSD, [1]), (PURIFIED, [1, 2]))
-    }
-    runs = [run for of_arm in done.values() for run in of_arm]
-    for of_arm in done.values():  # each separately, so that no run can reuse answers
-        execute(of_arm, workers=1)
-    assert all(run.finished for run in runs)
+    first, second, third = (
+        replace(
+            of(arm, GRID[0], 1), rows=str(held_out), output=tmp_path / name, more=(*of(arm, GRID[0], 1).more, *more)
+        )
+        for arm, of, name in ((OPSD, training_run, "a"), (PURIFIED, training_run, "b"), (OPSD, tuning_run, "c"))
+    )
+    execute([first], 1, file)
+    execute([second], 1, file)  # by itself, so that it cannot reuse answers
+    found = load(file)
+    assert [record.key for record in found] == [first.key, second.key]
     # The base's answers do not depend on the arm, so a run may reuse those of another.
-    first, second = (scores(of_arm[0], "before") for of_arm in done.values())
-    assert first == second
-    again = replace(done[OPSD][0], output=tmp_path / "again")
-    execute([*runs, again], workers=1)
-    told = (again.output / "log.txt").read_text()
+    assert found[0].before == found[1].before
+    assert len(found[0].before.correct) == 8 * 4, "four answers to each problem"
+    execute([first, second, third], 2, file)
+    told = (third.output / "log.txt").read_text()
     assert "step 2: accuracy" in told
     assert "step 0: accuracy" not in told
-    assert scores(again, "before") == first
-    assert scores(again, "after") == scores(done[OPSD][0], "after")
-    lines = table(done).splitlines()
-    assert len(lines) == 2 + 1 + 2
-    assert f"{accuracy('hard')(first):.1f}" == "0.0"  # truncated after 24 tokens
-    mean = Estimate.of([markers(scores(run, "after")) for run in done[PURIFIED]]).text()
-    assert mean in lines[-1]
-    assert len(signal_table(done).splitlines()) == 2 + 2
-    execute(runs, workers=1)  # all runs are finished
+    assert not (third.output / "checkpoints").exists()
+    *_, last = load(file)
+    assert last.key == third.key
+    # Not measuring the signal changes neither weights nor answers.
+    assert (last.before, last.after) == (found[0].before, found[0].after)
+    assert last.curves == {}
+    assert {name: len(curve) for name, curve in found[0].curves.items()} == dict.fromkeys(CURVES, 2)
+    execute([first, second, third], 2, file)
+    assert len(load(file)) == 3
 
 
 @pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_others_are_executed(tmp_path: Path) -> None:
-    runs = [Run(OPSD, 1, rate, tmp_path / rate, tmp_path / "nowhere.jsonl") for rate in RATES]
+    runs = [
+        replace(tuning_run(OPSD, rate, 1), output=tmp_path / rate, rows=str(tmp_path / "nowhere.jsonl"))
+        for rate in GRID[:2]
+    ]
     with pytest.raises(RuntimeError, match=f"failed: {runs[0].output}, {runs[1].output}; see log.txt there"):
-        execute(runs, workers=2)
+        execute(runs, 1, tmp_path / "runs.jsonl")
     assert "nowhere.jsonl" in (runs[1].output / "log.txt").read_text()
+    assert load(tmp_path / "runs.jsonl") == []
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nemo_popsd.embedded.names import asset
 from nemo_popsd.evaluation.records import EvaluationDirectory
 from tests.harness import run_ranks
 
@@ -142,9 +143,11 @@ def test_validation_is_equal_in_every_layout_and_writes_its_samples(single: Path
     assert summaries[0] == summaries[1]
     directory = EvaluationDirectory(tmp_path / "validation" / "step-000000")
     assert directory.samples() == samples(single)
-    assert [problem.id for problem in directory.problems()] == [f"validation-{n:05}" for n in range(5)]
+    rows = asset("nemo_popsd:tiny_validation").read_text(encoding="utf-8").splitlines()[:5]
+    ids = [json.loads(row)["id"] for row in rows]
+    assert [problem.id for problem in directory.problems()] == ids
     summary = directory.summary()
     assert summary["accuracy"] == summaries[0].accuracy
     assert summary["model"] == "step 0"
     order = [(score.problem, score.sample) for score in directory.scores()]
-    assert order == sorted(order)
+    assert order == [(problem, sample) for problem in ids for sample in range(2)]

@@ -150,7 +150,7 @@ def test_a_restored_model_keeps_its_base(lives: dict[str, Any], adaptation: str)
 @both
 def test_restored_configurations_can_be_overridden(lives: dict[str, Any], adaptation: str) -> None:
     seen = lives[adaptation]
-    assert seen["config"].rollout.batch_rows == 64
+    assert seen["config"].rollout.batch_rows == 256
     assert seen["config"].student.adaptation == adaptation
     assert seen["override"].rollout.batch_rows == seen["override file"].rollout.batch_rows == 3
     assert seen["override"].training.steps == 4

@@ -41,7 +41,7 @@ def test_a_directory_a_checkpoint_and_an_archive_are_read(tmp_path: Path) -> Non
     sources = ["nemo_popsd:tiny_reasoner", *(str(tmp_path / name) for name in ("hf", "nemo", "packed.nemo"))]
     sizes = [read_sizes(source)[0] for source in sources]
     assert {(s.hidden, s.layers, s.heads, s.groups, s.head_dim, s.vocab, s.tied) for s in sizes} == {
-        (128, 4, 4, 2, 48, 396, True)
+        (128, 4, 4, 2, 48, 489, True)
     }
 
 

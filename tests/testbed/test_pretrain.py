@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_popsd.testbed.contexts import count_markers, right
 from nemo_popsd.testbed.pretrain import Recipe, batches, evaluate, pretrain
-from nemo_popsd.testbed.problems import FAMILIES, Difficulty
 from nemo_popsd.testbed.tokenizer import build_tokenizer
 
 
@@ -51,7 +50,7 @@ def test_batches_label_only_the_assistant_and_contain_every_context() -> None:
             assert (row[end + 1 :] == tokenizer.pad_token_id).all()
             prompt = tokenizer.decode(row[:start])
             assert prompt.endswith(("assistant\n", "</think>\n\n"))
-            seen.add(("Let a" in prompt, "Reference" in prompt, prompt.endswith("</think>\n\n")))
+            seen.add(("modulo" in prompt or "ring" in prompt, "Reference" in prompt, prompt.endswith("</think>\n\n")))
     assert {pair[:2] for pair in seen} == {(True, False), (True, True), (False, True)}
     assert any(no_thinking for *_, no_thinking in seen)
 
@@ -60,14 +59,13 @@ def test_pretraining_starts_with_drills() -> None:
     tokenizer = build_tokenizer()
     stream = batches(tokenizer, replace(Recipe(), batch=4, drill_steps=16, drill_share=0.0))
     texts = [text for _ in range(32) for text in tokenizer.batch_decode(next(stream)[0])]
-    assert all("Practise." in text for text in texts[:64])
-    assert not any("Practise." in text for text in texts[64:])
+    drills = [re.search(r"user\n(Practise\.|Version: (blue|red)\.\n)", text) is not None for text in texts]
+    assert drills == [True] * 64 + [False] * 64
 
 
-def test_drills_with_versions_start_with_sheets_without_a_task() -> None:
-    difficulty = Difficulty(families=FAMILIES, reference="versions")
-    tokenizer = build_tokenizer(difficulty)
-    stream = batches(tokenizer, replace(Recipe(), batch=4, drill_steps=48, drill_share=0.0, difficulty=difficulty))
+def test_drills_start_with_sheets_without_a_task() -> None:
+    tokenizer = build_tokenizer()
+    stream = batches(tokenizer, replace(Recipe(), batch=4, drill_steps=48, drill_share=0.0))
     texts = [text for _ in range(48) for text in tokenizer.batch_decode(next(stream)[0])]
     sheets = [text for text in texts if "Practise." not in text]
     assert all(text in sheets for text in texts[:64])  # the sequences that are sorted and shuffled together

@@ -15,6 +15,7 @@ from nemo_popsd.testbed.problems import (
     FAMILIES,
     Difficulty,
     Problem,
+    balanced,
     drill,
     problems,
     records,
@@ -32,9 +33,13 @@ def evaluate(x: int, op: str, y: int) -> int:
     return {"+": x + y, "-": x - y, "*": x * y}[op] % 100
 
 
+CHAINS = Difficulty(families=("chain",))
+"""The problems whose text the evaluator reads."""
+
+
 def solve(question: str) -> dict[str, int]:
-    """The values of all variables, from the text of the question alone."""
-    match = re.fullmatch(r"Let (.+), all modulo 100\. Find ([a-i])\.", question)
+    """The values of all variables of a chain, from the text of the question alone."""
+    match = re.fullmatch(r"Let (.+), all modulo 100\. Find ([a-i])\. Version: (?:blue|red)\.", question)
     assert match
     values: dict[str, int] = {}
     for definition in match[1].split(", "):
@@ -47,7 +52,7 @@ def solve(question: str) -> dict[str, int]:
 
 
 def drawn(split: str, count: int = 300, seed: int = 3) -> list[tuple[Problem, str]]:
-    return [(p, thoughtful_thoughts(p, rng)) for p, rng in islice(problems(split, seed), count)]  # type: ignore[arg-type]
+    return [(p, thoughtful_thoughts(p, rng)) for p, rng in islice(problems(split, seed, CHAINS), count)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -56,20 +61,14 @@ def test_answers_and_references_are_right(split: str) -> None:
         values = solve(problem.question)
         assert problem.answer == str(list(values.values())[-1])
         listed, answer = re.fullmatch(r"(.+)\. Answer (\d+)\.", problem.reference).groups()  # type: ignore[union-attr]
-        results = [re.fullmatch(r"[-+*] \d gives (\d+)", part) for part in listed.split(", ")]
-        assert [int(part[1]) for part in results if part] == sorted(list(values.values())[1:])
-        given = re.findall(r"= [a-i] ([-+*] \d)", problem.question)
-        assert sorted(part.split(" gives ")[0] for part in listed.split(", ")) == sorted(given)
-        assert set(zip(given, list(values.values())[1:], strict=True)) == {
-            (part.split(" gives ")[0], int(part.split(" gives ")[1])) for part in listed.split(", ")
-        }
+        pairs = [part.split(f" {problem.version} ") for part in listed.split(", ") if f" {problem.version} " in part]
+        assert [(name, int(value)) for name, value in pairs] == list(values.items())[1:]
         assert answer == problem.answer
 
 
 def test_the_question_names_the_version_of_the_reference_that_applies() -> None:
-    difficulty = Difficulty(families=FAMILIES, reference="versions")
     versions = []
-    for problem, _ in islice(problems("train", 3, difficulty), 200):
+    for problem, _ in islice(problems("train", 3), 200):
         task, version = re.fullmatch(r"(.+) Version: (blue|red)\.", problem.question).groups()  # type: ignore[union-attr]
         values, answer = re.fullmatch(r"(.+)\. Answer (\d+)\.", problem.reference).groups()  # type: ignore[union-attr]
         listed = [part.split(" ") for part in values.split(", ")]
@@ -142,23 +141,33 @@ def test_responses_end_in_the_box() -> None:
 
 
 def test_splits_are_disjoint_for_any_seeds() -> None:
-    questions = {
-        (split, seed): {row["question"] for row in records(split, 400, seed)}  # type: ignore[arg-type]
+    tasks = {
+        (split, seed): {problem.task for problem in balanced(split, 400, seed)}  # type: ignore[arg-type]
         for split in SPLITS
         for seed in (7, 8)
     }
-    for (split, _), texts in questions.items():
+    for (split, _), texts in tasks.items():
         assert len(texts) == 400
         assert {split_of(text) for text in texts} == {split}
-    assert not questions["train", 7] & questions["validation", 7]
-    assert not questions["train", 7] & questions["pretraining", 8]
+    assert not tasks["train", 7] & tasks["validation", 7]
+    assert not tasks["train", 7] & tasks["pretraining", 8]
+
+
+def test_a_set_has_as_many_problems_of_each_family_and_can_skip_those_of_another() -> None:
+    first, later = balanced("train", 40, 7), balanced("train", 40, 7, skip=400)
+    for chosen in (first, later):
+        families = [problem.family for problem in chosen]
+        assert {families.count(family) for family in FAMILIES} == {10}
+    assert not {problem.task for problem in first} & {problem.task for problem in later}
+    assert len(balanced("train", 6, 7)) == 6
+    assert balanced("train", 4, 7, CHAINS)[0].family == "chain"
 
 
 def test_rows_do_not_depend_on_the_process_or_the_hash_seed() -> None:
     code = (
         "import json; from nemo_popsd.testbed.problems import *; from itertools import islice;"
         "print(json.dumps([[p.question, p.reference, thoughtful_thoughts(p, r)]"
-        " for p, r in islice(problems('train', 5), 40)]))"
+        " for p, r in islice(problems('train', 5, Difficulty(families=('chain',))), 40)]))"
     )
     outputs = [
         subprocess.run(
@@ -172,6 +181,7 @@ def test_rows_do_not_depend_on_the_process_or_the_hash_seed() -> None:
 
 
 def test_rows_have_the_four_fields() -> None:
-    rows = records("validation", 3, 7)
+    chosen = balanced("validation", 3, 7)
+    rows = records("some", chosen)
     assert all(list(row) == ["id", "question", "reference", "answer"] for row in rows)
-    assert len({row["id"] for row in rows}) == 3
+    assert [row["id"] for row in rows] == [f"some/{problem.family}/{n:04d}" for n, problem in enumerate(chosen)]

@@ -63,7 +63,7 @@ from nemo.collections import llm  # noqa: E402
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-TOKENIZER = Path(__file__).resolve().parents[3] / "nemo_popsd" / "embedded" / "assets" / "tiny_reasoner"
+TOKENIZER = Path(__file__).resolve().parent / "qwen3" / "context" / "tokenizer"
 
 # `MockDataModule` passes `create_attention_mask` in the position of the seed.
 _Mock = mock._MockGPTDataset
@@ -73,7 +73,7 @@ mock._MockGPTDataset = lambda *args: _Mock(*args[:4], create_attention_mask=True
 def main(output: Path) -> None:
     """Trains, saves, and writes the logits of the model."""
     place = Path(tempfile.mkdtemp()) / "tokenizer"
-    shutil.copytree(TOKENIZER, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(TOKENIZER, place)
     tokenizer = AutoTokenizer(str(place))
     config = llm.Qwen3Config(
         num_layers=2,
