@@ -18,14 +18,14 @@ MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim"
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"adaptation": "full"},
     "full, recompute": {"adaptation": "full", "recompute": "full"},
+    "lora": {"adaptation": "lora"},
+    "lora, recompute": {"adaptation": "lora", "recompute": "full"},
     "full, block": {"adaptation": "full", "recompute": "full", "recompute_method": "block"},
     "full, selective": {
         "adaptation": "full",
         "recompute": "selective",
         "recompute_modules": ["core_attn", "mlp"],
     },
-    "lora": {"adaptation": "lora"},
-    "lora, recompute": {"adaptation": "lora", "recompute": "full"},
     "lora, selective": {"adaptation": "lora", "recompute": "selective", "recompute_modules": ["core_attn"]},
 }
 
