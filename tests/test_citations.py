@@ -14,6 +14,8 @@ LIBRARIES = ("megatron", "transformer_engine", "lightning", "nemo", "vllm", "tra
 CITATION = re.compile(rf"`((?:{'|'.join(LIBRARIES)})(?:\.\w+)+)`")
 LINE_OF_A_FILE = re.compile(r"\w\.(?:py|cpp|cu|h):\d+")
 IGNORED_TAILS = ("py", "json", "md")
+SETTINGS = ("megatron.model", "megatron.ddp", "megatron.optimizer")
+"""Sections of the configuration, not modules."""
 
 
 def sources() -> list[Path]:
@@ -25,7 +27,7 @@ def citations() -> list[tuple[str, str]]:
     cited: dict[str, str] = {}
     for file in sources():
         for name in CITATION.findall(file.read_text()):
-            if name.rpartition(".")[2] not in IGNORED_TAILS:
+            if name not in SETTINGS and name.rpartition(".")[2] not in IGNORED_TAILS:
                 cited.setdefault(name, str(file.relative_to(PACKAGE)))
     return sorted(cited.items())
 

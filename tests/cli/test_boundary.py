@@ -41,10 +41,10 @@ def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("megatron.bridge", "pip install --no-deps 'megatron-bridge>=0.3.1,<0.4'"),
-        ("megatron.core.models", "pip install 'megatron-core>=0.16,<0.17'"),
+        ("megatron.bridge", "pip install --no-deps 'megatron-bridge>=0.3.1,<0.7,!=0.4.*,!=0.5.*'"),
+        ("megatron.core.models", "pip install 'megatron-core>=0.16,<0.20,!=0.17.*,!=0.18.*'"),
         ("nemo.core", "pip install 'nemo_toolkit[common]>=2.6,<3.1'"),
-        ("transformers", "pip install 'transformers>=4.57,<5'"),
+        ("transformers", "pip install 'transformers>=4.57,<5.13'"),
         ("lightning.pytorch", "pip install 'lightning>=2.4'"),
         ("math_verify", "pip install 'math-verify[antlr4_9_3]>=0.9,<0.10'"),
         ("mlflow", "pip install 'mlflow-skinny'"),

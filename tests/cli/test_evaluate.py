@@ -29,7 +29,7 @@ def test_evaluate_with_an_endpoint_builds_no_model(
         words = [f"output={tmp_path}", f"evaluation.endpoint.url={server.url}", "evaluation.problems=2"]
         assert cli.main(["evaluate", TINY, *words]) == 0
     assert calls == []
-    assert "accuracy (avg@1)" in capsys.readouterr().out
+    assert "accuracy (avg@12)" in capsys.readouterr().out
 
 
 def test_compare_needs_no_configuration(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

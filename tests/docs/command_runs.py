@@ -20,7 +20,9 @@ AS_WRITTEN = re.compile(r"popsd (plan|doctor|config) .*")
 _WITH_STAND_INS = re.compile(r"popsd (train|evaluate|diagnose|export|convert|rollouts) .*")
 NOT_RUN = {
     r"make (venv|venv-dev|vllm-env|docs|container-check)": "installs gigabytes; tests/cli/test_make.py runs make -n",
-    r"make (check|test)|\.venv/bin/python -m pytest .*": "these tests",
+    r"make (check|test)( STACK=current)?|\.venv/bin/python -m pytest .*": "these tests",
+    r"docker (build|push) .*": "a container engine; tests/docker runs the image's script on declared packages",
+    r"make compare": "trains for minutes; tests/cli/test_make.py runs make -n",
     r"make train.*": "trains for minutes; docs/tour.md has the same command with fewer steps",
     r"source .*|cp .*|cd .*|git .*|tail .*|enroot .*": "programs of the system and files of the reader",
     r"torchrun --nproc-per-node 8 .*": "eight GPUs; docs/tour.md starts two processes in the same way",
@@ -29,7 +31,6 @@ NOT_RUN = {
     r"(python -m benchmarks\.bundle|python3 -m pip) .*": "downloads wheels, and installs what was downloaded",
     r"(PYTHONPATH=SITE python3|python) -m benchmarks\.gpu.*": "a GPU; tests/benchmarks/test_gpu.py runs the rehearsal",
     r"python -m experiments\..*": "hours; tests/experiments runs the same functions on a few rows",
-    r"python -m nemo_popsd\.testbed\.pretrain .*": "an hour; tests/testbed trains a few steps",
 }
 """Pattern of a command to the reason why no test runs it."""
 _SMALL = {

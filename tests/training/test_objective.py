@@ -42,7 +42,11 @@ def whole_step(rank: int, world_size: int, models: dict[str, Path], scratch: Pat
 
     replicas = world_size // tensor
     mine = {1: [[0, 1, 2, 3]], 2: [[0, 2, 3], [1]]}[replicas][rank // tensor]
-    config = settings(parallel={"tensor": tensor}, training={"microbatch_tokens": 30, "frozen_tokens": 64})
+    config = settings(
+        parallel={"tensor": tensor},
+        training={"microbatch_tokens": 30, "frozen_tokens": 64},
+        optimizer={"distributed": "false"},  # `named_gradients` reads complete gradients
+    )
     run = start(models["base"], config, initial=models["live"])
     results: dict[str, Any] = {}
     for mean in ("sequence", "token"):
