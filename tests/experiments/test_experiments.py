@@ -161,6 +161,18 @@ def test_records_are_tables(tmp_path: Path) -> None:
     plot_rates(records, tmp_path / "rates.svg")
 
 
+def test_the_recorded_runs_are_runs_of_the_arms() -> None:
+    found = load()
+    assert len({record.key for record in found}) == len(found) > 0
+    runs = {tuning_run(arm, rate, seed).key for arm, rate, seed in product(ARMS, RATES, TUNING_SEEDS)}
+    runs |= {training_run(arm, rate, seed).key for arm, rate, seed in product(ARMS, RATES, SEEDS)}
+    assert {record.key for record in found} <= runs
+    lengths = {"tuning": 256 * 4, "training": 384 * 4}
+    assert all(len(r.before.correct) == len(r.after.correct) == lengths[r.phase] for r in found)
+    # The base's answers depend only on rows and seed.
+    assert len({r.before for r in found}) == len({(r.phase, r.seed) for r in found})
+
+
 @pytest.mark.slow
 def test_runs_are_recorded_and_not_repeated(tmp_path: Path) -> None:
     held_out, file = tmp_path / "held_out.jsonl", tmp_path / "runs.jsonl"
