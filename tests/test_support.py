@@ -42,7 +42,10 @@ BY_ARCHITECTURE = {
     "decoding": "megatron/test_decoding.py::test_decoding_equals_full_recomputation",
     "layouts": TRAINING,
 }
-NOT_BY_KIND = {"both forms of config.json": ("qwen3", "llama3", "olmo3", "mistral"), "gradients of OLMo-3": ("olmo3",)}
+NOT_BY_KIND = {
+    "both forms of config.json": ("qwen3", "llama3", "olmo3", "smollm3", "mistral"),
+    "gradients of OLMo-3": ("olmo3",),
+}
 """Architectures of tests that have no parameter for them."""
 BY_PROPERTY = {
     "bf16: losses, gradients, weights": ["te/test_bf16.py::test_training_in_bf16_is_close_to_fp32"],

@@ -54,6 +54,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_scaling": _LLAMA3, "max_position_embeddings": 256}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 5, "rope_scaling": _YARN, "pad_token_id": 0}),
 }

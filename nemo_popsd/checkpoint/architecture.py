@@ -7,8 +7,10 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-import nemo_popsd.checkpoint.olmo3  # noqa: F401  (registers the architecture)
+import nemo_popsd.checkpoint.olmo3
+import nemo_popsd.checkpoint.smollm3  # noqa: F401  (both register an architecture)
 from nemo_popsd.checkpoint.model_families import FAMILIES
+from nemo_popsd.checkpoint.refusals import MISSING
 from nemo_popsd.checkpoint.rotation import UnsupportedError
 from nemo_popsd.compat.transformers import configuration_errors
 from nemo_popsd.errors import UserError
@@ -57,10 +59,13 @@ def read_architecture(directory: Path, *, setting: str, trust_remote_code: bool)
     family = (
         FAMILIES.get(names[0]) if isinstance(names, list) and len(names) == 1 and str(names[0]) == names[0] else None
     )
-    if family is None or content.get("model_type") != family.model_type:
+    model_type = content.get("model_type")
+    if family is None or model_type != family.model_type:
+        missing = MISSING.get(model_type) if isinstance(model_type, str) else None
         raise UserError(
             what,
-            got=f"architectures={names}, model_type={content.get('model_type')!r}",
+            got=f"architectures={names}, model_type={model_type!r}"
+            + (f", which is not supported: {missing}" if missing else ""),
             need="a supported architecture: "
             + ", ".join(f"{f.architecture} ({f.model_type})" for f in FAMILIES.values()),
             fix=f"set {setting}",

@@ -73,6 +73,8 @@ class Family:
     """Keys that have no effect, given the values in `fixed`."""
     windows: bool = False
     """Whether layers may have sliding-window attention."""
+    unrotated: bool = False
+    """Whether layers may have no rotary embedding."""
     sizes: tuple[str, ...] = (*_SIZES, "num_key_value_heads")
     """Required keys with integer values."""
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -104,8 +106,8 @@ class Family:
             if full.get(key) not in _DTYPES:
                 raise UnsupportedError(f"{key}={full[key]!r}")
         self._check_sizes(full)
-        if THETA not in full and self.windows:
-            raise UnsupportedError(f"no {THETA}")  # The default differs between transformers 4 and 5.
+        if THETA not in full and (self.windows or self.unrotated):
+            raise UnsupportedError(f"no {THETA}")  # The default is not `_DEFAULT_THETA`, or not that of transformers 4.
         theta, scaling = full.get(THETA, _DEFAULT_THETA), full.get(SCALING)
         check_rotation(theta, scaling, rope_types=self.rotations, fixed_llama3=not self.windows)
         self._check_layers(full)
@@ -121,6 +123,8 @@ class Family:
         known = {*self.sizes, *self.aliases, *_COMPUTED, *_FIXED, *self.fixed, *self.unused, *_WITHOUT_EFFECT}
         if self.windows:
             known |= {"sliding_window", "layer_types"}
+        if self.unrotated:
+            known |= {"no_rope_layers", "no_rope_layer_interval"}
         common_defaults = PretrainedConfig().to_dict()
         for key, value in content.items():
             if key not in known and (key not in common_defaults or common_defaults[key] != value):
@@ -150,6 +154,8 @@ class Family:
         count = content["num_hidden_layers"]
         if layers is not None and (len(layers) != count or not supported.issuperset(layers)):
             raise UnsupportedError(f"layer_types={_shortened(layers)} of {count} layers")
+        if self.unrotated:
+            _check_rotated(content.get("no_rope_layers"), content.get("no_rope_layer_interval"), count)
 
     def _check_values(self, content: Mapping[str, Any], config: PretrainedConfig) -> None:
         """Refuses values that are not in `fixed`, whether from the file or transformers' defaults."""
@@ -177,6 +183,16 @@ def _check_heads(config: PretrainedConfig) -> None:
         raise UnsupportedError(f"heads of the odd width {width or config.hidden_size // heads}")
     if getattr(config, "num_experts_per_tok", 0) > getattr(config, "num_experts", 0):
         raise UnsupportedError(f"num_experts_per_tok={config.num_experts_per_tok} of num_experts={config.num_experts}")
+
+
+def _check_rotated(rotated: object, interval: object, layers: int) -> None:
+    """Refuses what does not say of each layer whether it rotates: `rotated` has 1 for a layer that does."""
+    if rotated is not None:
+        values = rotated if isinstance(rotated, list) else []
+        if len(values) != layers or any(isinstance(value, bool) or value not in (0, 1) for value in values):
+            raise UnsupportedError(f"no_rope_layers={_shortened(rotated)} of {layers} layers")
+    elif isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise UnsupportedError(f"no no_rope_layers, and no_rope_layer_interval={_shortened(interval)}")
 
 
 def _shortened(value: object) -> str:
@@ -225,6 +241,13 @@ FAMILIES = {
             },
             unused=frozenset({"layer_types"}),
             sizes=_SIZES,
+        ),
+        Family(
+            "SmolLM3ForCausalLM",
+            "smollm3",
+            fixed={"use_sliding_window": (False,), "attention_bias": (False,), "mlp_bias": (False,)},
+            unused=_QWEN_UNUSED | {"pretraining_tp"},
+            unrotated=True,
         ),
         Family(
             "MistralForCausalLM",

@@ -32,8 +32,9 @@ IMPLEMENTED = _names(
     moe_router_padding_for_quantization moe_router_pre_softmax moe_router_score_function moe_router_topk
     moe_router_topk_limited_devices moe_router_topk_scaling_factor moe_shared_expert_gate
     moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_token_dispatcher_type moe_token_drop_policy
-    moe_token_dropping moe_use_legacy_grouped_gemm moe_z_loss_coeff normalization num_attention_heads num_layers
-    num_moe_experts num_query_groups params_dtype persist_layer_norm qk_layernorm sequence_parallel softmax_scale
+    moe_token_dropping moe_use_legacy_grouped_gemm moe_z_loss_coeff no_rope_freq normalization num_attention_heads
+    num_layers num_moe_experts num_query_groups params_dtype persist_layer_norm qk_layernorm sequence_parallel
+    softmax_scale
     tensor_model_parallel_size use_fused_weighted_squared_relu use_te_activation_func window_attn_skip_freq
     window_size
     """
@@ -102,7 +103,7 @@ DEFAULT_ONLY = _names(
     linear_attention_freq log_max_attention_logit mlp_chunks_for_prefill mlp_chunks_for_training
     moe_expert_rank_capacity_factor moe_extended_tp moe_mlp_glu_interleave_size moe_paged_stash
     moe_router_force_biased moe_shared_expert_glu_interleave_size moe_single_grouped_bias moe_single_grouped_weight
-    mrope_section mtp_num_layers mtp_standalone multi_latent_attention no_rope_freq
+    mrope_section mtp_num_layers mtp_standalone multi_latent_attention
     overlap_moe_expert_parallel_comm qk_clip qk_l2_norm quant_recipe rotary_interleaved softmax_type
     symmetric_ar_type test_mode tp_comm_overlap transformer_impl use_grouped_gemm_for_dense_mlp
     use_grouped_gemm_for_shared_expert use_inference_optimized_layers use_kitchen use_kitchen_attention use_mup

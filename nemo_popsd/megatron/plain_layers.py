@@ -86,6 +86,8 @@ class _PlainLayer:
         attention = self._attention
         self._groups, self._width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         self._qkv, self._projection = _linear(attention.linear_qkv), _linear(attention.linear_proj)
+        unrotated = attention.config.no_rope_freq
+        self._rotates = not (unrotated and unrotated[layer.layer_number - 1])
         self._gated: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
         if _is_gated(layer.mlp):
             self._gated = _linear(layer.mlp.linear_fc1), _linear(layer.mlp.linear_fc2)
@@ -99,8 +101,9 @@ class _PlainLayer:
             query = attention.q_layernorm(query)
         if attention.k_layernorm is not None:
             key = attention.k_layernorm(key)
-        query = _rotated(query, cosine[:, None], sine[:, None])
-        hidden_BH = hidden_BH + self._projection(cache.attend(query, _rotated(key, cosine, sine), value))
+        if self._rotates:
+            query, key = _rotated(query, cosine[:, None], sine[:, None]), _rotated(key, cosine, sine)
+        hidden_BH = hidden_BH + self._projection(cache.attend(query, key, value))
         normed_BH = layer.pre_mlp_layernorm(hidden_BH)
         if self._gated is None:
             output, bias = self._mlp(normed_BH[None])

@@ -129,6 +129,28 @@ _OLMO3 = {
     "dtype": "bfloat16",
     "vocab_size": 100278,
 }
+_SMOLLM3 = {
+    **{key: value for key, value in _LLAMA.items() if key != "tie_word_embeddings"},
+    "architectures": ["SmolLM3ForCausalLM"],
+    "model_type": "smollm3",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pad_token_id": 128004,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
 _MISTRAL = {
     **{key: value for key, value in _LLAMA.items() if key not in ("attention_bias", "mlp_bias", "pretraining_tp")},
     "architectures": ["MistralForCausalLM"],
@@ -171,6 +193,7 @@ RELEASED = {
     },
     "Mistral-7B-v0.3": _MISTRAL,
     "Olmo-3-7B": _OLMO3,
+    "SmolLM3-3B": _SMOLLM3,
     "Qwen3-8B in 5": _as_5(
         _QWEN3, {"rope_theta": 1000000, "rope_type": "default"}, layer_types=["full_attention"] * 36, pad_token_id=None
     ),
@@ -179,6 +202,7 @@ RELEASED = {
         {"rope_theta": 1000000, "rope_type": "default"},
         num_local_experts=128,
     ),
+    "SmolLM3-3B in 5": _as_5(_SMOLLM3, {"rope_theta": 5000000.0, "rope_type": "default"}),
     "Llama-3.1-8B in 5": _as_5(_LLAMA, {**_LLAMA3, "rope_theta": 500000.0}),
     "Olmo-3-7B in 5": _as_5(
         _OLMO3,
@@ -256,6 +280,16 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (_QWEN2, {"layer_types": ["sliding_attention", *["full_attention"] * 35]}, "layer_types="),
     (_OLMO3, {"layer_types": ["full_attention"]}, "layer_types="),
     (_OLMO3, {"sliding_window": None}, "sliding_window=None"),
+    (_SMOLLM3, {"no_rope_layers": [1, 1, 1, 0]}, r"no_rope_layers=\[1, 1, 1, 0\] of 36 layers in SmolLM3"),
+    (_SMOLLM3, {"no_rope_layers": [2] * 36}, "no_rope_layers="),
+    (_SMOLLM3, {"no_rope_layers": [True] * 36}, "no_rope_layers="),
+    (_SMOLLM3, {"no_rope_layers": 4}, "no_rope_layers=4"),
+    (_SMOLLM3, {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
+    (_SMOLLM3, {"use_sliding_window": True}, "use_sliding_window=True"),
+    (_SMOLLM3, {"attention_bias": True}, "attention_bias=True"),
+    (_SMOLLM3, {"mlp_bias": True}, "mlp_bias=True"),
+    (_SMOLLM3, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "with rope_type='yarn' in SmolLM3"),
+    (_LLAMA, {"no_rope_layers": [1, 0] * 16}, "no_rope_layers=.* an unknown key"),
     (_QWEN3, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     (_QWEN3, {"attention_bias": True}, "attention_bias=True"),
     (_LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
@@ -304,6 +338,18 @@ def test_a_configuration_that_megatron_computes_differently_is_refused(
     with pytest.raises(UserError, match=message) as refused:
         _read(tmp_path, {**content, **fields})
     assert "\n" not in str(refused.value)
+
+
+def test_layers_without_rotary_embedding_need_a_base_for_the_others(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rope_theta in SmolLM3"):
+        _read(tmp_path, {name: value for name, value in _SMOLLM3.items() if name != "rope_theta"})
+
+
+def test_an_interval_says_which_layers_have_no_rotary_embedding(tmp_path: Path) -> None:
+    content = {name: value for name, value in _SMOLLM3.items() if name != "no_rope_layers"}
+    assert _read(tmp_path, content).config.no_rope_layers == [1, 1, 1, 0] * 9
+    with pytest.raises(UserError, match="no_rope_layer_interval=None"):
+        _read(tmp_path, {name: value for name, value in content.items() if name != "no_rope_layer_interval"})
 
 
 @pytest.mark.parametrize("key", ["num_attention_heads", "rms_norm_eps", "norm_topk_prob", "num_experts"])
@@ -365,7 +411,13 @@ def _logits(rank: int, world_size: int, directories: list[Path], exports: Path) 
 
 @pytest.mark.slow
 def test_both_forms_of_the_rotary_embedding_give_bit_equal_logits_that_agree_with_transformers(tmp_path: Path) -> None:
-    kinds = {"qwen3": {"rope_theta": 50000.0}, "llama3": {}, "olmo3": {"rope_theta": 20000.0}, "mistral": {}}
+    kinds: dict[str, dict[str, Any]] = {
+        "qwen3": {"rope_theta": 50000.0},
+        "llama3": {},
+        "olmo3": {"rope_theta": 20000.0},
+        "smollm3": {},
+        "mistral": {},
+    }
     saved = [
         save_tiny_model(tmp_path / f"{kind}-saved", kind, seed=seed, **fields)
         for seed, (kind, fields) in enumerate(kinds.items())

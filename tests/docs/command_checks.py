@@ -191,7 +191,6 @@ _PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "git": needs_nothing,
     "cd": needs_nothing,
     "tail": needs_nothing,
-    "docker": needs_nothing,
     "enroot": needs_nothing,
     "pre-commit": needs_nothing,
 }

@@ -17,8 +17,9 @@ IDS = torch.randint(0, 203, (4, 40), generator=torch.Generator().manual_seed(1))
 PROMPTS = [3, 9, 1, 6]
 """Length of each slot's prompt."""
 STEPS = 12
-KINDS = ["qwen3", "qwen2", "olmo3", "qwen3_moe"]
-"""Norms over heads, biases, norms over projections with windows of 5 in three layers of four, experts."""
+KINDS = ["qwen3", "qwen2", "olmo3", "smollm3", "qwen3_moe"]
+"""Norms over heads, biases, norms over projections with windows of 5 in three layers of four, layers without rotary
+embedding, experts."""
 
 
 def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_a_usual_configuration_is_accepted(plain_fields: Any) -> None:
     [
         ("fp32_residual_connection", True),
         ("attention_output_gate", True),
-        ("no_rope_freq", [0, 1]),
+        ("rotary_interleaved", True),
         ("activation_func_clamp_value", 7.0),
         ("softmax_type", "off-by-one"),
     ],
