@@ -33,6 +33,7 @@ def overrides(folder: Path, adaptation: str, *more: str) -> list[str]:
         "rollout.max_response_tokens=12",
         "evaluation.max_response_tokens=12",
         "evaluation.problems=4",
+        "evaluation.samples_per_problem=1",
         "data.train.limit=8",
         "data.validation.limit=6",
         "observability.progress_bar=false",

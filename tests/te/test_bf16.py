@@ -44,7 +44,7 @@ def _train(
 ) -> dict[str, Any]:
     if attention == "unfused":
         use_unfused_attention()
-    results = train(rank, world_size, folder, parallel, False, variants)
+    results = train(rank, world_size, folder, parallel, {}, variants)
     assert attention == "local" or attention_in_use() == attention
     return results
 
