@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exact(folder: Path) -> dict[str, Any]:
     """In fp32 on local layers, whose gradients other tests compare with the paper's equations."""
     variants = {name: Variant(adaptation=v.adaptation) for name, v in VARIANTS.items() if name != "full, packed"}
-    results = run_ranks(train, 1, folder, {}, False, variants, timeout=300.0)[0]
+    results = run_ranks(train, 1, folder, {}, {}, variants, timeout=300.0)[0]
     return {**results, "full, packed": results["full, padded"]}
 
 
