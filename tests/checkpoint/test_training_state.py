@@ -43,7 +43,8 @@ def _pieces(folder: Path) -> dict[str, torch.Tensor]:
     return pieces
 
 
-def _write(student: Any, optimizer: StudentOptimizer, folder: Path) -> None:
+def write_state(student: Any, optimizer: StudentOptimizer, folder: Path) -> None:
+    """Writes the optimizer's state to `folder`, as a checkpoint does. Collective over all ranks."""
     import torch.distributed as dist
 
     (folder / STATE).mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def _fill(rank: int, world_size: int, source: Path, folder: Path) -> None:
                 for value in state.values.values():
                     value.view(state.parameter.shape)[203:] = 0
         set_step_count(optimizer.megatron, 41)
-        _write(student, optimizer, folder / name / "1")
+        write_state(student, optimizer, folder / name / "1")
 
 
 def _load_and_write(rank: int, world_size: int, source: Path, folder: Path, before: str, after: str) -> None:
@@ -79,7 +80,7 @@ def _load_and_write(rank: int, world_size: int, source: Path, folder: Path, befo
         student, optimizer = _optimizer(source, name, tensor, split)
         assert load_training_state(folder / name / before, student.chunks, optimizer.megatron) == 41
         assert step_count(optimizer.megatron) == 41
-        _write(student, optimizer, folder / name / after)
+        write_state(student, optimizer, folder / name / after)
         if after == "1 again":
             with pytest.raises(UserError, match="an unreadable training_state"):
                 load_training_state(

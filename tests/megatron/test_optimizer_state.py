@@ -80,21 +80,14 @@ def _states(optimizer: Any) -> list[tuple[Any, dict[str, torch.Tensor]]]:
 
 def _written_and_read(student: Any, optimizer: Any, source: Path, folder: Path, **config: Any) -> dict[str, Any]:
     """The state after it was written and read by a new optimizer of the same and of the plain kind."""
-    import torch.distributed as dist
 
-    from nemo_popsd.checkpoint.contents import STATE
-    from nemo_popsd.checkpoint.training_state import StagedState, load_training_state
+    from nemo_popsd.checkpoint.training_state import load_training_state
     from nemo_popsd.megatron.config import OptimizerConfig
     from nemo_popsd.megatron.optimizer import StudentOptimizer
     from nemo_popsd.megatron.optimizer_state import step_count
+    from tests.checkpoint.test_training_state import write_state
 
-    (folder / STATE).mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    staged = StagedState(student.chunks, optimizer.megatron, folder, random_state={})
-    staged.write()
-    if dist.get_rank() == 0:
-        staged.finish()
-    dist.barrier()
+    write_state(student, optimizer, folder)
     before = [{name: value.float().cpu().clone() for name, value in values.items()} for _, values in _states(optimizer)]
     result: dict[str, Any] = {"steps": step_count(optimizer.megatron)}
     for name, fields in (("again", config), ("plain", {})):
