@@ -12,6 +12,7 @@ from nemo_popsd.model.data import TrainingData
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
+from nemo_popsd.training.mismatch import MismatchBounds, MismatchGuard
 from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.step import OnPolicyStep
 
@@ -57,4 +58,11 @@ def build_step(
     def markers(response: Sequence[int]) -> int:
         return sum(count_markers(tokenizer.decode(list(response)), config.evaluation.markers).values())
 
-    return OnPolicyStep(config.training, config.distillation, student, rollouts, markers)
+    mismatch = MismatchGuard(config.guard, MismatchBounds.of(config.guard, exact=_is_exact(config)), student.split)
+    return OnPolicyStep(config.training, config.distillation, student, rollouts, markers, mismatch)
+
+
+def _is_exact(config: PopsdConfig) -> bool:
+    """Whether engine and trainer compute in fp32 with the same weights."""
+    same = config.rollout.engine == "megatron" or config.rollout.vllm.dtype in ("student", "fp32")
+    return config.student.precision == "fp32" and same and config.rollout.age_bound == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, Statistic
 
@@ -12,6 +12,28 @@ PREFIX = "train/"
 
 DECLARED: tuple[Statistic, ...] = (*TOKEN_STATISTICS, *SIGNAL_STATISTICS)
 """Per-token statistics that are metrics by their declaration in `nemo_popsd.distillation.statistics`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MismatchMetrics:
+    """How far the rollout engine and the trainer disagree about the sampled tokens of a step; `training.mismatch` has
+    the definitions. Of the first update of the step.
+    """
+
+    kl: float
+    """Estimate of KL(engine ‖ trainer) per token, in nats."""
+    start_kl: float
+    """The same over the first 32 tokens of each response, where another prompt shows most."""
+    mean_ratio: float
+    """Mean of the trainer's probability over the engine's."""
+    max: float
+    """Largest difference of the log-probabilities of a token."""
+    share: float
+    """Share of the tokens whose log-probabilities differ by more than `guard.mismatch_token`."""
+
+
+GROUPS = {"mismatch": ("rollout/mismatch_", MismatchMetrics)}
+"""Prefix and class of the fields of `StepMetrics` that have metrics under a prefix of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +69,18 @@ class StepMetrics:
     """Seconds of the base, privileged-teacher and reference-only forwards."""
     seconds_train: float
     """Seconds of the student's forward, backward and optimizer step."""
+    mismatch: MismatchMetrics | None = None
+    """Engine against trainer."""
 
     def as_dict(self) -> dict[str, float]:
-        """The measured metrics, with `PREFIX`, in the order of declaration."""
+        """The measured metrics by their names in all loggers, in the order of declaration."""
         values: dict[str, float | None] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            values |= value if item.name == "statistics" else {item.name: value}
-        return {PREFIX + name: value for name, value in values.items() if value is not None}
+            if item.name in GROUPS:
+                group = {} if value is None else asdict(value)
+                values |= {GROUPS[item.name][0] + name: entry for name, entry in group.items()}
+            else:
+                named = value if item.name == "statistics" else {item.name: value}
+                values |= {PREFIX + name: entry for name, entry in named.items()}
+        return {name: value for name, value in values.items() if value is not None}

@@ -26,7 +26,7 @@ from nemo_popsd.diagnosis.schema import RolloutRecord, Summary
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import checksum, damaged, open_regular, read_json, read_json_lines
 
-TRAIN, VALIDATION = "train/", "validation/"
+TRAIN, ROLLOUT, VALIDATION = "train/", "rollout/", "validation/"
 BEFORE, AFTER = "before", "after"
 _OLDER_NAMES = {"delta_ratio": "norm_ratio", "cos_total_it": "cosine_question", "cos_total_ref": "cosine_reference"}
 """Present names of training metrics by the names under which earlier versions wrote them."""
@@ -206,8 +206,8 @@ def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int
             value = _float(raw)
             if value is None:
                 continue
-            if key.startswith(TRAIN):
-                name = key.removeprefix(TRAIN)
+            if key.startswith((TRAIN, ROLLOUT)):
+                name = key.removeprefix(TRAIN).removeprefix(ROLLOUT)
                 training.setdefault(_OLDER_NAMES.get(name, name), {})[step] = value
             elif key.startswith(VALIDATION):
                 validations.setdefault(step, {})[key.removeprefix(VALIDATION)] = value

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
+from nemo_popsd.observability.metrics import MismatchMetrics
 from nemo_popsd.report import decomposition, verdicts
 from nemo_popsd.report.bars import Estimate, interval_chart, push_chart, share_bar
 from nemo_popsd.report.markup import card, esc, fixed, number, table
@@ -26,6 +28,7 @@ CURVES = {
     "cut_share": ("Rollouts truncated at the limit", "share"),
     "rollout_age": ("Age of a rollout token", "steps, mean"),
     "rollout_age_max": ("Age of the oldest rollout token", "steps"),
+    "mismatch_kl": ("Engine against trainer", "KL of the sampled tokens, nats per token"),
     "padding_share": ("Padding", "share of the tokens in the forward passes"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
@@ -37,7 +40,8 @@ PHASES = {
     "seconds_frozen": ("frozen branches", "s3"),
     "seconds_train": ("training", "s2"),
 }
-_PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
+_MISMATCH = {f"mismatch_{item.name}" for item in fields(MismatchMetrics)}
+_PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, *_MISMATCH, "tokens_per_second"}
 _SAMPLES = 4
 _LOW = 112.0
 """Height of the plots in the section "At a glance"."""

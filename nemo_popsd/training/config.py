@@ -72,3 +72,36 @@ class TrainingConfig:
         if not self.best_metric.startswith(("train/", "validation/")):
             raise refuse("training.best_metric", self.best_metric, "the name of a metric, as in validation/accuracy")
         one_of("training.best_is", self.best_is, ("max", "min"))
+
+
+@dataclass(kw_only=True)
+class GuardConfig:
+    """What a run watches in itself, and when it warns or stops."""
+
+    mismatch: str = "stop"
+    """What happens when the rollout engine and the trainer disagree about the sampled tokens (`rollout/mismatch_kl` and
+    `rollout/mismatch_start_kl`): `stop` ends the run on all ranks before the weights change, with the likely causes;
+    `warn` warns only; `off` measures only."""
+    mismatch_warn: Annotated[float | None, Bounds(0, 1e6)] = None
+    """KL in nats per token from which on a mismatch is reported. null: 1e-7 where engine and trainer compute in fp32
+    with the same weights, else 0.02: rounding to bf16, or weights that are a step older (`rollout.overlap`)."""
+    mismatch_stop: Annotated[float | None, Bounds(0, 1e6)] = None
+    """KL in nats per token beyond which `mismatch=stop` ends the run. null: 1e-6 in fp32 with the same weights, else
+    0.1."""
+    mismatch_token: Annotated[float, Bounds(0, 20)] = 1.0
+    """Difference of a token's two log-probabilities from which on it counts in `rollout/mismatch_share`."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "guard")
+        one_of("guard.mismatch", self.mismatch, ("stop", "warn", "off"))
+        if (
+            self.mismatch_warn is not None
+            and self.mismatch_stop is not None
+            and self.mismatch_warn > self.mismatch_stop
+        ):
+            raise UserError(
+                "configuration",
+                got=f"guard.mismatch_warn={self.mismatch_warn:g} with guard.mismatch_stop={self.mismatch_stop:g}",
+                need="a warning at or below the stop",
+                fix="set guard.mismatch_warn lower",
+            )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
 from nemo_popsd.megatron.microbatches import TokenCount
-from nemo_popsd.observability.metrics import DECLARED, StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, MismatchMetrics, StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 from nemo_popsd.parallel.distributed import all_reduce_max, device
 from nemo_popsd.training.objective import LossReport
@@ -27,6 +27,7 @@ def summarize_step(
     stopwatch: Stopwatch,
     computed: TokenCount,
     updates: int = 1,
+    mismatch: MismatchMetrics | None = None,
 ) -> StepMetrics:
     """Means over the global batch. Two all-reduces over the world, of all sums and of one number; the host waits for
     the device once for its own sums, however many micro-batches and sequences there are.
@@ -44,6 +45,7 @@ def summarize_step(
         stopwatch: has the phases ``rollout``, ``frozen`` and ``train`` of this step.
         computed: tokens that went through student and base for these trajectories.
         updates: optimizer updates that the loss is a mean over.
+        mismatch: of the step, the same on every rank.
     """
     sums: dict[str, float] = {
         **_sums_over_tokens(reports),
@@ -79,6 +81,7 @@ def summarize_step(
         seconds_rollout=seconds["rollout"],
         seconds_frozen=seconds["frozen"],
         seconds_train=seconds["train"],
+        mismatch=mismatch,
     )
 
 

@@ -5,17 +5,27 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_popsd.observability.metrics import DECLARED, StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, GROUPS, MismatchMetrics, StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 
 
 def test_metrics_that_were_not_measured_are_not_logged() -> None:
-    other: dict[str, Any] = {item.name: 1.0 for item in fields(StepMetrics) if item.name != "statistics"}
+    nested = ("statistics", *GROUPS)
+    other: dict[str, Any] = {item.name: 1.0 for item in fields(StepMetrics) if item.name not in nested}
     logged = StepMetrics(statistics={"forward_kl": 2.0, "norm_ratio": None}, **other).as_dict()
     assert logged == {"train/forward_kl": 2.0, **{f"train/{name}": 1.0 for name in other}}
     complete = StepMetrics(statistics={statistic.name: 2.0 for statistic in DECLARED}, **other).as_dict()
     first, *rest = other
     assert list(complete) == [f"train/{name}" for name in (first, *(s.name for s in DECLARED), *rest)]
+
+
+def test_a_group_is_logged_under_its_own_prefix() -> None:
+    other: dict[str, Any] = {item.name: 1.0 for item in fields(StepMetrics) if item.name not in GROUPS}
+    mismatch = MismatchMetrics(kl=0.5, start_kl=0.75, mean_ratio=1.0, max=2.0, share=0.25)
+    logged = StepMetrics(**{**other, "statistics": {}}, mismatch=mismatch).as_dict()
+    assert logged["rollout/mismatch_kl"] == 0.5
+    assert logged["rollout/mismatch_start_kl"] == 0.75
+    assert not [name for name in logged if name.startswith("train/mismatch")]
 
 
 def test_stopwatch_adds_up_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:

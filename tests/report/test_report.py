@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.observability.metrics import DECLARED, StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, MismatchMetrics, StepMetrics
 from nemo_popsd.report import verdicts, write_diagnosis_page, write_report
 from nemo_popsd.report.rollouts import answer_pairs, is_truncated, pair_cards
 from nemo_popsd.report.run import read_run
@@ -164,7 +164,8 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
 
 def test_every_listed_metric_exists() -> None:
     placed = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
-    assert placed <= {*StepMetrics.__dataclass_fields__, *(statistic.name for statistic in DECLARED)}
+    mismatch = {f"mismatch_{name}" for name in MismatchMetrics.__dataclass_fields__}
+    assert placed <= {*StepMetrics.__dataclass_fields__, *mismatch, *(statistic.name for statistic in DECLARED)}
 
 
 def test_an_unlisted_metric_is_drawn_under_its_name(tmp_path: Path) -> None:

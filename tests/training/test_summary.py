@@ -60,6 +60,7 @@ def report(number: int) -> Any:
         per_token=tokens,
         statistics=StatisticValues(TOKEN_STATISTICS, torch.stack([(i + 1) * tokens for i in range(4)])),
         decomposition=None if number == 2 else decomposition,
+        log_probs=-tokens,
     )
 
 
