@@ -50,6 +50,8 @@ class StepMetrics:
     """Share of responses truncated at `rollout.max_response_tokens`."""
     marker_rate: float
     """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
+    repetition: float
+    """Share of the response tokens that complete a passage of 8 tokens which the response had before."""
     rollout_age: float
     """Number of steps between the weights that generated a response token and the weights that are trained on it; mean
     over tokens."""

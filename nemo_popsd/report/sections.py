@@ -14,9 +14,9 @@ from nemo_popsd.observability.metrics import MismatchMetrics
 from nemo_popsd.report import decomposition, verdicts
 from nemo_popsd.report.bars import Estimate, interval_chart, push_chart, share_bar
 from nemo_popsd.report.markup import card, esc, fixed, number, table
-from nemo_popsd.report.plots import Series, legend, line_plot, series_class
+from nemo_popsd.report.plots import Event, Series, legend, line_plot, series_class
 from nemo_popsd.report.rollouts import answer_pairs, pair_cards
-from nemo_popsd.report.run import AFTER, BEFORE, RunData
+from nemo_popsd.report.run import AFTER, BEFORE, GUARD, RunData
 
 Runs = Sequence[RunData]
 
@@ -26,6 +26,7 @@ CURVES = {
     "response_tokens": ("Length of a rollout", "tokens"),
     "marker_rate": ("Epistemic markers", "per 1,000 rollout tokens"),
     "cut_share": ("Rollouts truncated at the limit", "share"),
+    "repetition": ("Repeated text", "share of the rollout tokens"),
     "rollout_age": ("Age of a rollout token", "steps, mean"),
     "rollout_age_max": ("Age of the oldest rollout token", "steps"),
     "mismatch_kl": ("Engine against trainer", "KL of the sampled tokens, nats per token"),
@@ -146,12 +147,20 @@ def _target_card(runs: Runs) -> str:
 def curves(runs: Runs) -> str:
     """Training metrics by step."""
     names = [name for name in CURVES if any(name in run.training for run in runs)]
-    names += sorted({name for run in runs for name in run.training} - _PLACED)
-    cards = []
+    names += sorted({name for run in runs for name in run.training if not name.startswith(GUARD)} - _PLACED)
+    cards, alarms = [], []
     for name in names:
         title, note = CURVES.get(name, (name, ""))
-        cards.append(card(title, line_plot(_series(runs, name), label=title), note=note))
-    return f'<div class="grid">{"".join(cards)}</div>' if cards else '<p class="absent">No step was trained.</p>'
+        events = [
+            Event(float(step), f"{run.name}, step {step:,}: {text}", series_class(index))
+            for index, run in enumerate(runs)
+            for step, text in run.alarms(name)
+        ]
+        alarms += [f"<li>{esc(title)}: {esc(event.text)}</li>" for event in events]
+        cards.append(card(title, line_plot(_series(runs, name), label=title, events=events), note=note))
+    listed = f'<ul class="lead">{"".join(alarms)}</ul>' if alarms else ""
+    grid = f'<div class="grid">{"".join(cards)}</div>' if cards else '<p class="absent">No step was trained.</p>'
+    return listed + grid
 
 
 def _series(runs: Runs, name: str) -> list[Series]:

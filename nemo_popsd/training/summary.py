@@ -13,6 +13,7 @@ from nemo_popsd.observability.metrics import DECLARED, MismatchMetrics, StepMetr
 from nemo_popsd.observability.stopwatch import Stopwatch
 from nemo_popsd.parallel.distributed import all_reduce_max, device
 from nemo_popsd.training.objective import LossReport
+from nemo_popsd.training.repetition import repeated_tokens
 from nemo_popsd.training.trajectory import Trajectory
 
 
@@ -53,6 +54,7 @@ def summarize_step(
         "responses": len(trajectories),
         "cut": sum(t.rollout.truncated for t in trajectories),
         "markers": markers,
+        "repeated": sum(repeated_tokens(t.rollout.response) for t in trajectories),
         "ages": sum(t.rollout.token_ages(weights_version) for t in trajectories),
         "computed": computed.real + computed.padding,
         "padding": computed.padding,
@@ -72,6 +74,7 @@ def summarize_step(
         response_tokens=total["tokens"] / max(total["responses"], 1.0),
         cut_share=total["cut"] / max(total["responses"], 1.0),
         marker_rate=1000 * total["markers"] / tokens,
+        repetition=total["repeated"] / tokens,
         rollout_age=total["ages"] / tokens,
         rollout_age_max=oldest,
         padding_share=total["padding"] / max(total["computed"], 1.0),

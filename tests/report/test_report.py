@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,18 @@ def test_every_listed_metric_exists() -> None:
     placed = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
     mismatch = {f"mismatch_{name}" for name in MismatchMetrics.__dataclass_fields__}
     assert placed <= {*StepMetrics.__dataclass_fields__, *mismatch, *(statistic.name for statistic in DECLARED)}
+
+
+def test_an_alarm_is_on_the_time_axis_of_its_quantity_and_in_a_list(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "guard/marker_rate": -3.0}\n')
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    text = "run, step 5: fell: the change began after step 3"
+    assert f"<li>Epistemic markers: {text}</li>" in page
+    [event] = re.findall(r'<path class="event s1" d="M[\d.]+ 10V[\d.]+"><title>([^<]*)</title></path>', page)
+    assert event == text
+    assert "<h3>guard/marker_rate</h3>" not in page
 
 
 def test_an_unlisted_metric_is_drawn_under_its_name(tmp_path: Path) -> None:
