@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.model.cost import step_cost
 from nemo_popsd.model.data import TrainingData
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
@@ -59,7 +60,8 @@ def build_step(
         return sum(count_markers(tokenizer.decode(list(response)), config.evaluation.markers).values())
 
     mismatch = MismatchGuard(config.guard, MismatchBounds.of(config.guard, exact=_is_exact(config)), student.split)
-    return OnPolicyStep(config.training, config.distillation, student, rollouts, markers, mismatch)
+    cost = step_cost(config)
+    return OnPolicyStep(config.training, config.distillation, student, rollouts, markers, mismatch, cost)
 
 
 def _is_exact(config: PopsdConfig) -> bool:

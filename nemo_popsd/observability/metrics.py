@@ -32,7 +32,36 @@ class MismatchMetrics:
     """Share of the tokens whose log-probabilities differ by more than `guard.mismatch_token`."""
 
 
-GROUPS = {"mismatch": ("rollout/mismatch_", MismatchMetrics)}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostMetrics:
+    """What a step costs. Operations are those of one GPU by the formulas of `popsd plan`, at the mean lengths of the
+    step.
+    """
+
+    tokens_per_gpu: float | None = None
+    """Response tokens per second of the step and GPU."""
+    tflops: float | None = None
+    """TFLOP/s of one GPU in the frozen branches and in training; recomputed operations count."""
+    mfu: float | None = None
+    """Share of the peak of the GPU that the operations of the step reach over its seconds, rollouts included; known for
+    H100, H200, H800, A100 and B200. With `rollout.overlap`, without the rollouts."""
+    memory_rollout: float | None = None
+    """Peak of the memory of tensors while responses are generated, in GiB, of the rank that needs most; on GPUs."""
+    memory_frozen: float | None = None
+    """The same in the frozen branches."""
+    memory_train: float | None = None
+    """The same in training."""
+    seconds_weights: float | None = None
+    """Seconds of the last transfer of weights to a vLLM server, of the replica that takes longest."""
+    seconds_waiting: float | None = None
+    """Seconds that a rank waited for the rollouts of other replicas, of the rank that waited longest."""
+    seconds_predicted: float | None = None
+    """Seconds of the step that `popsd plan` estimates at these lengths with its defaults; on an H100."""
+    predicted_ratio: float | None = None
+    """Measured seconds of the step over the predicted ones."""
+
+
+GROUPS = {"mismatch": ("rollout/mismatch_", MismatchMetrics), "cost": ("cost/", CostMetrics)}
 """Prefix and class of the fields of `StepMetrics` that have metrics under a prefix of their own."""
 
 
@@ -73,6 +102,8 @@ class StepMetrics:
     """Seconds of the student's forward, backward and optimizer step."""
     mismatch: MismatchMetrics | None = None
     """Engine against trainer."""
+    cost: CostMetrics | None = None
+    """Memory, operations, waiting."""
 
     def as_dict(self) -> dict[str, float]:
         """The measured metrics by their names in all loggers, in the order of declaration."""

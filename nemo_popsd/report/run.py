@@ -26,7 +26,7 @@ from nemo_popsd.diagnosis.schema import RolloutRecord, Summary
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import checksum, damaged, open_regular, read_json, read_json_lines
 
-TRAIN, ROLLOUT, GUARD, VALIDATION = "train/", "rollout/", "guard/", "validation/"
+TRAIN, ROLLOUT, COST, GUARD, VALIDATION = "train/", "rollout/", "cost/", "guard/", "validation/"
 BEFORE, AFTER = "before", "after"
 _OLDER_NAMES = {"delta_ratio": "norm_ratio", "cos_total_it": "cosine_question", "cos_total_ref": "cosine_reference"}
 """Present names of training metrics by the names under which earlier versions wrote them."""
@@ -59,7 +59,7 @@ class RunData:
     directory: Path
     config: dict[str, object]
     training: dict[str, list[tuple[float, float]]]
-    """(step, value) by name of the metric, without prefix; alarms have `GUARD`."""
+    """(step, value) by name of the metric, without prefix; alarms have `GUARD`, costs `COST`."""
     validations: dict[int, Validation]
     """By step, ascending."""
     evaluations: list[dict[str, object]] = field(default_factory=list)
@@ -216,7 +216,7 @@ def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int
             if key.startswith((TRAIN, ROLLOUT)):
                 name = key.removeprefix(TRAIN).removeprefix(ROLLOUT)
                 training.setdefault(_OLDER_NAMES.get(name, name), {})[step] = value
-            elif key.startswith(GUARD):
+            elif key.startswith((GUARD, COST)):
                 training.setdefault(key, {})[step] = value
             elif key.startswith(VALIDATION):
                 validations.setdefault(step, {})[key.removeprefix(VALIDATION)] = value

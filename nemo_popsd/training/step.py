@@ -42,6 +42,7 @@ class OnPolicyStep:
         rollouts: StepRollouts,
         count_markers: Callable[[Sequence[int]], int],
         mismatch: MismatchGuard | None = None,
+        complete: Callable[[StepMetrics, Sequence[PromptRow]], StepMetrics] = lambda metrics, rows: metrics,
     ) -> None:
         """Builds target, objective and frozen branches.
 
@@ -52,12 +53,14 @@ class OnPolicyStep:
             rollouts: where each step gets its trajectories.
             count_markers: number of epistemic markers in the text of a response's token ids.
             mismatch: compares the log-probabilities of the rollouts with the student's; None does not.
+            complete: adds metrics that follow from those of a step and this rank's rows; without collectives.
         """
         self._training = training
         self._student = student
         self._rollouts = rollouts
         self._count_markers = count_markers
         self._mismatch = mismatch
+        self._complete = complete
         target = build_target(distillation.target)
         self._objective = Objective(
             student,
@@ -124,7 +127,7 @@ class OnPolicyStep:
                 refuse_non_finite_update(step, optimizer.trained, optimizer.learning_rate)
                 reports += reported
         counted = trajectories if self._student.owns_trajectories else []
-        return summarize_step(
+        metrics = summarize_step(
             reports if self._student.owns_loss else [],
             counted,
             weights_version=step - 1,
@@ -135,7 +138,10 @@ class OnPolicyStep:
             computed=computed if self._student.owns_trajectories else TokenCount(),
             updates=settings.updates_per_step,
             mismatch=mismatch,
+            seconds_waiting=self._rollouts.seconds_waiting,
+            seconds_weights=self._rollouts.seconds_weights,
         )
+        return self._complete(metrics, rows)
 
     def _accumulate(
         self,

@@ -51,9 +51,26 @@ def test_stopwatch_waits_for_the_device_inside_the_measured_time(monkeypatch: py
         clock[0] += 1.0
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     with stopwatch.phase("cpu"):
         pass
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with stopwatch.phase("cuda"):
         pass
     assert (stopwatch.seconds("cpu"), stopwatch.seconds("cuda"), clock[0]) == (0.0, 1.0, 2.0)
+
+
+def test_stopwatch_has_the_peak_of_the_devices_memory_in_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    stopwatch = Stopwatch()
+    for phase, most in (("rollout", 7), ("train", 5), ("rollout", 3)):
+        with stopwatch.phase(phase):
+            peak[0] = max(peak[0], most)
+    assert [stopwatch.peak_bytes(name) for name in ("rollout", "train", "frozen")] == [7, 5, 0]
+    stopwatch.reset()
+    assert stopwatch.peak_bytes("rollout") == 0

@@ -169,6 +169,14 @@ def test_every_listed_metric_exists() -> None:
     assert placed <= {*StepMetrics.__dataclass_fields__, *mismatch, *(statistic.name for statistic in DECLARED)}
 
 
+def test_the_cost_of_a_step_is_listed_with_what_was_not_measured(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert "12.5 TFLOP/s per GPU" in page
+    assert "Not measured here: response tokens per second and gpu, share of the peak" in page
+    assert "<h3>cost/tflops</h3>" not in page
+
+
 def test_an_alarm_is_on_the_time_axis_of_its_quantity_and_in_a_list(tmp_path: Path) -> None:
     write_run(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
