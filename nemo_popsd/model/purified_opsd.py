@@ -51,13 +51,12 @@ from nemo_popsd.model.drift import DriftGuard
 from nemo_popsd.model.engines import build_engine
 from nemo_popsd.model.evaluation import Sampler, Validation
 from nemo_popsd.model.new_run import start_run
-from nemo_popsd.model.training import build_step
+from nemo_popsd.model.training import RunStep, build_step
 from nemo_popsd.parallel.distributed import initialize, on_any_rank
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.training.guard import non_finite
-from nemo_popsd.training.step import OnPolicyStep
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         )
         self.base: dict[str, str] | None = checkpoint.base if checkpoint else None
         self.optimizer: StudentOptimizer | None = None
-        self._step: OnPolicyStep | None = None
+        self._step: RunStep | None = None
         sampling = self.sampling(self.settings.evaluation)
         self.sampler = Sampler.of(self.settings, self.student, self.engine, sampling, self.tokenizer)
         self._validation = Validation(

@@ -31,8 +31,9 @@ class Stopwatch:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         try:
-            yield
-            _wait_for_device()
+            with _named_range(name):
+                yield
+                _wait_for_device()
         finally:
             self._seconds[name] += time.perf_counter() - start
             if torch.cuda.is_initialized():
@@ -50,6 +51,20 @@ class Stopwatch:
         """Start all phases from 0."""
         self._seconds.clear()
         self._peaks.clear()
+
+
+@contextmanager
+def _named_range(name: str) -> Iterator[None]:
+    """A range with the name of the phase in a profile and, with CUDA, in Nsight Systems (NVTX)."""
+    with torch.profiler.record_function(f"popsd.{name}"):
+        if not torch.cuda.is_initialized():
+            yield
+            return
+        torch.cuda.nvtx.range_push(f"popsd.{name}")
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
 
 
 def _wait_for_device() -> None:

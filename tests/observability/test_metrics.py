@@ -53,6 +53,8 @@ def test_stopwatch_waits_for_the_device_inside_the_measured_time(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
     with stopwatch.phase("cpu"):
         pass
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -67,6 +69,8 @@ def test_stopwatch_has_the_peak_of_the_devices_memory_in_each_phase(monkeypatch:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
     stopwatch = Stopwatch()
     for phase, most in (("rollout", 7), ("train", 5), ("rollout", 3)):
         with stopwatch.phase(phase):
