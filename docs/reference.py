@@ -141,12 +141,17 @@ def allowed(hint: Any) -> str:
 
 def metrics() -> Iterator[Metric]:
     """Every metric of a training step and every figure of an evaluation, under the names in metrics.jsonl."""
-    from nemo_popsd.observability.metrics import PREFIX, StepMetrics
+    from nemo_popsd.observability.metrics import GROUPS, PREFIX, StepMetrics
 
-    for name, text in field_texts(class_node(PACKAGE / "observability/metrics.py", StepMetrics.__name__)).items():
+    declarations = PACKAGE / "observability/metrics.py"
+    for name, text in field_texts(class_node(declarations, StepMetrics.__name__)).items():
         # Per-token statistics are one field, a mapping: each is declared beside its formula.
         if name == "statistics":
             yield from (Metric(PREFIX + statistic, text) for statistic, text in declared_statistics().items())
+        elif name in GROUPS:
+            prefix, group = GROUPS[name]
+            texts = field_texts(class_node(declarations, group.__name__))
+            yield from (Metric(prefix + entry, text) for entry, text in texts.items())
         else:
             yield Metric(PREFIX + name, text)
     # The class is not imported, since it needs numpy.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +84,13 @@ def update_latest(checkpoint: Path) -> None:
 
 
 def superfluous(
-    checkpoints: Mapping[str, int], scores: Mapping[int, float], *, keep_last: int, keep_best: int, greatest: bool
+    checkpoints: Mapping[str, int],
+    scores: Mapping[int, float],
+    *,
+    keep_last: int,
+    keep_best: int,
+    greatest: bool,
+    changes: Iterable[int] = (),
 ) -> list[str]:
     """Names of the checkpoints that may be removed: never `final`, and none if `keep_last` is 0.
 
@@ -94,6 +100,8 @@ def superfluous(
         keep_last: number of the newest checkpoints to keep.
         keep_best: number of the best checkpoints to keep in addition; of equal scores the later step is better.
         greatest: whether the greatest score is the best.
+        changes: steps after which the run changed (see `nemo_popsd.training.drift`); the newest checkpoint that is not
+            after it is kept for each.
     """
     if keep_last == 0:
         return []
@@ -102,6 +110,7 @@ def superfluous(
     scored = [step for step in steps if step in scores]
     scored.sort(key=lambda step: (scores[step] if greatest else -scores[step], step), reverse=True)
     kept |= set(scored[:keep_best])
+    kept |= {before[-1] for change in changes if (before := [step for step in steps if step <= change])}
     return [name for name, step in checkpoints.items() if name != FINAL and step not in kept]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from nemo_popsd.errors import START_AGAIN, TransientError
+from nemo_popsd.observability.flight_recorder import FLIGHT_PREFIX, FOLDER
 from nemo_popsd.parallel.launcher import read_launch
 
 _LIBRARIES = re.compile(r"gloo|NCCL|TCPStore|c10d|ProcessGroup|socket", re.IGNORECASE)
@@ -40,6 +42,7 @@ def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostP
     advice = [f"{type(error).__name__}: {text[:_LONGEST_TEXT]}"]
     if _TIMED_OUT.search(text):
         seconds = getattr(getattr(config, "training", None), "collective_timeout", None)
+        advice += _flight_recorder(text, config)
         limit = f"training.collective_timeout={seconds:g} s" if seconds and command != "evaluate" else "its time limit"
         return LostPeerError(
             f"collective on {who}",
@@ -54,6 +57,18 @@ def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostP
         fix=f"see the output of the rank that ended first; {START_AGAIN}",
         advice=advice,
     )
+
+
+def _flight_recorder(text: str, config: object) -> list[str]:
+    """Where NCCL's Flight Recorder writes the last collectives of each rank, and how they are read."""
+    output = getattr(config, "output", None)
+    if "NCCL" not in text or not isinstance(output, str):
+        return []
+    folder = Path(output) / FOLDER
+    return [
+        f"the last collectives of each rank are in {folder}/{FLIGHT_PREFIX}*; which rank is missing: "
+        f"torchfrtrace --prefix {FLIGHT_PREFIX} {folder}"
+    ]
 
 
 def _is_of_communication(error: BaseException, text: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
@@ -27,6 +28,7 @@ from nemo_popsd.files.ownership import refuse_overlap
 from nemo_popsd.model.evaluation import before_and_after, generate_missing
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.trainer import build_trainer
+from nemo_popsd.observability.flight_recorder import FOLDER, set_up_flight_recorder
 from nemo_popsd.observability.rank import is_rank_zero
 from nemo_popsd.observability.trackers import close_trackers
 from nemo_popsd.parallel.config import ParallelConfig
@@ -49,6 +51,7 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
         0, or `SAVED_AND_STOPPED` if a signal requested a stop; then the last completed step is saved.
     """
     run = RunDirectory(config)
+    set_up_flight_recorder(config.output)
     initialize(config.parallel, seed=config.seed, timeout=timedelta(seconds=config.training.collective_timeout))
     run.share_lock(lock)
     checkpoint = run.checkpoint()
@@ -57,6 +60,8 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
     model.checkpoints.check_lock = run.check_lock
     run.begin(completed)
+    if dist.get_backend() == "nccl":
+        (run.output / FOLDER).mkdir(parents=True, exist_ok=True)  # the Flight Recorder does not create it
     _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
     model.stop.install()
     succeeded: bool | None = False

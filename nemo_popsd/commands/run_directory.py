@@ -35,7 +35,7 @@ from nemo_popsd.files.atomic import recover, remove_directory, remove_files, rem
 from nemo_popsd.files.output_lock import Hold, OutputLock
 from nemo_popsd.files.ownership import CHECKPOINT, EXPORT, MARK, RUN, read_mark, refuse_foreign, write_mark
 from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
-from nemo_popsd.observability import jsonl_logger
+from nemo_popsd.observability import flight_recorder, jsonl_logger
 from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
 from nemo_popsd.parallel.agreement import from_rank_zero, raise_on_all_ranks
 from nemo_popsd.rollout import storage
@@ -55,6 +55,7 @@ _FILES = (
     ("tensorboard", ("events.out.tfevents.*", "hparams.yaml")),
     ("vllm/model-*", ("*",)),
     ("vllm", ("server-*.log",)),
+    (flight_recorder.FOLDER, flight_recorder.FILES),
     (".", (jsonl_logger.FILE_NAME, "report.html", DONE, REQUEUE)),
 )
 """What a run writes besides checkpoints and its export: directories in `output`, and names of files in them. With

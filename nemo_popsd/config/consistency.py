@@ -27,6 +27,7 @@ RUN_FILES = (
     "diagnosis",
     "report.html",
     "vllm",
+    "dumps",
     DONE,
     REQUEUE,
 )

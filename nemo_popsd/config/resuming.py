@@ -58,6 +58,7 @@ FREE = (
     "training.collective_timeout",
     "training.self_check",
     "training.export_huggingface",
+    "guard",
     "evaluation",
     "observability",
 )

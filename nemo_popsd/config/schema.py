@@ -15,7 +15,7 @@ from nemo_popsd.observability.config import ObservabilityConfig
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.settings.bounds import Bounds, Text, check_numbers
-from nemo_popsd.training.config import TrainingConfig
+from nemo_popsd.training.config import GuardConfig, TrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -47,6 +47,8 @@ class PopsdConfig:
     """Fields of megatron-core's configuration."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training loop."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What the run watches in itself."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Accuracy, epistemic markers and response length on problem sets."""
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)

@@ -25,6 +25,7 @@ def check_inputs(
     token_weights: Tensor | None,
     diagnosed: DiagnosedTokens | None,
     main_gradient: MainGradient | None,
+    response_ids: Tensor | None,
 ) -> None:
     """Checks the arguments of `loss_from_hidden` against each other.
 
@@ -36,6 +37,7 @@ def check_inputs(
     _check_shape("student_weight", student_weight, matrix)
     _check_shape("teacher_weight", teacher_weight, matrix)
     _check_shape("token_weights", token_weights, (tokens,))
+    _check_shape("response_ids", response_ids, (tokens,))
     _check_shape("vectors.anchor", vectors.anchor, (tokens, width))
     _check_shape("vectors.shift", vectors.shift, (tokens, width))
     if diagnosed is not None:

@@ -34,6 +34,7 @@ from nemo_popsd.distillation.products import (
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS
 from nemo_popsd.distillation.target import HiddenPair
 from nemo_popsd.distillation.target_families import Target
+from nemo_popsd.distillation.token_log_probs import token_stats
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 
@@ -52,6 +53,8 @@ class LossSpec:
     token_weights: Tensor | None
     """[N]."""
     diagnosed: DiagnosedTokens | None
+    response_ids: Tensor | None
+    """[N] vocabulary ids of the tokens, for their log-probabilities."""
     shard: VocabShard
     chunk_tokens: int
     kernels: Kernels
@@ -80,6 +83,7 @@ class ChunkedLoss:
         per_token_N: divergence of each token.
         statistics_SN: by `TOKEN_STATISTICS`.
         products_5D: `merge_signal_shards` of the diagnosed tokens.
+        log_probs_N: the student's log-probability of each token of `LossSpec.response_ids`; empty without.
     """
 
     def __init__(self, spec: LossSpec, h_NH: Tensor, w_VH: Tensor, dh_NH: Tensor | None, dw_WH: Tensor | None) -> None:
@@ -92,6 +96,7 @@ class ChunkedLoss:
         self.per_token_N = h_NH.new_empty(tokens, dtype=dtype)
         self.statistics_SN = h_NH.new_empty(len(TOKEN_STATISTICS), tokens, dtype=dtype)
         self.products_5D = h_NH.new_empty(SIGNAL_PRODUCTS, sampled, dtype=dtype)
+        self.log_probs_N = h_NH.new_empty(0 if spec.response_ids is None else tokens, dtype=dtype)
         self._pending: deque[Callable[[], None]] = deque()
 
     def __call__(self) -> None:
@@ -142,12 +147,15 @@ class ChunkedLoss:
             gradient=None if gradient_CV is None else gradient_CV[:count],
             needs_gradient=needs_gradient,
             signal_stats=self._signal_stats(logits, tokens, sampled) if sampled.stop > sampled.start else None,
+            token_stats=self._token_stats(logits, tokens),
         )
         result = divergence(chunk, Overlap(self._start_pending, self._finish_pending))
         self.per_token_N[tokens] = result.loss
         self.statistics_SN[:, tokens] = result.statistics
         if result.signal_stats is not None:
             self.products_5D[:, sampled] = merge_signal_shards(result.signal_stats, spec.shard.true_widths)
+        if result.log_probs is not None:
+            self.log_probs_N[tokens] = result.log_probs
         if needs_gradient:
             self._queue_gradients(logits.student if chunk.gradient is None else chunk.gradient, tokens)
             if spec.shard.ranks == 1:
@@ -167,6 +175,19 @@ class ChunkedLoss:
         assert self._spec.centre is not None
         dtype = self.per_token_N.dtype
         return products.rounded_shift(count).to(dtype) @ self._spec.centre.to(dtype)
+
+    def _token_stats(self, logits: ChunkProducts, tokens: slice) -> Tensor | None:
+        """This shard's part of the log-probabilities of the chunk's tokens."""
+        spec, width = self._spec, self._spec.shard.true_width
+        if spec.response_ids is None:
+            return None
+        return token_stats(
+            logits.student,
+            spec.response_ids[tokens],
+            spec.shard,
+            own_normaliser=spec.target.temperature != 1,
+            tile_tokens=spec.kernels.tile_tokens(width, self.per_token_N.dtype, self.per_token_N.device),
+        )
 
     def _signal_stats(self, logits: ChunkProducts, tokens: slice, sampled: slice) -> Tensor:
         """This shard's statistics of the chunk's diagnosed tokens, a tile at a time."""

@@ -32,6 +32,7 @@ from torch import Tensor
 from nemo_popsd.distillation.divergence import Divergence
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, VocabStats
 from nemo_popsd.distillation.target_families import Target
+from nemo_popsd.distillation.token_log_probs import log_normaliser, merge_token_stats
 from nemo_popsd.parallel.collectives import gather_shards, sum_shards_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
@@ -247,6 +248,8 @@ class Chunk:
     needs_gradient: bool
     signal_stats: Tensor | None
     """This shard's statistics of the chunk's diagnosed tokens, gathered by the first collective."""
+    token_stats: Tensor | None
+    """`token_log_probs.token_stats` of this shard [K, C], gathered likewise; None leaves the log-probabilities out."""
 
     @property
     def target(self) -> Tensor:
@@ -269,6 +272,8 @@ class ChunkResult(NamedTuple):
     """[S, C], by `TOKEN_STATISTICS`."""
     signal_stats: Tensor | None
     """[P, ...]: `Chunk.signal_stats` of each rank."""
+    log_probs: Tensor | None
+    """[C]: the student's log-probability of each response token at temperature 1, with `Chunk.token_stats`."""
 
 
 @dataclass(frozen=True)
@@ -312,20 +317,23 @@ class ChunkDivergence:
         step = self._kernels.tile_tokens(width, chunk.student.dtype, chunk.student.device)
         tiles = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
         during_gather = overlap.first if self._divergence.kind == "jsd" else overlap.rest
-        losses, statistics = [], []
-        signal: Tensor | None = None
+        losses, statistics, normalisers = [], [], []
+        carried = [x for x in (chunk.signal_stats, chunk.token_stats) if x is not None]
+        gathered_once: list[Tensor] = []
         for tile_group in [[tile] for tile in tiles] if self._shard.ranks == 1 else [tiles]:
             start = tile_group[0].start
             sent = [_joined([self._shard_stats(chunk, tile) for tile in tile_group])]
-            if chunk.signal_stats is not None and start == 0:
-                sent.append(chunk.signal_stats)
-            stats_PKn, *others = gather_shards(sent, self._shard.group, during_gather)
-            signal = others[0] if others else signal
+            stats_PKn, *others = gather_shards(sent + (carried if start == 0 else []), self._shard.group, during_gather)
+            gathered_once += others
+            if chunk.token_stats is not None:
+                normalisers.append(log_normaliser(stats_PKn))
             gathered = [(tile, stats_PKn[:, :, tile.start - start : tile.stop - start]) for tile in tile_group]
             loss_n, statistics_Sn = self._finish(chunk, gathered, overlap)
             losses.append(loss_n)
             statistics.append(statistics_Sn)
-        return ChunkResult(_joined(losses), _joined(statistics), signal)
+        signal = None if chunk.signal_stats is None else gathered_once[0]
+        log_probs = None if chunk.token_stats is None else merge_token_stats(gathered_once[-1], _joined(normalisers))
+        return ChunkResult(_joined(losses), _joined(statistics), signal, log_probs)
 
     def _shard_stats(self, chunk: Chunk, tile: slice) -> Tensor:
         """[SHARD_STATS, R] of one tile on this shard."""

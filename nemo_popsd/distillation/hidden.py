@@ -51,6 +51,9 @@ class HiddenLoss(NamedTuple):
     decomposition: StatisticValues | None
     """`SIGNAL_STATISTICS` of the diagnosed tokens [D], where any were passed."""
 
+    log_probs: Tensor | None
+    """The student's log-probability of each of `response_ids` [N], where they were passed: temperature 1, detached."""
+
 
 def loss_from_hidden(
     student_hidden: Tensor,
@@ -67,6 +70,7 @@ def loss_from_hidden(
     fused: str = "auto",
     main_gradient: MainGradient | None = None,
     diagnosed: DiagnosedTokens | None = None,
+    response_ids: Tensor | None = None,
 ) -> HiddenLoss:
     """Divergence of the student from the target, weighted and summed over tokens, without full logits.
 
@@ -86,9 +90,9 @@ def loss_from_hidden(
 
     Products for each chunk of tokens: one stacked product where student and teacher share the matrix (the same
     storage), else one for each vector; one for dh and one for dW. Collectives for each chunk: 1 for the KLs (an
-    all-gather of 8 floats per token) and 2 for the JSD (an all-reduce of 2 more). Each is under way while the products
-    of the previous chunk are computed (dh and dW). 1 on [H] where `centre` is needed and not passed; backward 1 on
-    [N, H] where `student_hidden` needs a gradient.
+    all-gather of 8 floats per token, and one or two more with `response_ids`) and 2 for the JSD (an all-reduce of 2
+    more). Each is under way while the products of the previous chunk are computed (dh and dW). 1 on [H] where `centre`
+    is needed and not passed; backward 1 on [N, H] where `student_hidden` needs a gradient.
 
     Precision: products of matrices in the dtype of the matrix, everything else in fp32 (float64 where
     `student_weight` is float64). The gradient of `student_weight` is summed over the chunks in fp32 and rounded once.
@@ -112,6 +116,8 @@ def loss_from_hidden(
         fused: `auto`, `always` or `never`: whether the arithmetic between products is compiled; see `fusion`.
         main_gradient: where to add the gradient of `student_weight`; None returns it to autograd.
         diagnosed: tokens on which to decompose the teacher's signal; adds their states to the products.
+        response_ids: [N] int64, the tokens that the states predict; returns the student's log-probabilities of them,
+            which changes nothing else.
 
     Raises:
         UserError: `fused` is unknown.
@@ -121,7 +127,16 @@ def loss_from_hidden(
     """
     dtype = statistics_dtype(student_weight)
     check_inputs(
-        student_hidden, student_weight, vectors, teacher_weight, target, shard, token_weights, diagnosed, main_gradient
+        student_hidden,
+        student_weight,
+        vectors,
+        teacher_weight,
+        target,
+        shard,
+        token_weights,
+        diagnosed,
+        main_gradient,
+        response_ids,
     )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; need at least 1")
@@ -141,6 +156,7 @@ def loss_from_hidden(
         centre=centre,
         token_weights=token_weights,
         diagnosed=diagnosed,
+        response_ids=response_ids,
         shard=shard,
         chunk_tokens=default_chunk_tokens(buffers) if chunk_tokens is None else chunk_tokens,
         kernels=choose_kernels(fused, shard.true_width, dtype),
@@ -150,13 +166,16 @@ def loss_from_hidden(
         separate_gradient=separate_gradient,
     )
     with torch.autocast(student_hidden.device.type, enabled=False):
-        apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _HiddenLossFunction.apply
-        total, per_token, statistics_SN, products_5D = apply(student_hidden, student_weight, spec, main_gradient)
+        apply: Callable[..., tuple[Tensor, ...]] = _HiddenLossFunction.apply
+        total, per_token, statistics_SN, products_5D, log_probs = apply(
+            student_hidden, student_weight, spec, main_gradient
+        )
     return HiddenLoss(
         total,
         per_token,
         StatisticValues(TOKEN_STATISTICS, statistics_SN),
         None if diagnosed is None else signal_statistics(products_5D),
+        None if response_ids is None else log_probs,
     )
 
 
@@ -179,7 +198,7 @@ class _HiddenLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _LossContext, h_NH: Tensor, w_WH: Tensor, spec: LossSpec, main_gradient: MainGradient | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         dh_NH = torch.empty_like(h_NH) if spec.hidden_gradient else None
         dw_WH = None
         if spec.weight_gradient:
@@ -194,8 +213,9 @@ class _HiddenLossFunction(torch.autograd.Function):
         ctx.save_for_backward(dh_NH, dw_WH if ctx.main_gradient is None else None)
         ctx.group = spec.shard.group
         ctx.weight_shape, ctx.weight_dtype = w_WH.shape, w_WH.dtype
-        ctx.mark_non_differentiable(loss.per_token_N, loss.statistics_SN, loss.products_5D)
-        return total.to(loss.per_token_N.dtype), loss.per_token_N, loss.statistics_SN, loss.products_5D
+        detached = (loss.per_token_N, loss.statistics_SN, loss.products_5D, loss.log_probs_N)
+        ctx.mark_non_differentiable(*detached)
+        return total.to(loss.per_token_N.dtype), *detached
 
     @staticmethod
     @once_differentiable

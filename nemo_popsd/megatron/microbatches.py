@@ -47,6 +47,8 @@ class MicroBatch:
     """Indices into the caller's list of sequences."""
     response_lengths: list[int]
     """Response tokens of each sequence that this rank owns (all of them without context parallelism); they sum to N."""
+    response_ids: Tensor
+    """[N] int64: the response tokens that this rank owns, by sequence."""
     input_ids: Tensor
     """[b, S/cp] int64."""
     position_ids: Tensor
@@ -261,17 +263,21 @@ def _micro_batch(
     """A micro-batch of either form; `starts` are (place along S, place along b) of each sequence's first token."""
     positions, columns, owners = ([torch.empty(0, dtype=torch.long)] for _ in range(3))
     owned_counts: list[int] = []
+    owned_ids: list[int] = []
     for index, (begin, column) in zip(indices, starts, strict=True):
         prompt, response = sequences[index].prompt, sequences[index].response
         places = torch.arange(shape[0])[response_positions(len(prompt), len(response))]
         positions.append(begin + places)
         columns.append(torch.full_like(places, column))
         owners.append(split.owners(response))
-        owned_counts.append(len(response[split.owned(response)]))
+        owned = response[split.owned(response)]
+        owned_counts.append(len(owned))
+        owned_ids.extend(owned)
     route = plan_route(split, lengths, shape[1], torch.cat(positions), torch.cat(columns), torch.cat(owners))
     return MicroBatch(
         sequences=indices,
         response_lengths=owned_counts,
+        response_ids=torch.tensor(owned_ids, dtype=torch.long).to(device),
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
         packed=packed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class RunCheckpoints:
         completed_steps: Callable[[], int],
         stop: StopSignals,
         resumed: NemoCheckpoint | None,
+        changes: Callable[[], Iterable[int]] = tuple,
     ) -> None:
         """Reads nothing yet.
 
@@ -54,12 +55,14 @@ class RunCheckpoints:
             completed_steps: returns the number of completed training steps.
             stop: requests to stop, for which `maybe_save` raises.
             resumed: the checkpoint from which the run continues.
+            changes: steps after which the run changed; a checkpoint from before each is kept (see `superfluous`).
         """
         self._settings = settings
         self._output = Path(output)
         self._content = content
         self._completed_steps = completed_steps
         self._stop = stop
+        self._changes = changes
         self.folder = self._output / "checkpoints"
         self._saved = resumed.step if resumed else 0
         self._resumed = resumed
@@ -188,6 +191,7 @@ class RunCheckpoints:
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
             greatest=settings.best_is == "max",
+            changes=self._changes(),
         )
         kept = dict.fromkeys(prune(self.folder, names), "it contains files that no run wrote")
         for name, reason in (kept | {name: str(error.got) for name, error in checkpoints.damaged.items()}).items():

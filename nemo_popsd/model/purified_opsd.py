@@ -47,16 +47,16 @@ from nemo_popsd.model.data import (
     refuse_other_rows,
     validation_loader,
 )
+from nemo_popsd.model.drift import DriftGuard
 from nemo_popsd.model.engines import build_engine
 from nemo_popsd.model.evaluation import Sampler, Validation
 from nemo_popsd.model.new_run import start_run
-from nemo_popsd.model.training import build_step
+from nemo_popsd.model.training import RunStep, build_step
 from nemo_popsd.parallel.distributed import initialize, on_any_rank
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.rollout.engine import SamplingParams
 from nemo_popsd.training.guard import non_finite
-from nemo_popsd.training.step import OnPolicyStep
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         self.settings: PopsdConfig = from_dict_config(self.cfg)
         initialize(self.settings.parallel, seed=self.settings.seed)
         self.stop = StopSignals()
-        # Otherwise NeMo calls the connector on rank 0 only.
-        AppState().model_parallel_size = self.settings.parallel.replica_ranks
+        AppState().model_parallel_size = self.settings.parallel.replica_ranks  # else the connector runs on rank 0 only
         self._restored_steps = checkpoint.step if checkpoint else 0
         load_initial: LoadWeights
         if checkpoint is not None:
@@ -124,8 +123,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         # Read now: a resumed run may remove the checkpoint that it starts from.
         self._generation = read_generation_config(self.architecture.directory)
         refuse_tokens_beyond(self.tokenizer, self._generation, self.architecture.vocab_size)
-        self.data_digest = ""
-        self._longest = 0
+        self.data_digest, self._longest = "", 0
         self.training_data: TrainingData | None = None
         if self.settings.data.train.path:
             self.setup_training_data(self.settings.data.train)
@@ -145,9 +143,8 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             megatron=self.settings.megatron,
         )
         self.chunks = torch.nn.ModuleList(cast(list[torch.nn.Module], self.student.chunks))
-        self._checkpoint = (
-            checkpoint  # Keeps the temporary directory of a packed checkpoint, whose tokenizer files are needed.
-        )
+        # Kept for the temporary directory of a packed checkpoint, whose tokenizer files are needed.
+        self._checkpoint = checkpoint
         self._resumes = resume
         self.engine = build_engine(
             self.settings,
@@ -157,6 +154,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             longest=lambda: self._longest,
             stop_requested=self.stop.while_decoding,
         )
+        self._drift = DriftGuard(self.settings.guard.drift, self.settings.output)
         self.checkpoints = RunCheckpoints(
             self.settings.training,
             self.settings.output,
@@ -164,10 +162,11 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             completed_steps=lambda: self.completed_steps,
             stop=self.stop,
             resumed=checkpoint if resume else None,
+            changes=self._drift.changes,
         )
         self.base: dict[str, str] | None = checkpoint.base if checkpoint else None
         self.optimizer: StudentOptimizer | None = None
-        self._step: OnPolicyStep | None = None
+        self._step: RunStep | None = None
         sampling = self.sampling(self.settings.evaluation)
         self.sampler = Sampler.of(self.settings, self.student, self.engine, sampling, self.tokenizer)
         self._validation = Validation(
@@ -260,12 +259,13 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         assert self._step is not None
         wrapped: Any = self.optimizers()  # Lightning's wrapper, whose step() advances trainer.global_step
         step = self.completed_steps + 1
-        metrics = self._step(step, batch, wrapped.optimizer, wrapped.step)
-        self.log_dict({"step": float(step), **metrics.as_dict()})
+        metrics = self._step(step, batch, wrapped.optimizer, wrapped.step).as_dict()
+        self.log_dict({"step": float(step), **metrics})
+        self._drift(step, metrics, self.loggers)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The callback that saves and handles signals between steps, which Lightning adds to the trainer's."""
-        return [StepBoundary(self.checkpoints, self.stop)]
+        """What ends, saves and handles signals between steps, which Lightning adds to the trainer's callbacks."""
+        return [self._drift, StepBoundary(self.checkpoints, self.stop)]
 
     # Evaluation
 
@@ -290,6 +290,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         metrics = {f"validation/{name}": value for name, value in summary.numbers().items()}
         # Values are over all ranks. `sync_dist` only silences Lightning: a trainer with one device reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
+        self._drift(self.completed_steps, metrics, self.loggers)
 
     # Diagnosis
 

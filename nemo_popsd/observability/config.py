@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from nemo_popsd.settings.bounds import Bounds, check_numbers
 from nemo_popsd.settings.checks import one_of
 
 
@@ -35,6 +37,22 @@ class MlflowConfig:
 
 
 @dataclass(kw_only=True)
+class ProfileConfig:
+    """Profiles of single steps by PyTorch's profiler, in `<output>/dumps`; Perfetto (ui.perfetto.dev) opens them."""
+
+    steps: Annotated[list[int], Bounds(1, 10**8)] = field(default_factory=list)
+    """Steps to profile, counted from 1, on every rank. A profiled step is slower; its trace has the phases of the step
+    by name."""
+    stacks: bool = False
+    """Record the Python stack of every operation."""
+    memory: bool = False
+    """Record every allocation."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "observability.profile")
+
+
+@dataclass(kw_only=True)
 class ObservabilityConfig:
     """Where metrics are logged, besides the terminal. `metrics.jsonl` is always written."""
 
@@ -44,5 +62,7 @@ class ObservabilityConfig:
     """Weights & Biases."""
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     """MLflow."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiles of single steps."""
     progress_bar: bool = True
     """Show a progress bar on rank 0."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
@@ -94,6 +94,18 @@ def read_metric(directory: str | Path, name: str) -> dict[int, float]:
         return {}
     lines = [json.loads(line) for line in _complete_lines(path)]
     return {line["step"]: float(line[name]) for line in lines if name in line}
+
+
+def read_steps(directory: str | Path, names: Collection[str], prefix: str) -> list[tuple[int, dict[str, float]]]:
+    """Step and values of each line that has one of the metrics `names` or one that begins with `prefix`."""
+    path = Path(directory) / FILE_NAME
+    lines = [json.loads(line) for line in _complete_lines(path)] if path.is_file() else []
+    found = []
+    for line in lines:
+        values = {name: float(line[name]) for name in line if name in names or name.startswith(prefix)}
+        if values:
+            found.append((int(line["step"]), values))
+    return found
 
 
 def keep_until(directory: str | Path, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, Statistic
 
@@ -12,6 +12,57 @@ PREFIX = "train/"
 
 DECLARED: tuple[Statistic, ...] = (*TOKEN_STATISTICS, *SIGNAL_STATISTICS)
 """Per-token statistics that are metrics by their declaration in `nemo_popsd.distillation.statistics`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MismatchMetrics:
+    """How far the rollout engine and the trainer disagree about the sampled tokens of a step; `training.mismatch` has
+    the definitions. Of the first update of the step.
+    """
+
+    kl: float
+    """Estimate of KL(engine ‖ trainer) per token, in nats."""
+    start_kl: float
+    """The same over the first 32 tokens of each response, where another prompt shows most."""
+    mean_ratio: float
+    """Mean of the trainer's probability over the engine's."""
+    max: float
+    """Largest difference of the log-probabilities of a token."""
+    share: float
+    """Share of the tokens whose log-probabilities differ by more than `guard.mismatch_token`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostMetrics:
+    """What a step costs. Operations are those of one GPU by the formulas of `popsd plan`, at the mean lengths of the
+    step.
+    """
+
+    tokens_per_gpu: float | None = None
+    """Response tokens per second of the step and GPU."""
+    tflops: float | None = None
+    """TFLOP/s of one GPU in the frozen branches and in training; recomputed operations count."""
+    mfu: float | None = None
+    """Share of the peak of the GPU that the operations of the step reach over its seconds, rollouts included; known for
+    H100, H200, H800, A100 and B200. With `rollout.overlap`, without the rollouts."""
+    memory_rollout: float | None = None
+    """Peak of the memory of tensors while responses are generated, in GiB, of the rank that needs most; on GPUs."""
+    memory_frozen: float | None = None
+    """The same in the frozen branches."""
+    memory_train: float | None = None
+    """The same in training."""
+    seconds_weights: float | None = None
+    """Seconds of the last transfer of weights to a vLLM server, of the replica that takes longest."""
+    seconds_waiting: float | None = None
+    """Seconds that a rank waited for the rollouts of other replicas, of the rank that waited longest."""
+    seconds_predicted: float | None = None
+    """Seconds of the step that `popsd plan` estimates at these lengths with its defaults; on an H100."""
+    predicted_ratio: float | None = None
+    """Measured seconds of the step over the predicted ones."""
+
+
+GROUPS = {"mismatch": ("rollout/mismatch_", MismatchMetrics), "cost": ("cost/", CostMetrics)}
+"""Prefix and class of the fields of `StepMetrics` that have metrics under a prefix of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +79,8 @@ class StepMetrics:
     """Share of responses truncated at `rollout.max_response_tokens`."""
     marker_rate: float
     """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
+    repetition: float
+    """Share of the response tokens that complete a passage of 8 tokens which the response had before."""
     rollout_age: float
     """Number of steps between the weights that generated a response token and the weights that are trained on it; mean
     over tokens."""
@@ -47,11 +100,20 @@ class StepMetrics:
     """Seconds of the base, privileged-teacher and reference-only forwards."""
     seconds_train: float
     """Seconds of the student's forward, backward and optimizer step."""
+    mismatch: MismatchMetrics | None = None
+    """Engine against trainer."""
+    cost: CostMetrics | None = None
+    """Memory, operations, waiting."""
 
     def as_dict(self) -> dict[str, float]:
-        """The measured metrics, with `PREFIX`, in the order of declaration."""
+        """The measured metrics by their names in all loggers, in the order of declaration."""
         values: dict[str, float | None] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            values |= value if item.name == "statistics" else {item.name: value}
-        return {PREFIX + name: value for name, value in values.items() if value is not None}
+            if item.name in GROUPS:
+                group = {} if value is None else asdict(value)
+                values |= {GROUPS[item.name][0] + name: entry for name, entry in group.items()}
+            else:
+                named = value if item.name == "statistics" else {item.name: value}
+                values |= {PREFIX + name: entry for name, entry in named.items()}
+        return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Wall-clock seconds of the named phases of a step."""
+"""Wall-clock seconds of the named phases of a step, and the peak of the device's memory in each."""
 
 from __future__ import annotations
 
@@ -19,25 +19,52 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._peaks: defaultdict[str, int] = defaultdict(int)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`, also when the block raises. Phases may repeat and nest."""
+        """Add the time of the block to `name`, also when the block raises. Phases may repeat and nest; of nested ones
+        the outer one has the peak since the inner one began.
+        """
         _wait_for_device()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         try:
-            yield
-            _wait_for_device()
+            with _named_range(name):
+                yield
+                _wait_for_device()
         finally:
             self._seconds[name] += time.perf_counter() - start
+            if torch.cuda.is_initialized():
+                self._peaks[name] = max(self._peaks[name], torch.cuda.max_memory_allocated())
 
     def seconds(self, name: str) -> float:
         """Seconds of `name` since the last `reset`; 0 for a phase that did not run."""
         return self._seconds.get(name, 0.0)
 
+    def peak_bytes(self, name: str) -> int:
+        """Most bytes of tensors on the device in `name` since the last `reset`; 0 without CUDA."""
+        return self._peaks.get(name, 0)
+
     def reset(self) -> None:
         """Start all phases from 0."""
         self._seconds.clear()
+        self._peaks.clear()
+
+
+@contextmanager
+def _named_range(name: str) -> Iterator[None]:
+    """A range with the name of the phase in a profile and, with CUDA, in Nsight Systems (NVTX)."""
+    with torch.profiler.record_function(f"popsd.{name}"):
+        if not torch.cuda.is_initialized():
+            yield
+            return
+        torch.cuda.nvtx.range_push(f"popsd.{name}")
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
 
 
 def _wait_for_device() -> None:

@@ -53,6 +53,17 @@ class Series:
         return kept
 
 
+@dataclass(frozen=True)
+class Event:
+    """Something that happened at one x."""
+
+    x: float
+    text: str
+    """Shown under the pointer, and read by screen readers."""
+    css: str
+    """Colour class, as of a `Series`."""
+
+
 def line_plot(
     series: Sequence[Series],
     *,
@@ -64,6 +75,7 @@ def line_plot(
     markers: bool = False,
     x_names: Sequence[str] = (),
     height: float = HEIGHT,
+    events: Sequence[Event] = (),
 ) -> str:
     """A line for each series, and the data with which the page's script shows values under the pointer.
 
@@ -77,6 +89,7 @@ def line_plot(
         markers: whether to draw a dot at every point.
         x_names: names of x = 0, 1, ... for a categorical axis.
         height: of the plot, in units of which `WIDTH` is the width.
+        events: drawn as vertical lines.
     """
     drawn = [(s, s.drawable()) for s in series]
     xs = [x for _, points in drawn for x, _ in points]
@@ -106,6 +119,12 @@ def line_plot(
         if s.band:
             edges = [at(x, high) for x, _, high in s.band] + [at(x, low) for x, low, _ in reversed(s.band)]
             parts.append(f'<path class="band {esc(s.css)}" d="{_points(edges)}Z"/>')
+    for event in events:
+        across, down = at(min(max(event.x, low_x), high_x), low_y)
+        parts.append(
+            f'<path class="event {esc(event.css)}" d="M{across:.1f} {TOP:.0f}V{down:.1f}">'
+            f"<title>{esc(event.text)}</title></path>"
+        )
     for s, points in drawn:
         if points:
             parts.append(_path(f"line {s.css}", [at(x, y) for x, y in points]))

@@ -26,7 +26,7 @@ from nemo_popsd.diagnosis.schema import RolloutRecord, Summary
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import checksum, damaged, open_regular, read_json, read_json_lines
 
-TRAIN, VALIDATION = "train/", "validation/"
+TRAIN, ROLLOUT, COST, GUARD, VALIDATION = "train/", "rollout/", "cost/", "guard/", "validation/"
 BEFORE, AFTER = "before", "after"
 _OLDER_NAMES = {"delta_ratio": "norm_ratio", "cos_total_it": "cosine_question", "cos_total_ref": "cosine_reference"}
 """Present names of training metrics by the names under which earlier versions wrote them."""
@@ -59,7 +59,7 @@ class RunData:
     directory: Path
     config: dict[str, object]
     training: dict[str, list[tuple[float, float]]]
-    """(step, value) by name of the metric, without prefix."""
+    """(step, value) by name of the metric, without prefix; alarms have `GUARD`, costs `COST`."""
     validations: dict[int, Validation]
     """By step, ascending."""
     evaluations: list[dict[str, object]] = field(default_factory=list)
@@ -89,6 +89,13 @@ class RunData:
     def steps(self) -> int:
         """The last step with training metrics."""
         return int(max((step for points in self.training.values() for step, _ in points), default=0))
+
+    def alarms(self, name: str) -> list[tuple[int, str]]:
+        """Step and text of the alarms of the quantity `name`; see `nemo_popsd.training.drift`."""
+        return [
+            (int(step), f"{'rose' if onset > 0 else 'fell'}: the change began after step {abs(onset):.0f}")
+            for step, onset in self.training.get(GUARD + name, [])
+        ]
 
     def setting(self, key: str) -> Any:
         """Value of a dotted key of the configuration; None if it is missing."""
@@ -206,9 +213,11 @@ def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int
             value = _float(raw)
             if value is None:
                 continue
-            if key.startswith(TRAIN):
-                name = key.removeprefix(TRAIN)
+            if key.startswith((TRAIN, ROLLOUT)):
+                name = key.removeprefix(TRAIN).removeprefix(ROLLOUT)
                 training.setdefault(_OLDER_NAMES.get(name, name), {})[step] = value
+            elif key.startswith((GUARD, COST)):
+                training.setdefault(key, {})[step] = value
             elif key.startswith(VALIDATION):
                 validations.setdefault(step, {})[key.removeprefix(VALIDATION)] = value
     curves = {name: [(float(step), points[step]) for step in sorted(points)] for name, points in training.items()}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
+from nemo_popsd.observability.metrics import MismatchMetrics
 from nemo_popsd.report import decomposition, verdicts
 from nemo_popsd.report.bars import Estimate, interval_chart, push_chart, share_bar
 from nemo_popsd.report.markup import card, esc, fixed, number, table
-from nemo_popsd.report.plots import Series, legend, line_plot, series_class
+from nemo_popsd.report.plots import Event, Series, legend, line_plot, series_class
 from nemo_popsd.report.rollouts import answer_pairs, pair_cards
-from nemo_popsd.report.run import AFTER, BEFORE, RunData
+from nemo_popsd.report.run import AFTER, BEFORE, COST, GUARD, RunData
 
 Runs = Sequence[RunData]
 
@@ -24,8 +26,10 @@ CURVES = {
     "response_tokens": ("Length of a rollout", "tokens"),
     "marker_rate": ("Epistemic markers", "per 1,000 rollout tokens"),
     "cut_share": ("Rollouts truncated at the limit", "share"),
+    "repetition": ("Repeated text", "share of the rollout tokens"),
     "rollout_age": ("Age of a rollout token", "steps, mean"),
     "rollout_age_max": ("Age of the oldest rollout token", "steps"),
+    "mismatch_kl": ("Engine against trainer", "KL of the sampled tokens, nats per token"),
     "padding_share": ("Padding", "share of the tokens in the forward passes"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
@@ -37,7 +41,21 @@ PHASES = {
     "seconds_frozen": ("frozen branches", "s3"),
     "seconds_train": ("training", "s2"),
 }
-_PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
+_MISMATCH = {f"mismatch_{item.name}" for item in fields(MismatchMetrics)}
+_PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, *_MISMATCH, "tokens_per_second"}
+COSTS = {
+    "tokens_per_gpu": ("Response tokens per second and GPU", ""),
+    "tflops": ("Frozen branches and training", "TFLOP/s per GPU"),
+    "mfu": ("Share of the peak", ""),
+    "memory_rollout": ("Peak memory, rollout", "GiB"),
+    "memory_frozen": ("Peak memory, frozen branches", "GiB"),
+    "memory_train": ("Peak memory, training", "GiB"),
+    "seconds_weights": ("Transfer of weights to vLLM", "s"),
+    "seconds_waiting": ("Longest wait for other replicas", "s"),
+    "seconds_predicted": ("Step as popsd plan estimates it", "s"),
+    "predicted_ratio": ("Measured over estimated", ""),
+}
+"""Title and unit of the metrics of a step's cost, in order."""
 _SAMPLES = 4
 _LOW = 112.0
 """Height of the plots in the section "At a glance"."""
@@ -142,12 +160,20 @@ def _target_card(runs: Runs) -> str:
 def curves(runs: Runs) -> str:
     """Training metrics by step."""
     names = [name for name in CURVES if any(name in run.training for run in runs)]
-    names += sorted({name for run in runs for name in run.training} - _PLACED)
-    cards = []
+    names += sorted({name for run in runs for name in run.training if not name.startswith((GUARD, COST))} - _PLACED)
+    cards, alarms = [], []
     for name in names:
         title, note = CURVES.get(name, (name, ""))
-        cards.append(card(title, line_plot(_series(runs, name), label=title), note=note))
-    return f'<div class="grid">{"".join(cards)}</div>' if cards else '<p class="absent">No step was trained.</p>'
+        events = [
+            Event(float(step), f"{run.name}, step {step:,}: {text}", series_class(index))
+            for index, run in enumerate(runs)
+            for step, text in run.alarms(name)
+        ]
+        alarms += [f"<li>{esc(title)}: {esc(event.text)}</li>" for event in events]
+        cards.append(card(title, line_plot(_series(runs, name), label=title, events=events), note=note))
+    listed = f'<ul class="lead">{"".join(alarms)}</ul>' if alarms else ""
+    grid = f'<div class="grid">{"".join(cards)}</div>' if cards else '<p class="absent">No step was trained.</p>'
+    return listed + grid
 
 
 def _series(runs: Runs, name: str) -> list[Series]:
@@ -228,7 +254,8 @@ def throughput(runs: Runs) -> str:
             f'<p class="figure">{number(total)} <small>s per step</small> &nbsp; '
             f"{number(run.mean('tokens_per_second'))} <small>response tokens per second</small></p>"
         )
-        cards.append(card(run.name, figure + share_bar(seconds, label=f"share of each phase in a step of {run.name}")))
+        bar = share_bar(seconds, label=f"share of each phase in a step of {run.name}")
+        cards.append(card(run.name, figure + bar + _cost_table(run)))
     if not cards:
         return '<p class="absent">No step was timed.</p>'
     by_step = [
@@ -237,6 +264,20 @@ def throughput(runs: Runs) -> str:
     ]
     cards.append(card("Response tokens per second", line_plot(by_step, label="tokens per second by step", zero=True)))
     return f'<div class="grid">{"".join(cards)}</div>'
+
+
+def _cost_table(run: RunData) -> str:
+    """Means of the cost metrics, and what was not measured and why."""
+    rows = [
+        [esc(title), f"{number(value)} {unit}".strip()]
+        for name, (title, unit) in COSTS.items()
+        if (value := run.mean(COST + name)) is not None
+    ]
+    if not rows:
+        return ""
+    missing = [title for name, (title, _) in COSTS.items() if run.mean(COST + name) is None]
+    note = f'<p class="sub">Not measured here: {esc(", ".join(missing).lower())}.</p>' if missing else ""
+    return table(["mean of the steps", ""], rows) + note
 
 
 def provenance(runs: Runs) -> str:

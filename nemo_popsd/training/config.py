@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from nemo_popsd.errors import UserError
@@ -72,3 +72,85 @@ class TrainingConfig:
         if not self.best_metric.startswith(("train/", "validation/")):
             raise refuse("training.best_metric", self.best_metric, "the name of a metric, as in validation/accuracy")
         one_of("training.best_is", self.best_is, ("max", "min"))
+
+
+DRIFT_ACTIONS = ("off", "warn", "keep", "stop")
+
+
+@dataclass(kw_only=True)
+class DriftConfig:
+    """What happens when a quantity leaves the range of the run's own first steps, in either direction: `off` does not
+    watch it; `warn` warns and records it as `guard/NAME`; `keep` also keeps the newest checkpoint from before the
+    change; `stop` does that and ends the run on all ranks. See `nemo_popsd.training.drift`.
+    """
+
+    response_tokens: str = "keep"
+    """Mean length of a response."""
+    marker_rate: str = "keep"
+    """Epistemic markers per 1,000 response tokens."""
+    student_entropy: str = "keep"
+    """Entropy of the student."""
+    repetition: str = "keep"
+    """Share of repeated text."""
+    cut_share: str = "keep"
+    """Share of truncated responses."""
+    forward_kl: str = "warn"
+    """Agreement with the target: KL(target ‖ student)."""
+    accuracy: str = "keep"
+    """Accuracy on `data.validation`, where that is evaluated often enough during training."""
+    baseline_steps: Annotated[int, Bounds(3, 10**6)] = 8
+    """First measurements of a quantity, with which later ones are compared."""
+    slack: Annotated[float, Bounds(0, 10)] = 0.05
+    """Lasting change that is no alarm: relative to the baseline, absolute for shares; four times that for
+    `forward_kl`."""
+    threshold: Annotated[float, Bounds(1, 1e6)] = 8.0
+    """Sum of the deviations beyond slack and noise, in standard deviations, that is an alarm."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "guard.drift")
+        for name in DRIFT_QUANTITIES:
+            one_of(f"guard.drift.{name}", self.action(name), DRIFT_ACTIONS)
+
+    def action(self, name: str) -> str:
+        """What happens at an alarm of the quantity `name`."""
+        found: str = getattr(self, name)
+        return found
+
+
+DRIFT_QUANTITIES = tuple(item.name for item in fields(DriftConfig) if item.type == "str")
+"""Names of the quantities that are watched."""
+
+
+@dataclass(kw_only=True)
+class GuardConfig:
+    """What a run watches in itself, and when it warns or stops."""
+
+    mismatch: str = "stop"
+    """What happens when the rollout engine and the trainer disagree about the sampled tokens (`rollout/mismatch_kl` and
+    `rollout/mismatch_start_kl`): `stop` ends the run on all ranks before the weights change, with the likely causes;
+    `warn` warns only; `off` measures only."""
+    mismatch_warn: Annotated[float | None, Bounds(0, 1e6)] = None
+    """KL in nats per token from which on a mismatch is reported. null: 1e-7 where engine and trainer compute in fp32
+    with the same weights, else 0.02: rounding to bf16, or weights that are a step older (`rollout.overlap`)."""
+    mismatch_stop: Annotated[float | None, Bounds(0, 1e6)] = None
+    """KL in nats per token beyond which `mismatch=stop` ends the run. null: 1e-6 in fp32 with the same weights, else
+    0.1."""
+    mismatch_token: Annotated[float, Bounds(0, 20)] = 1.0
+    """Difference of a token's two log-probabilities from which on it counts in `rollout/mismatch_share`."""
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    """Alarms at collapse."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "guard")
+        one_of("guard.mismatch", self.mismatch, ("stop", "warn", "off"))
+        if (
+            self.mismatch_warn is not None
+            and self.mismatch_stop is not None
+            and self.mismatch_warn > self.mismatch_stop
+        ):
+            raise UserError(
+                "configuration",
+                got=f"guard.mismatch_warn={self.mismatch_warn:g} with guard.mismatch_stop={self.mismatch_stop:g}",
+                need="a warning at or below the stop",
+                fix="set guard.mismatch_warn lower",
+            )

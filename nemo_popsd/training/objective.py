@@ -41,6 +41,8 @@ class LossReport:
     """`TOKEN_STATISTICS` of its tokens [N]."""
     decomposition: StatisticValues | None
     """`SIGNAL_STATISTICS` of its diagnosed tokens [D]."""
+    log_probs: Tensor
+    """[N] log-probabilities of its response tokens under the student, at temperature 1."""
 
 
 class Objective:
@@ -124,7 +126,9 @@ class Objective:
             fused=self._fused,
             main_gradient=student.main_gradient,
             diagnosed=_diagnosed(batch, batch_states, hidden_NH.device),
+            response_ids=batch.response_ids,
         )
+        assert result.log_probs is not None
         report = LossReport(
             rows=batch.sequences,
             response_lengths=batch.response_lengths,
@@ -132,6 +136,7 @@ class Objective:
             per_token=result.per_token,
             statistics=result.statistics,
             decomposition=result.decomposition,
+            log_probs=result.log_probs,
         )
         return result.total, report
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
@@ -63,6 +64,9 @@ class StepRollouts:
     """Provides the trajectories of each step and stores them on disk. All ranks call its methods together.
 
     While step s runs, the weights are those after step s - 1; each response records which weights generated it.
+
+    Attributes:
+        seconds_waiting: that this rank waited for other replicas in the last step.
     """
 
     def __init__(
@@ -102,6 +106,13 @@ class StepRollouts:
         self._stop = stop
         self._may_be_stored = store is not None
         self._ahead: _Ahead | None = None
+        self.seconds_waiting = 0.0
+
+    @property
+    def seconds_weights(self) -> float:
+        """Seconds of the last transfer of weights to this replica's server; 0 on ranks that sent none."""
+        update = getattr(self._engine, "last_update", None)
+        return 0.0 if update is None else float(update.seconds)
 
     def of(self, step: int, rows: Sequence[PromptRow]) -> list[Trajectory]:
         """Trajectories of `step`: the finished responses to its rows and to those that the last step left unfinished.
@@ -112,6 +123,7 @@ class StepRollouts:
             StopRequested: on every rank, before anything was trained on.
             UserError: the rollouts could not be generated or written, or those of the last step are missing.
         """
+        self.seconds_waiting = 0.0
         left_rows, left_requests = self._left_by(step - 1)
         rows, requests = [*left_rows, *rows], [*left_requests, *self._requests(step, rows)]
         rollouts = self._stored(step, rows, requests)
@@ -153,7 +165,9 @@ class StepRollouts:
             result = action()
         except StopRequested:  # on the ranks of this model, but not yet on others
             self._stop.request()
+        start = time.perf_counter()
         wait_for_all()  # replicas take unequally long
+        self.seconds_waiting += time.perf_counter() - start
         self._stop.raise_if_requested()
         return cast(T, result)
 

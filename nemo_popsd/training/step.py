@@ -21,6 +21,7 @@ from nemo_popsd.training.balance import rebalance
 from nemo_popsd.training.branches import FrozenBranches, TargetStates
 from nemo_popsd.training.config import TrainingConfig
 from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_update
+from nemo_popsd.training.mismatch import MismatchGuard
 from nemo_popsd.training.objective import LossReport, Objective
 from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.self_check import check_student_equals_base
@@ -40,6 +41,8 @@ class OnPolicyStep:
         student: Student,
         rollouts: StepRollouts,
         count_markers: Callable[[Sequence[int]], int],
+        mismatch: MismatchGuard | None = None,
+        complete: Callable[[StepMetrics, Sequence[PromptRow]], StepMetrics] = lambda metrics, rows: metrics,
     ) -> None:
         """Builds target, objective and frozen branches.
 
@@ -49,11 +52,15 @@ class OnPolicyStep:
             student: the model and its base.
             rollouts: where each step gets its trajectories.
             count_markers: number of epistemic markers in the text of a response's token ids.
+            mismatch: compares the log-probabilities of the rollouts with the student's; None does not.
+            complete: adds metrics that follow from those of a step and this rank's rows; without collectives.
         """
         self._training = training
         self._student = student
         self._rollouts = rollouts
         self._count_markers = count_markers
+        self._mismatch = mismatch
+        self._complete = complete
         target = build_target(distillation.target)
         self._objective = Objective(
             student,
@@ -87,7 +94,8 @@ class OnPolicyStep:
             NonFiniteError: on every rank, before the update, or after it if a weight is not finite.
             RuntimeError: the self-check before step 1 failed.
             StopRequested: on every rank, before anything was trained on.
-            UserError: the rollouts could not be written.
+            UserError: the rollouts could not be written, or, on every rank before the first update, their
+                log-probabilities are not the student's.
         """
         settings, watch = self._training, Stopwatch()
         with watch.phase("rollout"):
@@ -99,7 +107,7 @@ class OnPolicyStep:
             check_student_equals_base(self._student, optimizer, self._objective, sequences, budget, packed=packed)
         with watch.phase("frozen"):
             states = self._branches.target_states(trajectories)
-        computed, reports = self._branches.computed, []
+        computed, reports, mismatch = self._branches.computed, [], None
         with watch.phase("train"):
             for number, part in enumerate(parts, start=1):
                 part_states, states = states[: len(part)], states[len(part) :]
@@ -112,12 +120,14 @@ class OnPolicyStep:
                 computed += TokenCount.of(batches)
                 reported = self._accumulate(part, batches, part_states, optimizer)
                 refuse_non_finite(step, reported, [t.row_id for t in part], optimizer.prepare())
+                if number == 1 and self._mismatch is not None:
+                    mismatch = self._mismatch(step, reported if self._student.owns_loss else [], part)
                 optimizer.update_follows = number < len(parts)
                 update()
                 refuse_non_finite_update(step, optimizer.trained, optimizer.learning_rate)
                 reports += reported
         counted = trajectories if self._student.owns_trajectories else []
-        return summarize_step(
+        metrics = summarize_step(
             reports if self._student.owns_loss else [],
             counted,
             weights_version=step - 1,
@@ -127,7 +137,11 @@ class OnPolicyStep:
             stopwatch=watch,
             computed=computed if self._student.owns_trajectories else TokenCount(),
             updates=settings.updates_per_step,
+            mismatch=mismatch,
+            seconds_waiting=self._rollouts.seconds_waiting,
+            seconds_weights=self._rollouts.seconds_weights,
         )
+        return self._complete(metrics, rows)
 
     def _accumulate(
         self,

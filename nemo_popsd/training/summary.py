@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS
 from nemo_popsd.megatron.microbatches import TokenCount
-from nemo_popsd.observability.metrics import DECLARED, StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, CostMetrics, MismatchMetrics, StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
-from nemo_popsd.parallel.distributed import all_reduce_max, device
+from nemo_popsd.parallel.distributed import device
 from nemo_popsd.training.objective import LossReport
+from nemo_popsd.training.repetition import repeated_tokens
 from nemo_popsd.training.trajectory import Trajectory
+
+_PHASES = ("rollout", "frozen", "train")
 
 
 def summarize_step(
@@ -27,8 +31,11 @@ def summarize_step(
     stopwatch: Stopwatch,
     computed: TokenCount,
     updates: int = 1,
+    mismatch: MismatchMetrics | None = None,
+    seconds_waiting: float = 0.0,
+    seconds_weights: float = 0.0,
 ) -> StepMetrics:
-    """Means over the global batch. Two all-reduces over the world, of all sums and of one number; the host waits for
+    """Means over the global batch. Two all-reduces over the world, of all sums and of six maxima; the host waits for
     the device once for its own sums, however many micro-batches and sequences there are.
 
     Every token must be reported by one rank of those that share it, and every trajectory by one of those that share
@@ -44,6 +51,9 @@ def summarize_step(
         stopwatch: has the phases ``rollout``, ``frozen`` and ``train`` of this step.
         computed: tokens that went through student and base for these trajectories.
         updates: optimizer updates that the loss is a mean over.
+        mismatch: of the step, the same on every rank.
+        seconds_waiting: that this rank waited for other replicas' rollouts.
+        seconds_weights: of this replica's transfer of weights to a server; 0 without one.
     """
     sums: dict[str, float] = {
         **_sums_over_tokens(reports),
@@ -51,16 +61,25 @@ def summarize_step(
         "responses": len(trajectories),
         "cut": sum(t.rollout.truncated for t in trajectories),
         "markers": markers,
+        "repeated": sum(repeated_tokens(t.rollout.response) for t in trajectories),
         "ages": sum(t.rollout.token_ages(weights_version) for t in trajectories),
         "computed": computed.real + computed.padding,
         "padding": computed.padding,
     }
     totals = torch.tensor(list(map(float, sums.values())), dtype=torch.float64, device=device())
     dist.all_reduce(totals)
-    oldest = all_reduce_max(max((t.rollout.age(weights_version) for t in trajectories), default=0))
+    peaks = [stopwatch.peak_bytes(phase) for phase in _PHASES]
+    oldest, waiting, weights, *peaks_GiB = _maxima(
+        [
+            max((t.rollout.age(weights_version) for t in trajectories), default=0),
+            seconds_waiting,
+            seconds_weights,
+            *(peak / 2**30 for peak in peaks),
+        ]
+    )
     total = dict(zip(sums, totals.tolist(), strict=True))
     tokens = max(total["tokens"], 1.0)
-    seconds = {phase: stopwatch.seconds(phase) for phase in ("rollout", "frozen", "train")}
+    seconds = {phase: stopwatch.seconds(phase) for phase in _PHASES}
     return StepMetrics(
         loss=total["loss"] / updates,
         statistics={
@@ -70,6 +89,7 @@ def summarize_step(
         response_tokens=total["tokens"] / max(total["responses"], 1.0),
         cut_share=total["cut"] / max(total["responses"], 1.0),
         marker_rate=1000 * total["markers"] / tokens,
+        repetition=total["repeated"] / tokens,
         rollout_age=total["ages"] / tokens,
         rollout_age_max=oldest,
         padding_share=total["padding"] / max(total["computed"], 1.0),
@@ -79,7 +99,20 @@ def summarize_step(
         seconds_rollout=seconds["rollout"],
         seconds_frozen=seconds["frozen"],
         seconds_train=seconds["train"],
+        mismatch=mismatch,
+        cost=CostMetrics(
+            **{f"memory_{phase}": peak or None for phase, peak in zip(_PHASES, peaks_GiB, strict=True)},
+            seconds_weights=weights or None,
+            seconds_waiting=waiting,
+        ),
     )
+
+
+def _maxima(own: Sequence[float]) -> list[float]:
+    """The largest of each number over the ranks: one all-reduce."""
+    largest = torch.tensor(own, dtype=torch.float64, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return cast(list[float], largest.tolist())
 
 
 def _sums_over_tokens(reports: Sequence[LossReport]) -> dict[str, float]:

@@ -43,6 +43,17 @@ def test_a_checkpoint_without_the_metric_is_not_one_of_the_best() -> None:
     assert removed == ["step-000020", "step-000030"]
 
 
+def test_the_newest_checkpoint_from_before_a_change_is_kept() -> None:
+    def kept(*changes: int) -> list[int]:
+        removed = superfluous(STEPS, {}, keep_last=1, keep_best=0, greatest=True, changes=changes)
+        return [step for name, step in STEPS.items() if name not in removed]
+
+    assert kept(20) == [20, 40]
+    assert kept(29) == [20, 40]
+    assert kept(9) == [40], "there was none yet"
+    assert kept(15, 35) == [10, 30, 40]
+
+
 def _save(path: Path, step: int, *, resumable: bool = True) -> None:
     path.mkdir()
     (path / "model_config.yaml").write_text("")

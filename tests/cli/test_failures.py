@@ -70,3 +70,15 @@ def test_the_error_after_a_time_out_names_the_setting(error: Exception) -> None:
 )
 def test_defects_are_not_converted(error: Exception) -> None:
     assert as_lost_peer(error, command="train", config=PopsdConfig()) is None
+
+
+def test_a_time_out_of_nccl_names_the_flight_recorders_files() -> None:
+    config = PopsdConfig(output="runs/x")
+    nccl = dist.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)")
+    printed = as_lost_peer(nccl, command="train", config=config)
+    assert printed is not None
+    [line] = [line for line in printed.advice if "torchfrtrace" in line]
+    assert "runs/x/dumps/flight-rank-*" in line
+    gloo = as_lost_peer(RuntimeError(f"{GLOO}x.cc:78] Timed out waiting"), command="train", config=config)
+    assert gloo is not None
+    assert not any("torchfrtrace" in line for line in gloo.advice)

@@ -48,20 +48,23 @@ def test_the_page_of_settings_has_a_heading_and_the_text_of_each() -> None:
 
 def test_every_metric_has_a_text_and_is_on_the_page() -> None:
     metrics = list(generated.metrics())
-    assert {metric.name.partition("/")[0] for metric in metrics} == {"train", "validation"}
+    assert {metric.name.partition("/")[0] for metric in metrics} == {"train", "rollout", "cost", "validation"}
     assert not [metric.name for metric in metrics if not metric.text.strip()]
     page = generated.metrics_page()
     assert not [metric.name for metric in metrics if f"| `{metric.name}` | {generated.cell(metric.text)} |" not in page]
 
 
 def test_what_a_step_logs_is_what_the_page_lists() -> None:
-    from nemo_popsd.observability.metrics import StepMetrics
+    from nemo_popsd.observability.metrics import GROUPS, StepMetrics
 
     values: dict[str, Any] = {field.name: 1.0 for field in dataclasses.fields(StepMetrics)}
     if "statistics" in values:
         values["statistics"] = dict.fromkeys(generated.declared_statistics(), 1.0)
+    for name, (_, group) in GROUPS.items():
+        values[name] = group(**{field.name: 1.0 for field in dataclasses.fields(group)})
     step = StepMetrics(**values)
-    assert set(step.as_dict()) == {metric.name for metric in generated.metrics() if metric.name.startswith("train/")}
+    listed = {metric.name for metric in generated.metrics() if not metric.name.startswith("validation/")}
+    assert set(step.as_dict()) == listed
 
 
 def test_what_an_evaluation_logs_is_what_the_page_lists() -> None:
@@ -77,7 +80,7 @@ def test_what_an_evaluation_logs_is_what_the_page_lists() -> None:
 def test_metrics_that_a_page_names_exist(page: str) -> None:
     metrics = {metric.name for metric in generated.metrics()}
     for code in inline_code(page):
-        if re.fullmatch(r"(?:train|validation)/[a-z]\w*", code):
+        if re.fullmatch(r"(?:train|rollout|cost|validation)/[a-z]\w*", code):
             assert code in metrics, f"{page} names {code}"
 
 

@@ -18,7 +18,7 @@ from nemo_popsd.evaluation.comparison import Evaluation
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.records import EvaluationDirectory, Problem, Sample, SampleScore, SampleSettings
-from nemo_popsd.observability.metrics import DECLARED, StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, GROUPS, CostMetrics, MismatchMetrics, StepMetrics
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->\u2028\x00 <b>bold</b> &lt;"
 """Text that breaks out of a page that does not escape it."""
@@ -26,9 +26,13 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->
 
 def step_metrics(step: int, *, scale: float = 1.0) -> StepMetrics:
     """All metrics of one step."""
-    names = [*(item.name for item in fields(StepMetrics) if item.name != "statistics"), *(s.name for s in DECLARED)]
+    nested = ("statistics", *GROUPS)
+    names = [*(item.name for item in fields(StepMetrics) if item.name not in nested), *(s.name for s in DECLARED)]
     values: dict[str, Any] = {name: scale * (index + 1) / (step + 1) for index, name in enumerate(names)}
-    return StepMetrics(statistics={s.name: values.pop(s.name) for s in DECLARED}, **values)
+    mismatch = MismatchMetrics(kl=1e-4 * step, start_kl=2e-4, mean_ratio=1.0, max=0.1, share=0.0)
+    cost = CostMetrics(tflops=12.5, seconds_waiting=0.5)
+    statistics = {s.name: values.pop(s.name) for s in DECLARED}
+    return StepMetrics(statistics=statistics, mismatch=mismatch, cost=cost, **values)
 
 
 def write_run(

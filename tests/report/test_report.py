@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.observability.metrics import DECLARED, StepMetrics
+from nemo_popsd.observability.metrics import DECLARED, MismatchMetrics, StepMetrics
 from nemo_popsd.report import verdicts, write_diagnosis_page, write_report
 from nemo_popsd.report.rollouts import answer_pairs, is_truncated, pair_cards
 from nemo_popsd.report.run import read_run
@@ -164,7 +165,28 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
 
 def test_every_listed_metric_exists() -> None:
     placed = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, "tokens_per_second"}
-    assert placed <= {*StepMetrics.__dataclass_fields__, *(statistic.name for statistic in DECLARED)}
+    mismatch = {f"mismatch_{name}" for name in MismatchMetrics.__dataclass_fields__}
+    assert placed <= {*StepMetrics.__dataclass_fields__, *mismatch, *(statistic.name for statistic in DECLARED)}
+
+
+def test_the_cost_of_a_step_is_listed_with_what_was_not_measured(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    assert "12.5 TFLOP/s per GPU" in page
+    assert "Not measured here: response tokens per second and gpu, share of the peak" in page
+    assert "<h3>cost/tflops</h3>" not in page
+
+
+def test_an_alarm_is_on_the_time_axis_of_its_quantity_and_in_a_list(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "guard/marker_rate": -3.0}\n')
+    page = write_report([tmp_path], tmp_path / "r.html").read_text()
+    text = "run, step 5: fell: the change began after step 3"
+    assert f"<li>Epistemic markers: {text}</li>" in page
+    [event] = re.findall(r'<path class="event s1" d="M[\d.]+ 10V[\d.]+"><title>([^<]*)</title></path>', page)
+    assert event == text
+    assert "<h3>guard/marker_rate</h3>" not in page
 
 
 def test_an_unlisted_metric_is_drawn_under_its_name(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ def summarize(rank: int, world_size: int) -> Any:
         grad_norm=2.5,
         learning_rate=0.125,
         stopwatch=watch,
+        seconds_waiting=1.5 - rank,
+        seconds_weights=0.25 * rank,
         computed=TokenCount(30, 10) if rank == 0 else TokenCount(60, 0),
     )
 
@@ -60,6 +62,7 @@ def report(number: int) -> Any:
         per_token=tokens,
         statistics=StatisticValues(TOKEN_STATISTICS, torch.stack([(i + 1) * tokens for i in range(4)])),
         decomposition=None if number == 2 else decomposition,
+        log_probs=-tokens,
     )
 
 
@@ -82,6 +85,9 @@ def test_means_are_over_the_global_batch_on_any_number_of_ranks() -> None:
         assert metrics.padding_share == pytest.approx(0.25 if world_size == 1 else 0.1)
         assert metrics.marker_rate == pytest.approx(1000 * 10 / 11)
         assert (metrics.grad_norm, metrics.learning_rate) == (2.5, 0.125)
+        assert metrics.cost.seconds_waiting == 1.5, "of the rank that waited longest"
+        assert metrics.cost.seconds_weights == (None if world_size == 1 else 0.25)
+        assert metrics.cost.memory_train is None, "there is no device memory to measure"
         assert all(math.isfinite(value) for value in metrics.as_dict().values())
 
 

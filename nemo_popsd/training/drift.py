@@ -1,0 +1,168 @@
+"""Notices that a run leaves the range of its own first steps: responses that grow or shrink, thinking that stops, text
+that repeats.
+
+A two-sided CUSUM for each quantity (E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954; D. C. Montgomery,
+"Introduction to Statistical Quality Control", chapter 9). With μ and σ of the first m steps, z = (x − μ) / σ and
+
+    S⁺ ← max(0, S⁺ + z − k)        S⁻ ← max(0, S⁻ − z − k)        alarm where either exceeds h
+
+k is half a σ, as usual, plus σ/√m, the standard error of μ, plus the change that is tolerated: training is meant to
+change the model, so a lasting change of a few per cent is no alarm. The change began after the last step at which the
+sum was 0.
+
+This module needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nemo_popsd.training.config import DriftConfig
+
+PREFIX = "guard/"
+"""Prefix of the metric that records an alarm: `guard/NAME` at its step is the last step before the change, negative
+where the quantity fell."""
+
+_ALLOWANCE = 0.5
+"""k in standard deviations: half of the shift that is found fastest."""
+_LEAST_SPREAD = 0.3
+"""Least standard deviation, as a share of the tolerated change, in case the first steps are nearly equal."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is watched."""
+
+    metric: str
+    """Its name in metrics.jsonl."""
+    meaning: str
+    """What it is, in a message."""
+    slack: float
+    """Factor of `guard.drift.slack` that gives the tolerated change."""
+    is_share: bool = False
+    """Whether the tolerated change is absolute, as of a share that starts at 0, and not relative to the baseline."""
+
+    def tolerated(self, baseline: float, slack: float) -> float:
+        """The change that is no alarm."""
+        return self.slack * slack * (1.0 if self.is_share else abs(baseline))
+
+
+QUANTITIES = {
+    "response_tokens": Quantity("train/response_tokens", "the length of a response", 1.0),
+    "marker_rate": Quantity("train/marker_rate", "the rate of epistemic markers", 1.0),
+    "student_entropy": Quantity("train/student_entropy", "the entropy of the student", 1.0),
+    "repetition": Quantity("train/repetition", "the share of repeated text", 1.0, is_share=True),
+    "cut_share": Quantity("train/cut_share", "the share of truncated responses", 1.0, is_share=True),
+    "forward_kl": Quantity("train/forward_kl", "the distance from the target", 4.0),
+    "accuracy": Quantity("validation/accuracy", "the accuracy on the validation problems", 1.0, is_share=True),
+}
+"""By the name of its setting `guard.drift.NAME`."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A quantity left its range."""
+
+    step: int
+    """Step of the alarm."""
+    name: str
+    """Key of `QUANTITIES`."""
+    rose: bool
+    value: float
+    """At the step of the alarm."""
+    baseline: float
+    """Mean of the first steps."""
+    onset: int
+    """Last step before the change, as far as the sums tell."""
+
+    @property
+    def entry(self) -> dict[str, float]:
+        """What is logged; see `PREFIX`."""
+        return {PREFIX + self.name: float(self.onset if self.rose else -self.onset)}
+
+    def __str__(self) -> str:
+        what = QUANTITIES[self.name]
+        verb = "rose" if self.rose else "fell"
+        return (
+            f"{what.meaning} ({what.metric}) {verb} from {self.baseline:.4g} in the first steps to {self.value:.4g}; "
+            f"the change began after step {self.onset}"
+        )
+
+
+@dataclass
+class Cusum:
+    """The detector of one quantity.
+
+    Args:
+        quantity: its tolerated change.
+        settings: m, slack and h.
+    """
+
+    quantity: Quantity
+    settings: DriftConfig
+    _first: list[float] = field(default_factory=list)
+    _sums: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    _onset: dict[bool, int] = field(default_factory=dict)
+
+    @property
+    def suspected(self) -> list[int]:
+        """The last step before each change that the sums show and that is no alarm yet."""
+        return [self._onset[rose] for rose, total in self._sums.items() if total > 0]
+
+    def update(self, step: int, value: float) -> tuple[bool, int, float] | None:
+        """Takes the value of a step; values that are not finite are left out.
+
+        Returns:
+            Whether it rose, the last step before the change, and the baseline; None while the sums are within bounds.
+        """
+        if not math.isfinite(value):
+            return None
+        if len(self._first) < self.settings.baseline_steps:
+            self._first.append(value)
+            self._onset = {True: step, False: step}
+            return None
+        count = len(self._first)
+        baseline = sum(self._first) / count
+        tolerated = self.quantity.tolerated(baseline, self.settings.slack)
+        variance = sum((x - baseline) ** 2 for x in self._first) / (count - 1)
+        spread = max(math.sqrt(variance), _LEAST_SPREAD * tolerated, 1e-12)
+        z, allowance = (value - baseline) / spread, _ALLOWANCE + 1 / math.sqrt(count) + tolerated / spread
+        for rose, signed in ((True, z), (False, -z)):
+            self._sums[rose] = max(0.0, self._sums[rose] + signed - allowance)
+            if self._sums[rose] == 0:
+                self._onset[rose] = step
+            elif self._sums[rose] > self.settings.threshold:
+                return rose, self._onset[rose], baseline
+        return None
+
+
+class DriftWatch:
+    """All detectors of a run. A quantity has at most one alarm."""
+
+    def __init__(self, settings: DriftConfig) -> None:
+        """Watches the quantities whose setting is not `off`."""
+        self._detectors = {
+            name: Cusum(quantity, settings) for name, quantity in QUANTITIES.items() if settings.action(name) != "off"
+        }
+
+    def suspected(self, name: str) -> list[int]:
+        """The last step before each change of `name` that may become an alarm."""
+        return self._detectors[name].suspected if name in self._detectors else []
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Takes the metrics of a step, by their names in metrics.jsonl; those that are absent are left out.
+
+        A recorded alarm (see `PREFIX`), as of a run that is resumed, ends the watch of its quantity.
+        """
+        alarms = []
+        for name, detector in list(self._detectors.items()):
+            value = metrics.get(QUANTITIES[name].metric)
+            found = None if value is None else detector.update(step, value)
+            if found is not None and value is not None:
+                rose, onset, baseline = found
+                alarms.append(Alarm(step, name, rose, value, baseline, onset))
+            if found is not None or PREFIX + name in metrics:
+                del self._detectors[name]
+        return alarms

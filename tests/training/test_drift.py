@@ -1,0 +1,133 @@
+"""Alarms at collapse: when, in which direction, how often by mistake, and after a restart."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.errors import UserError
+from nemo_popsd.training.config import DRIFT_ACTIONS, DRIFT_QUANTITIES, DriftConfig
+from nemo_popsd.training.drift import QUANTITIES, Alarm, DriftWatch
+from nemo_popsd.training.repetition import repeated_tokens
+
+RECORDED = json.loads((Path(__file__).parent / "recorded_runs.json").read_text())
+"""Metrics of runs of the testbed (experiments/conf.yaml), by name and by quantity, one value for each step."""
+
+
+def alarms(run: dict[str, list[float]], settings: DriftConfig | None = None) -> dict[str, Alarm]:
+    watch = DriftWatch(settings or DriftConfig())
+    found = {}
+    for index in range(len(next(iter(run.values())))):
+        metrics = {QUANTITIES[name].metric: values[index] for name, values in run.items()}
+        found.update({alarm.name: alarm for alarm in watch.update(index + 1, metrics)})
+    return found
+
+
+def test_the_quantities_are_those_of_the_settings() -> None:
+    assert tuple(QUANTITIES) == DRIFT_QUANTITIES
+    assert {DriftConfig().action(name) for name in QUANTITIES} <= set(DRIFT_ACTIONS)
+    with pytest.raises(UserError, match=r"guard\.drift\.marker_rate='loud'; need one of off, warn, keep, stop"):
+        DriftConfig(marker_rate="loud")
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("Purified")])
+def test_purified_runs_are_quiet(name: str) -> None:
+    assert alarms(RECORDED[name]) == {}
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("OPSD, 3e-4")])
+def test_opsd_at_the_rate_of_purified_shortens_and_is_noticed(name: str) -> None:
+    found = alarms(RECORDED[name])
+    assert not found["response_tokens"].rose
+    assert not found["marker_rate"].rose
+    assert found["response_tokens"].step <= 24
+    assert found["response_tokens"].onset < found["response_tokens"].step
+
+
+def test_a_run_that_grows_without_end_is_noticed_when_it_begins() -> None:
+    """PMI on the live student at ten times its rate: from step 10 on responses are truncated."""
+    found = alarms(RECORDED["live PMI, 1e-3, seed 1"])
+    assert found["response_tokens"].rose
+    assert found["cut_share"].rose
+    assert found["student_entropy"].rose
+    assert {found[name].step for name in ("cut_share", "student_entropy")} == {10}
+    assert found["cut_share"].onset == 9
+
+
+def test_false_alarms_of_runs_that_do_not_change_are_rare() -> None:
+    """200 steps with the noise of the testbed, 6 % of the length of a response and 4 % of the rate of markers."""
+    draw = random.Random(0)
+    count, spread = 400, {"response_tokens": (100.0, 6.0), "marker_rate": (51.0, 2.0), "student_entropy": (0.11, 0.006)}
+    wrong = 0
+    for _ in range(count):
+        run = {name: [draw.gauss(mean, sigma) for _ in range(200)] for name, (mean, sigma) in spread.items()}
+        wrong += bool(alarms(run))
+    assert wrong / count < 0.02
+
+
+def test_the_delay_is_short_for_large_changes() -> None:
+    draw = random.Random(1)
+    for factor, most in ((0.5, 4), (0.7, 8), (1.5, 4)):
+        delays = []
+        for _ in range(50):
+            run = [draw.gauss(100, 6) for _ in range(20)] + [draw.gauss(100 * factor, 6) for _ in range(40)]
+            found = alarms({"response_tokens": run})["response_tokens"]
+            assert found.rose == (factor > 1)
+            delays.append(found.step - 20)
+        assert sorted(delays)[len(delays) // 2] <= most, factor
+
+
+def test_a_lasting_change_within_the_slack_is_none() -> None:
+    run = [100.0, 101.0] * 5 + [104.0] * 500
+    assert alarms({"response_tokens": run}) == {}
+    assert alarms({"response_tokens": run}, DriftConfig(slack=0.01))["response_tokens"].rose
+
+
+def test_what_is_not_finite_or_absent_is_left_out() -> None:
+    run = {"response_tokens": [100.0, math.nan] * 10 + [50.0] * 10}
+    assert alarms(run)["response_tokens"].baseline == 100
+    watch = DriftWatch(DriftConfig())
+    assert watch.update(1, {}) == []
+
+
+def test_a_run_that_is_resumed_goes_on_with_its_sums_and_does_not_repeat_an_alarm() -> None:
+    values = RECORDED["live PMI, 1e-3, seed 1"]["response_tokens"]
+    expected = alarms({"response_tokens": values})["response_tokens"]
+    for cut in (4, 10, expected.step):
+        watch = DriftWatch(DriftConfig())
+        before = [{"train/response_tokens": value} for value in values[:cut]]
+        if cut == expected.step:
+            before[-1] |= expected.entry
+        for step, metrics in enumerate(before, start=1):
+            watch.update(step, metrics)
+        later = [
+            alarm
+            for step, value in enumerate(values[cut:], start=cut + 1)
+            for alarm in watch.update(step, {"train/response_tokens": value})
+        ]
+        assert later == ([] if cut == expected.step else [expected])
+
+
+def test_a_change_is_suspected_before_its_alarm_and_not_before_it_begins() -> None:
+    watch = DriftWatch(DriftConfig())
+    suspected = []
+    for step, value in enumerate([99.0, 101.0] * 5 + [92.0] * 3, start=1):
+        assert watch.update(step, {"train/response_tokens": value}) == []
+        suspected.append(watch.suspected("response_tokens"))
+    assert suspected == [[]] * 10 + [[10]] * 3
+
+
+def test_off_watches_nothing() -> None:
+    assert alarms({"response_tokens": [100.0] * 10 + [1.0] * 50}, DriftConfig(response_tokens="off")) == {}
+
+
+def test_repeated_tokens() -> None:
+    assert repeated_tokens(list(range(100))) == 0
+    assert repeated_tokens([1, 2, 3] * 20) == 60 - 8 + 1 - 3, "all but the first three passages"
+    passage = list(range(10))
+    assert repeated_tokens([*passage, 77, *passage]) == 3
+    assert repeated_tokens([]) == 0
