@@ -29,7 +29,7 @@ LAYERS = (
     ("testbed", "report"),
     ("config",),
     ("checkpoint", "planning", "doctor"),  # a checkpoint has the whole configuration of its run
-    ("model",),
+    ("model", "rehearsal"),
     ("commands",),
     ("cli",),
     ("__main__",),

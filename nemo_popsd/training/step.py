@@ -22,7 +22,7 @@ from nemo_popsd.training.branches import FrozenBranches, TargetStates
 from nemo_popsd.training.config import TrainingConfig
 from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_update
 from nemo_popsd.training.objective import LossReport, Objective
-from nemo_popsd.training.rollouts import StepRollouts
+from nemo_popsd.training.rollouts import TrajectorySource
 from nemo_popsd.training.self_check import check_student_equals_base
 from nemo_popsd.training.summary import summarize_step
 from nemo_popsd.training.trajectory import Trajectory
@@ -38,8 +38,10 @@ class OnPolicyStep:
         training: TrainingConfig,
         distillation: DistillationConfig,
         student: Student,
-        rollouts: StepRollouts,
+        rollouts: TrajectorySource,
         count_markers: Callable[[Sequence[int]], int],
+        *,
+        stopwatch: Callable[[], Stopwatch] = Stopwatch,
     ) -> None:
         """Builds target, objective and frozen branches.
 
@@ -49,7 +51,9 @@ class OnPolicyStep:
             student: the model and its base.
             rollouts: where each step gets its trajectories.
             count_markers: number of epistemic markers in the text of a response's token ids.
+            stopwatch: makes the stopwatch of a step.
         """
+        self._stopwatch = stopwatch
         self._training = training
         self._student = student
         self._rollouts = rollouts
@@ -89,7 +93,7 @@ class OnPolicyStep:
             StopRequested: on every rank, before anything was trained on.
             UserError: the rollouts could not be written.
         """
-        settings, watch = self._training, Stopwatch()
+        settings, watch = self._training, self._stopwatch()
         with watch.phase("rollout"):
             parts = rebalance(self._rollouts.of(step, rows), self._student.dp_group, settings.updates_per_step)
         trajectories = [trajectory for part in parts for trajectory in part]
