@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 
 from nemo_popsd.cli.arguments import Subparsers
 from nemo_popsd.config.paths import path_argument
@@ -45,4 +47,6 @@ def run(args: argparse.Namespace) -> None:
 
     set_up_console()
     ranks = [rank for rank in args.ranks.split(",") if rank]
-    print(rehearsal_text(args.config, args.overrides, ranks=ranks, as_json=args.json))
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print while a model is built
+        text = rehearsal_text(args.config, args.overrides, ranks=ranks, as_json=args.json)
+    print(text)

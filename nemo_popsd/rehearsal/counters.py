@@ -192,7 +192,7 @@ class MeteredStopwatch(Stopwatch):
     """The stopwatch of a step, whose phases are measured too."""
 
     def __init__(self, meter: Meter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._meter = meter
 
     @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import torch
@@ -77,7 +78,7 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
         initialize(config.parallel, seed=config.seed)
         architecture = _without_weights(Path(folder), model)
         meter = Meter()
-        with _tiles_of_a_gpu(), without_assigned_data(), StorageFree(), meter.measuring():
+        with _tiles_of_a_gpu(), without_assigned_data(), StorageFree() as mode, meter.measuring():
             student = Student(
                 architecture,
                 config.student,
@@ -86,6 +87,8 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
                 load_initial=lambda chunks: None,
                 megatron=config.megatron,
             )
+            for chunk in student.chunks:
+                mode.release(cast(torch.nn.Module, chunk))
             weights = meter.live.live
             optimizer = StudentOptimizer(
                 student.wrap(config.optimizer),

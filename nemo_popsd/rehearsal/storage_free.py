@@ -21,9 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_LARGE = 128
-"""Elements from which a new floating-point tensor gets no memory. Weights of norms must be among them, since under the
-distributed optimizer they are views of large buffers."""
+_LARGE = 1 << 16
+"""Elements from which a new floating-point tensor gets no memory."""
 _CONSTANT = 0.5
 """The value of every sum, norm or other single number that is computed from tensors without memory: finite, not 0, and
 true."""
@@ -33,12 +32,13 @@ class StorageFree(TorchDispatchMode):
     """Operations on a tensor without memory give tensors without memory; all others are carried out.
 
     Collectives of tensors without memory return at once. A tensor is created without memory if it is floating-point,
-    has at least 128 elements and is not made from a real tensor.
+    has at least 65,536 elements and is not made from a real tensor.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._smallest = _LARGE
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -49,7 +49,7 @@ class StorageFree(TorchDispatchMode):
         without_memory = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         if without_memory and func is torch.ops.aten._local_scalar_dense.default:
             return torch.tensor(_CONSTANT).to(args[0].dtype).item()
-        if not (without_memory or (not tensors and _creates_large(args, kwargs))):
+        if not (without_memory or (not tensors and _creates(self._smallest, args, kwargs))):
             return func(*args, **kwargs)
         if func.namespace == "c10d":
             work = dist.Work.boxed(FakeWork())
@@ -60,15 +60,32 @@ class StorageFree(TorchDispatchMode):
             return torch.full((), _CONSTANT, dtype=result.dtype)  # may be read or stacked with other numbers
         return result
 
+    def release(self, module: nn.Module) -> None:
+        """Takes the memory of small parameters, too. Megatron makes all parameters views of its large buffers."""
+        self._smallest = 0
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and not isinstance(parameter, FakeTensor):
+                    part._parameters[name] = _like(parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
+        self._smallest = _LARGE
+
+
+def _like(parameter: nn.Parameter, content: torch.Tensor) -> nn.Parameter:
+    """A parameter with another content and the same attributes."""
+    replacement = nn.Parameter(content, requires_grad=parameter.requires_grad)
+    for key, value in vars(parameter).items():
+        vars(replacement).setdefault(key, value)
+    return replacement
+
 
 def _is_alias(func: Any) -> bool:
     return any(returned.alias_info is not None for returned in func._schema.returns)
 
 
-def _creates_large(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _creates(smallest: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     sizes = next((argument for argument in args if isinstance(argument, (list, tuple))), ())
-    return dtype.is_floating_point and math.prod(size for size in sizes if isinstance(size, int)) >= _LARGE
+    return dtype.is_floating_point and math.prod(size for size in sizes if isinstance(size, int)) >= smallest
 
 
 @contextmanager
@@ -103,10 +120,7 @@ def _convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> N
             with torch.no_grad():
                 converted = fn(parameter)
             if converted.dtype != parameter.dtype:
-                replacement = nn.Parameter(converted, requires_grad=parameter.requires_grad)
-                for key, value in vars(parameter).items():
-                    vars(replacement).setdefault(key, value)
-                module._parameters[name] = replacement
+                module._parameters[name] = _like(parameter, converted)
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = fn(buffer)
