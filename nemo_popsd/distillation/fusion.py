@@ -29,7 +29,7 @@ SETTINGS = ("auto", "always", "never")
 _SMALLEST_FUSED_VOCABULARY = 8192
 """Entries of a shard from which `auto` compiles; with fewer, compilation takes longer than it saves in a run."""
 
-_TILE_BYTES = {("cpu", False): 1 << 19, ("cpu", True): 1 << 22, ("cuda", False): 1 << 26, ("cuda", True): 1 << 26}
+TILE_BYTES = {("cpu", False): 1 << 19, ("cpu", True): 1 << 22, ("cuda", False): 1 << 26, ("cuda", True): 1 << 26}
 """Bytes of one tile of logits, by device type and whether fused; several tiles fit the cache (measured on a CPU)."""
 
 _ALIGNED_TOKENS = 8
@@ -37,7 +37,7 @@ _ALIGNED_TOKENS = 8
 
 def _tile_tokens(fused: bool, width: int, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens of `width` entries that a kernel handles at a time."""
-    size = _TILE_BYTES["cpu" if device.type == "cpu" else "cuda", fused]
+    size = TILE_BYTES["cpu" if device.type == "cpu" else "cuda", fused]
     tokens = max(1, size // max(1, width * dtype.itemsize))
     # Tiles start at multiples that vector loads need at any width; otherwise compiled GPU code copies its inputs.
     return tokens if tokens < _ALIGNED_TOKENS else tokens // _ALIGNED_TOKENS * _ALIGNED_TOKENS

@@ -73,25 +73,37 @@ def embedded_models() -> list[str]:
     return sorted(file.stem for file in _EMBEDDED.glob("*.json"))
 
 
-def read_sizes(source: str) -> tuple[ModelSizes, str]:
-    """Sizes of the model that `student.source` names, and a description of where they were read.
+@dataclass(frozen=True)
+class ModelFile:
+    """The ``config.json`` of a model."""
+
+    name: str
+    """Of the model."""
+    content: Mapping[str, object]
+    """The file."""
+    origin: str
+    """Where it was read."""
+
+
+def read_model_file(source: str) -> ModelFile:
+    """The ``config.json`` of the model that `student.source` names.
 
     Args:
         source: a Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), an embedded model, or, where no
             such file exists, a path whose last part is one of `embedded_models` in any case.
 
     Raises:
-        UserError: `source` is not one of these, or its architecture is not supported.
+        UserError: `source` is not one of these.
     """
     if source.startswith(PREFIX):
-        return _parse(json.loads((asset(source) / "config.json").read_text()), source), f"config.json of {source}"
+        return ModelFile(source, json.loads((asset(source) / "config.json").read_text()), f"config.json of {source}")
     path = Path(source).expanduser()
     for file in (path / "config.json", path / "huggingface" / "config.json"):
         if file.is_file():
-            return _parse(_object(read_json(file), str(file)), path.name), str(file)
+            return ModelFile(path.name, _object(read_json(file), str(file)), str(file))
     if path.suffix == ".nemo" and path.is_file():
-        config = _object(parse_json(_from_archive(path), source), source)
-        return _parse(config, path.stem), f"config.json in {source}"
+        content = _object(parse_json(_from_archive(path), source), source)
+        return ModelFile(path.stem, content, f"config.json in {source}")
     embedded = {name.lower(): name for name in embedded_models()}
     name = embedded.get(path.name.lower())
     if name is None or path.exists():
@@ -102,7 +114,20 @@ def read_sizes(source: str) -> tuple[ModelSizes, str]:
             fix="set student.source",
         )
     origin = f"sizes that ship with nemo_popsd as {name}; {source} is not on this machine"
-    return _parse(json.loads((_EMBEDDED / f"{name}.json").read_text()), name), origin
+    return ModelFile(name, json.loads((_EMBEDDED / f"{name}.json").read_text()), origin)
+
+
+def read_sizes(source: str) -> tuple[ModelSizes, str]:
+    """Sizes of the model that `student.source` names, and a description of where they were read.
+
+    Args:
+        source: see `read_model_file`.
+
+    Raises:
+        UserError: `source` is no model, or its architecture is not supported.
+    """
+    file = read_model_file(source)
+    return _parse(file.content, file.name), file.origin
 
 
 def _from_archive(path: Path) -> bytes:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.errors import StopRequested, UserError
@@ -58,6 +58,13 @@ class _Ahead:
     step: int
     requests: list[Request]
     pending: PendingRollouts
+
+
+class TrajectorySource(Protocol):
+    """Where a step gets what it trains on."""
+
+    def of(self, step: int, rows: Sequence[PromptRow]) -> list[Trajectory]:
+        """Trajectories of `step`, whose rows of this data-parallel rank are `rows`. Collective over all ranks."""
 
 
 class StepRollouts:

@@ -23,7 +23,7 @@ from nemo_popsd.training.config import TrainingConfig
 from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_update
 from nemo_popsd.training.mismatch import MismatchGuard
 from nemo_popsd.training.objective import LossReport, Objective
-from nemo_popsd.training.rollouts import StepRollouts
+from nemo_popsd.training.rollouts import TrajectorySource
 from nemo_popsd.training.self_check import check_student_equals_base
 from nemo_popsd.training.summary import summarize_step
 from nemo_popsd.training.trajectory import Trajectory
@@ -39,10 +39,12 @@ class OnPolicyStep:
         training: TrainingConfig,
         distillation: DistillationConfig,
         student: Student,
-        rollouts: StepRollouts,
+        rollouts: TrajectorySource,
         count_markers: Callable[[Sequence[int]], int],
         mismatch: MismatchGuard | None = None,
         complete: Callable[[StepMetrics, Sequence[PromptRow]], StepMetrics] = lambda metrics, rows: metrics,
+        *,
+        stopwatch: Callable[[], Stopwatch] = Stopwatch,
     ) -> None:
         """Builds target, objective and frozen branches.
 
@@ -54,7 +56,9 @@ class OnPolicyStep:
             count_markers: number of epistemic markers in the text of a response's token ids.
             mismatch: compares the log-probabilities of the rollouts with the student's; None does not.
             complete: adds metrics that follow from those of a step and this rank's rows; without collectives.
+            stopwatch: makes the stopwatch of a step.
         """
+        self._stopwatch = stopwatch
         self._training = training
         self._student = student
         self._rollouts = rollouts
@@ -97,7 +101,7 @@ class OnPolicyStep:
             UserError: the rollouts could not be written, or, on every rank before the first update, their
                 log-probabilities are not the student's.
         """
-        settings, watch = self._training, Stopwatch()
+        settings, watch = self._training, self._stopwatch()
         with watch.phase("rollout"):
             parts = rebalance(self._rollouts.of(step, rows), self._student.dp_group, settings.updates_per_step)
         trajectories = [trajectory for part in parts for trajectory in part]

@@ -192,7 +192,7 @@ def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plan
 def test_no_tensor_has_the_logits_of_all_tokens_and_the_peak_is_one_chunk(monkeypatch, divergence, diagnosing):
     """16 chunks: the peak is that of three buffers of one, whatever the divergence, and a tile of temporaries."""
     tokens, chunk, vocab, hidden = 512, 32, 2000, 8
-    monkeypatch.setitem(fusion._TILE_BYTES, ("cpu", False), vocab * 4)
+    monkeypatch.setitem(fusion.TILE_BYTES, ("cpu", False), vocab * 4)
     index = torch.arange(0, 64, 4)
     states = torch.ones(len(index), hidden)
     settings = {"diagnosed": DiagnosedTokens(index, states, states)} if diagnosing else {}

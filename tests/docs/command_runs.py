@@ -30,6 +30,7 @@ NOT_RUN = {
     r".*--compare .*": "evaluations of another page's models; docs/tour.md compares two",
     r"(python -m benchmarks\.bundle|python3 -m pip) .*": "downloads wheels, and installs what was downloaded",
     r"(PYTHONPATH=SITE python3|python) -m benchmarks\.gpu.*": "a GPU; tests/benchmarks/test_gpu.py runs the rehearsal",
+    r"popsd rehearse .*": "minutes; tests/cli/test_rehearse.py rehearses the embedded model",
     r"python -m experiments\..*": "hours; tests/experiments runs the same functions on a few rows",
 }
 """Pattern of a command to the reason why no test runs it."""

@@ -42,7 +42,8 @@ def _gradient_bytes(run: Any) -> int:
 def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
     from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states, student_batches
     from nemo_popsd.megatron.microbatches import ContextSequence
-    from tests.planning.counters import LiveBytes, SentBytes, flop_counter
+    from nemo_popsd.rehearsal.counters import LiveBytes, flop_counter
+    from tests.planning.counters import SentBytes
     from tests.training.runs import start
 
     run = start(directory, config)
@@ -115,7 +116,7 @@ def _measure_loss(run: Any) -> tuple[int, int]:
     from nemo_popsd.distillation.divergence import build_divergence
     from nemo_popsd.distillation.target_families import build_target
     from nemo_popsd.megatron.forward import upstream_of_loss
-    from tests.planning.counters import LiveBytes, flop_counter
+    from nemo_popsd.rehearsal.counters import LiveBytes, flop_counter
 
     student, settings = run.student, run.config.distillation
     tokens, width = cases.ROWS * cases.RESPONSE, student.weight.shape[1]

@@ -40,7 +40,7 @@ def _peaks(rank: int, world_size: int, models: Path, precision: str) -> dict[tup
 def _peak(directory: Path, adaptation: str, precision: str) -> int:
     from nemo_popsd.megatron.forward import forward_backward, student_batches
     from nemo_popsd.megatron.microbatches import ContextSequence
-    from tests.planning.counters import LiveBytes
+    from nemo_popsd.rehearsal.counters import LiveBytes
     from tests.training.runs import start
 
     config = cases.run_config(adaptation=adaptation, precision=precision)

@@ -1,0 +1,52 @@
+"""`popsd rehearse CONF nodes=N [gpus_per_node=8] [key=value ...] [--ranks 0,17,last] [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+
+from nemo_popsd.cli.arguments import Subparsers
+from nemo_popsd.config.paths import path_argument
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the sub-command to `subparsers`."""
+    parser = subparsers.add_parser(
+        "rehearse",
+        help="carry out one rank's step at the run's real sizes, without peers, weights or a GPU",
+        description="Carry out one step of CONF as one rank of N nodes: the run's code, with tensors that have shapes "
+        "but no memory, and collectives that return at once. Memory, operations and collectives are measured and "
+        "compared with `popsd plan` (docs/planning.md). Needs no GPU, no weights and no data.",
+    )
+    parser.add_argument(
+        "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/qwen3_8b.yaml"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="nodes=4, gpus_per_node=8, or a setting of the run",
+    )
+    parser.add_argument(
+        "--ranks",
+        default="",
+        help="ranks, as in 0,17,last; by default 0",
+    )
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load and check the configuration, then rehearse and print."""
+    from nemo_popsd.observability.console import set_up_console
+
+    set_up_console()
+    from nemo_popsd.rehearsal.command import rehearsal_text
+
+    set_up_console()
+    ranks = [rank for rank in args.ranks.split(",") if rank]
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print while a model is built
+        text = rehearsal_text(args.config, args.overrides, ranks=ranks, as_json=args.json)
+    print(text)

@@ -1,0 +1,202 @@
+"""What a step takes, by phase: bytes alive at once, floating-point operations, collectives and their bytes."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from nemo_popsd.observability.stopwatch import Stopwatch
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+def _added_product(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(a[0] * a[1] * b[1])
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter, with the CPU's attention kernel and products that are added in place, which it does not count.
+
+    Two operations for each multiply-add; attention counts as the full square.
+    """
+    aten = torch.ops.aten
+    kernels = {
+        aten.addmm_: _added_product,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+class Flops(TorchDispatchMode):
+    """Operations of the context, by torch's formulas.
+
+    Beside torch's own counter, which follows modules, tensors without memory would stay alive.
+
+    Attributes:
+        total: operations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self._formulas = flop_counter().flop_registry
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every operation."""
+        result = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that were allocated in the context and still exist, and their peak.
+
+    Attributes:
+        live: bytes now.
+        peak: most bytes since the start, or since `peak` was last set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every operation."""
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in given and key not in self._sizes:
+                    self._sizes[key] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._release, key)
+        return result
+
+    def _release(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective of one group."""
+
+    name: str
+    """torch's name, as in ``allreduce_``."""
+    group: str
+    """Megatron's description of the process group, as in ``TENSOR_MODEL_PARALLEL_GROUP``."""
+    ranks: int
+    """Size of the group."""
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives and sends of the context.
+
+    Attributes:
+        calls: number of calls.
+        bytes: bytes of the tensors that are reduced or sent, or of the whole result of a gather.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[Collective] = Counter()
+        self.bytes: Counter[Collective] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every operation."""
+        if func.namespace == "c10d":
+            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+            kind = func._schema.name.removeprefix("c10d::")
+            what = Collective(kind, group.group_desc or "undefined", group.size())
+            self.calls[what] += 1
+            self.bytes[what] += max((_bytes(argument) for argument in args), default=0)
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(argument: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(argument) if isinstance(t, torch.Tensor))
+
+
+@dataclass
+class PhaseCost:
+    """What one phase took."""
+
+    peak: int = 0
+    """Most bytes alive at once."""
+    flops: int = 0
+    """Operations."""
+    calls: Counter[Collective] = field(default_factory=Counter)
+    """Collectives."""
+    bytes: Counter[Collective] = field(default_factory=Counter)
+    """Their bytes."""
+
+
+class Meter:
+    """Measures by phase; the parts of a step call `phase` through `MeteredStopwatch`."""
+
+    def __init__(self) -> None:
+        self.live = LiveBytes()
+        self._flops = Flops()
+        self._collectives = Collectives()
+        self.phases: defaultdict[str, PhaseCost] = defaultdict(PhaseCost)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Context in which everything is counted."""
+        with self.live, self._collectives, self._flops:
+            yield
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Context whose work counts for `name`."""
+        self.live.peak = self.live.live
+        flops = self._flops.total
+        calls, sent = self._collectives.calls.copy(), self._collectives.bytes.copy()
+        yield
+        cost = self.phases[name]
+        cost.peak = max(cost.peak, self.live.peak)
+        cost.flops += self._flops.total - flops
+        cost.calls += self._collectives.calls - calls
+        cost.bytes += self._collectives.bytes - sent
+
+
+class MeteredStopwatch(Stopwatch):
+    """The stopwatch of a step, whose phases are measured too."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._meter = meter
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """As the stopwatch's."""
+        with super().phase(name), self._meter.phase(name):
+            yield

@@ -1,0 +1,156 @@
+"""One rank's step: the run's model, optimizer and step on rows and responses of the longest lengths."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+from unittest import mock
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.model_files import TENSOR_NAMES
+from nemo_popsd.compat.transformers import saved_tensors
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.contexts import Contexts
+from nemo_popsd.data.dataset import PromptRow
+from nemo_popsd.data.records import Record
+from nemo_popsd.distillation.fusion import TILE_BYTES
+from nemo_popsd.megatron.optimizer import StudentOptimizer
+from nemo_popsd.megatron.student import Student
+from nemo_popsd.parallel.distributed import initialize
+from nemo_popsd.planning.workload import Case, Lengths
+from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch, PhaseCost
+from nemo_popsd.rehearsal.peers import one_rank
+from nemo_popsd.rehearsal.storage_free import StorageFree, without_assigned_data
+from nemo_popsd.rollout.engine import Rollout
+from nemo_popsd.training.step import OnPolicyStep
+from nemo_popsd.training.trajectory import Trajectory
+
+_TOKEN = 1
+_MEASURED_STEP = 2
+"""Not the first, which has the self-check."""
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What one rank's step takes."""
+
+    rank: int
+    """The rank."""
+    weights: int
+    """Bytes of the student's weights."""
+    standing: int
+    """Bytes between steps: weights, gradient buffers, optimizer state, frozen copy."""
+    phases: dict[str, PhaseCost]
+    """By phase: frozen and train; there is no decoding."""
+
+
+class LongestRollouts:
+    """Responses of one length to every row, in place of those that an engine generates."""
+
+    def __init__(self, lengths: Lengths) -> None:
+        """`lengths` of every row."""
+        self._response = lengths.response
+
+    def of(self, step: int, rows: Sequence[PromptRow]) -> list[Trajectory]:
+        """A trajectory for each row."""
+        count = self._response
+        return [Trajectory(row, Rollout([_TOKEN] * count, [0.0] * count, True, step - 1)) for row in rows]
+
+
+def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
+    """Builds `rank` of the run and measures its second step, whose rows have the longest lengths.
+
+    Args:
+        case: the run and its layout, which must divide.
+        model: content of the model's ``config.json``.
+        rank: of the world.
+    """
+    config = _as_rehearsed(case.config)
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, one_rank(rank, case.layout.world):
+        initialize(config.parallel, seed=config.seed)
+        architecture = _without_weights(Path(folder), model)
+        meter = Meter()
+        with _tiles_of_a_gpu(), without_assigned_data(), StorageFree() as mode, meter.measuring():
+            student = Student(
+                architecture,
+                config.student,
+                config.parallel,
+                seed=config.seed,
+                load_initial=lambda chunks: None,
+                megatron=config.megatron,
+            )
+            for chunk in student.chunks:
+                mode.release(cast(torch.nn.Module, chunk))
+            weights = meter.live.live
+            optimizer = StudentOptimizer(
+                student.wrap(config.optimizer),
+                config.optimizer,
+                steps=config.training.steps * config.training.updates_per_step,
+                bf16=config.student.precision == "bf16",
+                fields=config.megatron.values("optimizer"),
+            )
+            _create_state(optimizer)
+            with student.base.model():
+                standing = meter.live.live
+            step = OnPolicyStep(
+                config.training,
+                config.distillation,
+                student,
+                LongestRollouts(case.limits),
+                lambda response: 0,
+                stopwatch=lambda: MeteredStopwatch(meter),
+            )
+            step(_MEASURED_STEP, _rows(case), optimizer, optimizer.step)
+        return Rehearsed(rank, weights, standing, dict(meter.phases))
+
+
+def _as_rehearsed(config: PopsdConfig) -> PopsdConfig:
+    """Compiled kernels and Transformer Engine's need memory: the operations are torch's, one by one."""
+    return replace(
+        config,
+        student=replace(config.student, layers="local"),
+        distillation=replace(config.distillation, fused="never"),
+    )
+
+
+def _tiles_of_a_gpu() -> AbstractContextManager[object]:
+    """Context in which the loss has a GPU's tiles; a CPU's are many times as many operations."""
+    return mock.patch.dict(TILE_BYTES, {("cpu", False): TILE_BYTES["cuda", False]})
+
+
+def _without_weights(folder: Path, content: Mapping[str, object]) -> HuggingFaceModel:
+    """A model directory with names of tensors, as a NeMo checkpoint has."""
+    fields = dict(content)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(str(fields.pop("model_type")), **fields))
+    built.config.architectures = [type(built).__name__]
+    built.config.save_pretrained(folder)
+    (folder / TENSOR_NAMES).write_text(json.dumps(sorted(saved_tensors(built))))
+    return HuggingFaceModel(folder)
+
+
+def _create_state(optimizer: StudentOptimizer) -> None:
+    """An update without a gradient creates the optimizer's state, as the first step does."""
+    optimizer.zero_grad()
+    optimizer.prepare()
+    optimizer.step()
+
+
+def _rows(case: Case) -> list[PromptRow]:
+    lengths = case.limits
+    contexts = Contexts(
+        [_TOKEN] * lengths.prompt,
+        [_TOKEN] * (lengths.prompt + lengths.reference),
+        [_TOKEN] * lengths.reference,
+        "",
+        False,
+    )
+    return [PromptRow(Record(id=str(number), question="?", reference="?"), contexts) for number in range(case.rows)]

@@ -1,0 +1,120 @@
+"""A rehearsed step against the same step on real tensors, and against the plan at a real model's widths."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.harness import run_ranks
+from tests.planning import cases
+from tests.tiny_models import save_tiny_model
+
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "data 8": (8, []),
+    "data 512": (512, ["training.prompts_per_step=512"]),
+    "tensor 2, full": (8, ["parallel.tensor=2", "student.adaptation=full"]),
+    "tensor 8, sequence": (16, ["parallel.tensor=8", "parallel.sequence=true"]),
+    "context 2": (8, ["parallel.context=2"]),
+}
+
+
+def _real(rank: int, world_size: int, directory: Path, config: Any) -> dict[str, Any]:
+    from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch
+    from nemo_popsd.rehearsal.rank import LongestRollouts
+    from nemo_popsd.training.step import OnPolicyStep
+    from tests.training.runs import start
+
+    run = start(directory, config)
+    meter = Meter()
+    step = OnPolicyStep(
+        config.training,
+        config.distillation,
+        run.student,
+        LongestRollouts(cases.planned(directory, config, ranks=1).limits),
+        lambda response: 0,
+        stopwatch=lambda: MeteredStopwatch(meter),
+    )
+    run.optimizer.zero_grad()
+    run.optimizer.prepare()
+    run.update()  # creates the optimizer's state
+    with meter.measuring():
+        step(2, cases.rows(cases.ROWS), run.optimizer, run.update)
+    return dict(meter.phases)
+
+
+def _rehearsed(rank: int, world_size: int, case: Any, content: dict[str, Any], which: int) -> Any:
+    from nemo_popsd.rehearsal.rank import rehearse
+
+    dist.destroy_process_group()
+    found = rehearse(case, content, which)
+    assert not dist.is_initialized()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["full", "lora, recompute"])
+def test_a_rehearsed_step_takes_what_the_real_one_takes(tmp_path: Path, variant: str) -> None:
+    from nemo_popsd.planning.sizes import read_model_file
+
+    directory = save_tiny_model(tmp_path / "model", "qwen3", num_hidden_layers=3, **cases.MODEL)
+    config = cases.run_config(**cases.VARIANTS[variant])
+    config.student.layers, config.distillation.fused = "local", "never"
+    config.training.microbatch_tokens = 2 * (cases.PROMPT + cases.RESPONSE)
+    [real] = run_ranks(_real, 1, directory, config)
+    case = cases.planned(directory, config, ranks=1)
+    [rehearsed] = run_ranks(_rehearsed, 1, case, dict(read_model_file(str(directory)).content), 0)
+    for phase in ("frozen", "train"):
+        one, other = real[phase], rehearsed.phases[phase]
+        assert one.flops == other.flops > 0
+        assert one.calls == other.calls
+        # The rehearsal's peak has what exists between steps.
+        assert other.peak - rehearsed.standing == pytest.approx(one.peak, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_widths_of_a_real_model_take_what_is_planned(name: str) -> None:
+    from nemo_popsd.config.loading import load_config
+    from nemo_popsd.planning.config import PlanConfig, WorkloadConfig
+    from nemo_popsd.planning.sizes import read_model_file, read_sizes
+    from nemo_popsd.planning.workload import Case
+    from nemo_popsd.rehearsal.command import quantities
+
+    world, words = LAYOUTS[name]
+    shorter = ["data.max_prompt_tokens=256", "data.max_reference_tokens=512", "rollout.max_response_tokens=1024"]
+    conf = Path(__file__).parents[2] / "conf" / "qwen3_8b.yaml"
+    run = load_config(conf, ["student.source=Qwen3-8B", *shorter, *words])
+    sizes = dataclasses.replace(read_sizes("Qwen3-8B")[0], layers=2)
+    content = {**read_model_file("Qwen3-8B").content, "num_hidden_layers": 2}
+    plan = PlanConfig(gpus_per_node=8, workload=WorkloadConfig(layers="plain"))
+    case = Case(run, plan, sizes, world // 8, device="cpu")
+    [found] = run_ranks(_rehearsed, 1, case, content, world - 1)
+    ratios = {item.name: item.ratio for item in quantities(case, found)}
+    assert found.rank == world - 1
+    for exact in ("weights", "between steps", "frozen, work"):
+        assert ratios[exact] == pytest.approx(1, abs=1e-5), ratios
+    # Of two layers; of a whole model the plan is closer (docs/planning.md).
+    assert ratios["training, work"] == pytest.approx(1, abs=0.01), ratios
+    for peak in ("frozen, peak", "training, peak"):
+        assert ratios[peak] == pytest.approx(1, abs=0.15), ratios
+
+
+def test_peers_are_copies_of_this_rank() -> None:
+    from nemo_popsd.rehearsal.peers import one_rank
+
+    with one_rank(5, 512):
+        group = dist.new_group([4, 5, 6, 7], group_desc="four")
+        assert (dist.get_world_size(), dist.get_rank(), group.size(), group.rank()) == (512, 5, 4, 1)
+        assert group.group_desc == "four"
+        gathered: list[Any] = [None] * 4
+        dist.all_gather_object(gathered, {"a": 1}, group=group)
+        assert gathered == [{"a": 1}] * 4
+        summand = torch.ones(2)
+        dist.all_reduce(summand, group=group)
+        assert summand.tolist() == [1.0, 1.0]
+    assert not dist.is_initialized()
