@@ -55,6 +55,9 @@ class Rehearsed:
 class LongestRollouts:
     """Responses of one length to every row, in place of those that an engine generates."""
 
+    seconds_waiting = 0.0
+    seconds_weights = 0.0
+
     def __init__(self, lengths: Lengths) -> None:
         """`lengths` of every row."""
         self._response = lengths.response

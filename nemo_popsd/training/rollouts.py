@@ -63,6 +63,13 @@ class _Ahead:
 class TrajectorySource(Protocol):
     """Where a step gets what it trains on."""
 
+    seconds_waiting: float
+    """That this rank waited for other replicas in the last step."""
+
+    @property
+    def seconds_weights(self) -> float:
+        """Of this replica's transfer of weights to a server in the last step; 0 without one."""
+
     def of(self, step: int, rows: Sequence[PromptRow]) -> list[Trajectory]:
         """Trajectories of `step`, whose rows of this data-parallel rank are `rows`. Collective over all ranks."""
 
