@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,10 @@ class PromptDataset(Dataset[PromptRow]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def records(self) -> Iterator[Record]:
+        """The records of all rows, in order; no contexts are made."""
+        return (row.record for row in self._rows)
 
     def data_digest(self) -> str:
         """SHA-256 over id, question and reference of every row, in order; independent of the path of the files."""

@@ -24,6 +24,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.sections import diagnosis_settings
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow
+from nemo_popsd.data.limits import refuse_beyond_positions
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, refuse_tokens_beyond, stop_token_ids
 from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.run import choose_rows, diagnose
@@ -43,7 +44,6 @@ from nemo_popsd.model.data import (
     as_source,
     read_training_data,
     read_validation_prompts,
-    refuse_beyond_positions,
     refuse_other_rows,
     validation_loader,
 )
@@ -217,7 +217,8 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
 
     def _refuse_beyond_positions(self, longest: int, settings: str) -> None:
         self._longest = max(self._longest, longest)
-        refuse_beyond_positions(self.architecture.config, longest, settings)
+        positions = getattr(self.architecture.config, "max_position_embeddings", None)
+        refuse_beyond_positions(positions, longest, settings)
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Returns `batch`: it has token ids in lists; micro-batches are built on the device."""

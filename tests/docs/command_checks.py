@@ -16,7 +16,7 @@ from nemo_popsd.planning.command import plan_text
 ROOT = Path(__file__).parents[2]
 JOBS = {"train": "train", "evaluate": "evaluate", "convert": "convert", "export": "export", "doctor": "doctor"}
 """Script in slurm/ to the command that it runs."""
-_WITH_CONFIGURATION = ("train", "evaluate", "diagnose", "config")
+_WITH_CONFIGURATION = ("train", "evaluate", "diagnose", "config", "data")
 
 
 class WrongCommandError(AssertionError):
@@ -194,5 +194,6 @@ _PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "cd": needs_nothing,
     "tail": needs_nothing,
     "enroot": needs_nothing,
+    "hf": needs_nothing,
     "pre-commit": needs_nothing,
 }

@@ -140,7 +140,7 @@ def test_commands_run_with_the_embedded_model(tmp_path: Path) -> None:
     prepare(tmp_path)
     log, trainings = tmp_path / "log", 0
     commands = [words for page in PAGES for words in commands_of(page) if reason(words) is None]
-    assert [words[1] for words in commands[:2]] == ["train", "evaluate"]
+    assert [words[1] for words in commands[:4]] == ["data", "data", "data", "train"]
     for words in commands:
         as_run = words
         if is_run_with_stand_ins(words):
