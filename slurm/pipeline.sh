@@ -87,8 +87,12 @@ from_file() {
             length_in_quotes = index(substr(value, 2), quote) + 1
             if (substr(value, length_in_quotes + 1) ~ /^( +#.*)?$/) value = substr(value, 1, length_in_quotes)
           } else sub(/(^| +)#.*/, "", value)
-          # A list may also be below its key, with a line for each entry.
-          while (value == "" && (getline line) > 0) if (line !~ /^[ ]*(#|$)/) { if (line ~ /^[ ]*-/) value = "list"; break }
+          # A list or a mapping may also be below its key, with a line for each entry.
+          while (value == "" && (getline line) > 0) if (line !~ /^[ ]*(#|$)/) {
+            if (line ~ /^[ ]*-/) value = "list"
+            else if (match(line, /[^ ]/) - 1 > indent && line ~ /^[ ]*[^ ]+:( |$)/) value = "mapping"
+            break
+          }
           print value
           exit
         }
@@ -116,13 +120,16 @@ source=$(path_setting student.source)
 output=$(path_setting output)
 validation=$(setting data.validation.path)
 sets=$(setting evaluation.sets)
+for word in "${overrides[@]}"; do
+  [[ $word != evaluation.sets.*=?* ]] || sets=mapping
+done
 [[ -n $source && -n $output ]] || {
   echo "pipeline: got student.source='$source' and output='$output'; need both; set them in $conf or as key=value" >&2
   exit 2
 }
 override student.source "$source"
 override output "$output"
-something="[^][ \"']" # neither empty nor an empty list
+something="[^][{} \"']" # neither empty nor an empty list or mapping
 [[ $validation != null ]] || validation=
 id=
 submitted=()

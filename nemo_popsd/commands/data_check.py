@@ -24,7 +24,7 @@ from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.algebra.sameness import compared_as
 from nemo_popsd.evaluation.config import EvaluationConfig
-from nemo_popsd.evaluation.run import sources_of
+from nemo_popsd.evaluation.problem_sets import sources_of
 from nemo_popsd.files.reading import read_strict_json
 
 if TYPE_CHECKING:

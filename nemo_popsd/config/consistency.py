@@ -9,10 +9,10 @@ from pathlib import Path
 
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.data.named_sets import named_source
 from nemo_popsd.data.sources import check_source
 from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.problem_sets import sources_of
 from nemo_popsd.files.atomic import names_needed
 from nemo_popsd.files.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
 from nemo_popsd.rollout.vllm.environment import check_environment
@@ -218,10 +218,9 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
     else:
         _check_engine(config)
     _check_weights(config, checkpoint)
-    for name in config.evaluation.sets:
-        named_source(name, config.evaluation.sets_directory)
-    if not config.evaluation.sets:
-        check_source(config.data.validation, setting="data.validation", need_reference=False, need_answer=True)
+    for name, source in sources_of(config.evaluation, config.data).items():
+        setting = f"evaluation.sets.{name}" if config.evaluation.sets else "data.validation"
+        check_source(source, setting=setting, need_reference=False, need_answer=True)
     check_output(config.output)
 
 

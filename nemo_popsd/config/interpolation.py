@@ -124,4 +124,5 @@ class _Resolution:
 
 
 def _texts(value: object) -> list[str]:
-    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+    return [text for text in items if isinstance(text, str)]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_popsd.config.consistency import check_sections
-from nemo_popsd.config.documents import read_file, read_override
+from nemo_popsd.config.documents import LISTED, read_file, read_override
 from nemo_popsd.config.interpolation import escaped, resolve
 from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
 from nemo_popsd.config.schema import PopsdConfig
@@ -53,8 +53,10 @@ def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence
     for override in overrides:
         key, value = read_override(override, known)
         if is_mapping(known[key]) and isinstance(value, Mapping):
-            value = {**values[key], **value}
+            given = values[key]
+            value = {**(_named(key, given) if isinstance(given, list) else given), **value}
         values |= dict(_flat(value, known, f"{key}.")) if is_dataclass(known[key]) else {key: value}
+    values |= {key: _named(key, values[key]) for key in LISTED if isinstance(values.get(key), list)}
     for key, value in values.items():
         if MISSING in (value if isinstance(value, list) else [value]):
             raise UserError(what, got=f"{key}={MISSING} (missing)", need="a value", fix=f"set {key}")
@@ -67,8 +69,8 @@ def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence
         elif isinstance(rule, Text) and isinstance(value, list):
             values[key] = [check_text(key, item, rule) if isinstance(item, str) else item for item in value]
         elif isinstance(value, Mapping):
-            for name, text in value.items():
-                check_text(f"{key}.{name}", text, Text.LINE)
+            kind = rule if isinstance(rule, Text) else Text.LINE
+            values[key] = {name: check_text(f"{key}.{name}", text, kind) for name, text in value.items()}
     config = _build(schema, values)
     if isinstance(config, PopsdConfig):
         check_sections(config)
@@ -118,6 +120,13 @@ def _flat(tree: Mapping[str, object], known: Mapping[str, object], prefix: str =
             yield from _flat(value, known, f"{key}.")
         else:
             yield key, value
+
+
+def _named(key: str, names: list[str]) -> dict[str, str]:
+    """The mapping that a list of names stands for."""
+    if len(set(names)) < len(names):
+        raise UserError("configuration", got=f"{key}={shown(names)}", need="each name once", fix=f"set {key}")
+    return dict.fromkeys(names, "")
 
 
 def _build(schema: type[T], values: Mapping[str, object], prefix: str = "") -> T:

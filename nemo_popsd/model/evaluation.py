@@ -19,9 +19,9 @@ from nemo_popsd.data.dataset import EvaluationPrompt
 from nemo_popsd.evaluation.comparison import Evaluation, comparison_table
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
+from nemo_popsd.evaluation.problem_sets import VALIDATION
 from nemo_popsd.evaluation.records import EvaluationDirectory, Sample, SampleSettings
 from nemo_popsd.evaluation.run import (
-    VALIDATION,
     ProblemSet,
     begin,
     conclude_samples,

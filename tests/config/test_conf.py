@@ -47,7 +47,7 @@ def test_the_papers_settings(name: str) -> None:
 def test_the_papers_evaluation() -> None:
     config = load_config(PACKAGE.parent / "conf" / "paper_evaluation.yaml")
     settings = config.evaluation
-    assert settings.sets == ["aime24", "aime25", "hmmt25"]
+    assert list(settings.sets) == ["aime24", "aime25", "hmmt25"]
     assert (settings.samples_per_problem, settings.temperature, settings.max_response_tokens) == (12, 1.0, 38912)
     assert (settings.top_p, settings.top_k, config.data.enable_thinking) == (1.0, 0, True)
     assert tuple(settings.markers) == DEFAULT_MARKERS

@@ -164,7 +164,7 @@ def test_named_sets_replace_the_validation_set(
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     runnable.data.validation.path = ""
-    runnable.evaluation.sets = ["aime24"]
+    runnable.evaluation.sets = {"aime24": ""}
     with pytest.raises(UserError, match="problem set aime24"):
         check_evaluation_run(runnable, world_size=1)
     (tmp_path / "aime24.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')

@@ -224,3 +224,43 @@ def test_home_is_expanded_when_the_configuration_is_loaded(tmp_path: Path, monke
     assert config.output == "/home/somebody/runs"
     assert config.student.source == "/home/somebody/model"
     assert config.data.train.path == "/home/somebody/rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "sets"),
+    [
+        ("[aime24, hmmt25]", [], {"aime24": "", "hmmt25": ""}),
+        ("{mine: ~/rows.jsonl, aime24: ''}", [], {"mine": os.path.expanduser("~/rows.jsonl"), "aime24": ""}),
+        ("{mine: '${oc.env:POPSD_TEST_ROWS}/a.jsonl'}", [], {"mine": "/rows/a.jsonl"}),
+        ("[aime24]", ["evaluation.sets.mine=rows.jsonl"], {"aime24": "", "mine": "rows.jsonl"}),
+        ("[aime24]", ["evaluation.sets={mine: rows.jsonl}"], {"aime24": "", "mine": "rows.jsonl"}),
+        ("{mine: rows.jsonl}", ["evaluation.sets=[aime25]"], {"aime25": ""}),
+        ("[aime24]", ["evaluation.sets=[]"], {}),
+    ],
+)
+def test_problem_sets_are_a_list_of_names_or_a_mapping_to_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, overrides: list[str], sets: dict[str, str]
+) -> None:
+    monkeypatch.setenv("POPSD_TEST_ROWS", "/rows")
+    config = load_config(write(tmp_path, f"evaluation:\n  sets: {text}\n"), overrides)
+    assert config.evaluation.sets == sets
+    assert from_dict_config(to_dict_config(config)).evaluation.sets == sets
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[aime24, aime24]", "each name once"),
+        ("[[aime24]]", "got evaluation.sets=a list; need a list of texts"),
+        ("aime24", "got evaluation.sets=aime24; need a mapping of names"),
+        ("{mine: $HOME/rows.jsonl}", "got evaluation.sets.mine='$HOME/rows.jsonl', with a `$`"),
+        ("[mine]", "need names among aime24, aime25, hmmt25, math500, gsm8k, or {NAME: PATH} for a file"),
+    ],
+)
+def test_wrong_problem_sets_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(write(tmp_path, f"evaluation:\n  sets: {text}\n"))
+
+
+def test_a_checkpoint_of_an_earlier_version_has_a_list_of_sets() -> None:
+    tree = OmegaConf.create({"evaluation": {"sets": ["aime24"]}})
+    assert from_dict_config(tree).evaluation.sets == {"aime24": ""}
