@@ -24,6 +24,7 @@ from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.algebra.sameness import compared_as
 from nemo_popsd.evaluation.config import EvaluationConfig
+from nemo_popsd.evaluation.equivalence import AnswerVerifier
 from nemo_popsd.evaluation.problem_sets import sources_of
 from nemo_popsd.files.reading import read_strict_json
 
@@ -155,7 +156,8 @@ def _check_evaluation(
         check.lines.append(f"  row {prompt.record.id}")
         check.lines += _shown("student", prompt.prompt, model.tokenizer, full)
         answer = prompt.record.answer or ""
-        check.lines.append(f"    answer, compared as {compared_as(answer)}: {_shortened(answer, full)}")
+        rule = "" if config.evaluation.checker else f", compared as {compared_as(answer)}"
+        check.lines.append(f"    answer{rule}: {_shortened(answer, full)}")
     _judge_report(setting, report, data, check)
     _judge_answers(setting, prompts, config.evaluation, check)
     questions = Questions.of(prompt.record for prompt in prompts)
@@ -191,6 +193,9 @@ def _judge_report(setting: str, report: DataReport, data: DataConfig, check: Dat
 def _judge_answers(
     setting: str, prompts: Sequence[EvaluationPrompt], evaluation: EvaluationConfig, check: DataCheck
 ) -> None:
+    if evaluation.checker:
+        _judge_by_checker(setting, prompts, evaluation, check)
+        return
     kinds: dict[str, list[EvaluationPrompt]] = {"value": [], "math-verify": [], "text": []}
     for prompt in prompts:
         kinds[compared_as(prompt.record.answer or "")].append(prompt)
@@ -209,6 +214,20 @@ def _judge_answers(
         check.notes.append(
             f"{len(kinds['text']):,} answers of {setting} are compared as text, since the grammar does not parse them "
             f"({_listed(answers, len(kinds['text']))})"
+        )
+
+
+def _judge_by_checker(
+    setting: str, prompts: Sequence[EvaluationPrompt], evaluation: EvaluationConfig, check: DataCheck
+) -> None:
+    check.lines.append(f"  answers compared by evaluation.checker={evaluation.checker}")
+    with AnswerVerifier(evaluation.verify_seconds, evaluation.checker) as verifier:
+        answers = [prompt.record.answer or "" for prompt in prompts]
+        refused = [answer for answer in answers if not verifier.compare(answer, answer).correct]
+    if refused:
+        check.wrong.append(
+            f"evaluation.checker={evaluation.checker} does not accept {len(refused):,} answers of {setting} as their "
+            f"own ({_listed(map(repr, refused[:_NAMED]), len(refused))}); fix the checker or the answers"
         )
 
 

@@ -12,6 +12,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.sources import check_source
 from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.checkers import load_checker
 from nemo_popsd.evaluation.problem_sets import sources_of
 from nemo_popsd.files.atomic import names_needed
 from nemo_popsd.files.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
@@ -143,6 +144,7 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     """
     check_sections(config)
     check_layout(config, world_size=world_size)
+    _check_checker(config)
     _check_best_metric(config)
     _check_student(config)
     _check_engine(config)
@@ -218,6 +220,7 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
     else:
         _check_engine(config)
     _check_weights(config, checkpoint)
+    _check_checker(config)
     for name, source in sources_of(config.evaluation, config.data).items():
         setting = f"evaluation.sets.{name}" if config.evaluation.sets else "data.validation"
         check_source(source, setting=setting, need_reference=False, need_answer=True)
@@ -276,6 +279,12 @@ def check_new_output(path: str, *, setting: str) -> None:
             fix=f"remove it, or give another {setting}",
         )
     check_output(path, setting=setting)
+
+
+def _check_checker(config: PopsdConfig) -> None:
+    """Refuse an answer checker that cannot be imported, before samples are generated."""
+    if config.evaluation.checker:
+        load_checker(config.evaluation.checker)
 
 
 def _check_best_metric(config: PopsdConfig) -> None:

@@ -92,6 +92,9 @@ class EvaluationConfig:
     without_box: str = "none"
     """For responses in which that finds nothing: `none` means no answer, which is wrong; `last_number` uses the last
     number."""
+    checker: Annotated[str, Text.LINE] = ""
+    """Name of an installed answer checker, an entry point of the group `nemo_popsd.answer_checkers`, that compares
+    answers instead of the rules of docs/evaluation.md; empty means these rules."""
     verify_seconds: Annotated[float, Bounds(0, 3600, above=True)] = 5.0
     """Time limit for a comparison of two answers by math-verify, which compares answers that the rules of
     docs/evaluation.md do not cover; an answer that exceeds it counts as wrong and undecided."""

@@ -15,6 +15,7 @@ from nemo_popsd.data.config import DataConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, build_evaluation_prompts
 from nemo_popsd.data.named_sets import NAMED_SETS, refuse_another_size
 from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.checkers import checker_version
 from nemo_popsd.evaluation.comparison import Evaluation, tables_of_sets
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier, require_math_verify
@@ -176,6 +177,8 @@ def conclude_samples(
     evaluation = Evaluation.of(score_samples(samples, answers, settings, verifier), settings)
     scoring = {
         "comparison": COMPARISON_RULES,
+        "checker": settings.checker,
+        "checker_version": checker_version(settings.checker) if settings.checker else "",
         "markers": settings.markers,
         "answer_pattern": settings.answer_pattern,
         "without_box": settings.without_box,
@@ -188,7 +191,7 @@ def conclude_samples(
 
 def conclude_all(problem_sets: Sequence[ProblemSet], settings: EvaluationConfig, *, model: str) -> str:
     """Concludes every set; returns the tables and the paths of the files."""
-    with AnswerVerifier(settings.verify_seconds) as verifier:
+    with AnswerVerifier(settings.verify_seconds, settings.checker) as verifier:
         evaluations = {one.name: {model: conclude(one, settings, verifier, model=model)} for one in problem_sets}
     places = "\n".join(f"written to {one.directory.path}" for one in problem_sets)
     return f"{tables_of_sets(evaluations, resamples=settings.resamples)}\n{places}"

@@ -211,7 +211,7 @@ class Validation:
             self._sampler.sample_settings(prompts, model=name, digest=name), problems_of(prompts), samples
         )
         labels = {"model": name, "set": VALIDATION}
-        with AnswerVerifier(settings.verify_seconds) as verifier:
+        with AnswerVerifier(settings.verify_seconds, settings.checker) as verifier:
             return conclude_samples(directory, samples, prompts, settings, verifier, labels=labels).summary
 
 

@@ -12,6 +12,7 @@ from nemo_popsd.commands.data_check import DataCheck, check_data
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import ColumnsConfig, DataConfig, SourceConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation import equivalence
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.megatron.config import StudentConfig
 from nemo_popsd.rollout.config import RolloutConfig
@@ -93,6 +94,17 @@ def test_an_answer_that_does_not_parse_is_named(model: Path, tmp_path: Path) -> 
         "1 answers of data.validation are compared as text, since the grammar does not parse them "
         "('It is 18. Or so it seems.')"
     ]
+
+
+def test_answers_that_the_checker_does_not_accept_are_wrong(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equivalence, "load_checker", lambda name: lambda answer, expected: answer == expected != "3")
+    given = config(model, tmp_path, None, HELD_OUT)
+    given.evaluation.checker = "mine"
+    assert "evaluation.checker=mine does not accept 1 answers of data.validation as their own ('3')" in wrong(
+        check_data(given)
+    )
 
 
 def test_repetitions_are_noted_in_training_and_wrong_in_evaluation(model: Path, tmp_path: Path) -> None:
