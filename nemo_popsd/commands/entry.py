@@ -8,10 +8,12 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from nemo_popsd.checkpoint.model_card import CardOptions
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.peft_adapter import write_peft_adapter
 from nemo_popsd.checkpoint.retention import FINAL
 from nemo_popsd.checkpoint.source import base_of
+from nemo_popsd.commands.cards import card_of, run_of
 from nemo_popsd.commands.pages import report_run, write_diagnosis
 from nemo_popsd.commands.run_directory import RunDirectory
 from nemo_popsd.config.loading import to_dict_config
@@ -94,7 +96,9 @@ def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run:
     _diagnose_in_training(model, AFTER)
     if config.training.export_huggingface:
         run.refuse_lost_lock()
-        model.export_huggingface(run.output / "huggingface")
+        place = run.output / "huggingface"
+        card = card_of(NemoCheckpoint(final), place, run=run.output, adapter=False) if is_rank_zero() else None
+        model.export_huggingface(place, card=card)
     run.mark_finished(model.completed_steps)
     if validates and is_rank_zero():
         _print(before_and_after(config.output, model.completed_steps, resamples=config.evaluation.resamples))
@@ -145,8 +149,13 @@ def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
     shutdown()
 
 
-def export_adapter(checkpoint: str, output: str) -> None:
+def export_adapter(checkpoint: str, output: str, *, options: CardOptions) -> None:
     """Writes the LoRA adapters of a NeMo checkpoint as a directory for PEFT. Rank 0 does it.
+
+    Args:
+        checkpoint: of a run with LoRA.
+        output: directory to write.
+        options: of the model card, and of the reference to the base.
 
     Raises:
         UserError: not a LoRA checkpoint, or `output` has files that this package did not write.
@@ -154,22 +163,29 @@ def export_adapter(checkpoint: str, output: str) -> None:
     if is_rank_zero():
         opened = NemoCheckpoint(checkpoint)
         _refuse_as_output(output, checkpoint, opened)
-        write_peft_adapter(opened, Path(output))
+        card = card_of(opened, Path(output).absolute(), run=run_of(checkpoint), adapter=True, options=options)
+        write_peft_adapter(opened, Path(output), base=options.base, card=card)
     _print(f"PEFT adapter: {output}")
 
 
-def export(checkpoint: str, output: str) -> None:
+def export(checkpoint: str, output: str, *, options: CardOptions) -> None:
     """Writes a NeMo checkpoint as a Hugging Face directory, adapters merged.
+
+    Args:
+        checkpoint: of a run, or converted.
+        output: directory to write.
+        options: of the model card.
 
     Raises:
         UserError: not a checkpoint, or `output` has files that this package did not write.
     """
     opened = NemoCheckpoint(checkpoint)
     _refuse_as_output(output, checkpoint, opened)
+    card = card_of(opened, Path(output).absolute(), run=run_of(checkpoint), adapter=False, options=options)
     data = replace(opened.config.data, train=SourceConfig(), validation=SourceConfig())
     config = replace(opened.config, data=data, parallel=ParallelConfig())
     model = PurifiedOPSDModel.restore_from(checkpoint, override_config_path=to_dict_config(config))
-    model.export_huggingface(output)
+    model.export_huggingface(output, card=card)
     _print(f"Hugging Face checkpoint: {output}")
     shutdown()
 

@@ -217,8 +217,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
 
     def _refuse_beyond_positions(self, longest: int, settings: str) -> None:
         self._longest = max(self._longest, longest)
-        positions = getattr(self.architecture.config, "max_position_embeddings", None)
-        refuse_beyond_positions(positions, longest, settings)
+        refuse_beyond_positions(getattr(self.architecture.config, "max_position_embeddings", None), longest, settings)
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Returns `batch`: it has token ids in lists; micro-batches are built on the device."""
@@ -366,15 +365,16 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             kwargs["save_restore_connector"] = MegatronSaveRestoreConnector()
         return super().restore_from(str(restore_path), *args, **kwargs)
 
-    def export_huggingface(self, output: str | Path) -> None:
-        """Writes the student as a Hugging Face directory, adapters merged. Collective over all ranks.
+    def export_huggingface(self, output: str | Path, *, card: str | None = None) -> None:
+        """Writes the student as a Hugging Face directory, adapters merged, with the model card `card` of rank 0, if
+        any. Collective over all ranks.
 
         Raises:
             UserError: on all ranks, if a weight is not finite.
         """
         if on_any_rank(non_finite(self.chunks.parameters())):
             raise non_finite_error(f"export to {output}")
-        self.architecture.export(self.student.chunks, output)
+        self.architecture.export(self.student.chunks, output, card=card)
 
     @classmethod
     def from_pretrained(cls, model_name: str, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:

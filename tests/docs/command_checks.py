@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from nemo_popsd.cli.main import parse
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.command import plan_text
+from tests.docs.pages import yaml_files
 
 ROOT = Path(__file__).parents[2]
 JOBS = {"train": "train", "evaluate": "evaluate", "convert": "convert", "export": "export", "doctor": "doctor"}
@@ -74,6 +76,11 @@ def check_popsd(words: Sequence[str], *, refused: bool = False) -> None:
     args = parse([word.replace("%a", "1") for word in words])
     configuration = getattr(args, "config", None)
     if configuration is None:
+        return
+    if configuration in (files := yaml_files()):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / configuration).write_text(files[configuration])
+            load_config(Path(folder) / configuration, args.overrides)
         return
     require_file(configuration)
     if args.command in _WITH_CONFIGURATION:
@@ -195,5 +202,6 @@ _PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "tail": needs_nothing,
     "enroot": needs_nothing,
     "hf": needs_nothing,
+    "vllm": needs_nothing,
     "pre-commit": needs_nothing,
 }

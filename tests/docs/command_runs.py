@@ -26,6 +26,8 @@ NOT_RUN = {
     r"make compare": "trains for minutes; tests/cli/test_make.py runs make -n",
     r"make train.*": "trains for minutes; docs/tour.md has the same command with fewer steps",
     r"hf (download|upload) .*": "the network",
+    r"vllm serve .*|popsd evaluate .* evaluation\.endpoint\.url=.*": "a server; tests/commands/test_vllm_run.py loads "
+    "exports in vLLM, tests/evaluation/test_endpoint.py evaluates at one",
     r"source .*|cp .*|cd .*|git .*|tail .*|enroot .*": "programs of the system and files of the reader",
     r"torchrun --nproc-per-node 8 .*": "eight GPUs; docs/tour.md starts two processes in the same way",
     r"sbatch .*|slurm/pipeline\.sh .*": "a cluster; tests/slurm submits the scripts to a Slurm on this machine",
