@@ -19,7 +19,7 @@ from tests.docs.pages import text_of, yaml_files
 from tests.docs.test_commands import run
 from tests.tiny_models import load_dense, save_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow(seconds=25), pytest.mark.timeout(1500)]
 
 PAGE = "docs/examples.md"
 SHARED = Path(__file__).parents[2] / ".." / "shared"
