@@ -16,8 +16,9 @@ class TargetConfig:
 
     family: str = "purified"
     """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582), `student_pmi` (PMI on the live
-    student, an ablation), `other_reference` (OPSD whose teacher sees another row's reference, OP²SD, 2608.09228) or
-    `wrong_reference` (OPSD's teacher against one that sees another row's reference)."""
+    student, an ablation), `reference_free` (a teacher that sees the question alone, a baseline), `other_reference`
+    (OPSD whose teacher sees another row's reference, OP²SD, 2608.09228) or `wrong_reference` (OPSD's teacher against
+    one that sees another row's reference). What a reference is: `data.privileged.view`."""
     beta: Annotated[float, Bounds(1e-3, 1e6)] = 1.0
     """Strength of the anchor, for `purified` and `student_pmi`: the PMI is divided by it, after the tanh."""
     cap: Annotated[float | None, Bounds(1e-3, 1e6)] = 10.0
