@@ -111,13 +111,13 @@ def _check_contexts(config: PopsdConfig) -> None:
 
 
 def _check_training_source(config: PopsdConfig) -> None:
-    """Refuse training rows without a column that a teacher's view needs."""
+    """Refuse training rows without a column that a teacher's view or the weights of tokens need."""
     views = Views.of(data_settings(config))
     check_source(
         config.data.train,
         setting="data.train",
         need_reference=views.need_reference,
-        need_answer=views.need_answer,
+        need_answer=views.need_answer or config.distillation.tokens.by_answer,
     )
 
 

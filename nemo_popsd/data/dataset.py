@@ -49,7 +49,15 @@ class EvaluationPrompt:
 class PromptDataset(Dataset[PromptRow]):
     """Fitted rows by index, in file order; the contexts are made on each access and are deterministic."""
 
-    def __init__(self, rows: Sequence[FittedRow], builder: ContextBuilder, borrowed: Borrowed = Borrowed.NONE) -> None:
+    def __init__(
+        self,
+        rows: Sequence[FittedRow],
+        builder: ContextBuilder,
+        borrowed: Borrowed = Borrowed.NONE,
+        *,
+        with_answers: bool = False,
+    ) -> None:
+        self._with_answers = with_answers
         self._rows = list(rows)
         self._indices: dict[str, int] | None = None
         self.builder = builder
@@ -60,7 +68,7 @@ class PromptDataset(Dataset[PromptRow]):
         return len(self._rows)
 
     def data_digest(self) -> str:
-        """SHA-256 over id, question, reference and what else the teachers see of every row, in order.
+        """SHA-256 over id, question, reference and what else the training depends on of every row, in order.
 
         Independent of the path of the files.
         """
@@ -69,6 +77,8 @@ class PromptDataset(Dataset[PromptRow]):
         for row in self._rows:
             record = row.record
             content = [record.id, record.question, record.reference, *(row.text(view) for view in views)]
+            if self._with_answers:
+                content.append(record.answer)
             digest.update(json.dumps(content).encode())
         return digest.hexdigest()
 
@@ -114,6 +124,7 @@ def build_dataset(
     borrowed: Borrowed = Borrowed.NONE,
     *,
     vocab_size: int | None = None,
+    need_answer: bool = False,
 ) -> tuple[PromptDataset, DataReport]:
     """Read and check the rows of `source`; the report is logged as one line.
 
@@ -125,13 +136,14 @@ def build_dataset(
         tokenizer: of the student.
         borrowed: the context of a row that holds another row's reference.
         vocab_size: number of embeddings of the student; None skips the check of token ids.
+        need_answer: whether the training depends on the answers, so that every row must have one.
 
     Raises:
         UserError: from reading, from the templates, for a misfit whose setting is `error`, or if no row is left.
     """
     builder = ContextBuilder(tokenizer, config, vocab_size=vocab_size)
-    rows, report = _fitted_rows(config, source, builder, evaluation=False)
-    dataset = PromptDataset(rows, builder, borrowed)
+    rows, report = _fitted_rows(config, source, builder, evaluation=False, need_answer=need_answer)
+    dataset = PromptDataset(rows, builder, borrowed, with_answers=need_answer)
     # Building one row refuses a faulty chat template before the first step.
     first = dataset[0]
     if first.contexts.privileged == first.contexts.student:
@@ -158,14 +170,14 @@ def build_evaluation_prompts(
 
 
 def _fitted_rows(
-    config: DataConfig, source: SourceConfig, builder: ContextBuilder, *, evaluation: bool
+    config: DataConfig, source: SourceConfig, builder: ContextBuilder, *, evaluation: bool, need_answer: bool = False
 ) -> tuple[list[FittedRow], DataReport]:
     records, report = read_records(
         source,
         setting="data.validation" if source is config.validation else "data.train",
         malformed_rows=config.malformed_rows,
         need_reference=not evaluation and builder.views.need_reference,
-        need_answer=evaluation or builder.views.need_answer,
+        need_answer=need_answer or evaluation or builder.views.need_answer,
         views=() if evaluation else builder.views.columns,
     )
     report.template_ignores_thinking = builder.template_ignores_thinking

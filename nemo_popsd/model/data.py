@@ -65,7 +65,14 @@ def read_training_data(
         UserError: see `build_dataset`.
     """
     borrowed = Borrowed(config.distillation.target.borrowed)
-    dataset, _ = build_dataset(data_settings(config), source, tokenizer, borrowed, vocab_size=vocab_size)
+    dataset, _ = build_dataset(
+        data_settings(config),
+        source,
+        tokenizer,
+        borrowed,
+        vocab_size=vocab_size,
+        need_answer=config.distillation.tokens.by_answer,
+    )
     sampler = StepSampler(
         len(dataset),
         prompts_per_step=config.training.prompts_per_step,

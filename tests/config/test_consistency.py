@@ -13,6 +13,7 @@ from nemo_popsd.config.consistency import (
 )
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.distillation.config import TokensConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.ownership import EXPORT, RUN, write_mark
 from nemo_popsd.megatron.config import OptimizerConfig
@@ -52,6 +53,11 @@ def test_settings_of_the_data_are_checked_before_any_model_is_built(runnable: Po
     with pytest.raises(UserError, match=r"data\.train\.columns\.reference=null"):
         check_training_run(runnable, world_size=1)
     runnable.distillation.target.family, runnable.data.privileged.view = "reference_free", None
+    check_training_run(runnable, world_size=1)
+    runnable.distillation.tokens = TokensConfig(wrong=0.5)
+    with pytest.raises(UserError, match=r"neither data\.train\.columns\.answer nor data\.train\.answer_pattern"):
+        check_training_run(runnable, world_size=1)
+    runnable.data.train.columns.answer = "answer"
     check_training_run(runnable, world_size=1)
 
 

@@ -151,6 +151,22 @@ def test_the_digest_is_of_what_is_read_and_seen(path: Path) -> None:
     assert len(set(digests.values())) == 3
 
 
+def test_answers_that_the_training_depends_on_are_needed_and_part_of_the_digest(tmp_path: Path) -> None:
+    """Weights by right and wrong answers: `build_dataset(..., need_answer=True)`."""
+    digests = {}
+    for final in (1, 7):
+        given = config(small.write_jsonl(tmp_path / "a.jsonl", [{**ROWS[0], "final": final}]), None)
+        for need in (False, True):
+            made, _ = build_dataset(given, given.train, small.tokenizer(), need_answer=need)
+            digests[final, need] = made.data_digest()
+    assert digests[1, False] == digests[7, False]
+    assert len(set(digests.values())) == 3
+    given.train = SourceConfig(path=given.train.path, answer_pattern="is (9)")
+    assert build_dataset(given, given.train, small.tokenizer())[0][0].record.answer is None
+    with pytest.raises(UserError, match="got no final answer"):
+        build_dataset(given, given.train, small.tokenizer(), need_answer=True)
+
+
 def test_a_teacher_without_privilege_is_reported(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def warnings() -> list[str]:
         return [r.getMessage() for r in caplog.records if r.name == "nemo_popsd.data.dataset" and r.levelno >= 30]
