@@ -21,6 +21,7 @@ from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
+from nemo_popsd.training.reading import ResponseReader
 from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.step import OnPolicyStep
 
@@ -123,7 +124,10 @@ class Run:
             rows=None,
             stop=StopSignals(),
         )
-        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, lambda response: 0)
+        reader = ResponseReader(
+            count_markers=lambda response: 0, marked=lambda response: [False] * len(response), is_right=None
+        )
+        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, reader)
 
     def update(self) -> None:
         """Updates the weights and counts the step."""

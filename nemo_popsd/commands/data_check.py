@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.sections import data_settings
 from nemo_popsd.data.config import DataConfig, SourceConfig
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, build_dataset, build_evaluation_prompts
@@ -110,7 +111,12 @@ def check_data(config: PopsdConfig, *, shown: int = 3, full: bool = False) -> Da
 def _check_training(config: PopsdConfig, model: _Model, check: DataCheck, shown: int, full: bool) -> Questions:
     borrowed = Borrowed(config.distillation.target.borrowed)
     dataset, report = build_dataset(
-        config.data, config.data.train, model.tokenizer, borrowed, vocab_size=model.vocab_size
+        data_settings(config),
+        config.data.train,
+        model.tokenizer,
+        borrowed,
+        vocab_size=model.vocab_size,
+        need_answer=config.distillation.tokens.by_answer,
     )
     check.lines += ["data.train", f"  {report}", *_training_lengths(config.data, dataset, model.tokenizer)]
     for index in range(min(shown, len(dataset))):

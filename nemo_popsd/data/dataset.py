@@ -21,6 +21,7 @@ from nemo_popsd.data.contexts import Borrowed, ContextBuilder, Contexts, FittedR
 from nemo_popsd.data.records import Record
 from nemo_popsd.data.report import DataReport
 from nemo_popsd.data.sources import read_records
+from nemo_popsd.data.views import SOLUTION
 from nemo_popsd.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,11 +49,20 @@ class EvaluationPrompt:
 class PromptDataset(Dataset[PromptRow]):
     """Fitted rows by index, in file order; the contexts are made on each access and are deterministic."""
 
-    def __init__(self, rows: Sequence[FittedRow], builder: ContextBuilder, borrowed: Borrowed = Borrowed.NONE) -> None:
+    def __init__(
+        self,
+        rows: Sequence[FittedRow],
+        builder: ContextBuilder,
+        borrowed: Borrowed = Borrowed.NONE,
+        *,
+        with_answers: bool = False,
+    ) -> None:
+        self._with_answers = with_answers
         self._rows = list(rows)
         self._indices: dict[str, int] | None = None
         self.builder = builder
         self._borrowed = borrowed
+        self._lent = sorted(builder.lent_views(borrowed))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -62,11 +72,18 @@ class PromptDataset(Dataset[PromptRow]):
         return (row.record for row in self._rows)
 
     def data_digest(self) -> str:
-        """SHA-256 over id, question and reference of every row, in order; independent of the path of the files."""
+        """SHA-256 over id, question, reference and what else the training depends on of every row, in order.
+
+        Independent of the path of the files.
+        """
         digest = hashlib.sha256()
+        views = [view for view in self.builder.views.texts if view != SOLUTION]
         for row in self._rows:
             record = row.record
-            digest.update(json.dumps([record.id, record.question, record.reference]).encode())
+            content = [record.id, record.question, record.reference, *(row.text(view) for view in views)]
+            if self._with_answers:
+                content.append(record.answer)
+            digest.update(json.dumps(content).encode())
         return digest.hexdigest()
 
     def by_id(self, row_id: str) -> PromptRow:
@@ -81,16 +98,16 @@ class PromptDataset(Dataset[PromptRow]):
 
     def __getitem__(self, index: int) -> PromptRow:
         row = self._rows[index]
-        other = self._rows[self._lender(index)] if self._borrowed else None
+        other = self._rows[self._lender(index)] if self._lent else None
         return PromptRow(row.record, self.builder.contexts(row, self._borrowed, other))
 
     def _lender(self, index: int) -> int:
-        """Index of the row whose reference row `index` borrows: deterministic, and with another reference."""
+        """Index of the row that lends its texts to row `index`: deterministic, and with other texts."""
         row, count = self._rows[index], len(self._rows)
         first = int.from_bytes(hashlib.sha256(row.record.id.encode()).digest()[:8], "big") % count
         for offset in range(count):
             lender = (first + offset) % count
-            if self._rows[lender].reference_text != row.reference_text:
+            if all(self._rows[lender].text(view) != row.text(view) for view in self._lent):
                 return lender
         raise UserError(
             "data",
@@ -111,6 +128,7 @@ def build_dataset(
     borrowed: Borrowed = Borrowed.NONE,
     *,
     vocab_size: int | None = None,
+    need_answer: bool = False,
 ) -> tuple[PromptDataset, DataReport]:
     """Read and check the rows of `source`; the report is logged as one line.
 
@@ -122,15 +140,23 @@ def build_dataset(
         tokenizer: of the student.
         borrowed: the context of a row that holds another row's reference.
         vocab_size: number of embeddings of the student; None skips the check of token ids.
+        need_answer: whether the training depends on the answers, so that every row must have one.
 
     Raises:
         UserError: from reading, from the templates, for a misfit whose setting is `error`, or if no row is left.
     """
     builder = ContextBuilder(tokenizer, config, vocab_size=vocab_size)
-    rows, report = _fitted_rows(config, source, builder, evaluation=False)
-    dataset = PromptDataset(rows, builder, borrowed)
+    rows, report = _fitted_rows(config, source, builder, evaluation=False, need_answer=need_answer)
+    dataset = PromptDataset(rows, builder, borrowed, with_answers=need_answer)
     # Building one row refuses a faulty chat template before the first step.
-    dataset[0]
+    first = dataset[0]
+    if first.contexts.privileged == first.contexts.student:
+        logger.warning(
+            "row %s: the privileged teacher's prompt is the student's; a target that follows a frozen teacher alone "
+            "then equals the base and moves nothing (data.privileged.view=%s)",
+            first.record.id,
+            builder.views.privileged,
+        )
     return dataset, report
 
 
@@ -148,14 +174,15 @@ def build_evaluation_prompts(
 
 
 def _fitted_rows(
-    config: DataConfig, source: SourceConfig, builder: ContextBuilder, *, evaluation: bool
+    config: DataConfig, source: SourceConfig, builder: ContextBuilder, *, evaluation: bool, need_answer: bool = False
 ) -> tuple[list[FittedRow], DataReport]:
     records, report = read_records(
         source,
         setting="data.validation" if source is config.validation else "data.train",
         malformed_rows=config.malformed_rows,
-        need_reference=not evaluation,
-        need_answer=evaluation,
+        need_reference=not evaluation and builder.views.need_reference,
+        need_answer=need_answer or evaluation or builder.views.need_answer,
+        views=() if evaluation else builder.views.columns,
     )
     report.template_ignores_thinking = builder.template_ignores_thinking
     rows: list[FittedRow] = []

@@ -7,11 +7,11 @@ of one row. Duplicate ids are always an error, since they would make logs ambigu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from nemo_popsd.data.cells import scalar_of, text_of
+from nemo_popsd.data.cells import scalar_of, text_of, view_of
 from nemo_popsd.data.config import ColumnsConfig, SourceConfig
 from nemo_popsd.data.files import row_names, source_files
 from nemo_popsd.data.readers import MalformedError, rows_of
@@ -29,7 +29,7 @@ def check_source(
         source: paths and columns of the rows.
         setting: dotted name of `source` in the configuration, for messages.
         need_reference: refuse a source that declares no reference column.
-        need_answer: refuse a source that declares no final answers; otherwise refuse a pattern for them.
+        need_answer: refuse a source that declares no final answers.
 
     Raises:
         UserError: nothing usable at the path, or a setting is missing or has no effect.
@@ -44,13 +44,13 @@ def check_source(
         )
     if need_answer and source.columns.answer is None and source.answer_pattern is None:
         raise UserError(
-            "evaluation data",
+            "data",
             got=f"neither {setting}.columns.answer nor {setting}.answer_pattern",
             need="a final answer for every row",
             fix="set one of them",
         )
     if source.answer_pattern is not None:
-        _refuse_unused_pattern(source, setting, need_answer=need_answer)
+        _refuse_unused_pattern(source, setting)
     return files
 
 
@@ -61,6 +61,7 @@ def read_records(
     malformed_rows: str = "error",
     need_reference: bool = True,
     need_answer: bool = False,
+    views: Sequence[str] = (),
 ) -> tuple[list[Record], DataReport]:
     """Read all rows of `source`, in file order.
 
@@ -70,6 +71,7 @@ def read_records(
         malformed_rows: ``error`` or ``skip``; skipped rows are counted in the report.
         need_reference: refuse a source that declares no reference column.
         need_answer: a row without a final answer is malformed.
+        views: further columns, of which every row needs a text or a number.
 
     Raises:
         UserError: nothing usable at the path, a column or an answer is missing, a row is malformed under
@@ -79,12 +81,12 @@ def read_records(
     report = DataReport(source=source.path)
     records: list[Record] = []
     first_seen: dict[str, str] = {}
-    for where, name, row in islice(_rows(files, source.columns, setting), source.limit):
+    for where, name, row in islice(_rows(files, source.columns, views, setting), source.limit):
         report.rows_read += 1
         try:
             if isinstance(row, MalformedError):
                 raise row
-            record = _record(row, name, source, need_answer=need_answer)
+            record = _record(row, name, source, views, need_answer=need_answer)
         except MalformedError as problem:
             if malformed_rows == "error":
                 raise UserError(
@@ -113,21 +115,20 @@ def read_records(
 
 
 def _rows(
-    files: list[Path], columns: ColumnsConfig, setting: str
+    files: list[Path], columns: ColumnsConfig, views: Sequence[str], setting: str
 ) -> Iterator[tuple[str, str, Mapping[str, object] | MalformedError]]:
     """The rows of all files: location for messages, name for the id, and content of each."""
-    wanted = [name for name in (columns.id, columns.question, columns.reference, columns.answer) if name is not None]
+    mapped = (columns.id, columns.question, columns.reference, columns.answer, *views)
+    wanted = list(dict.fromkeys(name for name in mapped if name is not None))
     for path, name in zip(files, row_names(files), strict=True):
         for number, row in rows_of(path, wanted, setting):
             yield f"{path}:{number}", f"{name}:{number}", row
 
 
-def _refuse_unused_pattern(source: SourceConfig, setting: str, *, need_answer: bool) -> None:
+def _refuse_unused_pattern(source: SourceConfig, setting: str) -> None:
     """Refuse a pattern for answers that would be ignored."""
     name = f"{setting}.answer_pattern"
-    if not need_answer:
-        got, fix = f"{name}, which has no effect: training reads no answers", f"remove {name}"
-    elif source.columns.answer is not None:
+    if source.columns.answer is not None:
         got = f"{name} together with {setting}.columns.answer={source.columns.answer!r}, which overrides it"
         fix = f"remove {name}, or set {setting}.columns.answer=null"
     elif source.columns.reference is None:
@@ -138,7 +139,9 @@ def _refuse_unused_pattern(source: SourceConfig, setting: str, *, need_answer: b
     raise UserError("configuration", got=got, need="settings that have an effect", fix=fix)
 
 
-def _record(row: Mapping[str, object], name: str, source: SourceConfig, *, need_answer: bool) -> Record:
+def _record(
+    row: Mapping[str, object], name: str, source: SourceConfig, views: Sequence[str], *, need_answer: bool
+) -> Record:
     columns = source.columns
     identity = name if columns.id is None else scalar_of(row, columns.id)
     question = text_of(row, columns.question, field="question")
@@ -152,4 +155,5 @@ def _record(row: Mapping[str, object], name: str, source: SourceConfig, *, need_
         answer = None if last is None or is_blank(last) else last.strip()
     if need_answer and answer is None:
         raise MalformedError("no final answer: the answer pattern matches nothing in the reference")
-    return Record(id=identity, question=question, reference=reference, answer=answer)
+    seen = {view: view_of(row, view) for view in views}
+    return Record(id=identity, question=question, reference=reference, answer=answer, columns=seen)

@@ -23,6 +23,7 @@ from nemo_popsd.distillation.decomposition import (
     signal_shard_stats,
 )
 from nemo_popsd.distillation.divergence import Divergence
+from nemo_popsd.distillation.gates import Gates
 from nemo_popsd.distillation.products import (
     ChunkProducts,
     Products,
@@ -43,6 +44,7 @@ class LossSpec:
 
     target: Target
     divergence: Divergence
+    gates: Gates
     vectors: HiddenPair
     """Of the target, [N, H] each, detached."""
     teacher: Tensor
@@ -80,6 +82,7 @@ class ChunkedLoss:
         per_token_N: divergence of each token.
         statistics_SN: by `TOKEN_STATISTICS`.
         products_5D: `merge_signal_shards` of the diagnosed tokens.
+        open_N: 1 for each token that is open, else 0; None without gates.
     """
 
     def __init__(self, spec: LossSpec, h_NH: Tensor, w_VH: Tensor, dh_NH: Tensor | None, dw_WH: Tensor | None) -> None:
@@ -92,6 +95,7 @@ class ChunkedLoss:
         self.per_token_N = h_NH.new_empty(tokens, dtype=dtype)
         self.statistics_SN = h_NH.new_empty(len(TOKEN_STATISTICS), tokens, dtype=dtype)
         self.products_5D = h_NH.new_empty(SIGNAL_PRODUCTS, sampled, dtype=dtype)
+        self.open_N = torch.ones_like(self.per_token_N) if spec.gates else None
         self._pending: deque[Callable[[], None]] = deque()
 
     def __call__(self) -> None:
@@ -112,7 +116,7 @@ class ChunkedLoss:
             chunk_tokens=chunks[0].stop,
             sampled_tokens=max(part.stop - part.start for part in samples),
         )
-        divergence = ChunkDivergence(spec.target, spec.divergence, spec.kernels, spec.shard, like=like)
+        divergence = ChunkDivergence(spec.target, spec.divergence, spec.gates, spec.kernels, spec.shard, like=like)
         gradient_CV = None
         if spec.separate_gradient:
             dtype = self._w_VH.dtype if self._w_VH.is_cuda else like.dtype
@@ -146,6 +150,9 @@ class ChunkedLoss:
         result = divergence(chunk, Overlap(self._start_pending, self._finish_pending))
         self.per_token_N[tokens] = result.loss
         self.statistics_SN[:, tokens] = result.statistics
+        if self.open_N is not None:
+            assert result.is_open is not None
+            self.open_N[tokens] = result.is_open
         if result.signal_stats is not None:
             self.products_5D[:, sampled] = merge_signal_shards(result.signal_stats, spec.shard.true_widths)
         if needs_gradient:
@@ -193,8 +200,8 @@ class ChunkedLoss:
         """Queues the products of the gradient with the matrix, and with the hidden states."""
         spec = self._spec
         if self._dh_NH is not None:
-            # Without dW there is one product; two halves of it overlap with the two collectives of the JSD.
-            halved = self._dw_VH is None and spec.divergence.kind == "jsd" and spec.shard.ranks > 1
+            # Without dW there is one product; two halves of it overlap with the two collectives.
+            halved = self._dw_VH is None and spec.divergence.sums_entries and spec.shard.ranks > 1
             pieces = 2 if halved else 1
             parts = zip(self._dh_NH[tokens].chunk(pieces), gradient_CV.chunk(pieces), strict=True)
             self._pending.extend(partial(_hidden_gradient, *part, self._w_VH) for part in parts)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.sections import data_settings
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, PromptRow, build_dataset, build_evaluation_prompts
@@ -64,7 +65,14 @@ def read_training_data(
         UserError: see `build_dataset`.
     """
     borrowed = Borrowed(config.distillation.target.borrowed)
-    dataset, _ = build_dataset(config.data, source, tokenizer, borrowed, vocab_size=vocab_size)
+    dataset, _ = build_dataset(
+        data_settings(config),
+        source,
+        tokenizer,
+        borrowed,
+        vocab_size=vocab_size,
+        need_answer=config.distillation.tokens.by_answer,
+    )
     sampler = StepSampler(
         len(dataset),
         prompts_per_step=config.training.prompts_per_step,

@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.records import Record
+from nemo_popsd.diagnosis.pieces import marked_tokens, token_pieces
+from nemo_popsd.evaluation.answers import extract_answer
+from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.data import TrainingData
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
+from nemo_popsd.training.reading import ResponseReader
 from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.step import OnPolicyStep
 
@@ -54,7 +59,31 @@ def build_step(
         stop=stop,
     )
 
-    def markers(response: Sequence[int]) -> int:
-        return sum(count_markers(tokenizer.decode(list(response)), config.evaluation.markers).values())
+    return OnPolicyStep(config.training, config.distillation, student, rollouts, build_reader(config, tokenizer))
 
-    return OnPolicyStep(config.training, config.distillation, student, rollouts, markers)
+
+def build_reader(config: PopsdConfig, tokenizer: PreTrainedTokenizerBase) -> ResponseReader:
+    """What the steps of a run read in responses, by the rules of its evaluation.
+
+    Raises:
+        UserError: rows have answers and the library that compares them is missing.
+    """
+    settings, train = config.evaluation, config.data.train
+    verifier = AnswerVerifier(settings.verify_seconds)
+
+    def count(response: Sequence[int]) -> int:
+        return sum(count_markers(tokenizer.decode(list(response)), settings.markers).values())
+
+    def is_right(record: Record, response: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(response), skip_special_tokens=False)
+        answer = extract_answer(text, settings.answer_pattern, last_number=settings.without_box == "last_number")
+        return record.answer is not None and verifier.compare(answer, record.answer).correct
+
+    has_answers = train.columns.answer is not None or train.answer_pattern is not None
+    if has_answers:
+        require_math_verify()
+    return ResponseReader(
+        count_markers=count,
+        marked=lambda response: marked_tokens(token_pieces(tokenizer, response), settings.markers),
+        is_right=is_right if has_answers else None,
+    )

@@ -13,6 +13,7 @@ from nemo_popsd.config.consistency import (
 )
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.distillation.config import TokensConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.ownership import EXPORT, RUN, write_mark
 from nemo_popsd.megatron.config import OptimizerConfig
@@ -42,9 +43,64 @@ def test_settings_of_the_data_are_checked_before_any_model_is_built(runnable: Po
         with pytest.raises(UserError, match=r"data\.validation\.columns\.answer='answer', which overrides it"):
             check(runnable, world_size=1)
     runnable.data.validation.answer_pattern = None
-    runnable.data.train.answer_pattern = "#### (.+)"
-    with pytest.raises(UserError, match=r"data\.train\.answer_pattern, which has no effect"):
+    runnable.data.privileged.view = "answer"
+    with pytest.raises(UserError, match=r"neither data\.train\.columns\.answer nor data\.train\.answer_pattern"):
         check_training_run(runnable, world_size=1)
+    runnable.data.train.answer_pattern = "#### (.+)"
+    check_training_run(runnable, world_size=1)
+    runnable.data.train.columns.reference, runnable.data.train.answer_pattern = None, None
+    runnable.data.privileged.view = "solution"
+    with pytest.raises(UserError, match=r"data\.train\.columns\.reference=null"):
+        check_training_run(runnable, world_size=1)
+    runnable.distillation.target.family, runnable.data.privileged.view = "reference_free", None
+    check_training_run(runnable, world_size=1)
+    runnable.distillation.tokens = TokensConfig(wrong=0.5)
+    with pytest.raises(UserError, match=r"neither data\.train\.columns\.answer nor data\.train\.answer_pattern"):
+        check_training_run(runnable, world_size=1)
+    runnable.data.train.columns.answer = "answer"
+    check_training_run(runnable, world_size=1)
+
+
+@pytest.mark.parametrize("role", ["privileged", "reference_only"])
+def test_thinking_by_role_is_for_families_that_do_not_compare_contexts_token_by_token(role: str) -> None:
+    config = PopsdConfig()
+    for family in ("purified", "student_pmi", "opsd", "beta_opsd", "wrong_reference", "reference_free"):
+        config.distillation.target.family = family
+        teacher = getattr(config.data, role)
+        teacher.enable_thinking = True
+        check_sections(config)
+        teacher.enable_thinking = False
+        if family not in ("purified", "student_pmi"):
+            check_sections(config)
+            continue
+        with pytest.raises(
+            UserError,
+            match=rf"data\.{role}\.enable_thinking=false with data\.enable_thinking=true .*family={family}; need the "
+            "same thinking in all contexts: .*effect of the question",
+        ):
+            check_sections(config)
+
+
+def test_views_that_a_family_has_no_use_for_are_refused() -> None:
+    config = PopsdConfig()
+    config.distillation.target.family = "reference_free"
+    config.data.privileged.view = "none"
+    check_sections(config)
+    config.data.reference_only.view = "answer"
+    with pytest.raises(UserError, match=r"data\.reference_only\.view=answer .*the view none, which the family"):
+        check_sections(config)
+
+
+@pytest.mark.parametrize("view", ["none", "other"])
+def test_views_that_make_both_teachers_equal_are_refused(view: str) -> None:
+    config = PopsdConfig()
+    config.data.privileged.view = view
+    check_sections(config)  # the question makes the difference
+    config.distillation.target.family = "wrong_reference"
+    with pytest.raises(UserError, match=f"data.privileged.view={view} and .*need teachers that differ: .* is 0 at"):
+        check_sections(config)
+    config.data.reference_only.view = "answer"
+    check_sections(config)
 
 
 def test_a_schedule_that_does_not_fit_the_run_is_refused() -> None:
