@@ -1,6 +1,7 @@
 """Prepared rows for training, and prompts with answers for evaluation.
 
-All rows are read and checked before any model is loaded. A row is tokenised when it is visited: the token ids of 20,000
+All rows are read and checked before any model is loaded; those of large files are not kept (`nemo_popsd.data.rows`). A
+row is tokenised when it is visited: the token ids of 20,000
 rows with long references would take gigabytes of Python integers on every rank, while tokenising one row takes
 milliseconds.
 """
@@ -10,17 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset
 
 from nemo_popsd.data.config import DataConfig, SourceConfig
-from nemo_popsd.data.contexts import Borrowed, ContextBuilder, Contexts, FittedRow, Misfit
+from nemo_popsd.data.contexts import Borrowed, ContextBuilder, Contexts, FittedRow, Misfit, RejectedRow
 from nemo_popsd.data.records import Record
 from nemo_popsd.data.report import DataReport
-from nemo_popsd.data.sources import read_records
+from nemo_popsd.data.rows import BATCH, FittedRows
+from nemo_popsd.data.sources import Located, RecordReader
 from nemo_popsd.data.views import SOLUTION
 from nemo_popsd.errors import UserError
 
@@ -51,14 +54,14 @@ class PromptDataset(Dataset[PromptRow]):
 
     def __init__(
         self,
-        rows: Sequence[FittedRow],
+        rows: FittedRows,
         builder: ContextBuilder,
         borrowed: Borrowed = Borrowed.NONE,
         *,
         with_answers: bool = False,
     ) -> None:
         self._with_answers = with_answers
-        self._rows = list(rows)
+        self._rows = rows
         self._indices: dict[str, int] | None = None
         self.builder = builder
         self._borrowed = borrowed
@@ -93,7 +96,7 @@ class PromptDataset(Dataset[PromptRow]):
             KeyError: no row has it.
         """
         if self._indices is None:
-            self._indices = {row.record.id: index for index, row in enumerate(self._rows)}
+            self._indices = {name: index for index, name in enumerate(self._rows.ids)}
         return self[self._indices[row_id]]
 
     def __getitem__(self, index: int) -> PromptRow:
@@ -118,7 +121,7 @@ class PromptDataset(Dataset[PromptRow]):
 
     def index(self, row_id: str) -> int | None:
         """Index of the row with this id; None if there is none."""
-        return next((index for index, row in enumerate(self._rows) if row.record.id == row_id), None)
+        return next((index for index, name in enumerate(self._rows.ids) if name == row_id), None)
 
 
 def build_dataset(
@@ -175,8 +178,8 @@ def build_evaluation_prompts(
 
 def _fitted_rows(
     config: DataConfig, source: SourceConfig, builder: ContextBuilder, *, evaluation: bool, need_answer: bool = False
-) -> tuple[list[FittedRow], DataReport]:
-    records, report = read_records(
+) -> tuple[FittedRows, DataReport]:
+    reader = RecordReader(
         source,
         setting="data.validation" if source is config.validation else "data.train",
         malformed_rows=config.malformed_rows,
@@ -184,11 +187,12 @@ def _fitted_rows(
         need_answer=need_answer or evaluation or builder.views.need_answer,
         views=() if evaluation else builder.views.columns,
     )
+    report = reader.report
     report.template_ignores_thinking = builder.template_ignores_thinking
-    rows: list[FittedRow] = []
-    for row in builder.fit(records, with_reference=not evaluation):
+    rows = FittedRows(reader, builder, with_reference=not evaluation)
+    for located, row in _fit(reader.records(), builder, with_reference=not evaluation):
         if isinstance(row, FittedRow):
-            rows.append(row)
+            rows.append(located, row)
             report.references_truncated += row.reference_truncated
             report.longest_prompt = max(report.longest_prompt, row.student_length)
         elif row.why is Misfit.MALFORMED:
@@ -207,3 +211,12 @@ def _fitted_rows(
             fix="set data.max_prompt_tokens or data.max_reference_tokens higher",
         )
     return rows, report
+
+
+def _fit(
+    located: Iterator[Located], builder: ContextBuilder, *, with_reference: bool
+) -> Iterator[tuple[Located, FittedRow | RejectedRow]]:
+    """Each record with the result of its fit; few records are in memory at a time."""
+    while batch := list(islice(located, BATCH)):
+        fitted = builder.fit([one.record for one in batch], with_reference=with_reference)
+        yield from zip(batch, fitted, strict=True)

@@ -155,13 +155,13 @@ def _converted(layout: str, files: list[Path]) -> Iterator[Rows | str | None]:
                 fix="give another layout, or map the columns by data.train.columns without a conversion",
             )
         wanted = [*form.columns, *(name for name in form.optional if name in present)]
-        for number, row in rows_of(file, wanted, _SETTING):
+        for row in rows_of(file, wanted, _SETTING):
             try:
-                if isinstance(row, MalformedError):
-                    raise row
-                yield form.row(row)
+                if isinstance(row.content, MalformedError):
+                    raise row.content
+                yield form.row(row.content)
             except MalformedError as problem:
-                yield f"{file}:{number}: {problem}"
+                yield f"{file}:{row.number}: {problem}"
 
 
 def _question(text: str) -> str:
