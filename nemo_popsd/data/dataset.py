@@ -1,9 +1,8 @@
 """Prepared rows for training, and prompts with answers for evaluation.
 
 All rows are read and checked before any model is loaded; those of large files are not kept (`nemo_popsd.data.rows`). A
-row is tokenised when it is visited: the token ids of 20,000
-rows with long references would take gigabytes of Python integers on every rank, while tokenising one row takes
-milliseconds.
+row is tokenised when it is visited: the token ids of 20,000 rows with long references would take gigabytes of Python
+integers on every rank, while tokenising one row takes milliseconds.
 """
 
 from __future__ import annotations
