@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_popsd import __version__
-from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, plan, report, rollouts, show_config, train
+from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, init, plan, report, rollouts, show_config, train
 from nemo_popsd.cli.arguments import Parser
 from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_output_closes
 from nemo_popsd.cli.failures import LostPeerError
 from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, user_or_transient
 from nemo_popsd.parallel import launcher
 
-_COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
+_COMMANDS = (init, train, evaluate, diagnose, report, export, convert, plan, rollouts, show_config, doctor)
 
 USER_ERROR = 2
 """Exit status for an error that the user must fix."""
