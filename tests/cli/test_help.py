@@ -10,6 +10,7 @@ import pytest
     "words",
     [
         [],
+        ["init"],
         ["train"],
         ["evaluate"],
         ["diagnose"],
