@@ -122,15 +122,20 @@ def _redirect_closed_output() -> bool:
     """Whether standard output has been closed; it then goes to /dev/null, so that Python's flush at exit succeeds."""
     with suppress(BrokenPipeError):
         sys.stdout.flush()
+    if not output_is_closed():
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
+
+
+def output_is_closed() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # replaced by an object that is not a file
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
-    return True
+    return any(event & select.POLLERR for _, event in poll.poll(0))

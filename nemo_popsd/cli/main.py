@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nemo_popsd import __version__
 from nemo_popsd.cli import convert, diagnose, doctor, evaluate, export, init, plan, report, rollouts, show_config, train
-from nemo_popsd.cli.arguments import Parser
+from nemo_popsd.cli.arguments import Parser, example
 from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_output_closes
 from nemo_popsd.cli.failures import LostPeerError
 from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, user_or_transient
@@ -38,9 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="popsd",
         description="Purified On-Policy Self-Distillation on NVIDIA NeMo and Megatron-core.",
-        epilog="CONF is a YAML file such as conf/tiny.yaml; `popsd config CONF` prints all settings with their values. "
-        "A first run: docs/tour.md. Several ranks: "
-        "torchrun --nproc-per-node 2 -m nemo_popsd train CONF parallel.tensor=2",
+        epilog=example(
+            "popsd init",
+            "popsd init tiny",
+            "popsd train conf/tiny.yaml training.steps=4",
+            "torchrun --nproc-per-node 2 -m nemo_popsd train conf/tiny.yaml parallel.tensor=2",
+        ),
     )
     parser.add_argument("--version", action="version", version=f"popsd {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")

@@ -255,6 +255,17 @@ def check_checkpoint(path: str, *, setting: str) -> None:
         )
 
 
+def check_model_directory(path: str, *, setting: str) -> None:
+    """Refuse a Hugging Face directory that does not exist."""
+    if not Path(path).expanduser().is_dir():
+        raise UserError(
+            "model",
+            got=f"{setting} {path!r}, which is not a directory (looked in {Path.cwd()})",
+            need="a Hugging Face directory, with config.json and *.safetensors",
+            fix="correct the path",
+        )
+
+
 def check_output(path: str, *, setting: str = "output") -> None:
     """Refuse a directory that cannot be created or written; creates nothing. `setting` is the name for messages."""
     directory = Path(path).expanduser()
