@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -59,6 +60,8 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     run.begin(completed)
     _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
     model.stop.install()
+    if sys.stderr.isatty():
+        _print("Ctrl-C saves the last completed step and stops, and the same command resumes; twice ends at once")
     succeeded: bool | None = False
     try:
         _train(config, trainer, model, run)

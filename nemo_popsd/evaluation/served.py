@@ -12,6 +12,7 @@ from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.endpoint import Endpoint
 from nemo_popsd.evaluation.run import begin, conclude_all, prepare_sets, sample_settings
 from nemo_popsd.rollout.engine import SamplingParams
+from nemo_popsd.runtime.pace import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,10 @@ def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str
         names = {"model": endpoint.model, "weights_digest": endpoint.identity, "engine": engine}
         begin(one, sample_settings(one.prompts, sampling, seed=seed, **names))
         missing = one.missing(settings.samples_per_problem)
+        pace = Pace(len(missing))
         with one.directory.append_to(0) as file:
             for count, sample in enumerate(endpoint.generate(missing, sampling, seed=seed), start=1):
                 file.add([sample])
                 if count % settings.endpoint.concurrency == 0:
-                    logger.info("%s: %d of %d samples", one.name, count, len(missing))
+                    logger.info("%s: %d of %d samples  %s", one.name, count, len(missing), pace.after(count))
     return conclude_all(problem_sets, settings, model=endpoint.model)
