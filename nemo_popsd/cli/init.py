@@ -67,13 +67,13 @@ def _inputs(config: PopsdConfig) -> str:
     """One line for each path that the run reads: where it is, or that it is missing."""
     from nemo_popsd.config.loading import by_key
     from nemo_popsd.config.recipes import READ_PATHS
-    from nemo_popsd.embedded.names import local_path
+    from nemo_popsd.data.models import model_path
 
     values, lines = by_key(config), []
     for key in READ_PATHS:
         value = str(values[key] or "")
         if value:
-            path = local_path(value)
+            path = model_path(value)
             state = (
                 "found" if path.exists() else f"not found in {Path.cwd()}" if not path.is_absolute() else "not found"
             )

@@ -110,15 +110,15 @@ def _print_rollout(step: int, row: StoredRollout, decode: Callable[[list[int]], 
 def _decoder(run: Path) -> Callable[[list[int]], str] | None:
     """Decodes token ids with the tokenizer of the run's newest checkpoint, or of its source if there is none yet."""
     from nemo_popsd.config.loading import load_config
+    from nemo_popsd.data.models import model_path
     from nemo_popsd.data.tokenizer import load_tokenizer
-    from nemo_popsd.embedded.names import local_path
     from nemo_popsd.errors import UserError
 
     configs = sorted((run / "checkpoints").glob("*/huggingface/tokenizer_config.json"))
     try:
         if configs:
             return load_tokenizer(configs[-1].parent, setting="RUN").decode
-        return load_tokenizer(local_path(load_config(run / "config.yaml").student.source)).decode
+        return load_tokenizer(model_path(load_config(run / "config.yaml").student.source)).decode
     except UserError as error:
         fix = f"{error.fix}, or print token ids with --json"
         raise UserError(error.what, got=error.got, need=error.need, fix=fix) from error

@@ -18,9 +18,8 @@ from nemo_popsd.commands.run_directory import RunDirectory
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
-from nemo_popsd.data.files import resolve_path
+from nemo_popsd.data.models import model_path
 from nemo_popsd.diagnosis.record import refuse_other_files
-from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.run import as_file_name, conclude_all, prepare_sets, weights_digest
 from nemo_popsd.files.output_lock import OutputLock
@@ -117,7 +116,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     initialize(config.parallel, seed=config.seed, timeout=_LONGEST_EVALUATION)
     without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
     model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
-    digest = weights_digest(resolve_path(name, setting="student.source"))
+    digest = weights_digest(model_path(name))
     problem_sets = prepare_sets(
         config.evaluation,
         config.data,
@@ -179,7 +178,7 @@ def export(checkpoint: str, output: str) -> None:
 
 def _refuse_as_output(output: str, checkpoint: str, opened: NemoCheckpoint) -> None:
     """Refuses an output that is, contains or is inside the checkpoint or the base."""
-    base = local_path(opened.config.student.source)
+    base = model_path(opened.config.student.source)
     refuse_overlap(Path(output), {"CHECKPOINT": checkpoint, "the base model": base}, setting="OUTPUT")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.models import missing_model, model_path
 from nemo_popsd.data.named_sets import named_source
 from nemo_popsd.data.sources import check_source
-from nemo_popsd.embedded.names import PREFIX, asset
+from nemo_popsd.embedded.names import PREFIX
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import names_needed
 from nemo_popsd.files.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
@@ -31,6 +32,14 @@ RUN_FILES = (
     REQUEUE,
 )
 """What a training run writes to `output`, besides its resolved configuration."""
+
+
+_FOR_HUGGINGFACE = {
+    "--checkpoint": "set student.source to it, and omit --checkpoint",
+    "CHECKPOINT": "use it as it is: `popsd export` writes this format; `popsd convert hf-to-nemo` reads it",
+    "SRC": "use it as it is, or convert it with `popsd convert hf-to-nemo`",
+}
+"""What to do with a Hugging Face directory in the place of a NeMo checkpoint, by argument."""
 
 
 def check_sections(config: PopsdConfig) -> None:
@@ -250,8 +259,16 @@ def check_checkpoint(path: str, *, setting: str) -> None:
         raise UserError(
             "checkpoint",
             got=f"{setting} {path!r}, which does not exist (looked in {Path.cwd()})",
-            need="a checkpoint that a run has written",
+            need="a checkpoint that a run has written, such as runs/NAME/checkpoints/final",
             fix="correct the path",
+        )
+    _refuse_a_run(Path(path).expanduser(), setting=setting)
+    if _is_huggingface(Path(path).expanduser()):
+        raise UserError(
+            "checkpoint",
+            got=f"{setting} {path!r}, which is a Hugging Face directory",
+            need="a NeMo checkpoint, such as runs/NAME/checkpoints/final",
+            fix=_FOR_HUGGINGFACE.get(setting, "correct the path"),
         )
 
 
@@ -263,6 +280,13 @@ def check_model_directory(path: str, *, setting: str) -> None:
             got=f"{setting} {path!r}, which is not a directory (looked in {Path.cwd()})",
             need="a Hugging Face directory, with config.json and *.safetensors",
             fix="correct the path",
+        )
+    if (Path(path).expanduser() / "manifest.json").is_file():
+        raise UserError(
+            "model",
+            got=f"{setting} {path!r}, which is a NeMo checkpoint",
+            need="a Hugging Face directory",
+            fix="correct the path; `popsd convert nemo-to-hf` converts in the other direction",
         )
 
 
@@ -336,12 +360,27 @@ def _check_weights(config: PopsdConfig, checkpoint: str | None) -> None:
 
 def _check_student(config: PopsdConfig) -> None:
     source = config.student.source
-    if source.startswith(PREFIX):
-        asset(source)
-    elif not source or not Path(source).expanduser().exists():
-        raise UserError(
-            "configuration",
-            got=f"student.source={source!r}" + (f", which does not exist (looked in {Path.cwd()})" if source else ""),
-            need=f"a Hugging Face directory, a NeMo checkpoint, or {PREFIX}tiny_reasoner",
-            fix="set student.source",
-        )
+    path = model_path(source)
+    if not source or not path.exists():
+        raise missing_model(source, setting="student.source")
+    if not source.startswith(PREFIX):
+        _refuse_a_run(path, setting="student.source")
+
+
+def _refuse_a_run(path: Path, *, setting: str) -> None:
+    """Refuse the output of a run in place of one of the models in it; names those that exist."""
+    if not holds_a_run(str(path)):
+        return
+    folder = path / "checkpoints"
+    names = ("final", *sorted((name.name for name in folder.glob("step-*")), reverse=True))
+    checkpoint = next((folder / name for name in names if (folder / name / "manifest.json").is_file()), None)
+    raise UserError(
+        "checkpoint",
+        got=f"{setting} {str(path)!r}, which is the output of a run",
+        need="a model or checkpoint in it",
+        fix=f"give {checkpoint}" if checkpoint else "start that run again: it has no complete checkpoint",
+    )
+
+
+def _is_huggingface(path: Path) -> bool:
+    return (path / "config.json").is_file() and not (path / "manifest.json").exists()

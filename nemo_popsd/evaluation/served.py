@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from nemo_popsd.data.config import DataConfig
-from nemo_popsd.data.files import resolve_path
+from nemo_popsd.data.models import model_path
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.endpoint import Endpoint
@@ -30,7 +30,7 @@ def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str
     Raises:
         UserError: sets or samples do not fit (see `nemo_popsd.evaluation.run`), or the server fails.
     """
-    directory = resolve_path(source, setting="student.source")
+    directory = model_path(source)
     tokenizer = load_tokenizer(directory, setting="student.source")
     endpoint = Endpoint(settings.endpoint, tokenizer)
     problem_sets = prepare_sets(settings, data, tokenizer, model=endpoint.model, output=output)
