@@ -118,13 +118,17 @@ overrides=("$@")
 read -r -a evaluation <<<"${POPSD_EVALUATE_OPTIONS:-}"
 source=$(path_setting student.source)
 output=$(path_setting output)
+if [[ -z $output ]]; then
+  name=$(path_setting name) file=${conf##*/}
+  output=runs/${name:-${file%.*}}
+fi
 validation=$(setting data.validation.path)
 sets=$(setting evaluation.sets)
 for word in "${overrides[@]}"; do
   [[ $word != evaluation.sets.*=?* ]] || sets=mapping
 done
-[[ -n $source && -n $output ]] || {
-  echo "pipeline: got student.source='$source' and output='$output'; need both; set them in $conf or as key=value" >&2
+[[ -n $source ]] || {
+  echo "pipeline: got no student.source; need the Hugging Face directory; set it in $conf or as key=value" >&2
   exit 2
 }
 override student.source "$source"

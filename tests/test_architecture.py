@@ -187,7 +187,19 @@ def test_the_documents_name_every_package_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     documents = readme + "".join(file.read_text() for file in sorted((ROOT / "docs").rglob("*.md")))
     assert [package for package in packages() if not re.search(rf"\b{package}/", documents)] == []
-    commands = ["train", "evaluate", "diagnose", "report", "export", "convert", "plan", "rollouts", "config", "doctor"]
+    commands = [
+        "init",
+        "train",
+        "evaluate",
+        "diagnose",
+        "report",
+        "export",
+        "convert",
+        "plan",
+        "rollouts",
+        "config",
+        "doctor",
+    ]
     for command in commands:
         assert f"popsd {command}" in documents
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, number
+from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, example, number
 from nemo_popsd.config.paths import path_argument
 
 WRONG = 2
@@ -20,6 +20,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "data",
         help="check the rows of a run, or convert a published data set to rows",
         description="Check the rows of a configuration before a run, or convert a published data set to rows.",
+        epilog=example("popsd data check conf/tiny.yaml"),
     )
     actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
@@ -27,8 +28,8 @@ def add_parser(subparsers: Subparsers) -> None:
         help="show rows in every template, lengths, duplicates, leaks and answers",
         description="Read all rows of CONF, and show some of them as student and teachers see them, their lengths in "
         "tokens against the limits, repeated questions, questions of the evaluation that are trained on, and how "
-        "answers are compared. Reads no weights. Exit status 2 if something is wrong. "
-        "Example: popsd data check conf/tiny.yaml",
+        "answers are compared. Reads no weights. Exit status 2 if something is wrong.",
+        epilog=example("popsd data check conf/tiny.yaml"),
     )
     add_config_arguments(check)
     check.add_argument(
@@ -40,8 +41,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "convert",
         help="write a published data set as JSONL with question, reference and answer",
         description="Write the mathematics of a published data set as JSONL with the columns id, question, reference "
-        "and answer, as far as they are published. Example: popsd data convert openthoughts "
-        "/data/OpenThoughts3-1.2M /data/openthoughts.jsonl --rows 30000",
+        "and answer, as far as they are published.",
+        epilog=example(
+            "popsd data convert openthoughts /data/OpenThoughts3-1.2M /data/openthoughts.jsonl --rows 30000",
+            "popsd data convert aime /data/aime_2025 /data/aime25.jsonl",
+        ),
     )
     convert.add_argument("layout", metavar="LAYOUT", choices=LAYOUTS, help=", ".join(LAYOUTS))
     convert.add_argument(

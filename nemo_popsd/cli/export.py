@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_popsd.cli.arguments import Subparsers
+from nemo_popsd.cli.arguments import Subparsers, example
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
@@ -19,7 +19,11 @@ def add_parser(subparsers: Subparsers) -> None:
         help="write a NeMo checkpoint as a Hugging Face directory",
         description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT, adapters merged, or its "
         "adapters alone for PEFT, with a model card. An earlier export in OUTPUT is replaced; anything else there is "
-        "refused. Example: popsd export runs/tiny/checkpoints/final tiny_hf",
+        "refused.",
+        epilog=example(
+            "popsd export runs/tiny/checkpoints/final models/tiny",
+            "popsd export --adapter runs/qwen3_8b/checkpoints/final models/adapter --base Qwen/Qwen3-8B",
+        ),
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_argument, help="NeMo checkpoint of a run")
     parser.add_argument("output", metavar="OUTPUT", type=path_argument, help="directory to write")

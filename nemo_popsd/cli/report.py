@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nemo_popsd.cli.arguments import Subparsers
+from nemo_popsd.cli.arguments import Subparsers, example
 from nemo_popsd.config.paths import path_argument
 
 
@@ -16,6 +16,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="write one page about one or several runs",
         description="Write one self-contained HTML page about the training runs in the directories RUN: whether "
         "accuracy changed, whether the model kept thinking, what the target promoted. Several runs are compared.",
+        epilog=example("popsd report runs/a runs/b --output report.html"),
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=path_argument, help="output directory of a training run")
     parser.add_argument(

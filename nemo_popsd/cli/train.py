@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_popsd.cli.arguments import Subparsers, add_config_arguments
+from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, example
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.parallel.launcher import read_launch
@@ -19,6 +19,10 @@ def add_parser(subparsers: Subparsers) -> None:
         help="train a model with Purified OPSD",
         description="Train a model with the settings of CONF; checkpoints, metrics and the resolved configuration are "
         "written to `output`.",
+        epilog=example(
+            "popsd train conf/tiny.yaml training.steps=4 output=runs/first",
+            "torchrun --nproc-per-node 2 -m nemo_popsd train conf/tiny.yaml parallel.tensor=2",
+        ),
     )
     add_config_arguments(parser)
     parser.set_defaults(run=run)

@@ -18,10 +18,10 @@ from nemo_popsd.data.config import DataConfig, SourceConfig
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, build_dataset, build_evaluation_prompts
 from nemo_popsd.data.limits import refuse_beyond_positions
+from nemo_popsd.data.models import missing_model, model_path
 from nemo_popsd.data.overlap import Questions
 from nemo_popsd.data.report import DataReport
 from nemo_popsd.data.tokenizer import load_tokenizer
-from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.algebra.sameness import compared_as
 from nemo_popsd.evaluation.config import EvaluationConfig
@@ -284,9 +284,9 @@ def _listed(texts: Iterable[str], total: int) -> str:
 
 def _read_model(source: str) -> _Model:
     """Tokenizer and sizes of a Hugging Face directory, or of the one inside a NeMo checkpoint."""
-    if not source:
-        raise UserError("data", got="no student.source", need="a model's tokenizer", fix="set student.source")
-    directory: Path = local_path(source)
+    directory: Path = model_path(source)
+    if not source or not directory.exists():
+        raise missing_model(source, setting="student.source")
     inside = directory / "huggingface"
     directory = inside if not (directory / "config.json").exists() and inside.is_dir() else directory
     tokenizer = load_tokenizer(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,9 +20,8 @@ from nemo_popsd.commands.run_directory import RunDirectory
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
-from nemo_popsd.data.files import resolve_path
+from nemo_popsd.data.models import model_path
 from nemo_popsd.diagnosis.record import refuse_other_files
-from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.run import as_file_name, conclude_all, prepare_sets, weights_digest
 from nemo_popsd.files.output_lock import OutputLock
@@ -61,6 +61,8 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     run.begin(completed)
     _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
     model.stop.install()
+    if sys.stderr.isatty():
+        _print("Ctrl-C saves the last completed step and stops, and the same command resumes; twice ends at once")
     succeeded: bool | None = False
     try:
         _train(config, trainer, model, run)
@@ -116,7 +118,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     initialize(config.parallel, seed=config.seed, timeout=_LONGEST_EVALUATION)
     without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
     model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
-    digest = weights_digest(resolve_path(name, setting="student.source"))
+    digest = weights_digest(model_path(name))
     problem_sets = prepare_sets(
         config.evaluation,
         config.data,
@@ -190,7 +192,7 @@ def export(checkpoint: str, output: str, *, options: CardOptions) -> None:
 
 def _refuse_as_output(output: str, checkpoint: str, opened: NemoCheckpoint) -> None:
     """Refuses an output that is, contains or is inside the checkpoint or the base."""
-    base = local_path(opened.config.student.source)
+    base = model_path(opened.config.student.source)
     refuse_overlap(Path(output), {"CHECKPOINT": checkpoint, "the base model": base}, setting="OUTPUT")
 
 

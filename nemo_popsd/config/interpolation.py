@@ -16,7 +16,7 @@ from nemo_popsd.config.values import LONGEST_TEXT, from_interpolation
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.checks import shown
 
-_MOST = 24
+_MOST = 25  # that of the default of `output` is one
 _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
 
 

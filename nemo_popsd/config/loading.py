@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_popsd.config.consistency import check_sections
+from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.documents import LISTED, read_file, read_override
 from nemo_popsd.config.interpolation import escaped, resolve
 from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
@@ -29,7 +29,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
     """Read, override and check a configuration. The models, data and directories that it names need not exist.
 
     Args:
-        path: YAML file; keys left out have the schema's defaults.
+        path: YAML file; keys left out have the schema's defaults, except for `name`, which is that of the file, and
+            `output`, which is ``runs/${name}``.
         overrides: ``key=value`` with dotted keys, applied in order. A value is YAML (``null``, ``[a, b]``, ``1e-5``),
             except that the value of a text key is taken literally unless it is ``null`` or quoted.
 
@@ -37,7 +38,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
         UserError: the file cannot be read, a key is unknown (the nearest known one is named) or repeated, a value is
             missing (``???``), has the wrong type or is impossible, or two sections contradict each other.
     """
-    return load_schema(PopsdConfig, read_file(Path(path)), overrides, what=f"configuration {path}")
+    path = Path(path)
+    tree = {"name": escaped(path.stem), "output": "runs/${name}", **read_file(path)}
+    return load_schema(PopsdConfig, tree, overrides, what=f"configuration {path}")
 
 
 def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence[str], *, what: str) -> T:
@@ -103,6 +106,12 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
     config = _build(PopsdConfig, values)
     check_sections(config)
     return config
+
+
+def by_key(config: PopsdConfig) -> dict[str, object]:
+    """The values of `config` by dotted name of the setting."""
+    known = known_keys()
+    return {key: value for key, value in _flat(asdict(config), known) if not is_dataclass(known[key])}
 
 
 def save_resolved(config: PopsdConfig, path: str | Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_popsd.data.models import model_path
 from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import parse_json, read_json
@@ -89,10 +90,10 @@ def read_sizes(source: str) -> tuple[ModelSizes, str]:
     """
     if source.startswith(PREFIX):
         return _parse(json.loads((asset(source) / "config.json").read_text()), source), f"config.json of {source}"
-    path = Path(source).expanduser()
+    path = model_path(source)
     for file in (path / "config.json", path / "huggingface" / "config.json"):
         if file.is_file():
-            return _parse(_object(read_json(file), str(file)), path.name), str(file)
+            return _parse(_object(read_json(file), str(file)), Path(source).name), str(file)
     if path.suffix == ".nemo" and path.is_file():
         config = _object(parse_json(_from_archive(path), source), source)
         return _parse(config, path.stem), f"config.json in {source}"

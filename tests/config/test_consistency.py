@@ -7,10 +7,11 @@ from nemo_popsd.config.consistency import (
     check_checkpoint,
     check_evaluation_run,
     check_layout,
+    check_model_directory,
     check_output,
-    check_sections,
     check_training_run,
 )
+from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.distillation.config import TokensConfig
@@ -374,3 +375,36 @@ def test_overlap_needs_another_process_and_an_age() -> None:
     assert RolloutConfig(overlap=True, engine="vllm").age_bound == 1
     assert RolloutConfig(tokens_per_step=5, max_age=3).age_bound == 3
     assert RolloutConfig(max_age=3).age_bound == 0, "without overlap or a token budget, every response is on-policy"
+
+
+def test_a_run_in_place_of_a_model_is_refused_with_its_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("step-000010", "step-000020"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    save_resolved(runnable, run / "config.yaml")
+    with pytest.raises(UserError, match="it has no complete checkpoint"):
+        check_checkpoint(str(run), setting="--checkpoint")
+    (run / "checkpoints" / "step-000010" / "manifest.json").touch()
+    runnable.student.source = str(run)
+    with pytest.raises(UserError, match=r"student\.source '.*', which is the output of a run; .*give .*/step-000010$"):
+        check_training_run(runnable, world_size=1)
+    (run / "checkpoints" / "final").mkdir()
+    (run / "checkpoints" / "final" / "manifest.json").touch()
+    with pytest.raises(UserError, match=r"give .*/checkpoints/final$"):
+        check_checkpoint(str(run), setting="--checkpoint")
+    check_checkpoint(str(run / "checkpoints" / "final"), setting="--checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [("--checkpoint", "set student.source to it"), ("CHECKPOINT", "hf-to-nemo"), ("SRC", "hf-to-nemo")],
+)
+def test_a_model_in_the_other_format_is_refused_with_the_command(setting: str, fix: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=f"which is a Hugging Face directory; .*{fix}"):
+        check_checkpoint(str(tmp_path), setting=setting)
+    check_model_directory(str(tmp_path), setting="SRC")
+    (tmp_path / "manifest.json").touch()
+    check_checkpoint(str(tmp_path), setting=setting)
+    with pytest.raises(UserError, match=r"which is a NeMo checkpoint; .*nemo-to-hf"):
+        check_model_directory(str(tmp_path), setting="SRC")

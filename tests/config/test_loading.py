@@ -26,8 +26,32 @@ def refusal(path: Path, *overrides: str) -> str:
 
 
 def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, "")) == PopsdConfig()
-    assert load_config(write(tmp_path, "# nothing\n")) == PopsdConfig()
+    defaults = PopsdConfig(name="run", output="runs/run")
+    assert load_config(write(tmp_path, "")) == defaults
+    assert load_config(write(tmp_path, "# nothing\n")) == defaults
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("", [], ("run", "runs/run")),
+        ("name: a", [], ("a", "runs/a")),
+        ("name: a", ["name=b"], ("b", "runs/b")),
+        ("name: a\noutput: x", ["name=b"], ("b", "x")),
+        ("", ["output=y"], ("run", "y")),
+    ],
+)
+def test_the_output_has_the_name_of_the_run_and_the_run_that_of_its_file(
+    tmp_path: Path, text: str, overrides: list[str], expected: tuple[str, str]
+) -> None:
+    config = load_config(write(tmp_path, text), overrides)
+    assert (config.name, config.output) == expected
+
+
+def test_the_name_of_a_file_is_taken_literally(tmp_path: Path) -> None:
+    path = tmp_path / "${seed}.yaml"
+    path.write_text("output: x")
+    assert load_config(path).name == "${seed}"
 
 
 def test_file_then_overrides_in_order(tmp_path: Path) -> None:
@@ -159,7 +183,7 @@ def test_malformed_overrides(tmp_path: Path, override: str) -> None:
 def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POPSD_TEST_STEPS", "12")
     config = load_config(write(tmp_path, "training: {steps: '${oc.env:POPSD_TEST_STEPS}'}\noutput: runs/${name}"))
-    assert (config.training.steps, config.output) == (12, "runs/popsd")
+    assert (config.training.steps, config.output) == (12, "runs/run")
     monkeypatch.setenv("POPSD_TEST_STEPS", "many")
     assert "training.steps" in refusal(tmp_path / "run.yaml")
     monkeypatch.delenv("POPSD_TEST_STEPS")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nemo_popsd.config.consistency import check_sections
+from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.data.templates import check_templates, student_turn, teacher_turn
 from nemo_popsd.planning.config import PlanConfig

@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_popsd.embedded.names import asset
 
-AS_WRITTEN = re.compile(r"popsd (plan|doctor|config) .*")
+AS_WRITTEN = re.compile(r"popsd (plan|doctor|config|init)( .*)?")
 """Commands that need no model."""
 _WITH_STAND_INS = re.compile(r"popsd (train|evaluate|diagnose|export|convert|rollouts|data) .*")
 NOT_RUN = {
@@ -33,6 +33,7 @@ NOT_RUN = {
     r"sbatch .*|slurm/pipeline\.sh .*": "a cluster; tests/slurm submits the scripts to a Slurm on this machine",
     r".*--compare .*": "evaluations of another page's models; docs/tour.md compares two",
     r"(python -m benchmarks\.bundle|python3 -m pip) .*": "downloads wheels, and installs what was downloaded",
+    r"python -m pip .*": "downloads gigabytes; tests/packaging builds the wheel and runs it in a fresh environment",
     r"(PYTHONPATH=SITE python3|python) -m benchmarks\.gpu.*": "a GPU; tests/benchmarks/test_gpu.py runs the rehearsal",
     r"python -m experiments\..*": "hours; tests/experiments runs the same functions on a few rows",
 }
