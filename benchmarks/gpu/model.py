@@ -17,6 +17,7 @@ from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.data.records import Record
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.model.training import build_weights
 from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams
@@ -127,7 +128,8 @@ class Run:
         reader = ResponseReader(
             count_markers=lambda response: 0, marked=lambda response: [False] * len(response), is_right=None
         )
-        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, reader)
+        weights = build_weights(self.config.distillation, self.student)
+        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, reader, weights)
 
     def update(self) -> None:
         """Updates the weights and counts the step."""

@@ -7,13 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_popsd.config.branches import check_training_source
 from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.config.sections import data_settings
 from nemo_popsd.data.models import missing_model, model_path
 from nemo_popsd.data.sources import check_source
-from nemo_popsd.data.views import Views
 from nemo_popsd.embedded.names import PREFIX
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.checkers import load_checker
@@ -44,17 +43,6 @@ _FOR_HUGGINGFACE = {
     "SRC": "use it as it is, or convert it with `popsd convert hf-to-nemo`",
 }
 """What to do with a Hugging Face directory in the place of a NeMo checkpoint, by argument."""
-
-
-def _check_training_source(config: PopsdConfig) -> None:
-    """Refuse training rows without a column that a teacher's view or the weights of tokens need."""
-    views = Views.of(data_settings(config))
-    check_source(
-        config.data.train,
-        setting="data.train",
-        need_reference=views.need_reference,
-        need_answer=views.need_answer or config.distillation.tokens.by_answer,
-    )
 
 
 def check_layout(config: PopsdConfig, *, world_size: int) -> None:
@@ -118,7 +106,7 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     _check_best_metric(config)
     _check_student(config)
     _check_engine(config)
-    _check_training_source(config)
+    check_training_source(config)
     if config.data.validation.path:
         check_source(config.data.validation, setting="data.validation", need_reference=False, need_answer=True)
     check_output(config.output)
@@ -212,7 +200,7 @@ def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str
     check_layout(config, world_size=world_size)
     _check_weights(config, checkpoint)
     _check_engine(config)
-    _check_training_source(config)
+    check_training_source(config)
     check_output(config.output)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from nemo_popsd.config.branches import check_branches
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.config.sections import data_settings
-from nemo_popsd.data.views import NONE, OTHER, Views
-from nemo_popsd.distillation.target_families import FAMILIES
 from nemo_popsd.errors import UserError
 
 
@@ -31,7 +29,7 @@ def check_sections(config: PopsdConfig) -> None:
             need="one update per step: with a token budget the number of finished responses is not fixed",
             fix="set training.updates_per_step=1 or rollout.tokens_per_step=0",
         )
-    _check_contexts(config)
+    check_branches(config)
     _check_precision(config)
     if optimizer.overlap_param_gather and training.updates_per_step == 1:
         raise UserError(
@@ -46,40 +44,6 @@ def check_sections(config: PopsdConfig) -> None:
             got=f"optimizer.min_lr={optimizer.min_lr} with optimizer.lr={optimizer.lr}",
             need="a final learning rate no higher than the peak",
             fix="set optimizer.min_lr or optimizer.lr",
-        )
-
-
-def _check_contexts(config: PopsdConfig) -> None:
-    """Refuse thinking and views of the teachers that do not fit the family of the target."""
-    data, name = config.data, config.distillation.target.family
-    family = FAMILIES[name]
-    for role in ("privileged", "reference_only"):
-        teacher = getattr(data, role)
-        if family.same_prefix and teacher.enable_thinking not in (None, data.enable_thinking):
-            raise UserError(
-                "configuration",
-                got=f"data.{role}.enable_thinking={str(teacher.enable_thinking).lower()} with data.enable_thinking="
-                f"{str(data.enable_thinking).lower()} and distillation.target.family={name}",
-                need="the same thinking in all contexts: this target adds the difference of the teachers to the "
-                "student's context token by token, and a thought that one prompt closes and another does not would "
-                "count as an effect of the question",
-                fix=f"set data.{role}.enable_thinking=null, or another family",
-            )
-        if family.view is not None and teacher.view not in (None, family.view):
-            raise UserError(
-                "configuration",
-                got=f"data.{role}.view={teacher.view} with distillation.target.family={name}",
-                need=f"the view {family.view}, which the family determines",
-                fix=f"set data.{role}.view=null, or another family",
-            )
-    views = Views.of(data_settings(config))
-    if family.borrowed == "reference" and views.privileged == views.reference and views.reference in (NONE, OTHER):
-        raise UserError(
-            "configuration",
-            got=f"data.privileged.view={views.privileged} and data.reference_only.view={views.reference} with "
-            f"distillation.target.family={name}",
-            need="teachers that differ: with one prompt for both, their difference is 0 at every token",
-            fix="set data.privileged.view or data.reference_only.view",
         )
 
 

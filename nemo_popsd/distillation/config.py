@@ -110,13 +110,32 @@ class TokensConfig:
 
 
 @dataclass(kw_only=True)
+class WeightsConfig:
+    """The weights of a frozen branch."""
+
+    weights: str = "frozen"
+    """`frozen`: the initial weights (the paper's and OPSD's). `live`: the student's before the step. `ema`: their
+    moving average. `snapshot`: a copy of them that is renewed. The last two are a second set of the trained weights in
+    fp32: of the adapters with LoRA, of all weights under full fine-tuning (on the host with
+    `student.frozen_copy=host`)."""
+    decay: Annotated[float, Bounds(0, 1, below=True)] = 0.999
+    """For `ema`: average = decay · average + (1 - decay) · weights."""
+    every: Annotated[int, Bounds(1, 10**8)] = 1
+    """For `ema` and `snapshot`: number of steps between two renewals, each after a step."""
+
+
+@dataclass(kw_only=True)
 class DistillationConfig:
-    """What is distilled, and how tokens are averaged."""
+    """What is distilled, into which mean, and whose weights the frozen branches have."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
     """The target distribution."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     """The divergence."""
+    teacher: WeightsConfig = field(default_factory=WeightsConfig)
+    """The weights of the privileged and of the reference-only teacher. A diagnosis decomposes the frozen ones."""
+    anchor: WeightsConfig = field(default_factory=WeightsConfig)
+    """The weights of the base in the target."""
     loss_mean: str = "sequence"
     """`sequence`: mean over tokens of each response, then over responses (the paper's). `token`: over all tokens of
     the global batch (official OPSD's)."""
@@ -135,4 +154,13 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         one_of("distillation.loss_mean", self.loss_mean, ("sequence", "token"))
         one_of("distillation.fused", self.fused, ("auto", "always", "never"))
+        for name, section in (("teacher", self.teacher), ("anchor", self.anchor)):
+            one_of(f"distillation.{name}.weights", section.weights, ("frozen", "live", "ema", "snapshot"))
+            check_numbers(section, f"distillation.{name}")
         check_numbers(self, "distillation")
+
+    @property
+    def moving_copies(self) -> int:
+        """Number of second sets of the trained weights that teachers and anchor need."""
+        moving = [section for section in (self.teacher, self.anchor) if section.weights in ("ema", "snapshot")]
+        return len(moving) - (len(moving) == 2 and self.teacher == self.anchor)

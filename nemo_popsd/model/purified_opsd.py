@@ -237,8 +237,6 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             bf16=self.settings.student.precision == "bf16",
             fields=self.settings.megatron.values("optimizer"),
         )
-        if self._checkpoint is not None and self._resumes:
-            resume_optimizer(self._checkpoint, self.student.chunks, optimizer)
         digest = self.base["fingerprint"] if self.base else open_source(self.settings.student.source).weights_digest()
         self.base = {"source": self.settings.student.source, "fingerprint": digest}
         assert self.training_data is not None
@@ -252,6 +250,8 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             check_lock=self.checkpoints.check_lock,
             stop=self.stop,
         )
+        if self._checkpoint is not None and self._resumes:
+            resume_optimizer(self._checkpoint, self.student.chunks, optimizer, self._step.weights.state)
         self.optimizer = optimizer
         return optimizer
 
@@ -334,10 +334,12 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
     def training_content(self) -> Content:
         """What a checkpoint of a run saves, except the random state: adapters only where the base is unchanged."""
         assert self.optimizer is not None
+        assert self._step is not None
         return replace(
             self.content(),
             adapters_only=self.student.adapters is not None,
             optimizer=self.optimizer.megatron,
+            copies=self._step.weights.state,
             facts={"data": self.data_digest},
         )
 
@@ -366,8 +368,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         return super().restore_from(str(restore_path), *args, **kwargs)
 
     def export_huggingface(self, output: str | Path, *, card: str | None = None) -> None:
-        """Writes the student as a Hugging Face directory, adapters merged, with the model card `card` of rank 0, if
-        any. Collective over all ranks.
+        """Writes the student as a Hugging Face directory, adapters merged, with a model card. Collective on all ranks.
 
         Raises:
             UserError: on all ranks, if a weight is not finite.

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.records import Record
 from nemo_popsd.diagnosis.pieces import marked_tokens, token_pieces
+from nemo_popsd.distillation.config import DistillationConfig
+from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.evaluation.answers import extract_answer
 from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.markers import count_markers
+from nemo_popsd.megatron.moving import BranchWeights
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.data import TrainingData
 from nemo_popsd.parallel.signals import StopSignals
@@ -59,7 +62,14 @@ def build_step(
         stop=stop,
     )
 
-    return OnPolicyStep(config.training, config.distillation, student, rollouts, build_reader(config, tokenizer))
+    reader, weights = build_reader(config, tokenizer), build_weights(config.distillation, student)
+    return OnPolicyStep(config.training, config.distillation, student, rollouts, reader, weights)
+
+
+def build_weights(config: DistillationConfig, student: Student) -> BranchWeights:
+    """The weights of the frozen branches of a run; copies of the student's where they move."""
+    output_follows = "anchor" if build_target(config.target).base else "teacher"
+    return BranchWeights(student, config.anchor, config.teacher, output_follows=output_follows)
 
 
 def build_reader(config: PopsdConfig, tokenizer: PreTrainedTokenizerBase) -> ResponseReader:

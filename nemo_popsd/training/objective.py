@@ -5,7 +5,7 @@ Shapes: N response tokens of the micro-batch, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from nemo_popsd.distillation import (
     loss_from_hidden,
 )
 from nemo_popsd.megatron.microbatches import MicroBatch
+from nemo_popsd.megatron.moving import OutputMatrix
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.training.branches import TargetStates
 
@@ -57,17 +58,22 @@ class Objective:
         chunk_tokens: int | None,
         fused: str,
         gates: Gates | None = None,
+        output: Callable[[], OutputMatrix] | None = None,
     ) -> None:
-        """Keeps references only; see `nemo_popsd.distillation.config` for the arguments."""
+        """Keeps references only; see `nemo_popsd.distillation.config` for the arguments.
+
+        Without `output`, the frozen branches have the output matrix of the student's base.
+        """
         self._student = student
         self.target = target
         self.divergence = divergence
         self._chunk_tokens = chunk_tokens
         self._fused = fused
         self._gates = gates or Gates()
+        self._output = output or (lambda: OutputMatrix(lambda: student.base_weight, lambda: student.centre))
 
     def with_target(self, target: Target) -> Objective:
-        """The same divergence from another target, on all tokens: without gates."""
+        """The same divergence from another target of the student's base, on all tokens: without gates."""
         return Objective(self._student, target, self.divergence, chunk_tokens=self._chunk_tokens, fused=self._fused)
 
     def __call__(
@@ -83,19 +89,20 @@ class Objective:
                 `hidden_NH`; see `training.weights`.
         """
         student, batch_states = self._student, [states[row] for row in batch.sequences]
+        output = self._output()
         share_N = torch.cat([hidden_NH.new_zeros(0, dtype=torch.float32), *(shares[row] for row in batch.sequences)])
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
             _joined([state.vectors for state in batch_states], hidden_NH.device),
-            student.base_weight,
+            output.weight(),
             target=self.target,
             divergence=self.divergence,
             shard=student.vocab_shard,
             gates=self._gates,
             token_weights=share_N,
             chunk_tokens=self._chunk_tokens,
-            centre=student.centre,
+            centre=output.centre(),
             fused=self._fused,
             main_gradient=student.main_gradient,
             diagnosed=_diagnosed(batch, batch_states, hidden_NH.device),

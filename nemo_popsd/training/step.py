@@ -14,6 +14,7 @@ from nemo_popsd.distillation.gates import build_gates
 from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.megatron.forward import forward_backward, student_batches
 from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
+from nemo_popsd.megatron.moving import BranchWeights
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.observability.metrics import StepMetrics
@@ -37,7 +38,12 @@ _CHECKED_SEQUENCES = 4
 
 
 class OnPolicyStep:
-    """Carries out training steps. Its only state is in `rollouts`: what is being generated for the next step."""
+    """Carries out training steps. Its only state is in `rollouts`, what is being generated for the next step, and in
+    `weights`.
+
+    Attributes:
+        weights: of the frozen branches; copies that follow the student are part of a checkpoint.
+    """
 
     def __init__(
         self,
@@ -46,6 +52,7 @@ class OnPolicyStep:
         student: Student,
         rollouts: StepRollouts,
         reader: ResponseReader,
+        weights: BranchWeights,
     ) -> None:
         """Builds target, objective and frozen branches.
 
@@ -55,11 +62,12 @@ class OnPolicyStep:
             student: the model and its base.
             rollouts: where each step gets its trajectories.
             reader: reads the text of responses.
+            weights: of the frozen branches.
         """
         self._training = training
         self._student = student
         self._rollouts = rollouts
-        self._reader = reader
+        self._reader, self.weights = reader, weights
         self._tokens, self._loss_mean = distillation.tokens, distillation.loss_mean
         target = build_target(distillation.target)
         self._objective = Objective(
@@ -69,9 +77,11 @@ class OnPolicyStep:
             chunk_tokens=distillation.chunk_tokens,
             fused=distillation.fused,
             gates=build_gates(distillation.tokens),
+            output=weights.output,
         )
         self._branches = FrozenBranches(
-            student.base,
+            weights.anchor,
+            weights.teacher,
             target,
             token_budget=training.frozen_tokens,
             diagnosed_tokens=distillation.diagnosed_tokens,
@@ -124,6 +134,7 @@ class OnPolicyStep:
                 update()
                 refuse_non_finite_update(step, optimizer.trained, optimizer.learning_rate)
                 reports += reported
+        self.weights.follow(step)
         counted = trajectories if self._student.owns_trajectories else []
         metrics = summarize_step(
             reports if self._student.owns_loss else [],

@@ -14,7 +14,7 @@ from nemo_popsd.config.consistency import (
 from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.distillation.config import TokensConfig
+from nemo_popsd.distillation.config import TokensConfig, WeightsConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.ownership import EXPORT, RUN, write_mark
 from nemo_popsd.megatron.config import OptimizerConfig
@@ -89,6 +89,26 @@ def test_views_that_a_family_has_no_use_for_are_refused() -> None:
     check_sections(config)
     config.data.reference_only.view = "answer"
     with pytest.raises(UserError, match=r"data\.reference_only\.view=answer .*the view none, which the family"):
+        check_sections(config)
+
+
+def test_moving_weights_that_need_two_output_matrices_are_refused() -> None:
+    config = PopsdConfig()
+    config.distillation.teacher = WeightsConfig(weights="ema")
+    assert config.student.adaptation == "lora"
+    check_sections(config)
+    config.student.adaptation = "full"
+    with pytest.raises(
+        UserError, match=r"teacher\.weights=ema and distillation\.anchor\.weights=frozen .*LoRA leaves it"
+    ):
+        check_sections(config)
+    config.distillation.anchor = WeightsConfig(weights="ema")
+    check_sections(config)
+    config.distillation.anchor = WeightsConfig()
+    config.distillation.target.family = "opsd"  # has no anchor
+    check_sections(config)
+    config.distillation.teacher.weights, config.training.updates_per_step = "live", 2
+    with pytest.raises(UserError, match=r"teacher\.weights=live .*updates_per_step=2; need one update per step"):
         check_sections(config)
 
 

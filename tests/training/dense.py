@@ -34,19 +34,22 @@ def dense_step(
     beta: float = 1.0,
     cap: float = 10.0,
     tokens: TokensConfig | None = None,
+    teacher: Path | None = None,
 ) -> DenseStep:
     """Loss, gradient of every tensor of `live`, and the metrics of the step with all tokens diagnosed.
 
-    With `tokens`, weighted: even tokens are markers, and a response is right if it begins with an even token.
+    `teacher` has the weights of both teachers, by default those of `base`. With `tokens`, weighted: even tokens are
+    markers, and a response is right if it begins with an even token.
     """
     student, frozen = load_dense(live, torch.float64), load_dense(base, torch.float64).requires_grad_(False)
+    teaching = frozen if teacher is None else load_dense(teacher, torch.float64).requires_grad_(False)
     per_sequence, rows, weights, counted = [], [], [], []
     for t in trajectories:
         answer, contexts = t.rollout.response, t.row.contexts
         log_student = response_log_probs(student, contexts.student, answer)
         log_base = response_log_probs(frozen, contexts.student, answer)
-        log_privileged = response_log_probs(frozen, contexts.privileged, answer)
-        log_reference = response_log_probs(frozen, contexts.reference, answer)
+        log_privileged = response_log_probs(teaching, contexts.privileged, answer)
+        log_reference = response_log_probs(teaching, contexts.reference, answer)
         delta = log_privileged - log_reference  # (13)
         delta = delta - delta.mean(-1, keepdim=True)  # (14)
         delta = cap * torch.tanh(delta / cap)  # (15)

@@ -16,8 +16,10 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.contexts import Contexts
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.data.records import Record
+from nemo_popsd.megatron.moving import BranchWeights
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.model.training import build_weights
 from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
@@ -70,6 +72,8 @@ class Run:
     optimizer: StudentOptimizer
     steps: int = 0
     reader: ResponseReader = EVEN_TOKENS
+    weights: BranchWeights | None = None
+    """Of the frozen branches, from the last `on_policy_step`."""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -110,7 +114,10 @@ class Run:
             rows=rows,
             stop=stop or StopSignals(),
         )
-        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, self.reader)
+        self.weights = build_weights(self.config.distillation, self.student)
+        return OnPolicyStep(
+            self.config.training, self.config.distillation, self.student, rollouts, self.reader, self.weights
+        )
 
     def update(self) -> None:
         """Updates the weights and counts."""

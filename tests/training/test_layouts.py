@@ -30,6 +30,11 @@ VARIANTS = {
     # Weights of tokens, and gates; which ranks own a token and its weight is the layout's.
     "weighted, padded": Variant(weighted=True),
     "weighted, packed": Variant(weighted=True, packing=True),
+    # Teachers that follow the student, of which a rank has its shards.
+    "moving, full, padded": Variant(moving=True),
+    "moving, full, packed": Variant(moving=True, packing=True),
+    "moving, lora, padded": Variant(moving=True, adaptation="lora"),
+    "moving, lora, packed": Variant(moving=True, adaptation="lora", packing=True),
     # Output matrix and embedding are one parameter, with a copy on the last stage of a pipeline.
     "tied, padded": Variant(kind="qwen3_tied"),
     "tied, packed": Variant(kind="qwen3_tied", packing=True),
@@ -108,18 +113,18 @@ def runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return {}
 
 
-WEIGHTED = ("tp2 sp", "pp2 vpp2", "cp2", "dp2 distributed")
-"""The layouts in which tokens are weighted: one for each way to split."""
+SOME = ("tp2 sp", "pp2 vpp2", "cp2", "dp2 distributed")
+"""The layouts in which tokens are weighted and teachers move: one for each way to split."""
 
 
 def variants_of(layout: str) -> dict[str, Variant]:
-    """Dense models, with tied embeddings only in pipelines; or mixtures of experts. Weighted in some layouts."""
+    """Dense models, with tied embeddings only in pipelines; or mixtures of experts. Weighted and moving in `SOME`."""
     experts = layout.startswith("experts")
     kinds = {"qwen3_moe"} if experts else {"qwen3", "qwen3_tied"} if "pp" in layout else {"qwen3"}
     return {
         name: variant
         for name, variant in VARIANTS.items()
-        if variant.kind in kinds and (not variant.weighted or (layout in WEIGHTED and variant.packing))
+        if variant.kind in kinds and (not (variant.weighted or variant.moving) or (layout in SOME and variant.packing))
     }
 
 
