@@ -66,7 +66,7 @@ def catch_foreign_output() -> None:
         if name.startswith("megatron.") and _PRINTER in vars(module):
             setattr(module, _PRINTER, _log)
     loading = sys.modules.get(_LOADING)
-    if loading is not None and not sys.stdout.isatty():
+    if loading is not None and "Progress" in vars(loading) and not sys.stdout.isatty():
         loading.Progress = _silent(loading.Progress)  # type: ignore[attr-defined]
 
 

@@ -162,6 +162,14 @@ def check_pipeline(words: Sequence[str]) -> None:
     check_popsd(["train", *rest])
 
 
+def check_sweep(words: Sequence[str]) -> None:
+    """Its own options, those of sbatch, then the arguments of the training."""
+    rest = [word for word in words if not word.startswith("-")]
+    grid = [word.partition("=")[2] for word in words if word.startswith("--grid=")]
+    seeds = [word.partition("=")[2] for word in words if word.startswith("--seeds=")]
+    check_popsd(["train", *rest, *(word for axis in grid for word in ("--grid", axis)), "--seeds", *seeds])
+
+
 def check_first_file(words: Sequence[str]) -> None:
     """Check that the first argument is a file of the repository, an environment, or the copy of an example."""
     made = {"slurm/env.sh": "slurm/env.example.sh", ".venv/bin/activate": "Makefile"}
@@ -194,6 +202,7 @@ _PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "make": check_make,
     "sbatch": check_sbatch,
     "slurm/pipeline.sh": check_pipeline,
+    "slurm/sweep.sh": check_sweep,
     "source": check_first_file,
     "cp": check_first_file,
     "docker": check_docker,

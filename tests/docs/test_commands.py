@@ -21,7 +21,9 @@ from tests.docs.command_checks import WrongCommandError, check, statements
 from tests.docs.command_runs import AS_WRITTEN, NOT_RUN, is_run_with_stand_ins, prepare, reason, with_stand_ins
 from tests.docs.pages import PAGES, ROOT, blocks, inline_code
 
-_INLINE = re.compile(r"(popsd|torchrun|make|sbatch|python -m|slurm/pipeline\.sh|[A-Z_]+=\S+ (?:python|popsd)) .*")
+_INLINE = re.compile(
+    r"(popsd|torchrun|make|sbatch|python -m|slurm/(?:pipeline|sweep)\.sh|[A-Z_]+=\S+ (?:python|popsd)) .*"
+)
 _PLACEHOLDER = re.compile(r"\b[A-Z][A-Z]+\b(?!=)|\.\.\.")
 
 
