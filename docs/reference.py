@@ -7,21 +7,20 @@ environment of a run. `docs/hooks.py` puts the pages into the site.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_popsd"
 sys.path.insert(0, str(ROOT))
 
+from nemo_popsd.config.description import Setting, class_node, field_texts, settings  # noqa: E402
 from nemo_popsd.config.schema import PopsdConfig  # noqa: E402
 from nemo_popsd.planning.config import PlanConfig  # noqa: E402
-from nemo_popsd.settings.bounds import Text  # noqa: E402
 
 MODEL = "nemo_popsd.model"
 """The package with the model class, which is first on the page of the API."""
@@ -29,28 +28,6 @@ NOT_LOGGED = ("confidence", "intervals")
 """Fields of an evaluation's summary that are in its summary.json and in no logger."""
 KEYS = {"pass_at": "/K", "marker_rates": "/MARKER"}
 """Fields of an evaluation's summary that are mappings, with a word for their keys."""
-TEXTS = {
-    Text.LINE: "one line",
-    Text.NAME: "a short line, not empty",
-    Text.PATH: "a path; a leading `~` is the home directory",
-    Text.PROSE: "text of any number of lines",
-}
-"""What a text may be, in words."""
-
-
-class Setting(NamedTuple):
-    """One setting of a configuration, or a section of them."""
-
-    name: str
-    """Dotted, as in an override."""
-    type: str
-    """Python's notation; empty for a section."""
-    default: str
-    """As YAML takes it; empty for a section."""
-    allowed: str
-    """Bounds, in words; may be empty."""
-    text: str
-    """The string under the field; for a section the docstring of its class."""
 
 
 class Metric(NamedTuple):
@@ -65,78 +42,6 @@ class Metric(NamedTuple):
 def parsed(path: Path) -> ast.Module:
     """The syntax tree of a file."""
     return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def field_texts(schema: ast.ClassDef) -> dict[str, str]:
-    """Field to the string below it, in the order of declaration; "" where there is none."""
-    found: dict[str, str] = {}
-    last = ""
-    for node in schema.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            last = node.target.id
-            found[last] = ""
-        elif last and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            found[last] = inspect.cleandoc(str(node.value.value))
-            last = ""
-        else:
-            last = ""
-    return found
-
-
-def class_node(path: Path, name: str) -> ast.ClassDef:
-    """The class `name` of a file."""
-    [node] = [node for node in parsed(path).body if isinstance(node, ast.ClassDef) and node.name == name]
-    return node
-
-
-def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
-    """Every setting of the dataclass `schema`: its own first, then each section with those inside it."""
-    texts = field_texts(class_node(Path(inspect.getfile(schema)), schema.__name__))
-    types, declared = get_type_hints(schema), get_type_hints(schema, include_extras=True)
-    sections = []
-    for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(types[field.name]):
-            sections.append(field.name)
-            continue
-        yield Setting(
-            prefix + field.name,
-            type_name(types[field.name]),
-            yaml_text(default(field)),
-            allowed(declared[field.name]),
-            texts[field.name],
-        )
-    for name in sections:
-        yield Setting(prefix + name, "", "", "", inspect.cleandoc(types[name].__doc__ or ""))
-        yield from settings(types[name], f"{prefix}{name}.")
-
-
-def default(field: dataclasses.Field[Any]) -> Any:
-    """The value of a field that nobody sets."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def type_name(hint: Any) -> str:
-    """`hint` as a reader writes it: int | None, list[str]."""
-    return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
-
-
-def yaml_text(value: Any) -> str:
-    """`value` as a configuration file has it, in one line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{', '.join(map(yaml_text, value))}]"
-    if isinstance(value, str):
-        return repr(value) if value == "" or "\n" in value or value != value.strip() else value
-    return str(value)
-
-
-def allowed(hint: Any) -> str:
-    """What the rule of an annotated type lets through, in words: an interval, or what a text is for."""
-    rules = getattr(hint, "__metadata__", ())
-    return ", ".join(TEXTS[rule] if isinstance(rule, Text) else str(rule) for rule in rules)
 
 
 def metrics() -> Iterator[Metric]:

@@ -13,6 +13,8 @@ set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=common.sh
 source "$home/slurm/common.sh"
+# shellcheck source=configuration.sh
+source "$home/slurm/configuration.sh"
 settings=${POPSD_ENV:-$home/slurm/env.sh}
 [[ ! -e $settings && -z ${POPSD_ENV:-} ]] || read_settings "$settings"
 
@@ -31,34 +33,6 @@ done
 conf=$1
 shift
 
-# setting SECTION.KEY...: the last override of that key, else its value in the file.
-setting() {
-  local key=$1 word value
-  value=$(from_file "${key//./ }")
-  for word in "${overrides[@]}"; do
-    [[ $word != "$key="* ]] || value=${word#*=}
-  done
-  printf '%s' "$value"
-}
-
-# path_setting SECTION.KEY: the value of that key as a path that is the same in all jobs.
-path_setting() {
-  local path single="^'([^']*)'\$" double='^"([^"\]*)"$'
-  path=$(setting "$1")
-  if [[ $path =~ $single || $path =~ $double ]]; then path=${BASH_REMATCH[1]}; fi
-  # Expanded as `popsd train` does, and not by the shell, which would also run a command in it.
-  # shellcheck disable=SC2016,SC2088
-  case $path in
-  null | '???') path= ;;
-  '~' | '~/'*) path=$HOME${path#'~'} ;;
-  '$HOME' | '$HOME/'*) path=$HOME${path#'$HOME'} ;;
-  '${HOME}' | '${HOME}/'*) path=$HOME${path#'${HOME}'} ;;
-  esac
-  [[ $path != *'$'* && $path != [\"\'~]* ]] ||
-    die "$USER_ERROR" "pipeline: got $1=$path; need a literal path, without variables, ~name and nested quotes, since four jobs must read it alike; set $1=PATH"
-  printf '%s' "$path"
-}
-
 # override KEY VALUE: adds an override, unless the configuration and the overrides have that value.
 override() {
   local word kept=()
@@ -67,34 +41,6 @@ override() {
     [[ $word == "$1="* ]] || kept+=("$word")
   done
   overrides=("${kept[@]}" "$1=$2")
-}
-
-# from_file "SECTION KEY": the value of a plain line in the YAML file; indentation determines the section.
-from_file() {
-  awk -v path="$1" '
-    BEGIN { depth = split(path, wanted, " "); at = 1 }
-    /^[ ]*(#|$)/ { next }
-    {
-      indent = match($0, /[^ ]/) - 1
-      while (at > 1 && indent <= indents[at - 1]) at--
-      line = substr($0, indent + 1)
-      if ((at == 1 ? indent == 0 : indent > indents[at - 1]) && index(line, wanted[at] ":") == 1) {
-        value = substr(line, length(wanted[at]) + 2)
-        if (at == depth) {
-          sub(/\r$/, "", value); gsub(/^ +| +$/, "", value)
-          quote = substr(value, 1, 1)
-          if (quote == "\"" || quote == "\047") {
-            length_in_quotes = index(substr(value, 2), quote) + 1
-            if (substr(value, length_in_quotes + 1) ~ /^( +#.*)?$/) value = substr(value, 1, length_in_quotes)
-          } else sub(/(^| +)#.*/, "", value)
-          # A list may also be below its key, with a line for each entry.
-          while (value == "" && (getline line) > 0) if (line !~ /^[ ]*(#|$)/) { if (line ~ /^[ ]*-/) value = "list"; break }
-          print value
-          exit
-        }
-        indents[at++] = indent
-      }
-    }' "$conf"
 }
 
 # submit NAME AFTER SCRIPT ARGUMENT...: prints the id; AFTER is the id of the previous job, or empty.
@@ -113,16 +59,19 @@ submit() {
 overrides=("$@")
 read -r -a evaluation <<<"${POPSD_EVALUATE_OPTIONS:-}"
 source=$(path_setting student.source)
-output=$(path_setting output)
+output=$(output_setting)
 validation=$(setting data.validation.path)
 sets=$(setting evaluation.sets)
-[[ -n $source && -n $output ]] || {
-  echo "pipeline: got student.source='$source' and output='$output'; need both; set them in $conf or as key=value" >&2
+for word in "${overrides[@]}"; do
+  [[ $word != evaluation.sets.*=?* ]] || sets=mapping
+done
+[[ -n $source ]] || {
+  echo "pipeline: got no student.source; need the Hugging Face directory; set it in $conf or as key=value" >&2
   exit 2
 }
 override student.source "$source"
 override output "$output"
-something="[^][ \"']" # neither empty nor an empty list
+something="[^][{} \"']" # neither empty nor an empty list or mapping
 [[ $validation != null ]] || validation=
 id=
 submitted=()

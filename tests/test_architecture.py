@@ -29,7 +29,8 @@ LAYERS = (
     ("testbed", "report"),
     ("config",),
     ("checkpoint", "planning", "doctor"),  # a checkpoint has the whole configuration of its run
-    ("model", "rehearsal"),
+    ("model",),
+    ("rehearsal",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -188,6 +189,7 @@ def test_the_documents_name_every_package_and_command() -> None:
     documents = readme + "".join(file.read_text() for file in sorted((ROOT / "docs").rglob("*.md")))
     assert [package for package in packages() if not re.search(rf"\b{package}/", documents)] == []
     commands = [
+        "init",
         "train",
         "evaluate",
         "diagnose",

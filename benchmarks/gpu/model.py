@@ -17,10 +17,12 @@ from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.data.records import Record
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.model.training import build_weights
 from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
+from nemo_popsd.training.reading import ResponseReader
 from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.step import OnPolicyStep
 
@@ -123,7 +125,11 @@ class Run:
             rows=None,
             stop=StopSignals(),
         )
-        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, lambda response: 0)
+        reader = ResponseReader(
+            count_markers=lambda response: 0, marked=lambda response: [False] * len(response), is_right=None
+        )
+        weights = build_weights(self.config.distillation, self.student)
+        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, reader, weights)
 
     def update(self) -> None:
         """Updates the weights and counts the step."""

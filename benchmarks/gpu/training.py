@@ -97,7 +97,6 @@ def _self_check(report: Report, trained: Run) -> None:
         trained.student,
         build_target(section.target),
         build_divergence(section.divergence),
-        loss_mean=section.loss_mean,
         chunk_tokens=section.chunk_tokens,
         fused=section.fused,
     )

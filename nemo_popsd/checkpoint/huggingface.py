@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nemo_popsd.checkpoint.architecture import CONFIG, read_architecture
+from nemo_popsd.checkpoint.model_card import CARD
 from nemo_popsd.checkpoint.model_files import TENSOR_NAMES, read_artifacts, read_tensor_names
 from nemo_popsd.checkpoint.rotation import PARAMETERS, SCALING, THETA
 from nemo_popsd.checkpoint.safetensors_files import SafetensorsFiles, write_shards
@@ -216,6 +217,7 @@ class HuggingFaceModel:
         *,
         merge_adapters: bool = True,
         shard_bytes: int = SHARD_BYTES,
+        card: str | None = None,
     ) -> None:
         """Writes `model` as a Hugging Face directory with its artifacts. Collective over all ranks.
 
@@ -227,11 +229,13 @@ class HuggingFaceModel:
             output: directory to write.
             merge_adapters: whether LoRA adapters are merged into the weights; False writes the base.
             shard_bytes: size at which a new file starts.
+            card: text of the model card; None writes none.
         """
         tensors = self.stream(model, merge_adapters=merge_adapters)
         if not dist.is_initialized() or dist.get_rank() == 0:
             on_host = ((name, tensor.cpu()) for name, tensor in tensors)
-            self.write(output, on_host, dtype=chunks_of(model)[0].config.params_dtype, shard_bytes=shard_bytes)
+            dtype = chunks_of(model)[0].config.params_dtype
+            self.write(output, on_host, dtype=dtype, shard_bytes=shard_bytes, card=card)
         else:
             for _ in tensors:  # The iteration is collective.
                 pass
@@ -245,6 +249,7 @@ class HuggingFaceModel:
         *,
         dtype: torch.dtype,
         shard_bytes: int = SHARD_BYTES,
+        card: str | None = None,
     ) -> None:
         """Writes a Hugging Face directory with `tensors` and this directory's artifacts. Runs on this process only.
 
@@ -256,9 +261,12 @@ class HuggingFaceModel:
             tensors: one for each of `tensor_names`.
             dtype: of the tensors; ``config.json`` is changed to name it.
             shard_bytes: size at which a new file starts.
+            card: text of the model card; None writes none.
         """
         with new_directory(Path(output), EXPORT) as partial:
             self.copy_artifacts(partial)
+            if card is not None:
+                (partial / CARD).write_text(card, encoding="utf-8")
             _declare_dtype(partial / "config.json", dtype)
             written = write_shards(tensors, partial, shard_bytes)
             if different := written ^ set(self.tensor_names):

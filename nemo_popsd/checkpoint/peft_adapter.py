@@ -13,18 +13,23 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from nemo_popsd.checkpoint.finite import non_finite_error
+from nemo_popsd.checkpoint.model_card import CARD, base_reference
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import new_directory
 from nemo_popsd.files.ownership import ADAPTER
 
 
-def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
+def write_peft_adapter(
+    checkpoint: NemoCheckpoint, output: Path, *, base: str | None = None, card: str | None = None
+) -> None:
     """Writes the adapters and the tokenizer. Runs on this process only. `output` appears when all files are complete.
 
     Args:
         checkpoint: of a run with LoRA.
         output: directory to write; an earlier adapter there is replaced.
+        base: name on the Hub or path by which the adapter refers to its base; None: that of `student.source`.
+        card: text of the model card; None writes none.
 
     Raises:
         UserError: the checkpoint has no adapters, or adapters on experts; a weight is NaN or Inf; or nemo_popsd did not
@@ -59,7 +64,7 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": student.source,
+        "base_model_name_or_path": base_reference(student.source, base),
         "r": student.lora.rank,
         "lora_alpha": student.lora.alpha,
         "lora_dropout": student.lora.dropout,
@@ -73,3 +78,5 @@ def write_peft_adapter(checkpoint: NemoCheckpoint, output: Path) -> None:
         (partial / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it readable only by its owner.
         (partial / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
         architecture.copy_tokenizer(partial)
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")

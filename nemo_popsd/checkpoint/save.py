@@ -26,7 +26,7 @@ from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEI
 from nemo_popsd.checkpoint.distributed_tensors import Piece
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.manifest import file_digest, file_digests, list_files, write_manifest
-from nemo_popsd.checkpoint.training_state import StagedState
+from nemo_popsd.checkpoint.training_state import Copies, StagedState
 from nemo_popsd.checkpoint.weights import StagedPieces, StagedWeights, adapter_parameters, every_parameter
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import (
@@ -72,6 +72,8 @@ class Content:
     """Whether only the adapters are saved."""
     optimizer: MegatronOptimizer | None = None
     """Megatron's optimizer, or None to save no training state."""
+    copies: Copies = field(default_factory=dict)
+    """Second sets of the trained weights, saved with the training state."""
     random_state: Mapping[str, Tensor] = field(default_factory=dict)
     """State of this rank's random generators, saved with the training state."""
     facts: Mapping[str, object] = field(default_factory=dict)
@@ -117,7 +119,11 @@ class PendingSave:
             self._weights = StagedWeights(content.models, self._partial / WEIGHTS, which=which, copy=background)
         if content.optimizer is not None:
             self._state = StagedState(
-                content.models, content.optimizer, self._partial, random_state=content.random_state
+                content.models,
+                content.optimizer,
+                self._partial,
+                copies=content.copies,
+                random_state=content.random_state,
             )
         self._require_space()
         self._thread = threading.Thread(target=self._write, name=f"save {self.path.name}", daemon=True)

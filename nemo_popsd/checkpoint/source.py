@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from nemo_popsd.checkpoint.digest import checkpoint_digest, directory_digest, hu
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint, is_nemo_checkpoint
 from nemo_popsd.checkpoint.nemo2 import Nemo2Checkpoint, is_nemo2_checkpoint
-from nemo_popsd.embedded.names import PREFIX, asset
+from nemo_popsd.data.models import model_path
 from nemo_popsd.megatron.build import Model
 from nemo_popsd.megatron.student import LoadWeights
 
@@ -45,7 +44,7 @@ def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
     Raises:
         UserError: `name` is not a supported source.
     """
-    path = asset(name) if name.startswith(PREFIX) else Path(name)
+    path = model_path(name)
     if is_nemo_checkpoint(path):
         checkpoint = NemoCheckpoint(path)
         recorded = checkpoint.config.student.source
@@ -75,7 +74,7 @@ def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
 def base_of(checkpoint: NemoCheckpoint, otherwise: str) -> str:
     """Source of a checkpoint's base: the recorded one if it still exists, else `otherwise`."""
     recorded = checkpoint.config.student.source
-    return recorded if recorded.startswith(PREFIX) or Path(recorded).exists() else otherwise
+    return recorded if model_path(recorded).exists() else otherwise
 
 
 def checked_base(checkpoint: NemoCheckpoint, name: str) -> LoadWeights:

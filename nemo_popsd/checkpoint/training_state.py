@@ -1,4 +1,6 @@
-"""Saves and loads the optimizer state, in pieces that any layout can read, and each rank's random state.
+"""Saves and loads the optimizer state, second sets of the trained weights, and each rank's random state.
+
+State and second sets are in pieces that any layout can read.
 
     training_state/index.json               Adam's step count; file, offset and shape of every piece
     training_state/rank-00000.safetensors   pieces that rank 0 wrote
@@ -29,7 +31,7 @@ from megatron.core.dist_checkpointing.optimizer import (
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_popsd.checkpoint.contents import STATE, STATE_INDEX, random_file
 from nemo_popsd.checkpoint.manifest import damaged
@@ -39,6 +41,10 @@ from nemo_popsd.megatron.optimizer_state import ParameterState, parameter_states
 from nemo_popsd.runtime.random_state import restore_random_state
 
 _READ_ERRORS = (OSError, KeyError, ValueError, TypeError, SafetensorError)
+
+
+Copies: TypeAlias = Mapping[str, Mapping[nn.Parameter, Tensor]]
+"""By name: fp32 values by trained parameter, each of the shape of this rank's shard."""
 
 
 class _StoredPiece(TypedDict):
@@ -70,6 +76,7 @@ class StagedState:
         optimizer: MegatronOptimizer,
         directory: Path,
         *,
+        copies: Copies | None = None,
         random_state: Mapping[str, Tensor],
     ) -> None:
         """Copies the state. Collective: one gather of names, and with the distributed optimizer one reduction per
@@ -79,6 +86,7 @@ class StagedState:
             models: this rank's chunks of the model, without wrappers.
             optimizer: Megatron's optimizer.
             directory: the checkpoint; its folder `STATE` must exist.
+            copies: second sets of the trained weights.
             random_state: state of this rank's random generators.
         """
         self._random = dict(random_state)
@@ -89,8 +97,12 @@ class StagedState:
         pieces: list[_StoredPiece] = []
         for index, (state, sharding) in enumerate(_with_sharding(models, optimizer)):
             owner = index % state.group.size()
-            for name in state.names:
-                tensor = state.gathered(name, owner)
+            second = {name: values[state.parameter] for name, values in (copies or {}).items()}
+            for name in (*state.names, *second):
+                if name in second:
+                    tensor = second[name] if state.group.rank() == owner else None
+                else:
+                    tensor = state.gathered(name, owner)
                 if tensor is None or not _written_by_this_shard(sharding):
                     continue
                 for piece in _pieces(sharding, tensor, name):
@@ -138,10 +150,18 @@ class StagedState:
         (self._folder / STATE_INDEX).write_text(json.dumps(self._index))
 
 
-def load_training_state(directory: Path, models: Sequence[ModelChunk], optimizer: MegatronOptimizer) -> int:
+def load_training_state(
+    directory: Path, models: Sequence[ModelChunk], optimizer: MegatronOptimizer, copies: Copies | None = None
+) -> int:
     """Loads the optimizer state, whatever layout wrote it, and returns Adam's step count. No collectives.
 
     The model's weights must have been loaded. Needs memory for the state of one parameter besides the optimizer's.
+
+    Args:
+        directory: the checkpoint.
+        models: this rank's chunks of the model, without wrappers.
+        optimizer: Megatron's optimizer.
+        copies: second sets of the trained weights, which are filled.
 
     Raises:
         DamagedCheckpointError: a piece is missing or has another shape.
@@ -156,6 +176,11 @@ def load_training_state(directory: Path, models: Sequence[ModelChunk], optimizer
                 for piece in _pieces(sharding, tensor, name):
                     reader.fill(piece)
                 state.set(name, tensor.view(-1)[state.begin : state.begin + part.numel()])
+            for name, values in (copies or {}).items():
+                tensor = torch.zeros(state.parameter.shape, dtype=torch.float32)
+                for piece in _pieces(sharding, tensor, name):
+                    reader.fill(piece)
+                values[state.parameter].copy_(tensor)
         reader.close()
     except _READ_ERRORS as error:
         raise damaged(directory, f"an unreadable {STATE} ({error})") from error

@@ -6,15 +6,27 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from nemo_popsd.config.paths import path_argument
 
 Number = TypeVar("Number", int, float)
 
+_EXAMPLE = "example"
+
+
+class _Formatter(argparse.HelpFormatter):
+    """argparse's formatter, which keeps the lines of `example`."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLE) else super()._fill_text(text, width, indent)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser, which prints an error as one line like every other error of `popsd`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` and exits with 2."""
@@ -27,6 +39,11 @@ class Parser(argparse.ArgumentParser):
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 """What a sub-command adds its parser to."""
+
+
+def example(*commands: str) -> str:
+    """The end of a sub-command's help: complete commands, one per line."""
+    return "\n".join([f"{_EXAMPLE}{'s' if len(commands) > 1 else ''}:", *(f"  {command}" for command in commands)])
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import ParamSpec
 
@@ -28,6 +29,8 @@ _DISTRIBUTIONS = {
     "mlflow": "mlflow-skinny",
     "yaml": "pyyaml",
 }
+_OF_A_MODEL = ("megatron.bridge", "megatron.core", "nemo", "lightning", "transformers", "torch")
+"""Modules of every command that builds a model. pip does not install the first with this package."""
 _WITHOUT_DEPENDENCIES = ("megatron-bridge",)
 """Their metadata requires packages that have no builds for CPUs (see Makefile)."""
 
@@ -42,28 +45,57 @@ def missing_packages_named() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        missing = _missing(error.name or "")
-        if missing is None:
+        module = error.name or ""
+        if module.split(".")[0] == "nemo_popsd":
             raise
-        raise missing from error
+        raise _missing([module]) from error
 
 
-def _missing(module: str) -> UserError | None:
+def refuse_missing_packages() -> None:
+    """Refuses a command that builds a model if packages that it imports are not installed; imports none of them.
+
+    Raises:
+        UserError: names all of them, Megatron-Bridge first, with the command that installs them.
+    """
+    missing = [module for module in _OF_A_MODEL if not _is_found(module)]
+    if missing:
+        raise _missing(missing)
+
+
+def _is_found(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _missing(modules: Sequence[str]) -> UserError:
     from nemo_popsd.doctor.packages import declared
 
-    parts = module.split(".")
-    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    wanted = next((_DISTRIBUTIONS[name] for name in names if name in _DISTRIBUTIONS), parts[0].replace("_", "-"))
-    if parts[0] == "nemo_popsd":
-        return None
-    line = {entry.name: entry.line for entry in declared()[1]}.get(wanted, wanted)
-    option = "--no-deps " if wanted in _WITHOUT_DEPENDENCIES else ""
+    lines = {entry.name: entry.line for entry in declared()[1]}
+    wanted = {name: lines.get(name, name) for name in map(_distribution, modules)}
+    commands = []
+    for option, chosen in (
+        ("", [name for name in wanted if name not in _WITHOUT_DEPENDENCIES]),
+        ("--no-deps ", [name for name in wanted if name in _WITHOUT_DEPENDENCIES]),
+    ):
+        if chosen:
+            quoted = " ".join(f"'{wanted[name]}'" for name in chosen)
+            commands.append(f"{sys.executable} -m pip install {option}{quoted}")
+    several = len(modules) > 1
     return UserError(
         "installation",
-        got=f"no package {module}",
-        need=line,
-        fix=f"install it: {sys.executable} -m pip install {option}'{line}' (`popsd doctor` shows everything missing)",
+        got=f"no package{'s' if several else ''} {', '.join(modules)}",
+        need=" and ".join(wanted.values()),
+        fix=f"install {'them' if several else 'it'}: {' && '.join(commands)} (`popsd doctor` shows everything missing)",
     )
+
+
+def _distribution(module: str) -> str:
+    """The distribution that has `module`."""
+    parts = module.split(".")
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((_DISTRIBUTIONS[name] for name in names if name in _DISTRIBUTIONS), parts[0].replace("_", "-"))
 
 
 def quiet_when_output_closes(command: Callable[P, int]) -> Callable[P, int]:
@@ -90,15 +122,20 @@ def _redirect_closed_output() -> bool:
     """Whether standard output has been closed; it then goes to /dev/null, so that Python's flush at exit succeeds."""
     with suppress(BrokenPipeError):
         sys.stdout.flush()
+    if not output_is_closed():
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
+
+
+def output_is_closed() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # replaced by an object that is not a file
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
-    return True
+    return any(event & select.POLLERR for _, event in poll.poll(0))

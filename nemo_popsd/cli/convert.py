@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from nemo_popsd.cli.arguments import Subparsers, number
+from nemo_popsd.cli.arguments import Subparsers, example, number
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 
@@ -19,16 +19,28 @@ def add_parser(subparsers: Subparsers) -> None:
         help="convert a Hugging Face directory to a NeMo checkpoint, or back",
         description="Convert a model between the formats, tensor by tensor, in one process that needs memory for one "
         "shard. Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
+        epilog=example(
+            "popsd convert hf-to-nemo /models/Qwen3-8B /models/Qwen3-8B-nemo --verify",
+            "popsd convert nemo-to-hf runs/tiny/checkpoints/final models/tiny",
+        ),
     )
     directions = parser.add_subparsers(title="directions", dest="direction", required=True, metavar="DIRECTION")
-    to_nemo = directions.add_parser("hf-to-nemo", help="write a Hugging Face directory as a NeMo checkpoint")
+    to_nemo = directions.add_parser(
+        "hf-to-nemo",
+        help="write a Hugging Face directory as a NeMo checkpoint",
+        epilog=example("popsd convert hf-to-nemo /models/Qwen3-8B /models/Qwen3-8B-nemo --verify"),
+    )
     to_nemo.add_argument(
         "source", metavar="SRC", type=path_argument, help="directory with config.json and *.safetensors"
     )
     to_nemo.add_argument(
         "output", metavar="OUT", type=path_argument, help="directory to write, or a file name ending in .nemo"
     )
-    to_hf = directions.add_parser("nemo-to-hf", help="write a NeMo checkpoint as a Hugging Face directory")
+    to_hf = directions.add_parser(
+        "nemo-to-hf",
+        help="write a NeMo checkpoint as a Hugging Face directory",
+        epilog=example("popsd convert nemo-to-hf runs/tiny/checkpoints/final models/tiny"),
+    )
     to_hf.add_argument("source", metavar="SRC", type=path_argument, help="NeMo checkpoint: a directory or a .nemo file")
     to_hf.add_argument("output", metavar="OUT", type=path_argument, help="directory to write")
     to_hf.add_argument(
@@ -51,9 +63,12 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check both paths, then convert."""
-    from nemo_popsd.config.consistency import check_checkpoint, check_new_output
+    from nemo_popsd.config.consistency import check_checkpoint, check_model_directory, check_new_output
 
-    check_checkpoint(args.source, setting="SRC")
+    if args.direction == "hf-to-nemo":
+        check_model_directory(args.source, setting="SRC")
+    else:
+        check_checkpoint(args.source, setting="SRC")
     check_new_output(args.output, setting="OUT")
     options: dict[str, object] = {
         "precision": args.precision,

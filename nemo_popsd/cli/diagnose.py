@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nemo_popsd.cli.arguments import Subparsers, add_config_arguments
+from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, example
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.parallel.launcher import read_launch
@@ -22,6 +22,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="decompose the teacher's signal token by token",
         description="Generate responses to rows of `data.train` and compare, for each token, the log-probabilities of "
         "student, teacher, reference-only teacher and target. Writes a page and its data to `<output>/diagnosis`.",
+        epilog=example("popsd diagnose conf/tiny.yaml --checkpoint runs/tiny/checkpoints/final diagnosis.rows=4"),
     )
     add_config_arguments(parser)
     parser.add_argument(

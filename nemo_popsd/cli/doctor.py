@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nemo_popsd.cli.arguments import Subparsers, number
+from nemo_popsd.cli.arguments import Subparsers, example, number
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
 from nemo_popsd.parallel.launcher import world_size
@@ -17,6 +17,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="check whether this machine has what a run needs",
         description="Compare the installed packages with the declared ranges; check devices, NCCL and disk. With CONF, "
         "check the settings and paths of that run on this machine. Exit status 1 if something required is missing.",
+        epilog=example("popsd doctor --imports", "popsd doctor conf/tiny.yaml --free-gib 10"),
     )
     parser.add_argument("config", metavar="CONF", type=path_argument, nargs="?", help="configuration file of a run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")

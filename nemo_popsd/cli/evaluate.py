@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nemo_popsd.cli.arguments import Subparsers, add_config_arguments
+from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, example
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.config.paths import path_argument
 from nemo_popsd.errors import UserError
@@ -24,6 +24,11 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Generate responses to the problems of CONF (evaluation.sets, or data.validation) and report "
         "accuracy, epistemic markers and response length with confidence intervals. If the command is repeated, it "
         "generates only missing samples.",
+        epilog=example(
+            "popsd evaluate conf/tiny.yaml output=runs/scores",
+            "popsd evaluate conf/tiny.yaml output=runs/scores --checkpoint runs/tiny/checkpoints/final",
+            "popsd evaluate --compare runs/scores/evaluation/*",
+        ),
     )
     add_config_arguments(parser, optional=True)
     parser.add_argument(

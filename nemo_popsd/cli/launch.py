@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
+from nemo_popsd.cli.boundary import output_is_closed, refuse_missing_packages
 from nemo_popsd.cli.failures import as_lost_peer
 from nemo_popsd.errors import START_AGAIN, TransientError, UserError, describe_error, is_transient
 from nemo_popsd.parallel.launcher import check_rendezvous, read_launch
@@ -33,6 +34,7 @@ def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kw
     """
     from nemo_popsd.observability.console import set_up_console
 
+    refuse_missing_packages()
     if not _connected():
         check_rendezvous(read_launch())
     set_up_console()
@@ -43,6 +45,8 @@ def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kw
     except (UserError, TransientError):
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            raise  # nobody reads what the command prints; `cli.boundary` ends it
         lost = as_lost_peer(error, command=command.__name__, config=args[0] if args else None)
         if lost is not None:
             raise lost from error

@@ -15,10 +15,12 @@ from pathlib import Path
 from nemo_popsd import __version__
 from nemo_popsd.cli import (
     convert,
+    data,
     diagnose,
     doctor,
     evaluate,
     export,
+    init,
     plan,
     rehearse,
     report,
@@ -26,13 +28,28 @@ from nemo_popsd.cli import (
     show_config,
     train,
 )
-from nemo_popsd.cli.arguments import Parser
+from nemo_popsd.cli.arguments import Parser, example
 from nemo_popsd.cli.boundary import missing_packages_named, quiet_when_output_closes
 from nemo_popsd.cli.failures import LostPeerError
+from nemo_popsd.cli.last_line import print_after_torchrun
 from nemo_popsd.errors import SAVED_AND_STOPPED, TransientError, UserError, user_or_transient
 from nemo_popsd.parallel import launcher
 
-_COMMANDS = (train, evaluate, diagnose, report, export, convert, plan, rehearse, rollouts, show_config, doctor)
+_COMMANDS = (
+    init,
+    train,
+    evaluate,
+    diagnose,
+    report,
+    export,
+    convert,
+    data,
+    plan,
+    rehearse,
+    rollouts,
+    show_config,
+    doctor,
+)
 
 USER_ERROR = 2
 """Exit status for an error that the user must fix."""
@@ -41,6 +58,13 @@ TRANSIENT = 1
 
 _GRACE_SECONDS = 3.0
 """How long ranks other than 0 wait for rank 0 to print the error, and torchrun to end them, before they print it."""
+_KEPT_AT_CTRL_C = {
+    "evaluate": "; the samples on disk are kept, and the same command generates the rest",
+    "diagnose": "; nothing was written",
+    "convert": "; OUT is complete or absent: the same command starts again",
+    "export": "; OUTPUT is as before, or complete",
+}
+"""What Ctrl-C leaves. `train` has handlers of its own: it saves, or says that no step was in progress."""
 _EFFECT_SECONDS = 2.0
 """Added to the time of an error that another rank caused: torchrun reports the earliest error, in whole seconds."""
 
@@ -50,9 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="popsd",
         description="Purified On-Policy Self-Distillation on NVIDIA NeMo and Megatron-core.",
-        epilog="CONF is a YAML file such as conf/tiny.yaml; `popsd config CONF` prints all settings with their values. "
-        "A first run: docs/tour.md. Several ranks: "
-        "torchrun --nproc-per-node 2 -m nemo_popsd train CONF parallel.tensor=2",
+        epilog=example(
+            "popsd init",
+            "popsd init tiny",
+            "popsd train conf/tiny.yaml training.steps=4",
+            "torchrun --nproc-per-node 2 -m nemo_popsd train conf/tiny.yaml parallel.tensor=2",
+        ),
     )
     parser.add_argument("--version", action="version", version=f"popsd {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
@@ -85,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(reported)
         status = USER_ERROR if isinstance(reported, UserError) else TRANSIENT
     except KeyboardInterrupt:
-        print(f"popsd {args.command}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        if launcher.rank() == 0:
+            kept = _KEPT_AT_CTRL_C.get(args.command, "")
+            print(f"popsd {args.command}: stopped by Ctrl-C{kept}", file=sys.stderr, flush=True)
         status = 128 + signal.SIGINT
     if status == SAVED_AND_STOPPED:
         _leave_for_torchrun("popsd: saved and stopped after a signal; this is not a failure", time.time())
@@ -118,9 +147,13 @@ def _report(error: UserError | TransientError) -> None:
 
 
 def _leave_for_torchrun(message: str, moment: float) -> None:
-    """Writes `message` to the file that torchrun reads for the reason of a failure; it reports the earliest."""
+    """Writes `message` to the file that torchrun reads for the reason of a failure; it reports the earliest.
+
+    The message is printed again after torchrun's report.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(moment))}}}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps(content), encoding="utf-8")
+        print_after_torchrun(message)

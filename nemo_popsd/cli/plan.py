@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nemo_popsd.cli.arguments import Subparsers
+from nemo_popsd.cli.arguments import Subparsers, example
 from nemo_popsd.config.paths import path_argument
 
 
@@ -16,6 +16,10 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Estimate one step of CONF on N nodes by formula (docs/planning.md): memory, FLOPs, bytes sent and "
         "seconds per GPU. A layout that does not fit is refused, and the nearest layouts that fit are named. Needs no "
         "GPU, no weights and no data.",
+        epilog=example(
+            "popsd plan conf/qwen3_8b.yaml nodes=1",
+            "popsd plan conf/qwen3_8b.yaml nodes=1,2,4 workload.response_tokens=800 --fastest",
+        ),
     )
     parser.add_argument(
         "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/qwen3_8b.yaml"

@@ -1,4 +1,4 @@
-"""`popsd rollouts show RUN [--step N] [--row ID] [--text]`."""
+"""`popsd rollouts show RUN [--step N] [--row ID] [--json]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_popsd.cli.arguments import Subparsers, number
+from nemo_popsd.cli.arguments import Subparsers, example, number
 from nemo_popsd.config.paths import path_argument
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ def add_parser(subparsers: Subparsers) -> None:
         "rollouts",
         help="show the rollouts that a run was trained on",
         description="Show the rollouts that a run has written to disk (rollout.save).",
+        epilog=example("popsd rollouts show runs/tiny --step 2"),
     )
     actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
     show = actions.add_parser(
         "show",
-        help="print steps, the rollouts of a step, or their text",
-        description="Print one line per step; with --step or --row, each rollout as JSON; with --text, the text of its "
-        "prompt and response.",
+        help="print steps, or the rollouts of a step",
+        description="Print one line per step; with --step or --row, the text of each prompt and response; with --json, "
+        "token ids and log-probabilities.",
+        epilog=example("popsd rollouts show runs/tiny", "popsd rollouts show runs/tiny --step 2"),
     )
     show.add_argument("output", metavar="RUN", type=path_argument, help="output directory of a run")
     show.add_argument(
@@ -38,12 +40,12 @@ def add_parser(subparsers: Subparsers) -> None:
         help="one step; default: all steps",
     )
     show.add_argument("--row", metavar="ID", default=None, help="rollouts of the row with this id")
-    show.add_argument("--text", action="store_true", help="decode prompts and responses with the run's tokenizer")
+    show.add_argument("--json", action="store_true", help="print each rollout as one JSON object")
     show.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a summary of steps, or rollouts as JSON lines or as text."""
+    """Print a summary of steps, or rollouts as text or as JSON lines."""
     from nemo_popsd.errors import UserError
     from nemo_popsd.rollout.storage import RolloutStore
 
@@ -56,11 +58,11 @@ def run(args: argparse.Namespace) -> None:
             need="the output of a run with rollout.save=true",
             fix="give another RUN or --step",
         )
-    if args.step is None and args.row is None and not args.text:
+    if args.step is None and args.row is None and not args.json:
         for step in steps:
             _print_summary(step, list(store.read(step)))
         return
-    decode = _decoder(Path(args.output)) if args.text else None
+    decode = None if args.json else _decoder(Path(args.output))
     printed = False
     for step in steps if args.step is None else [args.step]:
         for row in store.read(step):
@@ -108,14 +110,18 @@ def _print_rollout(step: int, row: StoredRollout, decode: Callable[[list[int]], 
 def _decoder(run: Path) -> Callable[[list[int]], str] | None:
     """Decodes token ids with the tokenizer of the run's newest checkpoint, or of its source if there is none yet."""
     from nemo_popsd.config.loading import load_config
+    from nemo_popsd.data.models import model_path
     from nemo_popsd.data.tokenizer import load_tokenizer
-    from nemo_popsd.embedded.names import PREFIX, asset
+    from nemo_popsd.errors import UserError
 
     configs = sorted((run / "checkpoints").glob("*/huggingface/tokenizer_config.json"))
-    if configs:
-        return load_tokenizer(configs[-1].parent, setting="RUN").decode
-    source = load_config(run / "config.yaml").student.source
-    return load_tokenizer(asset(source) if source.startswith(PREFIX) else source).decode
+    try:
+        if configs:
+            return load_tokenizer(configs[-1].parent, setting="RUN").decode
+        return load_tokenizer(model_path(load_config(run / "config.yaml").student.source)).decode
+    except UserError as error:
+        fix = f"{error.fix}, or print token ids with --json"
+        raise UserError(error.what, got=error.got, need=error.need, fix=fix) from error
 
 
 def _ranges(steps: list[int]) -> str:

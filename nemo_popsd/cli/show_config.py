@@ -1,27 +1,50 @@
-"""`popsd config CONF [key=value ...]`."""
+"""`popsd config CONF [key=value ...]` and `popsd config [CONF] --describe KEY`."""
 
 from __future__ import annotations
 
 import argparse
 
-from nemo_popsd.cli.arguments import Subparsers, add_config_arguments
+from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, example
+from nemo_popsd.errors import UserError
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "config",
-        help="print the resolved configuration",
-        description="Print CONF with the overrides applied and all defaults filled in, as YAML.",
+        help="print the resolved configuration, or explain settings",
+        description="Print CONF with the overrides applied and all defaults filled in, as YAML; with --describe, what "
+        "a setting means, its type, default and bounds.",
+        epilog=example("popsd config conf/tiny.yaml training.steps=4", "popsd config --describe distillation.target"),
     )
-    add_config_arguments(parser)
+    add_config_arguments(parser, optional=True)
+    parser.add_argument(
+        "--describe",
+        metavar="KEY",
+        default=None,
+        help="explain the setting KEY, or all settings of the section KEY; with CONF, show its values that differ from "
+        "the defaults",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, check and print the configuration."""
-    from omegaconf import OmegaConf
-
+    """Load, check and print the configuration, or explain settings."""
     from nemo_popsd.config.loading import load_config, to_dict_config
 
-    print(OmegaConf.to_yaml(to_dict_config(load_config(args.config, args.overrides))), end="")
+    if args.config is None and args.describe is None:
+        raise UserError("config", got="no configuration", need="CONF, or --describe KEY", fix="give one of them")
+    config = None if args.config is None else load_config(args.config, args.overrides)
+    if args.describe is not None:
+        from nemo_popsd.config.description import describe
+        from nemo_popsd.config.loading import by_key
+        from nemo_popsd.config.schema import PopsdConfig
+        from nemo_popsd.planning.config import PlanConfig
+
+        values = {} if config is None else by_key(config)
+        print(describe(args.describe, (PopsdConfig, PlanConfig), values=values))
+        return
+    from omegaconf import OmegaConf
+
+    assert config is not None
+    print(OmegaConf.to_yaml(to_dict_config(config)), end="")

@@ -1,4 +1,4 @@
-"""`popsd train CONF [key=value ...]`."""
+"""`popsd train CONF [key=value ...] [--seeds 1,2,3] [--grid key=a,b]`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_popsd.cli.arguments import Subparsers, add_config_arguments
+from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, example
 from nemo_popsd.cli.launch import run_command
+from nemo_popsd.errors import UserError
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.parallel.launcher import read_launch
 
@@ -19,17 +20,65 @@ def add_parser(subparsers: Subparsers) -> None:
         help="train a model with Purified OPSD",
         description="Train a model with the settings of CONF; checkpoints, metrics and the resolved configuration are "
         "written to `output`.",
+        epilog=example(
+            "popsd train conf/tiny.yaml training.steps=4 output=runs/first",
+            "popsd train conf/tiny.yaml --seeds 1,2,3 --grid optimizer.lr=1e-4,3e-4",
+            "torchrun --nproc-per-node 2 -m nemo_popsd train conf/tiny.yaml parallel.tensor=2",
+        ),
     )
     add_config_arguments(parser)
+    parser.add_argument(
+        "--seeds",
+        metavar="N,N",
+        type=_seeds,
+        default=[],
+        help="train one run for each seed, one after the other, in OUTPUT/seed_N, and report means over them",
+    )
+    parser.add_argument(
+        "--grid",
+        metavar="key=a,b",
+        action="append",
+        default=[],
+        help="train one run for each value; several --grid and --seeds are combined",
+    )
     parser.set_defaults(run=run)
 
 
+def _seeds(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdecimal() and word.isascii() and int(word) < 2**32 for word in words):
+        raise argparse.ArgumentTypeError(f"got {text[:50]!r}; need whole numbers below 2^32, as in 1,2,3")
+    return [int(word) for word in words]
+
+
 def run(args: argparse.Namespace) -> int:
-    """Load and check the configuration, then train, unless the run is finished."""
+    """Load and check the configuration, then train, unless the run is finished; or train the runs of a sweep."""
+    if args.seeds or args.grid:
+        return _sweep(args)
     from nemo_popsd.runtime.early_signals import ended_by_signals
 
     with ended_by_signals():
         return _train(args)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    """Check the configurations of all runs before the first starts."""
+    from nemo_popsd.cli.sweep import own_overrides, runs_of, train_in_sequence
+    from nemo_popsd.config.consistency import check_training_run
+    from nemo_popsd.config.loading import load_config
+
+    if read_launch().world_size > 1:
+        raise UserError(
+            "sweep",
+            got=f"--seeds or --grid on {read_launch().world_size} ranks",
+            need="a single process, which starts the runs one after the other",
+            fix="start torchrun for each run, or submit slurm/sweep.sh",
+        )
+    config, runs = load_config(args.config, args.overrides), runs_of(args.seeds, args.grid)
+    for one in runs:
+        own = own_overrides(one, output=config.output, name=config.name)
+        check_training_run(load_config(args.config, [*args.overrides, *own]), world_size=1)
+    return train_in_sequence(args.config, args.overrides, runs, output=config.output, name=config.name)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -9,18 +10,19 @@ from pathlib import Path
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
+from nemo_popsd.checkpoint.model_card import CardOptions
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.peft_adapter import write_peft_adapter
 from nemo_popsd.checkpoint.retention import FINAL
 from nemo_popsd.checkpoint.source import base_of
+from nemo_popsd.commands.cards import card_of, run_of
 from nemo_popsd.commands.pages import report_run, write_diagnosis
 from nemo_popsd.commands.run_directory import RunDirectory
 from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
-from nemo_popsd.data.files import resolve_path
+from nemo_popsd.data.models import model_path
 from nemo_popsd.diagnosis.record import refuse_other_files
-from nemo_popsd.embedded.names import local_path
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.run import as_file_name, conclude_all, prepare_sets, weights_digest
 from nemo_popsd.files.output_lock import OutputLock
@@ -64,6 +66,8 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
         (run.output / FOLDER).mkdir(parents=True, exist_ok=True)  # the Flight Recorder does not create it
     _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
     model.stop.install()
+    if sys.stderr.isatty():
+        _print("Ctrl-C saves the last completed step and stops, and the same command resumes; twice ends at once")
     succeeded: bool | None = False
     try:
         _train(config, trainer, model, run)
@@ -97,7 +101,9 @@ def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run:
     _diagnose_in_training(model, AFTER)
     if config.training.export_huggingface:
         run.refuse_lost_lock()
-        model.export_huggingface(run.output / "huggingface")
+        place = run.output / "huggingface"
+        card = card_of(NemoCheckpoint(final), place, run=run.output, adapter=False) if is_rank_zero() else None
+        model.export_huggingface(place, card=card)
     run.mark_finished(model.completed_steps)
     if validates and is_rank_zero():
         _print(before_and_after(config.output, model.completed_steps, resamples=config.evaluation.resamples))
@@ -117,7 +123,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     initialize(config.parallel, seed=config.seed, timeout=_LONGEST_EVALUATION)
     without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
     model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
-    digest = weights_digest(resolve_path(name, setting="student.source"))
+    digest = weights_digest(model_path(name))
     problem_sets = prepare_sets(
         config.evaluation,
         config.data,
@@ -148,8 +154,13 @@ def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
     shutdown()
 
 
-def export_adapter(checkpoint: str, output: str) -> None:
+def export_adapter(checkpoint: str, output: str, *, options: CardOptions) -> None:
     """Writes the LoRA adapters of a NeMo checkpoint as a directory for PEFT. Rank 0 does it.
+
+    Args:
+        checkpoint: of a run with LoRA.
+        output: directory to write.
+        options: of the model card, and of the reference to the base.
 
     Raises:
         UserError: not a LoRA checkpoint, or `output` has files that this package did not write.
@@ -157,29 +168,36 @@ def export_adapter(checkpoint: str, output: str) -> None:
     if is_rank_zero():
         opened = NemoCheckpoint(checkpoint)
         _refuse_as_output(output, checkpoint, opened)
-        write_peft_adapter(opened, Path(output))
+        card = card_of(opened, Path(output).absolute(), run=run_of(checkpoint), adapter=True, options=options)
+        write_peft_adapter(opened, Path(output), base=options.base, card=card)
     _print(f"PEFT adapter: {output}")
 
 
-def export(checkpoint: str, output: str) -> None:
+def export(checkpoint: str, output: str, *, options: CardOptions) -> None:
     """Writes a NeMo checkpoint as a Hugging Face directory, adapters merged.
+
+    Args:
+        checkpoint: of a run, or converted.
+        output: directory to write.
+        options: of the model card.
 
     Raises:
         UserError: not a checkpoint, or `output` has files that this package did not write.
     """
     opened = NemoCheckpoint(checkpoint)
     _refuse_as_output(output, checkpoint, opened)
+    card = card_of(opened, Path(output).absolute(), run=run_of(checkpoint), adapter=False, options=options)
     data = replace(opened.config.data, train=SourceConfig(), validation=SourceConfig())
     config = replace(opened.config, data=data, parallel=ParallelConfig())
     model = PurifiedOPSDModel.restore_from(checkpoint, override_config_path=to_dict_config(config))
-    model.export_huggingface(output)
+    model.export_huggingface(output, card=card)
     _print(f"Hugging Face checkpoint: {output}")
     shutdown()
 
 
 def _refuse_as_output(output: str, checkpoint: str, opened: NemoCheckpoint) -> None:
     """Refuses an output that is, contains or is inside the checkpoint or the base."""
-    base = local_path(opened.config.student.source)
+    base = model_path(opened.config.student.source)
     refuse_overlap(Path(output), {"CHECKPOINT": checkpoint, "the base model": base}, setting="OUTPUT")
 
 

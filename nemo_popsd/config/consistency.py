@@ -1,4 +1,4 @@
-"""Checks between sections, and of paths and machine. They run before a model is built and import no torch."""
+"""Checks of layout, paths and machine before a command. They run before a model is built and import no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_popsd.config.branches import check_training_source
+from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.data.named_sets import named_source
+from nemo_popsd.data.models import missing_model, model_path
 from nemo_popsd.data.sources import check_source
-from nemo_popsd.embedded.names import PREFIX, asset
+from nemo_popsd.embedded.names import PREFIX
 from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.checkers import load_checker
+from nemo_popsd.evaluation.problem_sets import sources_of
 from nemo_popsd.files.atomic import names_needed
 from nemo_popsd.files.ownership import EXPORT, MARK, RUN, read_mark, refuse_foreign
 from nemo_popsd.rollout.vllm.environment import check_environment
@@ -34,57 +38,12 @@ RUN_FILES = (
 """What a training run writes to `output`, besides its resolved configuration."""
 
 
-def check_sections(config: PopsdConfig) -> None:
-    """Refuse values that are valid separately but not together. Reads nothing but `config`.
-
-    Raises:
-        UserError: names both settings.
-    """
-    optimizer, training = config.optimizer, config.training
-    if optimizer.warmup_steps > training.steps:
-        raise UserError(
-            "configuration",
-            got=f"optimizer.warmup_steps={optimizer.warmup_steps} with training.steps={training.steps}",
-            need="a warm-up no longer than the run",
-            fix="set optimizer.warmup_steps or training.steps",
-        )
-    if config.rollout.tokens_per_step and training.updates_per_step > 1:
-        raise UserError(
-            "configuration",
-            got=f"rollout.tokens_per_step={config.rollout.tokens_per_step} with training.updates_per_step="
-            f"{training.updates_per_step}",
-            need="one update per step: with a token budget the number of finished responses is not fixed",
-            fix="set training.updates_per_step=1 or rollout.tokens_per_step=0",
-        )
-    _check_precision(config)
-    if optimizer.overlap_param_gather and training.updates_per_step == 1:
-        raise UserError(
-            "configuration",
-            got="optimizer.overlap_param_gather=true with training.updates_per_step=1",
-            need="several updates per step: rollouts, which read all weights, come before the first",
-            fix="set optimizer.overlap_param_gather=false, or training.updates_per_step above 1",
-        )
-    if optimizer.min_lr > optimizer.lr:
-        raise UserError(
-            "configuration",
-            got=f"optimizer.min_lr={optimizer.min_lr} with optimizer.lr={optimizer.lr}",
-            need="a final learning rate no higher than the peak",
-            fix="set optimizer.min_lr or optimizer.lr",
-        )
-
-
-def _check_precision(config: PopsdConfig) -> None:
-    """Refuse settings that save memory of bf16 training in a run that is not in bf16."""
-    optimizer, precision = config.optimizer, config.student.precision
-    for name, off in (("grad_dtype", "fp32"), ("state_dtype", "fp32"), ("host_share", 0)):
-        value = getattr(optimizer, name)
-        if value != off and precision != "bf16":
-            raise UserError(
-                "configuration",
-                got=f"optimizer.{name}={value} with student.precision={precision}",
-                need="student.precision=bf16",
-                fix=f"set student.precision=bf16, or optimizer.{name}={off}",
-            )
+_FOR_HUGGINGFACE = {
+    "--checkpoint": "set student.source to it, and omit --checkpoint",
+    "CHECKPOINT": "use it as it is: `popsd export` writes this format; `popsd convert hf-to-nemo` reads it",
+    "SRC": "use it as it is, or convert it with `popsd convert hf-to-nemo`",
+}
+"""What to do with a Hugging Face directory in the place of a NeMo checkpoint, by argument."""
 
 
 def check_layout(config: PopsdConfig, *, world_size: int) -> None:
@@ -144,10 +103,11 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     """
     check_sections(config)
     check_layout(config, world_size=world_size)
+    _check_checker(config)
     _check_best_metric(config)
     _check_student(config)
     _check_engine(config)
-    check_source(config.data.train, setting="data.train")
+    check_training_source(config)
     if config.data.validation.path:
         check_source(config.data.validation, setting="data.validation", need_reference=False, need_answer=True)
     check_output(config.output)
@@ -219,10 +179,10 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
     else:
         _check_engine(config)
     _check_weights(config, checkpoint)
-    for name in config.evaluation.sets:
-        named_source(name, config.evaluation.sets_directory)
-    if not config.evaluation.sets:
-        check_source(config.data.validation, setting="data.validation", need_reference=False, need_answer=True)
+    _check_checker(config)
+    for name, source in sources_of(config.evaluation, config.data).items():
+        setting = f"evaluation.sets.{name}" if config.evaluation.sets else "data.validation"
+        check_source(source, setting=setting, need_reference=False, need_answer=True)
     check_output(config.output)
 
 
@@ -241,7 +201,7 @@ def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str
     check_layout(config, world_size=world_size)
     _check_weights(config, checkpoint)
     _check_engine(config)
-    check_source(config.data.train, setting="data.train")
+    check_training_source(config)
     check_output(config.output)
 
 
@@ -251,8 +211,34 @@ def check_checkpoint(path: str, *, setting: str) -> None:
         raise UserError(
             "checkpoint",
             got=f"{setting} {path!r}, which does not exist (looked in {Path.cwd()})",
-            need="a checkpoint that a run has written",
+            need="a checkpoint that a run has written, such as runs/NAME/checkpoints/final",
             fix="correct the path",
+        )
+    _refuse_a_run(Path(path).expanduser(), setting=setting)
+    if _is_huggingface(Path(path).expanduser()):
+        raise UserError(
+            "checkpoint",
+            got=f"{setting} {path!r}, which is a Hugging Face directory",
+            need="a NeMo checkpoint, such as runs/NAME/checkpoints/final",
+            fix=_FOR_HUGGINGFACE.get(setting, "correct the path"),
+        )
+
+
+def check_model_directory(path: str, *, setting: str) -> None:
+    """Refuse a Hugging Face directory that does not exist."""
+    if not Path(path).expanduser().is_dir():
+        raise UserError(
+            "model",
+            got=f"{setting} {path!r}, which is not a directory (looked in {Path.cwd()})",
+            need="a Hugging Face directory, with config.json and *.safetensors",
+            fix="correct the path",
+        )
+    if (Path(path).expanduser() / "manifest.json").is_file():
+        raise UserError(
+            "model",
+            got=f"{setting} {path!r}, which is a NeMo checkpoint",
+            need="a Hugging Face directory",
+            fix="correct the path; `popsd convert nemo-to-hf` converts in the other direction",
         )
 
 
@@ -278,6 +264,12 @@ def check_new_output(path: str, *, setting: str) -> None:
             fix=f"remove it, or give another {setting}",
         )
     check_output(path, setting=setting)
+
+
+def _check_checker(config: PopsdConfig) -> None:
+    """Refuse an answer checker that cannot be imported, before samples are generated."""
+    if config.evaluation.checker:
+        load_checker(config.evaluation.checker)
 
 
 def _check_best_metric(config: PopsdConfig) -> None:
@@ -326,12 +318,27 @@ def _check_weights(config: PopsdConfig, checkpoint: str | None) -> None:
 
 def _check_student(config: PopsdConfig) -> None:
     source = config.student.source
-    if source.startswith(PREFIX):
-        asset(source)
-    elif not source or not Path(source).expanduser().exists():
-        raise UserError(
-            "configuration",
-            got=f"student.source={source!r}" + (f", which does not exist (looked in {Path.cwd()})" if source else ""),
-            need=f"a Hugging Face directory, a NeMo checkpoint, or {PREFIX}tiny_reasoner",
-            fix="set student.source",
-        )
+    path = model_path(source)
+    if not source or not path.exists():
+        raise missing_model(source, setting="student.source")
+    if not source.startswith(PREFIX):
+        _refuse_a_run(path, setting="student.source")
+
+
+def _refuse_a_run(path: Path, *, setting: str) -> None:
+    """Refuse the output of a run in place of one of the models in it; names those that exist."""
+    if not holds_a_run(str(path)):
+        return
+    folder = path / "checkpoints"
+    names = ("final", *sorted((name.name for name in folder.glob("step-*")), reverse=True))
+    checkpoint = next((folder / name for name in names if (folder / name / "manifest.json").is_file()), None)
+    raise UserError(
+        "checkpoint",
+        got=f"{setting} {str(path)!r}, which is the output of a run",
+        need="a model or checkpoint in it",
+        fix=f"give {checkpoint}" if checkpoint else "start that run again: it has no complete checkpoint",
+    )
+
+
+def _is_huggingface(path: Path) -> bool:
+    return (path / "config.json").is_file() and not (path / "manifest.json").exists()

@@ -21,6 +21,8 @@ _MOST_LEVELS = 16
 _TOO_MUCH = f"more than {_MOST_NODES:,} values (aliases repeat theirs) or {_MOST_LEVELS} levels"
 _TAGS = "tag:yaml.org,2002:"
 _MERGE = f"{_TAGS}merge"
+LISTED = ("evaluation.sets",)
+"""Mappings that may be written as a list of names, each with an empty value; the list replaces other names."""
 _QUOTED = ("'", '"', "|", ">")
 
 
@@ -165,6 +167,8 @@ class _Tree:
                 return self.section(node, f"{key}.", level)
         elif is_mapping(hint) and isinstance(node, yaml.MappingNode):
             return self._mapping(node, key, level)
+        elif is_mapping(hint) and key in LISTED and isinstance(node, yaml.SequenceNode):
+            return [self.value(item, key, str, level + 1, where, need=list[str]) for item in node.value]
         elif get_origin(hint) is list and isinstance(node, yaml.SequenceNode):
             return [self.value(item, key, get_args(hint)[0], level + 1, where, need=hint) for item in node.value]
         elif isinstance(node, yaml.ScalarNode) and node.style in _QUOTED:

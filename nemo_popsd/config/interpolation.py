@@ -16,7 +16,7 @@ from nemo_popsd.config.values import LONGEST_TEXT, from_interpolation
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.checks import shown
 
-_MOST = 24
+_MOST = 25  # that of the default of `output` is one
 _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
 
 
@@ -124,4 +124,5 @@ class _Resolution:
 
 
 def _texts(value: object) -> list[str]:
-    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+    return [text for text in items if isinstance(text, str)]

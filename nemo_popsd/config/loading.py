@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_popsd.config.consistency import check_sections
-from nemo_popsd.config.documents import read_file, read_override
+from nemo_popsd.config.contradictions import check_sections
+from nemo_popsd.config.documents import LISTED, read_file, read_override
 from nemo_popsd.config.interpolation import escaped, resolve
 from nemo_popsd.config.keys import known_keys, unknown_key, wrong_type
 from nemo_popsd.config.schema import PopsdConfig
@@ -29,7 +29,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
     """Read, override and check a configuration. The models, data and directories that it names need not exist.
 
     Args:
-        path: YAML file; keys left out have the schema's defaults.
+        path: YAML file; keys left out have the schema's defaults, except for `name`, which is that of the file, and
+            `output`, which is ``runs/${name}``.
         overrides: ``key=value`` with dotted keys, applied in order. A value is YAML (``null``, ``[a, b]``, ``1e-5``),
             except that the value of a text key is taken literally unless it is ``null`` or quoted.
 
@@ -37,7 +38,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
         UserError: the file cannot be read, a key is unknown (the nearest known one is named) or repeated, a value is
             missing (``???``), has the wrong type or is impossible, or two sections contradict each other.
     """
-    return load_schema(PopsdConfig, read_file(Path(path)), overrides, what=f"configuration {path}")
+    path = Path(path)
+    tree = {"name": escaped(path.stem), "output": "runs/${name}", **read_file(path)}
+    return load_schema(PopsdConfig, tree, overrides, what=f"configuration {path}")
 
 
 def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence[str], *, what: str) -> T:
@@ -53,8 +56,10 @@ def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence
     for override in overrides:
         key, value = read_override(override, known)
         if is_mapping(known[key]) and isinstance(value, Mapping):
-            value = {**values[key], **value}
+            given = values[key]
+            value = {**(_named(key, given) if isinstance(given, list) else given), **value}
         values |= dict(_flat(value, known, f"{key}.")) if is_dataclass(known[key]) else {key: value}
+    values |= {key: _named(key, values[key]) for key in LISTED if isinstance(values.get(key), list)}
     for key, value in values.items():
         if MISSING in (value if isinstance(value, list) else [value]):
             raise UserError(what, got=f"{key}={MISSING} (missing)", need="a value", fix=f"set {key}")
@@ -67,8 +72,8 @@ def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence
         elif isinstance(rule, Text) and isinstance(value, list):
             values[key] = [check_text(key, item, rule) if isinstance(item, str) else item for item in value]
         elif isinstance(value, Mapping):
-            for name, text in value.items():
-                check_text(f"{key}.{name}", text, Text.LINE)
+            kind = rule if isinstance(rule, Text) else Text.LINE
+            values[key] = {name: check_text(f"{key}.{name}", text, kind) for name, text in value.items()}
     config = _build(schema, values)
     if isinstance(config, PopsdConfig):
         check_sections(config)
@@ -103,6 +108,12 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
     return config
 
 
+def by_key(config: PopsdConfig) -> dict[str, object]:
+    """The values of `config` by dotted name of the setting."""
+    known = known_keys()
+    return {key: value for key, value in _flat(asdict(config), known) if not is_dataclass(known[key])}
+
+
 def save_resolved(config: PopsdConfig, path: str | Path) -> None:
     """Write `config` with all its defaults as YAML, atomically: `path` has the old or the new text at any time."""
     path = Path(path)
@@ -118,6 +129,13 @@ def _flat(tree: Mapping[str, object], known: Mapping[str, object], prefix: str =
             yield from _flat(value, known, f"{key}.")
         else:
             yield key, value
+
+
+def _named(key: str, names: list[str]) -> dict[str, str]:
+    """The mapping that a list of names stands for."""
+    if len(set(names)) < len(names):
+        raise UserError("configuration", got=f"{key}={shown(names)}", need="each name once", fix=f"set {key}")
+    return dict.fromkeys(names, "")
 
 
 def _build(schema: type[T], values: Mapping[str, object], prefix: str = "") -> T:

@@ -28,7 +28,7 @@ FREE = (
     "parallel",
     "data.train.path",  # may be moved; the rows must be the same
     "data.train.more_paths",
-    "data.train.answer_pattern",  # not used for training
+    "data.train.answer_pattern",  # where a teacher sees the answers, the rows must be the same
     "data.validation",
     "rollout.batch_rows",
     "rollout.cache_tokens",

@@ -23,9 +23,11 @@ class PopsdConfig:
     """A run. Every key of `conf/*.yaml` is declared here or in a section; any other key is an error."""
 
     name: Annotated[str, Text.NAME] = "popsd"
-    """Name of the run."""
+    """Name of the run. A configuration without it has the name of its file, without `.yaml`."""
     output: Annotated[str, Text.PATH] = "runs/popsd"
-    """Directory for checkpoints, metrics and the resolved configuration."""
+    """Directory for checkpoints, metrics and the resolved configuration. A configuration without it writes to
+    `runs/NAME`, where NAME is the run's name. It and all other relative paths are relative to the directory in which
+    `popsd` is started, not to that of the configuration."""
     overwrite: bool = False
     """Start at step 1 if `output` has a run of nemo_popsd already (marked by `.nemo_popsd`): removes the files that the
     run wrote and nothing else. If false, that run is resumed."""

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.config import DataConfig
 from nemo_popsd.diagnosis.config import DiagnosisSettings
+from nemo_popsd.distillation.target_families import FAMILIES
+
+
+def data_settings(config: PopsdConfig) -> DataConfig:
+    """The section `data`, with the view that the target's family determines, if it does."""
+    view = FAMILIES[config.distillation.target.family].view
+    if view is None:
+        return config.data
+    teachers = (replace(teacher, view=view) for teacher in (config.data.privileged, config.data.reference_only))
+    privileged, reference_only = teachers
+    return replace(config.data, privileged=privileged, reference_only=reference_only)
 
 
 def diagnosis_settings(config: PopsdConfig) -> DiagnosisSettings:

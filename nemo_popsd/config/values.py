@@ -80,6 +80,8 @@ def from_plain(hint: object, value: object) -> object:
         return [from_plain(get_args(hint)[0], item) for item in value]
     if is_mapping(hint) and isinstance(value, Mapping):
         return {str(key): from_plain(str, item) for key, item in value.items()}
+    if is_mapping(hint) and isinstance(value, list):  # names alone, as earlier versions wrote them
+        return {str(from_plain(str, item)): "" for item in value}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return _as_float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):

@@ -47,6 +47,17 @@ def scalar_of(row: Mapping[str, object], column: str) -> str:
     return text
 
 
+def view_of(row: Mapping[str, object], column: str) -> str:
+    """The text of `column`, its message of the assistant, or its number, whichever it holds.
+
+    Raises:
+        MalformedError: the column is missing, empty, or holds something else.
+    """
+    if isinstance(_cell(row, column), (str, list)):
+        return text_of(row, column, field="reference")
+    return scalar_of(row, column)
+
+
 def _written(value: float | Decimal, column: str) -> str:
     if not math.isfinite(value):
         raise MalformedError(f"column {column!r} holds {value}, which is not a number")

@@ -26,7 +26,8 @@ class ColumnsConfig:
     reference: str | None = "reference"
     """Column with the reference solution that the teachers see; null (evaluation only) means none."""
     answer: str | None = None
-    """Column with the final answer, for evaluation; null extracts it from the reference by `answer_pattern`."""
+    """Column with the final answer, for evaluation, the view `answer` and `train/accuracy`; null extracts it from the
+    reference by `answer_pattern`."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +43,7 @@ class SourceConfig:
     """Column mapping."""
     answer_pattern: str | None = None
     """Regular expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`).
-    Only for `data.validation`, and only if `columns.answer` is null."""
+    Only if `columns.answer` is null."""
     limit: Annotated[int | None, Bounds(1, 10**12)] = None
     """Read only the first `limit` rows."""
 
@@ -68,8 +69,25 @@ class TemplatesConfig:
         "Please reason step by step, and put your final answer within \\boxed{}."
     )
     """Body shared by both teachers; must not refer to the problem, which the reference-only teacher does not see."""
+    without_reference: Annotated[str, Text.PROSE] = (
+        "{question_block}Please reason step by step, and put your final answer within \\boxed{}."
+    )
+    """Body of a teacher whose view is `none`. With the default, the privileged teacher's turn is the student's."""
     system: Annotated[str | None, Text.PROSE] = None
     """System turn shared by all four contexts; null means none."""
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """What a teacher sees of a row beside the question, and whether its prompt asks for thinking."""
+
+    view: Annotated[str | None, Text.NAME] = None
+    """`solution`, `answer` (only the final answer: `columns.answer`, or `answer_pattern` in the reference), `other`
+    (another row's solution), `none` (nothing), or the name of a column of the file. null: the privileged teacher sees
+    `solution`, the reference-only teacher the privileged one's view."""
+    enable_thinking: bool | None = None
+    """Passed to the chat template. null: the privileged teacher's is `data.enable_thinking`, the reference-only
+    teacher's is the privileged one's. The families `purified` and `student_pmi` need one value for all contexts."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +101,12 @@ class DataConfig:
     templates: TemplatesConfig = field(default_factory=TemplatesConfig)
     """The user turns of the contexts."""
     enable_thinking: bool = True
-    """Passed to the chat template; templates that ignore it are reported."""
+    """Whether the prompt of student and base asks for thinking, in rollouts and evaluation, too. Passed to the chat
+    template; templates that ignore it are reported."""
+    privileged: TeacherConfig = field(default_factory=TeacherConfig)
+    """The privileged teacher."""
+    reference_only: TeacherConfig = field(default_factory=TeacherConfig)
+    """The reference-only teacher, or the second context of the family."""
     max_prompt_tokens: Annotated[int, Bounds(1, 10**7)] = 2048
     """Maximum length of the student prompt in tokens, chat template included. `overlong_rows` applies to longer ones:
     a question is never truncated."""

@@ -6,23 +6,25 @@
 | privileged | question and reference | the privileged teacher |
 | reference | reference, no question | the reference-only teacher |
 
-Two related targets use another row's reference in one context (`Borrowed`).
+The reference is a view of the row (`nemo_popsd.data.views`), by default its solution. Two related targets use another
+row's reference in one context (`Borrowed`).
 
-All prompts end in the same assistant prefix, so that the same response ids continue each of them
-(`nemo_popsd.data.alignment`). Only the reference is ever truncated, before both teachers' turns are made.
+The same response ids continue each prompt (`nemo_popsd.data.alignment`). All prompts with the same `enable_thinking`
+end in the same assistant prefix. Only the reference is ever truncated, before both teachers' turns are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from nemo_popsd.data.chat import ChatFormat
+from nemo_popsd.data.chat import ChatFormat, Encoded
 from nemo_popsd.data.config import DataConfig
 from nemo_popsd.data.records import Record
-from nemo_popsd.data.templates import check_templates, placeholders, student_turn, user_turns
+from nemo_popsd.data.templates import check_templates, placeholders, student_turn, teacher_turn
+from nemo_popsd.data.views import ANSWER, NONE, OTHER, SOLUTION, Views
 from nemo_popsd.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,19 +58,26 @@ class Contexts:
     reference: list[int]
     """Reference alone; see `Borrowed`."""
     reference_text: str
-    """The row's reference as the teachers see it."""
+    """The row's own text in the privileged teacher's view, as it was shown; empty for the view `none`."""
     reference_truncated: bool
-    """Whether the record's reference is longer."""
+    """Whether a text of the record is longer than what a teacher sees of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class FittedRow:
-    """A record within the limits, with the reference text that both teachers see."""
+    """A record within the limits, with what the teachers see of it."""
 
     record: Record
-    reference_text: str | None
+    texts: Mapping[str, str]
+    """By view: `Views.texts`, truncated to the limit; none in an evaluation."""
     reference_truncated: bool
+    """Whether a text was truncated."""
     student_length: int
+    """Tokens of the student's prompt."""
+
+    def text(self, view: str) -> str:
+        """The row's own text in `view`; empty for `none`."""
+        return "" if view == NONE else self.texts[SOLUTION if view == OTHER else view]
 
 
 class Misfit(StrEnum):
@@ -92,7 +101,8 @@ class ContextBuilder:
     """Makes the contexts of records, for one tokenizer and one data configuration.
 
     Attributes:
-        assistant_prefix: the text in which every prompt ends.
+        assistant_prefix: the text in which the student's prompt ends, and every other with the same thinking.
+        views: what the teachers see.
         template_ignores_thinking: `enable_thinking` has no effect (also logged once, as a warning).
         longest_context: a bound on the length in tokens of any prompt, reference included. Adding the response limit
             gives the longest sequence of the training.
@@ -113,15 +123,21 @@ class ContextBuilder:
         """
         check_templates(config.templates)
         self._config = config
-        self._chat = ChatFormat(tokenizer, system=config.templates.system, enable_thinking=config.enable_thinking)
+        self.views = Views.of(config)
+        thinking = [config.enable_thinking]
+        for teacher in (config.privileged, config.reference_only):
+            thinking.append(thinking[-1] if teacher.enable_thinking is None else teacher.enable_thinking)
+        system = config.templates.system
+        formats = {on: ChatFormat(tokenizer, system=system, enable_thinking=on) for on in dict.fromkeys(thinking)}
+        self._formats = [formats[on] for on in thinking]
+        self._chat = self._formats[0]
         self.assistant_prefix = self._chat.assistant_prefix
         self.template_ignores_thinking = self._chat.ignores_thinking
         self._vocab_size = vocab_size
         self._beyond = self._chat.beyond(vocab_size) if vocab_size is not None else {}
         if self._beyond:
-            turns = user_turns(config.templates, question="", reference="")
-            for text in (turns.student, turns.privileged):
-                self._refuse_beyond("the prompt around a row", "templates", self._chat.render(text))
+            for text in self._empty_prompts():
+                self._refuse_beyond("the prompt around a row", "templates", text)
         self.longest_context = self._longest_context()
 
     def fit(self, records: Sequence[Record], *, with_reference: bool = True) -> list[FittedRow | RejectedRow]:
@@ -142,13 +158,18 @@ class ContextBuilder:
             if self._beyond:
                 for record in batch:
                     self._refuse_beyond(f"row {record.id}", "question", self._student_text(record))
-                    self._refuse_beyond(f"row {record.id}", "reference", (with_reference and record.reference) or "")
-            references: list[tuple[str | None, int]] = [(None, 0)] * len(batch)
-            if with_reference:
-                references[:] = self._truncate([_reference_of(record) for record in batch])
-            for record, prompt, (reference, tokens) in zip(batch, prompts, references, strict=True):
-                rows.append(self._judge(record, len(prompt.ids), reference, tokens))
+                    for view in self.views.texts if with_reference else ():
+                        self._refuse_beyond(f"row {record.id}", _column(view), _text_of(record, view))
+            views = self.views.texts if with_reference else ()
+            texts = {view: self._truncate([_text_of(record, view) for record in batch]) for view in views}
+            for index, (record, prompt) in enumerate(zip(batch, prompts, strict=True)):
+                rows.append(self._judge(record, len(prompt.ids), {view: texts[view][index] for view in views}))
         return rows
+
+    def lent_views(self, borrowed: Borrowed = Borrowed.NONE) -> set[str]:
+        """The views whose text a context takes from another row."""
+        views = {Borrowed.PRIVILEGED: self.views.privileged, Borrowed.SECOND: self.views.reference}
+        return {view for name, view in views.items() if view == OTHER or (borrowed is name and view != NONE)}
 
     def contexts(self, row: FittedRow, borrowed: Borrowed = Borrowed.NONE, other: FittedRow | None = None) -> Contexts:
         """Token ids of one fitted row.
@@ -156,33 +177,35 @@ class ContextBuilder:
         Args:
             row: the row.
             borrowed: the context that holds the reference of `other`.
-            other: another row; required unless `borrowed` is `NONE`.
+            other: another row; required where there are `lent_views`.
 
         Raises:
-            UserError: naming the row, if the prompts do not end in the same assistant prefix, the chat template altered
-                the question or the reference, or a prompt is longer than `longest_context`.
+            UserError: naming the row, if prompts of the same thinking do not end in the same assistant prefix, both
+                teachers have the same prompt, the chat template altered the question or the reference, or a prompt is
+                longer than `longest_context`.
         """
-        record, reference = row.record, row.reference_text
-        if reference is None:
-            raise _missing_reference(record)
-        own = user_turns(self._config.templates, question=record.question, reference=reference)
-        privileged, second, seen = own.privileged, own.reference, [reference, reference]
-        if borrowed:
-            assert other is not None
-            assert other.reference_text is not None
-            lent = user_turns(self._config.templates, question=record.question, reference=other.reference_text)
-            if borrowed is Borrowed.PRIVILEGED:
-                privileged, seen[0] = lent.privileged, other.reference_text
-            else:
-                second, seen[1] = lent.privileged, other.reference_text
-        texts = [self._chat.render(turn) for turn in (own.student, privileged, second)]
-        _require_verbatim(record, "question", record.question, texts[:2])
-        for text, part in zip(texts[1:], seen, strict=True):
-            _require_verbatim(record, "reference", part, [text])
+        record, views = row.record, self.views
+        texts = [self._student_text(record)]
+        for chat, view, name, with_question in (
+            (self._formats[1], views.privileged, Borrowed.PRIVILEGED, True),
+            (self._formats[2], views.reference, Borrowed.SECOND, borrowed is Borrowed.SECOND),
+        ):
+            lender = row
+            if view == OTHER or (borrowed is name and view != NONE):
+                assert other is not None
+                lender = other
+            seen = None if view == NONE else lender.text(view)
+            question = record.question if with_question else None
+            text = chat.render(teacher_turn(self._config.templates, question=question, reference=seen))
+            if with_question:
+                _require_verbatim(record, "question", record.question, text)
+            if seen is not None:
+                _require_verbatim(record, "reference", seen, text)
+            texts.append(text)
+        if texts[1] == texts[2]:
+            raise _equal_teachers(record)
         encoded = self._chat.encode(texts)
-        tails = [self._chat.prefix_ids(text, prompt) for text, prompt in zip(texts, encoded, strict=True)]
-        if not tails[0] or any(tail != tails[0] for tail in tails):
-            raise self._prefix_mismatch(record, texts, tails)
+        self._require_prefixes(record, texts, encoded)
         longest = max(len(prompt.ids) for prompt in encoded)
         if longest > self.longest_context:
             raise UserError(
@@ -195,7 +218,7 @@ class ContextBuilder:
             student=encoded[0].ids,
             privileged=encoded[1].ids,
             reference=encoded[2].ids,
-            reference_text=reference,
+            reference_text=row.text(views.privileged),
             reference_truncated=row.reference_truncated,
         )
 
@@ -216,10 +239,19 @@ class ContextBuilder:
 
     def _student_text(self, record: Record) -> str:
         text = self._chat.render(student_turn(self._config.templates, question=record.question))
-        _require_verbatim(record, "question", record.question, [text])
+        _require_verbatim(record, "question", record.question, text)
         if not text.endswith(self.assistant_prefix):
             raise self._prefix_mismatch(record, [text], [])
         return text
+
+    def _require_prefixes(self, record: Record, texts: Sequence[str], encoded: Sequence[Encoded]) -> None:
+        """Every prompt ends in its format's assistant prefix, in the same tokens as others of the same format."""
+        tails = [
+            chat.prefix_ids(text, prompt) for chat, text, prompt in zip(self._formats, texts, encoded, strict=True)
+        ]
+        firsts = [tails[self._formats.index(chat)] for chat in self._formats]
+        if not all(tails) or tails != firsts:
+            raise self._prefix_mismatch(record, texts, tails)
 
     def _truncate(self, references: Sequence[str]) -> list[tuple[str, int]]:
         """For each text: the text truncated to the limit, and its original number of tokens (0: certainly within)."""
@@ -237,9 +269,12 @@ class ContextBuilder:
             truncated[index] = (text, tokens)
         return truncated
 
-    def _judge(self, record: Record, length: int, reference: str | None, tokens: int) -> FittedRow | RejectedRow:
+    def _judge(self, record: Record, length: int, seen: Mapping[str, tuple[str, int]]) -> FittedRow | RejectedRow:
+        """`seen` has the text of each view, truncated, and its number of tokens before."""
         config = self._config
-        for column, text in (("question", record.question), ("reference", reference or "")):
+        texts = {view: text for view, (text, _) in seen.items()}
+        tokens = max((count for _, count in seen.values()), default=0)
+        for column, text in (("question", record.question), *((_column(view), text) for view, text in texts.items())):
             if (mark := self._chat.mark_in(text)) is not None:
                 detail = f"the token {mark} in its {column}, which marks a turn or the end of a text"
                 return self._reject(record, Misfit.MALFORMED, detail, "malformed_rows", config.malformed_rows)
@@ -251,15 +286,14 @@ class ContextBuilder:
         if length > config.max_prompt_tokens:
             detail = f"a prompt of {length} tokens, more than data.max_prompt_tokens={config.max_prompt_tokens}"
             return self._reject(record, Misfit.OVERLONG, detail, "overlong_rows", config.overlong_rows)
-        truncated = tokens > config.max_reference_tokens
-        if truncated and not (reference or "").strip():
+        if not all(text.strip() for text in texts.values()):
             raise UserError(
                 f"row {record.id}",
                 got=f"nothing left of the reference at data.max_reference_tokens={config.max_reference_tokens}",
                 need="space for at least a few words",
                 fix="set data.max_reference_tokens higher",
             )
-        return FittedRow(record, reference, truncated, length)
+        return FittedRow(record, texts, tokens > config.max_reference_tokens, length)
 
     def _refuse_beyond(self, what: str, where: str, text: str) -> None:
         """Refuse text with a token for which the model has no embedding."""
@@ -283,17 +317,24 @@ class ContextBuilder:
             )
         return RejectedRow(record, why, f"row {record.id}: {detail}")
 
+    def _empty_prompts(self) -> list[str]:
+        """The three prompts of a row without any text, the second context with the question block that it may have."""
+        templates, views = self._config.templates, (self.views.privileged, self.views.reference)
+        turns = [student_turn(templates, question="")]
+        turns += [teacher_turn(templates, question="", reference=None if view == NONE else "") for view in views]
+        return [chat.render(turn) for chat, turn in zip(self._formats, turns, strict=True)]
+
     def _longest_context(self) -> int:
         """The tokens of the empty templates plus the maximum that question and reference can add."""
         templates, config = self._config.templates, self._config
-        turns = user_turns(templates, question="", reference="")
-        empty = self._chat.encode([self._chat.render(text) for text in (turns.student, turns.privileged)])
-        empty_student, empty_privileged = (len(encoded.ids) for encoded in empty)
-        body = placeholders(templates.teacher)
-        questions = body.count("question_block") * placeholders(templates.question_block).count("question")
-        longest_question = max(0, config.max_prompt_tokens - empty_student)
-        added = questions * longest_question + body.count("reference") * config.max_reference_tokens
-        return max(config.max_prompt_tokens, empty_privileged + added) + _MERGE_SLACK
+        student, *teachers = (len(encoded.ids) for encoded in self._chat.encode(self._empty_prompts()))
+        longest = [config.max_prompt_tokens]
+        for empty, view in zip(teachers, (self.views.privileged, self.views.reference), strict=True):
+            body = placeholders(templates.without_reference if view == NONE else templates.teacher)
+            questions = body.count("question_block") * placeholders(templates.question_block).count("question")
+            added = questions * max(0, config.max_prompt_tokens - student)
+            longest.append(empty + added + body.count("reference") * config.max_reference_tokens)
+        return max(longest) + _MERGE_SLACK
 
     def _prefix_mismatch(self, record: Record, texts: Sequence[str], tails: Sequence[list[int] | None]) -> UserError:
         shown = len(self.assistant_prefix) + 20
@@ -304,25 +345,40 @@ class ContextBuilder:
         return UserError(
             f"row {record.id}",
             got=ends,
-            need=f"the same assistant prefix {self.assistant_prefix!r} in every prompt",
+            need=f"the same assistant prefix {self.assistant_prefix!r} in every prompt of the same thinking",
             fix="fix the chat template, or end data.templates.student and data.templates.teacher alike",
         )
 
 
-def _reference_of(record: Record) -> str:
-    if record.reference is None:
-        raise _missing_reference(record)
-    return record.reference
+def _column(view: str) -> str:
+    """What the text of `view` is called in messages."""
+    return {SOLUTION: "reference", ANSWER: "answer"}.get(view, f"column {view}")
 
 
-def _missing_reference(record: Record) -> UserError:
+def _text_of(record: Record, view: str) -> str:
+    """The text of `record` in one of `Views.texts`."""
+    text = {SOLUTION: record.reference, ANSWER: record.answer}.get(view, record.columns.get(view))
+    if text is None:
+        raise UserError(
+            f"row {record.id}",
+            got=f"no {_column(view)}",
+            need=f"one, since a teacher sees the view {view}",
+            fix="fix the row or data.train.columns, or set data.privileged.view and data.reference_only.view",
+        )
+    return text
+
+
+def _equal_teachers(record: Record) -> UserError:
     return UserError(
-        f"row {record.id}", got="no reference", need="a reference solution", fix="fix the row or columns.reference"
+        f"row {record.id}",
+        got="the same prompt for both teachers: their difference is 0 at every token",
+        need="contexts that differ",
+        fix="set data.privileged.view or data.reference_only.view",
     )
 
 
-def _require_verbatim(record: Record, what: str, part: str, texts: Sequence[str]) -> None:
-    if any(part.strip() not in text for text in texts):
+def _require_verbatim(record: Record, what: str, part: str, text: str) -> None:
+    if part.strip() not in text:
         raise UserError(
             f"row {record.id}",
             got=f"a rendered prompt without the unchanged {what} of the row",

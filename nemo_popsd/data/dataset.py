@@ -1,8 +1,8 @@
 """Prepared rows for training, and prompts with answers for evaluation.
 
-All rows are read and checked before any model is loaded. A row is tokenised when it is visited: the token ids of 20,000
-rows with long references would take gigabytes of Python integers on every rank, while tokenising one row takes
-milliseconds.
+All rows are read and checked before any model is loaded; those of large files are not kept (`nemo_popsd.data.rows`). A
+row is tokenised when it is visited: the token ids of 20,000 rows with long references would take gigabytes of Python
+integers on every rank, while tokenising one row takes milliseconds.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset
 
 from nemo_popsd.data.config import DataConfig, SourceConfig
-from nemo_popsd.data.contexts import Borrowed, ContextBuilder, Contexts, FittedRow, Misfit
+from nemo_popsd.data.contexts import Borrowed, ContextBuilder, Contexts, FittedRow, Misfit, RejectedRow
 from nemo_popsd.data.records import Record
 from nemo_popsd.data.report import DataReport
-from nemo_popsd.data.sources import read_records
+from nemo_popsd.data.rows import BATCH, FittedRows
+from nemo_popsd.data.sources import Located, RecordReader
+from nemo_popsd.data.views import SOLUTION
 from nemo_popsd.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,21 +51,41 @@ class EvaluationPrompt:
 class PromptDataset(Dataset[PromptRow]):
     """Fitted rows by index, in file order; the contexts are made on each access and are deterministic."""
 
-    def __init__(self, rows: Sequence[FittedRow], builder: ContextBuilder, borrowed: Borrowed = Borrowed.NONE) -> None:
-        self._rows = list(rows)
+    def __init__(
+        self,
+        rows: FittedRows,
+        builder: ContextBuilder,
+        borrowed: Borrowed = Borrowed.NONE,
+        *,
+        with_answers: bool = False,
+    ) -> None:
+        self._with_answers = with_answers
+        self._rows = rows
         self._indices: dict[str, int] | None = None
         self.builder = builder
         self._borrowed = borrowed
+        self._lent = sorted(builder.lent_views(borrowed))
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def records(self) -> Iterator[Record]:
+        """The records of all rows, in order; no contexts are made."""
+        return (row.record for row in self._rows)
+
     def data_digest(self) -> str:
-        """SHA-256 over id, question and reference of every row, in order; independent of the path of the files."""
+        """SHA-256 over id, question, reference and what else the training depends on of every row, in order.
+
+        Independent of the path of the files.
+        """
         digest = hashlib.sha256()
+        views = [view for view in self.builder.views.texts if view != SOLUTION]
         for row in self._rows:
             record = row.record
-            digest.update(json.dumps([record.id, record.question, record.reference]).encode())
+            content = [record.id, record.question, record.reference, *(row.text(view) for view in views)]
+            if self._with_answers:
+                content.append(record.answer)
+            digest.update(json.dumps(content).encode())
         return digest.hexdigest()
 
     def by_id(self, row_id: str) -> PromptRow:
@@ -72,21 +95,21 @@ class PromptDataset(Dataset[PromptRow]):
             KeyError: no row has it.
         """
         if self._indices is None:
-            self._indices = {row.record.id: index for index, row in enumerate(self._rows)}
+            self._indices = {name: index for index, name in enumerate(self._rows.ids)}
         return self[self._indices[row_id]]
 
     def __getitem__(self, index: int) -> PromptRow:
         row = self._rows[index]
-        other = self._rows[self._lender(index)] if self._borrowed else None
+        other = self._rows[self._lender(index)] if self._lent else None
         return PromptRow(row.record, self.builder.contexts(row, self._borrowed, other))
 
     def _lender(self, index: int) -> int:
-        """Index of the row whose reference row `index` borrows: deterministic, and with another reference."""
+        """Index of the row that lends its texts to row `index`: deterministic, and with other texts."""
         row, count = self._rows[index], len(self._rows)
         first = int.from_bytes(hashlib.sha256(row.record.id.encode()).digest()[:8], "big") % count
         for offset in range(count):
             lender = (first + offset) % count
-            if self._rows[lender].reference_text != row.reference_text:
+            if all(self._rows[lender].text(view) != row.text(view) for view in self._lent):
                 return lender
         raise UserError(
             "data",
@@ -97,7 +120,7 @@ class PromptDataset(Dataset[PromptRow]):
 
     def index(self, row_id: str) -> int | None:
         """Index of the row with this id; None if there is none."""
-        return next((index for index, row in enumerate(self._rows) if row.record.id == row_id), None)
+        return next((index for index, name in enumerate(self._rows.ids) if name == row_id), None)
 
 
 def build_dataset(
@@ -107,6 +130,7 @@ def build_dataset(
     borrowed: Borrowed = Borrowed.NONE,
     *,
     vocab_size: int | None = None,
+    need_answer: bool = False,
 ) -> tuple[PromptDataset, DataReport]:
     """Read and check the rows of `source`; the report is logged as one line.
 
@@ -118,15 +142,23 @@ def build_dataset(
         tokenizer: of the student.
         borrowed: the context of a row that holds another row's reference.
         vocab_size: number of embeddings of the student; None skips the check of token ids.
+        need_answer: whether the training depends on the answers, so that every row must have one.
 
     Raises:
         UserError: from reading, from the templates, for a misfit whose setting is `error`, or if no row is left.
     """
     builder = ContextBuilder(tokenizer, config, vocab_size=vocab_size)
-    rows, report = _fitted_rows(config, source, builder, evaluation=False)
-    dataset = PromptDataset(rows, builder, borrowed)
+    rows, report = _fitted_rows(config, source, builder, evaluation=False, need_answer=need_answer)
+    dataset = PromptDataset(rows, builder, borrowed, with_answers=need_answer)
     # Building one row refuses a faulty chat template before the first step.
-    dataset[0]
+    first = dataset[0]
+    if first.contexts.privileged == first.contexts.student:
+        logger.warning(
+            "row %s: the privileged teacher's prompt is the student's; a target that follows a frozen teacher alone "
+            "then equals the base and moves nothing (data.privileged.view=%s)",
+            first.record.id,
+            builder.views.privileged,
+        )
     return dataset, report
 
 
@@ -144,20 +176,22 @@ def build_evaluation_prompts(
 
 
 def _fitted_rows(
-    config: DataConfig, source: SourceConfig, builder: ContextBuilder, *, evaluation: bool
-) -> tuple[list[FittedRow], DataReport]:
-    records, report = read_records(
+    config: DataConfig, source: SourceConfig, builder: ContextBuilder, *, evaluation: bool, need_answer: bool = False
+) -> tuple[FittedRows, DataReport]:
+    reader = RecordReader(
         source,
         setting="data.validation" if source is config.validation else "data.train",
         malformed_rows=config.malformed_rows,
-        need_reference=not evaluation,
-        need_answer=evaluation,
+        need_reference=not evaluation and builder.views.need_reference,
+        need_answer=need_answer or evaluation or builder.views.need_answer,
+        views=() if evaluation else builder.views.columns,
     )
+    report = reader.report
     report.template_ignores_thinking = builder.template_ignores_thinking
-    rows: list[FittedRow] = []
-    for row in builder.fit(records, with_reference=not evaluation):
+    rows = FittedRows(reader, builder, with_reference=not evaluation)
+    for located, row in _fit(reader.records(), builder, with_reference=not evaluation):
         if isinstance(row, FittedRow):
-            rows.append(row)
+            rows.append(located, row)
             report.references_truncated += row.reference_truncated
             report.longest_prompt = max(report.longest_prompt, row.student_length)
         elif row.why is Misfit.MALFORMED:
@@ -176,3 +210,12 @@ def _fitted_rows(
             fix="set data.max_prompt_tokens or data.max_reference_tokens higher",
         )
     return rows, report
+
+
+def _fit(
+    located: Iterator[Located], builder: ContextBuilder, *, with_reference: bool
+) -> Iterator[tuple[Located, FittedRow | RejectedRow]]:
+    """Each record with the result of its fit; few records are in memory at a time."""
+    while batch := list(islice(located, BATCH)):
+        fitted = builder.fit([one.record for one in batch], with_reference=with_reference)
+        yield from zip(batch, fitted, strict=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_popsd.data.config import ColumnsConfig, SourceConfig
+from nemo_popsd.data.files import source_files
+from nemo_popsd.data.readers import column_names
 from nemo_popsd.errors import UserError
 
 
@@ -43,7 +45,7 @@ _SUFFIXES = (".jsonl", ".parquet", ".arrow", "")
 
 
 def named_source(name: str, directory: str = "") -> SourceConfig:
-    """The set `name` as a source of rows with answers.
+    """The published set `name` as a source of rows with answers.
 
     The search order is: `<directory>/<name>.jsonl`, `.parquet`, `.arrow`, or a directory that `datasets` saved; the
     Arrow files that `datasets` prepares (below `HF_DATASETS_CACHE`); files that the Hub client downloaded (below
@@ -57,7 +59,8 @@ def named_source(name: str, directory: str = "") -> SourceConfig:
     for path in (*_in_directory(name, directory), *_cached(known)):
         searched.append(str(path))
         if path.exists():
-            return SourceConfig(path=str(path), columns=_columns(path, known), answer_pattern=known.answer_pattern)
+            columns = _columns(path, column_names(path, "evaluation.sets_directory"), known.answer_pattern)
+            return SourceConfig(path=str(path), columns=columns, answer_pattern=known.answer_pattern)
     raise UserError(
         f"problem set {name}",
         got=f"none of {', '.join(searched)}",
@@ -65,6 +68,30 @@ def named_source(name: str, directory: str = "") -> SourceConfig:
         fix=f"set evaluation.sets_directory to a directory with {name}.jsonl (columns problem, answer), "
         f"or fetch {known.repositories[0][0]} with `datasets` on a machine with network and copy its cache",
     )
+
+
+def own_source(name: str, path: str, like: SourceConfig) -> SourceConfig:
+    """The user's set `name` at `path`, a file, pattern or directory, as a source of rows with answers.
+
+    Its columns are those of `like` if it has them all, otherwise they are found by their usual names.
+
+    Args:
+        name: in `evaluation.sets`.
+        path: as `data.validation.path`.
+        like: the section `data.validation`.
+
+    Raises:
+        UserError: no file, or no column of a known name.
+    """
+    setting = f"evaluation.sets.{name}"
+    first = source_files([path], setting=setting)[0]
+    present = column_names(first, setting)
+    columns = like.columns
+    wanted = [column for column in (columns.id, columns.question, columns.reference, columns.answer) if column]
+    declared = columns.answer is not None or like.answer_pattern is not None
+    if declared and all(column in present or column.partition(".")[0] in present for column in wanted):
+        return SourceConfig(path=path, columns=columns, answer_pattern=like.answer_pattern)
+    return SourceConfig(path=path, columns=_columns(first, present, answer_pattern=None))
 
 
 def refuse_another_size(name: str, problems: int) -> None:
@@ -78,7 +105,7 @@ def refuse_another_size(name: str, problems: int) -> None:
             f"problem set {name}",
             got=f"{problems} usable problems",
             need=f"{NAMED_SETS[name].problems}, so that results under this name are comparable",
-            fix="fix the file or data.max_prompt_tokens, or evaluate it as data.validation.path",
+            fix="fix the file or data.max_prompt_tokens, or give your file another name: evaluation.sets={NAME: PATH}",
         )
 
 
@@ -104,10 +131,7 @@ def _cached(known: NamedSet) -> Iterator[Path]:
             yield files[-1] if files else root / pattern
 
 
-def _columns(path: Path, known: NamedSet) -> ColumnsConfig:
-    from nemo_popsd.data.readers import column_names
-
-    names = column_names(path, "evaluation.sets_directory")
+def _columns(path: Path, names: Sequence[str], answer_pattern: str | None) -> ColumnsConfig:
     question = next((column for column in _QUESTIONS if column in names), None)
     answer = next((column for column in _ANSWERS if column in names), None)
     if question is None or answer is None:
@@ -115,8 +139,8 @@ def _columns(path: Path, known: NamedSet) -> ColumnsConfig:
             str(path),
             got=f"columns {', '.join(names) or '(none)'}",
             need=f"one of {', '.join(_QUESTIONS)} and one of {', '.join(_ANSWERS)}",
-            fix="rename its columns, or evaluate it as data.validation.path with data.validation.columns",
+            fix="set data.validation.columns (and answer_pattern) to columns of the file, or rename its columns",
         )
-    if known.answer_pattern is not None:
+    if answer_pattern is not None:
         return ColumnsConfig(question=question, reference=answer, answer=None)
     return ColumnsConfig(question=question, reference=None, answer=answer)

@@ -6,9 +6,11 @@ Each row comes with its number, counted from 1, and is a mapping of columns or a
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 from nemo_popsd.data.files import is_saved_dataset
 from nemo_popsd.errors import UserError
@@ -41,7 +43,26 @@ class MalformedError(Exception):
     """A row cannot be used; the message is the reason."""
 
 
-Row = tuple[int, "Mapping[str, object] | MalformedError"]
+class Place(NamedTuple):
+    """Where the line of a row lies in its file of JSONL."""
+
+    offset: int
+    """Bytes before it."""
+    size: int
+    """Bytes of the line."""
+    check: int
+    """CRC-32 of the line."""
+
+
+class Row(NamedTuple):
+    """One row of a file."""
+
+    number: int
+    """Counted from 1."""
+    content: Mapping[str, object] | MalformedError
+    """Its columns, or why it cannot be used."""
+    place: Place | None = None
+    """Where it can be read again; None for formats other than JSONL."""
 
 
 def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
@@ -70,6 +91,32 @@ def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
     return _jsonl_rows(path, setting)
 
 
+def row_at(file: BinaryIO, place: Place, setting: str) -> Mapping[str, object]:
+    """The row at `place`, read again.
+
+    Args:
+        file: of JSONL, open without a buffer's position in use: the position does not change.
+        place: as `rows_of` gave it.
+        setting: dotted name of the source in the configuration, for messages.
+
+    Raises:
+        UserError: the file has another content there.
+    """
+    try:
+        line = os.pread(file.fileno(), place.size, place.offset)
+    except OSError as error:
+        raise _unreadable(Path(file.name), error, setting) from None
+    row = _jsonl_row(line) if zlib.crc32(line) == place.check else None
+    if not isinstance(row, dict):
+        raise UserError(
+            str(file.name),
+            got=f"another content at byte {place.offset:,} than when the run began",
+            need="files that do not change during a run",
+            fix="put the old file back, and start the same command again",
+        )
+    return row
+
+
 def column_names(path: Path, setting: str) -> list[str]:
     """Names of the columns of a file or directory that `rows_of` can read; for JSONL, those of its first row.
 
@@ -90,7 +137,7 @@ def column_names(path: Path, setting: str) -> list[str]:
                 return list(pa.ipc.open_stream(mapped).schema.names)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error, setting) from None
-    row = next((row for _, row in rows_of(path, (), setting)), None)
+    row = next((row.content for row in rows_of(path, (), setting)), None)
     if not isinstance(row, dict):
         raise UserError(str(path), got=str(row or "no row"), need="one JSON object per line", fix="fix the file")
     return list(row)
@@ -108,13 +155,14 @@ def _jsonl_rows(path: Path, setting: str) -> Iterator[Row]:
     """Lines are split at the newline byte only: a JSON string may contain U+2028 and similar characters."""
     try:
         with path.open("rb") as file:
-            number = 0
+            number = offset = 0
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
                     raise _unreadable(path, f"line {number} of more than {LONGEST_LINE >> 20} MiB", setting)
                 if line.strip():
-                    yield number, _jsonl_row(line)
+                    yield Row(number, _jsonl_row(line), Place(offset, len(line), zlib.crc32(line)))
+                offset += len(line)
     except OSError as error:
         raise _unreadable(path, error, setting) from None
 
@@ -153,13 +201,15 @@ def _arrow_rows(path: Path, columns: Sequence[str], setting: str) -> Iterator[Ro
 
 
 def _numbered(batches: Iterable[T], rows: Callable[[T], Iterable[Mapping[str, object]]]) -> Iterator[Row]:
-    return enumerate((row for batch in batches for row in rows(batch)), start=1)
+    contents = (row for batch in batches for row in rows(batch))
+    return (Row(number, content) for number, content in enumerate(contents, start=1))
 
 
 def _saved_dataset_rows(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
     dataset = _saved_dataset(path, setting)
     wanted = _present(path, dataset.column_names, columns, setting)
-    yield from enumerate(dataset.select_columns(wanted), start=1)
+    for number, content in enumerate(dataset.select_columns(wanted), start=1):
+        yield Row(number, content)
 
 
 def _saved_dataset(path: Path, setting: str) -> Dataset:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 _INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
@@ -25,12 +26,14 @@ class Record:
         reference: reference solution, verbatim, never blank. None only if the source declares that it has none
             (``columns.reference: null``), which is valid for evaluation but not for training.
         answer: final answer for scoring, stripped; None if the source has none.
+        columns: texts of the further columns that a teacher's view names, never blank.
     """
 
     id: str
     question: str
     reference: str | None
     answer: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         # The readers refuse blank texts with file and row; this check is for records made in code.

@@ -7,14 +7,15 @@ of one row. Duplicate ids are always an error, since they would make logs ambigu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from nemo_popsd.data.cells import scalar_of, text_of
-from nemo_popsd.data.config import ColumnsConfig, SourceConfig
+from nemo_popsd.data.cells import scalar_of, text_of, view_of
+from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.files import row_names, source_files
-from nemo_popsd.data.readers import MalformedError, rows_of
+from nemo_popsd.data.readers import MalformedError, Place, Row, row_at, rows_of
 from nemo_popsd.data.records import Record, is_blank
 from nemo_popsd.data.report import DataReport
 from nemo_popsd.errors import UserError
@@ -29,7 +30,7 @@ def check_source(
         source: paths and columns of the rows.
         setting: dotted name of `source` in the configuration, for messages.
         need_reference: refuse a source that declares no reference column.
-        need_answer: refuse a source that declares no final answers; otherwise refuse a pattern for them.
+        need_answer: refuse a source that declares no final answers.
 
     Raises:
         UserError: nothing usable at the path, or a setting is missing or has no effect.
@@ -44,14 +45,131 @@ def check_source(
         )
     if need_answer and source.columns.answer is None and source.answer_pattern is None:
         raise UserError(
-            "evaluation data",
+            "data",
             got=f"neither {setting}.columns.answer nor {setting}.answer_pattern",
             need="a final answer for every row",
             fix="set one of them",
         )
     if source.answer_pattern is not None:
-        _refuse_unused_pattern(source, setting, need_answer=need_answer)
+        _refuse_unused_pattern(source, setting)
     return files
+
+
+class Located(NamedTuple):
+    """A record and where its row lies."""
+
+    record: Record
+    file: int
+    """Index of its file."""
+    number: int
+    """Of the row in its file, counted from 1."""
+    place: Place | None
+    """Where it can be read again; None for formats other than JSONL."""
+
+
+class RecordReader:
+    """Reads the records of one source: all in order, or one again at its place.
+
+    Keeps the files open from which single records were read, so that they may be removed meanwhile.
+    """
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        *,
+        setting: str = "data.train",
+        malformed_rows: str = "error",
+        need_reference: bool = True,
+        need_answer: bool = False,
+        views: Sequence[str] = (),
+    ) -> None:
+        """Checks the settings of `source`; reads no row.
+
+        Args:
+            source: paths and columns of the rows.
+            setting: dotted name of `source` in the configuration, for messages.
+            malformed_rows: ``error`` or ``skip``; skipped rows are counted in the report.
+            need_reference: refuse a source that declares no reference column.
+            need_answer: a row without a final answer is malformed.
+            views: further columns, of which every row needs a text or a number.
+
+        Raises:
+            UserError: as `check_source`.
+        """
+        self.files = check_source(source, setting=setting, need_reference=need_reference, need_answer=need_answer)
+        self.report = DataReport(source=source.path)
+        """Counts of the rows that `records` has read."""
+        self._source = source
+        self._setting = setting
+        self._malformed_rows = malformed_rows
+        self._need_answer = need_answer
+        self._views = views
+        self._names = row_names(self.files)
+        self._open: dict[int, BinaryIO] = {}
+
+    def records(self) -> Iterator[Located]:
+        """All records, in file order.
+
+        Raises:
+            UserError: a column or an answer is missing, a row is malformed under ``error``, two rows share an id, or no
+                row is usable.
+        """
+        source, setting, report = self._source, self._setting, self.report
+        first_seen: dict[str, str] = {}
+        for file, row in islice(self._rows(), source.limit):
+            where, single = f"{self.files[file]}:{row.number}", len(self.files) == 1
+            report.rows_read += 1
+            try:
+                if isinstance(row.content, MalformedError):
+                    raise row.content
+                record = self._record(row.content, file, row.number)
+            except MalformedError as problem:
+                if self._malformed_rows == "error":
+                    raise UserError(
+                        where,
+                        got=str(problem),
+                        need="a row with a value in every mapped column",
+                        fix=f"fix the row, set {setting}.columns, or set data.malformed_rows=skip",
+                    ) from None
+                report.skip(f"row {row.number if single else where}: {problem}")
+                continue
+            if record.id in first_seen:
+                raise UserError(
+                    where,
+                    got=f"id {record.id!r} again, first in {first_seen[record.id]}",
+                    need="unique ids",
+                    fix=f"fix the rows, or set {setting}.columns.id to another column or null",
+                )
+            first_seen[record.id] = f"row {row.number}" if single else where
+            yield Located(record, file, row.number, row.place)
+        if not first_seen:
+            got = f"{report.rows_read} rows, none usable"
+            if report.first_malformed is not None:
+                got += f" (first: {report.first_malformed})"
+            fix = f"set {setting}.path or {setting}.columns"
+            raise UserError(source.path, got=got, need="at least one row", fix=fix)
+
+    def read(self, file: int, number: int, place: Place) -> Record:
+        """The record of a row that `records` gave, read again.
+
+        Raises:
+            UserError: the file has another content there.
+        """
+        if file not in self._open:
+            self._open[file] = self.files[file].open("rb", buffering=0)
+        return self._record(row_at(self._open[file], place, self._setting), file, number)
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        columns = self._source.columns
+        mapped = (columns.id, columns.question, columns.reference, columns.answer, *self._views)
+        wanted = list(dict.fromkeys(name for name in mapped if name is not None))
+        for file, path in enumerate(self.files):
+            for row in rows_of(path, wanted, self._setting):
+                yield file, row
+
+    def _record(self, row: Mapping[str, object], file: int, number: int) -> Record:
+        name = f"{self._names[file]}:{number}"
+        return _record(row, name, self._source, self._views, need_answer=self._need_answer)
 
 
 def read_records(
@@ -61,73 +179,24 @@ def read_records(
     malformed_rows: str = "error",
     need_reference: bool = True,
     need_answer: bool = False,
+    views: Sequence[str] = (),
 ) -> tuple[list[Record], DataReport]:
-    """Read all rows of `source`, in file order.
-
-    Args:
-        source: paths and columns of the rows.
-        setting: dotted name of `source` in the configuration, for messages.
-        malformed_rows: ``error`` or ``skip``; skipped rows are counted in the report.
-        need_reference: refuse a source that declares no reference column.
-        need_answer: a row without a final answer is malformed.
-
-    Raises:
-        UserError: nothing usable at the path, a column or an answer is missing, a row is malformed under
-            ``error``, two rows share an id, or no usable row is left.
-    """
-    files = check_source(source, setting=setting, need_reference=need_reference, need_answer=need_answer)
-    report = DataReport(source=source.path)
-    records: list[Record] = []
-    first_seen: dict[str, str] = {}
-    for where, name, row in islice(_rows(files, source.columns, setting), source.limit):
-        report.rows_read += 1
-        try:
-            if isinstance(row, MalformedError):
-                raise row
-            record = _record(row, name, source, need_answer=need_answer)
-        except MalformedError as problem:
-            if malformed_rows == "error":
-                raise UserError(
-                    where,
-                    got=str(problem),
-                    need="a row with a value in every mapped column",
-                    fix=f"fix the row, set {setting}.columns, or set data.malformed_rows=skip",
-                ) from None
-            report.skip(f"row {where.rpartition(':')[2] if len(files) == 1 else where}: {problem}")
-            continue
-        if record.id in first_seen:
-            raise UserError(
-                where,
-                got=f"id {record.id!r} again, first in {first_seen[record.id]}",
-                need="unique ids",
-                fix=f"fix the rows, or set {setting}.columns.id to another column or null",
-            )
-        first_seen[record.id] = f"row {where.rpartition(':')[2]}" if len(files) == 1 else where
-        records.append(record)
-    if not records:
-        got = f"{report.rows_read} rows, none usable"
-        if report.first_malformed is not None:
-            got += f" (first: {report.first_malformed})"
-        raise UserError(source.path, got=got, need="at least one row", fix=f"set {setting}.path or {setting}.columns")
-    return records, report
+    """All records of `source`, in file order; see `RecordReader`."""
+    reader = RecordReader(
+        source,
+        setting=setting,
+        malformed_rows=malformed_rows,
+        need_reference=need_reference,
+        need_answer=need_answer,
+        views=views,
+    )
+    return [located.record for located in reader.records()], reader.report
 
 
-def _rows(
-    files: list[Path], columns: ColumnsConfig, setting: str
-) -> Iterator[tuple[str, str, Mapping[str, object] | MalformedError]]:
-    """The rows of all files: location for messages, name for the id, and content of each."""
-    wanted = [name for name in (columns.id, columns.question, columns.reference, columns.answer) if name is not None]
-    for path, name in zip(files, row_names(files), strict=True):
-        for number, row in rows_of(path, wanted, setting):
-            yield f"{path}:{number}", f"{name}:{number}", row
-
-
-def _refuse_unused_pattern(source: SourceConfig, setting: str, *, need_answer: bool) -> None:
+def _refuse_unused_pattern(source: SourceConfig, setting: str) -> None:
     """Refuse a pattern for answers that would be ignored."""
     name = f"{setting}.answer_pattern"
-    if not need_answer:
-        got, fix = f"{name}, which has no effect: training reads no answers", f"remove {name}"
-    elif source.columns.answer is not None:
+    if source.columns.answer is not None:
         got = f"{name} together with {setting}.columns.answer={source.columns.answer!r}, which overrides it"
         fix = f"remove {name}, or set {setting}.columns.answer=null"
     elif source.columns.reference is None:
@@ -138,7 +207,9 @@ def _refuse_unused_pattern(source: SourceConfig, setting: str, *, need_answer: b
     raise UserError("configuration", got=got, need="settings that have an effect", fix=fix)
 
 
-def _record(row: Mapping[str, object], name: str, source: SourceConfig, *, need_answer: bool) -> Record:
+def _record(
+    row: Mapping[str, object], name: str, source: SourceConfig, views: Sequence[str], *, need_answer: bool
+) -> Record:
     columns = source.columns
     identity = name if columns.id is None else scalar_of(row, columns.id)
     question = text_of(row, columns.question, field="question")
@@ -152,4 +223,5 @@ def _record(row: Mapping[str, object], name: str, source: SourceConfig, *, need_
         answer = None if last is None or is_blank(last) else last.strip()
     if need_answer and answer is None:
         raise MalformedError("no final answer: the answer pattern matches nothing in the reference")
-    return Record(id=identity, question=question, reference=reference, answer=answer)
+    seen = {view: view_of(row, view) for view in views}
+    return Record(id=identity, question=question, reference=reference, answer=answer, columns=seen)

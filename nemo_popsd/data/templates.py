@@ -8,7 +8,6 @@ not changed.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from nemo_popsd.data.config import TemplatesConfig
 from nemo_popsd.errors import UserError
@@ -27,17 +26,9 @@ _RULES: dict[str, tuple[set[str], set[str]]] = {
     "student": ({"question"}, {"question"}),
     "question_block": ({"question"}, {"question"}),
     "teacher": ({"question_block", "reference"}, {"question_block", "reference"}),
+    "without_reference": ({"question_block"}, {"question_block"}),
     "system": (set(), set()),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class UserTurns:
-    """User-turn texts of one row: the two teachers' turns differ only in the question block."""
-
-    student: str
-    privileged: str
-    reference: str
 
 
 def placeholders(template: str) -> list[str]:
@@ -76,24 +67,29 @@ def check_templates(templates: TemplatesConfig) -> None:
                 need=f"only {_braced(allowed)} there",
                 fix=f"set {setting}",
             )
-    phrase = _REFERS_TO_PROBLEM.search(_PLACEHOLDER.sub(" ", templates.teacher))
-    if phrase is not None:
-        raise UserError(
-            "templates",
-            got=f"data.templates.teacher with the words {phrase.group()!r}",
-            need="a body that does not refer to the problem, which the reference-only teacher does not see",
-            fix="move those words into data.templates.question_block",
-        )
+    for name in ("teacher", "without_reference"):
+        phrase = _REFERS_TO_PROBLEM.search(_PLACEHOLDER.sub(" ", getattr(templates, name)))
+        if phrase is not None:
+            raise UserError(
+                "templates",
+                got=f"data.templates.{name} with the words {phrase.group()!r}",
+                need="a body that does not refer to the problem, which the reference-only teacher does not see",
+                fix="move those words into data.templates.question_block",
+            )
 
 
-def user_turns(templates: TemplatesConfig, *, question: str, reference: str) -> UserTurns:
-    """The three user turns of one row; the reference-only turn is the teacher's with an empty question block."""
-    block = fill(templates.question_block, question=question)
-    return UserTurns(
-        student=student_turn(templates, question=question),
-        privileged=fill(templates.teacher, question_block=block, reference=reference),
-        reference=fill(templates.teacher, question_block="", reference=reference),
-    )
+def teacher_turn(templates: TemplatesConfig, *, question: str | None, reference: str | None) -> str:
+    """A teacher's user turn.
+
+    Args:
+        templates: of the run.
+        question: None for the reference-only teacher, whose question block is empty.
+        reference: what it sees; None for nothing, which takes the body `without_reference`.
+    """
+    block = "" if question is None else fill(templates.question_block, question=question)
+    if reference is None:
+        return fill(templates.without_reference, question_block=block)
+    return fill(templates.teacher, question_block=block, reference=reference)
 
 
 def student_turn(templates: TemplatesConfig, *, question: str) -> str:

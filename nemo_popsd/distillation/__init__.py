@@ -4,10 +4,12 @@ config.py           settings of target, divergence and loss (without torch)
 target_families.py  the target distributions, Purified OPSD among them, as coefficients (without torch)
 statistics.py       declarations of what is measured at each token (without torch)
 divergence.py       JSD, forward KL, reverse KL
+gates.py            which tokens have a loss, by the distributions at them (without torch)
 definition.py       target and loss by their definition, from logits; the diagnosis uses it
 target.py           the two hidden vectors that determine the target of a token
 hidden.py           the loss from hidden states, in chunks, with closed-form gradients: what training uses
 closed_form.py      the loss of one chunk of tokens: equations, kernels, and the collectives between them
+clipped.py          the same where each vocabulary entry's part of the divergence is clipped
 chunked_loss.py     the pass over all chunks, and what runs while collectives are under way
 products.py         hidden states times the output matrix, in full precision, in buffers that all chunks share
 decomposition.py    norms and products of the teacher's signal on a sample of tokens
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from nemo_popsd.distillation.decomposition import DiagnosedTokens
     from nemo_popsd.distillation.definition import Branches, loss_from_logits
     from nemo_popsd.distillation.divergence import Divergence
+    from nemo_popsd.distillation.gates import Gates
     from nemo_popsd.distillation.hidden import HiddenLoss, loss_from_hidden
     from nemo_popsd.distillation.main_gradient import MainGradient
     from nemo_popsd.distillation.statistics import StatisticValues
@@ -35,6 +38,7 @@ __all__ = [
     "Branches",
     "DiagnosedTokens",
     "Divergence",
+    "Gates",
     "HiddenLoss",
     "HiddenPair",
     "MainGradient",
@@ -49,6 +53,7 @@ _MODULES = {
     "Branches": "definition",
     "DiagnosedTokens": "decomposition",
     "Divergence": "divergence",
+    "Gates": "gates",
     "HiddenLoss": "hidden",
     "HiddenPair": "target",
     "MainGradient": "main_gradient",

@@ -23,6 +23,7 @@ from nemo_popsd.distillation.decomposition import (
     signal_shard_stats,
 )
 from nemo_popsd.distillation.divergence import Divergence
+from nemo_popsd.distillation.gates import Gates
 from nemo_popsd.distillation.products import (
     ChunkProducts,
     Products,
@@ -44,6 +45,7 @@ class LossSpec:
 
     target: Target
     divergence: Divergence
+    gates: Gates
     vectors: HiddenPair
     """Of the target, [N, H] each, detached."""
     teacher: Tensor
@@ -84,6 +86,7 @@ class ChunkedLoss:
         statistics_SN: by `TOKEN_STATISTICS`.
         products_5D: `merge_signal_shards` of the diagnosed tokens.
         log_probs_N: the student's log-probability of each token of `LossSpec.response_ids`; empty without.
+        open_N: 1 for each token that is open, else 0; None without gates.
     """
 
     def __init__(self, spec: LossSpec, h_NH: Tensor, w_VH: Tensor, dh_NH: Tensor | None, dw_WH: Tensor | None) -> None:
@@ -97,6 +100,7 @@ class ChunkedLoss:
         self.statistics_SN = h_NH.new_empty(len(TOKEN_STATISTICS), tokens, dtype=dtype)
         self.products_5D = h_NH.new_empty(SIGNAL_PRODUCTS, sampled, dtype=dtype)
         self.log_probs_N = h_NH.new_empty(0 if spec.response_ids is None else tokens, dtype=dtype)
+        self.open_N = torch.ones_like(self.per_token_N) if spec.gates else None
         self._pending: deque[Callable[[], None]] = deque()
 
     def __call__(self) -> None:
@@ -117,7 +121,7 @@ class ChunkedLoss:
             chunk_tokens=chunks[0].stop,
             sampled_tokens=max(part.stop - part.start for part in samples),
         )
-        divergence = ChunkDivergence(spec.target, spec.divergence, spec.kernels, spec.shard, like=like)
+        divergence = ChunkDivergence(spec.target, spec.divergence, spec.gates, spec.kernels, spec.shard, like=like)
         gradient_CV = None
         if spec.separate_gradient:
             dtype = self._w_VH.dtype if self._w_VH.is_cuda else like.dtype
@@ -152,6 +156,9 @@ class ChunkedLoss:
         result = divergence(chunk, Overlap(self._start_pending, self._finish_pending))
         self.per_token_N[tokens] = result.loss
         self.statistics_SN[:, tokens] = result.statistics
+        if self.open_N is not None:
+            assert result.is_open is not None
+            self.open_N[tokens] = result.is_open
         if result.signal_stats is not None:
             self.products_5D[:, sampled] = merge_signal_shards(result.signal_stats, spec.shard.true_widths)
         if result.log_probs is not None:
@@ -214,8 +221,8 @@ class ChunkedLoss:
         """Queues the products of the gradient with the matrix, and with the hidden states."""
         spec = self._spec
         if self._dh_NH is not None:
-            # Without dW there is one product; two halves of it overlap with the two collectives of the JSD.
-            halved = self._dw_VH is None and spec.divergence.kind == "jsd" and spec.shard.ranks > 1
+            # Without dW there is one product; two halves of it overlap with the two collectives.
+            halved = self._dw_VH is None and spec.divergence.sums_entries and spec.shard.ranks > 1
             pieces = 2 if halved else 1
             parts = zip(self._dh_NH[tokens].chunk(pieces), gradient_CV.chunk(pieces), strict=True)
             self._pending.extend(partial(_hidden_gradient, *part, self._w_VH) for part in parts)

@@ -22,7 +22,8 @@ Legend: C tokens of the chunk, R tokens of a tile, V true vocabulary entries of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,14 +31,15 @@ import torch
 from torch import Tensor
 
 from nemo_popsd.distillation.divergence import Divergence
+from nemo_popsd.distillation.gates import Gates
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, VocabStats
 from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.distillation.token_log_probs import log_normaliser, merge_token_stats
 from nemo_popsd.parallel.collectives import gather_shards, sum_shards_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
-# Beyond this log-ratio the student's share of the mixture is below every float's resolution, and exp would overflow.
-_LARGEST_LOG_RATIO = 80.0
+LARGEST_LOG_RATIO = 80.0
+"""Beyond it the student's share of the mixture is below every float's resolution, and exp would overflow."""
 
 SHARD_STATS = 8
 """Rows of `shard_stats`: max s, max t, Σe^S, Σe^T, Σe^S·S, Σe^T·T, Σe^S·D, Σe^T·D; S and T are s and t less their
@@ -57,6 +59,8 @@ class Constants(NamedTuple):
     """a_S."""
     weight: Tensor
     """w of the JSD."""
+    clip: Tensor
+    """Largest entry of the divergence; ∞ without a clip."""
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ def jsd_mixture(s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, constants: Consta
     stats = merge_shards(stats_PKR)
     s, t = s_RV - stats.max_s[:, None], t_RV - stats.max_t[:, None]
     offset = stats.z_t.log() - stats.z_s.log()
-    ratio = (t - s - offset[:, None]).clamp(max=_LARGEST_LOG_RATIO)
+    ratio = (t - s - offset[:, None]).clamp(max=LARGEST_LOG_RATIO)
     log_m_over_p = torch.log1p(torch.expm1(ratio) * constants.weight)
     p = s.exp() / stats.z_s[:, None]
     q = t.exp() / stats.z_t[:, None]
@@ -221,6 +225,9 @@ class Kernels(NamedTuple):
     jsd_grad: Callable[..., None]
     forward_kl_grad: Callable[..., tuple[Tensor, Tensor]]
     reverse_kl_grad: Callable[..., tuple[Tensor, Tensor]]
+    clipped_entries: Mapping[str, Callable[..., tuple[Tensor, Tensor]]]
+    """By divergence; see `clipped`."""
+    clipped_grad: Callable[..., None]
     fused: bool
     tile_tokens: Callable[[int, torch.dtype, torch.device], int]
     """Tokens of a tile, from the number of true entries, their dtype and device."""
@@ -274,6 +281,8 @@ class ChunkResult(NamedTuple):
     """[P, ...]: `Chunk.signal_stats` of each rank."""
     log_probs: Tensor | None
     """[C]: the student's log-probability of each response token at temperature 1, with `Chunk.token_stats`."""
+    is_open: Tensor | None
+    """[C]: 1 for each token that is open, else 0, where there are gates."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +299,7 @@ class ChunkDivergence:
     """Divergence between softmax(s) and softmax(t) over the sharded vocabulary, for one chunk at a time."""
 
     def __init__(
-        self, target: Target, divergence: Divergence, kernels: Kernels, shard: VocabShard, *, like: Tensor
+        self, target: Target, divergence: Divergence, gates: Gates, kernels: Kernels, shard: VocabShard, *, like: Tensor
     ) -> None:
         """Keeps the settings; `like` has the dtype of the statistics and the device."""
 
@@ -304,8 +313,9 @@ class ChunkDivergence:
             outside=scalar(0.0 if cap is None else target.privileged * cap),
             student=scalar(target.student),
             weight=scalar(divergence.weight),
+            clip=scalar(math.inf if divergence.clip is None else divergence.clip),
         )
-        self._divergence, self._kernels, self._shard = divergence, kernels, shard
+        self._divergence, self._gates, self._kernels, self._shard = divergence, gates, kernels, shard
 
     def __call__(self, chunk: Chunk, overlap: Overlap) -> ChunkResult:
         """Loss of one chunk, and its gradient.
@@ -316,8 +326,8 @@ class ChunkDivergence:
         tokens, width = chunk.student.shape
         step = self._kernels.tile_tokens(width, chunk.student.dtype, chunk.student.device)
         tiles = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-        during_gather = overlap.first if self._divergence.kind == "jsd" else overlap.rest
-        losses, statistics, normalisers = [], [], []
+        during_gather = overlap.first if self._divergence.sums_entries else overlap.rest
+        losses, statistics, opened, normalisers = [], [], [], []
         carried = [x for x in (chunk.signal_stats, chunk.token_stats) if x is not None]
         gathered_once: list[Tensor] = []
         for tile_group in [[tile] for tile in tiles] if self._shard.ranks == 1 else [tiles]:
@@ -328,12 +338,18 @@ class ChunkDivergence:
             if chunk.token_stats is not None:
                 normalisers.append(log_normaliser(stats_PKn))
             gathered = [(tile, stats_PKn[:, :, tile.start - start : tile.stop - start]) for tile in tile_group]
-            loss_n, statistics_Sn = self._finish(chunk, gathered, overlap)
+            weights_n = _joined([chunk.weights[tile] for tile, _ in gathered])
+            if self._gates:
+                opened.append(self._gates.open(merge_shards(stats_PKn)).to(weights_n.dtype))
+                weights_n = weights_n * opened[-1]
+            weights = weights_n.split([tile.stop - tile.start for tile, _ in gathered])
+            loss_n, statistics_Sn = self._finish(chunk, gathered, weights, overlap)
             losses.append(loss_n)
             statistics.append(statistics_Sn)
         signal = None if chunk.signal_stats is None else gathered_once[0]
         log_probs = None if chunk.token_stats is None else merge_token_stats(gathered_once[-1], _joined(normalisers))
-        return ChunkResult(_joined(losses), _joined(statistics), signal, log_probs)
+        is_open = _joined(opened) if opened else None
+        return ChunkResult(_joined(losses), _joined(statistics), signal, log_probs, is_open)
 
     def _shard_stats(self, chunk: Chunk, tile: slice) -> Tensor:
         """[SHARD_STATS, R] of one tile on this shard."""
@@ -345,33 +361,44 @@ class ChunkDivergence:
         anchor, shift, mean = (x if x is None else x[tile] for x in (chunk.anchor, chunk.shift, chunk.shift_mean))
         return self._kernels.shard_stats(s_RV, anchor, shift, mean, self._constants)
 
-    def _finish(self, chunk: Chunk, gathered: list[tuple[slice, Tensor]], overlap: Overlap) -> tuple[Tensor, Tensor]:
-        """Loss and statistics of some tiles, from all shards' `shard_stats` of each; fills their gradient."""
-        kernels, kind = self._kernels, self._divergence.kind
+    def _finish(
+        self, chunk: Chunk, gathered: list[tuple[slice, Tensor]], weights: Sequence[Tensor], overlap: Overlap
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and statistics of some tiles, from all shards' `shard_stats` of each; fills their weighted gradient."""
+        kernels, kind, clipped = self._kernels, self._divergence.kind, self._divergence.clip is not None
         backward = chunk.needs_gradient and chunk.student.shape[1] > 0
         values, statistics = [], []
-        for tile, stats_PKR in gathered:
+        for (tile, stats_PKR), weights_R in zip(gathered, weights, strict=True):
             logits = chunk.student[tile], chunk.target[tile], stats_PKR
-            if kind == "jsd":
+            if clipped:
+                value, statistics_SR = kernels.clipped_entries[kind](*logits, self._constants)
+            elif kind == "jsd":
                 value, statistics_SR = kernels.jsd_mixture(*logits, self._constants)
             elif backward:
                 kl_grad = kernels.forward_kl_grad if kind == "forward_kl" else kernels.reverse_kl_grad
-                value, statistics_SR = kl_grad(*logits, chunk.weights[tile], chunk.gradient_of(tile))
+                value, statistics_SR = kl_grad(*logits, weights_R, chunk.gradient_of(tile))
             else:
                 stats = merge_shards(stats_PKR)
                 value = stats.forward_kl if kind == "forward_kl" else stats.reverse_kl
                 statistics_SR = kl_and_entropy(stats)
             values.append(value)
             statistics.append(statistics_SR)
-        if kind != "jsd":
+        if not self._divergence.sums_entries:
             return _joined(values), _joined(statistics)
-        kl_qm_C, kl_pm_C = sum_shards_(_joined(values), self._shard.group, overlap.rest)
+        # The clipped sum and G of `clipped`, or KL(q‖m) and KL(p‖m).
+        first_C, second_C = sum_shards_(_joined(values), self._shard.group, overlap.rest)
         if backward:
-            for (tile, _), kl_pm_R in zip(gathered, kl_pm_C.split([len(value[0]) for value in values]), strict=True):
-                weights_R, out_RV = chunk.weights[tile], chunk.gradient_of(tile)
-                kernels.jsd_grad(chunk.student[tile], chunk.target[tile], kl_pm_R, weights_R, out_RV, self._constants)
+            sums = second_C.split([len(value[0]) for value in values])
+            for (tile, _), weights_R, sum_R in zip(gathered, weights, sums, strict=True):
+                parts = chunk.student[tile], chunk.target[tile], sum_R, weights_R, chunk.gradient_of(tile)
+                if clipped:
+                    kernels.clipped_grad(*parts)
+                else:
+                    kernels.jsd_grad(*parts, self._constants)
+        if clipped:
+            return first_C, _joined(statistics)
         w = self._divergence.weight
-        return w * kl_qm_C + (1 - w) * kl_pm_C, _joined(statistics)
+        return w * first_C + (1 - w) * second_C, _joined(statistics)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

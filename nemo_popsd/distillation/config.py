@@ -7,7 +7,7 @@ from typing import Annotated
 
 from nemo_popsd.distillation.target_families import FAMILIES
 from nemo_popsd.settings.bounds import Bounds, check_numbers
-from nemo_popsd.settings.checks import one_of
+from nemo_popsd.settings.checks import one_of, refuse
 
 
 @dataclass(kw_only=True)
@@ -16,8 +16,9 @@ class TargetConfig:
 
     family: str = "purified"
     """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582), `student_pmi` (PMI on the live
-    student, an ablation), `other_reference` (OPSD whose teacher sees another row's reference, OP²SD, 2608.09228) or
-    `wrong_reference` (OPSD's teacher against one that sees another row's reference)."""
+    student, an ablation), `reference_free` (a teacher that sees the question alone, a baseline), `other_reference`
+    (OPSD whose teacher sees another row's reference, OP²SD, 2608.09228) or `wrong_reference` (OPSD's teacher against
+    one that sees another row's reference). What a reference is: `data.privileged.view`."""
     beta: Annotated[float, Bounds(1e-3, 1e6)] = 1.0
     """Strength of the anchor, for `purified` and `student_pmi`: the PMI is divided by it, after the tanh."""
     cap: Annotated[float | None, Bounds(1e-3, 1e6)] = 10.0
@@ -46,7 +47,10 @@ class DivergenceConfig:
     kind: str = "jsd"
     """`jsd`, `forward_kl` (KL(target ‖ student)) or `reverse_kl` (KL(student ‖ target))."""
     weight: Annotated[float, Bounds(1e-6, 1 - 1e-6)] = 0.5
-    """Weight of the target in the mixture of the JSD. The paper does not state it; 0.5 is ours."""
+    """Weight of the target in the mixture of the JSD. The paper does not state it; 0.5 is official OPSD's."""
+    clip: Annotated[float | None, Bounds(1e-6, 1e3)] = None
+    """Largest contribution of one vocabulary entry to the divergence of a token; official OPSD's later recipe has 0.05.
+    null: no clip. A clipped KL may become negative, since its contributions below 0 are not clipped."""
 
     def __post_init__(self) -> None:
         one_of("distillation.divergence.kind", self.kind, ("jsd", "forward_kl", "reverse_kl"))
@@ -54,16 +58,89 @@ class DivergenceConfig:
 
 
 @dataclass(kw_only=True)
+class TokensConfig:
+    """Which response tokens count in the loss, and how much; all weights multiply.
+
+    *Weights* (`markers` to `wrong`) are known before the forward pass, and the mean is weighted by them: divided by
+    their sum, not by the number of tokens. Under `loss_mean=sequence` the mean over the tokens of a response is
+    weighted by the weights of tokens, and that over responses by the weights of responses. *Gates* (the bounds on
+    probability and entropy) depend on the distributions at the token: a closed token counts in the mean, with loss 0.
+    """
+
+    markers: Annotated[float, Bounds(0, 1e3)] = 1.0
+    """Weight of tokens that belong to an epistemic marker (`evaluation.markers`); 0 excludes them."""
+    horizon: Annotated[int, Bounds(0, 10**7)] = 0
+    """Only the first tokens of each response have a loss, this many; 0: all."""
+    half_life: Annotated[float, Bounds(1e-2, 1e7, or_zero=True)] = 0.0
+    """Number of tokens after which the weight of a position is halved: 2^(-position/half_life); 0: no decay."""
+    truncated: Annotated[float, Bounds(0, 1e3)] = 1.0
+    """Weight of responses that were truncated at `rollout.max_response_tokens`."""
+    right: Annotated[float, Bounds(0, 1e3)] = 1.0
+    """Weight of responses whose final answer is that of the row. Any other value than 1 needs rows with answers, as
+    for `wrong`."""
+    wrong: Annotated[float, Bounds(0, 1e3)] = 1.0
+    """Weight of responses with another answer, or with none."""
+    max_student_probability: Annotated[float, Bounds(0, 1, above=True)] = 1.0
+    """Gate: a loss only where the student's most likely token has at most this probability (N-OPSD: 0.99)."""
+    min_student_entropy: Annotated[float, Bounds(0, 100)] = 0.0
+    """Gate: a loss only where the student's entropy is at least this, in nats."""
+    max_student_entropy: Annotated[float | None, Bounds(0, 100)] = None
+    """Gate: the largest entropy of the student; null: any."""
+    min_target_entropy: Annotated[float, Bounds(0, 100)] = 0.0
+    """Gate: the least entropy of the target."""
+    max_target_entropy: Annotated[float | None, Bounds(0, 100)] = None
+    """Gate: the largest entropy of the target; null: any."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "distillation.tokens")
+        for name, low, high in (
+            ("student", self.min_student_entropy, self.max_student_entropy),
+            ("target", self.min_target_entropy, self.max_target_entropy),
+        ):
+            if high is not None and low > high:
+                need = f"at least distillation.tokens.min_{name}_entropy={low}, else no token has a loss"
+                raise refuse(f"distillation.tokens.max_{name}_entropy", high, need)
+        if self.right == self.wrong == 0:
+            raise refuse("distillation.tokens.wrong", 0.0, "more than 0 where distillation.tokens.right is 0")
+
+    @property
+    def by_answer(self) -> bool:
+        """Whether weights depend on the answers of the rows."""
+        return (self.right, self.wrong) != (1.0, 1.0)
+
+
+@dataclass(kw_only=True)
+class WeightsConfig:
+    """The weights of a frozen branch."""
+
+    weights: str = "frozen"
+    """`frozen`: the initial weights (the paper's and OPSD's). `live`: the student's before the step. `ema`: their
+    moving average. `snapshot`: a copy of them that is renewed. The last two are a second set of the trained weights in
+    fp32: of the adapters with LoRA, of all weights under full fine-tuning (on the host with
+    `student.frozen_copy=host`)."""
+    decay: Annotated[float, Bounds(0, 1, below=True)] = 0.999
+    """For `ema`: average = decay · average + (1 - decay) · weights."""
+    every: Annotated[int, Bounds(1, 10**8)] = 1
+    """For `ema` and `snapshot`: number of steps between two renewals, each after a step."""
+
+
+@dataclass(kw_only=True)
 class DistillationConfig:
-    """What is distilled, and how tokens are averaged."""
+    """What is distilled, into which mean, and whose weights the frozen branches have."""
 
     target: TargetConfig = field(default_factory=TargetConfig)
     """The target distribution."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     """The divergence."""
+    teacher: WeightsConfig = field(default_factory=WeightsConfig)
+    """The weights of the privileged and of the reference-only teacher. A diagnosis decomposes the frozen ones."""
+    anchor: WeightsConfig = field(default_factory=WeightsConfig)
+    """The weights of the base in the target."""
     loss_mean: str = "sequence"
     """`sequence`: mean over tokens of each response, then over responses (the paper's). `token`: over all tokens of
     the global batch (official OPSD's)."""
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    """Which tokens count."""
     chunk_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
     """Response tokens whose logits exist at one time, on each tensor-parallel rank; null takes at most 1,024, and fewer
     where the target or the layout needs more buffers, so that the loss needs at most 0.8 of an fp32 [8192, V/tp]."""
@@ -77,4 +154,13 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         one_of("distillation.loss_mean", self.loss_mean, ("sequence", "token"))
         one_of("distillation.fused", self.fused, ("auto", "always", "never"))
+        for name, section in (("teacher", self.teacher), ("anchor", self.anchor)):
+            one_of(f"distillation.{name}.weights", section.weights, ("frozen", "live", "ema", "snapshot"))
+            check_numbers(section, f"distillation.{name}")
         check_numbers(self, "distillation")
+
+    @property
+    def moving_copies(self) -> int:
+        """Number of second sets of the trained weights that teachers and anchor need."""
+        moving = [section for section in (self.teacher, self.anchor) if section.weights in ("ema", "snapshot")]
+        return len(moving) - (len(moving) == 2 and self.teacher == self.anchor)

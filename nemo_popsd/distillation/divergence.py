@@ -4,11 +4,14 @@
     reverse_kl:  KL(p ‖ q)
     jsd:         w·KL(q ‖ m) + (1−w)·KL(p ‖ m),  m = w·q + (1−w)·p
 
+With a clip, each vocabulary entry's term of the sum is at most `clip` (official OPSD's later recipe).
+
 The JSD is the paper's (eq. 18); the weight 0.5 is ours, as the paper does not state it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +26,8 @@ from nemo_popsd.parallel.collectives import sum_for_replicas
 if TYPE_CHECKING:
     from nemo_popsd.distillation.config import DivergenceConfig
 
+logger = logging.getLogger(__name__)
+
 KINDS = ("jsd", "forward_kl", "reverse_kl")
 
 
@@ -31,7 +36,8 @@ class Divergence:
     """Which divergence the loss is.
 
     Raises:
-        UserError: unknown kind, or a weight that is not in (0, 1); at 0 and at 1 the JSD is identically 0.
+        UserError: unknown kind, a weight that is not in (0, 1) (at 0 and at 1 the JSD is identically 0), or a clip that
+            is not above 0.
     """
 
     kind: str = "jsd"
@@ -40,11 +46,22 @@ class Divergence:
     weight: float = 0.5
     """w of the JSD: the share of the target in the mixture m. The KLs do not use it."""
 
+    clip: float | None = None
+    """Largest contribution of one vocabulary entry to the sum (official OPSD's later recipe: 0.05). Contributions to a
+    KL that are below 0 remain as they are, so that a clipped KL may be negative."""
+
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError("divergence", got=f"kind={self.kind!r}", need=f"one of {', '.join(KINDS)}", fix="set kind")
         if not 0 < self.weight < 1:
             raise UserError("divergence", got=f"weight={self.weight!r}", need="a number in (0, 1)", fix="set weight")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError("divergence", got=f"clip={self.clip!r}", need="a number above 0, or None", fix="set clip")
+
+    @property
+    def sums_entries(self) -> bool:
+        """Whether loss and gradient need sums over the vocabulary that come after the normalisers."""
+        return self.kind == "jsd" or self.clip is not None
 
 
 def divergence_of_log_probs(
@@ -71,9 +88,17 @@ def divergence_of_log_probs(
         w = divergence.weight
         log_m = torch.logaddexp(log_q + math.log(w), log_p + math.log1p(-w))
         terms = w * log_q.exp() * (log_q - log_m) + (1 - w) * log_p.exp() * (log_p - log_m)
+    if divergence.clip is not None:
+        terms = terms.clamp(max=divergence.clip)
     return sum_for_replicas(terms.sum(-1), tp_group)
 
 
 def build_divergence(config: DivergenceConfig) -> Divergence:
-    """The divergence that `config` names."""
-    return Divergence(kind=config.kind, weight=config.weight)
+    """The divergence that `config` names; warns of a clip that may make it negative."""
+    if config.clip is not None and config.kind != "jsd":
+        logger.warning(
+            "distillation.divergence.clip=%g bounds the contributions of vocabulary entries from above, and those of a "
+            "KL may be below 0: the loss may become negative, and is not the distance from the target",
+            config.clip,
+        )
+    return Divergence(kind=config.kind, weight=config.weight, clip=config.clip)

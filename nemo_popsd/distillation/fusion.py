@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from nemo_popsd.distillation import closed_form
+from nemo_popsd.distillation import clipped, closed_form
 from nemo_popsd.distillation.closed_form import Kernels
 from nemo_popsd.errors import UserError
 
@@ -92,6 +92,12 @@ def _kernels(wrap: _Wrap, *, fused: bool) -> Kernels:
         jsd_grad=wrap(closed_form.jsd_grad),
         forward_kl_grad=wrap(closed_form.forward_kl_grad),
         reverse_kl_grad=wrap(closed_form.reverse_kl_grad),
+        clipped_entries={
+            "jsd": wrap(clipped.jsd_entries),
+            "forward_kl": wrap(clipped.forward_kl_entries),
+            "reverse_kl": wrap(clipped.reverse_kl_entries),
+        },
+        clipped_grad=wrap(clipped.clipped_grad),
         fused=fused,
         tile_tokens=partial(_tile_tokens, fused),
     )

@@ -24,6 +24,7 @@ from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.distillation.decomposition import DiagnosedTokens, signal_statistics
 from nemo_popsd.distillation.divergence import Divergence
 from nemo_popsd.distillation.fusion import choose_kernels
+from nemo_popsd.distillation.gates import Gates
 from nemo_popsd.distillation.main_gradient import MainGradient
 from nemo_popsd.distillation.products import statistics_dtype
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, StatisticValues
@@ -32,6 +33,7 @@ from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.parallel.collectives import reduce_sum_
 from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
 
+_NO_GATES = Gates()
 _UPSTREAM_TOLERANCE = 1e-4
 """Relative: a trainer divides by the number of micro-batches and multiplies by it again, in fp32."""
 
@@ -40,7 +42,7 @@ class HiddenLoss(NamedTuple):
     """What `loss_from_hidden` returns. Only `total` has a gradient."""
 
     total: Tensor
-    """Σ_n token_weights[n] · per_token[n], a scalar: the loss to call backward on."""
+    """Σ_n token_weights[n] · is_open[n] · per_token[n], a scalar: the loss to call backward on."""
 
     per_token: Tensor
     """The divergence of each token, unweighted [N], detached: for logging."""
@@ -53,6 +55,8 @@ class HiddenLoss(NamedTuple):
 
     log_probs: Tensor | None
     """The student's log-probability of each of `response_ids` [N], where they were passed: temperature 1, detached."""
+    is_open: Tensor | None
+    """1 for each token that is open, else 0 [N], where there are gates."""
 
 
 def loss_from_hidden(
@@ -64,6 +68,7 @@ def loss_from_hidden(
     target: Target,
     divergence: Divergence,
     shard: VocabShard,
+    gates: Gates = _NO_GATES,
     token_weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     centre: Tensor | None = None,
@@ -76,7 +81,7 @@ def loss_from_hidden(
 
         p = softmax(W_s·h / τ)
         q = softmax(W·anchor/τ + a_T·c·tanh((W·d − w̄·d)/(τ·c)) + a_S·sg[W_s·h/τ])
-        total = Σ_n token_weights[n] · D(p_n, q_n)
+        total = Σ_n token_weights[n] · is_open[n] · D(p_n, q_n)
 
     which is eq. 13-18 for `Target.purified`. The result is a weighted sum and not the [N] losses because the gradient
     of `student_weight` is summed over the tokens in the forward pass, where a token's weight must be known. Pass
@@ -90,9 +95,9 @@ def loss_from_hidden(
 
     Products for each chunk of tokens: one stacked product where student and teacher share the matrix (the same
     storage), else one for each vector; one for dh and one for dW. Collectives for each chunk: 1 for the KLs (an
-    all-gather of 8 floats per token, and one or two more with `response_ids`) and 2 for the JSD (an all-reduce of 2
-    more). Each is under way while the products of the previous chunk are computed (dh and dW). 1 on [H] where `centre`
-    is needed and not passed; backward 1 on [N, H] where `student_hidden` needs a gradient.
+    all-gather of 8 floats per token, and one or two more with `response_ids`) and 2 for the JSD and with a clip (an
+    all-reduce of 2 more). Each is under way while the products of the previous chunk are computed (dh and dW). 1 on [H]
+    where `centre` is needed and not passed; backward 1 on [N, H] where `student_hidden` needs a gradient.
 
     Precision: products of matrices in the dtype of the matrix, everything else in fp32 (float64 where
     `student_weight` is float64). The gradient of `student_weight` is summed over the chunks in fp32 and rounded once.
@@ -110,6 +115,8 @@ def loss_from_hidden(
         target: what `vectors` were computed for.
         divergence: which divergence.
         shard: which vocabulary entries the matrices hold.
+        gates: which tokens are open; a closed one has loss and gradient 0 and remains in `per_token`. No pass over the
+            vocabulary and no collective beside those above.
         token_weights: [N], constants; None for 1 each, which makes `total` the plain sum.
         chunk_tokens: tokens of a chunk; None takes what keeps the chunk's buffers within 0.4 of an fp32 [8192, V].
         centre: w̄ = `mean_output_vector(teacher_weight, shard)`, computed here where needed and None.
@@ -151,6 +158,7 @@ def loss_from_hidden(
     spec = LossSpec(
         target=target,
         divergence=divergence,
+        gates=gates,
         vectors=HiddenPair(*(None if x is None else x.detach() for x in vectors)),
         teacher=teacher_weight.detach()[: shard.true_width],
         centre=centre,
@@ -166,8 +174,8 @@ def loss_from_hidden(
         separate_gradient=separate_gradient,
     )
     with torch.autocast(student_hidden.device.type, enabled=False):
-        apply: Callable[..., tuple[Tensor, ...]] = _HiddenLossFunction.apply
-        total, per_token, statistics_SN, products_5D, log_probs = apply(
+        apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]] = _HiddenLossFunction.apply
+        total, per_token, statistics_SN, products_5D, log_probs, is_open = apply(
             student_hidden, student_weight, spec, main_gradient
         )
     return HiddenLoss(
@@ -176,6 +184,7 @@ def loss_from_hidden(
         StatisticValues(TOKEN_STATISTICS, statistics_SN),
         None if diagnosed is None else signal_statistics(products_5D),
         None if response_ids is None else log_probs,
+        is_open,
     )
 
 
@@ -198,7 +207,7 @@ class _HiddenLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _LossContext, h_NH: Tensor, w_WH: Tensor, spec: LossSpec, main_gradient: MainGradient | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         dh_NH = torch.empty_like(h_NH) if spec.hidden_gradient else None
         dw_WH = None
         if spec.weight_gradient:
@@ -206,16 +215,16 @@ class _HiddenLossFunction(torch.autograd.Function):
             dw_WH = torch.zeros_like(w_WH, dtype=dtype) if main_gradient is None else main_gradient.buffer
         loss = ChunkedLoss(spec, h_NH, w_WH.detach()[: spec.shard.true_width], dh_NH, dw_WH)
         loss()
-        weights_N = spec.token_weights
-        total = loss.per_token_N.sum() if weights_N is None else (loss.per_token_N * weights_N).sum()
+        weighted_N = loss.per_token_N if spec.token_weights is None else loss.per_token_N * spec.token_weights
+        total = (weighted_N if loss.open_N is None else weighted_N * loss.open_N).sum()
         ctx.main_gradient = main_gradient if spec.weight_gradient else None
         ctx.spent = False
         ctx.save_for_backward(dh_NH, dw_WH if ctx.main_gradient is None else None)
         ctx.group = spec.shard.group
         ctx.weight_shape, ctx.weight_dtype = w_WH.shape, w_WH.dtype
-        detached = (loss.per_token_N, loss.statistics_SN, loss.products_5D, loss.log_probs_N)
-        ctx.mark_non_differentiable(*detached)
-        return total.to(loss.per_token_N.dtype), *detached
+        reported = (loss.per_token_N, loss.statistics_SN, loss.products_5D, loss.log_probs_N)
+        ctx.mark_non_differentiable(*reported, *(() if loss.open_N is None else (loss.open_N,)))
+        return total.to(loss.per_token_N.dtype), *reported, loss.open_N
 
     @staticmethod
     @once_differentiable

@@ -183,6 +183,12 @@ class Family:
     """Fields of `TargetSettings` that `target` reads, beside `temperature`."""
     borrowed: str = ""
     """The context that holds another row's reference: "privileged", "reference", or "" for none."""
+    view: str | None = None
+    """What the teachers see (`data.privileged.view`) where the family determines it."""
+    same_prefix: bool = False
+    """Whether all contexts need the same assistant prefix, thinking or not: the difference of the teachers is added to
+    the student's context token by token, and a thought that one prompt closes and another does not would count as an
+    effect of the question."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -190,6 +196,7 @@ FAMILIES: dict[str, Family] = {
         summary="Purified OPSD (arXiv 2607.02234)",
         target=lambda config: Target.purified(config.beta, config.cap, config.temperature),
         settings=("beta", "cap"),
+        same_prefix=True,
     ),
     "opsd": Family(
         summary="OPSD (arXiv 2601.18734)",
@@ -204,6 +211,12 @@ FAMILIES: dict[str, Family] = {
         summary="Purified OPSD whose anchor is the live student, an ablation",
         target=lambda config: Target.live_student_pmi(config.beta, config.cap, config.temperature),
         settings=("beta", "cap"),
+        same_prefix=True,
+    ),
+    "reference_free": Family(
+        summary="a teacher without a reference, the baseline of views of the reference (arXiv 2609.20612)",
+        target=lambda config: Target.opsd(config.temperature),
+        view="none",
     ),
     "other_reference": Family(
         summary="OP²SD (arXiv 2608.09228): OPSD whose teacher sees another row's reference",

@@ -37,12 +37,3 @@ def asset(name: str) -> Path:
             fix="correct the name, or set the path of your own file or folder",
         )
     return FOLDER / path
-
-
-def local_path(name: str) -> Path:
-    """The path that a configuration's name of a model or data set refers to: an embedded file, or the user's path.
-
-    Raises:
-        UserError: no embedded file has that name.
-    """
-    return asset(name) if name.startswith(PREFIX) else Path(name).expanduser()

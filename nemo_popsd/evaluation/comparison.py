@@ -39,11 +39,13 @@ class Evaluation:
 
     summary: EvaluationSummary
     scores: tuple[SampleScore, ...]
+    checker: str = ""
+    """Name of the answer checker that scored them; empty for the rules of this package."""
 
     @classmethod
     def of(cls, scores: Sequence[SampleScore], config: EvaluationConfig) -> Evaluation:
         """Summarises `scores`."""
-        return cls(EvaluationSummary.from_scores(scores, config), tuple(scores))
+        return cls(EvaluationSummary.from_scores(scores, config), tuple(scores), config.checker)
 
     @classmethod
     def read(cls, directory: EvaluationDirectory) -> Evaluation:
@@ -53,13 +55,15 @@ class Evaluation:
             UserError: the evaluation has not been concluded, or samples that must be scored again are missing.
         """
         written = directory.summary()
-        if written.get("scoring", {}).get("comparison") != COMPARISON_RULES:
+        scoring = written.get("scoring", {})
+        checker = scoring.get("checker", "")
+        if not checker and scoring.get("comparison") != COMPARISON_RULES:
             return cls.of(*rescored(directory))
         fields = {k: v for k, v in written.items() if k in EvaluationSummary.__dataclass_fields__}
         summary = as_dataclass(EvaluationSummary, fields, directory.path)
         if any(len(ends) != 2 for ends in summary.intervals.values()):
             raise damaged(directory.path, "an interval without two ends")
-        return cls(summary, tuple(directory.scores()))
+        return cls(summary, tuple(directory.scores()), checker)
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,13 @@ def _chosen(base: str, names: Mapping[str, str]) -> str:
 
 
 def _paired(before: Evaluation, after: Evaluation) -> tuple[dict[str, Ratio], dict[str, Ratio]]:
+    if before.checker != after.checker:
+        raise UserError(
+            "comparison",
+            got=f"scores by evaluation.checker={before.checker!r} and by {after.checker!r}",
+            need="scores by one checker",
+            fix="run `popsd evaluate` again for one of them, with the checker of the other",
+        )
     common = _problems(before) & _problems(after)
     if not common:
         raise UserError(

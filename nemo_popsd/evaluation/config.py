@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -11,6 +12,8 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.markers import DEFAULT_MARKERS
 from nemo_popsd.settings.bounds import SECONDS_OF_30_DAYS, Bounds, Text, check_numbers
 from nemo_popsd.settings.checks import one_of, pattern, refuse
+
+_SET_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
 @dataclass(kw_only=True)
@@ -61,8 +64,10 @@ class EvaluationConfig:
     These sampling settings are separate from those of the training rollouts and from the temperature of the loss.
     """
 
-    sets: list[str] = field(default_factory=list)
-    """Named sets for `popsd evaluate`: aime24, aime25, hmmt25, math500, gsm8k. Empty means `data.validation`."""
+    sets: Annotated[dict[str, str], Text.PATH] = field(default_factory=dict)
+    """Problem sets for `popsd evaluate`, each evaluated in a directory of its own. A list names published sets: aime24,
+    aime25, hmmt25, math500, gsm8k. A mapping `{NAME: PATH}` names files of the user, too; an empty path is a published
+    set. Empty means `data.validation`."""
     sets_directory: Annotated[str, Text.PATH] = ""
     """Directory with files of named sets, such as `aime24.jsonl` or `.parquet`; then the caches of `datasets` are
     searched."""
@@ -87,6 +92,9 @@ class EvaluationConfig:
     without_box: str = "none"
     """For responses in which that finds nothing: `none` means no answer, which is wrong; `last_number` uses the last
     number."""
+    checker: Annotated[str, Text.LINE] = ""
+    """Name of an installed answer checker, an entry point of the group `nemo_popsd.answer_checkers`, that compares
+    answers instead of the rules of docs/evaluation.md; empty means these rules."""
     verify_seconds: Annotated[float, Bounds(0, 3600, above=True)] = 5.0
     """Time limit for a comparison of two answers by math-verify, which compares answers that the rules of
     docs/evaluation.md do not cover; an answer that exceeds it counts as wrong and undecided."""
@@ -109,6 +117,9 @@ class EvaluationConfig:
             raise refuse("evaluation.thinking_end", self.thinking_end, "the text that closes the thinking")
         if any(not marker.strip() for marker in self.markers) or len(set(self.markers)) < len(self.markers):
             raise refuse("evaluation.markers", self.markers, "words or phrases, each once")
-        unknown = [name for name in self.sets if name not in NAMED_SETS]
-        if unknown or len(set(self.sets)) < len(self.sets):
-            raise refuse("evaluation.sets", self.sets, f"names among {', '.join(NAMED_SETS)}, each once")
+        for name, path in self.sets.items():
+            if not path and name not in NAMED_SETS:
+                need = f"names among {', '.join(NAMED_SETS)}, or {{NAME: PATH}} for a file of your own"
+                raise refuse("evaluation.sets", list(self.sets), need)
+            if not _SET_NAME.fullmatch(name):
+                raise refuse("evaluation.sets", name, "a name of letters, digits, `-`, `_` and `.`, for its directory")

@@ -24,6 +24,7 @@ from types import TracebackType
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.algebra.lexer import cleaned
 from nemo_popsd.evaluation.algebra.sameness import same_answer
+from nemo_popsd.evaluation.checkers import checked, load_checker
 
 COMPARISON_RULES = 2
 """Version of the comparison rules; stored with the scores, since scores by different rules are not comparable.
@@ -42,7 +43,7 @@ class Verdict:
     correct: bool
     """Whether the answers are the same."""
     decided_by: str
-    """`missing`, `exact` or `math-verify`; `timeout` or `crash` for an undecided comparison."""
+    """`missing`, `exact`, `math-verify` or `checker`; `timeout` or `crash` for an undecided comparison."""
 
     @property
     def undecided(self) -> bool:
@@ -71,9 +72,20 @@ class AnswerVerifier:
     Use as a context manager, or `close` it; the worker ends when its parent does.
     """
 
-    def __init__(self, seconds: float) -> None:
-        """`seconds` is the limit of one comparison by math-verify."""
+    def __init__(self, seconds: float, checker: str = "") -> None:
+        """Starts no process.
+
+        Args:
+            seconds: limit of one comparison by math-verify.
+            checker: name of the checker that compares instead of the rules (`nemo_popsd.evaluation.checkers`); empty
+                means none.
+
+        Raises:
+            UserError: there is no such checker.
+        """
         self._seconds = seconds
+        self._name = checker
+        self._checker = load_checker(checker) if checker else None
         self._worker: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._known: dict[tuple[str, str], Verdict] = {}
@@ -95,9 +107,19 @@ class AnswerVerifier:
         self._worker, self._unread = None, b""
 
     def compare(self, predicted: str | None, expected: str) -> Verdict:
-        """The verdict on `predicted`, by the rules of the module."""
+        """The verdict on `predicted`, by the rules of the module or by the checker.
+
+        Raises:
+            UserError: the checker fails.
+        """
         if predicted is None:
             return Verdict(False, "missing")
+        if self._checker is not None:
+            key = (predicted, expected)
+            if key not in self._known:
+                decision = checked(self._checker, self._name, predicted, expected)
+                self._known[key] = Verdict(decision, "checker")
+            return self._known[key]
         pair = (cleaned(predicted), cleaned(expected))
         if pair not in self._known:
             same = same_answer(predicted, expected)

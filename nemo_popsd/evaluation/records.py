@@ -27,7 +27,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,13 +130,22 @@ class EvaluationDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def begin(self, settings: SampleSettings, problems: Sequence[Problem]) -> None:
+    def begin(
+        self, settings: SampleSettings, problems: Sequence[Problem], *, whole: Collection[str] | None = None
+    ) -> None:
         """Writes settings and problems, and checks that existing samples belong to them. On one rank.
 
         The problems may differ from the existing ones; problems in both must have the same prompt.
 
+        Args:
+            settings: of the samples.
+            problems: those that are evaluated.
+            whole: ids of all problems of the set, which must contain the existing ones or be among them; None skips
+                this check.
+
         Raises:
-            UserError: the directory contains samples of other settings, or files that no evaluation wrote.
+            UserError: the directory contains samples of another set or of other settings, or files that no evaluation
+                wrote.
         """
         new = {"format": FORMAT, **asdict(settings), "stop_token_ids": list(settings.stop_token_ids)}
         present = _read_json(self.path / _SETTINGS)
@@ -145,6 +154,8 @@ class EvaluationDirectory:
         self._refuse_other_files(present)
         if present is not None and any(self.path.glob("samples-*.jsonl")):
             self._refuse_other_settings(present, new)
+            if whole is not None:
+                self._refuse_another_set(present["prompts"], whole)
             new["prompts"] = {**present["prompts"], **new["prompts"]}
         self.path.mkdir(parents=True, exist_ok=True)
         write_mark(self.path, EVALUATION)
@@ -263,6 +274,16 @@ class EvaluationDirectory:
                 got="; ".join(differences),
                 need="the settings with which they were generated: samples of different settings are not mixed",
                 fix="set output to another directory, or remove this one",
+            )
+
+    def _refuse_another_set(self, present: Collection[str], whole: Collection[str]) -> None:
+        foreign = [name for name in present if name not in whole]
+        if foreign and not set(whole) <= set(present):
+            raise UserError(
+                f"samples in {self.path}",
+                got=f"problems of another set ({len(foreign)}, including {foreign[0]!r})",
+                need="one problem set in a directory",
+                fix="name the sets, evaluation.sets={NAME: PATH}, set output to another directory, or remove this one",
             )
 
     def _incomplete(self, name: str) -> UserError:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_popsd.data.config import DataConfig, SourceConfig
+from nemo_popsd.data.config import DataConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, build_evaluation_prompts
-from nemo_popsd.data.named_sets import named_source, refuse_another_size
+from nemo_popsd.data.named_sets import NAMED_SETS, refuse_another_size
 from nemo_popsd.errors import UserError
+from nemo_popsd.evaluation.checkers import checker_version
 from nemo_popsd.evaluation.comparison import Evaluation, tables_of_sets
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier, require_math_verify
+from nemo_popsd.evaluation.problem_sets import sources_of
 from nemo_popsd.evaluation.records import (
     EvaluationDirectory,
     Problem,
@@ -32,8 +34,6 @@ from nemo_popsd.rollout.engine import SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VALIDATION = "validation"
-"""Name of the set in `data.validation`."""
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 
 
@@ -43,22 +43,15 @@ class ProblemSet:
 
     name: str
     prompts: list[EvaluationPrompt]
+    """The problems that are evaluated."""
     directory: EvaluationDirectory
+    """Of this set and one model."""
+    ids: frozenset[str]
+    """Ids of all problems of the set."""
 
     def missing(self, samples_per_problem: int) -> list[SampleRequest]:
         """The samples that the directory does not have yet."""
         return missing_samples(self.prompts, samples_per_problem, self.directory.samples())
-
-
-def sources_of(settings: EvaluationConfig, data: DataConfig) -> dict[str, SourceConfig]:
-    """The sources of the problem sets, by name of the set.
-
-    Raises:
-        UserError: a named set is not on this machine.
-    """
-    if settings.sets:
-        return {name: named_source(name, settings.sets_directory) for name in settings.sets}
-    return {VALIDATION: data.validation}
 
 
 def prepare_sets(
@@ -90,9 +83,10 @@ def prepare_sets(
         prompts, _ = build_evaluation_prompts(
             replace(data, validation=source), source, tokenizer, vocab_size=vocab_size
         )
-        if settings.sets:
+        if name in NAMED_SETS:
             refuse_another_size(name, len(prompts))
-        sets.append(ProblemSet(name, prompts[: settings.problems], EvaluationDirectory(root / name)))
+        ids = frozenset(prompt.record.id for prompt in prompts)
+        sets.append(ProblemSet(name, prompts[: settings.problems], EvaluationDirectory(root / name), ids))
     return sets
 
 
@@ -129,9 +123,9 @@ def begin(problem_set: ProblemSet, settings: SampleSettings) -> None:
     """Creates or checks the directory of a set; on one rank.
 
     Raises:
-        UserError: it has samples that were generated with other settings.
+        UserError: it has samples of another set, or that were generated with other settings.
     """
-    problem_set.directory.begin(settings, problems_of(problem_set.prompts))
+    problem_set.directory.begin(settings, problems_of(problem_set.prompts), whole=problem_set.ids)
 
 
 def problems_of(prompts: Iterable[EvaluationPrompt]) -> list[Problem]:
@@ -183,6 +177,8 @@ def conclude_samples(
     evaluation = Evaluation.of(score_samples(samples, answers, settings, verifier), settings)
     scoring = {
         "comparison": COMPARISON_RULES,
+        "checker": settings.checker,
+        "checker_version": checker_version(settings.checker) if settings.checker else "",
         "markers": settings.markers,
         "answer_pattern": settings.answer_pattern,
         "without_box": settings.without_box,
@@ -195,7 +191,7 @@ def conclude_samples(
 
 def conclude_all(problem_sets: Sequence[ProblemSet], settings: EvaluationConfig, *, model: str) -> str:
     """Concludes every set; returns the tables and the paths of the files."""
-    with AnswerVerifier(settings.verify_seconds) as verifier:
+    with AnswerVerifier(settings.verify_seconds, settings.checker) as verifier:
         evaluations = {one.name: {model: conclude(one, settings, verifier, model=model)} for one in problem_sets}
     places = "\n".join(f"written to {one.directory.path}" for one in problem_sets)
     return f"{tables_of_sets(evaluations, resamples=settings.resamples)}\n{places}"

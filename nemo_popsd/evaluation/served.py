@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 
 from nemo_popsd.data.config import DataConfig
-from nemo_popsd.data.files import resolve_path
+from nemo_popsd.data.models import model_path
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.endpoint import Endpoint
 from nemo_popsd.evaluation.run import begin, conclude_all, prepare_sets, sample_settings
 from nemo_popsd.rollout.engine import SamplingParams
+from nemo_popsd.runtime.pace import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str
     Raises:
         UserError: sets or samples do not fit (see `nemo_popsd.evaluation.run`), or the server fails.
     """
-    directory = resolve_path(source, setting="student.source")
+    directory = model_path(source)
     tokenizer = load_tokenizer(directory, setting="student.source")
     endpoint = Endpoint(settings.endpoint, tokenizer)
     problem_sets = prepare_sets(settings, data, tokenizer, model=endpoint.model, output=output)
@@ -46,9 +47,10 @@ def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str
         names = {"model": endpoint.model, "weights_digest": endpoint.identity, "engine": engine}
         begin(one, sample_settings(one.prompts, sampling, seed=seed, **names))
         missing = one.missing(settings.samples_per_problem)
+        pace = Pace(len(missing))
         with one.directory.append_to(0) as file:
             for count, sample in enumerate(endpoint.generate(missing, sampling, seed=seed), start=1):
                 file.add([sample])
                 if count % settings.endpoint.concurrency == 0:
-                    logger.info("%s: %d of %d samples", one.name, count, len(missing))
+                    logger.info("%s: %d of %d samples  %s", one.name, count, len(missing), pace.after(count))
     return conclude_all(problem_sets, settings, model=endpoint.model)

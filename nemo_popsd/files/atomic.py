@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,10 +30,19 @@ _PARTIAL_FILE = re.compile(r".+\.popsd-[0-9a-f]{8}" + re.escape(PARTIAL))
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that holds the complete old or the complete new text at any moment."""
+    write_lines(path, (text,))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """As `write_text`, for text that is made piece by piece and never in memory as a whole.
+
+    Raises:
+        OSError: the file cannot be written; an error of `lines` leaves the old file, too.
+    """
     partial = path.with_name(f"{path.name}.popsd-{secrets.token_hex(4)}{PARTIAL}")
     try:
         with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

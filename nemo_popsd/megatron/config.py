@@ -47,7 +47,8 @@ class StudentConfig:
     """The trained model; its initial weights are the frozen base."""
 
     source: Annotated[str, Text.PATH] = ""
-    """A Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), or `nemo_popsd:tiny_reasoner`."""
+    """A Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), the id of a model in the local cache of the
+    Hub (`Qwen/Qwen3-8B`; nothing is downloaded), or `nemo_popsd:tiny_reasoner`."""
     precision: str = "bf16"
     """`bf16` (gradients and optimizer in fp32) or `fp32`. On a GPU Transformer Engine multiplies fp32 matrices in TF32
     (10 bits of mantissa) unless NVIDIA_TF32_OVERRIDE=0 is set before the start, computes attention in fp32 without a

@@ -115,6 +115,11 @@ class Student:
         return mean_output_vector(self.base_weight, self.vocab_shard)
 
     @property
+    def keeps_copies_on_host(self) -> bool:
+        """Whether copies of all weights are kept in host memory between their uses."""
+        return self.adapters is None and self._config.frozen_copy == "host"
+
+    @property
     def vocab_shard(self) -> VocabShard:
         """Which vocabulary entries `weight` and `base_weight` hold; on the last pipeline stage."""
         return VocabShard(self.vocab_size, self.weight.shape[0], self.tp_group)

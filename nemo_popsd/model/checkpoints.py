@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import FINAL, Checkpoints, name_of, prune, superfluous, update_latest
 from nemo_popsd.checkpoint.save import Content, PendingSave
-from nemo_popsd.checkpoint.training_state import load_random_state, load_training_state
+from nemo_popsd.checkpoint.training_state import Copies, load_random_state, load_training_state
 from nemo_popsd.files.atomic import flush_file
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -200,9 +200,11 @@ class RunCheckpoints:
         self._reported |= kept.keys() | checkpoints.damaged.keys()
 
 
-def resume_optimizer(checkpoint: NemoCheckpoint, models: Sequence[ModelChunk], optimizer: StudentOptimizer) -> None:
-    """Restores optimizer and schedule from `checkpoint`, which may have been written in another layout."""
-    optimizer.resume(load_training_state(checkpoint.directory, models, optimizer.megatron))
+def resume_optimizer(
+    checkpoint: NemoCheckpoint, models: Sequence[ModelChunk], optimizer: StudentOptimizer, copies: Copies | None = None
+) -> None:
+    """Restores optimizer, schedule and moving copies from `checkpoint`, which any layout may have written."""
+    optimizer.resume(load_training_state(checkpoint.directory, models, optimizer.megatron, copies))
 
 
 def _restore_random_state(checkpoint: NemoCheckpoint) -> None:

@@ -13,7 +13,7 @@ from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.save import Content, save_nemo
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.embedded.names import local_path
+from nemo_popsd.data.models import model_path
 from nemo_popsd.files.ownership import refuse_overlap
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc] 
                 did not write.
         """
         refuse_overlap(
-            Path(save_path), {"student.source": local_path(model.settings.student.source)}, setting="save_path"
+            Path(save_path), {"student.source": model_path(model.settings.student.source)}, setting="save_path"
         )
         save_nemo(save_path, model.content())
         return save_path

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.sections import data_settings
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, PromptRow, build_dataset, build_evaluation_prompts
@@ -20,7 +21,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.training.rollouts import TrainingRows
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,14 @@ def read_training_data(
         UserError: see `build_dataset`.
     """
     borrowed = Borrowed(config.distillation.target.borrowed)
-    dataset, _ = build_dataset(config.data, source, tokenizer, borrowed, vocab_size=vocab_size)
+    dataset, _ = build_dataset(
+        data_settings(config),
+        source,
+        tokenizer,
+        borrowed,
+        vocab_size=vocab_size,
+        need_answer=config.distillation.tokens.by_answer,
+    )
     sampler = StepSampler(
         len(dataset),
         prompts_per_step=config.training.prompts_per_step,
@@ -127,25 +135,4 @@ def refuse_other_rows(checkpoint: NemoCheckpoint, digest: str) -> None:
             got="training rows that differ from those that the run started with",
             need=f"the same rows, in any place (they were in {checkpoint.config.data.train.path!r})",
             fix="set data.train.path, or output for another run, or overwrite=true to start again at step 1",
-        )
-
-
-def refuse_beyond_positions(model: PretrainedConfig, longest: int, settings: str) -> None:
-    """Refuses sequences that are longer than the model has positions.
-
-    Args:
-        model: the Hugging Face configuration; without `max_position_embeddings` nothing is refused.
-        longest: number of tokens of the longest context, response included.
-        settings: names of the settings that limit it.
-
-    Raises:
-        UserError: `longest` exceeds the positions.
-    """
-    limit = getattr(model, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise UserError(
-            "sequence length",
-            got=f"contexts of up to {longest} tokens, response included",
-            need=f"at most the model's {limit} positions (max_position_embeddings in its config.json)",
-            fix=f"set {settings}",
         )

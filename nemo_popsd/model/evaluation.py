@@ -19,9 +19,9 @@ from nemo_popsd.data.dataset import EvaluationPrompt
 from nemo_popsd.evaluation.comparison import Evaluation, comparison_table
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
+from nemo_popsd.evaluation.problem_sets import VALIDATION
 from nemo_popsd.evaluation.records import EvaluationDirectory, Sample, SampleSettings
 from nemo_popsd.evaluation.run import (
-    VALIDATION,
     ProblemSet,
     begin,
     conclude_samples,
@@ -35,6 +35,7 @@ from nemo_popsd.model.engines import engine_name
 from nemo_popsd.parallel.agreement import from_rank_zero
 from nemo_popsd.parallel.waiting import wait_for_all
 from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
+from nemo_popsd.runtime.pace import Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,6 +127,7 @@ def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, mo
             # Ranks that share experts generate equally often: one with fewer samples repeats one and discards it.
             requested = own + missing[: len(missing[::replicas]) - len(own)]
         with problem_set.directory.append_to(replica) if student.is_replica_leader else nullcontext() as file:
+            pace = Pace(len(own))
             for start in range(0, len(requested), rows):
                 batch = requested[start : start + rows]
                 samples = generate_samples(
@@ -134,7 +136,8 @@ def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, mo
                 if file is not None:
                     file.add(samples[: len(own) - start])
                 count = min(start + rows, len(own))
-                logger.info("%s: %d of %d samples of this replica", problem_set.name, count, len(own))
+                times = pace.after(count)
+                logger.info("%s: %d of %d samples of this replica  %s", problem_set.name, count, len(own), times)
     wait_for_all()
 
 
@@ -211,7 +214,7 @@ class Validation:
             self._sampler.sample_settings(prompts, model=name, digest=name), problems_of(prompts), samples
         )
         labels = {"model": name, "set": VALIDATION}
-        with AnswerVerifier(settings.verify_seconds) as verifier:
+        with AnswerVerifier(settings.verify_seconds, settings.checker) as verifier:
             return conclude_samples(directory, samples, prompts, settings, verifier, labels=labels).summary
 
 

@@ -24,6 +24,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.sections import diagnosis_settings
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptRow
+from nemo_popsd.data.limits import refuse_beyond_positions
 from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, refuse_tokens_beyond, stop_token_ids
 from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.run import choose_rows, diagnose
@@ -43,7 +44,6 @@ from nemo_popsd.model.data import (
     as_source,
     read_training_data,
     read_validation_prompts,
-    refuse_beyond_positions,
     refuse_other_rows,
     validation_loader,
 )
@@ -216,7 +216,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
 
     def _refuse_beyond_positions(self, longest: int, settings: str) -> None:
         self._longest = max(self._longest, longest)
-        refuse_beyond_positions(self.architecture.config, longest, settings)
+        refuse_beyond_positions(getattr(self.architecture.config, "max_position_embeddings", None), longest, settings)
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Returns `batch`: it has token ids in lists; micro-batches are built on the device."""
@@ -236,8 +236,6 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             bf16=self.settings.student.precision == "bf16",
             fields=self.settings.megatron.values("optimizer"),
         )
-        if self._checkpoint is not None and self._resumes:
-            resume_optimizer(self._checkpoint, self.student.chunks, optimizer)
         digest = self.base["fingerprint"] if self.base else open_source(self.settings.student.source).weights_digest()
         self.base = {"source": self.settings.student.source, "fingerprint": digest}
         assert self.training_data is not None
@@ -251,6 +249,8 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             check_lock=self.checkpoints.check_lock,
             stop=self.stop,
         )
+        if self._checkpoint is not None and self._resumes:
+            resume_optimizer(self._checkpoint, self.student.chunks, optimizer, self._step.weights.state)
         self.optimizer = optimizer
         return optimizer
 
@@ -335,10 +335,12 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
     def training_content(self) -> Content:
         """What a checkpoint of a run saves, except the random state: adapters only where the base is unchanged."""
         assert self.optimizer is not None
+        assert self._step is not None
         return replace(
             self.content(),
             adapters_only=self.student.adapters is not None,
             optimizer=self.optimizer.megatron,
+            copies=self._step.weights.state,
             facts={"data": self.data_digest},
         )
 
@@ -366,15 +368,15 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             kwargs["save_restore_connector"] = MegatronSaveRestoreConnector()
         return super().restore_from(str(restore_path), *args, **kwargs)
 
-    def export_huggingface(self, output: str | Path) -> None:
-        """Writes the student as a Hugging Face directory, adapters merged. Collective over all ranks.
+    def export_huggingface(self, output: str | Path, *, card: str | None = None) -> None:
+        """Writes the student as a Hugging Face directory, adapters merged, with a model card. Collective on all ranks.
 
         Raises:
             UserError: on all ranks, if a weight is not finite.
         """
         if on_any_rank(non_finite(self.chunks.parameters())):
             raise non_finite_error(f"export to {output}")
-        self.architecture.export(self.student.chunks, output)
+        self.architecture.export(self.student.chunks, output, card=card)
 
     @classmethod
     def from_pretrained(cls, model_name: str, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:

@@ -9,7 +9,14 @@ import torch.distributed as dist
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.dataset import PromptRow
+from nemo_popsd.data.records import Record
+from nemo_popsd.diagnosis.pieces import marked_tokens, token_pieces
+from nemo_popsd.distillation.config import DistillationConfig
+from nemo_popsd.distillation.target_families import build_target
+from nemo_popsd.evaluation.answers import extract_answer
+from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.markers import count_markers
+from nemo_popsd.megatron.moving import BranchWeights
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.cost import step_cost
@@ -20,6 +27,7 @@ from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.training.mismatch import MismatchBounds, MismatchGuard
+from nemo_popsd.training.reading import ResponseReader
 from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.step import OnPolicyStep
 
@@ -27,7 +35,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Update = Callable[[], None]
-RunStep = Callable[[int, Sequence[PromptRow], StudentOptimizer, Update], StepMetrics]
+
+
+class RunStep:
+    """The training step of a run, which writes what `observability.dumps` describes."""
+
+    def __init__(self, step: OnPolicyStep, config: PopsdConfig) -> None:
+        """Keeps references only."""
+        self._step, self._config = step, config
+
+    @property
+    def weights(self) -> BranchWeights:
+        """Of the frozen branches."""
+        return self._step.weights
+
+    def __call__(
+        self, number: int, rows: Sequence[PromptRow], optimizer: StudentOptimizer, update: Callable[[], None]
+    ) -> StepMetrics:
+        """As `OnPolicyStep`."""
+        profile, output = self._config.observability.profile, self._config.output
+        with recorded(profile, output, step=number, rank=dist.get_rank()):
+            return self._step(number, rows, optimizer, update)
 
 
 def build_step(
@@ -65,21 +93,47 @@ def build_step(
         stop=stop,
     )
 
-    def markers(response: Sequence[int]) -> int:
-        return sum(count_markers(tokenizer.decode(list(response)), config.evaluation.markers).values())
-
+    reader, weights = build_reader(config, tokenizer), build_weights(config.distillation, student)
     mismatch = MismatchGuard(config.guard, MismatchBounds.of(config.guard, exact=_is_exact(config)), student.split)
     cost = step_cost(config)
-    step = OnPolicyStep(config.training, config.distillation, student, rollouts, markers, mismatch, cost)
-
-    def run(number: int, rows: Sequence[PromptRow], optimizer: StudentOptimizer, update: Update) -> StepMetrics:
-        with recorded(config.observability.profile, config.output, step=number, rank=dist.get_rank()):
-            return step(number, rows, optimizer, update)
-
-    return run
+    step = OnPolicyStep(config.training, config.distillation, student, rollouts, reader, weights, mismatch, cost)
+    return RunStep(step, config)
 
 
 def _is_exact(config: PopsdConfig) -> bool:
     """Whether engine and trainer compute in fp32 with the same weights."""
     same = config.rollout.engine == "megatron" or config.rollout.vllm.dtype in ("student", "fp32")
     return config.student.precision == "fp32" and same and config.rollout.age_bound == 0
+
+
+def build_weights(config: DistillationConfig, student: Student) -> BranchWeights:
+    """The weights of the frozen branches of a run; copies of the student's where they move."""
+    output_follows = "anchor" if build_target(config.target).base else "teacher"
+    return BranchWeights(student, config.anchor, config.teacher, output_follows=output_follows)
+
+
+def build_reader(config: PopsdConfig, tokenizer: PreTrainedTokenizerBase) -> ResponseReader:
+    """What the steps of a run read in responses, by the rules of its evaluation.
+
+    Raises:
+        UserError: rows have answers and the library that compares them is missing.
+    """
+    settings, train = config.evaluation, config.data.train
+    verifier = AnswerVerifier(settings.verify_seconds)
+
+    def count(response: Sequence[int]) -> int:
+        return sum(count_markers(tokenizer.decode(list(response)), settings.markers).values())
+
+    def is_right(record: Record, response: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(response), skip_special_tokens=False)
+        answer = extract_answer(text, settings.answer_pattern, last_number=settings.without_box == "last_number")
+        return record.answer is not None and verifier.compare(answer, record.answer).correct
+
+    has_answers = train.columns.answer is not None or train.answer_pattern is not None
+    if has_answers:
+        require_math_verify()
+    return ResponseReader(
+        count_markers=count,
+        marked=lambda response: marked_tokens(token_pieces(tokenizer, response), settings.markers),
+        is_right=is_right if has_answers else None,
+    )

@@ -77,6 +77,11 @@ class StepMetrics:
     """Mean length of a response, in tokens."""
     cut_share: float
     """Share of responses truncated at `rollout.max_response_tokens`."""
+    accuracy: float | None
+    """Share of responses whose final answer is that of the row; of rows with answers (`data.train.columns.answer` or
+    `data.train.answer_pattern`)."""
+    weighted_share: float
+    """Share of response tokens that count in the loss: with a weight, and open (`distillation.tokens`)."""
     marker_rate: float
     """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
     repetition: float

@@ -1,4 +1,4 @@
-"""Progress of training on the terminal."""
+"""Progress of training and validation on the terminal and in logs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from tqdm import tqdm
 
 from nemo_popsd.observability.metrics import PREFIX
 from nemo_popsd.observability.rank import is_rank_zero
+from nemo_popsd.runtime.pace import Pace
 
 _SHOWN = {"loss": ("loss", ".4g"), "response_tokens": ("tokens/response", ".0f"), "tokens_per_second": ("tok/s", ".0f")}
 
 
 class StepProgress(ProgressBar):
-    """Step k of N, loss, response length and tokens per second, on rank 0.
+    """Step k of N, loss, response length, tokens per second, elapsed and remaining time, on rank 0.
 
-    A bar on a terminal, one line per step elsewhere (logs, CI). One training batch is one step; the values are the
-    latest under `PREFIX` in the trainer's logged metrics.
+    A bar on a terminal, one line per step elsewhere (logs, CI); the same for the batches of a validation that has
+    several. One training batch is one step; the values are the latest under `PREFIX` in the trainer's logged metrics.
 
     Args:
         steps: steps of the run (`training.steps`).
@@ -34,6 +35,10 @@ class StepProgress(ProgressBar):
         self._completed = completed
         self._enabled = enabled and is_rank_zero()
         self._bar: tqdm | None = None
+        self._pace = Pace(steps, completed=completed)
+        self._validation_bar: tqdm | None = None
+        self._validation_pace: Pace | None = None
+        self._validation_batches = 0
 
     @property
     def is_enabled(self) -> bool:
@@ -50,6 +55,7 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the bar if standard error is a terminal."""
+        self._pace = Pace(self._steps, completed=self._completed)
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=self._completed, desc="step", dynamic_ncols=True)
 
@@ -66,7 +72,37 @@ class StepProgress(ProgressBar):
             self._bar.update()
         else:
             values = "".join(f"  {name} {value}" for name, value in shown.items())
-            print(f"step {self._completed}/{self._steps}{values}", file=sys.stderr, flush=True)
+            times = self._pace.after(self._completed)
+            print(f"step {self._completed}/{self._steps}{values}  {times}", file=sys.stderr, flush=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show a bar if there are several batches and standard error is a terminal."""
+        self._validation_batches = round(sum(trainer.num_val_batches))
+        self._validation_pace = Pace(self._validation_batches)
+        if self._enabled and self._validation_batches > 1 and sys.stderr.isatty():
+            self._validation_bar = tqdm(total=self._validation_batches, desc="validation", leave=False)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Advance by one batch."""
+        if not self._enabled or self._validation_batches < 2 or self._validation_pace is None:
+            return
+        if self._validation_bar is not None:
+            self._validation_bar.update()
+        else:
+            times = self._validation_pace.after(batch_idx + 1)
+            print(f"validation {batch_idx + 1}/{self._validation_batches}  {times}", file=sys.stderr, flush=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the bar of the validation."""
+        self._close_validation()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the bar as it is."""
@@ -74,12 +110,18 @@ class StepProgress(ProgressBar):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the bar as it is, so that the error is not written into it."""
+        self._close_validation()
         self._close()
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def _close_validation(self) -> None:
+        if self._validation_bar is not None:
+            self._validation_bar.close()
+            self._validation_bar = None
 
     def print(self, *args: object, **kwargs: object) -> None:
         """Print on rank 0, above the bar if there is one (called by `LightningModule.print`)."""

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_popsd.config.loading import load_config
+from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning import report
+from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.plan import Estimate, estimate, fastest, nearest, problems
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_sizes
@@ -30,6 +32,7 @@ def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool 
     """
     plan, rest = split_settings(words)
     run = load_config(config, rest)
+    _refuse_means_above_limits(plan, run)
     sizes, origin = read_sizes(run.student.source)
     cases = [Case(run, plan, sizes, nodes) for nodes in plan.nodes]
     if len(cases) == 1:
@@ -39,6 +42,23 @@ def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool 
     if as_json:
         return json.dumps([None if row is None else report.as_data(row, origin) for _, row in rows], indent=2)
     return report.growth_table(rows)
+
+
+def _refuse_means_above_limits(plan: PlanConfig, run: PopsdConfig) -> None:
+    """Refuses a mean length above the limit of the run: no row can be longer than that."""
+    for name, limit_name, limit in (
+        ("prompt_tokens", "data.max_prompt_tokens", run.data.max_prompt_tokens),
+        ("reference_tokens", "data.max_reference_tokens", run.data.max_reference_tokens),
+        ("response_tokens", "rollout.max_response_tokens", run.rollout.max_response_tokens),
+    ):
+        mean = getattr(plan.workload, name)
+        if mean is not None and mean > limit:
+            raise UserError(
+                "plan",
+                got=f"workload.{name}={mean} with {limit_name}={limit}",
+                need="a mean no higher than the limit",
+                fix=f"set workload.{name} or {limit_name}",
+            )
 
 
 def _estimate_or_raise(case: Case, fastest_layout: bool) -> Estimate:

@@ -255,11 +255,14 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
     offloaded = not case.lora and student.frozen_copy == "host"
     kept_matrix = matrix if stage.last else 0
     state, host_share = optimizer_bytes(case, parameters), case.config.optimizer.host_share
+    copies = case.config.distillation.moving_copies
+    moving = 4.0 * copies * (dense + experts)
     standing = {
         "weights": float(parameters.all * case.element),
         "gradients": float(case.gradient_element * (dense + experts)),
         "optimizer": state * (1 - host_share),
         "frozen copy": 0.0 if case.lora else float(kept_matrix if offloaded else copy),
+        "moving copies": 0.0 if offloaded else moving,
     }
     token = sizes.hidden * (len(case.branches) * case.element + case.target.summed_bytes)
     states = case.owned_rows * case.limits.response * token if stage.last else 0
@@ -280,6 +283,10 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         "rollout": rollout_bytes,
         "frozen": {
             "frozen copy brought in": float(copy - kept_matrix) if offloaded else 0.0,
+            # One at a time takes the place of the trained weights, in their dtype.
+            "moving copy": float(case.element * (dense + experts))
+            if copies and (offloaded or case.element < 4)
+            else 0.0,
             "frozen forward": case.frozen_tokens / layout.context * working_set(case, longest) * case.element,
             "frozen states": float(states),
         },
@@ -293,4 +300,5 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         for phase in ("frozen", "training"):
             phases[phase]["vLLM"] = server_bytes(case)
     copied = float(copy - kept_matrix) if offloaded else 0.0
-    return Memory(standing, phases, copied, copied + (states if cached else 0.0) + state * host_share)
+    host = copied + (states if cached else 0.0) + state * host_share + (moving if offloaded else 0.0)
+    return Memory(standing, phases, copied, host)

@@ -113,7 +113,7 @@ def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | No
     """Elements on one rank of `stage`; with adapters if `lora` is given."""
     hidden = sizes.hidden
     vocabulary = padded_vocabulary(sizes, layout) // layout.tensor * hidden
-    norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
+    norms = _norms(sizes, layout.tensor)
     router = hidden * sizes.experts
     local_experts = sizes.experts // layout.expert
     dense = stage.layers * (norms + router) + (hidden if stage.last else 0)
@@ -132,10 +132,17 @@ def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | No
     return Parameters(dense, experts, adapters, expert_adapters, vocabulary)
 
 
+def _norms(sizes: ModelSizes, tensor: int) -> int:
+    """Weights of the norms of one layer on a rank."""
+    if sizes.joint_qk_norm:
+        return 2 * sizes.hidden + (sizes.query_width + sizes.key_width) // tensor
+    return 2 * sizes.hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
+
+
 def total_parameters(sizes: ModelSizes) -> int:
     """Parameters of the full model as published: no padding, no adapters."""
     hidden, experts = sizes.hidden, max(1, sizes.experts)
     vocabulary = sizes.vocab * hidden * (1 if sizes.tied else 2)
-    norms = 2 * hidden + (2 * sizes.head_dim if sizes.qk_norm else 0)
+    norms = _norms(sizes, 1)
     inside = sum(linear.share(1) * (experts if linear.expert else 1) for linear in linears(sizes))
     return vocabulary + hidden + sizes.layers * (norms + hidden * sizes.experts + inside)

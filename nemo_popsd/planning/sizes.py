@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_popsd.data.models import model_path
 from nemo_popsd.embedded.names import PREFIX, asset
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import parse_json, read_json
@@ -15,12 +16,14 @@ from nemo_popsd.settings.checks import shown
 
 _EMBEDDED = Path(__file__).parent / "models"
 
-# What `config.json` does not state about a family: biases of q, k and v; norms of queries and keys.
+# What `config.json` does not state about a family: biases of q, k and v; norms of queries and keys, which are over one
+# head, or over all heads together.
 _FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
     "qwen3_moe": {"qkv_bias": False, "qk_norm": True},
+    "olmo3": {"qkv_bias": False, "qk_norm": True, "joint_qk_norm": True},
 }
 
 
@@ -52,6 +55,8 @@ class ModelSizes:
     """Whether the output of attention has a bias (Llama's `attention_bias`)."""
     qk_norm: bool
     """Whether queries and keys are normalised."""
+    joint_qk_norm: bool = False
+    """Whether their norms are over all heads together, with weights that are sharded as the heads are."""
     experts: int = 0
     """E, experts of each layer; 0 for a dense model."""
     experts_per_token: int = 0
@@ -97,10 +102,10 @@ def read_model_file(source: str) -> ModelFile:
     """
     if source.startswith(PREFIX):
         return ModelFile(source, json.loads((asset(source) / "config.json").read_text()), f"config.json of {source}")
-    path = Path(source).expanduser()
+    path = model_path(source)
     for file in (path / "config.json", path / "huggingface" / "config.json"):
         if file.is_file():
-            return ModelFile(path.name, _object(read_json(file), str(file)), str(file))
+            return ModelFile(Path(source).name, _object(read_json(file), str(file)), str(file))
     if path.suffix == ".nemo" and path.is_file():
         content = _object(parse_json(_from_archive(path), source), source)
         return ModelFile(path.stem, content, f"config.json in {source}")
@@ -189,6 +194,7 @@ def _parse(config: Mapping[str, object], name: str) -> ModelSizes:
             qkv_bias=family["qkv_bias"] or bool(config.get("attention_bias", False)),
             output_bias=bool(config.get("attention_bias", False)),
             qk_norm=family["qk_norm"],
+            joint_qk_norm=family.get("joint_qk_norm", False),
             experts=_size(config, "num_experts") if sparse else 0,
             experts_per_token=_size(config, "num_experts_per_tok") if sparse else 0,
         )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.sections import data_settings
+from nemo_popsd.data.views import Views
 from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.distillation.target_families import Target, build_target
 from nemo_popsd.planning.config import PlanConfig
@@ -130,7 +132,9 @@ class Case:
     def limits(self) -> Lengths:
         """The longest that the run admits: what memory is planned for."""
         data = self.config.data
-        return Lengths(data.max_prompt_tokens, data.max_reference_tokens, self.config.rollout.max_response_tokens)
+        # Without texts both teachers have the view `none`.
+        reference = data.max_reference_tokens if Views.of(data_settings(self.config)).texts else 0
+        return Lengths(data.max_prompt_tokens, reference, self.config.rollout.max_response_tokens)
 
     @cached_property
     def means(self) -> Lengths:
@@ -138,7 +142,7 @@ class Case:
         work, limits = self.plan.workload, self.limits
         return Lengths(
             work.prompt_tokens or limits.prompt,
-            work.reference_tokens or limits.reference,
+            limits.reference and (work.reference_tokens or limits.reference),
             work.response_tokens or limits.response,
         )
 

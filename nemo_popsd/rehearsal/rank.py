@@ -24,12 +24,14 @@ from nemo_popsd.data.records import Record
 from nemo_popsd.distillation.fusion import TILE_BYTES
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.model.training import build_weights
 from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.planning.workload import Case, Lengths
 from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch, PhaseCost
 from nemo_popsd.rehearsal.peers import one_rank
 from nemo_popsd.rehearsal.storage_free import StorageFree, without_assigned_data
 from nemo_popsd.rollout.engine import Rollout
+from nemo_popsd.training.reading import ResponseReader
 from nemo_popsd.training.step import OnPolicyStep
 from nemo_popsd.training.trajectory import Trajectory
 
@@ -50,6 +52,10 @@ class Rehearsed:
     """Bytes between steps: weights, gradient buffers, optimizer state, frozen copy."""
     phases: dict[str, PhaseCost]
     """By phase: frozen and train; there is no decoding."""
+
+
+UNREAD = ResponseReader(count_markers=lambda ids: 0, marked=lambda ids: [False] * len(ids), is_right=None)
+"""Responses without text: no markers, no answers."""
 
 
 class LongestRollouts:
@@ -108,7 +114,8 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
                 config.distillation,
                 student,
                 LongestRollouts(case.limits),
-                lambda response: 0,
+                UNREAD,
+                build_weights(config.distillation, student),
                 stopwatch=lambda: MeteredStopwatch(meter),
             )
             step(_MEASURED_STEP, _rows(case), optimizer, optimizer.step)

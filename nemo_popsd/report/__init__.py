@@ -4,6 +4,7 @@ run.py            reading of a run's directory
 page.py           the report on one or several runs: `popsd report`
 verdicts.py       the rules that answer its three questions
 sections.py       its sections
+arms.py           means over the seeds of runs that differ in nothing else
 decomposition.py  plots of the paper's decomposition, for both pages
 tokens.py         the page of a diagnosis, token by token: `popsd diagnose`
 plots.py, bars.py SVG
@@ -11,7 +12,9 @@ markup.py         escaping of text and formatting of numbers
 shell.py          the HTML document with its style, script and security policy (assets/)
 """
 
+from nemo_popsd.report.arms import text as text_over_seeds
 from nemo_popsd.report.page import write_report
+from nemo_popsd.report.run import read_run
 from nemo_popsd.report.tokens import write_diagnosis_page
 
-__all__ = ["write_diagnosis_page", "write_report"]
+__all__ = ["read_run", "text_over_seeds", "write_diagnosis_page", "write_report"]

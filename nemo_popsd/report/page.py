@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_popsd.files.atomic import write_text
-from nemo_popsd.report import sections
+from nemo_popsd.report import arms, sections
 from nemo_popsd.report.evaluation import evaluation
 from nemo_popsd.report.markup import esc, number
 from nemo_popsd.report.run import RunData, read_run
@@ -17,6 +17,7 @@ NAME = "report.html"
 
 _SECTIONS = (
     ("glance", "At a glance"),
+    ("seeds", "Over seeds"),
     ("evaluation", "Evaluation"),
     ("training", "Training"),
     ("decomposition", "Decomposition"),
@@ -43,6 +44,7 @@ def write_report(directories: Sequence[Path], page: Path) -> Path:
 def _page(runs: Sequence[RunData], page: Path) -> str:
     contents = {
         "glance": sections.glance(runs),
+        "seeds": arms.section(runs),
         "evaluation": evaluation(runs),
         "training": sections.curves(runs),
         "decomposition": sections.decomposed(runs, page),
@@ -51,8 +53,9 @@ def _page(runs: Sequence[RunData], page: Path) -> str:
         "provenance": sections.provenance(runs),
     }
     keys = f'<div class="keys">{sections.colours(runs)}</div>'
-    body = keys + "".join(f'<h2 id="{name}">{esc(title)}</h2>{contents[name]}' for name, title in _SECTIONS)
-    links = "".join(f'<a href="#{name}">{esc(title)}</a>' for name, title in _SECTIONS)
+    shown = [(name, title) for name, title in _SECTIONS if contents[name]]
+    body = keys + "".join(f'<h2 id="{name}">{esc(title)}</h2>{contents[name]}' for name, title in shown)
+    links = "".join(f'<a href="#{name}">{esc(title)}</a>' for name, title in shown)
     facts = "".join(_facts(run) for run in runs)
     title = " vs. ".join(run.name for run in runs)
     return document(title, "Purified OPSD · run report", f"{facts}<nav>{links}</nav>", body)

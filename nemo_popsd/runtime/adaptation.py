@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -60,6 +62,11 @@ def apply_all(adaptations: Iterable[Adaptation], *, listed_in: str) -> None:
             if adaptation.needed:
                 adaptation.apply()
         except (AttributeError, ImportError) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == "megatron.bridge":
-                raise  # It is not installed, which the command line reports.
+            if isinstance(error, ModuleNotFoundError) and _is_not_installed(error.name or ""):
+                raise  # The command line reports it.
             raise RuntimeError(f"{adaptation.name}: {error}; revise {listed_in}") from error
+
+
+def _is_not_installed(module: str) -> bool:
+    top = module.partition(".")[0]
+    return module == "megatron.bridge" or (top not in sys.modules and importlib.util.find_spec(top) is None)

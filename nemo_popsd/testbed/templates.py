@@ -23,6 +23,7 @@ TEMPLATES = TemplatesConfig(
         "{question_block}Reference: {reference}\n"
         "Derive it in your own words. Think step by step and put the answer in \\boxed{}."
     ),
+    without_reference="{question_block}Think step by step and put the answer in \\boxed{}.",
     system=None,
 )
 """The embedded model's templates."""

@@ -54,7 +54,8 @@ class FrozenBranches:
 
     def __init__(
         self,
-        base: FrozenBase,
+        anchor: FrozenBase,
+        teacher: FrozenBase,
         target: Target,
         *,
         token_budget: int,
@@ -65,14 +66,15 @@ class FrozenBranches:
         """Keeps references only.
 
         Args:
-            base: the frozen weights.
+            anchor: the weights of the base branch.
+            teacher: those of both teachers; with the same object for both, all branches are one batch of forwards.
             target: branches whose coefficient is 0 are not run.
             token_budget: tokens of one forward, padding included.
             diagnosed_tokens: response tokens per call to keep for diagnosis, which needs both teachers.
             packed: concatenate sequences instead of padding them.
             on_host: keep the states in host memory until the loss needs them.
         """
-        self._base = base
+        self._weights = {"base": anchor, "privileged": teacher, "reference": teacher}
         self._target = target
         self._token_budget = token_budget
         self._diagnosed_tokens = diagnosed_tokens
@@ -91,16 +93,21 @@ class FrozenBranches:
             "privileged": [t.privileged for t in trajectories],
             "reference": [t.reference for t in trajectories],
         }
-        sequences = [sequence for name in names for sequence in contexts[name]]
-        with self._base.model() as chunks:
-            batches = student_batches(chunks, sequences, self._token_budget, packed=self._packed)
-            hidden = frozen_hidden_states(chunks, batches)
-            split = SequenceSplit.of(chunks[0])
-        self.computed = TokenCount.of(batches)
+        hidden: list[Tensor] = []
+        split, self.computed = None, TokenCount()
+        for weights in dict.fromkeys(self._weights[name] for name in names):  # the order of the names
+            own = [name for name in names if self._weights[name] is weights]
+            sequences = [sequence for name in own for sequence in contexts[name]]
+            with weights.model() as chunks:
+                batches = student_batches(chunks, sequences, self._token_budget, packed=self._packed)
+                hidden += frozen_hidden_states(chunks, batches)
+                split = SequenceSplit.of(chunks[0])
+            self.computed += TokenCount.of(batches)
         if not hidden:
             return []
         count = len(trajectories)
         branches = {name: hidden[i * count : (i + 1) * count] for i, name in enumerate(names)}
+        assert split is not None
         diagnosed = self._sample(trajectories, split)
         states = []
         for i in range(count):

@@ -5,22 +5,23 @@ Shapes: N response tokens of the micro-batch, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemo_popsd.distillation import (
     DiagnosedTokens,
     Divergence,
+    Gates,
     HiddenPair,
     StatisticValues,
     Target,
     loss_from_hidden,
 )
 from nemo_popsd.megatron.microbatches import MicroBatch
+from nemo_popsd.megatron.moving import OutputMatrix
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.training.branches import TargetStates
 
@@ -34,7 +35,9 @@ class LossReport:
     response_lengths: list[int]
     """Response tokens of each that this rank owns."""
     loss: Tensor
-    """Σ weight · divergence, this micro-batch's part of the global loss; a scalar."""
+    """Σ share · divergence over open tokens, this micro-batch's part of the global loss; a scalar."""
+    counted: Tensor
+    """Number of its tokens that are open and have a share above 0; a scalar."""
     per_token: Tensor
     """[N] divergence."""
     statistics: StatisticValues
@@ -54,52 +57,29 @@ class Objective:
         target: Target,
         divergence: Divergence,
         *,
-        loss_mean: str,
         chunk_tokens: int | None,
         fused: str,
+        gates: Gates | None = None,
+        output: Callable[[], OutputMatrix] | None = None,
     ) -> None:
-        """Keeps references only; see `nemo_popsd.distillation.config` for the arguments."""
+        """Keeps references only; see `nemo_popsd.distillation.config` for the arguments.
+
+        Without `output`, the frozen branches have the output matrix of the student's base.
+        """
         self._student = student
         self.target = target
         self.divergence = divergence
-        self._loss_mean = loss_mean
         self._chunk_tokens = chunk_tokens
         self._fused = fused
+        self._gates = gates or Gates()
+        self._output = output or (lambda: OutputMatrix(lambda: student.base_weight, lambda: student.centre))
 
     def with_target(self, target: Target) -> Objective:
-        """The same objective with another target."""
-        return Objective(
-            self._student,
-            target,
-            self.divergence,
-            loss_mean=self._loss_mean,
-            chunk_tokens=self._chunk_tokens,
-            fused=self._fused,
-        )
-
-    def token_weights(self, response_lengths: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> Tensor:
-        """Weight of a response token of each of this rank's trajectories: [len(response_lengths)] float64.
-
-        ``sequence``: 1 / (sequences · length), over the sequences of all ranks that have a response; ``token``:
-        1 / tokens of all ranks. The global loss is the sum over ranks of Σ weight · divergence. One all-reduce of
-        two numbers.
-
-        Args:
-            response_lengths: of this rank's trajectories.
-            group: data-parallel group.
-            device: where the group's collectives run.
-        """
-        lengths = torch.tensor(response_lengths, dtype=torch.float64, device=device)
-        totals = torch.stack([(lengths > 0).sum().double(), lengths.sum()])
-        dist.all_reduce(totals, group=group)
-        sequences, tokens = totals.clamp(min=1).tolist()
-        if self._loss_mean == "token":
-            return torch.full_like(lengths, 1.0 / tokens)
-        weights: Tensor = 1.0 / (sequences * lengths.clamp(min=1))
-        return weights
+        """The same divergence from another target of the student's base, on all tokens: without gates."""
+        return Objective(self._student, target, self.divergence, chunk_tokens=self._chunk_tokens, fused=self._fused)
 
     def __call__(
-        self, batch: MicroBatch, hidden_NH: Tensor, states: Sequence[TargetStates], weights: Tensor
+        self, batch: MicroBatch, hidden_NH: Tensor, states: Sequence[TargetStates], shares: Sequence[Tensor]
     ) -> tuple[Tensor, LossReport]:
         """The weighted loss of a micro-batch, with gradient, and its report.
 
@@ -107,22 +87,24 @@ class Objective:
             batch: the micro-batch.
             hidden_NH: the student's states that predict its response tokens.
             states: target states of all of this rank's trajectories, on any device.
-            weights: from `token_weights`.
+            shares: fp32, of the response tokens that this rank owns of each of its trajectories, on the device of
+                `hidden_NH`; see `training.weights`.
         """
         student, batch_states = self._student, [states[row] for row in batch.sequences]
-        lengths = torch.tensor(batch.response_lengths, device=hidden_NH.device)
-        rows = torch.tensor(batch.sequences, device=hidden_NH.device)
+        output = self._output()
+        share_N = torch.cat([hidden_NH.new_zeros(0, dtype=torch.float32), *(shares[row] for row in batch.sequences)])
         result = loss_from_hidden(
             hidden_NH,
             student.weight,
             _joined([state.vectors for state in batch_states], hidden_NH.device),
-            student.base_weight,
+            output.weight(),
             target=self.target,
             divergence=self.divergence,
             shard=student.vocab_shard,
-            token_weights=weights.float()[rows].repeat_interleave(lengths),
+            gates=self._gates,
+            token_weights=share_N,
             chunk_tokens=self._chunk_tokens,
-            centre=student.centre,
+            centre=output.centre(),
             fused=self._fused,
             main_gradient=student.main_gradient,
             diagnosed=_diagnosed(batch, batch_states, hidden_NH.device),
@@ -133,12 +115,17 @@ class Objective:
             rows=batch.sequences,
             response_lengths=batch.response_lengths,
             loss=result.total.detach(),
+            counted=_counted(share_N, result.is_open),
             per_token=result.per_token,
             statistics=result.statistics,
             decomposition=result.decomposition,
             log_probs=result.log_probs,
         )
         return result.total, report
+
+
+def _counted(share_N: Tensor, open_N: Tensor | None) -> Tensor:
+    return (share_N if open_N is None else share_N * open_N).count_nonzero()
 
 
 def _joined(vectors: Sequence[HiddenPair], device: torch.device) -> HiddenPair:

@@ -54,10 +54,12 @@ def check_student_equals_base(
     base_target = Target(base=1.0, temperature=objective.target.temperature)
     base_objective = objective.with_target(base_target)
     states = [TargetStates(hidden_pair(base_target, base=state), None) for state in hidden]
-    ones = torch.ones(len(sequences), device=device(), dtype=torch.float64)
 
     def loss(batch: MicroBatch, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, LossReport]:
-        return base_objective(batch, hidden_NH, states, ones / max(1, sum(batch.response_lengths)))
+        lengths = dict(zip(batch.sequences, batch.response_lengths, strict=True))
+        share = torch.full((sum(lengths.values()),), 1 / max(1, sum(lengths.values())), device=device())
+        shares = [share[: lengths.get(row, 0)] for row in range(len(sequences))]
+        return base_objective(batch, hidden_NH, states, shares)
 
     optimizer.zero_grad()
     reports = forward_backward(optimizer.chunks, batches, loss)

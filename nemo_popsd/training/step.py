@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,9 +10,11 @@ import torch
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.distillation.divergence import build_divergence
+from nemo_popsd.distillation.gates import build_gates
 from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.megatron.forward import forward_backward, student_batches
 from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
+from nemo_popsd.megatron.moving import BranchWeights
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.observability.metrics import StepMetrics
@@ -23,16 +26,25 @@ from nemo_popsd.training.config import TrainingConfig
 from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_update
 from nemo_popsd.training.mismatch import MismatchGuard
 from nemo_popsd.training.objective import LossReport, Objective
+from nemo_popsd.training.reading import ResponseReader, verified
 from nemo_popsd.training.rollouts import TrajectorySource
 from nemo_popsd.training.self_check import check_student_equals_base
 from nemo_popsd.training.summary import summarize_step
 from nemo_popsd.training.trajectory import Trajectory
+from nemo_popsd.training.weights import response_weights, shares
+
+logger = logging.getLogger(__name__)
 
 _CHECKED_SEQUENCES = 4
 
 
 class OnPolicyStep:
-    """Carries out training steps. Its only state is in `rollouts`: what is being generated for the next step."""
+    """Carries out training steps. Its only state is in `rollouts`, what is being generated for the next step, and in
+    `weights`.
+
+    Attributes:
+        weights: of the frozen branches; copies that follow the student are part of a checkpoint.
+    """
 
     def __init__(
         self,
@@ -40,7 +52,8 @@ class OnPolicyStep:
         distillation: DistillationConfig,
         student: Student,
         rollouts: TrajectorySource,
-        count_markers: Callable[[Sequence[int]], int],
+        reader: ResponseReader,
+        weights: BranchWeights,
         mismatch: MismatchGuard | None = None,
         complete: Callable[[StepMetrics, Sequence[PromptRow]], StepMetrics] = lambda metrics, rows: metrics,
         *,
@@ -53,7 +66,8 @@ class OnPolicyStep:
             distillation: target and loss.
             student: the model and its base.
             rollouts: where each step gets its trajectories.
-            count_markers: number of epistemic markers in the text of a response's token ids.
+            reader: reads the text of responses.
+            weights: of the frozen branches.
             mismatch: compares the log-probabilities of the rollouts with the student's; None does not.
             complete: adds metrics that follow from those of a step and this rank's rows; without collectives.
             stopwatch: makes the stopwatch of a step.
@@ -62,7 +76,8 @@ class OnPolicyStep:
         self._training = training
         self._student = student
         self._rollouts = rollouts
-        self._count_markers = count_markers
+        self._reader, self.weights = reader, weights
+        self._tokens, self._loss_mean = distillation.tokens, distillation.loss_mean
         self._mismatch = mismatch
         self._complete = complete
         target = build_target(distillation.target)
@@ -70,12 +85,14 @@ class OnPolicyStep:
             student,
             target,
             build_divergence(distillation.divergence),
-            loss_mean=distillation.loss_mean,
             chunk_tokens=distillation.chunk_tokens,
             fused=distillation.fused,
+            gates=build_gates(distillation.tokens),
+            output=weights.output,
         )
         self._branches = FrozenBranches(
-            student.base,
+            weights.anchor,
+            weights.teacher,
             target,
             token_budget=training.frozen_tokens,
             diagnosed_tokens=distillation.diagnosed_tokens,
@@ -103,7 +120,8 @@ class OnPolicyStep:
         """
         settings, watch = self._training, self._stopwatch()
         with watch.phase("rollout"):
-            parts = rebalance(self._rollouts.of(step, rows), self._student.dp_group, settings.updates_per_step)
+            generated = verified(self._rollouts.of(step, rows), self._reader, self._student)
+            parts = rebalance(generated, self._student.dp_group, settings.updates_per_step)
         trajectories = [trajectory for part in parts for trajectory in part]
         if step == 1 and settings.self_check:
             sequences = [t.student for t in trajectories[:_CHECKED_SEQUENCES]]
@@ -130,12 +148,13 @@ class OnPolicyStep:
                 update()
                 refuse_non_finite_update(step, optimizer.trained, optimizer.learning_rate)
                 reports += reported
+        self.weights.follow(step)
         counted = trajectories if self._student.owns_trajectories else []
         metrics = summarize_step(
             reports if self._student.owns_loss else [],
             counted,
             weights_version=step - 1,
-            markers=sum(self._count_markers(t.rollout.response) for t in counted),
+            markers=sum(self._reader.count_markers(t.rollout.response) for t in counted),
             grad_norm=optimizer.grad_norm,
             learning_rate=optimizer.learning_rate,
             stopwatch=watch,
@@ -145,6 +164,8 @@ class OnPolicyStep:
             seconds_waiting=self._rollouts.seconds_waiting,
             seconds_weights=self._rollouts.seconds_weights,
         )
+        if metrics.weighted_share == 0:
+            logger.warning("step %d: no token has a weight (distillation.tokens), so the loss is 0", step)
         return self._complete(metrics, rows)
 
     def _accumulate(
@@ -154,11 +175,16 @@ class OnPolicyStep:
         states: Sequence[TargetStates],
         optimizer: StudentOptimizer,
     ) -> list[LossReport]:
-        lengths = [len(t.rollout.response) for t in trajectories]
-        weights = self._objective.token_weights(lengths, self._student.dp_group, device())
+        weights = [response_weights(t, self._tokens, self._reader.marked) for t in trajectories]
+        of_tokens = shares(weights, self._loss_mean, self._student.dp_group, device())
+        split = self._student.split
+        owned = [
+            share[split.owned(t.rollout.response)].float() for t, share in zip(trajectories, of_tokens, strict=True)
+        ]
+        on_device = torch.cat([torch.zeros(0), *owned]).to(device()).split([0, *map(len, owned)])[1:]
 
         def loss(batch: MicroBatch, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, LossReport]:
-            return self._objective(batch, hidden_NH, states, weights)
+            return self._objective(batch, hidden_NH, states, on_device)
 
         optimizer.zero_grad()
         return forward_backward(optimizer.chunks, batches, loss)

@@ -60,6 +60,8 @@ def summarize_step(
         "tokens": sum(len(t.rollout.response) for t in trajectories),
         "responses": len(trajectories),
         "cut": sum(t.rollout.truncated for t in trajectories),
+        "verified": sum(t.right is not None for t in trajectories),
+        "right": sum(t.right is True for t in trajectories),
         "markers": markers,
         "repeated": sum(repeated_tokens(t.rollout.response) for t in trajectories),
         "ages": sum(t.rollout.token_ages(weights_version) for t in trajectories),
@@ -88,6 +90,8 @@ def summarize_step(
         },
         response_tokens=total["tokens"] / max(total["responses"], 1.0),
         cut_share=total["cut"] / max(total["responses"], 1.0),
+        accuracy=total["right"] / total["verified"] if total["verified"] else None,
+        weighted_share=total["counted"] / tokens,
         marker_rate=1000 * total["markers"] / tokens,
         repetition=total["repeated"] / tokens,
         rollout_age=total["ages"] / tokens,
@@ -116,16 +120,18 @@ def _maxima(own: Sequence[float]) -> list[float]:
 
 
 def _sums_over_tokens(reports: Sequence[LossReport]) -> dict[str, float]:
-    """This rank's loss, and for each declared statistic the sum over its tokens and their number. One transfer.
+    """This rank's loss, its tokens that count, and of each declared statistic the sum over tokens and their number.
+
+    One transfer from the device.
 
     A token on which a figure is not defined (student and teacher agree exactly, so there is no direction) is left out.
     """
-    names = ["loss"]
+    names = ["loss", "counted"]
     for declared in DECLARED:
         names += [f"sum of {declared.name}", f"tokens with {declared.name}"]
     rows = []
     for report in reports:
-        row = [report.loss.double()]
+        row = [report.loss.double(), report.counted.double()]
         for values, count in (
             (report.statistics, len(TOKEN_STATISTICS)),
             (report.decomposition, len(SIGNAL_STATISTICS)),

@@ -15,6 +15,8 @@ class Trajectory:
 
     row: PromptRow
     rollout: Rollout
+    right: bool | None = None
+    """Whether the response's final answer is the row's; None where rows have no answers."""
 
     @property
     def row_id(self) -> str:

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from nemo_popsd.checkpoint.contents import STATE
 from nemo_popsd.checkpoint.training_state import StagedState, load_training_state
+from nemo_popsd.distillation.config import WeightsConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig, OptimizerConfig
+from nemo_popsd.megatron.moving import MovingCopy
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.optimizer_state import parameter_states, set_step_count, step_count
 from tests.harness import LOCAL, TRANSFORMER_ENGINE, run_ranks
@@ -43,13 +45,13 @@ def _pieces(folder: Path) -> dict[str, torch.Tensor]:
     return pieces
 
 
-def write_state(student: Any, optimizer: StudentOptimizer, folder: Path) -> None:
+def write_state(student: Any, optimizer: StudentOptimizer, folder: Path, copies: Any = None) -> None:
     """Writes the optimizer's state to `folder`, as a checkpoint does. Collective over all ranks."""
     import torch.distributed as dist
 
     (folder / STATE).mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    staged = StagedState(student.chunks, optimizer.megatron, folder, random_state={})
+    staged = StagedState(student.chunks, optimizer.megatron, folder, copies=copies or {}, random_state={})
     staged.write()
     if dist.get_rank() == 0:
         staged.finish()
@@ -71,16 +73,22 @@ def _fill(rank: int, world_size: int, source: Path, folder: Path) -> None:
                 for value in state.values.values():
                     value.view(state.parameter.shape)[203:] = 0
         set_step_count(optimizer.megatron, 41)
-        write_state(student, optimizer, folder / name / "1")
+        moving = MovingCopy(student.chunks, WeightsConfig(weights="ema"))
+        for parameter, value in moving.values.items():
+            value.copy_(torch.randn(value.shape, generator=generator))
+            if parameter.shape[0] == vocabulary.shape[0] and parameter.dim() == 2:
+                value[203:] = 0
+        write_state(student, optimizer, folder / name / "1", {"teacher": moving.values})
 
 
 def _load_and_write(rank: int, world_size: int, source: Path, folder: Path, before: str, after: str) -> None:
     _, tensor, split = LAYOUTS[after]
     for name in CASES:
         student, optimizer = _optimizer(source, name, tensor, split)
-        assert load_training_state(folder / name / before, student.chunks, optimizer.megatron) == 41
+        copies = {"teacher": MovingCopy(student.chunks, WeightsConfig(weights="ema")).values}
+        assert load_training_state(folder / name / before, student.chunks, optimizer.megatron, copies) == 41
         assert step_count(optimizer.megatron) == 41
-        write_state(student, optimizer, folder / name / after)
+        write_state(student, optimizer, folder / name / after, copies)
         if after == "1 again":
             with pytest.raises(UserError, match="an unreadable training_state"):
                 load_training_state(
@@ -117,6 +125,7 @@ def test_state_that_another_layout_wrote_is_bit_equal(source: Path, filled: Path
         first, last = _pieces(filled / name / "1"), _pieces(filled / name / "1 again")
         assert first.keys() == last.keys()
         assert len(first) > 10
+        assert any("teacher" in key for key in first)
         for key, value in first.items():
             assert torch.equal(value.view(torch.int32), last[key].view(torch.int32)), (name, key)
 

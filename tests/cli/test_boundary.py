@@ -29,6 +29,53 @@ def test_an_output_that_is_closed_early_prints_no_traceback(words: list[str]) ->
     assert command.stderr.read() == ""
 
 
+def test_a_command_that_builds_a_model_ends_too_when_nobody_reads_its_output(tmp_path: Path) -> None:
+    code = f"""
+import sys, types
+entry = types.ModuleType("nemo_popsd.commands.entry")
+def train(config, **options):
+    for _ in range(10000):
+        print("a line", flush=True)
+entry.train = train
+sys.modules[entry.__name__] = entry
+from nemo_popsd.cli.main import main
+sys.exit(main(["train", {TINY!r}, "output={tmp_path}"]))
+"""
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    assert command.stderr is not None
+    assert command.stdout.readline() == "a line\n"
+    command.stdout.close()
+    assert command.wait(timeout=120) == boundary.OUTPUT_CLOSED
+    assert command.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("absent", "expected"),
+    [
+        (["megatron.bridge"], ["no package megatron.bridge;", "pip install --no-deps 'megatron-bridge>=0.3.1"]),
+        (
+            ["transformers", "megatron.bridge"],
+            ["no packages megatron.bridge, transformers;", "pip install 'transformers>=4.57,<5.13' && ", "--no-deps"],
+        ),
+    ],
+)
+def test_all_missing_packages_of_a_command_are_named_before_any_is_imported(
+    absent: list[str],
+    expected: list[str],
+    calls: list[tuple],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(boundary, "_is_found", lambda module: module not in absent)
+    assert cli.main(["train", TINY, f"output={tmp_path}"]) == 2
+    err = capsys.readouterr().err
+    assert calls == []
+    assert err.count("\n") == 1
+    assert all(text in err for text in expected), err
+
+
 def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     @boundary.quiet_when_output_closes
     def command() -> int:

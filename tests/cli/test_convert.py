@@ -22,3 +22,15 @@ def test_convert(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "which exists" in capsys.readouterr().err
     assert cli.main(["convert", "nemo-to-hf", str(tmp_path / "none"), output]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_missing_source_is_asked_for_in_the_format_of_the_direction(
+    tmp_path: Path, calls: list[tuple], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for direction, need in (
+        ("hf-to-nemo", "need a Hugging Face directory, with config.json"),
+        ("nemo-to-hf", "need a checkpoint that a run has written"),
+    ):
+        assert cli.main(["convert", direction, str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
+        assert need in capsys.readouterr().err
+    assert calls == []

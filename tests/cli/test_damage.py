@@ -93,7 +93,7 @@ def damage(file: Path, rng: random.Random) -> str:
 COMMANDS = {
     "report": ("run", ["report", "run"]),
     "rollouts": ("run/rollouts", ["rollouts", "show", "run"]),
-    "rows": ("run/rollouts", ["rollouts", "show", "run", "--step", "1"]),
+    "rows": ("run/rollouts", ["rollouts", "show", "run", "--step", "1", "--json"]),
     "compare": ("compared", ["evaluate", "--compare", "compared/first", "compared/second"]),
     "plan": ("model", ["plan", TINY, "student.source=model", "nodes=1", "gpus_per_node=1"]),
     "again": ("run/config.yaml", ["train", TINY, "output=run", "overwrite=false"]),

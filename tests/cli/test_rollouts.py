@@ -34,7 +34,7 @@ def test_summary_of_steps(output: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_rollouts_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["rollouts", "show", str(output), "--step", "2", "--row", "b"]) == 0
+    assert main(["rollouts", "show", str(output), "--step", "2", "--row", "b", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "step": 2,
         "id": "b",
@@ -45,7 +45,7 @@ def test_rollouts_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> N
         "response": [7, 8, 11],
         "log_probs": [-1.0, -2.0, -3.0],
     }
-    assert main(["rollouts", "show", str(output), "--row", "a"]) == 0
+    assert main(["rollouts", "show", str(output), "--row", "a", "--json"]) == 0
     assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [1, 2]
 
 
@@ -60,11 +60,11 @@ def test_unfinished_responses_and_responses_of_several_weights(
     assert main(["rollouts", "show", str(output)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "step 3: 2 rollouts by weights 2, 2 tokens, 0 truncated at the limit, 1 left unfinished"
-    assert main(["rollouts", "show", str(output), "--step", "3"]) == 0
+    assert main(["rollouts", "show", str(output), "--step", "3", "--json"]) == 0
     left, several = map(json.loads, capsys.readouterr().out.splitlines())
     assert (left["finish_reason"], left["response"]) == ("unfinished", [])
     assert several["segments"] == [[1, 1], [2, 1]]
-    assert main(["rollouts", "show", str(output), "--step", "3", "--row", "a", "--text"]) == 0
+    assert main(["rollouts", "show", str(output), "--step", "3", "--row", "a"]) == 0
     assert "0 tokens, unfinished" in capsys.readouterr().out
 
 
@@ -73,11 +73,17 @@ def test_rollouts_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> N
     from nemo_popsd.embedded.names import asset
 
     decode = load_tokenizer(asset("nemo_popsd:tiny_reasoner")).decode
-    assert main(["rollouts", "show", str(output), "--step", "1", "--row", "a", "--text"]) == 0
+    assert main(["rollouts", "show", str(output), "--step", "1", "--row", "a"]) == 0
     head, prompt, response = capsys.readouterr().out.split("\n", 2)
     assert head == "--- step 1, row a: 3 tokens, stop, mean log-probability -2.000"
     assert prompt == decode([5, 6])
     assert response == f">>> {decode([7, 8, 10])}\n"
+
+
+def test_without_a_tokenizer_the_json_is_named(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (output / "config.yaml").write_text(f"student: {{source: {output}/absent}}\n")
+    assert main(["rollouts", "show", str(output), "--step", "1"]) == 2
+    assert "print token ids with --json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_wandb_without_a_key_is_refused_before_the_work(
 
 
 @pytest.mark.slow
-def test_ranks_of_torchrun_print_an_error_once_and_all_fail() -> None:
+def test_ranks_of_torchrun_print_an_error_at_once_and_as_the_last_line_and_all_fail() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
@@ -103,7 +103,8 @@ def test_ranks_of_torchrun_print_an_error_once_and_all_fail() -> None:
     )
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("popsd: error: configuration none.yaml")]
-    assert len(lines) == 1, done.stderr
+    assert len(lines) == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == lines[0], "not after torchrun's report"
     assert "load_config" not in done.stderr
-    reported = done.stderr.partition("Root Cause")[2]
+    reported = done.stderr.partition("Root Cause")[2].partition("=====")[0]
     assert lines[0] in reported, "torchrun's summary does not contain the error"

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from nemo_popsd.config.loading import load_config
+from nemo_popsd.embedded.names import asset
 from tests.command_runner import run_command
 from tests.harness import run_ranks
 
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.slow(seconds=12)
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "conf" / "tiny.yaml")
-SHARED = ROOT / ".." / "shared"
 SHORT = [
     "training.steps=5",
     "training.prompts_per_step=2",
@@ -148,39 +148,20 @@ def test_evaluate_and_export(trained: Path, tmp_path: Path) -> None:
     assert status == 0, printed
     exported = (tmp_path / "hf" / "model.safetensors").read_bytes()
     assert exported == (trained / "huggingface" / "model.safetensors").read_bytes()
-
-
-def test_gsm8k_with_the_real_qwen3_tokenizer(tmp_path: Path) -> None:
-    rows, tokenizer = SHARED / "data" / "gsm8k_train_1k.jsonl", SHARED / "tokenizers" / "qwen3"
-    for needed in (rows, tokenizer):
-        if not needed.exists():
-            pytest.skip(f"{needed.resolve()} is missing")
-    from tests.tiny_models import save_tiny_model
-
-    model = save_tiny_model(tmp_path / "hf", vocab_size=151_936, max_position_embeddings=16_384)
-    for file in tokenizer.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    (model / "chat_template.jinja").unlink(missing_ok=True)
-    config = tmp_path / "gsm8k.yaml"
-    config.write_text(
-        f"""
-name: gsm8k
-output: {tmp_path / "run"}
-student: {{source: {model}, precision: fp32, adaptation: lora, lora: {{rank: 4}}}}
-data:
-  train:
-    path: {rows.resolve()}
-    columns: {{question: question, reference: answer}}
-    limit: 20
-training: {{steps: 3, prompts_per_step: 2}}
-rollout: {{max_response_tokens: 8}}
-observability: {{progress_bar: false}}
-"""
+    written, source = trained / "huggingface", Path(asset("nemo_popsd:tiny_reasoner"))
+    assert json.loads((written / "generation_config.json").read_text()) == json.loads(
+        (source / "generation_config.json").read_text()
     )
-    status, printed = run_forked(tmp_path / "log", "train", str(config))
-    assert status == 0, printed
-    assert len(losses(tmp_path / "run")) == 3
-    assert all(0 < loss < 1 for loss in losses(tmp_path / "run"))
+    cards = [(folder / "README.md").read_text() for folder in (written, tmp_path / "hf")]
+    assert cards[1] == cards[0].replace("# tiny", "# hf").replace("serve tiny", "serve hf").replace('"tiny"', '"hf"')
+    for part in (
+        "`tiny_reasoner`",
+        "- `nemo_popsd:tiny_train`",
+        "| validation (2 problems, avg@12) | ",
+        "| torch | 2.",
+    ):
+        assert part in cards[0], part
+    assert str(tmp_path) not in cards[1]
 
 
 def test_the_death_of_a_rank_ends_the_other(tmp_path: Path) -> None:

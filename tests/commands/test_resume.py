@@ -17,7 +17,11 @@ from tests.model.runs import LORA, SETTINGS, TINY, differences, metrics, rollout
 
 pytestmark = pytest.mark.slow
 
-ADAPTATIONS = {"full": (), "lora": (LORA,)}
+ADAPTATIONS = {
+    "full": ("distillation.teacher.weights=snapshot", "distillation.anchor.weights=snapshot"),
+    "lora": (LORA, "distillation.teacher.weights=ema", "distillation.teacher.decay=0.5"),
+}
+"""With weights of teachers that move, whose second set is restored with the optimizer's state."""
 both = pytest.mark.parametrize("adaptation", list(ADAPTATIONS))
 SIX_STEPS = ("training.steps=6", "training.checkpoint_every=0")
 

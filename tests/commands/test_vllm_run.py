@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint
+from nemo_popsd.checkpoint.peft_adapter import write_peft_adapter
 from nemo_popsd.rollout.engine import Request, SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
 from nemo_popsd.rollout.vllm.environment import server_environment
@@ -43,12 +45,20 @@ CASES = {
 GENERATE = """
 import json, sys
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    llm = LLM(request["model"], dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 27)
     sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in request["prompts"]], sampling, use_tqdm=False)
-    print("TOKENS " + json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+    prompts = [{"prompt_token_ids": p} for p in request["prompts"]]
+    for model, adapter in request["models"]:
+        options = {"enable_lora": True, "max_lora_rank": 64} if adapter else {}
+        llm = LLM(
+            model, dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 27, **options
+        )
+        lora = LoRARequest("adapter", 1, adapter) if adapter else None
+        outputs = llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
+        print("TOKENS " + json.dumps([list(output.outputs[0].token_ids) for output in outputs]), flush=True)
+        del llm
 """
 
 
@@ -113,7 +123,13 @@ def test_vllm_and_transformers_load_an_exported_model(run: tuple[Path, list[Any]
     before = run_ranks(untrained, 1, timeout=120)[0]
     assert expected != before, "training changed no response"
     exported = output / "huggingface"
-    request = {"model": str(exported), "tokens": LIMIT, "prompts": prompts(6)}
+    checkpoint = NemoCheckpoint(output / "checkpoints" / "final")
+    models: list[tuple[str, str | None]] = [(str(exported), None)]
+    if checkpoint.config.student.adaptation == "lora":
+        write_peft_adapter(checkpoint, output / "adapter")
+        base = json.loads((output / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        models.append((base, str(output / "adapter")))
+    request = {"models": models, "tokens": LIMIT, "prompts": prompts(6)}
     done = subprocess.run(
         [PYTHON, "-c", GENERATE],
         input=json.dumps(request),
@@ -123,8 +139,8 @@ def test_vllm_and_transformers_load_an_exported_model(run: tuple[Path, list[Any]
         env=server_environment(os.environ, None),
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))
-    assert json.loads(line.removeprefix("TOKENS ")) == expected
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert [json.loads(line.removeprefix("TOKENS ")) for line in lines] == [expected] * len(models)
     dense = load_dense(exported)
     for prompt, tokens in zip(prompts(6), expected, strict=True):
         ids = torch.tensor([prompt])

@@ -32,7 +32,7 @@ def test_tiny_repeats_the_templates_of_the_embedded_model() -> None:
     assert load_config(PACKAGE.parent / "conf" / "tiny.yaml").data.templates == TEMPLATES
 
 
-@pytest.mark.parametrize("name", ["qwen3_8b", "r1_distill_qwen_7b"])
+@pytest.mark.parametrize("name", ["qwen3_8b", "qwen3_4b", "r1_distill_qwen_7b", "olmo3_7b_think"])
 def test_the_papers_settings(name: str) -> None:
     config = load_config(PACKAGE.parent / "conf" / f"{name}.yaml")
     target, divergence = config.distillation.target, config.distillation.divergence
@@ -42,12 +42,14 @@ def test_the_papers_settings(name: str) -> None:
     assert (config.rollout.max_response_tokens, config.distillation.loss_mean) == (1024, "sequence")
     assert (config.rollout.temperature, config.rollout.top_p, config.rollout.top_k) == (1.1, 0.95, 20)
     assert (config.evaluation.samples_per_problem, config.evaluation.max_response_tokens) == (12, 38912)
+    assert (config.student.lora.alpha, divergence.weight, config.data.enable_thinking) == (128, 0.5, True)
+    assert (config.optimizer.clip_grad, config.optimizer.decay, config.optimizer.beta2) == (0.1, "constant", 0.999)
 
 
 def test_the_papers_evaluation() -> None:
     config = load_config(PACKAGE.parent / "conf" / "paper_evaluation.yaml")
     settings = config.evaluation
-    assert settings.sets == ["aime24", "aime25", "hmmt25"]
+    assert list(settings.sets) == ["aime24", "aime25", "hmmt25"]
     assert (settings.samples_per_problem, settings.temperature, settings.max_response_tokens) == (12, 1.0, 38912)
     assert (settings.top_p, settings.top_k, config.data.enable_thinking) == (1.0, 0, True)
     assert tuple(settings.markers) == DEFAULT_MARKERS

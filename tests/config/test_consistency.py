@@ -7,12 +7,14 @@ from nemo_popsd.config.consistency import (
     check_checkpoint,
     check_evaluation_run,
     check_layout,
+    check_model_directory,
     check_output,
-    check_sections,
     check_training_run,
 )
+from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.distillation.config import TokensConfig, WeightsConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.ownership import EXPORT, RUN, write_mark
 from nemo_popsd.megatron.config import OptimizerConfig
@@ -42,9 +44,84 @@ def test_settings_of_the_data_are_checked_before_any_model_is_built(runnable: Po
         with pytest.raises(UserError, match=r"data\.validation\.columns\.answer='answer', which overrides it"):
             check(runnable, world_size=1)
     runnable.data.validation.answer_pattern = None
-    runnable.data.train.answer_pattern = "#### (.+)"
-    with pytest.raises(UserError, match=r"data\.train\.answer_pattern, which has no effect"):
+    runnable.data.privileged.view = "answer"
+    with pytest.raises(UserError, match=r"neither data\.train\.columns\.answer nor data\.train\.answer_pattern"):
         check_training_run(runnable, world_size=1)
+    runnable.data.train.answer_pattern = "#### (.+)"
+    check_training_run(runnable, world_size=1)
+    runnable.data.train.columns.reference, runnable.data.train.answer_pattern = None, None
+    runnable.data.privileged.view = "solution"
+    with pytest.raises(UserError, match=r"data\.train\.columns\.reference=null"):
+        check_training_run(runnable, world_size=1)
+    runnable.distillation.target.family, runnable.data.privileged.view = "reference_free", None
+    check_training_run(runnable, world_size=1)
+    runnable.distillation.tokens = TokensConfig(wrong=0.5)
+    with pytest.raises(UserError, match=r"neither data\.train\.columns\.answer nor data\.train\.answer_pattern"):
+        check_training_run(runnable, world_size=1)
+    runnable.data.train.columns.answer = "answer"
+    check_training_run(runnable, world_size=1)
+
+
+@pytest.mark.parametrize("role", ["privileged", "reference_only"])
+def test_thinking_by_role_is_for_families_that_do_not_compare_contexts_token_by_token(role: str) -> None:
+    config = PopsdConfig()
+    for family in ("purified", "student_pmi", "opsd", "beta_opsd", "wrong_reference", "reference_free"):
+        config.distillation.target.family = family
+        teacher = getattr(config.data, role)
+        teacher.enable_thinking = True
+        check_sections(config)
+        teacher.enable_thinking = False
+        if family not in ("purified", "student_pmi"):
+            check_sections(config)
+            continue
+        with pytest.raises(
+            UserError,
+            match=rf"data\.{role}\.enable_thinking=false with data\.enable_thinking=true .*family={family}; need the "
+            "same thinking in all contexts: .*effect of the question",
+        ):
+            check_sections(config)
+
+
+def test_views_that_a_family_has_no_use_for_are_refused() -> None:
+    config = PopsdConfig()
+    config.distillation.target.family = "reference_free"
+    config.data.privileged.view = "none"
+    check_sections(config)
+    config.data.reference_only.view = "answer"
+    with pytest.raises(UserError, match=r"data\.reference_only\.view=answer .*the view none, which the family"):
+        check_sections(config)
+
+
+def test_moving_weights_that_need_two_output_matrices_are_refused() -> None:
+    config = PopsdConfig()
+    config.distillation.teacher = WeightsConfig(weights="ema")
+    assert config.student.adaptation == "lora"
+    check_sections(config)
+    config.student.adaptation = "full"
+    with pytest.raises(
+        UserError, match=r"teacher\.weights=ema and distillation\.anchor\.weights=frozen .*LoRA leaves it"
+    ):
+        check_sections(config)
+    config.distillation.anchor = WeightsConfig(weights="ema")
+    check_sections(config)
+    config.distillation.anchor = WeightsConfig()
+    config.distillation.target.family = "opsd"  # has no anchor
+    check_sections(config)
+    config.distillation.teacher.weights, config.training.updates_per_step = "live", 2
+    with pytest.raises(UserError, match=r"teacher\.weights=live .*updates_per_step=2; need one update per step"):
+        check_sections(config)
+
+
+@pytest.mark.parametrize("view", ["none", "other"])
+def test_views_that_make_both_teachers_equal_are_refused(view: str) -> None:
+    config = PopsdConfig()
+    config.data.privileged.view = view
+    check_sections(config)  # the question makes the difference
+    config.distillation.target.family = "wrong_reference"
+    with pytest.raises(UserError, match=f"data.privileged.view={view} and .*need teachers that differ: .* is 0 at"):
+        check_sections(config)
+    config.data.reference_only.view = "answer"
+    check_sections(config)
 
 
 def test_a_schedule_that_does_not_fit_the_run_is_refused() -> None:
@@ -164,7 +241,7 @@ def test_named_sets_replace_the_validation_set(
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     runnable.data.validation.path = ""
-    runnable.evaluation.sets = ["aime24"]
+    runnable.evaluation.sets = {"aime24": ""}
     with pytest.raises(UserError, match="problem set aime24"):
         check_evaluation_run(runnable, world_size=1)
     (tmp_path / "aime24.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')
@@ -318,3 +395,36 @@ def test_overlap_needs_another_process_and_an_age() -> None:
     assert RolloutConfig(overlap=True, engine="vllm").age_bound == 1
     assert RolloutConfig(tokens_per_step=5, max_age=3).age_bound == 3
     assert RolloutConfig(max_age=3).age_bound == 0, "without overlap or a token budget, every response is on-policy"
+
+
+def test_a_run_in_place_of_a_model_is_refused_with_its_checkpoint(runnable: PopsdConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("step-000010", "step-000020"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    save_resolved(runnable, run / "config.yaml")
+    with pytest.raises(UserError, match="it has no complete checkpoint"):
+        check_checkpoint(str(run), setting="--checkpoint")
+    (run / "checkpoints" / "step-000010" / "manifest.json").touch()
+    runnable.student.source = str(run)
+    with pytest.raises(UserError, match=r"student\.source '.*', which is the output of a run; .*give .*/step-000010$"):
+        check_training_run(runnable, world_size=1)
+    (run / "checkpoints" / "final").mkdir()
+    (run / "checkpoints" / "final" / "manifest.json").touch()
+    with pytest.raises(UserError, match=r"give .*/checkpoints/final$"):
+        check_checkpoint(str(run), setting="--checkpoint")
+    check_checkpoint(str(run / "checkpoints" / "final"), setting="--checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [("--checkpoint", "set student.source to it"), ("CHECKPOINT", "hf-to-nemo"), ("SRC", "hf-to-nemo")],
+)
+def test_a_model_in_the_other_format_is_refused_with_the_command(setting: str, fix: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=f"which is a Hugging Face directory; .*{fix}"):
+        check_checkpoint(str(tmp_path), setting=setting)
+    check_model_directory(str(tmp_path), setting="SRC")
+    (tmp_path / "manifest.json").touch()
+    check_checkpoint(str(tmp_path), setting=setting)
+    with pytest.raises(UserError, match=r"which is a NeMo checkpoint; .*nemo-to-hf"):
+        check_model_directory(str(tmp_path), setting="SRC")

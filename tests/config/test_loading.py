@@ -26,8 +26,32 @@ def refusal(path: Path, *overrides: str) -> str:
 
 
 def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, "")) == PopsdConfig()
-    assert load_config(write(tmp_path, "# nothing\n")) == PopsdConfig()
+    defaults = PopsdConfig(name="run", output="runs/run")
+    assert load_config(write(tmp_path, "")) == defaults
+    assert load_config(write(tmp_path, "# nothing\n")) == defaults
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("", [], ("run", "runs/run")),
+        ("name: a", [], ("a", "runs/a")),
+        ("name: a", ["name=b"], ("b", "runs/b")),
+        ("name: a\noutput: x", ["name=b"], ("b", "x")),
+        ("", ["output=y"], ("run", "y")),
+    ],
+)
+def test_the_output_has_the_name_of_the_run_and_the_run_that_of_its_file(
+    tmp_path: Path, text: str, overrides: list[str], expected: tuple[str, str]
+) -> None:
+    config = load_config(write(tmp_path, text), overrides)
+    assert (config.name, config.output) == expected
+
+
+def test_the_name_of_a_file_is_taken_literally(tmp_path: Path) -> None:
+    path = tmp_path / "${seed}.yaml"
+    path.write_text("output: x")
+    assert load_config(path).name == "${seed}"
 
 
 def test_file_then_overrides_in_order(tmp_path: Path) -> None:
@@ -159,7 +183,7 @@ def test_malformed_overrides(tmp_path: Path, override: str) -> None:
 def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POPSD_TEST_STEPS", "12")
     config = load_config(write(tmp_path, "training: {steps: '${oc.env:POPSD_TEST_STEPS}'}\noutput: runs/${name}"))
-    assert (config.training.steps, config.output) == (12, "runs/popsd")
+    assert (config.training.steps, config.output) == (12, "runs/run")
     monkeypatch.setenv("POPSD_TEST_STEPS", "many")
     assert "training.steps" in refusal(tmp_path / "run.yaml")
     monkeypatch.delenv("POPSD_TEST_STEPS")
@@ -224,3 +248,43 @@ def test_home_is_expanded_when_the_configuration_is_loaded(tmp_path: Path, monke
     assert config.output == "/home/somebody/runs"
     assert config.student.source == "/home/somebody/model"
     assert config.data.train.path == "/home/somebody/rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "sets"),
+    [
+        ("[aime24, hmmt25]", [], {"aime24": "", "hmmt25": ""}),
+        ("{mine: ~/rows.jsonl, aime24: ''}", [], {"mine": os.path.expanduser("~/rows.jsonl"), "aime24": ""}),
+        ("{mine: '${oc.env:POPSD_TEST_ROWS}/a.jsonl'}", [], {"mine": "/rows/a.jsonl"}),
+        ("[aime24]", ["evaluation.sets.mine=rows.jsonl"], {"aime24": "", "mine": "rows.jsonl"}),
+        ("[aime24]", ["evaluation.sets={mine: rows.jsonl}"], {"aime24": "", "mine": "rows.jsonl"}),
+        ("{mine: rows.jsonl}", ["evaluation.sets=[aime25]"], {"aime25": ""}),
+        ("[aime24]", ["evaluation.sets=[]"], {}),
+    ],
+)
+def test_problem_sets_are_a_list_of_names_or_a_mapping_to_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, overrides: list[str], sets: dict[str, str]
+) -> None:
+    monkeypatch.setenv("POPSD_TEST_ROWS", "/rows")
+    config = load_config(write(tmp_path, f"evaluation:\n  sets: {text}\n"), overrides)
+    assert config.evaluation.sets == sets
+    assert from_dict_config(to_dict_config(config)).evaluation.sets == sets
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[aime24, aime24]", "each name once"),
+        ("[[aime24]]", "got evaluation.sets=a list; need a list of texts"),
+        ("aime24", "got evaluation.sets=aime24; need a mapping of names"),
+        ("{mine: $HOME/rows.jsonl}", "got evaluation.sets.mine='$HOME/rows.jsonl', with a `$`"),
+        ("[mine]", "need names among aime24, aime25, hmmt25, math500, gsm8k, or {NAME: PATH} for a file"),
+    ],
+)
+def test_wrong_problem_sets_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(write(tmp_path, f"evaluation:\n  sets: {text}\n"))
+
+
+def test_a_checkpoint_of_an_earlier_version_has_a_list_of_sets() -> None:
+    tree = OmegaConf.create({"evaluation": {"sets": ["aime24"]}})
+    assert from_dict_config(tree).evaluation.sets == {"aime24": ""}

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from nemo_popsd.cli import main as cli
+from nemo_popsd.config.keys import known_keys
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.config.paths import given_path
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.values import is_mapping
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.bounds import Text, declared_rules
 
-PATHS = [key for key, rule in declared_rules(PopsdConfig) if rule is Text.PATH]
+DECLARED = [key for key, rule in declared_rules(PopsdConfig) if rule is Text.PATH]
+PATHS = [f"{key}.mine" if is_mapping(known_keys()[key]) else key for key in DECLARED]
 
 
 def test_the_paths_of_a_run() -> None:
@@ -35,7 +38,7 @@ def test_home_is_expanded_and_variables_of_the_shell_are_refused(
 
     value: object = load("~/x")
     for part in key.split("."):
-        value = getattr(value, part)
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
     assert value == (["/home/somebody/x"] if first else "/home/somebody/x")
     for text in ("$HOME/x", "a/$USER", "~nobody-of-that-name/x", "a/~/b", "a" * 256, "a/" * 2000, "'\\$\\{HOME}'"):
         with pytest.raises(UserError, match=rf"{key}=.*set {key}\b"):

@@ -219,7 +219,7 @@ def test_many_rows_keep_their_order() -> None:
     for row, given in zip(fitted, rows, strict=True):
         assert isinstance(row, FittedRow)
         assert row.record is given
-        assert row.reference_text == (given.reference or "")[:30]
+        assert row.texts == {"solution": (given.reference or "")[:30]}
         assert row.reference_truncated is (len(given.reference or "") > 30)
         assert row.student_length == len(made.student_prompt(given))
 

@@ -1,9 +1,13 @@
+import json
 import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
+from nemo_popsd.data import rows
 from nemo_popsd.data.config import ColumnsConfig, DataConfig, SourceConfig
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import build_dataset, build_evaluation_prompts
@@ -148,3 +152,40 @@ def test_report_is_one_line() -> None:
     assert "2 malformed skipped (first: row 1: bad)" in str(report)
     assert "ignores enable_thinking" in str(report)
     assert report.as_dict()["malformed"] == 2
+
+
+def test_rows_of_a_large_file_stay_on_the_disk_and_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blank lines, a skipped row, a truncated reference and more rows than are fitted together."""
+    path = tmp_path / "a.jsonl"
+    lines = [*MIXED, *({"question": f"What is {n}+1é?", "reference": f"It is {n + 1}. " * 9} for n in range(150))]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n\n" for line in lines), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(small.rows(3)), tmp_path / "b.parquet")  # type: ignore[arg-type]
+    given = config(path, malformed_rows="skip", overlong_rows="drop")
+    given.train.more_paths = [str(tmp_path / "b.parquet")]
+    kept, report = build_dataset(given, given.train, small.tokenizer())
+    monkeypatch.setattr(rows, "IN_MEMORY_BYTES", 100)
+    read, again = build_dataset(given, given.train, small.tokenizer())
+    assert (kept._rows.in_memory, read._rows.in_memory) == (len(kept), 3)
+    assert (len(read), again) == (155, report)
+    assert report.references_truncated > 100
+    assert [read[index] for index in (154, 0, 77, 1)] == [kept[index] for index in (154, 0, 77, 1)]
+    assert list(read.records()) == list(kept.records())
+    assert read.data_digest() == kept.data_digest()
+    assert read.index("a.jsonl:11") == kept.index("a.jsonl:11") == 2
+    assert read.by_id("b.parquet:2") == kept.by_id("b.parquet:2")
+    path.unlink()
+    assert read[1] == kept[1], "the file is open"
+
+
+def test_a_large_file_that_changes_during_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "IN_MEMORY_BYTES", 0)
+    path = small.write_jsonl(tmp_path / "a.jsonl", small.rows(3))
+    given = config(path)
+    dataset, _ = build_dataset(given, given.train, small.tokenizer())
+    assert dataset[2].record.question == "What is 2+1?"
+    with path.open("r+b") as file:
+        file.write(path.read_bytes().replace(b"What", b"Then"))
+    with pytest.raises(UserError, match=r"a\.jsonl: got another content at byte \d+ than when the run began"):
+        dataset[2]

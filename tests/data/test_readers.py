@@ -19,7 +19,8 @@ LINE = json.dumps(ROW).encode()
 
 
 def read(path: Path, *columns: str) -> list[object]:
-    return [row if not isinstance(row, MalformedError) else str(row) for _, row in rows_of(path, columns, "data.train")]
+    contents = [row.content for row in rows_of(path, columns, "data.train")]
+    return [str(content) if isinstance(content, MalformedError) else content for content in contents]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from nemo_popsd.data.config import ColumnsConfig, DataConfig, SourceConfig
+from nemo_popsd.data.alignment import append_response, response_positions
+from nemo_popsd.data.config import ColumnsConfig, DataConfig, SourceConfig, TeacherConfig
 from nemo_popsd.data.contexts import ContextBuilder
 from nemo_popsd.data.dataset import build_dataset, build_evaluation_prompts
 from nemo_popsd.data.records import Record
@@ -79,6 +80,29 @@ def test_qwen3_prefix(qwen3: Any, thinking: bool, prefix: str) -> None:
     expected = qwen3(prefix, add_special_tokens=False)["input_ids"]
     for ids in prompts_of(builder, record()):
         assert ids[-len(expected) :] == expected
+
+
+@needs(QWEN3)
+@pytest.mark.parametrize(
+    ("teacher", "probe", "closed"),
+    [(True, None, [True, False, False]), (None, True, [True, True, False]), (True, False, [True, False, True])],
+    ids=["teachers think", "probe thinks", "teacher thinks"],
+)
+def test_qwen3_thinking_by_role_aligned_by_response(
+    qwen3: Any, teacher: bool | None, probe: bool | None, closed: list[bool]
+) -> None:
+    """The student's prompt closes its thought and a teacher's does not; the same response ids follow each prompt."""
+    roles = {
+        "privileged": TeacherConfig(enable_thinking=teacher),
+        "reference_only": TeacherConfig(enable_thinking=probe),
+    }
+    response = qwen3("First, 2+3 = 5.", add_special_tokens=False)["input_ids"]
+    prompts = prompts_of(ContextBuilder(qwen3, DataConfig(enable_thinking=False, **roles)), record())
+    for prompt, is_closed in zip(prompts, closed, strict=True):
+        end = "<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * is_closed
+        assert qwen3.decode(prompt).endswith("<|im_end|>\n" + end)
+        sequence = append_response(prompt, response)
+        assert sequence[1:][response_positions(len(prompt), len(response))] == response
 
 
 @needs(QWEN3, R1)

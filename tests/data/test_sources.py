@@ -91,13 +91,13 @@ def test_answer_pattern_takes_the_last_match(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "need_answer", "message"),
+    ("columns", "message"),
     [
-        (ColumnsConfig(), False, "data.train.answer_pattern, which has no effect"),
-        (ColumnsConfig(answer="answer"), True, "data.train.columns.answer='answer', which overrides it"),
-        (ColumnsConfig(reference=None), True, "data.train.columns.reference, which it searches"),
+        (ColumnsConfig(answer="answer"), "data.train.columns.answer='answer', which overrides it"),
+        (ColumnsConfig(reference=None), "data.train.columns.reference, which it searches"),
     ],
 )
+@pytest.mark.parametrize("need_answer", [True, False])
 def test_a_pattern_without_effect_is_refused(
     tmp_path: Path, columns: ColumnsConfig, need_answer: bool, message: str
 ) -> None:

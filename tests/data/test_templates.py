@@ -3,38 +3,41 @@ import re
 import pytest
 
 from nemo_popsd.data.config import TemplatesConfig
-from nemo_popsd.data.templates import check_templates, fill, user_turns
+from nemo_popsd.data.templates import check_templates, fill, student_turn, teacher_turn
 from nemo_popsd.errors import UserError
 
 
-def test_teachers_differ_only_in_the_question_block() -> None:
+@pytest.mark.parametrize("reference", ["R.", None])
+def test_teachers_differ_only_in_the_question_block(reference: str | None) -> None:
     templates = TemplatesConfig()
-    turns = user_turns(templates, question="Q?", reference="R.")
-    assert turns.privileged == templates.question_block.replace("{question}", "Q?") + turns.reference
-    assert "Q?" not in turns.reference
-    assert "R." not in turns.student
+    privileged = teacher_turn(templates, question="Q?", reference=reference)
+    alone = teacher_turn(templates, question=None, reference=reference)
+    assert privileged == templates.question_block.replace("{question}", "Q?") + alone
+    assert "Q?" not in alone
+    assert ("R." in alone) is (reference is not None)
+    assert not re.search("problem|question", alone, re.IGNORECASE)
+    check_templates(templates)
 
 
-def test_the_default_reference_only_turn_does_not_mention_a_problem() -> None:
-    turns = user_turns(TemplatesConfig(), question="Q?", reference="R.")
-    assert not re.search("problem|question", turns.reference, re.IGNORECASE)
-    check_templates(TemplatesConfig())
+def test_without_a_reference_the_default_turn_is_the_students() -> None:
+    templates = TemplatesConfig()
+    assert teacher_turn(templates, question="Q?", reference=None) == student_turn(templates, question="Q?")
 
 
 def test_other_braces_are_literal() -> None:
-    turns = user_turns(TemplatesConfig(), question=r"Is {x} in \frac{1}{2}?", reference="{y}")
-    assert r"Problem: Is {x} in \frac{1}{2}?" in turns.student
-    assert turns.student.endswith(r"\boxed{}.")
+    student = student_turn(TemplatesConfig(), question=r"Is {x} in \frac{1}{2}?")
+    assert r"Problem: Is {x} in \frac{1}{2}?" in student
+    assert student.endswith(r"\boxed{}.")
 
 
 def test_replacement_is_one_pass() -> None:
-    turns = user_turns(
-        TemplatesConfig(), question="What does {reference} mean?", reference="See {question_block}{question}"
-    )
-    assert "What does {reference} mean?" in turns.student
-    assert "What does {reference} mean?" in turns.privileged
-    assert "See {question_block}{question}" in turns.reference
-    assert "What does" not in turns.reference
+    templates, reference = TemplatesConfig(), "See {question_block}{question}"
+    privileged = teacher_turn(templates, question="What does {reference} mean?", reference=reference)
+    alone = teacher_turn(templates, question=None, reference=reference)
+    assert "What does {reference} mean?" in student_turn(templates, question="What does {reference} mean?")
+    assert "What does {reference} mean?" in privileged
+    assert "See {question_block}{question}" in alone
+    assert "What does" not in alone
 
 
 def test_backslashes_in_values_are_literal() -> None:
@@ -53,6 +56,9 @@ def test_backslashes_in_values_are_literal() -> None:
         ({"teacher": "{reference} think"}, "teacher without {question_block}"),
         ({"teacher": "{question_block}{reference}{question}"}, "teacher with {question}"),
         ({"system": "You solve {question}"}, "system with {question}"),
+        ({"without_reference": "Think."}, "without_reference without {question_block}"),
+        ({"without_reference": "{question_block}{reference}"}, "without_reference with {reference}"),
+        ({"without_reference": "{question_block}Now solve the problem above."}, "problem above"),
         ({"teacher": "{question_block}{reference} Now solve the problem above."}, "problem above"),
         ({"teacher": "{question_block}{reference} Answer the preceding question."}, "preceding question"),
     ],

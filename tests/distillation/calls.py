@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from nemo_popsd.distillation import (
     Branches,
     DiagnosedTokens,
     Divergence,
+    Gates,
     HiddenPair,
     Target,
     hidden_pair,
@@ -39,6 +41,17 @@ DIVERGENCES = {
     "jsd 0.9": Divergence("jsd", 0.9),
     "forward": Divergence("forward_kl"),
     "reverse": Divergence("reverse_kl"),
+    # Some entries of most tokens are above the clip; above the last, nearly all.
+    "jsd, clip": Divergence("jsd", 0.3, clip=0.02),
+    "forward, clip": Divergence("forward_kl", clip=0.05),
+    "reverse, clip": Divergence("reverse_kl", clip=0.05),
+    "forward, small clip": Divergence("forward_kl", clip=1e-4),
+}
+GATES = {
+    "probability": Gates(max_student_probability=0.5),
+    "student's entropy": Gates(student_entropy=(1.0, 2.0)),
+    "target's entropy": Gates(target_entropy=(1.2, math.inf)),
+    "all": Gates(max_student_probability=0.8, student_entropy=(0.4, 2.5), target_entropy=(0.3, 2.2)),
 }
 # (true vocabulary, padded): part of the last shard is padding; none; under TP=2 all of the second shard.
 VOCABULARIES = ((29, 32), (32, 32), (13, 32))
@@ -148,6 +161,40 @@ def compare(case, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, g
     )
     assert result.per_token.dtype == loss.dtype == dtype
     return [from_hidden, from_logits]
+
+
+def compare_gated(
+    gate: str, divergence_name: str, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, group=None
+) -> Errors:
+    """Errors of the gated loss against the dense one whose closed tokens have the weight 0, by its own p and q."""
+    target, divergence, gates = (
+        TARGETS["purified, cap 2, beta 0.7, temperature 1.3"],
+        DIVERGENCES[divergence_name],
+        GATES[gate],
+    )
+    problem = make_problem(seed, tokens=40, sharpness=0.9).to(dtype)
+    plain = dense(problem, target, divergence)
+    entropies = [-(x * x.log()).sum(-1) for x in (plain.p, plain.q)]
+    is_open = plain.p.amax(-1) <= gates.max_student_probability
+    for entropy, (low, high) in zip(entropies, (gates.student_entropy, gates.target_entropy), strict=True):
+        is_open &= (entropy >= low) & (entropy <= high)
+    assert 5 < is_open.sum() < 35, "the gate closes some and not all"
+    gated = with_(problem, token_weights=problem.token_weights * is_open)
+    want = dense(gated, target, divergence)
+    shard = problem.shard(rank, size)
+    width = shard.student_weight.shape[0]
+    result, hidden, weight = hidden_loss(shard, target, divergence, group, gates=gates, chunk_tokens=7)
+    result.total.backward()
+    assert torch.equal(result.is_open, is_open.to(dtype))
+    true = min(max(problem.vocab - rank * width, 0), width)
+    return Errors(
+        f"{gate} | {divergence_name} | {dtype}",
+        relative(result.per_token, want.loss),
+        relative(result.total.detach(), (want.loss * gated.token_weights.double()).sum()),
+        relative(hidden.grad, want.dh),
+        relative(weight.grad, want.dw[rank * width : (rank + 1) * width]),
+        weight.grad[true:].abs().sum().item() + hidden.grad[~is_open].abs().sum().item(),
+    )
 
 
 def worst(errors: list[Errors]) -> float:

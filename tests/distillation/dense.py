@@ -86,16 +86,17 @@ def target_log_probs(problem: Problem, target, log_student: Tensor) -> Tensor:
     return torch.log_softmax(anchor + capped * target.privileged, -1)
 
 
-def divergence_value(p: Tensor, q: Tensor, kind: str, weight: float) -> Tensor:
+def divergence_value(p: Tensor, q: Tensor, kind: str, weight: float, clip: float | None = None) -> Tensor:
     def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a * (a.log() - b.log())).sum(-1)
+        return a * (a.log() - b.log())
 
-    if kind == "forward_kl":
-        return kl(q, p)
-    if kind == "reverse_kl":
-        return kl(p, q)
     mixture = weight * q + (1 - weight) * p
-    return weight * kl(q, mixture) + (1 - weight) * kl(p, mixture)
+    entries = {
+        "forward_kl": lambda: kl(q, p),
+        "reverse_kl": lambda: kl(p, q),
+        "jsd": lambda: weight * kl(q, mixture) + (1 - weight) * kl(p, mixture),
+    }[kind]()
+    return (entries if clip is None else entries.clamp(max=clip)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def dense(problem: Problem, target, divergence) -> Dense:
     logits.retain_grad()
     log_p = torch.log_softmax(logits[:, : problem.vocab] / target.temperature, -1)
     q = target_log_probs(problem, target, log_p.detach()).exp()
-    loss = divergence_value(log_p.exp(), q, divergence.kind, divergence.weight)
+    loss = divergence_value(log_p.exp(), q, divergence.kind, divergence.weight, divergence.clip)
     (loss * problem.token_weights).sum().backward()
     return Dense(loss.detach(), hidden.grad, weight.grad, logits.grad, log_p.detach().exp(), q)
 

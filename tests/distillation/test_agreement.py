@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distillation.calls import all_cases, compare, worst
+from tests.distillation.calls import DIVERGENCES, GATES, all_cases, compare, compare_gated, worst
 from tests.harness import run_ranks
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -23,6 +23,12 @@ def test_one_shard_agrees_with_the_dense_reference(dtype):
     errors = [e for case in all_cases() for e in compare(case, dtype, seed=11)]
     check(errors, dtype)
     print(f"worst relative error {dtype}: {worst(errors):.2e}")
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_a_gate_is_the_weight_zero_of_the_tokens_that_it_closes(gate, dtype):
+    check([compare_gated(gate, divergence, dtype, seed=17) for divergence in DIVERGENCES], dtype)
 
 
 def _two_groups(rank: int, world_size: int):
@@ -45,8 +51,10 @@ def test_two_shards_agree_with_the_dense_reference_on_the_given_group():
 
 
 def _four_shards(rank: int, world_size: int):
-    cases = all_cases()[::7]
-    return [e for case in cases for e in compare(case, torch.float64, 31, rank, world_size, dist.group.WORLD)]
+    cases, world = all_cases()[::7], dist.group.WORLD
+    errors = [e for case in cases for e in compare(case, torch.float64, 31, rank, world_size, world)]
+    errors += [compare_gated("all", name, torch.float64, 17, rank, world_size, world) for name in DIVERGENCES]
+    return errors
 
 
 def test_four_shards_agree_with_the_dense_reference():

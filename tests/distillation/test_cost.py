@@ -26,6 +26,7 @@ from tests.distillation.dense import make_problem
 from tests.harness import run_ranks
 
 JSD, FORWARD, REVERSE = Divergence(), Divergence("forward_kl"), Divergence("reverse_kl")
+CLIPPED = Divergence("forward_kl", clip=0.05)
 
 
 # --- Products ---------------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def _count_collectives(rank: int, world_size: int):
     mine = make_problem(12).shard(rank, world_size)
     centre = mean_output_vector(mine.teacher_weight, mine.vocab_shard(group))
     found["mean output vector"] = [shape for _, shape, _ in calls]
-    for name, divergence in (("jsd", JSD), ("forward", FORWARD), ("reverse", REVERSE)):
+    for name, divergence in (("jsd", JSD), ("forward", FORWARD), ("reverse", REVERSE), ("clip", CLIPPED)):
         for dh in (True, False):
             for diagnosing in (False, True):
                 for given in (True, False):
@@ -301,11 +302,11 @@ def _count_collectives(rank: int, world_size: int):
 
 
 def test_the_collectives_are_those_that_the_docstring_states():
-    """One for each chunk of a KL, two of a JSD; one for w̄ where not given; one for dh in the backward pass."""
+    """One for each chunk of a KL, two of a JSD or with a clip; one for w̄ where not given; one for dh in backward."""
     for found in run_ranks(_count_collectives, 2):
         assert found.pop("mean output vector") == [(8,)]
         assert found.pop("no tokens") == ([], (0, 8))
-        assert found.pop("exact zeros") == [0] * 15
+        assert found.pop("exact zeros") == [0] * 3 * len(DIVERGENCES)
         for (name, dh, diagnosing, given), (forward, backward) in found.items():
             case = (name, dh, diagnosing, given)
             if not given:
@@ -313,7 +314,7 @@ def test_the_collectives_are_those_that_the_docstring_states():
             wanted = []
             for tokens, sample in ((3, 1), (3, 1), (1, 0)):  # 7 tokens in chunks of 3; tokens 1 and 4 are diagnosed
                 wanted.append(("all_gather", (8 * tokens + 14 * sample * diagnosing,)))
-                if name.startswith("jsd"):
+                if name in ("jsd", "clip"):
                     wanted.append(("all_reduce", (2, tokens)))
             assert forward == wanted, case
             assert backward == ([("all_reduce", (7, 8))] if dh else []), case

@@ -22,6 +22,7 @@ MEMBERS = {
     "opsd": ((0, 0, 1, 0), Borrowed.NONE, ("privileged",)),
     "beta_opsd": ((0, 0.75, 0.25, 0), Borrowed.NONE, ("base", "privileged")),
     "student_pmi": ((1, 0, 0.5, -0.5), Borrowed.NONE, ("privileged", "reference")),
+    "reference_free": ((0, 0, 1, 0), Borrowed.NONE, ("privileged",)),
     "other_reference": ((0, 0, 1, 0), Borrowed.PRIVILEGED, ("privileged",)),
     "wrong_reference": ((0, 0, 1.5, -0.5), Borrowed.SECOND, ("privileged", "reference")),
 }
@@ -42,6 +43,8 @@ def test_a_family_is_its_coefficients_contexts_and_branches(family: str) -> None
     assert Borrowed(config.borrowed) is borrowed
     assert target.frozen_branches() == branches
     assert {"privileged", "reference"} <= set(target.frozen_branches(diagnosed=True))
+    assert FAMILIES[family].view == ("none" if family == "reference_free" else None)
+    assert FAMILIES[family].same_prefix is (family in ("purified", "student_pmi"))
 
 
 @pytest.mark.parametrize("family", MEMBERS)

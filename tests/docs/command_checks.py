@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from nemo_popsd.cli.main import parse
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.command import plan_text
+from tests.docs.pages import yaml_files
 
 ROOT = Path(__file__).parents[2]
 JOBS = {"train": "train", "evaluate": "evaluate", "convert": "convert", "export": "export", "doctor": "doctor"}
 """Script in slurm/ to the command that it runs."""
-_WITH_CONFIGURATION = ("train", "evaluate", "diagnose", "config")
+_WITH_CONFIGURATION = ("train", "evaluate", "diagnose", "config", "data")
 
 
 class WrongCommandError(AssertionError):
@@ -74,6 +76,11 @@ def check_popsd(words: Sequence[str], *, refused: bool = False) -> None:
     args = parse([word.replace("%a", "1") for word in words])
     configuration = getattr(args, "config", None)
     if configuration is None:
+        return
+    if configuration in (files := yaml_files()):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / configuration).write_text(files[configuration])
+            load_config(Path(folder) / configuration, args.overrides)
         return
     require_file(configuration)
     if args.command in _WITH_CONFIGURATION:
@@ -155,6 +162,14 @@ def check_pipeline(words: Sequence[str]) -> None:
     check_popsd(["train", *rest])
 
 
+def check_sweep(words: Sequence[str]) -> None:
+    """Its own options, those of sbatch, then the arguments of the training."""
+    rest = [word for word in words if not word.startswith("-")]
+    grid = [word.partition("=")[2] for word in words if word.startswith("--grid=")]
+    seeds = [word.partition("=")[2] for word in words if word.startswith("--seeds=")]
+    check_popsd(["train", *rest, *(word for axis in grid for word in ("--grid", axis)), "--seeds", *seeds])
+
+
 def check_first_file(words: Sequence[str]) -> None:
     """Check that the first argument is a file of the repository, an environment, or the copy of an example."""
     made = {"slurm/env.sh": "slurm/env.example.sh", ".venv/bin/activate": "Makefile"}
@@ -187,6 +202,7 @@ _PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "make": check_make,
     "sbatch": check_sbatch,
     "slurm/pipeline.sh": check_pipeline,
+    "slurm/sweep.sh": check_sweep,
     "source": check_first_file,
     "cp": check_first_file,
     "docker": check_docker,
@@ -194,5 +210,7 @@ _PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "cd": needs_nothing,
     "tail": needs_nothing,
     "enroot": needs_nothing,
+    "hf": needs_nothing,
+    "vllm": needs_nothing,
     "pre-commit": needs_nothing,
 }

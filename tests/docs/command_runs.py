@@ -12,23 +12,29 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_popsd.embedded.names import asset
 
-AS_WRITTEN = re.compile(r"popsd (plan|doctor|config) .*")
+AS_WRITTEN = re.compile(r"popsd (plan|doctor|config|init)( .*)?")
 """Commands that need no model."""
-_WITH_STAND_INS = re.compile(r"popsd (train|evaluate|diagnose|export|convert|rollouts) .*")
+_WITH_STAND_INS = re.compile(r"popsd (train|evaluate|diagnose|export|convert|rollouts|data) .*")
 NOT_RUN = {
     r"make (venv|venv-dev|vllm-env|docs|container-check)": "installs gigabytes; tests/cli/test_make.py runs make -n",
     r"make (check|test)( STACK=current)?|\.venv/bin/python -m pytest .*": "these tests",
     r"docker (build|push) .*": "a container engine; tests/docker runs the image's script on declared packages",
     r"make compare": "trains for minutes; tests/cli/test_make.py runs make -n",
     r"make train.*": "trains for minutes; docs/tour.md has the same command with fewer steps",
+    r"hf (download|upload) .*": "the network",
+    r"vllm serve .*|popsd evaluate .* evaluation\.endpoint\.url=.*": "a server; tests/commands/test_vllm_run.py loads "
+    "exports in vLLM, tests/evaluation/test_endpoint.py evaluates at one",
     r"source .*|cp .*|cd .*|git .*|tail .*|enroot .*": "programs of the system and files of the reader",
     r"torchrun --nproc-per-node 8 .*": "eight GPUs; docs/tour.md starts two processes in the same way",
-    r"sbatch .*|slurm/pipeline\.sh .*": "a cluster; tests/slurm submits the scripts to a Slurm on this machine",
+    r"sbatch .*|slurm/(pipeline|sweep)\.sh .*": "a cluster; tests/slurm submits the scripts to a Slurm on this machine",
+    r"popsd train .* --seeds .*|popsd report runs/rates/.*": "several trainings; tests/cli/test_sweep.py has two",
     r".*--compare .*": "evaluations of another page's models; docs/tour.md compares two",
     r"(python -m benchmarks\.bundle|python3 -m pip) .*": "downloads wheels, and installs what was downloaded",
+    r"python -m pip .*": "downloads gigabytes; tests/packaging builds the wheel and runs it in a fresh environment",
     r"(PYTHONPATH=SITE python3|python) -m benchmarks\.gpu.*": "a GPU; tests/benchmarks/test_gpu.py runs the rehearsal",
     r"popsd rehearse .*": "minutes; tests/cli/test_rehearse.py rehearses the embedded model",
     r"python -m experiments\..*": "hours; tests/experiments runs the same functions on a few rows",
@@ -46,8 +52,20 @@ _SMALL = {
 }
 """Settings that make a command a matter of seconds."""
 _ROWS = [{"id": str(n), "question": f"What is {n}+2?", "answer": f"It is {n + 2}.\n#### {n + 2}"} for n in range(4)]
-_REASONED = [{"id": row["id"], "question": row["question"], "reference": row["answer"]} for row in _ROWS]
-_DATA = {"gsm8k/train.jsonl": _ROWS, "gsm8k/test.jsonl": _ROWS, "dasd_10k.jsonl": _REASONED}
+_HELD_OUT = [{"id": str(n), "question": f"What is {n}+3?", "answer": f"#### {n + 3}"} for n in range(4)]
+_DASD = [
+    {"uuid": row["id"], "input": row["question"], "output": row["answer"], "domain": "math", "meta": ""}
+    for row in _ROWS
+]
+_THOUGHTS = [
+    {"domain": "math", "conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "It is 2."}]}
+]
+_DATA: dict[str, list[dict[str, Any]]] = {
+    "gsm8k/train.jsonl": _ROWS,
+    "gsm8k/test.jsonl": _HELD_OUT,
+    "dasd/stage1.jsonl": _DASD,
+    "OpenThoughts3-1.2M/data/train-00000-of-00001.jsonl": _THOUGHTS,
+}
 
 
 def is_run_with_stand_ins(words: Sequence[str]) -> bool:

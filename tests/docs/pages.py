@@ -35,6 +35,16 @@ def blocks(page: str, language: str) -> list[Block]:
     return [block for block in found if block.language == language]
 
 
+def yaml_files() -> dict[str, str]:
+    """The configurations that pages show as files: content by name, which is the comment in the first line."""
+    found = {}
+    for page in PAGES:
+        for block in blocks(page, "yaml"):
+            if name := re.match(r"# (\w+\.yaml)\n", block.body):
+                found[name[1]] = block.body
+    return found
+
+
 def without_blocks(page: str) -> str:
     """The text of a page outside its fenced blocks."""
     return _BLOCK.sub("", text_of(page))

@@ -21,7 +21,9 @@ from tests.docs.command_checks import WrongCommandError, check, statements
 from tests.docs.command_runs import AS_WRITTEN, NOT_RUN, is_run_with_stand_ins, prepare, reason, with_stand_ins
 from tests.docs.pages import PAGES, ROOT, blocks, inline_code
 
-_INLINE = re.compile(r"(popsd|torchrun|make|sbatch|python -m|slurm/pipeline\.sh|[A-Z_]+=\S+ (?:python|popsd)) .*")
+_INLINE = re.compile(
+    r"(popsd|torchrun|make|sbatch|python -m|slurm/(?:pipeline|sweep)\.sh|[A-Z_]+=\S+ (?:python|popsd)) .*"
+)
 _PLACEHOLDER = re.compile(r"\b[A-Z][A-Z]+\b(?!=)|\.\.\.")
 
 
@@ -140,7 +142,7 @@ def test_commands_run_with_the_embedded_model(tmp_path: Path) -> None:
     prepare(tmp_path)
     log, trainings = tmp_path / "log", 0
     commands = [words for page in PAGES for words in commands_of(page) if reason(words) is None]
-    assert [words[1] for words in commands[:2]] == ["train", "evaluate"]
+    assert [words[1] for words in commands[:4]] == ["data", "data", "data", "train"]
     for words in commands:
         as_run = words
         if is_run_with_stand_ins(words):

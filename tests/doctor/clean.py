@@ -15,8 +15,11 @@ ROOT = Path(__file__).parents[2]
 class CleanEnvironment:
     """A virtual environment without packages, in which distributions can be declared by their metadata only."""
 
-    def __init__(self, directory: Path, *, with_pip: bool = False) -> None:
-        venv.create(directory, with_pip=with_pip, symlinks=True)
+    def __init__(self, directory: Path, *, with_pip: bool = False, interpreter: str | None = None) -> None:
+        if interpreter is None:
+            venv.create(directory, with_pip=with_pip, symlinks=True)
+        else:
+            subprocess.run([interpreter, "-m", "venv", "--without-pip", str(directory)], check=True)
         self.python = directory / "bin" / "python"
         (self.site_packages,) = directory.glob("lib/python*/site-packages")
 
@@ -54,12 +57,21 @@ def states(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 
 def lend(environment: CleanEnvironment, *names: str) -> None:
-    """Makes packages of the environment that runs the tests importable in `environment`, with their metadata."""
+    """Makes packages of the environment that runs the tests importable in `environment`, with their metadata.
+
+    A folder without `__init__.py`, which several distributions may share, becomes a folder there; others become links.
+    """
     for name in names:
         distribution = importlib.metadata.distribution(name)
         for file in distribution.files or ():
-            top = file.parts[0]
-            source = Path(str(distribution.locate_file(top)))
-            target = environment.site_packages / top
-            if top != ".." and not target.exists():
+            if ".." in file.parts or file.is_absolute():
+                continue
+            source, target = Path(str(distribution.locate_file(file.parts[0]))), environment.site_packages
+            for part in file.parts[1:]:
+                if source.name.endswith(".dist-info") or not source.is_dir() or (source / "__init__.py").exists():
+                    break
+                source = source / part
+            target = target / source.relative_to(str(distribution.locate_file("")))
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to(source)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.config import ColumnsConfig, SourceConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import COMPARISON_RULES, AnswerVerifier
@@ -71,7 +72,7 @@ def test_prepared_sets_have_names_directories_and_problems(tmp_path: Path) -> No
 
 def test_a_named_set_must_be_complete(tmp_path: Path) -> None:
     settings = config(tmp_path)
-    settings.evaluation.sets, settings.evaluation.sets_directory = ["aime24"], str(tmp_path)
+    settings.evaluation.sets, settings.evaluation.sets_directory = {"aime24": ""}, str(tmp_path)
     write_jsonl(tmp_path / "aime24.jsonl", rows(29))
     with pytest.raises(UserError, match="got 29 usable problems; need 30"):
         prepared(settings, "m")
@@ -81,8 +82,60 @@ def test_a_named_set_must_be_complete(tmp_path: Path) -> None:
     assert (one.name, len(one.prompts)) == ("aime24", 2)
 
 
+def test_sets_of_the_user_have_directories_of_their_own(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    settings.data.validation = SourceConfig()
+    contest: list[object] = [{"problem": f"Contest {n}?", "answer": n} for n in range(3)]
+    own = write_jsonl(tmp_path / "mine.jsonl", contest)
+    settings.evaluation.sets = {"mine": str(own), "other": str(write_jsonl(tmp_path / "o.jsonl", rows(4)))}
+    sets = prepared(settings, "m")
+    assert [(one.name, len(one.prompts)) for one in sets] == [("mine", 3), ("other", 4)]
+    assert [one.directory.path.name for one in sets] == ["mine", "other"]
+    assert sets[0].prompts[1].record.question == "Contest 1?"
+
+
+def test_a_set_of_the_user_has_the_columns_of_the_validation_set_where_they_fit(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    settings.data.validation.columns = ColumnsConfig(question="q", reference="r", answer=None)
+    settings.data.validation.answer_pattern = r"####\s*(.+)"
+    solved = write_jsonl(tmp_path / "s.jsonl", [{"q": "A?", "r": "So.\n#### 4", "answer": "no"}])
+    settings.evaluation.sets = {"solved": str(solved), "usual": str(write_jsonl(tmp_path / "o.jsonl", rows(1)))}
+    assert [one.prompts[0].record.answer for one in prepared(settings, "m")] == ["4", "1"]
+    settings.evaluation.sets = {"bad": str(write_jsonl(tmp_path / "b.jsonl", [{"q": "A?", "solution": "4"}]))}
+    with pytest.raises(UserError, match=r"got columns q, solution; .*; set data\.validation\.columns"):
+        prepared(settings, "m")
+
+
+def test_a_file_under_the_name_of_a_published_set_must_be_complete(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    settings.evaluation.sets = {"aime24": str(write_jsonl(tmp_path / "a.jsonl", rows(29)))}
+    with pytest.raises(UserError, match="got 29 usable problems; need 30"):
+        prepared(settings, "m")
+
+
+def test_two_files_of_the_validation_set_are_not_mixed(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    settings.evaluation.problems = 2
+    begun(*prepared(settings, "m"))
+    settings.evaluation.problems = 4
+    begun(*prepared(settings, "m"))  # more of the same set
+    settings.data.validation.limit = 1
+    begun(*prepared(settings, "m"))  # fewer of it
+    settings.data.validation.path = str(write_jsonl(tmp_path / "other.jsonl", rows(5)))
+    with pytest.raises(UserError, match=r"got problems of another set \(4, including 'rows\.jsonl:1'\)"):
+        begun(*prepared(settings, "m"))
+
+
+def begun(one: ProblemSet) -> None:
+    begin(one, sample_settings(one.prompts, SAMPLING, seed=1, model="m", weights_digest="f", engine="e"))
+    names = {sample.problem for sample in one.directory.samples().values()}
+    with one.directory.append_to(0) as file:
+        missing = (p.record.id for p in one.prompts if p.record.id not in names)
+        file.add(Sample(name, 0, "\\boxed{1}", 4, truncated=False) for name in missing)
+
+
 def drawn(tmp_path: Path, numbers: list[int]) -> ProblemSet:
-    one = ProblemSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"))
+    one = ProblemSet("s", prompts(2), EvaluationDirectory(tmp_path / "s"), frozenset(("p0", "p1")))
     begin(one, sample_settings(one.prompts, SAMPLING, seed=1, model="m", weights_digest="f", engine="e"))
     with one.directory.append_to(0) as file:
         file.add(Sample(p, n, f"\\boxed{{{3 + n}}}", 4, truncated=False) for p in ("p0", "p1") for n in numbers)

@@ -1,5 +1,7 @@
 import io
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,10 +25,26 @@ def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_without_a_terminal_there_is_a_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:
     fit(2, callbacks=[StepProgress(5, completed=3)], logger=False, enable_progress_bar=True)
-    assert shown(capsys) == [
-        "step 4/5  loss 0.5  tokens/response 100  tok/s 2000",
-        "step 5/5  loss 1.5  tokens/response 100  tok/s 2000",
-    ]
+    first, last = shown(capsys)
+    assert re.fullmatch(
+        r"step 4/5  loss 0\.5  tokens/response 100  tok/s 2000  elapsed 0:\d\d:\d\d, left 0:\d\d:\d\d", first
+    )
+    assert re.fullmatch(r"step 5/5  loss 1\.5  tokens/response 100  tok/s 2000  elapsed 0:\d\d:\d\d", last)
+
+
+@pytest.mark.parametrize(("batches", "lines"), [(1, 0), (3, 3)])
+def test_a_validation_of_several_batches_shows_its_progress(
+    batches: int, lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = StepProgress(5)
+    trainer = SimpleNamespace(num_val_batches=[batches])
+    progress.on_validation_start(trainer, None)  # type: ignore[arg-type]
+    for index in range(batches):
+        progress.on_validation_batch_end(trainer, None, None, None, index)  # type: ignore[arg-type]
+    progress.on_validation_end(trainer, None)  # type: ignore[arg-type]
+    found = [line for line in capsys.readouterr().err.splitlines() if line.startswith("validation ")]
+    assert len(found) == lines
+    assert not lines or found[-1].startswith("validation 3/3  elapsed 0:00:")
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

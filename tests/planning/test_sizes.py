@@ -13,6 +13,8 @@ from nemo_popsd.planning.sizes import embedded_models, read_sizes
 
 # As the model cards state them, in billions.
 PUBLISHED = {
+    "Qwen3-1.7B": 1.7,
+    "Olmo-3-7B-Think": 7.3,
     "Qwen3-4B": 4.0,
     "Qwen3-8B": 8.2,
     "Qwen3-32B": 32.8,

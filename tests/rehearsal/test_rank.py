@@ -25,7 +25,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 
 def _real(rank: int, world_size: int, directory: Path, config: Any) -> dict[str, Any]:
     from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch
-    from nemo_popsd.rehearsal.rank import LongestRollouts
+    from nemo_popsd.model.training import build_weights
+    from nemo_popsd.rehearsal.rank import UNREAD, LongestRollouts
     from nemo_popsd.training.step import OnPolicyStep
     from tests.training.runs import start
 
@@ -36,7 +37,8 @@ def _real(rank: int, world_size: int, directory: Path, config: Any) -> dict[str,
         config.distillation,
         run.student,
         LongestRollouts(cases.planned(directory, config, ranks=1).limits),
-        lambda response: 0,
+        UNREAD,
+        build_weights(config.distillation, run.student),
         stopwatch=lambda: MeteredStopwatch(meter),
     )
     run.optimizer.zero_grad()

@@ -261,6 +261,10 @@ def test_a_pipeline_runs_its_stages_one_after_the_other(slurm: Cluster, tmp_path
         ("\n    # below its key\n    - aime24", [], True),
         ("\n  samples_per_problem: 2", [], False),
         ("[aime24]", ["evaluation.sets=[]"], False),
+        ("{}", [], False),
+        ("{mine: rows.jsonl}", [], True),
+        ("\n    mine: rows.jsonl", [], True),
+        ("{}", ["evaluation.sets.mine=rows.jsonl"], True),
     ],
 )
 def test_a_pipeline_evaluates_if_sets_or_rows_are_named(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_popsd.config.loading import load_config
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -60,6 +62,16 @@ def test_all_stages_have_one_output(tmp_path: Path, text: str, word: str | None,
     # A plain path in the configuration needs no override.
     plain = word is None and f"output: {path}" in text
     assert written == ([] if plain else [f"output={path}"])
+
+
+@pytest.mark.parametrize(("first", "path"), [("name: a b", "runs/a b"), ("seed: 1", "runs/conf")])
+def test_a_configuration_without_an_output_has_that_of_popsd(tmp_path: Path, first: str, path: str) -> None:
+    text = f"{first}\nstudent:\n  source: nemo_popsd:tiny_reasoner\n"
+    code, errors, (train, export) = pipeline(tmp_path, text)
+    assert (code, errors) == (0, "")
+    assert f"output={path}" in train
+    assert export[1:] == [f"{path}/checkpoints/final", f"{path}/huggingface"]
+    assert load_config(tmp_path / "conf.yaml").output == path
 
 
 @pytest.mark.parametrize("output", ["$SCRATCH/a", "runs/${name}", "~other/a", "'a'b", '"a\\"b"', "'it''s'"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_popsd.distillation.config import TokensConfig
 from nemo_popsd.training.trajectory import Trajectory
 from tests.tiny_models import load_dense
 
@@ -20,6 +21,8 @@ class DenseStep:
     loss: float
     gradients: dict[str, Tensor]
     metrics: dict[str, float]
+    weighted_share: float
+    """Of the tokens, those that count."""
 
 
 def dense_step(
@@ -30,16 +33,23 @@ def dense_step(
     loss_mean: str,
     beta: float = 1.0,
     cap: float = 10.0,
+    tokens: TokensConfig | None = None,
+    teacher: Path | None = None,
 ) -> DenseStep:
-    """Loss, gradient of every tensor of `live`, and the metrics of the step with all tokens diagnosed."""
+    """Loss, gradient of every tensor of `live`, and the metrics of the step with all tokens diagnosed.
+
+    `teacher` has the weights of both teachers, by default those of `base`. With `tokens`, weighted: even tokens are
+    markers, and a response is right if it begins with an even token.
+    """
     student, frozen = load_dense(live, torch.float64), load_dense(base, torch.float64).requires_grad_(False)
-    per_sequence, rows = [], []
+    teaching = frozen if teacher is None else load_dense(teacher, torch.float64).requires_grad_(False)
+    per_sequence, rows, weights, counted = [], [], [], []
     for t in trajectories:
         answer, contexts = t.rollout.response, t.row.contexts
         log_student = response_log_probs(student, contexts.student, answer)
         log_base = response_log_probs(frozen, contexts.student, answer)
-        log_privileged = response_log_probs(frozen, contexts.privileged, answer)
-        log_reference = response_log_probs(frozen, contexts.reference, answer)
+        log_privileged = response_log_probs(teaching, contexts.privileged, answer)
+        log_reference = response_log_probs(teaching, contexts.reference, answer)
         delta = log_privileged - log_reference  # (13)
         delta = delta - delta.mean(-1, keepdim=True)  # (14)
         delta = cap * torch.tanh(delta / cap)  # (15)
@@ -47,7 +57,14 @@ def dense_step(
         p, q = log_student.exp(), log_target.exp()
         log_mixture = (0.5 * p + 0.5 * q).log()
         jsd = 0.5 * (q * (log_target - log_mixture)).sum(-1) + 0.5 * (p * (log_student - log_mixture)).sum(-1)  # (18)
-        per_sequence.append(jsd)
+        gate = torch.ones_like(jsd, dtype=torch.bool)
+        if tokens is not None:
+            entropies = [-(x * x.log()).sum(-1) for x in (p, q)]
+            gate = p.amax(-1) <= tokens.max_student_probability
+            gate &= (entropies[0] >= tokens.min_student_entropy) & (entropies[1] >= tokens.min_target_entropy)
+        weights.append(_weights(t, tokens or TokensConfig()))
+        counted.append(gate * weights[-1][1] > 0)
+        per_sequence.append(jsd * gate)
         with torch.no_grad():
             total, question = log_privileged - log_student, log_privileged - log_reference
             induced = log_reference - log_student
@@ -65,15 +82,32 @@ def dense_step(
                 )
             )
     if loss_mean == "sequence":
-        loss = torch.stack([tokens.mean() for tokens in per_sequence]).mean()
+        means = torch.stack([(w * x).sum() / w.sum() for (_, w), x in zip(weights, per_sequence, strict=True)])
+        of_responses = torch.tensor([u for u, _ in weights]).double()
+        loss = (of_responses * means).sum() / of_responses.sum()
     else:
-        loss = torch.cat(per_sequence).mean()
+        of_tokens = torch.cat([u * w for u, w in weights])
+        loss = (of_tokens * torch.cat(per_sequence)).sum() / of_tokens.sum()
     loss.backward()
     names = ("forward_kl", "reverse_kl", "student_entropy", "target_entropy")
     names += ("norm_ratio", "cosine_question", "cosine_reference")
-    means = dict(zip(names, torch.cat(rows, dim=1).mean(1).tolist(), strict=True))
+    metrics = dict(zip(names, torch.cat(rows, dim=1).mean(1).tolist(), strict=True))
     gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
-    return DenseStep(float(loss.detach()), gradients, means)
+    return DenseStep(float(loss.detach()), gradients, metrics, float(torch.cat(counted).double().mean()))
+
+
+def _weights(t: Trajectory, tokens: TokensConfig) -> tuple[float, Tensor]:
+    """Weight of a response, and of its tokens."""
+    response = t.rollout.response
+    of_tokens = [
+        (tokens.markers if token % 2 == 0 else 1.0)
+        * (0.0 if tokens.horizon and position >= tokens.horizon else 1.0)
+        * (0.5 ** (position / tokens.half_life) if tokens.half_life else 1.0)
+        for position, token in enumerate(response)
+    ]
+    of_response = tokens.right if response[0] % 2 == 0 else tokens.wrong
+    of_response *= tokens.truncated if t.rollout.truncated else 1.0
+    return of_response, torch.tensor(of_tokens, dtype=torch.float64)
 
 
 def response_log_probs(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,10 @@ class Variant:
     adaptation: str = "full"
     packing: bool = False
     precision: str = "fp32"
+    moving: bool = False
+    """With a moving average as teacher; under full fine-tuning as anchor, too."""
+    weighted: bool = False
+    """With weights of tokens and gates."""
     shares: tuple[tuple[int, ...], ...] | None = None
     """Rows of each data-parallel rank, which are then not rebalanced; None for equal shares, which are."""
 
@@ -52,6 +56,7 @@ def train(
 
 
 def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Variant) -> dict[str, Any]:
+    from nemo_popsd.distillation.config import TokensConfig, WeightsConfig
     from nemo_popsd.training import step as module
     from tests.training.runs import ScriptedEngine, response, row, settings, start
 
@@ -84,6 +89,15 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
         mine = list(variant.shares[group.rank()])
         module.rebalance = lambda trajectories, *_: [list(trajectories)]  # type: ignore[attr-defined]
     run.steps = 1  # the first one includes the self-check
+    if variant.moving:
+        config.distillation.teacher = WeightsConfig(weights="ema", decay=0.5)
+        if variant.adaptation == "full":
+            config.distillation.anchor = config.distillation.teacher
+    if variant.weighted:
+        config.distillation.tokens = TokensConfig(
+            markers=0.3, horizon=10, half_life=5.0, right=1.5, wrong=0.4, max_student_probability=0.055
+        )
+        run.reader = replace(run.reader, is_right=lambda record, response: response[0] % 2 == 0)
     engine = ScriptedEngine([response(number, LENGTHS[number]) for number in mine], lambda: run.steps)
     step = run.on_policy_step(engine)
     gradients: dict[str, Tensor] = {}

@@ -16,13 +16,16 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.contexts import Contexts
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.data.records import Record
+from nemo_popsd.megatron.moving import BranchWeights
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
+from nemo_popsd.model.training import build_weights
 from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from nemo_popsd.rollout.megatron_engine import MegatronEngine
 from nemo_popsd.rollout.storage import RolloutStore
+from nemo_popsd.training.reading import ResponseReader
 from nemo_popsd.training.rollouts import StepRollouts, TrainingRows
 from nemo_popsd.training.step import OnPolicyStep
 from nemo_popsd.training.trajectory import Trajectory
@@ -51,6 +54,14 @@ def settings(**sections: dict[str, Any]) -> PopsdConfig:
     return config
 
 
+EVEN_TOKENS = ResponseReader(
+    count_markers=lambda response: sum(token % 2 == 0 for token in response),
+    marked=lambda response: [token % 2 == 0 for token in response],
+    is_right=None,
+)
+"""Takes the even tokens for markers; rows have no answers."""
+
+
 @dataclass
 class Run:
     """What a step needs on this rank."""
@@ -60,6 +71,9 @@ class Run:
     student: Student
     optimizer: StudentOptimizer
     steps: int = 0
+    reader: ResponseReader = EVEN_TOKENS
+    weights: BranchWeights | None = None
+    """Of the frozen branches, from the last `on_policy_step`."""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -88,7 +102,7 @@ class Run:
         rows: TrainingRows | None = None,
         stop: StopSignals | None = None,
     ) -> OnPolicyStep:
-        """The step of the package; a response's markers are its even tokens."""
+        """The step of the package, with `reader`."""
         rollouts = StepRollouts(
             self.config.rollout,
             self.student,
@@ -100,8 +114,10 @@ class Run:
             rows=rows,
             stop=stop or StopSignals(),
         )
-        count = lambda response: sum(token % 2 == 0 for token in response)  # noqa: E731
-        return OnPolicyStep(self.config.training, self.config.distillation, self.student, rollouts, count)
+        self.weights = build_weights(self.config.distillation, self.student)
+        return OnPolicyStep(
+            self.config.training, self.config.distillation, self.student, rollouts, self.reader, self.weights
+        )
 
     def update(self) -> None:
         """Updates the weights and counts."""

@@ -41,7 +41,7 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
     def states(target: Any, budget: int = 10_000, diagnosed: int = 0) -> Any:
         return branches.FrozenBranches(
-            student.base, target, token_budget=budget, diagnosed_tokens=diagnosed
+            student.base, student.base, target, token_budget=budget, diagnosed_tokens=diagnosed
         ).target_states(rows)
 
     seen: dict[str, Any] = {f"budget {budget}": states(Target.purified(), budget) for budget in BUDGETS}

@@ -27,6 +27,14 @@ VARIANTS = {
     "full, packed": Variant(packing=True),
     "lora, padded": Variant(adaptation="lora"),
     "lora, packed": Variant(adaptation="lora", packing=True),
+    # Weights of tokens, and gates; which ranks own a token and its weight is the layout's.
+    "weighted, padded": Variant(weighted=True),
+    "weighted, packed": Variant(weighted=True, packing=True),
+    # Teachers that follow the student, of which a rank has its shards.
+    "moving, full, padded": Variant(moving=True),
+    "moving, full, packed": Variant(moving=True, packing=True),
+    "moving, lora, padded": Variant(moving=True, adaptation="lora"),
+    "moving, lora, packed": Variant(moving=True, adaptation="lora", packing=True),
     # Output matrix and embedding are one parameter, with a copy on the last stage of a pipeline.
     "tied, padded": Variant(kind="qwen3_tied"),
     "tied, packed": Variant(kind="qwen3_tied", packing=True),
@@ -105,11 +113,19 @@ def runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return {}
 
 
+SOME = ("tp2 sp", "pp2 vpp2", "cp2", "dp2 distributed")
+"""The layouts in which tokens are weighted and teachers move: one for each way to split."""
+
+
 def variants_of(layout: str) -> dict[str, Variant]:
-    """Dense models, with tied embeddings only in pipelines; or mixtures of experts."""
+    """Dense models, with tied embeddings only in pipelines; or mixtures of experts. Weighted and moving in `SOME`."""
     experts = layout.startswith("experts")
     kinds = {"qwen3_moe"} if experts else {"qwen3", "qwen3_tied"} if "pp" in layout else {"qwen3"}
-    return {name: variant for name, variant in VARIANTS.items() if variant.kind in kinds}
+    return {
+        name: variant
+        for name, variant in VARIANTS.items()
+        if variant.kind in kinds and (not (variant.weighted or variant.moving) or (layout in SOME and variant.packing))
+    }
 
 
 def seen_in(layout: str, layers: str, folder: Path, runs: dict[tuple[str, str], Any]) -> list[dict[str, Any]]:
@@ -134,7 +150,8 @@ def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None
                 assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=2e-5), name
             for name in ("norm_ratio", "cosine_question", "cosine_reference"):
                 assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=1e-4, abs=1e-5), name
-            for name in ("response_tokens", "cut_share", "marker_rate", "learning_rate"):
+            exact = ("response_tokens", "cut_share", "marker_rate", "learning_rate", "weighted_share")
+            for name in (*exact, *({"accuracy"} if "train/accuracy" in wanted else ())):
                 assert measured[f"train/{name}"] == pytest.approx(wanted[f"train/{name}"], rel=1e-12), name
         for what, tolerance in (("gradients", GRADIENT_TOLERANCE), ("weights", WEIGHT_TOLERANCE)):
             errors = dict(deviations(rank[what], expected[what]))
@@ -151,6 +168,7 @@ def test_every_layout_gives_the_same_training(
 ) -> None:
     expected = reference[variant.replace("packed", "padded")]
     assert expected["metrics"][0].loss > 0.01
+    assert (0.2 < expected["metrics"][0].weighted_share < 0.8) is VARIANTS[variant].weighted
     same_training([rank[variant] for rank in seen_in(layout, layers, folder, runs)], expected)
 
 

@@ -24,7 +24,7 @@ def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str)
     from tests.training.runs import settings, start, trajectory
 
     run = start(model, settings(parallel={"tensor": tensor}, student={"adaptation": adaptation}))
-    settled = {"loss_mean": "sequence", "chunk_tokens": 8, "fused": "never"}
+    settled = {"chunk_tokens": 8, "fused": "never"}
     objective = Objective(run.student, Target.purified(), Divergence(), **settled)
     sequences = [trajectory(number, 3 + 4 * number).student for number in range(2)]
     logged: list[tuple[float, float]] = []

@@ -39,10 +39,11 @@ def summarize(rank: int, world_size: int) -> Any:
 
 
 def aged(trajectory: Any, number: int) -> Any:
-    """Row 0 is one step old, row 2 partly two, the others are not."""
+    """Row 0 is one step old, row 2 partly two, the others are not; row 3 has no answer, and row 1 is right."""
     segments = ((1, 1), (2, 1), (3, 1)) if number == 2 else ()
     return replace(
         trajectory,
+        right=None if number == 3 else number == 1,
         rollout=replace(trajectory.rollout, weights_version=2 if number == 0 else 3, segments=segments),
     )
 
@@ -59,6 +60,7 @@ def report(number: int) -> Any:
         rows=[0],
         response_lengths=[LENGTHS[number]],
         loss=torch.tensor(0.25 * (number + 1)),
+        counted=torch.tensor(min(LENGTHS[number], 2)),
         per_token=tokens,
         statistics=StatisticValues(TOKEN_STATISTICS, torch.stack([(i + 1) * tokens for i in range(4)])),
         decomposition=None if number == 2 else decomposition,
@@ -80,6 +82,8 @@ def test_means_are_over_the_global_batch_on_any_number_of_ranks() -> None:
         assert metrics.statistics["cosine_reference"] == pytest.approx(float(diagnosed.mean()) + 3)
         assert metrics.response_tokens == 11 / 4
         assert metrics.cut_share == 0
+        assert metrics.weighted_share == (2 + 1 + 2 + 2) / 11
+        assert metrics.accuracy == 1 / 3
         assert metrics.rollout_age == pytest.approx((5 * 1 + 2 + 1) / 11)
         assert metrics.rollout_age_max == 2
         assert metrics.padding_share == pytest.approx(0.25 if world_size == 1 else 0.1)
@@ -117,4 +121,5 @@ def undirected(rank: int, world_size: int) -> Any:
 def test_a_decomposition_without_any_direction_is_left_out() -> None:
     (metrics,) = run_ranks(undirected, 1)
     assert metrics.statistics["norm_ratio"] is None
+    assert "train/accuracy" not in metrics.as_dict(), "no row has an answer"
     assert not any("cosine" in name or "norm_ratio" in name for name in metrics.as_dict())

@@ -55,6 +55,14 @@ def same_answer(predicted: str, expected: str) -> bool | None:
     return None if one.beyond or other.beyond else False
 
 
+def compared_as(answer: str) -> str:
+    """How an expected answer is compared: `value` if the grammar parses it, `math-verify` if it has a LaTeX command
+    beyond the rules, else `text`.
+    """
+    read = _Answer(cleaned(answer), letter_units=False)
+    return "value" if read.forms else "math-verify" if read.beyond else "text"
+
+
 class _Answer:
     """The interpretations of one answer: several if "1,234" may be one number or two, none if it cannot be parsed."""
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_popsd.embedded.names import local_path
+from nemo_popsd.data.models import model_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.rollout.vllm.config import VllmConfig
@@ -171,7 +171,7 @@ def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
     """
     if model.lora is None or settings.lora == "merged":
         return None
-    path = local_path(model.source)
+    path = model_path(model.source)
     obstacle = ""
     if model.has_experts:
         obstacle = "a model with experts"

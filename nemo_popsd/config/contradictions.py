@@ -1,0 +1,61 @@
+"""Checks between sections: values that are valid separately but not together. Reads nothing but the configuration."""
+
+from __future__ import annotations
+
+from nemo_popsd.config.branches import check_branches
+from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.errors import UserError
+
+
+def check_sections(config: PopsdConfig) -> None:
+    """Refuse values that are valid separately but not together. Reads nothing but `config`.
+
+    Raises:
+        UserError: names both settings.
+    """
+    optimizer, training = config.optimizer, config.training
+    if optimizer.warmup_steps > training.steps:
+        raise UserError(
+            "configuration",
+            got=f"optimizer.warmup_steps={optimizer.warmup_steps} with training.steps={training.steps}",
+            need="a warm-up no longer than the run",
+            fix="set optimizer.warmup_steps or training.steps",
+        )
+    if config.rollout.tokens_per_step and training.updates_per_step > 1:
+        raise UserError(
+            "configuration",
+            got=f"rollout.tokens_per_step={config.rollout.tokens_per_step} with training.updates_per_step="
+            f"{training.updates_per_step}",
+            need="one update per step: with a token budget the number of finished responses is not fixed",
+            fix="set training.updates_per_step=1 or rollout.tokens_per_step=0",
+        )
+    check_branches(config)
+    _check_precision(config)
+    if optimizer.overlap_param_gather and training.updates_per_step == 1:
+        raise UserError(
+            "configuration",
+            got="optimizer.overlap_param_gather=true with training.updates_per_step=1",
+            need="several updates per step: rollouts, which read all weights, come before the first",
+            fix="set optimizer.overlap_param_gather=false, or training.updates_per_step above 1",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            "configuration",
+            got=f"optimizer.min_lr={optimizer.min_lr} with optimizer.lr={optimizer.lr}",
+            need="a final learning rate no higher than the peak",
+            fix="set optimizer.min_lr or optimizer.lr",
+        )
+
+
+def _check_precision(config: PopsdConfig) -> None:
+    """Refuse settings that save memory of bf16 training in a run that is not in bf16."""
+    optimizer, precision = config.optimizer, config.student.precision
+    for name, off in (("grad_dtype", "fp32"), ("state_dtype", "fp32"), ("host_share", 0)):
+        value = getattr(optimizer, name)
+        if value != off and precision != "bf16":
+            raise UserError(
+                "configuration",
+                got=f"optimizer.{name}={value} with student.precision={precision}",
+                need="student.precision=bf16",
+                fix=f"set student.precision=bf16, or optimizer.{name}={off}",
+            )

@@ -1,0 +1,24 @@
+"""Which problem sets an evaluation has, and where their rows are. Imports no torch."""
+
+from __future__ import annotations
+
+from nemo_popsd.data.config import DataConfig, SourceConfig
+from nemo_popsd.data.named_sets import named_source, own_source
+from nemo_popsd.evaluation.config import EvaluationConfig
+
+VALIDATION = "validation"
+"""Name of the set in `data.validation`."""
+
+
+def sources_of(settings: EvaluationConfig, data: DataConfig) -> dict[str, SourceConfig]:
+    """The sources of the problem sets, by name of the set.
+
+    Raises:
+        UserError: a set is not on this machine, or its columns have other names than they should.
+    """
+    if settings.sets:
+        return {
+            name: own_source(name, path, data.validation) if path else named_source(name, settings.sets_directory)
+            for name, path in settings.sets.items()
+        }
+    return {VALIDATION: data.validation}

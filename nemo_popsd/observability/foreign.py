@@ -1,0 +1,97 @@
+"""What libraries print and warn about that no user needs: caught, and logged by `nemo_popsd.libraries` at debug.
+
+`POPSD_LOG_LEVEL=debug` shows it. Errors and unexpected warnings of libraries are not touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from typing import Any
+
+logger = logging.getLogger("nemo_popsd.libraries")
+
+_EXPECTED_WARNINGS = (
+    ".*Apex.*not installed.*",  # megatron-core without CUDA falls back to torch, as `nemo_popsd.runtime.cpu` intends
+    ".*legacy GroupedMLP.*",  # the same, where Transformer Engine is absent
+    ".*does not have many workers.*",  # batches are lists of token ids; nothing is loaded in the background
+    ".*full scope is deprecated.*",  # megatron-core's own default for CUDA graphs, which are not used
+    ".*`load_state_dict` is deprecated.*",  # called by megatron-core to read a distributed checkpoint
+    ".*Please use DTensor instead.*",  # likewise
+    ".*It is recommended to use `self.log.*",  # what is logged is already over all ranks
+)
+
+_EXPECTED_LINES = (
+    "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as set in the spec
+    # transformers: an "incorrect regex pattern" of every local tokenizer with a large vocabulary, of any family.
+    "The tokenizer you are loading from",
+    "`torch_dtype` is deprecated",  # Megatron-Bridge uses the old name of a key of Hugging Face configurations
+)
+
+_FILTERED_LOGGERS = (
+    "megatron.bridge.utils.fusions",
+    "transformers.configuration_utils",
+    "transformers.tokenization_utils_base",
+    "transformers.tokenization_utils_tokenizers",  # transformers 5
+)
+
+_QUIET_LOGGERS = (
+    "lightning.pytorch",  # prints the devices that it finds and does not find
+    "lightning.pytorch.utilities.rank_zero",
+    "nv_one_logger",  # NeMo's telemetry, which is not set up
+    "nemo_logger",
+)
+"""Loggers whose errors alone are shown."""
+
+_PRINTER = "print_rank_0"
+"""Megatron's function that prints, which its modules import by name: the padded vocabulary, patches for PEFT."""
+_LOADING = "megatron.bridge.models.conversion.model_bridge"
+_SERIOUS = re.compile(r"warn|error|fail", re.IGNORECASE)
+
+
+def catch_foreign_output() -> None:
+    """Catches what the libraries imported so far print and log. Idempotent."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        for name in _QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    for name in _FILTERED_LOGGERS:
+        library = logging.getLogger(name)
+        if _is_unexpected not in library.filters:
+            library.addFilter(_is_unexpected)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and _PRINTER in vars(module):
+            setattr(module, _PRINTER, _log)
+    loading = sys.modules.get(_LOADING)
+    if loading is not None and "Progress" in vars(loading) and not sys.stdout.isatty():
+        loading.Progress = _silent(loading.Progress)  # type: ignore[attr-defined]
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    expected = record.getMessage().startswith(_EXPECTED_LINES)
+    if expected:
+        logger.debug("%s: %s", record.name, record.getMessage())
+    return not expected
+
+
+def _log(message: object, *args: object, **kwargs: object) -> None:
+    """In place of a library's function that prints."""
+    text = " ".join(str(message).split())
+    logger.log(logging.WARNING if _SERIOUS.search(text) else logging.DEBUG, "Megatron: %s", text)
+
+
+def _silent(progress: Any) -> Any:
+    """Rich's progress bar without output, for a log file, where it would be one truncated line."""
+    if getattr(progress, "silent", False):
+        return progress
+
+    class Silent(progress):  # type: ignore[misc]
+        silent = True
+
+        def __init__(self, *columns: Any, **options: Any) -> None:
+            super().__init__(*columns, **{**options, "disable": True})
+
+    return Silent

@@ -1,0 +1,47 @@
+"""What a step reads in the text of a response: markers, and whether its final answer is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from nemo_popsd.data.records import Record
+from nemo_popsd.megatron.student import Student
+from nemo_popsd.training.trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseReader:
+    """Functions of a response's token ids."""
+
+    count_markers: Callable[[Sequence[int]], int]
+    """Number of epistemic markers in its text."""
+    marked: Callable[[Sequence[int]], Sequence[bool]]
+    """Which of its tokens belong to a marker."""
+    is_right: Callable[[Record, Sequence[int]], bool] | None
+    """Whether its final answer is that of the row, which has one; None where rows have no answers."""
+
+
+def verified(trajectories: Sequence[Trajectory], reader: ResponseReader, student: Student) -> list[Trajectory]:
+    """`trajectories` with `right`, unchanged where rows have no answers.
+
+    The leader of each replica compares, so that a comparison with a time limit has one outcome on all its ranks. One
+    gather of objects over the world, a byte for each response; none where rows have no answers.
+
+    Args:
+        trajectories: of this replica, the same on all its ranks.
+        reader: of the run.
+        student: for this rank's place among the others.
+    """
+    is_right = reader.is_right
+    if is_right is None:
+        return list(trajectories)
+    replica, verdicts = student.dp_group.rank(), b""
+    if student.is_replica_leader:
+        verdicts = bytes(is_right(t.row.record, t.rollout.response) for t in trajectories)
+    gathered: list[tuple[int, bytes]] = [(0, b"")] * dist.get_world_size()
+    dist.all_gather_object(gathered, (replica if student.is_replica_leader else -1, verdicts))
+    own = dict(gathered)[replica]
+    return [replace(t, right=bool(verdict)) for t, verdict in zip(trajectories, own, strict=True)]

@@ -1,0 +1,76 @@
+"""Means over the seeds of runs that differ in nothing else."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from scipy.stats import t as student_t
+
+from nemo_popsd.cli.main import main
+from nemo_popsd.config.loading import load_config, save_resolved
+from nemo_popsd.report.arms import Mean, _quantile, arms, section, text
+from nemo_popsd.report.run import RunData, read_run
+from tests.report.runs_on_disk import write_run
+
+
+def seeded(directory: Path, seed: int, *, after: float, rate: float = 1e-5) -> Path:
+    """A run that ends at the accuracy `after`, from 0.6."""
+    write_run(directory, name=directory.name, after=after)
+    config = load_config(directory / "config.yaml", [f"seed={seed}", f"optimizer.lr={rate}"])
+    save_resolved(config, directory / "config.yaml")
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[RunData]:
+    """Three seeds of one arm in another order than that of their seeds, and one seed of another."""
+    afters = ((3, 0.62, 1e-5), (1, 0.63, 1e-5), (2, 0.67, 1e-5), (1, 0.5, 3e-5))
+    folders = [seeded(tmp_path / f"r{n}", seed, after=after, rate=rate) for n, (seed, after, rate) in enumerate(afters)]
+    return [read_run(folder) for folder in folders]
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 4, 9, 30, 31, 60, 500])
+def test_the_quantile_is_that_of_students_t(degrees: int) -> None:
+    assert _quantile(degrees) == pytest.approx(student_t.ppf(0.975, degrees), abs=2e-3)
+
+
+def test_a_mean_has_the_interval_of_its_seeds() -> None:
+    mean = Mean.of([2.0, 3.0, 7.0])
+    assert mean.value == pytest.approx(4.0)
+    assert mean.half_width == pytest.approx(4.303 * math.sqrt(7 / 3), rel=1e-3)
+    assert mean.text(sign=True) == "+4.0 ± 6.6"
+    assert Mean.of([5.0]).text() == "5.0"
+
+
+def test_runs_that_differ_in_their_seed_alone_form_an_arm(runs: list[RunData]) -> None:
+    first, second = arms(runs)
+    assert (first.seeds, second.seeds) == ([1, 2, 3], [1])
+    assert (first.differences, second.differences) == ("optimizer.lr=1e-05", "optimizer.lr=3e-05")
+    figures = first.figures("accuracy", 100.0)
+    assert figures is not None
+    assert [mean.value for mean in figures] == pytest.approx([60.0, 64.0, 4.0])
+    (alone,) = arms(runs[:3])
+    assert alone.differences == "r0"
+
+
+def test_the_table_is_on_the_page_and_on_the_terminal(runs: list[RunData], capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(run.directory) for run in runs]
+    assert main(["report", *folders]) == 0
+    out = capsys.readouterr().out
+    assert "optimizer.lr=1e-05 (seeds 1, 2, 3)" in out
+    assert "change +4.0 ± 6.6" in out
+    page = (runs[0].directory / "report.html").read_text()
+    assert '<h2 id="seeds">Over seeds</h2>' in page
+    assert "+4.0 ± 6.6" in page
+    assert main(["report", folders[0], folders[3]]) == 0
+    assert "seeds" not in capsys.readouterr().out
+    assert '<h2 id="seeds">' not in (runs[0].directory / "report.html").read_text()
+
+
+def test_a_run_without_an_evaluation_at_its_end_leaves_a_dash(runs: list[RunData]) -> None:
+    (runs[1].directory / "metrics.jsonl").write_text("")
+    again = [read_run(run.directory) for run in runs]
+    assert "<td>–</td>" in section(again)
+    assert "change –" in text(again)

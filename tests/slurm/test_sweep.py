@@ -1,0 +1,78 @@
+"""The job arrays that slurm/sweep.sh submits, with a stand-in for sbatch: the runs of `popsd train --seeds --grid`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nemo_popsd.cli.sweep import own_overrides, runs_of
+from nemo_popsd.config.loading import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def sweep(place: Path, *words: str, text: str = "name: mine\n") -> tuple[int, str, str, list[list[str]]]:
+    """Status, output, errors and the submitted arrays, each as the words of sbatch."""
+    sbatch = place / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>asked\nprintf "\\n\\0" >>asked\necho "12;cluster"\n')
+    sbatch.chmod(0o755)
+    (place / "conf.yaml").write_text(text)
+    done = subprocess.run(
+        [ROOT / "slurm" / "sweep.sh", *words],
+        cwd=place,
+        env={"PATH": f"{sbatch.parent}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": "/home/me"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    asked = (place / "asked").read_text() if (place / "asked").exists() else ""
+    jobs = [[word for word in job.split("\0") if word] for job in asked.split("\n\0")]
+    return done.returncode, done.stdout, done.stderr, [job for job in jobs if job]
+
+
+@pytest.mark.parametrize("grid", [[], ["optimizer.lr=1e-5,3e-5"], ["optimizer.lr=1e-5,3e-5", "training.steps=2,4"]])
+def test_the_arrays_are_the_runs_of_popsd_train(grid: list[str], tmp_path: Path) -> None:
+    flags = [f"--grid={axis}" for axis in grid]
+    status, out, errors, jobs = sweep(tmp_path, "--seeds=1,2", *flags, "--nodes=2", "conf.yaml", "training.steps=8")
+    assert (status, errors) == (0, "")
+    expected = runs_of([1, 2], grid)
+    assert len(jobs) == len(expected) // 2
+    found = []
+    for job in jobs:
+        assert job[:3] == ["--parsable", "--array=1,2", "--nodes=2"]
+        assert job[3:6] == [str(ROOT / "slurm" / "train.sh"), "conf.yaml", "training.steps=8"]
+        found += [[word.replace("%a", seed) for word in job[6:]] for seed in ("1", "2")]
+    assert found == [own_overrides(run, output="runs/mine", name="mine") for run in expected]
+    *submitted, last = out.splitlines()
+    assert all(line.endswith(" 12") for line in submitted)
+    report = shlex.split(last.partition("popsd ")[2])
+    assert report == ["report", *(f"runs/mine/{run.label}" for run in expected), "--output", "runs/mine/report.html"]
+
+
+def test_the_output_is_that_of_the_configuration(tmp_path: Path) -> None:
+    status, _, _, [job] = sweep(tmp_path, "--seeds=7", "--throttle=1", "conf.yaml", text="seed: 1\n")
+    assert status == 0
+    assert "--array=7%1" in job
+    assert f"output={load_config(tmp_path / 'conf.yaml').output}/seed_%a" in job
+    assert "name=conf-seed_%a" in job
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["conf.yaml"], "got --seeds=; need whole numbers"),
+        (["--seeds=1,x", "conf.yaml"], "got --seeds=1,x"),
+        (["--seeds=1", "absent.yaml"], "got an unreadable absent.yaml"),
+        (["--seeds=1", "--array=1-3", "conf.yaml"], "give --throttle=N for its limit"),
+        (["--seeds=1", "--grid=optimizer.lr=1,,2", "conf.yaml"], "need key=a,b without blanks"),
+    ],
+)
+def test_what_cannot_be_submitted_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    status, _, errors, jobs = sweep(tmp_path, *words)
+    assert (status, jobs) == (2, [])
+    assert message in errors
