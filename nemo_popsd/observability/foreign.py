@@ -27,10 +27,12 @@ _EXPECTED_LINES = (
     "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as set in the spec
     # transformers: an "incorrect regex pattern" of every local tokenizer with a large vocabulary, of any family.
     "The tokenizer you are loading from",
+    "MCore's async save is deprecated",  # megatron-core 0.19 about its own writer, which checkpoints use
     "`torch_dtype` is deprecated",  # Megatron-Bridge uses the old name of a key of Hugging Face configurations
 )
 
 _FILTERED_LOGGERS = (
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.bridge.utils.fusions",
     "transformers.configuration_utils",
     "transformers.tokenization_utils_base",
@@ -62,6 +64,10 @@ def catch_foreign_output() -> None:
         library = logging.getLogger(name)
         if _is_unexpected not in library.filters:
             library.addFilter(_is_unexpected)
+    for handler in logging.getLogger().handlers:
+        # Megatron's logging.basicConfig in 26.08; of that type only, since others are not a library's.
+        if type(handler) is logging.StreamHandler and _is_serious not in handler.filters:
+            handler.addFilter(_is_serious)
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and _PRINTER in vars(module):
             setattr(module, _PRINTER, _log)
@@ -75,6 +81,13 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
     if expected:
         logger.debug("%s: %s", record.name, record.getMessage())
     return not expected
+
+
+def _is_serious(record: logging.LogRecord) -> bool:
+    serious = record.levelno >= logging.WARNING or record.name.startswith("nemo_popsd")
+    if not serious:
+        logger.debug("%s: %s", record.name, record.getMessage())
+    return serious
 
 
 def _log(message: object, *args: object, **kwargs: object) -> None:
