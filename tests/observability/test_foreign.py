@@ -31,6 +31,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
         yield module
     assert modules["unrelated"].print_rank_0 is print
     logging.getLogger(NAME).filters.clear()
+    logging.getLogger("megatron").setLevel(logging.NOTSET)
     logging.getLogger(f"{NAME}.quiet").setLevel(logging.NOTSET)
 
 
