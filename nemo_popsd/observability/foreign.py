@@ -17,6 +17,7 @@ _EXPECTED_WARNINGS = (
     ".*Apex.*not installed.*",  # megatron-core without CUDA falls back to torch, as `nemo_popsd.runtime.cpu` intends
     ".*legacy GroupedMLP.*",  # the same, where Transformer Engine is absent
     ".*does not have many workers.*",  # batches are lists of token ids; nothing is loaded in the background
+    ".*Only transformer-engine>=.* supports MoE experts.*",  # likewise, in 0.19
     ".*full scope is deprecated.*",  # megatron-core's own default for CUDA graphs, which are not used
     ".*`load_state_dict` is deprecated.*",  # called by megatron-core to read a distributed checkpoint
     ".*Please use DTensor instead.*",  # likewise
@@ -27,11 +28,19 @@ _EXPECTED_LINES = (
     "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as set in the spec
     # transformers: an "incorrect regex pattern" of every local tokenizer with a large vocabulary, of any family.
     "The tokenizer you are loading from",
+    "Import of ",  # Megatron-Bridge 0.6 without Transformer Engine, with a traceback for each optional name
+    "No CUDA runtime is found",  # torch, of a machine without a GPU
+    "GPTModel IS DEPRECATED",  # megatron-core 0.19; the model families of this package have no other class there
+    "MCore's async save is deprecated",  # megatron-core 0.19 about its own writer, which checkpoints use
     "`torch_dtype` is deprecated",  # Megatron-Bridge uses the old name of a key of Hugging Face configurations
 )
 
 _FILTERED_LOGGERS = (
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.models.gpt.gpt_model",
     "megatron.bridge.utils.fusions",
+    "megatron.bridge.utils.import_utils",
+    "torch.utils.cpp_extension",
     "transformers.configuration_utils",
     "transformers.tokenization_utils_base",
     "transformers.tokenization_utils_tokenizers",  # transformers 5
@@ -58,10 +67,15 @@ def catch_foreign_output() -> None:
             warnings.filterwarnings("ignore", message=message)
         for name in _QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("megatron").setLevel(logging.WARNING)  # 26.08 logs the set-up of every part at info
     for name in _FILTERED_LOGGERS:
         library = logging.getLogger(name)
         if _is_unexpected not in library.filters:
             library.addFilter(_is_unexpected)
+    for handler in logging.getLogger().handlers:
+        # Megatron's logging.basicConfig in 26.08; of that type only, since others are not a library's.
+        if type(handler) is logging.StreamHandler and _is_serious not in handler.filters:
+            handler.addFilter(_is_serious)
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and _PRINTER in vars(module):
             setattr(module, _PRINTER, _log)
@@ -75,6 +89,13 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
     if expected:
         logger.debug("%s: %s", record.name, record.getMessage())
     return not expected
+
+
+def _is_serious(record: logging.LogRecord) -> bool:
+    serious = record.levelno >= logging.WARNING or record.name.startswith("nemo_popsd")
+    if not serious:
+        logger.debug("%s: %s", record.name, record.getMessage())
+    return serious
 
 
 def _log(message: object, *args: object, **kwargs: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import types
@@ -30,6 +31,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
         yield module
     assert modules["unrelated"].print_rank_0 is print
     logging.getLogger(NAME).filters.clear()
+    logging.getLogger("megatron").setLevel(logging.NOTSET)
     logging.getLogger(f"{NAME}.quiet").setLevel(logging.NOTSET)
 
 
@@ -100,3 +102,20 @@ def test_a_level_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(console.LEVEL, "loud")
     with pytest.raises(UserError, match=r"POPSD_LOG_LEVEL='loud'; need one of debug, info, warning, error"):
         console.set_up_console()
+
+
+def test_a_root_handler_of_a_library_shows_warnings_alone(
+    libraries: types.ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = io.StringIO()
+    root, handler = logging.getLogger(), logging.StreamHandler(stream)
+    root.addHandler(handler)
+    try:
+        foreign.catch_foreign_output()
+        with caplog.at_level(logging.DEBUG):
+            logging.getLogger(NAME).info("setting up")
+            logging.getLogger(NAME).warning("a warning")
+    finally:
+        root.removeHandler(handler)
+    assert stream.getvalue().splitlines() == [f"{NAME}: setting up", "a warning"]  # the first is this package's
+    assert records(caplog, "nemo_popsd.libraries") == [("DEBUG", f"{NAME}: setting up")]
