@@ -18,10 +18,10 @@ from tests.model.runs import LORA, SETTINGS, TINY, differences, metrics, rollout
 pytestmark = pytest.mark.slow
 
 ADAPTATIONS = {
-    "full": ("distillation.teacher.weights=snapshot", "distillation.anchor.weights=snapshot"),
+    "full": (),
     "lora": (LORA, "distillation.teacher.weights=ema", "distillation.teacher.decay=0.5"),
 }
-"""With weights of teachers that move, whose second set is restored with the optimizer's state."""
+"""With adapters the teachers' weights move: their second set is restored with the optimizer's state."""
 both = pytest.mark.parametrize("adaptation", list(ADAPTATIONS))
 SIX_STEPS = ("training.steps=6", "training.checkpoint_every=0")
 
@@ -206,7 +206,7 @@ def test_another_base_other_rows_and_other_settings_are_refused(undisturbed: Pat
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    words = (LORA, "training.steps=5")
+    words = (*ADAPTATIONS["lora"], "training.steps=5")
     status, printed = train(output, *words, f"student.source={other}")[0]
     assert status == 2
     assert f"got student.source='{other}' with digest" in printed
