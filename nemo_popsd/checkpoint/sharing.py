@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_popsd.parallel.distributed import on_any_rank
 
@@ -80,7 +81,8 @@ class SharedReading(TorchDistLoadShardedStrategy):  # type: ignore[misc]  # Mega
             options: of Megatron's reader.
 
         Raises:
-            CheckpointingException: another rank cannot read its part.
+            CheckpointException: on every rank, with megatron-core 0.16, if a rank cannot read its part.
+            CheckpointingException: another rank cannot read its part; it raises its own error.
         """
         shards = {_sharded_tensor_shard_id(shard): shard for shard in nested_values(state)}
         distribution = determine_main_replica_uniform_distribution(state, self._group, ignore_groups=True)
@@ -90,10 +92,10 @@ class SharedReading(TorchDistLoadShardedStrategy):  # type: ignore[misc]  # Mega
         }
         self.bytes = sum(shard.data.numel() * shard.data.element_size() for shard in own.values())
         loaded: dict[Any, Tensor] = {}
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             loaded = super().load(dict(own), directory, *options)
-        except Exception as raised:
+        except (Exception, CheckpointException) as raised:  # torch derives it from BaseException
             error = raised
         if on_any_rank(error is not None):  # no rank waits for what another one could not read
             raise error or CheckpointingException("another rank cannot read its part")
