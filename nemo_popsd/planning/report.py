@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from nemo_popsd.planning.alternatives import Alternative
+from nemo_popsd.planning.checkpoint import checkpoint_bytes
 from nemo_popsd.planning.memory import PHASES
 from nemo_popsd.planning.parameters import total_parameters
 from nemo_popsd.planning.plan import GIB, Changes, Estimate
@@ -31,6 +32,11 @@ def describe(estimate: Estimate, origin: str) -> str:
     lines.append(
         f"step {total:.1f} s, {case.config.training.steps} steps {total * case.config.training.steps / 3600:.1f} h, "
         f"{case.prompts / total:.2f} prompts/s, {gpu_hours(estimate):.2f} GPU hours per 1,000 prompts"
+    )
+    files = checkpoint_bytes(case)
+    lines.append(
+        f"checkpoint of {_gb(files.weights)} of weights and {_gb(files.state)} of optimizer state, "
+        f"at most {_gb(files.share)} a GPU"
     )
     return "\n".join(lines)
 
@@ -136,6 +142,7 @@ def as_data(estimate: Estimate, origin: str) -> dict[str, object]:
             "peak": {phase: estimate.memory.peak(phase) for phase in PHASES},
             "host": estimate.memory.host,
         },
+        "checkpoint_bytes": asdict(checkpoint_bytes(case)),
         "flops": {
             phase: {**asdict(flops), "counted": flops.counted, "needed": flops.needed}
             for phase, flops in ((p, getattr(estimate.flops, p)) for p in PHASES)
@@ -222,6 +229,10 @@ def _step(case: Case) -> str:
 
 def _size(count: int, noun: str, plural: str = "s") -> str:
     return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
 
 
 def _gib(size: float) -> str:
