@@ -52,6 +52,7 @@ from nemo_popsd.model.evaluation import Sampler, Validation
 from nemo_popsd.model.new_run import start_run
 from nemo_popsd.model.training import build_step
 from nemo_popsd.parallel.distributed import initialize, on_any_rank
+from nemo_popsd.parallel.heartbeats import Heartbeats
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.rollout.engine import SamplingParams
@@ -109,7 +110,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         self.automatic_optimization = False
         self.settings: PopsdConfig = from_dict_config(self.cfg)
         initialize(self.settings.parallel, seed=self.settings.seed)
-        self.stop = StopSignals()
+        self.stop = StopSignals(Heartbeats().send)
         # Otherwise NeMo calls the connector on rank 0 only.
         AppState().model_parallel_size = self.settings.parallel.replica_ranks
         self._restored_steps = checkpoint.step if checkpoint else 0
