@@ -26,6 +26,7 @@ from nemo_popsd.checkpoint.contents import ARCHITECTURE, CONFIG_NAME, STATE, WEI
 from nemo_popsd.checkpoint.distributed_tensors import Piece
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.manifest import file_digest, file_digests, list_files, write_manifest
+from nemo_popsd.checkpoint.shares import Share, gathered, summary
 from nemo_popsd.checkpoint.training_state import Copies, StagedState
 from nemo_popsd.checkpoint.weights import StagedPieces, StagedWeights, adapter_parameters, every_parameter
 from nemo_popsd.errors import UserError
@@ -86,6 +87,7 @@ class PendingSave:
     Attributes:
         path: path of the complete checkpoint.
         step: number of completed training steps.
+        summary: after `finish`, what the ranks wrote and in which time.
     """
 
     def __init__(self, path: str | Path, content: Content, *, background: bool = False) -> None:
@@ -110,7 +112,21 @@ class PendingSave:
         self._digests: dict[str, tuple[int, str]] = {}
         self._error: Exception | None = None
         self._state: StagedState | None = None
+        self._share = Share()
+        self.summary = ""
         self._on_all_ranks(self._make_partial)
+        with self._share.timed("staged"):
+            self._stage(background)
+        self._require_space()
+        self._thread = threading.Thread(target=self._write, name=f"save {self.path.name}", daemon=True)
+        if background:
+            self._thread.start()
+        else:
+            self._write()
+
+    def _stage(self, background: bool) -> None:
+        """Plans and copies the weights and the state. Collective over all ranks."""
+        content = self._content
         self._weights: StagedWeights | StagedPieces
         if content.pieces:
             self._weights = StagedPieces(content.pieces, self._partial / WEIGHTS)
@@ -124,13 +140,9 @@ class PendingSave:
                 self._partial,
                 copies=content.copies,
                 random_state=content.random_state,
+                copy=background,
             )
-        self._require_space()
-        self._thread = threading.Thread(target=self._write, name=f"save {self.path.name}", daemon=True)
-        if background:
-            self._thread.start()
-        else:
-            self._write()
+        self._share.bytes = self._weights.bytes + (self._state.bytes if self._state else 0)
 
     @property
     def written(self) -> bool:
@@ -147,19 +159,22 @@ class PendingSave:
         if self._thread.ident is not None:
             self._thread.join()
         self._on_all_ranks(self._raise_error)
-        gathered: list[dict[str, tuple[int, str]]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, self._digests)
+        written = [(self._digests, self._share)] * dist.get_world_size()
+        dist.all_gather_object(written, written[0])
         self._on_all_ranks(self._weights.finish)
-        self._on_all_ranks(lambda: self._complete({k: v for digests in gathered for k, v in digests.items()}))
+        self._on_all_ranks(lambda: self._complete({k: v for digests, _ in written for k, v in digests.items()}))
+        self.summary = summary([share for _, share in written])
 
     def _write(self) -> None:
         try:
-            self._weights.write()
-            files = list(self._weights.files)
-            if self._state is not None:
-                self._state.write()
-                files += self._state.files
-            self._digests = {path.relative_to(self._partial).as_posix(): file_digest(path) for path in files}
+            with self._share.timed("written"):
+                self._weights.write()
+                files = list(self._weights.files)
+                if self._state is not None:
+                    self._state.write()
+                    files += self._state.files
+            with self._share.timed("hashed"):
+                self._digests = {path.relative_to(self._partial).as_posix(): file_digest(path) for path in files}
         except Exception as error:
             self._error = error
 
@@ -193,11 +208,8 @@ class PendingSave:
                 (self._partial / STATE).mkdir()
 
     def _require_space(self) -> None:
-        """Compares the bytes of all ranks with the free space that rank 0 sees: one gather of integers."""
-        own_bytes = self._weights.bytes + (self._state.bytes if self._state else 0)
-        gathered: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(gathered, own_bytes)
-        needed = sum(gathered) * (2 if self.path.suffix == ".nemo" else 1)
+        """Compares the bytes of all ranks with the free space that rank 0 sees: one gather of objects."""
+        needed = sum(share.bytes for share in gathered(self._share)) * (2 if self.path.suffix == ".nemo" else 1)
 
         def check() -> None:
             free = shutil.disk_usage(self._partial).free

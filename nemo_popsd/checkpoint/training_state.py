@@ -6,8 +6,8 @@ State and second sets are in pieces that any layout can read.
     training_state/rank-00000.safetensors   pieces that rank 0 wrote
     training_state/random-00000.safetensors random generators of rank 0
 
-A piece is a box within the unsharded tensor; Megatron's sharding of the model's weights gives its offset. Data-parallel
-ranks with the same shard divide its parameters among them, so that each copies and writes 1/dp of the state.
+A piece is a box within the unsharded tensor; Megatron's sharding of the model's weights gives its offset. The ranks
+that have the same shards divide the parameters among them, so that each writes about as many bytes as the others.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class _StoredPiece(TypedDict):
 
 
 class StagedState:
-    """Copies of the optimizer and random state in CPU memory, to be written.
+    """The optimizer and random state in CPU memory, to be written.
 
     Attributes:
         files: files that `write` writes.
-        bytes: size of the copies.
+        bytes: size of the tensors.
         names_of_all_ranks: names of the files that all ranks write.
     """
 
@@ -78,9 +78,10 @@ class StagedState:
         *,
         copies: Copies | None = None,
         random_state: Mapping[str, Tensor],
+        copy: bool = False,
     ) -> None:
-        """Copies the state. Collective: one gather of names, and with the distributed optimizer one reduction per
-        parameter and state.
+        """Brings the state to CPU memory. Collective: one gather of names, and with the distributed optimizer one
+        reduction per parameter and state.
 
         Args:
             models: this rank's chunks of the model, without wrappers.
@@ -88,6 +89,7 @@ class StagedState:
             directory: the checkpoint; its folder `STATE` must exist.
             copies: second sets of the trained weights.
             random_state: state of this rank's random generators.
+            copy: whether copies are written, so that training can continue meanwhile.
         """
         self._random = dict(random_state)
         self._tensors: dict[str, Tensor] = {}
@@ -95,20 +97,22 @@ class StagedState:
         self._folder = directory / STATE
         file = f"rank-{rank:05d}.safetensors"
         pieces: list[_StoredPiece] = []
-        for index, (state, sharding) in enumerate(_with_sharding(models, optimizer)):
-            owner = index % state.group.size()
+        states = list(_with_sharding(models, optimizer))
+        owners = _owners([(state.parameter.numel(), state.group) for state, _ in states])
+        for (state, sharding), owner in zip(states, owners, strict=True):
             second = {name: values[state.parameter] for name, values in (copies or {}).items()}
             for name in (*state.names, *second):
-                if name in second:
-                    tensor = second[name] if state.group.rank() == owner else None
-                else:
+                kept = second.get(name, state.values.get(name))
+                if name not in second:
                     tensor = state.gathered(name, owner)
+                else:
+                    tensor = kept if state.group.rank() == owner else None
                 if tensor is None or not _written_by_this_shard(sharding):
                     continue
                 for piece in _pieces(sharding, tensor, name):
                     box = _Box.of(piece)
                     key = f"{piece.key}@{'_'.join(map(str, box.offset))}"
-                    self._tensors[key] = piece.data.detach().cpu().clone(memory_format=torch.contiguous_format)
+                    self._tensors[key] = _on_host(piece.data, kept if copy else None)
                     pieces.append(
                         {
                             "tensor": piece.key,
@@ -148,6 +152,32 @@ class StagedState:
     def finish(self) -> None:
         """Writes the index. Called on rank 0 only."""
         (self._folder / STATE_INDEX).write_text(json.dumps(self._index))
+
+
+def _owners(parameters: Sequence[tuple[int, dist.ProcessGroup]]) -> list[int]:
+    """The rank that writes each parameter, the same on all ranks of its group: the largest ones first, each for the
+    first rank with the fewest elements so far.
+
+    Args:
+        parameters: elements, and the ranks that have the same shard.
+    """
+    owners = [0] * len(parameters)
+    loads: dict[dist.ProcessGroup, list[int]] = {}
+    for position in sorted(range(len(parameters)), key=lambda index: -parameters[index][0]):
+        elements, group = parameters[position]
+        load = loads.setdefault(group, [0] * group.size())
+        owners[position] = load.index(min(load))
+        load[owners[position]] += elements
+    return owners
+
+
+def _on_host(data: Tensor, kept: Tensor | None) -> Tensor:
+    """`data` in CPU memory, contiguous; copied where it is elsewhere, or in the memory of `kept`, which the next step
+    changes.
+    """
+    host = data.detach().cpu().contiguous()
+    same = kept is not None and host.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
+    return host.clone() if same else host
 
 
 def load_training_state(

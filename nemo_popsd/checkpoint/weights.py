@@ -1,9 +1,10 @@
-"""Megatron distributed checkpoints: each rank writes and reads its shards, and any layout can read them."""
+"""Megatron distributed checkpoints: each rank writes and reads a part of its shards, and any layout can read them."""
 
 from __future__ import annotations
 
+import logging
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TypeAlias
@@ -21,10 +22,14 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_popsd.checkpoint.distributed_tensors import Piece, write_distributed_tensors
+from nemo_popsd.checkpoint.shares import Share, gathered, summary
+from nemo_popsd.checkpoint.sharing import SharedReading, replicas, share_writing
 from nemo_popsd.checkpoint.trust import safe_unpickling
 from nemo_popsd.compat.megatron_core import stage_save
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.interfaces import ModelChunk
+
+logger = logging.getLogger(__name__)
 
 ParameterFilter = Callable[[str], bool]
 """Whether a parameter is saved or loaded, by its name."""
@@ -48,7 +53,8 @@ class StagedWeights:
     """Weights to be written: staging and `finish` are collective, `write` uses no collectives."""
 
     def __init__(self, models: Sequence[ModelChunk], directory: Path, *, which: ParameterFilter, copy: bool) -> None:
-        """Plans which rank writes which shards. Collective over all ranks: one gather and one scatter of plans.
+        """Plans which rank writes which shards. Collective over all ranks: one gather among the ranks that have the
+        same weights, and one gather and one scatter of plans.
 
         Args:
             models: this rank's chunks of the model, without wrappers.
@@ -60,7 +66,9 @@ class StagedWeights:
         # it; its writers are forked, which is unsafe with threads. Here the caller's thread writes, and an ordinary
         # queue is sufficient.
         filesystem_async._results_queue = queue.Queue()
-        request = stage_save(_sharded_state(models, which), directory)
+        state = _sharded_state(models, which)
+        share_writing(state, replicas())
+        request = stage_save(state, directory)
         self._finish = request.finalize_fns
         self._results: queue.Queue[dict[int, list[WriteResult]]] | None = None
         self._transforms: list[object] = []
@@ -69,10 +77,11 @@ class StagedWeights:
             self._transforms = request.async_fn.args[0]
             _, buckets, self._results = request.async_fn_args
             self._buckets = request.preload_fn() if request.preload_fn else buckets
-        # Tensors on a device have been copied to the host by `preload_fn`.
-        if copy and all(p.device.type == "cpu" for model in models for p in model.parameters()):
+        if copy:
+            # Megatron has copied to the host what was on a device, and views of larger buffers.
+            training = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
             self._buckets = [
-                (path, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+                (path, key, (objects, [(item, _copy_of(tensor, training)) for item, tensor in tensors]))
                 for path, key, (objects, tensors) in self._buckets
             ]
         self.bytes = sum(t.numel() * t.element_size() for _, _, (_, tensors) in self._buckets for _, t in tensors)
@@ -154,7 +163,8 @@ class StagedPieces:
 
 
 def load_weights(models: Sequence[ModelChunk], directory: Path, *, which: ParameterFilter = every_parameter) -> None:
-    """Loads the weights in the layout of `models`. Collective over all ranks. Runs no code from the files.
+    """Loads the weights in the layout of `models`. Each of the ranks that have the same weights reads a part of them.
+    Collective over all ranks, see `SharedReading`. Logs sizes and seconds. Runs no code from the files.
 
     Args:
         models: this rank's chunks of the model, without wrappers.
@@ -166,10 +176,11 @@ def load_weights(models: Sequence[ModelChunk], directory: Path, *, which: Parame
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise _unusable(directory, "no Megatron distributed checkpoint")
+    reading, share = SharedReading(replicas()), Share()
     try:
-        with safe_unpickling():
+        with safe_unpickling(), share.timed("read"):
             states, not_loaded, not_stored = dist_checkpointing.load(
-                _sharded_state(models, which), str(directory), strict=StrictHandling.RETURN_ALL
+                _sharded_state(models, which), str(directory), reading, strict=StrictHandling.RETURN_ALL
             )
     except (CheckpointException, CheckpointingException, EOFError, OSError, UnpicklingError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
@@ -191,6 +202,13 @@ def load_weights(models: Sequence[ModelChunk], directory: Path, *, which: Parame
         raise _unusable(
             directory, f"missing tensors {sorted(missing)[:4]}, unexpected tensors {sorted(unexpected)[:4]}"
         )
+    share.bytes = reading.bytes
+    logger.info("loaded %s: %s", directory, summary(gathered(share)))
+
+
+def _copy_of(tensor: torch.Tensor, training: Collection[int]) -> torch.Tensor:
+    """A copy if the tensor is in one of the storages at `training`, which the next step changes."""
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in training else tensor
 
 
 def _sharded_state(models: Sequence[ModelChunk], which: ParameterFilter) -> dict[str, object]:

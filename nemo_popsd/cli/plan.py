@@ -1,4 +1,4 @@
-"""`popsd plan CONF nodes=N [gpus_per_node=8] [key=value ...] [--fastest] [--json]`."""
+"""`popsd plan CONF nodes=N [gpus_per_node=8] [key=value ...] [--fastest] [--explain] [--json]`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "(nemo_popsd/planning/config.py), or a setting of the run",
     )
     parser.add_argument("--fastest", action="store_true", help="use the layout with the shortest estimated step")
+    parser.add_argument(
+        "--explain", action="store_true", help="add what one other value at a time gives: memory and seconds of a step"
+    )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
 
@@ -41,4 +44,5 @@ def run(args: argparse.Namespace) -> None:
     """Load and check the configuration, then estimate and print."""
     from nemo_popsd.planning.command import plan_text
 
-    print(plan_text(args.config, args.overrides, fastest_layout=args.fastest, as_json=args.json))
+    text = plan_text(args.config, args.overrides, fastest_layout=args.fastest, explain=args.explain, as_json=args.json)
+    print(text)

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 
-from nemo_popsd.cli.arguments import Subparsers
+from nemo_popsd.cli.arguments import Subparsers, example
 from nemo_popsd.config.paths import path_argument
 
 
@@ -18,6 +18,9 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Carry out one step of CONF as one rank of N nodes: the run's code, with tensors that have shapes "
         "but no memory, and collectives that return at once. Memory, operations and collectives are measured and "
         "compared with `popsd plan` (docs/planning.md). Needs no GPU, no weights and no data.",
+        epilog=example(
+            "popsd rehearse conf/qwen3_8b.yaml student.source=Qwen3-8B nodes=4 parallel.tensor=2 --ranks 0,last"
+        ),
     )
     parser.add_argument(
         "config", metavar="CONF", type=path_argument, help="configuration file, e.g. conf/qwen3_8b.yaml"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, example
 from nemo_popsd.cli.launch import run_command
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.output_lock import OutputLock
-from nemo_popsd.parallel.launcher import read_launch
+from nemo_popsd.parallel.launcher import read_launch, restarts
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -89,6 +90,8 @@ def _train(args: argparse.Namespace) -> int:
 
     launch = read_launch()
     config = load_config(args.config, args.overrides)
+    if restarts():
+        config = replace(config, overwrite=False)  # the launcher's first start has removed the old run
     check_training_run(config, world_size=launch.world_size)
     check_trackers(config.observability)
     if holds_a_run(config.output) and not config.overwrite:

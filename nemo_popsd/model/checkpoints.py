@@ -154,7 +154,7 @@ class RunCheckpoints:
             need="permission to replace older checkpoints",
             fix="free space, or set output",
         )
-        logger.info("checkpoint %s", pending.path)
+        logger.info("checkpoint %s: %s", pending.path, pending.summary)
 
     def _refuse_lost_lock(self) -> None:
         """Raises on all ranks if the output belongs to another run. One all-reduce of one number while it does not."""

@@ -53,6 +53,7 @@ from nemo_popsd.model.evaluation import Sampler, Validation
 from nemo_popsd.model.new_run import start_run
 from nemo_popsd.model.training import RunStep, build_step
 from nemo_popsd.parallel.distributed import initialize, on_any_rank
+from nemo_popsd.parallel.heartbeats import Heartbeats
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.rollout.engine import SamplingParams
@@ -76,7 +77,6 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         sampler: generates samples for an evaluation.
         training_data: rows and sampler of `data.train`; None without training rows.
         last_evaluation: result of the last validation, on every rank.
-        last_evaluation_step: number of completed training steps at that validation; -1 before the first.
         stop: requests to save and stop.
         checkpoints: saves the run.
         optimizer: of the student, once training has been set up.
@@ -109,7 +109,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         self.automatic_optimization = False
         self.settings: PopsdConfig = from_dict_config(self.cfg)
         initialize(self.settings.parallel, seed=self.settings.seed)
-        self.stop = StopSignals()
+        self.stop = StopSignals(Heartbeats().send)
         AppState().model_parallel_size = self.settings.parallel.replica_ranks  # else the connector runs on rank 0 only
         self._restored_steps = checkpoint.step if checkpoint else 0
         load_initial: LoadWeights
@@ -173,7 +173,6 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             self.sampler, self.settings.output, check_lock=lambda: self.checkpoints.check_lock()
         )
         self.last_evaluation: EvaluationSummary | None = None
-        self.last_evaluation_step = -1
 
     @property
     def completed_steps(self) -> int:
@@ -286,7 +285,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         """
         self.stop.raise_if_requested()
         summary = self._validation.conclude(self.completed_steps)
-        self.last_evaluation, self.last_evaluation_step = summary, self.completed_steps
+        self.last_evaluation = summary
         metrics = {f"validation/{name}": value for name, value in summary.numbers().items()}
         # Values are over all ranks. `sync_dist` only silences Lightning: a trainer with one device reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)

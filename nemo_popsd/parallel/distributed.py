@@ -133,7 +133,9 @@ def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
     finally:
         reminder.cancel()
     store.set_timeout(timeout)
-    return dist.PrefixStore("default_pg", store)
+    # torchrun with a static rendezvous keeps its store; ranks that it starts again would find in it the addresses of
+    # those that have ended.
+    return dist.PrefixStore(f"start-{launcher.restarts()}/default_pg", store)
 
 
 def _log_waiting(launch: launcher.Launch, place: str) -> None:

@@ -50,6 +50,12 @@ def world_size() -> int:
     return _number(os.environ, "WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
 
 
+def restarts() -> int:
+    """How often torchrun or ft_launcher has started the ranks again within this start; 0 without them."""
+    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(text) if _is_number(text) else 0
+
+
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """This process among those of the run, from the launcher's variables.
 

@@ -39,7 +39,13 @@ _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | signal.H
 class StopSignals:
     """Whether a stop of the run was requested. One object for each process; the process groups must exist."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Installs nothing yet.
+
+        Args:
+            progress: called where this rank checks for a request: it computes, and does not hang.
+        """
+        self._progress = progress
         self._requested = False
         self._decoded = 0
         self._previous: dict[int, _Handler] = {}
@@ -91,6 +97,7 @@ class StopSignals:
         Raises:
             StopRequested: on every rank.
         """
+        self._progress()
         if on_any_rank(self._requested):
             self._requested = True
             raise StopRequested
@@ -102,6 +109,7 @@ class StopSignals:
         the store whether any rank of the world got a request. Under context or expert parallelism, where several such
         groups exchange data while they decode, it does not check, and a stop waits for the end of the rollouts.
         """
+        self._progress()
         self._decoded += 1
         if self._decoded % _TOKENS_BETWEEN_CHECKS or _groups_exchange_data():
             return False

@@ -10,6 +10,7 @@ from nemo_popsd.config.loading import load_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning import report
+from nemo_popsd.planning.alternatives import alternatives
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.plan import Estimate, estimate, fastest, nearest, problems
 from nemo_popsd.planning.settings import split_settings
@@ -17,18 +18,26 @@ from nemo_popsd.planning.sizes import read_sizes
 from nemo_popsd.planning.workload import Case
 
 
-def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool = False, as_json: bool = False) -> str:
+def plan_text(
+    config: str | Path,
+    words: Sequence[str],
+    *,
+    fastest_layout: bool = False,
+    explain: bool = False,
+    as_json: bool = False,
+) -> str:
     """One layout in full, or a table where `nodes` holds several numbers.
 
     Args:
         config: configuration file of the run.
         words: ``key=value``, of the plan and of the run.
         fastest_layout: search the layout instead of taking that of the run.
+        explain: add what the layout gains over its neighbours, see `alternatives`.
         as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
 
     Raises:
-        UserError: a setting is wrong, or the only requested layout does not divide or fit; `advice` names the nearest
-            layouts that do.
+        UserError: a setting is wrong, `explain` with several numbers of nodes, or the only requested layout does not
+            divide or fit; `advice` names the nearest layouts that do.
     """
     plan, rest = split_settings(words)
     run = load_config(config, rest)
@@ -37,7 +46,21 @@ def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool 
     cases = [Case(run, plan, sizes, nodes) for nodes in plan.nodes]
     if len(cases) == 1:
         result = _estimate_or_raise(cases[0], fastest_layout)
-        return json.dumps(report.as_data(result, origin), indent=2) if as_json else report.describe(result, origin)
+        others = alternatives(result.case) if explain else []
+        if as_json:
+            data = report.as_data(result, origin)
+            return json.dumps(
+                {**data, "alternatives": report.alternatives_as_data(others)} if explain else data, indent=2
+            )
+        text = report.describe(result, origin)
+        return f"{text}\n\n{report.comparison(result, others)}" if explain else text
+    if explain:
+        raise UserError(
+            "plan",
+            got=f"--explain with {len(cases)} numbers of nodes",
+            need="one layout to compare with its neighbours",
+            fix="set one number, as in nodes=4",
+        )
     rows = [(case, _estimate_or_none(case, fastest_layout)) for case in cases]
     if as_json:
         return json.dumps([None if row is None else report.as_data(row, origin) for _, row in rows], indent=2)

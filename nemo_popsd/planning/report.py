@@ -1,10 +1,12 @@
-"""What `popsd plan` prints: one layout in full, a table over nodes, and the same as data."""
+"""What `popsd plan` prints: one layout in full, its alternatives, a table over nodes, and the same as data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
+from nemo_popsd.planning.alternatives import Alternative
+from nemo_popsd.planning.checkpoint import checkpoint_bytes
 from nemo_popsd.planning.memory import PHASES
 from nemo_popsd.planning.parameters import total_parameters
 from nemo_popsd.planning.plan import GIB, Changes, Estimate
@@ -30,6 +32,11 @@ def describe(estimate: Estimate, origin: str) -> str:
     lines.append(
         f"step {total:.1f} s, {case.config.training.steps} steps {total * case.config.training.steps / 3600:.1f} h, "
         f"{case.prompts / total:.2f} prompts/s, {gpu_hours(estimate):.2f} GPU hours per 1,000 prompts"
+    )
+    files = checkpoint_bytes(case)
+    lines.append(
+        f"checkpoint of {_gb(files.weights)} of weights and {_gb(files.state)} of optimizer state, "
+        f"at most {_gb(files.share)} a GPU"
     )
     return "\n".join(lines)
 
@@ -91,6 +98,25 @@ def growth_table(rows: Sequence[tuple[Case, Estimate | None]]) -> str:
     return "\n".join(lines)
 
 
+def comparison(chosen: Estimate, others: Sequence[Alternative]) -> str:
+    """Memory and time of a step as planned, and with one setting changed at a time."""
+    rows: list[tuple[str, ...]] = [("one setting changed at a time", "GiB/GPU", "step s", "")]
+    rows.append(("as planned", *_cost(chosen)))
+    for other in others:
+        cost = ("", "", "; ".join(other.reasons)) if other.estimate is None else _cost(other.estimate)
+        rows.append((overrides(other.changes), *cost))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {memory:>{widths[1]}}  {time:>{widths[2]}}  {note}".rstrip()
+        for name, memory, time, note in rows
+    )
+
+
+def _cost(estimate: Estimate) -> tuple[str, str, str]:
+    fits = "" if estimate.fits else "does not fit"
+    return f"{estimate.memory.worst / GIB:.1f}", f"{estimate.seconds.total:.1f}", fits
+
+
 def gpu_hours(estimate: Estimate) -> float:
     """GPU hours per 1,000 prompts."""
     return estimate.seconds.total * estimate.case.layout.world / estimate.case.prompts * 1000 / 3600
@@ -116,6 +142,7 @@ def as_data(estimate: Estimate, origin: str) -> dict[str, object]:
             "peak": {phase: estimate.memory.peak(phase) for phase in PHASES},
             "host": estimate.memory.host,
         },
+        "checkpoint_bytes": asdict(checkpoint_bytes(case)),
         "flops": {
             phase: {**asdict(flops), "counted": flops.counted, "needed": flops.needed}
             for phase, flops in ((p, getattr(estimate.flops, p)) for p in PHASES)
@@ -130,6 +157,20 @@ def as_data(estimate: Estimate, origin: str) -> dict[str, object]:
         },
         "gpu_hours_per_1000_prompts": gpu_hours(estimate),
     }
+
+
+def alternatives_as_data(others: Sequence[Alternative]) -> list[dict[str, object]]:
+    """The numbers of `comparison`."""
+    return [
+        {
+            "changes": dict(other.changes),
+            "reasons": list(other.reasons),
+            "fits": other.estimate is not None and other.estimate.fits,
+            "worst_bytes": None if other.estimate is None else other.estimate.memory.worst,
+            "step_seconds": None if other.estimate is None else other.estimate.seconds.total,
+        }
+        for other in others
+    ]
 
 
 def _memory_table(estimate: Estimate) -> list[str]:
@@ -188,6 +229,10 @@ def _step(case: Case) -> str:
 
 def _size(count: int, noun: str, plural: str = "s") -> str:
     return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
 
 
 def _gib(size: float) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from nemo_popsd.checkpoint.contents import STATE
-from nemo_popsd.checkpoint.training_state import StagedState, load_training_state
+from nemo_popsd.checkpoint.training_state import StagedState, _owners, load_training_state
 from nemo_popsd.distillation.config import WeightsConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import LoRAConfig, OptimizerConfig
@@ -79,6 +80,39 @@ def _fill(rank: int, world_size: int, source: Path, folder: Path) -> None:
             if parameter.shape[0] == vocabulary.shape[0] and parameter.dim() == 2:
                 value[203:] = 0
         write_state(student, optimizer, folder / name / "1", {"teacher": moving.values})
+
+
+def _stage_twice(rank: int, world_size: int, source: Path, folder: Path, split: bool) -> dict[str, Any]:
+    """Whether staged tensors are in the optimizer's memory, without and with a request to copy; bytes of this rank."""
+    student, optimizer = _optimizer(source, "full", 1, split)
+    (folder / STATE).mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    for copy in (False, True):
+        staged = StagedState(student.chunks, optimizer.megatron, folder, random_state={}, copy=copy)
+        kept = {v.untyped_storage().data_ptr() for s in parameter_states(optimizer.megatron) for v in s.values.values()}
+        found[f"own memory, copy={copy}"] = any(
+            t.untyped_storage().data_ptr() in kept for t in staged._tensors.values()
+        )
+        found["bytes"] = sum(t.numel() * t.element_size() for t in staged._tensors.values())
+    return found
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_state_is_copied_only_where_training_would_change_it_and_divided_evenly(
+    source: Path, tmp_path: Path, split: bool
+) -> None:
+    found = run_ranks(_stage_twice, 2, source, tmp_path, split)
+    for rank in found:
+        assert rank["own memory, copy=False"] == (not split), "a sharded state is gathered into tensors of its own"
+        assert not rank["own memory, copy=True"]
+    sizes = [rank["bytes"] for rank in found]
+    assert min(sizes) > 0.8 * max(sizes)
+
+
+def test_the_largest_parameters_are_divided_first() -> None:
+    group, experts = (mock.Mock(**{"size.return_value": size}) for size in (2, 1))
+    sizes = [(1, group), (4, group), (9, experts), (3, group), (2, group)]
+    assert _owners(sizes) == [0, 0, 0, 1, 1]
 
 
 def _load_and_write(rank: int, world_size: int, source: Path, folder: Path, before: str, after: str) -> None:

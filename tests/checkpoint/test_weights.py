@@ -12,9 +12,8 @@ import torch
 from nemo_popsd.checkpoint import weights
 
 
-def _staged(monkeypatch: pytest.MonkeyPatch, device: str, *, copy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tensor that Megatron prepares for a model on `device`, always in host memory, and the staged tensor."""
-    prepared = torch.arange(4.0)
+def _staged(monkeypatch: pytest.MonkeyPatch, prepared: torch.Tensor, *, copy: bool) -> torch.Tensor:
+    """What is staged for a model with the storage `MODEL`, where Megatron prepares the tensor `prepared`."""
     buckets = [(Path("shard.distcp"), "key", ([], [("item", prepared)]))]
     request = SimpleNamespace(
         finalize_fns=[],
@@ -22,25 +21,31 @@ def _staged(monkeypatch: pytest.MonkeyPatch, device: str, *, copy: bool) -> tupl
         async_fn_args=([], buckets, None),
         preload_fn=lambda: buckets,
     )
-    monkeypatch.setattr(weights.dist_checkpointing, "save", lambda *_, **__: request)
-    model: Any = SimpleNamespace(
-        parameters=lambda: iter([torch.nn.Parameter(torch.empty(4, device=device))]), sharded_state_dict=dict
-    )
+    monkeypatch.setattr(weights, "stage_save", lambda *_: request)
+    monkeypatch.setattr(weights, "replicas", lambda: None)
+    monkeypatch.setattr(weights, "share_writing", lambda *_: None)
+    model: Any = SimpleNamespace(parameters=lambda: iter([torch.nn.Parameter(MODEL)]), sharded_state_dict=dict)
     staged = weights.StagedWeights([model], Path("unused"), which=weights.every_parameter, copy=copy)
     [(_, _, (_, [(_, tensor)]))] = staged._buckets
-    assert staged.bytes == 16
-    return prepared, tensor
+    assert staged.bytes == prepared.numel() * 4
+    assert torch.equal(prepared, tensor)
+    return tensor
+
+
+MODEL = torch.arange(4.0)
 
 
 @pytest.mark.parametrize(
-    ("device", "copy", "copied"),
+    ("prepared", "copy", "copied"),
     [
-        ("cpu", True, True),  # the model's own memory, which the next step changes
-        ("cpu", False, False),
-        ("meta", True, False),  # for a GPU: Megatron has copied it to the host already
+        (MODEL, True, True),  # the model's own memory, which the next step changes
+        (MODEL[1:3], True, True),
+        (MODEL, False, False),
+        (MODEL.clone(), True, False),  # Megatron has copied it: from a GPU, or because it is a view of a buffer
     ],
 )
-def test_weights_are_copied_once(monkeypatch: pytest.MonkeyPatch, device: str, copy: bool, copied: bool) -> None:
-    prepared, tensor = _staged(monkeypatch, device, copy=copy)
-    assert torch.equal(prepared, tensor)
-    assert (prepared.data_ptr() != tensor.data_ptr()) == copied
+def test_weights_are_copied_once(
+    monkeypatch: pytest.MonkeyPatch, prepared: torch.Tensor, copy: bool, copied: bool
+) -> None:
+    staged = _staged(monkeypatch, prepared, copy=copy)
+    assert (prepared.data_ptr() != staged.data_ptr()) == copied

@@ -46,6 +46,26 @@ def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert three is None
 
 
+def test_a_layout_is_explained_by_its_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [CONF, "nodes=2", "parallel.tensor=8", "parallel.sequence=true", "--explain"]
+    assert cli.main(["plan", *words]) == 0
+    text = capsys.readouterr().out
+    table = {line.split("  ")[0]: line for line in text[text.index("one setting changed") :].splitlines()}
+    assert "8 key-value heads do not divide by parallel.tensor=16" in table["parallel.tensor=16"]
+    assert "parallel.sequence=false" in table
+    assert "parallel.expert=2" not in table
+    assert cli.main(["plan", *words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert cli.main(["plan", CONF, "nodes=2", "parallel.tensor=4", "parallel.sequence=true", "--json"]) == 0
+    smaller = json.loads(capsys.readouterr().out)
+    (other,) = [entry for entry in plan["alternatives"] if entry["changes"] == {"parallel.tensor": 4}]
+    assert other["fits"]
+    assert other["step_seconds"] == smaller["seconds"]["step"]
+    assert other["worst_bytes"] == max(smaller["memory_bytes"]["peak"].values())
+    assert cli.main(["plan", CONF, "nodes=1,2", "--explain"]) == 2
+    assert "got --explain with 2 numbers of nodes" in capsys.readouterr().err
+
+
 def test_the_embedded_model_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(ROOT / "conf" / "tiny.yaml"), "nodes=1", "gpus_per_node=1"]) == 0
     assert "config.json of nemo_popsd:tiny_reasoner" in capsys.readouterr().out

@@ -86,7 +86,7 @@ def check_popsd(words: Sequence[str], *, refused: bool = False) -> None:
     if args.command in _WITH_CONFIGURATION:
         load_config(ROOT / configuration, args.overrides)
     elif args.command == "plan" and not refused:
-        plan_text(ROOT / configuration, args.overrides, fastest_layout=args.fastest)
+        plan_text(ROOT / configuration, args.overrides, fastest_layout=args.fastest, explain=args.explain)
 
 
 def check_torchrun(words: Sequence[str]) -> None:

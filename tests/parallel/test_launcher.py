@@ -5,7 +5,7 @@ import time
 import pytest
 
 from nemo_popsd.errors import TransientError, UserError
-from nemo_popsd.parallel.launcher import Launch, check_rendezvous, rank, read_launch
+from nemo_popsd.parallel.launcher import Launch, check_rendezvous, rank, read_launch, restarts
 
 TORCHRUN = {
     "RANK": "3",
@@ -27,6 +27,14 @@ def test_the_variables_of_torchrun_are_read() -> None:
     assert read_launch(TORCHRUN) == expected
     agent = read_launch(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert agent.agent_listens
+
+
+@pytest.mark.parametrize(("text", "count"), [(None, 0), ("0", 0), ("2", 2), ("x", 0)])
+def test_starts_again_are_counted(monkeypatch: pytest.MonkeyPatch, text: str | None, count: int) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if text is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", text)
+    assert restarts() == count
 
 
 def test_a_single_process_needs_no_rendezvous() -> None:

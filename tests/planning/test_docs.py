@@ -24,10 +24,10 @@ def printed(command: str) -> str:
     """What `command` prints: a table as it is, anything else fenced."""
     program, name, conf, *words = shlex.split(command)
     assert (program, name) == ("popsd", "plan")
-    fastest = "--fastest" in words
+    fastest, explain = "--fastest" in words, "--explain" in words
     settings = [word for word in words if not word.startswith("--")]
     try:
-        text = plan_text(ROOT / conf, settings, fastest_layout=fastest)
+        text = plan_text(ROOT / conf, settings, fastest_layout=fastest, explain=explain)
     except UserError as error:
         text = "\n".join([f"popsd: error: {error}", *error.advice])
     return f"{text}\n" if text.startswith("|") else f"```text\n{text}\n```\n"

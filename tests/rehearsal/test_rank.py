@@ -24,8 +24,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 
 
 def _real(rank: int, world_size: int, directory: Path, config: Any) -> dict[str, Any]:
-    from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch
     from nemo_popsd.model.training import build_weights
+    from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch
     from nemo_popsd.rehearsal.rank import UNREAD, LongestRollouts
     from nemo_popsd.training.step import OnPolicyStep
     from tests.training.runs import start

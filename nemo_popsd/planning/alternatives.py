@@ -1,0 +1,65 @@
+"""What a layout gains: the estimates where one of its settings has another value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nemo_popsd.planning.layout import misfits
+from nemo_popsd.planning.plan import Changes, Estimate, estimate
+from nemo_popsd.planning.workload import Case
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One setting with another value; its estimate, or the reasons why the layout is impossible."""
+
+    changes: Changes
+    """The setting and what follows it, by dotted name."""
+    estimate: Estimate | None
+    """None where the numbers do not divide; else it may exceed the memory."""
+    reasons: tuple[str, ...] = ()
+    """Why the numbers do not divide."""
+
+
+def alternatives(case: Case) -> list[Alternative]:
+    """The neighbours of `case`: sizes halved and doubled, switches the other way, one at a time.
+
+    Only settings that the run has: no expert parallelism without experts, no frozen copy with LoRA.
+    """
+    found = []
+    for changes in _neighbours(case):
+        changed = case.replace(changes)
+        reasons = misfits(changed.layout, changed.sizes, changed.prompts)
+        found.append(Alternative(changes, None if reasons else estimate(changed), tuple(reasons)))
+    return found
+
+
+def _neighbours(case: Case) -> Iterator[Changes]:
+    layout = case.layout
+    for name in ("tensor", "pipeline", "context", "expert"):
+        size = getattr(layout, name)
+        if name == "expert" and not case.sizes.experts:
+            continue
+        for other in (size // 2, size * 2):
+            if other:
+                yield {f"parallel.{name}": other, **_following(case, name, other)}
+    if layout.tensor > 1 and not case.sizes.experts:
+        yield {"parallel.sequence": not layout.sequence}
+    yield {"student.recompute": "none" if case.config.student.recompute == "full" else "full"}
+    if case.shards_state:
+        yield {"optimizer.distributed": "false"}
+    yield {"optimizer.overlap_grad_reduce": not case.config.optimizer.overlap_grad_reduce}
+    if not case.lora:
+        yield {"student.frozen_copy": "device" if case.config.student.frozen_copy == "host" else "host"}
+
+
+def _following(case: Case, name: str, size: int) -> Changes:
+    """What another size changes besides: sequence parallelism follows tensor parallelism, stages become even."""
+    layout = case.layout
+    if name == "tensor":
+        follows = layout.sequence or layout.tensor == 1
+        return {"parallel.sequence": size > 1 and follows} if (size > 1 and follows) != layout.sequence else {}
+    if name == "pipeline" and (layout.first_stage_layers or layout.last_stage_layers):
+        return {"parallel.first_stage_layers": 0, "parallel.last_stage_layers": 0}
+    return {}
