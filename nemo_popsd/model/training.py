@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.sections import shares_prefixes
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.data import TrainingData
@@ -57,4 +58,6 @@ def build_step(
     def markers(response: Sequence[int]) -> int:
         return sum(count_markers(tokenizer.decode(list(response)), config.evaluation.markers).values())
 
-    return OnPolicyStep(config.training, config.distillation, student, rollouts, markers)
+    return OnPolicyStep(
+        config.training, config.distillation, student, rollouts, markers, share_prefixes=shares_prefixes(config)
+    )

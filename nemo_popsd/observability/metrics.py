@@ -35,6 +35,13 @@ class StepMetrics:
     """The same for the oldest token."""
     padding_share: float
     """Share of padding among the tokens of the forward passes of student and frozen branches."""
+    frozen_tokens: float
+    """Tokens that went through the frozen branches, without padding."""
+    frozen_tokens_saved: float
+    """Tokens of their sequences that were not computed, because another sequence of the step has the same prefix
+    (`training.share_prefixes`)."""
+    frozen_saved_share: float
+    """Share of the saved tokens among the tokens of all sequences of the frozen branches."""
     grad_norm: float
     """Global gradient norm before clipping, of the last update of the step."""
     learning_rate: float

@@ -40,6 +40,8 @@ class OnPolicyStep:
         student: Student,
         rollouts: StepRollouts,
         count_markers: Callable[[Sequence[int]], int],
+        *,
+        share_prefixes: bool = False,
     ) -> None:
         """Builds target, objective and frozen branches.
 
@@ -49,6 +51,7 @@ class OnPolicyStep:
             student: the model and its base.
             rollouts: where each step gets its trajectories.
             count_markers: number of epistemic markers in the text of a response's token ids.
+            share_prefixes: the frozen branches compute each distinct prefix once.
         """
         self._training = training
         self._student = student
@@ -69,6 +72,7 @@ class OnPolicyStep:
             token_budget=training.frozen_tokens,
             diagnosed_tokens=distillation.diagnosed_tokens,
             packed=training.packing,
+            shared_cache_tokens=training.frozen_cache_tokens if share_prefixes else None,
             on_host=training.cache_on_host,
         )
 
@@ -99,7 +103,8 @@ class OnPolicyStep:
             check_student_equals_base(self._student, optimizer, self._objective, sequences, budget, packed=packed)
         with watch.phase("frozen"):
             states = self._branches.target_states(trajectories)
-        computed, reports = self._branches.computed, []
+        frozen, reports = self._branches.computed, []
+        computed = frozen
         with watch.phase("train"):
             for number, part in enumerate(parts, start=1):
                 part_states, states = states[: len(part)], states[len(part) :]
@@ -126,6 +131,7 @@ class OnPolicyStep:
             learning_rate=optimizer.learning_rate,
             stopwatch=watch,
             computed=computed if self._student.owns_trajectories else TokenCount(),
+            frozen=frozen if self._student.owns_trajectories else TokenCount(),
             updates=settings.updates_per_step,
         )
 

@@ -26,6 +26,7 @@ def summarize_step(
     learning_rate: float,
     stopwatch: Stopwatch,
     computed: TokenCount,
+    frozen: TokenCount | None = None,
     updates: int = 1,
 ) -> StepMetrics:
     """Means over the global batch. Two all-reduces over the world, of all sums and of one number; the host waits for
@@ -43,8 +44,10 @@ def summarize_step(
         learning_rate: of this step.
         stopwatch: has the phases ``rollout``, ``frozen`` and ``train`` of this step.
         computed: tokens that went through student and base for these trajectories.
+        frozen: of these, the tokens of the frozen branches; None counts none.
         updates: optimizer updates that the loss is a mean over.
     """
+    frozen = frozen or TokenCount()
     sums: dict[str, float] = {
         **_sums_over_tokens(reports),
         "tokens": sum(len(t.rollout.response) for t in trajectories),
@@ -54,6 +57,8 @@ def summarize_step(
         "ages": sum(t.rollout.token_ages(weights_version) for t in trajectories),
         "computed": computed.real + computed.padding,
         "padding": computed.padding,
+        "frozen": frozen.real,
+        "saved": frozen.saved,
     }
     totals = torch.tensor(list(map(float, sums.values())), dtype=torch.float64, device=device())
     dist.all_reduce(totals)
@@ -73,6 +78,9 @@ def summarize_step(
         rollout_age=total["ages"] / tokens,
         rollout_age_max=oldest,
         padding_share=total["padding"] / max(total["computed"], 1.0),
+        frozen_tokens=total["frozen"],
+        frozen_tokens_saved=total["saved"],
+        frozen_saved_share=total["saved"] / max(total["frozen"] + total["saved"], 1.0),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         tokens_per_second=total["tokens"] / max(sum(seconds.values()), 1e-9),

@@ -39,12 +39,13 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
     branches.frozen_hidden_states = counted  # type: ignore[attr-defined]
 
-    def states(target: Any, budget: int = 10_000, diagnosed: int = 0) -> Any:
+    def states(target: Any, budget: int = 10_000, diagnosed: int = 0, **options: Any) -> Any:
         return branches.FrozenBranches(
-            student.base, target, token_budget=budget, diagnosed_tokens=diagnosed
+            student.base, target, token_budget=budget, diagnosed_tokens=diagnosed, **options
         ).target_states(rows)
 
     seen: dict[str, Any] = {f"budget {budget}": states(Target.purified(), budget) for budget in BUDGETS}
+    seen["shared"] = states(Target.purified(), 40, shared_cache_tokens=30)
     targets = {
         "purified": Target.purified(),
         "uncapped": Target.purified(beta=2.0, cap=None),
@@ -98,11 +99,11 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("way", [*(f"budget {budget}" for budget in BUDGETS), "shared"])
 def test_states_are_those_of_separate_forwards_of_the_right_contexts(
-    seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], budget: int
+    seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], way: str
 ) -> None:
-    for states, expected in zip(seen[f"budget {budget}"], dense, strict=True):
+    for states, expected in zip(seen[way], dense, strict=True):
         close(states.vectors.anchor, expected["student"])
         close(states.vectors.shift, expected["privileged"] - expected["reference"])
         assert not states.vectors.anchor.requires_grad

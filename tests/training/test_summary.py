@@ -33,6 +33,7 @@ def summarize(rank: int, world_size: int) -> Any:
         learning_rate=0.125,
         stopwatch=watch,
         computed=TokenCount(30, 10) if rank == 0 else TokenCount(60, 0),
+        frozen=TokenCount(20, 5, saved=12) if rank == 0 else TokenCount(25, 0, saved=3),
     )
 
 
@@ -80,6 +81,9 @@ def test_means_are_over_the_global_batch_on_any_number_of_ranks() -> None:
         assert metrics.rollout_age == pytest.approx((5 * 1 + 2 + 1) / 11)
         assert metrics.rollout_age_max == 2
         assert metrics.padding_share == pytest.approx(0.25 if world_size == 1 else 0.1)
+        saved = (12, 20) if world_size == 1 else (15, 45)
+        assert (metrics.frozen_tokens_saved, metrics.frozen_tokens) == saved
+        assert metrics.frozen_saved_share == pytest.approx(saved[0] / sum(saved))
         assert metrics.marker_rate == pytest.approx(1000 * 10 / 11)
         assert (metrics.grad_norm, metrics.learning_rate) == (2.5, 0.125)
         assert all(math.isfinite(value) for value in metrics.as_dict().values())
