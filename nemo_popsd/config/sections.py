@@ -31,4 +31,4 @@ def shares_prefixes(config: PopsdConfig) -> bool:
     setting = config.training.share_prefixes
     if setting != "auto":
         return setting == "true"
-    return config.data.templates.order == "reference_first"
+    return config.rollout.per_prompt > 1 or config.data.templates.order == "reference_first"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.sections import shares_prefixes
+from nemo_popsd.evaluation.answers import extract_answer
+from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.data import TrainingData
@@ -59,5 +61,32 @@ def build_step(
         return sum(count_markers(tokenizer.decode(list(response)), config.evaluation.markers).values())
 
     return OnPolicyStep(
-        config.training, config.distillation, student, rollouts, markers, share_prefixes=shares_prefixes(config)
+        config.training,
+        config.distillation,
+        student,
+        rollouts,
+        markers,
+        share_prefixes=shares_prefixes(config),
+        is_right=_grader(config, tokenizer),
     )
+
+
+def _grader(config: PopsdConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int], str], bool] | None:
+    """Whether a response's token ids end in the expected answer; None if the training rows have no answers, or no
+    question has several responses.
+
+    Raises:
+        UserError: math-verify is not installed.
+    """
+    if config.rollout.per_prompt == 1 or config.data.train.columns.answer is None:
+        return None
+    require_math_verify()
+    settings = config.evaluation
+    verifier = AnswerVerifier(settings.verify_seconds)  # its worker ends with this process
+
+    def is_right(response: Sequence[int], expected: str) -> bool:
+        text = tokenizer.decode(list(response))
+        answer = extract_answer(text, settings.answer_pattern, last_number=settings.without_box == "last_number")
+        return verifier.compare(answer, expected).correct
+
+    return is_right

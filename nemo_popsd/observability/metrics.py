@@ -26,6 +26,14 @@ class StepMetrics:
     """Mean length of a response, in tokens."""
     cut_share: float
     """Share of responses truncated at `rollout.max_response_tokens`."""
+    response_diversity: float | None
+    """With `rollout.per_prompt` above 1: share of distinct 4-grams of tokens among all responses to a question, mean
+    over questions."""
+    accuracy: float | None
+    """With `rollout.per_prompt` above 1, where the training rows have answers (`data.train.columns.answer`): share of
+    responses with the right answer."""
+    accuracy_at_n: float | None
+    """Like `accuracy`: share of questions with at least one right response."""
     marker_rate: float
     """Epistemic markers (`evaluation.markers`) per 1,000 response tokens."""
     rollout_age: float

@@ -24,6 +24,7 @@ from nemo_popsd.training.guard import refuse_non_finite, refuse_non_finite_updat
 from nemo_popsd.training.objective import LossReport, Objective
 from nemo_popsd.training.rollouts import StepRollouts
 from nemo_popsd.training.self_check import check_student_equals_base
+from nemo_popsd.training.siblings import SiblingSums, sibling_sums
 from nemo_popsd.training.summary import summarize_step
 from nemo_popsd.training.trajectory import Trajectory
 
@@ -42,6 +43,7 @@ class OnPolicyStep:
         count_markers: Callable[[Sequence[int]], int],
         *,
         share_prefixes: bool = False,
+        is_right: Callable[[Sequence[int], str], bool] | None = None,
     ) -> None:
         """Builds target, objective and frozen branches.
 
@@ -52,11 +54,13 @@ class OnPolicyStep:
             rollouts: where each step gets its trajectories.
             count_markers: number of epistemic markers in the text of a response's token ids.
             share_prefixes: the frozen branches compute each distinct prefix once.
+            is_right: whether a response ends in the expected answer; grades several responses to a question.
         """
         self._training = training
         self._student = student
         self._rollouts = rollouts
         self._count_markers = count_markers
+        self._share_prefixes, self._is_right = share_prefixes, is_right
         target = build_target(distillation.target)
         self._objective = Objective(
             student,
@@ -95,7 +99,15 @@ class OnPolicyStep:
         """
         settings, watch = self._training, Stopwatch()
         with watch.phase("rollout"):
-            parts = rebalance(self._rollouts.of(step, rows), self._student.dp_group, settings.updates_per_step)
+            generated = self._rollouts.of(step, rows)
+            siblings = self._siblings(generated)
+            parts = rebalance(
+                generated,
+                self._student.dp_group,
+                settings.updates_per_step,
+                by_row=self._rollouts.per_prompt > 1,
+                shared=self._share_prefixes,
+            )
         trajectories = [trajectory for part in parts for trajectory in part]
         if step == 1 and settings.self_check:
             sequences = [t.student for t in trajectories[:_CHECKED_SEQUENCES]]
@@ -131,9 +143,16 @@ class OnPolicyStep:
             learning_rate=optimizer.learning_rate,
             stopwatch=watch,
             computed=computed if self._student.owns_trajectories else TokenCount(),
+            siblings=siblings,
             frozen=frozen if self._student.owns_trajectories else TokenCount(),
             updates=settings.updates_per_step,
         )
+
+    def _siblings(self, trajectories: Sequence[Trajectory]) -> SiblingSums | None:
+        """Of the questions that this rank's replica generated responses to; None with one response to each."""
+        if self._rollouts.per_prompt == 1:
+            return None
+        return sibling_sums(trajectories if self._student.owns_trajectories else [], self._is_right)
 
     def _accumulate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from nemo_popsd.observability.metrics import DECLARED, StepMetrics
 from nemo_popsd.observability.stopwatch import Stopwatch
 from nemo_popsd.parallel.distributed import all_reduce_max, device
 from nemo_popsd.training.objective import LossReport
+from nemo_popsd.training.siblings import SiblingSums
 from nemo_popsd.training.trajectory import Trajectory
 
 
@@ -27,6 +29,7 @@ def summarize_step(
     stopwatch: Stopwatch,
     computed: TokenCount,
     frozen: TokenCount | None = None,
+    siblings: SiblingSums | None = None,
     updates: int = 1,
 ) -> StepMetrics:
     """Means over the global batch. Two all-reduces over the world, of all sums and of one number; the host waits for
@@ -45,6 +48,7 @@ def summarize_step(
         stopwatch: has the phases ``rollout``, ``frozen`` and ``train`` of this step.
         computed: tokens that went through student and base for these trajectories.
         frozen: of these, the tokens of the frozen branches; None counts none.
+        siblings: of this rank's questions; None, on all ranks, where each has one response.
         updates: optimizer updates that the loss is a mean over.
     """
     frozen = frozen or TokenCount()
@@ -59,6 +63,7 @@ def summarize_step(
         "padding": computed.padding,
         "frozen": frozen.real,
         "saved": frozen.saved,
+        **asdict(siblings or SiblingSums()),
     }
     totals = torch.tensor(list(map(float, sums.values())), dtype=torch.float64, device=device())
     dist.all_reduce(totals)
@@ -74,6 +79,9 @@ def summarize_step(
         },
         response_tokens=total["tokens"] / max(total["responses"], 1.0),
         cut_share=total["cut"] / max(total["responses"], 1.0),
+        response_diversity=_ratio(total["distinct"], total["questions"]),
+        accuracy=_ratio(total["right"], total["graded"]),
+        accuracy_at_n=_ratio(total["solved"], total["graded_questions"]),
         marker_rate=1000 * total["markers"] / tokens,
         rollout_age=total["ages"] / tokens,
         rollout_age_max=oldest,
@@ -88,6 +96,10 @@ def summarize_step(
         seconds_frozen=seconds["frozen"],
         seconds_train=seconds["train"],
     )
+
+
+def _ratio(value: float, count: float) -> float | None:
+    return value / count if count else None
 
 
 def _sums_over_tokens(reports: Sequence[LossReport]) -> dict[str, float]:

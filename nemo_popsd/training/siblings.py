@@ -1,0 +1,64 @@
+"""Several responses to one question: whether one of them is right, and how much they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nemo_popsd.training.trajectory import Trajectory
+
+_NGRAM = 4
+
+
+@dataclass
+class SiblingSums:
+    """Sums over the questions of a step on one rank, for means over all ranks."""
+
+    questions: int = 0
+    """Questions with a finished response."""
+    distinct: float = 0.0
+    """Sum over questions of the share of distinct n-grams."""
+    graded: int = 0
+    """Responses to questions whose answer is known."""
+    right: int = 0
+    """Those with the right answer."""
+    graded_questions: int = 0
+    """Questions whose answer is known."""
+    solved: int = 0
+    """Those with at least one right response."""
+
+
+def sibling_sums(
+    trajectories: Sequence[Trajectory], is_right: Callable[[Sequence[int], str], bool] | None
+) -> SiblingSums:
+    """The sums over the questions of `trajectories`.
+
+    Args:
+        trajectories: all that belong to a question, or what of them a token budget let end.
+        is_right: whether a response's token ids end in an answer that equals the expected one; None grades nothing.
+    """
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.row_id, []).append(trajectory)
+    sums = SiblingSums()
+    for group in groups.values():
+        sums.questions += 1
+        sums.distinct += distinct_share([t.rollout.response for t in group])
+        answer = group[0].row.record.answer
+        if is_right is not None and answer is not None:
+            right = sum(is_right(t.rollout.response, answer) for t in group)
+            sums.graded += len(group)
+            sums.right += right
+            sums.graded_questions += 1
+            sums.solved += right > 0
+    return sums
+
+
+def distinct_share(responses: Sequence[Sequence[int]]) -> float:
+    """Share of distinct 4-grams of tokens among all of `responses`; a shorter response counts as one."""
+    ngrams = [
+        tuple(response[begin : begin + _NGRAM])
+        for response in responses
+        for begin in range(max(1, len(response) - _NGRAM + 1))
+    ]
+    return len(set(ngrams)) / len(ngrams)
