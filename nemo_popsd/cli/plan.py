@@ -29,6 +29,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "(nemo_popsd/planning/config.py), or a setting of the run",
     )
     parser.add_argument("--fastest", action="store_true", help="use the layout with the shortest estimated step")
+    parser.add_argument(
+        "--sharing",
+        action="store_true",
+        help="compare 1, 4 and 8 responses to a prompt and both orders of the teachers' templates",
+    )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
 
@@ -37,4 +42,4 @@ def run(args: argparse.Namespace) -> None:
     """Load and check the configuration, then estimate and print."""
     from nemo_popsd.planning.command import plan_text
 
-    print(plan_text(args.config, args.overrides, fastest_layout=args.fastest, as_json=args.json))
+    print(plan_text(args.config, args.overrides, fastest_layout=args.fastest, as_json=args.json, sharing=args.sharing))

@@ -14,14 +14,25 @@ from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_sizes
 from nemo_popsd.planning.workload import Case
 
+SHARING = tuple((responses, order) for responses in (1, 4, 8) for order in ("question_first", "reference_first"))
+"""Numbers of responses to a prompt and orders of the templates, which `--sharing` compares."""
 
-def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool = False, as_json: bool = False) -> str:
+
+def plan_text(
+    config: str | Path,
+    words: Sequence[str],
+    *,
+    fastest_layout: bool = False,
+    as_json: bool = False,
+    sharing: bool = False,
+) -> str:
     """One layout in full, or a table where `nodes` holds several numbers.
 
     Args:
         config: configuration file of the run.
         words: ``key=value``, of the plan and of the run.
         fastest_layout: search the layout instead of taking that of the run.
+        sharing: a table over `SHARING` instead, for the layout of the run.
         as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
 
     Raises:
@@ -32,6 +43,10 @@ def plan_text(config: str | Path, words: Sequence[str], *, fastest_layout: bool 
     run = load_config(config, rest)
     sizes, origin = read_sizes(run.student.source)
     cases = [Case(run, plan, sizes, nodes) for nodes in plan.nodes]
+    if sharing:
+        names = "rollout.per_prompt", "data.templates.order"
+        varied = [cases[0].replace(dict(zip(names, values, strict=True))) for values in SHARING]
+        return report.sharing_table([_estimate_or_raise(case, fastest_layout) for case in varied])
     if len(cases) == 1:
         result = _estimate_or_raise(cases[0], fastest_layout)
         return json.dumps(report.as_data(result, origin), indent=2) if as_json else report.describe(result, origin)

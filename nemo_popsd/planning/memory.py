@@ -281,6 +281,7 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         "frozen": {
             "frozen copy brought in": float(copy - kept_matrix) if offloaded else 0.0,
             "frozen forward": case.frozen_tokens / layout.context * working_set(case, longest) * case.element,
+            "kept prefix": 2.0 * case.kept_positions * sizes.key_width / layout.tensor * stage.layers * case.element,
             "frozen states": float(states),
         },
         "training": {
