@@ -28,6 +28,7 @@ from experiments.arms import ARMS, GRID, MAIN_ARMS, RATES, TUNING_SEEDS, Arm, se
 from experiments.records import FILE, Record, answers, append, curves, load
 from experiments.rows import FILE as TUNING_ROWS
 from nemo_popsd.config.loading import load_config, save_resolved
+from nemo_popsd.observability.jsonl_logger import FILE_NAME as METRICS
 
 RUNS = Path("runs/experiments")
 HELD_OUT = "nemo_popsd:tiny_validation"
@@ -235,6 +236,8 @@ def lend_first_evaluation(run: Run, others: Sequence[Run]) -> None:
         shutil.rmtree(unnamed, ignore_errors=True)
         shutil.copytree(lender.output / "validation" / "step-000000", unnamed)
         save_resolved(load_config(str(CONF), run.overrides), run.output / "config.yaml")
+        with (lender.output / METRICS).open() as lines:
+            (run.output / METRICS).write_text(next(lines))  # those of the first evaluation
         mine.parent.mkdir(exist_ok=True)
         unnamed.rename(mine)
 

@@ -259,6 +259,7 @@ def _call_worker(payload: bytes, rank: int, world_size: int, timeout: float) -> 
         _HOST, int(os.environ["MASTER_PORT"]), None, is_master=False, wait_for_workers=False, timeout=limit
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    dist.barrier()  # a worker that destroys the group at once would close connections that peers still set up
     worker, args = pickle.loads(payload)
     return worker(rank, world_size, *args)
 

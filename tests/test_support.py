@@ -33,7 +33,7 @@ BY_ARCHITECTURE = {
     "test_tensors_are_bit_equal_after_a_conversion_and_saves_of_any_layout",
     "conversion by TE layers": "checkpoint/test_conversion.py::test_te_layers_load_and_save_the_same_tensors",
     "logits": "te/test_layers.py::test_logits_are_those_of_transformers",
-    "both forms of config.json": "checkpoint/test_model_families.py::"
+    "both forms of config.json": "checkpoint/test_rotary_embedding.py::"
     "test_both_forms_of_the_rotary_embedding_give_bit_equal_logits_that_agree_with_transformers",
     "gradients": "megatron/test_forward.py::test_gradients_of_every_parameter_equal_the_dense_ones",
     "gradients of OLMo-3": "megatron/test_olmo3.py::test_gradients_equal_those_of_transformers",

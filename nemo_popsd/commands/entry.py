@@ -78,19 +78,17 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
 
 
 def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run: RunDirectory) -> None:
-    validates = bool(config.data.validation.path)
-    if model.completed_steps == 0 and run.first_validation_is_missing():
-        _validate(trainer, model)
+    validates, every = bool(config.data.validation.path), config.training.validate_every
     if model.completed_steps < config.training.steps:
-        if run.validation_is_missing(model.completed_steps):
-            _validate(trainer, model)
+        if validates and (model.completed_steps == 0 or (every > 0 and model.completed_steps % every == 0)):
+            _validate(trainer, model, run)  # an earlier attempt may have been killed before it
         _diagnose_in_training(model, BEFORE)
         trainer.fit(model)
         final = model.checkpoints.save_final()
     else:
         final = model.checkpoints.folder / FINAL
     if validates:
-        _validate(trainer, model)
+        _validate(trainer, model, run)
     _diagnose_in_training(model, AFTER)
     if config.training.export_huggingface:
         run.refuse_lost_lock()
@@ -198,11 +196,11 @@ def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
             write_diagnosis(model.diagnose(title), Path(model.settings.output) / "diagnosis" / name)
 
 
-def _validate(trainer: Trainer, model: PurifiedOPSDModel) -> None:
-    """Evaluates the current weights unless they have been evaluated. Keeps the random state, so that a run trains
-    identically whether or not the evaluation exists already.
+def _validate(trainer: Trainer, model: PurifiedOPSDModel, run: RunDirectory) -> None:
+    """Evaluates the current weights unless they have been evaluated, by this attempt or by an earlier one. Keeps the
+    random state, so that a run trains identically whether or not the evaluation exists already.
     """
-    if model.last_evaluation_step != model.completed_steps:
+    if not run.is_validated(model.completed_steps):
         with preserved_random_state():
             trainer.validate(model, verbose=False)
 

@@ -130,15 +130,18 @@ class RunDirectory:
         """
         self._on_rank_zero(lambda: self._begin(completed))
 
-    def first_validation_is_missing(self) -> bool:
-        """Whether the evaluation before the first step is due and no attempt has finished it."""
-        return bool(self._config.data.validation.path) and not validation_directory(str(self.output), 0).concluded
+    def is_validated(self, completed: int) -> bool:
+        """Whether an attempt has finished the evaluation after step `completed`, on every rank. Collective: a gather
+        and a broadcast of objects.
 
-    def validation_is_missing(self, completed: int) -> bool:
-        """Whether the evaluation that was due after step `completed` was interrupted."""
-        every = self._config.training.validate_every
-        due = bool(self._config.data.validation.path) and every > 0 and completed > 0 and completed % every == 0
-        return due and completed not in read_metric(self.output, "validation/accuracy")
+        Samples are scored before metrics are logged, so the former may be all that a killed attempt left.
+        """
+
+        def finished() -> bool:
+            logged = completed in read_metric(self.output, "validation/accuracy")
+            return logged and validation_directory(str(self.output), completed).concluded
+
+        return from_rank_zero(f"output {self.output}", finished, **_SPACE)
 
     def mark_finished(self, steps: int) -> None:
         """Marks the run as finished: the same command then has nothing to do."""

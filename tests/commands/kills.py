@@ -154,7 +154,7 @@ class Killer:
             wrong.append(f"{output.name}: other rollouts")
         for name in ("train/loss", "validation/accuracy"):
             if metrics(reference, name) != metrics(output, name):
-                wrong.append(f"{output.name}: other {name}: {metrics(output, name)}")
+                wrong.append(f"{output.name}: other {name}: {metrics(output, name)}, not {metrics(reference, name)}")
         kept = sorted(path.name for path in (output / "checkpoints").iterdir())
         steps = [name for name in kept if is_name(name) and name != FINAL]
         if len(steps) > case.keep_last or set(kept) != {FINAL, LATEST, *steps}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ def test_a_report_that_cannot_be_written_is_logged_and_does_not_fail_the_run(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)  # where another test set up the console
     run = write_run(tmp_path)
     (run / "report.html").mkdir()
     report_run(run)

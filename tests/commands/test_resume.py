@@ -77,13 +77,19 @@ def test_a_killed_run_ends_with_the_same_bits(undisturbed: Path, resumed: Path, 
 
 
 def test_a_kill_before_the_first_checkpoint_changes_no_bit(undisturbed: Path, runs: Path) -> None:
-    """The second start finds the first validation on disk and does not repeat it."""
+    """The second start logs the first validation even if the kill came before its metrics, and the third start, of a
+    run that was killed before it was marked as finished, logs none again.
+    """
     output = runs / "killed early"
     train_and_die(output, plan={"step": 1})
     assert (output / "validation" / "step-000000" / "summary.json").is_file()
     assert not list((output / "checkpoints").glob("step-*"))
-    assert train(output)[0][0] == 0
-    assert differences(undisturbed / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
+    (output / "metrics.jsonl").unlink()
+    for _ in range(2):
+        assert train(output)[0][0] == 0
+        assert differences(undisturbed / "full" / "checkpoints" / "final", output / "checkpoints" / "final") == []
+        assert [step for step, _ in metrics(output, "validation/accuracy")] == [0, 2, 4]
+        (output / "DONE").unlink()
 
 
 def test_a_resumed_run_does_not_need_the_checkpoint_that_it_started_from(undisturbed: Path, runs: Path) -> None:

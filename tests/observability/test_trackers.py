@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from pathlib import Path
@@ -92,9 +91,8 @@ def test_a_tracker_without_calls_is_not_built() -> None:
 @pytest.mark.parametrize("fails", ["build", "log", "save", "finish"])
 @pytest.mark.parametrize("error", [ConnectionError("service\nunavailable"), SystemExit("quit")], ids=["error", "exit"])
 def test_a_failure_is_reported_once_and_the_run_continues(
-    fails: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    fails: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
     first, _ = tracker(fails, error)
     other, seen = tracker()
     fit(3, logger=[JsonlLogger(tmp_path), first, other])
@@ -107,10 +105,7 @@ def test_a_failure_is_reported_once_and_the_run_continues(
     assert not trackers.any_hangs()
 
 
-def test_a_tracker_that_hangs_is_abandoned_in_time(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
+def test_a_tracker_that_hangs_is_abandoned_in_time(caplog: pytest.LogCaptureFixture) -> None:
     forever = threading.Event()
     first = Tracker("Service", Inner, lambda inner, succeeded: forever.wait())  # type: ignore[arg-type,return-value]
     first.log_metrics({"loss": 0.5}, step=1)
