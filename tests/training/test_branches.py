@@ -150,3 +150,36 @@ def test_diagnosed_tokens_are_spread_evenly_and_at_most_the_requested_number(
 def test_the_sample_is_the_same_each_time(seen: dict[str, Any]) -> None:
     for first, second in zip(seen["diagnosed 7"], seen["again"], strict=True):
         assert torch.equal(first.diagnosed.index, second.diagnosed.index)
+
+
+def without_sharing(rank: int, world_size: int, model: Path) -> dict[str, Any]:
+    """States of a model with sliding windows, with and without shared prefixes, twice; and what was logged."""
+    import logging
+
+    from nemo_popsd.distillation import Target
+    from nemo_popsd.training import branches
+    from tests.tiny_models import build_student
+    from tests.training.runs import trajectory
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    branches.logger.addHandler(handler)
+    student = build_student(model)
+    rows = [trajectory(number, 5) for number in range(2)]
+    options: dict[str, Any] = {"token_budget": 60, "diagnosed_tokens": 0, "packed": True}
+    shared = branches.FrozenBranches(student.base, Target.purified(), shared_cache_tokens=30, **options)
+    separate = branches.FrozenBranches(student.base, Target.purified(), **options)
+    seen = {"shared": [shared.target_states(rows) for _ in range(2)], "separate": separate.target_states(rows)}
+    return {**seen, "logged": messages, "saved": shared.computed.saved}
+
+
+def test_a_model_that_cannot_share_is_computed_separately_and_the_log_says_so_once(tmp_path: Path) -> None:
+    (seen,) = run_ranks(without_sharing, 1, save_tiny_model(tmp_path / "hf", "olmo3"))
+    for states in seen["shared"]:
+        for actual, expected in zip(states, seen["separate"], strict=True):
+            assert torch.equal(actual.vectors.shift, expected.vectors.shift)
+    assert seen["logged"] == [
+        "training.share_prefixes: each sequence is computed separately because of sliding windows"
+    ]
+    assert seen["saved"] == 0
