@@ -12,17 +12,27 @@ import torch
 from torch.autograd.profiler import profile
 
 
-def interleaved(actions: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
-    """Seconds of each action: the minimum of `repetitions`, which alternate so that other load affects all alike."""
+def interleaved(
+    actions: Mapping[str, Callable[[], None]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Seconds of each action: the minimum of `repetitions`, which alternate so that other load affects all alike.
+
+    `clock` may be `processor_time`, for actions that compute on one thread of a machine with other load.
+    """
     best = dict.fromkeys(actions, float("inf"))
     for _ in range(repetitions):
         for name, action in actions.items():
             _synchronize()
-            start = time.perf_counter()
+            start = clock()
             action()
             _synchronize()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], clock() - start)
     return best
+
+
+def processor_time() -> float:
+    """Seconds of the processor in this process; on a GPU those of the clock."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def peak_bytes(action: Callable[[], None]) -> int:

@@ -36,6 +36,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="add what one other value at a time gives: memory and seconds of a step"
     )
+    parser.add_argument(
+        "--sharing",
+        action="store_true",
+        help="compare 1, 4 and 8 responses to a prompt and both orders of the teachers' templates",
+    )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
 
@@ -44,5 +49,12 @@ def run(args: argparse.Namespace) -> None:
     """Load and check the configuration, then estimate and print."""
     from nemo_popsd.planning.command import plan_text
 
-    text = plan_text(args.config, args.overrides, fastest_layout=args.fastest, explain=args.explain, as_json=args.json)
+    text = plan_text(
+        args.config,
+        args.overrides,
+        fastest_layout=args.fastest,
+        explain=args.explain,
+        sharing=args.sharing,
+        as_json=args.json,
+    )
     print(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,10 +66,14 @@ def run(args: argparse.Namespace) -> None:
     decode = None if args.json else _decoder(Path(args.output))
     printed = False
     for step in steps if args.step is None else [args.step]:
-        for row in store.read(step):
+        rows, number_of = list(store.read(step)), Counter[str]()
+        several = len({row.row_id for row in rows}) < len(rows)
+        for row in rows:
+            number_of[row.row_id] += 1
             if args.row in (None, row.row_id):
                 printed = True
-                _print_rollout(step, row, decode)
+                name = f"{row.row_id}, response {number_of[row.row_id]}" if several else row.row_id
+                _print_rollout(step, name, row, decode)
     if not printed:
         raise UserError(
             f"rollouts of {args.output}", got=f"no row {args.row!r}", need="the id of a row", fix="give another --row"
@@ -80,13 +85,15 @@ def _print_summary(step: int, rows: list[StoredRollout]) -> None:
     truncated = sum(row.rollout.truncated for row in rows)
     version = rows[0].rollout.weights_version if rows else "-"
     unfinished = sum(row.rollout.unfinished for row in rows)
+    prompts = len({row.row_id for row in rows})
+    of = f" of {prompts} prompts" if prompts < len(rows) else ""
     print(
-        f"step {step}: {len(rows)} rollouts by weights {version}, {sum(lengths)} tokens, "
+        f"step {step}: {len(rows)} rollouts{of} by weights {version}, {sum(lengths)} tokens, "
         f"{truncated} truncated at the limit" + (f", {unfinished} left unfinished" if unfinished else "")
     )
 
 
-def _print_rollout(step: int, row: StoredRollout, decode: Callable[[list[int]], str] | None) -> None:
+def _print_rollout(step: int, name: str, row: StoredRollout, decode: Callable[[list[int]], str] | None) -> None:
     if decode is None:
         line = {
             "step": step,
@@ -102,7 +109,7 @@ def _print_rollout(step: int, row: StoredRollout, decode: Callable[[list[int]], 
         return
     tokens = len(row.rollout.response)
     mean = sum(row.rollout.log_probs) / max(tokens, 1)
-    print(f"--- step {step}, row {row.row_id}: {tokens} tokens, {row.finish_reason}, mean log-probability {mean:.3f}")
+    print(f"--- step {step}, row {name}: {tokens} tokens, {row.finish_reason}, mean log-probability {mean:.3f}")
     print(decode(row.prompt))
     print(f">>> {decode(row.rollout.response)}")
 

@@ -46,6 +46,8 @@ FREE = (
     "training.steps",
     "training.microbatch_tokens",
     "training.frozen_tokens",
+    "training.share_prefixes",
+    "training.frozen_cache_tokens",
     "training.packing",
     "training.cache_on_host",
     "training.validate_every",

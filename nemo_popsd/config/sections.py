@@ -34,3 +34,15 @@ def diagnosis_settings(config: PopsdConfig) -> DiagnosisSettings:
         data_path=config.data.train.path,
         student_source=config.student.source,
     )
+
+
+def shares_prefixes(config: PopsdConfig) -> bool:
+    """Whether the frozen branches compute each distinct prefix once, where the layout can (`training.share_prefixes`).
+
+    `auto` shares where a row's sequences have most of their tokens in common. Elsewhere it would save little, and
+    would round differently.
+    """
+    setting = config.training.share_prefixes
+    if setting != "auto":
+        return setting == "true"
+    return config.rollout.per_prompt > 1 or config.data.templates.order == "reference_first"

@@ -48,6 +48,20 @@ class SourceConfig:
     """Read only the first `limit` rows."""
 
 
+_REFERENCE = (
+    "Here is a reference solution:\n=== Reference Solution Begin ===\n{reference}\n=== Reference Solution End ===\n\n"
+)
+_TASK = (
+    "After understanding the reference solution, derive the answer independently, in your own words. "
+    "Please reason step by step, and put your final answer within \\boxed{}."
+)
+DEFAULT_TEACHERS = {
+    "question_first": "{question_block}" + _REFERENCE + _TASK,
+    "reference_first": _REFERENCE + "{question_block}" + _TASK,
+}
+"""Default of `data.templates.teacher` by `data.templates.order`: the same text with the question block moved."""
+
+
 @dataclass(kw_only=True)
 class TemplatesConfig:
     """User-turn texts. `{question}`, `{reference}` and `{question_block}` are replaced; other braces are literal.
@@ -62,12 +76,11 @@ class TemplatesConfig:
     """User turn of the student and the frozen base."""
     question_block: Annotated[str, Text.PROSE] = "Problem: {question}\n\n"
     """The only difference between the two teachers' prompts."""
-    teacher: Annotated[str, Text.PROSE] = (
-        "{question_block}Here is a reference solution:\n"
-        "=== Reference Solution Begin ===\n{reference}\n=== Reference Solution End ===\n\n"
-        "After understanding the reference solution, derive the answer independently, in your own words. "
-        "Please reason step by step, and put your final answer within \\boxed{}."
-    )
+    order: str = "question_first"
+    """What comes first in `teacher`: `question_first`, the question block, as in OPSD (the paper does not state its
+    order), or `reference_first`, the reference, so that both teachers' prompts begin with the same tokens and
+    `training.share_prefixes` computes the reference once. The default `teacher` has this order; another one must."""
+    teacher: Annotated[str, Text.PROSE] = DEFAULT_TEACHERS["question_first"]
     """Body shared by both teachers; must not refer to the problem, which the reference-only teacher does not see."""
     without_reference: Annotated[str, Text.PROSE] = (
         "{question_block}Please reason step by step, and put your final answer within \\boxed{}."
@@ -75,6 +88,11 @@ class TemplatesConfig:
     """Body of a teacher whose view is `none`. With the default, the privileged teacher's turn is the student's."""
     system: Annotated[str | None, Text.PROSE] = None
     """System turn shared by all four contexts; null means none."""
+
+    def __post_init__(self) -> None:
+        one_of("data.templates.order", self.order, tuple(DEFAULT_TEACHERS))
+        if self.teacher in DEFAULT_TEACHERS.values():
+            self.teacher = DEFAULT_TEACHERS[self.order]
 
 
 @dataclass(kw_only=True)

@@ -67,6 +67,7 @@ def check_templates(templates: TemplatesConfig) -> None:
                 need=f"only {_braced(allowed)} there",
                 fix=f"set {setting}",
             )
+    _check_order(templates)
     for name in ("teacher", "without_reference"):
         phrase = _REFERS_TO_PROBLEM.search(_PLACEHOLDER.sub(" ", getattr(templates, name)))
         if phrase is not None:
@@ -76,6 +77,19 @@ def check_templates(templates: TemplatesConfig) -> None:
                 need="a body that does not refer to the problem, which the reference-only teacher does not see",
                 fix="move those words into data.templates.question_block",
             )
+
+
+def _check_order(templates: TemplatesConfig) -> None:
+    """Refuse a teacher whose first placeholder is not the one that `order` names."""
+    first = placeholders(templates.teacher)[0]
+    order = "reference_first" if first == "reference" else "question_first"
+    if order != templates.order:
+        raise UserError(
+            "templates",
+            got=f"data.templates.teacher with {{{first}}} first and data.templates.order={templates.order}",
+            need="the same order in both",
+            fix=f"set data.templates.teacher, or data.templates.order={order}",
+        )
 
 
 def teacher_turn(templates: TemplatesConfig, *, question: str | None, reference: str | None) -> str:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_popsd.errors import UserError
+from nemo_popsd.megatron.cached_layers import RotationTable, cached_layers, replace_attribute
 from nemo_popsd.megatron.forward import hidden_states_only
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.kernels import cached_attention
@@ -25,9 +25,6 @@ _SEQUENCE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_
 """Attributes by which megatron-core's modules decide at run time whether sequence parallelism is on."""
 _CONTEXT_GROUPS = ("cp_group",)
 """Attributes by which attention and rotary embeddings decide at run time whether context parallelism is on."""
-_ROTATION_FLAGS = ("apply_rope_fusion", "fused_single_qkv_rope")
-"""Transformer Engine's fused rotations support only one position for all slots."""
-_KNOWN_ROTATIONS = ("RotaryEmbedding", "YarnRotaryEmbedding")
 
 
 @contextmanager
@@ -43,26 +40,21 @@ def full_sequences(chunks: Sequence[ModelChunk]) -> Iterator[None]:
             chunk.eval()
         for module in [m for chunk in chunks for m in chunk.modules()] + [chunks[0].config]:
             for name in _SEQUENCE_FLAGS:
-                _replace(restore, module, name, True, False)
+                replace_attribute(restore, module, name, True, False)
             for name in _CONTEXT_GROUPS:
-                _replace(restore, module, name, module.__dict__.get(name), None)
+                replace_attribute(restore, module, name, module.__dict__.get(name), None)
             # Adapters have a flag of their own, see `megatron.bridge.peft.utils.ParallelLinearAdapter.forward`.
-            _replace(restore, module, "disable_sequence_parallel_comm", False, True)
+            replace_attribute(restore, module, "disable_sequence_parallel_comm", False, True)
         if chunks[0].config.context_parallel_size > 1:
-            _replace(restore, chunks[0].config, "context_parallel_size", chunks[0].config.context_parallel_size, 1)
+            replace_attribute(
+                restore, chunks[0].config, "context_parallel_size", chunks[0].config.context_parallel_size, 1
+            )
             # `megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding.forward` caches this rank's
             # part by the length only.
             forget = type(chunks[0].rotary_pos_emb).forward.cache_clear
             forget()
             restore.callback(forget)
         yield
-
-
-def _replace(restore: ExitStack, owner: object, name: str, value: object, other: object) -> None:
-    """Sets `owner.name` to `other` until `restore` closes, if the instance has this attribute with `value`."""
-    if value is not None and owner.__dict__.get(name) == value:
-        setattr(owner, name, other)
-        restore.callback(setattr, owner, name, value)
 
 
 class SlotDecoder:
@@ -97,7 +89,7 @@ class SlotDecoder:
         self._layers = [CachedCoreAttention(a, slots, capacity, self._device) for a in attentions(chunks)]
         self._dtype = chunks[0].config.params_dtype
         self._windows = {layer.window for layer in self._layers}
-        self._rotations: list[_Rotation] = []
+        self._rotations: list[RotationTable] = []
         caches = iter(self._layers)
         self._plain: list[PlainLayers | None] = []
         for chunk in chunks:
@@ -107,20 +99,10 @@ class SlotDecoder:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Context in which the chunks can only decode; see also `full_sequences`."""
-        with full_sequences(self._chunks), ExitStack() as restore:
-            for owner in [self._chunks[0].config, *(a.config for a in attentions(self._chunks))]:
-                for name in _ROTATION_FLAGS:
-                    _replace(restore, owner, name, True, False)
-            for attention, layer in zip(attentions(self._chunks), self._layers, strict=True):
-                restore.callback(setattr, attention, "core_attention", attention.core_attention)
-                attention.core_attention = layer
-            self._rotations = []
-            for chunk in self._chunks:
-                original = getattr(chunk, "rotary_pos_emb", None)  # None without rotary embeddings
-                if original is not None:
-                    restore.callback(setattr, chunk, "rotary_pos_emb", original)
-                    chunk.rotary_pos_emb = _Rotation(original, self.capacity)
-                    self._rotations.append(chunk.rotary_pos_emb)
+        with (
+            full_sequences(self._chunks),
+            cached_layers(self._chunks, self._layers, self.capacity) as self._rotations,
+        ):
             yield
 
     @property
@@ -216,34 +198,3 @@ class SlotDecoder:
         else:
             hidden = chunk.decoder.input_tensor
         return plain(hidden[0], self._rotations[index].angles[0, :, 0])[None]
-
-
-class _Rotation(torch.nn.Module):
-    """Replaces a chunk's rotary embedding: returns the angles of the positions that `take` selected."""
-
-    def __init__(self, original: torch.nn.Module, capacity: int) -> None:
-        super().__init__()
-        name = type(original).__name__
-        if name not in _KNOWN_ROTATIONS:
-            raise UserError(
-                "rollout",
-                got=f"rotary embedding {name}",
-                need=f"one of {', '.join(_KNOWN_ROTATIONS)}, whose angles depend only on the position",
-                fix="use another model",
-            )
-        table = original(capacity)
-        self._table, *self._rest = table if isinstance(table, tuple) else (table,)
-        self.angles = self._table
-
-    def take(self, positions: Tensor) -> None:
-        """Selects positions, [s] for all slots or [s, B] for each."""
-        angles = self._table[positions]  # [s, 1, 1, d] or [s, B, 1, 1, d]
-        self.angles = angles if positions.dim() == 1 else angles.squeeze(2)
-
-    def get_rotary_seq_len(self, *args: object) -> int:
-        """Not needed."""
-        return 0
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
-        """Angles [s, 1 or B, 1, d], in the form in which the original module returns them."""
-        return (self.angles, *self._rest) if self._rest else self.angles

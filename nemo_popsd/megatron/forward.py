@@ -99,6 +99,7 @@ def _run_schedule(
     loss: Callable[..., object],
     *,
     forward_only: bool,
+    before: Callable[[MicroBatch], None] = lambda batch: None,
 ) -> list[object]:
     """Returns what `loss` returned on the last stage: all of it if `forward_only`, otherwise its second value."""
     bare = [_bare(chunk) for chunk in chunks]
@@ -107,6 +108,7 @@ def _run_schedule(
 
     def step(data: Iterator[MicroBatch], chunk: ModelChunk | WrappedChunk) -> tuple[Tensor, Callable[..., object]]:
         batch = next(data)
+        before(batch)
         with hidden_states_only(_bare(chunk)):
             hidden_SBH = chunk(
                 input_ids=batch.input_ids,
@@ -180,23 +182,44 @@ def frozen_hidden_states(
     Returns:
         One tensor for each sequence on the last pipeline stage, an empty list on the others.
     """
+    states = frozen_batch_states(chunks, batches, training=training)
+    by_sequence = {
+        index: part
+        for batch, hidden_NH in zip(batches, states, strict=bool(states))
+        for index, part in zip(batch.sequences, hidden_NH.split(batch.response_lengths), strict=True)
+    }
+    return [by_sequence[index] for index in range(len(by_sequence))]
 
-    def keep(batch: MicroBatch, hidden_NH: Tensor, *, non_loss_data: bool) -> tuple[list[int], tuple[Tensor, ...]]:
+
+@torch.no_grad()
+def frozen_batch_states(
+    chunks: Sequence[ModelChunk],
+    batches: Sequence[MicroBatch],
+    *,
+    training: bool = False,
+    before: Callable[[MicroBatch], None] = lambda batch: None,
+) -> list[Tensor]:
+    """The hidden states that each micro-batch's route takes, [N, H]; see `frozen_hidden_states`.
+
+    Args:
+        chunks: the frozen weights.
+        batches: at least one.
+        training: run in training mode.
+        before: called before each micro-batch passes a chunk of this rank.
+    """
+
+    def keep(batch: MicroBatch, hidden_NH: Tensor, *, non_loss_data: bool) -> Tensor:
         assert non_loss_data
-        return batch.sequences, hidden_NH.split(batch.response_lengths)
+        return hidden_NH
 
-    before = [chunk.training for chunk in chunks]
+    modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.train(training)
     try:
-        results = cast(
-            "list[tuple[list[int], tuple[Tensor, ...]]]", _run_schedule(chunks, batches, keep, forward_only=True)
-        )
+        return cast("list[Tensor]", _run_schedule(chunks, batches, keep, forward_only=True, before=before))
     finally:
-        for chunk, mode in zip(chunks, before, strict=True):
+        for chunk, mode in zip(chunks, modes, strict=True):
             chunk.train(mode)
-    states = {index: part for indices, parts in results for index, part in zip(indices, parts, strict=True)}
-    return [states[index] for index in range(len(states))]
 
 
 def _no_rows_of_output_weight(chunk: DistributedDataParallel) -> Tensor | float:

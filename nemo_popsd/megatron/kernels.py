@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_popsd.megatron.kernel_choice import takes_groups, takes_packed
@@ -32,7 +33,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
         query: of all heads.
         key: of the key-value heads.
         value: as `key`.
-        mask: which keys each query attends to, bool; None for causal attention.
+        mask: which keys each query attends to, bool or by position; None for causal attention.
         scale: of the scores.
 
     Returns:
@@ -47,9 +48,28 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
     )
 
 
+def suffix_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Attention of the last s tokens of sequences of k: [b, n, s, d], [b, g, k, d], [b, g, k, d] -> [b, n, s, d].
+
+    Each query attends to the keys up to its own. On a GPU torch's fused kernels compute this without a mask. On a CPU
+    they need one, which hides few of the scores where s is small beside k; where it is not, queries of 0 stand for the
+    earlier tokens, and their results are dropped.
+    """
+    length, keys = query.shape[2], key.shape[2]
+    earlier = keys - length
+    if earlier == 0:
+        return causal_attention(query, key, value, mask=None, scale=scale)
+    if query.device.type == "cpu" and 2 * earlier <= length:
+        padded = torch.nn.functional.pad(query, (0, 0, earlier, 0))
+        return causal_attention(padded, key, value, mask=None, scale=scale)[:, :, earlier:]
+    # The memory-efficient kernel, for fp32 on a GPU, hides keys by position, but does not support grouped heads.
+    return causal_attention(query, key, value, mask=causal_lower_right(length, keys), scale=scale)
+
+
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
     """Whether torch's fused kernel for these inputs supports fewer key-value heads than query heads."""
-    return takes_groups(query.device.type, half=query.dtype in _FLASH_DTYPES, masked=mask is not None)
+    masked = mask is not None and not isinstance(mask, CausalBias)
+    return takes_groups(query.device.type, half=query.dtype in _FLASH_DTYPES, masked=masked)
 
 
 def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:

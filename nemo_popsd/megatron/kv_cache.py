@@ -18,8 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.kernel_choice import cache_positions
+from nemo_popsd.megatron.kernels import suffix_attention
+from nemo_popsd.megatron.prefix.waves import Wave
 
-_KNOWN_CORES = ("LocalCoreAttention", "TEDotProductAttention")
+KNOWN_CORES = ("LocalCoreAttention", "TEDotProductAttention")
+"""Classes of core attention that `CachedCoreAttention` computes, with the softmax 'vanilla'."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class Decode:
     """[b] int64, of the new tokens."""
     visible: dict[int | None, Tensor]
     """By window: 0 where a slot attends to one of the first r positions, else -inf; [b, 1, 1, r], queries' dtype."""
+
+
+@dataclass(frozen=True)
+class Extend:
+    """A forward of pieces of sequences, one after the other (s tokens of one slot), that continue each other and what
+    slot 0 holds; tokens after the last piece are padding.
+    """
+
+    wave: Wave
 
 
 class CachedCoreAttention(torch.nn.Module):
@@ -70,18 +82,18 @@ class CachedCoreAttention(torch.nn.Module):
         # In a list, so that it is not a submodule of two modules and `modules()` finds it once.
         self._inner = [attention.core_attention]
         name = type(attention.core_attention).__name__
-        if name not in _KNOWN_CORES or config.softmax_type != "vanilla":
+        if name not in KNOWN_CORES or config.softmax_type != "vanilla":
             raise UserError(
                 "rollout",
                 got=f"core attention {name} with softmax_type={config.softmax_type!r}",
-                need=f"one of {', '.join(_KNOWN_CORES)} with 'vanilla', which the cache can replace",
+                need=f"one of {', '.join(KNOWN_CORES)} with 'vanilla', which the cache can replace",
                 fix="use another model",
             )
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         shape = slots, groups, cache_positions(capacity, device.type), width
         self.keys = torch.zeros(shape, dtype=config.params_dtype, device=device)
         self.values = torch.zeros(shape, dtype=config.params_dtype, device=device)
-        self.forward_of: Prefill | Decode | None = None
+        self.forward_of: Prefill | Decode | Extend | None = None
         self.window: int | None = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, attention.layer_number):
             self.window = config.window_size[0] + 1
@@ -96,7 +108,28 @@ class CachedCoreAttention(torch.nn.Module):
             self.values[step.slots, :, :length] = value.permute(1, 2, 0, 3)
             attended: Tensor = self._inner[0](query, key, value, *args, **kwargs)
             return attended
+        if isinstance(step, Extend):
+            return self._extend(step.wave, query, key, value)
         return self.attend(query[0].unflatten(1, (key.shape[2], -1)), key[0], value[0])[None]
+
+    def _extend(self, wave: Wave, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[s, 1, n, d], [s, 1, g, d], [s, 1, g, d] -> [s, 1, n·d]; see `Extend`. Copies the keys that a piece reads."""
+        q_bnsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        contexts = []
+        for piece in wave.pieces:
+            count = len(piece.tokens)
+            spans = *piece.above, (piece.place, count)
+            keys, values = (
+                _joined([cache[:1, :, : piece.cached], *(x[:, :, place : place + n] for place, n in spans)])
+                for cache, x in ((self.keys, k_bgsd), (self.values, v_bgsd))
+            )
+            own = q_bnsd[:, :, piece.place : piece.place + count]
+            contexts.append(suffix_attention(own, keys, values, scale=self._scale).permute(2, 0, 1, 3).flatten(2))
+        for place, count, position in wave.kept:
+            for cache, x in ((self.keys, k_bgsd), (self.values, v_bgsd)):
+                cache[0, :, position : position + count] = x[0, :, place : place + count]
+        contexts.append(query.new_zeros(len(query) - wave.tokens, 1, query.shape[2] * query.shape[3]))
+        return torch.cat(contexts)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[b, g, n/g, d], [b, g, d], [b, g, d] -> [b, n·d]: one token of each of the first b slots."""
@@ -114,6 +147,12 @@ class CachedCoreAttention(torch.nn.Module):
             scale=self._scale,
         )
         return context.reshape(count, -1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """[1, g, ·, d] along the positions; a single one that is not empty as it is."""
+    parts = [part for part in parts if part.shape[2]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def attentions(chunks: Sequence[ModelChunk]) -> Iterator[Attention]:

@@ -73,6 +73,8 @@ class TokenCount:
     """Tokens of sequences."""
     padding: int = 0
     """Tokens of padding."""
+    saved: int = 0
+    """Tokens of sequences that were not computed, because another sequence has the same prefix."""
 
     @classmethod
     def of(cls, batches: Sequence[MicroBatch]) -> TokenCount:
@@ -81,7 +83,7 @@ class TokenCount:
         return cls(sum(batch.shape[0] * batch.shape[1] for batch in batches) - padding, padding)
 
     def __add__(self, other: TokenCount) -> TokenCount:
-        return TokenCount(self.real + other.real, self.padding + other.padding)
+        return TokenCount(self.real + other.real, self.padding + other.padding, self.saved + other.saved)
 
 
 def group_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

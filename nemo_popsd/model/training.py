@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.sections import shares_prefixes
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.data.records import Record
 from nemo_popsd.diagnosis.pieces import marked_tokens, token_pieces
@@ -96,7 +97,17 @@ def build_step(
     reader, weights = build_reader(config, tokenizer), build_weights(config.distillation, student)
     mismatch = MismatchGuard(config.guard, MismatchBounds.of(config.guard, exact=_is_exact(config)), student.split)
     cost = step_cost(config)
-    step = OnPolicyStep(config.training, config.distillation, student, rollouts, reader, weights, mismatch, cost)
+    step = OnPolicyStep(
+        config.training,
+        config.distillation,
+        student,
+        rollouts,
+        reader,
+        weights,
+        mismatch,
+        cost,
+        share_prefixes=shares_prefixes(config),
+    )
     return RunStep(step, config)
 
 

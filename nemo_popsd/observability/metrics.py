@@ -77,9 +77,14 @@ class StepMetrics:
     """Mean length of a response, in tokens."""
     cut_share: float
     """Share of responses truncated at `rollout.max_response_tokens`."""
+    response_diversity: float | None
+    """With `rollout.per_prompt` above 1: share of distinct 4-grams of tokens among all responses to a question, mean
+    over questions."""
     accuracy: float | None
     """Share of responses whose final answer is that of the row; of rows with answers (`data.train.columns.answer` or
     `data.train.answer_pattern`)."""
+    accuracy_at_n: float | None
+    """With `rollout.per_prompt` above 1: share of questions with at least one right response, of rows with answers."""
     weighted_share: float
     """Share of response tokens that count in the loss: with a weight, and open (`distillation.tokens`)."""
     marker_rate: float
@@ -93,6 +98,13 @@ class StepMetrics:
     """The same for the oldest token."""
     padding_share: float
     """Share of padding among the tokens of the forward passes of student and frozen branches."""
+    frozen_tokens: float
+    """Tokens that went through the frozen branches, without padding."""
+    frozen_tokens_saved: float
+    """Tokens of their sequences that were not computed, because another sequence of the step has the same prefix
+    (`training.share_prefixes`)."""
+    frozen_saved_share: float
+    """Share of the saved tokens among the tokens of all sequences of the frozen branches."""
     grad_norm: float
     """Global gradient norm before clipping, of the last update of the step."""
     learning_rate: float

@@ -17,6 +17,9 @@ from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_sizes
 from nemo_popsd.planning.workload import Case
 
+SHARING = tuple((responses, order) for responses in (1, 4, 8) for order in ("question_first", "reference_first"))
+"""Numbers of responses to a prompt and orders of the templates, which `--sharing` compares."""
+
 
 def plan_text(
     config: str | Path,
@@ -24,6 +27,7 @@ def plan_text(
     *,
     fastest_layout: bool = False,
     explain: bool = False,
+    sharing: bool = False,
     as_json: bool = False,
 ) -> str:
     """One layout in full, or a table where `nodes` holds several numbers.
@@ -33,6 +37,7 @@ def plan_text(
         words: ``key=value``, of the plan and of the run.
         fastest_layout: search the layout instead of taking that of the run.
         explain: add what the layout gains over its neighbours, see `alternatives`.
+        sharing: a table over `SHARING` instead, for the layout of the run.
         as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
 
     Raises:
@@ -44,6 +49,10 @@ def plan_text(
     _refuse_means_above_limits(plan, run)
     sizes, origin = read_sizes(run.student.source)
     cases = [Case(run, plan, sizes, nodes) for nodes in plan.nodes]
+    if sharing:
+        names = "rollout.per_prompt", "data.templates.order"
+        varied = [cases[0].replace(dict(zip(names, values, strict=True))) for values in SHARING]
+        return report.sharing_table([_estimate_or_raise(case, fastest_layout) for case in varied])
     if len(cases) == 1:
         result = _estimate_or_raise(cases[0], fastest_layout)
         others = alternatives(result.case) if explain else []

@@ -24,7 +24,7 @@ class Flops:
     attention: float = 0.0
     """Of attention within a sequence, the full square, as flop counters count it."""
     cached: float = 0.0
-    """Of attention of new tokens to the cache."""
+    """Of attention of new tokens to the cache, and of pieces of a sequence to what precedes them."""
     head: float = 0.0
     """Of products with the output matrix."""
 
@@ -135,7 +135,7 @@ class StepFlops:
 def prefill(case: Case, *, layers: int | None = None) -> Flops:
     """Operations of the forward that fills the cache with a rank's prompts, without their last tokens."""
     length = case.means.prompt - 1
-    tokens = case.generated_rows * length * case.layout.context  # no sequence is split while decoding
+    tokens = case.prefilled_rows * length * case.layout.context  # no sequence is split while decoding
     return forward(case, tokens, tokens * length, adapters=case.lora, layers=layers)
 
 
@@ -160,8 +160,10 @@ def _of_stage(case: Case, layers: int, *, last: bool) -> StepFlops:
     """Operations of one step on a stage with this number of layers; the last one has the output matrix and the loss."""
     rows, mean = case.rows, case.means
     decoded = decoding(case, case.generated_rows, attended(case), layers=layers)
-    lengths = [mean.of(branch) for branch in case.branches]
-    frozen = forward(case, rows * sum(lengths), rows * sum(x * x for x in lengths), adapters=False, layers=layers)
+    work = case.frozen_work(mean)
+    frozen = forward(case, case.questions * work.tokens, case.questions * work.squares, adapters=False, layers=layers)
+    earlier = 4 * case.questions * work.earlier * case.sizes.query_width * layers / case.layout.tensor
+    frozen += Flops(0.0, cached=earlier)
     trained = training(case, rows * mean.student, rows * mean.student**2, layers=layers)
     if last:
         responses = case.owned_rows * mean.response

@@ -288,6 +288,7 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
             if copies and (offloaded or case.element < 4)
             else 0.0,
             "frozen forward": case.frozen_tokens / layout.context * working_set(case, longest) * case.element,
+            "kept prefix": 2.0 * case.kept_positions * sizes.key_width / layout.tensor * stage.layers * case.element,
             "frozen states": float(states),
         },
         "training": {

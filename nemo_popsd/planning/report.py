@@ -25,6 +25,7 @@ def describe(estimate: Estimate, origin: str) -> str:
             ("layout", f"{_size(layout.nodes, 'node')} of {_size(layout.gpus_per_node, 'GPU')}: {shape(case)}"),
             ("training", _training(case)),
             ("step", _step(case)),
+            *([("frozen", _sharing(case))] if case.shares_prefixes else []),
         ]
     )
     lines += ["", *_memory_table(estimate), "", *_work_table(estimate), ""]
@@ -117,6 +118,20 @@ def _cost(estimate: Estimate) -> tuple[str, str, str]:
     return f"{estimate.memory.worst / GIB:.1f}", f"{estimate.seconds.total:.1f}", fits
 
 
+def sharing_table(estimates: Sequence[Estimate]) -> str:
+    """Markdown: one row for each number of responses and order of the templates."""
+    head = ["responses", "order", "tokens of sequences", "computed", "share", "TFLOP, frozen", "frozen s", "step s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for estimate in estimates:
+        case = estimate.case
+        separate, computed = _frozen_tokens(case)
+        cells = [str(case.responses), case.config.data.templates.order, f"{separate:,}", f"{computed:,}"]
+        cells += [f"{computed / separate:.3f}", f"{estimate.flops.frozen.needed / 1e12:,.1f}"]
+        cells += [f"{estimate.seconds.frozen.total:.2f}", f"{estimate.seconds.total:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def gpu_hours(estimate: Estimate) -> float:
     """GPU hours per 1,000 prompts."""
     return estimate.seconds.total * estimate.case.layout.world / estimate.case.prompts * 1000 / 3600
@@ -132,6 +147,8 @@ def as_data(estimate: Estimate, origin: str) -> dict[str, object]:
         "assumptions": asdict(case.plan),
         "prompts": case.prompts,
         "rows_per_replica": case.rows,
+        "responses_per_prompt": case.responses,
+        "frozen_tokens": dict(zip(("sequences", "computed"), _frozen_tokens(case), strict=True)),
         "microbatches": case.microbatches,
         "decoded_rows": case.decoded_rows,
         "fits": estimate.fits,
@@ -224,7 +241,19 @@ def _step(case: Case) -> str:
     mean, batches = case.means, _size(case.microbatches, "micro-batch", "es")
     lengths = f"{mean.prompt} prompt, {mean.reference} reference, {mean.response} response tokens in the mean"
     updates = "" if case.updates == 1 else f" for each of {case.updates} updates"
-    return f"{_size(case.prompts, 'prompt')}, {case.rows} a replica in {batches}{updates}; {lengths}"
+    several = "" if case.responses == 1 else f" with {case.responses} responses each"
+    return f"{_size(case.prompts, 'prompt')}{several}, {case.rows} a replica in {batches}{updates}; {lengths}"
+
+
+def _frozen_tokens(case: Case) -> tuple[int, int]:
+    """Tokens of the frozen branches' sequences of a replica, and how many of them are computed, at the mean lengths."""
+    separate, computed = (case.frozen_work(case.means, shared=shared).tokens for shared in (False, None))
+    return case.questions * separate, case.questions * computed
+
+
+def _sharing(case: Case) -> str:
+    separate, computed = _frozen_tokens(case)
+    return f"{computed:,} of {separate:,} tokens of a replica's sequences computed ({computed / separate:.3f})"
 
 
 def _size(count: int, noun: str, plural: str = "s") -> str:

@@ -146,14 +146,15 @@ def step(case: Case, *, from_host: float) -> StepTraffic:
     rows, mean, layout = case.rows, case.means, case.layout
     sizes = case.sizes
     # No sequence is split while decoding, which the divisions by c below assume.
-    generated = case.generated_rows * (mean.student - 1) * layout.context
+    prefilled = case.prefilled_rows * (mean.prompt - 1)
+    generated = (prefilled + case.generated_rows * mean.response) * layout.context
     sampled = case.generated_rows * mean.response * sampling(case)
     rollout = Phase(
         tensor=tensor_forward(case, generated, adapters=case.lora) + sampled,
         pipeline=stage_transfer(case, generated) / layout.virtual_pipeline,
         expert=expert_forward(case, generated),
     )
-    tokens = rows * sum(mean.of(branch) for branch in case.branches)
+    tokens = case.questions * case.frozen_work(mean).tokens
     frozen = Phase(
         tensor=tensor_forward(case, tokens, adapters=False),
         context=context_forward(case, tokens),

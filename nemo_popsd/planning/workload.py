@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.config.sections import data_settings
+from nemo_popsd.config.sections import data_settings, shares_prefixes
 from nemo_popsd.data.views import Views
 from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.distillation.target_families import Target, build_target
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout
+from nemo_popsd.planning.prefixes import FrozenWork
 from nemo_popsd.planning.sizes import ModelSizes
 
 
@@ -76,10 +77,13 @@ class Case:
         """The same run with other values of dotted settings, as in ``{"parallel.tensor": 2}``; nothing is checked."""
         config = copy.copy(self.config)
         for name, value in settings.items():
-            section, _, field = name.rpartition(".")
-            changed = copy.copy(getattr(config, section))
-            setattr(changed, field, value)
-            setattr(config, section, changed)
+            *sections, field = name.split(".")
+            owner: object = config
+            for section in sections:
+                changed = copy.copy(getattr(owner, section))
+                setattr(owner, section, changed)
+                owner = changed
+            setattr(owner, field, value)
         return dataclasses.replace(self, config=config)
 
     def setting(self, name: str) -> object:
@@ -124,9 +128,19 @@ class Case:
         return self.config.training.prompts_per_step if per_node is None else per_node * self.nodes
 
     @property
-    def rows(self) -> int:
-        """r, prompts of one data-parallel rank."""
+    def responses(self) -> int:
+        """n, responses to each prompt."""
+        return self.config.rollout.per_prompt
+
+    @property
+    def questions(self) -> int:
+        """q, prompts of one data-parallel rank."""
         return self.prompts // self.layout.data
+
+    @property
+    def rows(self) -> int:
+        """R = q·n, responses of one data-parallel rank."""
+        return self.questions * self.responses
 
     @cached_property
     def limits(self) -> Lengths:
@@ -185,16 +199,46 @@ class Case:
         )
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether the frozen branches compute each distinct prefix once; see `why_not_shared` in
+        `nemo_popsd.megatron.prefix.forward` for the layouts.
+        """
+        return shares_prefixes(self.config) and self.layout.context == self.layout.expert == 1
+
+    def frozen_work(self, lengths: Lengths, *, shared: bool | None = None) -> FrozenWork:
+        """What the frozen branches compute for one question; `shared` is by default what the run does."""
+        if not (self.shares_prefixes if shared is None else shared):
+            return FrozenWork.separate([lengths.of(branch) for branch in self.branches], self.responses)
+        question, reference = ("question", lengths.prompt), ("reference", lengths.reference)
+        both = [question, reference]
+        if self.config.data.templates.order == "reference_first":
+            both.reverse()
+        contexts = []
+        for number, branch in enumerate(self.branches):
+            parts = {"base": [question], "privileged": both, "reference": [reference]}[branch]
+            if branch in self.branches[:number]:  # with another row's reference
+                parts = [part if part == question else ("other reference", lengths.reference) for part in parts]
+            contexts.append(parts)
+        return FrozenWork.shared(contexts, lengths.response, self.responses)
+
+    @property
     def frozen_tokens(self) -> int:
         """Most padded tokens of one frozen forward."""
-        longest = max(self.limits.of(branch) for branch in self.branches)
-        everything = self.rows * sum(self.limits.of(branch) for branch in self.branches)
-        return min(max(self.config.training.frozen_tokens, longest), everything)
+        work = self.frozen_work(self.limits)
+        return min(max(self.config.training.frozen_tokens, work.longest), self.questions * work.tokens)
+
+    @property
+    def kept_positions(self) -> int:
+        """Most positions whose keys and values are kept between two frozen forwards, of which there are several."""
+        work = self.frozen_work(self.limits)
+        if self.questions * work.tokens <= self.config.training.frozen_tokens:
+            return 0
+        return min(work.kept, self.config.training.frozen_cache_tokens)
 
     @property
     def frozen_forwards(self) -> int:
         """Frozen forwards of a rank and step, at the mean lengths."""
-        tokens = self.rows * sum(self.means.of(branch) for branch in self.branches)
+        tokens = self.questions * self.frozen_work(self.means).tokens
         return math.ceil(tokens / self.config.training.frozen_tokens)
 
     @property
@@ -205,6 +249,13 @@ class Case:
         if self.layout.expert > 1:
             return self.rows * self.layout.expert
         return math.ceil(self.rows / self.layout.context)
+
+    @property
+    def prefilled_rows(self) -> int:
+        """Prompts that fill the cache of a rank: each once, for all responses to it that the rank generates."""
+        if self.layout.expert > 1:
+            return self.questions * self.layout.expert
+        return min(self.questions, self.generated_rows)
 
     @property
     def decoded_rows(self) -> int:

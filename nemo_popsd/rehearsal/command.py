@@ -19,7 +19,7 @@ from nemo_popsd.planning.report import shape
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_model_file, read_sizes
 from nemo_popsd.planning.workload import Case
-from nemo_popsd.rehearsal.rank import Rehearsed, rehearse
+from nemo_popsd.rehearsal.rank import Rehearsed, as_rehearsed, rehearse
 
 GIB, TERA = 2**30, 1e12
 PLANNED = {"frozen": "frozen", "train": "training"}
@@ -62,7 +62,7 @@ def rehearsal_text(
     plan, rest = split_settings(words)
     if len(plan.nodes) != 1:
         raise UserError("rehearsal", got=f"nodes={plan.nodes}", need="one number of nodes", fix="set nodes=1")
-    run = load_config(config, rest)
+    run = as_rehearsed(load_config(config, rest))
     sizes, origin = read_sizes(run.student.source)
     plan = dataclasses.replace(plan, workload=WorkloadConfig(layers="plain"))
     case = Case(run, plan, sizes, plan.nodes[0], device="cpu")

@@ -61,6 +61,7 @@ UNREAD = ResponseReader(count_markers=lambda ids: 0, marked=lambda ids: [False] 
 class LongestRollouts:
     """Responses of one length to every row, in place of those that an engine generates."""
 
+    per_prompt = 1
     seconds_waiting = 0.0
     seconds_weights = 0.0
 
@@ -78,11 +79,11 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
     """Builds `rank` of the run and measures its second step, whose rows have the longest lengths.
 
     Args:
-        case: the run and its layout, which must divide.
+        case: the run, see `as_rehearsed`, and its layout, which must divide.
         model: content of the model's ``config.json``.
         rank: of the world.
     """
-    config = _as_rehearsed(case.config)
+    config = case.config
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, one_rank(rank, case.layout.world):
         initialize(config.parallel, seed=config.seed)
         architecture = _without_weights(Path(folder), model)
@@ -122,12 +123,16 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
         return Rehearsed(rank, weights, standing, dict(meter.phases))
 
 
-def _as_rehearsed(config: PopsdConfig) -> PopsdConfig:
-    """Compiled kernels and Transformer Engine's need memory: the operations are torch's, one by one."""
+def as_rehearsed(config: PopsdConfig) -> PopsdConfig:
+    """Compiled kernels and Transformer Engine's need memory: the operations are torch's, one by one. Rows have no text,
+    so none has a prefix in common with another.
+    """
     return replace(
         config,
         student=replace(config.student, layers="local"),
         distillation=replace(config.distillation, fused="never"),
+        rollout=replace(config.rollout, per_prompt=1),
+        training=replace(config.training, share_prefixes="false"),
     )
 
 

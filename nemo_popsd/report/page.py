@@ -70,7 +70,8 @@ def _facts(run: RunData) -> str:
         ("target", run.setting("distillation.target.family")),
         ("divergence", run.setting("distillation.divergence.kind")),
         ("steps", f"{run.steps:,} of {run.setting('training.steps')}"),
-        ("rollouts per step", run.setting("training.prompts_per_step")),
+        ("prompts per step", run.setting("training.prompts_per_step")),
+        ("responses per prompt", run.setting("rollout.per_prompt")),
         ("learning rate", number(run.setting("optimizer.lr"), 2) if run.setting("optimizer.lr") else None),
         ("seed", run.setting("seed")),
     ]

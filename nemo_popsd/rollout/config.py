@@ -17,6 +17,10 @@ class RolloutConfig:
 
     engine: str = "megatron"
     """What generates the responses: `megatron`, the training processes themselves, or `vllm`, a separate server."""
+    per_prompt: Annotated[int, Bounds(1, 4096)] = 1
+    """Responses to each question of a step. Each has a seed of its own, which depends on the row and the response's
+    number. A step trains on `training.prompts_per_step` times as many; the frozen branches compute what they share
+    once (`training.share_prefixes`)."""
     temperature: Annotated[float, Bounds(1e-3, 100, or_zero=True)] = 1.1
     """Sampling temperature; 0 is greedy. Independent of `distillation.target.temperature`."""
     top_p: Annotated[float, Bounds(1e-6, 1)] = 0.95

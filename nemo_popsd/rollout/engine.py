@@ -101,3 +101,10 @@ def row_seed(seed: int, *parts: object) -> int:
     """
     text = "\x1f".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def sibling_seeds(first: int, count: int) -> list[int]:
+    """Seeds of several responses to one prompt: `first` and those that follow it, which the seed of a response and its
+    number determine. vLLM derives the seeds of the samples of one request in the same way.
+    """
+    return [first + index for index in range(count)]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import chain
 
 import torch.distributed as dist
 
 from nemo_popsd.training.trajectory import Trajectory
 
 
-def rebalance(trajectories: Sequence[Trajectory], group: dist.ProcessGroup, updates: int) -> list[list[Trajectory]]:
+def rebalance(
+    trajectories: Sequence[Trajectory],
+    group: dist.ProcessGroup,
+    updates: int,
+    *,
+    by_row: bool = False,
+    shared: bool = False,
+) -> list[list[Trajectory]]:
     """This rank's trajectories for each update of a step, assigned by their lengths.
 
-    Update u takes the trajectories u, u + updates, ... of the step, counted over all ranks, in any layout. Within each
+    Update u takes the trajectories u, u + updates, ... of the step, counted over all ranks, in any layout; with
+    `by_row`, the rows u, u + updates, ... with all their trajectories, which then are on one rank. Within each
     update they are assigned so that every rank computes about the same number of tokens. The responses themselves do
     not depend on this.
 
@@ -24,6 +33,8 @@ def rebalance(trajectories: Sequence[Trajectory], group: dist.ProcessGroup, upda
         trajectories: of this rank; those of all ranks together are the step.
         group: data-parallel group.
         updates: number of updates.
+        by_row: whether rows have several trajectories.
+        shared: whether the frozen branches compute the prompts of a row once.
 
     Returns:
         One list for each update.
@@ -33,10 +44,21 @@ def rebalance(trajectories: Sequence[Trajectory], group: dist.ProcessGroup, upda
         gathered: list[list[Trajectory]] = [[]] * group.size()
         dist.all_gather_object(gathered, step, group=group)
         step = [trajectory for part in gathered for trajectory in part]
-    parts = [step[update::updates] for update in range(updates)]
-    return [
-        [part[index] for index in balanced_shares([t.cost for t in part], group.size())[group.rank()]] for part in parts
+    units: dict[object, list[Trajectory]] = {}
+    for place, trajectory in enumerate(step):
+        units.setdefault(trajectory.row_id if by_row else place, []).append(trajectory)
+    parts = [list(units.values())[update::updates] for update in range(updates)]
+    shares = [
+        balanced_shares([_cost(unit, shared=shared) for unit in part], group.size())[group.rank()] for part in parts
     ]
+    return [list(chain(*(part[index] for index in share))) for part, share in zip(parts, shares, strict=True)]
+
+
+def _cost(unit: Sequence[Trajectory], *, shared: bool) -> int:
+    """Work of one rank for trajectories of a row."""
+    contexts = unit[0].row.contexts
+    prompts = len(contexts.student) + len(contexts.privileged) + len(contexts.reference)
+    return sum(trajectory.cost for trajectory in unit) - shared * (len(unit) - 1) * prompts
 
 
 def balanced_shares(costs: Sequence[int], ranks: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ those of the tokens that this rank owns, on the last pipeline stage alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,13 @@ from torch import Tensor
 from nemo_popsd.distillation import DiagnosedTokens, HiddenPair, Target, hidden_pair
 from nemo_popsd.megatron.base import FrozenBase
 from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
-from nemo_popsd.megatron.microbatches import TokenCount
+from nemo_popsd.megatron.interfaces import ModelChunk
+from nemo_popsd.megatron.microbatches import ContextSequence, TokenCount
+from nemo_popsd.megatron.prefix.forward import shared_hidden_states, why_not_shared
 from nemo_popsd.megatron.response_routing import SequenceSplit
 from nemo_popsd.training.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class FrozenBranches:
         token_budget: int,
         diagnosed_tokens: int,
         packed: bool = False,
+        shared_cache_tokens: int | None = None,
         on_host: bool = False,
     ) -> None:
         """Keeps references only.
@@ -72,6 +78,8 @@ class FrozenBranches:
             token_budget: tokens of one forward, padding included.
             diagnosed_tokens: response tokens per call to keep for diagnosis, which needs both teachers.
             packed: concatenate sequences instead of padding them.
+            shared_cache_tokens: compute each distinct prefix once, with keys and values of at most this many positions
+                kept between forwards; None computes each sequence separately.
             on_host: keep the states in host memory until the loss needs them.
         """
         self._weights = {"base": anchor, "privileged": teacher, "reference": teacher}
@@ -79,6 +87,7 @@ class FrozenBranches:
         self._token_budget = token_budget
         self._diagnosed_tokens = diagnosed_tokens
         self._packed = packed
+        self._shared_cache_tokens = shared_cache_tokens
         self._on_host = on_host
         self.computed = TokenCount()
 
@@ -99,10 +108,10 @@ class FrozenBranches:
             own = [name for name in names if self._weights[name] is weights]
             sequences = [sequence for name in own for sequence in contexts[name]]
             with weights.model() as chunks:
-                batches = student_batches(chunks, sequences, self._token_budget, packed=self._packed)
-                hidden += frozen_hidden_states(chunks, batches)
+                states_of_own, computed = self._hidden_states(chunks, sequences)
                 split = SequenceSplit.of(chunks[0])
-            self.computed += TokenCount.of(batches)
+            hidden += states_of_own
+            self.computed += computed
         if not hidden:
             return []
         count = len(trajectories)
@@ -119,6 +128,19 @@ class FrozenBranches:
                 tokens = DiagnosedTokens(index, privileged[index], reference[index])
             states.append(TargetStates(hidden_pair(self._target, **branch_states), tokens))
         return [state.on_host() for state in states] if self._on_host else states
+
+    def _hidden_states(
+        self, chunks: Sequence[ModelChunk], sequences: Sequence[ContextSequence]
+    ) -> tuple[list[Tensor], TokenCount]:
+        """Of each sequence, and the tokens computed for them."""
+        if self._shared_cache_tokens is not None:
+            reason = why_not_shared(chunks)
+            if reason is None:
+                return shared_hidden_states(chunks, sequences, self._token_budget, self._shared_cache_tokens)
+            logger.warning("training.share_prefixes: each sequence is computed separately because of %s", reason)
+            self._shared_cache_tokens = None
+        batches = student_batches(chunks, sequences, self._token_budget, packed=self._packed)
+        return frozen_hidden_states(chunks, batches), TokenCount.of(batches)
 
     def _sample(self, trajectories: Sequence[Trajectory], split: SequenceSplit) -> list[Tensor] | None:
         """Indices of response tokens, evenly spaced over all trajectories, by trajectory; the same for any split."""

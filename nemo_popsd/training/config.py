@@ -19,15 +19,25 @@ class TrainingConfig:
     The learning rate is a function of the step and of this value, so it then jumps to that of an uninterrupted run of
     the new length: after a decay to `optimizer.min_lr` it rises again."""
     prompts_per_step: Annotated[int, Bounds(1, 2**16)] = 32
-    """Questions per step over all data-parallel ranks, one rollout each (the paper's batch)."""
+    """Questions per step over all data-parallel ranks (the paper's batch), with `rollout.per_prompt` rollouts each."""
     updates_per_step: Annotated[int, Bounds(1, 2**16)] = 1
-    """Optimizer updates per step, each on an equal part of its rollouts. The frozen branches run once for all of them.
-    From the second update on, the student has newer weights than those that generated the rollouts: slightly
-    off-policy."""
+    """Optimizer updates per step, each on the rollouts of an equal part of its questions. The frozen branches run once
+    for all of them. From the second update on, the student has newer weights than those that generated the rollouts:
+    slightly off-policy."""
     microbatch_tokens: Annotated[int, Bounds(1, 10**9)] = 8192
     """Tokens, padding included, of one forward and backward pass of the student; gradients accumulate over them."""
     frozen_tokens: Annotated[int, Bounds(1, 10**9)] = 32768
     """Tokens, padding included, of one forward pass of the frozen branches, which keep no activations."""
+    share_prefixes: str = "auto"
+    """Whether the frozen branches compute each distinct token prefix of a step once, and what follows attends to its
+    kept keys and values: `true`, `false`, or `auto`, on where several sequences of a row share most of their tokens,
+    with `rollout.per_prompt` above 1 or `data.templates.order=reference_first`. Results differ only by rounding.
+    Context parallelism, expert parallelism and sliding windows compute each sequence separately, and the log says so.
+    """
+    frozen_cache_tokens: Annotated[int, Bounds(0, 10**9)] = 65536
+    """With `share_prefixes`: most positions whose keys and values are kept between two forward passes of the frozen
+    branches. A pass of `frozen_tokens` that holds all sequences of a row keeps none; others keep at most the longest
+    sequence. What does not fit is computed again."""
     packing: bool = True
     """Concatenate sequences in a forward pass instead of padding them to the longest: the only padding is what the
     layout requires (`train/padding_share`)."""
@@ -71,6 +81,7 @@ class TrainingConfig:
             )
         if not self.best_metric.startswith(("train/", "validation/")):
             raise refuse("training.best_metric", self.best_metric, "the name of a metric, as in validation/accuracy")
+        one_of("training.share_prefixes", self.share_prefixes, ("auto", "true", "false"))
         one_of("training.best_is", self.best_is, ("max", "min"))
 
 

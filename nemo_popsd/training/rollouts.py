@@ -32,6 +32,7 @@ from nemo_popsd.rollout.engine import (
     RolloutEngine,
     SamplingParams,
     row_seed,
+    sibling_seeds,
 )
 from nemo_popsd.rollout.storage import RolloutStore, StoredRollout
 from nemo_popsd.training.trajectory import Trajectory
@@ -65,6 +66,10 @@ class TrajectorySource(Protocol):
 
     seconds_waiting: float
     """That this rank waited for other replicas in the last step."""
+
+    @property
+    def per_prompt(self) -> int:
+        """Responses to each question."""
 
     @property
     def seconds_weights(self) -> float:
@@ -128,8 +133,14 @@ class StepRollouts:
         update = getattr(self._engine, "last_update", None)
         return 0.0 if update is None else float(update.seconds)
 
+    @property
+    def per_prompt(self) -> int:
+        """Responses to each question."""
+        return self._settings.per_prompt
+
     def of(self, step: int, rows: Sequence[PromptRow]) -> list[Trajectory]:
-        """Trajectories of `step`: the finished responses to its rows and to those that the last step left unfinished.
+        """Trajectories of `step`: the finished responses to its rows, those to a row one after the other, and to those
+        that the last step left unfinished.
 
         With `rollout.overlap`, starts to generate the responses of the next step with the current weights.
 
@@ -139,7 +150,8 @@ class StepRollouts:
         """
         self.seconds_waiting = 0.0
         left_rows, left_requests = self._left_by(step - 1)
-        rows, requests = [*left_rows, *rows], [*left_requests, *self._requests(step, rows)]
+        requests = [*left_requests, *self._requests(step, rows)]
+        rows = [*left_rows, *(row for row in rows for _ in range(self._settings.per_prompt))]
         rollouts = self._stored(step, rows, requests)
         if rollouts is None:
             rollouts = self._unless_stopped(lambda: self._generate(step, requests))
@@ -156,7 +168,12 @@ class StepRollouts:
         return [Trajectory(row, rollout) for row, rollout in ended]
 
     def _requests(self, step: int, rows: Sequence[PromptRow]) -> list[Request]:
-        return [Request(row.contexts.student, row_seed(self._seed, "train", step, row.record.id)) for row in rows]
+        """`rollout.per_prompt` requests for each of `rows`, one after the other."""
+        return [
+            Request(row.contexts.student, seed)
+            for row in rows
+            for seed in sibling_seeds(row_seed(self._seed, "train", step, row.record.id), self._settings.per_prompt)
+        ]
 
     def _generate(self, step: int, requests: Sequence[Request]) -> list[Rollout]:
         """From the engine, which got the requests now or during the last step."""

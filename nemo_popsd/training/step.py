@@ -29,6 +29,7 @@ from nemo_popsd.training.objective import LossReport, Objective
 from nemo_popsd.training.reading import ResponseReader, verified
 from nemo_popsd.training.rollouts import TrajectorySource
 from nemo_popsd.training.self_check import check_student_equals_base
+from nemo_popsd.training.siblings import SiblingSums, sibling_sums
 from nemo_popsd.training.summary import summarize_step
 from nemo_popsd.training.trajectory import Trajectory
 from nemo_popsd.training.weights import response_weights, shares
@@ -57,6 +58,7 @@ class OnPolicyStep:
         mismatch: MismatchGuard | None = None,
         complete: Callable[[StepMetrics, Sequence[PromptRow]], StepMetrics] = lambda metrics, rows: metrics,
         *,
+        share_prefixes: bool = False,
         stopwatch: Callable[[], Stopwatch] = Stopwatch,
     ) -> None:
         """Builds target, objective and frozen branches.
@@ -70,6 +72,7 @@ class OnPolicyStep:
             weights: of the frozen branches.
             mismatch: compares the log-probabilities of the rollouts with the student's; None does not.
             complete: adds metrics that follow from those of a step and this rank's rows; without collectives.
+            share_prefixes: the frozen branches compute each distinct prefix once.
             stopwatch: makes the stopwatch of a step.
         """
         self._stopwatch = stopwatch
@@ -78,8 +81,7 @@ class OnPolicyStep:
         self._rollouts = rollouts
         self._reader, self.weights = reader, weights
         self._tokens, self._loss_mean = distillation.tokens, distillation.loss_mean
-        self._mismatch = mismatch
-        self._complete = complete
+        self._mismatch, self._complete, self._share_prefixes = mismatch, complete, share_prefixes
         target = build_target(distillation.target)
         self._objective = Objective(
             student,
@@ -97,6 +99,7 @@ class OnPolicyStep:
             token_budget=training.frozen_tokens,
             diagnosed_tokens=distillation.diagnosed_tokens,
             packed=training.packing,
+            shared_cache_tokens=training.frozen_cache_tokens if share_prefixes else None,
             on_host=training.cache_on_host,
         )
 
@@ -121,7 +124,14 @@ class OnPolicyStep:
         settings, watch = self._training, self._stopwatch()
         with watch.phase("rollout"):
             generated = verified(self._rollouts.of(step, rows), self._reader, self._student)
-            parts = rebalance(generated, self._student.dp_group, settings.updates_per_step)
+            siblings = self._siblings(generated)
+            parts = rebalance(
+                generated,
+                self._student.dp_group,
+                settings.updates_per_step,
+                by_row=self._rollouts.per_prompt > 1,
+                shared=self._share_prefixes,
+            )
         trajectories = [trajectory for part in parts for trajectory in part]
         if step == 1 and settings.self_check:
             sequences = [t.student for t in trajectories[:_CHECKED_SEQUENCES]]
@@ -129,7 +139,8 @@ class OnPolicyStep:
             check_student_equals_base(self._student, optimizer, self._objective, sequences, budget, packed=packed)
         with watch.phase("frozen"):
             states = self._branches.target_states(trajectories)
-        computed, reports, mismatch = self._branches.computed, [], None
+        frozen, reports, mismatch = self._branches.computed, [], None
+        computed = frozen
         with watch.phase("train"):
             for number, part in enumerate(parts, start=1):
                 part_states, states = states[: len(part)], states[len(part) :]
@@ -159,6 +170,8 @@ class OnPolicyStep:
             learning_rate=optimizer.learning_rate,
             stopwatch=watch,
             computed=computed if self._student.owns_trajectories else TokenCount(),
+            siblings=siblings,
+            frozen=frozen if self._student.owns_trajectories else TokenCount(),
             updates=settings.updates_per_step,
             mismatch=mismatch,
             seconds_waiting=self._rollouts.seconds_waiting,
@@ -167,6 +180,12 @@ class OnPolicyStep:
         if metrics.weighted_share == 0:
             logger.warning("step %d: no token has a weight (distillation.tokens), so the loss is 0", step)
         return self._complete(metrics, rows)
+
+    def _siblings(self, trajectories: Sequence[Trajectory]) -> SiblingSums | None:
+        """Of the questions that this rank's replica generated responses to; None with one response to each."""
+        if self._rollouts.per_prompt == 1:
+            return None
+        return sibling_sums(trajectories if self._student.owns_trajectories else [])
 
     def _accumulate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from nemo_popsd.observability.stopwatch import Stopwatch
 from nemo_popsd.parallel.distributed import device
 from nemo_popsd.training.objective import LossReport
 from nemo_popsd.training.repetition import repeated_tokens
+from nemo_popsd.training.siblings import SiblingSums
 from nemo_popsd.training.trajectory import Trajectory
 
 _PHASES = ("rollout", "frozen", "train")
@@ -30,6 +32,8 @@ def summarize_step(
     learning_rate: float,
     stopwatch: Stopwatch,
     computed: TokenCount,
+    frozen: TokenCount | None = None,
+    siblings: SiblingSums | None = None,
     updates: int = 1,
     mismatch: MismatchMetrics | None = None,
     seconds_waiting: float = 0.0,
@@ -50,11 +54,14 @@ def summarize_step(
         learning_rate: of this step.
         stopwatch: has the phases ``rollout``, ``frozen`` and ``train`` of this step.
         computed: tokens that went through student and base for these trajectories.
+        frozen: of these, the tokens of the frozen branches; None counts none.
+        siblings: of this rank's questions; None, on all ranks, where each has one response.
         updates: optimizer updates that the loss is a mean over.
         mismatch: of the step, the same on every rank.
         seconds_waiting: that this rank waited for other replicas' rollouts.
         seconds_weights: of this replica's transfer of weights to a server; 0 without one.
     """
+    frozen = frozen or TokenCount()
     sums: dict[str, float] = {
         **_sums_over_tokens(reports),
         "tokens": sum(len(t.rollout.response) for t in trajectories),
@@ -67,6 +74,9 @@ def summarize_step(
         "ages": sum(t.rollout.token_ages(weights_version) for t in trajectories),
         "computed": computed.real + computed.padding,
         "padding": computed.padding,
+        "frozen": frozen.real,
+        "saved": frozen.saved,
+        **asdict(siblings or SiblingSums()),
     }
     totals = torch.tensor(list(map(float, sums.values())), dtype=torch.float64, device=device())
     dist.all_reduce(totals)
@@ -90,13 +100,18 @@ def summarize_step(
         },
         response_tokens=total["tokens"] / max(total["responses"], 1.0),
         cut_share=total["cut"] / max(total["responses"], 1.0),
-        accuracy=total["right"] / total["verified"] if total["verified"] else None,
+        response_diversity=_ratio(total["distinct"], total["questions"]),
+        accuracy=_ratio(total["right"], total["verified"]),
+        accuracy_at_n=_ratio(total["solved"], total["graded_questions"]),
         weighted_share=total["counted"] / tokens,
         marker_rate=1000 * total["markers"] / tokens,
         repetition=total["repeated"] / tokens,
         rollout_age=total["ages"] / tokens,
         rollout_age_max=oldest,
         padding_share=total["padding"] / max(total["computed"], 1.0),
+        frozen_tokens=total["frozen"],
+        frozen_tokens_saved=total["saved"],
+        frozen_saved_share=total["saved"] / max(total["frozen"] + total["saved"], 1.0),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         tokens_per_second=total["tokens"] / max(sum(seconds.values()), 1e-9),
@@ -110,6 +125,10 @@ def summarize_step(
             seconds_waiting=waiting,
         ),
     )
+
+
+def _ratio(value: float, count: float) -> float | None:
+    return value / count if count else None
 
 
 def _maxima(own: Sequence[float]) -> list[float]:

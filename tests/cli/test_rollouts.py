@@ -68,6 +68,24 @@ def test_unfinished_responses_and_responses_of_several_weights(
     assert "0 tokens, unfinished" in capsys.readouterr().out
 
 
+def test_several_responses_to_a_prompt(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        StoredRollout(name, seed, [5, 6], Rollout([7] * (seed + 1), [-1.0] * (seed + 1), False, 2))
+        for name in ("a", "b")
+        for seed in (10, 11, 12)
+    ]
+    RolloutStore(output).write(3, rows, part=0, parts=1)
+    assert main(["rollouts", "show", str(output)]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("step 3: 6 rollouts of 2 prompts by weights 2, 72 tokens")
+    )
+    assert main(["rollouts", "show", str(output), "--step", "3", "--row", "b", "--text"]) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+    expected = [f"--- step 3, row b, response {number}: {number + 10} tokens" for number in (1, 2, 3)]
+    assert [head.partition(",")[0] for head in heads] == ["--- step 3"] * 3
+    assert [head.split(" tokens")[0] + " tokens" for head in heads] == expected
+
+
 def test_rollouts_as_text(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nemo_popsd.data.tokenizer import load_tokenizer
     from nemo_popsd.embedded.names import asset

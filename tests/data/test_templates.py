@@ -6,22 +6,66 @@ from nemo_popsd.data.config import TemplatesConfig
 from nemo_popsd.data.templates import check_templates, fill, student_turn, teacher_turn
 from nemo_popsd.errors import UserError
 
+ORDERS = ("question_first", "reference_first")
 
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("reference", ["R.", None])
-def test_teachers_differ_only_in_the_question_block(reference: str | None) -> None:
-    templates = TemplatesConfig()
+def test_teachers_differ_only_in_the_question_block(order: str, reference: str | None) -> None:
+    templates = TemplatesConfig(order=order)
+    check_templates(templates)
     privileged = teacher_turn(templates, question="Q?", reference=reference)
     alone = teacher_turn(templates, question=None, reference=reference)
-    assert privileged == templates.question_block.replace("{question}", "Q?") + alone
+    block = templates.question_block.replace("{question}", "Q?")
+    assert privileged.count(block) == 1
+    assert privileged.replace(block, "") == alone
     assert "Q?" not in alone
     assert ("R." in alone) is (reference is not None)
     assert not re.search("problem|question", alone, re.IGNORECASE)
-    check_templates(templates)
+    if reference is not None:
+        assert (privileged.index(block) < privileged.index(reference)) == (order == "question_first")
 
 
 def test_without_a_reference_the_default_turn_is_the_students() -> None:
     templates = TemplatesConfig()
     assert teacher_turn(templates, question="Q?", reference=None) == student_turn(templates, question="Q?")
+
+
+def test_the_teachers_share_the_reference_where_it_is_first() -> None:
+    templates = TemplatesConfig(order="reference_first")
+    privileged = teacher_turn(templates, question="Q?", reference="R.")
+    shared = privileged[: privileged.index("Q?") - len("Problem: ")]
+    assert "R." in shared
+    assert teacher_turn(templates, question=None, reference="R.").startswith(shared)
+
+
+def test_a_saved_default_follows_the_order() -> None:
+    saved = TemplatesConfig(order="reference_first")
+    again = TemplatesConfig(order="question_first", teacher=saved.teacher)
+    assert again == TemplatesConfig()
+    own = TemplatesConfig(order="reference_first", teacher="{reference}{question_block}!")
+    assert own.teacher == "{reference}{question_block}!"
+
+
+@pytest.mark.parametrize(
+    ("order", "teacher"),
+    [("question_first", "{reference} {question_block}"), ("reference_first", "{question_block} {reference}")],
+)
+@pytest.mark.parametrize("words", ["problem above", "question below"])
+def test_a_teacher_in_the_other_order_is_refused(order: str, teacher: str, words: str) -> None:
+    other = ORDERS[1 - ORDERS.index(order)]
+    with pytest.raises(UserError, match=re.escape(f"order={order}")) as caught:
+        check_templates(TemplatesConfig(order=order, teacher=teacher))
+    assert f"data.templates.order={other}" in str(caught.value)
+    fitting = TemplatesConfig(order=other, teacher=teacher)
+    check_templates(fitting)
+    with pytest.raises(UserError, match=words):
+        check_templates(TemplatesConfig(order=other, teacher=f"{teacher} Solve the {words}."))
+
+
+def test_an_unknown_order_is_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("data.templates.order")):
+        TemplatesConfig(order="reference")
 
 
 def test_other_braces_are_literal() -> None:

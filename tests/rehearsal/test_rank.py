@@ -86,11 +86,12 @@ def test_widths_of_a_real_model_take_what_is_planned(name: str) -> None:
     from nemo_popsd.planning.sizes import read_model_file, read_sizes
     from nemo_popsd.planning.workload import Case
     from nemo_popsd.rehearsal.command import quantities
+    from nemo_popsd.rehearsal.rank import as_rehearsed
 
     world, words = LAYOUTS[name]
     shorter = ["data.max_prompt_tokens=256", "data.max_reference_tokens=512", "rollout.max_response_tokens=1024"]
     conf = Path(__file__).parents[2] / "conf" / "qwen3_8b.yaml"
-    run = load_config(conf, ["student.source=Qwen3-8B", *shorter, *words])
+    run = as_rehearsed(load_config(conf, ["student.source=Qwen3-8B", *shorter, *words]))
     sizes = dataclasses.replace(read_sizes("Qwen3-8B")[0], layers=2)
     content = {**read_model_file("Qwen3-8B").content, "num_hidden_layers": 2}
     plan = PlanConfig(gpus_per_node=8, workload=WorkloadConfig(layers="plain"))

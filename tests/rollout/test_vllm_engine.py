@@ -99,6 +99,10 @@ def observe(rank: int, world_size: int, output: Path, parallel: dict[str, Any], 
     both("after", greedy)
     seen["random"] = vllm.generate(requests, random)
     seen["random, other batches"] = vllm.generate(requests[::-1][:10], random)[::-1]
+    siblings = [replace(requests[0], seed=5 + number) for number in range(4)]
+    seen["siblings"] = vllm.generate(siblings, random)
+    seen["siblings, separately"] = vllm.generate(siblings[::-1], random)[::-1]
+    seen["siblings, greedy"] = vllm.generate(siblings[:2], greedy)
     seen["most likely of one"] = vllm.generate(requests, replace(random, top_k=1))
     seen["none"] = vllm.generate([], random)
     pairs = zip(requests, seen["random"], strict=True)
@@ -183,6 +187,11 @@ def test_seeds_determine_the_samples_and_filters_apply(ranks: list[dict[str, Any
         sampled = [r.response for r in seen["random"]]
         assert [r.response for r in seen["random, other batches"]] == sampled[-10:]
         assert sampled != [r.response for r in seen["after"][1]]
+        # One request with four samples, and four requests: the server derives the same seeds.
+        several = [r.response for r in seen["siblings"]]
+        assert several == [r.response for r in seen["siblings, separately"]]
+        assert len(set(map(tuple, several))) > 1
+        assert [r.response for r in seen["siblings, greedy"]] == [seen["after"][1][0].response] * 2
         same(seen["most likely of one"], seen["after"][1], 7)
         assert seen["none"] == []
 

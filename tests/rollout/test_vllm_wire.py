@@ -128,3 +128,15 @@ def test_the_servers_modules_need_nothing_of_this_package() -> None:
         assert {module.split(".")[0] for module in imports(path)} <= known, path.name
     needed = {module.split(".")[0] for module in imports(Path(wire.__file__))}
     assert needed <= set(sys.stdlib_module_names), "the trainer imports it too"
+
+
+def test_responses_to_a_prompt_are_one_request() -> None:
+    from nemo_popsd.rollout.engine import Request, sibling_seeds
+    from nemo_popsd.rollout.vllm.engine import _with_siblings
+
+    requests = [Request(prompt, seed) for prompt in ([1, 2], [3]) for seed in sibling_seeds(7, 3)]
+    others = [Request([3], 10), Request([3], 10), Request([4], 11), Request([4], 9)]
+    merged = [([1, 2], 7, 3), ([3], 7, 4), ([3], 10, 1), ([4], 11, 1), ([4], 9, 1)]
+    assert _with_siblings([*requests, *others], greedy=False) == merged
+    assert _with_siblings(requests, greedy=True) == [(list(r.prompt), r.seed, 1) for r in requests]
+    assert _with_siblings([], greedy=False) == []

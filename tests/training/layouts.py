@@ -36,6 +36,10 @@ class Variant:
     """With a moving average as teacher; under full fine-tuning as anchor, too."""
     weighted: bool = False
     """With weights of tokens and gates."""
+    siblings: bool = False
+    """Pairs of rows with the same prompts."""
+    shared: bool = False
+    """`training.share_prefixes`."""
     shares: tuple[tuple[int, ...], ...] | None = None
     """Rows of each data-parallel rank, which are then not rebalanced; None for equal shares, which are."""
 
@@ -58,7 +62,7 @@ def train(
 def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Variant) -> dict[str, Any]:
     from nemo_popsd.distillation.config import TokensConfig, WeightsConfig
     from nemo_popsd.training import step as module
-    from tests.training.runs import ScriptedEngine, response, row, settings, start
+    from tests.training.runs import ScriptedEngine, response, row, settings, sibling, start
 
     config = settings(
         parallel=parallel,
@@ -70,6 +74,8 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
         optimizer={**OPTIMIZER, **others.get("optimizer", {})},
         training={
             "packing": variant.packing,
+            "share_prefixes": "true" if variant.shared else "false",
+            "frozen_cache_tokens": 11,
             "microbatch_tokens": 48,
             "frozen_tokens": 80,
             **others.get("training", {}),
@@ -100,6 +106,7 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
         run.reader = replace(run.reader, is_right=lambda record, response: response[0] % 2 == 0)
     engine = ScriptedEngine([response(number, LENGTHS[number]) for number in mine], lambda: run.steps)
     step = run.on_policy_step(engine)
+    rows = [sibling(index) if variant.siblings else row(index) for index in mine]
     gradients: dict[str, Tensor] = {}
 
     def update() -> None:
@@ -107,7 +114,7 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
             gradients.update(whole_tensors(run, _main_gradients(run)))
         run.update()
 
-    metrics = [step(number + 2, [row(index) for index in mine], run.optimizer, update) for number in range(STEPS)]
+    metrics = [step(number + 2, rows, run.optimizer, update) for number in range(STEPS)]
     chunks = [list(chunk.named_parameters()) for chunk in run.student.chunks]
     weights = whole_tensors(run, [[(name, p, p.detach()) for name, p in named] for named in chunks])
     return {"metrics": metrics, "gradients": gradients, "weights": weights}

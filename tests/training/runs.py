@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,15 @@ class Run:
             stop=stop or StopSignals(),
         )
         self.weights = build_weights(self.config.distillation, self.student)
+        share = self.config.training.share_prefixes == "true"
         return OnPolicyStep(
-            self.config.training, self.config.distillation, self.student, rollouts, self.reader, self.weights
+            self.config.training,
+            self.config.distillation,
+            self.student,
+            rollouts,
+            self.reader,
+            self.weights,
+            share_prefixes=share,
         )
 
     def update(self) -> None:
@@ -181,6 +188,22 @@ def row(number: int) -> PromptRow:
         reference_truncated=False,
     )
     return PromptRow(Record(id=f"row{number}", question="q", reference="r", answer=None), contexts)
+
+
+def sibling(number: int) -> PromptRow:
+    """One of two rows with the same prompts, whose contexts begin alike, the reference first."""
+    head, question, reference = (
+        _ids("head", 2, 2),
+        _ids(f"question/{number // 2}", 3, 6),
+        _ids(f"r/{number // 2}", 8, 15),
+    )
+    contexts = replace(
+        row(number).contexts,
+        student=[*head, *question],
+        privileged=[*head, *reference, *question],
+        reference=[*head, *reference, 9],
+    )
+    return replace(row(number), contexts=contexts)
 
 
 def response(number: int, length: int) -> list[int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 from hypothesis import given
@@ -26,6 +27,38 @@ def test_shares_of_examples() -> None:
     assert balanced_shares([5, 8, 4, 4], 2) == [[1, 3], [0, 2]]
     assert balanced_shares([7], 3) == [[0], [], []]
     assert balanced_shares([], 2) == [[], []]
+
+
+def _siblings(rank: int, world_size: int) -> dict[str, Any]:
+    """This rank's share of three rows with two rollouts each, which start on other ranks."""
+    from dataclasses import replace
+
+    import torch.distributed as dist
+
+    from nemo_popsd.training.balance import rebalance
+    from tests.training.runs import row, trajectory
+
+    both = [replace(trajectory(number, 3 + number), row=row(number // 2)) for number in range(6)]
+    mine = both[rank * 6 // world_size : (rank + 1) * 6 // world_size]
+    return {
+        f"{updates} updates": [
+            [(t.row_id, len(t.rollout.response)) for t in part]
+            for part in rebalance(mine, dist.group.WORLD, updates, by_row=True, shared=True)
+        ]
+        for updates in (1, 3)
+    }
+
+
+def test_siblings_stay_together() -> None:
+    [one], two = run_ranks(_siblings, 1), run_ranks(_siblings, 2)
+    rows = [[(f"row{number}", 3 + 2 * number), (f"row{number}", 4 + 2 * number)] for number in range(3)]
+    assert one == {"1 updates": [[*chain(*rows)]], "3 updates": rows}
+    for updates, parts in one.items():
+        for part, whole in enumerate(parts):
+            shares = [seen[updates][part] for seen in two]
+            assert sorted(chain(*shares)) == sorted(whole)
+            for name, _ in whole:
+                assert sum(any(name == other for other, _ in share) for share in shares) == 1
 
 
 def _rebalanced(rank: int, world_size: int) -> dict[str, Any]:

@@ -39,12 +39,13 @@ def observe(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
     branches.frozen_hidden_states = counted  # type: ignore[attr-defined]
 
-    def states(target: Any, budget: int = 10_000, diagnosed: int = 0) -> Any:
+    def states(target: Any, budget: int = 10_000, diagnosed: int = 0, **options: Any) -> Any:
         return branches.FrozenBranches(
-            student.base, student.base, target, token_budget=budget, diagnosed_tokens=diagnosed
+            student.base, student.base, target, token_budget=budget, diagnosed_tokens=diagnosed, **options
         ).target_states(rows)
 
     seen: dict[str, Any] = {f"budget {budget}": states(Target.purified(), budget) for budget in BUDGETS}
+    seen["shared"] = states(Target.purified(), 40, shared_cache_tokens=30)
     targets = {
         "purified": Target.purified(),
         "uncapped": Target.purified(beta=2.0, cap=None),
@@ -98,11 +99,11 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("way", [*(f"budget {budget}" for budget in BUDGETS), "shared"])
 def test_states_are_those_of_separate_forwards_of_the_right_contexts(
-    seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], budget: int
+    seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], way: str
 ) -> None:
-    for states, expected in zip(seen[f"budget {budget}"], dense, strict=True):
+    for states, expected in zip(seen[way], dense, strict=True):
         close(states.vectors.anchor, expected["student"])
         close(states.vectors.shift, expected["privileged"] - expected["reference"])
         assert not states.vectors.anchor.requires_grad
@@ -149,3 +150,36 @@ def test_diagnosed_tokens_are_spread_evenly_and_at_most_the_requested_number(
 def test_the_sample_is_the_same_each_time(seen: dict[str, Any]) -> None:
     for first, second in zip(seen["diagnosed 7"], seen["again"], strict=True):
         assert torch.equal(first.diagnosed.index, second.diagnosed.index)
+
+
+def without_sharing(rank: int, world_size: int, model: Path) -> dict[str, Any]:
+    """States of a model with sliding windows, with and without shared prefixes, twice; and what was logged."""
+    import logging
+
+    from nemo_popsd.distillation import Target
+    from nemo_popsd.training import branches
+    from tests.tiny_models import build_student
+    from tests.training.runs import trajectory
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    branches.logger.addHandler(handler)
+    student = build_student(model)
+    rows = [trajectory(number, 5) for number in range(2)]
+    options: dict[str, Any] = {"token_budget": 60, "diagnosed_tokens": 0, "packed": True}
+    shared = branches.FrozenBranches(student.base, Target.purified(), shared_cache_tokens=30, **options)
+    separate = branches.FrozenBranches(student.base, Target.purified(), **options)
+    seen = {"shared": [shared.target_states(rows) for _ in range(2)], "separate": separate.target_states(rows)}
+    return {**seen, "logged": messages, "saved": shared.computed.saved}
+
+
+def test_a_model_that_cannot_share_is_computed_separately_and_the_log_says_so_once(tmp_path: Path) -> None:
+    (seen,) = run_ranks(without_sharing, 1, save_tiny_model(tmp_path / "hf", "olmo3"))
+    for states in seen["shared"]:
+        for actual, expected in zip(states, seen["separate"], strict=True):
+            assert torch.equal(actual.vectors.shift, expected.vectors.shift)
+    assert seen["logged"] == [
+        "training.share_prefixes: each sequence is computed separately because of sliding windows"
+    ]
+    assert seen["saved"] == 0

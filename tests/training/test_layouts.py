@@ -6,6 +6,7 @@ dense models. Packed runs are compared with it too, so packed is padded.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,37 @@ def test_every_layout_gives_the_same_training(
     assert expected["metrics"][0].loss > 0.01
     assert (0.2 < expected["metrics"][0].weighted_share < 0.8) is VARIANTS[variant].weighted
     same_training([rank[variant] for rank in seen_in(layout, layers, folder, runs)], expected)
+
+
+SIBLINGS = {adaptation: Variant(adaptation=adaptation, siblings=True) for adaptation in ("full", "lora")}
+
+
+@pytest.fixture(scope="module")
+def of_siblings(folder: Path) -> dict[str, Any]:
+    return run_ranks(train, 1, folder, {}, {}, SIBLINGS)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [
+        ("one", LOCAL),
+        ("tp2 sp", LOCAL),
+        pytest.param("tp2 sp", TRANSFORMER_ENGINE, marks=on_transformer_engine),
+        ("pp2 vpp2", LOCAL),
+        ("dp2", LOCAL),
+        ("cp2", LOCAL),
+    ],
+)
+def test_shared_prefixes_give_the_same_training(
+    layout: str, layers: str, folder: Path, of_siblings: dict[str, Any]
+) -> None:
+    """Context parallelism computes each sequence separately."""
+    world_size, parallel, others = LAYOUTS[layout]
+    shared = {name: replace(variant, shared=True, packing=True) for name, variant in SIBLINGS.items()}
+    ranks = run_ranks(train, world_size, folder, parallel, others, shared, layers=layers)
+    for name in SIBLINGS:
+        same_training([rank[name] for rank in ranks], of_siblings[name])
 
 
 SHARES = {

@@ -16,6 +16,7 @@ def summarize(rank: int, world_size: int) -> Any:
     """Metrics of four responses, two on each of two ranks or all on one."""
     from nemo_popsd.megatron.microbatches import TokenCount
     from nemo_popsd.observability.stopwatch import Stopwatch
+    from nemo_popsd.training.siblings import SiblingSums
     from nemo_popsd.training.summary import summarize_step
     from tests.training.runs import trajectory
 
@@ -35,6 +36,8 @@ def summarize(rank: int, world_size: int) -> Any:
         seconds_waiting=1.5 - rank,
         seconds_weights=0.25 * rank,
         computed=TokenCount(30, 10) if rank == 0 else TokenCount(60, 0),
+        siblings=SiblingSums(2, 1.5, 2, 1) if rank == 0 else SiblingSums(1, 0.75, 1, 0),
+        frozen=TokenCount(20, 5, saved=12) if rank == 0 else TokenCount(25, 0, saved=3),
     )
 
 
@@ -87,6 +90,12 @@ def test_means_are_over_the_global_batch_on_any_number_of_ranks() -> None:
         assert metrics.rollout_age == pytest.approx((5 * 1 + 2 + 1) / 11)
         assert metrics.rollout_age_max == 2
         assert metrics.padding_share == pytest.approx(0.25 if world_size == 1 else 0.1)
+        saved = (12, 20) if world_size == 1 else (15, 45)
+        assert (metrics.frozen_tokens_saved, metrics.frozen_tokens) == saved
+        assert metrics.response_diversity == 0.75
+        solved = (1, 2) if world_size == 1 else (1, 3)
+        assert metrics.accuracy_at_n == solved[0] / solved[1]
+        assert metrics.frozen_saved_share == pytest.approx(saved[0] / sum(saved))
         assert metrics.marker_rate == pytest.approx(1000 * 10 / 11)
         assert (metrics.grad_norm, metrics.learning_rate) == (2.5, 0.125)
         assert metrics.cost.seconds_waiting == 1.5, "of the rank that waited longest"
@@ -121,5 +130,6 @@ def undirected(rank: int, world_size: int) -> Any:
 def test_a_decomposition_without_any_direction_is_left_out() -> None:
     (metrics,) = run_ranks(undirected, 1)
     assert metrics.statistics["norm_ratio"] is None
+    assert (metrics.response_diversity, metrics.accuracy, metrics.accuracy_at_n) == (None, None, None)
     assert "train/accuracy" not in metrics.as_dict(), "no row has an answer"
     assert not any("cosine" in name or "norm_ratio" in name for name in metrics.as_dict())

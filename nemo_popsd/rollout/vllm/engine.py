@@ -250,7 +250,7 @@ class VllmEngine:
         answer = self.server.ask(
             {
                 "request": "generate",
-                "requests": [(list(request.prompt), request.seed) for request in requests],
+                "requests": _with_siblings(requests, greedy=sampling.temperature == 0),
                 "sampling": {
                     "temperature": sampling.temperature,
                     "top_p": sampling.top_p,
@@ -274,6 +274,22 @@ class VllmEngine:
         """Closes the server if it is lost. It may be alive when the server of another replica is lost."""
         if self.server is not None and not self.server.alive:
             self.close()
+
+
+def _with_siblings(requests: Sequence[Request], *, greedy: bool) -> list[tuple[list[int], int, int]]:
+    """Prompts with the seed of their first response and their number of responses, in the order of `requests`.
+
+    Consecutive requests with one prompt and consecutive seeds are one (`sibling_seeds`), except in greedy decoding, for
+    which vLLM refuses several responses to a request.
+    """
+    merged: list[tuple[list[int], int, int]] = []
+    for request in requests:
+        prompt = list(request.prompt)
+        if merged and not greedy and (prompt, request.seed) == (merged[-1][0], sum(merged[-1][1:])):
+            merged[-1] = (prompt, merged[-1][1], merged[-1][2] + 1)
+        else:
+            merged.append((prompt, request.seed, 1))
+    return merged
 
 
 def _release_cached_memory() -> None:

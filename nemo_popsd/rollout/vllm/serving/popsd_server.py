@@ -100,14 +100,14 @@ class Server:
         return {"version": self._version}
 
     def generate(self, request: wire.Request, payload: bytearray) -> wire.Answer:
-        """One response to each prompt."""
+        """The responses to each prompt, one prompt after the other."""
         from vllm import SamplingParams
 
         if self._version is None:
             raise RuntimeError("no weights have been sent")
         self._wake()
         shared = request["sampling"]
-        prompts = [{"prompt_token_ids": prompt} for prompt, _ in request["requests"]]
+        prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in request["requests"]]
         sampling = [
             SamplingParams(
                 temperature=shared["temperature"],
@@ -117,15 +117,17 @@ class Server:
                 stop_token_ids=shared["stop_token_ids"],
                 ignore_eos=True,  # exactly the trainer's stop tokens
                 seed=seed,
+                n=count,  # with the seeds that follow
                 logprobs=0,  # only of the sampled token
                 detokenize=False,
             )
-            for _, seed in request["requests"]
+            for _, seed, count in request["requests"]
         ]
         start = time.monotonic()
         adapter = None if self._adapter is None else self._adapter.request
         outputs = self._llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
-        responses = [[list(o.token_ids), _log_probs(o)] for o in (output.outputs[0] for output in outputs)]
+        completions = [o for output in outputs for o in sorted(output.outputs, key=lambda o: o.index)]
+        responses = [[list(o.token_ids), _log_probs(o)] for o in completions]
         return {"responses": responses, "version": self._version, "seconds": time.monotonic() - start}
 
     def sleep(self, request: wire.Request, payload: bytearray) -> wire.Answer:

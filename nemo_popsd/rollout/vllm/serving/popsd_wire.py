@@ -16,7 +16,7 @@ import struct
 from collections.abc import Mapping
 from typing import TypedDict
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version, the same on both sides."""
 
 _LENGTHS = struct.Struct("!IQ")
@@ -72,8 +72,9 @@ class Request(_NamedRequest, total=False):
     """`bucket`."""
     version: int
     """`commit`: of the weights."""
-    requests: list[tuple[list[int], int]]
-    """`generate`: token ids of each prompt, and the seed of its response."""
+    requests: list[tuple[list[int], int, int]]
+    """`generate`: token ids of each prompt, the seed of its first response, and its number of responses. Each further
+    response has the next seed."""
     sampling: Sampling
     """`generate`."""
 
