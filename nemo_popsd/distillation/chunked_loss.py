@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nemo_popsd.distillation.chunks import chunk_slices, sampled_slices
-from nemo_popsd.distillation.closed_form import Chunk, ChunkDivergence, Kernels, Overlap
+from nemo_popsd.distillation.chunks import Chunk, chunk_slices, sampled_slices
+from nemo_popsd.distillation.closed_form import ChunkDivergence, Kernels, Overlap
 from nemo_popsd.distillation.decomposition import (
     SIGNAL_PRODUCTS,
     DiagnosedTokens,

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nemo_popsd.distillation.chunks import Chunk, ChunkResult
 from nemo_popsd.distillation.divergence import Divergence
 from nemo_popsd.distillation.gates import Gates
 from nemo_popsd.distillation.statistics import TOKEN_STATISTICS, VocabStats
@@ -234,55 +235,6 @@ class Kernels(NamedTuple):
 
 
 # --- One chunk --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What the loss of one chunk is computed from; the [C, V] tensors are overwritten."""
-
-    student: Tensor
-    """W_s·h [C, V]."""
-    anchor: Tensor | None
-    """W·anchor [C, V]."""
-    shift: Tensor | None
-    """W·d [C, V]."""
-    shift_mean: Tensor | None
-    """w̄·d [C], with `shift`."""
-    weights: Tensor
-    """[C]: factor of each token's gradient."""
-    gradient: Tensor | None
-    """Buffer for weights · dD/dz, where z is `student` before the temperature; None writes it over `student`."""
-    needs_gradient: bool
-    signal_stats: Tensor | None
-    """This shard's statistics of the chunk's diagnosed tokens, gathered by the first collective."""
-    token_stats: Tensor | None
-    """`token_log_probs.token_stats` of this shard [K, C], gathered likewise; None leaves the log-probabilities out."""
-
-    @property
-    def target(self) -> Tensor:
-        """Where `shard_stats` puts the logits of the target."""
-        target = self.shift if self.anchor is None else self.anchor
-        assert target is not None
-        return target
-
-    def gradient_of(self, tile: slice) -> Tensor | None:
-        """The part of `gradient` for one tile."""
-        return None if self.gradient is None else self.gradient[tile]
-
-
-class ChunkResult(NamedTuple):
-    """Loss and statistics of one chunk, replicated over the group."""
-
-    loss: Tensor
-    """[C]."""
-    statistics: Tensor
-    """[S, C], by `TOKEN_STATISTICS`."""
-    signal_stats: Tensor | None
-    """[P, ...]: `Chunk.signal_stats` of each rank."""
-    log_probs: Tensor | None
-    """[C]: the student's log-probability of each response token at temperature 1, with `Chunk.token_stats`."""
-    is_open: Tensor | None
-    """[C]: 1 for each token that is open, else 0, where there are gates."""
 
 
 @dataclass(frozen=True)
