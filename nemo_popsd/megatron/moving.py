@@ -155,10 +155,12 @@ class BranchWeights:
 
 
 class _Base:
-    """The student's frozen base, loaded when it is first used."""
+    """The student's frozen base."""
 
     def __init__(self, student: Student) -> None:
+        """Under full fine-tuning loads the copy: a base that cannot be loaded ends the run before it generates."""
         self._student = student
+        student.base  # noqa: B018  (a cached property)
 
     def model(self) -> AbstractContextManager[list[ModelChunk]]:
         """The base's chunks."""

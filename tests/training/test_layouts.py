@@ -189,7 +189,9 @@ def of_siblings(folder: Path) -> dict[str, Any]:
         ("tp2 sp", LOCAL),
         pytest.param("tp2 sp", TRANSFORMER_ENGINE, marks=on_transformer_engine),
         ("pp2 vpp2", LOCAL),
+        pytest.param("pp2 vpp2", TRANSFORMER_ENGINE, marks=on_transformer_engine),
         ("dp2", LOCAL),
+        pytest.param("dp2", TRANSFORMER_ENGINE, marks=on_transformer_engine),
         ("cp2", LOCAL),
     ],
 )
