@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -65,19 +65,32 @@ def declared() -> tuple[str, list[Requirement]]:
     """
     project = _source_project()
     if project is not None:
-        extras = [(line, extra) for extra, lines in project.get("optional-dependencies", {}).items() for line in lines]
-        lines = [(line, None) for line in project["dependencies"]] + extras
-        return project["requires-python"], [_parse(line, extra) for line, extra in lines if extra != "dev"]
+        groups: dict[str | None, list[str]] = {
+            None: project["dependencies"],
+            **project.get("optional-dependencies", {}),
+        }
+        lines = [(line, extra) for extra, group in groups.items() for line in group]
+        return project["requires-python"], _parsed(lines)
     try:
         installed = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return "", []
-    requirements = []
+    entries: list[tuple[str, str | None]] = []
     for entry in installed.get_all("Requires-Dist") or []:
+        extra = re.search(r"""extra\s*==\s*['"]([\w-]+)['"]""", entry.partition(";")[2])
+        entries.append((entry, extra[1] if extra else None))
+    return installed["Requires-Python"] or "", _parsed(entries)
+
+
+def _parsed(entries: Sequence[tuple[str, str | None]]) -> list[Requirement]:
+    """The requirements of this system, without those of the tests, from lines and their extras."""
+    requirements = []
+    for entry, extra in entries:
         line, _, marker = (part.strip() for part in entry.partition(";"))
-        extra = re.search(r"""extra\s*==\s*['"]([\w-]+)['"]""", marker)
-        requirements.append(_parse(line, extra[1] if extra else None))
-    return installed["Requires-Python"] or "", [entry for entry in requirements if entry.extra != "dev"]
+        system = re.search(r"""platform_system\s*==\s*['"](\w+)['"]""", marker)
+        if extra != "dev" and (system is None or system[1] == platform.system()):
+            requirements.append(_parse(line, extra))
+    return requirements
 
 
 def examine_packages() -> list[Finding]:

@@ -44,6 +44,12 @@ def test_the_declared_requirements_are_those_of_pyproject() -> None:
     assert "pytest" not in found
 
 
+def test_requirements_of_another_system_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    everywhere = {entry.name for entry in declared()[1]}
+    monkeypatch.setattr(packages.platform, "system", lambda: "Darwin")
+    assert everywhere - {entry.name for entry in declared()[1]} == ({"triton"} & everywhere)
+
+
 def test_an_installed_distribution_declares_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from_source = declared()
     lines = [f"Requires-Dist: {e.line}" + (f' ; extra == "{e.extra}"' if e.extra else "") for e in from_source[1]]
