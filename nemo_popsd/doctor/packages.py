@@ -65,11 +65,8 @@ def declared() -> tuple[str, list[Requirement]]:
     """
     project = _source_project()
     if project is not None:
-        groups: dict[str | None, list[str]] = {
-            None: project["dependencies"],
-            **project.get("optional-dependencies", {}),
-        }
-        lines = [(line, extra) for extra, group in groups.items() for line in group]
+        lines: list[tuple[str, str | None]] = [(line, None) for line in project["dependencies"]]
+        lines += [(line, extra) for extra, group in project.get("optional-dependencies", {}).items() for line in group]
         return project["requires-python"], _parsed(lines)
     try:
         installed = metadata.metadata(DISTRIBUTION)
