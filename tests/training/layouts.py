@@ -93,7 +93,7 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
     mine = list(range(group.rank() * share, (group.rank() + 1) * share))
     if variant.shares is not None:
         mine = list(variant.shares[group.rank()])
-        module.rebalance = lambda trajectories, *_: [list(trajectories)]  # type: ignore[attr-defined]
+        module.rebalance = lambda trajectories, *_, **__: [list(trajectories)]  # type: ignore[attr-defined]
     run.steps = 1  # the first one includes the self-check
     if variant.moving:
         config.distillation.teacher = WeightsConfig(weights="ema", decay=0.5)
