@@ -100,7 +100,7 @@ def test_unknown_key_of_a_file_names_line_and_nearest(tmp_path: Path) -> None:
     [
         ("traning.steps=3", "training.steps"),
         ("training.step=3", "training.steps"),
-        ("steps=3", "training.steps"),
+        ("prompts_per_step=3", "training.prompts_per_step"),
         ("student.lora.rnak=3", "student.lora.rank"),
         ("student={lora: {rnak: 3}}", "student.lora.rank"),
         ("distillation.beta=3", "distillation.target.beta"),
@@ -115,7 +115,7 @@ def test_unknown_key_of_an_override_names_the_nearest(tmp_path: Path, override: 
 
 
 def test_unknown_key_without_a_near_one_lists_the_section(tmp_path: Path) -> None:
-    assert "a key of rollout: engine, temperature, top_p" in refusal(write(tmp_path, ""), "rollout.zzz=1")
+    assert "a key of rollout: engine, per_prompt, temperature" in refusal(write(tmp_path, ""), "rollout.zzz=1")
     assert "sections are student, parallel" in refusal(write(tmp_path, "zzz: 1"))
 
 
