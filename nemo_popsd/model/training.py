@@ -24,6 +24,7 @@ from nemo_popsd.model.cost import step_cost
 from nemo_popsd.model.data import TrainingData
 from nemo_popsd.observability.dumps import recorded
 from nemo_popsd.observability.metrics import StepMetrics
+from nemo_popsd.parallel.distributed import device
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import RolloutEngine, SamplingParams
 from nemo_popsd.rollout.storage import RolloutStore
@@ -112,9 +113,13 @@ def build_step(
 
 
 def _is_exact(config: PopsdConfig) -> bool:
-    """Whether engine and trainer compute in fp32 with the same weights."""
+    """Whether engine and trainer compute in fp32 with the same weights. Not on a GPU, where products in fp32 may be
+    rounded to TF32: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    """
+    if device().type != "cpu" or config.student.precision != "fp32":
+        return False
     same = config.rollout.engine == "megatron" or config.rollout.vllm.dtype in ("student", "fp32")
-    return config.student.precision == "fp32" and same and config.rollout.age_bound == 0
+    return same and config.rollout.age_bound == 0
 
 
 def build_weights(config: DistillationConfig, student: Student) -> BranchWeights:

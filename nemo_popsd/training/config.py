@@ -142,10 +142,11 @@ class GuardConfig:
     `warn` warns only; `off` measures only."""
     mismatch_warn: Annotated[float | None, Bounds(0, 1e6)] = None
     """KL in nats per token from which on a mismatch is reported. null: 1e-7 where engine and trainer compute in fp32
-    with the same weights, else 0.02: rounding to bf16, or weights that are a step older (`rollout.overlap`)."""
+    on CPUs with the same weights, else 0.02: rounding to bf16 or TF32, or weights that are a step older
+    (`rollout.overlap`)."""
     mismatch_stop: Annotated[float | None, Bounds(0, 1e6)] = None
-    """KL in nats per token beyond which `mismatch=stop` ends the run. null: 1e-6 in fp32 with the same weights, else
-    0.1."""
+    """KL in nats per token beyond which `mismatch=stop` ends the run. null: 1e-6 in fp32 on CPUs with the same
+    weights, else 0.1."""
     mismatch_token: Annotated[float, Bounds(0, 20)] = 1.0
     """Difference of a token's two log-probabilities from which on it counts in `rollout/mismatch_share`."""
     drift: DriftConfig = field(default_factory=DriftConfig)
