@@ -3,14 +3,13 @@ the quick tests and gives each worker of pytest-xdist tests that belong together
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.layers import layers  # noqa: F401  (a fixture)
+from tests.package_log import package_log_is_restored  # noqa: F401  (a fixture)
 from tests.scheduling import group, has_no_quick_tests, is_quick, longest_first
 from tests.te.location import available
 
@@ -31,18 +30,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def _quick_alone(config: pytest.Config) -> bool:
     return bool(config.getoption("markexpr") == "quick")
-
-
-@pytest.fixture(autouse=True)
-def _package_log_is_restored() -> Iterator[None]:
-    """A test that sets up the console leaves the package's logger as it was, so that `caplog` of a later test gets each
-    record once.
-    """
-    log = logging.getLogger("nemo_popsd")
-    handlers, propagate, level = log.handlers[:], log.propagate, log.level
-    yield
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marker

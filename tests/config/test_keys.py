@@ -11,8 +11,8 @@ from nemo_popsd.planning.config import PlanConfig
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        ("steps", ["training.steps"]),
-        ("step", ["training.steps"]),
+        ("steps", ["training.steps", "observability.profile.steps"]),
+        ("step", ["training.steps", "observability.profile.steps"]),
         ("training.step", ["training.steps"]),
         ("traning.steps", ["training.steps"]),
         ("training.steps.x", ["training.steps"]),
@@ -40,10 +40,10 @@ def test_a_plan_has_its_own_keys() -> None:
     assert nearest("node", known) == ["nodes"]
     assert nearest("gpus", known) == []
     assert nearest("gpu_per_node", known) == ["gpus_per_node"]
-    assert nearest("steps", known) == ["training.steps"]
+    assert nearest("prompts_per_step", known) == ["training.prompts_per_step"]
 
 
 def test_without_a_similar_key_the_keys_of_the_section_are_listed() -> None:
-    assert "a key of rollout: engine, temperature" in str(unknown_key("f", "rollout.zzz"))
+    assert "a key of rollout: engine, per_prompt, temperature" in str(unknown_key("f", "rollout.zzz"))
     assert "sections are student, parallel" in str(unknown_key("f", "node"))
     assert len(str(unknown_key("f", "k" * 10**6))) < 800

@@ -10,11 +10,13 @@ from tests.distillation.calls import DIVERGENCES, GATES, all_cases, compare, com
 from tests.harness import run_ranks
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
+CLIPPED = {torch.float64: 1e-10, torch.float32: 5e-5}
+"""A clip leaves positive and negative entries that nearly cancel: rounding is larger relative to what is left."""
 
 
 def check(errors, dtype) -> None:
-    limit = LIMITS[dtype]
-    bad = [e for e in errors if not (max(e.loss, e.total, e.dh, e.dw) <= limit and e.padding == 0)]
+    limits = [(e, (CLIPPED if "clip" in e.case else LIMITS)[dtype]) for e in errors]
+    bad = [e for e, limit in limits if not (max(e.loss, e.total, e.dh, e.dw) <= limit and e.padding == 0)]
     assert not bad, "\n".join(map(str, bad))
 
 
