@@ -79,7 +79,7 @@ def test_several_responses_to_a_prompt(output: Path, capsys: pytest.CaptureFixtu
     assert (
         capsys.readouterr().out.splitlines()[-1].startswith("step 3: 6 rollouts of 2 prompts by weights 2, 72 tokens")
     )
-    assert main(["rollouts", "show", str(output), "--step", "3", "--row", "b", "--text"]) == 0
+    assert main(["rollouts", "show", str(output), "--step", "3", "--row", "b"]) == 0
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
     expected = [f"--- step 3, row b, response {number}: {number + 10} tokens" for number in (1, 2, 3)]
     assert [head.partition(",")[0] for head in heads] == ["--- step 3"] * 3

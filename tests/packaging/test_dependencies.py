@@ -14,6 +14,8 @@ from tests.test_architecture import PACKAGE, ROOT, imports
 
 COMES_WITH = {"antlr4": "math-verify", "latex2sympy2_extended": "math-verify"}
 """Modules that a declared distribution requires in the version that it needs, and that are used only with it."""
+LAUNCHERS = {"nvidia_resiliency_ext"}
+"""Imported only in a process that they have started (`nemo_popsd/parallel/heartbeats.py`)."""
 OF_VLLM = PACKAGE / "rollout" / "vllm" / "serving"
 """Runs in vLLM's environment, which has packages of its own."""
 SHARED = {"megatron.core": "megatron-core", "megatron.bridge": "megatron-bridge"}
@@ -23,7 +25,7 @@ DOCUMENTS = ROOT / "docs"
 
 def third_party(file: Path) -> set[str]:
     """The modules that a file imports and neither Python nor this package has."""
-    outside = {m for m in imports(file) if m.split(".")[0] not in {*sys.stdlib_module_names, "nemo_popsd"}}
+    outside = {m for m in imports(file) if m.split(".")[0] not in {*sys.stdlib_module_names, *LAUNCHERS, "nemo_popsd"}}
     return {
         next((name for name in SHARED if f"{module}.".startswith(f"{name}.")), module.split(".")[0])
         for module in outside

@@ -168,8 +168,8 @@ def without_sharing(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     student = build_student(model)
     rows = [trajectory(number, 5) for number in range(2)]
     options: dict[str, Any] = {"token_budget": 60, "diagnosed_tokens": 0, "packed": True}
-    shared = branches.FrozenBranches(student.base, Target.purified(), shared_cache_tokens=30, **options)
-    separate = branches.FrozenBranches(student.base, Target.purified(), **options)
+    shared = branches.FrozenBranches(student.base, student.base, Target.purified(), shared_cache_tokens=30, **options)
+    separate = branches.FrozenBranches(student.base, student.base, Target.purified(), **options)
     seen = {"shared": [shared.target_states(rows) for _ in range(2)], "separate": separate.target_states(rows)}
     return {**seen, "logged": messages, "saved": shared.computed.saved}
 
