@@ -42,7 +42,7 @@ def _gradient_bytes(run: Any) -> int:
 def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
     from nemo_popsd.megatron.forward import forward_backward, frozen_hidden_states, student_batches
     from nemo_popsd.megatron.microbatches import ContextSequence
-    from nemo_popsd.rehearsal.counters import LiveBytes, flop_counter
+    from nemo_popsd.rehearsal.counters import Flops, LiveBytes
     from tests.planning.counters import SentBytes
     from tests.training.runs import start
 
@@ -55,9 +55,9 @@ def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
     run.steps = 1  # the first step includes the self-check
     found: dict[str, Any] = {"weights": _bytes(run.student.gpt.parameters())}
     found["gradients"] = _gradient_bytes(run)
-    with SentBytes(world_size) as sent, flop_counter() as counter:
+    with SentBytes(world_size) as sent, Flops() as counter:
         step(2, mine, run.optimizer, run.update)
-    found["step flops"], found["sent"] = counter.get_total_flops(), sent.bytes
+    found["step flops"], found["sent"] = counter.total, sent.bytes
     found["optimizer"] = _optimizer_bytes(run)
     found["cache"] = max(caches)
 
@@ -73,17 +73,23 @@ def _measure(directory: Path, config: Any, world_size: int) -> dict[str, Any]:
         with LiveBytes() as live:
             frozen_hidden_states(base, passes)
         found["frozen forward"] = live.peak
-        with flop_counter() as counter:
+        with Flops() as counter:
             frozen_hidden_states(base, passes)
-        found["frozen flops"] = counter.get_total_flops()
-    with LiveBytes() as live:
+        found["frozen flops"] = counter.total
+    found["activations"] = min(_peak(train) for _ in range(5))  # gloo's threads may keep a tensor for a moment
+    with Flops() as counter:
         train()
-    found["activations"] = live.peak
-    with flop_counter() as counter:
-        train()
-    found["training flops"] = counter.get_total_flops()
+    found["training flops"] = counter.total
     found["loss"], found["loss flops"] = _measure_loss(run)
     return found
+
+
+def _peak(work: Callable[[], None]) -> int:
+    from nemo_popsd.rehearsal.counters import LiveBytes
+
+    with LiveBytes() as live:
+        work()
+    return live.peak
 
 
 def _step_to_the_limit(run: Any, engine: Any) -> Any:
@@ -116,7 +122,7 @@ def _measure_loss(run: Any) -> tuple[int, int]:
     from nemo_popsd.distillation.divergence import build_divergence
     from nemo_popsd.distillation.target_families import build_target
     from nemo_popsd.megatron.forward import upstream_of_loss
-    from nemo_popsd.rehearsal.counters import LiveBytes, flop_counter
+    from nemo_popsd.rehearsal.counters import Flops, LiveBytes
 
     student, settings = run.student, run.config.distillation
     tokens, width = cases.ROWS * cases.RESPONSE, student.weight.shape[1]
@@ -144,9 +150,9 @@ def _measure_loss(run: Any) -> tuple[int, int]:
 
     with LiveBytes() as live:
         loss()
-    with flop_counter() as counter:
+    with Flops() as counter:
         loss()
-    return live.peak, counter.get_total_flops()
+    return live.peak, counter.total
 
 
 def measure(rank: int, world_size: int, directory: Path) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_a_missing_target_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "hollow", hollow)
     failing = {
         "no torch": cpu._rebind_torch("hollow"),
-        "no module": cpu._rebind_torch("no_such_module"),
+        "no module": cpu._rebind_torch("megatron.core.no_such_module"),
         "no tensor type": cpu._cpu_tensor_types("hollow", "function"),
         "no function": cpu._cpu_tensor_types("hollow", "Class.method"),
     }
