@@ -94,7 +94,8 @@ class ConversionReport:
 def convert(layout: str, paths: list[str], output: Path, *, rows: int | None = None, seed: int = 0) -> ConversionReport:
     """Writes published rows as JSONL with the columns `id`, `question`, `reference` and `answer`, as far as they exist.
 
-    One published row is in memory at a time; a sample reads the files twice. The file appears when it is complete.
+    One published row is in memory at a time; a sample reads the files twice. The file appears, or replaces an earlier
+    one, when it is complete.
 
     Args:
         layout: one of `LAYOUTS`.
@@ -113,14 +114,6 @@ def convert(layout: str, paths: list[str], output: Path, *, rows: int | None = N
         chosen = set(random.Random(seed).sample(range(usable), min(rows, usable)))
     report = ConversionReport()
     write_lines(output, _lines(layout, files, chosen, report))
-    if not report.written:
-        output.unlink()
-        raise UserError(
-            f"conversion of {', '.join(paths)}",
-            got=str(report),
-            need=f"rows of mathematics in the layout {layout}",
-            fix="give other files or another layout",
-        )
     return report
 
 
@@ -139,6 +132,13 @@ def _lines(layout: str, files: list[Path], chosen: set[int] | None, report: Conv
                 report.columns += [name for name in row if name not in report.columns]
                 yield json.dumps(row, ensure_ascii=False) + "\n"
             index += 1
+    if not report.written:
+        raise UserError(
+            f"conversion of {', '.join(map(str, files))}",
+            got=str(report),
+            need=f"rows of mathematics in the layout {layout}",
+            fix="give other files or another layout",
+        )
 
 
 def _converted(layout: str, files: list[Path]) -> Iterator[Rows | str | None]:

@@ -181,6 +181,11 @@ def test_files_without_mathematics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 left out, which are not mathematics"):
         convert("dasd", [source], tmp_path / "rows.jsonl")
     assert not (tmp_path / "rows.jsonl").exists()
+    (tmp_path / "earlier.jsonl").write_text("kept")
+    with pytest.raises(UserError, match="not mathematics"):
+        convert("dasd", [source], tmp_path / "earlier.jsonl")
+    assert (tmp_path / "earlier.jsonl").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "earlier.jsonl"}
 
 
 def test_the_command_converts_several_files_and_replaces_nothing(
