@@ -11,13 +11,11 @@ from nemo_popsd.config.consistency import (
     check_output,
     check_training_run,
 )
-from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.schema import PopsdConfig
-from nemo_popsd.distillation.config import TokensConfig, WeightsConfig
+from nemo_popsd.distillation.config import TokensConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.ownership import EXPORT, RUN, write_mark
-from nemo_popsd.megatron.config import OptimizerConfig
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.training.config import TrainingConfig
 
@@ -60,107 +58,6 @@ def test_settings_of_the_data_are_checked_before_any_model_is_built(runnable: Po
         check_training_run(runnable, world_size=1)
     runnable.data.train.columns.answer = "answer"
     check_training_run(runnable, world_size=1)
-
-
-@pytest.mark.parametrize("role", ["privileged", "reference_only"])
-def test_thinking_by_role_is_for_families_that_do_not_compare_contexts_token_by_token(role: str) -> None:
-    config = PopsdConfig()
-    for family in ("purified", "student_pmi", "opsd", "beta_opsd", "wrong_reference", "reference_free"):
-        config.distillation.target.family = family
-        teacher = getattr(config.data, role)
-        teacher.enable_thinking = True
-        check_sections(config)
-        teacher.enable_thinking = False
-        if family not in ("purified", "student_pmi"):
-            check_sections(config)
-            continue
-        with pytest.raises(
-            UserError,
-            match=rf"data\.{role}\.enable_thinking=false with data\.enable_thinking=true .*family={family}; need the "
-            "same thinking in all contexts: .*effect of the question",
-        ):
-            check_sections(config)
-
-
-def test_views_that_a_family_has_no_use_for_are_refused() -> None:
-    config = PopsdConfig()
-    config.distillation.target.family = "reference_free"
-    config.data.privileged.view = "none"
-    check_sections(config)
-    config.data.reference_only.view = "answer"
-    with pytest.raises(UserError, match=r"data\.reference_only\.view=answer .*the view none, which the family"):
-        check_sections(config)
-
-
-def test_moving_weights_that_need_two_output_matrices_are_refused() -> None:
-    config = PopsdConfig()
-    config.distillation.teacher = WeightsConfig(weights="ema")
-    assert config.student.adaptation == "lora"
-    check_sections(config)
-    config.student.adaptation = "full"
-    with pytest.raises(
-        UserError, match=r"teacher\.weights=ema and distillation\.anchor\.weights=frozen .*LoRA leaves it"
-    ):
-        check_sections(config)
-    config.distillation.anchor = WeightsConfig(weights="ema")
-    check_sections(config)
-    config.distillation.anchor = WeightsConfig()
-    config.distillation.target.family = "opsd"  # has no anchor
-    check_sections(config)
-    config.distillation.teacher.weights, config.training.updates_per_step = "live", 2
-    with pytest.raises(UserError, match=r"teacher\.weights=live .*updates_per_step=2; need one update per step"):
-        check_sections(config)
-
-
-@pytest.mark.parametrize("view", ["none", "other"])
-def test_views_that_make_both_teachers_equal_are_refused(view: str) -> None:
-    config = PopsdConfig()
-    config.data.privileged.view = view
-    check_sections(config)  # the question makes the difference
-    config.distillation.target.family = "wrong_reference"
-    with pytest.raises(UserError, match=f"data.privileged.view={view} and .*need teachers that differ: .* is 0 at"):
-        check_sections(config)
-    config.data.reference_only.view = "answer"
-    check_sections(config)
-
-
-def test_a_schedule_that_does_not_fit_the_run_is_refused() -> None:
-    config = PopsdConfig()
-    config.optimizer.warmup_steps = config.training.steps
-    config.optimizer.min_lr = config.optimizer.lr
-    check_sections(config)
-    config.optimizer.warmup_steps += 1
-    with pytest.raises(UserError, match=r"optimizer\.warmup_steps=201 with training\.steps=200"):
-        check_sections(config)
-    config.optimizer.warmup_steps = 0
-    config.optimizer.min_lr *= 2
-    with pytest.raises(UserError, match=r"optimizer\.min_lr"):
-        check_sections(config)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"overlap_param_gather": True, "overlap_grad_reduce": True},
-            r"updates_per_step=1;.*set optimizer\.",
-        ),
-        ({"grad_dtype": "bf16"}, r"grad_dtype=bf16 with student\.precision=fp32.*student\.precision=bf16"),
-        ({"state_dtype": "bf16"}, r"state_dtype=bf16 with student\.precision=fp32"),
-        ({"host_share": 0.5}, r"host_share=0\.5 with student\.precision=fp32.*optimizer\.host_share=0"),
-    ],
-)
-def test_settings_of_the_optimizer_that_the_run_has_no_use_for_are_refused(
-    settings: dict[str, object], message: str
-) -> None:
-    config = PopsdConfig()
-    check_sections(config)
-    config.student.precision = "fp32"
-    config.optimizer = OptimizerConfig(**settings)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=message):
-        check_sections(config)
-    config.student.precision, config.training.updates_per_step = "bf16", 2
-    check_sections(config)
 
 
 @pytest.mark.parametrize(("tensor", "prompts", "world"), [(1, 32, 1), (2, 32, 2), (2, 30, 6), (4, 1, 4)])
@@ -349,21 +246,6 @@ def test_a_run_does_not_remove_what_it_reads(runnable: PopsdConfig, setting: str
     setattr(owner, name, str(inside))
     with pytest.raises(UserError, match=f"{setting}=.*(overwrite=true would remove|the run would replace)"):
         check_training_run(runnable, world_size=1)
-
-
-def test_a_token_budget_needs_rollouts_on_disk_and_one_update() -> None:
-    with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with rollout\.save=false"):
-        RolloutConfig(tokens_per_step=5, save=False)
-    with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with rollout\.engine=vllm"):
-        RolloutConfig(tokens_per_step=5, engine="vllm")
-    config = PopsdConfig()
-    with pytest.raises(UserError, match=r"rollout\.max_age=0 with rollout\.tokens_per_step=5"):
-        RolloutConfig(tokens_per_step=5, max_age=0)
-    config.rollout.tokens_per_step, config.training.updates_per_step = 5, 2
-    with pytest.raises(UserError, match=r"rollout\.tokens_per_step=5 with training\.updates_per_step=2"):
-        check_sections(config)
-    config.training.updates_per_step = 1
-    check_sections(config)
 
 
 def test_an_engine_that_cannot_run_is_refused_before_anything_is_created(runnable: PopsdConfig, tmp_path: Path) -> None:
