@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_popsd.config.loading import load_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.planning.config import PlanConfig, WorkloadConfig
 from nemo_popsd.planning.sizes import read_sizes
 from nemo_popsd.planning.workload import Case
 
+_RECIPE = Path(__file__).resolve().parents[2] / "conf" / "qwen3_8b.yaml"
 PROMPT, REFERENCE, RESPONSE, ROWS = 10, 40, 16, 4
 """Such that each frozen branch is a forward of its own, without padding, within `frozen_tokens`."""
 MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 24}
@@ -68,3 +71,13 @@ def rows(count: int) -> list[Any]:
         contexts = Contexts(ids[:PROMPT], ids, ids[:REFERENCE], reference_text="r", reference_truncated=False)
         rows.append(PromptRow(Record(id=f"row{index}", question="q", reference="r", answer=None), contexts))
     return rows
+
+
+def case(
+    model: str = "Qwen3-8B", *settings: str, nodes: int = 1, plan: PlanConfig | None = None, **layout: Any
+) -> Case:
+    """The recipe for `model` on `nodes`, with `layout` in place of the run's."""
+    config = load_config(_RECIPE, [f"student.source={model}", *settings])
+    run = Case(config, plan or PlanConfig(), read_sizes(model)[0], nodes)
+    run.__dict__["layout"] = replace(run.layout, **layout)
+    return run
