@@ -34,7 +34,7 @@ from nemo_popsd.evaluation import records
 from nemo_popsd.files.atomic import recover, remove_directory, remove_files, remove_partial_files, write_text
 from nemo_popsd.files.output_lock import Hold, OutputLock
 from nemo_popsd.files.ownership import CHECKPOINT, EXPORT, MARK, RUN, read_mark, refuse_foreign, write_mark
-from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
+from nemo_popsd.model.evaluation import remove_validations_after
 from nemo_popsd.observability import flight_recorder, jsonl_logger
 from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
 from nemo_popsd.parallel.agreement import from_rank_zero, raise_on_all_ranks
@@ -140,7 +140,7 @@ class RunDirectory:
 
         def finished() -> bool:
             logged = completed in read_metric(self.output, "validation/accuracy")
-            return logged and validation_directory(str(self.output), completed).concluded
+            return logged and records.validation_directory(str(self.output), completed).concluded
 
         return from_rank_zero(f"output {self.output}", finished, **_SPACE)
 
