@@ -8,6 +8,7 @@ validation/     samples and scores of each evaluation: step-000000, ...
 rollouts/       the rollouts of each step
 diagnosis/      analyses before and after training
 tensorboard/    events for TensorBoard
+ranks/          how each rank of each attempt began and ended
 vllm/           logs and model files of vLLM servers
 huggingface/    export of the final weights
 report.html     the report
@@ -79,6 +80,11 @@ class RunDirectory:
         box = [None if lock is None else lock.hold]
         dist.broadcast_object_list(box, src=0)
         self._hold = box[0]
+
+    @property
+    def attempt(self) -> str:
+        """The token of the lock, the same on all ranks after `share_lock`; empty without a lock."""
+        return "" if self._hold is None else self._hold.token
 
     def is_held(self) -> bool:
         """Whether the output still belongs to this run; on any rank."""
