@@ -57,6 +57,7 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     initialize(config.parallel, seed=config.seed, timeout=timedelta(seconds=config.training.collective_timeout))
     run.share_lock(lock)
     checkpoint = run.checkpoint()
+    config = run.decided(checkpoint)
     completed = checkpoint.step if checkpoint else 0
     trainer = build_trainer(config, completed=completed, may_write=run.is_held)
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
