@@ -41,6 +41,8 @@ ARGS ?=
 
 # The tests are for the CPU, whatever the machine has. `make train` takes a GPU where torch is built for it.
 test fast quick: export CUDA_VISIBLE_DEVICES ?=
+# They start hundreds of processes, which share compiled files.
+test fast quick: export PYTHONDONTWRITEBYTECODE =
 # Of all tests, some wait (for Slurm, for a time limit): one worker more than cores.
 test: WORKERS ?= $(shell echo $$(($(CORES) + 1)))
 fast quick: WORKERS ?= $(CORES)
