@@ -76,8 +76,16 @@ def grouped(runs: Sequence[RunData]) -> list[Group]:
             found.append(arm)
     return [
         Group(group[0].name if len(group) == 1 else f"{label}, {len(group)} seeds", series_class(index), group)
-        for index, (label, group) in enumerate(found)
+        for index, (label, group) in enumerate(_named_by_configuration(found))
     ]
+
+
+def _named_by_configuration(found: list[tuple[str, list[RunData]]]) -> list[tuple[str, list[RunData]]]:
+    """The groups, with the name in their configurations as label where each has one name, and all differ."""
+    names = [{str(run.config.get("name")) for run in group} for _, group in found]
+    if any(len(own) > 1 for own in names) or len(set.union(*names)) < len(found):
+        return found
+    return [(own.pop(), group) for own, (_, group) in zip(names, found, strict=True)]
 
 
 def colours_of(runs: Sequence[RunData]) -> list[str]:

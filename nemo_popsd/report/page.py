@@ -8,7 +8,7 @@ from pathlib import Path
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.report import arms, sections
 from nemo_popsd.report.evaluation import evaluation
-from nemo_popsd.report.groups import told_apart
+from nemo_popsd.report.groups import grouped, told_apart
 from nemo_popsd.report.markup import esc, number
 from nemo_popsd.report.run import RunData, read_run
 from nemo_popsd.report.shell import document, refuse_another_file
@@ -26,6 +26,9 @@ _SECTIONS = (
     ("throughput", "Throughput"),
     ("provenance", "Versions and settings"),
 )
+
+_MOST_SHOWN = 3
+"""Runs whose names and main settings are shown above the page."""
 
 
 def write_report(directories: Sequence[Path], page: Path) -> Path:
@@ -58,7 +61,11 @@ def _page(runs: Sequence[RunData], page: Path) -> str:
     body = keys + "".join(f'<h2 id="{name}">{esc(title)}</h2>{contents[name]}' for name, title in shown)
     links = "".join(f'<a href="#{name}">{esc(title)}</a>' for name, title in shown)
     facts = "".join(_facts(run) for run in runs)
-    title = " vs. ".join(run.name for run in runs)
+    if len(runs) > _MOST_SHOWN:
+        facts = f"<details><summary>main settings of the {len(runs)} runs</summary>{facts}</details>"
+    names = [run.name for run in runs] if len(runs) <= _MOST_SHOWN else [group.label for group in grouped(runs)]
+    title = " vs. ".join(names[:_MOST_SHOWN])
+    title += f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return document(title, "Purified OPSD · run report", f"{facts}<nav>{links}</nav>", body)
 
 

@@ -32,6 +32,10 @@ CURVES = {
     "rollout_age": ("Age of a rollout token", "steps, mean"),
     "rollout_age_max": ("Age of the oldest rollout token", "steps"),
     "mismatch_kl": ("Engine against trainer", "KL of the sampled tokens, nats per token"),
+    "weighted_share": ("Tokens that count in the loss", "share of the response tokens"),
+    "frozen_tokens": ("Tokens of the frozen branches", "per step"),
+    "frozen_tokens_saved": ("Tokens saved by shared prefixes", "per step"),
+    "frozen_saved_share": ("Tokens saved by shared prefixes", "share"),
     "padding_share": ("Padding", "share of the tokens in the forward passes"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
@@ -80,7 +84,8 @@ def glance(runs: Runs) -> str:
     else:
         missing.append("The target was not diagnosed: set diagnosis.in_training=true.")
     note = f'<p class="absent">{esc(" ".join(missing))}</p>' if missing else ""
-    return f'{note}<div class="three glance">{"".join(cards)}</div>' if cards else note
+    columns = {2: "two", 3: "three"}.get(len(cards), "")
+    return f'{note}<div class="{columns} glance">{"".join(cards)}</div>' if cards else note
 
 
 def _verdict(css: str, name: str, text: str) -> str:
