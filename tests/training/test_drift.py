@@ -40,7 +40,7 @@ def recorded(method: str, rate: str) -> list[dict[str, list[float]]]:
 
 QUIET = [run for rate in ("1e-5", "3e-5", "1e-4", "3e-4") for run in recorded("Purified", rate)]
 QUIET += recorded("OPSD", "3e-6") + recorded("OPSD", "1e-5")
-"""Runs that change little: Purified up to its highest useful rate, and OPSD at rates that cost at most a point."""
+"""Runs that change little: Purified up to its highest useful rate, and OPSD at rates that cost at most 1.5 points."""
 
 
 def first_alarms(runs: list[dict[str, list[float]]], settings: DriftConfig | None = None) -> list[int | None]:
