@@ -75,6 +75,7 @@ def _train_recorded(config: PopsdConfig, lock: OutputLock | None, record: RankRe
     run.share_lock(lock)
     record.begin(run.attempt)
     checkpoint = run.checkpoint()
+    config = run.decided(checkpoint)
     completed = checkpoint.step if checkpoint else 0
     trainer = build_trainer(config, completed=completed, may_write=run.is_held)
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
