@@ -139,7 +139,8 @@ def _layouts(cases: dict[str, list[dict[str, Any]]]) -> str:
                     if any(layouts[name] == parallel[layout] for name in here):
                         yield test
 
-        return f"`{layout}`: {models}; {adaptations}; packed and padded", tests
+        packings = " and ".join(sorted({"packed" if variant.packing else "padded" for variant in variants.values()}))
+        return f"`{layout}`: {models}; {adaptations}; {packings}", tests
 
     return _table("layout", map(row, dict.fromkeys(case["layout"] for case in cases[TRAINING])))
 

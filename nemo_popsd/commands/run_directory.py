@@ -8,6 +8,7 @@ validation/     samples and scores of each evaluation: step-000000, ...
 rollouts/       the rollouts of each step
 diagnosis/      analyses before and after training
 tensorboard/    events for TensorBoard
+ranks/          how each rank of each attempt began and ended
 vllm/           logs and model files of vLLM servers
 huggingface/    export of the final weights
 report.html     the report
@@ -28,13 +29,13 @@ from nemo_popsd.checkpoint.manifest import DamagedCheckpointError
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import FINAL, LATEST, Checkpoints, is_name, prune
 from nemo_popsd.config.loading import save_resolved
-from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run
+from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run, with_decisions
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.evaluation import records
 from nemo_popsd.files.atomic import recover, remove_directory, remove_files, remove_partial_files, write_text
 from nemo_popsd.files.output_lock import Hold, OutputLock
 from nemo_popsd.files.ownership import CHECKPOINT, EXPORT, MARK, RUN, read_mark, refuse_foreign, write_mark
-from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
+from nemo_popsd.model.evaluation import remove_validations_after
 from nemo_popsd.observability import flight_recorder, jsonl_logger
 from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
 from nemo_popsd.parallel.agreement import from_rank_zero, raise_on_all_ranks
@@ -80,6 +81,11 @@ class RunDirectory:
         dist.broadcast_object_list(box, src=0)
         self._hold = box[0]
 
+    @property
+    def attempt(self) -> str:
+        """The token of the lock, the same on all ranks after `share_lock`; empty without a lock."""
+        return "" if self._hold is None else self._hold.token
+
     def is_held(self) -> bool:
         """Whether the output still belongs to this run; on any rank."""
         return self._hold is None or self._hold.is_held()
@@ -124,6 +130,15 @@ class RunDirectory:
         refuse_another_run(checkpoint.config, self._config)
         return checkpoint
 
+    def decided(self, checkpoint: NemoCheckpoint | None) -> PopsdConfig:
+        """The run's configuration with what `auto` decides, see `with_decisions`; `begin` records it.
+
+        Args:
+            checkpoint: what the run resumes from; None for a new run.
+        """
+        self._config = with_decisions(self._config, None if checkpoint is None else checkpoint.config)
+        return self._config
+
     def begin(self, completed: int) -> None:
         """Prepares the directory for a run after step `completed`.
 
@@ -140,7 +155,7 @@ class RunDirectory:
 
         def finished() -> bool:
             logged = completed in read_metric(self.output, "validation/accuracy")
-            return logged and validation_directory(str(self.output), completed).concluded
+            return logged and records.validation_directory(str(self.output), completed).concluded
 
         return from_rank_zero(f"output {self.output}", finished, **_SPACE)
 

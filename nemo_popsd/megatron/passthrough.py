@@ -22,6 +22,7 @@ _LOW_PRECISION = "FP8 and FP4 are not supported: student and frozen passes must 
 _REASONS: Mapping[str, Mapping[str, str]] = {
     "model": {
         "set parallel.* instead": """
+            cp_comm_type hierarchical_context_parallel_sizes
             tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size num_layers_in_first_pipeline_stage
             virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
             num_layers_in_last_pipeline_stage overlap_p2p_comm expert_tensor_parallel_size *gtp_weight_remat_size
@@ -53,13 +54,10 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
             cross_entropy_loss_fusion cross_entropy_fusion_impl defer_embedding_wgrad_compute wgrad_deferral_limit
         """,
         "set student.layers instead": "transformer_impl use_te_activation_func",
-        "process groups are made without it": """
-            pipeline_model_parallel_comm_backend hierarchical_context_parallel_sizes
-        """,
+        "process groups are made without it": "pipeline_model_parallel_comm_backend",
         "micro-batches of unequal lengths need the all-to-all dispatcher": """
             moe_token_dispatcher_type moe_flex_* moe_enable_deepep moe_deepep_* moe_hybridep_* moe_ncclep_*
         """,
-        "local layers gather keys and values, and packed sequences need Transformer Engine's ring": "cp_comm_type",
         "the model is not cut into the parts that its schedule needs": """
             overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release
         """,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
-from scipy.stats import t as student_t
 
 from nemo_popsd.cli.main import main
 from nemo_popsd.config.loading import load_config, save_resolved
@@ -23,16 +23,27 @@ def seeded(directory: Path, seed: int, *, after: float, rate: float = 1e-5) -> P
     return directory
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> list[RunData]:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three seeds of one arm in another order than that of their seeds, and one seed of another."""
+    folder = tmp_path_factory.mktemp("arms")
     afters = ((3, 0.62, 1e-5), (1, 0.63, 1e-5), (2, 0.67, 1e-5), (1, 0.5, 3e-5))
-    folders = [seeded(tmp_path / f"r{n}", seed, after=after, rate=rate) for n, (seed, after, rate) in enumerate(afters)]
-    return [read_run(folder) for folder in folders]
+    for number, (seed, after, rate) in enumerate(afters):
+        seeded(folder / f"r{number}", seed, after=after, rate=rate)
+    return folder
+
+
+@pytest.fixture
+def runs(written: Path, tmp_path: Path) -> list[RunData]:
+    """Copies that a test may change."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    return [read_run(tmp_path / f"r{number}") for number in range(4)]
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 4, 9, 30, 31, 60, 500])
 def test_the_quantile_is_that_of_students_t(degrees: int) -> None:
+    from scipy.stats import t as student_t  # takes most of a second
+
     assert _quantile(degrees) == pytest.approx(student_t.ppf(0.975, degrees), abs=2e-3)
 
 
