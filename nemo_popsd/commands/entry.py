@@ -41,7 +41,8 @@ from nemo_popsd.report.run import AFTER, BEFORE
 from nemo_popsd.runtime.early_signals import before_leaving
 from nemo_popsd.runtime.random_state import preserved_random_state
 
-_LONGEST_EVALUATION = timedelta(days=7)
+LONGEST_EVALUATION = timedelta(days=7)
+"""Time limit of collectives between replicas that generate, and wait for the one with the longest responses."""
 
 
 def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
@@ -141,7 +142,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     name = checkpoint or config.student.source
     config, opened = _open(config, checkpoint)
     # Replicas do not communicate while they generate; one that has finished waits for those with longer responses.
-    initialize(config.parallel, seed=config.seed, timeout=_LONGEST_EVALUATION)
+    initialize(config.parallel, seed=config.seed, timeout=LONGEST_EVALUATION)
     without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
     model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
     digest = weights_digest(model_path(name))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_popsd.files.atomic import write_text
-from nemo_popsd.report import arms, sections
+from nemo_popsd.report import arms, sections, views
 from nemo_popsd.report.evaluation import evaluation
 from nemo_popsd.report.groups import grouped, told_apart
 from nemo_popsd.report.markup import esc, number
@@ -21,6 +21,7 @@ _SECTIONS = (
     ("seeds", "Over seeds"),
     ("evaluation", "Evaluation"),
     ("training", "Training"),
+    ("views", "Views, scored before training"),
     ("decomposition", "Decomposition"),
     ("samples", "Answers before and after"),
     ("throughput", "Throughput"),
@@ -51,6 +52,7 @@ def _page(runs: Sequence[RunData], page: Path) -> str:
         "seeds": arms.section(runs),
         "evaluation": evaluation(runs),
         "training": sections.curves(runs),
+        "views": views.section(runs),
         "decomposition": sections.decomposed(runs, page),
         "samples": sections.samples(runs),
         "throughput": sections.throughput(runs),

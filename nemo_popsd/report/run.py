@@ -8,6 +8,7 @@ These files are read; the page states which are missing:
                                           scores.jsonl (see `nemo_popsd.evaluation`); they take precedence over metrics
     evaluation/**/*.json                  further evaluations, one summary each
     diagnosis/{before,after}/             see `nemo_popsd.diagnosis.record`
+    views/*/views.json                    see `nemo_popsd.diagnosis.views.record`
     checkpoints/final/manifest.json       versions and layout
     data.json                             counts of the training rows
     trackers.json                         ids in tracking services
@@ -25,6 +26,7 @@ from typing import Any, cast
 import yaml
 
 from nemo_popsd.diagnosis.schema import RolloutRecord, Summary
+from nemo_popsd.diagnosis.views.record import ViewScores, read_views
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import checksum, damaged, open_regular, read_json, read_json_lines
 
@@ -70,6 +72,8 @@ class RunData:
     """Summaries of `popsd evaluate`."""
     diagnoses: dict[str, Diagnosed] = field(default_factory=dict)
     """By name of their directory."""
+    views: list[ViewScores] = field(default_factory=list)
+    """Scores of views before training, one for each student that was scored."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """Manifest of the final checkpoint."""
     data: Mapping[str, object] = field(default_factory=dict)
@@ -164,6 +168,9 @@ def read_run(directory: Path) -> RunData:
             for folder in sorted((directory / "diagnosis").glob("*"))
             if (diagnosed := read_diagnosis(folder)) is not None
         },
+        views=[
+            scores for folder in sorted((directory / "views").glob("*")) if (scores := read_views(folder)) is not None
+        ],
         manifest=manifest,
         data=_object(directory / "data.json") or {},
         trackers=_tolerated(directory / "trackers.json"),
