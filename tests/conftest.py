@@ -4,6 +4,7 @@ the quick tests and gives each worker of pytest-xdist tests that belong together
 from __future__ import annotations
 
 import gc
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from tests.package_log import package_log_is_restored  # noqa: F401  (a fixture)
 from tests.scheduling import group, has_no_quick_tests, is_quick, longest_first
 from tests.te.location import available
 
-gc.disable()  # until all tests are collected
 
-
-def pytest_collection_finish() -> None:
-    """What was imported stays: collections during the tests do not visit it."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays: the garbage collector visits it neither now nor during the tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
