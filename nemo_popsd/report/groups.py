@@ -67,8 +67,10 @@ class Group:
 
 
 def grouped(runs: Sequence[RunData]) -> list[Group]:
-    """One group for each arm, or run that belongs to none, in the order of their first runs."""
-    members = [(arm.differences, list(arm.runs)) for arm in arms(runs)]
+    """One group for each arm, or run that belongs to none, in the order of their first runs. Runs of one seed that
+    differ in nothing, as of different versions, are drawn apart.
+    """
+    members = [(arm.differences, list(arm.runs)) for arm in arms(runs) if len(set(arm.seeds)) == len(arm.seeds)]
     found: list[tuple[str, list[RunData]]] = []
     for run in runs:
         arm = next(((label, group) for label, group in members if run in group), (run.name, [run]))

@@ -78,6 +78,7 @@ def test_the_seeds_of_an_arm_are_one_line_with_an_interval(runs: list[RunData]) 
     alone = second.series(lambda run: [(0.0, 1.0)], [(0.0, 0.5, 1.5)])
     assert (alone.points, alone.band) == ([(0.0, 1.0)], [(0.0, 0.5, 1.5)])
     assert colours_of(runs) == ["s1", "s1", "s1", "s2"]
+    assert colours_of([runs[0], read_run(runs[0].directory)]) == ["s1", "s2"], "one seed, twice"
     for run in runs:
         run.config["name"] = "slow" if run in first.runs else "fast"
     assert [group.label for group in grouped(runs)] == ["slow, 3 seeds", "fast"]
