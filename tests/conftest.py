@@ -3,6 +3,7 @@ the quick tests and gives each worker of pytest-xdist tests that belong together
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ from tests.layers import layers  # noqa: F401  (a fixture)
 from tests.package_log import package_log_is_restored  # noqa: F401  (a fixture)
 from tests.scheduling import group, has_no_quick_tests, is_quick, longest_first
 from tests.te.location import available
+
+gc.disable()  # until all tests are collected
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections during the tests do not visit it."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
