@@ -19,6 +19,7 @@ def add_parser(subparsers: Subparsers) -> None:
         epilog=example(
             "popsd plan conf/qwen3_8b.yaml nodes=1",
             "popsd plan conf/qwen3_8b.yaml nodes=1,2,4 workload.response_tokens=800 --fastest",
+            "popsd plan conf/paper_evaluation.yaml nodes=1 workload.evaluation_tokens=19000 --evaluation",
         ),
     )
     parser.add_argument(
@@ -41,6 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
         action="store_true",
         help="compare 1, 4 and 8 responses to a prompt and both orders of the teachers' templates",
     )
+    parser.add_argument("--evaluation", action="store_true", help="the time of one evaluation instead of a step")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
 
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         fastest_layout=args.fastest,
         explain=args.explain,
         sharing=args.sharing,
+        evaluation=args.evaluation,
         as_json=args.json,
     )
     print(text)

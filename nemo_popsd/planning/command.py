@@ -12,6 +12,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.planning import report
 from nemo_popsd.planning.alternatives import alternatives
 from nemo_popsd.planning.config import PlanConfig
+from nemo_popsd.planning.evaluation import estimate_evaluation, evaluation_text
 from nemo_popsd.planning.plan import Estimate, estimate, fastest, nearest, problems
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_sizes
@@ -28,6 +29,7 @@ def plan_text(
     fastest_layout: bool = False,
     explain: bool = False,
     sharing: bool = False,
+    evaluation: bool = False,
     as_json: bool = False,
 ) -> str:
     """One layout in full, or a table where `nodes` holds several numbers.
@@ -38,6 +40,7 @@ def plan_text(
         fastest_layout: search the layout instead of taking that of the run.
         explain: add what the layout gains over its neighbours, see `alternatives`.
         sharing: a table over `SHARING` instead, for the layout of the run.
+        evaluation: the time of one evaluation instead, for the layout of the run.
         as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
 
     Raises:
@@ -53,6 +56,8 @@ def plan_text(
         names = "rollout.per_prompt", "data.templates.order"
         varied = [cases[0].replace(dict(zip(names, values, strict=True))) for values in SHARING]
         return report.sharing_table([_estimate_or_raise(case, fastest_layout) for case in varied])
+    if evaluation:
+        return evaluation_text([estimate_evaluation(case) for case in cases], as_json=as_json)
     if len(cases) == 1:
         result = _estimate_or_raise(cases[0], fastest_layout)
         others = alternatives(result.case) if explain else []
@@ -82,6 +87,7 @@ def _refuse_means_above_limits(plan: PlanConfig, run: PopsdConfig) -> None:
         ("prompt_tokens", "data.max_prompt_tokens", run.data.max_prompt_tokens),
         ("reference_tokens", "data.max_reference_tokens", run.data.max_reference_tokens),
         ("response_tokens", "rollout.max_response_tokens", run.rollout.max_response_tokens),
+        ("evaluation_tokens", "evaluation.max_response_tokens", run.evaluation.max_response_tokens),
     ):
         mean = getattr(plan.workload, name)
         if mean is not None and mean > limit:

@@ -57,7 +57,7 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
     frozen = flops.frozen.needed / forward_rate
     trained_seconds = flops.training.needed / training_rate
     return StepSeconds(
-        rollout=_rollout(case, moved),
+        rollout=rollout(case, moved),
         frozen=Seconds(
             frozen,
             _sent(case, moved.frozen) + moved.from_host / (hardware.host_gb_s * 1e9 * hardware.link_efficiency),
@@ -72,8 +72,8 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
     )
 
 
-def _rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
-    """Batches one after the other; a token passes the stages one after the other."""
+def rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
+    """Prefill and decoding: batches one after the other; a token passes the stages one after the other."""
     hardware, layout, sizes, mean = case.plan.hardware, case.layout, case.sizes, case.means
     rows, length = case.decoded_rows, compute.attended(case)
     rate = _peak(case) * hardware.forward_efficiency

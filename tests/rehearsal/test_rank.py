@@ -17,8 +17,8 @@ from tests.tiny_models import save_tiny_model
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "data 8": (8, []),
     "data 512": (512, ["training.prompts_per_step=512"]),
-    "tensor 2, full": (8, ["parallel.tensor=2", "student.adaptation=full"]),
-    "tensor 8, sequence": (16, ["parallel.tensor=8", "parallel.sequence=true"]),
+    "tensor 2, full": (8, ["parallel.tensor=2", "parallel.sequence=false", "student.adaptation=full"]),
+    "tensor 8, sequence": (16, ["parallel.tensor=8"]),
     "context 2": (8, ["parallel.context=2"]),
 }
 
