@@ -1,8 +1,8 @@
 """The ranking of the arms before training against what training did: `python -m experiments.ranking`.
 
 Every arm's target is scored on the tuning rows as `popsd diagnose --views` scores views: one diagnosis, of which the
-answers are kept in runs/experiments/ranking. What training did is read from RESULTS.md. For each score, Spearman's rank
-correlation over the arms and its p-value from permutations of the arms.
+answers are kept in runs/experiments/ranking. What training did is read from RESULTS-two-rates.md, which has all arms.
+For each score, Spearman's rank correlation over the arms and its p-value from permutations of the arms.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nemo_popsd.config.loading import load_config, to_dict_config
 from nemo_popsd.diagnosis.views.record import CandidateRecord, ViewScores, read_views, write_views
 from nemo_popsd.diagnosis.views.verdicts import KINDS, shown
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
+RESULTS = Path(__file__).with_name("RESULTS-two-rates.md")
 OUTPUT = RUNS / "ranking"
 _PERMUTATIONS = 100_000
 _OUTCOMES = ("accuracy", "markers", "tokens")
-"""First words of the columns of RESULTS.md that are followed by a change."""
+"""First words of the columns of the results that are followed by a change."""
 
 
 class Compared(NamedTuple):
@@ -84,7 +84,7 @@ def spearman_ranks(values: list[float]) -> list[float]:
 
 
 def trained(text: str) -> dict[str, dict[str, float]]:
-    """The changes of RESULTS.md by title of the arm, and by the first word of the column that they follow."""
+    """The changes of the results by title of the arm, and by the first word of the column that they follow."""
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     header = [cell.strip() for cell in lines[0]]
     places: dict[str, int] = {}
