@@ -8,6 +8,7 @@ For each score, Spearman's rank correlation over the arms and its p-value from p
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ class Correlation:
 
     @classmethod
     def of(cls, scores: Sequence[float], outcomes: Sequence[float]) -> Correlation:
-        """Spearman's; equal scores share their rank."""
+        """Spearman's; equal scores share their rank. NaN where all scores are equal."""
+        if len(set(scores)) == 1:
+            return cls(len(scores), math.nan, math.nan)
         rho = float(spearmanr(scores, outcomes).statistic)
         generator = np.random.default_rng(0)
         ranks = [np.asarray(spearman_ranks(values)) for values in (list(scores), list(outcomes))]
@@ -136,15 +139,16 @@ def table(scores: ViewScores, changes: Mapping[str, Mapping[str, float]]) -> str
     return "\n".join(lines)
 
 
-def correlations(scores: ViewScores, changes: Mapping[str, Mapping[str, float]]) -> str:
-    """The rank correlation of each score with what training did, over all arms that have both."""
+def correlations(candidates: Sequence[CandidateRecord], changes: Mapping[str, Mapping[str, float]]) -> str:
+    """The rank correlation of each score with what training did, over all of these arms that have both."""
     titles = {arm.name: arm.title for arm in ARMS}
-    known = [one for one in scores["candidates"] if titles[one["name"]] in changes]
+    known = [one for one in candidates if titles[one["name"]] in changes]
     lines = ["| before training | change after training | arms | rank correlation | p |", "|---|---|---|---|---|"]
     for one in COMPARED:
         outcomes = [changes[titles[candidate["name"]]][one.outcome] for candidate in known]
         found = Correlation.of(values_of(known, one.score), outcomes)
-        lines.append(f"| {one.title} | {one.outcome} | {found.arms} | {found.rho:+.2f} | {p_text(found.p)} |")
+        rho = "" if math.isnan(found.rho) else f"{found.rho:+.2f}"
+        lines.append(f"| {one.title} | {one.outcome} | {found.arms} | {rho} | {p_text(found.p)} |")
     return "\n".join(lines)
 
 
@@ -187,7 +191,12 @@ def main() -> None:
     print("right and wrong answers\n")
     print(table(scores, changes))
     print()
-    print(correlations(scores, changes))
+    print(correlations(scores["candidates"], changes))
+    for helping in (True, False):
+        part = [one for one in scores["candidates"] if (one["kind"] == "helps") == helping]
+        if len(part) > 2:
+            print(f"\nAmong the arms that are {'' if helping else 'not '}expected to help:\n")
+            print(correlations(part, changes))
 
 
 if __name__ == "__main__":

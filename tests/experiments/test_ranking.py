@@ -40,6 +40,7 @@ def test_the_correlation_is_spearmans_and_its_p_value_that_of_all_permutations()
     assert found.rho == pytest.approx(rho)
     exact = [abs(spearmanr(p, outcomes).statistic) >= abs(rho) - 1e-9 for p in itertools.permutations(scores)]
     assert found.p == pytest.approx(sum(exact) / math.factorial(5), abs=0.01)
+    assert math.isnan(Correlation.of([1.0, 1.0], [0.1, 0.2]).rho)
 
 
 def test_arms_are_compared_by_the_order_of_the_verdicts_and_by_each_score() -> None:
@@ -55,7 +56,7 @@ def test_arms_are_compared_by_the_order_of_the_verdicts_and_by_each_score() -> N
     lines = table(scores, changes).splitlines()
     assert lines[2].startswith("| OPSD, JSD | +3.0 [+2.0, +4.0] |")
     assert lines[3].endswith("| helps | +4.0 |")
-    rows = correlations(scores, changes).splitlines()[2:]
+    rows = correlations(known, changes).splitlines()[2:]
     assert len(rows) == len(COMPARED)
     assert rows[0].startswith("| order of the verdicts (kind, then gain) | accuracy | 2 | +1.00 |")
     assert rows[1].startswith("| gain | accuracy | 2 | -1.00 |")

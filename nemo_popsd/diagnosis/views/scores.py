@@ -6,7 +6,7 @@ distribution D ∈ {student π_θ, teacher π_T, reference-only teacher π_ref, 
     fork(D)       mean over pairs of a right answer y and a wrong one y' of D(y_k) / (D(y_k) + D(y'_k)), where k is the
                   first token in which they differ: the probability of the right of the two continuations
     uncertain(D)  mean of favour_D over the uncertain tokens of right answers, less that over those of wrong ones
-    gain          100 · Σ Cov(r, U) / √(Σ Var(U)), with sums over problems of the covariance and variance within each:
+    gain          100 · mean Cov(r, U) / √(mean Var(U)), means over problems of covariance and variance within each:
                   first-order change of the accuracy, in points, of a step along the gradient of the loss whose size
                   changes the log-probability of an answer by one nat (root mean square)
     markers       1000 · Σ (P(M) − π_θ(M)) / tokens, M the entries that are a marker
@@ -79,7 +79,7 @@ class Resampling:
 
 
 class _Statistic:
-    """A function of sums over problems."""
+    """A function of two means over problems; a quotient of means is that of sums."""
 
     def __init__(
         self,
@@ -93,20 +93,19 @@ class _Statistic:
         """Value and interval; None where the denominators sum to 0."""
         if not self.denominators.sum() > 0:
             return None
-        value = float(self._of(self.numerators.sum(), self.denominators.sum()))
+        value = float(self._of(self.numerators.mean(), self.denominators.mean()))
         low, high = interval(self.resampled(how), how.confidence)
         return {"value": value, "low": low, "high": high}
 
     def resampled(self, how: Resampling) -> Array:
         """[R] values; resamples with a denominator of 0 are left out."""
         ones = [1.0] * len(self.numerators)
-        # Means over the resample's problems: their quotient is that of the sums.
         parts = resampled(
             [Ratio(self.numerators.tolist(), ones), Ratio(self.denominators.tolist(), ones)],
             resamples=how.resamples,
             seed=how.seed,
         )
-        parts = parts[parts[:, 1] > 0] * len(ones)
+        parts = parts[parts[:, 1] > 0]
         return self._of(parts[:, 0], parts[:, 1])
 
 

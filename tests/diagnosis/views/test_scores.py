@@ -82,8 +82,8 @@ def test_the_gain_is_the_pooled_covariance_of_rightness_and_lift_by_the_deviatio
     generator = np.random.default_rng(0)
     lifts, rights = generator.normal(size=(5, 6)), generator.random((5, 6)) < 0.5
     figures = [answer(p, [1], lift=float(lift)) for p, row in enumerate(lifts) for lift in row]
-    covariance = sum(((r - r.mean()) * (u - u.mean())).sum() / 5 for r, u in zip(rights, lifts, strict=True))
-    variance = sum(((u - u.mean()) ** 2).sum() / 5 for u in lifts)
+    covariance = np.mean([((r - r.mean()) * (u - u.mean())).sum() / 5 for r, u in zip(rights, lifts, strict=True)])
+    variance = np.mean([((u - u.mean()) ** 2).sum() / 5 for u in lifts])
     found = scored(figures, rights.flatten().tolist(), {p: [True] for p in range(5)})["gain"]
     assert found["value"] == pytest.approx(100 * covariance / math.sqrt(variance))
     assert found["low"] < found["value"] < found["high"]
@@ -96,6 +96,11 @@ def test_the_gain_of_a_lift_does_not_depend_on_its_scale_and_is_paired() -> None
     double = gain([answer(p, [1], lift=7.0 * float(u)) for p, row in enumerate(lifts) for u in row], rights, 8)
     difference = gain_over(plain, double, HOW)
     assert difference == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0}, abs=1e-9)
+    twice = gain([answer(p, [1], lift=float(u)) for p, row in enumerate([*lifts, *lifts]) for u in row], rights * 2, 16)
+    once, again = plain.score(HOW), twice.score(HOW)
+    assert once is not None
+    assert again is not None
+    assert again["value"] == pytest.approx(once["value"])  # does not grow with the number of problems
     none = gain([answer(0, [1]), answer(0, [1])], [True, False], 1)
     assert none.score(HOW) is None
     assert gain_over(plain, none, HOW) is None
