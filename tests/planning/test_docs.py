@@ -27,7 +27,15 @@ def printed(command: str) -> str:
     fastest, explain = "--fastest" in words, "--explain" in words
     settings = [word for word in words if not word.startswith("--")]
     try:
-        text = plan_text(ROOT / conf, settings, fastest_layout=fastest, explain=explain, sharing="--sharing" in words)
+        text = plan_text(
+            ROOT / conf,
+            settings,
+            fastest_layout=fastest,
+            explain=explain,
+            sharing="--sharing" in words,
+            simulated="--simulate" in words,
+            failures="--failures" in words,
+        )
     except UserError as error:
         text = "\n".join([f"popsd: error: {error}", *error.advice])
     return f"{text}\n" if text.startswith("|") else f"```text\n{text}\n```\n"
