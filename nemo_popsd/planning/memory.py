@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
-from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, total_parameters
+from nemo_popsd.planning.parameters import (
+    Parameters,
+    Stage,
+    count,
+    linears,
+    padded_vocabulary,
+    stages,
+    total_parameters,
+)
 from nemo_popsd.planning.recomputation import recomputed_layers, recomputes, recomputes_mlp
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
@@ -181,6 +189,22 @@ def _embedding_gradient(case: Case, stage: Stage) -> float:
     return rows * case.sizes.hidden * case.element
 
 
+def _update_bytes(case: Case, stage: Stage, parameters: Parameters) -> float:
+    """Bytes of the largest trained tensor that the update takes: |x| and three booleans for each element in the check
+    for NaN and Inf, and twice the fp32 second moment of a shard with torch's Adam, which is used without Transformer
+    Engine.
+    """
+    if case.lora:
+        return 0.0
+    largest = parameters.vocabulary if stage.first or stage.last else 0
+    for linear in linears(case.sizes):
+        largest = max(largest, linear.share(case.layout.expert_tensor if linear.expert else case.layout.tensor))
+    moment = float(largest)
+    if case.shards_state:
+        moment = min(moment, parameters.dense / case.layout.dense_replicas)
+    return max((case.element + 3.0) * largest, 8.0 * moment if case.plain else 0.0)
+
+
 def _residual(case: Case) -> float:
     """Elements per token of the residual stream on one rank."""
     return case.sizes.hidden / (case.layout.tensor if case.layout.sequence else 1)
@@ -321,6 +345,7 @@ def of_stage(case: Case, stage: Stage) -> Memory:
     # The loss comes before the backward of the layers, which needs the gradient of its hidden states, twice.
     loss = loss_bytes(case) + 3 * _microbatch(case) * _residual(case) if stage.last else 0.0
     gradient = 2 * case.microbatch_responses * sizes.hidden * case.element if stage.last else 0
+    kept = kept_bytes(case, stage)
     backward = max(backward_bytes(case, stage) + gradient, _embedding_gradient(case, stage))
     phases = {
         "rollout": rollout_bytes,
@@ -336,8 +361,9 @@ def of_stage(case: Case, stage: Stage) -> Memory:
         },
         "training": {
             "frozen states": 0.0 if cached else float(states),
-            "activations": kept_bytes(case, stage),
-            "loss or backward": max(loss, backward),
+            "activations": kept,
+            # The update comes when the activations are free again.
+            "loss, backward or update": max(loss, backward, _update_bytes(case, stage, parameters) - kept),
         },
     }
     if rollout.engine == "vllm" and (rollout.overlap or not rollout.vllm.sleep):

@@ -66,10 +66,12 @@ def lone_stage(released: Callable[[Tensor], None]) -> Iterator[None]:
         exchange(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next)
         return expected.next(forward=recv_prev, backward=recv_next)
 
-    def release(out: Tensor | None, deallocate_pipeline_outputs: bool = False) -> None:
-        if out is not None and deallocate_pipeline_outputs:
-            assert out._base is None, "a view of another tensor"
-            released(out)
+    def release(out: Tensor | list[Tensor] | None, deallocate_pipeline_outputs: bool = False) -> None:
+        if out is None or not deallocate_pipeline_outputs:
+            return
+        for tensor in out if isinstance(out, list) else [out]:
+            assert tensor._base is None, "a view of another tensor"
+            released(tensor)
 
     def run_backward(output: Tensor, grad_output: Tensor | None) -> None:
         if isinstance(output, FakeTensor) and output.numel() > 1:
