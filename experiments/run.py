@@ -18,8 +18,8 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -160,7 +160,7 @@ def execute(runs: Sequence[Run], workers: int, file: Path = FILE) -> None:
     context = get_context("forkserver")
     context.set_forkserver_preload(["nemo_popsd.commands.entry"])
     failed = []
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool, cancelled_on_error(pool):
         pending = {pool.submit(carry_out, run, runs): run for run in waiting}
         for future in as_completed(pending):
             run, seconds = pending[future], future.result()
@@ -169,10 +169,20 @@ def execute(runs: Sequence[Run], workers: int, file: Path = FILE) -> None:
                 print(f"{run.output}: failed", flush=True)
             else:
                 append(_record(run, seconds), file)
-                shutil.rmtree(run.output / "checkpoints")
+                shutil.rmtree(run.output / "checkpoints", ignore_errors=True)  # gone if its line was lost
                 print(f"{run.output}: {seconds:.0f} s", flush=True)
     if failed:
         raise RuntimeError(f"failed: {', '.join(str(run.output) for run in failed)}; see log.txt there")
+
+
+@contextlib.contextmanager
+def cancelled_on_error(pool: Executor) -> Iterator[None]:
+    """On an error, the pool starts no further run: leaving it waits for those that it has started."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _record(run: Run, seconds: float) -> Record:

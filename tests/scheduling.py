@@ -7,15 +7,20 @@ defines it or one of its fixtures, or a module that this one imports,
 * imports Megatron, NeMo, Lightning or Transformers' models, which takes longer than all quick tests together
   (`_HEAVY`): looked for in all modules.
 
+The same holds for what the test, its fixtures and the functions of `tests` that they call import when they run.
+
 Imports are read from the sources, so that `make quick` does not import files without quick tests.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 
@@ -38,7 +43,9 @@ def is_quick(item: pytest.Item) -> bool:
     definitions = item._fixtureinfo.name2fixturedefs.values()
     functions = [item.function, *(definition.func for several in definitions for definition in several)]
     names = {function.__module__ for function in functions}
-    return not any(takes_long(name) for name in names if name.startswith("tests."))
+    if any(takes_long(name) for name in names if name.startswith("tests.")):
+        return False
+    return not any(imports_long(inspect.unwrap(function)) for function in functions)
 
 
 def has_no_quick_tests(file: Path) -> bool:
@@ -49,6 +56,8 @@ def has_no_quick_tests(file: Path) -> bool:
 @functools.cache
 def takes_long(name: str) -> bool:
     """Whether a module of the tests, or one that it imports, uses one of `_LONG` or imports what `_HEAVY` matches."""
+    if _HEAVY.match(name):
+        return True
     seen, pending = {name}, [name]
     while pending:
         current = pending.pop()
@@ -61,6 +70,34 @@ def takes_long(name: str) -> bool:
         seen |= new
         pending += new
     return False
+
+
+@functools.cache
+def imports_long(function: Callable[..., Any]) -> bool:
+    """Whether a function imports, when it runs, what `takes_long`; so do the functions of `tests` that it calls.
+
+    In its code, a name with a dot is that of an imported module.
+    """
+    seen, pending = {function}, [function]
+    while pending:
+        current = pending.pop()
+        if not isinstance(current, FunctionType):
+            continue
+        for name in _names(current.__code__):
+            if "." in name and takes_long(name):
+                return True
+            called = current.__globals__.get(name)
+            if isinstance(called, FunctionType) and called.__module__.startswith("tests.") and called not in seen:
+                seen.add(called)
+                pending.append(called)
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.scheduling import group, has_no_quick_tests, longest_first, takes_long
+from tests.scheduling import group, has_no_quick_tests, imports_long, longest_first, takes_long
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,32 @@ from tests.scheduling import group, has_no_quick_tests, longest_first, takes_lon
 def test_modules_whose_tests_are_not_quick_are_recognised(module: str, long: bool) -> None:
     assert takes_long(module) == long
     assert has_no_quick_tests(Path(__file__).parents[1] / f"{module.replace('.', '/')}.py") == long
+
+
+def _megatron() -> None:
+    from megatron.core import parallel_state  # noqa: F401
+
+
+def _model() -> None:
+    def inner() -> None:
+        from nemo_popsd.model.training import build_reader  # noqa: F401
+
+    inner()
+
+
+def _helper() -> None:
+    _megatron()
+
+
+def _light(config: Any) -> Any:
+    from nemo_popsd.config.loading import load_config  # noqa: F401
+
+    return config.megatron.ddp, _light
+
+
+@pytest.mark.parametrize(("function", "long"), [(_megatron, True), (_model, True), (_helper, True), (_light, False)])
+def test_imports_inside_functions_are_recognised(function: Any, long: bool) -> None:
+    assert imports_long(function) == long
 
 
 def test_a_test_without_processes_is_marked_quick(request: pytest.FixtureRequest) -> None:

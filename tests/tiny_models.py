@@ -124,7 +124,7 @@ def build_student(
     """Process groups, and a `Student` in fp32 with the weights of `directory`; full fine-tuning unless `config` says.
 
     Call it on every rank. `parallel` are further fields of `ParallelConfig`, `config` of `StudentConfig`; `megatron`
-    is a `MegatronConfig`.
+    is a `MegatronConfig`. Sequences are split where `parallel` says so.
     """
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.megatron.config import StudentConfig
@@ -132,7 +132,7 @@ def build_student(
     from nemo_popsd.parallel.config import ParallelConfig
     from nemo_popsd.parallel.distributed import initialize
 
-    layout = ParallelConfig(**{"tensor": tensor, **(parallel or {})})
+    layout = ParallelConfig(**{"tensor": tensor, "sequence": "false", **(parallel or {})})
     initialize(layout, seed=1)
     source = HuggingFaceModel(directory)
     settings = StudentConfig(**{"precision": "fp32", "adaptation": "full", **config})

@@ -68,6 +68,7 @@ def to_huggingface(
     precision: str,
     *,
     shard_bytes: int = SHARD_BYTES,
+    card: str | None = None,
     written: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes a model as a Hugging Face directory, with adapters merged. Collective if there is a process group; rank 0
@@ -80,6 +81,7 @@ def to_huggingface(
         output: directory to write.
         precision: `bf16` or `fp32`, to which the weights are rounded.
         shard_bytes: size at which a new file starts.
+        card: text of the model card; None writes none.
         written: called on rank 0 after each tensor.
 
     Raises:
@@ -96,7 +98,7 @@ def to_huggingface(
 
     def write() -> None:
         stream = ((name, converted(name)) for name in source.architecture.tensor_names)
-        source.architecture.write(output, require_finite(what, stream), dtype=dtype, shard_bytes=shard_bytes)
+        source.architecture.write(output, require_finite(what, stream), dtype=dtype, shard_bytes=shard_bytes, card=card)
 
     if not dist.is_initialized():
         write()

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch.distributed as dist
@@ -39,12 +38,12 @@ from nemo_popsd.files.atomic import (
     refuse_occupied,
     remove_directory,
 )
+from nemo_popsd.files.attempts import library_versions
 from nemo_popsd.files.ownership import CHECKPOINT, refuse_foreign_archive
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.parallel.agreement import raise_on_all_ranks
 from nemo_popsd.parallel.distributed import layout
 
-_LIBRARIES = ("nemo_popsd", "nemo_toolkit", "megatron-core", "megatron-bridge", "torch", "transformers")
 _PACKED = "packed"
 """File in the partial directory that becomes the archive."""
 _ADVICE = {
@@ -264,7 +263,7 @@ class PendingSave:
             "weights": "adapters" if content.adapters_only else "whole",
             "base": dict(content.base) if content.base else None,
             "layout": layout(),
-            "versions": {name: _version(name) for name in _LIBRARIES},
+            "versions": library_versions(),
             **content.facts,
         }
 
@@ -272,10 +271,3 @@ class PendingSave:
 def save_nemo(path: str | Path, content: Content) -> None:
     """Writes a checkpoint and waits until it is complete; see `PendingSave`. Collective over all ranks."""
     PendingSave(path, content).finish()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

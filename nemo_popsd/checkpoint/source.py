@@ -32,6 +32,8 @@ class Source:
     process group, the access is not."""
     precision: Callable[[], str]
     """`bf16` or `fp32`: the precision that represents all weights exactly."""
+    checkpoint: NemoCheckpoint | None = None
+    """The open checkpoint, if the source is one of nemo_popsd."""
 
 
 def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
@@ -62,6 +64,7 @@ def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
             lambda: checkpoint_digest(checkpoint.directory),
             tensors,
             checkpoint.precision,
+            checkpoint,
         )
     if is_nemo2_checkpoint(path):
         nemo2 = Nemo2Checkpoint(path)

@@ -155,13 +155,11 @@ def _transformers_logits(
 def _megatron_logits(source: Source, ids: list[int], precision: str) -> Tensor:
     student = StudentConfig(precision=precision, adaptation="full")
     provider, size = source.architecture.provider(), world_size()
-    # Megatron requires sequence parallelism for experts with tensor parallelism; the length must be divisible.
-    sequence = size > 1 and provider.num_moe_experts is not None
-    [model] = build_chunks(provider, student, ParallelConfig(tensor=size, sequence=sequence))
+    [model] = build_chunks(provider, student, ParallelConfig(tensor=size))
     model.eval()
     source.load([model])
     length = len(ids)
-    ids = ids + ids[:1] * (-length % size if sequence else 0)
+    ids = ids + ids[:1] * (-length % size)  # sequence parallelism splits the length evenly
     input_ids = torch.tensor([ids], device=device())
     positions = torch.arange(len(ids), device=device())[None]
     logits = model(input_ids=input_ids, position_ids=positions, attention_mask=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from nemo_popsd.cli.arguments import Subparsers, example, number
 from nemo_popsd.config.paths import path_argument
@@ -14,10 +15,14 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="check whether this machine has what a run needs",
+        help="check whether this machine has what a run needs, or find out why a run ended",
         description="Compare the installed packages with the declared ranges; check devices, NCCL and disk. With CONF, "
-        "check the settings and paths of that run on this machine. Exit status 1 if something required is missing.",
-        epilog=example("popsd doctor --imports", "popsd doctor conf/tiny.yaml --free-gib 10"),
+        "check the settings and paths of that run on this machine. With --run, read what a run left and print what "
+        "probably happened to it, with evidence. Exit status 1 if something required is missing, or if the run ended "
+        "without finishing.",
+        epilog=example(
+            "popsd doctor --imports", "popsd doctor conf/tiny.yaml --free-gib 10", "popsd doctor --run runs/tiny"
+        ),
     )
     parser.add_argument("config", metavar="CONF", type=path_argument, nargs="?", help="configuration file of a run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
@@ -44,6 +49,17 @@ def add_parser(subparsers: Subparsers) -> None:
         default=None,
         help="with CONF, on all nodes at once: verify that they share one output directory",
     )
+    parser.add_argument(
+        "--run", dest="output", metavar="OUTPUT", type=path_argument, default=None, help="output directory of a run"
+    )
+    parser.add_argument(
+        "--logs",
+        metavar="PATH",
+        type=path_argument,
+        action="append",
+        default=[],
+        help="with --run: a log, or a folder of logs, that the run does not name itself",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--missing", action="store_true", help="print only the missing requirements, one per line, for pip"
@@ -53,6 +69,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine and print; returns the exit status."""
+    if args.output is not None:
+        return _post_mortem(args)
     from nemo_popsd.doctor.examination import Question, examine
     from nemo_popsd.doctor.findings import as_json, as_table, exit_status
     from nemo_popsd.doctor.packages import missing_requirements
@@ -75,6 +93,23 @@ def run(args: argparse.Namespace) -> int:
     )
     print(as_json(findings, strict=args.strict) if args.json else as_table(findings), flush=True)
     return exit_status(findings, strict=args.strict)
+
+
+def _post_mortem(args: argparse.Namespace) -> int:
+    from nemo_popsd.doctor.post_mortem import examine_remains
+    from nemo_popsd.doctor.remains import read_remains
+    from nemo_popsd.doctor.verdict import as_json, as_text, exit_status
+
+    if args.config is not None:
+        raise UserError(
+            "popsd doctor",
+            got=f"CONF {args.config} and --run {args.output}",
+            need="a run that is to start, or one that has ended",
+            fix="leave out one of them",
+        )
+    result = examine_remains(read_remains(Path(args.output), [Path(path) for path in args.logs]))
+    print(as_json(result) if args.json else as_text(result), flush=True)
+    return exit_status(result)
 
 
 def _sharing(words: list[str] | None) -> tuple[int, int, str] | None:

@@ -21,6 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
             "popsd plan conf/qwen3_8b.yaml nodes=1,2,4 workload.response_tokens=800 --fastest",
             "popsd plan conf/qwen3_8b.yaml nodes=1,8,64 workload.prompts_per_node=32 --simulate",
             "popsd plan conf/qwen3_8b.yaml nodes=64 training.prompts_per_step=512 --failures",
+            "popsd plan conf/paper_evaluation.yaml nodes=1 workload.evaluation_tokens=19000 --evaluation",
         ),
     )
     parser.add_argument(
@@ -53,6 +54,7 @@ def add_parser(subparsers: Subparsers) -> None:
         action="store_true",
         help="goodput where nodes fail (simulation.*), and how often to save",
     )
+    parser.add_argument("--evaluation", action="store_true", help="the time of one evaluation instead of a step")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
 
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         sharing=args.sharing,
         simulated=args.simulate,
         failures=args.failures,
+        evaluation=args.evaluation,
         as_json=args.json,
     )
     print(text)

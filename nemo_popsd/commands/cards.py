@@ -10,8 +10,8 @@ from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.comparison import Evaluation, read_evaluations
 from nemo_popsd.evaluation.problem_sets import VALIDATION
+from nemo_popsd.evaluation.records import validation_directory
 from nemo_popsd.files.ownership import RUN, read_mark
-from nemo_popsd.model.evaluation import validation_directory
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from nemo_popsd.checkpoint.conversion import huggingface_to_nemo, to_huggingface
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.source import open_source
 from nemo_popsd.checkpoint.verification import TOLERANCE, verify
+from nemo_popsd.commands.cards import card_of, run_of
 from nemo_popsd.errors import UserError
 from nemo_popsd.observability.rank import is_rank_zero
 from nemo_popsd.parallel.config import ParallelConfig
@@ -50,7 +51,8 @@ def nemo_to_hf(
     verifies: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Converts a NeMo checkpoint into a Hugging Face directory, adapters merged. Rank 0 converts, all ranks verify.
+    """Converts a NeMo checkpoint into a Hugging Face directory, adapters merged, with the model card of `popsd export`.
+    Rank 0 converts, all ranks verify.
 
     Args:
         source: directory or `.nemo` file.
@@ -63,8 +65,11 @@ def nemo_to_hf(
     initialize(ParallelConfig(tensor=world_size()), seed=0)
     opened = open_source(source, trust_remote_code=trust_remote_code)
     precision = precision or opened.precision()
+    card = None
+    if opened.checkpoint is not None and is_rank_zero():
+        card = card_of(opened.checkpoint, Path(output).absolute(), run=run_of(source), adapter=False)
     with _bar("converting", len(opened.architecture.tensor_names)) as step:
-        to_huggingface(opened, Path(output), precision, shard_bytes=shard_bytes, written=step)
+        to_huggingface(opened, Path(output), precision, shard_bytes=shard_bytes, card=card, written=step)
     _print(f"Hugging Face checkpoint: {output} ({len(opened.architecture.tensor_names)} tensors, {precision})")
     if verifies:
         model = HuggingFaceModel(output, setting="OUT", trust_remote_code=trust_remote_code)

@@ -25,6 +25,7 @@ from nemo_popsd.data.models import model_path
 from nemo_popsd.diagnosis.record import refuse_other_files
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.run import as_file_name, conclude_all, prepare_sets, weights_digest
+from nemo_popsd.files.attempts import RankRecord
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.files.ownership import refuse_overlap
 from nemo_popsd.model.evaluation import before_and_after, generate_missing
@@ -35,10 +36,13 @@ from nemo_popsd.observability.rank import is_rank_zero
 from nemo_popsd.observability.trackers import close_trackers
 from nemo_popsd.parallel.config import ParallelConfig
 from nemo_popsd.parallel.distributed import initialize, shutdown
+from nemo_popsd.parallel.launcher import rank, world_size
 from nemo_popsd.report.run import AFTER, BEFORE
+from nemo_popsd.runtime.early_signals import before_leaving
 from nemo_popsd.runtime.random_state import preserved_random_state
 
-_LONGEST_EVALUATION = timedelta(days=7)
+LONGEST_EVALUATION = timedelta(days=7)
+"""Time limit of collectives between replicas that generate, and wait for the one with the longest responses."""
 
 
 def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
@@ -52,16 +56,34 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
     Returns:
         0, or `SAVED_AND_STOPPED` if a signal requested a stop; then the last completed step is saved.
     """
+    with RankRecord(config.output, rank=rank(), ranks=world_size(), replaces=config.overwrite) as record:
+        if lock is not None:
+            record.begin(lock.hold.token)
+        before_leaving.append(record.end)
+        try:
+            status = _train_recorded(config, lock, record)
+        finally:
+            before_leaving.remove(record.end)
+        record.end(status)
+    return status
+
+
+def _train_recorded(config: PopsdConfig, lock: OutputLock | None, record: RankRecord) -> int:
+    """The work of `train` while the attempt is recorded."""
     run = RunDirectory(config)
     set_up_flight_recorder(config.output)
     initialize(config.parallel, seed=config.seed, timeout=timedelta(seconds=config.training.collective_timeout))
     run.share_lock(lock)
+    record.begin(run.attempt)
     checkpoint = run.checkpoint()
+    config = run.decided(checkpoint)
     completed = checkpoint.step if checkpoint else 0
     trainer = build_trainer(config, completed=completed, may_write=run.is_held)
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
     model.checkpoints.check_lock = run.check_lock
     run.begin(completed)
+    if model.training_data is not None:
+        run.record_data(model.training_data.report)
     if dist.get_backend() == "nccl":
         (run.output / FOLDER).mkdir(parents=True, exist_ok=True)  # the Flight Recorder does not create it
     _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
@@ -120,7 +142,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     name = checkpoint or config.student.source
     config, opened = _open(config, checkpoint)
     # Replicas do not communicate while they generate; one that has finished waits for those with longer responses.
-    initialize(config.parallel, seed=config.seed, timeout=_LONGEST_EVALUATION)
+    initialize(config.parallel, seed=config.seed, timeout=LONGEST_EVALUATION)
     without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
     model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
     digest = weights_digest(model_path(name))

@@ -2,12 +2,14 @@
 
 .nemo_popsd     marks the directory as that of a run
 config.yaml     resolved configuration of the last attempt
+data.json       counts of the training rows
 metrics.jsonl   one line per step and per evaluation
 checkpoints/    step-000050, ..., final; the file `latest` names the newest
 validation/     samples and scores of each evaluation: step-000000, ...
 rollouts/       the rollouts of each step
 diagnosis/      analyses before and after training
 tensorboard/    events for TensorBoard
+ranks/          how each rank of each attempt began and ended
 vllm/           logs and model files of vLLM servers
 huggingface/    export of the final weights
 report.html     the report
@@ -17,6 +19,7 @@ REQUEUE         the run was requested to stop and has saved
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 from collections.abc import Callable
@@ -28,13 +31,14 @@ from nemo_popsd.checkpoint.manifest import DamagedCheckpointError
 from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.checkpoint.retention import FINAL, LATEST, Checkpoints, is_name, prune
 from nemo_popsd.config.loading import save_resolved
-from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run
+from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run, with_decisions
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.report import DataReport
 from nemo_popsd.evaluation import records
 from nemo_popsd.files.atomic import recover, remove_directory, remove_files, remove_partial_files, write_text
 from nemo_popsd.files.output_lock import Hold, OutputLock
 from nemo_popsd.files.ownership import CHECKPOINT, EXPORT, MARK, RUN, read_mark, refuse_foreign, write_mark
-from nemo_popsd.model.evaluation import remove_validations_after, validation_directory
+from nemo_popsd.model.evaluation import remove_validations_after
 from nemo_popsd.observability import flight_recorder, jsonl_logger
 from nemo_popsd.observability.jsonl_logger import keep_until, read_metric
 from nemo_popsd.parallel.agreement import from_rank_zero, raise_on_all_ranks
@@ -43,6 +47,8 @@ from nemo_popsd.rollout.storage import RolloutStore
 
 logger = logging.getLogger(__name__)
 
+DATA = "data.json"
+"""Counts of the training rows."""
 _DIAGNOSIS = ("summary.json", "rollouts.jsonl", "index.html", MARK)
 _FILES = (
     (f"{storage.FOLDER}/step-*", storage.FILES),
@@ -56,7 +62,7 @@ _FILES = (
     ("vllm/model-*", ("*",)),
     ("vllm", ("server-*.log",)),
     (flight_recorder.FOLDER, flight_recorder.FILES),
-    (".", (jsonl_logger.FILE_NAME, "report.html", DONE, REQUEUE)),
+    (".", (jsonl_logger.FILE_NAME, DATA, "report.html", DONE, REQUEUE)),
 )
 """What a run writes besides checkpoints and its export: directories in `output`, and names of files in them. With
 `overwrite` these files are removed and no others.
@@ -79,6 +85,11 @@ class RunDirectory:
         box = [None if lock is None else lock.hold]
         dist.broadcast_object_list(box, src=0)
         self._hold = box[0]
+
+    @property
+    def attempt(self) -> str:
+        """The token of the lock, the same on all ranks after `share_lock`; empty without a lock."""
+        return "" if self._hold is None else self._hold.token
 
     def is_held(self) -> bool:
         """Whether the output still belongs to this run; on any rank."""
@@ -124,12 +135,25 @@ class RunDirectory:
         refuse_another_run(checkpoint.config, self._config)
         return checkpoint
 
+    def decided(self, checkpoint: NemoCheckpoint | None) -> PopsdConfig:
+        """The run's configuration with what `auto` decides, see `with_decisions`; `begin` records it.
+
+        Args:
+            checkpoint: what the run resumes from; None for a new run.
+        """
+        self._config = with_decisions(self._config, None if checkpoint is None else checkpoint.config)
+        return self._config
+
     def begin(self, completed: int) -> None:
         """Prepares the directory for a run after step `completed`.
 
         Removes what an earlier attempt wrote for later steps; with `overwrite`, everything that a run wrote.
         """
         self._on_rank_zero(lambda: self._begin(completed))
+
+    def record_data(self, report: DataReport) -> None:
+        """Records what was kept, truncated and dropped of the training rows, for the report."""
+        self._on_rank_zero(lambda: write_text(self.output / DATA, json.dumps(report.as_dict()) + "\n"))
 
     def is_validated(self, completed: int) -> bool:
         """Whether an attempt has finished the evaluation after step `completed`, on every rank. Collective: a gather
@@ -140,7 +164,7 @@ class RunDirectory:
 
         def finished() -> bool:
             logged = completed in read_metric(self.output, "validation/accuracy")
-            return logged and validation_directory(str(self.output), completed).concluded
+            return logged and records.validation_directory(str(self.output), completed).concluded
 
         return from_rank_zero(f"output {self.output}", finished, **_SPACE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nemo_popsd.config.branches import check_branches
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.parallel.config import GATHERED, HIERARCHICAL
 
 
 def check_sections(config: PopsdConfig) -> None:
@@ -31,6 +32,7 @@ def check_sections(config: PopsdConfig) -> None:
         )
     check_branches(config)
     _check_precision(config)
+    _check_packing(config)
     if optimizer.overlap_param_gather and training.updates_per_step == 1:
         raise UserError(
             "configuration",
@@ -44,6 +46,18 @@ def check_sections(config: PopsdConfig) -> None:
             got=f"optimizer.min_lr={optimizer.min_lr} with optimizer.lr={optimizer.lr}",
             need="a final learning rate no higher than the peak",
             fix="set optimizer.min_lr or optimizer.lr",
+        )
+
+
+def _check_packing(config: PopsdConfig) -> None:
+    """Refuse packed sequences where Transformer Engine's attention has none."""
+    kind = config.parallel.context_type
+    if kind in (GATHERED, HIERARCHICAL) and config.training.packing and config.student.layers != "local":
+        raise UserError(
+            "configuration",
+            got=f"parallel.context_type={kind} with training.packing=true",
+            need="padded sequences: Transformer Engine has no such attention for packed ones",
+            fix="set training.packing=false, or parallel.context_type=auto",
         )
 
 

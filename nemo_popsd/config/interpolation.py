@@ -18,6 +18,8 @@ from nemo_popsd.settings.checks import shown
 
 _MOST = 25  # that of the default of `output` is one
 _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
+_PLAIN = re.compile(r"\$\{[A-Za-z_][\w.]*\}")
+"""An interpolation that is the name of a key."""
 
 
 def escaped(value: object) -> object:
@@ -71,7 +73,7 @@ class _Resolution:
 
     def run(self) -> None:
         nested: dict[str, Any] = {}
-        for key, value in self._values.items():
+        for key, value in self._needed().items():
             *sections, leaf = key.split(".")
             place = nested
             for section in sections:
@@ -80,6 +82,18 @@ class _Resolution:
         self._tree = OmegaConf.create(nested)
         while self._open:
             self._resolve(next(iter(self._open)))
+
+    def _needed(self) -> dict[str, object]:
+        """The values that an interpolation can refer to. OmegaConf takes milliseconds to copy all settings."""
+        texts = [text for key in self._open for text in _texts(self._values[key])]
+        if any("${" in _PLAIN.sub("", text) for text in texts):
+            return self._values
+        named = {f"{name}." for key in self._open for name in self._referred(key)}
+
+        def is_needed(key: str) -> bool:
+            return key in self._open or any(f"{key}.".startswith(name) or name.startswith(f"{key}.") for name in named)
+
+        return {key: value for key, value in self._values.items() if is_needed(key)}
 
     def _resolve(self, key: str) -> None:
         if key in self._started:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from nemo_popsd.config.schema import PopsdConfig
@@ -90,6 +90,21 @@ def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
             fix=f"set {', '.join(changed[:_MOST_NAMED])}{more} back, set output for another run, or overwrite=true to "
             "start again at step 1",
         )
+
+
+def with_decisions(config: PopsdConfig, earlier: PopsdConfig | None) -> PopsdConfig:
+    """`config` with what `parallel.sequence=auto` decides, for the record of a run.
+
+    Args:
+        config: of this start.
+        earlier: of the run that it resumes, whose decision holds for as many tensor-parallel ranks; None for a new run.
+    """
+    parallel = config.parallel
+    if parallel.sequence != "auto":
+        return config
+    same = earlier is not None and earlier.parallel.tensor == parallel.tensor
+    decided = (earlier.parallel if earlier is not None and same else parallel).splits_sequences
+    return replace(config, parallel=replace(parallel, sequence=str(decided).lower()))
 
 
 DONE = "DONE"

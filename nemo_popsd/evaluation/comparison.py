@@ -118,27 +118,57 @@ def comparison_table(evaluations: Mapping[str, Evaluation], *, resamples: int) -
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Average:
+    """A statistic averaged over sets with equal weights."""
+
+    value: float
+    interval: Interval
+    """Bootstrap interval over problems; sets are resampled independently of each other."""
+    change: Change | None
+    """Change relative to the base, over the problems that both have; None without a base."""
+
+
+def average(name: str, sets: Sequence[Evaluation], base: Sequence[Evaluation] | None, *, resamples: int) -> Average:
+    """A statistic of one model averaged over sets with equal weights, as the paper reports the accuracy.
+
+    Args:
+        name: of the statistic, as in `EvaluationSummary`.
+        sets: the model's evaluations, one for each set.
+        base: those that it is compared with, for the same sets in the same order.
+        resamples: of each set.
+
+    Raises:
+        UserError: the evaluations of a set have no problem in common, or were scored by different checkers.
+    """
+    confidence = sets[0].summary.confidence
+    value, ends = _mean([figures_of(one.scores)[name] for one in sets], None, resamples, confidence)
+    if base is None:
+        return Average(value, ends, None)
+    pairs = [_paired(before, after) for before, after in zip(base, sets, strict=True)]
+    changed = _mean([new[name] for _, new in pairs], [old[name] for old, _ in pairs], resamples, confidence)
+    return Average(value, ends, Change(*changed))
+
+
 def average_over_sets(sets: Mapping[str, Mapping[str, Evaluation]], *, resamples: int) -> str:
-    """Accuracy averaged over sets with equal weights, as the paper reports it.
+    """Accuracy averaged over sets, see `average`, as lines of text.
 
     Args:
         sets: by set, then by model; every set has the same models. With several models, the change relative to the
-            first is included, over the problems that both have.
-        resamples: of each set; sets are resampled independently of each other.
+            first is included.
+        resamples: of each set.
     """
     models = list(next(iter(sets.values())))
-    confidence = next(iter(next(iter(sets.values())).values())).summary.confidence
+    by_model = {model: [by_name[model] for by_name in sets.values()] for model in models}
     lines = [f"accuracy, average of {', '.join(sets)}"]
-    for model in models:
-        accuracies = [figures_of(by_model[model].scores)["accuracy"] for by_model in sets.values()]
-        value, (low, high) = _mean(accuracies, None, resamples, confidence)
-        line = f"  {model}: {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-        if model != models[0]:
-            pairs = [_paired(by_model[models[0]], by_model[model]) for by_model in sets.values()]
-            value, (low, high) = _mean(
-                [new["accuracy"] for _, new in pairs], [old["accuracy"] for old, _ in pairs], resamples, confidence
-            )
-            line += f", change {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    for model, evaluations in by_model.items():
+        base = None if model == models[0] else by_model[models[0]]
+        found = average("accuracy", evaluations, base, resamples=resamples)
+        low, high = found.interval
+        line = f"  {model}: {100 * found.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        if found.change is not None:
+            low, high = found.change.interval
+            line += f", change {100 * found.change.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
         lines.append(line)
     return "\n".join(lines)
 

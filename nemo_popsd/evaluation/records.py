@@ -295,6 +295,11 @@ class EvaluationDirectory:
         )
 
 
+def validation_directory(output: str | Path, step: int) -> EvaluationDirectory:
+    """Where a run writes the evaluation of its weights after `step` steps."""
+    return EvaluationDirectory(Path(output) / "validation" / f"step-{step:06d}")
+
+
 class SampleWriter:
     """Appends samples to one file; a context manager, one writer per file at a time."""
 

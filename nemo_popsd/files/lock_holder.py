@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,21 @@ class Holder:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
+        holder = cls.of(content)
+        return holder if holder.token else replace(holder, token=f"unreadable-{path.name}")
+
+    @classmethod
+    def of(cls, content: Any) -> Holder:
+        """The process that an object of a file describes; anything else counts as a process on another machine."""
+        try:
             known: dict[str, Any] = {field.name: content[field.name] for field in fields(cls) if field.name in content}
             for name in ("pid", "begun", "start"):
                 known[name] = int(known.get(name, 0))
             return cls(**known)
         except (ValueError, TypeError):
-            return cls(token=f"unreadable-{path.name}", host="unknown")
+            return cls(host="unknown")
 
     def on_this_machine(self) -> bool:
         """Whether it runs on the machine and in the PID namespace of the calling process."""

@@ -306,6 +306,23 @@ class OutputLock:
                 yield Holder.read(path)
 
 
+def living_holder(output: str | Path) -> tuple[Holder, float] | None:
+    """The process that holds the lock of `output`, and the seconds since its last heartbeat; None if nobody holds it,
+    or if the holder is dead: ended on this machine, or without a heartbeat for `STALE_SECONDS`.
+
+    Changes nothing; the ages assume that the clocks of this machine and of the file system agree within a minute.
+    """
+    folder = Path(output) / FOLDER
+    generation, holder = _current(folder)
+    if not generation or holder.ended():
+        return None
+    try:
+        age = max(0.0, time.time() - (folder / f"alive-{holder.token}").stat().st_mtime)
+    except FileNotFoundError:
+        return None
+    return (holder, age) if holder.on_this_machine() or age < STALE_SECONDS else None
+
+
 def _current(folder: Path) -> tuple[int, Holder]:
     """Generation and holder of the lock; generation 0 if nobody holds it."""
     while True:

@@ -48,9 +48,11 @@ def build_chunks(
     """
     refuse_impossible(provider, student, parallel)
     provider.tensor_model_parallel_size = parallel.tensor
-    provider.sequence_parallel = parallel.sequence
+    provider.sequence_parallel = parallel.splits_sequences
     provider.pipeline_model_parallel_size = parallel.pipeline
     provider.context_parallel_size = parallel.context
+    provider.cp_comm_type = None if parallel.context_type == "auto" else parallel.context_type
+    provider.hierarchical_context_parallel_sizes = parallel.context_sizes or None
     provider.expert_model_parallel_size = parallel.expert
     provider.expert_tensor_parallel_size = 1 if parallel.expert > 1 else parallel.tensor
     # The only dispatcher that supports micro-batches of unequal lengths; not used without experts.
@@ -105,13 +107,15 @@ def layout_of(model: ModelChunk) -> ParallelConfig:
     config = model.config
     return ParallelConfig(
         tensor=config.tensor_model_parallel_size,
-        sequence=config.sequence_parallel,
+        sequence=str(config.sequence_parallel).lower(),
         pipeline=config.pipeline_model_parallel_size,
         virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
         first_stage_layers=config.num_layers_in_first_pipeline_stage or 0,
         last_stage_layers=config.num_layers_in_last_pipeline_stage or 0,
         overlap_transfers=config.overlap_p2p_comm,
         context=config.context_parallel_size,
+        context_type=config.cp_comm_type or "auto",
+        context_sizes=config.hierarchical_context_parallel_sizes or [],
         expert=config.expert_model_parallel_size,
     )
 

@@ -28,6 +28,8 @@ class ModelProvider(Protocol):
     # The architecture.
     num_layers: int
     num_attention_heads: int
+    hidden_size: int
+    kv_channels: int | None
     num_query_groups: int | None
     num_moe_experts: int | None
     window_size: tuple[int, int] | None
@@ -45,6 +47,8 @@ class ModelProvider(Protocol):
     pipeline_model_parallel_size: int
     virtual_pipeline_model_parallel_size: int | None
     context_parallel_size: int
+    cp_comm_type: str | None
+    hierarchical_context_parallel_sizes: list[int] | None
     expert_model_parallel_size: int
     expert_tensor_parallel_size: int | None
     variable_seq_lengths: bool

@@ -10,15 +10,13 @@ from megatron.core.tensor_parallel import layers
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron import spec
 from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
+from nemo_popsd.megatron.context_limits import refuse_context
 from nemo_popsd.megatron.interfaces import ModelProvider
 from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
 from nemo_popsd.parallel.distributed import device
 from nemo_popsd.runtime.local_layers import transformer_engine_imports
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS_OF_CONTEXT = ("bf16",)
-"""Values of `student.precision` in which Transformer Engine supports context parallelism."""
 
 
 def refuse_impossible(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> None:
@@ -35,8 +33,10 @@ def refuse_impossible(provider: ModelProvider, student: StudentConfig, parallel:
     refuse_indivisible(provider, parallel)
     _refuse_recomputation(provider, student, parallel)
     _refuse_fused_accumulation(student)
-    if spec.on_transformer_engine(student.layers):
-        _refuse_for_transformer_engine(provider, student, parallel)
+    fused = spec.on_transformer_engine(student.layers)
+    if fused:
+        _refuse_for_transformer_engine(provider, student)
+    refuse_context(provider, student, parallel, fused=fused)
 
 
 def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> None:
@@ -70,12 +70,12 @@ def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> Non
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} divides",
             fix="set parallel.first_stage_layers or parallel.last_stage_layers",
         )
-    if experts and parallel.tensor > 1 and not parallel.sequence:
+    if experts and parallel.tensor > 1 and not parallel.splits_sequences:
         raise UserError(
             "layout",
             got=f"a mixture of {experts} experts with {parallel.describe()} and parallel.sequence=false",
             need="sequence parallelism together with tensor parallelism, so that no token is dispatched twice",
-            fix="set parallel.sequence=true",
+            fix="set parallel.sequence=auto",
         )
 
 
@@ -150,7 +150,7 @@ ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"
 _EXPERT_LINEARS = ("linear_fc1", "linear_fc2")
 
 
-def _refuse_for_transformer_engine(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> None:
+def _refuse_for_transformer_engine(provider: ModelProvider, student: StudentConfig) -> None:
     """Refuses what Transformer Engine, or Megatron-Bridge's LoRA on it, computes wrongly; warns of TF32."""
     for name in ATTENTION_VARIABLES:
         if os.environ.get(name, "1") != "1":
@@ -174,20 +174,4 @@ def _refuse_for_transformer_engine(provider: ModelProvider, student: StudentConf
             got=f"student.lora.targets with {', '.join(targets)} for a mixture of {provider.num_moe_experts} experts",
             need="adapters of attention only: on a GPU all experts of a rank would share one adapter",
             fix="set student.lora.targets=[linear_qkv,linear_proj], or student.adaptation=full",
-        )
-    if parallel.context == 1:
-        return
-    if student.precision not in PRECISIONS_OF_CONTEXT:
-        raise UserError(
-            "layout",
-            got=f"student.precision={student.precision} with {parallel.describe()}",
-            need="bf16: Transformer Engine supports context parallelism in no other precision",
-            fix="set student.precision=bf16, or parallel.context=1",
-        )
-    if provider.window_size is not None:
-        raise UserError(
-            "layout",
-            got=f"layers with sliding windows (OLMo-3's) with {parallel.describe()}",
-            need="full sequences on each rank: Transformer Engine has no sliding windows under context parallelism",
-            fix="set parallel.context=1, and parallel.tensor for long sequences",
         )

@@ -20,7 +20,7 @@ from nemo_popsd.evaluation.comparison import Evaluation, comparison_table
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.equivalence import AnswerVerifier, require_math_verify
 from nemo_popsd.evaluation.problem_sets import VALIDATION
-from nemo_popsd.evaluation.records import EvaluationDirectory, Sample, SampleSettings
+from nemo_popsd.evaluation.records import EvaluationDirectory, Sample, SampleSettings, validation_directory
 from nemo_popsd.evaluation.run import (
     ProblemSet,
     begin,
@@ -221,11 +221,6 @@ class Validation:
 def _samples_on_disk(problem_set: ProblemSet, wanted: SampleSettings) -> set[tuple[str, int]]:
     begin(problem_set, wanted)
     return set(problem_set.directory.samples())
-
-
-def validation_directory(output: str | Path, step: int) -> EvaluationDirectory:
-    """Where a run writes the evaluation of its weights after `step` steps."""
-    return EvaluationDirectory(Path(output) / "validation" / f"step-{step:06d}")
 
 
 def remove_validations_after(output: Path, step: int) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from nemo_popsd.config.consistency import check_training_run, holds_a_run
 from nemo_popsd.config.loading import load_config, save_resolved
+from nemo_popsd.config.resuming import with_decisions
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.ownership import RUN, write_mark
@@ -28,7 +29,7 @@ def start_run(path: str | Path, overrides: Sequence[str]) -> tuple[PopsdConfig, 
     Raises:
         UserError: see `load_config` and `check_training_run`; or `output` has a run already.
     """
-    config = load_config(path, overrides)
+    config = with_decisions(load_config(path, overrides), None)
     check_training_run(config, world_size=read_launch().world_size)
     if holds_a_run(config.output):
         raise UserError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.bounds import Bounds, check_numbers
+from nemo_popsd.settings.checks import one_of
 
+RING, GATHERED, HEADS, HIERARCHICAL = "p2p", "all_gather", "a2a", "a2a+p2p"
+"""Values of `parallel.context_type`."""
 _SIZE = Bounds(1, 2**16)
 _SIZE_OR_ZERO = Bounds(1, 2**16, or_zero=True)
 
@@ -54,8 +57,9 @@ class ParallelConfig:
 
     tensor: Annotated[int, _SIZE] = 1
     """Tensor-parallel size: matrices and vocabulary are sharded."""
-    sequence: bool = False
-    """Split norms and residuals along the sequence over the tensor-parallel ranks; needs `tensor` above 1."""
+    sequence: str = "auto"
+    """Whether norms and residuals are split along the sequence over the tensor-parallel ranks: `true`, which needs
+    `tensor` above 1, `false`, or `auto`, on with `tensor` above 1. Memory falls, and as many bytes are sent."""
     pipeline: Annotated[int, _SIZE] = 1
     """Pipeline-parallel size: layers are split into this number of stages."""
     virtual_pipeline: Annotated[int, _SIZE] = 1
@@ -69,18 +73,29 @@ class ParallelConfig:
     1), whose transfers are as many times more."""
     context: Annotated[int, _SIZE] = 1
     """Context-parallel size: each sequence is split, for long contexts."""
+    context_type: str = "auto"
+    """How attention gets the keys and values of other context-parallel ranks (Megatron's `cp_comm_type`): `p2p`, a ring
+    that overlaps with compute; `all_gather`, all at once, with `training.packing=false`; `a2a`, each rank has all
+    tokens of a share of the heads; `a2a+p2p`, heads within nodes and rings between them, with `context_sizes` and
+    `training.packing=false`. `auto` is `p2p` on Transformer Engine's layers. Local layers have `all_gather` alone,
+    packed too."""
+    context_sizes: Annotated[list[int], _SIZE] = field(default_factory=list)
+    """With `context_type=a2a+p2p`: neighbouring context-parallel ranks that divide heads, then ranks of a ring, as in
+    [2, 4] for `context=8`."""
     expert: Annotated[int, _SIZE] = 1
     """Expert-parallel size: the experts of a mixture-of-experts model are distributed, each complete on one rank."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "parallel")
-        if self.sequence and self.tensor == 1:
+        one_of("parallel.sequence", self.sequence, ("auto", "true", "false"))
+        if self.sequence == "true" and self.tensor == 1:
             raise UserError(
                 "configuration",
                 got="parallel.sequence=true with parallel.tensor=1",
                 need="tensor-parallel ranks to split sequences over",
-                fix="set parallel.tensor above 1, or parallel.sequence=false",
+                fix="set parallel.tensor above 1, or parallel.sequence=auto",
             )
+        self._check_context()
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise UserError(
                 "configuration",
@@ -103,6 +118,32 @@ class ParallelConfig:
                 need="the interleaved schedule: Megatron overlaps transfers in no other",
                 fix="set parallel.virtual_pipeline above 1, or parallel.overlap_transfers=false",
             )
+
+    def _check_context(self) -> None:
+        kinds = (RING, GATHERED, HEADS, HIERARCHICAL)
+        one_of("parallel.context_type", self.context_type, ("auto", *kinds))
+        if self.context_type != "auto" and self.context == 1:
+            raise UserError(
+                "configuration",
+                got=f"parallel.context_type={self.context_type} with parallel.context=1",
+                need="context-parallel ranks",
+                fix="set parallel.context above 1, or parallel.context_type=auto",
+            )
+        hierarchical = self.context_type == HIERARCHICAL
+        fits = len(self.context_sizes) == 2 and math.prod(self.context_sizes) == self.context
+        if hierarchical != bool(self.context_sizes) or (hierarchical and not fits):
+            raise UserError(
+                "configuration",
+                got=f"parallel.context_sizes={self.context_sizes} with parallel.context_type={self.context_type} and "
+                f"parallel.context={self.context}",
+                need=f"with {HIERARCHICAL} two sizes whose product is parallel.context, else none",
+                fix="set parallel.context_sizes",
+            )
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether norms and residuals are split along the sequence: what `sequence` decides."""
+        return self.sequence == "true" or (self.sequence == "auto" and self.tensor > 1)
 
     @property
     def replica_ranks(self) -> int:

@@ -80,6 +80,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             context_parallel_size=parallel.context,
+            hierarchical_context_parallel_sizes=parallel.context_sizes or None,
             expert_model_parallel_size=parallel.expert,
             # Distributed experts are complete on their rank; otherwise they are sharded like other matrices.
             expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from nemo_popsd.errors import StopRequested
 from nemo_popsd.parallel.distributed import device, on_any_rank
-from nemo_popsd.runtime.early_signals import SIGNALS, print_to_stderr
+from nemo_popsd.runtime.early_signals import SIGNALS, leave, print_to_stderr
 
 _LEFT_IF_IGNORED = (signal.SIGINT, signal.SIGHUP)  # slurm/rank.sh ignores SIGUSR1 until `install`
 _INTERRUPTED = 128 + signal.SIGINT
@@ -136,8 +136,7 @@ class StopSignals:
                     self._leave_terminal()
                 interrupts += numbers.count(signal.SIGINT)
                 if interrupts > 1:
-                    print_to_stderr("popsd: ended at once by a second SIGINT; what has been saved is unchanged")
-                    os._exit(_INTERRUPTED)
+                    leave(_INTERRUPTED, "popsd: ended at once by a second SIGINT; what has been saved is unchanged")
                 if not self._requested or signal.SIGINT in numbers:
                     again = "; a second Ctrl-C ends it at once" if signal.SIGINT in numbers else ""
                     name = signal.Signals(numbers[0]).name

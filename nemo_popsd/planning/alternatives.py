@@ -45,7 +45,7 @@ def _neighbours(case: Case) -> Iterator[Changes]:
             if other:
                 yield {f"parallel.{name}": other, **_following(case, name, other)}
     if layout.tensor > 1 and not case.sizes.experts:
-        yield {"parallel.sequence": not layout.sequence}
+        yield {"parallel.sequence": "false" if layout.sequence else "true"}
     yield {"student.recompute": "none" if case.config.student.recompute == "full" else "full"}
     if case.shards_state:
         yield {"optimizer.distributed": "false"}
@@ -55,11 +55,14 @@ def _neighbours(case: Case) -> Iterator[Changes]:
 
 
 def _following(case: Case, name: str, size: int) -> Changes:
-    """What another size changes besides: sequence parallelism follows tensor parallelism, stages become even."""
+    """What another size changes besides: sequences are not split over one rank, stages become even, how attention gets
+    the keys of other ranks is chosen again.
+    """
     layout = case.layout
-    if name == "tensor":
-        follows = layout.sequence or layout.tensor == 1
-        return {"parallel.sequence": size > 1 and follows} if (size > 1 and follows) != layout.sequence else {}
+    if name == "tensor" and size == 1 and case.setting("parallel.sequence") == "true":
+        return {"parallel.sequence": "auto"}
+    if name == "context" and layout.context_type != "auto":
+        return {"parallel.context_type": "auto", "parallel.context_sizes": []}
     if name == "pipeline" and (layout.first_stage_layers or layout.last_stage_layers):
         return {"parallel.first_stage_layers": 0, "parallel.last_stage_layers": 0}
     return {}

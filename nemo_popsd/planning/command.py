@@ -13,6 +13,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.planning import report
 from nemo_popsd.planning.alternatives import alternatives
 from nemo_popsd.planning.config import PlanConfig
+from nemo_popsd.planning.evaluation import estimate_evaluation, evaluation_text
 from nemo_popsd.planning.plan import Estimate, estimate, fastest, nearest, problems
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_sizes
@@ -31,6 +32,7 @@ def plan_text(
     sharing: bool = False,
     simulated: bool = False,
     failures: bool = False,
+    evaluation: bool = False,
     as_json: bool = False,
 ) -> str:
     """One layout in full, or a table where `nodes` holds several numbers.
@@ -43,6 +45,7 @@ def plan_text(
         sharing: a table over `SHARING` instead, for the layout of the run.
         simulated: steps with unequal responses and slow nodes instead.
         failures: goodput where nodes fail, by interval between saves, instead.
+        evaluation: the time of one evaluation instead, for the layout of the run.
         as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
 
     Raises:
@@ -64,6 +67,8 @@ def plan_text(
 
         found = [_estimate_or_raise(case, fastest_layout) for case in cases]
         return (simulation_text if simulated else failures_text)(found)
+    if evaluation:
+        return evaluation_text([estimate_evaluation(case) for case in cases], as_json=as_json)
     if len(cases) == 1:
         result = _estimate_or_raise(cases[0], fastest_layout)
         others = alternatives(result.case) if explain else []
@@ -103,6 +108,7 @@ def _refuse_means_above_limits(plan: PlanConfig, run: PopsdConfig) -> None:
         ("prompt_tokens", "data.max_prompt_tokens", run.data.max_prompt_tokens),
         ("reference_tokens", "data.max_reference_tokens", run.data.max_reference_tokens),
         ("response_tokens", "rollout.max_response_tokens", run.rollout.max_response_tokens),
+        ("evaluation_tokens", "evaluation.max_response_tokens", run.evaluation.max_response_tokens),
     ):
         mean = getattr(plan.workload, name)
         if mean is not None and mean > limit:

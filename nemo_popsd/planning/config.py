@@ -64,6 +64,11 @@ class WorkloadConfig:
     """Mean tokens of a reference; null takes the limit, `data.max_reference_tokens`."""
     response_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
     """Mean tokens of a response; null takes the limit, `rollout.max_response_tokens`."""
+    evaluation_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
+    """Mean tokens of a response in an evaluation; null takes the limit, `evaluation.max_response_tokens`."""
+    evaluation_problems: Annotated[int | None, Bounds(1, 10**9)] = None
+    """Problems of an evaluation; null takes those of the published sets in `evaluation.sets`, or
+    `evaluation.problems`."""
     prompts_per_node: Annotated[int | None, Bounds(1, 2**16)] = None
     """Prompts of a step for each node, instead of `training.prompts_per_step` for all nodes; null keeps the latter."""
     layers: str = "fused"

@@ -61,7 +61,7 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
     hidden_reduction = _hidden_reduction(case, moved, trained_seconds)
     hidden = hidden_reduction + _hidden_transfers(case, moved, trained_seconds)
     return StepSeconds(
-        rollout=_rollout(case, moved),
+        rollout=rollout(case, moved),
         frozen=Seconds(
             frozen,
             _sent(case, moved.frozen) + moved.from_host / (hardware.host_gb_s * 1e9 * hardware.link_efficiency),
@@ -77,8 +77,8 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
     )
 
 
-def _rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
-    """Batches one after the other; a token passes the stages one after the other."""
+def rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
+    """Prefill and decoding: batches one after the other; a token passes the stages one after the other."""
     hardware, layout, sizes, mean = case.plan.hardware, case.layout, case.sizes, case.means
     rows, length = case.decoded_rows, compute.attended(case)
     rate = _peak(case) * hardware.forward_efficiency

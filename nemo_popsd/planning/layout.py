@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
-from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
+from nemo_popsd.parallel.config import HEADS, HIERARCHICAL, ParallelConfig, layers_by_stage
 from nemo_popsd.planning.sizes import ModelSizes
 
 DIMENSIONS = tuple(item.name for item in fields(ParallelConfig))
@@ -35,13 +35,18 @@ class Layout:
     """Whether stages send while they compute."""
     context: int = 1
     """c."""
+    context_type: str = "auto"
+    """How attention gets the keys and values of other ranks."""
+    context_sizes: list[int] = field(default_factory=list)
+    """Ranks that divide heads and ranks of a ring, where both do."""
     expert: int = 1
     """e."""
 
     @staticmethod
     def of(parallel: ParallelConfig, *, nodes: int, gpus_per_node: int) -> Layout:
         """The layout that `parallel` describes on `nodes`."""
-        return Layout(nodes=nodes, gpus_per_node=gpus_per_node, **{n: getattr(parallel, n) for n in DIMENSIONS})
+        settings = {name: getattr(parallel, name) for name in DIMENSIONS}
+        return Layout(nodes=nodes, gpus_per_node=gpus_per_node, **{**settings, "sequence": parallel.splits_sequences})
 
     @property
     def world(self) -> int:
@@ -83,6 +88,12 @@ class Layout:
         """G / (p·e·expert_tensor), ranks that hold the same experts."""
         return self.world // (self.pipeline * self.expert * self.expert_tensor)
 
+    @property
+    def context_heads(self) -> int:
+        """Context-parallel ranks that divide heads."""
+        sizes = {HEADS: self.context, HIERARCHICAL: (self.context_sizes or [1])[0]}
+        return sizes.get(self.context_type, 1)
+
     def spans_nodes(self, dimension: str) -> bool:
         """Whether a group of `dimension` (tensor, context, data, pipeline or expert) has ranks on several nodes."""
         reach = {
@@ -113,6 +124,8 @@ def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
     divide("GPUs", layout.world, "pipeline·expert", layout.pipeline * layout.expert)
     divide("query heads", sizes.heads, "parallel.tensor", layout.tensor)
     divide("key-value heads", sizes.groups, "parallel.tensor", layout.tensor)
+    if layout.context_heads > 1 and not reasons:
+        divide("key-value heads of a rank", sizes.groups // layout.tensor, "its context ranks", layout.context_heads)
     divide("MLP columns", sizes.intermediate, "parallel.tensor", layout.expert_tensor)
     if not layout.first_stage_layers and not layout.last_stage_layers:
         divide("layers", sizes.layers, "pipeline·virtual_pipeline", layout.pipeline * layout.virtual_pipeline)
@@ -131,7 +144,7 @@ def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
         else:
             reasons.append(f"parallel.expert={layout.expert} with a model that has no experts")
     if sizes.experts and layout.tensor > 1 and not layout.sequence:
-        reasons.append(f"experts with parallel.tensor={layout.tensor} need parallel.sequence=true")
+        reasons.append(f"experts with parallel.tensor={layout.tensor} need parallel.sequence=auto")
     if layout.sequence and layout.tensor == 1:
         reasons.append("parallel.sequence=true needs parallel.tensor above 1")
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:

@@ -250,6 +250,14 @@ def cache_bytes(case: Case, stage: Stage) -> float:
     return elements * case.element
 
 
+def served_cache_tokens(case: Case) -> float:
+    """Tokens in the key-value cache of a vLLM server; negative if its weights do not fit."""
+    vllm, sizes = case.config.rollout.vllm, case.sizes
+    weights = total_parameters(sizes) * case.element / vllm.tensor
+    cache = vllm.cache_bytes or vllm.memory_share * case.plan.hardware.memory_gib * 2**30 - weights
+    return cache / (2 * sizes.key_width / vllm.tensor * sizes.layers * case.element)
+
+
 def server_bytes(case: Case) -> float:
     """Bytes of a vLLM server on a GPU that it shares with the training; 0 without one, or on its own GPUs."""
     rollout = case.config.rollout

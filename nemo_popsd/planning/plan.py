@@ -117,13 +117,14 @@ def _candidates(case: Case) -> Iterator[Changes]:
         choices["student.frozen_copy"] = [*sorted({case.config.student.frozen_copy, "host"})]
     for values in itertools.product(*choices.values()):
         changes = dict(zip(choices, values, strict=True))
-        if "sequence" in DIMENSIONS:
-            # Unchanged where the tensor-parallel size is unchanged; with another one, on wherever possible.
-            kept = changes["parallel.tensor"] == layout.tensor and not case.sizes.experts
-            changes["parallel.sequence"] = layout.sequence if kept else changes["parallel.tensor"] != 1
+        # Unchanged where the tensor-parallel size is unchanged; with another one, on wherever possible.
+        kept = changes["parallel.tensor"] == layout.tensor and not case.sizes.experts
+        changes["parallel.sequence"] = case.setting("parallel.sequence") if kept else "auto"
         if "virtual_pipeline" in DIMENSIONS and changes.get("parallel.pipeline") == 1:
             changes["parallel.virtual_pipeline"] = 1
             changes["parallel.overlap_transfers"] = False
+        if changes["parallel.context"] != layout.context:
+            changes["parallel.context_type"], changes["parallel.context_sizes"] = "auto", []
         if changes["parallel.pipeline"] != layout.pipeline:
             changes["parallel.first_stage_layers"] = changes["parallel.last_stage_layers"] = 0
         yield {name: value for name, value in changes.items() if value != case.setting(name)}
@@ -143,7 +144,11 @@ def _powers(largest: int) -> list[int]:
 
 
 _FOLLOWING = tuple(
-    f"parallel.{name}" for name in ("sequence", "overlap_transfers", "first_stage_layers", "last_stage_layers")
+    f"parallel.{name}"
+    for name in (
+        *("sequence", "overlap_transfers", "first_stage_layers", "last_stage_layers"),
+        *("context_type", "context_sizes"),
+    )
 )
 
 
@@ -151,7 +156,7 @@ def _distance(case: Case, changes: Changes) -> float:
     """Distance from the request: doublings and halvings of sizes, plus 1 for each other setting.
 
     `parallel.sequence`, which follows the tensor-parallel size, does not count, nor do the settings that another number
-    of stages sets back.
+    of stages or context-parallel ranks sets back.
     """
     distance = 0.0
     for name, value in changes.items():

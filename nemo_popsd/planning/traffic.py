@@ -55,10 +55,14 @@ def tensor_backward(case: Case, tokens: float) -> float:
 
 
 def context_forward(case: Case, tokens: float) -> float:
-    """Bytes of keys and values gathered over the context-parallel ranks in one forward."""
+    """Bytes of keys and values gathered over the context-parallel ranks, or passed on around them, in one forward; of
+    queries, keys, values and outputs between ranks that divide heads.
+    """
     layout, sizes = case.layout, case.sizes
-    layers = max(layout.stage_layers(sizes.layers))
-    return _ring(layout.context) * 2 * tokens * sizes.key_width / layout.tensor * layers * case.element
+    layers, heads = max(layout.stage_layers(sizes.layers)), layout.context_heads
+    gathered = _ring(layout.context // heads) * 2 * sizes.key_width / heads
+    exchanged = _ring(heads) * 2 * (sizes.query_width + sizes.key_width) / layout.context
+    return (gathered + exchanged) * tokens / layout.tensor * layers * case.element
 
 
 def stage_transfer(case: Case, tokens: float) -> float:

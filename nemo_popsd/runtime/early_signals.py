@@ -12,14 +12,17 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from nemo_popsd.errors import SAVED_AND_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals that stop a run: of a batch system, its warning before a time limit, Ctrl-C, and a closed terminal."""
+before_leaving: list[Callable[[int, str], object]] = []
+"""Called by `leave` with the exit status and the line that it prints."""
 _KEPT_IF_IGNORED = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -49,6 +52,15 @@ def ended_by_signals() -> Iterator[None]:
         writer.close()  # ends the thread
 
 
+def leave(status: int, text: str) -> NoReturn:
+    """Ends the process at once, from any thread: prints a line and makes the calls that `before_leaving` has."""
+    print_to_stderr(text)
+    for call in before_leaving:
+        with contextlib.suppress(Exception):
+            call(status, text)
+    os._exit(status)
+
+
 def print_to_stderr(text: str) -> None:
     """Prints a line to stderr, if it is open."""
     with contextlib.suppress(OSError):  # the terminal is gone
@@ -64,5 +76,5 @@ def _end(reader: socket.socket) -> None:
         for byte in reader.recv(64):
             if byte in SIGNALS:
                 name = signal.Signals(byte).name
-                print_to_stderr(f"popsd: stopped by {name}; no step was in progress; what has been saved is unchanged")
-                os._exit(SAVED_AND_STOPPED)
+                text = f"popsd: stopped by {name}; no step was in progress; what has been saved is unchanged"
+                leave(SAVED_AND_STOPPED, text)

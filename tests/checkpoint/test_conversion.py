@@ -41,7 +41,7 @@ def _built(source: Any, world_size: int) -> Any:
     from nemo_popsd.parallel.distributed import initialize
 
     provider = source.architecture.provider()
-    layout = ParallelConfig(tensor=world_size, sequence=world_size > 1 and provider.num_moe_experts is not None)
+    layout = ParallelConfig(tensor=world_size, sequence="false" if provider.num_moe_experts is None else "auto")
     initialize(layout, seed=1)
     [model] = build_chunks(provider, FULL, layout)
     source.load([model.eval()])

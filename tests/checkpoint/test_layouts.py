@@ -24,7 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline": 2},
     "pp2 vpp2": {"pipeline": 2, "virtual_pipeline": 2},
     "pp2 uneven": {"pipeline": 2, "last_stage_layers": 1},
-    "tp2 sp": {"tensor": 2, "sequence": True},
+    "tp2 sp": {"tensor": 2, "sequence": "true"},
     "cp2": {"context": 2},
 }
 CASES = {"full": "qwen3", "tied": "qwen3_tied", "lora": "qwen3"}

@@ -46,7 +46,7 @@ def rehearse(rank: int, world_size: int, directory: Path) -> dict[tuple[int, int
     dist.destroy_process_group()
     whole_shapes(MODEL, directory)
     source, found = HuggingFaceModel(directory), {}
-    parallel = ParallelConfig(tensor=TENSOR, sequence=True, pipeline=STAGES, context=REPLICAS)
+    parallel = ParallelConfig(tensor=TENSOR, pipeline=STAGES, context=REPLICAS)
     for stage in range(STAGES):
         for tensor in range(2):
             with without_memory(stage * TENSOR * REPLICAS + tensor, TENSOR * STAGES * REPLICAS):

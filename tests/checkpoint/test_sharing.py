@@ -58,7 +58,11 @@ def _round_trip(rank: int, world_size: int, source: Path, folder: Path, parallel
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "ranks", "parallel"),
-    [("qwen3", 2, {}), ("qwen3_moe", 4, {"expert": 2}), ("qwen3_moe", 4, {"tensor": 2, "sequence": True, "expert": 2})],
+    [
+        ("qwen3", 2, {}),
+        ("qwen3_moe", 4, {"expert": 2}),
+        ("qwen3_moe", 4, {"tensor": 2, "sequence": "true", "expert": 2}),
+    ],
     ids=["dp2", "dp4 ep2", "tp2 sp dp2 ep2"],
 )
 def test_each_rank_writes_and_reads_its_part(kind: str, ranks: int, parallel: dict[str, Any], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from nemo_popsd.doctor.post_mortem import examine_remains
+from nemo_popsd.doctor.remains import read_remains
 from tests.harness import run_ranks
 from tests.model import runs
 
@@ -55,3 +57,6 @@ def test_a_rank_that_hangs_is_reported_with_the_setting_and_ends_when_it_wakes(t
     assert "rank 1 of 2: another rank has ended, or the connection to it is lost" in lines[1]
     assert lines[1].endswith("(rank 1)")
     assert [step for step, _ in runs.metrics(tmp_path, "train/loss")] == [1]
+    causes = examine_remains(read_remains(tmp_path)).causes
+    assert [cause.name for cause in causes] == ["timeout", "peer"]
+    assert causes[0].evidence[0].file == tmp_path / "ranks" / "rank-00000.jsonl"

@@ -47,7 +47,7 @@ def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_layout_is_explained_by_its_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [CONF, "nodes=2", "parallel.tensor=8", "parallel.sequence=true", "--explain"]
+    words = [CONF, "nodes=2", "parallel.tensor=8", "--explain"]
     assert cli.main(["plan", *words]) == 0
     text = capsys.readouterr().out
     table = {line.split("  ")[0]: line for line in text[text.index("one setting changed") :].splitlines()}
@@ -56,7 +56,7 @@ def test_a_layout_is_explained_by_its_neighbours(capsys: pytest.CaptureFixture[s
     assert "parallel.expert=2" not in table
     assert cli.main(["plan", *words, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert cli.main(["plan", CONF, "nodes=2", "parallel.tensor=4", "parallel.sequence=true", "--json"]) == 0
+    assert cli.main(["plan", CONF, "nodes=2", "parallel.tensor=4", "--json"]) == 0
     smaller = json.loads(capsys.readouterr().out)
     (other,) = [entry for entry in plan["alternatives"] if entry["changes"] == {"parallel.tensor": 4}]
     assert other["fits"]

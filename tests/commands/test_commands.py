@@ -138,7 +138,7 @@ def test_two_tensor_parallel_processes_train_like_one(trained: Path, tmp_path: P
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-5)
 
 
-def test_evaluate_and_export(trained: Path, tmp_path: Path) -> None:
+def test_evaluate_export_and_convert(trained: Path, tmp_path: Path) -> None:
     final = str(trained / "checkpoints" / "final")
     words = ["evaluate", TINY, f"output={tmp_path / 'e'}", *SHORT, "--checkpoint", final]
     status, printed = run_forked(tmp_path / "evaluate.log", *words)
@@ -162,6 +162,9 @@ def test_evaluate_and_export(trained: Path, tmp_path: Path) -> None:
     ):
         assert part in cards[0], part
     assert str(tmp_path) not in cards[1]
+    status, printed = run_forked(tmp_path / "convert.log", "convert", "nemo-to-hf", final, str(tmp_path / "c" / "hf"))
+    assert status == 0, printed
+    assert (tmp_path / "c" / "hf" / "README.md").read_text() == cards[1]
 
 
 def test_the_death_of_a_rank_ends_the_other(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_popsd.checkpoint.nemo import NemoCheckpoint
 from nemo_popsd.cli.main import main
+from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import SAVED_AND_STOPPED
 from tests.model.runs import LORA, SETTINGS, TINY, differences, metrics, rollouts, state, train, train_and_die
 
@@ -169,6 +171,9 @@ def test_in_another_layout_the_losses_are_equal(
     (moved / "DONE").unlink()
     words = ADAPTATIONS[adaptation]
     assert [status for status, _ in train(moved, *words, *layout.split(), ranks=2)] == [0, 0]
+    recorded = load_config(moved / "config.yaml").parallel.sequence
+    assert recorded == NemoCheckpoint(moved / "checkpoints" / "final").config.parallel.sequence
+    assert recorded == str("tensor" in layout).lower()
     assert train(moved, *words, *SIX_STEPS)[0][0] == 0
     there, here = metrics(moved, "train/loss"), metrics(longer / adaptation, "train/loss")
     assert [step for step, _ in there] == [1, 2, 3, 4, 5, 6]

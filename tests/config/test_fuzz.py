@@ -282,7 +282,7 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> list[PopsdConfig]:
 
 @pytest.mark.parametrize(
     ("number_of_cases", "sometimes_accepted"),
-    [(160, {"config"}), pytest.param(CASES, {"config", "train"}, marks=pytest.mark.slow)],
+    [(80, {"config"}), pytest.param(CASES, {"config", "train"}, marks=pytest.mark.slow)],
 )
 def test_random_command_lines(
     number_of_cases: int,

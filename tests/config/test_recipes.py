@@ -34,7 +34,7 @@ class Recipe:
     """Its layout on two ranks."""
 
 
-_TENSOR = ("parallel.tensor=2", "parallel.sequence=true")
+_TENSOR = ("parallel.tensor=2",)
 RECIPES = {
     "qwen3_32b": Recipe(4, {"tensor": 4, "sequence": True}, "qwen3", _TENSOR),
     "r1_distill_llama_70b": Recipe(16, {"tensor": 8, "sequence": True}, "llama3", _TENSOR),

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from nemo_popsd.config.keys import known_keys
-from nemo_popsd.config.resuming import DONE, FREE, finished_steps, refuse_another_run
+from nemo_popsd.config.resuming import DONE, FREE, finished_steps, refuse_another_run, with_decisions
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
+from nemo_popsd.parallel.config import ParallelConfig
 
 
 def test_every_free_setting_exists() -> None:
@@ -30,6 +31,18 @@ def test_other_changes_are_named() -> None:
     for words in ("seed=5 (was 1234)", "optimizer.lr=1.0", "student.lora.rank=8 (was 64)", "data.train.limit=3"):
         assert words in str(refused.value)
     assert "data.train.path" not in str(refused.value)
+
+
+def test_the_decision_on_sequences_is_recorded_and_kept() -> None:
+    run = PopsdConfig(parallel=ParallelConfig(tensor=2))
+    assert with_decisions(run, None).parallel.sequence == "true"
+    assert with_decisions(PopsdConfig(), None).parallel.sequence == "false"
+    assert run.parallel.sequence == "auto"
+    older = PopsdConfig(parallel=ParallelConfig(tensor=2, sequence="false"))
+    assert with_decisions(run, older).parallel.sequence == "false"
+    assert with_decisions(older, with_decisions(run, None)) == older
+    wider = PopsdConfig(parallel=ParallelConfig(tensor=4))
+    assert with_decisions(wider, older).parallel.sequence == "true"
 
 
 def test_finished(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nemo_popsd.config import interpolation
 from nemo_popsd.config.loading import from_dict_config, load_config, save_resolved, to_dict_config
 from nemo_popsd.errors import UserError
 
@@ -137,6 +139,34 @@ def test_unresolvable_interpolations_are_refused(text: str, tmp_path: Path) -> N
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(UserError, match=r"set (name|output|seed)$"):
         load_config(tmp_path / "file.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: a-${seed}-${training.steps}",
+        "output: ${.name}\nstudent: {source: '${..name}'}",
+        "evaluation: {sets: {mine: a.jsonl}}\noutput: ${evaluation.sets.mine}",
+        "data: {train: {path: b, more_paths: ['${name}', '${data.train.path}/${.path}']}}",
+        "name: ${training}",
+        "name: ${nope}",
+        "name: ${${output}}",
+    ],
+)
+def test_an_interpolation_finds_the_same_among_few_values_as_among_all(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+
+    def outcome() -> object:
+        try:
+            return load_config(tmp_path / "file.yaml")
+        except UserError as error:
+            return str(error)
+
+    few = outcome()
+    monkeypatch.setattr(interpolation, "_PLAIN", re.compile("(?!)"))
+    assert outcome() == few
 
 
 def test_exponential_interpolations_are_refused_quickly(tmp_path: Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from datasets import Dataset
-from datasets.arrow_writer import ArrowWriter
-from datasets.naming import camelcase_to_snakecase
 
 from nemo_popsd.data.named_sets import NAMED_SETS, named_source, refuse_another_size
 from nemo_popsd.data.sources import read_records
@@ -25,8 +23,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hf"
 
 
+def table() -> Any:
+    from datasets import Dataset  # with pandas and aiohttp: most of a second for each worker that collects this file
+
+    return Dataset.from_list(ROWS)
+
+
 def prepared(home: Path, repository: str, split: str, rows: list[dict]) -> Path:
     """The file that `datasets` writes when it loads a repository of the Hub."""
+    from datasets.arrow_writer import ArrowWriter
+    from datasets.naming import camelcase_to_snakecase
+
     owner, name = repository.split("/")
     dataset = camelcase_to_snakecase(name)
     folder = (
@@ -56,9 +63,9 @@ def test_a_file_of_the_user_is_found(form: str, tmp_path: Path) -> None:
     if form == "jsonl":
         (own / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     elif form == "parquet":
-        Dataset.from_list(ROWS).to_parquet(own / "aime24.parquet")
+        table().to_parquet(own / "aime24.parquet")
     else:
-        Dataset.from_list(ROWS).save_to_disk(own / "aime24")
+        table().save_to_disk(own / "aime24")
     assert read("aime24", str(own)) == WANTED
 
 
@@ -89,7 +96,7 @@ def test_gsm8k_takes_the_answer_from_the_solution(home: Path, monkeypatch: pytes
 def test_the_cache_of_the_hub_client_is_found(home: Path) -> None:
     snapshot = home / "hub" / "datasets--MathArena--hmmt_feb_2025" / "snapshots" / "abc" / "data"
     snapshot.mkdir(parents=True)
-    Dataset.from_list(ROWS).to_parquet(snapshot / "train-00000-of-00001.parquet")
+    table().to_parquet(snapshot / "train-00000-of-00001.parquet")
     assert read("hmmt25") == WANTED
 
 

@@ -22,7 +22,16 @@ from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
     [
         ({"tensor": 0}, r"parallel\.tensor=0"),
         ({"context": 0}, r"parallel\.context=0"),
-        ({"sequence": True}, r"parallel\.sequence=true with parallel\.tensor=1.*parallel\.sequence=false"),
+        ({"sequence": "true"}, r"parallel\.sequence=true with parallel\.tensor=1.*parallel\.sequence=auto"),
+        ({"tensor": 2, "sequence": "on"}, r"parallel\.sequence='on'; need one of auto, true, false"),
+        ({"context_type": "a2a"}, r"context_type=a2a with parallel\.context=1"),
+        ({"context": 2, "context_type": "ring"}, r"need one of auto, p2p, all_gather, a2a, a2a\+p2p"),
+        (
+            {"context": 8, "context_type": "a2a+p2p"},
+            r"context_sizes=\[\].*two sizes whose product is parallel\.context",
+        ),
+        ({"context": 8, "context_type": "a2a+p2p", "context_sizes": [2, 2]}, r"context_sizes=\[2, 2\]"),
+        ({"context": 8, "context_sizes": [2, 4]}, r"context_sizes=\[2, 4\] with parallel\.context_type=auto"),
         ({"first_stage_layers": 2}, r"first_stage_layers=2 with parallel\.pipeline=1.*parallel\.first_stage_layers=0"),
         ({"pipeline": 2, "overlap_transfers": True}, r"overlap_transfers=true with parallel\.virtual_pipeline=1"),
         ({"virtual_pipeline": 2}, r"parallel\.virtual_pipeline=2 with parallel\.pipeline=1.*set parallel\.pipeline"),
@@ -48,11 +57,18 @@ def test_worlds_that_the_layout_does_not_divide_are_refused(fields: dict[str, An
 
 def test_layouts_that_divide_the_world_are_accepted() -> None:
     ParallelConfig().check_world(3)
-    layout = ParallelConfig(tensor=2, sequence=True, pipeline=2, virtual_pipeline=2, context=2, expert=2)
+    layout = ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, context=2, expert=2)
     layout.check_world(16)
     assert layout.replica_ranks == 8
     assert ParallelConfig().describe() == "parallel.tensor=1"
     assert ParallelConfig(pipeline=2, expert=4).describe() == "parallel.pipeline=2 parallel.expert=4"
+
+
+def test_sequences_are_split_with_tensor_parallelism_unless_the_setting_says_otherwise() -> None:
+    assert not ParallelConfig().splits_sequences
+    assert ParallelConfig(tensor=2).splits_sequences
+    assert ParallelConfig(tensor=2, sequence="true").splits_sequences
+    assert not ParallelConfig(tensor=2, sequence="false").splits_sequences
 
 
 ARCHITECTURE = {"num_attention_heads": 8, "num_query_groups": 4, "num_layers": 6, "num_moe_experts": None}
@@ -78,7 +94,7 @@ ARCHITECTURE = {"num_attention_heads": 8, "num_query_groups": 4, "num_layers": 6
         ),
         ({"expert": 2}, {}, r"0 experts with parallel\.expert=2"),
         ({"expert": 4}, {"num_moe_experts": 6}, r"6 experts with parallel\.expert=4"),
-        ({"tensor": 2}, {"num_moe_experts": 6}, r"6 experts.*set parallel\.sequence=true"),
+        ({"tensor": 2, "sequence": "false"}, {"num_moe_experts": 6}, r"6 experts.*set parallel\.sequence=auto"),
     ],
 )
 def test_architectures_that_the_layout_does_not_divide_are_refused(
@@ -159,8 +175,10 @@ def test_booleans_of_earlier_versions_are_understood() -> None:
     tree = OmegaConf.to_container(to_dict_config(PopsdConfig()))
     assert isinstance(tree, dict)
     tree["student"]["recompute"], tree["optimizer"]["distributed"] = True, False
+    tree["parallel"]["sequence"] = False
     config = from_dict_config(OmegaConf.create(tree))
     assert (config.student.recompute, config.optimizer.distributed) == ("full", "false")
+    assert config.parallel.sequence == "false"
 
 
 RECOMPUTED = {"recompute": "selective", "adaptation": "full", "layers": "local"}
@@ -197,7 +215,7 @@ def test_recomputation_that_the_model_does_not_have_is_refused(
 
 
 def test_an_architecture_that_the_layout_divides_is_accepted() -> None:
-    layout = ParallelConfig(tensor=4, sequence=True, pipeline=3, virtual_pipeline=2, expert=2)
+    layout = ParallelConfig(tensor=4, pipeline=3, virtual_pipeline=2, expert=2)
     refuse_indivisible(SimpleNamespace(**{**ARCHITECTURE, "num_moe_experts": 4}), layout)
 
 

@@ -29,7 +29,7 @@ def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
     from nemo_popsd.megatron.decoding import SlotDecoder
     from nemo_popsd.megatron.kv_cache import attentions
 
-    student = build_student(source, parallel={"tensor": world_size, "sequence": world_size > 1})
+    student = build_student(source, parallel={"tensor": world_size, "sequence": "auto"})
     before = whole_logits(student.gpt, IDS, 203)
     parts = lambda: [a.core_attention for a in attentions(student.chunks)] + [student.gpt.rotary_pos_emb]  # noqa: E731
     modules, flags = parts(), (student.gpt.training, student.gpt.config.sequence_parallel)

@@ -33,34 +33,40 @@ def _weighting() -> Tensor:
     return torch.randn(2, 19, 203, generator=torch.Generator().manual_seed(5))
 
 
-def _observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
+def _observe(rank: int, world_size: int, source: Path, sequence: str) -> dict[str, Any]:
+    import torch.distributed as dist
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from nemo_popsd.rollout.megatron_engine import MegatronEngine
 
-    student = build_student(source, tensor=world_size)
+    parallel = {"tensor": world_size, "sequence": sequence}
+    student = build_student(source, parallel=parallel)
     gpt = student.gpt
-    positions = torch.arange(19).expand(2, -1)
-    logits = gather_from_tensor_model_parallel_region(gpt(input_ids=IDS, position_ids=positions, attention_mask=None))
-    (logits[..., :203] * _weighting()).sum().backward()
+    ids = torch.nn.functional.pad(IDS, (0, 1))  # a length that two ranks divide; no token attends to a later one
+    positions = torch.arange(20).expand(2, -1)
+    logits = gather_from_tensor_model_parallel_region(gpt(input_ids=ids, position_ids=positions, attention_mask=None))
+    (logits[:, :19, :203] * _weighting()).sum().backward()
+    for parameter in gpt.parameters():
+        if getattr(parameter, "sequence_parallel", False):  # as Megatron's `finalize_model_grads` does
+            dist.all_reduce(parameter.grad, group=student.tp_group)
     gradients = {name: parameter.grad for name, parameter in gpt.named_parameters()}
     engine = MegatronEngine([gpt], vocab_size=203, batch_rows=8, cache_tokens=1 << 20, weights_version=lambda: 0)
     sampling = SamplingParams(
         temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=LIMIT, stop_token_ids=frozenset()
     )
     rollouts = engine.generate([Request(prompt=prompt, seed=n) for n, prompt in enumerate(PROMPTS)], sampling)
-    adapted = build_student(source, tensor=world_size, adaptation="lora", lora=LoRAConfig(rank=4, alpha=8.0))
+    adapted = build_student(source, parallel=parallel, adaptation="lora", lora=LoRAConfig(rank=4, alpha=8.0))
     with torch.no_grad():
-        at_start = whole_logits(adapted.gpt, IDS, 203)
+        at_start = whole_logits(adapted.gpt, ids, 203)
         with adapted.base.model() as [base]:
-            frozen = whole_logits(base, IDS, 203)
+            frozen = whole_logits(base, ids, 203)
     return {
         "gradients": gradients,
         "split": {name for name, p in gpt.named_parameters() if getattr(p, "tensor_model_parallel", False)},
         "tokens": [rollout.response for rollout in rollouts],
         "adapters": sum(".adapter." in name for name, _ in adapted.gpt.named_parameters()),
         "adapted": at_start - frozen,
-        "base": frozen - whole_logits(gpt, IDS, 203),
+        "base": frozen - whole_logits(gpt, ids, 203),
     }
 
 
@@ -69,9 +75,10 @@ def source(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("olmo3") / "hf", "olmo3")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+@pytest.fixture(scope="module", params=[(1, "false"), (2, "false"), (2, "true")], ids=["tp1", "tp2", "tp2 sp"])
 def observed(request, source, layers):
-    return run_ranks(_observe, request.param, source, layers=layers)
+    world_size, sequence = request.param
+    return run_ranks(_observe, world_size, source, sequence, layers=layers)
 
 
 def test_gradients_equal_those_of_transformers(observed, source):

@@ -123,7 +123,7 @@ def observe(rank: int, world_size: int, name: str, directory: Path) -> dict[str,
     seen: dict[str, Any] = {"shapes": shapes, "vocabulary": source.vocabulary_tensors(), "parameters": {}}
     seen["map"] = {local_name(tensor.name): tensor.parts for tensor in source.tensor_map().tensors}
     tensor = TENSOR[name]
-    parallel = ParallelConfig(tensor=tensor, sequence=True, pipeline=STAGES)
+    parallel = ParallelConfig(tensor=tensor, pipeline=STAGES)
     for stage in range(STAGES):
         with without_memory(stage * tensor, tensor * STAGES):
             initialize(parallel, seed=1)

@@ -28,7 +28,7 @@ SETTINGS = [
 RUNS = {
     "full": (1, []),
     "lora": (1, ["student.adaptation=lora", "student.lora.rank=8"]),
-    "tensor parallel": (2, ["parallel.tensor=2"]),
+    "tensor parallel": (2, ["parallel.tensor=2", "parallel.sequence=false"]),
     "padded": (1, ["training.packing=false"]),
 }
 """By name: ranks and settings. All but the last one pack sequences; the responses are those of the Megatron engine."""

@@ -40,7 +40,7 @@ def run_config(*, tensor: int = 1, distributed: bool = False, **student: Any) ->
     for name, value in student.items():
         setattr(config.student, name, value)
     config.student.lora.rank, config.student.lora.alpha = 4, 8
-    config.parallel.tensor = tensor
+    config.parallel.tensor, config.parallel.sequence = tensor, "false"
     config.optimizer.distributed = str(distributed).lower()
     config.data.max_prompt_tokens, config.data.max_reference_tokens = PROMPT, REFERENCE
     config.rollout.max_response_tokens = RESPONSE

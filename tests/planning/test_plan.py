@@ -168,7 +168,7 @@ def test_prompts_and_mixtures_that_do_not_divide_are_reported() -> None:
     ]
     mixture = read_sizes("Qwen3-30B-A3B")[0]
     layout = Layout(nodes=1, gpus_per_node=8, tensor=2)
-    assert misfits(layout, mixture, 32) == ["experts with parallel.tensor=2 need parallel.sequence=true"]
+    assert misfits(layout, mixture, 32) == ["experts with parallel.tensor=2 need parallel.sequence=auto"]
     assert misfits(replace(layout, sequence=True, expert=4), mixture, 32) == []
     assert misfits(replace(layout, sequence=True, expert=3), mixture, 32)[0].startswith("8 GPUs do not divide")
 

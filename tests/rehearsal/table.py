@@ -19,7 +19,8 @@ from typing import Any
 CONF = Path(__file__).parents[2] / "conf" / "qwen3_8b.yaml"
 SHORT = ("data.max_prompt_tokens=96", "data.max_reference_tokens=160", "rollout.max_response_tokens=256")
 ATTENTION = "student.lora.targets=[linear_qkv,linear_proj]"
-TP2, TP4, SP = "parallel.tensor=2", "parallel.tensor=4", "parallel.sequence=true"
+TP2, TP4 = "parallel.tensor=2", "parallel.tensor=4"
+SP, WHOLE = "parallel.sequence=true", "parallel.sequence=false"
 FULL, KEEP = "student.adaptation=full", "student.recompute=none"
 PP2, PP4, VPP2, CP2 = "parallel.pipeline=2", "parallel.pipeline=4", "parallel.virtual_pipeline=2", "parallel.context=2"
 EP2, EP4, EP8 = "parallel.expert=2", "parallel.expert=4", "parallel.expert=8"
@@ -56,9 +57,9 @@ LAYOUTS = (
     _layout(_8B, 2, 8, 0, FULL, SELECTIVE, "student.recompute_modules=[mlp]"),
     _layout(_8B, 2, 8, 0, "optimizer.distributed=false"),
     _layout(_8B, 2, 512, 511),
-    _layout(_8B, 2, 8, 0, TP2),
-    _layout(_8B, 2, 8, 0, TP2, KEEP),
-    _layout(_8B, 2, 8, 0, TP2, FULL),
+    _layout(_8B, 2, 8, 0, TP2, WHOLE),
+    _layout(_8B, 2, 8, 0, TP2, WHOLE, KEEP),
+    _layout(_8B, 2, 8, 0, TP2, WHOLE, FULL),
     _layout(_8B, 2, 8, 1, TP2, SP),
     _layout(_8B, 2, 8, 0, TP2, SP, KEEP),
     _layout(_8B, 2, 8, 0, TP2, SP, FULL, KEEP),
@@ -79,8 +80,8 @@ LAYOUTS = (
     _layout(_8B, 8, 8, 7, PP2, VPP2, FULL),
     _layout(_8B, 4, 8, 0, PP2, TP2, SP, FULL),
     _layout(_SMALL, 2, 8, 0, FULL),
-    _layout(_SMALL, 4, 8, 0, PP2, TP2, FULL),
-    _layout(_SMALL, 4, 8, 7, PP2, TP2, FULL),
+    _layout(_SMALL, 4, 8, 0, PP2, TP2, WHOLE, FULL),
+    _layout(_SMALL, 4, 8, 7, PP2, TP2, WHOLE, FULL),
     _layout(_MOE, 2, 8, 0, EP8, ATTENTION),
     _layout(_MOE, 2, 8, 0, EP8, ATTENTION, KEEP),
     _layout(_MOE, 2, 8, 7, EP8, FULL),
@@ -95,8 +96,8 @@ _FULL_70B = ("parallel.tensor=8", SP, PP4, CP2)
 SIZES = (
     Layout(_8B, 36, 8, 0, ()),
     Layout(_8B, 36, 8, 0, (FULL,)),
-    Layout(_8B, 36, 8, 0, (TP2,)),
-    Layout(_8B, 36, 8, 0, (TP2, FULL)),
+    Layout(_8B, 36, 8, 0, (TP2, WHOLE)),
+    Layout(_8B, 36, 8, 0, (TP2, WHOLE, FULL)),
     Layout("Qwen3-32B", 64, 32, 0, ("parallel.tensor=8", SP)),
     Layout("Qwen3-32B", 64, 32, 0, ("parallel.tensor=8", SP, FULL)),
     *(Layout(_70B, 80, 64, rank, _FULL_70B) for rank in (0, 16, 63)),

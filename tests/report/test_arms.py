@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
-from scipy.stats import t as student_t
 
 from nemo_popsd.cli.main import main
 from nemo_popsd.config.loading import load_config, save_resolved
 from nemo_popsd.report.arms import Mean, _quantile, arms, section, text
+from nemo_popsd.report.groups import colours_of, grouped
 from nemo_popsd.report.run import RunData, read_run
 from tests.report.runs_on_disk import write_run
 
@@ -23,16 +24,27 @@ def seeded(directory: Path, seed: int, *, after: float, rate: float = 1e-5) -> P
     return directory
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> list[RunData]:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three seeds of one arm in another order than that of their seeds, and one seed of another."""
+    folder = tmp_path_factory.mktemp("arms")
     afters = ((3, 0.62, 1e-5), (1, 0.63, 1e-5), (2, 0.67, 1e-5), (1, 0.5, 3e-5))
-    folders = [seeded(tmp_path / f"r{n}", seed, after=after, rate=rate) for n, (seed, after, rate) in enumerate(afters)]
-    return [read_run(folder) for folder in folders]
+    for number, (seed, after, rate) in enumerate(afters):
+        seeded(folder / f"r{number}", seed, after=after, rate=rate)
+    return folder
+
+
+@pytest.fixture
+def runs(written: Path, tmp_path: Path) -> list[RunData]:
+    """Copies that a test may change."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    return [read_run(tmp_path / f"r{number}") for number in range(4)]
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 4, 9, 30, 31, 60, 500])
 def test_the_quantile_is_that_of_students_t(degrees: int) -> None:
+    from scipy.stats import t as student_t  # takes most of a second
+
     assert _quantile(degrees) == pytest.approx(student_t.ppf(0.975, degrees), abs=2e-3)
 
 
@@ -53,6 +65,23 @@ def test_runs_that_differ_in_their_seed_alone_form_an_arm(runs: list[RunData]) -
     assert [mean.value for mean in figures] == pytest.approx([60.0, 64.0, 4.0])
     (alone,) = arms(runs[:3])
     assert alone.differences == "r0"
+
+
+def test_the_seeds_of_an_arm_are_one_line_with_an_interval(runs: list[RunData]) -> None:
+    first, second = grouped(runs)
+    assert (first.label, first.css, second.label, second.css) == ("optimizer.lr=1e-05, 3 seeds", "s1", "r3", "s2")
+    values = iter(([(0.0, 1.0), (1.0, 2.0)], [(0.0, 3.0), (1.0, 3.0)], [(0.0, 2.0), (1.0, 7.0), (2.0, 9.0)]))
+    line = first.series(lambda run: next(values))
+    assert line.points == [(0.0, 2.0), (1.0, 4.0)], "the steps that all seeds have"
+    step, low, high = line.band[1]
+    assert (step, low, high) == pytest.approx((1.0, 4.0 - 6.57, 4.0 + 6.57), abs=0.01)
+    alone = second.series(lambda run: [(0.0, 1.0)], [(0.0, 0.5, 1.5)])
+    assert (alone.points, alone.band) == ([(0.0, 1.0)], [(0.0, 0.5, 1.5)])
+    assert colours_of(runs) == ["s1", "s1", "s1", "s2"]
+    assert colours_of([runs[0], read_run(runs[0].directory)]) == ["s1", "s2"], "one seed, twice"
+    for run in runs:
+        run.config["name"] = "slow" if run in first.runs else "fast"
+    assert [group.label for group in grouped(runs)] == ["slow, 3 seeds", "fast"]
 
 
 def test_the_table_is_on_the_page_and_on_the_terminal(runs: list[RunData], capsys: pytest.CaptureFixture[str]) -> None:

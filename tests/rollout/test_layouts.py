@@ -17,12 +17,12 @@ from tests.training.layouts import randomize_adapters
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
-    "tp2 sp": (2, {"tensor": 2, "sequence": True}),
+    "tp2 sp": (2, {"tensor": 2, "sequence": "true"}),
     "pp2": (2, {"pipeline": 2}),
     "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "pp2 uneven": (2, {"pipeline": 2, "last_stage_layers": 1}),
     "cp2": (2, {"context": 2}),
-    "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}),
+    "tp2 sp cp2": (4, {"tensor": 2, "sequence": "true", "context": 2}),
 }
 
 
@@ -79,9 +79,9 @@ def test_responses_are_those_of_one_process(model: Path, one: dict[str, Any], la
 
 
 EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp2 sp": (2, {"tensor": 2, "sequence": True}),
+    "tp2 sp": (2, {"tensor": 2, "sequence": "true"}),
     "ep2": (2, {"expert": 2}),
-    "tp2 sp ep2": (2, {"tensor": 2, "sequence": True, "expert": 2}),
+    "tp2 sp ep2": (2, {"tensor": 2, "sequence": "true", "expert": 2}),
     "pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
 }
 

@@ -32,7 +32,7 @@ CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     # used for another machine.
     "tp2 sp merged": (
         2,
-        {"tensor": 2, "sequence": True},
+        {"tensor": 2, "sequence": "true"},
         [
             *LORA,
             "rollout.vllm.lora=merged",

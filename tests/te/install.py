@@ -167,7 +167,7 @@ def install() -> None:
 
 
 def _select_transformer_engine() -> None:
-    from nemo_popsd.megatron import limits, spec
+    from nemo_popsd.megatron import context_limits, spec
 
     right = spec.choose_layer_spec
 
@@ -178,5 +178,5 @@ def _select_transformer_engine() -> None:
 
     build: Any = importlib.import_module("nemo_popsd.megatron.build")
     spec.chosen_layers = lambda setting: "transformer_engine"
-    limits.PRECISIONS_OF_CONTEXT = ("bf16", "fp32")  # those of the emulated attention
+    context_limits.PRECISIONS_OF_CONTEXT = ("bf16", "fp32")  # those of the emulated attention
     build.choose_layer_spec = choose

@@ -34,7 +34,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "local": (LOCAL, {}, tuple(VARIANTS)),
     "fused": (TRANSFORMER_ENGINE, {}, tuple(VARIANTS)),  # cuDNN's attention on a GPU
     "unfused": (TRANSFORMER_ENGINE, {}, tuple(VARIANTS)),  # products, and a masked softmax between them
-    "fused, tp2 sp": (TRANSFORMER_ENGINE, {"tensor": 2, "sequence": True}, LORA),
+    "fused, tp2 sp": (TRANSFORMER_ENGINE, {"tensor": 2, "sequence": "true"}, LORA),
     "fused, cp2": (TRANSFORMER_ENGINE, {"context": 2}, LORA),
 }
 

@@ -73,11 +73,11 @@ def test_all_fusions_are_on(seen: dict[str, Any], kind: str) -> None:
 def _refusals(rank: int, world_size: int, models: Path) -> dict[str, str]:
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.errors import UserError
-    from nemo_popsd.megatron import build, limits
+    from nemo_popsd.megatron import build, context_limits, limits
     from nemo_popsd.megatron.config import LoRAConfig, StudentConfig
     from nemo_popsd.parallel.config import ParallelConfig
 
-    limits.PRECISIONS_OF_CONTEXT = ("bf16",)
+    context_limits.PRECISIONS_OF_CONTEXT = ("bf16",)
     build.choose_layer_spec = lambda *_: (_ for _ in ()).throw(AssertionError("not refused"))
     attention = LoRAConfig(targets=["linear_qkv", "linear_proj"])
     cases = {

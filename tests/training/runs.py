@@ -40,6 +40,7 @@ def settings(**sections: dict[str, Any]) -> PopsdConfig:
     config = PopsdConfig()
     base: dict[str, dict[str, Any]] = {
         "student": {"precision": "fp32", "adaptation": "full"},
+        "parallel": {"sequence": "false"},
         "rollout": {"max_response_tokens": 12, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
         "optimizer": {"lr": 1e-3},
         "training": {"prompts_per_step": 4, "steps": 5},

@@ -131,7 +131,7 @@ def test_states_equal_those_of_separate_sequences_in_double_precision(tmp_path: 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one": (1, {}, {"adaptation": "lora"}),
     "tp2": (2, {"tensor": 2}, {}),
-    "tp2 sp": (2, {"tensor": 2, "sequence": True}, {"adaptation": "lora"}),
+    "tp2 sp": (2, {"tensor": 2, "sequence": "true"}, {"adaptation": "lora"}),
     "pp2": (2, {"pipeline": 2}, {"adaptation": "lora"}),
     "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
 }
