@@ -30,7 +30,8 @@ NOT_RUN = {
     "exports in vLLM, tests/evaluation/test_endpoint.py evaluates at one",
     r"source .*|cp .*|cd .*|git .*|tail .*|enroot .*": "programs of the system and files of the reader",
     r"torchrun --nproc-per-node 8 .*": "eight GPUs; docs/tour.md starts two processes in the same way",
-    r"sbatch .*|slurm/(pipeline|sweep)\.sh .*": "a cluster; tests/slurm submits the scripts to a Slurm on this machine",
+    r"sbatch .*|(POPSD_REHEARSE=1 )?slurm/(train|pipeline|sweep)\.sh .*": "a cluster; tests/slurm submits the scripts "
+    "to a Slurm on this machine",
     r"popsd train .* --seeds .*|popsd report runs/rates/.*": "several trainings; tests/cli/test_sweep.py has two",
     r".*--compare .*": "evaluations of another page's models; docs/tour.md compares two",
     r"(python -m benchmarks\.bundle|python3 -m pip) .*": "downloads wheels, and installs what was downloaded",
