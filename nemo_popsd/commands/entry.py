@@ -82,6 +82,8 @@ def _train_recorded(config: PopsdConfig, lock: OutputLock | None, record: RankRe
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
     model.checkpoints.check_lock = run.check_lock
     run.begin(completed)
+    if model.training_data is not None:
+        run.record_data(model.training_data.report)
     if dist.get_backend() == "nccl":
         (run.output / FOLDER).mkdir(parents=True, exist_ok=True)  # the Flight Recorder does not create it
     _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")

@@ -53,7 +53,7 @@ STACKS = (
         "26.08",
         MappingProxyType(
             {
-                "python": ">=3.12,<3.13",
+                "python": ">=3.12,<3.14",
                 "torch": ">=2.12",
                 "megatron-core": ">=0.19,<0.20",
                 "megatron-bridge": ">=0.6.2,<0.7",

@@ -5,6 +5,7 @@ page.py           the report on one or several runs: `popsd report`
 verdicts.py       the rules that answer its three questions
 sections.py       its sections
 arms.py           means over the seeds of runs that differ in nothing else
+groups.py         names that tell runs apart; one line for the seeds of an arm
 decomposition.py  plots of the paper's decomposition, for both pages
 views.py          the scores of views before training: `popsd diagnose --views`
 tokens.py         the page of a diagnosis, token by token: `popsd diagnose`

@@ -10,6 +10,7 @@ import pytest
 
 from nemo_popsd.cli import boundary
 from nemo_popsd.cli import main as cli
+from nemo_popsd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "conf" / "tiny.yaml")
@@ -53,7 +54,7 @@ sys.exit(main(["train", {TINY!r}, "output={tmp_path}"]))
 @pytest.mark.parametrize(
     ("absent", "expected"),
     [
-        (["megatron.bridge"], ["no package megatron.bridge;", "pip install --no-deps 'megatron-bridge>=0.3.1"]),
+        (["megatron.bridge"], ["no package megatron.bridge;", "pip install --no-deps ", "'megatron-bridge>=0.3.1"]),
         (
             ["transformers", "megatron.bridge"],
             ["no packages megatron.bridge, transformers;", "pip install 'transformers>=4.57,<5.13' && ", "--no-deps"],
@@ -76,6 +77,19 @@ def test_all_missing_packages_of_a_command_are_named_before_any_is_imported(
     assert all(text in err for text in expected), err
 
 
+@pytest.mark.parametrize(
+    ("version", "option"), [((3, 12, 1), "--no-deps"), ((3, 13, 0), "--no-deps --ignore-requires-python")]
+)
+def test_megatron_bridge_of_the_newer_stack_is_installed_on_python_3_13(
+    version: tuple[int, ...], option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boundary, "_is_found", lambda module: module != "megatron.bridge")
+    with monkeypatch.context() as changed:
+        changed.setattr(sys, "version_info", version)
+        with pytest.raises(UserError, match=f"pip install {option} 'megatron-bridge>"):
+            boundary.refuse_missing_packages()
+
+
 def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     @boundary.quiet_when_output_closes
     def command() -> int:
@@ -88,7 +102,7 @@ def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("megatron.bridge", "pip install --no-deps 'megatron-bridge>=0.3.1,<0.7,!=0.4.*,!=0.5.*'"),
+        ("megatron.bridge", "'megatron-bridge>=0.3.1,<0.7,!=0.4.*,!=0.5.*'"),
         ("megatron.core.models", "pip install 'megatron-core>=0.16,<0.20,!=0.17.*,!=0.18.*'"),
         ("nemo.core", "pip install 'nemo_toolkit[common]>=2.6,<3.1'"),
         ("transformers", "pip install 'transformers>=4.57,<5.13'"),

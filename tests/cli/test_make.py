@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -57,10 +58,12 @@ def test_pinned_versions_are_allowed_and_complete(stack: Stack) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(("name", "folder"), [("current", "26.08"), ("26.08", "26.08"), ("26.02", "26.02")])
 def test_a_stack_has_pins_and_an_environment_of_its_own(name: str, folder: str) -> None:
-    printed = make("-n", "-B", "venv", "te-env", f"STACK={name}").stdout
+    suffix = "" if folder == "26.02" else f"-{folder}"
+    printed = make("-n", "-B", "venv", "te-env", "nemo-run-env", f"STACK={name}").stdout
     assert f"-r requirements/{folder}/runtime.txt" in printed
     assert f"-r requirements/{folder}/te.txt" in printed
-    assert f".venv{'' if folder == '26.02' else '-26.08'}/bin/python -m pip" in printed
+    assert f"--no-deps --upgrade --target .nemo-run-site{suffix} -r requirements/nemo_run.txt" in printed
+    assert f".venv{suffix}/bin/python -m pip" in printed
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -77,8 +80,27 @@ def test_make_refuses_an_old_python_by_name(tmp_path: Path) -> None:
     old.chmod(0o755)
     done = make("venv", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}")
     assert done.returncode != 0
-    assert f"make: got {old} Python 3.9.2; need Python 3.11 or newer for STACK=26.02;" in done.stderr
+    assert f"make: got {old} Python 3.9.2; need Python 3.11 or 3.12 for STACK=26.02;" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("version", "stacks"), [("3.11", ["26.02"]), ("3.12", ["26.02", "26.08"]), ("3.13", ["26.08"]), ("3.14", [])]
+)
+def test_each_stack_takes_the_pythons_that_it_is_tested_on(version: str, stacks: list[str], tmp_path: Path) -> None:
+    python, major, minor = tmp_path / "python3", *version.split(".")
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "Python {version}.0" && exit 0\n'
+        f'[ "$1" = -m ] && exit 1\n'
+        f'exec {sys.executable} -c "import sys; sys.version_info = ({major}, {minor}); $2"\n'
+    )
+    python.chmod(0o755)
+    for stack in ("26.02", "26.08"):
+        errors = make("venv", f"STACK={stack}", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}").stderr
+        refused = f"make: got {python} Python {version}.0; need Python 3." in errors
+        assert refused == (stack not in stacks), errors
+        assert refused or "-m venv failed" in errors
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -100,7 +122,7 @@ def test_make_installs_before_it_trains_and_only_once(tmp_path: Path) -> None:
     assert (
         fresh.index("-m venv")
         < fresh.index("26.02/runtime.txt")
-        < fresh.index("--no-deps -r requirements/26.02/bridge.txt")
+        < fresh.index("--no-deps --ignore-requires-python -r requirements/26.02/bridge.txt")
     )
     assert fresh.rstrip().endswith(f"{venv}/bin/popsd train conf/tiny.yaml training.steps=3")
     (venv / "bin").mkdir(parents=True)

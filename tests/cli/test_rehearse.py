@@ -42,7 +42,7 @@ def test_two_ranks_are_rehearsed_and_printed() -> None:
     done = popsd(TINY, "gpus_per_node=4", "parallel.tensor=2", "--ranks", "0,last")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert any("4 GPUs: TP2·DP2" in line for line in lines)
+    assert any("4 GPUs: TP2·SP·DP2" in line for line in lines)
     assert [line.split(",")[0] for line in lines if line.startswith("rank")] == ["rank 0", "rank 3"]
     assert sum(line.startswith("training, work, TFLOP") for line in lines) == 2
     assert any("tensor_model_parallel_group of 2" in line for line in lines)

@@ -45,6 +45,11 @@ def test_a_mixture_is_reported_against_the_closest_stack():
     assert closest(mixed).outside(mixed) == ["transformers"]
 
 
+def test_only_the_newer_stack_has_python_3_13():
+    assert NEWEST.outside({"python": "3.13.0"}) == []
+    assert NEWEST.outside({"python": "3.14.0"}) == OLDEST.outside({"python": "3.13.0"}) == ["python"]
+
+
 def test_versions_of_a_container_and_missing_packages_are_accepted():
     assert OLDEST.outside({"torch": "2.10.0a0+b4e4ee81d3.nv25.12", "megatron-core": "0.16.0"}) == []
 

@@ -11,16 +11,21 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = str(ROOT / "tests" / "slurm" / "stand_in.sh")
 TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=8")
 """Four ranks on two nodes."""
+JOB_ENVIRONMENT = {
+    "POPSD_PYTHON": STAND_IN,
+    "POPSD_ENV": str(ROOT / "slurm" / "env.example.sh"),
+    "OMP_NUM_THREADS": "1",
+    "STAND_IN_PYTHON": sys.executable,
+}
+"""Variables with which a script is submitted."""
 
 
 def submit(slurm: Cluster, place: Path, *words: str, script: str = "train", **variables: str) -> str:
     """A job submitted in `place`, outside of the project's directory; its logs are there too."""
-    settings = {"POPSD_PYTHON": STAND_IN, "POPSD_ENV": str(ROOT / "slurm" / "env.example.sh"), "OMP_NUM_THREADS": "1"}
-    settings["STAND_IN_PYTHON"] = sys.executable
     flags = [word for word in words if word.startswith("--")]
     arguments = [word for word in words if not word.startswith("--")]
     path = str(ROOT / "slurm" / f"{script}.sh")
-    return slurm.submit(*flags, path, *arguments, cwd=place, **{**settings, **variables})
+    return slurm.submit(*flags, path, *arguments, cwd=place, **{**JOB_ENVIRONMENT, **variables})
 
 
 def logs(place: Path, pattern: str) -> str:

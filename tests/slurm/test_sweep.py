@@ -1,4 +1,5 @@
-"""The job arrays that slurm/sweep.sh submits, with a stand-in for sbatch: the runs of `popsd train --seeds --grid`."""
+"""The job arrays that slurm/sweep.sh submits: the runs of `popsd train --seeds --grid`, with a stand-in for sbatch, and
+once with a real Slurm."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import pytest
 
 from nemo_popsd.cli.sweep import own_overrides, runs_of
 from nemo_popsd.config.loading import load_config
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import JOB_ENVIRONMENT, logs
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +79,22 @@ def test_what_cannot_be_submitted_is_refused(words: list[str], message: str, tmp
     status, _, errors, jobs = sweep(tmp_path, *words)
     assert (status, jobs) == (2, [])
     assert message in errors
+
+
+@pytest.mark.slow
+def test_slurm_runs_each_seed_of_each_point(slurm: Cluster, tmp_path: Path) -> None:
+    slurm.wait_until_idle()
+    (tmp_path / "conf.yaml").write_text("name: mine\n")
+    words = ["--seeds=1,2", "--grid=optimizer.lr=1e-5,3e-5", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0"]
+    printed = slurm.command(
+        str(ROOT / "slurm" / "sweep.sh"), *words, "conf.yaml", "seed=0", cwd=tmp_path, **JOB_ENVIRONMENT
+    )
+    arrays = dict(line.split() for line in printed.splitlines()[:-1])
+    assert list(arrays) == ["lr_1e-5", "lr_3e-5"]
+    for label, job in arrays.items():
+        for seed in "12":
+            slurm.wait_for(f"{job}_{seed}", "COMPLETED", seconds=60)
+            log = (tmp_path / "logs" / f"popsd-train-{job}_{seed}" / "start-0" / "node-0.log").read_text()
+            own = f"seed={seed} output=runs/mine/{label}/seed_{seed} name=mine-{label}-seed_{seed}"
+            assert f"asked: train conf.yaml seed=0 optimizer.lr={label[3:]} {own}\n" in log
+    assert len(list(tmp_path.glob("logs/*"))) == 4, logs(tmp_path, "start-0/node-0.log")

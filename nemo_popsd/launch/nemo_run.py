@@ -1,0 +1,123 @@
+"""NeMo-Run: a training as a task, and executors for this machine and for Slurm. Needs the package `nemo_run`.
+
+    import nemo_run as run
+    from nemo_popsd.launch.nemo_run import local_executor, train_recipe
+
+    recipe = train_recipe("conf/tiny.yaml", output="/scratch/runs/tiny", overrides=["training.steps=10"])
+    run.run(recipe, executor=local_executor(ranks=2))
+
+Both executors start the ranks by torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import nemo_run as run
+
+from nemo_popsd.config.loading import load_config
+from nemo_popsd.errors import UserError
+
+_TORCHRUN = "torchrun"
+
+
+def train(configuration: str, output: str, overrides: Sequence[str]) -> None:
+    """`popsd train`, in each rank of a task. Ends the process, with the exit status of the command.
+
+    Args:
+        configuration: YAML file.
+        output: directory of the run.
+        overrides: ``key=value``.
+    """
+    from nemo_popsd.cli.main import main
+
+    sys.exit(main(["train", configuration, *overrides, f"output={output}"]))
+
+
+def train_recipe(configuration: str, *, output: str, overrides: Sequence[str] = ()) -> run.Partial:
+    """A training as a task of NeMo-Run. The same task resumes the run in `output`, as the same command does.
+
+    The environment of the job needs `nemo_run`, too. `recipe.overrides` is a list, which the caller may extend.
+
+    Args:
+        configuration: YAML file. Its path, and those in it, are those that the job sees; if the file is readable here,
+            the configuration is checked.
+        output: absolute path of the run: a task of NeMo-Run has a new working directory at each submission.
+        overrides: ``key=value``, as on the command line.
+
+    Raises:
+        UserError: `output` is not absolute, or the configuration is refused.
+    """
+    if not os.path.isabs(output):
+        raise UserError(
+            "train_recipe",
+            got=f"output={output!r}",
+            need="an absolute path, on storage that the job sees",
+            fix="set output",
+        )
+    if os.path.isfile(configuration):
+        load_config(configuration, [*overrides, f"output={output}"])
+    return run.Partial(train, configuration=configuration, output=output, overrides=list(overrides))
+
+
+def popsd_script(*arguments: str) -> run.Script:
+    """Any command as a task of NeMo-Run, such as ``popsd_script("report", "/runs/a", "/runs/b")``.
+
+    Args:
+        arguments: those of `popsd`, from the name of the command on.
+    """
+    return run.Script(path="nemo_popsd", m=True, entrypoint="python", args=list(arguments))
+
+
+def local_executor(*, ranks: int = 1, **options: Any) -> run.LocalExecutor:
+    """Starts the ranks on this machine, in the current directory, by the `torchrun` on the PATH.
+
+    Args:
+        ranks: processes, one for each GPU.
+        options: further fields of `run.LocalExecutor`, such as ``env_vars``.
+    """
+    return run.LocalExecutor(ntasks_per_node=ranks, launcher=_TORCHRUN, **options)
+
+
+def slurm_executor(
+    *,
+    account: str,
+    partition: str,
+    time: str,
+    nodes: int = 1,
+    gpus_per_node: int = 8,
+    container_image: str | None = None,
+    container_mounts: Sequence[str] = (),
+    retries: int = 0,
+    **options: Any,
+) -> run.SlurmExecutor:
+    """Submits a job that starts one torchrun on each node, with a rank for each GPU.
+
+    Args:
+        account: `sbatch --account`.
+        partition: `sbatch --partition`.
+        time: limit of the job, ``HH:MM:SS``.
+        nodes: nodes, each of them used by this job alone.
+        gpus_per_node: GPUs, and ranks, of a node.
+        container_image: image for pyxis, such as ``/shared/me/nemo_popsd.sqsh``; None runs without a container.
+        container_mounts: ``/path`` or ``/path:/path/in/container`` of models, data and output.
+        retries: how often the job is requeued after a failure. The run then resumes from its newest checkpoint.
+        options: further fields of `run.SlurmExecutor`, such as ``tunnel``, ``packager``, ``env_vars``.
+    """
+    return run.SlurmExecutor(
+        account=account,
+        partition=partition,
+        time=time,
+        nodes=nodes,
+        ntasks_per_node=gpus_per_node,
+        gpus_per_node=gpus_per_node,
+        exclusive=True,
+        container_image=container_image,
+        container_mounts=[mount if ":" in mount else f"{mount}:{mount}" for mount in container_mounts],
+        retries=retries,
+        launcher=_TORCHRUN,
+        **options,
+    )
