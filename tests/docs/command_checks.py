@@ -138,7 +138,7 @@ def check_make(words: Sequence[str]) -> None:
     for word in words:
         name, given, value = word.partition("=")
         if given:
-            if not re.search(rf"^(export )?{name} \?=", makefile, re.MULTILINE):
+            if not re.search(rf"^(export )?{name} \?=|^ifeq \(\$\(origin {name}\), undefined\)", makefile, re.MULTILINE):
                 raise WrongCommandError(f"the Makefile has no variable {name}")
             if name == "ARGS" and "train" in words:
                 check_popsd(["train", "conf/tiny.yaml", *shlex.split(value)])
