@@ -36,6 +36,11 @@ VARIANTS = {
     "moving, full, packed": Variant(moving=True, packing=True),
     "moving, lora, padded": Variant(moving=True, adaptation="lora"),
     "moving, lora, packed": Variant(moving=True, adaptation="lora", packing=True),
+    # Transformer Engine gathers and exchanges heads of multiples of eight.
+    "wide heads, padded": Variant(kind="qwen3_wide"),
+    "wide heads, packed": Variant(kind="qwen3_wide", packing=True),
+    "wide heads, lora, padded": Variant(kind="qwen3_wide", adaptation="lora"),
+    "wide heads, lora, packed": Variant(kind="qwen3_wide", adaptation="lora", packing=True),
     # Three layers of four attend within five tokens.
     "windows, padded": Variant(kind="olmo3"),
     # Output matrix and embedding are one parameter, with a copy on the last stage of a pipeline.
@@ -101,9 +106,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Settings]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for kind in ("qwen3", "qwen3_tied", "qwen3_moe", "olmo3"):
-        heads = {} if kind == "olmo3" else {"head_dim": 16}  # TE gathers and exchanges heads of multiples of eight
-        save_tiny_model(folder / kind, kind, num_hidden_layers=4, **heads)
-        save_tiny_model(folder / f"{kind}_live", kind, seed=1, num_hidden_layers=4, **heads)
+        save_tiny_model(folder / kind, kind, num_hidden_layers=4)
+        save_tiny_model(folder / f"{kind}_live", kind, seed=1, num_hidden_layers=4)
+    save_tiny_model(folder / "qwen3_wide", num_hidden_layers=4, head_dim=16)
+    save_tiny_model(folder / "qwen3_wide_live", seed=1, num_hidden_layers=4, head_dim=16)
     return folder
 
 
@@ -128,8 +134,8 @@ SINGLE = ("one", "tp2", "pp2", "dp2", "experts: tp2 sp", "experts: ep2", *SOME)
 
 
 def variants_of(layout: str, layers: str) -> dict[str, Variant]:
-    """Dense models, with tied embeddings only in pipelines, with windows only in `FUSED_ALONE`; or mixtures of experts.
-    Weighted and moving in `SOME`. Transformer Engine gathers keys and values of padded sequences alone.
+    """Dense models, with tied embeddings only in pipelines, with wide heads or windows in `FUSED_ALONE`; or mixtures of
+    experts. Weighted and moving in `SOME`. Transformer Engine gathers keys and values of padded sequences alone.
 
     In a layout that is not `SINGLE`, each variant runs on one kind of layers: full fine-tuning is packed on one kind
     and padded on the other, and LoRA the other way round.
@@ -138,7 +144,7 @@ def variants_of(layout: str, layers: str) -> dict[str, Variant]:
         return {}
     experts = layout.startswith("experts")
     kinds = {"qwen3_moe"} if experts else {"qwen3", "qwen3_tied"} if "pp" in layout else {"qwen3"}
-    kinds |= {"olmo3"} if layout in FUSED_ALONE else set()
+    kinds = {"qwen3_wide", "olmo3"} if layout in FUSED_ALONE else kinds
     half = [*LAYOUTS].index(layout) + (layers == TRANSFORMER_ENGINE)
     return {
         name: variant
