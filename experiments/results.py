@@ -207,7 +207,7 @@ def main() -> None:
     plot_rates(records, HERE / "plots" / "rates.svg")
     parts = [
         "# Results of `python -m experiments.results`",
-        f"All runs are in [{FILE.name}]({FILE.name}): {provenance(records)} Two runs at a time with one thread each. "
+        f"All runs are in [{FILE.name}]({FILE.name}): {provenance(records)} One thread each. "
         "± are 95 % intervals over seeds.",
         table(done),
         "![changes](plots/changes.svg)",

@@ -33,6 +33,8 @@ export POPSD_MAX_RESTARTS=${POPSD_MAX_RESTARTS:-20}
 export POPSD_MAX_CRASHES=${POPSD_MAX_CRASHES:-3}
 # Options of sbatch for the evaluation of slurm/pipeline.sh, whose command-line options apply to the training.
 # export POPSD_EVALUATE_OPTIONS="--ntasks-per-node=4 --gpus-per-node=4"
+# 1: slurm/train.sh, started instead of submitted, rehearses the run on this host and then submits it (docs/slurm.md).
+# export POPSD_REHEARSE=1
 # Cores per rank. Default: the node's cores divided by its ranks.
 # export POPSD_CPUS_PER_RANK=12
 # A file of lines WANDB_API_KEY=..., readable only by you (chmod 600). It is read, not run: no $NAME, no $(command); values

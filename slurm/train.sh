@@ -2,6 +2,7 @@
 # Train on several nodes: saves, requeues and resumes after time limits, preemption and failures.
 #
 #   sbatch --nodes=4 slurm/train.sh conf/qwen3_8b.yaml key=value ...
+#   POPSD_REHEARSE=1 slurm/train.sh --nodes=4 conf/qwen3_8b.yaml key=value ...     rehearses here, then submits
 #
 # sbatch runs a copy of this file from its spool directory; the directory it came from is in the job's record. POPSD_HOME
 # overrides it. Partition, account, time and NCCL's settings: env.example.sh.
@@ -16,6 +17,14 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --output=popsd-train-%j.out
 set -euo pipefail
+if [[ -z ${SLURM_JOB_ID:-} && ${POPSD_REHEARSE:-} == 1 ]]; then
+  POPSD_HOME=${POPSD_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+  # shellcheck source=common.sh
+  source "$POPSD_HOME/slurm/common.sh"
+  # shellcheck source=rehearse.sh
+  source "$POPSD_HOME/slurm/rehearse.sh"
+  rehearse_and_submit "$@"
+fi
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "submit it: sbatch slurm/train.sh ..." >&2; exit 2; }
 job=$(scontrol show job "$SLURM_JOB_ID")
 job=${job#*Command=}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import warnings
@@ -11,6 +12,7 @@ os.environ["JE_ARROW_MALLOC_CONF"] = (
     "background_thread:false"  # pyarrow's allocator: a server that forks has one thread
 )
 
+gc.disable()  # what is imported stays
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for _name in (
@@ -25,3 +27,6 @@ with warnings.catch_warnings():
         # A package that cannot be imported is reported by the tests that need it.
         with contextlib.suppress(Exception):
             importlib.import_module(_name)
+# A collection in a rank neither visits nor copies what all ranks share.
+gc.freeze()
+gc.enable()

@@ -48,7 +48,10 @@ FREE_OF_MEGATRON = (
     "report",
 )
 FREE_OF_TORCH = ("files", "settings", "embedded", "config", "planning", "report")
-MATHEMATICS_OF_DIAGNOSIS = ("config.py", "groups.py", "pieces.py", "push.py", "record.py", "shards.py", "tokens.py")
+MATHEMATICS_OF_DIAGNOSIS = (
+    *("config.py", "groups.py", "pieces.py", "push.py", "record.py", "shards.py", "tokens.py"),
+    *("views/record.py", "views/scores.py", "views/tokens.py", "views/verdicts.py"),
+)
 
 
 def imports(file: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -32,8 +33,10 @@ def _facts(rank: int, world_size: int, offset: torch.Tensor) -> dict:
     }
 
 
-def _threads_of_fork_server(rank: int, world_size: int) -> int:
-    return len(os.listdir(f"/proc/{os.getppid()}/task"))
+def _fork_server(rank: int, world_size: int) -> tuple[int, float]:
+    """The number of its threads, and the share of this rank's objects that collections need not visit."""
+    threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
+    return threads, gc.get_freeze_count() / (gc.get_freeze_count() + len(gc.get_objects()))
 
 
 def _large(rank: int, world_size: int) -> torch.Tensor:
@@ -106,11 +109,13 @@ def test_results_come_back_by_rank_from_an_environment_like_torchrun(monkeypatch
         assert not facts["cuda"]
 
 
-def test_the_fork_server_has_one_thread():
-    """A second thread could hold a lock at the moment of a fork."""
+def test_the_fork_server_has_one_thread_and_its_objects_are_not_visited_by_collections():
+    """A second thread could hold a lock at the moment of a fork. A visit copies the page of an object."""
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("needs /proc")
-    assert run_ranks(_threads_of_fork_server, 1) == [1]
+    [(threads, unvisited)] = run_ranks(_fork_server, 1)
+    assert threads == 1
+    assert unvisited > 0.9
 
 
 def test_results_larger_than_a_pipe_and_ranks_of_uneven_length():

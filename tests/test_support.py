@@ -124,13 +124,14 @@ def _layouts(cases: dict[str, list[dict[str, Any]]]) -> str:
     )
 
     def row(layout: str) -> tuple[str, Callable[[str], Iterable[str]]]:
-        variants = training_layouts.variants_of(layout)
+        variants = {layers: training_layouts.variants_of(layout, layers) for layers in (LOCAL, TRANSFORMER_ENGINE)}
         models = "experts" if layout.startswith("experts") else "dense and tied" if "pp" in layout else "dense"
-        adaptations = " and ".join(sorted({variant.adaptation for variant in variants.values()}))
+        distinct = [variant for of_layers in variants.values() for variant in of_layers.values()]
+        adaptations = " and ".join(sorted({variant.adaptation for variant in distinct}))
 
         def tests(layers: str) -> Iterable[str]:
             ran = {case["variant"] for case in cases[TRAINING] if (case["layout"], case["layers"]) == (layout, layers)}
-            assert ran in (set(), set(variants)), (layout, layers)
+            assert ran in (set(), set(variants[layers])), (layout, layers)
             if ran:
                 yield TRAINING
             for test, layouts, experts in others:
@@ -139,7 +140,7 @@ def _layouts(cases: dict[str, list[dict[str, Any]]]) -> str:
                     if any(layouts[name] == parallel[layout] for name in here):
                         yield test
 
-        packings = " and ".join(sorted({"packed" if variant.packing else "padded" for variant in variants.values()}))
+        packings = " and ".join(sorted({"packed" if variant.packing else "padded" for variant in distinct}))
         return f"`{layout}`: {models}; {adaptations}; {packings}", tests
 
     return _table("layout", map(row, dict.fromkeys(case["layout"] for case in cases[TRAINING])))

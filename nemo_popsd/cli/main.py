@@ -60,7 +60,7 @@ _GRACE_SECONDS = 3.0
 """How long ranks other than 0 wait for rank 0 to print the error, and torchrun to end them, before they print it."""
 _KEPT_AT_CTRL_C = {
     "evaluate": "; the samples on disk are kept, and the same command generates the rest",
-    "diagnose": "; nothing was written",
+    "diagnose": "; nothing was written, except complete answers of --views, which the same command uses",
     "convert": "; OUT is complete or absent: the same command starts again",
     "export": "; OUTPUT is as before, or complete",
 }

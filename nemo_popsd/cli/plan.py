@@ -19,6 +19,8 @@ def add_parser(subparsers: Subparsers) -> None:
         epilog=example(
             "popsd plan conf/qwen3_8b.yaml nodes=1",
             "popsd plan conf/qwen3_8b.yaml nodes=1,2,4 workload.response_tokens=800 --fastest",
+            "popsd plan conf/qwen3_8b.yaml nodes=1,8,64 workload.prompts_per_node=32 --simulate",
+            "popsd plan conf/qwen3_8b.yaml nodes=64 training.prompts_per_step=512 --failures",
             "popsd plan conf/paper_evaluation.yaml nodes=1 workload.evaluation_tokens=19000 --evaluation",
         ),
     )
@@ -30,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="key=value",
         nargs="*",
         default=[],
-        help="nodes=4 (or 1,2,4 for a table), gpus_per_node=8, hardware.* and workload.* "
+        help="nodes=4 (or 1,2,4 for a table), gpus_per_node=8, hardware.*, workload.* and simulation.* "
         "(nemo_popsd/planning/config.py), or a setting of the run",
     )
     parser.add_argument("--fastest", action="store_true", help="use the layout with the shortest estimated step")
@@ -41,6 +43,16 @@ def add_parser(subparsers: Subparsers) -> None:
         "--sharing",
         action="store_true",
         help="compare 1, 4 and 8 responses to a prompt and both orders of the teachers' templates",
+    )
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="simulate steps with responses of unequal lengths and slow nodes (simulation.*), by number of nodes",
+    )
+    parser.add_argument(
+        "--failures",
+        action="store_true",
+        help="goodput where nodes fail (simulation.*), and how often to save",
     )
     parser.add_argument("--evaluation", action="store_true", help="the time of one evaluation instead of a step")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
@@ -57,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         fastest_layout=args.fastest,
         explain=args.explain,
         sharing=args.sharing,
+        simulated=args.simulate,
+        failures=args.failures,
         evaluation=args.evaluation,
         as_json=args.json,
     )

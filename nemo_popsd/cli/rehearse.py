@@ -19,7 +19,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "but no memory, and collectives that return at once. Memory, operations and collectives are measured and "
         "compared with `popsd plan` (docs/planning.md). Needs no GPU, no weights and no data.",
         epilog=example(
-            "popsd rehearse conf/qwen3_8b.yaml student.source=Qwen3-8B nodes=4 parallel.tensor=2 --ranks 0,last"
+            "popsd rehearse conf/qwen3_8b.yaml student.source=Qwen3-8B nodes=4 parallel.tensor=2 --ranks 0,last",
+            "popsd rehearse conf/qwen3_30b_a3b.yaml student.source=Qwen3-30B-A3B nodes=2 --all-kinds",
         ),
     )
     parser.add_argument(
@@ -35,7 +36,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--ranks",
         default="",
-        help="ranks, as in 0,17,last; by default 0",
+        help="ranks, as in 0,17,last; by default the first, an inner and the last stage, and the first and the last "
+        "group of experts",
+    )
+    parser.add_argument(
+        "--all-kinds",
+        action="store_true",
+        help="one rank of every kind: each stage as above, every group of experts, the last shard of the vocabulary",
     )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
@@ -48,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
     set_up_console()
     from nemo_popsd.rehearsal.command import rehearsal_text
 
-    set_up_console()
+    set_up_console()  # again: the import above adds handlers
     ranks = [rank for rank in args.ranks.split(",") if rank]
     with contextlib.redirect_stdout(sys.stderr):  # libraries print while a model is built
-        text = rehearsal_text(args.config, args.overrides, ranks=ranks, as_json=args.json)
+        text = rehearsal_text(args.config, args.overrides, ranks=ranks, all_kinds=args.all_kinds, as_json=args.json)
     print(text)

@@ -41,7 +41,8 @@ from nemo_popsd.report.run import AFTER, BEFORE
 from nemo_popsd.runtime.early_signals import before_leaving
 from nemo_popsd.runtime.random_state import preserved_random_state
 
-_LONGEST_EVALUATION = timedelta(days=7)
+LONGEST_EVALUATION = timedelta(days=7)
+"""Time limit of collectives between replicas that generate, and wait for the one with the longest responses."""
 
 
 def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
@@ -81,6 +82,8 @@ def _train_recorded(config: PopsdConfig, lock: OutputLock | None, record: RankRe
     model = PurifiedOPSDModel(to_dict_config(config), trainer, checkpoint=checkpoint, resume=checkpoint is not None)
     model.checkpoints.check_lock = run.check_lock
     run.begin(completed)
+    if model.training_data is not None:
+        run.record_data(model.training_data.report)
     if dist.get_backend() == "nccl":
         (run.output / FOLDER).mkdir(parents=True, exist_ok=True)  # the Flight Recorder does not create it
     _print(f"resuming after step {completed} from {checkpoint.directory}" if checkpoint else "beginning at step 1")
@@ -139,7 +142,7 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
     name = checkpoint or config.student.source
     config, opened = _open(config, checkpoint)
     # Replicas do not communicate while they generate; one that has finished waits for those with longer responses.
-    initialize(config.parallel, seed=config.seed, timeout=_LONGEST_EVALUATION)
+    initialize(config.parallel, seed=config.seed, timeout=LONGEST_EVALUATION)
     without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
     model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
     digest = weights_digest(model_path(name))

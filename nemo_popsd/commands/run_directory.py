@@ -2,6 +2,7 @@
 
 .nemo_popsd     marks the directory as that of a run
 config.yaml     resolved configuration of the last attempt
+data.json       counts of the training rows
 metrics.jsonl   one line per step and per evaluation
 checkpoints/    step-000050, ..., final; the file `latest` names the newest
 validation/     samples and scores of each evaluation: step-000000, ...
@@ -18,6 +19,7 @@ REQUEUE         the run was requested to stop and has saved
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from nemo_popsd.checkpoint.retention import FINAL, LATEST, Checkpoints, is_name,
 from nemo_popsd.config.loading import save_resolved
 from nemo_popsd.config.resuming import DONE, REQUEUE, refuse_another_run, with_decisions
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.data.report import DataReport
 from nemo_popsd.evaluation import records
 from nemo_popsd.files.atomic import recover, remove_directory, remove_files, remove_partial_files, write_text
 from nemo_popsd.files.output_lock import Hold, OutputLock
@@ -44,6 +47,8 @@ from nemo_popsd.rollout.storage import RolloutStore
 
 logger = logging.getLogger(__name__)
 
+DATA = "data.json"
+"""Counts of the training rows."""
 _DIAGNOSIS = ("summary.json", "rollouts.jsonl", "index.html", MARK)
 _FILES = (
     (f"{storage.FOLDER}/step-*", storage.FILES),
@@ -57,7 +62,7 @@ _FILES = (
     ("vllm/model-*", ("*",)),
     ("vllm", ("server-*.log",)),
     (flight_recorder.FOLDER, flight_recorder.FILES),
-    (".", (jsonl_logger.FILE_NAME, "report.html", DONE, REQUEUE)),
+    (".", (jsonl_logger.FILE_NAME, DATA, "report.html", DONE, REQUEUE)),
 )
 """What a run writes besides checkpoints and its export: directories in `output`, and names of files in them. With
 `overwrite` these files are removed and no others.
@@ -145,6 +150,10 @@ class RunDirectory:
         Removes what an earlier attempt wrote for later steps; with `overwrite`, everything that a run wrote.
         """
         self._on_rank_zero(lambda: self._begin(completed))
+
+    def record_data(self, report: DataReport) -> None:
+        """Records what was kept, truncated and dropped of the training rows, for the report."""
+        self._on_rank_zero(lambda: write_text(self.output / DATA, json.dumps(report.as_dict()) + "\n"))
 
     def is_validated(self, completed: int) -> bool:
         """Whether an attempt has finished the evaluation after step `completed`, on every rank. Collective: a gather

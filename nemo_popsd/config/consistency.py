@@ -11,8 +11,10 @@ from nemo_popsd.config.branches import check_training_source
 from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.resuming import DONE, REQUEUE
 from nemo_popsd.config.schema import PopsdConfig
+from nemo_popsd.config.sections import data_settings, with_view
 from nemo_popsd.data.models import missing_model, model_path
 from nemo_popsd.data.sources import check_source
+from nemo_popsd.data.views import Views
 from nemo_popsd.embedded.names import PREFIX
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.checkers import load_checker
@@ -202,6 +204,43 @@ def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str
     _check_weights(config, checkpoint)
     _check_engine(config)
     check_training_source(config)
+    check_output(config.output)
+
+
+def check_views_run(config: PopsdConfig, views: Sequence[str], *, world_size: int) -> None:
+    """Refuse a scoring of views whose settings, paths or machine do not fit, before a model is built.
+
+    Args:
+        config: the run.
+        views: of the reference, by name; that every row has them is known only when the rows are read.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: as `check_training_run`; no view, or one twice.
+    """
+    if not views or not all(views) or len(set(views)) < len(views):
+        raise UserError(
+            "--views",
+            got=repr(",".join(views)),
+            need="names of views, each once: solution, answer, other, none, or columns of the rows",
+            fix="set --views, e.g. --views solution,answer,none",
+        )
+    check_layout(config, world_size=world_size)
+    _check_engine(config)
+    _check_checker(config)
+    _check_student(config)
+    training = config.diagnosis.views.source == "train"
+    source = config.data.train if training else config.data.validation
+    for view in views:
+        viewed = with_view(config, view)
+        check_sections(viewed)
+        needed = Views.of(data_settings(viewed))
+        check_source(
+            source,
+            setting="data.train" if training else "data.validation",
+            need_reference=needed.need_reference,
+            need_answer=True,
+        )
     check_output(config.output)
 
 

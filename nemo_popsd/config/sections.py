@@ -20,6 +20,11 @@ def data_settings(config: PopsdConfig) -> DataConfig:
     return replace(config.data, privileged=privileged, reference_only=reference_only)
 
 
+def with_view(config: PopsdConfig, view: str) -> PopsdConfig:
+    """`config` with this view of the privileged teacher, and of the reference-only teacher unless it has its own."""
+    return replace(config, data=replace(config.data, privileged=replace(config.data.privileged, view=view)))
+
+
 def diagnosis_settings(config: PopsdConfig) -> DiagnosisSettings:
     """The values of `config` that a diagnosis needs."""
     return DiagnosisSettings(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -68,6 +68,11 @@ class PromptDataset(Dataset[PromptRow]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The ids of all rows, in order."""
+        return self._rows.ids
 
     def records(self) -> Iterator[Record]:
         """The records of all rows, in order; no contexts are made."""

@@ -10,6 +10,31 @@ from nemo_popsd.distillation.config import TargetConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.settings.bounds import Bounds, check_numbers
+from nemo_popsd.settings.checks import one_of
+
+
+@dataclass(kw_only=True)
+class ViewsConfig:
+    """`popsd diagnose --views`: the answers from which views of the reference are scored before training.
+
+    Answers are sampled as `evaluation` sets; tokens are measured up to `rollout.max_response_tokens`, as in training.
+    """
+
+    source: str = "train"
+    """Rows that are answered, which need the text of every view and an answer: `train`, whose references training
+    would show, or `validation`. What is chosen on held-out problems makes a later result on them optimistic."""
+    problems: Annotated[int, Bounds(2, 10**6)] = 64
+    """How many rows, from the start of the source."""
+    samples: Annotated[int, Bounds(2, 10**4)] = 8
+    """The student's answers to each problem; right and wrong answers to the same problem are compared."""
+    teacher_samples: Annotated[int, Bounds(1, 10**4)] = 2
+    """The teacher's answers to each problem under each view."""
+    uncertain_entropy: Annotated[float, Bounds(0, 100)] = 0.5
+    """Entropy of the student, in nats, from which on a token counts as uncertain."""
+
+    def __post_init__(self) -> None:
+        one_of("diagnosis.views.source", self.source, ("train", "validation"))
+        check_numbers(self, "diagnosis.views")
 
 
 @dataclass(kw_only=True)
@@ -40,6 +65,8 @@ class DiagnosisConfig:
     """Response tokens whose logits exist at one time, on each tensor-parallel rank."""
     in_training: bool = True
     """Diagnose at the start and at the end of every training run: twice `rows` rollouts and their forwards."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """Scores of views before training."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "diagnosis")

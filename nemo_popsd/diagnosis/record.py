@@ -69,7 +69,7 @@ class Diagnosis:
         write_text(directory / SUMMARY, text + "\n")
 
 
-def refuse_other_files(directory: Path) -> None:
+def refuse_other_files(directory: Path, names: Sequence[str] = (SUMMARY, ROLLOUTS)) -> None:
     """Refuses a directory with files of these names that no diagnosis wrote.
 
     Raises:
@@ -78,7 +78,7 @@ def refuse_other_files(directory: Path) -> None:
     mark = read_mark(directory)
     if mark is not None and mark.kind == DIAGNOSIS:
         return
-    if present := [name for name in (SUMMARY, ROLLOUTS) if os.path.lexists(directory / name)]:
+    if present := [name for name in names if os.path.lexists(directory / name)]:
         raise UserError(
             f"diagnosis {directory}",
             got=f"{', '.join(present)} but no {MARK} of a diagnosis of nemo_popsd",

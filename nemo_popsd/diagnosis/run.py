@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
 
 from nemo_popsd.data.dataset import PromptDataset, PromptRow
 from nemo_popsd.diagnosis.config import DiagnosisConfig, DiagnosisSettings
+from nemo_popsd.diagnosis.forwards import RowRollout, equal_counts, hidden_states, token_batches
 from nemo_popsd.diagnosis.groups import MEASURES, TokenFigures, group_figures
 from nemo_popsd.diagnosis.pieces import marked_tokens, marker_entries, token_pieces
 from nemo_popsd.diagnosis.push import COMPONENTS, VocabularyPush
@@ -29,11 +29,7 @@ from nemo_popsd.diagnosis.schema import Extremes, Groups, Push, PushedEntry, Rol
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives, BranchStates, diagnose_tokens
 from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.errors import StopRequested, UserError
-from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
-from nemo_popsd.megatron.interfaces import ModelChunk
-from nemo_popsd.megatron.microbatches import ContextSequence
 from nemo_popsd.megatron.student import Student
-from nemo_popsd.parallel.distributed import device
 from nemo_popsd.parallel.signals import StopSignals
 from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams, row_seed
 from nemo_popsd.training.trajectory import Trajectory
@@ -119,7 +115,7 @@ def diagnose(
     rollouts = _generate(student, engine, sampling, rows, settings, stop)
     push = VocabularyPush(student.vocab_shard, student.weight.device) if student.holds_output else None
     parts: list[_RolloutFigures] = []
-    for batch in _equal_counts(student, _batches(rollouts, settings.frozen_tokens)):
+    for batch in equal_counts(student, token_batches(rollouts, settings.frozen_tokens)):
         states = _branch_states(student, [rollout.trajectory for rollout in batch], settings)
         if push is not None:
             parts += [
@@ -154,15 +150,6 @@ def diagnose(
 
 
 @dataclass(frozen=True)
-class _RowRollout:
-    """The rollout of one row."""
-
-    row: int
-    """Index of the row."""
-    trajectory: Trajectory
-
-
-@dataclass(frozen=True)
 class _RolloutFigures:
     """The figures of one rollout's tokens, on the CPU; ranks exchange these."""
 
@@ -182,7 +169,7 @@ def _generate(
     rows: Sequence[DiagnosedRow],
     settings: DiagnosisSettings,
     stop: StopSignals | None,
-) -> list[_RowRollout]:
+) -> list[RowRollout]:
     """One rollout for each of this data-parallel rank's rows.
 
     Ranks that share experts generate equally many rollouts: a rank with fewer rows generates one more, of the first
@@ -208,20 +195,9 @@ def _generate(
         stop.raise_if_requested()
     own_rollouts = rollouts[: len(own_indices)]
     return [
-        _RowRollout(index, Trajectory(rows[index].row, rollout))
+        RowRollout(index, Trajectory(rows[index].row, rollout))
         for index, rollout in zip(own_indices, own_rollouts, strict=True)
     ]
-
-
-def _equal_counts(student: Student, batches: Iterable[list[_RowRollout]]) -> list[list[_RowRollout]]:
-    """`batches`, with empty ones added until every data-parallel rank has equally many (one all-reduce of one number).
-
-    Their forwards are collective where ranks share experts.
-    """
-    own = list(batches)
-    most = torch.tensor(len(own), device=device())
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=student.dp_group)
-    return own + [[] for _ in range(int(most) - len(own))]
 
 
 def _by_row(parts: Iterable[_RolloutFigures]) -> list[tuple[int, list[_RolloutFigures]]]:
@@ -248,41 +224,21 @@ def _merged(parts: Sequence[_RolloutFigures]) -> _RolloutFigures:
     return replace(first, owned=slice(None), values=values, alternatives=alternatives)
 
 
-def _batches(rollouts: Sequence[_RowRollout], token_budget: int) -> Iterator[list[_RowRollout]]:
-    """`rollouts` in order, in batches of at most `token_budget` response tokens; a longer one is a batch of its own."""
-    batch: list[_RowRollout] = []
-    tokens = 0
-    for rollout in rollouts:
-        length = len(rollout.trajectory.rollout.response)
-        if batch and tokens + length > token_budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(rollout)
-        tokens += length
-    if batch:
-        yield batch
-
-
 def _branch_states(student: Student, part: Sequence[Trajectory], settings: DiagnosisSettings) -> list[BranchStates]:
     """Hidden states of the four contexts at the response tokens that this rank owns of each trajectory; an empty list
     except on the last pipeline stage.
     """
-
-    def states(chunks: list[ModelChunk], sequences: list[ContextSequence]) -> list[Tensor]:
-        batches = student_batches(chunks, sequences, settings.frozen_tokens, packed=settings.packing)
-        return frozen_hidden_states(chunks, batches)
-
-    live = states(student.chunks, [t.student for t in part])
+    live = hidden_states(student.chunks, [t.student for t in part], settings)
     contexts = [[t.student for t in part], [t.privileged for t in part], [t.reference for t in part]]
     with student.base.model() as base:
-        frozen = states(base, [s for sequences in contexts for s in sequences])
+        frozen = hidden_states(base, [s for sequences in contexts for s in sequences], settings)
     count = len(part) if live else 0
     return [BranchStates(live[row], frozen[row], frozen[count + row], frozen[2 * count + row]) for row in range(count)]
 
 
 def _decompose(
     student: Student,
-    row_rollout: _RowRollout,
+    row_rollout: RowRollout,
     states: BranchStates,
     push: VocabularyPush,
     settings: DiagnosisSettings,

@@ -105,8 +105,8 @@ def diagnose_tokens(
         """A function, so that the tensors of one chunk are freed before those of the next are allocated."""
         log_probs = Branches(
             *(
-                log_softmax(_logits(hidden[chunk], weight[: shard.true_width], dtype, target.temperature), shard.group)
-                for hidden, weight in zip(states, weights, strict=True)
+                log_softmax(logits_of(h[chunk], w[: shard.true_width], dtype, target.temperature), shard.group)
+                for h, w in zip(states, weights, strict=True)
             )
         )
         log_q = target_from_log_probs(log_probs, target=target, shard=shard)
@@ -131,8 +131,8 @@ def diagnose_tokens(
     )
 
 
-def _logits(h_CH: Tensor, w_vH: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    """Logits over the temperature, [C, v]."""
+def logits_of(h_CH: Tensor, w_vH: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """Logits over the temperature, [C, v], in `dtype`."""
     z_Cv = torch.empty(len(h_CH), len(w_vH), dtype=dtype, device=h_CH.device)
     product_into(z_Cv, h_CH.to(w_vH.dtype), w_vH.t())
     return z_Cv if temperature == 1 else z_Cv.div_(temperature)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_popsd.data.dataset import EvaluationPrompt
 from nemo_popsd.evaluation.records import Sample
-from nemo_popsd.rollout.engine import Request, RolloutEngine, SamplingParams, row_seed
+from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams, row_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,16 +47,19 @@ def generate_samples(
 ) -> list[Sample]:
     """Generates all of `sample_requests` with one call of `engine`. Collective over the ranks that share the model."""
     requests = [Request(sample_request.prompt.prompt, sample_request.seed(seed)) for sample_request in sample_requests]
-    samples = []
-    for sample_request, rollout in zip(sample_requests, engine.generate(requests, sampling), strict=True):
-        content = rollout.response if rollout.truncated else rollout.response[:-1]
-        samples.append(
-            Sample(
-                problem=sample_request.prompt.record.id,
-                sample=sample_request.sample,
-                text=tokenizer.decode(content, skip_special_tokens=False),
-                tokens=len(rollout.response),
-                truncated=rollout.truncated,
-            )
-        )
-    return samples
+    return [
+        sample_of(sample_request.prompt.record.id, sample_request.sample, rollout, tokenizer)
+        for sample_request, rollout in zip(sample_requests, engine.generate(requests, sampling), strict=True)
+    ]
+
+
+def sample_of(problem: str, sample: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """A rollout as the sample of this index among the responses to `problem`."""
+    content = rollout.response if rollout.truncated else rollout.response[:-1]
+    return Sample(
+        problem=problem,
+        sample=sample,
+        text=tokenizer.decode(content, skip_special_tokens=False),
+        tokens=len(rollout.response),
+        truncated=rollout.truncated,
+    )

@@ -16,6 +16,7 @@ from nemo_popsd.config.sections import data_settings
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import EvaluationPrompt, PromptDataset, PromptRow, build_dataset, build_evaluation_prompts
+from nemo_popsd.data.report import DataReport
 from nemo_popsd.data.sampler import StepSampler, collate
 from nemo_popsd.errors import UserError
 from nemo_popsd.training.rollouts import TrainingRows
@@ -32,6 +33,8 @@ class TrainingData:
     """All rows; the same on every rank."""
     sampler: StepSampler
     """Indices of this data-parallel rank's rows, step by step."""
+    report: DataReport
+    """What was kept, truncated and dropped."""
 
     def loader(self) -> DataLoader[PromptRow]:
         """One batch per step: the rows of this data-parallel rank."""
@@ -65,7 +68,7 @@ def read_training_data(
         UserError: see `build_dataset`.
     """
     borrowed = Borrowed(config.distillation.target.borrowed)
-    dataset, _ = build_dataset(
+    dataset, report = build_dataset(
         data_settings(config),
         source,
         tokenizer,
@@ -82,7 +85,7 @@ def read_training_data(
         dp_size=parallel_state.get_data_parallel_world_size(),
         start_step=completed_steps,
     )
-    return TrainingData(dataset, sampler)
+    return TrainingData(dataset, sampler, report)
 
 
 def read_validation_prompts(

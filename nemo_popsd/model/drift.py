@@ -13,7 +13,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.observability.jsonl_logger import read_metric, read_steps
 from nemo_popsd.parallel.agreement import from_rank_zero
 from nemo_popsd.training.config import DriftConfig
-from nemo_popsd.training.drift import PREFIX, QUANTITIES, Alarm, DriftWatch
+from nemo_popsd.training.drift import METRICS, PREFIX, QUANTITIES, Alarm, DriftWatch
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class DriftGuard(Callback):
         """A watch that has seen the metrics file. Collective: a gather and a broadcast of objects."""
         steps = from_rank_zero(
             f"metrics of {self._output}",
-            lambda: read_steps(self._output, [quantity.metric for quantity in QUANTITIES.values()], PREFIX),
+            lambda: read_steps(self._output, METRICS, PREFIX),
             need="the run's own metrics file",
             fix="restore it, or set output for another run",
         )

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from nemo_popsd.observability.config import MlflowConfig, ObservabilityConfig, WandbConfig
 from nemo_popsd.observability.jsonl_logger import JsonlLogger
 from nemo_popsd.observability.rank import is_rank_zero
-from nemo_popsd.observability.trackers import Tracker, read_id, store_id
+from nemo_popsd.observability.trackers import Tracker, read_id, store_id, store_link
 
 _WANDB, _MLFLOW = "wandb", "mlflow"
 
@@ -83,7 +83,7 @@ def _wandb_logger(settings: WandbConfig, run: LoggedRun) -> WandbLogger:
         config=dict(run.parameters),
         allow_val_change=True,
     )
-    _ = logger.experiment  # starts the run
+    store_link(run.output, _WANDB, logger.experiment.url)  # starts the run
     return logger
 
 
@@ -109,6 +109,9 @@ def _mlflow_logger(settings: MlflowConfig, run: LoggedRun) -> MLFlowLogger:
         store_id(run.output, _MLFLOW, str(logger.run_id))
     else:
         logger.experiment.update_run(run_id, status="RUNNING")
+    if settings.tracking_uri.startswith("http"):
+        place = f"#/experiments/{logger.experiment_id}/runs/{logger.run_id}"
+        store_link(run.output, _MLFLOW, f"{settings.tracking_uri.rstrip('/')}/{place}")
     return logger
 
 

@@ -22,6 +22,8 @@ LoggerT = TypeVar("LoggerT", bound=Logger)
 
 IDS = "trackers.json"
 """File in `output` with the ids that a run has in tracking services, so that a resumed run continues under them."""
+LINK = "_link"
+"""Suffix of a service's name in that file, of the address of the run's page."""
 CLOSE_SECONDS = 120.0
 """Seconds that a tracker has to finish writing, once the result of the run is saved."""
 
@@ -155,3 +157,11 @@ def store_id(output: Path, service: str, name: str) -> None:
         content = {}
     known = content if isinstance(content, dict) else {}
     write_text(output / IDS, json.dumps({**known, service: name}) + "\n")
+
+
+def store_link(output: Path, service: str, address: str | None) -> None:
+    """Stores the address of the run's page in a tracking service, for the report; None, as of an offline run, stores
+    nothing.
+    """
+    if address:
+        store_id(output, service + LINK, address)

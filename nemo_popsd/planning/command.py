@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ def plan_text(
     fastest_layout: bool = False,
     explain: bool = False,
     sharing: bool = False,
+    simulated: bool = False,
+    failures: bool = False,
     evaluation: bool = False,
     as_json: bool = False,
 ) -> str:
@@ -40,6 +43,8 @@ def plan_text(
         fastest_layout: search the layout instead of taking that of the run.
         explain: add what the layout gains over its neighbours, see `alternatives`.
         sharing: a table over `SHARING` instead, for the layout of the run.
+        simulated: steps with unequal responses and slow nodes instead.
+        failures: goodput where nodes fail, by interval between saves, instead.
         evaluation: the time of one evaluation instead, for the layout of the run.
         as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
 
@@ -56,6 +61,12 @@ def plan_text(
         names = "rollout.per_prompt", "data.templates.order"
         varied = [cases[0].replace(dict(zip(names, values, strict=True))) for values in SHARING]
         return report.sharing_table([_estimate_or_raise(case, fastest_layout) for case in varied])
+    if simulated or failures:
+        _require_simpy()
+        from nemo_popsd.planning.simulated_report import failures_text, simulation_text
+
+        found = [_estimate_or_raise(case, fastest_layout) for case in cases]
+        return (simulation_text if simulated else failures_text)(found)
     if evaluation:
         return evaluation_text([estimate_evaluation(case) for case in cases], as_json=as_json)
     if len(cases) == 1:
@@ -79,6 +90,16 @@ def plan_text(
     if as_json:
         return json.dumps([None if row is None else report.as_data(row, origin) for _, row in rows], indent=2)
     return report.growth_table(rows)
+
+
+def _require_simpy() -> None:
+    if importlib.util.find_spec("simpy") is None:
+        raise UserError(
+            "plan",
+            got="--simulate or --failures without the package simpy",
+            need="simpy in this environment",
+            fix="pip install 'nemo_popsd[simulate]'",
+        )
 
 
 def _refuse_means_above_limits(plan: PlanConfig, run: PopsdConfig) -> None:

@@ -7,9 +7,11 @@ the last one, which has the loss, unless another one has so many more layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from nemo_popsd.planning.parameters import linears, padded_vocabulary
+from nemo_popsd.planning.packing import Packed
+from nemo_popsd.planning.parameters import Stage, linears, padded_vocabulary, stages
 from nemo_popsd.planning.recomputation import recomputed
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import reach_of
@@ -48,7 +50,8 @@ class Flops:
 def layer_weights(case: Case) -> tuple[float, float]:
     """Elements that one token is multiplied with in one layer of one rank: of the model, of the adapters."""
     layout, sizes, lora = case.layout, case.sizes, case.config.student.lora
-    model, adapters = float(sizes.hidden * sizes.experts), 0.0  # the router
+    router = sizes.hidden * sizes.experts / (layout.tensor if layout.sequence else 1)
+    model, adapters = router, 0.0
     for linear in linears(sizes):
         visits = sizes.experts_per_token if linear.expert else 1
         # Tokens of all e ranks of an expert group are routed to the experts of one of them: k each on average.
@@ -78,8 +81,9 @@ def forward(case: Case, tokens: float, squares: float, *, adapters: bool, layers
     return Flops(linear, attention)
 
 
-def training(case: Case, tokens: float, squares: float, *, layers: int | None = None) -> Flops:
-    """Forward, recomputation and backward of the student's layers; arguments as `forward`.
+def training(case: Case, tokens: float, squares: float, *, layers: int | None = None, first: bool = True) -> Flops:
+    """Forward, recomputation and backward of the student's layers; arguments as `forward`, and whether they begin with
+    the first layer.
 
     The backward of a trained linear costs two forwards, of a frozen one under adapters one; that of attention 2.5.
     """
@@ -90,10 +94,10 @@ def training(case: Case, tokens: float, squares: float, *, layers: int | None = 
     attention = once.attention * 3.5
     again = recomputed(case, layers or case.layout.stage_layers(case.sizes.layers)[-1])
     linear, attention = linear + again.linear * once.linear, attention + again.attention * once.attention
-    if case.lora and case.layout.pipeline == 1 and case.config.student.recompute != "full":
+    if case.lora and first and case.config.student.recompute != "full":
         # Nothing before the first linear is trained, so no gradient is sent back through it.
-        first = linears(case.sizes)[0].weights / case.layout.tensor
-        linear -= 2 * tokens / case.layout.context * first
+        skipped = linears(case.sizes)[0].weights / case.layout.tensor
+        linear -= 2 * tokens / case.layout.context * skipped
     return Flops(linear, attention)
 
 
@@ -149,25 +153,38 @@ def attended(case: Case) -> float:
 
 def step(case: Case) -> StepFlops:
     """Operations of one step on the stage that has the most work in training."""
-    stages = case.layout.stage_layers(case.sizes.layers)
-    last = _of_stage(case, stages[-1], last=True)
-    if max(stages) == stages[-1]:
+    found = stages(case.sizes, case.layout)
+    last = of_stage(case, found[-1])
+    most = max(found, key=lambda stage: stage.layers)
+    if most.layers == found[-1].layers:
         return last
-    return max(last, _of_stage(case, max(stages), last=False), key=lambda flops: flops.training.needed)
+    return max(last, of_stage(case, most), key=lambda flops: flops.training.needed)
 
 
-def _of_stage(case: Case, layers: int, *, last: bool) -> StepFlops:
-    """Operations of one step on a stage with this number of layers; the last one has the output matrix and the loss."""
-    rows, mean = case.rows, case.means
+def of_stage(case: Case, stage: Stage) -> StepFlops:
+    """Operations of one step on a stage; the last one has the output matrix and the loss."""
+    rows, mean, layers = case.rows, case.means, stage.layers
     decoded = decoding(case, case.generated_rows, attended(case), layers=layers)
-    work = case.frozen_work(mean)
-    frozen = forward(case, case.questions * work.tokens, case.questions * work.squares, adapters=False, layers=layers)
-    earlier = 4 * case.questions * work.earlier * case.sizes.query_width * layers / case.layout.tensor
-    frozen += Flops(0.0, cached=earlier)
-    trained = training(case, rows * mean.student, rows * mean.student**2, layers=layers)
-    if last:
+    if case.layout.virtual_pipeline > 1:
+        batches, own = case.frozen_batches(mean), case.student_batches(mean)
+        frozen = _padded(batches, lambda tokens, squares: forward(case, tokens, squares, adapters=False, layers=layers))
+        trained = _padded(own, lambda *sums: training(case, *sums, layers=layers, first=stage.first)) * case.updates
+    else:
+        work = case.frozen_work(mean)
+        tokens, squares = case.questions * work.tokens, case.questions * work.squares
+        frozen = forward(case, tokens, squares, adapters=False, layers=layers)
+        earlier = 4 * case.questions * work.earlier * case.sizes.query_width * layers / case.layout.tensor
+        frozen += Flops(0.0, cached=earlier)
+        tokens, squares = rows * mean.student, rows * mean.student**2
+        trained = training(case, tokens, squares, layers=layers, first=stage.first)
+    if stage.last:
         responses = case.owned_rows * mean.response
         trained += loss(case, responses, min(case.config.distillation.diagnosed_tokens, responses))
     else:
         decoded = replace(decoded, head=0.0)
     return StepFlops(prefill(case, layers=layers) + decoded * mean.response, frozen, trained)
+
+
+def _padded(batches: Sequence[Packed], cost: Callable[[float, float], Flops]) -> Flops:
+    """Operations of micro-batches with their padding, which is large where all have one shape."""
+    return cost(sum(batch.tokens for batch in batches), sum(batch.squares for batch in batches))

@@ -82,6 +82,34 @@ class WorkloadConfig:
 
 
 @dataclass(kw_only=True)
+class SimulationConfig:
+    """What `--simulate` and `--failures` assume beyond the plan. The values are ours, not measured: set them to what
+    your runs show.
+    """
+
+    steps: Annotated[int, Bounds(1, 10**4)] = 5
+    """Steps that are simulated."""
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 1
+    """Of the random lengths and failures."""
+    length_spread: Annotated[float, Bounds(0, 3)] = 0.5
+    """Standard deviation of the logarithm of a response's length: lengths are log-normal around
+    `workload.response_tokens`, and end at `rollout.max_response_tokens`. 0 gives each response the mean."""
+    slow_nodes: Annotated[int, Bounds(0, 10**5)] = 0
+    """Nodes that compute slower than the others."""
+    slowdown: Annotated[float, Bounds(1, 100)] = 1.2
+    """Time of a slow node over that of another one."""
+    node_mtbf_hours: Annotated[float, Bounds(1, 1e9)] = 20_000.0
+    """Mean time between failures of one node, hours; failures of nodes are independent of each other."""
+    requeue_seconds: Annotated[float, Bounds(0, 1e7)] = 600.0
+    """From a failure until training continues: detection, queue, start, reading the checkpoint."""
+    checkpoint_seconds: Annotated[float, Bounds(0, 1e6)] = 30.0
+    """Time for which training stands still during a save."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "simulation")
+
+
+@dataclass(kw_only=True)
 class PlanConfig:
     """The settings of `popsd plan` that a run does not have."""
 
@@ -93,6 +121,8 @@ class PlanConfig:
     """GPU and links."""
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     """Lengths."""
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    """Spread of lengths, slow nodes, failures."""
 
     def __post_init__(self) -> None:
         if not self.nodes:

@@ -39,6 +39,8 @@ class StepSeconds:
     """Forward, backward, reduction, update."""
     overlap: bool = False
     """Whether the rollouts of the next step are generated meanwhile, on other GPUs."""
+    reduction: float = 0.0
+    """Of the communication of the training, what data-parallel ranks exchange and nothing hides."""
 
     @property
     def total(self) -> float:
@@ -56,6 +58,8 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
     stages_waited = layout.pipeline - 1
     frozen = flops.frozen.needed / forward_rate
     trained_seconds = flops.training.needed / training_rate
+    hidden_reduction = _hidden_reduction(case, moved, trained_seconds)
+    hidden = hidden_reduction + _hidden_transfers(case, moved, trained_seconds)
     return StepSeconds(
         rollout=rollout(case, moved),
         frozen=Seconds(
@@ -65,10 +69,11 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
         ),
         training=Seconds(
             trained_seconds + case.updates * _update(case),
-            _sent(case, moved.training) - _hidden(case, moved, trained_seconds),
+            _sent(case, moved.training) - hidden,
             trained_seconds * stages_waited / case.microbatches / layout.virtual_pipeline,
         ),
         overlap=case.config.rollout.overlap and bool(case.config.rollout.vllm.launcher),
+        reduction=_seconds(case, "data", moved.training.data) - hidden_reduction,
     )
 
 
@@ -119,8 +124,8 @@ def _update(case: Case) -> float:
     )
 
 
-def _hidden(case: Case, moved: traffic.StepTraffic, computing: float) -> float:
-    """Seconds of communication in training behind which the GPU computes, of `computing` seconds of arithmetic.
+def _hidden_reduction(case: Case, moved: traffic.StepTraffic, computing: float) -> float:
+    """Seconds of what data-parallel ranks exchange behind which the GPU computes, of `computing` seconds of arithmetic.
 
     A backward takes two thirds of the arithmetic. Gradients are reduced in the last one of an update, weights are
     gathered in the first forward of the next update in the step.
@@ -134,9 +139,14 @@ def _hidden(case: Case, moved: traffic.StepTraffic, computing: float) -> float:
         hidden += updates * min(_seconds(case, "data", reduced), microbatch * 2 / 3)
     if optimizer.overlap_param_gather:
         hidden += (updates - 1) * min(_seconds(case, "data", gathered), microbatch / 3)
-    if case.layout.overlap_transfers:
-        hidden += min(_seconds(case, "pipeline", moved.training.pipeline), computing)
     return hidden
+
+
+def _hidden_transfers(case: Case, moved: traffic.StepTraffic, computing: float) -> float:
+    """Seconds of transfers between stages behind which the GPU computes."""
+    if not case.layout.overlap_transfers:
+        return 0.0
+    return min(_seconds(case, "pipeline", moved.training.pipeline), computing)
 
 
 def _sent(case: Case, phase: traffic.Phase) -> float:

@@ -63,6 +63,10 @@ class Layout:
         """D = G / (t·p·c), data-parallel size."""
         return self.world // self.replica
 
+    def stage_of(self, rank: int) -> int:
+        """Index of the pipeline stage of a rank."""
+        return rank // (self.world // self.pipeline)
+
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         """Layers of each stage; the layout must divide them (see `misfits`)."""
         each = layers_by_stage(self, layers)

@@ -9,13 +9,26 @@ from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
-from nemo_popsd.planning.parameters import Parameters, Stage, count, padded_vocabulary, stages, total_parameters
+from nemo_popsd.planning.parameters import (
+    Parameters,
+    Stage,
+    count,
+    linears,
+    padded_vocabulary,
+    stages,
+    total_parameters,
+)
 from nemo_popsd.planning.recomputation import recomputed_layers, recomputes, recomputes_mlp
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
 
 PHASES = ("rollout", "frozen", "training")
 """Phases of a step; the memory that only one of them needs is free in the others."""
+
+_TILE_BYTES = 2**26
+"""Bytes of a tile of the loss on a GPU."""
+_UNCOMPILED_TILES = 10
+"""Tiles that the arithmetic of the loss takes at once where it is not compiled (measured by `popsd rehearse`)."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +148,12 @@ def working_set(case: Case, longest: int) -> float:
 
 def activation_bytes(case: Case, stage: Stage) -> float:
     """Most bytes of activations between forward and backward, those of one layer's backward included."""
-    layout, sizes = case.layout, case.sizes
-    tokens = case.microbatch_tokens / layout.context
-    spread = layout.tensor if layout.sequence else 1
-    residual, layer = sizes.hidden / spread, kept_by_layer(case).per_rank(case)
-    backward = max(3 * residual, 2 * sizes.intermediate / layout.tensor + residual)
+    return kept_bytes(case, stage) + backward_bytes(case, stage)
+
+
+def kept_bytes(case: Case, stage: Stage) -> float:
+    """Bytes of activations that are kept from the forward of all layers until their backward."""
+    layout, residual, layer = case.layout, _residual(case), kept_by_layer(case).per_rank(case)
     in_flight = 1.0
     if stage.first and layout.pipeline > 1:
         interleaving = 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual_pipeline)
@@ -147,12 +161,58 @@ def activation_bytes(case: Case, stage: Stage) -> float:
     whole = recomputed_layers(case, stage.layers)
     if whole == stage.layers and stage.layers:
         unit = case.config.student.recompute_layers if case.config.student.recompute_method == "uniform" else 1
-        elements = in_flight * math.ceil(stage.layers / unit) * residual + min(unit, stage.layers) * layer + backward
+        elements = in_flight * math.ceil(stage.layers / unit) * residual
     else:
         # `block` recomputes the first layers, whose backward comes when the activations of the others are free again.
-        kept = whole * residual + (stage.layers - whole) * layer
-        elements = in_flight * (kept + 3 * residual) + backward + _recomputed_part(case, layer)
-    return tokens * elements * case.element
+        elements = in_flight * (whole * residual + (stage.layers - whole) * layer + 3 * residual)
+    return _microbatch(case) * elements
+
+
+def backward_bytes(case: Case, stage: Stage) -> float:
+    """Bytes that the backward of one layer takes besides, what it recomputes included."""
+    sizes, layout, residual = case.sizes, case.layout, _residual(case)
+    layer = kept_by_layer(case).per_rank(case)
+    elements = max(3 * residual, 2 * sizes.intermediate / layout.tensor + residual)
+    if stage.layers and recomputed_layers(case, stage.layers) == stage.layers:
+        unit = case.config.student.recompute_layers if case.config.student.recompute_method == "uniform" else 1
+        elements += min(unit, stage.layers) * layer
+    else:
+        elements += _recomputed_part(case, layer)
+    return _microbatch(case) * elements
+
+
+def _embedding_gradient(case: Case, stage: Stage) -> float:
+    """Bytes of the gradient of the embedding before it is added to Megatron's buffer, after the layers' backward."""
+    if case.lora or not stage.first:
+        return 0.0
+    rows = padded_vocabulary(case.sizes, case.layout) / case.layout.tensor
+    return rows * case.sizes.hidden * case.element
+
+
+def _update_bytes(case: Case, stage: Stage, parameters: Parameters) -> float:
+    """Bytes of the largest trained tensor that the update takes: |x| and three booleans for each element in the check
+    for NaN and Inf, and twice the fp32 second moment of a shard with torch's Adam, which is used without Transformer
+    Engine.
+    """
+    if case.lora:
+        return 0.0
+    largest = parameters.vocabulary if stage.first or stage.last else 0
+    for linear in linears(case.sizes):
+        largest = max(largest, linear.share(case.layout.expert_tensor if linear.expert else case.layout.tensor))
+    moment = float(largest)
+    if case.shards_state:
+        moment = min(moment, parameters.dense / case.layout.dense_replicas)
+    return max((case.element + 3.0) * largest, 8.0 * moment if case.plain else 0.0)
+
+
+def _residual(case: Case) -> float:
+    """Elements per token of the residual stream on one rank."""
+    return case.sizes.hidden / (case.layout.tensor if case.layout.sequence else 1)
+
+
+def _microbatch(case: Case) -> float:
+    """Bytes of one element of each token of a rank's micro-batch."""
+    return case.microbatch_tokens / case.layout.context * case.element
 
 
 def _recomputed_part(case: Case, kept: float) -> float:
@@ -178,6 +238,8 @@ def loss_bytes(case: Case) -> float:
     tokens = min(settings.chunk_tokens or default_chunk_tokens(buffers), responses)
     chunk = 4 * buffers * tokens * columns + 4 * min(settings.diagnosed_tokens, tokens) * columns
     states = responses * sizes.hidden  # each of: hidden state and its gradient, the target's vectors
+    if settings.fused == "never":
+        chunk += _UNCOMPILED_TILES * min(_TILE_BYTES, 4 * tokens * columns)
     return states * (2 * element + case.target.vector_bytes(element)) + max(chunk, states * element)
 
 
@@ -250,12 +312,13 @@ class Memory:
 def memory(case: Case) -> Memory:
     """Memory of the stage whose peak is highest."""
     return max(
-        (_of_stage(case, stage) for stage in stages(case.sizes, case.layout)),
+        (of_stage(case, stage) for stage in stages(case.sizes, case.layout)),
         key=lambda stage_memory: stage_memory.worst,
     )
 
 
-def _of_stage(case: Case, stage: Stage) -> Memory:
+def of_stage(case: Case, stage: Stage) -> Memory:
+    """Memory of one stage."""
     student, sizes, layout = case.config.student, case.sizes, case.layout
     parameters = count(sizes, layout, stage, student.lora if case.lora else None)
     dense, experts = trained(case, parameters)
@@ -287,6 +350,11 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
     }
     if rollout.engine == "vllm":
         rollout_bytes = {"vLLM": server_bytes(case)}
+    # The loss comes before the backward of the layers, which needs the gradient of its hidden states, twice.
+    loss = loss_bytes(case) + 3 * _microbatch(case) * _residual(case) if stage.last else 0.0
+    gradient = 2 * case.microbatch_responses * sizes.hidden * case.element if stage.last else 0
+    kept = kept_bytes(case, stage)
+    backward = max(backward_bytes(case, stage) + gradient, _embedding_gradient(case, stage))
     phases = {
         "rollout": rollout_bytes,
         "frozen": {
@@ -301,8 +369,9 @@ def _of_stage(case: Case, stage: Stage) -> Memory:
         },
         "training": {
             "frozen states": 0.0 if cached else float(states),
-            "activations": activation_bytes(case, stage),
-            "loss": loss_bytes(case) if stage.last else 0.0,
+            "activations": kept,
+            # The update comes when the activations are free again.
+            "loss, backward or update": max(loss, backward, _update_bytes(case, stage, parameters) - kept),
         },
     }
     if rollout.engine == "vllm" and (rollout.overlap or not rollout.vllm.sleep):

@@ -72,6 +72,12 @@ class Stage:
     """Whether it has the last norm, the output matrix and the loss."""
 
 
+def stage_of(sizes: ModelSizes, layout: Layout, rank: int) -> Stage:
+    """The stage of a rank."""
+    index = layout.stage_of(rank)
+    return Stage(layout.stage_layers(sizes.layers)[index], first=index == 0, last=index == layout.pipeline - 1)
+
+
 def stages(sizes: ModelSizes, layout: Layout) -> tuple[Stage, ...]:
     """The stages that can have the most parameters or activations: the first, one of those between where they have more
     layers than it, and the last; or the only stage.

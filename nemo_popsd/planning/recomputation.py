@@ -63,7 +63,7 @@ def recomputed(case: Case, layers: int) -> Recomputed:
 def _mlp_share(case: Case) -> float:
     """Share of the MLP in the products of one layer with a token, adapters included."""
     sizes, lora, layout = case.sizes, case.config.student.lora, case.layout
-    totals = {True: float(sizes.hidden * sizes.experts), False: 0.0}
+    totals = {True: sizes.hidden * sizes.experts / (layout.tensor if layout.sequence else 1), False: 0.0}
     for linear in linears(sizes):
         visits = sizes.experts_per_token if linear.expert else 1
         spread = layout.expert_tensor if linear.expert else layout.tensor

@@ -16,6 +16,7 @@ from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.distillation.target_families import Target, build_target
 from nemo_popsd.planning.config import PlanConfig
 from nemo_popsd.planning.layout import Layout
+from nemo_popsd.planning.packing import Packed, packed
 from nemo_popsd.planning.prefixes import FrozenWork
 from nemo_popsd.planning.sizes import ModelSizes
 
@@ -176,15 +177,20 @@ class Case:
         return self.config.training.updates_per_step
 
     @property
+    def microbatch_rows(self) -> int:
+        """Most responses of one student micro-batch."""
+        fitting = max(1, self.config.training.microbatch_tokens // self.limits.student)
+        return min(fitting, math.ceil(self.rows / self.updates))
+
+    @property
     def microbatch_tokens(self) -> int:
         """Most padded tokens of one student micro-batch."""
-        longest = self.limits.student
-        return min(max(self.config.training.microbatch_tokens, longest), math.ceil(self.rows / self.updates) * longest)
+        return self.microbatch_rows * self.limits.student
 
     @property
     def microbatch_responses(self) -> int:
         """Most response tokens of one student micro-batch whose loss is this rank's."""
-        return math.ceil(min(self.microbatch_tokens, self.rows * self.limits.response) / self.layout.context)
+        return math.ceil(self.microbatch_rows * self.limits.response / self.layout.context)
 
     @property
     def owned_rows(self) -> float:
@@ -197,6 +203,17 @@ class Case:
         return math.ceil(
             self.rows / self.updates / max(1, self.config.training.microbatch_tokens // self.means.student)
         )
+
+    def frozen_batches(self, lengths: Lengths) -> list[Packed]:
+        """The packed micro-batches of the frozen forwards, each sequence on its own, where all rows have `lengths`."""
+        contexts = [(lengths.of(branch), lengths.response) for branch in self.branches for _ in range(self.rows)]
+        return packed(contexts, self.config.training.frozen_tokens, self.layout)
+
+    def student_batches(self, lengths: Lengths) -> list[Packed]:
+        """Those of the student in one update."""
+        rows = math.ceil(self.rows / self.updates)
+        own = [(lengths.student, lengths.response)] * rows
+        return packed(own, self.config.training.microbatch_tokens, self.layout)
 
     @property
     def shares_prefixes(self) -> bool:
@@ -224,6 +241,8 @@ class Case:
     @property
     def frozen_tokens(self) -> int:
         """Most padded tokens of one frozen forward."""
+        if self.config.training.packing and not self.shares_prefixes:
+            return max(batch.tokens for batch in self.frozen_batches(self.limits))
         work = self.frozen_work(self.limits)
         return min(max(self.config.training.frozen_tokens, work.longest), self.questions * work.tokens)
 

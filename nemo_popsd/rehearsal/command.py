@@ -6,54 +6,37 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
-from nemo_popsd.planning import compute, memory
 from nemo_popsd.planning.config import WorkloadConfig
 from nemo_popsd.planning.layout import misfits
 from nemo_popsd.planning.report import shape
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_model_file, read_sizes
 from nemo_popsd.planning.workload import Case
+from nemo_popsd.rehearsal.comparison import quantities, transfers
+from nemo_popsd.rehearsal.kinds import kinds
 from nemo_popsd.rehearsal.rank import Rehearsed, as_rehearsed, rehearse
-
-GIB, TERA = 2**30, 1e12
-PLANNED = {"frozen": "frozen", "train": "training"}
-"""Phases of a plan by those of a step."""
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A measured number beside its plan."""
-
-    name: str
-    """What it is."""
-    unit: str
-    """GiB or TFLOP."""
-    measured: float
-    """In `unit`."""
-    planned: float
-    """In `unit`."""
-
-    @property
-    def ratio(self) -> float:
-        """Measured by planned."""
-        return self.measured / self.planned if self.planned else float("nan")
 
 
 def rehearsal_text(
-    config: str | Path, words: Sequence[str], *, ranks: Sequence[str] = (), as_json: bool = False
+    config: str | Path,
+    words: Sequence[str],
+    *,
+    ranks: Sequence[str] = (),
+    all_kinds: bool = False,
+    as_json: bool = False,
 ) -> str:
     """Rehearses one step of some ranks.
 
     Args:
         config: configuration file of the run.
         words: ``key=value``, of the plan (nodes, gpus_per_node) and of the run.
-        ranks: numbers, or ``last``; empty takes rank 0.
+        ranks: numbers, or ``last``; empty takes those of `nemo_popsd.rehearsal.kinds`.
+        all_kinds: without `ranks`, one of every kind.
         as_json: the same as data.
 
     Raises:
@@ -69,7 +52,7 @@ def rehearsal_text(
     _refuse(case)
     content = read_model_file(run.student.source).content
     found = []
-    for rank in _chosen(case, ranks):
+    for rank in _chosen(case, ranks, all_kinds=all_kinds):
         started = time.monotonic()
         found.append((rehearse(case, content, rank), time.monotonic() - started))
     if as_json:
@@ -91,25 +74,13 @@ def _refuse(case: Case) -> None:
             need="a layout that divides",
             fix="set parallel.*, or nodes",
         )
-    if case.layout.pipeline > 1:
-        raise UserError(
-            "rehearsal",
-            got=f"parallel.pipeline={case.layout.pipeline}",
-            need="parallel.pipeline=1: a stage learns the shapes of its inputs from its peer, which a rehearsal lacks",
-            fix="use `popsd plan`",
-        )
-    if case.sizes.experts:
-        raise UserError(
-            "rehearsal",
-            got=f"{case.sizes.name}, a mixture of experts",
-            need="a dense model: which expert a token visits depends on values, and a rehearsal has none",
-            fix="use `popsd plan`",
-        )
 
 
-def _chosen(case: Case, ranks: Sequence[str]) -> list[int]:
+def _chosen(case: Case, ranks: Sequence[str], *, all_kinds: bool) -> list[int]:
+    if not ranks:
+        return kinds(case.layout, every=all_kinds)
     world, chosen = case.layout.world, []
-    for text in ranks or ["0"]:
+    for text in ranks:
         rank = world - 1 if text == "last" else int(text) if text.isdecimal() else -1
         if not 0 <= rank < world:
             raise UserError("rehearsal", got=f"rank {text}", need=f"0 to {world - 1}, or last", fix="set --ranks")
@@ -117,29 +88,14 @@ def _chosen(case: Case, ranks: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(chosen))
 
 
-def quantities(case: Case, rehearsed: Rehearsed) -> list[Quantity]:
-    """Memory and operations of a rank beside their plan."""
-    planned, flops = memory.memory(case), compute.step(case)
-    standing = sum(planned.standing.values())
-    found = [
-        Quantity("weights", "GiB", rehearsed.weights / GIB, planned.standing["weights"] / GIB),
-        Quantity("between steps", "GiB", rehearsed.standing / GIB, standing / GIB),
-    ]
-    for phase, name in PLANNED.items():
-        cost = rehearsed.phases[phase]
-        found.append(Quantity(f"{name}, peak", "GiB", cost.peak / GIB, planned.peak(name) / GIB))
-        found.append(Quantity(f"{name}, work", "TFLOP", cost.flops / TERA, getattr(flops, name).counted / TERA))
-    return found
-
-
 def _described(case: Case, rehearsed: Rehearsed, seconds: float) -> Iterator[str]:
     yield ""
-    yield f"rank {rehearsed.rank}, rehearsed in {seconds:.0f} s"
+    yield f"rank {rehearsed.rank}, {_place(case, rehearsed.rank)}, rehearsed in {seconds:.0f} s"
     yield ""
-    yield f"{'':<24}{'measured':>12}{'planned':>12}{'ratio':>8}"
-    for item in quantities(case, rehearsed):
+    yield f"{'':<44}{'measured':>12}{'planned':>12}{'ratio':>8}"
+    for item in [*quantities(case, rehearsed), *transfers(case, rehearsed)]:
         name = f"{item.name}, {item.unit}"
-        yield f"{name:<24}{item.measured:>12.3f}{item.planned:>12.3f}{item.ratio:>8.3f}"
+        yield f"{name:<44}{item.measured:>12.3f}{item.planned:>12.3f}{item.ratio:>8.3f}"
     yield ""
     yield f"{'phase':<10}{'collective':<40}{'group':<44}{'calls':>6}{'MiB':>12}"
     for phase, cost in rehearsed.phases.items():
@@ -148,11 +104,20 @@ def _described(case: Case, rehearsed: Rehearsed, seconds: float) -> Iterator[str
             yield f"{phase:<10}{what.name:<40}{group:<44}{calls:>6}{cost.bytes[what] / 2**20:>12.3f}"
 
 
+def _place(case: Case, rank: int) -> str:
+    layout = case.layout
+    stage = f"stage {layout.stage_of(rank) + 1} of {layout.pipeline}"
+    if not case.sizes.experts:
+        return stage
+    return f"{stage}, experts {rank // layout.expert_tensor % layout.expert + 1} of {layout.expert}"
+
+
 def _as_data(case: Case, rehearsed: Rehearsed, seconds: float) -> dict[str, Any]:
+    both = [*quantities(case, rehearsed), *transfers(case, rehearsed)]
     return {
         "rank": rehearsed.rank,
         "seconds": seconds,
-        "quantities": [{**dataclasses.asdict(item), "ratio": item.ratio} for item in quantities(case, rehearsed)],
+        "quantities": [{**dataclasses.asdict(item), "ratio": item.ratio} for item in both],
         "collectives": [
             {"phase": phase, **dataclasses.asdict(what), "calls": calls, "bytes": cost.bytes[what]}
             for phase, cost in rehearsed.phases.items()

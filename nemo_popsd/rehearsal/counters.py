@@ -99,6 +99,12 @@ class LiveBytes(TorchDispatchMode):
                     weakref.finalize(storage, self._release, key)
         return result
 
+    def freed(self, tensor: torch.Tensor) -> None:
+        """Takes the memory of `tensor` as free while the tensor still exists."""
+        key = tensor.untyped_storage()._cdata
+        self.live -= self._sizes.get(key, 0)
+        self._sizes[key] = 0
+
     def _release(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
 

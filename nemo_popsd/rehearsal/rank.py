@@ -29,6 +29,8 @@ from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.planning.workload import Case, Lengths
 from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch, PhaseCost
 from nemo_popsd.rehearsal.peers import one_rank
+from nemo_popsd.rehearsal.routing import balanced_routing
+from nemo_popsd.rehearsal.stages import lone_stage
 from nemo_popsd.rehearsal.storage_free import StorageFree, without_assigned_data
 from nemo_popsd.rollout.engine import Rollout
 from nemo_popsd.training.reading import ResponseReader
@@ -46,12 +48,15 @@ class Rehearsed:
 
     rank: int
     """The rank."""
-    weights: int
-    """Bytes of the student's weights."""
-    standing: int
-    """Bytes between steps: weights, gradient buffers, optimizer state, frozen copy."""
+    kinds: dict[str, int]
+    """Bytes between steps: weights, gradients, optimizer and frozen copy."""
     phases: dict[str, PhaseCost]
     """By phase: frozen and train; there is no decoding."""
+
+    @property
+    def standing(self) -> int:
+        """Bytes between steps."""
+        return sum(self.kinds.values())
 
 
 UNREAD = ResponseReader(count_markers=lambda ids: 0, marked=lambda ids: [False] * len(ids), is_right=None)
@@ -88,7 +93,14 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
         initialize(config.parallel, seed=config.seed)
         architecture = _without_weights(Path(folder), model)
         meter = Meter()
-        with _tiles_of_a_gpu(), without_assigned_data(), StorageFree() as mode, meter.measuring():
+        with (
+            _tiles_of_a_gpu(),
+            lone_stage(meter.live.freed),
+            balanced_routing(),
+            without_assigned_data(),
+            StorageFree() as mode,
+            meter.measuring(),
+        ):
             student = Student(
                 architecture,
                 config.student,
@@ -99,17 +111,20 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
             )
             for chunk in student.chunks:
                 mode.release(cast(torch.nn.Module, chunk))
-            weights = meter.live.live
+            kinds = {"weights": meter.live.live}
+            wrapped = student.wrap(config.optimizer)
+            kinds["gradients"] = meter.live.live - sum(kinds.values())
             optimizer = StudentOptimizer(
-                student.wrap(config.optimizer),
+                wrapped,
                 config.optimizer,
                 steps=config.training.steps * config.training.updates_per_step,
                 bf16=config.student.precision == "bf16",
                 fields=config.megatron.values("optimizer"),
             )
             _create_state(optimizer)
+            kinds["optimizer"] = meter.live.live - sum(kinds.values())
             with student.base.model():
-                standing = meter.live.live
+                kinds["frozen copy"] = meter.live.live - sum(kinds.values())
             step = OnPolicyStep(
                 config.training,
                 config.distillation,
@@ -120,7 +135,7 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
                 stopwatch=lambda: MeteredStopwatch(meter),
             )
             step(_MEASURED_STEP, _rows(case), optimizer, optimizer.step)
-        return Rehearsed(rank, weights, standing, dict(meter.phases))
+        return Rehearsed(rank, kinds, dict(meter.phases))
 
 
 def as_rehearsed(config: PopsdConfig) -> PopsdConfig:

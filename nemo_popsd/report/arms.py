@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nemo_popsd.report.markup import esc, fixed, signed, table
-from nemo_popsd.report.run import RunData
+from nemo_popsd.report.run import NOT_OF_AN_ARM, RunData, flat_settings
 
-_NOT_OF_AN_ARM = ("name", "output", "overwrite", "seed")
-"""Settings in which the runs of an arm may differ."""
 _FIGURES = (
     ("accuracy", "accuracy, %", 100.0),
     ("markers_per_1000_tokens", "markers per 1,000 tokens", 1.0),
@@ -79,7 +76,7 @@ def arms(runs: Sequence[RunData]) -> list[Arm]:
     for run in runs:
         if isinstance(run.config.get("seed"), int):
             groups.setdefault(json.dumps(_settings(run), sort_keys=True, default=str), []).append(run)
-    flat = [_flat(_settings(group[0])) for group in groups.values()]
+    flat = [flat_settings(_settings(group[0])) for group in groups.values()]
     names = {name for settings in flat for name in settings}
     differing = sorted(name for name in names if len({str(settings.get(name)) for settings in flat}) > 1)
     return [
@@ -141,11 +138,4 @@ def _quantile(degrees: int) -> float:
 
 
 def _settings(run: RunData) -> dict[str, object]:
-    return {key: value for key, value in run.config.items() if key not in _NOT_OF_AN_ARM}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+    return {key: value for key, value in run.config.items() if key not in NOT_OF_AN_ARM}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nemo_popsd.report.groups import grouped
 from nemo_popsd.report.markup import card, esc, fixed, signed, table
-from nemo_popsd.report.plots import Series, line_plot, series_class
+from nemo_popsd.report.plots import Series, line_plot
 from nemo_popsd.report.run import RunData, Validation, flat_figures
 from nemo_popsd.report.verdicts import change, estimate
 
@@ -32,10 +33,7 @@ _LOW = 112.0
 
 def evaluation(runs: Sequence[RunData]) -> str:
     """Results on held-out problems before and after training, then the evaluations of `popsd evaluate`."""
-    if any(run.validations for run in runs):
-        held_out = _held_out(runs)
-    else:
-        held_out = '<p class="absent">No validation was run (data.validation.path).</p>'
+    held_out = _held_out(runs) if any(run.validations for run in runs) else ""
     return held_out + _marker_curves(runs) + _further(runs)
 
 
@@ -46,15 +44,24 @@ def _marker_curves(runs: Sequence[RunData]) -> str:
     for name, marker, _ in _statistics(validations):
         if not name.startswith("marker_rates.") or not any(one.values.get(name) for one in validations):
             continue
-        series = []
-        for index, run in enumerate(runs):
-            known = [(float(step), one) for step, one in run.validations.items() if name in one.values]
-            points = [(step, one.values[name]) for step, one in known]
-            band = [(step, *one.intervals[name]) for step, one in known if name in one.intervals]
-            series.append(Series(run.name, points, series_class(index), band))
+        series = result_series(runs, name)
         plot = line_plot(series, label=f"{marker} per 1,000 tokens", zero=True, markers=True, height=_LOW)
         cards.append(card(f"“{marker}”", plot, note="per 1,000 tokens of held-out answers"))
     return f'<div class="grid sample">{"".join(cards)}</div>' if cards else ""
+
+
+def result_series(runs: Sequence[RunData], name: str) -> list[Series]:
+    """The curves of a result of the evaluations during training; of one run with its stored intervals."""
+
+    def curve(run: RunData) -> list[tuple[float, float]]:
+        return [(float(step), one.values[name]) for step, one in run.validations.items() if name in one.values]
+
+    series = []
+    for group in grouped(runs):
+        one_of_all = group.runs[0].validations.items()
+        band = [(float(step), *one.intervals[name]) for step, one in one_of_all if name in one.intervals]
+        series.append(group.series(curve, band))
+    return series
 
 
 def _held_out(runs: Sequence[RunData]) -> str:

@@ -13,6 +13,9 @@ from nemo_popsd.files.json_files import damaged
 from nemo_popsd.report.markup import esc
 from nemo_popsd.report.run import AFTER, BEFORE, RunData, read_lines
 
+MOST_FLIPS = 50
+"""Problems that are listed of each direction."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -44,8 +47,7 @@ def answer_pairs(run: RunData, count: int) -> tuple[list[Pair], str]:
     """
     pairs = _scored_pairs(run)
     if pairs:
-        lost = [pair for pair in pairs if pair.before and pair.after and pair.before.correct and not pair.after.correct]
-        won = [pair for pair in pairs if pair.before and pair.after and pair.after.correct and not pair.before.correct]
+        lost, won = _flips(pairs)
         rest = [pair for pair in pairs if pair not in lost and pair not in won]
         changed = [pair for two in zip_longest(lost, won) for pair in two if pair is not None]
         origin = (
@@ -60,6 +62,38 @@ def answer_pairs(run: RunData, count: int) -> tuple[list[Pair], str]:
         for rollout in before
     ]
     return pairs[:count], "training questions, with the responses of the diagnoses before and after training"
+
+
+def _flips(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """The pairs whose answer became wrong, and those whose answer became right."""
+    both = [(pair, pair.before.correct, pair.after.correct) for pair in pairs if pair.before and pair.after]
+    scored = [(pair, before, after) for pair, before, after in both if before is not None and after is not None]
+    return [p for p, before, after in scored if before and not after], [p for p, b, after in scored if after and not b]
+
+
+def flipped(run: RunData, markers: Sequence[str]) -> str:
+    """The problems whose first answer flipped between the first and the last evaluation, each with both answers behind
+    its name; "" if none did.
+    """
+    lost, won = _flips(_scored_pairs(run))
+    parts = []
+    for pairs, what, arrow in ((lost, "became wrong", "right → wrong"), (won, "became right", "wrong → right")):
+        if not pairs:
+            continue
+        inner = "".join(
+            f"<details><summary>{esc(pair.row)} <small>{esc(_first_line(pair.question))}</small></summary>"
+            f"{pair_cards(pair, markers)}</details>"
+            for pair in pairs[:MOST_FLIPS]
+        )
+        more = f'<p class="note">and {len(pairs) - MOST_FLIPS} more</p>' if len(pairs) > MOST_FLIPS else ""
+        count = f"{len(pairs)} problem{'s' if len(pairs) > 1 else ''} {what} ({arrow})"
+        parts.append(f'<details class="flips"><summary>{count}</summary>{inner}{more}</details>')
+    return "".join(parts)
+
+
+def _first_line(text: str) -> str:
+    line = next(iter(text.strip().splitlines()), "")
+    return line if len(line) <= 80 else line[:79] + "…"
 
 
 def _scored_pairs(run: RunData) -> list[Pair]:

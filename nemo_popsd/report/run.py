@@ -8,7 +8,10 @@ These files are read; the page states which are missing:
                                           scores.jsonl (see `nemo_popsd.evaluation`); they take precedence over metrics
     evaluation/**/*.json                  further evaluations, one summary each
     diagnosis/{before,after}/             see `nemo_popsd.diagnosis.record`
+    views/*/views.json                    see `nemo_popsd.diagnosis.views.record`
     checkpoints/final/manifest.json       versions and layout
+    data.json                             counts of the training rows
+    trackers.json                         ids in tracking services
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ from typing import Any, cast
 import yaml
 
 from nemo_popsd.diagnosis.schema import RolloutRecord, Summary
+from nemo_popsd.diagnosis.views.record import ViewScores, read_views
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.json_files import checksum, damaged, open_regular, read_json, read_json_lines
 
 TRAIN, ROLLOUT, COST, GUARD, VALIDATION = "train/", "rollout/", "cost/", "guard/", "validation/"
 BEFORE, AFTER = "before", "after"
+NOT_OF_AN_ARM = ("name", "output", "overwrite", "seed")
+"""Settings in which the runs of an arm may differ."""
 _OLDER_NAMES = {"delta_ratio": "norm_ratio", "cos_total_it": "cosine_question", "cos_total_ref": "cosine_reference"}
 """Present names of training metrics by the names under which earlier versions wrote them."""
 
@@ -66,13 +72,21 @@ class RunData:
     """Summaries of `popsd evaluate`."""
     diagnoses: dict[str, Diagnosed] = field(default_factory=dict)
     """By name of their directory."""
+    views: list[ViewScores] = field(default_factory=list)
+    """Scores of views before training, one for each student that was scored."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """Manifest of the final checkpoint."""
+    data: Mapping[str, object] = field(default_factory=dict)
+    """Counts of the training rows; see `nemo_popsd.data.report`."""
+    label: str = ""
+    """The name on the page, where the configuration's is not enough."""
+    trackers: Mapping[str, object] = field(default_factory=dict)
+    """Ids of the run in tracking services, and addresses of its pages there with the suffix `_link`."""
 
     @property
     def name(self) -> str:
         """The name of the run on the page."""
-        return str(self.config.get("name") or self.directory.name)
+        return self.label or str(self.config.get("name") or self.directory.name)
 
     @property
     def before(self) -> Validation | None:
@@ -154,7 +168,12 @@ def read_run(directory: Path) -> RunData:
             for folder in sorted((directory / "diagnosis").glob("*"))
             if (diagnosed := read_diagnosis(folder)) is not None
         },
+        views=[
+            scores for folder in sorted((directory / "views").glob("*")) if (scores := read_views(folder)) is not None
+        ],
         manifest=manifest,
+        data=_object(directory / "data.json") or {},
+        trackers=_tolerated(directory / "trackers.json"),
     )
 
 
@@ -199,6 +218,14 @@ def flat_figures(
             raise damaged(where, f"the interval of {name} is {ends!r}")
         intervals[name] = numbers[0], numbers[1]
     return values, intervals
+
+
+def flat_settings(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """A configuration by dotted names."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int, dict[str, float]]]:
@@ -257,3 +284,11 @@ def _object(file: Path) -> dict[str, object] | None:
     if not isinstance(value, dict):
         raise damaged(file, "not an object")
     return value
+
+
+def _tolerated(file: Path) -> dict[str, object]:
+    """As `_object`, for a file without which the page is complete."""
+    try:
+        return _object(file) or {}
+    except UserError:
+        return {}

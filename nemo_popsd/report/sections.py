@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTI
 from nemo_popsd.observability.metrics import MismatchMetrics
 from nemo_popsd.report import decomposition, verdicts
 from nemo_popsd.report.bars import Estimate, interval_chart, push_chart, share_bar
+from nemo_popsd.report.evaluation import result_series
+from nemo_popsd.report.groups import colours_of, grouped
 from nemo_popsd.report.markup import card, esc, fixed, number, table
-from nemo_popsd.report.plots import Event, Series, legend, line_plot, series_class
-from nemo_popsd.report.rollouts import answer_pairs, pair_cards
-from nemo_popsd.report.run import AFTER, BEFORE, COST, GUARD, RunData
+from nemo_popsd.report.plots import Event, Series, legend, line_plot
+from nemo_popsd.report.rollouts import answer_pairs, flipped, pair_cards
+from nemo_popsd.report.run import AFTER, BEFORE, COST, GUARD, RunData, flat_settings
 
 Runs = Sequence[RunData]
 
@@ -30,6 +32,10 @@ CURVES = {
     "rollout_age": ("Age of a rollout token", "steps, mean"),
     "rollout_age_max": ("Age of the oldest rollout token", "steps"),
     "mismatch_kl": ("Engine against trainer", "KL of the sampled tokens, nats per token"),
+    "weighted_share": ("Tokens that count in the loss", "share of the response tokens"),
+    "frozen_tokens": ("Tokens of the frozen branches", "per step"),
+    "frozen_tokens_saved": ("Tokens saved by shared prefixes", "per step"),
+    "frozen_saved_share": ("Tokens saved by shared prefixes", "share"),
     "padding_share": ("Padding", "share of the tokens in the forward passes"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
@@ -63,37 +69,48 @@ _LOW = 112.0
 
 def colours(runs: Runs) -> str:
     """The legend of the runs' colours."""
-    return legend([("before training", "base"), *((run.name, series_class(i)) for i, run in enumerate(runs))])
+    return legend([("before training", "base"), *((group.label, group.css) for group in grouped(runs))])
 
 
 def glance(runs: Runs) -> str:
-    """The answers to the three questions."""
-    return f'<div class="three glance">{_accuracy_card(runs)}{_thinking_card(runs)}{_target_card(runs)}</div>'
+    """The answers to the three questions, and which settings answer those that have no answer."""
+    cards, missing = [], []
+    if any(run.validations for run in runs):
+        cards += [_accuracy_card(runs), _thinking_card(runs)]
+    else:
+        missing.append("Accuracy and thinking were not measured: set data.validation.path.")
+    if any(run.diagnoses for run in runs):
+        cards.append(_target_card(runs))
+    else:
+        missing.append("The target was not diagnosed: set diagnosis.in_training=true.")
+    note = f'<p class="absent">{esc(" ".join(missing))}</p>' if missing else ""
+    columns = {2: "two", 3: "three"}.get(len(cards), "")
+    return f'{note}<div class="{columns} glance">{"".join(cards)}</div>' if cards else note
 
 
-def _verdict(index: int, name: str, text: str) -> str:
-    return f'<p class="verdict"><i class="{series_class(index)}"></i><span><b>{esc(name)}</b> {esc(text)}</span></p>'
+def _verdict(css: str, name: str, text: str) -> str:
+    return f'<p class="verdict"><i class="{css}"></i><span><b>{esc(name)}</b> {esc(text)}</span></p>'
 
 
 def _accuracy_card(runs: Runs) -> str:
     answers = "".join(
-        _verdict(index, run.name, verdicts.accuracy_verdict(run)) + _before_after(run, "accuracy", 100, " %")
-        for index, run in enumerate(runs)
+        _verdict(css, run.name, verdicts.accuracy_verdict(run)) + _before_after(run, "accuracy", 100, " %")
+        for css, run in zip(colours_of(runs), runs, strict=True)
     )
     rows = []
     estimates = [("before training", "base", runs[0].before)]
-    estimates += [(run.name, series_class(index), run.after) for index, run in enumerate(runs)]
+    estimates += [(run.name, css, run.after) for css, run in zip(colours_of(runs), runs, strict=True)]
     for label, css, validation in estimates:
         interval = verdicts.accuracy(validation)
         if interval is not None:
             rows.append(Estimate(label, interval.value, interval.low, interval.high, css))
     chart = interval_chart(rows, label="accuracy with 95 % intervals", text=lambda value: f"{fixed(value)} %")
     series = []
-    for index, run in enumerate(runs):
-        by_step = [(float(step), verdicts.accuracy(validation)) for step, validation in run.validations.items()]
+    for group in grouped(runs):
+        by_step = [(float(step), verdicts.accuracy(one)) for step, one in group.runs[0].validations.items()]
         known = [(step, one) for step, one in by_step if one]
         band = [(step, one.low, one.high) for step, one in known if one.low is not None and one.high is not None]
-        series.append(Series(run.name, [(step, one.value) for step, one in known], series_class(index), band))
+        series.append(group.series(_accuracy_curve, band))
     plot = line_plot(
         series,
         label="accuracy by step",
@@ -104,6 +121,11 @@ def _accuracy_card(runs: Runs) -> str:
     )
     body = f'{answers}<div class="split"></div>{chart}<p class="sub">by step</p>{plot}'
     return card("Did the accuracy change?", body, note="held-out problems; 95 % intervals")
+
+
+def _accuracy_curve(run: RunData) -> list[tuple[float, float]]:
+    by_step = [(float(step), verdicts.accuracy(validation)) for step, validation in run.validations.items()]
+    return [(step, interval.value) for step, interval in by_step if interval is not None]
 
 
 def _before_after(run: RunData, key: str, scale: float, unit: str, what: str = "", *, decimals: int = 1) -> str:
@@ -118,22 +140,14 @@ def _before_after(run: RunData, key: str, scale: float, unit: str, what: str = "
 
 def _thinking_card(runs: Runs) -> str:
     answers = "".join(
-        _verdict(index, run.name, verdicts.thinking_verdict(run))
+        _verdict(css, run.name, verdicts.thinking_verdict(run))
         + _before_after(run, "markers_per_1000_tokens", 1, "", "markers per 1,000 tokens")
         + _before_after(run, "mean_tokens", 1, "", "tokens per answer", decimals=0)
-        for index, run in enumerate(runs)
+        for css, run in zip(colours_of(runs), runs, strict=True)
     )
     charts = ""
     for key, title in (("markers_per_1000_tokens", "markers per 1,000 tokens"), ("mean_tokens", "tokens per answer")):
-        series = [
-            Series(
-                run.name,
-                [(float(step), one.values[key]) for step, one in run.validations.items() if key in one.values],
-                series_class(index),
-                [(float(step), *one.intervals[key]) for step, one in run.validations.items() if key in one.intervals],
-            )
-            for index, run in enumerate(runs)
-        ]
+        series = result_series(runs, key)
         charts += f'<p class="sub">{title}</p>' + line_plot(series, label=title, zero=True, markers=True, height=_LOW)
     note = f"held-out answers; changes of both within ±{100 * verdicts.KEPT:.0f} % count as kept"
     return card("Did the model keep thinking?", f'{answers}<div class="split"></div>{charts}', note=note)
@@ -141,12 +155,12 @@ def _thinking_card(runs: Runs) -> str:
 
 def _target_card(runs: Runs) -> str:
     parts = []
-    for index, run in enumerate(runs):
+    for css, run in zip(colours_of(runs), runs, strict=True):
         summary = verdicts.target_summary(run)
         if summary is None:
-            parts.append(_verdict(index, run.name, "not diagnosed"))
+            parts.append(_verdict(css, run.name, "not diagnosed"))
             continue
-        parts.append(_verdict(index, run.name, verdicts.target_verdict(summary)))
+        parts.append(_verdict(css, run.name, verdicts.target_verdict(summary)))
         parts.append(f'<div class="split"></div>{decomposition.chips(summary, "target")}')
         shares = {name: verdicts.marker_share(summary, name) for name in decomposition.COMPONENTS}
         if None not in shares.values():
@@ -161,36 +175,62 @@ def curves(runs: Runs) -> str:
     """Training metrics by step."""
     names = [name for name in CURVES if any(name in run.training for run in runs)]
     names += sorted({name for run in runs for name in run.training if not name.startswith((GUARD, COST))} - _PLACED)
-    cards, alarms = [], []
+    cards, alarms, constant = [], [], []
+    colours = colours_of(runs)
     for name in names:
         title, note = CURVES.get(name, (name, ""))
         events = [
-            Event(float(step), f"{run.name}, step {step:,}: {text}", series_class(index))
-            for index, run in enumerate(runs)
+            Event(float(step), f"{run.name}, step {step:,}: {text}", css)
+            for css, run in zip(colours, runs, strict=True)
             for step, text in run.alarms(name)
         ]
         alarms += [f"<li>{esc(title)}: {esc(event.text)}</li>" for event in events]
-        cards.append(card(title, line_plot(_series(runs, name), label=title, events=events), note=note))
+        value = _constant(runs, name)
+        if value is not None and not events:
+            constant.append((title, value))
+        else:
+            cards.append(card(title, line_plot(_series(runs, name), label=title, events=events), note=note))
     listed = f'<ul class="lead">{"".join(alarms)}</ul>' if alarms else ""
-    grid = f'<div class="grid">{"".join(cards)}</div>' if cards else '<p class="absent">No step was trained.</p>'
-    return listed + grid
+    grid = f'<div class="grid">{"".join(cards)}</div>' if cards else ""
+    return listed + grid + _folded(constant) or '<p class="absent">No step was trained.</p>'
+
+
+def _constant(runs: Runs, name: str) -> float | None:
+    """The value of a metric that never changes, over several steps and all runs; None for any other."""
+    values = {value for run in runs for _, value in run.training.get(name, [])}
+    steps = max(len(run.training.get(name, [])) for run in runs)
+    return values.pop() if len(values) == 1 and steps > 1 else None
+
+
+def _folded(constant: Sequence[tuple[str, float]]) -> str:
+    """Metrics that never change, as a list behind a summary."""
+    if not constant:
+        return ""
+    rows = [[esc(title), number(value)] for title, value in constant]
+    count = f"{len(rows)} metric{'s' if len(rows) > 1 else ''} that did not change"
+    return f"<details><summary>{count}</summary>{card('Constant', table(['', 'value'], rows))}</details>"
 
 
 def _series(runs: Runs, name: str) -> list[Series]:
-    return [Series(run.name, run.training.get(name, []), series_class(index)) for index, run in enumerate(runs)]
+    return [group.series(lambda run: run.training.get(name, [])) for group in grouped(runs)]
 
 
 def decomposed(runs: Runs, page: Path) -> str:
     """The paper's decomposition: by training step, by position, by entropy, and the push of each component."""
+    named = [
+        (name, *texts) for name, texts in DECOMPOSITION_CURVES.items() if any(name in run.training for run in runs)
+    ]
+    values = {name: _constant(runs, name) for name, _, _ in named}
     cards = [
         card(title, line_plot(_series(runs, name), label=title), note=note)
-        for name, (title, note) in DECOMPOSITION_CURVES.items()
-        if any(name in run.training for run in runs)
+        for name, title, note in named
+        if values[name] is None
     ]
-    body = f'<div class="grid">{"".join(cards)}</div>' if cards else ""
+    folded = _folded([(title, value) for name, title, _ in named if (value := values[name]) is not None])
+    body = (f'<div class="grid">{"".join(cards)}</div>' if cards else "") + folded
     ends = [
-        (f"{run.name}, after", series_class(index), run.diagnoses[AFTER].summary)
-        for index, run in enumerate(runs)
+        (f"{run.name}, after", css, run.diagnoses[AFTER].summary)
+        for css, run in zip(colours_of(runs), runs, strict=True)
         if AFTER in run.diagnoses
     ]
     starts = [("before training", "base", run.diagnoses[BEFORE].summary) for run in runs if BEFORE in run.diagnoses][:1]
@@ -239,6 +279,7 @@ def samples(runs: Runs) -> str:
         markers = run.setting("evaluation.markers") or ()
         shown = "".join(pair_cards(pair, [str(marker) for marker in markers]) for pair in pairs)
         parts.append(f'{heading}<p class="lead">{esc(origin[0].upper() + origin[1:])}.</p>{shown}')
+        parts.append(flipped(run, [str(marker) for marker in markers]))
     return "".join(parts)
 
 
@@ -258,10 +299,7 @@ def throughput(runs: Runs) -> str:
         cards.append(card(run.name, figure + bar + _cost_table(run)))
     if not cards:
         return '<p class="absent">No step was timed.</p>'
-    by_step = [
-        Series(run.name, run.training.get("tokens_per_second", []), series_class(index))
-        for index, run in enumerate(runs)
-    ]
+    by_step = _series(runs, "tokens_per_second")
     cards.append(card("Response tokens per second", line_plot(by_step, label="tokens per second by step", zero=True)))
     return f'<div class="grid">{"".join(cards)}</div>'
 
@@ -296,7 +334,7 @@ def provenance(runs: Runs) -> str:
     if rows:
         parts.append(card("Versions and layout", table(header, rows), note="of the final checkpoint"))
     if len(runs) > 1:
-        flat = [_flat(run.config) for run in runs]
+        flat = [flat_settings(run.config) for run in runs]
         keys = sorted({key for settings in flat for key in settings})
         differing = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
         rows = [[f"<code>{esc(key)}</code>", *(esc(settings.get(key, "–")) for settings in flat)] for key in differing]
@@ -306,13 +344,3 @@ def provenance(runs: Runs) -> str:
         text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
         body += f"<details><summary>configuration of {esc(run.name)}</summary><pre>{esc(text)}</pre></details>"
     return body
-
-
-def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -108,7 +108,7 @@ class DriftConfig:
     forward_kl: str = "warn"
     """Agreement with the target: KL(target ‖ student)."""
     accuracy: str = "keep"
-    """Accuracy on `data.validation`, where that is evaluated often enough during training."""
+    """Accuracy on `data.validation`, compared with the first evaluation, by its standard error."""
     baseline_steps: Annotated[int, Bounds(3, 10**6)] = 8
     """First measurements of a quantity, with which later ones are compared."""
     slack: Annotated[float, Bounds(0, 10)] = 0.05

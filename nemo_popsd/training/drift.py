@@ -8,7 +8,8 @@ A two-sided CUSUM for each quantity (E. S. Page, "Continuous inspection schemes"
 
 k is half a σ, as usual, plus σ/√m, the standard error of μ, plus the change that is tolerated: training is meant to
 change the model, so a lasting change of a few per cent is no alarm. The change began after the last step at which the
-sum was 0.
+sum was 0. Where the standard error of a value is known, as of an accuracy, the first value alone is μ and its standard
+error is σ.
 
 This module needs no torch.
 """
@@ -16,6 +17,7 @@ This module needs no torch.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -41,6 +43,8 @@ class Quantity:
     """What it is, in a message."""
     slack: float
     """Factor of `guard.drift.slack` that gives the tolerated change."""
+    error: str = ""
+    """Name of the metric with its standard error; empty if it has none."""
     is_share: bool = False
     """Whether the tolerated change is absolute, as of a share that starts at 0, and not relative to the baseline."""
 
@@ -56,9 +60,17 @@ QUANTITIES = {
     "repetition": Quantity("train/repetition", "the share of repeated text", 1.0, is_share=True),
     "cut_share": Quantity("train/cut_share", "the share of truncated responses", 1.0, is_share=True),
     "forward_kl": Quantity("train/forward_kl", "the distance from the target", 4.0),
-    "accuracy": Quantity("validation/accuracy", "the accuracy on the validation problems", 1.0, is_share=True),
+    "accuracy": Quantity(
+        "validation/accuracy",
+        "the accuracy on the validation problems",
+        1.0,
+        error="validation/accuracy_stderr",
+        is_share=True,
+    ),
 }
 """By the name of its setting `guard.drift.NAME`."""
+METRICS = [name for quantity in QUANTITIES.values() for name in (quantity.metric, quantity.error) if name]
+"""Names of the metrics that are needed."""
 
 
 @dataclass(frozen=True)
@@ -105,29 +117,31 @@ class Cusum:
     _first: list[float] = field(default_factory=list)
     _sums: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
     _onset: dict[bool, int] = field(default_factory=dict)
+    _error: float = 0.0
 
     @property
     def suspected(self) -> list[int]:
         """The last step before each change that the sums show and that is no alarm yet."""
         return [self._onset[rose] for rose, total in self._sums.items() if total > 0]
 
-    def update(self, step: int, value: float) -> tuple[bool, int, float] | None:
-        """Takes the value of a step; values that are not finite are left out.
+    def update(self, step: int, value: float, error: float = 0.0) -> tuple[bool, int, float] | None:
+        """Takes the value of a step, and its standard error if it is known; values that are not finite are left out.
 
         Returns:
             Whether it rose, the last step before the change, and the baseline; None while the sums are within bounds.
         """
         if not math.isfinite(value):
             return None
-        if len(self._first) < self.settings.baseline_steps:
+        if len(self._first) < (1 if self.quantity.error else self.settings.baseline_steps):
             self._first.append(value)
+            self._error = error
             self._onset = {True: step, False: step}
             return None
         count = len(self._first)
         baseline = sum(self._first) / count
         tolerated = self.quantity.tolerated(baseline, self.settings.slack)
-        variance = sum((x - baseline) ** 2 for x in self._first) / (count - 1)
-        spread = max(math.sqrt(variance), _LEAST_SPREAD * tolerated, 1e-12)
+        deviation = self._error if self.quantity.error else statistics.stdev(self._first)
+        spread = max(deviation, _LEAST_SPREAD * tolerated, 1e-12)
         z, allowance = (value - baseline) / spread, _ALLOWANCE + 1 / math.sqrt(count) + tolerated / spread
         for rose, signed in ((True, z), (False, -z)):
             self._sums[rose] = max(0.0, self._sums[rose] + signed - allowance)
@@ -159,7 +173,8 @@ class DriftWatch:
         alarms = []
         for name, detector in list(self._detectors.items()):
             value = metrics.get(QUANTITIES[name].metric)
-            found = None if value is None else detector.update(step, value)
+            error = metrics.get(QUANTITIES[name].error, 0.0)
+            found = None if value is None else detector.update(step, value, error)
             if found is not None and value is not None:
                 rose, onset, baseline = found
                 alarms.append(Alarm(step, name, rose, value, baseline, onset))

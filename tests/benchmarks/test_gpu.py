@@ -30,6 +30,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_hangs_or_is_killed_does_not_affect_others(tmp_path: Path) -> None:
     parts = [part("crash"), part("hang", 8), part("killed"), part("pass")]
     statuses = run_parts(parts, tmp_path, head="# Results", total_seconds=300)

@@ -66,7 +66,7 @@ def _restore(path: Path, world_size: int, name: str) -> tuple[NemoCheckpoint, An
     student = Student(
         checkpoint.architecture,
         checkpoint.config.student,
-        ParallelConfig(tensor=world_size),
+        ParallelConfig(tensor=world_size, sequence="false"),
         seed=99,
         load_initial=refuse,
         load_trained=checkpoint.load_trained,
@@ -80,7 +80,9 @@ def _merged(path: Path, world_size: int) -> Any:
 
     source = open_source(str(path))
     [model] = build_chunks(
-        source.architecture.provider(), StudentConfig(precision="fp32"), ParallelConfig(tensor=world_size)
+        source.architecture.provider(),
+        StudentConfig(precision="fp32"),
+        ParallelConfig(tensor=world_size, sequence="false"),
     )
     source.load(model)
     return model

@@ -36,7 +36,7 @@ def _logits(rank: int, world_size: int) -> Tensor:
     initialize(ParallelConfig(tensor=world_size), seed=1)
     source = open_source(str(CHECKPOINT))
     student = StudentConfig(precision="fp32", adaptation="full")
-    [model] = build_chunks(source.architecture.provider(), student, ParallelConfig(tensor=world_size))
+    [model] = build_chunks(source.architecture.provider(), student, ParallelConfig(tensor=world_size, sequence="false"))
     source.load([model.eval()])
     return whole_logits(model, _expected()[0], source.architecture.vocab_size)
 

@@ -138,7 +138,7 @@ LAYOUTS["dp2 split on transformer engine"] = LAYOUTS["dp2 split"]
 @pytest.mark.parametrize(
     ("between", "layers"),
     [
-        ("tp2", LOCAL),
+        pytest.param("tp2", LOCAL, marks=pytest.mark.slow),
         pytest.param("dp2", LOCAL, marks=pytest.mark.slow),
         ("dp2 split", LOCAL),
         pytest.param("tp2 split", LOCAL, marks=pytest.mark.slow),

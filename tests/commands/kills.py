@@ -15,6 +15,7 @@ anything differs.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import os
 import random
@@ -242,6 +243,7 @@ def main() -> int:
     set_up_console()
     import nemo_popsd.commands.entry  # noqa: F401
 
+    gc.freeze()  # collections in the attempts neither visit nor copy what was imported
     torch.set_num_threads(1)
     cases = [Case(*parts) for parts in itertools.product((False, True), (1, 2), (False, True), (1, 2))]
     random.Random(options.seed).shuffle(cases)

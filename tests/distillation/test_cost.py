@@ -188,8 +188,18 @@ def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plan
     return _Peak(operations.peak - before, operations.largest, operations.alive - before)
 
 
-@pytest.mark.parametrize("divergence", [FORWARD, REVERSE, JSD], ids=lambda d: d.kind)
-@pytest.mark.parametrize("diagnosing", [False, True])
+@pytest.mark.parametrize(
+    ("divergence", "diagnosing"),
+    [
+        (FORWARD, False),
+        (REVERSE, True),
+        (JSD, False),
+        (JSD, True),
+        pytest.param(FORWARD, True, marks=pytest.mark.slow),
+        pytest.param(REVERSE, False, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Divergence) else str(value),
+)
 def test_no_tensor_has_the_logits_of_all_tokens_and_the_peak_is_one_chunk(monkeypatch, divergence, diagnosing):
     """16 chunks: the peak is that of three buffers of one, whatever the divergence, and a tile of temporaries."""
     tokens, chunk, vocab, hidden = 512, 32, 2000, 8

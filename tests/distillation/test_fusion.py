@@ -80,6 +80,7 @@ def test_fused_agrees_with_the_dense_reference_in_shards():
         assert max(found) < 1e-5, found
 
 
+@pytest.mark.slow
 def test_fused_keeps_an_exact_zero():
     problem = make_problem(4, vocab=60, padded=64).to(torch.float32)
     same = type(problem)(**{**vars(problem), "base": problem.student, "reference": problem.privileged})
@@ -89,6 +90,7 @@ def test_fused_keeps_an_exact_zero():
         assert result.per_token.count_nonzero() == hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
 
 
+@pytest.mark.slow
 def test_fused_keeps_non_finite_values():
     problem = make_problem(5, vocab=60, padded=64).to(torch.float32)
     for field, divergence in itertools.product(("student", "base", "privileged"), KINDS.values()):

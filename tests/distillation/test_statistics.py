@@ -80,6 +80,7 @@ def test_statistics_agree_with_dense_formulas(dtype, limit):
     assert max(_decomposition_errors(0, 1, dtype)) < limit
 
 
+@pytest.mark.slow
 def test_statistics_agree_with_dense_formulas_in_shards():
     for found in run_ranks(_both, 2):
         assert max(found[torch.float64]) < 1e-10

@@ -138,7 +138,8 @@ def check_make(words: Sequence[str]) -> None:
     for word in words:
         name, given, value = word.partition("=")
         if given:
-            if not re.search(rf"^(export )?{name} \?=", makefile, re.MULTILINE):
+            default = rf"^(export )?{name} \?=|^ifeq \(\$\(origin {name}\), undefined\)"
+            if not re.search(default, makefile, re.MULTILINE):
                 raise WrongCommandError(f"the Makefile has no variable {name}")
             if name == "ARGS" and "train" in words:
                 check_popsd(["train", "conf/tiny.yaml", *shlex.split(value)])
@@ -156,7 +157,7 @@ def check_sbatch(words: Sequence[str]) -> None:
     check_popsd([JOBS[Path(script).stem], *words[scripts[0] + 1 :]])
 
 
-def check_pipeline(words: Sequence[str]) -> None:
+def check_training(words: Sequence[str]) -> None:
     """Options of sbatch, then the arguments of the training."""
     rest = [word for word in words if not word.startswith("-")]
     check_popsd(["train", *rest])
@@ -201,7 +202,8 @@ _PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "python3": check_python,
     "make": check_make,
     "sbatch": check_sbatch,
-    "slurm/pipeline.sh": check_pipeline,
+    "slurm/pipeline.sh": check_training,
+    "slurm/train.sh": check_training,
     "slurm/sweep.sh": check_sweep,
     "source": check_first_file,
     "cp": check_first_file,

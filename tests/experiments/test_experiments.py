@@ -50,6 +50,7 @@ from nemo_popsd.testbed.problems import FAMILIES, records, split_of
 from nemo_popsd.testbed.templates import CONTEXTS, user_turn
 
 
+@pytest.mark.slow
 def test_tuning_rows_share_no_task_with_the_embedded_ones_and_contain_all_families_equally() -> None:
     assert FILE.read_text() == text()
     tuning = tuning_problems()

@@ -99,7 +99,9 @@ def _examine(rank: int, world_size: int, source: Path, folder: Path) -> dict[str
         result["on again"] = whole_logits(gpt, IDS, cases.VOCABULARY)
 
     [merged] = build_chunks(
-        HuggingFaceModel(source).provider(), StudentConfig(precision="fp32"), ParallelConfig(tensor=world_size)
+        HuggingFaceModel(source).provider(),
+        StudentConfig(precision="fp32"),
+        ParallelConfig(tensor=world_size, sequence="false"),
     )
     merged.load_state_dict(merged_state(gpt, LORA))
     result["merged"] = whole_logits(merged, IDS, cases.VOCABULARY)

@@ -191,7 +191,7 @@ def elsewhere(rank: int, world_size: int, folder: Path, tensor: int) -> dict[str
         trainer = build_trainer(
             load_config(TINY, overrides(folder / "elsewhere", adaptation, f"parallel.tensor={tensor}"))
         )
-        layout = OmegaConf.create({"parallel": {"tensor": tensor}})
+        layout = OmegaConf.create({"parallel": {"tensor": tensor, "sequence": "false"}})
         path = str(folder / adaptation / "saved.nemo")
         model = PurifiedOPSDModel.restore_from(path, override_config_path=layout, trainer=trainer)
         seen[adaptation] = whole_logits(model.student.gpt.eval(), IDS, model.student.vocab_size)

@@ -184,7 +184,7 @@ def test_the_address_of_missing_ranks_is_logged_and_the_wait_ends(distributed, m
     logged: list[str] = []
     monkeypatch.setattr(distributed.logger, "error", lambda text, *values: logged.append(text % values))
     monkeypatch.setattr(distributed, "_PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(distributed, "_LONGEST_START", timedelta(seconds=2))
+    monkeypatch.setattr(distributed, "_LONGEST_START", timedelta(seconds=1))
     with pytest.raises(
         TransientError, match=rf"rank 0 of 2: not all ranks of the run connected to MASTER_ADDR=127\.0\.0\.1.*{port}"
     ):

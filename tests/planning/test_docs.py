@@ -25,7 +25,8 @@ def printed(command: str) -> str:
     """What `command` prints: a table as it is, anything else fenced."""
     program, name, conf, *words = shlex.split(command)
     assert (program, name) == ("popsd", "plan")
-    flags = {name: f"--{name}" in words for name in ("explain", "sharing", "evaluation")}
+    flags = {name: f"--{name}" in words for name in ("explain", "sharing", "evaluation", "failures")}
+    flags["simulated"] = "--simulate" in words
     settings = [word for word in words if not word.startswith("--")]
     try:
         text = plan_text(ROOT / conf, settings, fastest_layout="--fastest" in words, **flags)

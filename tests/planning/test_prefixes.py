@@ -50,7 +50,7 @@ def test_layouts_that_do_not_share_are_planned_so() -> None:
 def test_a_path_between_two_frozen_passes_is_kept() -> None:
     def kept(*settings: str) -> float:
         [stage] = stages(run_sizes, case("Qwen3-8B").layout)
-        return memory._of_stage(case("Qwen3-8B", "rollout.per_prompt=4", *settings), stage).phases["frozen"][
+        return memory.of_stage(case("Qwen3-8B", "rollout.per_prompt=4", *settings), stage).phases["frozen"][
             "kept prefix"
         ]
 

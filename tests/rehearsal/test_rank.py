@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,6 @@ import torch.distributed as dist
 from tests.harness import run_ranks
 from tests.planning import cases
 from tests.tiny_models import save_tiny_model
-
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "data 8": (8, []),
-    "data 512": (512, ["training.prompts_per_step=512"]),
-    "tensor 2, full": (8, ["parallel.tensor=2", "parallel.sequence=false", "student.adaptation=full"]),
-    "tensor 8, sequence": (16, ["parallel.tensor=8"]),
-    "context 2": (8, ["parallel.context=2"]),
-}
 
 
 def _real(rank: int, world_size: int, directory: Path, config: Any) -> dict[str, Any]:
@@ -76,36 +67,6 @@ def test_a_rehearsed_step_takes_what_the_real_one_takes(tmp_path: Path, variant:
         assert one.calls == other.calls
         # The rehearsal's peak has what exists between steps.
         assert other.peak - rehearsed.standing == pytest.approx(one.peak, rel=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_widths_of_a_real_model_take_what_is_planned(name: str) -> None:
-    from nemo_popsd.config.loading import load_config
-    from nemo_popsd.planning.config import PlanConfig, WorkloadConfig
-    from nemo_popsd.planning.sizes import read_model_file, read_sizes
-    from nemo_popsd.planning.workload import Case
-    from nemo_popsd.rehearsal.command import quantities
-    from nemo_popsd.rehearsal.rank import as_rehearsed
-
-    world, words = LAYOUTS[name]
-    shorter = ["data.max_prompt_tokens=256", "data.max_reference_tokens=512", "rollout.max_response_tokens=1024"]
-    conf = Path(__file__).parents[2] / "conf" / "qwen3_8b.yaml"
-    run = as_rehearsed(load_config(conf, ["student.source=Qwen3-8B", *shorter, *words]))
-    sizes = dataclasses.replace(read_sizes("Qwen3-8B")[0], layers=2)
-    content = {**read_model_file("Qwen3-8B").content, "num_hidden_layers": 2}
-    plan = PlanConfig(gpus_per_node=8, workload=WorkloadConfig(layers="plain"))
-    case = Case(run, plan, sizes, world // 8, device="cpu")
-    which = 0 if run.parallel.tensor > 1 else world - 1  # the last shard of the vocabulary has fewer true entries
-    [found] = run_ranks(_rehearsed, 1, case, content, which)
-    ratios = {item.name: item.ratio for item in quantities(case, found)}
-    assert found.rank == which
-    for exact in ("weights", "between steps", "frozen, work"):
-        assert ratios[exact] == pytest.approx(1, abs=1e-5), ratios
-    # Of two layers; of a whole model the plan is closer (docs/planning.md).
-    assert ratios["training, work"] == pytest.approx(1, abs=0.01), ratios
-    for peak in ("frozen, peak", "training, peak"):
-        assert 0.7 < ratios[peak] < 1.15, ratios
 
 
 def test_peers_are_copies_of_this_rank() -> None:

@@ -14,12 +14,16 @@ from nemo_popsd.diagnosis.groups import MEASURES, TokenFigures, group_figures
 from nemo_popsd.diagnosis.push import COMPONENTS
 from nemo_popsd.diagnosis.record import Diagnosis
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS
+from nemo_popsd.diagnosis.views.record import Score, ViewScores
+from nemo_popsd.diagnosis.views.tokens import DISTRIBUTIONS as VIEW_DISTRIBUTIONS
+from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS
 from nemo_popsd.evaluation.comparison import Evaluation
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.markers import count_markers
 from nemo_popsd.evaluation.records import EvaluationDirectory, Problem, Sample, SampleScore, SampleSettings
 from nemo_popsd.observability.metrics import DECLARED, GROUPS, CostMetrics, MismatchMetrics, StepMetrics
 
+_DIFFERENCES = ("teacher_over_reference", "target_over_student")
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->\u2028\x00 <b>bold</b> &lt;"
 """Text that breaks out of a page that does not escape it."""
 
@@ -158,4 +162,51 @@ def _rollout(row: int, text: str, tokens: int) -> dict[str, Any]:
         "marked": [int(token % 5 == 0) for token in range(tokens)],
         "values": values,
         "alternatives": {"texts": [text, " other"], **alternatives} if row == 0 else None,
+    }
+
+
+def view_scores(text: str = "solution") -> ViewScores:
+    """Scores of the view `text` and of one without any defined score."""
+    score: Score = {"value": 0.5, "low": 0.25, "high": 0.75}
+    own = ("accuracy", "markers", "ends")
+    names = [
+        *(s.name for s in SIGNAL_STATISTICS),
+        *("distance", "markers", "markers_share", "ends", "length_share", "accuracy", "accuracy_over_student", "gain"),
+        *(f"{kind}_{name}" for kind in ("fork", "uncertain") for name in (*VIEW_DISTRIBUTIONS, *_DIFFERENCES)),
+    ]
+    return {
+        "format": 1,
+        "name": text,
+        "settings": {
+            "source": "train",
+            "problems": 64,
+            "samples": 8,
+            "teacher_samples": 2,
+            "uncertain_entropy": 0.5,
+            "horizon": 1024,
+            "seed": 1,
+            "markers": ["Wait"],
+            "confidence": 0.95,
+        },
+        "answers": 512,
+        "right": 256,
+        "compared": 40,
+        "student": dict.fromkeys(own, score),
+        "candidates": [
+            {
+                "name": text,
+                "family": "purified",
+                "scores": dict.fromkeys(names, score),
+                "kind": "helps",
+                "verdict": text,
+            },
+            {
+                "name": "none",
+                "family": "purified",
+                "scores": dict.fromkeys(names),
+                "kind": "undecided",
+                "verdict": "none: undecided.",
+            },
+        ],
+        "best": f"Best: {text}.",
     }

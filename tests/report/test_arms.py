@@ -11,6 +11,7 @@ import pytest
 from nemo_popsd.cli.main import main
 from nemo_popsd.config.loading import load_config, save_resolved
 from nemo_popsd.report.arms import Mean, _quantile, arms, section, text
+from nemo_popsd.report.groups import colours_of, grouped
 from nemo_popsd.report.run import RunData, read_run
 from tests.report.runs_on_disk import write_run
 
@@ -64,6 +65,23 @@ def test_runs_that_differ_in_their_seed_alone_form_an_arm(runs: list[RunData]) -
     assert [mean.value for mean in figures] == pytest.approx([60.0, 64.0, 4.0])
     (alone,) = arms(runs[:3])
     assert alone.differences == "r0"
+
+
+def test_the_seeds_of_an_arm_are_one_line_with_an_interval(runs: list[RunData]) -> None:
+    first, second = grouped(runs)
+    assert (first.label, first.css, second.label, second.css) == ("optimizer.lr=1e-05, 3 seeds", "s1", "r3", "s2")
+    values = iter(([(0.0, 1.0), (1.0, 2.0)], [(0.0, 3.0), (1.0, 3.0)], [(0.0, 2.0), (1.0, 7.0), (2.0, 9.0)]))
+    line = first.series(lambda run: next(values))
+    assert line.points == [(0.0, 2.0), (1.0, 4.0)], "the steps that all seeds have"
+    step, low, high = line.band[1]
+    assert (step, low, high) == pytest.approx((1.0, 4.0 - 6.57, 4.0 + 6.57), abs=0.01)
+    alone = second.series(lambda run: [(0.0, 1.0)], [(0.0, 0.5, 1.5)])
+    assert (alone.points, alone.band) == ([(0.0, 1.0)], [(0.0, 0.5, 1.5)])
+    assert colours_of(runs) == ["s1", "s1", "s1", "s2"]
+    assert colours_of([runs[0], read_run(runs[0].directory)]) == ["s1", "s2"], "one seed, twice"
+    for run in runs:
+        run.config["name"] = "slow" if run in first.runs else "fast"
+    assert [group.label for group in grouped(runs)] == ["slow, 3 seeds", "fast"]
 
 
 def test_the_table_is_on_the_page_and_on_the_terminal(runs: list[RunData], capsys: pytest.CaptureFixture[str]) -> None:

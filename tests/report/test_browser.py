@@ -12,6 +12,7 @@ from tests.browser import Browser, Page, running_browser
 from tests.report.runs_on_disk import EVIL, write_run, write_samples
 
 DESKTOP, PHONE = 1280, 390
+UNFOLD = "document.querySelectorAll('details').forEach(d => { d.open = true; })"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,8 @@ def opened(browser: Browser, file: Path, width: int, *, dark: bool = False) -> P
 def test_pages_fit_the_width_and_escape_text(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
     page = opened(browser, pages[name], width)
     assert page.value("document.documentElement.scrollWidth") <= width
+    page.value(UNFOLD)
+    assert page.value("document.documentElement.scrollWidth") <= width
     assert page.value("document.scripts.length") == page.value("document.querySelectorAll('script').length")
     assert page.value("[...document.scripts].filter(s => s.type !== 'application/json').length") == 1
     assert page.value("document.querySelectorAll('img, iframe, link[href^=http], b > script').length") == 0
@@ -75,6 +78,7 @@ def test_every_plot_is_drawn(browser: Browser, pages: dict[str, Path]) -> None:
     assert len(set(colours)) == 3
     assert "none" not in colours
     assert page.value("document.querySelectorAll('ol.push li').length") > 40
+    page.value(UNFOLD)
     missing = page.value("[...document.querySelectorAll('section.card')].filter(s => !s.innerText.trim()).length")
     assert missing == 0
 

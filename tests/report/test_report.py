@@ -11,6 +11,7 @@ import pytest
 from nemo_popsd.errors import UserError
 from nemo_popsd.observability.metrics import DECLARED, MismatchMetrics, StepMetrics
 from nemo_popsd.report import verdicts, write_diagnosis_page, write_report
+from nemo_popsd.report.groups import told_apart
 from nemo_popsd.report.rollouts import answer_pairs, is_truncated, pair_cards
 from nemo_popsd.report.run import read_run
 from nemo_popsd.report.sections import CURVES, DECOMPOSITION_CURVES, PHASES
@@ -140,13 +141,14 @@ def test_missing_data_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: young\n")
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
     for text in (
-        "No validation was run",
+        "Accuracy and thinking were not measured: set data.validation.path.",
+        "The target was not diagnosed: set diagnosis.in_training=true.",
         "No step was trained",
         "The run has no stored answers",
         "No step was timed",
     ):
-        assert text in page
-    assert "not diagnosed" in page
+        assert page.count(text) == 1
+    assert "not measured</p>" not in page
 
 
 def test_several_runs_are_compared(tmp_path: Path) -> None:
@@ -161,6 +163,62 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert "distillation.target.family" in differing[: differing.index("</table>")]
     assert "optimizer.lr" not in differing[: differing.index("</table>")]
     assert 'href="../a/diagnosis/before/index.html"' in page
+
+
+def test_runs_of_one_name_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, name="run") for name in "abc"]
+    for run, line in zip(runs, ("lr: 1.0e-06", "lr: 0.0001", "lr: 0.0003"), strict=True):
+        config = run / "config.yaml"
+        config.write_text(re.sub(r"\blr: \S+", line, config.read_text(), count=1))
+    other = write_run(tmp_path / "d", name="other")
+    labelled = told_apart([read_run(run) for run in (*runs, other)])
+    assert [run.name for run in labelled] == ["run (lr=1e-06)", "run (lr=0.0001)", "run (lr=0.0003)", "other"]
+    assert [run.name for run in told_apart([read_run(runs[0])] * 2)] == ["run", "run"], "one run, given twice"
+    again = write_run(tmp_path / "e", name="other")
+    assert [run.name for run in told_apart([read_run(other), read_run(again)])] == ["other (d)", "other (e)"]
+    seeds = [write_run(tmp_path / f"s{seed}", name="seeded") for seed in (1, 2)]
+    for seed, run in enumerate(seeds, start=1):
+        config = run / "config.yaml"
+        config.write_text(re.sub(r"^seed: \d+", f"seed: {seed}", config.read_text(), flags=re.MULTILINE))
+    assert [run.name for run in told_apart([read_run(run) for run in seeds])] == ["seeded (seed=1)", "seeded (seed=2)"]
+
+
+def test_flipped_problems_are_listed_with_both_answers(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    write_samples(run, 0, {"lost": True, "won": False, "kept": True}, text="before {}")
+    write_samples(run, 6, {"lost": False, "won": True, "kept": True}, text="after {}")
+    page = write_report([run], tmp_path / "r.html").read_text()
+    start, end = (page.index(f"1 problem became {what}") for what in ("wrong (right → wrong)", "right (wrong → right)"))
+    lost = page[start:end]
+    assert lost.index("before lost") < lost.index("after lost")
+    assert "won" not in lost
+    assert "kept" not in page[start : page.index('id="throughput"')]
+
+
+def test_metrics_that_never_change_are_folded(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (1, 2, 3):
+            file.write(json.dumps({"step": step, "train/same": 4.0, "train/other": float(step)}) + "\n")
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "<h3>other</h3>" in page
+    assert "<h3>same</h3>" not in page
+    folded = page[page.index("that did not change</summary>") :]
+    assert '<th scope="row">same</th><td>4.00</td>' in folded[: folded.index("</details>")]
+
+
+def test_trackers_and_truncated_references_are_in_the_header(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (run / "data.json").write_text('{"references_truncated": 3, "rows_kept": 40}')
+    ids = {"wandb": "a1", "wandb_link": "https://wandb.ai/x/runs/a1", "mlflow": "b2", "mlflow_link": "javascript:x"}
+    (run / "trackers.json").write_text(json.dumps(ids))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "references truncated <b>3 of 40 (data.max_reference_tokens)</b>" in page
+    assert 'W&amp;B <a href="https://wandb.ai/x/runs/a1" rel="noreferrer">a1</a>' in page
+    assert "MLflow <b>b2</b>" in page
+    assert "javascript" not in page
+    (run / "trackers.json").write_text("{")
+    assert "W&amp;B" not in write_report([run], tmp_path / "r.html").read_text()
 
 
 def test_every_listed_metric_exists() -> None:

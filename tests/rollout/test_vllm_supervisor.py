@@ -15,6 +15,7 @@ import pytest
 
 from nemo_popsd.errors import StopRequested, TransientError, UserError
 from nemo_popsd.rollout.engine import Request, SamplingParams
+from nemo_popsd.rollout.vllm import supervisor
 from nemo_popsd.rollout.vllm.config import VllmConfig
 from nemo_popsd.rollout.vllm.engine import VllmEngine
 from nemo_popsd.rollout.vllm.environment import SERVER, check_environment, server_environment
@@ -194,7 +195,10 @@ def test_a_failure_after_a_server_has_loaded_is_not_a_user_error(tmp_path: Path)
     ],
     ids=["dies", "hangs", "fails", "sends garbage"],
 )
-def test_a_server_that_fails_at_a_request_is_lost_and_ended(tmp_path: Path, answer: str, printed: str) -> None:
+def test_a_server_that_fails_at_a_request_is_lost_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, printed: str
+) -> None:
+    monkeypatch.setattr(supervisor, "_EXIT_SECONDS", 1.5)  # one of them never exits by itself
     server = VllmServer(launch(tmp_path, replying_server(tmp_path, answer), answer_seconds=1))
     with pytest.raises(ServerLost, match=printed):
         server.ask({"request": "generate"})

@@ -33,20 +33,21 @@ SETTINGS = [
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=60", "--signal=B:USR1@120")
 
 
-PYTHON = f"""#!/bin/sh
-# The nodes are checked in the first start alone: each further check would only import all packages again.
-case "$3-${{SLURM_RESTART_COUNT:-0}}" in
-doctor-0) ;;
+PYTHON = """#!/bin/sh
+# The nodes are checked in the first start of the first job: further checks would only import all packages again.
+case "$3-${SLURM_RESTART_COUNT:-0}" in
+doctor-CHECKED_START) ;;
 doctor-*) exit 0 ;;
 esac
-exec {sys.executable} "$@"
+exec EXECUTABLE "$@"
 """
 
 
-def submit(slurm: Cluster, place: Path, *flags: str) -> str:
+def submit(slurm: Cluster, place: Path, *flags: str, is_checked: bool = True) -> str:
     place.mkdir()
     python = place / "python"
-    python.write_text(PYTHON)
+    text = PYTHON.replace("EXECUTABLE", sys.executable)
+    python.write_text(text.replace("CHECKED_START", "0" if is_checked else "none"))
     python.chmod(0o755)
     environment = {
         "POPSD_PYTHON": str(python),
@@ -151,7 +152,7 @@ def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(slurm: Cluste
 
     # An urgent job, which is not interrupted, takes two of the three nodes.
     reached = max(losses(place))
-    other = submit(slurm, plain, "--partition=urgent")
+    other = submit(slurm, plain, "--partition=urgent", is_checked=False)
     slurm.wait_for(job, "PENDING", seconds=120, restarts=2)
     slurm.wait_for(other, "COMPLETED", seconds=600)
     assert slurm.record(other)["Restarts"] == "0"

@@ -80,7 +80,7 @@ def trained(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _errors(results: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
-    """Relative errors: of the losses of three steps, of the first gradient, of the weights after the third step."""
+    """Relative errors: of the losses of two steps, of the first gradient, of the weights after the second."""
     losses = [abs(got.loss / want.loss - 1) for got, want in zip(results["metrics"], exact["metrics"], strict=True)]
     errors = {"loss": max(losses)}
     for what in ("gradients", "weights"):
@@ -95,7 +95,7 @@ def _errors(results: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
 def test_training_in_bf16_is_close_to_fp32(
     trained: dict[str, list[dict[str, Any]]], exact: dict[str, Any], run: str, variant: str
 ) -> None:
-    """Forward, gradient and three optimizer steps."""
+    """Forward, gradient and two optimizer steps."""
     [local] = trained["local"]
     beside = _errors(local[variant], exact[variant])
     for rank in trained[run]:

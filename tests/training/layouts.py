@@ -1,4 +1,4 @@
-"""Three steps on fixed rollouts in any layout, with every gradient and weight of the full model by name."""
+"""Two steps on fixed rollouts in any layout, with every gradient and weight of the full model by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 LENGTHS = (9, 1, 4, 12, 1, 7)
 """Response tokens of the step's rows; one-token responses among them."""
-STEPS = 3
+STEPS = 2
+"""The second starts from updated weights, moments and moved teachers."""
 # An epsilon above the rounding of the gradients: Adam's first step is lr · g / (|g| + eps).
 OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "clip_grad": 1.0, "distributed": "false"}
 

@@ -34,9 +34,51 @@ def test_the_quantities_are_those_of_the_settings() -> None:
         DriftConfig(marker_rate="loud")
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("Purified")])
-def test_purified_runs_are_quiet(name: str) -> None:
-    assert alarms(RECORDED[name]) == {}
+def recorded(method: str, rate: str) -> list[dict[str, list[float]]]:
+    return [run for name, run in RECORDED.items() if name.startswith(f"{method}, {rate}, ")]
+
+
+QUIET = [run for rate in ("1e-5", "3e-5", "1e-4", "3e-4") for run in recorded("Purified", rate)]
+QUIET += recorded("OPSD", "3e-6") + recorded("OPSD", "1e-5")
+"""Runs that change little: Purified up to its highest useful rate, and OPSD at rates that cost at most 1.5 points."""
+
+
+def first_alarms(runs: list[dict[str, list[float]]], settings: DriftConfig | None = None) -> list[int | None]:
+    return [min((alarm.step for alarm in alarms(run, settings).values()), default=None) for run in runs]
+
+
+def test_runs_that_change_little_are_quiet() -> None:
+    assert len(QUIET) >= 24
+    assert set(first_alarms(QUIET)) == {None}
+    assert set(first_alarms(recorded("Purified", "1e-3"))) == {None}
+
+
+def test_the_delays_are_those_of_the_documents() -> None:
+    """docs/guards.md has these figures."""
+    assert first_alarms(recorded("OPSD", "1e-4")) == [None, 24, None]
+    assert first_alarms(recorded("OPSD", "3e-4")) == [15, 15, 17]
+    assert first_alarms(recorded("OPSD", "1e-3")) == [14, 13, 14]
+    assert first_alarms(recorded("live PMI", "1e-3")) == [10, 9, 10]
+
+
+def test_a_lower_threshold_notices_small_changes() -> None:
+    """It also has alarms by chance in long runs: docs/guards.md."""
+    sensitive = DriftConfig(threshold=5)
+    assert set(first_alarms(QUIET, sensitive)) == {None}
+    assert None not in first_alarms(recorded("OPSD", "1e-4"), sensitive)[1:]
+
+
+def test_an_accuracy_is_compared_with_the_first_evaluation_by_its_standard_error() -> None:
+    def found(*values: float, error: float = 0.02) -> list[Alarm]:
+        watch = DriftWatch(DriftConfig())
+        steps = [{"validation/accuracy": value, "validation/accuracy_stderr": error} for value in values]
+        return [alarm for step, metrics in enumerate(steps) for alarm in watch.update(50 * step, metrics)]
+
+    (alarm,) = found(0.6, 0.3, 0.3)
+    assert (alarm.step, alarm.rose, alarm.onset) == (50, False, 0)
+    assert found(0.6, 0.3, error=0.2) == [], "few problems"
+    assert found(0.6, *[0.6 + change for change in (-0.04, 0.04, -0.05, 0.05)] * 20) == []
+    assert found(0.6, *[0.48] * 10)[0].step < 500, "a smaller change is noticed by its repetition"
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("OPSD, 3e-4")])

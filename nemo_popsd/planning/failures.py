@@ -1,0 +1,140 @@
+"""Goodput of a run whose nodes fail, and how often to save.
+
+A job of N nodes fails when one of them does. It is requeued, starts again, and repeats what came after its last
+complete checkpoint, as `slurm/train.sh` does (tests/slurm). Simulated with simpy, beside the formulas of Young (1974)
+and Daly (2006).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simpy
+
+from nemo_popsd.planning.plan import Estimate
+
+_FAILURES, _SEGMENTS = 400, 10_000
+"""Most failures and segments that are simulated for an interval."""
+_FEWEST_FAILURES = 10
+"""Fewest failures for which a simulation says anything."""
+_CANDIDATES = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)
+"""Intervals that are simulated, by Daly's."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the goodput depends on, in seconds."""
+
+    step: float
+    """One step."""
+    save: float
+    """Standstill of one save."""
+    requeue: float
+    """From a failure until training continues."""
+    between_failures: float
+    """Mean time between failures of any node of the job."""
+
+    @staticmethod
+    def of(estimate: Estimate) -> Rates:
+        """Those of a plan."""
+        settings = estimate.case.plan.simulation
+        return Rates(
+            estimate.seconds.total,
+            settings.checkpoint_seconds,
+            settings.requeue_seconds,
+            settings.node_mtbf_hours * 3600 / estimate.case.nodes,
+        )
+
+
+def young(rates: Rates) -> float:
+    """√(2·C·M), seconds between saves (J. W. Young 1974): C a save, M between failures."""
+    return math.sqrt(2 * rates.save * rates.between_failures)
+
+
+def daly(rates: Rates) -> float:
+    """Daly's higher-order estimate (J. T. Daly 2006), seconds between saves: √(2CM)·[1 + ⅓·√(C/2M) + C/(18·M)] − C for
+    C < 2M, else M.
+    """
+    save, mean = rates.save, rates.between_failures
+    if save >= 2 * mean:
+        return mean
+    half = save / (2 * mean)
+    return math.sqrt(2 * save * mean) * (1 + math.sqrt(half) / 3 + half / 9) - save
+
+
+def expected_goodput(rates: Rates, steps: int) -> float:
+    """Share of the time in which steps are made that last, by formula: with exponential failures a segment of s seconds
+    (`steps` steps and a save) takes M·e^(R/M)·(e^(s/M) − 1) in the mean, R for a requeue, which can fail too (Daly
+    2006).
+    """
+    useful = steps * rates.step
+    mean = rates.between_failures
+    exponent, requeue = (useful + rates.save) / mean, rates.requeue / mean
+    return useful / (mean * math.exp(requeue) * math.expm1(exponent)) if exponent + requeue < 300 else 0.0
+
+
+def simulated_goodput(rates: Rates, steps: int, *, seed: int) -> float | None:
+    """The same from a simulation; None where failures are so rare that it would take too long."""
+    segment = steps * rates.step + rates.save
+    failures = min(_FAILURES, int(_SEGMENTS * segment / rates.between_failures))
+    return _Job(rates, steps, seed).goodput(failures) if failures >= _FEWEST_FAILURES else None
+
+
+class _Job:
+    def __init__(self, rates: Rates, steps: int, seed: int) -> None:
+        self._rates, self._useful = rates, steps * rates.step
+        self._random = np.random.default_rng(seed)
+        self._env = simpy.Environment()
+        self._saved = 0
+
+    def goodput(self, failures: int) -> float:
+        training = self._env.process(self._training())
+        self._env.run(until=self._env.process(self._failures(training, failures)))
+        return self._saved * self._useful / self._env.now
+
+    def _training(self) -> Generator[simpy.Event, Any, None]:
+        """Segments of steps and a save, from the last complete checkpoint again after each failure."""
+        requeued = False
+        while True:
+            try:
+                if requeued:
+                    yield self._env.timeout(self._rates.requeue)
+                    requeued = False
+                yield self._env.timeout(self._useful + self._rates.save)
+                self._saved += 1
+            except simpy.Interrupt:
+                requeued = True
+
+    def _failures(self, training: simpy.Process, failures: int) -> Generator[simpy.Event, Any, None]:
+        for _ in range(failures):
+            yield self._env.timeout(float(self._random.exponential(self._rates.between_failures)))
+            training.interrupt()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Goodput with a save after every `steps` steps."""
+
+    steps: int
+    """Steps between two saves."""
+    expected: float
+    """By formula."""
+    simulated: float | None
+    """By simulation; None where failures are too rare for one."""
+
+
+def intervals(estimate: Estimate) -> list[Interval]:
+    """Intervals around Daly's, and that of the run (`training.checkpoint_every`), in ascending order."""
+    rates, settings = Rates.of(estimate), estimate.case.config.training
+    steps = {max(1, round(factor * daly(rates) / rates.step)) for factor in _CANDIDATES}
+    if settings.checkpoint_every:
+        steps.add(settings.checkpoint_every)
+    seed = estimate.case.plan.simulation.seed
+    return [
+        Interval(count, expected_goodput(rates, count), simulated_goodput(rates, count, seed=seed))
+        for count in sorted(steps)
+    ]
