@@ -42,6 +42,8 @@ _METADATA_CLASSES = {
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _SUBCLASSES = {(_MEGATRON, "MCoreMetadata"): Metadata, (_MEGATRON, "MCoreSavePlan"): SavePlan}
 """Subclasses of megatron-core 0.15 that are read as torch's classes; their additional content is not needed."""
+_RENAMED = {"pathlib._local": "pathlib"}
+"""Modules by which only one version of Python, 3.13, pickles the classes of another module."""
 
 
 class RefusedPickle(pickle.UnpicklingError):
@@ -50,6 +52,7 @@ class RefusedPickle(pickle.UnpicklingError):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
+        module = _RENAMED.get(module, module)
         if (module, name) in _SUBCLASSES:
             return _SUBCLASSES[module, name]
         if name in _METADATA_CLASSES.get(module, ()):

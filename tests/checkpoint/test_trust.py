@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from nemo_popsd.checkpoint.distributed_tensors import DistributedTensors, Piece, write_distributed_tensors
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
+from nemo_popsd.checkpoint.trust import load_metadata
 from nemo_popsd.checkpoint.verification import _transformers_logits
 from nemo_popsd.errors import UserError
 from tests.harness import run_ranks
@@ -94,6 +98,15 @@ def _attack(rank: int, world_size: int, source: Path, folder: Path) -> dict[str,
     assert filesystem.pickle is pickle
     load_weights(student.chunks, folder / "weights")
     return messages
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_metadata_with_a_path_is_read_by_each_python(module: str) -> None:
+    """Python 3.13 pickles paths as those of another module, which other versions do not have."""
+    content = Metadata(state_dict_metadata={}, storage_meta=StorageMeta(checkpoint_id=Path("a")))
+    text = re.sub(rb"cpathlib[._a-z]*\n", f"c{module}\n".encode(), pickle.dumps(content, protocol=2))
+    assert f"c{module}\nPosixPath".encode() in text
+    assert load_metadata(io.BytesIO(text)) == content
 
 
 def test_no_code_is_run_and_each_attack_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     for path in ("/dev/zero", "/dev/null", tmp_path / "fifo", "/dev/tty"):
         assert "regular file" in refusal(path) or "No such device" in refusal(path)
     assert "a directory" in refusal(tmp_path)
-    assert "null byte" in refusal("a\0b")
+    assert " null " in refusal("a\0b")  # a null byte, in Python 3.13 a null character
     assert "too long" in refusal("a" * 5000)
 
 

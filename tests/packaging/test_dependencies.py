@@ -71,6 +71,7 @@ def test_what_only_an_extra_declares_is_known() -> None:
         "wandb",
         "mlflow",
         "nemo_run",
+        "simpy",
     }
 
 
