@@ -207,8 +207,7 @@ def main() -> None:
     plot_rates(records, HERE / "plots" / "rates.svg")
     parts = [
         "# Results of `python -m experiments.results`",
-        f"All runs are in [{FILE.name}]({FILE.name}): {provenance(records)} One thread each. "
-        "± are 95 % intervals over seeds.",
+        f"All runs are in `{FILE.name}`: {provenance(records)} One thread each. ± are 95 % intervals over seeds.",
         table(done),
         "![changes](plots/changes.svg)",
         "Accuracy after training, paired by seed:",

@@ -22,7 +22,7 @@ from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.config import SourceConfig
 from nemo_popsd.data.models import model_path
-from nemo_popsd.diagnosis.record import refuse_other_files
+from nemo_popsd.diagnosis.ownership import refuse_other_files
 from nemo_popsd.errors import SAVED_AND_STOPPED, StopRequested
 from nemo_popsd.evaluation.run import as_file_name, conclude_all, prepare_sets, weights_digest
 from nemo_popsd.files.attempts import RankRecord

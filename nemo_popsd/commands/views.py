@@ -11,7 +11,7 @@ from nemo_popsd.config.loading import to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.sections import with_view
 from nemo_popsd.data.config import SourceConfig
-from nemo_popsd.diagnosis.record import refuse_other_files
+from nemo_popsd.diagnosis.ownership import refuse_other_files
 from nemo_popsd.diagnosis.views.record import FILE, write_views
 from nemo_popsd.evaluation.equivalence import require_math_verify
 from nemo_popsd.evaluation.run import as_file_name

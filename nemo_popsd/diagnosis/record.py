@@ -28,20 +28,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_popsd.diagnosis.ownership import ROLLOUTS, SUMMARY, refuse_other_files
 from nemo_popsd.diagnosis.push import COMPONENTS, PushedTokens
 from nemo_popsd.diagnosis.schema import MarkerPush, PushedEntry, RolloutRecord, Summary
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives
-from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.files.json_files import checksum
-from nemo_popsd.files.ownership import DIAGNOSIS, MARK, read_mark, write_mark
+from nemo_popsd.files.ownership import DIAGNOSIS, write_mark
 
-SUMMARY, ROLLOUTS = "summary.json", "rollouts.jsonl"
 FORMAT = 1
 _DIGITS = 5
 
@@ -67,24 +65,6 @@ class Diagnosis:
         summary = {**self.summary, "rollouts_sha256": hashlib.sha256(lines.encode()).hexdigest()}
         text = json.dumps({**summary, "sum": checksum(summary)}, ensure_ascii=False, indent=1)
         write_text(directory / SUMMARY, text + "\n")
-
-
-def refuse_other_files(directory: Path, names: Sequence[str] = (SUMMARY, ROLLOUTS)) -> None:
-    """Refuses a directory with files of these names that no diagnosis wrote.
-
-    Raises:
-        UserError: names the file.
-    """
-    mark = read_mark(directory)
-    if mark is not None and mark.kind == DIAGNOSIS:
-        return
-    if present := [name for name in names if os.path.lexists(directory / name)]:
-        raise UserError(
-            f"diagnosis {directory}",
-            got=f"{', '.join(present)} but no {MARK} of a diagnosis of nemo_popsd",
-            need="a directory without such files, or an earlier diagnosis; nothing was changed",
-            fix=f"set output to another directory, or move {directory} away",
-        )
 
 
 def rounded(value: float) -> float | None:

@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from nemo_popsd.diagnosis.record import refuse_other_files
+from nemo_popsd.diagnosis.ownership import refuse_other_files
 from nemo_popsd.errors import UserError
 from nemo_popsd.files.atomic import write_text
 from nemo_popsd.files.json_files import checksum, damaged, read_json

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_popsd.data.dataset import EvaluationPrompt
-from nemo_popsd.diagnosis.record import refuse_other_files
+from nemo_popsd.diagnosis.ownership import refuse_other_files
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.records import SampleSettings
 from nemo_popsd.evaluation.sampling import missing_samples
