@@ -89,7 +89,9 @@ LAYOUTS = (
     _layout(_MOE, 4, 8, 4, EP4, PP2, FULL),
     _layout(_MOE, 2, 8, 0, EP2, ATTENTION),
     _layout(_70B, 4, 64, 0, "parallel.tensor=8", SP, PP4, CP2, FULL),
-    _layout(_70B, 4, 64, 63, "parallel.tensor=8", SP, PP4, CP2),
+    _layout(
+        _70B, 4, 64, 56, "parallel.tensor=8", SP, PP4, CP2
+    ),  # the last shard of the vocabulary is smaller than the mean
 )
 
 _FULL_70B = ("parallel.tensor=8", SP, PP4, CP2)
@@ -100,8 +102,8 @@ SIZES = (
     Layout(_8B, 36, 8, 0, (TP2, WHOLE, FULL)),
     Layout("Qwen3-32B", 64, 32, 0, ("parallel.tensor=8", SP)),
     Layout("Qwen3-32B", 64, 32, 0, ("parallel.tensor=8", SP, FULL)),
-    *(Layout(_70B, 80, 64, rank, _FULL_70B) for rank in (0, 16, 63)),
-    *(Layout(_70B, 80, 64, rank, (*_FULL_70B, FULL)) for rank in (0, 16, 63)),
+    *(Layout(_70B, 80, 64, rank, _FULL_70B) for rank in (0, 16, 56)),
+    *(Layout(_70B, 80, 64, rank, (*_FULL_70B, FULL)) for rank in (0, 16, 56)),
     Layout(_MOE, 48, 8, 0, (EP8, ATTENTION)),
     Layout(_MOE, 48, 8, 0, (EP8, FULL)),
     Layout(_8B, 36, 512, 0, ("training.prompts_per_step=512",)),
