@@ -113,7 +113,7 @@ compare: $(RUNTIME_STAMP) ## base, OPSD and Purified OPSD with the same budget, 
 test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 	$(PYTEST) $(ARGS)
 
-check: lint fast ## lint and the fast tests on local layers: what to run before each commit (three minutes)
+check: lint fast ## lint and the fast tests on local layers: what to run before each commit (two to three minutes)
 
 fast: $(DEV_STAMP) $(TE_STAMP) ## the fast tests on local layers
 	$(PYTEST) -q -m "not slow and not transformer_engine" $(ARGS)
