@@ -74,8 +74,8 @@ class RankRecord:
             line["versions"] = library_versions()
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            if self._replaces:
-                self._file.unlink(missing_ok=True)
+            if self._replaces and self._is_a_record():
+                self._file.unlink()
         self._append(line)
 
     def end(self, status: int, text: str = "", where: str = "") -> None:
@@ -114,6 +114,13 @@ class RankRecord:
         else:
             where = "" if is_transient(error) else "; ".join(_frames(frames))
             self.end(1, f"{type(error).__name__}: {error}", where)
+
+    def _is_a_record(self) -> bool:
+        """Whether the file exists and begins as this class writes it; another file is not removed."""
+        with contextlib.suppress(OSError, ValueError), self._file.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+            return isinstance(first, dict) and first.get("event") == "began" and "attempt" in first
+        return False
 
     def _append(self, line: Mapping[str, object]) -> None:
         with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8") as file:
