@@ -128,7 +128,6 @@ def _weights() -> tuple[Entry, ...]:
         ("gate", "loss where the student is unsure", f"{tokens}.max_student_probability=0.99"),
         ("no-markers", "no loss on markers", f"{tokens}.markers=0"),
         ("horizon", "loss on the first 48 tokens", f"{tokens}.horizon=48"),
-        ("half-life", "loss halved every 48 tokens", f"{tokens}.half_life=48"),
     )
     plain = _variant(OPSD, "fast", "Purified's rate")
     fast = tuple(Entry(_variant(plain, name, title, word), PURIFIED, against=plain) for name, title, word in variants)
@@ -253,7 +252,7 @@ TABLES = {
             files=("larger-train", "larger-tuning", "larger-held-out"),
             held_out=str(made("larger-held-out")),
             tuning_rows=str(made("larger-tuning")),
-            weight=5.0,
+            weight=7.0,
             needs=REASONER,
         ),
         Table(
