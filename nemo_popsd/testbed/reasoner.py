@@ -279,22 +279,28 @@ class Pretraining:
             write_lines(curve, [line for line in lines if json.loads(line)["step"] <= self.progress.step])
 
 
-def check(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, object]]:
-    """Prints and returns the accuracy from each context by length and family, on `count` held-out problems of each.
+def check(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, count: int, limits: tuple[int, int] = (512, 2048)
+) -> list[dict[str, object]]:
+    """Prints and returns the accuracy from each context by length and family; long problems have the question alone.
 
-    Long problems are answered from the question alone.
+    Args:
+        model: to check.
+        tokenizer: of the model.
+        count: held-out problems of each length and family.
+        limits: most tokens of an answer to a short and to a long problem.
     """
     found: list[dict[str, object]] = []
     for name, difficulty, contexts, longest in (
-        ("short", LARGER, CONTEXTS, 512),
-        ("long", LONG, CONTEXTS[:1], 2048),
+        ("short", LARGER, CONTEXTS, limits[0]),
+        ("long", LONG, CONTEXTS[:1], limits[1]),
     ):
         for family in difficulty.families:
             some = replace(difficulty, families=(family,))
             rows = records("validation", balanced("validation", count, DATA_SEED, some))
             for context in contexts:
                 one = report(model, tokenizer, rows, context, max_new_tokens=longest)
-                found.append({"length": name, "family": family, **one.as_dict()})
+                found.append({"kind": name, "family": family, **one.as_dict()})
                 print(f"{name:<6}{family:<9}{one}", flush=True)
     return found
 

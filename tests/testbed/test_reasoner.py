@@ -15,7 +15,18 @@ from nemo_popsd.embedded.names import asset
 from nemo_popsd.errors import UserError
 from nemo_popsd.testbed.pretrain import Recipe
 from nemo_popsd.testbed.problems import Difficulty
-from nemo_popsd.testbed.reasoner import LARGER, LONG, Plan, Pretraining, Progress, batches_of, rate, shared_tokenizer
+from nemo_popsd.testbed.reasoner import (
+    LARGER,
+    LONG,
+    Plan,
+    Pretraining,
+    Progress,
+    batches_of,
+    check,
+    rate,
+    shared_tokenizer,
+)
+from nemo_popsd.testbed.templates import CONTEXTS
 
 SHORT = Difficulty(shortest=2, longest=2, sheet=2)
 TINY = Plan(
@@ -106,3 +117,16 @@ def test_the_rate_rises_stays_and_falls() -> None:
 def test_long_problems_have_more_steps_than_short_ones() -> None:
     assert LONG.shortest > LARGER.longest
     assert LONG.families == LARGER.families
+
+
+def test_the_check_has_every_family_and_length_and_keeps_its_limits(tmp_path: Path) -> None:
+    training = Pretraining(tmp_path, TINY)
+    found = check(training.model, training.tokenizer, 2, limits=(3, 5))
+    rows = [(one["kind"], one["family"], one["context"]) for one in found]
+    assert rows == [
+        *(("short", family, context) for family in LARGER.families for context in CONTEXTS),
+        *(("long", family, "question") for family in LARGER.families),
+    ]
+    assert {one["problems"] for one in found} == {2}
+    for name, limit in (("short", 3), ("long", 5)):
+        assert max(float(str(one["length"])) for one in found if one["kind"] == name) == limit
