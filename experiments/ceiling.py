@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from experiments.arms import ARMS
+from experiments.plan import CONF
 from experiments.premise import MODEL
 from experiments.rows import tuning_problems
-from experiments.run import CONF
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.distillation.definition import Branches, target_from_logits

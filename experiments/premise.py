@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.plan import CONF, RUNS
 from experiments.rows import FILE, tuning_problems
-from experiments.run import CONF, RUNS
 from nemo_popsd.embedded.names import asset
 from nemo_popsd.testbed.contexts import report
 from nemo_popsd.testbed.problems import Problem, response, terse_thoughts

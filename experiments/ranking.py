@@ -1,8 +1,10 @@
 """The ranking of the arms before training against what training did: `python -m experiments.ranking`.
 
 Every arm's target is scored on the tuning rows as `popsd diagnose --views` scores views: one diagnosis, of which the
-answers are kept in runs/experiments/ranking. What training did is read from RESULTS-two-rates.md, which has all arms.
-For each score, Spearman's rank correlation over the arms and its p-value from permutations of the arms.
+answers are kept in runs/experiments/ranking. What training did is read from RESULTS-two-rates.md, which has all arms;
+with `--records`, from the records of the main comparison and of the table `views`, whose arms are scored, too. The
+other tables vary what no score of the untrained student sees. For each score, Spearman's rank correlation over the
+arms and its p-value from permutations of the arms.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import spearmanr
 
-from experiments.arms import ARMS
+from experiments.arms import ARMS, Arm
 from experiments.intervals import p_text
-from experiments.rows import FILE as TUNING_ROWS
-from experiments.run import CONF, RUNS
+from experiments.pages import rows_of
+from experiments.plan import CONF, RUNS
+from experiments.records import load
+from experiments.results import FIGURES, Done, change, finished
+from experiments.rows import make
+from experiments.tables import TABLES
 from nemo_popsd.commands.views import without_rows
 from nemo_popsd.config.loading import load_config, to_dict_config
 from nemo_popsd.diagnosis.views.record import CandidateRecord, ViewScores, read_views, write_views
@@ -29,6 +35,9 @@ from nemo_popsd.diagnosis.views.verdicts import KINDS, shown
 
 RESULTS = Path(__file__).with_name("RESULTS-two-rates.md")
 OUTPUT = RUNS / "ranking"
+_VIEWS = TABLES["views"]
+_SCORED = (*ARMS, *(entry.arm for entry in _VIEWS.entries))
+_TITLES = {arm.name: arm.title for arm in _SCORED}
 _PERMUTATIONS = 100_000
 _OUTCOMES = ("accuracy", "markers", "tokens")
 """First words of the columns of the results that are followed by a change."""
@@ -103,6 +112,14 @@ def trained(text: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def recorded(done: Done) -> dict[str, dict[str, float]]:
+    """The changes of records, in the form of `trained`."""
+    return {
+        arm.title: {word: change(runs, of).mean for word, of in zip(_OUTCOMES, FIGURES.values(), strict=True)}
+        for arm, runs in done.items()
+    }
+
+
 def values_of(candidates: Sequence[CandidateRecord], score: str) -> list[float]:
     """A score of every candidate; `order` is the negative place in the order of the verdicts."""
     if score == "order":
@@ -118,7 +135,6 @@ def _value(candidate: CandidateRecord, score: str) -> float:
 
 def table(scores: ViewScores, changes: Mapping[str, Mapping[str, float]]) -> str:
     """Each arm's scores before training beside its changes, best gain first."""
-    titles = {arm.name: arm.title for arm in ARMS}
     lines = [
         "| arm | gain, points per nat | target less student, uncertain tokens | teacher less reference-only teacher | "
         "markers per 1,000 tokens | verdict | accuracy after training, change |",
@@ -134,33 +150,32 @@ def table(scores: ViewScores, changes: Mapping[str, Mapping[str, float]]) -> str
                 ("markers", 1),
             )
         ]
-        after = f"{changes[title]['accuracy']:+.1f}" if (title := titles[one["name"]]) in changes else ""
+        after = f"{changes[title]['accuracy']:+.1f}" if (title := _TITLES[one["name"]]) in changes else ""
         lines.append(f"| {title} | {' | '.join(cells)} | {one['kind']} | {after} |")
     return "\n".join(lines)
 
 
 def correlations(candidates: Sequence[CandidateRecord], changes: Mapping[str, Mapping[str, float]]) -> str:
     """The rank correlation of each score with what training did, over all of these arms that have both."""
-    titles = {arm.name: arm.title for arm in ARMS}
-    known = [one for one in candidates if titles[one["name"]] in changes]
+    known = [one for one in candidates if _TITLES[one["name"]] in changes]
     lines = ["| before training | change after training | arms | rank correlation | p |", "|---|---|---|---|---|"]
     for one in COMPARED:
-        outcomes = [changes[titles[candidate["name"]]][one.outcome] for candidate in known]
+        outcomes = [changes[_TITLES[candidate["name"]]][one.outcome] for candidate in known]
         found = Correlation.of(values_of(known, one.score), outcomes)
         rho = "" if math.isnan(found.rho) else f"{found.rho:+.2f}"
         lines.append(f"| {one.title} | {one.outcome} | {found.arms} | {rho} | {p_text(found.p)} |")
     return "\n".join(lines)
 
 
-def score_arms(problems: int, samples: int) -> ViewScores:
-    """Scores every arm's target on the tuning rows; answers on disk are used."""
+def score_arms(arms: Sequence[Arm], output: Path, problems: int, samples: int) -> ViewScores:
+    """Scores the target of each arm on the tuning rows; answers on disk are used."""
     from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
     from nemo_popsd.model.views import score_candidates
     from nemo_popsd.parallel.distributed import initialize, shutdown
 
     words = [
-        f"output={OUTPUT}",
-        f"data.train.path={TUNING_ROWS}",
+        f"output={output}",
+        f"data.train.path={make('tuning-views')}",
         "data.train.columns.answer=answer",
         f"diagnosis.views.problems={problems}",
         f"diagnosis.views.samples={samples}",
@@ -168,9 +183,9 @@ def score_arms(problems: int, samples: int) -> ViewScores:
     config = load_config(str(CONF), words)
     initialize(config.parallel, seed=config.seed)
     model = PurifiedOPSDModel(to_dict_config(without_rows(config)))
-    candidates = {arm.name: load_config(str(CONF), [*words, *arm.overrides]) for arm in ARMS}
-    scores = score_candidates(model, config, candidates, OUTPUT)
-    write_views(scores, OUTPUT)
+    candidates = {arm.name: load_config(str(CONF), [*words, *arm.overrides]) for arm in arms}
+    scores = score_candidates(model, config, candidates, output)
+    write_views(scores, output)
     shutdown()
     return scores
 
@@ -181,10 +196,16 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=256, help="tuning rows that are answered")
     parser.add_argument("--samples", type=int, default=8, help="the student's answers to each")
     parser.add_argument("--again", action="store_true", help="score although runs/experiments/ranking has scores")
+    parser.add_argument("--records", action="store_true", help="compare with the records, the arms of `views` too")
     options = parser.parse_args()
-    known = None if options.again else read_views(OUTPUT)
-    scores = known or score_arms(options.problems, options.samples)
+    arms, output = (_SCORED, RUNS / "ranking-views") if options.records else (ARMS, OUTPUT)
+    scores = (None if options.again else read_views(output)) or score_arms(
+        arms, output, options.problems, options.samples
+    )
     changes = trained(RESULTS.read_text(encoding="utf-8"))
+    if options.records:
+        main_records = load()
+        changes = recorded({**finished(main_records), **rows_of(_VIEWS, load(_VIEWS.file), main_records)})
     print(
         f"{scores['answers']} answers to {scores['settings']['problems']} problems, {scores['compared']} of them with "
     )

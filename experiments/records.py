@@ -1,4 +1,4 @@
-"""The results of all runs, one line for each: experiments/runs.jsonl, which is in the repository.
+"""The results of all runs, one line for each, in the repository: experiments/runs.jsonl, and tables/*.jsonl.
 
 A run that has a line is not executed again. Run directories are needed only until their line is written.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_popsd.evaluation.records import EvaluationDirectory, SampleScore
+from nemo_popsd.training.drift import PREFIX
 
 FILE = Path(__file__).with_name("runs.jsonl")
 CURVES = ("norm_ratio", "cosine_reference", "cosine_question", "marker_rate", "response_tokens")
@@ -75,6 +76,10 @@ class Record:
     machine: str
     curves: dict[str, list[float]] = field(default_factory=dict)
     """Training metrics by name, one value for each step; empty for tuning, which does not measure them."""
+    between: dict[str, Answers] = field(default_factory=dict)
+    """Evaluations between the first and the last, by step."""
+    alarms: dict[str, int] | None = None
+    """Step of the first alarm at a change (`guard.drift`) by quantity, negative where it fell; None: not recorded."""
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -86,6 +91,7 @@ class Record:
         """Reads a line of the file."""
         found: dict[str, Any] = json.loads(line)
         found["before"], found["after"] = Answers(**found["before"]), Answers(**found["after"])
+        found["between"] = {step: Answers(**one) for step, one in found.get("between", {}).items()}
         return cls(**found)
 
     def line(self) -> str:
@@ -99,16 +105,28 @@ def load(file: Path = FILE) -> list[Record]:
 
 
 def append(record: Record, file: Path = FILE) -> None:
-    """Adds a record to a file."""
+    """Adds a record to a file, which is created if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(record.line())
 
 
-def answers(output: Path) -> tuple[Answers, Answers]:
-    """The first and the last evaluation of a run directory."""
+def answers(output: Path) -> dict[int, Answers]:
+    """The evaluations of a run directory by step, ascending."""
     steps = sorted((output / "validation").glob("step-*"))
-    first, last = (Answers.of(EvaluationDirectory(step).scores()) for step in (steps[0], steps[-1]))
-    return first, last
+    return {int(step.name.removeprefix("step-")): Answers.of(EvaluationDirectory(step).scores()) for step in steps}
+
+
+def alarms(output: Path) -> dict[str, int]:
+    """The first alarm of each quantity in a run directory; see `Record.alarms`."""
+    found: dict[str, int] = {}
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        for name in step:
+            if name.startswith(PREFIX):
+                fell = step[name] < 0
+                found.setdefault(name.removeprefix(PREFIX), -step["step"] if fell else step["step"])
+    return found
 
 
 def curves(output: Path, names: Sequence[str] = CURVES) -> dict[str, list[float]]:

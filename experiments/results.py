@@ -1,5 +1,7 @@
 """Tables and plots of all recorded runs: `python -m experiments.results` writes RESULTS.md and plots/.
 
+The tables of `experiments.tables` have pages of their own: `experiments.pages`.
+
 Each value is a mean over seeds with a 95 % interval (Student's t over the seeds). A change is from before to after
 training of the same seed, with the same problems and the same seeds of the answers.
 """
@@ -18,8 +20,8 @@ from matplotlib import pyplot
 
 from experiments.arms import ARMS, GRID, PURIFIED, RATES, Arm
 from experiments.intervals import Estimate, holm, p_text
+from experiments.plan import chosen, tuned
 from experiments.records import FILE, Answers, Record, load
-from experiments.run import chosen, tuned
 
 HERE = Path(__file__).parent
 
@@ -50,7 +52,8 @@ def change(runs: Sequence[Record], of: Callable[[Answers], float]) -> Estimate:
     return Estimate.of([of(run.after) - of(run.before) for run in runs])
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown; the first line is its header."""
     first, *others = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in (first, ["---"] * len(first), *others))
 
@@ -74,23 +77,36 @@ def table(done: Done) -> str:
             cells += [Estimate.of([of(run.after) for run in runs]).text(), change(runs, of).text(sign=True)]
             cells += [p_text(p)] if title.startswith("accuracy") else []
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def differences(done: Done) -> str:
     """Purified, c=10, β=1 against every other arm: accuracy after training, paired by seed; empty without it."""
-    if PURIFIED not in done:
+    pairs = [(PURIFIED, arm) for arm in done if arm is not PURIFIED]
+    return paired(done, pairs, [arm.title for _, arm in pairs], f"{PURIFIED.title} minus")
+
+
+def paired(done: Done, pairs: Sequence[tuple[Arm, Arm]], titles: Sequence[str], header: str) -> str:
+    """Differences of the accuracy after training, paired by seed, p-values adjusted for all pairs (Holm).
+
+    Args:
+        done: training runs.
+        pairs: minuend and subtrahend; those of which one has no runs are left out.
+        titles: of the pairs.
+        header: of their column.
+    """
+    found = {}
+    for (first, second), title in zip(pairs, titles, strict=True):
+        mine = {run.seed: run.after.accuracy for run in done.get(first, ())}
+        values = [mine[run.seed] - run.after.accuracy for run in done.get(second, ()) if run.seed in mine]
+        if values:
+            found[title] = Estimate.of(values)
+    if not found:
         return ""
-    mine = {run.seed: run.after.accuracy for run in done[PURIFIED]}
-    found = {
-        arm: Estimate.of([mine[run.seed] - run.after.accuracy for run in runs if run.seed in mine])
-        for arm, runs in done.items()
-        if arm is not PURIFIED
-    }
     adjusted = holm([estimate.p for estimate in found.values()])
-    lines = [["Purified, c=10, β=1 minus", "points", "p, Holm"]]
-    lines += [[a.title, e.text(sign=True), p_text(p)] for (a, e), p in zip(found.items(), adjusted, strict=True)]
-    return _markdown(lines)
+    lines = [[header, "points", "p, Holm"]]
+    lines += [[name, e.text(sign=True), p_text(p)] for (name, e), p in zip(found.items(), adjusted, strict=True)]
+    return markdown(lines)
 
 
 def rates_table(records: Sequence[Record]) -> str:
@@ -103,7 +119,7 @@ def rates_table(records: Sequence[Record]) -> str:
             cells = [f"{of_rates[rate]:+.1f}" if rate in of_rates else "" for rate in used]
             cells = [f"**{c}**" if rate == best.get(arm.name) else c for rate, c in zip(used, cells, strict=True)]
             lines.append([arm.title, *cells])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def signal_table(done: Done) -> str:
@@ -122,7 +138,7 @@ def signal_table(done: Done) -> str:
             for _, name, steps in columns
         ]
         lines.append([arm.title, *cells])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def provenance(records: Sequence[Record]) -> str:

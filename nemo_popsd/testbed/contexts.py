@@ -107,6 +107,7 @@ def report(
     context: Context,
     *,
     temperature: float = 1.0,
+    max_new_tokens: int = 256,
     seed: int = 0,
 ) -> ContextReport:
     """Answer every row once from one context and summarise the answers."""
@@ -114,7 +115,7 @@ def report(
     model.eval()
     torch.manual_seed(seed)
     prompts = [user_turn(context, row["question"], row["reference"]) for row in rows]
-    answers = sample_answers(model, tokenizer, prompts, temperature=temperature)
+    answers = sample_answers(model, tokenizer, prompts, temperature=temperature, max_new_tokens=max_new_tokens)
     model.train(training)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     n = len(rows)

@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from nemo_popsd.testbed.data import DATA_SEED, SIZES
 from nemo_popsd.testbed.problems import (
     DIFFICULTY,
     FAMILIES,
-    NAMES,
     Difficulty,
     Problem,
     balanced,
@@ -43,6 +42,11 @@ from nemo_popsd.testbed.tokenizer import build_tokenizer, save_tokenizer
 
 _IGNORED = -100
 _POOL = 16
+
+Encoded = tuple[list[int], list[int]]
+"""Token ids and labels of one sequence."""
+Optimizers = list[tuple[torch.optim.Optimizer, float]]
+"""Each with its peak learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +124,11 @@ def draw_drill(rng: random.Random, difficulty: Difficulty, sheets: float) -> tup
         rng: random generator.
         difficulty: of the operations.
         sheets: share of sheets. A small model that sees versions and sheets only together with problems does not learn
-            to connect them, since the sheet alone explains most of a solution. Sheets therefore use all names.
+            to connect them, since the sheet alone explains most of a solution. Sheets therefore have
+            `difficulty.sheet` values.
     """
     if rng.random() < sheets:
-        problem = draw_problem(rng, replace(difficulty, shortest=len(NAMES) - 1, longest=len(NAMES) - 1))
+        problem = draw_problem(rng, replace(difficulty, shortest=difficulty.sheet, longest=difficulty.sheet))
         user = user_turn("question+reference", problem.which, problem.reference)
         return user, response(terse_thoughts(problem), problem.answer), True
     return "Practise.", drill(rng, difficulty), False
@@ -147,24 +152,34 @@ def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tupl
             else:
                 context, text, thinking = draw_example(problem, rng, recipe)
                 user = user_turn(context, problem.question, problem.reference)
-            turns = [{"role": "user", "content": user}]
-            rendered = tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-            )
-            prompt = tokenizer.encode(str(rendered), add_special_tokens=False)
-            answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-            sequences.append((prompt + answer, [_IGNORED] * len(prompt) + answer))
+            sequences.append(encoded(tokenizer, user, text, thinking))
         sequences.sort(key=lambda pair: len(pair[0]))
         pool = [sequences[i : i + recipe.batch] for i in range(0, len(sequences), recipe.batch)]
         order.shuffle(pool)
         for batch in pool:
-            longest = max(len(ids) for ids, _ in batch)
-            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
-            labels = torch.full((len(batch), longest), _IGNORED)
-            for i, (sequence, targets) in enumerate(batch):
-                ids[i, : len(sequence)] = torch.tensor(sequence)
-                labels[i, : len(targets)] = torch.tensor(targets)
-            yield ids, labels
+            yield collated(batch, tokenizer.pad_token_id)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, user: str, text: str, thinking: bool) -> Encoded:
+    """Token ids and labels of one conversation; only the assistant's tokens, the end included, have labels."""
+    turns = [{"role": "user", "content": user}]
+    rendered = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    prompt = tokenizer.encode(str(rendered), add_special_tokens=False)
+    answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    return prompt + answer, [_IGNORED] * len(prompt) + answer
+
+
+def collated(batch: Sequence[Encoded], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of sequences, right-padded: both `[B, T]`, int64."""
+    longest = max(len(ids) for ids, _ in batch)
+    ids = torch.full((len(batch), longest), padding)
+    labels = torch.full((len(batch), longest), _IGNORED)
+    for i, (sequence, targets) in enumerate(batch):
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        labels[i, : len(targets)] = torch.tensor(targets)
+    return ids, labels
 
 
 def pretrain(output: Path, recipe: Recipe, *, log_every: int = 50, quick_every: int = 0) -> Qwen3ForCausalLM:
@@ -181,29 +196,60 @@ def pretrain(output: Path, recipe: Recipe, *, log_every: int = 50, quick_every: 
     torch.manual_seed(recipe.seed)
     model = Qwen3ForCausalLM(model_config(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    optimizers = _optimizers(model, recipe)
+    optimizers = build_optimizers(model, recipe)
     stream = batches(tokenizer, recipe)
     started, recent = time.perf_counter(), 0.0
     for step in range(1, recipe.steps + 1):
-        ids, labels = next(stream)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]
-        labelled = targets != _IGNORED
-        loss = functional.cross_entropy(model.lm_head(hidden[labelled]), targets[labelled])
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * _rate(step, recipe)
-            optimizer.step()
-        recent += loss.item()
+        recent += train_step(model, optimizers, *next(stream), _rate(step, recipe))
         if step % log_every == 0:
             print(f"step {step} loss {recent / log_every:.4f} {time.perf_counter() - started:.0f} s", flush=True)
             recent = 0.0
         if quick_every and step % quick_every == 0:
             model.save_pretrained(str(output))
             evaluate(model, tokenizer, 128, temperatures=(1.0,), seed=recipe.seed + 1, difficulty=recipe.difficulty)
+    save(model, tokenizer, output)
+    return model
+
+
+def train_step(
+    model: Qwen3ForCausalLM,
+    optimizers: Optimizers,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    multiplier: float,
+    *,
+    bf16: bool = False,
+) -> float:
+    """One update on a batch `[B, T]`.
+
+    Args:
+        model: updated in place.
+        optimizers: with their peak learning rates.
+        ids: token ids.
+        labels: the same where a token has a loss.
+        multiplier: of the peak learning rates.
+        bf16: compute products in bf16; weights and sums stay in fp32.
+
+    Returns:
+        The mean cross-entropy of a labelled token before the update, in nats.
+    """
+    targets = labels[:, 1:]
+    labelled = targets != _IGNORED
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        loss = functional.cross_entropy(model.lm_head(hidden[labelled]), targets[labelled])
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer, peak in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = peak * multiplier
+        optimizer.step()
+    return loss.item()
+
+
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Writes the weights in Hugging Face format, with sampling at temperature 1 as the default."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -213,7 +259,6 @@ def pretrain(output: Path, recipe: Recipe, *, log_every: int = 50, quick_every: 
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(str(output))
-    return model
 
 
 def evaluate(
@@ -235,7 +280,7 @@ def evaluate(
     return reports
 
 
-def _optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+def build_optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> Optimizers:
     """Muon for the matrices of the layers, AdamW for embeddings and norms; each with its peak learning rate."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}

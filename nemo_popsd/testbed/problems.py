@@ -8,6 +8,13 @@ with the version of the problem that it asks for::
     A sequence begins with 37. For the next term take the last, times 3 minus 4, modulo 100. Find term 3. Version: red.
     A shop has 37 boxes. It sells 4, multiplies its stock by 3, buys 5. How many boxes, modulo 100? Version: blue.
 
+Two families are harder (`HARDER`) and are for larger models (`nemo_popsd.testbed.reasoner`): a step may need the value
+of an earlier variable, or depends on whether the last value is even::
+
+    Let a = 37, b = a * 3, c = b + a, d = c - b, all modulo 100. Find d. Version: red.
+    A ring has 100 places. Start at place 37. From an even place go 3 on, from an odd place go 4 back. Which place is it
+    after 3 moves? Version: blue.
+
 A **thoughtful** solution sometimes hesitates ("Maybe", "Perhaps"), recomputes by digits ("Check") and corrects itself
 ("Wait"). Recomputing by digits is easy and guessing is hard, so checks raise the accuracy. A **terse** solution states
 the values only. The **reference** has another style: a sheet of the values of two versions of the problem, each with a
@@ -28,16 +35,19 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from string import ascii_lowercase
 from typing import Literal
 
 MODULUS = 100
 """All values are reduced to two digits."""
-NAMES = "abcdefghi"
+NAMES = (*ascii_lowercase, *(f"a{letter}" for letter in ascii_lowercase))
 """Variable names, in order of definition."""
 
-Family = Literal["chain", "ring", "sequence", "stock"]
+Family = Literal["chain", "ring", "sequence", "stock", "graph", "parity"]
 FAMILIES: tuple[Family, ...] = ("chain", "ring", "sequence", "stock")
-"""All families of problems."""
+"""The families of the embedded data and model."""
+HARDER: tuple[Family, ...] = ("graph", "parity")
+"""Families in which a step needs more than the last value and a constant."""
 
 Split = Literal["pretraining", "train", "validation"]
 _BUCKETS: dict[Split, range] = {"validation": range(8), "train": range(8, 32), "pretraining": range(32, 256)}
@@ -70,6 +80,8 @@ class Difficulty:
     """Share of hesitant guesses that are wrong, and corrected."""
     families: tuple[Family, ...] = FAMILIES
     """Families of problems, with equal shares."""
+    sheet: int = 8
+    """Values on the sheets of the drills."""
 
 
 DIFFICULTY = Difficulty()
@@ -85,6 +97,8 @@ class Step:
     left: str
     x: int
     y: int
+    right: str = ""
+    """The variable whose value is `y`; empty for a constant."""
 
     @property
     def value(self) -> int:
@@ -103,6 +117,8 @@ class Problem:
     """The version of the problem."""
     misses: tuple[int, ...]
     """The values of the other version."""
+    rules: tuple[tuple[str, int], ...] = ()
+    """Of `parity`: operation and constant from an even value, and from an odd one."""
 
     @property
     def question(self) -> str:
@@ -117,8 +133,8 @@ class Problem:
     @property
     def task(self) -> str:
         """The problem statement without the version."""
-        if self.family == "chain":
-            chain = "".join(f", {s.name} = {s.left} {s.op} {s.y}" for s in self.steps)
+        if self.family in ("chain", "graph"):
+            chain = "".join(f", {s.name} = {s.left} {s.op} {s.right or s.y}" for s in self.steps)
             return f"Let a = {self.start}{chain}, all modulo {MODULUS}. Find {self.steps[-1].name}."
         if self.family == "ring":
             moves = ", then ".join(f"{s.y} {_MOVES[s.op]}" for s in self.steps)
@@ -129,6 +145,12 @@ class Problem:
             return (
                 f"A sequence begins with {self.start}. For the next term take the last, {rule}, modulo {MODULUS}. "
                 f"Find term {term}."
+            )
+        if self.family == "parity":
+            even, odd = (f"place go {y} {_MOVES[op]}" for op, y in self.rules)
+            return (
+                f"A ring has {MODULUS} places. Start at place {self.start}. From an even {even}, from an odd {odd}. "
+                f"Which place is it after {len(self.steps)} moves?"
             )
         events = ", ".join(_EVENTS[s.op].format(s.y) for s in self.steps)
         return f"A shop has {self.start} boxes. It {events}. How many boxes, modulo {MODULUS}?"
@@ -168,16 +190,25 @@ def draw_problem(rng: random.Random, difficulty: Difficulty = DIFFICULTY) -> Pro
     count = rng.randint(difficulty.shortest, difficulty.longest)
     if family == "sequence":
         count = max(2, count - count % 2)  # two operations make a term
-    if family == "ring":
+    if family in ("ring", "parity"):
         difficulty = replace(difficulty, multiply=0.0)
+    rules = tuple((s.op, s.y) for s in (_draw_step(rng, difficulty, 0, 0) for _ in range(2 * (family == "parity"))))
     for i in range(count):
         if family == "sequence" and i >= 2:
             steps.append(_step(i, value, steps[i - 2].op, steps[i - 2].y))
+        elif family == "parity":
+            steps.append(_step(i, value, *rules[value % 2]))
+        elif family == "graph" and i and (i == count - 1 or rng.random() < 0.5):
+            earlier = rng.randrange(i)
+            y = steps[earlier - 1].value if earlier else start
+            steps.append(_step(i, value, rng.choice("+-"), y, NAMES[earlier]))
         else:
             steps.append(_draw_step(rng, difficulty, i, value))
         value = steps[-1].value
     misses = tuple(_mistake(step, rng) for step in steps)
-    return Problem(start=start, steps=tuple(steps), family=family, version=rng.choice(_VERSIONS), misses=misses)
+    return Problem(
+        start=start, steps=tuple(steps), family=family, version=rng.choice(_VERSIONS), misses=misses, rules=rules
+    )
 
 
 def _draw_step(rng: random.Random, difficulty: Difficulty, i: int, x: int) -> Step:
@@ -186,8 +217,8 @@ def _draw_step(rng: random.Random, difficulty: Difficulty, i: int, x: int) -> St
     return _step(i, x, op, rng.randint(2, difficulty.largest_factor if op == "*" else difficulty.largest))
 
 
-def _step(i: int, x: int, op: str, y: int) -> Step:
-    return Step(name=NAMES[i + 1], op=op, left=NAMES[i], x=x, y=y)
+def _step(i: int, x: int, op: str, y: int, right: str = "") -> Step:
+    return Step(name=NAMES[i + 1], op=op, left=NAMES[i], x=x, y=y, right=right)
 
 
 def split_of(task: str) -> Split:

@@ -41,6 +41,7 @@ NOT_RUN = {
     r"popsd diagnose .* --views .*": "minutes; tests/model/test_views.py scores views of the embedded model",
     r"popsd doctor --run .*": "a run that has ended; tests/commands/test_post_mortem.py has such runs",
     r"popsd rehearse .*": "minutes; tests/cli/test_rehearse.py rehearses the embedded model",
+    r"python -m nemo_popsd\.testbed\..*": "hours; tests/testbed pre-trains smaller models for a few steps",
     r"python -m experiments\..*": "hours; tests/experiments runs the same functions on a few rows",
 }
 """Pattern of a command to the reason why no test runs it."""

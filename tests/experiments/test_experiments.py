@@ -18,6 +18,16 @@ import torch
 from experiments.arms import ARMS, GRID, OPSD, PURIFIED, RATES, SEEDS, STUDENT_PMI, TUNING_SEEDS, Arm
 from experiments.ceiling import follow, guesses
 from experiments.intervals import Estimate, holm, p_text
+from experiments.plan import (
+    CONF,
+    chosen,
+    missing_neighbours,
+    training_run,
+    training_runs,
+    tuned,
+    tuning_run,
+    tuning_runs,
+)
 from experiments.records import CURVES, Answers, Record, append, load
 from experiments.results import (
     differences,
@@ -31,17 +41,7 @@ from experiments.results import (
     table,
 )
 from experiments.rows import FILE, text, tuning_problems
-from experiments.run import (
-    CONF,
-    chosen,
-    execute,
-    missing_neighbours,
-    training_run,
-    training_runs,
-    tuned,
-    tuning_run,
-    tuning_runs,
-)
+from experiments.run import execute
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.distillation.target_families import Target
 from nemo_popsd.embedded.names import asset

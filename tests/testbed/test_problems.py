@@ -7,12 +7,14 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 
 from nemo_popsd.testbed.problems import (
     FAMILIES,
+    HARDER,
     Difficulty,
     Problem,
     balanced,
@@ -185,3 +187,53 @@ def test_rows_have_the_four_fields() -> None:
     rows = records("some", chosen)
     assert all(list(row) == ["id", "question", "reference", "answer"] for row in rows)
     assert [row["id"] for row in rows] == [f"some/{problem.family}/{n:04d}" for n, problem in enumerate(chosen)]
+
+
+HARD = Difficulty(longest=8, largest=20, largest_factor=9, families=HARDER)
+"""Problems of the harder families."""
+
+
+def values_of_text(task: str) -> list[int]:
+    """The value after each step of a problem of the harder families, from its text alone."""
+    if task.startswith("Let"):
+        known: dict[str, int] = {}
+        definitions, asked = re.fullmatch(r"Let (.+), all modulo 100\. Find (\w+)\.", task).groups()  # type: ignore[union-attr]
+        for definition in definitions.split(", "):
+            name, _, expression = definition.partition(" = ")
+            terms = [known[word] if word.isalpha() else word for word in expression.split(" ")]
+            known[name] = int(terms[0]) if len(terms) == 1 else evaluate(int(terms[0]), str(terms[1]), int(terms[2]))
+        assert list(known)[-1] == asked
+        return list(known.values())[1:]
+    place, *rules, count = re.fullmatch(
+        r"A ring has 100 places\. Start at place (\d+)\. From an even place go (\d+) (on|back), from an odd place go "
+        r"(\d+) (on|back)\. Which place is it after (\d+) moves\?",
+        task,
+    ).groups()  # type: ignore[union-attr]
+    moves = [int(rules[i]) * (1 if rules[i + 1] == "on" else -1) for i in (0, 2)]
+    found = [int(place)]
+    for _ in range(int(count)):
+        found.append((found[-1] + moves[found[-1] % 2]) % 100)
+    return found[1:]
+
+
+@pytest.mark.parametrize("difficulty", [HARD, replace(HARD, shortest=32, longest=40)], ids=["short", "long"])
+def test_harder_problems_are_solved_by_their_text(difficulty: Difficulty) -> None:
+    borrowed = 0
+    for problem, rng in islice(problems("train", 5, difficulty), 120):
+        values = values_of_text(problem.task)
+        assert [step.value for step in problem.steps] == values
+        assert problem.answer == str(values[-1])
+        assert re.findall(r"Then (\w+) = (\d+)\n", terse_thoughts(problem)) == [
+            (step.name, str(value)) for step, value in zip(problem.steps, values, strict=True)
+        ]
+        listed = re.findall(rf"(\w+) {problem.version} (\d+)", problem.reference)
+        assert [int(value) for _, value in listed] == values
+        for left, sign, right, result in _EQUATION.findall(thoughtful_thoughts(problem, rng, difficulty)):
+            assert evaluate(int(left), sign, int(right)) == int(result)
+        borrowed += sum(step.right != "" for step in problem.steps)
+    assert borrowed > 120, "steps of two variables"
+
+
+def test_a_long_problem_has_distinct_names() -> None:
+    problem = balanced("train", 1, 7, replace(HARD, shortest=40, longest=40))[0]
+    assert len({step.name for step in problem.steps}) == 40
