@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from nemo_popsd.megatron.config import FP8_MULTIPLES
 from nemo_popsd.planning.compute import Flops
 from nemo_popsd.planning.parameters import Stage, linears, stages
 from nemo_popsd.planning.workload import Case
+
+
+def misfits_of_fp8(case: Case) -> list[str]:
+    """Why `fp8.*` is impossible with this model and layout; empty where it is possible or off."""
+    fp8, tensor = case.config.fp8, case.layout.tensor
+    if not fp8.passes:
+        return []
+    if case.sizes.experts:
+        return [f"{fp8.passes[0]}=true needs a dense model"]
+    multiple, found = FP8_MULTIPLES[fp8.recipe], []
+    for linear in linears(case.sizes):
+        inputs, outputs = (
+            (linear.inputs, linear.outputs // tensor)
+            if linear.splits_outputs
+            else (linear.inputs // tensor, linear.outputs)
+        )
+        if inputs % multiple or outputs % multiple:
+            found.append(
+                f"{linear.name} of {inputs} x {outputs} on a rank is no multiple of {multiple} for "
+                f"fp8.recipe={fp8.recipe}"
+            )
+    return found
 
 
 def quantised_elements(case: Case, stage: Stage) -> float:

@@ -124,6 +124,16 @@ def test_fp8_takes_memory_and_saves_time_in_its_passes_alone() -> None:
     assert seconds["frozen"] < ends.seconds.frozen.compute / off.seconds.frozen.compute < 1
 
 
+def test_fp8_that_would_be_refused_is_a_problem() -> None:
+    on = "fp8.frozen=true"
+    assert problems(case("Qwen3-4B", on, tensor=2)) == problems(case("Qwen3-4B", tensor=8)) == []
+    narrow = problems(case("Qwen3-4B", on, tensor=8))
+    assert [line.split()[0] for line in narrow] == ["linear_fc2"], narrow
+    assert "1216 x 2560 on a rank is no multiple of 128" in narrow[0]
+    assert problems(case("Qwen3-4B", on, "fp8.recipe=tensorwise", tensor=8)) == []
+    assert problems(case("Qwen3-30B-A3B", on)) == ["fp8.frozen=true needs a dense model"]
+
+
 def test_a_state_is_sharded_by_default_from_two_ranks() -> None:
     one, eight, off = (
         memory.memory(case("Qwen3-8B", *settings, plan=PlanConfig(gpus_per_node=gpus))).standing["optimizer"]

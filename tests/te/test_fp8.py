@@ -136,7 +136,11 @@ def _states(rank: int, world_size: int, folder: Path, recipe: str) -> dict[str, 
         from tests.te.fp8 import recorded_autocast
 
         student.gpt.config.fp8_recipe = recipe
+        kept = [module for module in student.gpt.modules() if hasattr(module, "is_first_microbatch")]
+        assert len(kept) == 8
+        assert not any(module.is_first_microbatch for module in kept)
         with recorded_autocast(), in_fp8(student.chunks, FP8Config(frozen=True, recipe=recipe), "frozen"):
+            assert all(module.is_first_microbatch for module in kept), "the weights are quantised again"
             found["fp8"] = states()
     else:
         with emulated(layer_linears(student.chunks), recipe):
