@@ -114,6 +114,34 @@ def test_what_fp8_computes_reaches_the_loss(steps: dict[tuple[str, str], Any], a
     assert all(abs(loss / losses["off"] - 1) < 0.5 for name, loss in losses.items() if name != "rollouts")
 
 
+def _sharded(rank: int, world_size: int, folder: Path) -> tuple[list[int], int, float]:
+    """Tokens of the products on this rank, ranks that share scales, and the loss, with sequences split by two."""
+    from tests.te.fp8 import recorded_autocast
+    from tests.training.runs import row, settings, start
+
+    config = settings(
+        student={"precision": "bf16"},
+        parallel={"tensor": world_size, "sequence": "true"},
+        training={"packing": True},
+        fp8={"frozen": True, "training": True, "recipe": "tensorwise"},
+    )
+    run = start(folder, config)
+    with recorded_autocast() as entries:
+        metrics = run.on_policy_step()(1, [row(index) for index in range(2)], run.optimizer, run.update)
+    return entries.rows, entries.group.size(), metrics.loss
+
+
+def test_each_shard_of_a_sequence_has_the_tokens_that_fp8_needs(model: Path) -> None:
+    """A product has the gathered tokens of both ranks: a multiple of 16 on each."""
+    first, second = run_ranks(_sharded, 2, model, layers=TRANSFORMER_ENGINE)
+    assert first == second
+    rows, ranks, loss = first
+    assert ranks == 2
+    assert rows
+    assert {count % (2 * FP8_MULTIPLES["tensorwise"]) for count in rows} == {0}
+    assert 0 < loss < 1
+
+
 def _states(rank: int, world_size: int, folder: Path, recipe: str) -> dict[str, torch.Tensor]:
     """Frozen states in fp32 and in FP8: by Transformer Engine's switch, or by the emulation on local layers."""
     from nemo_popsd.diagnosis.fp8 import layer_linears
