@@ -1,26 +1,22 @@
-"""What FP8 in the frozen passes would do to the target, beside the effect that is distilled.
+"""What FP8 in the frozen passes does to the target, beside the effect that is distilled, for every recipe.
 
     python -m benchmarks.fp8 [CONF] [--rows 24] [--tokens 192] [key=value ...]
 
 Inputs and weights of the linears of all layers are rounded to e4m3, as Transformer Engine's recipes scale them;
-embedding, norms, attention and output matrix stay in bf16, and products are computed in fp32 from the rounded values.
-The model is that of transformers. For responses that the base samples, each recipe's target is compared with that of
-bf16, in total variation; the effect is the total variation of the target from the base, both in bf16. A recipe whose
-error is larger than the effect distils noise, and is warned of.
+embedding, norms, attention and output matrix stay in bf16. The model is that of transformers; `popsd diagnose --fp8`
+measures the same on the run's own model, in any layout. For responses that the base samples, each recipe's target is
+compared with that of bf16, in total variation; the effect is the total variation of the target from the base, both in
+bf16. A recipe whose error is larger than the effect distils noise, and is warned of.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from benchmarks.measure import machine
 from benchmarks.tables import table
@@ -31,17 +27,15 @@ from nemo_popsd.data.contexts import Borrowed
 from nemo_popsd.data.dataset import PromptRow, build_dataset
 from nemo_popsd.data.models import model_path
 from nemo_popsd.data.tokenizer import load_tokenizer
+from nemo_popsd.diagnosis.fp8 import Distributions, TargetError, error_sums
+from nemo_popsd.diagnosis.fp8_rounding import emulated
 from nemo_popsd.distillation.definition import Branches, target_from_logits
 from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 logger = logging.getLogger("benchmarks.fp8")
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
-"""448."""
-BLOCK = 128
-HISTORY = 16
-"""Calls whose largest values scale the next one under delayed scaling; Transformer Engine's default is 1,024."""
+RECIPES = ("delayed", "tensorwise", "blockwise")
 HEAD = [
     "linears",
     "base's error, TV",
@@ -50,79 +44,6 @@ HEAD = [
     "error by effect",
     "tokens where larger",
 ]
-
-
-def rounded(x: Tensor, largest: Tensor) -> Tensor:
-    """`x` rounded to e4m3 with the scale at which `largest`, which broadcasts to its shape, is 448; fp32."""
-    scale = LARGEST / torch.where(largest > 0, largest, LARGEST).float()
-    return (x.float() * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() / scale
-
-
-def per_tensor(x: Tensor) -> Tensor:
-    """Current scaling: by the largest value of the tensor itself."""
-    return rounded(x, x.abs().max())
-
-
-def per_block(x: Tensor, rows: int) -> Tensor:
-    """Scaled by blocks of `rows` × 128 of [..., r, k] by powers of two, as blockwise scaling does: 1 for inputs, 128
-    for weights.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    height, width = flat.shape
-    padded = functional.pad(flat.float(), (0, -width % BLOCK, 0, -height % rows))
-    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // BLOCK, BLOCK)
-    largest = blocks.abs().amax((1, 3), keepdim=True)
-    power = LARGEST * torch.exp2(torch.ceil(torch.log2(torch.where(largest > 0, largest, LARGEST) / LARGEST)))
-    return rounded(blocks, power).view_as(padded)[:height, :width].reshape(x.shape)
-
-
-@dataclass
-class Delayed:
-    """Delayed scaling of one tensor: by the largest value of the calls before it."""
-
-    history: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` rounded; larger values than any before saturate."""
-        largest = x.abs().max()
-        scale = torch.stack(self.history).max() if self.history else largest
-        self.history = [*self.history, largest][-HISTORY:]
-        return rounded(x, scale)
-
-
-Rounding = Callable[[Tensor], Tensor]
-RECIPES: dict[str, Callable[[], tuple[Rounding, Rounding]]] = {
-    "FP8, delayed": lambda: (Delayed(), per_tensor),
-    "FP8, current": lambda: (per_tensor, per_tensor),
-    "FP8, blockwise": lambda: (lambda x: per_block(x, 1), lambda weight: per_block(weight, BLOCK)),
-}
-"""By name: the rounding of a linear's inputs and of its weight, which does not change."""
-
-
-@contextmanager
-def quantised(layers: nn.Module, recipe: Callable[[], tuple[Rounding, Rounding]]) -> Iterator[None]:
-    """Rounds inputs and weights of all linears below `layers` within the context."""
-
-    def forward_of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-        inputs, weights = recipe()
-        weight = weights(linear.weight.detach())
-        bias = None if linear.bias is None else linear.bias.float()
-        return lambda x: functional.linear(inputs(x), weight, bias).to(x.dtype)
-
-    changed = [module for module in layers.modules() if isinstance(module, nn.Linear)]
-    assert changed, "the layers have no linears"
-    for module in changed:
-        module.forward = forward_of(module)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Half the sum of absolute differences of probabilities, per token: [N, v], [N, v] -> [N]."""
-    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
 @torch.no_grad()
@@ -139,9 +60,7 @@ def _sampled(model: Any, prompt: list[int], tokens: int, stop: int | None) -> li
     return made[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
-def distributions(
-    model: Any, config: PopsdConfig, rows: list[PromptRow], responses: list[list[int]]
-) -> tuple[Tensor, Tensor]:
+def distributions(model: Any, config: PopsdConfig, rows: list[PromptRow], responses: list[list[int]]) -> Distributions:
     """Log-probabilities of the base and of the target at all response tokens: [N, v] each."""
     target = build_target(config.distillation.target)
     bases, targets = [], []
@@ -156,16 +75,13 @@ def distributions(
     return torch.cat(bases), torch.cat(targets)
 
 
-def compared(name: str, measured: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[list[str], float]:
-    """The row of `name`, and the target's error divided by the effect."""
-    (base, target), (true_base, true_target) = measured, expected
-    error, effect = total_variation(target, true_target), total_variation(true_target, true_base)
-    ratio = float(error.mean() / effect.mean())
-    if ratio > 1:
-        logger.warning("%s: the target's error is %.1f times what is distilled; do not compute it so", name, ratio)
-    numbers = total_variation(base, true_base).mean(), error.mean(), effect.mean()
-    cells = [f"{float(number):.4f}" for number in numbers]
-    return [name, *cells, f"{ratio:.2f}", f"{float((error > effect).float().mean()):.0%}"], ratio
+def _cells(name: str, measured: Distributions, expected: Distributions) -> list[str]:
+    """The row of `name`; warns where the error is larger than the effect."""
+    found = TargetError.of(name, error_sums(measured, expected).tolist())
+    if found.ratio > 1:
+        logger.warning("%s", found.sentence())
+    numbers = [f"{number:.4f}" for number in (found.base_error, found.error, found.effect)]
+    return [name, *numbers, f"{found.ratio:.2f}", f"{found.larger:.0%}"]
 
 
 def main() -> None:
@@ -192,10 +108,12 @@ def main() -> None:
     in_fp32 = distributions(exact, config, rows, responses)
     model = exact.to(torch.bfloat16)
     expected = distributions(model, config, rows, responses)
-    table_rows = [compared("fp32", in_fp32, expected)[0]]
-    for name, recipe in RECIPES.items():
-        with quantised(model.model.layers, recipe):
-            table_rows.append(compared(name, distributions(model, config, rows, responses), expected)[0])
+    table_rows = [_cells("fp32", in_fp32, expected)]
+    linears = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+    for recipe in RECIPES:
+        with emulated(linears, recipe):
+            measured = distributions(model, config, rows, responses)
+        table_rows.append(_cells(f"FP8, {recipe}", measured, expected))
     print(f"{config.student.source}, {len(rows)} rows, {len(expected[0]):,} response tokens; {machine()}\n")
     print(table(HEAD, table_rows))
 

@@ -29,7 +29,7 @@ PARTS = (
     Part("speed", "Time and memory of the loss", "benchmarks.gpu.speed", 90),
     Part("decoding", "Decoding", "benchmarks.gpu.decoding", 90),
     Part("cpu", "The same three steps on the CPU, in fp32", "benchmarks.gpu.training_on_cpu", 120, ON_CPU),
-    Part("switches", "One step under each of Megatron's switches", "benchmarks.gpu.switches", 120),
+    Part("switches", "One step under each of Megatron's switches", "benchmarks.gpu.switches", 150),
     Part("serving", "New weights to vLLM", "benchmarks.gpu.serving", 150),
 )
 _REHEARSED_LIMIT = 240.0

@@ -155,7 +155,9 @@ def start(config: PopsdConfig) -> Run:
     """Creates the process group of one rank, the student and the optimizer."""
     initialize(config.parallel, seed=config.seed)
     source = HuggingFaceModel(Path(config.student.source))
-    student = Student(source, config.student, config.parallel, seed=config.seed, load_initial=source.load)
+    student = Student(
+        source, config.student, config.parallel, seed=config.seed, load_initial=source.load, fp8=config.fp8
+    )
     optimizer = StudentOptimizer(
         student.wrap(config.optimizer),
         config.optimizer,

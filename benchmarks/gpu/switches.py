@@ -1,7 +1,8 @@
 """One training step (all weights, bf16) under each switch of Megatron that one GPU can run, with the expected effect.
 
 The loss is computed before the update and must be that of the plain run up to rounding. A switch whose library is
-missing is reported with the refusal. Overlap of communication needs several GPUs and is not here.
+missing is reported with the refusal. Then the frozen states in FP8 (`benchmarks.gpu.fp8`). Overlap of communication
+needs several GPUs and is not here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import fp8
 from benchmarks.gpu.journal import Report
 from benchmarks.gpu.model import ScriptedEngine, random_model, settings, start
 from nemo_popsd.errors import UserError
@@ -20,6 +22,9 @@ from nemo_popsd.megatron.limits import refuse_optimizer
 
 _LOSS_LIMIT = 0.01
 """Largest relative difference of the loss: recomputation and fused accumulation may round the backward pass only."""
+
+_FP8_LOSS_LIMIT = 0.5
+"""The same in FP8, whose rounding moves student or target."""
 
 SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "plain": ({}, "the others are compared with it"),
@@ -40,6 +45,9 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "gradients in bf16": ({"optimizer.grad_dtype": "bf16"}, "2 bytes for each weight less"),
     "moments in bf16": ({"optimizer.state_dtype": "bf16"}, "4 bytes for each weight less"),
     "half of the state on the host": ({"optimizer.host_share": 0.5}, "6 bytes for each weight less, a slow update"),
+    "FP8 in the frozen passes": ({"fp8.frozen": True}, "1 byte for each weight more, frozen passes in two thirds"),
+    "FP8 in training, blockwise": ({"fp8.training": True}, "2 bytes for each weight more, training in two thirds"),
+    "FP8 in training, delayed": ({"fp8.training": True, "fp8.recipe": "delayed"}, "the same"),
 }
 """Settings of each switch, and what is expected of it."""
 
@@ -54,8 +62,10 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
             report("one step", switch=name, expected=expected, refused=f"{error.got}; need {error.need}")
             continue
         plain = plain or measured["loss"]
-        verdict = "right" if abs(measured["loss"] / plain - 1) < _LOSS_LIMIT else "WRONG"
+        limit = _FP8_LOSS_LIMIT if any(setting.startswith("fp8.") for setting in changes) else _LOSS_LIMIT
+        verdict = "right" if abs(measured["loss"] / plain - 1) < limit else "WRONG"
         report("one step", switch=name, expected=expected, **measured, verdict=verdict)
+    fp8.frozen_states(report, rehearse=rehearse, work=work)
 
 
 def _step(directory: Path, changes: dict[str, Any], *, rehearse: bool) -> dict[str, Any]:

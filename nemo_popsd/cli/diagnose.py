@@ -1,4 +1,4 @@
-"""`popsd diagnose CONF [key=value ...] [--checkpoint PATH | --views VIEW,VIEW]`."""
+"""`popsd diagnose CONF [key=value ...] [--checkpoint PATH | --views VIEW,VIEW | --fp8]`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from nemo_popsd.config.schema import PopsdConfig
 
 
+_REASONS = {
+    "--views": "views are scored before training",
+    "--fp8": "the frozen passes are of the untrained model",
+}
+
+
 def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
@@ -24,10 +30,12 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Generate responses to rows of `data.train` and compare, for each token, the log-probabilities of "
         "student, teacher, reference-only teacher and target. Writes a page and its data to `<output>/diagnosis`. "
         "With --views, score views of the reference before training instead (settings `diagnosis.views`), and write "
-        "to `<output>/views`.",
+        "to `<output>/views`. With --fp8, compare the rounding errors of FP8 in the frozen passes, emulated, with the "
+        "effect that is distilled, and write to `<output>/fp8`.",
         epilog=example(
             "popsd diagnose conf/tiny.yaml --checkpoint runs/tiny/checkpoints/final diagnosis.rows=4",
             "popsd diagnose conf/tiny.yaml --views solution,answer,none data.train.columns.answer=answer",
+            "popsd diagnose conf/tiny.yaml --fp8 diagnosis.rows=4",
         ),
     )
     add_config_arguments(parser)
@@ -45,6 +53,11 @@ def add_parser(subparsers: Subparsers) -> None:
         help="score what these views of the reference would teach, before training: solution, answer, other, none, or "
         "columns of the rows",
     )
+    parser.add_argument(
+        "--fp8",
+        action="store_true",
+        help="measure what fp8.frozen would do to the target of the untrained model; needs no GPU",
+    )
     parser.set_defaults(run=run)
 
 
@@ -54,19 +67,24 @@ def run(args: argparse.Namespace) -> None:
     from nemo_popsd.config.loading import load_config
 
     config = load_config(args.config, args.overrides)
+    modes = [name for name, given in (("--views", args.views is not None), ("--fp8", args.fp8)) if given]
+    if len(modes) > 1 or (modes and args.checkpoint is not None):
+        other = modes[1] if len(modes) > 1 else f"--checkpoint {args.checkpoint!r}"
+        raise UserError(
+            modes[0],
+            got=f"{other} beside it",
+            need=f"the untrained model in student.source and no other mode: {_REASONS[modes[0]]}",
+            fix="omit one of them; `popsd export` makes a student.source of a checkpoint",
+        )
     if args.views is not None:
-        if args.checkpoint is not None:
-            raise UserError(
-                "--views",
-                got=f"--checkpoint {args.checkpoint!r} beside it",
-                need="the untrained model in student.source: views are scored before training",
-                fix="omit one of them; `popsd export` makes a student.source of a checkpoint",
-            )
         views = [view.strip() for view in args.views.split(",")]
         check_views_run(config, views, world_size=read_launch().world_size)
         run_command(_load_views, config, views)
         return
     check_diagnosis_run(config, world_size=read_launch().world_size, checkpoint=args.checkpoint)
+    if args.fp8:
+        run_command(_load_fp8, config)
+        return
     run_command(_load, config, args.checkpoint)
 
 
@@ -80,3 +98,9 @@ def _load_views() -> Callable[[PopsdConfig, Sequence[str]], None]:
     from nemo_popsd.commands.views import score_views
 
     return score_views
+
+
+def _load_fp8() -> Callable[[PopsdConfig], None]:
+    from nemo_popsd.commands.fp8 import diagnose_fp8
+
+    return diagnose_fp8

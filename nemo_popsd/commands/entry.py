@@ -28,6 +28,7 @@ from nemo_popsd.evaluation.run import as_file_name, conclude_all, prepare_sets, 
 from nemo_popsd.files.attempts import RankRecord
 from nemo_popsd.files.output_lock import OutputLock
 from nemo_popsd.files.ownership import refuse_overlap
+from nemo_popsd.megatron.config import FP8Config
 from nemo_popsd.model.evaluation import before_and_after, generate_missing
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 from nemo_popsd.model.trainer import build_trainer
@@ -210,7 +211,7 @@ def export(checkpoint: str, output: str, *, options: CardOptions) -> None:
     _refuse_as_output(output, checkpoint, opened)
     card = card_of(opened, Path(output).absolute(), run=run_of(checkpoint), adapter=False, options=options)
     data = replace(opened.config.data, train=SourceConfig(), validation=SourceConfig())
-    config = replace(opened.config, data=data, parallel=ParallelConfig())
+    config = replace(opened.config, data=data, parallel=ParallelConfig(), fp8=FP8Config())
     model = PurifiedOPSDModel.restore_from(checkpoint, override_config_path=to_dict_config(config))
     model.export_huggingface(output, card=card)
     _print(f"Hugging Face checkpoint: {output}")

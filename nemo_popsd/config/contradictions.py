@@ -33,6 +33,7 @@ def check_sections(config: PopsdConfig) -> None:
     check_branches(config)
     _check_precision(config)
     _check_packing(config)
+    _check_fp8(config)
     if optimizer.overlap_param_gather and training.updates_per_step == 1:
         raise UserError(
             "configuration",
@@ -59,6 +60,30 @@ def _check_packing(config: PopsdConfig) -> None:
             need="padded sequences: Transformer Engine has no such attention for packed ones",
             fix="set training.packing=false, or parallel.context_type=auto",
         )
+
+
+def _check_fp8(config: PopsdConfig) -> None:
+    """Refuse FP8 where it has no effect, or none of the intended one."""
+    student, passes = config.student, config.fp8.passes
+    if not passes:
+        return
+    on = f"{passes[0]}=true"
+    got, need, fix = "", "", ""
+    if student.precision != "bf16":
+        got, need, fix = f"{on} with student.precision=fp32", "bf16 weights", "set student.precision=bf16"
+    elif student.layers == "local":
+        got, need = f"{on} with student.layers=local", "Transformer Engine's layers"
+        fix = "set student.layers=auto"
+    elif config.fp8.rollouts and config.rollout.engine != "megatron":
+        got = f"fp8.rollouts=true with rollout.engine={config.rollout.engine}"
+        need = "rollout.engine=megatron: vLLM has its own quantisation"
+        fix = "set rollout.vllm.quantization and fp8.rollouts=false"
+    elif config.fp8.frozen and student.frozen_copy == "host":
+        got = "fp8.frozen=true with student.frozen_copy=host"
+        need = "the copy on the device, where Transformer Engine keeps its quantised weights"
+        fix = "set student.frozen_copy=device, or fp8.frozen=false"
+    if got:
+        raise UserError("configuration", got=got, need=need, fix=fix)
 
 
 def _check_precision(config: PopsdConfig) -> None:

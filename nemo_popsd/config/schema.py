@@ -9,7 +9,7 @@ from nemo_popsd.data.config import DataConfig
 from nemo_popsd.diagnosis.config import DiagnosisConfig
 from nemo_popsd.distillation.config import DistillationConfig
 from nemo_popsd.evaluation.config import EvaluationConfig
-from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
+from nemo_popsd.megatron.config import FP8Config, OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.passthrough import MegatronConfig
 from nemo_popsd.observability.config import ObservabilityConfig
 from nemo_popsd.parallel.config import ParallelConfig
@@ -45,6 +45,8 @@ class PopsdConfig:
     """Target and divergence."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam, schedule, clipping."""
+    fp8: FP8Config = field(default_factory=FP8Config)
+    """FP8 in the layers, by kind of pass."""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     """Fields of megatron-core's configuration."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,12 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.diagnosis.config import DiagnosisSettings
+from nemo_popsd.errors import StopRequested
 from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.microbatches import ContextSequence
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.parallel.distributed import device
+from nemo_popsd.parallel.signals import StopSignals
+from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams, row_seed
 from nemo_popsd.training.trajectory import Trajectory
 
 
@@ -25,6 +30,55 @@ class RowRollout:
     row: int
     """Index of the row."""
     trajectory: Trajectory
+
+
+def generate_rollouts(
+    student: Student,
+    engine: RolloutEngine,
+    sampling: SamplingParams,
+    rows: Sequence[PromptRow],
+    settings: DiagnosisSettings,
+    stop: StopSignals | None,
+) -> list[RowRollout]:
+    """One rollout for each of this data-parallel rank's rows.
+
+    Ranks that share experts generate equally many rollouts: a rank with fewer rows generates one more, of the first
+    row, and discards it.
+
+    Args:
+        student: whose groups share the rows.
+        engine: generates.
+        sampling: its parameters.
+        rows: of all ranks.
+        settings: the run's seed, and whether ranks share experts.
+        stop: checked after the rollouts, which a signal ends early.
+
+    Raises:
+        StopRequested: on every rank.
+    """
+    dp_rank, dp_size = student.dp_group.rank(), student.dp_group.size()
+    own_indices = list(range(len(rows)))[dp_rank::dp_size]
+    indices = list(own_indices)
+    if settings.expert_parallel:
+        indices += [0] * (math.ceil(len(rows) / dp_size) - len(own_indices))
+    requests = [
+        Request(row.contexts.student, row_seed(settings.seed, "diagnosis", row.record.id))
+        for row in (rows[index] for index in indices)
+    ]
+    rollouts: list[Rollout] = []
+    try:
+        rollouts = engine.generate(requests, sampling) if requests else []
+    except StopRequested:
+        if stop is None:
+            raise
+        stop.request()
+    if stop is not None:
+        stop.raise_if_requested()
+    own_rollouts = rollouts[: len(own_indices)]
+    return [
+        RowRollout(index, Trajectory(rows[index], rollout))
+        for index, rollout in zip(own_indices, own_rollouts, strict=True)
+    ]
 
 
 def token_batches(rollouts: Sequence[RowRollout], token_budget: int) -> Iterator[list[RowRollout]]:

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from nemo_popsd.data.dataset import PromptDataset, PromptRow
 from nemo_popsd.diagnosis.config import DiagnosisConfig, DiagnosisSettings
-from nemo_popsd.diagnosis.forwards import RowRollout, equal_counts, hidden_states, token_batches
+from nemo_popsd.diagnosis.forwards import RowRollout, equal_counts, generate_rollouts, hidden_states, token_batches
 from nemo_popsd.diagnosis.groups import MEASURES, TokenFigures, group_figures
 from nemo_popsd.diagnosis.pieces import marked_tokens, marker_entries, token_pieces
 from nemo_popsd.diagnosis.push import COMPONENTS, VocabularyPush
@@ -28,10 +28,10 @@ from nemo_popsd.diagnosis.record import (
 from nemo_popsd.diagnosis.schema import Extremes, Groups, Push, PushedEntry, RolloutRecord, SettingsRecord, Summary
 from nemo_popsd.diagnosis.tokens import DISTRIBUTIONS, Alternatives, BranchStates, diagnose_tokens
 from nemo_popsd.distillation.target_families import build_target
-from nemo_popsd.errors import StopRequested, UserError
+from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.parallel.signals import StopSignals
-from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingParams, row_seed
+from nemo_popsd.rollout.engine import Rollout, RolloutEngine, SamplingParams
 from nemo_popsd.training.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def diagnose(
     Raises:
         StopRequested: on every rank.
     """
-    rollouts = _generate(student, engine, sampling, rows, settings, stop)
+    prompts = [row.row for row in rows]
+    rollouts = generate_rollouts(student, engine, sampling, prompts, settings, stop)
     push = VocabularyPush(student.vocab_shard, student.weight.device) if student.holds_output else None
     parts: list[_RolloutFigures] = []
     for batch in equal_counts(student, token_batches(rollouts, settings.frozen_tokens)):
@@ -160,44 +161,6 @@ class _RolloutFigures:
     """The tokens of the response that the figures are of."""
     values: dict[str, list[float]]
     alternatives: Alternatives | None
-
-
-def _generate(
-    student: Student,
-    engine: RolloutEngine,
-    sampling: SamplingParams,
-    rows: Sequence[DiagnosedRow],
-    settings: DiagnosisSettings,
-    stop: StopSignals | None,
-) -> list[RowRollout]:
-    """One rollout for each of this data-parallel rank's rows.
-
-    Ranks that share experts generate equally many rollouts: a rank with fewer rows generates one more, of the first
-    row, and discards it.
-    """
-    dp_rank, dp_size = student.dp_group.rank(), student.dp_group.size()
-    own_indices = list(range(len(rows)))[dp_rank::dp_size]
-    indices = list(own_indices)
-    if settings.expert_parallel:
-        indices += [0] * (math.ceil(len(rows) / dp_size) - len(own_indices))
-    requests = [
-        Request(row.contexts.student, row_seed(settings.seed, "diagnosis", row.record.id))
-        for row in (rows[index].row for index in indices)
-    ]
-    rollouts: list[Rollout] = []
-    try:
-        rollouts = engine.generate(requests, sampling) if requests else []
-    except StopRequested:
-        if stop is None:
-            raise
-        stop.request()
-    if stop is not None:
-        stop.raise_if_requested()
-    own_rollouts = rollouts[: len(own_indices)]
-    return [
-        RowRollout(index, Trajectory(rows[index].row, rollout))
-        for index, rollout in zip(own_indices, own_rollouts, strict=True)
-    ]
 
 
 def _by_row(parts: Iterable[_RolloutFigures]) -> list[tuple[int, list[_RolloutFigures]]]:

@@ -40,6 +40,7 @@ def examine_machine(devices: Sequence[str], *, gpus: int, output: str, free_gib:
     return [
         _examine_devices(devices, gpus),
         _examine_layers(devices),
+        _examine_fp8(devices),
         _examine_nccl(devices),
         _examine_shared_memory(devices),
         *_disk(output, free_gib),
@@ -74,6 +75,33 @@ def _examine_layers(devices: Sequence[str]) -> Finding:
     if importlib.util.find_spec("transformer_engine") is None:
         return Finding("machine", "layers", "ok", "local", note="plain torch: Transformer Engine is not installed")
     return Finding("machine", "layers", "ok", "transformer_engine")
+
+
+def _examine_fp8(devices: Sequence[str]) -> Finding:
+    """The values of `fp8.recipe` that the first device computes; only runs with `fp8.*` need any."""
+    if not devices:
+        return Finding("machine", "FP8", "optional", note="needs a GPU; popsd diagnose --fp8 emulates it")
+    try:
+        import torch
+
+        recipes = fp8_recipes(torch.cuda.get_device_capability(0), torch.version.cuda or "0.0")
+    except Exception as error:  # a broken installation may raise anything
+        return Finding("machine", "FP8", "optional", note=f"{type(error).__name__}: {_first_line(error)}")
+    note = "" if recipes else "needs compute capability 8.9"
+    return Finding("machine", "FP8", "ok" if recipes else "optional", ", ".join(recipes), note=note)
+
+
+def fp8_recipes(capability: tuple[int, int], toolkit: str) -> list[str]:
+    """The values of `fp8.recipe` that Transformer Engine 2.12 to 2.20 has kernels for.
+
+    Args:
+        capability: compute capability of the device.
+        toolkit: version of CUDA, `major.minor`.
+    """
+    major, minor, *_ = toolkit.split(".")
+    recipes = ["tensorwise", "delayed"] if capability >= (8, 9) else []
+    recipes += ["blockwise"] if capability >= (9, 0) and (int(major), int(minor)) >= (12, 9) else []
+    return [*recipes, *(["mxfp8"] if (10, 0) <= capability < (12, 0) else [])]
 
 
 def _examine_nccl(devices: Sequence[str]) -> Finding:

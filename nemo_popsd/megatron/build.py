@@ -15,7 +15,8 @@ from megatron.core.tensor_parallel.layers import (
 )
 
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, StudentConfig
+from nemo_popsd.megatron.config import VOCABULARY_MULTIPLE, FP8Config, StudentConfig
+from nemo_popsd.megatron.fp8 import refuse_fp8, set_fp8
 from nemo_popsd.megatron.interfaces import ModelChunk, ModelProvider
 from nemo_popsd.megatron.limits import refuse_impossible
 from nemo_popsd.megatron.spec import choose_layer_spec
@@ -28,6 +29,7 @@ def build_chunks(
     student: StudentConfig,
     parallel: ParallelConfig,
     fields: Mapping[str, object] | None = None,
+    fp8: FP8Config | None = None,
 ) -> list[ModelChunk]:
     """Builds this rank's part of the model on its device, with weights that are not yet loaded.
 
@@ -36,6 +38,7 @@ def build_chunks(
         student: precision, adaptation and gradient checkpointing.
         parallel: the layout; Megatron's process groups must exist.
         fields: values of further fields of the provider (`megatron.model`).
+        fp8: what passes in FP8 compute with; the model itself is in bf16 outside of `nemo_popsd.megatron.fp8.in_fp8`.
 
     Returns:
         The bare model chunks (no DDP, no adapters) in the order in which a token passes them: one, or
@@ -44,9 +47,10 @@ def build_chunks(
 
     Raises:
         UserError: the architecture does not divide by the layout, the layers cannot compute it in this layout, or the
-            requested layers are not installed.
+            requested layers are not installed, or FP8 is not possible.
     """
     refuse_impossible(provider, student, parallel)
+    refuse_fp8(provider, student, parallel, fp8 or FP8Config())
     provider.tensor_model_parallel_size = parallel.tensor
     provider.sequence_parallel = parallel.splits_sequences
     provider.pipeline_model_parallel_size = parallel.pipeline
@@ -81,6 +85,7 @@ def build_chunks(
     choose_layer_spec(provider, student.layers)
     if student.gradient_accumulation_fusion != "auto":
         provider.gradient_accumulation_fusion = student.gradient_accumulation_fusion == "true"
+    set_fp8(provider, fp8 or FP8Config())
     for name, value in (fields or {}).items():
         setattr(provider, name, value)
     _finalize(provider, fields or {})
@@ -88,6 +93,7 @@ def build_chunks(
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
     chunks = [provider.provide(vp_stage=stage) for stage in stages]
     for chunk in chunks:
+        chunk.config.fp8 = None
         _mark_shards(chunk)
         chunk.to(device())
     return chunks

@@ -14,6 +14,9 @@ _SIZE = Bounds(1, 2**16)
 RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 """Parts of a layer that `student.recompute=selective` can recompute, by megatron-core's names."""
 
+FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
+"""By recipe of `fp8.recipe`: inputs, outputs and tokens of each rank's part of a linear must be a multiple of this."""
+
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does."""
 
@@ -114,6 +117,71 @@ class StudentConfig:
                 need="full fine-tuning: under LoRA the base is the student with its adapters off, and there is no copy",
                 fix="set student.frozen_copy=device, or student.adaptation=full",
             )
+
+
+@dataclass(kw_only=True)
+class FP8Config:
+    """FP8 in the linears of the layers, by Transformer Engine, for each kind of pass apart.
+
+    Off by default. Weights stay bf16 and are quantised when they are used. Embedding, norms, attention, adapters,
+    output matrix and loss are computed as without. The self-check and `popsd diagnose` compute in bf16. Needs a dense
+    model, a GPU of compute capability 8.9 (Ada) or higher, Transformer Engine's layers and `student.precision=bf16`.
+    """
+
+    frozen: bool = False
+    """In the frozen passes. Their rounding errors move the target and are distilled with it: `popsd diagnose --fp8`
+    compares them with the effect that is distilled."""
+    rollouts: bool = False
+    """In decoding by `rollout.engine=megatron`, samples of evaluations included. vLLM has
+    `rollout.vllm.quantization`."""
+    training: bool = False
+    """In the student's forward and backward pass. The gradient of an adapter is computed in bf16 from activations and
+    gradients that FP8 has rounded."""
+    recipe: str = "blockwise"
+    """How values are scaled (Megatron's `fp8_recipe`): `tensorwise` by the largest of the tensor; `blockwise` by blocks
+    of 1 x 128 inputs and 128 x 128 weights, so that a token does not depend on the others of its batch (compute
+    capability 9.0, CUDA 12.9); `delayed` by the largest of earlier calls, for training alone, because Transformer
+    Engine updates scales only where gradients are computed; `mxfp8` by blocks of 1 x 32 (Blackwell). With `delayed` the
+    first micro-batch of a run, also of a resumed one, is computed with a scale of 1."""
+    format: str = "hybrid"
+    """Megatron's `fp8`: `hybrid` (e4m3, and e5m2 for gradients) or `e4m3`."""
+    num_layers_at_start_in_bf16: Annotated[int, Bounds(0, 1024)] = 0
+    """First layers of the model that stay in bf16; not with `delayed`."""
+    num_layers_at_end_in_bf16: Annotated[int, Bounds(0, 1024)] = 0
+    """Last layers of the model that stay in bf16; not with `delayed`."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "fp8")
+        one_of("fp8.recipe", self.recipe, tuple(FP8_MULTIPLES))
+        one_of("fp8.format", self.format, ("hybrid", "e4m3"))
+        if self.recipe != "delayed":
+            return
+        without_gradients = [name for name in ("frozen", "rollouts") if getattr(self, name)]
+        if without_gradients:
+            raise UserError(
+                "configuration",
+                got=f"fp8.{without_gradients[0]}=true with fp8.recipe=delayed",
+                need="another recipe: Transformer Engine updates delayed scales only where gradients are computed",
+                fix="set fp8.recipe=tensorwise or blockwise",
+            )
+        if self.layers_in_bf16:
+            raise UserError(
+                "configuration",
+                got=f"fp8.num_layers_at_start_in_bf16={self.num_layers_at_start_in_bf16}, "
+                f"fp8.num_layers_at_end_in_bf16={self.num_layers_at_end_in_bf16} with fp8.recipe=delayed",
+                need="all layers in FP8: delayed scales are updated for the whole model at once",
+                fix="set both to 0, or fp8.recipe=tensorwise or blockwise",
+            )
+
+    @property
+    def layers_in_bf16(self) -> int:
+        """Number of layers that stay in bf16."""
+        return self.num_layers_at_start_in_bf16 + self.num_layers_at_end_in_bf16
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The settings of the passes that are computed in FP8; empty where it is off."""
+        return tuple(f"fp8.{name}" for name in ("frozen", "rollouts", "training") if getattr(self, name))
 
 
 @dataclass(kw_only=True)

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nemo_popsd.megatron.cached_layers import RotationTable, cached_layers, replace_attribute
+from nemo_popsd.megatron.config import FP8_MULTIPLES, FP8Config
 from nemo_popsd.megatron.forward import hidden_states_only
+from nemo_popsd.megatron.fp8 import in_fp8
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.kernels import cached_attention
 from nemo_popsd.megatron.kv_cache import CachedCoreAttention, Decode, Prefill, attentions, decode_step
@@ -72,18 +75,26 @@ class SlotDecoder:
         capacity: positions of each slot.
     """
 
-    def __init__(self, chunks: Sequence[ModelChunk], slots: int, capacity: int) -> None:
+    def __init__(
+        self, chunks: Sequence[ModelChunk], slots: int, capacity: int, *, fp8: FP8Config | None = None
+    ) -> None:
         """Allocates 2·slots·capacity·g·d elements for each layer of this rank; g key-value heads of this rank.
+
+        In FP8, slots and capacity are rounded up to the number of tokens that a forward must be a multiple of, and
+        Megatron's own layers compute each step.
 
         Args:
             chunks: of the model, without DDP.
             slots: see the class.
             capacity: see the class.
+            fp8: whether the linears compute in FP8 (`rollouts`), and how.
 
         Raises:
             UserError: the cache cannot replace the model's attention.
         """
-        self._chunks = list(chunks)
+        self._chunks, self._fp8 = list(chunks), fp8 or FP8Config()
+        self._multiple = FP8_MULTIPLES[self._fp8.recipe] if self._fp8.rollouts else 1
+        slots, capacity = (count + -count % self._multiple for count in (slots, capacity))
         self.slots, self.capacity = slots, capacity
         self._device = next(chunks[0].parameters()).device
         self._layers = [CachedCoreAttention(a, slots, capacity, self._device) for a in attentions(chunks)]
@@ -94,13 +105,15 @@ class SlotDecoder:
         self._plain: list[PlainLayers | None] = []
         for chunk in chunks:
             own = [next(caches) for _ in chunk.decoder.layers]
-            self._plain.append(PlainLayers(chunk, own) if are_plain(chunk) else None)
+            plain = are_plain(chunk) and not self._fp8.rollouts
+            self._plain.append(PlainLayers(chunk, own) if plain else None)
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Context in which the chunks can only decode; see also `full_sequences`."""
         with (
             full_sequences(self._chunks),
+            in_fp8(self._chunks, self._fp8, "rollouts"),
             cached_layers(self._chunks, self._layers, self.capacity) as self._rotations,
         ):
             yield
@@ -120,7 +133,9 @@ class SlotDecoder:
             inputs: [B, s] int64, padded on the right with any token.
         """
         if inputs.shape[1] < FEWEST_TOKENS <= self.capacity:
-            inputs = torch.nn.functional.pad(inputs, (0, FEWEST_TOKENS - inputs.shape[1]))
+            inputs = pad(inputs, (0, FEWEST_TOKENS - inputs.shape[1]))
+        if excess := inputs.shape[1] % self._multiple:
+            inputs = pad(inputs, (0, self._multiple - excess))
         positions = torch.arange(inputs.shape[1], device=self._device)
         for rotation in self._rotations:
             rotation.take(positions)
@@ -137,6 +152,9 @@ class SlotDecoder:
             positions: [B] int64, of `inputs`.
             reach: number of positions that attention covers, more than the position of any unfinished slot.
         """
+        count = len(inputs)
+        if excess := count % self._multiple:
+            inputs, positions = (pad(x, (0, self._multiple - excess)) for x in (inputs, positions))
         for rotation in self._rotations:
             rotation.take(positions[None])
         step = decode_step(positions, reach, self._windows, self._dtype)
@@ -147,7 +165,7 @@ class SlotDecoder:
         last = self._chunks[-1]
         shared = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
         logits_1BV: Tensor = last.output_layer(hidden_1BH, weight=shared, runtime_gather_output=False)[0]
-        return logits_1BV[0]
+        return logits_1BV[0, :count]
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copies the first `length` positions of slots `source` [k] to slots `target` [k]; no slot may be in both."""

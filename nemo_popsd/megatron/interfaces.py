@@ -29,6 +29,7 @@ class ModelProvider(Protocol):
     num_layers: int
     num_attention_heads: int
     hidden_size: int
+    ffn_hidden_size: int
     kv_channels: int | None
     num_query_groups: int | None
     num_moe_experts: int | None
@@ -66,6 +67,12 @@ class ModelProvider(Protocol):
     fp16: bool
     params_dtype: torch.dtype
     autocast_dtype: torch.dtype | None
+    fp8: str | None
+    fp8_recipe: str
+    tp_only_amax_red: bool
+    first_last_layers_bf16: bool
+    num_layers_at_start_in_bf16: int
+    num_layers_at_end_in_bf16: int
     pipeline_dtype: torch.dtype | None
     perform_initialization: bool
     # Training.
@@ -123,6 +130,9 @@ class ModelChunk(Protocol):
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
         """The matrix of a model whose embedding is also its output matrix."""
+
+    def set_is_first_microbatch(self) -> None:
+        """Lets Transformer Engine quantise the weights again in the next forward, if ``config.fp8`` is set."""
 
     def sharded_state_dict(self) -> dict[str, object]:
         """Tensors with their places in the complete model, for a distributed checkpoint."""

@@ -17,10 +17,7 @@ from nemo_popsd.megatron.plain_fields import DEFAULT_ONLY, IMPLEMENTED
 from nemo_popsd.settings.checks import shown
 
 _FSDP = "Megatron-FSDP is not supported: the frozen copy, the loss and checkpoints read the buffers of Megatron's DDP"
-_LOW_PRECISION = (
-    "FP8 and FP4 are not supported: student and frozen passes must compute the same, and in frozen passes alone FP8 "
-    "moves the target by a fifth of what is distilled (python -m benchmarks.fp8, on the embedded model)"
-)
+_LOW_PRECISION = "weights, attention and output matrix stay bf16; fp8.* has FP8 in the linears of the layers"
 
 _REASONS: Mapping[str, Mapping[str, str]] = {
     "model": {
@@ -70,9 +67,13 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "Transformer Engine's user buffers are not set up": """
             tp_comm_*
         """,
+        "set fp8.* instead": """
+            fp8 fp8_recipe first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
+        """,
+        "data-parallel ranks have different numbers of micro-batches": "tp_only_amax_red",
         _LOW_PRECISION: """
-            fp8* fp4* tp_only_amax_red first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
-            quant_recipe activation_func_fp8_input_store
+            fp8_param fp8_dot_product_attention fp8_multi_head_attention fp8_output_proj fp8_quantizer_factory
+            fp8_interval fp8_wgrad fp4* quant_recipe activation_func_fp8_input_store
         """,
         "rollouts decode with their own cache": """
             flash_decode inference_* use_inference_optimized_layers mlp_chunks_for_prefill

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_popsd.megatron.config import FP8_MULTIPLES
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.layers import zigzag_positions
 
@@ -35,14 +36,17 @@ class SequenceSplit:
     """The context-parallel group; None where it has one rank."""
     tensor: dist.ProcessGroup | None = None
     """The tensor-parallel group under sequence parallelism; None without."""
+    token_multiple: int = 1
+    """The number of tokens on each rank must be a multiple of this."""
 
     @classmethod
     def of(cls, model: ModelChunk) -> SequenceSplit:
-        """The split of `model`."""
-        groups = model.pg_collection
+        """The split of `model`, as it computes now: see `nemo_popsd.megatron.fp8.in_fp8`."""
+        groups, config = model.pg_collection, model.config
         return cls(
-            context=groups.cp if model.config.context_parallel_size > 1 else None,
-            tensor=groups.tp if model.config.sequence_parallel else None,
+            context=groups.cp if config.context_parallel_size > 1 else None,
+            tensor=groups.tp if config.sequence_parallel else None,
+            token_multiple=FP8_MULTIPLES[config.fp8_recipe] if config.fp8 else 1,
         )
 
     @property
@@ -73,7 +77,7 @@ class SequenceSplit:
     @property
     def total_multiple(self) -> int:
         """S must be a multiple of this: each rank's part must also divide into slices."""
-        return math.lcm(self.sequence_multiple, self.context_size * self.tensor_size)
+        return math.lcm(self.sequence_multiple, self.context_size * self.tensor_size * self.token_multiple)
 
     def held_places(self, lengths: Sequence[int], rank: int) -> Tensor:
         """Places along S of the tokens that context-parallel rank `rank` holds, in its order: [S/cp] int64.

@@ -15,7 +15,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.adapters import Adapters
 from nemo_popsd.megatron.base import AdaptersOff, FrozenBase, FrozenCopy
 from nemo_popsd.megatron.build import Model, build_chunks
-from nemo_popsd.megatron.config import OptimizerConfig, StudentConfig
+from nemo_popsd.megatron.config import FP8Config, OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.forward import output_weight, upstream_of_loss
 from nemo_popsd.megatron.interfaces import ModelChunk, ModelProvider, WrappedChunk
 from nemo_popsd.megatron.optimizer import wrap_for_training
@@ -46,6 +46,7 @@ class Student:
         chunks: this rank's chunks of the live model π_θ, without DDP; one without virtual pipelining.
         adapters: its adapters, or None under full fine-tuning.
         vocab_size: size of the vocabulary without padding.
+        fp8: which passes compute their linears in FP8.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Student:
         load_trained: LoadWeights | None = None,
         base_first: bool = False,
         megatron: MegatronConfig | None = None,
+        fp8: FP8Config | None = None,
     ) -> None:
         """Builds the live model. Collective over all ranks.
 
@@ -72,7 +74,9 @@ class Student:
             base_first: the checkpoint has only adapters, so `load_initial` is called before; otherwise it also has θ₀,
                 or under full fine-tuning all of θ.
             megatron: fields of megatron-core's configuration.
+            fp8: which passes compute their linears in FP8.
         """
+        self.fp8 = fp8 or FP8Config()
         self._megatron = megatron or MegatronConfig()
         self._architecture = architecture
         self._config = config
@@ -199,7 +203,7 @@ class Student:
 
     def _build(self) -> list[ModelChunk]:
         fields = self._megatron.values("model")
-        return build_chunks(self._architecture.provider(), self._config, self._parallel, fields)
+        return build_chunks(self._architecture.provider(), self._config, self._parallel, fields, self.fp8)
 
 
 def _refuse_soft_cap(model: ModelChunk) -> None:

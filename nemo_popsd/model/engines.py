@@ -42,6 +42,7 @@ def build_engine(
             cache_tokens=settings.rollout.cache_tokens,
             weights_version=weights_version,
             stop_requested=stop_requested,
+            fp8=settings.fp8,
         )
     return build_vllm_engine(
         settings.rollout,
@@ -62,7 +63,9 @@ def engine_name(settings: PopsdConfig) -> str:
     """The engine as samples of an evaluation record it: another engine or precision generates other tokens."""
     vllm, precision = settings.rollout.vllm, settings.student.precision
     if settings.rollout.engine == "megatron":
-        return f"Megatron, {precision}"
+        return f"Megatron, FP8 {settings.fp8.recipe}" if settings.fp8.rollouts else f"Megatron, {precision}"
+    if vllm.quantization != "none":
+        return f"vLLM, {vllm.quantization}"
     return f"vLLM, {precision if vllm.dtype == 'student' else vllm.dtype}"
 
 

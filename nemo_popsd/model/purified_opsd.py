@@ -141,11 +141,11 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             load_trained=checkpoint.load_trained if checkpoint else None,
             base_first=checkpoint is not None and checkpoint.adapters_only,
             megatron=self.settings.megatron,
+            fp8=self.settings.fp8,
         )
         self.chunks = torch.nn.ModuleList(cast(list[torch.nn.Module], self.student.chunks))
         # Kept for the temporary directory of a packed checkpoint, whose tokenizer files are needed.
-        self._checkpoint = checkpoint
-        self._resumes = resume
+        self._checkpoint, self._resumes = checkpoint, resume
         self.engine = build_engine(
             self.settings,
             self.student,

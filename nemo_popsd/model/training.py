@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ from nemo_popsd.training.step import OnPolicyStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Update = Callable[[], None]
 
@@ -95,6 +98,12 @@ def build_step(
         stop=stop,
     )
 
+    if config.fp8.frozen:
+        logger.warning(
+            "fp8.frozen=true (%s): the rounding of the frozen passes is distilled with the target; `popsd diagnose "
+            "--fp8` compares it with the effect",
+            config.fp8.recipe,
+        )
     reader, weights = build_reader(config, tokenizer), build_weights(config.distillation, student)
     mismatch = MismatchGuard(config.guard, MismatchBounds.of(config.guard, exact=_is_exact(config)), student.split)
     cost = step_cost(config)

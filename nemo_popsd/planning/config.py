@@ -29,6 +29,9 @@ class HardwareConfig:
     """Dense bf16 peak, TFLOP/s (data sheet)."""
     fp32_tflops: Annotated[float, _POSITIVE] = 67.0
     """fp32 peak, TFLOP/s (data sheet); counts where `student.precision` is fp32."""
+    fp8_speedup: Annotated[float, Bounds(1, 4)] = 1.5
+    """How much faster linears are in FP8 than in bf16, quantisation included; counts in the passes of `fp8.*`. The
+    ratio of the peaks is 2 (data sheet). Ours."""
     memory_gb_s: Annotated[float, _POSITIVE] = 3350.0
     """Bandwidth of the GPU's memory, GB/s (data sheet)."""
     node_gb_s: Annotated[float, _POSITIVE] = 450.0

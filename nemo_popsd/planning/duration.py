@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from nemo_popsd.planning import compute, traffic
+from nemo_popsd.planning import compute, fp8, traffic
 from nemo_popsd.planning.memory import trained
 from nemo_popsd.planning.parameters import count, stages
 from nemo_popsd.planning.workload import Case
@@ -56,8 +56,8 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
     training_rate = _peak(case) * hardware.training_efficiency
     # 1F1B: p − 1 of the m·v + p − 1 slots of a stage are empty; forwards alone fill and drain once.
     stages_waited = layout.pipeline - 1
-    frozen = flops.frozen.needed / forward_rate
-    trained_seconds = flops.training.needed / training_rate
+    frozen = fp8.equivalent(case, flops.frozen, "frozen") / forward_rate
+    trained_seconds = fp8.equivalent(case, flops.training, "training") / training_rate
     hidden_reduction = _hidden_reduction(case, moved, trained_seconds)
     hidden = hidden_reduction + _hidden_transfers(case, moved, trained_seconds)
     return StepSeconds(
@@ -83,11 +83,13 @@ def rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
     rows, length = case.decoded_rows, compute.attended(case)
     rate = _peak(case) * hardware.forward_efficiency
     cache = 2 * rows * length * sizes.key_width / layout.tensor * sizes.layers / layout.pipeline
-    reading = (_weights_read(case) + cache) * case.element / (hardware.memory_gb_s * 1e9 * hardware.memory_efficiency)
-    arithmetic = compute.decoding(case, rows, length).needed / rate
+    read = (_weights_read(case) + cache) * case.element - fp8.saved_reading(case)
+    reading = read / (hardware.memory_gb_s * 1e9 * hardware.memory_efficiency)
+    arithmetic = fp8.equivalent(case, compute.decoding(case, rows, length), "rollouts") / rate
     launching = sizes.layers / layout.pipeline * hardware.layer_launch_us * 1e-6
     tokens = case.decoding_waves * mean.response
-    busy = tokens * max(reading, arithmetic, launching) + compute.prefill(case).needed / rate
+    prefill = fp8.equivalent(case, compute.prefill(case), "rollouts") / rate
+    busy = tokens * max(reading, arithmetic, launching) + prefill
     calls = (2 * sizes.layers + 1 + traffic.sampling_calls(case)) * int(layout.tensor > 1) + layout.pipeline - 1
     sent = _sent(case, moved.rollout) + tokens * calls * hardware.latency_us * 1e-6
     return Seconds(busy, sent, (layout.pipeline - 1) * busy)

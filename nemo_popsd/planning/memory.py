@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
+from nemo_popsd.planning.fp8 import quantised_bytes
 from nemo_popsd.planning.parameters import (
     Parameters,
     Stage,
@@ -334,6 +335,7 @@ def of_stage(case: Case, stage: Stage) -> Memory:
         "optimizer": state * (1 - host_share),
         "frozen copy": 0.0 if case.lora else float(kept_matrix if offloaded else copy),
         "moving copies": 0.0 if offloaded else moving,
+        "quantised weights": quantised_bytes(case, stage),
     }
     token = sizes.hidden * (len(case.branches) * case.element + case.target.summed_bytes)
     states = case.owned_rows * case.limits.response * token if stage.last else 0

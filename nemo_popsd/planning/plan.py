@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nemo_popsd.planning import compute, duration, traffic
+from nemo_popsd.planning.fp8 import misfits_of_fp8
 from nemo_popsd.planning.layout import DIMENSIONS, misfits
 from nemo_popsd.planning.memory import Memory, memory
 from nemo_popsd.planning.workload import Case
@@ -54,7 +55,7 @@ def estimate(case: Case) -> Estimate:
 
 def problems(case: Case) -> list[str]:
     """Why the run is impossible: numbers that do not divide or, where all do, memory. Empty where it is possible."""
-    reasons = misfits(case.layout, case.sizes, case.prompts)
+    reasons = misfits(case.layout, case.sizes, case.prompts) or misfits_of_fp8(case)
     if reasons:
         return reasons
     result = estimate(case)
@@ -91,7 +92,7 @@ def nearest(case: Case, limit: int = 4) -> list[tuple[Changes, Estimate]]:
 
 
 def _if_possible(case: Case) -> Estimate | None:
-    if misfits(case.layout, case.sizes, case.prompts):
+    if misfits(case.layout, case.sizes, case.prompts) or misfits_of_fp8(case):
         return None
     result = estimate(case)
     return result if result.fits else None

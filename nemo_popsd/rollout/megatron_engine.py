@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_popsd.errors import StopRequested
+from nemo_popsd.megatron.config import FP8Config
 from nemo_popsd.megatron.decoding import SlotDecoder
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.parallel.vocabulary import VocabShard
@@ -53,6 +54,7 @@ class MegatronEngine:
         cache_tokens: int,
         weights_version: Callable[[], int],
         stop_requested: Callable[[], bool] = lambda: False,
+        fp8: FP8Config | None = None,
     ) -> None:
         """Keeps references only.
 
@@ -64,7 +66,9 @@ class MegatronEngine:
                 sequence always fits.
             weights_version: returns the number of completed training steps.
             stop_requested: called for every token by all ranks of the model together; returns the same on each.
+            fp8: see `SlotDecoder`.
         """
+        self._fp8 = fp8
         self._chunks = list(chunks)
         self._vocab_size = vocab_size
         self._batch_rows = batch_rows
@@ -122,7 +126,7 @@ class MegatronEngine:
         longest = max(len(request.prompt) for request in requests) + sampling.max_response_tokens
         slots = max(1, min(self._batch_rows, len(requests), self._cache_tokens // longest))
         schedule = SlotSchedule(requests, slots, prefill_tokens=PREFILL_TOKENS)
-        decoder = SlotDecoder(self._chunks, slots, longest)
+        decoder = SlotDecoder(self._chunks, slots, longest, fp8=self._fp8)
         state = _SlotState(slots, sampling.max_response_tokens, next(self._chunks[0].parameters()).device)
         with decoder.open():
             while schedule.unfinished:

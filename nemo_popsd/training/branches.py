@@ -16,7 +16,9 @@ from torch import Tensor
 
 from nemo_popsd.distillation import DiagnosedTokens, HiddenPair, Target, hidden_pair
 from nemo_popsd.megatron.base import FrozenBase
+from nemo_popsd.megatron.config import FP8Config
 from nemo_popsd.megatron.forward import frozen_hidden_states, student_batches
+from nemo_popsd.megatron.fp8 import in_fp8
 from nemo_popsd.megatron.interfaces import ModelChunk
 from nemo_popsd.megatron.microbatches import ContextSequence, TokenCount
 from nemo_popsd.megatron.prefix.forward import shared_hidden_states, why_not_shared
@@ -68,6 +70,7 @@ class FrozenBranches:
         packed: bool = False,
         shared_cache_tokens: int | None = None,
         on_host: bool = False,
+        fp8: FP8Config | None = None,
     ) -> None:
         """Keeps references only.
 
@@ -81,6 +84,7 @@ class FrozenBranches:
             shared_cache_tokens: compute each distinct prefix once, with keys and values of at most this many positions
                 kept between forwards; None computes each sequence separately.
             on_host: keep the states in host memory until the loss needs them.
+            fp8: whether the linears compute in FP8 (`frozen`), and how.
         """
         self._weights = {"base": anchor, "privileged": teacher, "reference": teacher}
         self._target = target
@@ -89,6 +93,7 @@ class FrozenBranches:
         self._packed = packed
         self._shared_cache_tokens = shared_cache_tokens
         self._on_host = on_host
+        self._fp8 = fp8 or FP8Config()
         self.computed = TokenCount()
 
     def target_states(self, trajectories: Sequence[Trajectory]) -> list[TargetStates]:
@@ -107,7 +112,7 @@ class FrozenBranches:
         for weights in dict.fromkeys(self._weights[name] for name in names):  # the order of the names
             own = [name for name in names if self._weights[name] is weights]
             sequences = [sequence for name in own for sequence in contexts[name]]
-            with weights.model() as chunks:
+            with weights.model() as chunks, in_fp8(chunks, self._fp8, "frozen"):
                 states_of_own, computed = self._hidden_states(chunks, sequences)
                 split = SequenceSplit.of(chunks[0])
             hidden += states_of_own

@@ -13,6 +13,7 @@ from nemo_popsd.distillation.divergence import build_divergence
 from nemo_popsd.distillation.gates import build_gates
 from nemo_popsd.distillation.target_families import build_target
 from nemo_popsd.megatron.forward import forward_backward, student_batches
+from nemo_popsd.megatron.fp8 import in_fp8
 from nemo_popsd.megatron.microbatches import MicroBatch, TokenCount
 from nemo_popsd.megatron.moving import BranchWeights
 from nemo_popsd.megatron.optimizer import StudentOptimizer
@@ -101,6 +102,7 @@ class OnPolicyStep:
             packed=training.packing,
             shared_cache_tokens=training.frozen_cache_tokens if share_prefixes else None,
             on_host=training.cache_on_host,
+            fp8=student.fp8,
         )
 
     def __call__(
@@ -141,7 +143,7 @@ class OnPolicyStep:
             states = self._branches.target_states(trajectories)
         frozen, reports, mismatch = self._branches.computed, [], None
         computed = frozen
-        with watch.phase("train"):
+        with watch.phase("train"), in_fp8(self._student.chunks, self._student.fp8, "training"):
             for number, part in enumerate(parts, start=1):
                 part_states, states = states[: len(part)], states[len(part) :]
                 batches = student_batches(

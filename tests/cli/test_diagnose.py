@@ -21,6 +21,23 @@ def test_diagnose(calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--checkpoint '/nowhere'" in capsys.readouterr().err
 
 
+def test_fp8_is_measured_on_the_untrained_model(
+    calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = types.ModuleType("nemo_popsd.commands.fp8")
+    command.diagnose_fp8 = lambda *args: calls.append(("diagnose_fp8", *args))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nemo_popsd.commands.fp8", command)
+    overrides = [f"output={tmp_path}", "fp8.frozen=true", "student.precision=bf16"]
+    assert cli.main(["diagnose", TINY, *overrides, "--fp8"]) == 0
+    assert calls == [("diagnose_fp8", load_config(TINY, overrides))]
+    for words, message in (
+        (["--checkpoint", str(tmp_path)], "frozen passes are of the untrained model"),
+        (["--views", "answer"], "--fp8 beside it"),
+    ):
+        assert cli.main(["diagnose", TINY, f"output={tmp_path}", "--fp8", *words]) == cli.USER_ERROR
+        assert message in capsys.readouterr().err
+
+
 def test_views_are_scored_before_training(
     calls: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from nemo_popsd.config.contradictions import check_sections
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.config import OptimizerConfig
+from nemo_popsd.megatron.config import FP8Config, OptimizerConfig
 from nemo_popsd.rollout.config import RolloutConfig
 
 
@@ -63,3 +63,24 @@ def test_a_token_budget_needs_rollouts_on_disk_and_one_update() -> None:
         check_sections(config)
     config.training.updates_per_step = 1
     check_sections(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student.precision": "fp32"}, r"fp8\.frozen=true with student\.precision=fp32"),
+        ({"student.layers": "local"}, r"student\.layers=local; need Transformer Engine's layers"),
+        ({"fp8.rollouts": True, "rollout.engine": "vllm"}, r"rollout\.engine=vllm.*set rollout\.vllm\.quantization"),
+        ({"student.frozen_copy": "host"}, r"frozen_copy=host; .*fp8\.frozen=false"),
+    ],
+)
+def test_fp8_where_it_has_no_effect_is_refused(changes: dict[str, object], message: str) -> None:
+    config = PopsdConfig()
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        setattr(getattr(config, section), field, value)
+    config.fp8.rollouts = False
+    check_sections(config)
+    config.fp8 = FP8Config(frozen=True, rollouts="fp8.rollouts" in changes)
+    with pytest.raises(UserError, match=message):
+        check_sections(config)

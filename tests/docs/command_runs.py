@@ -37,7 +37,6 @@ NOT_RUN = {
     r"(python -m benchmarks\.bundle|python3 -m pip) .*": "downloads wheels, and installs what was downloaded",
     r"python -m pip .*": "downloads gigabytes; tests/packaging builds the wheel and runs it in a fresh environment",
     r"(PYTHONPATH=SITE python3|python) -m benchmarks\.gpu.*": "a GPU; tests/benchmarks/test_gpu.py runs the rehearsal",
-    r"python -m benchmarks\.fp8 .*": "a model of billions; tests/benchmarks/test_fp8.py has its functions",
     r"popsd diagnose .* --views .*": "minutes; tests/model/test_views.py scores views of the embedded model",
     r"popsd doctor --run .*": "a run that has ended; tests/commands/test_post_mortem.py has such runs",
     r"popsd rehearse .*": "minutes; tests/cli/test_rehearse.py rehearses the embedded model",

@@ -13,7 +13,7 @@ import pytest
 from nemo_popsd.doctor import imports, machine
 from nemo_popsd.doctor.findings import Finding
 from nemo_popsd.doctor.imports import examine_imports
-from nemo_popsd.doctor.machine import cuda_devices, examine_machine
+from nemo_popsd.doctor.machine import cuda_devices, examine_machine, fp8_recipes
 
 H100 = "NVIDIA H100 80GB HBM3 (79 GiB)"
 
@@ -42,6 +42,24 @@ def test_nccl_is_needed_with_devices(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     for devices, state in (([], "optional"), ([H100], "missing")):
         assert by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["NCCL"].state == state
+
+
+def test_recipes_of_fp8_are_those_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert fp8_recipes((8, 0), "13.0") == []
+    assert fp8_recipes((8, 9), "13.0") == fp8_recipes((9, 0), "12.8") == ["tensorwise", "delayed"]
+    assert fp8_recipes((9, 0), "12.9") == ["tensorwise", "delayed", "blockwise"]
+    assert fp8_recipes((10, 0), "13.1")[-1] == "mxfp8"
+    assert "mxfp8" not in fp8_recipes((12, 0), "13.1")
+
+    def found(devices: list[str]) -> Finding:
+        return by_name(examine_machine(devices, gpus=0, output=str(tmp_path), free_gib=0))["FP8"]
+
+    assert (found([]).state, found([]).found) == ("optional", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.1")
+    assert (found([H100]).state, found([H100]).found) == ("ok", "tensorwise, delayed, blockwise")
 
 
 def test_layers_are_those_that_auto_selects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

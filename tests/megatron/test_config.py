@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from nemo_popsd.config.loading import from_dict_config, to_dict_config
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
-from nemo_popsd.megatron.config import LoRAConfig, OptimizerConfig, StudentConfig
+from nemo_popsd.megatron.config import FP8Config, LoRAConfig, OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.limits import refuse_impossible, refuse_indivisible
 from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
 
@@ -235,3 +235,27 @@ def test_outputs_are_kept_where_a_transfer_would_read_freed_memory(
     assert provider.overlap_p2p_comm == overlap
     assert not provider.batch_p2p_comm
     assert provider.deallocate_pipeline_outputs == freed
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recipe": "current"}, r"fp8\.recipe='current'; need one of tensorwise, delayed, blockwise, mxfp8"),
+        ({"format": "e5m2"}, r"need one of hybrid, e4m3"),
+        ({"recipe": "delayed", "frozen": True}, r"fp8\.frozen=true with fp8\.recipe=delayed; .*only where gradients"),
+        ({"recipe": "delayed", "rollouts": True}, r"fp8\.rollouts=true with fp8\.recipe=delayed"),
+        (
+            {"recipe": "delayed", "num_layers_at_end_in_bf16": 1},
+            r"num_layers_at_end_in_bf16=1 with fp8\.recipe=delayed",
+        ),
+    ],
+)
+def test_contradictory_settings_of_fp8_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FP8Config(**fields)
+
+
+def test_passes_in_fp8_are_named() -> None:
+    assert FP8Config().passes == ()
+    assert FP8Config(training=True, recipe="delayed").passes == ("fp8.training",)
+    assert FP8Config(frozen=True, rollouts=True).passes == ("fp8.frozen", "fp8.rollouts")

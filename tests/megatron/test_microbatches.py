@@ -16,6 +16,7 @@ from nemo_popsd.megatron.microbatches import (
     microbatches,
     pack_by_length,
 )
+from nemo_popsd.megatron.response_routing import SequenceSplit
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=12)
@@ -142,3 +143,25 @@ def test_a_forward_has_at_least_two_tokens(packed):
     assert batch.shape == (2, 1)
     assert batch.input_ids.tolist() == [[7, 0]]
     assert (batch.padding, batch.response_lengths) == (1, [0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@given(lengths=LENGTHS, budget=st.integers(1, 60))
+def test_padding_to_a_multiple_of_tokens_changes_no_position(
+    lengths: list[tuple[int, int]], budget: int, packed: bool
+) -> None:
+    """As in FP8: also an empty micro-batch has such a number of tokens."""
+    sequences, split = _sequences(lengths), SequenceSplit(token_multiple=16)
+    for batch in microbatches(sequences, budget, CPU, split=split, packed=packed, at_least=2):
+        assert batch.input_ids.numel() % 16 == 0
+        assert batch.shape[0] % 16 == 0
+        place = batch.input_ids.T.flatten().tolist()
+        wanted = [[*sequences[row].prompt, *sequences[row].response] for row in batch.sequences]
+        ends = [
+            token
+            for row, tokens in zip(batch.sequences, wanted, strict=True)
+            for token in tokens[len(sequences[row].prompt) - 1 : -1]
+        ]
+        assert [place[index] for index in batch.route.take.tolist()] == ends
+        if batch.packed is not None:
+            assert batch.packed.cu_seqlens_q.tolist()[-1] == batch.shape[0]

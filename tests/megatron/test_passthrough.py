@@ -88,6 +88,8 @@ def test_nothing_that_the_builder_sets_may_be_set() -> None:
         ("model", "tensor_model_parallel_size", "2", r"set parallel\.\* instead"),
         ("model", "hidden_size", "64", "the checkpoint's architecture decides"),
         ("model", "hidden_dropout", "0.1", "no dropout"),
+        ("model", "fp8", "hybrid", r"set fp8\.\* instead"),
+        ("model", "fp8_param", "true", "weights, attention and output matrix stay bf16"),
         ("model", "qk_clip", "true", "it changes what a layer computes"),
         ("model", "init_method", "x", r"a configuration cannot hold its value \(Optional\[Callable\]\)"),
         ("model", "moe_router_dtype", "fp8", r"need fp32 or fp64 or null"),

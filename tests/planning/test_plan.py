@@ -100,6 +100,40 @@ def test_settings_of_the_optimizer_change_the_planned_bytes() -> None:
     assert halved[1] == pytest.approx(halved[0] * 4 / 6)  # the gather of bf16 weights is the same
 
 
+def test_fp8_takes_memory_and_saves_time_in_its_passes_alone() -> None:
+    def planned(*settings: str) -> Any:
+        return estimate(case("Qwen3-8B", *settings))
+
+    off = planned()
+    linears = 36 * (4096 * (32 + 16) * 128 + 4096 * 4096 + 3 * 4096 * 12288)
+    seconds = {}
+    for name, bytes_of_each in (("frozen", 1), ("rollouts", 1), ("training", 2)):
+        on = planned(f"fp8.{name}=true")
+        assert on.memory.standing["quantised weights"] == bytes_of_each * linears
+        phase = name.removesuffix("s") if name == "rollouts" else name
+        for other in ("rollout", "frozen", "training"):
+            before, after = (getattr(found.seconds, other).compute for found in (off, on))
+            assert after < before if other == phase else after == before, (name, other)
+        seconds[name] = getattr(on.seconds, phase).compute / getattr(off.seconds, phase).compute
+    assert off.memory.standing["quantised weights"] == 0
+    assert all(1 / 1.5 < seconds[name] < 0.8 for name in ("frozen", "training")), "attention and loss stay"
+    both = planned("student.adaptation=full", "fp8.frozen=true", "fp8.training=true", "parallel.tensor=2")
+    assert both.memory.standing["quantised weights"] == 3 * linears / 2
+    ends = planned("fp8.frozen=true", "fp8.num_layers_at_end_in_bf16=9")
+    assert ends.memory.standing["quantised weights"] == linears * 27 / 36
+    assert seconds["frozen"] < ends.seconds.frozen.compute / off.seconds.frozen.compute < 1
+
+
+def test_fp8_that_would_be_refused_is_a_problem() -> None:
+    on = "fp8.frozen=true"
+    assert problems(case("Qwen3-4B", on, tensor=2)) == problems(case("Qwen3-4B", tensor=8)) == []
+    narrow = problems(case("Qwen3-4B", on, tensor=8))
+    assert [line.split()[0] for line in narrow] == ["linear_fc2"], narrow
+    assert "1216 x 2560 on a rank is no multiple of 128" in narrow[0]
+    assert problems(case("Qwen3-4B", on, "fp8.recipe=tensorwise", tensor=8)) == []
+    assert problems(case("Qwen3-30B-A3B", on)) == ["fp8.frozen=true needs a dense model"]
+
+
 def test_a_state_is_sharded_by_default_from_two_ranks() -> None:
     one, eight, off = (
         memory.memory(case("Qwen3-8B", *settings, plan=PlanConfig(gpus_per_node=gpus))).standing["optimizer"]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.config import RolloutConfig
 from nemo_popsd.rollout.vllm.config import VllmConfig
-from nemo_popsd.rollout.vllm.launch import AdapterShape, ServedModel, adapter_base, server_launch
+from nemo_popsd.rollout.vllm.launch import AdapterShape, ServedModel, adapter_base, refuse_quantization, server_launch
 
 MODEL = ServedModel(
     source="nemo_popsd:tiny_reasoner",
@@ -61,3 +62,20 @@ def test_adapters_are_sent_for_dense_models_in_hugging_face_directories(tmp_path
         assert adapter_base(auto, other) is None
         with pytest.raises(UserError, match=obstacle):
             adapter_base(replace(auto, lora="adapter"), other)
+
+
+def test_a_base_is_quantised_where_only_adapters_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantised = VllmConfig(quantization="fp8_per_tensor")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refuse_quantization(VllmConfig(), adapter=False)
+    refuse_quantization(quantised, adapter=True)
+    with pytest.raises(UserError, match=r"quantization=fp8_per_tensor; need a base that does not change"):
+        refuse_quantization(quantised, adapter=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuse_quantization(replace(quantised, launcher=["srun"]), adapter=True)
+    with pytest.raises(UserError, match=r"need a GPU"):
+        refuse_quantization(quantised, adapter=True)
+    options: dict[str, Any] = {"output": Path("/run"), "limit": 10, "replica": 3, "devices": None, "adapter": True}
+    launched = server_launch(RolloutConfig(vllm=quantised), MODEL, Path("/model"), **options)
+    assert launched.settings["arguments"]["quantization"] == "fp8_per_tensor"
+    assert "quantization" not in settings(MODEL, adapter=True)["arguments"]

@@ -95,6 +95,7 @@ class _Torch(types.ModuleType):
         super().__init__("torch")
         self._view = TORCH_ON_CPU
         self.cuda = _Cuda(TORCH_ON_CPU)
+        self.version = types.SimpleNamespace(**{**vars(torch.version), "cuda": "13.1"})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._view, name)

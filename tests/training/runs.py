@@ -92,6 +92,7 @@ class Run:
             batch_rows=self.config.rollout.batch_rows,
             cache_tokens=self.config.rollout.cache_tokens,
             weights_version=lambda: self.steps,
+            fp8=self.config.fp8,
         )
 
     def on_policy_step(
@@ -150,6 +151,7 @@ def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) 
         seed=config.seed,
         load_initial=source.load,
         megatron=config.megatron,
+        fp8=config.fp8,
     )
     if initial is not None:
         with student.base.model():  # makes the copy before the live weights change

@@ -28,6 +28,11 @@ class VllmConfig:
     uses."""
     dtype: str = "student"
     """`student` uses that of `student.precision`; otherwise `bf16`, `fp16` or `fp32`."""
+    quantization: str = "none"
+    """`none`, or how vLLM quantises the base's linears when it reads them, as the installed version names it:
+    `fp8_per_tensor` or `fp8_per_block`; `fp8` in versions that do not know these. Needs a GPU, LoRA and a transfer of
+    the adapters alone, so that the quantised weights never change. The log-probabilities of rollouts are those of the
+    quantised model."""
     memory_share: Annotated[float, Bounds(1e-3, 1)] = 0.4
     """Share of each GPU's memory for weights and key-value cache (vLLM's gpu_memory_utilization); on CPUs the
     share of the machine's memory."""
@@ -58,5 +63,6 @@ class VllmConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "rollout.vllm")
         one_of("rollout.vllm.dtype", self.dtype, ("student", "bf16", "fp16", "fp32"))
+        one_of("rollout.vllm.quantization", self.quantization, ("none", "fp8", "fp8_per_tensor", "fp8_per_block"))
         one_of("rollout.vllm.lora", self.lora, ("auto", "adapter", "merged"))
         one_of("rollout.vllm.interface", self.interface, INTERFACES)

@@ -104,11 +104,12 @@ def build_vllm_engine(
         stop_requested: see `StopSignals.while_decoding`.
 
     Raises:
-        UserError: `rollout.vllm.lora=adapter` is not possible with this model.
+        UserError: `rollout.vllm.lora=adapter` or `rollout.vllm.quantization` is not possible with this model.
     """
     vllm = settings.vllm
     output = Path(output)
     base = adapter_base(vllm, model)
+    refuse_quantization(vllm, adapter=base is not None)
     ranks = server_ranks(replica, timeout=timeout)
     devices = None if vllm.launcher else _devices(ranks, vllm.tensor)
     return VllmEngine(
@@ -192,6 +193,32 @@ def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
     return None
 
 
+def refuse_quantization(settings: VllmConfig, *, adapter: bool) -> None:
+    """Refuses `rollout.vllm.quantization` where weights are sent, or where no GPU can compute with it.
+
+    vLLM replaces a linear's weight by its quantised transpose once it has read it, which weights in bf16 that arrive
+    later do not fit (`vllm.model_executor.layers.quantization.fp8.Fp8LinearMethod.process_weights_after_loading`).
+
+    Args:
+        settings: the section `rollout.vllm`.
+        adapter: whether only the adapters are sent.
+
+    Raises:
+        UserError: the message names what is missing.
+    """
+    if settings.quantization == "none":
+        return
+    need, fix = "", ""
+    if not adapter:
+        need = "a base that does not change, to which adapters are sent: vLLM quantises weights when it reads them"
+        fix = "set student.adaptation=lora and rollout.vllm.lora=adapter"
+    elif not settings.launcher and not torch.cuda.is_available():
+        need, fix = "a GPU", "run on a GPU"
+    if need:
+        got = f"rollout.vllm.quantization={settings.quantization}"
+        raise UserError("configuration", got=got, need=need, fix=f"{fix}, or set rollout.vllm.quantization=none")
+
+
 def server_launch(
     settings: RolloutConfig,
     model: ServedModel,
@@ -234,6 +261,8 @@ def server_launch(
         "seed": 0,  # each request has its own
         "disable_log_stats": True,
     }
+    if vllm.quantization != "none":
+        arguments["quantization"] = vllm.quantization
     if model.config_overrides:
         arguments["hf_overrides"] = dict(model.config_overrides)
     lora = model.lora if adapter else None
