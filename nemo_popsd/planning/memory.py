@@ -46,7 +46,7 @@ class LayerActivations:
         """Elements per token on one rank."""
         layout = case.layout
         spread = layout.tensor if layout.sequence else 1
-        return self.replicated / spread + self.attention / layout.tensor + self.mlp / layout.expert_tensor
+        return self.replicated / spread + self.attention / layout.tensor + self.mlp / layout.expert_shards
 
 
 def kept_by_layer(case: Case) -> LayerActivations:
@@ -138,7 +138,7 @@ def working_set(case: Case, longest: int) -> float:
     """
     sizes, layout, plain = case.sizes, case.layout, case.plain
     visits = max(1, sizes.experts_per_token)
-    mlp = (5 if plain else 3) * sizes.intermediate * visits / layout.expert_tensor
+    mlp = (5 if plain else 3) * sizes.intermediate * visits / layout.expert_shards
     # Unfused attention has scores and probabilities.
     scores = 2 * sizes.heads * longest if not plain and case.element == 4 else 0
     attention = (4 * sizes.query_width + 3 * sizes.key_width + _repeated_heads(case) + scores) / layout.tensor
@@ -198,7 +198,7 @@ def _update_bytes(case: Case, stage: Stage, parameters: Parameters) -> float:
         return 0.0
     largest = parameters.vocabulary if stage.first or stage.last else 0
     for linear in linears(case.sizes):
-        largest = max(largest, linear.share(case.layout.expert_tensor if linear.expert else case.layout.tensor))
+        largest = max(largest, linear.share(case.layout.expert_shards if linear.expert else case.layout.tensor))
     moment = float(largest)
     if case.shards_state:
         moment = min(moment, parameters.dense / case.layout.dense_replicas)
