@@ -54,12 +54,11 @@ def layer_weights(case: Case) -> tuple[float, float]:
     model, adapters = router, 0.0
     for linear in linears(sizes):
         visits = sizes.experts_per_token if linear.expert else 1
-        # Tokens of all e ranks of an expert group are routed to the experts of one of them: k each on average. Those of
-        # t_e ranks meet in the parts of an expert, and under sequence parallelism each rank has a part of the tokens.
-        split = layout.tensor if layout.sequence or not linear.expert else layout.expert_shards
-        model += linear.weights * visits / split
+        # Tokens of all e ranks of an expert group are routed to the experts of one of them: k each on average. Experts
+        # that are not split have as many times fewer tokens, because a mixture has sequence parallelism with t > 1.
+        model += linear.weights * visits / layout.tensor
         if case.lora and linear.name in lora.targets:
-            adapters += linear.adapter(lora.rank) * visits / split
+            adapters += linear.adapter(lora.rank) * visits / layout.tensor
     return model, adapters
 
 

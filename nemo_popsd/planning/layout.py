@@ -91,6 +91,11 @@ class Layout:
         return self.world // (self.pipeline * self.expert * self.expert_shards)
 
     @property
+    def sharing_replicas(self) -> int:
+        """Replicas that share experts, and so decode each other's rows."""
+        return max(1, self.expert * self.expert_shards // (self.tensor * self.context)) if self.expert > 1 else 1
+
+    @property
     def context_heads(self) -> int:
         """Context-parallel ranks that divide heads."""
         sizes = {HEADS: self.context, HIERARCHICAL: (self.context_sizes or [1])[0]}

@@ -192,6 +192,9 @@ def test_parts_of_experts_take_less_memory_and_send_more() -> None:
     assert report.shape(split) == "TP2·EP4·ETP2·SP·DP4 distributed"
     assert of_split.dense == of_whole.dense
     assert (whole.layout.expert_replicas, split.layout.expert_replicas) == (2, 1)
+    assert (whole.layout.sharing_replicas, split.layout.sharing_replicas) == (2, 4)
+    assert (whole.generated_rows, split.generated_rows) == (2 * whole.rows, 4 * whole.rows)
+    assert replace(whole.layout, expert=2).sharing_replicas == replace(whole.layout, expert=1).sharing_replicas == 1
     assert compute.layer_weights(whole) == compute.layer_weights(split), "as many visits of half of the columns"
     assert traffic.expert_forward(split, 100) == pytest.approx(traffic.expert_forward(whole, 100) * (0.75 + 1) / 0.75)
 
