@@ -1,14 +1,15 @@
 """One training step (all weights, bf16) under each switch of Megatron that one GPU can run, with the expected effect.
 
 The loss is computed before the update and must be that of the plain run up to rounding. A switch whose library is
-missing is reported with the refusal. Then the frozen states in FP8 (`benchmarks.gpu.fp8`). Overlap of communication
-needs several GPUs and is not here.
+missing is reported with the refusal. Then the frozen states in FP8 (`benchmarks.gpu.fp8`). Switches of several GPUs are
+listed with what they need and the expected effect; this part, which has one process, does not run them.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from benchmarks.gpu import fp8
 from benchmarks.gpu.journal import Report
 from benchmarks.gpu.model import ScriptedEngine, random_model, settings, start
+from nemo_popsd.config.loading import load_schema
+from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.limits import refuse_optimizer
 
@@ -51,6 +54,64 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
 }
 """Settings of each switch, and what is expected of it."""
 
+_CONTEXT = ("parallel.context=2", "training.packing=false")
+_SHARED_EXPERTS = ("parallel.tensor=2", "parallel.expert=2")
+
+SWITCHES_OF_SEVERAL: dict[str, tuple[int, tuple[str, ...], str]] = {
+    "overlap of the gradients' reduction": (
+        2,
+        ("optimizer.overlap_grad_reduce=true",),
+        "full fine-tuning: all but the last bucket's reduction hidden behind the backward; LoRA: nothing",
+    ),
+    "overlap of the weights' gather": (
+        2,
+        ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true", "training.updates_per_step=2"),
+        "full fine-tuning: the gather between the updates of a step hidden behind the forward",
+    ),
+    "overlap of transfers between stages": (
+        2,
+        ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.overlap_transfers=true"),
+        "transfers hidden behind the other model chunk",
+    ),
+    "sequence parallelism": (
+        2,
+        ("parallel.tensor=2", "parallel.sequence=true"),
+        "norms and residuals on half of the tokens, the same bytes",
+    ),
+    "user buffers": (
+        2,
+        ("parallel.tensor=2", "megatron.model.tp_comm_overlap=true"),
+        "tensor-parallel gathers hidden behind products, if micro-batches had one shape",
+    ),
+    "context, p2p": (
+        2,
+        ("parallel.context=2", "parallel.context_type=p2p"),
+        "half of the activations; the ring hidden behind attention from some thousand tokens a rank on",
+    ),
+    "context, all_gather": (
+        2,
+        (*_CONTEXT, "parallel.context_type=all_gather"),
+        "half of the activations; keys and values of all tokens in memory, a gather that nothing hides",
+    ),
+    "context, a2a": (
+        2,
+        (*_CONTEXT, "parallel.context_type=a2a"),
+        "half of the activations; nothing hides the exchange, of fewer bytes than p2p's on many ranks",
+    ),
+    "context, a2a+p2p": (
+        4,
+        (*_CONTEXT, "parallel.context=4", "parallel.context_type=a2a+p2p", "parallel.context_sizes=[2,2]"),
+        "a quarter of the activations; a ring of two nodes instead of four ranks",
+    ),
+    "experts complete": (4, _SHARED_EXPERTS, "exchanged tokens alone"),
+    "experts split": (
+        4,
+        (*_SHARED_EXPERTS, "parallel.expert_tensor=2"),
+        "half of the experts' memory; tokens also gathered and summed over two ranks, so slower",
+    ),
+}
+"""GPUs, settings and expected effect of the switches that one GPU cannot run."""
+
 
 def run(report: Report, *, rehearse: bool, work: Path) -> None:
     """See the module."""
@@ -65,7 +126,19 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
         limit = _FP8_LOSS_LIMIT if any(setting.startswith("fp8.") for setting in changes) else _LOSS_LIMIT
         verdict = "right" if abs(measured["loss"] / plain - 1) < limit else "WRONG"
         report("one step", switch=name, expected=expected, **measured, verdict=verdict)
+    for name, (gpus, overrides, expected) in SWITCHES_OF_SEVERAL.items():
+        reason = _because(gpus, overrides)
+        report("not run", switch=name, settings=" ".join(overrides), expected=expected, because=reason)
     fp8.frozen_states(report, rehearse=rehearse, work=work)
+
+
+def _because(gpus: int, overrides: Sequence[str]) -> str:
+    """Why a switch of `gpus` GPUs does not run here: their number, or the refusal of its settings."""
+    try:
+        load_schema(PopsdConfig, {}, overrides, what="switch")
+    except UserError as error:
+        return f"{error.got}; need {error.need}"
+    return f"needs {gpus} GPUs"
 
 
 def _step(directory: Path, changes: dict[str, Any], *, rehearse: bool) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def run(args: argparse.Namespace) -> None:
 
         values = {} if config is None else by_key(config)
         print(describe(args.describe, (PopsdConfig, PlanConfig), values=values))
+        section, _, name = args.describe.partition(".")
+        if section == "megatron" and name:
+            from nemo_popsd.megatron.passthrough import listing
+
+            print(f"\n{listing(name)}")
         return
     from omegaconf import OmegaConf
 

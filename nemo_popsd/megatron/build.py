@@ -58,7 +58,7 @@ def build_chunks(
     provider.cp_comm_type = None if parallel.context_type == "auto" else parallel.context_type
     provider.hierarchical_context_parallel_sizes = parallel.context_sizes or None
     provider.expert_model_parallel_size = parallel.expert
-    provider.expert_tensor_parallel_size = 1 if parallel.expert > 1 else parallel.tensor
+    provider.expert_tensor_parallel_size = parallel.expert_shards
     # The only dispatcher that supports micro-batches of unequal lengths; not used without experts.
     provider.moe_token_dispatcher_type = "alltoall"
     # Experts are balanced in pre-training; here only the divergence is minimised.
@@ -123,6 +123,7 @@ def layout_of(model: ModelChunk) -> ParallelConfig:
         context_type=config.cp_comm_type or "auto",
         context_sizes=config.hierarchical_context_parallel_sizes or [],
         expert=config.expert_model_parallel_size,
+        expert_tensor=config.expert_tensor_parallel_size or 0 if config.expert_model_parallel_size > 1 else 0,
     )
 
 

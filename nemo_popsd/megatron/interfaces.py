@@ -33,6 +33,8 @@ class ModelProvider(Protocol):
     kv_channels: int | None
     num_query_groups: int | None
     num_moe_experts: int | None
+    moe_ffn_hidden_size: int | None
+    ffn_hidden_size: int | None
     window_size: tuple[int, int] | None
     normalization: str
     qk_layernorm: bool

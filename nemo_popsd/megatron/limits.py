@@ -35,7 +35,8 @@ def refuse_impossible(provider: ModelProvider, student: StudentConfig, parallel:
     _refuse_fused_accumulation(student)
     fused = spec.on_transformer_engine(student.layers)
     if fused:
-        _refuse_for_transformer_engine(provider, student)
+        _refuse_for_transformer_engine(student)
+    _refuse_adapters_of_experts(provider, student, parallel, fused=fused)
     refuse_context(provider, student, parallel, fused=fused)
 
 
@@ -47,6 +48,8 @@ def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> Non
     """
     groups = provider.num_query_groups or provider.num_attention_heads
     experts = provider.num_moe_experts
+    width = provider.moe_ffn_hidden_size if experts else provider.ffn_hidden_size
+    split = "parallel.expert_tensor" if parallel.expert_tensor else "parallel.tensor"
     uneven = parallel.first_stage_layers or parallel.last_stage_layers
     stages = 1 if uneven else parallel.pipeline * parallel.virtual_pipeline
     for what, count, size, setting in (
@@ -54,6 +57,7 @@ def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> Non
         ("key-value heads", groups, parallel.tensor, "parallel.tensor"),
         ("layers", provider.num_layers, stages, "parallel.pipeline or parallel.virtual_pipeline"),
         ("experts", experts or 0, parallel.expert, "parallel.expert"),
+        ("columns of the MLP", width or 0, parallel.expert_shards, split),
     ):
         if count % size or (what == "experts" and size > 1 and not count):
             raise UserError(
@@ -150,8 +154,8 @@ ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"
 _EXPERT_LINEARS = ("linear_fc1", "linear_fc2")
 
 
-def _refuse_for_transformer_engine(provider: ModelProvider, student: StudentConfig) -> None:
-    """Refuses what Transformer Engine, or Megatron-Bridge's LoRA on it, computes wrongly; warns of TF32."""
+def _refuse_for_transformer_engine(student: StudentConfig) -> None:
+    """Refuses variables that conflict with Megatron's choice of an attention; warns of TF32."""
     for name in ATTENTION_VARIABLES:
         if os.environ.get(name, "1") != "1":
             raise UserError(
@@ -165,8 +169,16 @@ def _refuse_for_transformer_engine(provider: ModelProvider, student: StudentConf
             "student.precision=fp32: Transformer Engine multiplies fp32 matrices in TF32 (10 bits of mantissa instead "
             "of 23); set NVIDIA_TF32_OVERRIDE=0 in the environment for full fp32"
         )
+
+
+def _refuse_adapters_of_experts(
+    provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig, *, fused: bool
+) -> None:
+    """Refuses adapters of experts that Megatron-Bridge's LoRA computes wrongly."""
     targets = [name for name in student.lora.targets if name in _EXPERT_LINEARS]
-    if provider.num_moe_experts and student.adaptation == "lora" and targets:
+    if not provider.num_moe_experts or student.adaptation != "lora" or not targets:
+        return
+    if fused:
         # The experts of a rank are one module and would share one adapter. Expert-parallel ranks would have different
         # adapters under the same name in a checkpoint.
         raise UserError(
@@ -174,4 +186,15 @@ def _refuse_for_transformer_engine(provider: ModelProvider, student: StudentConf
             got=f"student.lora.targets with {', '.join(targets)} for a mixture of {provider.num_moe_experts} experts",
             need="adapters of attention only: on a GPU all experts of a rank would share one adapter",
             fix="set student.lora.targets=[linear_qkv,linear_proj], or student.adaptation=full",
+        )
+    if parallel.expert_shards > 1:
+        # `megatron.core.tensor_parallel.layers.RowParallelLinear` of an expert leaves the sum over its parts to the
+        # dispatcher, and the adapter's second matrix would multiply one rank's part of it.
+        raise UserError(
+            "adapters",
+            got=f"student.lora.targets with {', '.join(targets)} for experts that {parallel.expert_shards} ranks have "
+            f"parts of ({parallel.describe()})",
+            need="adapters of attention only, or experts that are complete on a rank",
+            fix="set student.lora.targets=[linear_qkv,linear_proj], or parallel.expert above 1 without "
+            "parallel.expert_tensor",
         )

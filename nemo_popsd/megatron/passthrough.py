@@ -7,6 +7,7 @@ refuses with a reason: another setting decides them, or the method does.
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -26,10 +27,7 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
             tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size num_layers_in_first_pipeline_stage
             virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
             num_layers_in_last_pipeline_stage overlap_p2p_comm *gtp_weight_remat_size
-            *tensor_parallel_num_weight_shards
-        """,
-        "distributed experts are complete on their rank, the others are split as parallel.tensor says": """
-            expert_tensor_parallel_size
+            *tensor_parallel_num_weight_shards expert_tensor_parallel_size
         """,
         "set student.recompute* instead": """
             recompute_granularity recompute_method recompute_num_layers recompute_modules moe_layer_recompute
@@ -64,7 +62,7 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         "the model is not cut into the parts that its schedule needs": """
             overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release
         """,
-        "Transformer Engine's user buffers are not set up": """
+        "Transformer Engine's user buffers have one number of tokens, and passes have several (docs/gpu.md)": """
             tp_comm_*
         """,
         "set fp8.* instead": """
@@ -129,6 +127,7 @@ _HOW = """
     symmetric_ar_type
 """
 """Fields that `plain_fields` lists because they may touch what a layer computes, and that choose how, not what."""
+_UNHELD = "a configuration cannot hold its value"
 
 
 @dataclass(kw_only=True)
@@ -136,7 +135,7 @@ class MegatronConfig:
     """Fields of megatron-core's configuration, passed on as they are.
 
     Allowed are those of the installed version that no other setting decides, nor the method: the error for any other
-    states the reason.
+    states the reason, and `popsd config --describe megatron.model` lists them.
     """
 
     model: dict[str, str] = field(default_factory=dict)
@@ -170,7 +169,25 @@ def refusal(section: str, name: str, kind: MegatronField) -> str:
             return "the checkpoint's architecture decides what a layer computes"
         if name in DEFAULT_ONLY:
             return "it changes what a layer computes, and no supported architecture has it"
-    return "" if kind.settable else f"a configuration cannot hold its value ({kind.annotation})"
+    return "" if kind.settable else f"{_UNHELD} ({kind.annotation})"
+
+
+def listing(section: str) -> str:
+    """The installed fields of `model`, `ddp` or `optimizer`, for the terminal: those that may be set with their types,
+    then the refused ones by reason.
+    """
+    refused: dict[str, list[str]] = {}
+    allowed = []
+    for name, kind in sorted(installed_fields(section).items()):
+        reason = refusal(section, name, kind)
+        if not reason:
+            allowed.append(f"    {name}: {kind.annotation}")
+        else:
+            refused.setdefault(_UNHELD if reason.startswith(_UNHELD) else reason, []).append(name)
+    lines = [f"megatron.{section} takes", *allowed, "", "and refuses"]
+    for reason, names in refused.items():
+        lines += [f"    {reason}:", textwrap.indent(textwrap.fill(", ".join(names), 92), "        ")]
+    return "\n".join(lines)
 
 
 def _value(section: str, name: str, text: str) -> object:

@@ -83,7 +83,11 @@ class ParallelConfig:
     """With `context_type=a2a+p2p`: neighbouring context-parallel ranks that divide heads, then ranks of a ring, as in
     [2, 4] for `context=8`."""
     expert: Annotated[int, _SIZE] = 1
-    """Expert-parallel size: the experts of a mixture-of-experts model are distributed, each complete on one rank."""
+    """Expert-parallel size: the experts of a mixture-of-experts model are distributed over this number of ranks."""
+    expert_tensor: Annotated[int, _SIZE_OR_ZERO] = 0
+    """Ranks over which each expert's matrices are split (Megatron's `expert_tensor_model_parallel_size`), a divisor of
+    `tensor`; 0 is 1 with `expert` above 1, else `tensor`. `expert` times it ranks share the experts: more of them than
+    `tensor` are of several data-parallel or context-parallel ranks."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "parallel")
@@ -96,6 +100,7 @@ class ParallelConfig:
                 fix="set parallel.tensor above 1, or parallel.sequence=auto",
             )
         self._check_context()
+        self._check_experts()
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise UserError(
                 "configuration",
@@ -140,6 +145,30 @@ class ParallelConfig:
                 fix="set parallel.context_sizes",
             )
 
+    def _check_experts(self) -> None:
+        if self.expert == 1 and self.expert_tensor not in (0, self.tensor):
+            # `megatron.core.tensor_parallel.layers.ColumnParallelLinear`: `allreduce` of an expert's weight.
+            raise UserError(
+                "configuration",
+                got=f"parallel.expert_tensor={self.expert_tensor} with parallel.tensor={self.tensor} and "
+                "parallel.expert=1",
+                need="expert parallelism, without which megatron-core 0.16 does not sum the gradients of whole experts "
+                "over the tensor-parallel ranks",
+                fix="set parallel.expert above 1, or parallel.expert_tensor=0",
+            )
+        if self.tensor % self.expert_shards:
+            raise UserError(
+                "configuration",
+                got=f"parallel.expert_tensor={self.expert_tensor} with parallel.tensor={self.tensor}",
+                need="a divisor of parallel.tensor, whose ranks have the same sequences",
+                fix="set parallel.expert_tensor",
+            )
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks over which an expert's matrices are split: what `expert_tensor` decides."""
+        return self.expert_tensor or (1 if self.expert > 1 else self.tensor)
+
     @property
     def splits_sequences(self) -> bool:
         """Whether norms and residuals are split along the sequence: what `sequence` decides."""
@@ -156,9 +185,9 @@ class ParallelConfig:
         return {name: getattr(self, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert")}
 
     def describe(self) -> str:
-        """The sizes above 1 and uneven stages as settings, or ``parallel.tensor=1`` if all sizes are 1."""
+        """The sizes above 1, uneven stages and split experts as settings; ``parallel.tensor=1`` if all sizes are 1."""
         shown = [name for name, size in self.sizes.items() if size > 1]
-        shown += [name for name in ("first_stage_layers", "last_stage_layers") if getattr(self, name)]
+        shown += [name for name in ("first_stage_layers", "last_stage_layers", "expert_tensor") if getattr(self, name)]
         return " ".join(f"parallel.{name}={getattr(self, name)}" for name in shown) or "parallel.tensor=1"
 
     def check_world(self, ranks: int) -> None:
@@ -167,10 +196,11 @@ class ParallelConfig:
         Raises:
             UserError: the message names the settings and the smallest number of ranks that fits.
         """
-        fits = math.lcm(self.replica_ranks, self.expert * self.pipeline)
+        sharing = self.expert_shards * self.expert * self.pipeline
+        fits = math.lcm(self.replica_ranks, sharing)
         for size, named in (
             (self.replica_ranks, "tensor · pipeline · context"),
-            (self.expert * self.pipeline, "expert · pipeline"),
+            (sharing, "expert_tensor · expert · pipeline" if self.expert_shards > 1 else "expert · pipeline"),
         ):
             if ranks % size:
                 raise UserError(

@@ -82,12 +82,11 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             context_parallel_size=parallel.context,
             hierarchical_context_parallel_sizes=parallel.context_sizes or None,
             expert_model_parallel_size=parallel.expert,
-            # Distributed experts are complete on their rank; otherwise they are sharded like other matrices.
-            expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
+            expert_tensor_parallel_size=parallel.expert_shards,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
     present = _sizes_of_groups()
-    if present.sizes != parallel.sizes:
+    if (present.sizes, present.expert_shards) != (parallel.sizes, parallel.expert_shards):
         raise UserError(
             "layout",
             got=f"{parallel.describe()} in a process whose groups were created for {present.describe()}",
@@ -150,12 +149,14 @@ def _log_waiting(launch: launcher.Launch, place: str) -> None:
 
 
 def _sizes_of_groups() -> ParallelConfig:
+    experts = parallel_state.get_expert_model_parallel_world_size()
     return ParallelConfig(
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         context=parallel_state.get_context_parallel_world_size(),
-        expert=parallel_state.get_expert_model_parallel_world_size(),
+        expert=experts,
+        expert_tensor=parallel_state.get_expert_tensor_parallel_world_size() if experts > 1 else 0,
     )
 
 

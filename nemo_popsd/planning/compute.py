@@ -54,12 +54,11 @@ def layer_weights(case: Case) -> tuple[float, float]:
     model, adapters = router, 0.0
     for linear in linears(sizes):
         visits = sizes.experts_per_token if linear.expert else 1
-        # Tokens of all e ranks of an expert group are routed to the experts of one of them: k each on average.
-        split = layout.expert_tensor if linear.expert else layout.tensor
-        spread = layout.tensor if linear.expert and layout.sequence and layout.expert_tensor == 1 else 1
-        model += linear.weights * visits / split / spread
+        # Tokens of all e ranks of an expert group are routed to the experts of one of them: k each on average. Experts
+        # that are not split have as many times fewer tokens, because a mixture has sequence parallelism with t > 1.
+        model += linear.weights * visits / layout.tensor
         if case.lora and linear.name in lora.targets:
-            adapters += linear.adapter(lora.rank) * visits / split / spread
+            adapters += linear.adapter(lora.rank) * visits / layout.tensor
     return model, adapters
 
 

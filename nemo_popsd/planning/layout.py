@@ -41,6 +41,8 @@ class Layout:
     """Ranks that divide heads and ranks of a ring, where both do."""
     expert: int = 1
     """e."""
+    expert_tensor: int = 0
+    """What `parallel.expert_tensor` is; see `expert_shards`."""
 
     @staticmethod
     def of(parallel: ParallelConfig, *, nodes: int, gpus_per_node: int) -> Layout:
@@ -74,9 +76,9 @@ class Layout:
         return each
 
     @property
-    def expert_tensor(self) -> int:
-        """Ranks over which the matrices of the MLP are split: t, or 1 with expert parallelism."""
-        return 1 if self.expert > 1 else self.tensor
+    def expert_shards(self) -> int:
+        """t_e, ranks over which the matrices of the MLP (of an expert, in a mixture) are split."""
+        return self.expert_tensor or (1 if self.expert > 1 else self.tensor)
 
     @property
     def dense_replicas(self) -> int:
@@ -85,8 +87,13 @@ class Layout:
 
     @property
     def expert_replicas(self) -> int:
-        """G / (p·e·expert_tensor), ranks that hold the same experts."""
-        return self.world // (self.pipeline * self.expert * self.expert_tensor)
+        """G / (p·e·t_e), ranks that hold the same experts."""
+        return self.world // (self.pipeline * self.expert * self.expert_shards)
+
+    @property
+    def sharing_replicas(self) -> int:
+        """Replicas that share experts, and so decode each other's rows."""
+        return max(1, self.expert * self.expert_shards // (self.tensor * self.context)) if self.expert > 1 else 1
 
     @property
     def context_heads(self) -> int:
@@ -99,7 +106,7 @@ class Layout:
         reach = {
             "tensor": self.tensor,
             "context": self.tensor * self.context,
-            "expert": self.expert_tensor * self.expert,
+            "expert": self.expert_shards * self.expert,
             "data": self.tensor * self.context * self.data,
             "pipeline": self.world,
         }
@@ -122,11 +129,18 @@ def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
 
     divide("GPUs", layout.world, "tensor·pipeline·context", layout.replica)
     divide("GPUs", layout.world, "pipeline·expert", layout.pipeline * layout.expert)
+    if layout.expert_tensor:
+        shared = layout.pipeline * layout.expert * layout.expert_tensor
+        divide("GPUs", layout.world, "pipeline·expert·expert_tensor", shared)
+        divide("tensor-parallel ranks", layout.tensor, "parallel.expert_tensor", layout.expert_tensor)
+        if layout.expert == 1 and layout.expert_tensor != layout.tensor:
+            reasons.append(f"parallel.expert_tensor={layout.expert_tensor} needs parallel.expert above 1")
     divide("query heads", sizes.heads, "parallel.tensor", layout.tensor)
     divide("key-value heads", sizes.groups, "parallel.tensor", layout.tensor)
     if layout.context_heads > 1 and not reasons:
         divide("key-value heads of a rank", sizes.groups // layout.tensor, "its context ranks", layout.context_heads)
-    divide("MLP columns", sizes.intermediate, "parallel.tensor", layout.expert_tensor)
+    setting = "parallel.expert_tensor" if layout.expert_tensor else "parallel.tensor"
+    divide("MLP columns", sizes.intermediate, setting, layout.expert_shards)
     if not layout.first_stage_layers and not layout.last_stage_layers:
         divide("layers", sizes.layers, "pipeline·virtual_pipeline", layout.pipeline * layout.virtual_pipeline)
     elif layout.pipeline == 1 or layers_by_stage(layout, sizes.layers) is None:

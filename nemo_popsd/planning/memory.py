@@ -41,13 +41,13 @@ class LayerActivations:
     attention: int
     """Split by tensor parallelism."""
     mlp: int
-    """Split by tensor parallelism (of experts, by theirs)."""
+    """Split by tensor parallelism: experts that are not split have as many times fewer tokens."""
 
     def per_rank(self, case: Case) -> float:
         """Elements per token on one rank."""
         layout = case.layout
         spread = layout.tensor if layout.sequence else 1
-        return self.replicated / spread + self.attention / layout.tensor + self.mlp / layout.expert_tensor
+        return self.replicated / spread + (self.attention + self.mlp) / layout.tensor
 
 
 def kept_by_layer(case: Case) -> LayerActivations:
@@ -61,7 +61,7 @@ def kept_by_layer(case: Case) -> LayerActivations:
     width, visits = sizes.intermediate, max(1, sizes.experts_per_token)
     residual = 6 if plain and not case.lora else 4
     attention = _local_attention(case) if plain else _transformer_engine_attention(case)
-    dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
+    dispatched = 2 * visits * sizes.hidden * case.layout.expert_shards if sizes.experts else 0
     adapters = len(case.config.student.lora.targets) * case.config.student.lora.rank if case.lora else 0
     mlp = (5 if plain else 3) * width * visits
     if recomputes(case, "core_attn"):
@@ -139,11 +139,11 @@ def working_set(case: Case, longest: int) -> float:
     """
     sizes, layout, plain = case.sizes, case.layout, case.plain
     visits = max(1, sizes.experts_per_token)
-    mlp = (5 if plain else 3) * sizes.intermediate * visits / layout.expert_tensor
+    mlp = (5 if plain else 3) * sizes.intermediate * visits / layout.tensor
     # Unfused attention has scores and probabilities.
     scores = 2 * sizes.heads * longest if not plain and case.element == 4 else 0
     attention = (4 * sizes.query_width + 3 * sizes.key_width + _repeated_heads(case) + scores) / layout.tensor
-    dispatched = 2 * visits * sizes.hidden if sizes.experts else 0
+    dispatched = 2 * visits * sizes.hidden * layout.expert_shards if sizes.experts else 0
     return (4 * sizes.hidden + dispatched) / (layout.tensor if layout.sequence else 1) + max(mlp, attention)
 
 
@@ -199,7 +199,7 @@ def _update_bytes(case: Case, stage: Stage, parameters: Parameters) -> float:
         return 0.0
     largest = parameters.vocabulary if stage.first or stage.last else 0
     for linear in linears(case.sizes):
-        largest = max(largest, linear.share(case.layout.expert_tensor if linear.expert else case.layout.tensor))
+        largest = max(largest, linear.share(case.layout.expert_shards if linear.expert else case.layout.tensor))
     moment = float(largest)
     if case.shards_state:
         moment = min(moment, parameters.dense / case.layout.dense_replicas)

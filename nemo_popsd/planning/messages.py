@@ -107,7 +107,7 @@ def _recomputation(found: Bytes, case: Case, at: _Position, batch: Packed, again
 
 def _splits_mlp(case: Case) -> bool:
     """Whether tensor-parallel ranks share the MLP of one token."""
-    return not (case.sizes.experts and case.layout.expert_tensor == 1)
+    return not (case.sizes.experts and case.layout.expert_shards == 1)
 
 
 def _tensor_layers(found: Bytes, case: Case, phase: str, batch: Packed, layers: float, *, adapters: bool) -> None:
@@ -175,23 +175,23 @@ def _keys_and_values(found: Bytes, case: Case, phase: str, batch: Packed, layers
 
 
 def _experts(found: Bytes, case: Case, phase: str, batch: Packed, layers: float, *, backward: bool = False) -> None:
-    """States to their experts and back, and the weight of each visit."""
+    """States to their experts and back, and the weight of each visit, which the ranks of an expert's parts gather."""
     layout, sizes = case.layout, case.sizes
-    if not sizes.experts or layout.expert_tensor * layout.expert == 1:
+    if not sizes.experts or layout.expert_shards * layout.expert == 1:
         return
     visits = batch.tokens / layout.context / (layout.tensor if layout.sequence else 1) * sizes.experts_per_token
     if layout.expert > 1:
         sent = visits * (2 * sizes.hidden + 1) * case.element
         found[Message(phase, "expert", "all-to-all")] += layers * sent
-    else:
-        whole = visits * layout.tensor * case.element
+    if layout.expert_shards > 1:
+        whole = visits * layout.expert_shards * case.element
         found[Message(phase, "expert tensor", "all-gather")] += layers * whole * (sizes.hidden + (not backward))
         found[Message(phase, "expert tensor", "reduce-scatter")] += layers * whole * (sizes.hidden + backward)
 
 
 def _counts(found: Bytes, case: Case, phase: str, layers: float) -> None:
     """Each rank that shares experts learns how many tokens visit each of them."""
-    ranks = case.layout.expert * case.layout.expert_tensor
+    ranks = case.layout.expert * case.layout.expert_shards
     if case.sizes.experts and ranks > 1:
         found[Message(phase, "expert", "all-gather")] += layers * ranks * case.sizes.experts * _COUNT
 

@@ -130,8 +130,8 @@ def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | No
         adapted = lora is not None and linear.name in lora.targets
         adapter = linear.adapter(lora.rank) if lora is not None and adapted else 0
         if linear.expert:
-            experts += stage.layers * local_experts * linear.share(layout.expert_tensor)
-            expert_adapters += stage.layers * local_experts * (adapter // layout.expert_tensor)
+            experts += stage.layers * local_experts * linear.share(layout.expert_shards)
+            expert_adapters += stage.layers * local_experts * (adapter // layout.expert_shards)
         else:
             dense += stage.layers * linear.share(layout.tensor)
             adapters += stage.layers * (adapter // layout.tensor)

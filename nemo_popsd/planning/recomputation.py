@@ -66,9 +66,6 @@ def _mlp_share(case: Case) -> float:
     totals = {True: sizes.hidden * sizes.experts / (layout.tensor if layout.sequence else 1), False: 0.0}
     for linear in linears(sizes):
         visits = sizes.experts_per_token if linear.expert else 1
-        spread = layout.expert_tensor if linear.expert else layout.tensor
-        if linear.expert and layout.sequence and layout.expert_tensor == 1:
-            spread *= layout.tensor
         adapter = linear.adapter(lora.rank) if case.lora and linear.name in lora.targets else 0
-        totals[linear.name in ("linear_fc1", "linear_fc2")] += (linear.weights + adapter) * visits / spread
+        totals[linear.name in ("linear_fc1", "linear_fc2")] += (linear.weights + adapter) * visits / layout.tensor
     return totals[True] / sum(totals.values())

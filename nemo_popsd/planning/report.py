@@ -51,6 +51,7 @@ def shape(case: Case) -> str:
         ("VPP", layout.virtual_pipeline),
         ("CP", layout.context),
         ("EP", layout.expert),
+        ("ETP", layout.expert_tensor),
     )
     parts = [f"{name}{size}" for name, size in names if size > 1]
     parts += ["SP"] if layout.sequence else []

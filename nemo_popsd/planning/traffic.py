@@ -75,13 +75,16 @@ def stage_transfer(case: Case, tokens: float) -> float:
 
 
 def expert_forward(case: Case, tokens: float) -> float:
-    """Bytes of tokens sent to their experts and back in one forward."""
+    """Bytes of tokens sent to their experts and back in one forward, and gathered and summed over the ranks of an
+    expert's parts.
+    """
     layout, sizes = case.layout, case.sizes
     if layout.expert == 1:
         return 0.0
     spread = layout.tensor if layout.sequence else 1
     each = tokens / layout.context / spread * sizes.experts_per_token * sizes.hidden
-    return _ring(layout.expert) * 2 * each * max(layout.stage_layers(sizes.layers)) * case.element
+    moved = _ring(layout.expert) + layout.expert_shards - 1
+    return moved * 2 * each * max(layout.stage_layers(sizes.layers)) * case.element
 
 
 def sampling_calls(case: Case) -> int:

@@ -262,18 +262,18 @@ class Case:
 
     @property
     def generated_rows(self) -> int:
-        """Responses that a rank generates: context-parallel ranks divide the rows, ranks that share experts generate
-        for the rows of all of them.
+        """Responses that a rank generates: context-parallel ranks divide the rows, replicas that share experts
+        generate for the rows of all of them.
         """
         if self.layout.expert > 1:
-            return self.rows * self.layout.expert
+            return self.rows * self.layout.sharing_replicas
         return math.ceil(self.rows / self.layout.context)
 
     @property
     def prefilled_rows(self) -> int:
         """Prompts that fill the cache of a rank: each once, for all responses to it that the rank generates."""
         if self.layout.expert > 1:
-            return self.questions * self.layout.expert
+            return self.questions * self.layout.sharing_replicas
         return min(self.questions, self.generated_rows)
 
     @property

@@ -109,7 +109,7 @@ def _place(case: Case, rank: int) -> str:
     stage = f"stage {layout.stage_of(rank) + 1} of {layout.pipeline}"
     if not case.sizes.experts:
         return stage
-    return f"{stage}, experts {rank // layout.expert_tensor % layout.expert + 1} of {layout.expert}"
+    return f"{stage}, experts {rank // layout.expert_shards % layout.expert + 1} of {layout.expert}"
 
 
 def _as_data(case: Case, rehearsed: Rehearsed, seconds: float) -> dict[str, Any]:

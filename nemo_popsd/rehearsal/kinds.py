@@ -19,7 +19,7 @@ def kinds(layout: Layout, *, every: bool = False) -> list[int]:
     """
     of_stage = layout.world // layout.pipeline
     groups = range(layout.expert) if every else {0, layout.expert - 1}
-    inside = {group * layout.expert_tensor for group in groups}
+    inside = {group * layout.expert_shards for group in groups}
     if every:
         inside.add(layout.tensor - 1)
     return [

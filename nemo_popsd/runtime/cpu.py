@@ -14,8 +14,9 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -124,6 +125,37 @@ def _splits_of_dispatched_tokens() -> None:
 
     maybe_move_tensor_to_cpu.numpy_on_cpu = True  # type: ignore[attr-defined]
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
+
+
+def _unequal_parts() -> None:
+    """Gathers and scatters parts of unequal lengths, which gloo refuses, padded to the longest."""
+    module = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+    if getattr(gather, "pads_parts", False):
+        return
+
+    def padded(part: torch.Tensor, length: int) -> torch.Tensor:
+        return torch.cat([part, part.new_zeros(length - len(part), *part.shape[1:])])
+
+    def gather_parts(
+        x: torch.Tensor, group: dist.ProcessGroup, sizes: Sequence[int] | None = None, *options: bool, **named: bool
+    ) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            return cast(torch.Tensor, gather(x, group, sizes, *options, **named))
+        whole = gather(padded(x, max(sizes)), group)
+        return torch.cat([part[:size] for part, size in zip(whole.split(max(sizes)), sizes, strict=True)])
+
+    def scatter_parts(
+        x: torch.Tensor, group: dist.ProcessGroup, sizes: Sequence[int] | None = None, *options: bool, **named: bool
+    ) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            return cast(torch.Tensor, scatter(x, group, sizes, *options, **named))
+        parts = [padded(part, max(sizes)) for part in x.split(list(sizes))]
+        return cast(torch.Tensor, scatter(torch.cat(parts), group))[: sizes[group.rank()]]
+
+    gather_parts.pads_parts = True  # type: ignore[attr-defined]
+    module._gather_along_first_dim = gather_parts  # type: ignore[attr-defined]
+    module._reduce_scatter_along_first_dim = scatter_parts  # type: ignore[attr-defined]
 
 
 _DEVICE = "torch.cuda.current_device()"
@@ -272,6 +304,16 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         "only tensors on a GPU become arrays",
         MEGATRON_CORE,
         _splits_of_dispatched_tokens,
+    ),
+    Adaptation(
+        "parts of split experts",
+        (
+            "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
+            "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim",
+        ),
+        "torch.distributed.all_gather and reduce_scatter of parts of unequal lengths, which only NCCL supports",
+        MEGATRON_CORE,
+        _unequal_parts,
     ),
     Adaptation(
         "contiguous shards in Megatron-Bridge's scatter",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from benchmarks.gpu import journal
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.runner import Part, run_parts
+from benchmarks.gpu.switches import SWITCHES_OF_SEVERAL, _because
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +68,17 @@ def test_partial_lines_are_skipped(tmp_path: Path) -> None:
 def test_the_sum_of_the_limits_is_within_the_promised_time() -> None:
     assert len({p.name for p in PARTS}) == len(PARTS)
     assert sum(p.seconds for p in PARTS[:3]) < 8 * 60, "the most valuable ones in any case"
+
+
+def test_switches_of_several_gpus_are_settings_of_a_run_except_for_user_buffers() -> None:
+    reasons = {
+        name: _because(gpus, overrides) for name, (gpus, overrides, expected) in SWITCHES_OF_SEVERAL.items() if expected
+    }
+    assert len(reasons) == len(SWITCHES_OF_SEVERAL)
+    assert "tp_comm_overlap" in reasons.pop("user buffers")
+    assert {re.sub(r"\d", "N", reason) for reason in reasons.values()} == {"needs N GPUs"}
+    kinds = {item for _, overrides, _ in SWITCHES_OF_SEVERAL.values() for item in overrides if "context_type" in item}
+    assert len(kinds) == 4
 
 
 @pytest.mark.slow(seconds=150)

@@ -62,8 +62,9 @@ def _round_trip(rank: int, world_size: int, source: Path, folder: Path, parallel
         ("qwen3", 2, {}),
         ("qwen3_moe", 4, {"expert": 2}),
         ("qwen3_moe", 4, {"tensor": 2, "sequence": "true", "expert": 2}),
+        ("qwen3_moe", 4, {"tensor": 2, "sequence": "true", "expert": 2, "expert_tensor": 2}),
     ],
-    ids=["dp2", "dp4 ep2", "tp2 sp dp2 ep2"],
+    ids=["dp2", "dp4 ep2", "tp2 sp dp2 ep2", "tp2 sp dp2 ep2 etp2"],
 )
 def test_each_rank_writes_and_reads_its_part(kind: str, ranks: int, parallel: dict[str, Any], tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "source", kind, vocab_size=64)

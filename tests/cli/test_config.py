@@ -1,5 +1,6 @@
 """`popsd config`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from nemo_popsd.cli import main as cli
 from nemo_popsd.config.keys import known_keys
 from nemo_popsd.config.loading import load_config
+from nemo_popsd.megatron.installed_fields import SOURCES, installed_fields
+from nemo_popsd.megatron.passthrough import refusal
 from tests.cli.conftest import TINY
 
 
@@ -39,6 +42,20 @@ def test_a_section_is_explained_with_all_its_settings_and_the_values_of_a_config
     assert prompts.endswith("\n    Here: 8")
     assert cli.main(["config", "--describe", "hardware.memory_gib"]) == 0
     assert "GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", SOURCES)
+def test_fields_of_megatron_are_listed_with_their_types_or_why_they_are_refused(
+    section: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["config", "--describe", f"megatron.{section}"]) == 0
+    takes, refuses = capsys.readouterr().out.partition(f"megatron.{section} takes\n")[2].split("\nand refuses\n")
+    types = dict(line.strip().split(": ", 1) for line in takes.splitlines() if line)
+    fields = installed_fields(section)
+    assert types == {name: kind.annotation for name, kind in fields.items() if not refusal(section, name, kind)}
+    named = [name for line in refuses.splitlines() if line.startswith(" " * 8) for name in re.findall(r"\w+", line)]
+    assert sorted([*types, *named]) == sorted(fields)
+    assert "    set " in refuses
 
 
 def test_a_setting_that_does_not_exist_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

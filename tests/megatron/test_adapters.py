@@ -217,3 +217,34 @@ def test_targets_that_are_not_linears_of_the_decoder_are_refused(tmp_path, targe
 
 def build_with_targets(rank, world_size, folder, targets):
     build_student(folder, adaptation="lora", lora=LoRAConfig(targets=targets))
+
+
+def _mixture(rank: int, world_size: int, source: Path) -> tuple[str, Tensor]:
+    """The refusal of adapters of experts that two ranks have parts of, and the logits that they would give."""
+    from nemo_popsd.errors import UserError
+    from nemo_popsd.megatron import limits
+    from tests.training.layouts import randomize_adapters
+
+    settings = {"adaptation": "lora", "lora": LORA, "parallel": {"tensor": world_size, "sequence": "auto"}}
+    said = ""
+    if world_size > 1:
+        try:
+            build_student(source, **settings)
+        except UserError as error:
+            said = str(error)
+        limits._refuse_adapters_of_experts = lambda *_, **__: None
+    student = build_student(source, **settings)
+    randomize_adapters(student)
+    return said, whole_logits(student.gpt.eval(), IDS[:, :10], cases.VOCABULARY)
+
+
+@pytest.mark.slow
+def test_adapters_of_experts_in_parts_are_refused_because_they_compute_something_else(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "mixture", "qwen3_moe")
+    [(_, expected)] = run_ranks(_mixture, 1, source)
+    for said, logits in run_ranks(_mixture, 2, source):
+        assert "linear_fc1, linear_fc2 for experts that 2 ranks have parts of (parallel.tensor=2)" in said
+        assert "set student.lora.targets=[linear_qkv,linear_proj]" in said
+        assert (logits - expected).abs().max() > 1e-2, (
+            "right with this version of Megatron-Bridge: no refusal is needed"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import megatron.core
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -15,6 +16,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.megatron.config import FP8Config, LoRAConfig, OptimizerConfig, StudentConfig
 from nemo_popsd.megatron.limits import refuse_impossible, refuse_indivisible
 from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
+from tests.citations import cited_source
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,13 @@ from nemo_popsd.parallel.config import ParallelConfig, layers_by_stage
         ),
         ({"context": 8, "context_type": "a2a+p2p", "context_sizes": [2, 2]}, r"context_sizes=\[2, 2\]"),
         ({"context": 8, "context_sizes": [2, 4]}, r"context_sizes=\[2, 4\] with parallel\.context_type=auto"),
+        ({"expert_tensor": 2}, r"expert_tensor=2 with parallel\.tensor=1 and parallel\.expert=1"),
+        (
+            {"tensor": 2, "expert_tensor": 1},
+            r"parallel\.expert=1; need expert parallelism.*expert_tensor=0",
+        ),
+        ({"tensor": 4, "expert": 2, "expert_tensor": 3}, r"expert_tensor=3 .*a divisor of parallel\.tensor"),
+        ({"expert": 2, "expert_tensor": 2}, r"expert_tensor=2 with parallel\.tensor=1; need a divisor"),
         ({"first_stage_layers": 2}, r"first_stage_layers=2 with parallel\.pipeline=1.*parallel\.first_stage_layers=0"),
         ({"pipeline": 2, "overlap_transfers": True}, r"overlap_transfers=true with parallel\.virtual_pipeline=1"),
         ({"virtual_pipeline": 2}, r"parallel\.virtual_pipeline=2 with parallel\.pipeline=1.*set parallel\.pipeline"),
@@ -48,6 +57,11 @@ def test_contradictory_settings_are_refused(fields: dict[str, Any], message: str
         ({"tensor": 2}, 1, r"parallel\.tensor=2 with 1 rank; .*multiple of 2 ranks"),
         ({"tensor": 2, "pipeline": 2, "context": 2}, 12, r"with 12 ranks; .*8 \(tensor · pipeline · context\)"),
         ({"pipeline": 2, "expert": 4}, 4, r"8 \(expert · pipeline\)"),
+        (
+            {"tensor": 2, "expert": 2, "expert_tensor": 2},
+            2,
+            r"4 \(expert_tensor · expert · pipeline\).*multiple of 4 ranks",
+        ),
     ],
 )
 def test_worlds_that_the_layout_does_not_divide_are_refused(fields: dict[str, Any], ranks: int, message: str) -> None:
@@ -62,6 +76,22 @@ def test_layouts_that_divide_the_world_are_accepted() -> None:
     assert layout.replica_ranks == 8
     assert ParallelConfig().describe() == "parallel.tensor=1"
     assert ParallelConfig(pipeline=2, expert=4).describe() == "parallel.pipeline=2 parallel.expert=4"
+    split = ParallelConfig(tensor=4, expert=2, expert_tensor=2)
+    split.check_world(4)
+    assert split.describe() == "parallel.tensor=4 parallel.expert=2 parallel.expert_tensor=2"
+    shards = [ParallelConfig(tensor=4, expert=expert).expert_shards for expert in (1, 2)]
+    assert [split.expert_shards, *shards] == [2, 4, 1]
+
+
+@pytest.mark.parametrize("linear", ["ColumnParallelLinear", "RowParallelLinear"])
+def test_whole_experts_without_expert_parallelism_are_refused_for_megatron_core_0_16(linear: str) -> None:
+    """It reduces them with the other weights, over data-parallel ranks alone; 0.19 also compares the parts."""
+    source = cited_source(f"megatron.core.tensor_parallel.layers.{linear}.__init__")
+    assert source is not None
+    assert "self.expert_parallel = config.expert_model_parallel_size > 1" in source
+    old = 'setattr(self.weight, "allreduce", not (self.is_expert and self.expert_parallel))' in source
+    new = "or self.config.expert_tensor_parallel_size != self.config.tensor_model_parallel_size" in source
+    assert (old, new) == ((True, False) if megatron.core.__version__.startswith("0.16.") else (False, True))
 
 
 def test_sequences_are_split_with_tensor_parallelism_unless_the_setting_says_otherwise() -> None:
@@ -71,7 +101,14 @@ def test_sequences_are_split_with_tensor_parallelism_unless_the_setting_says_oth
     assert not ParallelConfig(tensor=2, sequence="false").splits_sequences
 
 
-ARCHITECTURE = {"num_attention_heads": 8, "num_query_groups": 4, "num_layers": 6, "num_moe_experts": None}
+ARCHITECTURE = {
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "num_layers": 6,
+    "num_moe_experts": None,
+    "ffn_hidden_size": 48,
+    "moe_ffn_hidden_size": 12,
+}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +131,12 @@ ARCHITECTURE = {"num_attention_heads": 8, "num_query_groups": 4, "num_layers": 6
         ),
         ({"expert": 2}, {}, r"0 experts with parallel\.expert=2"),
         ({"expert": 4}, {"num_moe_experts": 6}, r"6 experts with parallel\.expert=4"),
+        (
+            {"tensor": 4, "expert": 2, "expert_tensor": 4},
+            {"num_moe_experts": 6, "moe_ffn_hidden_size": 6},
+            r"6 columns of the MLP.*need a multiple of 4.*set parallel\.expert_tensor",
+        ),
+        ({"tensor": 4}, {"ffn_hidden_size": 6}, r"6 columns of the MLP.*set parallel\.tensor"),
         ({"tensor": 2, "sequence": "false"}, {"num_moe_experts": 6}, r"6 experts.*set parallel\.sequence=auto"),
     ],
 )

@@ -205,6 +205,32 @@ def test_prompts_and_mixtures_that_do_not_divide_are_reported() -> None:
     assert misfits(layout, mixture, 32) == ["experts with parallel.tensor=2 need parallel.sequence=auto"]
     assert misfits(replace(layout, sequence=True, expert=4), mixture, 32) == []
     assert misfits(replace(layout, sequence=True, expert=3), mixture, 32)[0].startswith("8 GPUs do not divide")
+    split = replace(layout, sequence=True, expert=4, expert_tensor=2)
+    assert misfits(split, mixture, 32) == []
+    assert misfits(replace(split, expert_tensor=4), mixture, 32) == [
+        "8 GPUs do not divide by pipeline·expert·expert_tensor=16",
+        "2 tensor-parallel ranks do not divide by parallel.expert_tensor=4",
+    ]
+    whole = replace(split, expert=1, expert_tensor=1)
+    assert misfits(whole, mixture, 32) == ["parallel.expert_tensor=1 needs parallel.expert above 1"]
+
+
+def test_parts_of_experts_take_less_memory_and_send_more() -> None:
+    """Two ranks have the experts of one, each with half of their columns."""
+    whole = case("Qwen3-30B-A3B", "student.adaptation=full", tensor=2, sequence=True, expert=4)
+    split = case("Qwen3-30B-A3B", "student.adaptation=full", tensor=2, sequence=True, expert=4, expert_tensor=2)
+    of_whole, of_split = (
+        count(each.sizes, each.layout, stages(each.sizes, each.layout)[0], None) for each in (whole, split)
+    )
+    assert 2 * of_split.experts == of_whole.experts
+    assert report.shape(split) == "TP2·EP4·ETP2·SP·DP4 distributed"
+    assert of_split.dense == of_whole.dense
+    assert (whole.layout.expert_replicas, split.layout.expert_replicas) == (2, 1)
+    assert (whole.layout.sharing_replicas, split.layout.sharing_replicas) == (2, 4)
+    assert (whole.generated_rows, split.generated_rows) == (2 * whole.rows, 4 * whole.rows)
+    assert replace(whole.layout, expert=2).sharing_replicas == replace(whole.layout, expert=1).sharing_replicas == 1
+    assert compute.layer_weights(whole) == compute.layer_weights(split), "as many visits of half of the columns"
+    assert traffic.expert_forward(split, 100) == pytest.approx(traffic.expert_forward(whole, 100) * (0.75 + 1) / 0.75)
 
 
 def test_the_nearest_layouts_fit_differ_and_are_ordered_by_distance() -> None:

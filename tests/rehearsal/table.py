@@ -24,6 +24,7 @@ SP, WHOLE = "parallel.sequence=true", "parallel.sequence=false"
 FULL, KEEP = "student.adaptation=full", "student.recompute=none"
 PP2, PP4, VPP2, CP2 = "parallel.pipeline=2", "parallel.pipeline=4", "parallel.virtual_pipeline=2", "parallel.context=2"
 EP2, EP4, EP8 = "parallel.expert=2", "parallel.expert=4", "parallel.expert=8"
+ETP2 = "parallel.expert_tensor=2"
 SELECTIVE = "student.recompute=selective"
 UNEVEN = ("parallel.first_stage_layers=1", "parallel.last_stage_layers=1")
 
@@ -86,6 +87,7 @@ LAYOUTS = (
     _layout(_MOE, 2, 8, 0, EP8, ATTENTION, KEEP),
     _layout(_MOE, 2, 8, 7, EP8, FULL),
     _layout(_MOE, 2, 8, 0, EP4, TP2, SP, FULL),
+    _layout(_MOE, 2, 8, 0, EP2, TP2, SP, ETP2, FULL),
     _layout(_MOE, 4, 8, 4, EP4, PP2, FULL),
     _layout(_MOE, 2, 8, 0, EP2, ATTENTION),
     _layout(_70B, 4, 64, 0, "parallel.tensor=8", SP, PP4, CP2, FULL),

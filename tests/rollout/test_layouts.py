@@ -82,6 +82,7 @@ EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 sp": (2, {"tensor": 2, "sequence": "true"}),
     "ep2": (2, {"expert": 2}),
     "tp2 sp ep2": (2, {"tensor": 2, "sequence": "true", "expert": 2}),
+    "tp2 sp ep2 etp2": (4, {"tensor": 2, "sequence": "true", "expert": 2, "expert_tensor": 2}),
     "pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
 }
 

@@ -192,6 +192,7 @@ def test_a_missing_target_is_an_error(monkeypatch):
 def test_the_functions_that_need_it_still_do(adaptation):
     wanted = re.compile(
         r"\.cuda\(|torch\.cuda|['\"]cuda['\"]|_cuda_setRNGState|import transformer_engine|distributed\.scatter"
+        r"|distributed\.all_gather|distributed\.reduce_scatter"
         r"|experts\.linear_fc|te_general_gemm|global_expert_number = int"
     )
     assert adaptation.needed_by
@@ -291,3 +292,31 @@ def test_scattered_views_arrive_intact():
     # Megatron-Bridge 0.6 copies the views itself. If this fails with 0.3, the adaptation is no longer needed.
     intact = all(torch.is_tensor(r["stock"]) and torch.equal(r["stock"], r["expected"]) for r in results)
     assert intact != results[0]["is adapted"]
+
+
+PARTS = [3, 1]
+
+
+def _unequal_parts(rank: int, world_size: int) -> dict[str, Any]:
+    """Rows of unequal number from each rank, and the gradient of their gather, summed over the ranks."""
+    from megatron.core.tensor_parallel import mappings
+
+    adapt_megatron()
+    group = torch.distributed.group.WORLD
+    own = torch.arange(4.0).reshape(4, 1).split(PARTS)[rank].clone().requires_grad_()
+    whole = mappings.gather_from_sequence_parallel_region(own, group=group, output_split_sizes=PARTS)
+    (whole * torch.arange(1.0, 5.0)[:, None] * (rank + 1)).sum().backward()
+    cells = [cell.cell_contents for cell in mappings._gather_along_first_dim.__closure__]
+    [stock] = [function for function in cells if function.__module__ == mappings.__name__]
+    try:
+        refused = stock(own.detach(), group, PARTS) is None
+    except RuntimeError:
+        refused = True
+    return {"whole": whole.detach().flatten(), "gradient": own.grad.flatten(), "refused": refused}
+
+
+def test_parts_of_unequal_lengths_are_gathered_and_their_gradients_scattered():
+    for rank, seen in enumerate(run_ranks(_unequal_parts, 2)):
+        assert torch.equal(seen["whole"], torch.arange(4.0))
+        assert torch.equal(seen["gradient"], 3 * torch.arange(1.0, 5.0).split(PARTS)[rank])
+        assert seen["refused"], "gloo gathers unequal parts: the adaptation is no longer needed"

@@ -9,6 +9,7 @@ workaround can then be removed for that version. What is described here holds fo
 - context parallelism by exchange has no sliding window and no fp32 (`nemo_popsd.megatron.limits`)
 - a single token with one key-value head has no memory layout that the attention accepts (`decoding`, `microbatches`)
 - the variables that choose an attention conflict with Megatron's own choice (`nemo_popsd.megatron.limits`)
+- a process has user buffers of one shape (`nemo_popsd.megatron.passthrough`)
 - Bridge's LoRA imports Transformer Engine unconditionally (`nemo_popsd.runtime.local_layers`)
 """
 
@@ -256,3 +257,25 @@ def test_nothing_in_the_project_sets_the_variables() -> None:
             for name in VARIABLES:
                 assert f"{name}=" not in text, file
                 assert f'environ["{name}"]' not in text, file
+
+
+def _second_shape(rank: int, world_size: int) -> str:
+    from transformer_engine.pytorch.module import base
+
+    base.tex.device_supports_multicast = lambda: True
+    base._ub_communicators = {}  # as after a first shape
+    try:
+        base.initialize_ub([64, 8], world_size)
+    except (AssertionError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+@on_transformer_engine
+def test_user_buffers_have_one_shape_in_a_process() -> None:
+    """What is copied into one must fill it: `CommOverlap::copy_into_buffer` of its C++ extension compares the sizes."""
+    [said] = run_ranks(_second_shape, 1, layers=TRANSFORMER_ENGINE)
+    assert "UB communicators are already initialized" in said
+    source = (folder() / PACKAGE / "pytorch" / "module" / "base.py").read_text()
+    filling = source[source.index("def fill_userbuffers_buffer_for_all_gather") :]
+    assert "comm.copy_into_buffer(local_tensor, local_chunk=True)" in filling

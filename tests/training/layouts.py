@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,8 @@ class Variant:
     kind: str = "qwen3"
     adaptation: str = "full"
     packing: bool = False
+    targets: tuple[str, ...] = ()
+    """Of adapters; none are the default ones."""
     precision: str = "fp32"
     moving: bool = False
     """With a moving average as teacher; under full fine-tuning as anchor, too."""
@@ -84,6 +87,7 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
         distillation={"chunk_tokens": 5, "diagnosed_tokens": 100},
         megatron=others.get("megatron", {}),
     )
+    config.student.lora.targets = list(variant.targets) or config.student.lora.targets
     live = folder / f"{variant.kind}_live" if variant.adaptation == "full" else None
     run = start(folder / variant.kind, config, initial=live)
     if variant.adaptation == "lora":
@@ -265,6 +269,52 @@ def _last_weights_not_gathered() -> None:
     StudentOptimizer.step = step  # type: ignore[method-assign]
 
 
+def _slowest_pipeline() -> None:
+    """No fault: what a stage receives from another one is 0 before something waits for it."""
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    right = p2p_communication._p2p_ops
+
+    def exchange(**options: Any) -> dict[str, Any]:
+        names = [name for name in ("recv_prev", "recv_next") if options[f"tensor_{name}"] is not None]
+        arrived = {name: torch.empty_like(options[f"tensor_{name}"]) for name in names}
+        requests = right(**{**options, **{f"tensor_{name}": tensor for name, tensor in arrived.items()}})
+        for name in names:
+            requests[name] = _late(requests[name], options[f"tensor_{name}"], arrived[name])
+        return requests
+
+    p2p_communication._p2p_ops = exchange
+
+
+def _late(request: Any, target: Tensor, arrived: Tensor) -> Any:
+    def wait() -> None:
+        request.wait()
+        target.detach().copy_(arrived)
+
+    target.detach().zero_()
+    return SimpleNamespace(wait=wait)
+
+
+def _nobody_waits_for(received: str) -> None:
+    """Overlap: a stage computes without waiting for what the stage before or after it sends."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    _slowest_pipeline()
+    right = P2PCommunicator._communicate
+
+    def communicate(*arguments: Any, wait_on_reqs: bool = True, **options: Any) -> Any:
+        *tensors, requests = right(*arguments, wait_on_reqs=wait_on_reqs, **options)
+        if requests and received in requests:
+            _PENDING.append(requests[received])
+            requests[received] = SimpleNamespace(wait=lambda: None)
+        return *tensors, requests
+
+    P2PCommunicator._communicate = communicate
+
+
+_PENDING: list[Any] = []
+"""Transfers for which nobody waits; gloo needs them until they end."""
+
 FAULTS: dict[str, Callable[[], None]] = {
     "gather that sums": _gather_that_sums,
     "exchange that stays": _exchange_that_stays,
@@ -276,8 +326,12 @@ FAULTS: dict[str, Callable[[], None]] = {
     "nobody waits for weights": _nobody_waits_for_weights,
     "output matrix not awaited": _output_matrix_not_awaited,
     "last weights not gathered": _last_weights_not_gathered,
+    "slowest pipeline": _slowest_pipeline,
+    "nobody waits for states": partial(_nobody_waits_for, "recv_prev"),
+    "nobody waits for gradients of states": partial(_nobody_waits_for, "recv_next"),
 }
-"""Each leaves the loss of the first step as it is and changes gradients or weights, except for the slowest network."""
+"""Each leaves the loss of the first step as it is and changes gradients or weights, except for the slowest network and
+pipeline, which change nothing, and states for which nobody waits, which change the loss."""
 
 Named = list[list[tuple[str, Any, Tensor]]]
 """By chunk: a parameter's name, the parameter, a tensor in its shape."""
@@ -341,10 +395,10 @@ def randomize_adapters(student: Any) -> None:
     """Gives the B matrices values, the same in every layout, so that the A matrices have gradients too."""
     from nemo_popsd.megatron.adapters import full_model_name
 
-    group = student.tp_group
     for chunk in student.chunks:
         for name, parameter in chunk.named_parameters():
             if name.endswith("adapter.linear_out.weight"):
+                group = chunk.pg_collection.expt_tp if ".experts." in name else student.tp_group
                 rows, columns = parameter.shape[0] * group.size(), parameter.shape[1]
                 seed = zlib.crc32(full_model_name(chunk, name).encode())
                 whole = 0.1 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

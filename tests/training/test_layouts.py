@@ -23,6 +23,7 @@ through four layers and a softmax up to 4e-6 was measured. The error of a wrong 
 WEIGHT_TOLERANCE = 1e-4
 """Of the largest entry of the same weight, after two steps of Adam at 1e-2; up to 2e-5 was measured."""
 
+DENSE = ("linear_qkv", "linear_proj")
 VARIANTS = {
     "full, padded": Variant(),
     "full, packed": Variant(packing=True),
@@ -49,6 +50,9 @@ VARIANTS = {
     # Four experts, two of them for each token.
     "experts, padded": Variant(kind="qwen3_moe"),
     "experts, packed": Variant(kind="qwen3_moe", packing=True),
+    "experts, lora, padded": Variant(kind="qwen3_moe", adaptation="lora"),
+    "experts, dense lora, padded": Variant(kind="qwen3_moe", adaptation="lora", targets=DENSE),
+    "experts, dense lora, packed": Variant(kind="qwen3_moe", adaptation="lora", targets=DENSE, packing=True),
 }
 SELECTIVE = {"student": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}}
 SELECTIVE_EXPERTS = {"student": {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]}}
@@ -99,6 +103,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Settings]] = {
         {"optimizer": {"distributed": "auto", **OVERLAP}, **SELECTIVE_EXPERTS},
     ),
     "experts: tp2 sp ep2": (2, {"tensor": 2, "sequence": "true", "expert": 2}, {}),
+    "experts: tp2 sp ep2 etp2": (4, {"tensor": 2, "sequence": "true", "expert": 2, "expert_tensor": 2}, {}),
+    "cp4 a2a+p2p": (4, {"context": 4, "context_type": "a2a+p2p", "context_sizes": [2, 2]}, {}),
 }
 
 
@@ -125,17 +131,20 @@ def runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return {}
 
 
-FUSED_ALONE = ("cp2 all_gather", "cp2 a2a")
+FUSED_ALONE = ("cp2 all_gather", "cp2 a2a", "cp4 a2a+p2p")
 """The layouts of TE layers alone; local layers gather keys and values in every one with context parallelism."""
 SOME = ("tp2 sp", "pp2 vpp2", "cp2", "dp2 distributed")
 """The layouts in which tokens are weighted and teachers move: one for each way to split."""
+ADAPTED = ("experts: tp2 sp ep2", "experts: tp2 sp ep2 etp2")
+"""The layouts in which a mixture has adapters."""
 SINGLE = ("one", "tp2", "pp2", "dp2", "experts: tp2 sp", "experts: ep2", *SOME)
 """The layouts with one way to split, or none. The others combine them, or add an option."""
 
 
 def variants_of(layout: str, layers: str) -> dict[str, Variant]:
     """Dense models, with tied embeddings only in pipelines, with wide heads or windows in `FUSED_ALONE`; or mixtures of
-    experts. Weighted and moving in `SOME`. Transformer Engine gathers keys and values of padded sequences alone.
+    experts. Weighted and moving in `SOME`. Transformer Engine gathers keys and values, and joins exchange and ring, of
+    padded sequences alone; its ring has no windows. Adapters of experts are for whole experts of local layers.
 
     In a layout that is not `SINGLE`, each variant runs on one kind of layers: full fine-tuning is packed on one kind
     and padded on the other, and LoRA the other way round.
@@ -145,14 +154,21 @@ def variants_of(layout: str, layers: str) -> dict[str, Variant]:
     experts = layout.startswith("experts")
     kinds = {"qwen3_moe"} if experts else {"qwen3", "qwen3_tied"} if "pp" in layout else {"qwen3"}
     kinds = {"qwen3_wide", "olmo3"} if layout in FUSED_ALONE else kinds
+    kinds -= {"olmo3"} if "p2p" in layout else set()
     half = [*LAYOUTS].index(layout) + (layers == TRANSFORMER_ENGINE)
     return {
         name: variant
         for name, variant in VARIANTS.items()
         if variant.kind in kinds
         and (not (variant.weighted or variant.moving) or (layout in SOME and variant.packing))
-        and not (variant.packing and layout == "cp2 all_gather")
-        and (layout in (*SINGLE, *FUSED_ALONE) or (half + variant.packing + (variant.adaptation == "lora")) % 2 == 0)
+        and (variant.kind != "qwen3_moe" or variant.adaptation == "full" or layout in ADAPTED)
+        and (name != "experts, lora, padded" or (layers == LOCAL and "etp" not in layout))
+        and not (variant.packing and layout in ("cp2 all_gather", "cp4 a2a+p2p"))
+        and (
+            layout in (*SINGLE, *FUSED_ALONE)
+            or name == "experts, lora, padded"
+            or (half + variant.packing + (variant.adaptation == "lora")) % 2 == 0
+        )
     }
 
 

@@ -38,6 +38,25 @@ def two_updates(folder: Path) -> dict[str, Any]:
     return run_ranks(train, 1, folder, {}, UPDATES, VARIANTS)[0]
 
 
+TRANSFERS = {"pipeline": 2, "virtual_pipeline": 2, "overlap_transfers": True}
+
+
+def test_transfers_that_end_when_awaited_change_nothing(folder: Path, one_update: dict[str, Any]) -> None:
+    ranks = run_ranks(train, 2, folder, TRANSFERS, {}, VARIANTS, "slowest pipeline")
+    for variant in VARIANTS:
+        _compare(ranks, one_update, variant)
+
+
+@pytest.mark.parametrize("fault", ["nobody waits for states", "nobody waits for gradients of states"])
+def test_transfers_that_nobody_awaits_are_detected(folder: Path, one_update: dict[str, Any], fault: str) -> None:
+    ranks = run_ranks(train, 2, folder, TRANSFERS, {}, {"full": VARIANTS["full"]}, fault)
+    loss = one_update["full"]["metrics"][0].loss
+    seen = ranks[0]["full"]["metrics"][0].loss
+    assert (seen == pytest.approx(loss, rel=1e-6)) is (fault == "nobody waits for gradients of states")
+    with pytest.raises(AssertionError):
+        _compare(ranks, one_update, "full")
+
+
 def _compare(ranks: list[dict[str, Any]], expected: dict[str, Any], variant: str) -> None:
     same_training([rank[variant] for rank in ranks], expected[variant])
 
