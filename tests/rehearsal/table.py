@@ -150,8 +150,9 @@ def measure(layout: Layout, lengths: tuple[str, ...]) -> Row:
     begin = time.process_time()
     found = rehearse(case, content, layout.rank)
     ratios = {item.name: item.ratio for item in quantities(case, found)}
-    for standing in ("weights", "gradients", "optimizer", "frozen copy"):
-        assert abs(ratios.get(standing, 1.0) - 1) < 1e-3, (standing, ratios)
+    for exact in ("weights", "gradients", "optimizer", "frozen copy", "checkpoint, shards"):
+        assert abs(ratios.get(exact, 1.0) - 1) < 1e-3, (exact, ratios)
+    assert [ratio for name, ratio in ratios.items() if name.endswith("for vLLM")] == [1.0], ratios
     moved = transfers(case, found)
     return Row(
         layout,
