@@ -39,7 +39,7 @@ def replicas() -> dist.ProcessGroup:
     return group
 
 
-def share_writing(state: dict[str, Any], group: dist.ProcessGroup) -> None:
+def share_writing(state: dict[str, Any], group: dist.ProcessGroup) -> ShardDistribution | None:
     """Assigns each shard to one of the ranks of `group` that hold it. Collective over `group`: one gather of objects.
 
     Shards that no rank of `group` would write, because a replica outside it does, stay so.
@@ -47,10 +47,14 @@ def share_writing(state: dict[str, Any], group: dist.ProcessGroup) -> None:
     Args:
         state: sharded tensors of this rank; their factories are applied, and `replica_id` is 0 where this rank writes.
         group: see `replicas`.
+
+    Returns:
+        Which rank of the group writes which shard; None if the group has one rank.
     """
     apply_factories(state)
     distribution = determine_main_replica_uniform_distribution(state, group)
     distribute_main_replicas_with_precomputed_distribution(state, group, distribution)
+    return distribution
 
 
 class SharedReading(TorchDistLoadShardedStrategy):  # type: ignore[misc]  # Megatron has no types

@@ -97,9 +97,7 @@ class StagedState:
         self._folder = directory / STATE
         file = f"rank-{rank:05d}.safetensors"
         pieces: list[_StoredPiece] = []
-        states = list(_with_sharding(models, optimizer))
-        owners = _owners([(state.parameter.numel(), state.group) for state, _ in states])
-        for (state, sharding), owner in zip(states, owners, strict=True):
+        for state, sharding, owner in owned_states(models, optimizer):
             second = {name: values[state.parameter] for name, values in (copies or {}).items()}
             for name in (*state.names, *second):
                 kept = second.get(name, state.values.get(name))
@@ -107,7 +105,7 @@ class StagedState:
                     tensor = state.gathered(name, owner)
                 else:
                     tensor = kept if state.group.rank() == owner else None
-                if tensor is None or not _written_by_this_shard(sharding):
+                if tensor is None or not written_by_this_shard(sharding):
                     continue
                 for piece in _pieces(sharding, tensor, name):
                     box = _Box.of(piece)
@@ -152,6 +150,21 @@ class StagedState:
     def finish(self) -> None:
         """Writes the index. Called on rank 0 only."""
         (self._folder / STATE_INDEX).write_text(json.dumps(self._index))
+
+
+def owned_states(
+    models: Sequence[ModelChunk], optimizer: MegatronOptimizer
+) -> Iterator[tuple[ParameterState, Sharding, int]]:
+    """The state of every trained parameter, its shard of the full tensor, and the rank of its group that writes it.
+
+    Args:
+        models: this rank's chunks of the model, without wrappers.
+        optimizer: Megatron's optimizer.
+    """
+    states = list(_with_sharding(models, optimizer))
+    owners = _owners([(state.parameter.numel(), state.group) for state, _ in states])
+    for (state, sharding), owner in zip(states, owners, strict=True):
+        yield state, sharding, owner
 
 
 def _owners(parameters: Sequence[tuple[int, dist.ProcessGroup]]) -> list[int]:
@@ -318,8 +331,8 @@ def _pieces(sharding: Sharding, tensor: Tensor, name: str) -> list[ShardedTensor
     return pieces
 
 
-def _written_by_this_shard(sharding: Sharding) -> bool:
-    """Whether this rank's model-parallel position writes the parameter.
+def written_by_this_shard(sharding: Sharding) -> bool:
+    """Whether this rank's model-parallel position writes the state of the parameter.
 
     The last entry of `replica_id` counts data-parallel copies, the others count copies within the model.
     """

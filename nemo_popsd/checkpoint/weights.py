@@ -66,7 +66,7 @@ class StagedWeights:
         # it; its writers are forked, which is unsafe with threads. Here the caller's thread writes, and an ordinary
         # queue is sufficient.
         filesystem_async._results_queue = queue.Queue()
-        state = _sharded_state(models, which)
+        state = sharded_state(models, which)
         share_writing(state, replicas())
         request = stage_save(state, directory)
         self._finish = request.finalize_fns
@@ -180,7 +180,7 @@ def load_weights(models: Sequence[ModelChunk], directory: Path, *, which: Parame
     try:
         with safe_unpickling(), share.timed("read"):
             states, not_loaded, not_stored = dist_checkpointing.load(
-                _sharded_state(models, which), str(directory), reading, strict=StrictHandling.RETURN_ALL
+                sharded_state(models, which), str(directory), reading, strict=StrictHandling.RETURN_ALL
             )
     except (CheckpointException, CheckpointingException, EOFError, OSError, UnpicklingError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
@@ -211,8 +211,11 @@ def _copy_of(tensor: torch.Tensor, training: Collection[int]) -> torch.Tensor:
     return tensor.clone() if tensor.untyped_storage().data_ptr() in training else tensor
 
 
-def _sharded_state(models: Sequence[ModelChunk], which: ParameterFilter) -> dict[str, object]:
-    """The selected tensors. Transformer Engine's extra state is left out: it is a pickle, and only fp8 uses it."""
+def sharded_state(models: Sequence[ModelChunk], which: ParameterFilter) -> dict[str, object]:
+    """This rank's shards of the selected tensors, by chunk and name.
+
+    Transformer Engine's extra state is left out: it is a pickle, and only fp8 uses it.
+    """
     return {
         str(index): {
             name: entry

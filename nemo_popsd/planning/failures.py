@@ -8,7 +8,7 @@ and Daly (2006).
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,38 +81,65 @@ def simulated_goodput(rates: Rates, steps: int, *, seed: int) -> float | None:
     """The same from a simulation; None where failures are so rare that it would take too long."""
     segment = steps * rates.step + rates.save
     failures = min(_FAILURES, int(_SEGMENTS * segment / rates.between_failures))
-    return _Job(rates, steps, seed).goodput(failures) if failures >= _FEWEST_FAILURES else None
+    if failures < _FEWEST_FAILURES:
+        return None
+    random = np.random.default_rng(seed)
+    job = replay(rates, steps, (float(random.exponential(rates.between_failures)) for _ in range(failures)))
+    return job.lasting * rates.step / job.seconds
 
 
-class _Job:
-    def __init__(self, rates: Rates, steps: int, seed: int) -> None:
-        self._rates, self._useful = rates, steps * rates.step
-        self._random = np.random.default_rng(seed)
-        self._env = simpy.Environment()
-        self._saved = 0
+@dataclass
+class Job:
+    """A job until its last failure."""
 
-    def goodput(self, failures: int) -> float:
-        training = self._env.process(self._training())
-        self._env.run(until=self._env.process(self._failures(training, failures)))
-        return self._saved * self._useful / self._env.now
+    lasting: int = 0
+    """Steps that are in a complete checkpoint."""
+    repeated: int = 0
+    """Steps that were made and lost."""
+    seconds: float = 0.0
+    """Duration."""
 
-    def _training(self) -> Generator[simpy.Event, Any, None]:
-        """Segments of steps and a save, from the last complete checkpoint again after each failure."""
-        requeued = False
-        while True:
-            try:
-                if requeued:
-                    yield self._env.timeout(self._rates.requeue)
-                    requeued = False
-                yield self._env.timeout(self._useful + self._rates.save)
-                self._saved += 1
-            except simpy.Interrupt:
-                requeued = True
 
-    def _failures(self, training: simpy.Process, failures: int) -> Generator[simpy.Event, Any, None]:
-        for _ in range(failures):
-            yield self._env.timeout(float(self._random.exponential(self._rates.between_failures)))
-            training.interrupt()
+def replay(rates: Rates, steps: int, waits: Iterable[float]) -> Job:
+    """Simulates a job that fails at given times.
+
+    Args:
+        rates: `between_failures` is not used.
+        steps: steps between two saves.
+        waits: seconds until the first failure, and from each to the next.
+    """
+    env, job = simpy.Environment(), Job()
+    training = env.process(_training(env, rates, steps, job))
+    env.run(until=env.process(_failures(env, training, waits)))
+    job.seconds = env.now
+    return job
+
+
+def _training(env: simpy.Environment, rates: Rates, steps: int, job: Job) -> Generator[simpy.Event, Any, None]:
+    """Segments of steps and a save, from the last complete checkpoint again after each failure."""
+    requeued, start = False, None
+    while True:
+        try:
+            if requeued:
+                yield env.timeout(rates.requeue)
+                requeued = False
+            start = env.now
+            yield env.timeout(steps * rates.step + rates.save)
+            start = None
+            job.lasting += steps
+        except simpy.Interrupt:
+            if start is not None:
+                job.repeated += min(steps, int((env.now - start) / rates.step))
+            requeued, start = True, None
+
+
+def _failures(
+    env: simpy.Environment, training: simpy.Process, waits: Iterable[float]
+) -> Generator[simpy.Event, Any, None]:
+    for seconds in waits:
+        yield env.timeout(seconds)
+        training.interrupt()
+    yield env.timeout(0)  # the last failure is counted
 
 
 @dataclass(frozen=True)

@@ -197,9 +197,7 @@ def _update_bytes(case: Case, stage: Stage, parameters: Parameters) -> float:
     """
     if case.lora:
         return 0.0
-    largest = parameters.vocabulary if stage.first or stage.last else 0
-    for linear in linears(case.sizes):
-        largest = max(largest, linear.share(case.layout.expert_shards if linear.expert else case.layout.tensor))
+    largest = largest_trained(case, stage, parameters)
     moment = float(largest)
     if case.shards_state:
         moment = min(moment, parameters.dense / case.layout.dense_replicas)
@@ -284,6 +282,21 @@ def trained(case: Case, parameters: Parameters) -> tuple[int, int]:
     if case.lora:
         return parameters.adapters, parameters.expert_adapters
     return parameters.dense, parameters.experts
+
+
+def largest_trained(case: Case, stage: Stage, parameters: Parameters) -> int:
+    """Elements of the largest trained tensor of a rank: a linear's or expert's matrix, its bias included, a vocabulary
+    matrix, or a matrix of an adapter.
+    """
+    layout, lora = case.layout, case.config.student.lora
+    largest = parameters.vocabulary if not case.lora and (stage.first or stage.last) else 0
+    for linear in linears(case.sizes):
+        split = layout.expert_shards if linear.expert else layout.tensor
+        if not case.lora:
+            largest = max(largest, linear.share(split))
+        elif linear.name in lora.targets:
+            largest = max(largest, lora.rank * max(linear.inputs, linear.outputs) // split)
+    return largest
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,13 @@ def _norms(sizes: ModelSizes, tensor: int) -> int:
 
 def total_parameters(sizes: ModelSizes) -> int:
     """Parameters of the full model as published: no padding, no adapters."""
+    return published_parameters(sizes, Stage(sizes.layers, first=True, last=True))
+
+
+def published_parameters(sizes: ModelSizes, stage: Stage) -> int:
+    """Parameters of a stage as published. A tied output matrix counts as the first stage's embedding alone."""
     hidden, experts = sizes.hidden, max(1, sizes.experts)
-    vocabulary = sizes.vocab * hidden * (1 if sizes.tied else 2)
-    norms = _norms(sizes, 1)
+    vocabulary = sizes.vocab * hidden * (int(stage.first) + int(stage.last and not sizes.tied))
     inside = sum(linear.share(1) * (experts if linear.expert else 1) for linear in linears(sizes))
-    return vocabulary + hidden + sizes.layers * (norms + hidden * sizes.experts + inside)
+    layer = _norms(sizes, 1) + hidden * sizes.experts + inside
+    return vocabulary + (hidden if stage.last else 0) + stage.layers * layer

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.config import WorkloadConfig
-from nemo_popsd.planning.layout import misfits
+from nemo_popsd.planning.plan import problems
 from nemo_popsd.planning.report import shape
 from nemo_popsd.planning.settings import split_settings
 from nemo_popsd.planning.sizes import read_model_file, read_sizes
@@ -40,16 +40,18 @@ def rehearsal_text(
         as_json: the same as data.
 
     Raises:
-        UserError: a setting is wrong, the layout does not divide, or cannot be rehearsed.
+        UserError: a setting is wrong; the layout does not divide, does not fit by the plan, or cannot be rehearsed; or
+            the weights for vLLM are not those that transformers has.
     """
     plan, rest = split_settings(words)
     if len(plan.nodes) != 1:
         raise UserError("rehearsal", got=f"nodes={plan.nodes}", need="one number of nodes", fix="set nodes=1")
-    run = as_rehearsed(load_config(config, rest))
-    sizes, origin = read_sizes(run.student.source)
+    asked = load_config(config, rest)
+    sizes, origin = read_sizes(asked.student.source)
+    _refuse(Case(asked, plan, sizes, plan.nodes[0]))
+    run = as_rehearsed(asked)
     plan = dataclasses.replace(plan, workload=WorkloadConfig(layers="plain"))
     case = Case(run, plan, sizes, plan.nodes[0], device="cpu")
-    _refuse(case)
     content = read_model_file(run.student.source).content
     found = []
     for rank in _chosen(case, ranks, all_kinds=all_kinds):
@@ -66,13 +68,13 @@ def rehearsal_text(
 
 
 def _refuse(case: Case) -> None:
-    reasons = misfits(case.layout, case.sizes, case.prompts)
+    reasons = problems(case)
     if reasons:
         raise UserError(
             f"rehearsal of {case.sizes.name} on {case.layout.nodes} x {case.layout.gpus_per_node} GPUs",
             got="; ".join(reasons),
-            need="a layout that divides",
-            fix="set parallel.*, or nodes",
+            need="a layout that divides and, by `popsd plan`, fits",
+            fix="set parallel.*, or nodes; `popsd plan` names layouts",
         )
 
 
@@ -97,6 +99,9 @@ def _described(case: Case, rehearsed: Rehearsed, seconds: float) -> Iterator[str
         name = f"{item.name}, {item.unit}"
         yield f"{name:<44}{item.measured:>12.3f}{item.planned:>12.3f}{item.ratio:>8.3f}"
     yield ""
+    yield f"checkpoint: {', '.join(rehearsed.checkpoint.files) or 'this rank writes no weights or optimizer state'}"
+    yield f"for vLLM: {rehearsed.handover.tensors} tensors of this stage, with the names and shapes of transformers"
+    yield ""
     yield f"{'phase':<10}{'collective':<40}{'group':<44}{'calls':>6}{'MiB':>12}"
     for phase, cost in rehearsed.phases.items():
         for what, calls in sorted(cost.calls.items(), key=lambda entry: -cost.bytes[entry[0]]):
@@ -117,6 +122,8 @@ def _as_data(case: Case, rehearsed: Rehearsed, seconds: float) -> dict[str, Any]
     return {
         "rank": rehearsed.rank,
         "seconds": seconds,
+        "checkpoint_files": list(rehearsed.checkpoint.files),
+        "vllm": dataclasses.asdict(rehearsed.handover),
         "quantities": [{**dataclasses.asdict(item), "ratio": item.ratio} for item in both],
         "collectives": [
             {"phase": phase, **dataclasses.asdict(what), "calls": calls, "bytes": cost.bytes[what]}

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nemo_popsd.planning import compute, memory
+from nemo_popsd.planning.checkpoint import stage_share
+from nemo_popsd.planning.handover import handed_over
 from nemo_popsd.planning.messages import Message, messages
 from nemo_popsd.planning.parameters import stage_of
 from nemo_popsd.planning.workload import Case
@@ -13,6 +15,7 @@ from nemo_popsd.rehearsal.counters import Collective
 from nemo_popsd.rehearsal.rank import Rehearsed
 
 GIB, TERA, MIB = 2**30, 1e12, 2**20
+_SENT = {True: "adapters for vLLM", False: "weights for vLLM"}
 _PLANNED = {"frozen": "frozen", "train": "training"}
 """Phases of a plan by those of a step."""
 _DIMENSIONS = {
@@ -82,6 +85,14 @@ def quantities(case: Case, rehearsed: Rehearsed) -> list[Quantity]:
             Quantity(f"{name}, peak", "GiB", cost.peak / GIB, planned.peak(name) / GIB),
             Quantity(f"{name}, work", "TFLOP", cost.flops / TERA, getattr(flops, name).counted / TERA),
         ]
+    share = stage_share(case, stage)
+    found += [
+        Quantity("checkpoint, shards", "GiB", rehearsed.checkpoint.held / GIB, share.held / GIB),
+        Quantity("checkpoint, written", "GiB", rehearsed.checkpoint.written / GIB, share.most / GIB),
+        Quantity(
+            _SENT[rehearsed.handover.adapters], "GiB", rehearsed.handover.bytes / GIB, handed_over(case, stage) / GIB
+        ),
+    ]
     return found
 
 

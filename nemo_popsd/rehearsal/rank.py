@@ -12,11 +12,12 @@ from typing import cast
 from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from nemo_popsd.checkpoint.completeness import expected_shapes
 from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
 from nemo_popsd.checkpoint.model_files import TENSOR_NAMES
-from nemo_popsd.compat.transformers import saved_tensors
 from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.data.contexts import Contexts
 from nemo_popsd.data.dataset import PromptRow
@@ -26,8 +27,11 @@ from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.training import build_weights
 from nemo_popsd.parallel.distributed import initialize
+from nemo_popsd.planning.handover import sends_adapters
 from nemo_popsd.planning.workload import Case, Lengths
+from nemo_popsd.rehearsal.checkpoint import CheckpointShare, checkpoint_share
 from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch, PhaseCost
+from nemo_popsd.rehearsal.handover import Handover, adapter_shapes, lone_stage_of_model, of_stage, rehearse_handover
 from nemo_popsd.rehearsal.peers import one_rank
 from nemo_popsd.rehearsal.routing import balanced_routing
 from nemo_popsd.rehearsal.stages import lone_stage
@@ -52,6 +56,10 @@ class Rehearsed:
     """Bytes between steps: weights, gradients, optimizer and frozen copy."""
     phases: dict[str, PhaseCost]
     """By phase: frozen and train; there is no decoding."""
+    checkpoint: CheckpointShare
+    """What it writes to a checkpoint."""
+    handover: Handover
+    """What its stage contributes to the weights of a vLLM server."""
 
     @property
     def standing(self) -> int:
@@ -87,6 +95,9 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
         case: the run, see `as_rehearsed`, and its layout, which must divide.
         model: content of the model's ``config.json``.
         rank: of the world.
+
+    Raises:
+        UserError: the weights for vLLM are not those that transformers has.
     """
     config = case.config
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, one_rank(rank, case.layout.world):
@@ -135,7 +146,19 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
                 stopwatch=lambda: MeteredStopwatch(meter),
             )
             step(_MEASURED_STEP, _rows(case), optimizer, optimizer.step)
-        return Rehearsed(rank, kinds, dict(meter.phases))
+            share = checkpoint_share(student.chunks, optimizer.megatron, adapters=case.lora)
+            handover = _handed_over(case, architecture, student)
+        return Rehearsed(rank, kinds, dict(meter.phases), share, handover)
+
+
+def _handed_over(case: Case, architecture: HuggingFaceModel, student: Student) -> Handover:
+    adapters, expected = sends_adapters(case), expected_shapes(architecture.config)
+    if adapters:
+        expected = adapter_shapes(expected, case.config.student.lora)
+    stream = architecture.stream_adapters if adapters else architecture.stream
+    with lone_stage_of_model():
+        here = of_stage(expected, student.chunks)
+        return rehearse_handover(stream(student.chunks), here, adapters=adapters)
 
 
 def as_rehearsed(config: PopsdConfig) -> PopsdConfig:
@@ -159,11 +182,11 @@ def _tiles_of_a_gpu() -> AbstractContextManager[object]:
 def _without_weights(folder: Path, content: Mapping[str, object]) -> HuggingFaceModel:
     """A model directory with names of tensors, as a NeMo checkpoint has."""
     fields = dict(content)
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(str(fields.pop("model_type")), **fields))
-    built.config.architectures = [type(built).__name__]
-    built.config.save_pretrained(folder)
-    (folder / TENSOR_NAMES).write_text(json.dumps(sorted(saved_tensors(built))))
+    family = str(fields.pop("model_type"))
+    config = AutoConfig.for_model(family, **fields)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
+    config.save_pretrained(folder)
+    (folder / TENSOR_NAMES).write_text(json.dumps(sorted(expected_shapes(config))))
     return HuggingFaceModel(folder)
 
 

@@ -56,7 +56,7 @@ def rehearse(rank: int, world_size: int, directory: Path) -> dict[tuple[int, int
                 with torch.device("meta"):
                     [gpt] = build_chunks(provider, StudentConfig(precision="bf16", adaptation="full"), parallel)
                 group = sharing.replicas()
-                state = weights._sharded_state([gpt], weights.every_parameter)
+                state = weights.sharded_state([gpt], weights.every_parameter)
                 with mock.patch("torch.distributed.all_gather_object", all_replicas):
                     sharing.apply_factories(state)
                     plan = sharing.determine_main_replica_uniform_distribution(state, group)
@@ -70,7 +70,7 @@ def rehearse(rank: int, world_size: int, directory: Path) -> dict[tuple[int, int
                 shardings = get_param_id_to_sharded_param_map({"0": gpt.sharded_state_dict()}, parameters)
                 kept = [0] * REPLICAS
                 for index, owner in enumerate(training_state._owners([(p.numel(), group) for p in parameters])):
-                    if training_state._written_by_this_shard(shardings[index]):
+                    if training_state.written_by_this_shard(shardings[index]):
                         kept[owner] += 12 * parameters[index].numel()
                 found[stage, tensor] = written, kept, sum(shard.data.nbytes for shard in own), len(own)
     return found

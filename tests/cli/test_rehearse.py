@@ -28,6 +28,7 @@ def test_impossible_rehearsals_are_refused() -> None:
         (["nodes=1,2"], "one number of nodes"),
         (["parallel.tensor=3"], "a layout that divides"),
         (["parallel.expert=2"], "a layout that divides"),
+        (["student.adaptation=full"], r"got \d+\.\d GiB per GPU of"),
     ):
         with pytest.raises(UserError, match=message):
             rehearsal_text(CONF, ["student.source=Qwen3-8B", *words])
@@ -46,6 +47,8 @@ def test_two_ranks_are_rehearsed_and_printed() -> None:
     assert sum(line.startswith("training, work, TFLOP") for line in lines) == 2
     assert any("tensor_model_parallel_group of 2" in line for line in lines)
     assert sum(line.startswith("training, tensor all-reduce, MiB") for line in lines) == 2
+    assert "checkpoint: weights/__3_0.distcp, weights/__3_1.distcp, training_state/rank-00003.safetensors" in lines
+    assert sum(line.startswith("weights for vLLM, GiB") and line.endswith("   1.000") for line in lines) == 2
     done = popsd(TINY, "gpus_per_node=4", "--json")
     [rank] = json.loads(done.stdout)
     assert {item["name"] for item in rank["quantities"]} >= {"weights", "optimizer", "frozen, peak"}

@@ -14,7 +14,7 @@ from tests.planning.cases import _RECIPE, case
 
 pytest.importorskip("simpy")
 
-from nemo_popsd.planning.failures import Rates, daly, expected_goodput, intervals, simulated_goodput, young
+from nemo_popsd.planning.failures import Rates, daly, expected_goodput, intervals, replay, simulated_goodput, young
 from nemo_popsd.planning.simulation import SimulatedStep, simulate
 
 
@@ -65,6 +65,23 @@ def test_goodput_is_that_of_the_formula() -> None:
         assert simulated_goodput(RATES, steps, seed=3) == pytest.approx(expected, abs=0.03)
     assert expected_goodput(RATES, 1) < 20 / 80
     assert simulated_goodput(Rates(20.0, 60.0, 300.0, 1e12), 50, seed=3) is None
+
+
+@pytest.mark.parametrize(
+    ("waits", "lasting", "repeated"),
+    [
+        ([75.0], 0, 3),  # in the fourth step
+        ([155.0], 0, 5),  # while the checkpoint is written
+        ([165.0], 5, 0),  # in the first step after it
+        ([75.0, 299.0, 299.0], 0, 3),  # and twice before training continues
+        ([75.0, 300.0 + 160.0 + 45.0], 5, 3 + 2),
+    ],
+)
+def test_a_failed_job_repeats_the_steps_since_its_last_complete_checkpoint(
+    waits: list[float], lasting: int, repeated: int
+) -> None:
+    job = replay(RATES, 5, waits)
+    assert (job.lasting, job.repeated, job.seconds) == (lasting, repeated, sum(waits))
 
 
 def test_the_best_interval_is_dalys() -> None:

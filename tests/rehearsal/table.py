@@ -130,8 +130,14 @@ class Row:
     """Kinds of collectives that are compared."""
 
 
-def measure(layout: Layout, lengths: tuple[str, ...]) -> Row:
-    """Rehearses one layout. The default process group must not exist."""
+def measure(layout: Layout, lengths: tuple[str, ...], layers: str = "plain") -> Row:
+    """Rehearses one layout. The default process group must not exist.
+
+    Args:
+        layout: the run.
+        lengths: settings of the lengths; without them those of the recipe.
+        layers: `plain`, Megatron's local layers, or `fused`, those of Transformer Engine with emulated kernels.
+    """
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.planning.config import PlanConfig, WorkloadConfig
     from nemo_popsd.planning.sizes import read_model_file, read_sizes
@@ -143,17 +149,20 @@ def measure(layout: Layout, lengths: tuple[str, ...]) -> Row:
     if lengths and not any(word.startswith("training.prompts") for word in words):
         words.append(f"training.prompts_per_step={layout.world}")
     run = as_rehearsed(load_config(CONF, [f"student.source={layout.model}", *lengths, *words]))
+    if layers == "fused":
+        run.student.layers = "auto"
     sizes = dataclasses.replace(read_sizes(layout.model)[0], layers=layout.layers)
     content: dict[str, Any] = {**read_model_file(layout.model).content, "num_hidden_layers": layout.layers}
-    plan = PlanConfig(gpus_per_node=8, workload=WorkloadConfig(layers="plain"))
+    plan = PlanConfig(gpus_per_node=8, workload=WorkloadConfig(layers=layers))
     case = Case(run, plan, sizes, layout.world // 8, device="cpu")
     if lengths:  # one question a replica
         case = case.replace({"training.prompts_per_step": case.layout.data})
     begin = time.process_time()
     found = rehearse(case, content, layout.rank)
     ratios = {item.name: item.ratio for item in quantities(case, found)}
-    for standing in ("weights", "gradients", "optimizer", "frozen copy"):
-        assert abs(ratios.get(standing, 1.0) - 1) < 1e-3, (standing, ratios)
+    for exact in ("weights", "gradients", "optimizer", "frozen copy", "checkpoint, shards"):
+        assert abs(ratios.get(exact, 1.0) - 1) < 1e-3, (exact, ratios)
+    assert [ratio for name, ratio in ratios.items() if name.endswith("for vLLM")] == [1.0], ratios
     moved = transfers(case, found)
     return Row(
         layout,

@@ -8,6 +8,8 @@ from typing import Annotated
 from nemo_popsd.settings.bounds import SECONDS_OF_30_DAYS, Bounds, Text, check_numbers
 from nemo_popsd.settings.checks import one_of
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of max_lora_rank that vLLM accepts."""
 INTERFACES = ("auto", "weight-transfer", "worker-extension")
 
 

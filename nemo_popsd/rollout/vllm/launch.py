@@ -21,7 +21,7 @@ from torch import Tensor
 from nemo_popsd.data.models import model_path
 from nemo_popsd.errors import UserError
 from nemo_popsd.rollout.config import RolloutConfig
-from nemo_popsd.rollout.vllm.config import VllmConfig
+from nemo_popsd.rollout.vllm.config import LORA_RANKS, VllmConfig
 from nemo_popsd.rollout.vllm.engine import VllmEngine
 from nemo_popsd.rollout.vllm.environment import server_environment
 from nemo_popsd.rollout.vllm.ranks import ServerRanks
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 LOGS = "vllm"
 """Folder of the servers' logs in `output`."""
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of max_lora_rank that vLLM accepts
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 WeightStream = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -176,7 +175,7 @@ def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
     obstacle = ""
     if model.has_experts:
         obstacle = "a model with experts"
-    elif model.lora.rank > _LORA_RANKS[-1]:
+    elif model.lora.rank > LORA_RANKS[-1]:
         obstacle = f"student.lora.rank={model.lora.rank}"
     elif not any(path.glob("*.safetensors")):
         obstacle = f"student.source={model.source!r}, which is not a Hugging Face directory"
@@ -186,7 +185,7 @@ def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
         raise UserError(
             "configuration",
             got=f"rollout.vllm.lora=adapter with {obstacle}",
-            need=f"a dense model in a Hugging Face directory, and a rank of at most {_LORA_RANKS[-1]}",
+            need=f"a dense model in a Hugging Face directory, and a rank of at most {LORA_RANKS[-1]}",
             fix="set rollout.vllm.lora=merged",
         )
     logger.warning("vLLM gets the adapters merged into weights, rounded to its precision: %s", obstacle)
@@ -267,7 +266,7 @@ def server_launch(
         arguments["hf_overrides"] = dict(model.config_overrides)
     lora = model.lora if adapter else None
     if lora is not None:
-        rank = next(rank for rank in _LORA_RANKS if rank >= lora.rank)
+        rank = next(rank for rank in LORA_RANKS if rank >= lora.rank)
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     if vllm.cache_bytes:
         arguments["kv_cache_memory_bytes"] = vllm.cache_bytes
