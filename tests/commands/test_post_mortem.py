@@ -101,7 +101,7 @@ def test_a_killed_rank(tmp_path: Path) -> None:
     assert statuses == [1, -signal.SIGKILL]
     killed, peer = examine(output).causes
     assert (killed.name, peer.name) == ("killed", "peer")
-    assert killed.what.startswith("rank 1 ended without a word")
+    assert killed.what.startswith("rank 1 ended without a report")
     assert killed.evidence[0].file == output / "ranks" / "rank-00001.jsonl"
     assert peer.evidence[0].file == output / "ranks" / "rank-00000.jsonl"
 
