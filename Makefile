@@ -113,7 +113,11 @@ compare: $(RUNTIME_STAMP) ## base, OPSD and Purified OPSD with the same budget, 
 test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 	$(PYTEST) $(ARGS)
 
-check: lint fast ## lint and the fast tests on local layers: what to run before each commit (two to three minutes)
+# Beside each other: the first seconds of the tests leave a core idle. Lint is printed last, and each can fail the target.
+check: $(DEV_STAMP) $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two minutes)
+	@output=$$(mktemp); $(MAKE) --no-print-directory lint >$$output 2>&1 & lint=$$!; \
+	  $(MAKE) --no-print-directory fast; tests=$$?; \
+	  wait $$lint; lint=$$?; cat $$output; rm -f $$output; exit $$((tests | lint))
 
 fast: $(DEV_STAMP) $(TE_STAMP) ## the fast tests on local layers
 	$(PYTEST) -q -m "not slow and not transformer_engine" $(ARGS)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.harness import _CONTEXT, LOCAL, _die_with_parent, _forked_by, _start_fork_server
+from tests.fork_servers import CONTEXT, LOCAL, die_with_parent, forked_by
 
 HANGS = None
 """What `run_command` returns for a command that did not end in time."""
@@ -34,10 +34,9 @@ def run_command(
         environment: variables to set besides the caller's.
         directory: working directory; None uses that of the first command.
     """
-    server = _start_fork_server(LOCAL)
     variables = {**os.environ, **(environment or {})}
-    process: Any = _CONTEXT.Process(target=_main, args=(argv, str(log), variables, directory))
-    with _forked_by(server):
+    process: Any = CONTEXT.Process(target=_main, args=(argv, str(log), variables, directory))
+    with forked_by(LOCAL):
         process.start()
     process.join(timeout)
     if process.is_alive():
@@ -52,7 +51,7 @@ def _main(argv: list[str], log: str, environment: dict[str, str], directory: Pat
     os.setsid()
     if directory is not None:
         os.chdir(directory)
-    _die_with_parent()
+    die_with_parent()
     os.environ.clear()
     os.environ.update(environment)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -1,15 +1,18 @@
 """Present so that the repository root is on the path (through `tests/__init__.py`) whichever test is collected; marks
-the quick tests and gives each worker of pytest-xdist tests that belong together."""
+the quick tests, and gives each worker of pytest-xdist tests that belong together."""
 
 from __future__ import annotations
 
 import gc
+import shlex
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import fork_servers
 from tests.isolation import environment_is_restored, package_log_is_restored  # noqa: F401  (fixtures)
 from tests.layers import layers  # noqa: F401  (a fixture)
 from tests.scheduling import group, has_no_quick_tests, is_quick, longest_first
@@ -27,7 +30,13 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+_OWNER = pytest.StashKey[str]()
+"""Address of this process for workers that use its fork servers."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if owner := getattr(config, "workerinput", {}).get("fork_servers"):
+        fork_servers.use_shared(owner)
     if _quick_alone(config):  # no quick test has random examples
         return
     import hypothesis
@@ -35,6 +44,22 @@ def pytest_configure(config: pytest.Config) -> None:
     # Workers share the cores: the time of one example says nothing. pytest-timeout bounds each test.
     hypothesis.settings.register_profile("no deadline", deadline=None)
     hypothesis.settings.load_profile("no deadline")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    if _quick_alone(config):  # no quick test needs what a server imports
+        return
+    config.stash[_OWNER] = fork_servers.share()
+    for spec in specs:
+        words = [sys.executable, str(Path(__file__).with_name("forked_worker.py")), config.stash[_OWNER]]
+        spec.python = shlex.join(words)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    if owner := node.config.stash.get(_OWNER, None):
+        node.workerinput["fork_servers"] = owner
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

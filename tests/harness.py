@@ -8,11 +8,8 @@
     results = run_ranks(worker, 2, 10.0)          # [tensor([10.]), tensor([10.])]
 
 How it works
-    * Ranks are forked from one server process that has imported torch, megatron.core and hypothesis once per test
-      session (`tests/preloaded.py`); a rank then starts in tenths of a second. The server imports and nothing more:
-      it has a single thread and no process group, so forking it is safe.
-    * Which layers a model has is decided when Megatron is imported. Ranks with the layers that a GPU has are forked
-      from a second server (`tests/te/preloaded.py`), which starts when they are first needed.
+    * Ranks are forked from a process that has imported torch, megatron.core and hypothesis once per test session
+      (`tests/fork_servers.py`); a rank then starts in tenths of a second.
     * The parent hosts the TCPStore on a port the kernel picks: no race for a port.
     * Arguments and results travel as plain pickles through a pipe: no shared memory that must outlive the rank.
     * A rank that has returned stays alive until all have, so that no rank sees a connection close during a collective.
@@ -24,30 +21,23 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from tests.environment import environment
+from tests.fork_servers import CONTEXT, LOCAL, TRANSFORMER_ENGINE, Descriptor, die_with_parent, forked_by
 
-LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
-"""Layers that ranks can have: those of a machine without CUDA; those of a GPU, with emulated kernels (`tests.te`)."""
+__all__ = ["LOCAL", "TRANSFORMER_ENGINE", "run_ranks"]
 
-_ROOT = Path(__file__).resolve().parents[1]
-_PRELOADED = {LOCAL: "tests.preloaded", TRANSFORMER_ENGINE: "tests.te.preloaded"}
-_SERVERS = {layers: forkserver.ForkServer() for layers in _PRELOADED}
-_CONTEXT = multiprocessing.get_context("forkserver")
 _HOST = "127.0.0.1"
 _EXIT_GRACE_SECONDS = 10.0
 _STACK_DUMP_SECONDS = 0.5
@@ -79,14 +69,13 @@ def run_ranks(
     store = dist.TCPStore(_HOST, 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     payload = pickle.dumps((worker, args))
     deadline = time.monotonic() + timeout
-    server = _start_fork_server(layers)
     processes: list[Any] = []
     pipes: list[connection.Connection] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         stack_files = [os.path.join(folder, f"rank{rank}.txt") for rank in range(world_size)]
         try:
             for rank in range(world_size):
-                pipe, pipe_of_rank = _CONTEXT.Pipe()
+                pipe, pipe_of_rank = CONTEXT.Pipe()
                 variables = {
                     **os.environ,
                     "RANK": str(rank),
@@ -96,12 +85,10 @@ def run_ranks(
                     "MASTER_ADDR": _HOST,
                     "MASTER_PORT": str(store.port),
                 }
-                process = _CONTEXT.Process(
-                    target=_rank_main,
-                    args=(payload, rank, world_size, variables, timeout, stack_files[rank], layers, pipe_of_rank),
-                    name=f"rank{rank}",
-                )
-                with _forked_by(server):
+                arguments = (payload, rank, world_size, variables, timeout, stack_files[rank], layers, pipe_of_rank)
+                output = (Descriptor(1), Descriptor(2))
+                process = CONTEXT.Process(target=_rank_main, args=(*arguments, *output), name=f"rank{rank}")
+                with forked_by(layers):
                     process.start()
                 pipe_of_rank.close()
                 processes.append(process)
@@ -118,33 +105,6 @@ def run_ranks(
                 _kill(process)
             for pipe in pipes:
                 pipe.close()
-
-
-def _start_fork_server(layers: str) -> forkserver.ForkServer:
-    """Start the server unless it runs already; it serves all tests of this process."""
-    server = _SERVERS[layers]
-    server.set_forkserver_preload([_PRELOADED[layers]])
-    # One thread each: the server must have no thread pool when it forks.
-    variables = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    with environment(**variables):
-        server.ensure_running()
-    return server
-
-
-@contextlib.contextmanager
-def _forked_by(server: forkserver.ForkServer) -> Iterator[None]:
-    """Context in which processes are forked by `server`; multiprocessing itself supports one server only."""
-    before = forkserver.connect_to_new_process
-    forkserver.connect_to_new_process = server.connect_to_new_process
-    try:
-        yield
-    finally:
-        forkserver.connect_to_new_process = before
 
 
 def _collect(
@@ -223,9 +183,10 @@ def _rank_main(
     stack_file: str,
     layers: str,
     pipe: connection.Connection,
+    *output: None,
 ) -> None:
     os.setsid()
-    _die_with_parent()
+    die_with_parent()
     os.environ.clear()
     os.environ.update(environment)
     if sys.platform == "linux":
@@ -262,15 +223,3 @@ def _call_worker(payload: bytes, rank: int, world_size: int, timeout: float) -> 
     dist.barrier()  # a worker that destroys the group at once would close connections that peers still set up
     worker, args = pickle.loads(payload)
     return worker(rank, world_size, *args)
-
-
-def _die_with_parent() -> None:
-    """Ends this rank, and what it started, when the test process ends for any reason."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os.killpg(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the fork server of `tests.harness` imports once, so that no rank has to: imports, nothing initialised."""
+"""What a server of `tests.fork_servers` imports once, so that no rank has to: imports, nothing initialised."""
 
 from __future__ import annotations
 
@@ -7,13 +7,30 @@ import gc
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
 
 os.environ["JE_ARROW_MALLOC_CONF"] = (
     "background_thread:false"  # pyarrow's allocator: a server that forks has one thread
 )
 
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Context in which nothing is printed, neither by handlers of logging that keep the standard streams."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with open(os.devnull, "w") as nothing:
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, descriptor in zip((1, 2), kept, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
 gc.disable()  # what is imported stays
-with warnings.catch_warnings():
+with _silence(), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for _name in (
         "torch",

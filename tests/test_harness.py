@@ -6,12 +6,16 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import connection
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests import fork_servers
 from tests.harness import run_ranks
 
 
@@ -37,6 +41,14 @@ def _fork_server(rank: int, world_size: int) -> tuple[int, float]:
     """The number of its threads, and the share of this rank's objects that collections need not visit."""
     threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
     return threads, gc.get_freeze_count() / (gc.get_freeze_count() + len(gc.get_objects()))
+
+
+def _parent(rank: int, world_size: int) -> int:
+    return os.getppid()
+
+
+def _print(rank: int, world_size: int) -> None:
+    print("printed by a rank")
 
 
 def _large(rank: int, world_size: int) -> torch.Tensor:
@@ -116,6 +128,27 @@ def test_the_fork_server_has_one_thread_and_its_objects_are_not_visited_by_colle
     [(threads, unvisited)] = run_ranks(_fork_server, 1)
     assert threads == 1
     assert unvisited > 0.9
+
+
+def test_workers_and_their_ranks_are_forked_by_one_process():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("needs pytest-xdist")
+    assert run_ranks(_parent, 2) == [os.getppid()] * 2
+
+
+def test_the_owner_of_a_server_answers_after_a_process_that_asked_was_killed():
+    with connection.Listener(family="AF_UNIX") as listener:
+        servers = {"some": SimpleNamespace(address=lambda: "place")}
+        threading.Thread(target=fork_servers.answer, args=(listener, servers), daemon=True).start()
+        connection.Client(listener.address).close()
+        with connection.Client(listener.address) as asking:
+            asking.send("some")
+            assert asking.recv() == "place"
+
+
+def test_what_ranks_print_is_captured_with_the_test(capfd):
+    run_ranks(_print, 2)
+    assert capfd.readouterr().out == "printed by a rank\n" * 2
 
 
 def test_results_larger_than_a_pipe_and_ranks_of_uneven_length():

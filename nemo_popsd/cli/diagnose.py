@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "diagnose",
         help="decompose the teacher's signal token by token",
         description="Generate responses to rows of `data.train` and compare, for each token, the log-probabilities of "
-        "student, teacher, reference-only teacher and target. Writes a page and its data to `<output>/diagnosis`. "
+        "student, teacher, reference-only teacher and target. Write a page and its data to `<output>/diagnosis`. "
         "With --views, score views of the reference before training instead (settings `diagnosis.views`), and write "
         "to `<output>/views`. With --fp8, compare the rounding errors of FP8 in the frozen passes, emulated, with the "
         "effect that is distilled, and write to `<output>/fp8`.",

@@ -1,8 +1,8 @@
 """Published data sets as rows: which columns of each layout hold question, reference and answer.
 
 The layouts are those of the repositories on the Hugging Face Hub as they were in November 2026. A layout has one or
-several forms, told apart by their columns. A form gives the row of this package for each published row, or None for a
-row that is not mathematics.
+several forms, distinguished by their columns. A form gives the row of this package for each published row, or None
+for a row that is not mathematics.
 """
 
 from __future__ import annotations

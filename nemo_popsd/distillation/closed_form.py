@@ -43,7 +43,7 @@ LARGEST_LOG_RATIO = 80.0
 """Beyond it the student's share of the mixture is below every float's resolution, and exp would overflow."""
 
 SHARD_STATS = 8
-"""Rows of `shard_stats`: max s, max t, Σe^S, Σe^T, Σe^S·S, Σe^T·T, Σe^S·D, Σe^T·D; S and T are s and t less their
+"""Entries of `shard_stats`: max s, max t, Σe^S, Σe^T, Σe^S·S, Σe^T·T, Σe^S·D, Σe^T·D; S and T are s and t less their
 maximum over this shard, D is T less S."""
 
 

@@ -235,8 +235,8 @@ def _add_unrecorded(remains: Remains, found: dict[str, Cause]) -> None:
         ranks = "all ranks" if len(lost) == attempt.ranks > 1 else f"rank {', '.join(str(end.rank) for end in lost)}"
         cause = Cause(
             "killed",
-            f"{ranks} ended without a word: killed (out of host memory, by hand, by the batch system, a lost node) or "
-            "a crash of native code",
+            f"{ranks} ended without a report: killed (out of host memory, by hand, by the batch system, a lost node) "
+            "or a crash of native code",
             UNCLEAR + 8,
             _command(SHOW_JOB if remains.job else SHOW_KERNEL, remains, ""),
             [Line(end.file, end.line, f"rank {end.rank} began on {end.process.host} and has no end") for end in lost],

@@ -191,14 +191,14 @@ def read_attempts(output: str | Path) -> list[Attempt]:
     return sorted(attempts, key=lambda attempt: attempt.began)
 
 
-def _end(rank: int, file: Path, number: int, begun: dict[str, Any], end: tuple[int, dict[str, Any]] | None) -> RankEnd:
+def _end(rank: int, file: Path, number: int, start: dict[str, Any], end: tuple[int, dict[str, Any]] | None) -> RankEnd:
     at, ended = end or (number, {})
     return RankEnd(
         rank,
         file,
         at,
-        Holder.of(begun.get("process")),
-        float(begun.get("time", 0.0)),
+        Holder.of(start.get("process")),
+        float(start.get("time", 0.0)),
         float(ended["time"]) if "time" in ended else None,
         int(ended["status"]) if "status" in ended else None,
         str(ended.get("error", "")),

@@ -23,7 +23,7 @@ class Holder:
     """Boot ID and PID namespace of the machine, within which `pid` is valid."""
     pid: int = 0
     """Process ID."""
-    begun: int = 0
+    start_time: int = 0
     """Start time of the process in clock ticks since boot, since process IDs are reused."""
     job: str = ""
     """Batch job and its cluster; empty outside of one."""
@@ -51,7 +51,7 @@ class Holder:
         """The process that an object of a file describes; anything else counts as a process on another machine."""
         try:
             known: dict[str, Any] = {field.name: content[field.name] for field in fields(cls) if field.name in content}
-            for name in ("pid", "begun", "start"):
+            for name in ("pid", "start_time", "start"):
                 known[name] = int(known.get(name, 0))
             return cls(**known)
         except (ValueError, TypeError):
@@ -63,7 +63,7 @@ class Holder:
 
     def ended(self) -> bool:
         """Whether it is known to have ended: on this machine, no process has its ID and its start time."""
-        return self.on_this_machine() and self.begun != 0 and _start_time(self.pid) != self.begun
+        return self.on_this_machine() and self.start_time != 0 and _start_time(self.pid) != self.start_time
 
     def follows(self, other: Holder) -> bool:
         """Whether this is a later start of the batch job of `other`."""
@@ -88,7 +88,7 @@ def this_process() -> Holder:
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
-        begun=_start_time(os.getpid()) or 0,
+        start_time=_start_time(os.getpid()) or 0,
         job=f"{job} on {cluster}" if job and cluster else job,
         start=int(restarts) if restarts.isdigit() else 0,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),

@@ -1,4 +1,4 @@
-"""Names and lines of several runs: runs of one name are told apart, and the seeds of one arm become a mean."""
+"""Names and lines of several runs: runs of one name are distinguished, and the seeds of one arm become a mean."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ def test_the_expected_tensors_are_those_that_transformers_saves(models: dict[str
 def test_the_expected_tensors_of_a_large_model_are_computed_within_seconds() -> None:
     config = Qwen3MoeConfig(num_hidden_layers=94, num_experts=128, hidden_size=4096, architectures=["Qwen3Moe"])
     expected_shapes(config)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(expected_shapes(config)) == 3 + 94 * (128 * 3 + 9)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def _without(*ends: str) -> Callable[[Tensors], Tensors]:

@@ -176,11 +176,27 @@ def test_the_three_loops_select_by_marker(tmp_path: Path) -> None:
     for file in ("bin/python", ".runtime-installed", ".dev-installed", ".te-installed"):
         (tmp_path / file).touch()
     places = (f"VENV={tmp_path}", f"TE_ENV={tmp_path}", "WORKERS=5")
-    commands = {name: make("-n", name, *places).stdout.splitlines()[-1] for name in ("quick", "check", "test")}
+    commands = {name: make("-n", name, *places).stdout.splitlines()[-1] for name in ("quick", "fast", "test")}
     pytest_of_all = f"{tmp_path}/bin/python -m pytest -n 5"
     assert commands["quick"].startswith(f"{pytest_of_all} -q -m quick ")
-    assert commands["check"].startswith(f'{pytest_of_all} -q -m "not slow and not transformer_engine"')
+    assert commands["fast"].startswith(f'{pytest_of_all} -q -m "not slow and not transformer_engine"')
     assert commands["test"].strip() == pytest_of_all, "all tests"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("failing", ["", "python", "mypy"])
+def test_check_fails_with_the_tests_and_with_lint_and_prints_lint_last(tmp_path: Path, failing: str) -> None:
+    for file in (".runtime-installed", ".dev-installed", ".te-installed"):
+        (tmp_path / file).touch()
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "ruff", "mypy"):
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/sh\necho "{name} ran"\nexit {int(name == failing)}\n')
+        program.chmod(0o755)
+    done = make("check", f"VENV={tmp_path}", f"TE_ENV={tmp_path}", "WORKERS=0")
+    assert (done.returncode != 0) == bool(failing), done
+    ran = [line for line in done.stdout.splitlines() if line.endswith(" ran")]
+    assert ran == ["python ran", "ruff ran", "ruff ran", "mypy ran"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -15,7 +15,7 @@ import pytest
 from nemo_popsd.doctor.post_mortem import PostMortem, examine_remains
 from nemo_popsd.doctor.remains import read_remains
 from tests.command_runner import become_command
-from tests.harness import _CONTEXT, LOCAL, _die_with_parent, _forked_by, _start_fork_server
+from tests.fork_servers import CONTEXT, LOCAL, die_with_parent, forked_by
 from tests.model.runs import SETTINGS, TINY, _send_signal
 
 pytestmark = pytest.mark.slow
@@ -35,12 +35,11 @@ def train(output: Path, *words: str, ranks: int = 1, fault: dict[str, Any] | Non
     """`popsd train` in processes that connect by themselves; their statuses, negative for a signal."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = _start_fork_server(LOCAL)
     processes = []
     for rank in range(ranks):
         arguments = (["train", TINY, f"output={output}", *WORDS, *words], rank, ranks, port, fault or {})
-        process: Any = _CONTEXT.Process(target=_rank, args=(*arguments, str(output.parent / f"log-{rank}")))
-        with _forked_by(server):
+        process: Any = CONTEXT.Process(target=_rank, args=(*arguments, str(output.parent / f"log-{rank}")))
+        with forked_by(LOCAL):
             process.start()
         processes.append(process)
     for process in processes:
@@ -52,7 +51,7 @@ def train(output: Path, *words: str, ranks: int = 1, fault: dict[str, Any] | Non
 
 
 def _rank(words: Sequence[str], rank: int, ranks: int, port: int, fault: dict[str, Any], log: str) -> None:
-    _die_with_parent()
+    die_with_parent()
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -102,7 +101,7 @@ def test_a_killed_rank(tmp_path: Path) -> None:
     assert statuses == [1, -signal.SIGKILL]
     killed, peer = examine(output).causes
     assert (killed.name, peer.name) == ("killed", "peer")
-    assert killed.what.startswith("rank 1 ended without a word")
+    assert killed.what.startswith("rank 1 ended without a report")
     assert killed.evidence[0].file == output / "ranks" / "rank-00001.jsonl"
     assert peer.evidence[0].file == output / "ranks" / "rank-00000.jsonl"
 

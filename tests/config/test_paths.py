@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_popsd.cli import main as cli
 from nemo_popsd.config.keys import known_keys
 from nemo_popsd.config.loading import load_config
 from nemo_popsd.config.paths import given_path
@@ -14,6 +13,7 @@ from nemo_popsd.config.schema import PopsdConfig
 from nemo_popsd.config.values import is_mapping
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.bounds import Text, declared_rules
+from tests.cli.misuse import error_of
 
 DECLARED = [key for key, rule in declared_rules(PopsdConfig) if rule is Text.PATH]
 PATHS = [f"{key}.mine" if is_mapping(known_keys()[key]) else key for key in DECLARED]
@@ -72,9 +72,4 @@ def test_a_tilde_that_is_not_a_home_directory_is_kept(tmp_path: Path) -> None:
     ids=lambda words: "-".join(words[:2]),
 )
 def test_arguments_follow_the_same_rule(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(words)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("popsd: error: ")
-    assert err.count("\n") == 1
+    error_of(words, capsys)

@@ -104,7 +104,7 @@ def test_a_killed_rank_explains_the_lost_connection_of_its_peer(tmp_path: Path) 
     fail(records[0], RuntimeError("Connection closed by peer"))
     killed, peer = examine(tmp_path).causes
     assert (killed.name, peer.name) == ("killed", "peer")
-    assert killed.what.startswith("rank 1 ended without a word")
+    assert killed.what.startswith("rank 1 ended without a report")
     assert killed.evidence[0].file.name == "rank-00001.jsonl"
 
 

@@ -1,10 +1,10 @@
-"""Synthetic scores of responses."""
+"""Synthetic scores of responses, and the settings with which they were generated."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from nemo_popsd.evaluation.records import SampleScore
+from nemo_popsd.evaluation.records import SampleScore, SampleSettings
 
 
 def score(problem: str, correct: bool = True, *, sample: int = 0, waits: int = 0, **fields: Any) -> SampleScore:
@@ -22,3 +22,19 @@ def score(problem: str, correct: bool = True, *, sample: int = 0, waits: int = 0
         "looping": False,
     }
     return SampleScore(problem=problem, sample=sample, correct=correct, **{**defaults, **fields})
+
+
+def sample_settings(prompts: dict[str, str], **fields: Any) -> SampleSettings:
+    """Settings of samples whose prompts have these digests, by problem."""
+    defaults: dict[str, Any] = {
+        "model": "m",
+        "weights_digest": "f",
+        "engine": "e",
+        "seed": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_response_tokens": 8,
+        "stop_token_ids": (2, 3),
+    }
+    return SampleSettings(prompts=prompts, **{**defaults, **fields})

@@ -14,23 +14,11 @@ from nemo_popsd.evaluation.records import (
     EvaluationDirectory,
     Problem,
     Sample,
-    SampleSettings,
     prompt_digest,
 )
-from tests.evaluation.scores import score
+from tests.evaluation.scores import sample_settings, score
 
-SETTINGS = SampleSettings(
-    model="a",
-    weights_digest="f",
-    engine="e",
-    seed=1,
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
-    max_response_tokens=8,
-    stop_token_ids=(2, 3),
-    prompts={"p": "1", "q": "2"},
-)
+SETTINGS = sample_settings({"p": "1", "q": "2"}, model="a")
 PROBLEMS = [Problem("p", "1+1?", "2"), Problem("q", "2+2?", "4")]
 
 

@@ -104,7 +104,7 @@ def test_a_killed_holder_on_the_same_machine_is_replaced_without_waiting(
 
 def test_a_reused_process_id_is_another_process(tmp_path: Path) -> None:
     first = OutputLock(tmp_path)
-    change_holder(tmp_path, begun=this_process().begun - 1)
+    change_holder(tmp_path, start_time=this_process().start_time - 1)
     second = OutputLock(tmp_path)
     assert second.hold.is_held()
     for lock in (first, second):
@@ -173,7 +173,7 @@ def test_exactly_one_of_many_processes_replaces_a_dead_holder(tmp_path: Path) ->
 
 def test_a_replaced_holder_does_not_remove_the_lock_of_the_next(tmp_path: Path) -> None:
     first = OutputLock(tmp_path)
-    change_holder(tmp_path, begun=1)
+    change_holder(tmp_path, start_time=1)
     second = OutputLock(tmp_path)
     with pytest.raises(UserError, match="another run, which took over"):
         first.hold.check()

@@ -79,3 +79,19 @@ def test_the_extras_of_the_metadata_are_documented() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     text = (DOCUMENTS / "install.md").read_text()
     assert [extra for extra in project["optional-dependencies"] if f"[{extra}]" not in text and extra != "dev"] == []
+
+
+def test_mypy_skips_only_what_the_package_does_not_import() -> None:
+    overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    skipped, followed = (
+        [pattern for override in overrides if override.get("follow_imports") == how for pattern in override["module"]]
+        for how in ("skip", "silent")
+    )
+
+    def matches(module: str, patterns: list[str]) -> bool:
+        return any(f"{module}.".startswith(f"{pattern.removesuffix('.*')}.") for pattern in patterns)
+
+    assert matches("transformers.models.llama", skipped)
+    imported = {module for file in PACKAGE.rglob("*.py") for module in imports(file)}
+    followed_inside = [pattern for pattern in followed if pattern.endswith(".*")]
+    assert [m for m in imported if matches(m, skipped) and not matches(m, followed_inside)] == []

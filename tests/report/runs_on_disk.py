@@ -20,8 +20,9 @@ from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS
 from nemo_popsd.evaluation.comparison import Evaluation
 from nemo_popsd.evaluation.config import EvaluationConfig
 from nemo_popsd.evaluation.markers import count_markers
-from nemo_popsd.evaluation.records import EvaluationDirectory, Problem, Sample, SampleScore, SampleSettings
+from nemo_popsd.evaluation.records import EvaluationDirectory, Problem, Sample, SampleScore
 from nemo_popsd.observability.metrics import DECLARED, GROUPS, CostMetrics, MismatchMetrics, StepMetrics
+from tests.evaluation.scores import sample_settings
 
 _DIFFERENCES = ("teacher_over_reference", "target_over_student")
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->\u2028\x00 <b>bold</b> &lt;"
@@ -79,18 +80,7 @@ def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text:
     config = EvaluationConfig(markers=["Wait", "Maybe"], resamples=200)
     problems = [Problem(key, f"what is {key}?", "4") for key in correct]
     samples = [Sample(key, n, text.format(key), 7 + n, False) for key in correct for n in range(2)]
-    settings = SampleSettings(
-        model="m",
-        weights_digest="f",
-        engine="e",
-        seed=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_response_tokens=9,
-        stop_token_ids=(2,),
-        prompts={problem.id: "0" for problem in problems},
-    )
+    settings = sample_settings({problem.id: "0" for problem in problems}, max_response_tokens=9)
     scores = [
         SampleScore(
             problem=s.problem,

@@ -9,30 +9,15 @@ from pathlib import Path
 import pytest
 
 from nemo_popsd.config.loading import load_config
-
-ROOT = Path(__file__).parents[2]
+from tests.slurm.stand_in_sbatch import ROOT, submitted
 
 
 def pipeline(place: Path, text: str, *words: str) -> tuple[int, str, list[list[str]]]:
     """Status, standard error and the submitted jobs, without sbatch options."""
-    sbatch = place / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>asked\nprintf "\\n\\0" >>asked\necho 12\n')
-    sbatch.chmod(0o755)
-    (place / "conf.yaml").write_text(text)
     options = [word for word in words if word.startswith("-")]
     settings = [word for word in words if not word.startswith("-")]
-    done = subprocess.run(
-        [ROOT / "slurm" / "pipeline.sh", *options, "conf.yaml", *settings],
-        cwd=place,
-        env={"PATH": f"{sbatch.parent}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": "/home/me"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    asked = (place / "asked").read_text() if (place / "asked").exists() else ""
-    jobs = [[word for word in job.split("\0") if word and not word.startswith("--")] for job in asked.split("\n\0")]
-    return done.returncode, done.stderr, [job for job in jobs if job]
+    done, jobs = submitted("pipeline.sh", place, *options, "conf.yaml", *settings, text=text, answer="12")
+    return done.returncode, done.stderr, [[word for word in job if not word.startswith("--")] for job in jobs]
 
 
 def configuration(output: str) -> str:

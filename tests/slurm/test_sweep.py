@@ -3,9 +3,7 @@ once with a real Slurm."""
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,28 +12,13 @@ from nemo_popsd.cli.sweep import own_overrides, runs_of
 from nemo_popsd.config.loading import load_config
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import JOB_ENVIRONMENT, logs
-
-ROOT = Path(__file__).parents[2]
+from tests.slurm.stand_in_sbatch import ROOT, submitted
 
 
 def sweep(place: Path, *words: str, text: str = "name: mine\n") -> tuple[int, str, str, list[list[str]]]:
     """Status, output, errors and the submitted arrays, each as the words of sbatch."""
-    sbatch = place / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>asked\nprintf "\\n\\0" >>asked\necho "12;cluster"\n')
-    sbatch.chmod(0o755)
-    (place / "conf.yaml").write_text(text)
-    done = subprocess.run(
-        [ROOT / "slurm" / "sweep.sh", *words],
-        cwd=place,
-        env={"PATH": f"{sbatch.parent}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": "/home/me"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    asked = (place / "asked").read_text() if (place / "asked").exists() else ""
-    jobs = [[word for word in job.split("\0") if word] for job in asked.split("\n\0")]
-    return done.returncode, done.stdout, done.stderr, [job for job in jobs if job]
+    done, jobs = submitted("sweep.sh", place, *words, text=text, answer="12;cluster")
+    return done.returncode, done.stdout, done.stderr, jobs
 
 
 @pytest.mark.parametrize("grid", [[], ["optimizer.lr=1e-5,3e-5"], ["optimizer.lr=1e-5,3e-5", "training.steps=2,4"]])

@@ -1,4 +1,4 @@
-"""What the fork server of `tests.harness` imports for ranks with Transformer Engine's layers."""
+"""What a server of `tests.fork_servers` imports for ranks with Transformer Engine's layers."""
 
 from __future__ import annotations
 

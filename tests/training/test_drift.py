@@ -100,6 +100,7 @@ def test_a_run_that_grows_without_end_is_noticed_when_it_begins() -> None:
     assert found["cut_share"].onset == 9
 
 
+@pytest.mark.slow
 def test_false_alarms_of_runs_that_do_not_change_are_rare() -> None:
     """200 steps with the noise of the testbed, 6 % of the length of a response and 4 % of the rate of markers."""
     draw = random.Random(0)

@@ -79,7 +79,7 @@ def observe(rank: int, world_size: int, words: list[str], parallel: list[str]) -
     return seen
 
 
-@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "full")])
 def exact(request: pytest.FixtureRequest) -> dict[str, Any]:
     (seen,) = run_ranks(observe, 1, {"lora": LORA, "full": FULL}[request.param], [])
     return seen

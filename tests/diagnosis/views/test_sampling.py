@@ -16,23 +16,18 @@ from nemo_popsd.diagnosis.views.sampling import FILE, student_answers
 from nemo_popsd.errors import UserError
 from nemo_popsd.evaluation.records import SampleSettings, prompt_digest
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
+from tests.evaluation.scores import sample_settings
 from tests.harness import run_ranks
 
 PROMPTS = [
     EvaluationPrompt(Record(id=name, question="?", reference=None, answer="1"), [1, n]) for n, name in enumerate("abc")
 ]
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=4, stop_token_ids=frozenset({9}))
-SETTINGS = SampleSettings(
-    model="m",
-    weights_digest="d",
+SETTINGS = sample_settings(
+    {prompt.record.id: prompt_digest(prompt.prompt) for prompt in PROMPTS},
     engine="megatron",
-    seed=1,
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
     max_response_tokens=4,
     stop_token_ids=(9,),
-    prompts={prompt.record.id: prompt_digest(prompt.prompt) for prompt in PROMPTS},
 )
 
 

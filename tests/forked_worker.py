@@ -1,0 +1,45 @@
+"""Replaces the interpreter of a worker of pytest-xdist: forks the worker from a server, with everything imported.
+
+    python tests/forked_worker.py OWNER -u -c CODE      # OWNER: of `tests.fork_servers.share`
+
+The forked process has the standard streams, the environment and the exit status of this one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from tests.fork_servers import CONTEXT, LOCAL, Descriptor, die_with_parent, forked_by, use_shared
+
+
+def _work(code: str, variables: dict[str, str], *streams: None) -> None:
+    """Runs `code` as ``python -c`` does; `streams` are descriptors that are in place already."""
+    die_with_parent(group=False)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = ["-c"]
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
+    try:
+        exec(code, {"__name__": "__main__"})
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def main(owner: str, code: str) -> int:
+    """Returns the exit status of the worker, which ends with this process."""
+    use_shared(owner)
+    worker = CONTEXT.Process(target=_work, args=(code, dict(os.environ), *map(Descriptor, range(3))))
+    with forked_by(LOCAL):
+        worker.start()
+    worker.join()
+    return worker.exitcode if worker.exitcode >= 0 else 128 - worker.exitcode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[-1]))
