@@ -30,7 +30,7 @@ if [[ -s missing ]]; then
   echo "missing packages to add:"
   cat missing
   # Megatron-Bridge requires packages without builds; the container that ships it has the modules that it imports.
-  # NeMo's extra requires older versions than the containers without NeMo have.
+  # NeMo's extra requires older versions than the containers without NeMo may have.
   grep --extended-regexp '^(megatron-bridge|nemo_toolkit)' missing >without_dependencies || true
   grep --extended-regexp --invert-match '^(megatron-bridge|nemo_toolkit)' missing >with_dependencies || true
   if grep --quiet '^nemo_toolkit' missing; then

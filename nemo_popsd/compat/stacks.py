@@ -56,7 +56,7 @@ STACKS = (
                 "python": ">=3.12,<3.14",
                 "torch": ">=2.12",
                 "megatron-core": ">=0.19,<0.20",
-                "megatron-bridge": ">=0.6.2,<0.7",
+                "megatron-bridge": ">=0.6,<0.7",
                 "transformers": ">=5.8,<5.13",
                 "nemo-toolkit": ">=3.0,<3.1",
                 "transformer-engine": ">=2.16,<3",
@@ -64,7 +64,8 @@ STACKS = (
         ),
     ),
 )
-"""Oldest first. The ranges are the versions that `make test` and `make container-check` cover, and those between."""
+"""Oldest first. The ranges are the versions that `make test` and `make container-check` cover, those of the
+container, and those between."""
 
 
 def closest(versions: Mapping[str, str]) -> Stack:

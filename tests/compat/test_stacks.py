@@ -52,6 +52,9 @@ def test_only_the_newer_stack_has_python_3_13():
 
 def test_versions_of_a_container_and_missing_packages_are_accepted():
     assert OLDEST.outside({"torch": "2.10.0a0+b4e4ee81d3.nv25.12", "megatron-core": "0.16.0"}) == []
+    of_26_08 = {"python": "3.12.3", "megatron-core": "0.19.1", "megatron-bridge": "0.6.1", "transformers": "5.12.1"}
+    assert NEWEST.outside({"torch": "2.13.0a0+5e3a2e6b1d.nv26.06", **of_26_08}) == []
+    assert NEWEST.outside({"megatron-core": "0.19.0", "megatron-bridge": "0.6.0+51885cf"}) == []
 
 
 def test_the_installed_versions_are_those_of_one_stack():

@@ -65,7 +65,7 @@ def container(tmp_path: Path) -> CleanEnvironment:
 
 @pytest.fixture
 def container_without_nemo(tmp_path: Path) -> CleanEnvironment:
-    """The versions of the container 26.08, with the hydra-core that its Megatron-Bridge asks for."""
+    """Versions of the stack 26.08, with the hydra-core that Megatron-Bridge 0.6.2 asks for."""
     environment = CleanEnvironment(tmp_path / "venv", with_pip=True)
     lend(environment, "packaging")
     newer = {

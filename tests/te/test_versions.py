@@ -107,6 +107,14 @@ def test_parts_of_the_keys_are_added_one_after_the_other() -> None:
     torch.testing.assert_close(first, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_packed_sequences_are_sorted_by_ranks_and_back() -> None:
+    """Two ranks: the first has the outer chunks of each sequence, the second those in the middle."""
+    bounds, x = torch.tensor([0, 4, 12]), torch.arange(24).view(12, 2)
+    by_rank = NAMES["thd_sequence_order_to_cp_rank_order"](x, bounds, 2, 12)
+    assert by_rank[:, 0].tolist() == [2 * n for n in (0, 3, 4, 5, 10, 11, 1, 2, 6, 7, 8, 9)]
+    assert torch.equal(NAMES["thd_cp_rank_order_to_sequence_order"](by_rank, bounds, 2, 12), x)
+
+
 def test_every_difference_names_a_supported_version() -> None:
     assert versions.names_of(versions.SUPPORTED[0]) == {}
     assert {difference.since for difference in versions.DIFFERENCES} <= set(versions.SUPPORTED[1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -91,6 +92,21 @@ def _thd_out_correction(
     attention.thd_out_correction(out, part, lse, lse_part, bounds, second_half, packed)
 
 
+def _places_by_rank(bounds: Tensor, ranks: int, total: int) -> Tensor:
+    """Places of all tokens [t], rank after rank, of which each has two of the 2·cp chunks of every sequence."""
+    refuse("order of ranks", tokens_outside_of_sequences=int(bounds[-1]) != total)
+    chunks = [torch.arange(begin, end).tensor_split(2 * ranks) for begin, end in pairwise(bounds.tolist())]
+    return torch.cat([parts[n] for rank in range(ranks) for parts in chunks for n in (rank, 2 * ranks - 1 - rank)])
+
+
+def _to_order_of_ranks(x: Tensor, bounds: Tensor, ranks: int, total: int) -> Tensor:
+    return x[_places_by_rank(bounds, ranks, total)]
+
+
+def _to_order_of_sequences(x: Tensor, bounds: Tensor, ranks: int, total: int) -> Tensor:
+    return x[_places_by_rank(bounds, ranks, total).argsort()]
+
+
 def _enumeration(name: str, members: Sequence[str], first: int = 0) -> Any:
     return enum.IntEnum(name, {member: first + number for number, member in enumerate(members)})
 
@@ -114,6 +130,14 @@ DIFFERENCES = (
         (2, 20),
         "parts of the keys are added as they come: the sum before is rescaled",
         {"thd_out_correction": _thd_out_correction},
+    ),
+    Difference(
+        (2, 20),
+        "kernels sort packed sequences by ranks of context parallelism, and back",
+        {
+            "thd_sequence_order_to_cp_rank_order": _to_order_of_ranks,
+            "thd_cp_rank_order_to_sequence_order": _to_order_of_sequences,
+        },
     ),
     Difference(
         (2, 20),
