@@ -6,32 +6,15 @@ import contextlib
 import gc
 import importlib
 import os
-import warnings
-from collections.abc import Iterator
+
+from tests.silence import silence
 
 os.environ["JE_ARROW_MALLOC_CONF"] = (
     "background_thread:false"  # pyarrow's allocator: a server that forks has one thread
 )
 
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Context in which nothing is printed, neither by handlers of logging that keep the standard streams."""
-    kept = [os.dup(number) for number in (1, 2)]
-    with open(os.devnull, "w") as nothing:
-        for number in (1, 2):
-            os.dup2(nothing.fileno(), number)
-    try:
-        yield
-    finally:
-        for number, descriptor in zip((1, 2), kept, strict=True):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-
-
 gc.disable()  # what is imported stays
-with _silence(), warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+with silence():
     for _name in (
         "torch",
         "torch.distributed",

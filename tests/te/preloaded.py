@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from tests.silence import silence
 from tests.te.install import install
 from tests.te.location import available
 
 if available():
-    install()
+    with silence():
+        install()
 
 import tests.preloaded  # noqa: F401

@@ -1,0 +1,25 @@
+"""Imports of libraries without what they print."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Context in which nothing is printed, neither by handlers of logging that keep the standard streams."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with open(os.devnull, "w") as nothing:
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for number, descriptor in zip((1, 2), kept, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
