@@ -34,7 +34,6 @@ class ModelProvider(Protocol):
     num_query_groups: int | None
     num_moe_experts: int | None
     moe_ffn_hidden_size: int | None
-    ffn_hidden_size: int | None
     window_size: tuple[int, int] | None
     normalization: str
     qk_layernorm: bool
