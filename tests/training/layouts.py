@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tests.training.faults import FAULTS
 
 LENGTHS = (9, 1, 4, 12, 1, 7)
 """Response tokens of the step's rows; one-token responses among them."""
@@ -124,214 +124,6 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
     weights = whole_tensors(run, [[(name, p, p.detach()) for name, p in named] for named in chunks])
     return {"metrics": metrics, "gradients": gradients, "weights": weights}
 
-
-def _gather_that_sums() -> None:
-    """Sequence parallelism: the gather's backward sums over the group, as Megatron's default does."""
-    from megatron.core import parallel_state
-
-    from nemo_popsd.megatron import response_routing
-
-    right = response_routing._GatherSlices.backward
-
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
-        return right(ctx, gradient)
-
-    _replace_backward(response_routing._GatherSlices, backward)
-
-
-def _exchange_that_stays() -> None:
-    """Context parallelism: the exchange's backward keeps the rows that stayed here and sends nothing back."""
-    from nemo_popsd.megatron import response_routing
-
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        send_counts, receive_counts = ctx.counts
-        rank = ctx.group.rank()
-        result = gradient.new_zeros(sum(send_counts), gradient.shape[1])
-        mine = gradient.split(receive_counts)[rank]
-        result[sum(send_counts[:rank]) : sum(send_counts[: rank + 1])] = mine
-        return result, None, None, None
-
-    _replace_backward(response_routing._Exchange, backward)
-
-
-def _replace_backward(function: Any, backward: Callable[..., Any]) -> None:
-    function.backward = staticmethod(backward)
-
-
-def _mean_over_context() -> None:
-    """Context parallelism: the scale forgets that Megatron multiplies by the size of that group."""
-    from nemo_popsd.megatron import forward
-
-    right = forward.parallel_state.get_data_parallel_world_size
-    forward.parallel_state = SimpleNamespace(  # type: ignore[attr-defined]
-        get_data_parallel_world_size=lambda **_: right(with_context_parallel=True)
-    )
-
-
-def _embedding_of_one_stage() -> None:
-    """Pipeline: the flag that the reduction of tied embeddings reads is False while the schedule runs."""
-    from nemo_popsd.megatron import optimizer
-
-    right = optimizer.finalize_model_grads
-
-    def finalize(chunks: Any, *arguments: Any, **options: Any) -> None:
-        for chunk in chunks:
-            chunk.module.share_embeddings_and_output_weights = False
-        right(chunks, *arguments, **options)
-        for chunk in chunks:
-            chunk.module.share_embeddings_and_output_weights = True
-
-    optimizer.finalize_model_grads = finalize  # type: ignore[attr-defined]
-
-
-def _norm_output_without_gradient() -> None:
-    """Sequence parallelism on Transformer Engine: adapters take the norm's output from the layer, as Bridge has it."""
-    from nemo_popsd.megatron import adapters
-
-    adapters.gather_in_adapters = lambda chunks: None  # type: ignore[assignment]
-
-
-def _slowest_network() -> None:
-    """No fault: a reduction or gather that overlaps with compute does not happen before something waits for it."""
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
-
-    def lazy(name: str, handle: str, flag: str) -> None:
-        right = getattr(Group, name)
-
-        def start(group: Any, *arguments: Any, **options: Any) -> None:
-            if group.is_first_batch and name == "start_grad_sync" and group.grad_reduce_handle is not None:
-                return
-            if not getattr(group.ddp_config, flag) or options.get("force_sync"):
-                right(group, *arguments, **options)
-                return
-
-            def wait() -> None:
-                setattr(group, handle, None)
-                setattr(group.ddp_config, flag, False)
-                right(group, *arguments, **options)
-                setattr(group.ddp_config, flag, True)
-
-            setattr(group, handle, SimpleNamespace(wait=wait))
-            if name == "start_param_sync":
-                group.param_gather_dispatched = True
-
-        setattr(Group, name, start)
-
-    lazy("start_grad_sync", "grad_reduce_handle", "overlap_grad_reduce")
-    lazy("start_param_sync", "param_gather_handle", "overlap_param_gather")
-
-
-def _nobody_waits_for_gradients() -> None:
-    """Overlap: the update does not wait for the reductions that the backward pass has begun."""
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
-
-    _slowest_network()
-
-    def finish(group: Any, *_: Any, **__: Any) -> None:
-        group.param_gather_dispatched = False
-        group.grad_reduce_handle = None
-
-    Group.finish_grad_sync = finish
-
-
-def _nobody_waits_for_weights() -> None:
-    """Overlap: the forward pass does not wait for the weights that are being gathered."""
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
-
-    _slowest_network()
-
-    def finish(group: Any, *_: Any, **__: Any) -> None:
-        group.param_gather_handle = None
-
-    Group.finish_param_sync = finish
-
-
-def _output_matrix_not_awaited() -> None:
-    """Overlap: the loss, which reads the output matrix without its module, does not wait for it."""
-    from nemo_popsd.megatron import forward
-
-    _slowest_network()
-    forward._await_output_weight = lambda chunk: None  # type: ignore[assignment]
-
-
-def _last_weights_not_gathered() -> None:
-    """Overlap: the weights of a step's last update are left to the next forward pass, too."""
-    from nemo_popsd.megatron.optimizer import StudentOptimizer
-
-    right = StudentOptimizer.step
-
-    def step(optimizer: Any, *arguments: Any) -> None:
-        optimizer.update_follows = True
-        right(optimizer, *arguments)
-
-    StudentOptimizer.step = step  # type: ignore[method-assign]
-
-
-def _slowest_pipeline() -> None:
-    """No fault: what a stage receives from another one is 0 before something waits for it."""
-    from megatron.core.pipeline_parallel import p2p_communication
-
-    right = p2p_communication._p2p_ops
-
-    def exchange(**options: Any) -> dict[str, Any]:
-        names = [name for name in ("recv_prev", "recv_next") if options[f"tensor_{name}"] is not None]
-        arrived = {name: torch.empty_like(options[f"tensor_{name}"]) for name in names}
-        requests = right(**{**options, **{f"tensor_{name}": tensor for name, tensor in arrived.items()}})
-        for name in names:
-            requests[name] = _late(requests[name], options[f"tensor_{name}"], arrived[name])
-        return requests
-
-    p2p_communication._p2p_ops = exchange
-
-
-def _late(request: Any, target: Tensor, arrived: Tensor) -> Any:
-    def wait() -> None:
-        request.wait()
-        target.detach().copy_(arrived)
-
-    target.detach().zero_()
-    return SimpleNamespace(wait=wait)
-
-
-def _nobody_waits_for(received: str) -> None:
-    """Overlap: a stage computes without waiting for what the stage before or after it sends."""
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    _slowest_pipeline()
-    right = P2PCommunicator._communicate
-
-    def communicate(*arguments: Any, wait_on_reqs: bool = True, **options: Any) -> Any:
-        *tensors, requests = right(*arguments, wait_on_reqs=wait_on_reqs, **options)
-        if requests and received in requests:
-            _PENDING.append(requests[received])
-            requests[received] = SimpleNamespace(wait=lambda: None)
-        return *tensors, requests
-
-    P2PCommunicator._communicate = communicate
-
-
-_PENDING: list[Any] = []
-"""Transfers for which nobody waits; gloo needs them until they end."""
-
-FAULTS: dict[str, Callable[[], None]] = {
-    "gather that sums": _gather_that_sums,
-    "exchange that stays": _exchange_that_stays,
-    "mean over context": _mean_over_context,
-    "embedding of one stage": _embedding_of_one_stage,
-    "norm output without gradient": _norm_output_without_gradient,
-    "slowest network": _slowest_network,
-    "nobody waits for gradients": _nobody_waits_for_gradients,
-    "nobody waits for weights": _nobody_waits_for_weights,
-    "output matrix not awaited": _output_matrix_not_awaited,
-    "last weights not gathered": _last_weights_not_gathered,
-    "slowest pipeline": _slowest_pipeline,
-    "nobody waits for states": partial(_nobody_waits_for, "recv_prev"),
-    "nobody waits for gradients of states": partial(_nobody_waits_for, "recv_next"),
-}
-"""Each leaves the loss of the first step as it is and changes gradients or weights, except for the slowest network and
-pipeline, which change nothing, and states for which nobody waits, which change the loss."""
 
 Named = list[list[tuple[str, Any, Tensor]]]
 """By chunk: a parameter's name, the parameter, a tensor in its shape."""
