@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.isolation import environment_is_restored, package_log_is_restored  # noqa: F401  (fixtures)
 from tests.layers import layers  # noqa: F401  (a fixture)
-from tests.package_log import package_log_is_restored  # noqa: F401  (a fixture)
 from tests.scheduling import group, has_no_quick_tests, is_quick, longest_first
 from tests.te.location import available
 

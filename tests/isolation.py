@@ -1,8 +1,9 @@
-"""The package's logger between tests."""
+"""What the whole process shares, and a test may change: the package's logger and the environment."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,3 +19,14 @@ def package_log_is_restored() -> Iterator[None]:
     yield
     log.handlers[:], log.propagate = handlers, propagate
     log.setLevel(level)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_is_restored() -> Iterator[None]:
+    """A module leaves the environment as it was: Megatron sets variables of Transformer Engine when it builds a model,
+    and ranks that a later test starts inherit the environment.
+    """
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
