@@ -104,20 +104,24 @@ def packed(sequences: Sequence[tuple[int, int]], budget: int, layout: Layout) ->
     slices = layout.context * (layout.tensor if layout.sequence else 1)
     total_multiple = math.lcm(multiple, slices)
     groups: list[list[tuple[int, int]]] = []
+    used: list[int] = []
+    before, number = 0, 0
     for length, response in sorted(sequences, key=lambda sequence: -sequence[0]):
         padded = _round_up(length, multiple)
-        found = next((g for g in groups if padded + sum(_round_up(n, multiple) for n, _ in g) <= budget), None)
-        if found is None:
-            groups.append([(length, response)])
-        else:
-            found.append((length, response))
+        # A group without space for a sequence has none for another of the same length.
+        first = number if padded == before else 0
+        number = next((n for n in range(first, len(used)) if padded + used[n] <= budget), len(used))
+        before = padded
+        if number == len(groups):
+            groups.append([])
+            used.append(0)
+        groups[number].append((length, response))
+        used[number] += padded
     interleaved = layout.virtual_pipeline > 1
-    count = _round_up(max(1, len(groups)), layout.pipeline if interleaved else 1)
-    groups += [[] for _ in range(count - len(groups))]
-    totals = [
-        _round_up(max(_FEWEST_TOKENS, sum(_round_up(n, multiple) for n, _ in group)), total_multiple)
-        for group in groups
-    ]
+    missing = _round_up(max(1, len(groups)), layout.pipeline if interleaved else 1) - len(groups)
+    groups += [[] for _ in range(missing)]
+    used += [0] * missing
+    totals = [_round_up(max(_FEWEST_TOKENS, tokens), total_multiple) for tokens in used]
     if interleaved:
         totals = [max(totals)] * len(totals)
     return [_micro_batch(group, total, multiple) for group, total in zip(groups, totals, strict=True)]
