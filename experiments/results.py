@@ -23,6 +23,8 @@ from experiments.intervals import Estimate, holm, p_text
 from experiments.plan import chosen, tuned
 from experiments.records import FILE, Answers, Record, load
 
+matplotlib.rcParams["svg.hashsalt"] = "experiments"  # the same figures give the same file
+
 HERE = Path(__file__).parent
 
 FIGURES: dict[str, Callable[[Answers], float]] = {
@@ -208,7 +210,7 @@ def plot_rates(records: Sequence[Record], file: Path) -> None:
 
 def _save(figure: pyplot.Figure, file: Path) -> None:
     figure.tight_layout()
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
 
