@@ -76,6 +76,8 @@ def catch_foreign_output() -> None:
         # Megatron's logging.basicConfig in 26.08; of that type only, since others are not a library's.
         if type(handler) is logging.StreamHandler and _is_serious not in handler.filters:
             handler.addFilter(_is_serious)
+            if handler.stream is sys.stdout:
+                handler.setStream(sys.stderr)  # a command's output may be read by a program
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and _PRINTER in vars(module):
             setattr(module, _PRINTER, _log)

@@ -195,7 +195,8 @@ def _parse(config: Mapping[str, object], name: str) -> ModelSizes:
             output_bias=bool(config.get("attention_bias", False)),
             qk_norm=family["qk_norm"],
             joint_qk_norm=family.get("joint_qk_norm", False),
-            experts=_size(config, "num_experts") if sparse else 0,
+            # Transformers 5 writes the second name.
+            experts=_size(config, "num_experts", config.get("num_local_experts")) if sparse else 0,
             experts_per_token=_size(config, "num_experts_per_tok") if sparse else 0,
         )
     except ValueError as error:

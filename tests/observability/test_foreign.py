@@ -119,3 +119,18 @@ def test_a_root_handler_of_a_library_shows_warnings_alone(
         root.removeHandler(handler)
     assert stream.getvalue().splitlines() == [f"{NAME}: setting up", "a warning"]  # the first is this package's
     assert records(caplog, "nemo_popsd.libraries") == [("DEBUG", f"{NAME}: setting up")]
+
+
+def test_a_root_handler_of_a_library_does_not_write_into_the_output_of_a_command(
+    libraries: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, handler = logging.getLogger(), logging.StreamHandler(sys.stdout)
+    root.addHandler(handler)
+    try:
+        foreign.catch_foreign_output()
+        logging.getLogger(NAME).warning("a warning")
+    finally:
+        root.removeHandler(handler)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "a warning" in printed.err

@@ -9,7 +9,7 @@ import pytest
 from nemo_popsd.embedded.names import asset
 from nemo_popsd.errors import UserError
 from nemo_popsd.planning.parameters import total_parameters
-from nemo_popsd.planning.sizes import embedded_models, read_sizes
+from nemo_popsd.planning.sizes import embedded_models, read_model_file, read_sizes
 
 # As the model cards state them, in billions.
 PUBLISHED = {
@@ -45,6 +45,13 @@ def test_a_directory_a_checkpoint_and_an_archive_are_read(tmp_path: Path) -> Non
     assert {(s.hidden, s.layers, s.heads, s.groups, s.head_dim, s.vocab, s.tied) for s in sizes} == {
         (128, 4, 4, 2, 48, 489, True)
     }
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_the_number_of_experts_has_the_name_of_either_transformers(tmp_path: Path, name: str) -> None:
+    content = dict(read_model_file("Qwen3-30B-A3B").content)
+    (tmp_path / "config.json").write_text(json.dumps({name: content.pop("num_experts"), **content}))
+    assert read_sizes(str(tmp_path))[0].experts == 128
 
 
 def test_a_directory_is_not_used_as_the_name_of_a_model(tmp_path: Path) -> None:
