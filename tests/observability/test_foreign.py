@@ -23,7 +23,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     module = types.ModuleType("megatron.of_this_test")
     module.print_rank_0 = print  # type: ignore[attr-defined]
     modules = {module.__name__: module, "unrelated": types.SimpleNamespace(print_rank_0=print)}
-    monkeypatch.setattr(foreign, "sys", types.SimpleNamespace(modules=modules, stdout=sys.stdout))
+    monkeypatch.setattr(foreign, "sys", types.SimpleNamespace(modules=modules, stdout=sys.stdout, stderr=sys.stderr))
     monkeypatch.setattr(foreign, "_FILTERED_LOGGERS", (NAME,))
     monkeypatch.setattr(foreign, "_QUIET_LOGGERS", (f"{NAME}.quiet",))
     monkeypatch.setattr(logging.getLogger("nemo_popsd"), "propagate", True)
@@ -122,15 +122,17 @@ def test_a_root_handler_of_a_library_shows_warnings_alone(
 
 
 def test_a_root_handler_of_a_library_does_not_write_into_the_output_of_a_command(
-    libraries: types.ModuleType, capsys: pytest.CaptureFixture[str]
+    libraries: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, handler = logging.getLogger(), logging.StreamHandler(sys.stdout)
+    output, errors = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(foreign.sys, "stdout", output)
+    monkeypatch.setattr(foreign.sys, "stderr", errors)
+    root, handler = logging.getLogger(), logging.StreamHandler(output)
     root.addHandler(handler)
     try:
         foreign.catch_foreign_output()
         logging.getLogger(NAME).warning("a warning")
     finally:
         root.removeHandler(handler)
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "a warning" in printed.err
+    assert output.getvalue() == ""
+    assert errors.getvalue() == "a warning\n"
