@@ -8,6 +8,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -121,13 +122,18 @@ def test_a_root_handler_of_a_library_shows_warnings_alone(
     assert records(caplog, "nemo_popsd.libraries") == [("DEBUG", f"{NAME}: setting up")]
 
 
+class _HandlerOfMegatron(logging.StreamHandler):  # type: ignore[type-arg]
+    __module__ = "megatron.training.log_handler"
+
+
+@pytest.mark.parametrize("kind", [logging.StreamHandler, _HandlerOfMegatron])
 def test_a_root_handler_of_a_library_does_not_write_into_the_output_of_a_command(
-    libraries: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+    libraries: types.ModuleType, monkeypatch: pytest.MonkeyPatch, kind: type[Any]
 ) -> None:
     output, errors = io.StringIO(), io.StringIO()
     monkeypatch.setattr(foreign.sys, "stdout", output)
     monkeypatch.setattr(foreign.sys, "stderr", errors)
-    root, handler = logging.getLogger(), logging.StreamHandler(output)
+    root, handler = logging.getLogger(), kind(output)
     root.addHandler(handler)
     try:
         foreign.catch_foreign_output()
