@@ -74,8 +74,8 @@ def catch_foreign_output() -> None:
             library.addFilter(_is_unexpected)
     for handler in logging.getLogger().handlers:
         # Megatron's logging.basicConfig in 26.08, with a handler of its own or without; others are not a library's.
-        own = isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("megatron.")
-        if (own or type(handler) is logging.StreamHandler) and _is_serious not in handler.filters:
+        of_library = type(handler) is logging.StreamHandler or type(handler).__module__.startswith("megatron.")
+        if isinstance(handler, logging.StreamHandler) and of_library and _is_serious not in handler.filters:
             handler.addFilter(_is_serious)
             if handler.stream is sys.stdout:
                 handler.setStream(sys.stderr)  # a command's output may be read by a program
