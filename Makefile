@@ -114,7 +114,7 @@ test: $(DEV_STAMP) $(TE_STAMP) ## all tests, slow ones included (ARGS: pytest's)
 	$(PYTEST) $(ARGS)
 
 # Beside each other: the first seconds of the tests leave a core idle. Lint is printed last, and each can fail the target.
-check: $(DEV_STAMP) $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two minutes)
+check: $(DEV_STAMP) $(TE_STAMP) ## lint and the fast tests on local layers: what to run before each commit (two and a half minutes)
 	@output=$$(mktemp); $(MAKE) --no-print-directory lint >$$output 2>&1 & lint=$$!; \
 	  $(MAKE) --no-print-directory fast; tests=$$?; \
 	  wait $$lint; lint=$$?; cat $$output; rm -f $$output; exit $$((tests | lint))
