@@ -82,17 +82,27 @@ class Recipe:
     """The problems and the worked solutions."""
 
 
-def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+def model_config(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    hidden: int = 128,
+    intermediate: int = 320,
+    layers: int = 4,
+    heads: int = 4,
+    groups: int = 2,
+    head_dim: int = 48,
+    positions: int = 1024,
+) -> Qwen3Config:
     """A small Qwen3: grouped-query attention, query and key norms, an independent head size, tied embeddings."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=48,
-        max_position_embeddings=1024,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        max_position_embeddings=positions,
         rope_theta=10_000.0,
         tie_word_embeddings=True,
         attention_dropout=0.0,

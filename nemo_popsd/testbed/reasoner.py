@@ -38,6 +38,7 @@ from nemo_popsd.testbed.pretrain import (
     draw_drill,
     draw_example,
     encoded,
+    model_config,
     save,
     train_step,
 )
@@ -105,24 +106,17 @@ class Progress:
     """Time of all pieces."""
 
 
-def model_config(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Qwen3Config:
+def larger_config(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Qwen3Config:
     """Qwen3 with one group of keys and values and heads of 64."""
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=plan.hidden,
-        intermediate_size=plan.hidden * 14 // 5,
-        num_hidden_layers=plan.layers,
-        num_attention_heads=max(1, plan.hidden // 64),
-        num_key_value_heads=1,
+    return model_config(
+        tokenizer,
+        hidden=plan.hidden,
+        intermediate=plan.hidden * 14 // 5,
+        layers=plan.layers,
+        heads=max(1, plan.hidden // 64),
+        groups=1,
         head_dim=64,
-        max_position_embeddings=_POSITIONS,
-        rope_theta=10_000.0,
-        tie_word_embeddings=True,
-        attention_dropout=0.0,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        torch_dtype="float32",
+        positions=_POSITIONS,
     )
 
 
@@ -186,7 +180,7 @@ class Pretraining:
         self.output, self.plan, self.progress = output, plan, Progress()
         self.tokenizer = shared_tokenizer()
         torch.manual_seed(plan.mixture.seed)
-        self.model = Qwen3ForCausalLM(model_config(self.tokenizer, plan))
+        self.model = Qwen3ForCausalLM(larger_config(self.tokenizer, plan))
         self.optimizers: Optimizers = build_optimizers(self.model, plan.mixture)
         self._recent: list[float] = []
         if (output / _CHECKPOINT).exists():
