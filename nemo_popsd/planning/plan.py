@@ -61,7 +61,7 @@ def problems(case: Case) -> list[str]:
     result = estimate(case)
     if result.fits:
         return []
-    return [f"{result.memory.worst / GIB:.1f} GiB per GPU of {result.budget / GIB:.1f} GiB that may be taken"]
+    return [f"{result.memory.worst / GIB:.1f} GiB per GPU of {result.budget / GIB:.1f} GiB usable"]
 
 
 def fastest(case: Case) -> tuple[Changes, Estimate] | None:

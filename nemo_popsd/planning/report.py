@@ -37,7 +37,7 @@ def describe(estimate: Estimate, origin: str) -> str:
     files = checkpoint_bytes(case)
     lines.append(
         f"checkpoint of {_gb(files.weights)} of weights and {_gb(files.state)} of optimizer state, "
-        f"at most {_gb(files.share)} a GPU"
+        f"at most {_gb(files.share)} per GPU"
     )
     return "\n".join(lines)
 
@@ -69,11 +69,11 @@ def overrides(changes: Changes) -> str:
 def advice(layouts: Sequence[tuple[Changes, Estimate]]) -> list[str]:
     """The nearest layouts, one per line, as settings to add to the command."""
     if not layouts:
-        return ["no layout on these GPUs fits: take more nodes, or lower the limits of lengths and tokens"]
+        return ["no layout on these GPUs fits: use more nodes, or lower the limits on lengths and tokens"]
     lines = ["nearest layouts that fit (estimates):"]
     for changes, estimate in layouts:
         words = overrides(changes) or "as it is"
-        lines.append(f"  {words}  ({estimate.memory.worst / GIB:.1f} GiB, {estimate.seconds.total:.1f} s a step)")
+        lines.append(f"  {words}  ({estimate.memory.worst / GIB:.1f} GiB, {estimate.seconds.total:.1f} s per step)")
     return lines
 
 
@@ -193,7 +193,7 @@ def alternatives_as_data(others: Sequence[Alternative]) -> list[dict[str, object
 
 def _memory_table(estimate: Estimate) -> list[str]:
     memory = estimate.memory
-    lines = [f"GiB per GPU (of {estimate.budget / GIB:.1f} that may be taken), rows and responses at their limits"]
+    lines = [f"GiB per GPU ({estimate.budget / GIB:.1f} usable), rows and responses at their limits"]
     rows: list[tuple[str, ...]] = [("", *PHASES)]
     rows += [(name, *[_gib(size)] * len(PHASES)) for name, size in memory.standing.items() if size]
     named = list(dict.fromkeys(name for phase in PHASES for name in memory.phases[phase]))
@@ -204,7 +204,7 @@ def _memory_table(estimate: Estimate) -> list[str]:
     rows.append(("peak", *(_gib(memory.peak(phase)) for phase in PHASES)))
     lines += _columns(rows)
     if memory.host:
-        lines.append(f"pinned memory of the host for this GPU: {memory.host / GIB:.1f} GiB")
+        lines.append(f"pinned host memory for this GPU: {memory.host / GIB:.1f} GiB")
     return lines
 
 
@@ -218,7 +218,7 @@ def _work_table(estimate: Estimate) -> list[str]:
         if any(sent):
             rows.append((f"GB sent, {item.name} parallel", *(f"{size / 1e9:,.2f}" if size else "" for size in sent)))
     if estimate.traffic.weight_gather:
-        rows.append(("  of it gathering weights", "", "", f"{estimate.traffic.weight_gather / 1e9:,.2f}"))
+        rows.append(("  of which weight gather", "", "", f"{estimate.traffic.weight_gather / 1e9:,.2f}"))
     if estimate.traffic.from_host:
         rows.append(("GB from the host", "", f"{estimate.traffic.from_host / 1e9:,.2f}", ""))
     for name in ("compute", "communication", "bubble", "total"):
@@ -240,10 +240,10 @@ def _training(case: Case) -> str:
 
 def _step(case: Case) -> str:
     mean, batches = case.means, _size(case.microbatches, "micro-batch", "es")
-    lengths = f"{mean.prompt} prompt, {mean.reference} reference, {mean.response} response tokens in the mean"
+    lengths = f"{mean.prompt} prompt, {mean.reference} reference, {mean.response} response tokens on average"
     updates = "" if case.updates == 1 else f" for each of {case.updates} updates"
     several = "" if case.responses == 1 else f" with {case.responses} responses each"
-    return f"{_size(case.prompts, 'prompt')}{several}, {case.rows} a replica in {batches}{updates}; {lengths}"
+    return f"{_size(case.prompts, 'prompt')}{several}, {case.rows} per replica in {batches}{updates}; {lengths}"
 
 
 def _frozen_tokens(case: Case) -> tuple[int, int]:
@@ -254,7 +254,7 @@ def _frozen_tokens(case: Case) -> tuple[int, int]:
 
 def _sharing(case: Case) -> str:
     separate, computed = _frozen_tokens(case)
-    return f"{computed:,} of {separate:,} tokens of a replica's sequences computed ({computed / separate:.3f})"
+    return f"{computed:,} of {separate:,} tokens of each replica's sequences computed ({computed / separate:.3f})"
 
 
 def _size(count: int, noun: str, plural: str = "s") -> str:

@@ -65,14 +65,14 @@ def _limit(estimates: Sequence[Estimate], steps: Sequence[SimulatedStep]) -> str
                 f"linear to {LINEAR:.0%} on fewer than {each.case.nodes} nodes; most of the loss there: {worst}, "
                 f"{lost[worst]:.2f} s of a step of {step.total:.2f} s"
             )
-    return f"linear to {LINEAR:.0%} on all of these"
+    return f"linear to {LINEAR:.0%} on all node counts"
 
 
 def _variants(case: Case) -> list[tuple[str, Mapping[str, object]]]:
     """Settings that change the tail."""
     return [
         ("as planned", {}),
-        ("rollout.overlap=true, servers of their own", {"rollout.overlap": True, "rollout.vllm.launcher": "any"}),
+        ("rollout.overlap=true, dedicated servers", {"rollout.overlap": True, "rollout.vllm.launcher": "any"}),
         ("rollout.per_prompt=4", {"rollout.per_prompt": 4}),
         _halved("rollout.batch_rows", case.decoded_rows),
         _halved("training.microbatch_tokens", case.config.training.microbatch_tokens),
@@ -100,13 +100,13 @@ def _failures_of(each: Estimate) -> str:
     ]
     chosen = each.case.config.training.checkpoint_every
     lines = [
-        f"{each.case.nodes} nodes: a failure every {rates.between_failures / 3600:.1f} h, {rates.step:.1f} s a step, "
-        f"{rates.save:.0f} s a save, {rates.requeue:.0f} s until training continues",
+        f"{each.case.nodes} nodes: a failure every {rates.between_failures / 3600:.1f} h, {rates.step:.1f} s per step, "
+        f"{rates.save:.0f} s per save, {rates.requeue:.0f} s until training continues",
         "",
         *_table(("steps between saves", "minutes", "goodput by formula", "simulated"), rows),
         "",
-        f"Young: {young(rates) / rates.step:.0f} steps, Daly: {daly(rates) / rates.step:.0f} steps; best of these: "
-        f"training.checkpoint_every={best.steps}, the run has {chosen}",
+        f"Young: {young(rates) / rates.step:.0f} steps, Daly: {daly(rates) / rates.step:.0f} steps; best in the table: "
+        f"training.checkpoint_every={best.steps}, the run uses {chosen}",
     ]
     return "\n".join(lines)
 

@@ -75,7 +75,7 @@ def test_the_embedded_model_is_planned_too(capsys: pytest.CaptureFixture[str]) -
     ("words", "message"),
     [
         (["parallel.tensor=3"], "8 key-value heads do not divide by parallel.tensor=3"),
-        (["student.adaptation=full"], "GiB that may be taken"),
+        (["student.adaptation=full"], "GiB usable"),
         (["nodes=3"], "do not divide by data-parallel ranks=24"),
     ],
 )

@@ -102,7 +102,7 @@ def test_both_tables_are_printed() -> None:
     text = plan_text(_RECIPE, words, simulated=True)
     assert "| 4 | DP32 distributed | 128 |" in text
     assert "linear to 90% on" in text
-    assert "| rollout.overlap=true, servers of their own |" in text
+    assert "| rollout.overlap=true, dedicated servers |" in text
     text = plan_text(_RECIPE, [*words, "simulation.node_mtbf_hours=100"], failures=True)
     assert "4 nodes: a failure every 25.0 h" in text
     assert "training.checkpoint_every=" in text
