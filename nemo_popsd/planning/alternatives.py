@@ -1,4 +1,4 @@
-"""What a layout gains: the estimates where one of its settings has another value."""
+"""Estimates of a layout with one setting changed at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Alternative:
     """One setting with another value; its estimate, or the reasons why the layout is impossible."""
 
     changes: Changes
-    """The setting and what follows it, by dotted name."""
+    """The setting and those that depend on it, by dotted name."""
     estimate: Estimate | None
-    """None where the numbers do not divide; else it may exceed the memory."""
+    """None if the sizes do not divide; otherwise the estimate, which may exceed the memory."""
     reasons: tuple[str, ...] = ()
-    """Why the numbers do not divide."""
+    """Why the sizes do not divide."""
 
 
 def alternatives(case: Case) -> list[Alternative]:
-    """The neighbours of `case`: sizes halved and doubled, switches the other way, one at a time.
+    """The neighbours of `case`: one size halved or doubled, or one switch flipped, at a time.
 
-    Only settings that the run has: no expert parallelism without experts, no frozen copy with LoRA.
+    Only settings that apply to the run are changed: no expert parallelism without experts, no frozen copy with LoRA.
     """
     found = []
     for changes in _neighbours(case):
@@ -55,8 +55,8 @@ def _neighbours(case: Case) -> Iterator[Changes]:
 
 
 def _following(case: Case, name: str, size: int) -> Changes:
-    """What another size changes besides: sequences are not split over one rank, stages become even, how attention gets
-    the keys of other ranks is chosen again.
+    """Settings that must change together with a size: one rank has no sequence parallelism, a new number of stages
+    makes them even, and `parallel.context_type` is reset to its default.
     """
     layout = case.layout
     if name == "tensor" and size == 1 and case.setting("parallel.sequence") == "true":

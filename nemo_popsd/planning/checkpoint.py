@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint of the run: in total, and the share of one rank."""
+"""Bytes of a checkpoint of the run: the total, and the largest part of one rank."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from nemo_popsd.planning.workload import Case
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """Bytes of the files, without the small ones."""
+    """Bytes of the files of a checkpoint, without small ones."""
 
     weights: int
-    """All weights, or those of the adapters; each once, with the vocabulary's padding."""
+    """Bytes of all weights, or of the adapters under LoRA, each counted once, including vocabulary padding."""
     state: int
-    """Moments and, where the model is bf16, main weights, in fp32."""
+    """Bytes of moments and, for a bf16 model, main weights, in fp32."""
     share: float
-    """What the rank that writes the most writes, see `StageShare`. With `training.async_save` it has as much host
+    """Bytes that the busiest rank writes, see `StageShare`. With `training.async_save` it needs the same amount of host
     memory."""
 
 
 @dataclass(frozen=True)
 class StageShare:
-    """Bytes of the weights and the optimizer state of a stage's ranks."""
+    """Bytes of weights and optimizer state for the ranks of a stage."""
 
     held: int
-    """Of one rank's shards."""
+    """Bytes of the shards of one rank."""
     most: float
-    """Most that one rank writes. Ranks with the same shards write about equal parts of them, in whole tensors."""
+    """Largest number of bytes that one rank writes. Ranks with the same shards write parts of about equal size, in
+    whole tensors."""
 
 
 def stage_share(case: Case, stage: Stage) -> StageShare:
-    """The shards of a stage, and how the ranks that have them divide them."""
+    """The shards of a stage, and how the ranks that hold them divide them."""
     parameters = count(case.sizes, case.layout, stage, case.config.student.lora if case.lora else None)
     dense, experts = trained(case, parameters)
     if case.sizes.tied and stage.last and not stage.first and not case.lora:

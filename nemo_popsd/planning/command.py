@@ -35,22 +35,22 @@ def plan_text(
     evaluation: bool = False,
     as_json: bool = False,
 ) -> str:
-    """One layout in full, or a table where `nodes` holds several numbers.
+    """The full estimate of one layout, or a table if `nodes` has several values.
 
     Args:
         config: configuration file of the run.
-        words: ``key=value``, of the plan and of the run.
-        fastest_layout: search the layout instead of taking that of the run.
-        explain: add what the layout gains over its neighbours, see `alternatives`.
-        sharing: a table over `SHARING` instead, for the layout of the run.
-        simulated: steps with unequal responses and slow nodes instead.
-        failures: goodput where nodes fail, by interval between saves, instead.
-        evaluation: the time of one evaluation instead, for the layout of the run.
-        as_json: the same numbers as JSON; in a table a list, with null where nothing fits.
+        words: ``key=value`` settings of the plan and of the run.
+        fastest_layout: search for the fastest layout instead of using that of the run.
+        explain: add a comparison with neighbouring layouts, see `alternatives`.
+        sharing: print a table over `SHARING` instead, for the layout of the run.
+        simulated: simulate steps with unequal responses and slow nodes instead.
+        failures: print the goodput with failing nodes by interval between saves instead.
+        evaluation: estimate the time of one evaluation instead, for the layout of the run.
+        as_json: print the same numbers as JSON; a table becomes a list, with null for nodes on which no layout fits.
 
     Raises:
-        UserError: a setting is wrong, `explain` with several numbers of nodes, or the only requested layout does not
-            divide or fit; `advice` names the nearest layouts that do.
+        UserError: a setting is wrong, `explain` is used with several numbers of nodes, or the only requested layout
+            does not divide or fit; `advice` lists the nearest layouts that do.
     """
     plan, rest = split_settings(words)
     run = load_config(config, rest)
@@ -103,7 +103,7 @@ def _require_simpy() -> None:
 
 
 def _refuse_means_above_limits(plan: PlanConfig, run: PopsdConfig) -> None:
-    """Refuses a mean length above the limit of the run: no row can be longer than that."""
+    """Refuses a mean length above the limit of the run, which no row can exceed."""
     for name, limit_name, limit in (
         ("prompt_tokens", "data.max_prompt_tokens", run.data.max_prompt_tokens),
         ("reference_tokens", "data.max_reference_tokens", run.data.max_reference_tokens),

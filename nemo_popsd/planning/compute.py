@@ -1,7 +1,7 @@
 """Floating-point operations of one GPU in one step, two per multiply-add. Formulas: docs/planning.md, "FLOPs".
 
-Matrix products and attention are counted. Of several pipeline stages the one with the most work in training is counted:
-the last one, which has the loss, unless another one has so many more layers.
+Only matrix products and attention are counted, for the pipeline stage with the most work in training. This is the last
+stage, which has the loss, unless another stage has enough additional layers.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ class Flops:
     """Operations of one GPU."""
 
     linear: float
-    """Of the layers' linears, adapters included."""
+    """Operations of the linears of the layers, adapters included."""
     attention: float = 0.0
-    """Of attention within a sequence, the full square, as flop counters count it."""
+    """Operations of attention within a sequence: the full square, as flop counters count it."""
     cached: float = 0.0
-    """Of attention of new tokens to the cache, and of pieces of a sequence to what precedes them."""
+    """Operations of attention from new tokens to the cache, and from pieces of a sequence to preceding tokens."""
     head: float = 0.0
-    """Of products with the output matrix."""
+    """Operations of products with the output matrix."""
 
     @property
     def counted(self) -> float:
-        """As a flop counter sees it."""
+        """Operations as a flop counter counts them."""
         return self.linear + self.attention + self.cached + self.head
 
     @property
     def needed(self) -> float:
-        """What a causal kernel computes: half of the square."""
+        """Operations of a causal kernel, which computes half of the square."""
         return self.counted - self.attention / 2
 
     def __add__(self, other: Flops) -> Flops:
@@ -48,14 +48,15 @@ class Flops:
 
 
 def layer_weights(case: Case) -> tuple[float, float]:
-    """Elements that one token is multiplied with in one layer of one rank: of the model, of the adapters."""
+    """Elements by which one token is multiplied in one layer on one rank: those of the model, those of the adapters."""
     layout, sizes, lora = case.layout, case.sizes, case.config.student.lora
     router = sizes.hidden * sizes.experts / (layout.tensor if layout.sequence else 1)
     model, adapters = router, 0.0
     for linear in linears(sizes):
         visits = sizes.experts_per_token if linear.expert else 1
-        # Tokens of all e ranks of an expert group are routed to the experts of one of them: k each on average. Experts
-        # that are not split have as many times fewer tokens, because a mixture has sequence parallelism with t > 1.
+        # Tokens of all e ranks of an expert group are routed to the experts of one rank: k each on average. Experts
+        # that are not split have t times fewer tokens, because a mixture of experts uses sequence parallelism for t >
+        # 1.
         model += linear.weights * visits / layout.tensor
         if case.lora and linear.name in lora.targets:
             adapters += linear.adapter(lora.rank) * visits / layout.tensor
@@ -63,14 +64,14 @@ def layer_weights(case: Case) -> tuple[float, float]:
 
 
 def forward(case: Case, tokens: float, squares: float, *, adapters: bool, layers: int | None = None) -> Flops:
-    """One forward of the layers of a rank.
+    """Operations of one forward pass of the layers of a rank.
 
     Args:
         case: the run.
-        tokens: of all sequences, padding included.
+        tokens: tokens of all sequences, padding included.
         squares: sum of the squares of their lengths, padding included.
-        adapters: whether they are on.
-        layers: of the rank's stage; by default the last one's.
+        adapters: whether adapters are enabled.
+        layers: layers of the rank's stage; by default those of the last stage.
     """
     layout, sizes = case.layout, case.sizes
     model, adapter = layer_weights(case)
@@ -81,10 +82,10 @@ def forward(case: Case, tokens: float, squares: float, *, adapters: bool, layers
 
 
 def training(case: Case, tokens: float, squares: float, *, layers: int | None = None, first: bool = True) -> Flops:
-    """Forward, recomputation and backward of the student's layers; arguments as `forward`, and whether they begin with
-    the first layer.
+    """Operations of forward, recomputation and backward of the student's layers.
 
-    The backward of a trained linear costs two forwards, of a frozen one under adapters one; that of attention 2.5.
+    Arguments are those of `forward`; `first` says whether the layers include the first one of the model. The backward
+    of a trained linear costs two forwards, that of a frozen linear under adapters one, that of attention 2.5.
     """
     once = forward(case, tokens, squares, adapters=case.lora, layers=layers)
     model, adapter = layer_weights(case)
@@ -94,18 +95,18 @@ def training(case: Case, tokens: float, squares: float, *, layers: int | None = 
     again = recomputed(case, layers or case.layout.stage_layers(case.sizes.layers)[-1])
     linear, attention = linear + again.linear * once.linear, attention + again.attention * once.attention
     if case.lora and first and case.config.student.recompute != "full":
-        # Nothing before the first linear is trained, so no gradient is sent back through it.
+        # Nothing before the first linear is trained, so the gradient of its input is not computed.
         skipped = linears(case.sizes)[0].weights / case.layout.tensor
         linear -= 2 * tokens / case.layout.context * skipped
     return Flops(linear, attention)
 
 
 def loss(case: Case, responses: float, diagnosed: float) -> Flops:
-    """Loss and its gradients on `responses` tokens, the decomposition on `diagnosed` of them.
+    """Operations of the loss and its gradients on `responses` tokens, and of the decomposition on `diagnosed` of them.
 
     Products with the output matrix per token: student, anchor, shift, gradient of the hidden state, and under full
-    fine-tuning gradient of the matrix; for a diagnosed token also the teacher's, and the second teacher's where there
-    is no shift.
+    fine-tuning gradient of the matrix; for a diagnosed token also that of the teacher, and that of the second teacher
+    if the target has no shift.
     """
     products = 1 + case.target.vectors + 1 + (0 if case.lora else 1)
     sampled = 1 if case.target.uses_shift else 2
@@ -114,7 +115,7 @@ def loss(case: Case, responses: float, diagnosed: float) -> Flops:
 
 
 def decoding(case: Case, rows: float, length: float, *, layers: int | None = None) -> Flops:
-    """One step of decoding: a token for each of this rank's `rows`, which attend to `length` positions of the cache."""
+    """Operations of one decoding step: one token per row of the rank, attending to `length` cached positions."""
     layout, sizes = case.layout, case.sizes
     layers = layout.stage_layers(sizes.layers)[-1] if layers is None else layers
     linear = forward(case, rows * layout.context, 0, adapters=case.lora, layers=layers).linear
@@ -136,14 +137,14 @@ class StepFlops:
 
 
 def prefill(case: Case, *, layers: int | None = None) -> Flops:
-    """Operations of the forward that fills the cache with a rank's prompts, without their last tokens."""
+    """Operations of the forward pass that fills the cache with the prompts of a rank, without their last tokens."""
     length = case.means.prompt - 1
     tokens = case.prefilled_rows * length * case.layout.context  # no sequence is split while decoding
     return forward(case, tokens, tokens * length, adapters=case.lora, layers=layers)
 
 
 def attended(case: Case) -> float:
-    """Positions that a step of decoding attends to, on average over the steps of a response."""
+    """Positions to which a decoding step attends, on average over the steps of a response."""
     mean, capacity = case.means, case.limits.student
     begin, steps = int(mean.prompt), max(1, int(mean.response))
     sampled = range(begin, begin + steps, math.ceil(steps / 256))
@@ -151,7 +152,7 @@ def attended(case: Case) -> float:
 
 
 def step(case: Case) -> StepFlops:
-    """Operations of one step on the stage that has the most work in training."""
+    """Operations of one step on the stage with the most work in training."""
     found = stages(case.sizes, case.layout)
     last = of_stage(case, found[-1])
     most = max(found, key=lambda stage: stage.layers)
@@ -161,7 +162,7 @@ def step(case: Case) -> StepFlops:
 
 
 def of_stage(case: Case, stage: Stage) -> StepFlops:
-    """Operations of one step on a stage; the last one has the output matrix and the loss."""
+    """Operations of one step on a stage; the last stage has the output matrix and the loss."""
     rows, mean, layers = case.rows, case.means, stage.layers
     decoded = decoding(case, case.generated_rows, attended(case), layers=layers)
     if case.layout.virtual_pipeline > 1:
@@ -185,5 +186,5 @@ def of_stage(case: Case, stage: Stage) -> StepFlops:
 
 
 def _padded(batches: Sequence[Packed], cost: Callable[[float, float], Flops]) -> Flops:
-    """Operations of micro-batches with their padding, which is large where all have one shape."""
+    """Operations of micro-batches including padding, which is large if all have the same shape."""
     return cost(sum(batch.tokens for batch in batches), sum(batch.squares for batch in batches))

@@ -1,4 +1,4 @@
-"""What an estimate assumes beyond the configuration of the run: the machine, the lengths, the layouts to try."""
+"""Settings of an estimate that are not part of the run's configuration: hardware, lengths, numbers of nodes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _SHARE = Bounds(1e-3, 1)
 class HardwareConfig:
     """One GPU and its links. Defaults: an H100 SXM 80 GB in a DGX H100 (data sheet), and efficiencies of our choosing.
 
-    The efficiencies were not measured by us: they are round numbers of the order that large-model training is commonly
-    reported at. Set them to what your own runs show.
+    The efficiencies were not measured by us: they are round numbers of the magnitude commonly reported for large-model
+    training. Set them to the values that your own runs reach.
     """
 
     memory_gib: Annotated[float, _POSITIVE] = 79.6
     """Memory of one GPU, GiB (81,559 MiB, as the driver reports for an H100 SXM 80 GB)."""
     usable_memory: Annotated[float, _SHARE] = 0.92
-    """Share of it that tensors may take; the rest is CUDA's context, NCCL's buffers and fragments. Ours."""
+    """Share of it that tensors may use; the rest is for the CUDA context, NCCL buffers and fragmentation. Ours."""
     bf16_tflops: Annotated[float, _POSITIVE] = 989.0
     """Dense bf16 peak, TFLOP/s (data sheet)."""
     fp32_tflops: Annotated[float, _POSITIVE] = 67.0
-    """fp32 peak, TFLOP/s (data sheet); counts where `student.precision` is fp32."""
+    """fp32 peak, TFLOP/s (data sheet); used if `student.precision` is fp32."""
     fp8_speedup: Annotated[float, Bounds(1, 4)] = 1.5
-    """How much faster linears are in FP8 than in bf16, quantisation included; counts in the passes of `fp8.*`. The
-    ratio of the peaks is 2 (data sheet). Ours."""
+    """Speed of linears in FP8 relative to bf16, quantisation included; used for the passes of `fp8.*`. The ratio of
+    the peaks is 2 (data sheet). Ours."""
     memory_gb_s: Annotated[float, _POSITIVE] = 3350.0
     """Bandwidth of the GPU's memory, GB/s (data sheet)."""
     node_gb_s: Annotated[float, _POSITIVE] = 450.0
@@ -49,9 +49,9 @@ class HardwareConfig:
     link_efficiency: Annotated[float, _SHARE] = 0.7
     """Share of a link's bandwidth that a collective or copy reaches. Ours."""
     layer_launch_us: Annotated[float, Bounds(0, 1e9)] = 200.0
-    """Least time of one layer of one decoding step, microseconds: it is launched kernel by kernel. Ours."""
+    """Minimum time of one layer in one decoding step, microseconds, limited by kernel launches. Ours."""
     latency_us: Annotated[float, Bounds(0, 1e9)] = 20.0
-    """Time of a collective on few bytes, microseconds; counts in decoding. Ours."""
+    """Time of a small collective, microseconds; used for decoding. Ours."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "hardware")
@@ -59,25 +59,25 @@ class HardwareConfig:
 
 @dataclass(kw_only=True)
 class WorkloadConfig:
-    """Mean lengths of rows and responses. Memory is always planned for the run's limits."""
+    """Mean lengths of rows and responses. Memory is always planned for the limits of the run."""
 
     prompt_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
-    """Mean tokens of a student prompt; null takes the limit, `data.max_prompt_tokens`."""
+    """Mean tokens of a student prompt; null means the limit, `data.max_prompt_tokens`."""
     reference_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
-    """Mean tokens of a reference; null takes the limit, `data.max_reference_tokens`."""
+    """Mean tokens of a reference; null means the limit, `data.max_reference_tokens`."""
     response_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
-    """Mean tokens of a response; null takes the limit, `rollout.max_response_tokens`."""
+    """Mean tokens of a response; null means the limit, `rollout.max_response_tokens`."""
     evaluation_tokens: Annotated[int | None, Bounds(1, 10**7)] = None
-    """Mean tokens of a response in an evaluation; null takes the limit, `evaluation.max_response_tokens`."""
+    """Mean tokens of a response in an evaluation; null means the limit, `evaluation.max_response_tokens`."""
     evaluation_problems: Annotated[int | None, Bounds(1, 10**9)] = None
-    """Problems of an evaluation; null takes those of the published sets in `evaluation.sets`, or
+    """Problems of an evaluation; null means those of the published sets in `evaluation.sets`, or
     `evaluation.problems`."""
     prompts_per_node: Annotated[int | None, Bounds(1, 2**16)] = None
-    """Prompts of a step for each node, instead of `training.prompts_per_step` for all nodes; null keeps the latter."""
+    """Prompts per step and node, instead of `training.prompts_per_step` for all nodes; null uses the latter."""
     layers: str = "fused"
-    """Which layers activations are planned for: `fused`, Transformer Engine's (tests compare with what its modules
-    keep, on emulated kernels), or `plain`, the local ones (tests compare with what they allocate on a CPU). A run with
-    `student.layers=local` is always planned with the latter."""
+    """Kind of layers for which activations are planned: `fused`, Transformer Engine's (tests compare with the tensors
+    that its modules keep, with emulated kernels), or `plain`, the local ones (tests compare with their allocations on a
+    CPU). A run with `student.layers=local` always uses `plain`."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "workload")
@@ -86,27 +86,28 @@ class WorkloadConfig:
 
 @dataclass(kw_only=True)
 class SimulationConfig:
-    """What `--simulate` and `--failures` assume beyond the plan. The values are ours, not measured: set them to what
-    your runs show.
+    """Assumptions of `--simulate` and `--failures` in addition to those of the plan. The values are ours, not measured:
+    set them to the values that your runs show.
     """
 
     steps: Annotated[int, Bounds(1, 10**4)] = 5
-    """Steps that are simulated."""
+    """Number of simulated steps."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 1
-    """Of the random lengths and failures."""
+    """Seed of the random lengths and failures."""
     length_spread: Annotated[float, Bounds(0, 3)] = 0.5
-    """Standard deviation of the logarithm of a response's length: lengths are log-normal around
-    `workload.response_tokens`, and end at `rollout.max_response_tokens`. 0 gives each response the mean."""
+    """Standard deviation of the logarithm of response lengths: lengths are log-normal around
+    `workload.response_tokens`, and truncated at `rollout.max_response_tokens`. With 0 all responses have the mean
+    length."""
     slow_nodes: Annotated[int, Bounds(0, 10**5)] = 0
-    """Nodes that compute slower than the others."""
+    """Number of nodes that compute slower than the others."""
     slowdown: Annotated[float, Bounds(1, 100)] = 1.2
-    """Time of a slow node over that of another one."""
+    """Time of a slow node relative to that of a normal one."""
     node_mtbf_hours: Annotated[float, Bounds(1, 1e9)] = 20_000.0
-    """Mean time between failures of one node, hours; failures of nodes are independent of each other."""
+    """Mean time between failures of one node, hours; nodes fail independently of each other."""
     requeue_seconds: Annotated[float, Bounds(0, 1e7)] = 600.0
-    """From a failure until training continues: detection, queue, start, reading the checkpoint."""
+    """Seconds from a failure until training continues: detection, queue, start, reading the checkpoint."""
     checkpoint_seconds: Annotated[float, Bounds(0, 1e6)] = 30.0
-    """Time for which training stands still during a save."""
+    """Seconds for which a save pauses training."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "simulation")
@@ -114,16 +115,16 @@ class SimulationConfig:
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """The settings of `popsd plan` that a run does not have."""
+    """Settings of `popsd plan` that are not settings of a run."""
 
     nodes: Annotated[list[int], Bounds(1, 10**5)] = field(default_factory=lambda: [1])
-    """Numbers of nodes to plan for; several numbers make a table."""
+    """Numbers of nodes to plan for; several numbers produce a table."""
     gpus_per_node: Annotated[int, Bounds(1, 1024)] = 8
-    """GPUs of one node."""
+    """GPUs per node."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """GPU and links."""
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
-    """Lengths."""
+    """Mean lengths and number of prompts."""
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     """Spread of lengths, slow nodes, failures."""
 

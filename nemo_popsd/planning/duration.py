@@ -1,4 +1,4 @@
-"""From operations and bytes to seconds. An estimate, never a measurement. Formulas: docs/planning.md, "Time"."""
+"""Converts operations and bytes to seconds: an estimate, not a measurement. Formulas: docs/planning.md, "Time"."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Seconds:
     """Estimated seconds of one phase."""
 
     compute: float
-    """Arithmetic; in decoding the slowest of arithmetic, reading weights and cache, and launching kernels."""
+    """Arithmetic; in decoding the maximum of arithmetic, reading weights and cache, and launching kernels."""
     communication: float
-    """Collectives, transfers and copies from the host, without the part that training hides behind its arithmetic."""
+    """Collectives, transfers and copies from the host, without the part that overlaps with arithmetic."""
     bubble: float
     """Waiting for other pipeline stages."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return self.compute + self.communication + self.bubble
 
 
@@ -38,9 +38,9 @@ class StepSeconds:
     training: Seconds
     """Forward, backward, reduction, update."""
     overlap: bool = False
-    """Whether the rollouts of the next step are generated meanwhile, on other GPUs."""
+    """Whether the rollouts of the next step are generated at the same time, on other GPUs."""
     reduction: float = 0.0
-    """Of the communication of the training, what data-parallel ranks exchange and nothing hides."""
+    """Part of the training's communication between data-parallel ranks that does not overlap."""
 
     @property
     def total(self) -> float:
@@ -54,7 +54,7 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
     hardware, layout = case.plan.hardware, case.layout
     forward_rate = _peak(case) * hardware.forward_efficiency
     training_rate = _peak(case) * hardware.training_efficiency
-    # 1F1B: p − 1 of the m·v + p − 1 slots of a stage are empty; forwards alone fill and drain once.
+    # 1F1B: p − 1 of the m·v + p − 1 slots of a stage are empty; forward-only passes fill and drain once.
     stages_waited = layout.pipeline - 1
     frozen = fp8.equivalent(case, flops.frozen, "frozen") / forward_rate
     trained_seconds = fp8.equivalent(case, flops.training, "training") / training_rate
@@ -78,7 +78,7 @@ def step(case: Case, flops: compute.StepFlops, moved: traffic.StepTraffic) -> St
 
 
 def rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
-    """Prefill and decoding: batches one after the other; a token passes the stages one after the other."""
+    """Prefill and decoding: batches run one after the other, and a token passes the stages one after the other."""
     hardware, layout, sizes, mean = case.plan.hardware, case.layout, case.sizes, case.means
     rows, length = case.decoded_rows, compute.attended(case)
     rate = _peak(case) * hardware.forward_efficiency
@@ -96,7 +96,7 @@ def rollout(case: Case, moved: traffic.StepTraffic) -> Seconds:
 
 
 def _weights_read(case: Case) -> int:
-    """Elements that a decoding step reads on one rank: all but the embedding, of which a token reads one vector."""
+    """Elements that a decoding step reads on one rank: all but the embedding, from which a token reads one vector."""
     sizes, layout, read = case.sizes, case.layout, 0
     for stage in stages(sizes, layout):
         parameters = count(sizes, layout, stage, case.config.student.lora if case.lora else None)
@@ -106,8 +106,8 @@ def _weights_read(case: Case) -> int:
 
 
 def _update(case: Case) -> float:
-    """Reading and writing gradients, moments and weights once each; of the share on the host, sending gradients there
-    and weights back, without the host's arithmetic.
+    """Seconds to read and write gradients, moments and weights once each; for the share on the host, to send gradients
+    there and weights back. The arithmetic of the host is not counted.
     """
     hardware, layout, share = case.plan.hardware, case.layout, case.config.optimizer.host_share
     touched = 0.0
@@ -127,10 +127,10 @@ def _update(case: Case) -> float:
 
 
 def _hidden_reduction(case: Case, moved: traffic.StepTraffic, computing: float) -> float:
-    """Seconds of what data-parallel ranks exchange behind which the GPU computes, of `computing` seconds of arithmetic.
+    """Seconds of data-parallel communication that overlap with `computing` seconds of arithmetic.
 
-    A backward takes two thirds of the arithmetic. Gradients are reduced in the last one of an update, weights are
-    gathered in the first forward of the next update in the step.
+    A backward pass takes two thirds of the arithmetic. Gradients are reduced during the last backward pass of an
+    update; weights are gathered during the first forward pass of the next update in the step.
     """
     optimizer, updates = case.config.optimizer, case.updates
     microbatch = computing / updates / case.microbatches
@@ -145,7 +145,7 @@ def _hidden_reduction(case: Case, moved: traffic.StepTraffic, computing: float) 
 
 
 def _hidden_transfers(case: Case, moved: traffic.StepTraffic, computing: float) -> float:
-    """Seconds of transfers between stages behind which the GPU computes."""
+    """Seconds of transfers between stages that overlap with arithmetic."""
     if not case.layout.overlap_transfers:
         return 0.0
     return min(_seconds(case, "pipeline", moved.training.pipeline), computing)

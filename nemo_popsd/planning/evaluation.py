@@ -1,4 +1,4 @@
-"""The time of one evaluation on a layout. An estimate, no measurement. Formulas: docs/planning.md, "Evaluation"."""
+"""The time of one evaluation on a layout: an estimate, not a measurement. Formulas: docs/planning.md, "Evaluation"."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class EvaluationEstimate:
     """The estimated time of one evaluation of one model."""
 
     nodes: int
-    """Nodes."""
+    """Number of nodes."""
     gpus: int
-    """GPUs of all nodes."""
+    """Number of GPUs on all nodes."""
     replicas: int
-    """Data-parallel replicas, which share the responses."""
+    """Data-parallel replicas, which divide the responses."""
     problems: int
-    """Problems of all sets."""
+    """Number of problems in all sets."""
     samples: int
-    """Responses to each problem."""
+    """Responses per problem."""
     tokens: int
     """Mean tokens of a response."""
     together: int
     """Responses that a rank generates at a time."""
     seconds: float
-    """Prefill and decoding of all responses."""
+    """Seconds for prefill and decoding of all responses."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,14 +67,14 @@ def estimate_evaluation(case: Case) -> EvaluationEstimate:
         }
     )
     if case.config.rollout.engine == "vllm":
-        # A server starts a response as soon as another one ends, and holds pages for the tokens that exist.
+        # A server starts a response as soon as another one ends, and holds pages for existing tokens only.
         held, cache = generated.means.prompt + generated.means.response / 2, served_cache_tokens(case)
         together = min(generated.generated_rows, int(cache // held))
         if together < 1:
             raise UserError(
                 "plan",
                 got=f"a cache of {max(0, cache):,.0f} tokens on a server, after its weights",
-                need=f"at least {held:,.0f}, the tokens of half a response with its prompt",
+                need=f"at least {held:,.0f}, the tokens of a prompt with half a response",
                 fix="raise rollout.vllm.memory_share or rollout.vllm.tensor",
             )
         batches = generated.generated_rows / together
@@ -112,10 +112,10 @@ def evaluation_text(estimates: Sequence[EvaluationEstimate], *, as_json: bool = 
 
 
 def _problems(case: Case) -> int:
-    """Problems of all sets.
+    """Number of problems in all sets.
 
     Raises:
-        UserError: a set is a file, whose rows are not counted.
+        UserError: a set is a file, whose rows the plan does not count.
     """
     given, settings = case.plan.workload.evaluation_problems, case.config.evaluation
     if given is not None:
@@ -127,8 +127,8 @@ def _problems(case: Case) -> int:
     if not known or len(known) < len(settings.sets):
         raise UserError(
             "plan",
-            got="an evaluation of rows that are not counted",
-            need="the number of its problems",
+            got="an evaluation set that is a file, whose rows the plan does not count",
+            need="the number of problems",
             fix="set workload.evaluation_problems",
         )
     return sum(known)

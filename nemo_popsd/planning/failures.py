@@ -1,7 +1,7 @@
 """Goodput of a run whose nodes fail, and how often to save.
 
-A job of N nodes fails when one of them does. It is requeued, starts again, and repeats what came after its last
-complete checkpoint, as `slurm/train.sh` does (tests/slurm). Simulated with simpy, beside the formulas of Young (1974)
+A job fails when one of its nodes fails. It is requeued, restarts, and repeats the steps since its last complete
+checkpoint, as `slurm/train.sh` does (tests/slurm). The simulation uses simpy; the formulas are those of Young (1974)
 and Daly (2006).
 """
 
@@ -18,29 +18,29 @@ import simpy
 from nemo_popsd.planning.plan import Estimate
 
 _FAILURES, _SEGMENTS = 400, 10_000
-"""Most failures and segments that are simulated for an interval."""
+"""Maximum numbers of failures and segments that are simulated per interval."""
 _FEWEST_FAILURES = 10
-"""Fewest failures for which a simulation says anything."""
+"""Minimum number of failures for a meaningful simulation."""
 _CANDIDATES = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)
-"""Intervals that are simulated, by Daly's."""
+"""Simulated intervals, as multiples of Daly's."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the goodput depends on, in seconds."""
+    """Durations that determine the goodput, in seconds."""
 
     step: float
-    """One step."""
+    """Time of one step."""
     save: float
-    """Standstill of one save."""
+    """Time for which one save pauses training."""
     requeue: float
-    """From a failure until training continues."""
+    """Time from a failure until training continues."""
     between_failures: float
     """Mean time between failures of any node of the job."""
 
     @staticmethod
     def of(estimate: Estimate) -> Rates:
-        """Those of a plan."""
+        """The rates of a plan."""
         settings = estimate.case.plan.simulation
         return Rates(
             estimate.seconds.total,
@@ -67,9 +67,10 @@ def daly(rates: Rates) -> float:
 
 
 def expected_goodput(rates: Rates, steps: int) -> float:
-    """Share of the time in which steps are made that last, by formula: with exponential failures a segment of s seconds
-    (`steps` steps and a save) takes M·e^(R/M)·(e^(s/M) − 1) in the mean, R for a requeue, which can fail too (Daly
-    2006).
+    """Fraction of time spent on steps that are not lost, by formula.
+
+    With exponential failures a segment of s seconds (`steps` steps and a save) takes M·e^(R/M)·(e^(s/M) − 1) on
+    average, with R seconds for a requeue, during which nodes can fail as well (Daly 2006).
     """
     useful = steps * rates.step
     mean = rates.between_failures
@@ -78,7 +79,7 @@ def expected_goodput(rates: Rates, steps: int) -> float:
 
 
 def simulated_goodput(rates: Rates, steps: int, *, seed: int) -> float | None:
-    """The same from a simulation; None where failures are so rare that it would take too long."""
+    """The same fraction from a simulation; None if failures are so rare that it would take too long."""
     segment = steps * rates.step + rates.save
     failures = min(_FAILURES, int(_SEGMENTS * segment / rates.between_failures))
     if failures < _FEWEST_FAILURES:
@@ -95,9 +96,9 @@ class Job:
     lasting: int = 0
     """Steps that are in a complete checkpoint."""
     repeated: int = 0
-    """Steps that were made and lost."""
+    """Steps that were computed and lost."""
     seconds: float = 0.0
-    """Duration."""
+    """Duration of the job."""
 
 
 def replay(rates: Rates, steps: int, waits: Iterable[float]) -> Job:
@@ -116,7 +117,7 @@ def replay(rates: Rates, steps: int, waits: Iterable[float]) -> Job:
 
 
 def _training(env: simpy.Environment, rates: Rates, steps: int, job: Job) -> Generator[simpy.Event, Any, None]:
-    """Segments of steps and a save, from the last complete checkpoint again after each failure."""
+    """Runs segments of steps and a save, and restarts from the last complete checkpoint after each failure."""
     requeued, start = False, None
     while True:
         try:
@@ -149,9 +150,9 @@ class Interval:
     steps: int
     """Steps between two saves."""
     expected: float
-    """By formula."""
+    """Goodput by formula."""
     simulated: float | None
-    """By simulation; None where failures are too rare for one."""
+    """Goodput by simulation; None if failures are too rare for one."""
 
 
 def intervals(estimate: Estimate) -> list[Interval]:

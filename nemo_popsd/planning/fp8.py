@@ -1,4 +1,4 @@
-"""FP8 in the plan: bytes of quantised weights, and how much faster linears are. Formulas: docs/planning.md, "FP8"."""
+"""FP8 in the plan: bytes of quantised weights, and the speed-up of linears. Formulas: docs/planning.md, "FP8"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_popsd.planning.workload import Case
 
 
 def misfits_of_fp8(case: Case) -> list[str]:
-    """Why `fp8.*` is impossible with this model and layout; empty where it is possible or off."""
+    """Why `fp8.*` is impossible with this model and layout; empty if it is possible or off."""
     fp8, tensor = case.config.fp8, case.layout.tensor
     if not fp8.passes:
         return []
@@ -24,14 +24,14 @@ def misfits_of_fp8(case: Case) -> list[str]:
         )
         if inputs % multiple or outputs % multiple:
             found.append(
-                f"{linear.name} of {inputs} x {outputs} on a rank is no multiple of {multiple} for "
+                f"{linear.name} of {inputs} x {outputs} on a rank is not a multiple of {multiple}, as needed for "
                 f"fp8.recipe={fp8.recipe}"
             )
     return found
 
 
 def quantised_elements(case: Case, stage: Stage) -> float:
-    """Weights of the linears of one stage's layers on a rank, without those at the ends of the model that stay bf16."""
+    """Weights of the linears of one stage on a rank, without those of the first and last layers that stay in bf16."""
     fp8 = case.config.fp8
     layers = stage.layers
     layers -= fp8.num_layers_at_start_in_bf16 if stage.first else 0
@@ -40,9 +40,9 @@ def quantised_elements(case: Case, stage: Stage) -> float:
 
 
 def quantised_bytes(case: Case, stage: Stage) -> float:
-    """Bytes of the weights that Transformer Engine keeps quantised beside those in bf16.
+    """Bytes of the quantised weights that Transformer Engine keeps in addition to those in bf16.
 
-    One byte for each weight of a model that computes in FP8, two where it is trained: the backward pass multiplies with
+    One byte per weight of a model that computes in FP8, two if it is trained in FP8, because the backward pass needs
     the transpose. Under full fine-tuning the frozen copy has its own. Scales and their histories are less than 1 %.
     """
     fp8 = case.config.fp8
@@ -52,14 +52,14 @@ def quantised_bytes(case: Case, stage: Stage) -> float:
 
 
 def saved_reading(case: Case) -> float:
-    """Bytes of weights that a decoding step of `fp8.rollouts` reads less on the stage with the fewest."""
+    """Bytes that a decoding step saves with `fp8.rollouts` when reading weights, on the stage that saves the fewest."""
     if not case.config.fp8.rollouts:
         return 0.0
     return min(quantised_elements(case, stage) for stage in stages(case.sizes, case.layout)) * (case.element - 1)
 
 
 def equivalent(case: Case, flops: Flops, passes: str) -> float:
-    """Operations in bf16 that take as long as `flops` of these passes: `frozen`, `rollouts` or `training`.
+    """bf16 operations that take as long as `flops` of the given passes: `frozen`, `rollouts` or `training`.
 
     Linears take 1 / `hardware.fp8_speedup` of the time, adapters included; attention and output matrix stay in bf16.
     """

@@ -1,4 +1,4 @@
-"""Bytes of the weights that each vLLM server gets after an update."""
+"""Bytes of the weights that each vLLM server receives after an update."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.vllm.config import LORA_RANKS
 
 _PARTS = {"linear_qkv": 3, "linear_fc1": 2}
-"""Linears of Hugging Face's model in one of Megatron's; each has a copy of the adapter's A."""
+"""Number of Hugging Face linears in one Megatron linear; each has a copy of the adapter's A."""
 
 
 def sends_adapters(case: Case) -> bool:
-    """Whether the adapters alone are sent, if the source is a Hugging Face directory; otherwise all weights are."""
+    """Whether only adapters are sent if the source is a Hugging Face directory; otherwise all weights are sent."""
     student = case.config.student
     possible = case.lora and not case.sizes.experts and student.lora.rank <= LORA_RANKS[-1]
     return possible and case.config.rollout.vllm.lora != "merged"
 
 
 def handed_over(case: Case, stage: Stage) -> int:
-    """Bytes of the tensors of `stage`, unsharded, in the student's precision."""
+    """Bytes of the unsharded tensors of `stage` in the student's precision."""
     if not sends_adapters(case):
         return published_parameters(case.sizes, stage) * case.element
     lora = case.config.student.lora

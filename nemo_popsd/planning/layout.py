@@ -1,4 +1,4 @@
-"""A layout on a number of GPUs: its groups, which links they use, and the reasons why it is impossible."""
+"""A layout on a number of GPUs: its groups, the links that they use, and reasons why it is impossible."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from nemo_popsd.parallel.config import HEADS, HIERARCHICAL, ParallelConfig, laye
 from nemo_popsd.planning.sizes import ModelSizes
 
 DIMENSIONS = tuple(item.name for item in fields(ParallelConfig))
-"""Settings of `parallel` that a run knows."""
+"""Names of the settings in `parallel`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the parallel dimensions; ranks are numbered tensor first, then context, data, pipeline (Megatron's)."""
+    """Sizes of the parallel dimensions. Ranks are numbered in Megatron's order: tensor, context, data, pipeline."""
 
     nodes: int
-    """Nodes."""
+    """Number of nodes."""
     gpus_per_node: int
-    """GPUs of each."""
+    """GPUs per node."""
     tensor: int = 1
-    """t."""
+    """t, tensor-parallel size."""
     sequence: bool = False
     """Whether norms and residuals are split along the sequence over the tensor-parallel ranks."""
     pipeline: int = 1
-    """p, stages."""
+    """p, pipeline stages."""
     virtual_pipeline: int = 1
-    """v, chunks of layers of each stage."""
+    """v, model chunks per stage."""
     first_stage_layers: int = 0
-    """Layers of the first stage; 0 is as many as the others have."""
+    """Layers of the first stage; 0 means the same number as the others."""
     last_stage_layers: int = 0
-    """Layers of the last stage; 0 is as many as the others have."""
+    """Layers of the last stage; 0 means the same number as the others."""
     overlap_transfers: bool = False
-    """Whether stages send while they compute."""
+    """Whether transfers between stages overlap with compute."""
     context: int = 1
-    """c."""
+    """c, context-parallel size."""
     context_type: str = "auto"
-    """How attention gets the keys and values of other ranks."""
+    """How attention obtains the keys and values of other ranks."""
     context_sizes: list[int] = field(default_factory=list)
-    """Ranks that divide heads and ranks of a ring, where both do."""
+    """For `a2a+p2p`: the numbers of ranks that divide the heads and that form a ring."""
     expert: int = 1
-    """e."""
+    """e, expert-parallel size."""
     expert_tensor: int = 0
-    """What `parallel.expert_tensor` is; see `expert_shards`."""
+    """Value of `parallel.expert_tensor`; see `expert_shards`."""
 
     @staticmethod
     def of(parallel: ParallelConfig, *, nodes: int, gpus_per_node: int) -> Layout:
@@ -52,7 +52,7 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """G, GPUs."""
+        """G, number of GPUs."""
         return self.nodes * self.gpus_per_node
 
     @property
@@ -92,12 +92,12 @@ class Layout:
 
     @property
     def sharing_replicas(self) -> int:
-        """Replicas that share experts, and so decode each other's rows."""
+        """Number of replicas that share experts, and therefore decode each other's rows."""
         return max(1, self.expert * self.expert_shards // (self.tensor * self.context)) if self.expert > 1 else 1
 
     @property
     def context_heads(self) -> int:
-        """Context-parallel ranks that divide heads."""
+        """Number of context-parallel ranks that divide the heads."""
         sizes = {HEADS: self.context, HIERARCHICAL: (self.context_sizes or [1])[0]}
         return sizes.get(self.context_type, 1)
 
@@ -114,12 +114,12 @@ class Layout:
 
 
 def misfits(layout: Layout, sizes: ModelSizes, prompts: int) -> list[str]:
-    """The reasons why `layout` is impossible, each with both numbers; empty where it is possible.
+    """The reasons why `layout` is impossible, each with both numbers; empty if it is possible.
 
     Args:
-        layout: any numbers of at least 1.
+        layout: a layout whose sizes are at least 1.
         sizes: the model.
-        prompts: of one step over all data-parallel ranks.
+        prompts: prompts per step over all data-parallel ranks.
     """
     reasons = []
 

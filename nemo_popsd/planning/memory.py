@@ -1,4 +1,4 @@
-"""Bytes of one GPU, by what takes them, and the peak of each phase of a step. Formulas: docs/planning.md, "Memory"."""
+"""Bytes of one GPU, by use, and the peak of each phase of a step. Formulas: docs/planning.md, "Memory"."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
 
 PHASES = ("rollout", "frozen", "training")
-"""Phases of a step; the memory that only one of them needs is free in the others."""
+"""Phases of a step; memory that only one phase needs is free in the others."""
 
 _TILE_BYTES = 2**26
 """Bytes of a tile of the loss on a GPU."""
 _UNCOMPILED_TILES = 10
-"""Tiles that the arithmetic of the loss takes at once where it is not compiled (measured by `popsd rehearse`)."""
+"""Tiles that the uncompiled arithmetic of the loss allocates at the same time (measured by `popsd rehearse`)."""
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Elements per token that one layer's backward needs, by what splits them."""
+    """Elements per token that the backward pass of one layer needs, by how they are sharded."""
 
     replicated: int
-    """Of the residual stream's width: split by sequence parallelism alone."""
+    """Elements of the width of the residual stream, sharded by sequence parallelism only."""
     attention: int
-    """Split by tensor parallelism."""
+    """Elements of attention, sharded by tensor parallelism."""
     mlp: int
-    """Split by tensor parallelism: experts that are not split have as many times fewer tokens."""
+    """Elements of the MLP, sharded by tensor parallelism; experts that are not split have t times fewer tokens
+    instead."""
 
     def per_rank(self, case: Case) -> float:
         """Elements per token on one rank."""
@@ -51,11 +52,11 @@ class LayerActivations:
 
 
 def kept_by_layer(case: Case) -> LayerActivations:
-    """What one layer keeps for its backward pass.
+    """Activations that one layer keeps for its backward pass.
 
-    `plain` layers are the local ones of `nemo_popsd.megatron.spec`; with frozen weights their norms keep less.
-    `fused` ones keep the norms' inputs and outputs, what attention keeps, both halves of the MLP's first linear and the
-    second's input.
+    `plain` layers are the local ones of `nemo_popsd.megatron.spec`; with frozen weights their norms keep less. `fused`
+    layers keep inputs and outputs of the norms, the tensors of attention, both halves of the first linear of the MLP,
+    and the input of the second.
     """
     sizes, plain = case.sizes, case.plain
     width, visits = sizes.intermediate, max(1, sizes.experts_per_token)
@@ -80,7 +81,7 @@ def kept_by_layer(case: Case) -> LayerActivations:
 
 
 def _within_core_attention(case: Case) -> int:
-    """Elements per token that attention keeps besides its inputs and its output."""
+    """Elements per token that attention keeps in addition to its inputs and its output."""
     elements = _repeated_heads(case)
     if case.plain:
         elements += case.sizes.query_width  # the output in the order of the kernel
@@ -90,7 +91,7 @@ def _within_core_attention(case: Case) -> int:
 
 
 def _local_attention(case: Case) -> int:
-    """Elements per token that attention of local layers keeps, which depends on its kernel."""
+    """Elements per token that attention of local layers keeps, depending on its kernel."""
     query, key = case.sizes.query_width, case.sizes.key_width
     elements = 4 * query + 3 * key + _repeated_heads(case)
     if case.sizes.qk_norm and not case.lora:
@@ -102,8 +103,8 @@ def _local_attention(case: Case) -> int:
 
 def _transformer_engine_attention(case: Case) -> int:
     """Elements per token that Transformer Engine's attention keeps: inputs of the norms of queries and keys, rotated
-    queries and keys, values, the output. In fp32, which it does not fuse, keys and values are those of every query
-    head, and for each head scores and probabilities of all keys up to the longest sequence are kept.
+    queries and keys, values, and the output. In fp32 attention is not fused: keys and values are repeated for every
+    query head, and each head keeps scores and probabilities of all keys up to the longest sequence.
     """
     sizes = case.sizes
     query, key = sizes.query_width, sizes.key_width
@@ -120,7 +121,7 @@ def _attends_at_once(case: Case) -> bool:
 
 
 def _repeated_heads(case: Case) -> int:
-    """Elements per token of the keys and values that attention repeats for the query heads that share them."""
+    """Additional elements per token if attention repeats keys and values for the query heads that share them."""
     if not case.plain:
         grouped = case.element == 2
     elif _attends_at_once(case):
@@ -131,7 +132,7 @@ def _repeated_heads(case: Case) -> int:
 
 
 def working_set(case: Case, longest: int) -> float:
-    """Elements per token that exist at once while one layer runs forward without gradient.
+    """Elements per token that exist at the same time during the forward pass of one layer without gradient.
 
     Args:
         case: the run.
@@ -148,12 +149,12 @@ def working_set(case: Case, longest: int) -> float:
 
 
 def activation_bytes(case: Case, stage: Stage) -> float:
-    """Most bytes of activations between forward and backward, those of one layer's backward included."""
+    """Peak bytes of activations between forward and backward, including those of the backward of one layer."""
     return kept_bytes(case, stage) + backward_bytes(case, stage)
 
 
 def kept_bytes(case: Case, stage: Stage) -> float:
-    """Bytes of activations that are kept from the forward of all layers until their backward."""
+    """Bytes of activations kept from the forward pass of all layers until their backward pass."""
     layout, residual, layer = case.layout, _residual(case), kept_by_layer(case).per_rank(case)
     in_flight = 1.0
     if stage.first and layout.pipeline > 1:
@@ -164,13 +165,13 @@ def kept_bytes(case: Case, stage: Stage) -> float:
         unit = case.config.student.recompute_layers if case.config.student.recompute_method == "uniform" else 1
         elements = in_flight * math.ceil(stage.layers / unit) * residual
     else:
-        # `block` recomputes the first layers, whose backward comes when the activations of the others are free again.
+        # `block` recomputes the first layers; their backward runs after the activations of the others are freed.
         elements = in_flight * (whole * residual + (stage.layers - whole) * layer + 3 * residual)
     return _microbatch(case) * elements
 
 
 def backward_bytes(case: Case, stage: Stage) -> float:
-    """Bytes that the backward of one layer takes besides, what it recomputes included."""
+    """Additional bytes of the backward pass of one layer, including what it recomputes."""
     sizes, layout, residual = case.sizes, case.layout, _residual(case)
     layer = kept_by_layer(case).per_rank(case)
     elements = max(3 * residual, 2 * sizes.intermediate / layout.tensor + residual)
@@ -191,9 +192,8 @@ def _embedding_gradient(case: Case, stage: Stage) -> float:
 
 
 def _update_bytes(case: Case, stage: Stage, parameters: Parameters) -> float:
-    """Bytes of the largest trained tensor that the update takes: |x| and three booleans for each element in the check
-    for NaN and Inf, and twice the fp32 second moment of a shard with torch's Adam, which is used without Transformer
-    Engine.
+    """Temporary bytes of the update for the largest trained tensor: |x| and three booleans per element in the NaN and
+    Inf check, and twice the fp32 second moment of a shard in torch's Adam, which is used without Transformer Engine.
     """
     if case.lora:
         return 0.0
@@ -210,7 +210,7 @@ def _residual(case: Case) -> float:
 
 
 def _microbatch(case: Case) -> float:
-    """Bytes of one element of each token of a rank's micro-batch."""
+    """Bytes of one element per token for the micro-batch of a rank."""
     return case.microbatch_tokens / case.layout.context * case.element
 
 
@@ -226,13 +226,13 @@ def _recomputed_part(case: Case, kept: float) -> float:
 
 
 def loss_bytes(case: Case) -> float:
-    """Most bytes of the loss on the last stage: its inputs and their gradients, and beside them one chunk's logits or,
-    in the backward, the gradients once more.
+    """Peak bytes of the loss on the last stage: its inputs and their gradients, plus the logits of one chunk or, in the
+    backward pass, a second copy of the gradients.
     """
     settings, sizes, layout, element = case.config.distillation, case.sizes, case.layout, case.element
     rows, responses = padded_vocabulary(sizes, layout) / layout.tensor, case.microbatch_responses
     columns = min(rows, sizes.vocab)  # the first ranks have no padding
-    # Student, one for each vector of the target, and the gradient where it cannot take the student's place.
+    # The student, one for each vector of the target, and the gradient if it cannot overwrite the student's logits.
     buffers = 1 + case.target.vectors + (0.5 if element < 4 else float(layout.tensor > 1))
     tokens = min(settings.chunk_tokens or default_chunk_tokens(buffers), responses)
     chunk = 4 * buffers * tokens * columns + 4 * min(settings.diagnosed_tokens, tokens) * columns
@@ -250,7 +250,7 @@ def cache_bytes(case: Case, stage: Stage) -> float:
 
 
 def served_cache_tokens(case: Case) -> float:
-    """Tokens in the key-value cache of a vLLM server; negative if its weights do not fit."""
+    """Tokens that fit into the key-value cache of a vLLM server; negative if its weights do not fit."""
     vllm, sizes = case.config.rollout.vllm, case.sizes
     weights = total_parameters(sizes) * case.element / vllm.tensor
     cache = vllm.cache_bytes or vllm.memory_share * case.plan.hardware.memory_gib * 2**30 - weights
@@ -258,7 +258,7 @@ def served_cache_tokens(case: Case) -> float:
 
 
 def server_bytes(case: Case) -> float:
-    """Bytes of a vLLM server on a GPU that it shares with the training; 0 without one, or on its own GPUs."""
+    """Bytes of a vLLM server on a GPU shared with the training; 0 without a server, or if it has its own GPUs."""
     rollout = case.config.rollout
     if rollout.engine != "vllm" or rollout.vllm.launcher:
         return 0.0
@@ -268,7 +268,7 @@ def server_bytes(case: Case) -> float:
 
 
 def optimizer_bytes(case: Case, parameters: Parameters) -> float:
-    """Bytes of Adam's moments and, where the model is bf16, of fp32 main weights, on the device and the host."""
+    """Bytes of Adam's moments and, for a bf16 model, of fp32 main weights, on the device and the host."""
     moments = 4 if case.config.optimizer.state_dtype == "bf16" else 8
     each = moments + (4 if case.element == 2 else 0)
     dense, experts = trained(case, parameters)
@@ -278,15 +278,15 @@ def optimizer_bytes(case: Case, parameters: Parameters) -> float:
 
 
 def trained(case: Case, parameters: Parameters) -> tuple[int, int]:
-    """Trained elements outside and inside experts."""
+    """Numbers of trained elements outside and inside experts."""
     if case.lora:
         return parameters.adapters, parameters.expert_adapters
     return parameters.dense, parameters.experts
 
 
 def largest_trained(case: Case, stage: Stage, parameters: Parameters) -> int:
-    """Elements of the largest trained tensor of a rank: a linear's or expert's matrix, its bias included, a vocabulary
-    matrix, or a matrix of an adapter.
+    """Elements of the largest trained tensor of a rank: the matrix of a linear or expert including its bias, a
+    vocabulary matrix, or a matrix of an adapter.
     """
     layout, lora = case.layout, case.config.student.lora
     largest = parameters.vocabulary if not case.lora and (stage.first or stage.last) else 0
@@ -301,25 +301,25 @@ def largest_trained(case: Case, stage: Stage, parameters: Parameters) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU of one stage."""
+    """Memory of one GPU of one stage, in bytes."""
 
     standing: dict[str, float]
-    """Bytes that are taken in every phase, by name."""
+    """Bytes that are allocated in every phase, by name."""
     phases: dict[str, dict[str, float]]
     """Bytes that each phase adds, by name."""
     copy_on_host: float
-    """Bytes of the frozen copy that are on the host, and are copied to the device once per step."""
+    """Bytes of the frozen copy that are on the host and are copied to the device once per step."""
     host: float
-    """Bytes of the host for this GPU: the copy, the frozen passes' states and the optimizer's state, or what of them is
-    kept there."""
+    """Bytes of host memory for this GPU: the parts of the frozen copy, the frozen states and the optimizer state that
+    are kept there."""
 
     def peak(self, phase: str) -> float:
-        """Most bytes in `phase`."""
+        """Peak bytes in `phase`."""
         return sum(self.standing.values()) + sum(self.phases[phase].values())
 
     @property
     def worst(self) -> float:
-        """Most bytes in any phase."""
+        """Peak bytes over all phases."""
         return max(self.peak(phase) for phase in PHASES)
 
 
@@ -365,7 +365,7 @@ def of_stage(case: Case, stage: Stage) -> Memory:
     }
     if rollout.engine == "vllm":
         rollout_bytes = {"vLLM": server_bytes(case)}
-    # The loss comes before the backward of the layers, which needs the gradient of its hidden states, twice.
+    # The loss runs before the backward of the layers, which needs two copies of the gradient of the hidden states.
     loss = loss_bytes(case) + 3 * _microbatch(case) * _residual(case) if stage.last else 0.0
     gradient = 2 * case.microbatch_responses * sizes.hidden * case.element if stage.last else 0
     kept = kept_bytes(case, stage)
@@ -374,7 +374,7 @@ def of_stage(case: Case, stage: Stage) -> Memory:
         "rollout": rollout_bytes,
         "frozen": {
             "frozen copy brought in": float(copy - kept_matrix) if offloaded else 0.0,
-            # One at a time takes the place of the trained weights, in their dtype.
+            # One copy at a time replaces the trained weights, in their dtype.
             "moving copy": float(case.element * (dense + experts))
             if copies and (offloaded or case.element < 4)
             else 0.0,
@@ -385,7 +385,7 @@ def of_stage(case: Case, stage: Stage) -> Memory:
         "training": {
             "frozen states": 0.0 if cached else float(states),
             "activations": kept,
-            # The update comes when the activations are free again.
+            # The update runs after the activations are freed.
             "loss, backward or update": max(loss, backward, _update_bytes(case, stage, parameters) - kept),
         },
     }

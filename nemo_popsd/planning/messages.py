@@ -1,7 +1,8 @@
-"""Bytes of the collectives of one rank's step at the longest lengths, by phase, dimension and kind.
+"""Bytes of the collectives of one rank in one step at the maximum lengths, by phase, dimension and kind.
 
-Of a reduction the bytes of the reduced tensor, of a gather or scatter of the whole tensor, of an exchange or a transfer
-those that the rank sends. Not here: numbers on which ranks agree (lengths, norms, errors), and rollouts.
+A reduction counts the bytes of the reduced tensor, a gather or scatter those of the full tensor, an exchange or a
+transfer those that the rank sends. Small values on which ranks agree (lengths, norms, errors) and rollouts are not
+counted.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from nemo_popsd.planning.recomputation import Recomputed, recomputed
 from nemo_popsd.planning.workload import Case
 
 _SHARD_NUMBERS, _TOKEN_NUMBERS, _SIGNAL_NUMBERS = 8, 1, 14
-"""fp32 numbers that a vocabulary shard contributes to the loss: for each token, for its log-probability, and for each
-diagnosed token."""
+"""fp32 values that a vocabulary shard contributes to the loss: per token, for its log-probability, and per diagnosed
+token."""
 _COUNT, _SHAPE = 8, 24
-"""Bytes of a number of tokens, and of the three integers that precede a tensor between stages."""
+"""Bytes of a token count, and of the three integers that precede a tensor sent between stages."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a number of bytes belongs to."""
+    """The kind of communication for which bytes are counted."""
 
     phase: str
     """frozen or training."""
     dimension: str
-    """Whose ranks take part: tensor, context, pipeline, expert, data, expert data or embedding."""
+    """The process group: tensor, context, pipeline, expert, data, expert data or embedding."""
     kind: str
     """all-reduce, all-gather, reduce-scatter, all-to-all, send or receive."""
 
@@ -39,7 +40,7 @@ Bytes = defaultdict[Message, float]
 
 @dataclass(frozen=True)
 class _Position:
-    """A rank in its replica."""
+    """The position of a rank in its replica."""
 
     stage: Stage
     context: int
@@ -50,12 +51,12 @@ class _Position:
 
 
 def messages(case: Case, stage: Stage, *, context_rank: int = 0) -> dict[Message, float]:
-    """The bytes of one step of a rank.
+    """The bytes of one step of one rank.
 
     Args:
-        case: the run, with packed sequences, each computed on its own.
-        stage: of the rank.
-        context_rank: of the rank.
+        case: the run, with packed sequences, each computed separately.
+        stage: pipeline stage of the rank.
+        context_rank: context-parallel rank.
     """
     at, found = _Position(stage, context_rank), Bytes(float)
     for batch in case.frozen_batches(case.limits):
@@ -111,8 +112,11 @@ def _splits_mlp(case: Case) -> bool:
 
 
 def _tensor_layers(found: Bytes, case: Case, phase: str, batch: Packed, layers: float, *, adapters: bool) -> None:
-    """Forward of some layers: states summed after attention and after the MLP, or gathered before and scattered after;
-    adapters gather or sum [S, ρ], those behind split inputs gather [S, H], those of full inputs gather these again.
+    """Tensor-parallel bytes of the forward pass of some layers.
+
+    States are summed after attention and after the MLP, or gathered before and scattered after them. Adapters gather or
+    sum [S, ρ]; those on split inputs gather [S, H]; with sequence parallelism those on full inputs gather the inputs
+    again.
     """
     layout = case.layout
     if layout.tensor == 1:
@@ -134,7 +138,7 @@ def _tensor_layers(found: Bytes, case: Case, phase: str, batch: Packed, layers: 
 
 
 def _adapters(case: Case, batch: Packed) -> tuple[float, int, int]:
-    """Bytes of [S/c, ρ]; the numbers of adapters on full and on split inputs."""
+    """Bytes of [S/c, ρ], and the numbers of adapters on full and on split inputs."""
     lora = case.config.student.lora
     names = [name for name in lora.targets if not (case.sizes.experts and name in ("linear_fc1", "linear_fc2"))]
     split = sum(name in ("linear_proj", "linear_fc2") for name in names)
@@ -158,7 +162,7 @@ def _backward(found: Bytes, case: Case, at: _Position, batch: Packed) -> None:
     if case.lora:
         inner, full_inputs, split_inputs = _adapters(case, batch)
         found[Message("training", "tensor", "all-reduce")] += layers * (full_inputs + split_inputs) * inner
-        # Without sequence parallelism the adapter sums the gradient of its input even if nothing needs it.
+        # Without sequence parallelism the adapter sums the gradient of its input even if it is unused.
         skipped = layout.sequence and frozen_input and "linear_qkv" in case.config.student.lora.targets
         found[inputs] += (layers * full_inputs - skipped) * states
         if layout.sequence:
@@ -175,7 +179,9 @@ def _keys_and_values(found: Bytes, case: Case, phase: str, batch: Packed, layers
 
 
 def _experts(found: Bytes, case: Case, phase: str, batch: Packed, layers: float, *, backward: bool = False) -> None:
-    """States to their experts and back, and the weight of each visit, which the ranks of an expert's parts gather."""
+    """Bytes of states sent to their experts and back, and of the routing weights, which the ranks that share an expert
+    gather.
+    """
     layout, sizes = case.layout, case.sizes
     if not sizes.experts or layout.expert_shards * layout.expert == 1:
         return
@@ -190,7 +196,7 @@ def _experts(found: Bytes, case: Case, phase: str, batch: Packed, layers: float,
 
 
 def _counts(found: Bytes, case: Case, phase: str, layers: float) -> None:
-    """Each rank that shares experts learns how many tokens visit each of them."""
+    """Bytes of the gather that tells each rank how many tokens visit each expert."""
     ranks = case.layout.expert * case.layout.expert_shards
     if case.sizes.experts and ranks > 1:
         found[Message(phase, "expert", "all-gather")] += layers * ranks * case.sizes.experts * _COUNT
@@ -208,7 +214,7 @@ def _transfers(found: Bytes, case: Case, at: _Position, phase: str, batch: Packe
 
 
 def _routing(found: Bytes, case: Case, at: _Position, phase: str, batch: Packed, *, backward: bool) -> None:
-    """States of response tokens: gathered over slices of the sequence, then exchanged between their owners."""
+    """Bytes of the states of response tokens: gathered over slices of the sequence, then exchanged between owners."""
     layout, width = case.layout, case.sizes.hidden * case.element
     if not at.stage.last:
         return
@@ -235,14 +241,16 @@ def _loss(found: Bytes, case: Case, at: _Position, batch: Packed, *, first: int)
 
 
 def _update(found: Bytes, case: Case, stage: Stage) -> None:
-    """Gradients reduced and weights gathered; gradients of weights that tensor-parallel ranks hold alike."""
+    """Bytes of reduced gradients and gathered weights, and of gradients of weights replicated over tensor-parallel
+    ranks.
+    """
     layout, sizes = case.layout, case.sizes
     parameters = count(sizes, layout, stage, case.config.student.lora if case.lora else None)
     groups = ("data", layout.dense_replicas), ("expert data", layout.expert_replicas)
     dense, experts = trained(case, parameters)
     # Experts that all ranks of a replica share are reduced with the other weights.
     elements_of = (dense + experts, 0) if layout.expert == 1 else (dense, experts)
-    # Dense weights and experts have an optimizer each, and each of these gathers all weights after its update.
+    # Dense weights and experts have one optimizer each, and each optimizer gathers all weights after its update.
     gathers = sum(elements > 0 for elements in elements_of) if not case.config.optimizer.overlap_param_gather else 1
     for (dimension, ranks), elements in zip(groups, elements_of, strict=True):
         if ranks == 1 or not elements:

@@ -1,5 +1,6 @@
-"""Micro-batches of sequences of known lengths, with the padding of the layout, as `nemo_popsd.megatron.microbatches`
-makes them of packed sequences.
+"""Micro-batches of packed sequences, computed from lengths alone, with the padding of the layout.
+
+Equal to those that `nemo_popsd.megatron.microbatches` builds.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ _FEWEST_TOKENS = 2
 
 @dataclass(frozen=True)
 class Packed:
-    """One micro-batch: sequences one after the other."""
+    """One micro-batch of concatenated sequences."""
 
     lengths: tuple[int, ...]
-    """Of the sequences, with their padding; they sum to S."""
+    """Length of each sequence including padding; they sum to S."""
     responses: tuple[tuple[int, int], ...]
-    """First place along S that predicts a response token, and number of these places, of each sequence."""
+    """For each sequence: the first position along S that predicts a response token, and the number of such
+    positions."""
 
     @property
     def tokens(self) -> int:
@@ -33,8 +35,8 @@ class Packed:
         return sum(length**2 for length in self.lengths)
 
     def gathered_rows(self, layout: Layout, context_rank: int) -> int:
-        """Rows of the all-gather of response states over the slices of sequence parallelism: each contributes as many
-        as the one that holds most.
+        """Rows of the all-gather of response states over the slices of sequence parallelism: each slice contributes as
+        many as the one with the most.
         """
         slices = layout.tensor if layout.sequence else 1
         size = self.tokens // layout.context // slices
@@ -50,12 +52,12 @@ class Packed:
         return sum(end - begin for begin, end in self._held(layout, context_rank))
 
     def owned_rows(self, layout: Layout, context_rank: int) -> int:
-        """Response tokens whose loss a context-parallel rank computes; all tokens are taken to be 1."""
+        """Number of response tokens whose loss a context-parallel rank computes, assuming that all token ids are 1."""
         return sum(len(_owned(count, layout, context_rank)) for _, count in self.responses)
 
     def diagnosed_rows(self, layout: Layout, context_rank: int, diagnosed: int, rows: int, first: int) -> int:
-        """Of these, those that are diagnosed: evenly spaced over `rows` equal responses, of which these are the
-        `first` and the following ones.
+        """Number of owned tokens that are diagnosed: diagnosed tokens are evenly spaced over `rows` equal responses,
+        and this micro-batch starts at response `first`.
         """
         each = self.responses[0][1]
         total = rows * each
@@ -67,8 +69,8 @@ class Packed:
         )
 
     def _held(self, layout: Layout, context_rank: int) -> list[tuple[int, int]]:
-        """Places that predict response tokens among the tokens of a context-parallel rank, as (begin, end): it has the
-        chunks `context_rank` and 2·c − 1 − `context_rank` of 2·c equal ones of each sequence.
+        """Ranges (begin, end) of a context-parallel rank's tokens that predict response tokens. The rank holds the
+        chunks `context_rank` and 2·c − 1 − `context_rank` of 2·c equal chunks of each sequence.
         """
         if layout.context == 1:
             return [(begin, begin + count) for begin, count in self.responses]
@@ -87,18 +89,18 @@ class Packed:
 
 
 def _owned(count: int, layout: Layout, context_rank: int) -> range:
-    """The tokens of a response of `count` tokens 1 that a context-parallel rank owns."""
+    """The tokens that a context-parallel rank owns in a response of `count` tokens with id 1."""
     return range((context_rank - count) % layout.context, count, layout.context)
 
 
 def packed(sequences: Sequence[tuple[int, int]], budget: int, layout: Layout) -> list[Packed]:
-    """Micro-batches within `budget` tokens, longest sequence first, each into the first with enough space.
+    """Micro-batches of at most `budget` tokens by first-fit-decreasing packing.
 
     Args:
-        sequences: length and response tokens of each.
+        sequences: length and number of response tokens of each sequence.
         budget: tokens of one micro-batch; a single sequence may be longer.
-        layout: what lengths must be a multiple of; with virtual stages all micro-batches have one shape, in a number
-            that the number of stages divides.
+        layout: determines the multiple to which lengths are padded; with virtual stages all micro-batches have the same
+            shape, and their number is a multiple of the number of stages.
     """
     multiple = 2 * layout.context if layout.context > 1 else 1
     slices = layout.context * (layout.tensor if layout.sequence else 1)
@@ -108,7 +110,7 @@ def packed(sequences: Sequence[tuple[int, int]], budget: int, layout: Layout) ->
     before, number = 0, 0
     for length, response in sorted(sequences, key=lambda sequence: -sequence[0]):
         padded = _round_up(length, multiple)
-        # A group without space for a sequence has none for another of the same length.
+        # A group without space for a sequence has no space for another of the same length either.
         first = number if padded == before else 0
         number = next((n for n in range(first, len(used)) if padded + used[n] <= budget), len(used))
         before = padded

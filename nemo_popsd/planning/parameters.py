@@ -12,20 +12,20 @@ from nemo_popsd.planning.sizes import ModelSizes
 
 @dataclass(frozen=True)
 class Linear:
-    """One of the four linears of a layer (of an expert, in a mixture)."""
+    """One of the four linears of a layer (in a mixture of experts, of an expert)."""
 
     name: str
-    """Megatron's."""
+    """Megatron's name."""
     inputs: int
-    """Columns of its matrix."""
+    """Columns of the matrix."""
     outputs: int
-    """Rows of its matrix."""
+    """Rows of the matrix."""
     splits_outputs: bool
-    """Whether tensor parallelism splits its rows (column-parallel) or its columns (row-parallel)."""
+    """Whether tensor parallelism splits the rows (column-parallel) or the columns (row-parallel)."""
     bias: bool = False
-    """Whether it has one."""
+    """Whether the linear has a bias."""
     expert: bool = False
-    """Whether each expert has one."""
+    """Whether each expert has its own."""
 
     @property
     def weights(self) -> int:
@@ -55,7 +55,7 @@ def linears(sizes: ModelSizes) -> tuple[Linear, ...]:
 
 
 def padded_vocabulary(sizes: ModelSizes, layout: Layout) -> int:
-    """V_p, vectors of embedding and output matrix over all ranks."""
+    """V_p, padded vocabulary size over all ranks."""
     multiple = VOCABULARY_MULTIPLE * layout.tensor
     return math.ceil(sizes.vocab / multiple) * multiple
 
@@ -65,11 +65,11 @@ class Stage:
     """A pipeline stage."""
 
     layers: int
-    """L/p, or what `parallel.first_stage_layers` and `parallel.last_stage_layers` leave."""
+    """Number of layers: L/p, unless `parallel.first_stage_layers` or `parallel.last_stage_layers` is set."""
     first: bool
-    """Whether it embeds."""
+    """Whether the stage has the embedding."""
     last: bool
-    """Whether it has the last norm, the output matrix and the loss."""
+    """Whether the stage has the last norm, the output matrix and the loss."""
 
 
 def stage_of(sizes: ModelSizes, layout: Layout, rank: int) -> Stage:
@@ -79,8 +79,8 @@ def stage_of(sizes: ModelSizes, layout: Layout, rank: int) -> Stage:
 
 
 def stages(sizes: ModelSizes, layout: Layout) -> tuple[Stage, ...]:
-    """The stages that can have the most parameters or activations: the first, one of those between where they have more
-    layers than it, and the last; or the only stage.
+    """The stages that can have the most parameters or activations: the first, an inner one if it has more layers than
+    the first, and the last; or the only stage.
     """
     layers = layout.stage_layers(sizes.layers)
     if layout.pipeline == 1:
@@ -91,39 +91,39 @@ def stages(sizes: ModelSizes, layout: Layout) -> tuple[Stage, ...]:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements on one rank."""
+    """Numbers of elements on one rank."""
 
     dense: int
-    """Of the model, outside experts."""
+    """Elements of the model outside experts."""
     experts: int
-    """Of the model, in experts."""
+    """Elements of the model in experts."""
     adapters: int
-    """Of adapters outside experts."""
+    """Elements of adapters outside experts."""
     expert_adapters: int
-    """Of adapters in experts."""
+    """Elements of adapters in experts."""
     vocabulary: int
-    """Of one vocabulary matrix, part of `dense`."""
+    """Elements of one vocabulary matrix, part of `dense`."""
 
     @property
     def model(self) -> int:
-        """Without adapters."""
+        """Elements without adapters."""
         return self.dense + self.experts
 
     @property
     def all(self) -> int:
-        """With adapters."""
+        """Elements including adapters."""
         return self.model + self.adapters + self.expert_adapters
 
 
 def count(sizes: ModelSizes, layout: Layout, stage: Stage, lora: LoRAConfig | None) -> Parameters:
-    """Elements on one rank of `stage`; with adapters if `lora` is given."""
+    """Elements on one rank of `stage`, including adapters if `lora` is given."""
     hidden = sizes.hidden
     vocabulary = padded_vocabulary(sizes, layout) // layout.tensor * hidden
     norms = _norms(sizes, layout.tensor)
     router = hidden * sizes.experts
     local_experts = sizes.experts // layout.expert
     dense = stage.layers * (norms + router) + (hidden if stage.last else 0)
-    # A tied output matrix is the embedding where both are on one stage, and a copy of it otherwise.
+    # A tied output matrix is the embedding if both are on one stage, otherwise a copy of it.
     dense += vocabulary * (int(stage.first) + int(stage.last and not (sizes.tied and stage.first)))
     experts = adapters = expert_adapters = 0
     for linear in linears(sizes):
@@ -146,12 +146,12 @@ def _norms(sizes: ModelSizes, tensor: int) -> int:
 
 
 def total_parameters(sizes: ModelSizes) -> int:
-    """Parameters of the full model as published: no padding, no adapters."""
+    """Parameters of the full published model, without padding and adapters."""
     return published_parameters(sizes, Stage(sizes.layers, first=True, last=True))
 
 
 def published_parameters(sizes: ModelSizes, stage: Stage) -> int:
-    """Parameters of a stage as published. A tied output matrix counts as the first stage's embedding alone."""
+    """Parameters of a stage of the published model. A tied output matrix is counted once, on the first stage."""
     hidden, experts = sizes.hidden, max(1, sizes.experts)
     vocabulary = sizes.vocab * hidden * (int(stage.first) + int(stage.last and not sizes.tied))
     inside = sum(linear.share(1) * (experts if linear.expert else 1) for linear in linears(sizes))

@@ -1,4 +1,4 @@
-"""The estimate of one layout, why it is impossible, the nearest layouts that fit, and the fastest."""
+"""The estimate of one layout, reasons why it is impossible, the nearest layouts that fit, and the fastest layout."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nemo_popsd.planning.workload import Case
 GIB = 2**30
 
 Changes = Mapping[str, object]
-"""Settings of the run, by dotted name, that differ from the requested ones."""
+"""Settings of the run that differ from the requested ones, by dotted name."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one step of a run needs on one layout, per GPU. Estimated, not measured."""
+    """The estimated cost per GPU of one step of a run on one layout."""
 
     case: Case
     """The run and its layout."""
     memory: Memory
-    """Bytes, planned for the limits."""
+    """Bytes, at the length limits."""
     flops: compute.StepFlops
     """Operations, at the mean lengths."""
     traffic: traffic.StepTraffic
@@ -36,7 +36,7 @@ class Estimate:
 
     @property
     def budget(self) -> float:
-        """Bytes of a GPU that tensors may take."""
+        """Bytes of a GPU that tensors may use."""
         hardware = self.case.plan.hardware
         return hardware.memory_gib * hardware.usable_memory * GIB
 
@@ -54,7 +54,7 @@ def estimate(case: Case) -> Estimate:
 
 
 def problems(case: Case) -> list[str]:
-    """Why the run is impossible: numbers that do not divide or, where all do, memory. Empty where it is possible."""
+    """Why the run is impossible: sizes that do not divide or, if all divide, memory. Empty if it is possible."""
     reasons = misfits(case.layout, case.sizes, case.prompts) or misfits_of_fp8(case)
     if reasons:
         return reasons
@@ -65,7 +65,7 @@ def problems(case: Case) -> list[str]:
 
 
 def fastest(case: Case) -> tuple[Changes, Estimate] | None:
-    """The layout with the shortest estimated step of those that fit, and what it changes; None where none fits."""
+    """The layout that fits with the shortest estimated step, and the settings that it changes; None if none fits."""
     best: tuple[Changes, Estimate] | None = None
     for changes in sorted(_candidates(case), key=lambda candidate: _distance(case, candidate)):
         result = _if_possible(case.replace(changes))
@@ -75,9 +75,9 @@ def fastest(case: Case) -> tuple[Changes, Estimate] | None:
 
 
 def nearest(case: Case, limit: int = 4) -> list[tuple[Changes, Estimate]]:
-    """Up to `limit` layouts that fit, ordered by how much they change, then by the time of a step.
+    """Up to `limit` layouts that fit, sorted by their distance from the request, then by the time of a step.
 
-    The number of prompts of a step is changed only for layouts that do not divide it.
+    The number of prompts per step is changed only for layouts that do not divide it.
     """
     layouts: list[tuple[Changes, Estimate]] = []
     choices = [_with_batch(case, changes) for changes in _candidates(case)]
@@ -99,7 +99,7 @@ def _if_possible(case: Case) -> Estimate | None:
 
 
 def _candidates(case: Case) -> Iterator[Changes]:
-    """Changes to try: powers of two for the sizes; settings that save memory, unchanged or on."""
+    """Changes to try: powers of two for sizes; memory-saving settings, unchanged or enabled."""
     layout = case.layout
     sizes = {
         "tensor": _powers(min(layout.gpus_per_node, case.sizes.groups)),
@@ -118,7 +118,7 @@ def _candidates(case: Case) -> Iterator[Changes]:
         choices["student.frozen_copy"] = [*sorted({case.config.student.frozen_copy, "host"})]
     for values in itertools.product(*choices.values()):
         changes = dict(zip(choices, values, strict=True))
-        # Unchanged where the tensor-parallel size is unchanged; with another one, on wherever possible.
+        # Unchanged if the tensor-parallel size is unchanged; otherwise enabled if possible.
         kept = changes["parallel.tensor"] == layout.tensor and not case.sizes.experts
         changes["parallel.sequence"] = case.setting("parallel.sequence") if kept else "auto"
         if "virtual_pipeline" in DIMENSIONS and changes.get("parallel.pipeline") == 1:
@@ -132,7 +132,7 @@ def _candidates(case: Case) -> Iterator[Changes]:
 
 
 def _with_batch(case: Case, changes: Changes) -> Changes:
-    """`changes`; where their layout does not divide the prompts of a step, with the nearest number that it divides."""
+    """`changes`; if the layout does not divide the prompts per step, with the nearest number that it divides."""
     layout = case.replace(changes).layout
     fixed = case.plan.workload.prompts_per_node is not None or layout.world % layout.replica
     if fixed or case.prompts % layout.data == 0:
@@ -154,10 +154,10 @@ _FOLLOWING = tuple(
 
 
 def _distance(case: Case, changes: Changes) -> float:
-    """Distance from the request: doublings and halvings of sizes, plus 1 for each other setting.
+    """Distance from the request: the number of doublings and halvings of sizes, plus 1 for each other setting.
 
-    `parallel.sequence`, which follows the tensor-parallel size, does not count, nor do the settings that another number
-    of stages or context-parallel ranks sets back.
+    `parallel.sequence`, which follows the tensor-parallel size, does not count, nor do settings that are reset because
+    the number of stages or context-parallel ranks changes.
     """
     distance = 0.0
     for name, value in changes.items():

@@ -1,7 +1,7 @@
-"""Tokens of the frozen passes of one question, each sequence separately or each distinct prefix once.
+"""Tokens of the frozen passes for one question, with separate sequences or with each distinct prefix once.
 
-As `nemo_popsd.megatron.prefix` computes them, from lengths alone: responses have nothing in common, and template texts
-are not counted.
+Computed from lengths alone for what `nemo_popsd.megatron.prefix` does: responses are assumed to share no tokens, and
+template texts are not counted.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FrozenWork:
-    """Of one question, its responses included."""
+    """Work of the frozen passes for one question and its responses."""
 
     tokens: int = 0
-    """Tokens that go through the layers."""
+    """Tokens that pass the layers."""
     squares: int = 0
-    """Sum of the squares of the lengths of their pieces, each of which attends to itself causally."""
+    """Sum of the squared lengths of the pieces, each of which attends to itself causally."""
     earlier: int = 0
-    """Sum over pieces of their tokens times the earlier positions that all of these attend to."""
+    """Sum over pieces of the number of tokens times the number of earlier positions to which they attend."""
     longest: int = 0
     """Tokens of the longest piece."""
     kept: int = 0
-    """Positions that a piece continues, at most."""
+    """Maximum number of positions that precede a piece."""
 
     @classmethod
     def separate(cls, lengths: Sequence[int], responses: int) -> FrozenWork:
-        """Each sequence on its own.
+        """The work with each sequence computed separately.
 
         Args:
-            lengths: of one sequence of each branch.
-            responses: to the question.
+            lengths: length of one sequence per branch.
+            responses: number of responses to the question.
         """
         tokens, squares = sum(lengths), sum(length**2 for length in lengths)
         return cls(responses * tokens, responses * squares, longest=max(lengths, default=0))
 
     @classmethod
     def shared(cls, contexts: Sequence[Sequence[tuple[str, int]]], response: int, responses: int) -> FrozenWork:
-        """Each distinct prefix once.
+        """The work with each distinct prefix computed once.
 
         Args:
-            contexts: of the branches, as named parts with their lengths; equal names are equal tokens.
+            contexts: context of each branch as named parts with their lengths; equal names mean equal tokens.
             response: tokens of a response.
-            responses: to the question.
+            responses: number of responses to the question.
         """
         pieces: dict[tuple[str, ...], tuple[int, int, int]] = {}
         for context in contexts:

@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping it (`student.recompute`)."""
+"""Parts of the forward pass that the backward pass recomputes (`student.recompute`)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _MLP = ("mlp", "moe")
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Shares of the forward of a stage's layers that the backward pass computes again."""
+    """Fractions of the forward pass of a stage's layers that the backward pass recomputes."""
 
     linear: float
-    """Of the linears."""
+    """Fraction of the linears."""
     attention: float
-    """Of attention, and of the collectives of context parallelism."""
+    """Fraction of attention, and of context-parallel collectives."""
     tensor_collectives: float
-    """Of the collectives of tensor parallelism."""
+    """Fraction of tensor-parallel collectives."""
     expert_collectives: float
-    """Of the collectives of expert parallelism."""
+    """Fraction of expert-parallel collectives."""
 
 
 def recomputed_layers(case: Case, layers: int) -> int:
-    """Of a stage with this number of layers, those that are recomputed as a whole."""
+    """Number of layers that are recomputed entirely in a stage with this number of layers."""
     student = case.config.student
     if student.recompute != "full":
         return 0
@@ -35,19 +35,19 @@ def recomputed_layers(case: Case, layers: int) -> int:
 
 
 def recomputes_mlp(case: Case) -> bool:
-    """Whether the MLP (of a mixture, its experts) is recomputed on its own."""
+    """Whether the MLP (in a mixture, the experts) is recomputed separately."""
     student = case.config.student
     return student.recompute == "selective" and _MLP[case.sizes.experts > 0] in student.recompute_modules
 
 
 def recomputes(case: Case, module: str) -> bool:
-    """Whether `module`, a name in `student.recompute_modules`, is recomputed on its own."""
+    """Whether `module`, a name in `student.recompute_modules`, is recomputed separately."""
     student = case.config.student
     return student.recompute == "selective" and module in student.recompute_modules
 
 
 def recomputed(case: Case, layers: int) -> Recomputed:
-    """The shares in a stage with this number of layers."""
+    """The recomputed fractions in a stage with this number of layers."""
     if case.config.student.recompute == "full":
         share = recomputed_layers(case, layers) / layers
         return Recomputed(share, share, share, share)
@@ -61,7 +61,7 @@ def recomputed(case: Case, layers: int) -> Recomputed:
 
 
 def _mlp_share(case: Case) -> float:
-    """Share of the MLP in the products of one layer with a token, adapters included."""
+    """Fraction of the products of one layer that belongs to the MLP, adapters included."""
     sizes, lora, layout = case.sizes, case.config.student.lora, case.layout
     totals = {True: sizes.hidden * sizes.experts / (layout.tensor if layout.sequence else 1), False: 0.0}
     for linear in linears(sizes):

@@ -1,4 +1,4 @@
-"""What `popsd plan` prints: one layout in full, its alternatives, a table over nodes, and the same as data."""
+"""The output of `popsd plan`: the full estimate of one layout, its alternatives, a table over nodes; text and data."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def advice(layouts: Sequence[tuple[Changes, Estimate]]) -> list[str]:
 
 
 def growth_table(rows: Sequence[tuple[Case, Estimate | None]]) -> str:
-    """Markdown: one row for each number of nodes; `None` where nothing fits."""
+    """Markdown table with one row per number of nodes; an estimate of `None` means that no layout fits."""
     head = ["nodes", "GPUs", "prompts", "layout", "GiB/GPU", "rollout s", "frozen s", "training s", "step s"]
     head += ["prompts/s", "GPU h per 1,000 prompts"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -101,7 +101,7 @@ def growth_table(rows: Sequence[tuple[Case, Estimate | None]]) -> str:
 
 
 def comparison(chosen: Estimate, others: Sequence[Alternative]) -> str:
-    """Memory and time of a step as planned, and with one setting changed at a time."""
+    """Memory and time of a step for the planned layout, and with one setting changed at a time."""
     rows: list[tuple[str, ...]] = [("one setting changed at a time", "GiB/GPU", "step s", "")]
     rows.append(("as planned", *_cost(chosen)))
     for other in others:
@@ -120,7 +120,7 @@ def _cost(estimate: Estimate) -> tuple[str, str, str]:
 
 
 def sharing_table(estimates: Sequence[Estimate]) -> str:
-    """Markdown: one row for each number of responses and order of the templates."""
+    """Markdown table with one row per number of responses and order of the templates."""
     head = ["responses", "order", "tokens of sequences", "computed", "share", "TFLOP, frozen", "frozen s", "step s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for estimate in estimates:
@@ -247,7 +247,7 @@ def _step(case: Case) -> str:
 
 
 def _frozen_tokens(case: Case) -> tuple[int, int]:
-    """Tokens of the frozen branches' sequences of a replica, and how many of them are computed, at the mean lengths."""
+    """Tokens of the frozen sequences of a replica, and how many of them are computed, at the mean lengths."""
     separate, computed = (case.frozen_work(case.means, shared=shared).tokens for shared in (False, None))
     return case.questions * separate, case.questions * computed
 

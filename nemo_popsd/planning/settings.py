@@ -15,8 +15,8 @@ def split_settings(words: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     """The plan's settings among ``key=value`` words, and the other words, in order.
 
     Raises:
-        UserError: a key is neither the plan's nor the run's (the nearest of both is named), or a setting of the plan
-            has the wrong type or an impossible value.
+        UserError: a key belongs to neither the plan nor the run (the message suggests the nearest key), or a setting of
+            the plan has a wrong type or an impossible value.
     """
     plan_keys, run_keys = known_keys(PlanConfig), known_keys()
     plan_words, run_words = [], []

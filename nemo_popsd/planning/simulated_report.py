@@ -1,4 +1,4 @@
-"""What `popsd plan --simulate` and `--failures` print."""
+"""The output of `popsd plan --simulate` and `--failures`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nemo_popsd.planning.simulation import SimulatedStep, simulate
 from nemo_popsd.planning.workload import Case
 
 LINEAR = 0.9
-"""Prompts per second and node, relative to the fewest nodes, from which on scaling counts as linear."""
+"""Scaling counts as linear above this ratio of prompts per second and node to that on the fewest nodes."""
 
 _NOTE = "Simulated with the plan's seconds, not measured; assumptions: docs/planning.md"
 
 
 def simulation_text(estimates: Sequence[Estimate]) -> str:
-    """Steps by number of nodes, what ends linear scaling, and what settings do to the tail on the most nodes."""
+    """Steps by number of nodes, the part that ends linear scaling, and the effect of settings on the most nodes."""
     steps = [simulate(each) for each in estimates]
     rows = [_scaling_row(each, step, estimates[0], steps[0]) for each, step in zip(estimates, steps, strict=True)]
     lines = [_NOTE, "", *_table(_SCALING, rows), "", _limit(estimates, steps), ""]
@@ -54,7 +54,7 @@ def _scaling_row(each: Estimate, step: SimulatedStep, first: Estimate, first_ste
 
 
 def _limit(estimates: Sequence[Estimate], steps: Sequence[SimulatedStep]) -> str:
-    """Where prompts per second and node fall below `LINEAR`, and the part of a step that takes most of what is lost."""
+    """Number of nodes at which scaling falls below `LINEAR`, and the part of a step that causes most of the loss."""
     base, first = _rate(estimates[0], steps[0]), steps[0]
     for each, step in zip(estimates, steps, strict=True):
         if _rate(each, step) < LINEAR * base:

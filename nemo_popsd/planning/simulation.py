@@ -1,10 +1,9 @@
-"""Steps of a run as discrete events (simpy): responses of unequal lengths, slow nodes, ranks that wait for others.
+"""Discrete-event simulation (simpy) of steps with responses of unequal lengths, slow nodes, and ranks that wait.
 
-The plan gives the seconds of a step in which all responses have the mean length and all nodes are alike. Here each
-generator (the GPUs that decode a batch together) draws lengths and fills its slots again as responses end, all ranks
-exchange rollouts when the last generator has ended, each replica then trains on an equal share of the tokens, and
-the reduction of gradients waits for the slowest replica. With `rollout.overlap` the next rollouts are generated
-meanwhile.
+The plan estimates a step in which all responses have the mean length and all nodes are equal. Here each generator (the
+GPUs that decode a batch together) draws lengths and refills its slots as responses end; all ranks exchange rollouts
+after the last generator has finished; each replica then trains on an equal share of the tokens; and the reduction of
+gradients waits for the slowest replica. With `rollout.overlap` the next rollouts are generated at the same time.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from nemo_popsd.planning.workload import Case
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """Mean seconds of one step, by what they are spent on; they sum to the time of a step."""
+    """Mean seconds of one step by activity; they sum to the time of a step."""
 
     decoding: float
-    """Generating, as long as on average over the generators."""
+    """Generation, averaged over the generators."""
     tail: float
-    """From then until the last generator has ended: its responses are longer, or its node is slow."""
+    """Additional time of the last generator, whose responses are longer or whose node is slow."""
     computing: float
-    """Frozen passes and training of a replica, on average."""
+    """Frozen passes and training, averaged over the replicas."""
     stragglers: float
-    """From then until the slowest replica has ended."""
+    """Additional time of the slowest replica."""
     reduction: float
-    """Reduction of gradients, which nothing hides, and its latency."""
+    """Part of the gradient reduction that does not overlap, and its latency."""
     hidden: float
-    """Negative: what overlapping rollouts hide."""
+    """Time that overlapping rollouts hide; negative."""
 
     @property
     def total(self) -> float:
@@ -64,9 +63,9 @@ class _Run:
         self._env = simpy.Environment()
         self._ready = simpy.Store(self._env, capacity=1)
         self._generated: list[tuple[float, float]] = []
-        """Of each step: mean and longest seconds of the generators."""
+        """For each step: mean and maximum seconds of the generators."""
         self._trained: list[tuple[float, float, float]] = []
-        """Of each step: mean and longest seconds of the replicas, and of the reduction."""
+        """For each step: mean and maximum seconds of the replicas, and seconds of the reduction."""
 
     def result(self) -> SimulatedStep:
         steps = self._case.plan.simulation.steps
@@ -80,7 +79,7 @@ class _Run:
         return SimulatedStep(*parts, hidden=-_above_zero(sum(parts) - total))
 
     def _rollouts(self, steps: int) -> Generator[simpy.Event, Any, None]:
-        """Generates the rollouts of each step: with overlap while the previous step trains."""
+        """Generates the rollouts of each step; with overlap while the previous step trains."""
         for _ in range(steps):
             begin, ended = self._env.now, list[tuple[int, float]]()
             processes = [self._env.process(self._generator(index, ended)) for index in range(self._generators)]
@@ -94,7 +93,7 @@ class _Run:
                 yield trained
 
     def _generator(self, index: int, ended: list[tuple[int, float]]) -> Generator[simpy.Event, Any, None]:
-        """One batch of slots: a slot takes the next response when its own has ended."""
+        """Simulates one batch of slots: a slot starts the next response when its current one ends."""
         case = self._case
         lengths = _lengths(case, self._random, case.generated_rows)
         slots = [0] * min(case.decoded_rows, len(lengths))
@@ -113,7 +112,7 @@ class _Run:
             tokens, trained = yield self._ready.get()
             work = alone * _share_of_work(case, tokens / mean_tokens)
             begin, ends = self._env.now, dict[float, float]()
-            # Replicas with the same work on nodes alike end together: one process for each kind of node.
+            # Replicas with equal work on equal nodes finish together: one process per kind of node.
             alike = [self._env.process(self._replicas(work, slowdown, ends)) for slowdown in set(self._slowdowns)]
             yield simpy.AllOf(self._env, alike)
             times = [ends[slowdown] - begin for slowdown in self._slowdowns]
@@ -127,12 +126,12 @@ class _Run:
 
 
 def _above_zero(seconds: float) -> float:
-    """0 for what is a rounding error."""
+    """`seconds`, or 0 for a rounding error."""
     return seconds if seconds > 1e-9 else 0.0
 
 
 def _slowdowns(case: Case) -> list[float]:
-    """Of each replica: that of its slowest node. The slow nodes are evenly spread."""
+    """Slowdown of each replica, which is that of its slowest node. Slow nodes are evenly distributed."""
     settings, layout = case.plan.simulation, case.layout
     slow = min(settings.slow_nodes, layout.nodes)
     nodes = {number * layout.nodes // slow for number in range(slow)} if slow else set()
@@ -150,15 +149,15 @@ def _slowdowns(case: Case) -> list[float]:
 
 
 def _lengths(case: Case, random: np.random.Generator, count: int) -> list[int]:
-    """Log-normal lengths with the planned mean, which end at the limit of the run."""
+    """Log-normal lengths with the planned mean, truncated at the limit of the run."""
     spread, mean = case.plan.simulation.length_spread, case.means.response
     drawn = random.lognormal(math.log(mean) - spread**2 / 2, spread, count)
     return [int(length) for length in np.clip(np.rint(drawn), 1, case.limits.response)]
 
 
 def _reduction(case: Case, seconds: StepSeconds) -> float:
-    """Seconds of what data-parallel ranks exchange: as planned without overlap with the backward, and a tree's
-    latency.
+    """Seconds of data-parallel communication: the planned part that does not overlap with the backward pass, and the
+    latency of a tree.
     """
     layout = case.layout
     if layout.dense_replicas == 1:
@@ -168,7 +167,7 @@ def _reduction(case: Case, seconds: StepSeconds) -> float:
 
 
 def _share_of_work(case: Case, share: float) -> float:
-    """Work of frozen passes and training over the planned, where responses have `share` of the planned tokens."""
+    """Work of frozen passes and training relative to the plan if responses have `share` of the planned tokens."""
     mean = case.means
     planned = sum(mean.of(branch) for branch in case.branches) + 3 * mean.student
     of_responses = (len(case.branches) + 3) * mean.response

@@ -16,8 +16,8 @@ from nemo_popsd.settings.checks import shown
 
 _EMBEDDED = Path(__file__).parent / "models"
 
-# What `config.json` does not state about a family: biases of q, k and v; norms of queries and keys, which are over one
-# head, or over all heads together.
+# Properties of a family that `config.json` does not state: biases of q, k and v; norms of queries and keys, per head or
+# over all heads together.
 _FAMILIES = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
@@ -32,19 +32,19 @@ class ModelSizes:
     """A decoder of one of the known families; the symbols are those of docs/planning.md."""
 
     name: str
-    """Its name."""
+    """Name of the model."""
     vocab: int
-    """V, true vocabulary."""
+    """V, vocabulary size without padding."""
     hidden: int
     """H, width of the residual stream."""
     layers: int
-    """L."""
+    """L, layers."""
     heads: int
     """n, query heads."""
     groups: int
     """g, key-value heads."""
     head_dim: int
-    """d."""
+    """d, size of a head."""
     intermediate: int
     """I, width of the MLP, or of one expert."""
     tied: bool
@@ -56,7 +56,7 @@ class ModelSizes:
     qk_norm: bool
     """Whether queries and keys are normalised."""
     joint_qk_norm: bool = False
-    """Whether their norms are over all heads together, with weights that are sharded as the heads are."""
+    """Whether these norms are over all heads together, with weights sharded like the heads."""
     experts: int = 0
     """E, experts of each layer; 0 for a dense model."""
     experts_per_token: int = 0
@@ -74,7 +74,7 @@ class ModelSizes:
 
 
 def embedded_models() -> list[str]:
-    """Names of the models whose sizes ship here."""
+    """Names of the models whose sizes ship with the package."""
     return sorted(file.stem for file in _EMBEDDED.glob("*.json"))
 
 
@@ -83,19 +83,19 @@ class ModelFile:
     """The ``config.json`` of a model."""
 
     name: str
-    """Of the model."""
+    """Name of the model."""
     content: Mapping[str, object]
-    """The file."""
+    """Content of the file."""
     origin: str
-    """Where it was read."""
+    """Where the file was read."""
 
 
 def read_model_file(source: str) -> ModelFile:
     """The ``config.json`` of the model that `student.source` names.
 
     Args:
-        source: a Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), an embedded model, or, where no
-            such file exists, a path whose last part is one of `embedded_models` in any case.
+        source: a Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), an embedded model, or, if no such
+            file exists, a path whose last part is one of `embedded_models`, case-insensitively.
 
     Raises:
         UserError: `source` is not one of these.
@@ -129,7 +129,7 @@ def read_sizes(source: str) -> tuple[ModelSizes, str]:
         source: see `read_model_file`.
 
     Raises:
-        UserError: `source` is no model, or its architecture is not supported.
+        UserError: `source` is not a model, or its architecture is not supported.
     """
     file = read_model_file(source)
     return _parse(file.content, file.name), file.origin
@@ -155,10 +155,10 @@ def _object(value: object, where: str) -> Mapping[str, object]:
 
 
 def _size(config: Mapping[str, object], name: str, default: object = None) -> int:
-    """The size `name` of `config`, or `default` where it is missing.
+    """The size `name` of `config`, or `default` if it is missing.
 
     Raises:
-        ValueError: it is not a positive integer.
+        ValueError: the size is not a positive integer.
     """
     value = config.get(name, default)
     value = default if value is None else value

@@ -1,7 +1,7 @@
-"""Bytes that one GPU sends in one step, by the dimension that sends them. Formulas: docs/planning.md, "Bytes moved".
+"""Bytes that one GPU sends in one step, by parallel dimension. Formulas: docs/planning.md, "Bytes moved".
 
-Ring algorithms: of a tensor of M bytes over k ranks an all-reduce sends 2·M·(k−1)/k from each, an all-gather or
-reduce-scatter M·(k−1)/k, a point-to-point transfer M.
+Ring algorithms are assumed: for a tensor of M bytes over k ranks, each rank sends 2·M·(k−1)/k in an all-reduce,
+M·(k−1)/k in an all-gather or reduce-scatter, and M in a point-to-point transfer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ def _ring(size: int) -> float:
 
 
 def tensor_forward(case: Case, tokens: float, *, adapters: bool) -> float:
-    """Bytes of the tensor-parallel collectives of one forward: [tokens, H] summed twice a layer and once to embed.
+    """Bytes of the tensor-parallel collectives of one forward: [tokens, H] summed twice per layer, once by the
+    embedding.
 
-    Sequence parallelism sends the same, as an all-gather and a reduce-scatter. Adapters add, for each layer, a gather
-    or a sum of [tokens, rank] for each, and a gather of [tokens, H] for those whose inputs are split.
+    Sequence parallelism sends the same bytes as an all-gather and a reduce-scatter. In each layer every adapter adds a
+    gather or sum of [tokens, rank], and adapters on split inputs add a gather of [tokens, H].
     """
     layout, sizes = case.layout, case.sizes
     layers = max(layout.stage_layers(sizes.layers))
@@ -36,10 +37,10 @@ def tensor_forward(case: Case, tokens: float, *, adapters: bool) -> float:
 
 
 def tensor_backward(case: Case, tokens: float) -> float:
-    """Bytes of the tensor-parallel collectives of one backward: [tokens, H] summed twice a layer.
+    """Bytes of the tensor-parallel collectives of one backward: [tokens, H] summed twice per layer.
 
-    It is summed once more for each adapter on full inputs. Under full fine-tuning, sequence parallelism gathers two
-    inputs a layer once more.
+    Each adapter on full inputs adds one sum. Under full fine-tuning, sequence parallelism gathers two inputs per layer
+    once more.
     """
     layout, sizes, student = case.layout, case.sizes, case.config.student
     layers = max(layout.stage_layers(sizes.layers))
@@ -55,8 +56,8 @@ def tensor_backward(case: Case, tokens: float) -> float:
 
 
 def context_forward(case: Case, tokens: float) -> float:
-    """Bytes of keys and values gathered over the context-parallel ranks, or passed on around them, in one forward; of
-    queries, keys, values and outputs between ranks that divide heads.
+    """Bytes of context-parallel communication in one forward: keys and values that are gathered or passed around a
+    ring; queries, keys, values and outputs between ranks that divide the heads.
     """
     layout, sizes = case.layout, case.sizes
     layers, heads = max(layout.stage_layers(sizes.layers)), layout.context_heads
@@ -66,7 +67,7 @@ def context_forward(case: Case, tokens: float) -> float:
 
 
 def stage_transfer(case: Case, tokens: float) -> float:
-    """Bytes of hidden states that a stage sends on in one forward."""
+    """Bytes of hidden states that a stage sends to the next one in one forward."""
     layout = case.layout
     if layout.pipeline == 1:
         return 0.0
@@ -75,8 +76,8 @@ def stage_transfer(case: Case, tokens: float) -> float:
 
 
 def expert_forward(case: Case, tokens: float) -> float:
-    """Bytes of tokens sent to their experts and back in one forward, and gathered and summed over the ranks of an
-    expert's parts.
+    """Bytes of tokens sent to their experts and back in one forward, and of those gathered and summed over the ranks
+    that share an expert.
     """
     layout, sizes = case.layout, case.sizes
     if layout.expert == 1:
@@ -96,7 +97,7 @@ def sampling_calls(case: Case) -> int:
 
 
 def sampling(case: Case) -> float:
-    """Bytes that sampling one token sends: the best k of each shard; or a few sums, and with top-p alone histograms."""
+    """Bytes sent to sample one token: the top k of each shard; or a few sums, plus histograms with top-p alone."""
     rollout, ranks = case.config.rollout, case.layout.tensor
     calls = sampling_calls(case)
     if calls == 1:
@@ -106,8 +107,8 @@ def sampling(case: Case) -> float:
 
 
 def reduction(case: Case) -> dict[str, float]:
-    """Bytes of one update: gradients reduced over data-parallel ranks, and with the distributed optimizer the updated
-    weights gathered.
+    """Bytes of one update: gradients reduced over data-parallel ranks and, with the distributed optimizer, gathered
+    weights.
     """
     layout, student = case.layout, case.config.student
     gradients = weights = 0.0
@@ -143,16 +144,16 @@ class StepTraffic:
     training: Phase
     """Student, loss, gradients."""
     weight_gather: float
-    """Of `training.data`, what gathers updated weights."""
+    """Part of `training.data` that gathers updated weights."""
     from_host: float
-    """Bytes of the frozen copy that come from the host."""
+    """Bytes of the frozen copy that are transferred from the host."""
 
 
 def step(case: Case, *, from_host: float) -> StepTraffic:
     """Bytes of one step; `from_host`: bytes of the frozen copy that are kept on the host."""
     rows, mean, layout = case.rows, case.means, case.layout
     sizes = case.sizes
-    # No sequence is split while decoding, which the divisions by c below assume.
+    # Decoding splits no sequence, so this undoes the divisions by c below.
     prefilled = case.prefilled_rows * (mean.prompt - 1)
     generated = (prefilled + case.generated_rows * mean.response) * layout.context
     sampled = case.generated_rows * mean.response * sampling(case)

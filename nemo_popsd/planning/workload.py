@@ -1,4 +1,4 @@
-"""The sizes of one step: rows of a rank, lengths, micro-batches, branches, decoding batches."""
+"""Sizes of one step: rows of a rank, lengths, micro-batches, branches, decoding batches."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from nemo_popsd.planning.sizes import ModelSizes
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one row. Both teachers' templates are not counted."""
+    """Numbers of tokens of one row. The templates of the teachers are not counted."""
 
     prompt: int
     """P, student prompt."""
     reference: int
     """F, reference text."""
     response: int
-    """R."""
+    """R, response."""
 
     @property
     def student(self) -> int:
-        """P + R, also the base's."""
+        """P + R, also the length for the base."""
         return self.prompt + self.response
 
     @property
@@ -50,9 +50,9 @@ class Lengths:
 
 
 def frozen_branches(config: DistillationConfig) -> tuple[str, ...]:
-    """The frozen branches that `nemo_popsd.training.branches` runs for a target and its diagnosis, by their contexts.
+    """Contexts of the frozen branches that `nemo_popsd.training.branches` runs for a target and its diagnosis.
 
-    A second context that holds another row's reference has the question too: it counts as a privileged one.
+    A second context with the reference of another row also contains the question, so it counts as privileged.
     """
     branches = build_target(config.target).frozen_branches(diagnosed=config.diagnosed_tokens > 0)
     contexts = {"reference": "privileged"} if config.target.borrowed == "reference" else {}
@@ -66,16 +66,16 @@ class Case:
     config: PopsdConfig
     """The run."""
     plan: PlanConfig
-    """Assumptions."""
+    """Assumptions of the plan."""
     sizes: ModelSizes
     """The model."""
     nodes: int
-    """Nodes."""
+    """Number of nodes."""
     device: str = "cuda"
     """Type of the device on which the run computes."""
 
     def replace(self, settings: Mapping[str, object]) -> Case:
-        """The same run with other values of dotted settings, as in ``{"parallel.tensor": 2}``; nothing is checked."""
+        """The same run with other values of dotted settings, such as ``{"parallel.tensor": 2}``, without checks."""
         config = copy.copy(self.config)
         for name, value in settings.items():
             *sections, field = name.split(".")
@@ -109,7 +109,7 @@ class Case:
 
     @property
     def gradient_element(self) -> int:
-        """Bytes in which a gradient is accumulated and reduced."""
+        """Bytes per element in which gradients are accumulated and reduced."""
         return 2 if self.config.optimizer.grad_dtype == "bf16" else 4
 
     @property
@@ -119,7 +119,7 @@ class Case:
 
     @property
     def plain(self) -> bool:
-        """Whether layers keep what plain torch keeps: the run asks for local layers, or the plan for `plain` ones."""
+        """Whether layers keep the activations of plain torch: the run sets local layers, or the plan `plain` ones."""
         return self.config.student.layers == "local" or self.plan.workload.layers == "plain"
 
     @property
@@ -130,7 +130,7 @@ class Case:
 
     @property
     def responses(self) -> int:
-        """n, responses to each prompt."""
+        """n, responses per prompt."""
         return self.config.rollout.per_prompt
 
     @property
@@ -145,7 +145,7 @@ class Case:
 
     @cached_property
     def limits(self) -> Lengths:
-        """The longest that the run admits: what memory is planned for."""
+        """The maximum lengths of the run, for which memory is planned."""
         data = self.config.data
         # Without texts both teachers have the view `none`.
         reference = data.max_reference_tokens if Views.of(data_settings(self.config)).texts else 0
@@ -153,7 +153,7 @@ class Case:
 
     @cached_property
     def means(self) -> Lengths:
-        """The mean lengths: what time and work are estimated for."""
+        """The mean lengths, for which time and work are estimated."""
         work, limits = self.plan.workload, self.limits
         return Lengths(
             work.prompt_tokens or limits.prompt,
@@ -163,7 +163,7 @@ class Case:
 
     @cached_property
     def target(self) -> Target:
-        """The target distribution: how many vectors and branches it takes."""
+        """The target distribution, which determines the numbers of vectors and branches."""
         return build_target(self.config.distillation.target)
 
     @cached_property
@@ -173,44 +173,44 @@ class Case:
 
     @property
     def updates(self) -> int:
-        """u, optimizer updates of one step, each on an equal part of the rows."""
+        """u, optimizer updates per step, each on an equal part of the rows."""
         return self.config.training.updates_per_step
 
     @property
     def microbatch_rows(self) -> int:
-        """Most responses of one student micro-batch."""
+        """Maximum number of responses in one student micro-batch."""
         fitting = max(1, self.config.training.microbatch_tokens // self.limits.student)
         return min(fitting, math.ceil(self.rows / self.updates))
 
     @property
     def microbatch_tokens(self) -> int:
-        """Most padded tokens of one student micro-batch."""
+        """Maximum number of padded tokens in one student micro-batch."""
         return self.microbatch_rows * self.limits.student
 
     @property
     def microbatch_responses(self) -> int:
-        """Most response tokens of one student micro-batch whose loss is this rank's."""
+        """Maximum number of response tokens of one student micro-batch whose loss one rank computes."""
         return math.ceil(self.microbatch_rows * self.limits.response / self.layout.context)
 
     @property
     def owned_rows(self) -> float:
-        """r/c, rows whose responses' loss a rank computes: context-parallel ranks divide the response tokens."""
+        """r/c, number of rows whose loss a rank computes: context-parallel ranks divide the response tokens."""
         return self.rows / self.layout.context
 
     @property
     def microbatches(self) -> int:
-        """m, student micro-batches of a rank and update, at the mean lengths."""
+        """m, student micro-batches per rank and update, at the mean lengths."""
         return math.ceil(
             self.rows / self.updates / max(1, self.config.training.microbatch_tokens // self.means.student)
         )
 
     def frozen_batches(self, lengths: Lengths) -> list[Packed]:
-        """The packed micro-batches of the frozen forwards, each sequence on its own, where all rows have `lengths`."""
+        """Packed micro-batches of the frozen forwards, each sequence separate, if all rows have `lengths`."""
         contexts = [(lengths.of(branch), lengths.response) for branch in self.branches for _ in range(self.rows)]
         return packed(contexts, self.config.training.frozen_tokens, self.layout)
 
     def student_batches(self, lengths: Lengths) -> list[Packed]:
-        """Those of the student in one update."""
+        """Packed micro-batches of the student in one update, if all rows have `lengths`."""
         rows = math.ceil(self.rows / self.updates)
         own = [(lengths.student, lengths.response)] * rows
         return packed(own, self.config.training.microbatch_tokens, self.layout)
@@ -223,7 +223,7 @@ class Case:
         return shares_prefixes(self.config) and self.layout.context == self.layout.expert == 1
 
     def frozen_work(self, lengths: Lengths, *, shared: bool | None = None) -> FrozenWork:
-        """What the frozen branches compute for one question; `shared` is by default what the run does."""
+        """Work of the frozen branches for one question; `shared` defaults to whether the run shares prefixes."""
         if not (self.shares_prefixes if shared is None else shared):
             return FrozenWork.separate([lengths.of(branch) for branch in self.branches], self.responses)
         question, reference = ("question", lengths.prompt), ("reference", lengths.reference)
@@ -240,7 +240,7 @@ class Case:
 
     @property
     def frozen_tokens(self) -> int:
-        """Most padded tokens of one frozen forward."""
+        """Maximum number of padded tokens in one frozen forward."""
         if self.config.training.packing and not self.shares_prefixes:
             return max(batch.tokens for batch in self.frozen_batches(self.limits))
         work = self.frozen_work(self.limits)
@@ -248,7 +248,7 @@ class Case:
 
     @property
     def kept_positions(self) -> int:
-        """Most positions whose keys and values are kept between two frozen forwards, of which there are several."""
+        """Maximum number of positions whose keys and values are kept from one frozen forward to the next."""
         work = self.frozen_work(self.limits)
         if self.questions * work.tokens <= self.config.training.frozen_tokens:
             return 0
@@ -256,14 +256,14 @@ class Case:
 
     @property
     def frozen_forwards(self) -> int:
-        """Frozen forwards of a rank and step, at the mean lengths."""
+        """Frozen forwards per rank and step, at the mean lengths."""
         tokens = self.questions * self.frozen_work(self.means).tokens
         return math.ceil(tokens / self.config.training.frozen_tokens)
 
     @property
     def generated_rows(self) -> int:
-        """Responses that a rank generates: context-parallel ranks divide the rows, replicas that share experts
-        generate for the rows of all of them.
+        """Number of responses that a rank generates. Context-parallel ranks divide the rows; replicas that share
+        experts generate the rows of all of them.
         """
         if self.layout.expert > 1:
             return self.rows * self.layout.sharing_replicas
@@ -271,7 +271,7 @@ class Case:
 
     @property
     def prefilled_rows(self) -> int:
-        """Prompts that fill the cache of a rank: each once, for all responses to it that the rank generates."""
+        """Number of prompts that a rank prefills: each once for all responses to it that the rank generates."""
         if self.layout.expert > 1:
             return self.questions * self.layout.sharing_replicas
         return min(self.questions, self.generated_rows)
@@ -284,5 +284,5 @@ class Case:
 
     @property
     def decoding_waves(self) -> int:
-        """Batches of `decoded_rows`, one after the other."""
+        """Number of batches of `decoded_rows` that run one after the other."""
         return math.ceil(self.generated_rows / self.decoded_rows)

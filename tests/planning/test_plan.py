@@ -129,7 +129,7 @@ def test_fp8_that_would_be_refused_is_a_problem() -> None:
     assert problems(case("Qwen3-4B", on, tensor=2)) == problems(case("Qwen3-4B", tensor=8)) == []
     narrow = problems(case("Qwen3-4B", on, tensor=8))
     assert [line.split()[0] for line in narrow] == ["linear_fc2"], narrow
-    assert "1216 x 2560 on a rank is no multiple of 128" in narrow[0]
+    assert "1216 x 2560 on a rank is not a multiple of 128" in narrow[0]
     assert problems(case("Qwen3-4B", on, "fp8.recipe=tensorwise", tensor=8)) == []
     assert problems(case("Qwen3-30B-A3B", on)) == ["fp8.frozen=true needs a dense model"]
 
