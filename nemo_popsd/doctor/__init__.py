@@ -1,1 +1,1 @@
-"""`popsd doctor`: checks an environment and a machine for what a run needs. Works without any installed package."""
+"""`popsd doctor`: checks whether an environment and a machine meet the needs of a run. Needs no installed package."""

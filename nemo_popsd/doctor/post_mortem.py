@@ -1,4 +1,4 @@
-"""What probably happened to a run: causes in order of probability, each with its evidence and one command to go on."""
+"""Finds why a run ended: causes in order of probability, each with its evidence and a command to continue."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LIKELIHOODS = ((ROOT - 10, "very likely"), (UNCLEAR - 10, "likely"), (0, "possi
 _MOST_EVIDENCE = 4
 _LONGEST_TEXT = 300
 _FIRST_TO_END = 4
-"""Added to the weight of what the rank that ended first reports."""
+"""Added to the weight of the error that the rank that ended first reports."""
 _SIGNALS = {132: "segfault", 134: "segfault", 135: "shared_memory", 137: "killed", 139: "segfault"}
-"""Symptoms of a shell's statuses of signals."""
+"""Symptoms by the exit status that a shell reports for a signal."""
 _BY_NAME = {symptom.name: symptom for symptom in SYMPTOMS}
 _STEP = re.compile(r"\bstep (\d+)")
 _STOP = re.compile(r"popsd: (stopped by )?SIG\w+")
@@ -34,7 +34,7 @@ _PATIENCE = (5.0, 120.0)
 
 @dataclass
 class Cause:
-    """What may have happened."""
+    """A possible cause."""
 
     name: str
     what: str
@@ -44,7 +44,7 @@ class Cause:
 
     @property
     def likelihood(self) -> str:
-        """In words."""
+        """The likelihood in words."""
         return next(words for least, words in _LIKELIHOODS if self.weight >= least)
 
 
@@ -55,15 +55,15 @@ class PostMortem:
     remains: Remains
     state: State
     causes: Sequence[Cause]
-    """The most probable one first; none is a certainty."""
+    """Possible causes, the most probable one first."""
 
 
 def examine_remains(remains: Remains, *, now: float | None = None) -> PostMortem:
-    """Finds the state of a run and what probably brought it there.
+    """Finds the state of a run and its probable causes.
 
     Args:
-        remains: what it left.
-        now: seconds since 1970; None for the present.
+        remains: files that the run left.
+        now: current time in seconds since 1970; None reads the clock.
     """
     state = _state(remains)
     moment = time.time() if now is None else now
@@ -173,7 +173,7 @@ def _ends(remains: Remains) -> Sequence[RankEnd]:
 
 
 def _symptom_of(end: RankEnd) -> Symptom:
-    """What the error of a rank means, by its text, else by its status."""
+    """The symptom of a rank's error, by its text if it matches one, otherwise by its exit status."""
     return meaning(end.error) or _BY_NAME["user_error" if end.status == 2 else "defect" if end.where else "transient"]
 
 
@@ -183,7 +183,7 @@ def _of_end(end: RankEnd) -> Line:
 
 
 def _add_servers(remains: Remains, found: dict[str, Cause]) -> None:
-    """Errors in the logs of vLLM servers: the reason of a lost server, else of little weight."""
+    """Adds errors in the logs of vLLM servers: the reason if a server was lost, otherwise of little weight."""
     lost = found.get("vllm")
     for lines in remains.servers.values():
         for line in lines:
@@ -207,7 +207,7 @@ def _add_servers(remains: Remains, found: dict[str, Cause]) -> None:
 
 
 def _add_dumps(remains: Remains, found: dict[str, Cause]) -> None:
-    """Dumps of the last attempt: of the Flight Recorder at a time-out, and of the memory when it ran out."""
+    """Adds dumps of the last attempt: of the Flight Recorder after a timeout, and of the memory after it ran out."""
     began = remains.attempt.began if remains.attempt else 0.0
     recent = [path for path in remains.dumps if path.stat().st_mtime >= began]
     flights = [path for path in recent if path.name.startswith(FLIGHT_PREFIX)]
@@ -225,7 +225,7 @@ def _add_dumps(remains: Remains, found: dict[str, Cause]) -> None:
 
 
 def _add_unrecorded(remains: Remains, found: dict[str, Cause]) -> None:
-    """Ranks that recorded no end, and ranks that recorded no beginning."""
+    """Adds ranks that recorded no end, and ranks that recorded no beginning."""
     attempt = remains.attempt
     if attempt is None:
         return
@@ -257,7 +257,7 @@ def _add_unrecorded(remains: Remains, found: dict[str, Cause]) -> None:
 
 
 def _add_versions(remains: Remains, found: dict[str, Cause]) -> None:
-    """Versions that differ from those of the attempt before."""
+    """Adds library versions that differ from those of the previous attempt."""
     if len(remains.attempts) < 2:
         return
     before, last = (attempt.versions for attempt in remains.attempts[-2:])
@@ -271,7 +271,7 @@ def _add_versions(remains: Remains, found: dict[str, Cause]) -> None:
 
 
 def _cause(found: dict[str, Cause], name: str, weight: float, remains: Remains) -> Cause:
-    """The cause of a symptom, with at least this weight."""
+    """The cause for a symptom, created if missing, with at least the given weight."""
     symptom = _BY_NAME[name]
     cause = found.setdefault(name, Cause(name, symptom.what, weight, _command(symptom.next, remains, "")))
     cause.weight = max(cause.weight, weight)
@@ -301,13 +301,13 @@ def _quoted(path: Path) -> str:
 
 
 def shown_path(line: Line, output: Path) -> str:
-    """File and line of some evidence, relative to the output where it is below it."""
+    """File and line of evidence; the path is relative to `output` if it is below it."""
     file = line.file.relative_to(output) if line.file.is_relative_to(output) else line.file
     return f"{file}:{line.number}" if line.number else str(file)
 
 
 def facts(remains: Remains) -> Iterator[tuple[str, str]]:
-    """Name and text of what is known about the run, whatever happened."""
+    """Name and text of each known fact about the run."""
     training = remains.config.get("training")
     steps = training.get("steps") if isinstance(training, dict) else None
     yield "steps", f"{remains.last_step} of {steps or 'an unknown number'} with metrics"

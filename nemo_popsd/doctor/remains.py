@@ -1,4 +1,4 @@
-"""What a run left on the disk: attempts of its ranks, logs, metrics, checkpoints, marks, dumps. Reads only."""
+"""Reads what a run left on disk: attempts of its ranks, logs, metrics, checkpoints, marks, dumps. Writes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOGS = ("*.log", "*.out", "*.err", "**/stderr.log", "**/stdout.log")
 _NEW_ATTEMPT = re.compile(r"beginning at step 1\b|resuming after step \d+ from|, start \d+: \d+ nodes")
 """Lines with which an attempt begins, in the output of a run and in that of `slurm/train.sh`."""
 _MOST_LINES = 20000
-"""Lines that are read of the end of one log."""
+"""Number of lines that are read from the end of one log."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Line:
 
     file: Path
     number: int
-    """Counted from 1; 0 for a file as a whole."""
+    """Line number from 1; 0 stands for the entire file."""
     text: str
 
 
@@ -47,30 +47,30 @@ class ExitFile:
 
 @dataclass(frozen=True)
 class Remains:
-    """What is on the disk. Everything but the directory may be missing."""
+    """Files of a run on disk. Everything except the directory may be missing."""
 
     output: Path
     config: Mapping[str, Any]
     attempts: Sequence[Attempt]
     holder: tuple[Holder, float] | None
-    """The process that holds the lock, if it is alive, and the seconds since its heartbeat."""
+    """The process that holds the lock, if it is alive, and the seconds since its last heartbeat."""
     done: bool
     stopped: bool
-    """Whether the run stopped on a signal and has saved."""
+    """Whether the run stopped on a signal and saved."""
     metrics: Sequence[tuple[int, Mapping[str, Any]]]
-    """Number and content of the lines of metrics.jsonl."""
+    """Line number and content of each line of metrics.jsonl."""
     checkpoints: Mapping[str, int | None]
     """Step of each checkpoint by name; None for one without a manifest, which is incomplete."""
     logs: Mapping[Path, Sequence[Line]]
-    """Lines of the last attempt, as far as a log tells attempts apart."""
+    """Lines of the last attempt, if the log distinguishes attempts."""
     servers: Mapping[Path, Sequence[Line]]
-    """The same of vLLM servers."""
+    """Lines of the logs of vLLM servers, likewise."""
     exits: Sequence[ExitFile]
     dumps: Sequence[Path]
 
     @property
     def attempt(self) -> Attempt | None:
-        """The last one."""
+        """The last attempt."""
         return self.attempts[-1] if self.attempts else None
 
     @property
@@ -81,7 +81,7 @@ class Remains:
 
     @property
     def last_step(self) -> int:
-        """The last step with metrics of training; 0 if there is none."""
+        """The last step with training metrics; 0 if there is none."""
         return max((int(line.get("step", 0)) for _, line in self.metrics if "train/loss" in line), default=0)
 
     @property
@@ -103,11 +103,11 @@ def read_remains(output: Path, logs: Sequence[Path] = ()) -> Remains:
     """Reads the directory of a run.
 
     Args:
-        output: of the run.
-        logs: further logs, or folders of logs, such as those of a batch job that the run did not record.
+        output: output directory of the run.
+        logs: additional logs or folders of logs, such as those of a batch job that the run did not record.
 
     Raises:
-        UserError: `output` is not a directory, or has nothing that a run writes; or one of `logs` does not exist.
+        UserError: `output` is not a directory or contains no files of a run, or one of `logs` does not exist.
     """
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if not names & {"config.yaml", FILE_NAME, "ranks", "checkpoints", "lock"}:

@@ -1,4 +1,4 @@
-"""Checks of one run: its configuration, its paths, and an output that all nodes see."""
+"""Checks one run: its configuration, its paths, and whether all nodes see its output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def examine_run(
 
     Args:
         conf: configuration file.
-        overrides: ``key=value``.
+        overrides: ``key=value`` overrides.
         world_size: number of ranks of the run.
         evaluates: whether the run is an evaluation.
         checkpoint: checkpoint to evaluate; None for `student.source`.
@@ -55,7 +55,7 @@ def examine_run(
 
 
 def _needed_libraries(config: PopsdConfig) -> Iterator[tuple[str, object, object, str]]:
-    """Setting, its value, the value that needs nothing, and the module that the value needs."""
+    """For each setting that needs a library: its name, its value, a value that needs none, and the module."""
     student, optimizer = config.student, config.optimizer
     engine = "transformer_engine"
     if student.layers == engine:

@@ -1,4 +1,4 @@
-"""What the texts that a dead run leaves mean: those of this package, torch, NCCL, gloo, vLLM, Slurm and the kernel."""
+"""Meaning of error texts that a failed run leaves: of this package, torch, NCCL, gloo, vLLM, Slurm and the kernel."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import re
 from dataclasses import dataclass
 
 ROOT, UNCLEAR, EFFECT = 90, 55, 20
-"""How much a text explains: the cause itself; that something happened, but not why; what another rank caused."""
+"""Weight of a text: it states the cause; it states that something failed, but not why; it is the effect of another
+rank's failure."""
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """A text and its meaning."""
+    """An error text and its meaning."""
 
     name: str
     pattern: re.Pattern[str]
     what: str
     """What happened."""
     next: str
-    """One command; `{output}`, `{config}`, `{step}`, `{job}`, `{server}` are replaced."""
+    """A command; `{output}`, `{config}`, `{step}`, `{job}`, `{server}` are replaced."""
     weight: int = ROOT
     of_servers: bool = False
-    """Whether it is also searched in the logs of vLLM servers."""
+    """Whether the logs of vLLM servers are searched as well."""
 
 
 def _symptom(
@@ -124,7 +125,7 @@ SYMPTOMS = (
         "timeout",
         r"waited longer than .* for another rank|Watchdog caught collective operation timeout|"
         r"Timed out waiting \d+ms for (recv|send)|collective operation timeout|Wait timeout",
-        "a rank waited for another one until the time limit: that one hung, was stopped, or needed longer",
+        "a rank waited for another one until the time limit: the other rank hung, was stopped, or was slower",
         "popsd doctor --run {output}  # while it hangs, with `py-spy dump --pid PID` on each rank",
         UNCLEAR + 10,
     ),
@@ -138,7 +139,7 @@ SYMPTOMS = (
     _symptom(
         "user_error",
         r"popsd: error: .*: got .*; need ",
-        "something must be changed first; the message states what, and how",
+        "a setting or file must be changed first; the message names it and the fix",
         "popsd doctor {config}",
         UNCLEAR + 20,
     ),
@@ -163,6 +164,6 @@ SYMPTOMS = (
 
 
 def meaning(text: str) -> Symptom | None:
-    """The symptom with the greatest weight that `text` shows."""
+    """The symptom with the greatest weight that matches `text`."""
     found = [symptom for symptom in SYMPTOMS if symptom.pattern.search(text)]
     return max(found, key=lambda symptom: symptom.weight, default=None)

@@ -20,7 +20,7 @@ def exit_status(result: PostMortem) -> int:
 
 
 def as_text(result: PostMortem) -> str:
-    """State and facts, then the causes, each with its evidence and a command."""
+    """State and facts, followed by the causes with evidence and a command each."""
     output = result.remains.output
     known = list(facts(result.remains))
     width = max(len(name) for name, _ in known)

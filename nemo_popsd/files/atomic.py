@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, even if the process or the machine stops while they are written.
+"""Writes files and directories that are complete or absent, even if the process or the machine stops during the write.
 
 The order is always: write under another name, flush file and directory to the disk, rename, flush the parent directory.
 Directories carry the mark of `nemo_popsd.files.ownership` from their creation; a directory without the mark is never
@@ -34,10 +34,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """As `write_text`, for text that is made piece by piece and never in memory as a whole.
+    """Like `write_text`, for text that is generated line by line and never held in memory as a whole.
 
     Raises:
-        OSError: the file cannot be written; an error of `lines` leaves the old file, too.
+        OSError: the file cannot be written. After an error in `lines` the old file remains as well.
     """
     partial = path.with_name(f"{path.name}.popsd-{secrets.token_hex(4)}{PARTIAL}")
     try:
@@ -61,7 +61,7 @@ def remove_partial_files(directory: Path) -> None:
 
 
 def flush_tree(directory: Path) -> None:
-    """Waits until every file and directory below `directory`, itself included, is on the disk."""
+    """Waits until `directory` and every file and directory below it are on the disk."""
     for folder, _, files in os.walk(directory):
         for name in files:
             flush_file(Path(folder) / name)
@@ -91,7 +91,7 @@ def refuse_occupied(path: Path, kind: str, *, setting: str = "output") -> None:
     """Refuses to write the directory `path` if anything not written by nemo_popsd has one of the names that it needs.
 
     Raises:
-        UserError: names what is there.
+        UserError: names the existing file or directory.
     """
     for name in names_needed(path):
         refuse_foreign(name, kind, setting=setting)

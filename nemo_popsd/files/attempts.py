@@ -1,4 +1,4 @@
-"""How each rank of a run began and ended, in `<output>/ranks/rank-00000.jsonl`; `popsd doctor --run` reads it.
+"""Records how each rank of a run began and ended, in `<output>/ranks/rank-00000.jsonl`, for `popsd doctor --run`.
 
 An attempt is one start of the run. A rank appends a line when it begins and one when it ends, with its exit status and
 error. A rank without a line at its end was killed, or still runs.
@@ -25,7 +25,7 @@ from nemo_popsd.files.lock_holder import Holder, this_process
 FOLDER = "ranks"
 """Folder below `output`."""
 FILES = ("rank-*.jsonl",)
-"""Names of the files in it."""
+"""Patterns of the file names in this folder."""
 _LIBRARIES = ("nemo_popsd", "nemo_toolkit", "megatron-core", "megatron-bridge", "torch", "transformers")
 _FRAMES = 6
 _LONGEST_ERROR = 4000
@@ -38,13 +38,13 @@ class RankRecord:
     """
 
     def __init__(self, output: str | Path, *, rank: int, ranks: int, replaces: bool = False) -> None:
-        """Writes nothing yet.
+        """Creates the record without writing anything.
 
         Args:
-            output: of the run.
-            rank: of this process.
+            output: output directory of the run.
+            rank: rank of this process.
             ranks: number of processes.
-            replaces: the run replaces an earlier one, whose lines are removed.
+            replaces: whether the run replaces an earlier one, whose lines are then removed.
         """
         self._file = Path(output) / FOLDER / f"rank-{rank:05d}.jsonl"
         self._rank = rank
@@ -83,8 +83,8 @@ class RankRecord:
 
         Args:
             status: exit status.
-            text: the error, or why it ends.
-            where: the innermost frames, of a defect.
+            text: the error, or the reason for the end.
+            where: the innermost frames of an unexpected error.
         """
         if not self._attempt:
             return
@@ -137,9 +137,9 @@ class RankEnd:
     """Line of the end, or of the beginning if there is no end."""
     process: Holder
     began: float
-    """By the clock of its machine, in seconds since 1970."""
+    """Start time by the clock of the rank's machine, in seconds since 1970."""
     ended: float | None
-    """Likewise; None if there is no end."""
+    """End time by the same clock; None if no end was recorded."""
     status: int | None
     error: str
     where: str
@@ -156,16 +156,16 @@ class Attempt:
     """Folder of the batch job's logs; empty outside of one."""
     versions: Mapping[str, str | None]
     ends: tuple[RankEnd, ...]
-    """Of the ranks that recorded anything, by rank."""
+    """The ends of ranks that recorded anything, by rank."""
 
     @property
     def began(self) -> float:
-        """When its first rank began."""
+        """Time at which the first rank began."""
         return min(end.began for end in self.ends)
 
 
 def read_attempts(output: str | Path) -> list[Attempt]:
-    """The attempts of the run in `output`, the last one last. Damaged lines are left out."""
+    """The attempts of the run in `output` in chronological order. Damaged lines are skipped."""
     begins: dict[str, dict[int, tuple[Path, int, dict[str, Any]]]] = {}
     ends: dict[tuple[str, int], tuple[int, dict[str, Any]]] = {}
     for file in sorted((Path(output) / FOLDER).glob(FILES[0])):

@@ -35,7 +35,7 @@ def read_json(path: Path) -> object:
     """The content of a JSON file.
 
     Raises:
-        UserError: it is not readable, or not JSON.
+        UserError: the file is not readable, or not JSON.
     """
     return parse_json(_content(path), path)
 
@@ -77,7 +77,7 @@ def decode_json(text: bytes | str, *, strict: bool = False) -> object:
         strict: require that no object repeats a key and that every number is finite.
 
     Raises:
-        ValueError: with a reason in one phrase.
+        ValueError: gives the reason in one phrase.
     """
     try:
         if strict:

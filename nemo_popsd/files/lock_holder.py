@@ -1,4 +1,4 @@
-"""The identity of a process, as other processes of the same machine, other machines or the same batch job read it."""
+"""The identity of a process for other processes on the same machine, on other machines or in the same batch job."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Holder:
     job: str = ""
     """Batch job and its cluster; empty outside of one."""
     start: int = 0
-    """How often the batch system has restarted the job."""
+    """Number of times that the batch system has restarted the job."""
     since: str = ""
-    """When the process took the lock, by its own clock, for messages."""
+    """Time at which the process took the lock, by its own clock, for messages."""
 
     @classmethod
     def read(cls, path: Path) -> Holder:
@@ -96,7 +96,7 @@ def this_process() -> Holder:
 
 
 def _machine() -> str:
-    """Boot ID and PID namespace; empty if the system does not give them, and then no process counts as local."""
+    """Boot ID and PID namespace; empty if the system does not report them, in which case no process counts as local."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -49,7 +49,7 @@ _OUTPUT_ADVICE = {"need": "a directory that can be written", "fix": "free space,
 
 @dataclass(frozen=True)
 class Hold:
-    """A lock that was taken; every rank of the run can check whether it is still held."""
+    """An acquired lock; every rank of the run can check whether it is still held."""
 
     folder: Path
     """Folder of the lock."""
@@ -70,9 +70,9 @@ class Hold:
         """Raises if the lock is no longer held.
 
         Raises:
-            UserError: another run has taken it over.
-            TransientError: it was removed, or a later start of the same job has taken it over.
-            OSError: from the file system.
+            UserError: another run has taken over the lock.
+            TransientError: the lock was removed, or a later start of the same job has taken it over.
+            OSError: the file system failed.
         """
         what = f"output {str(self.folder.parent)!r}"
         generation, holder = _current_with_retries(self.folder)
@@ -119,7 +119,7 @@ class OutputLock:
 
         Raises:
             UserError: another run holds the lock, or nothing can be written there.
-            TransientError: an earlier start of the same job does not leave, or the file system failed.
+            TransientError: an earlier start of the same job does not stop, or the file system failed.
         """
         self._report = report or (lambda text: print(f"popsd: {text}", file=sys.stderr, flush=True))
         self._output = Path(output).expanduser()
@@ -338,7 +338,7 @@ def _current(folder: Path) -> tuple[int, Holder]:
 
 
 def _current_with_retries(folder: Path) -> tuple[int, Holder]:
-    """`_current`, tried again for some seconds after transient faults, such as a file server that fails over."""
+    """Calls `_current`, and retries for some seconds after transient faults such as a failover of the file server."""
     for _ in range(_TRIES - 1):
         try:
             return _current(folder)

@@ -114,9 +114,9 @@ def refuse_foreign(path: Path, kind: str, *, setting: str = "output") -> None:
     """Refuses to replace or remove anything that this package did not write.
 
     Args:
-        path: to be replaced.
-        kind: that it must be.
-        setting: that names `path`, for the message.
+        path: path to be replaced.
+        kind: kind of directory that `path` must be.
+        setting: setting that contains `path`, for the message.
 
     Raises:
         UserError: something else is there.
@@ -134,8 +134,8 @@ def refuse_foreign_archive(path: Path, *, setting: str = "output") -> None:
     """Refuses to replace a file that is not a packed checkpoint of this package.
 
     Args:
-        path: to be replaced.
-        setting: that names `path`, for the message.
+        path: path to be replaced.
+        setting: setting that contains `path`, for the message.
 
     Raises:
         UserError: something else is there.
@@ -158,9 +158,9 @@ def refuse_overlap(path: Path, keep: Mapping[str, str | Path], *, setting: str) 
     """Refuses to write into or over directories that are read. Symbolic links are resolved.
 
     Args:
-        path: to be written.
+        path: path to be written.
         keep: paths that must not change, by their description.
-        setting: that names `path`, for the message.
+        setting: setting that contains `path`, for the message.
 
     Raises:
         UserError: `path` equals, lies inside, or contains one of them.

@@ -1,4 +1,4 @@
-"""What one rank writes to a checkpoint: files and bytes, as the run's own code divides them, without writing."""
+"""Files and bytes that one rank writes to a checkpoint, as divided by the code of the run, without writing them."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ from nemo_popsd.checkpoint.weights import adapter_parameters, every_parameter, s
 from nemo_popsd.megatron.interfaces import ModelChunk
 
 _FILES = 2
-"""Megatron divides a rank's shards among as many files."""
+"""Number of files among which Megatron divides the shards of a rank."""
 _FP32 = 4
 
 
 @dataclass(frozen=True)
 class CheckpointShare:
-    """Bytes of a rank's shards, without small files."""
+    """Files and bytes of the shards of a rank, without small files."""
 
     files: tuple[str, ...]
-    """That the rank writes."""
+    """Names of the files that the rank writes."""
     written: int
-    """In these files."""
+    """Bytes in these files."""
     held: int
-    """Of weights and optimizer state of which the rank or others that have the same write each once."""
+    """Bytes of all weights and optimizer state on the rank; each shard is written once, by this rank or by another one
+    that holds it."""
 
 
 def checkpoint_share(models: Sequence[ModelChunk], optimizer: MegatronOptimizer, *, adapters: bool) -> CheckpointShare:
-    """Divides weights and optimizer state among the ranks that have them, as a save does.
+    """Divides weights and optimizer state among the ranks that hold them, as a save does.
 
     Args:
-        models: this rank's chunks of the model, without wrappers.
-        optimizer: Megatron's optimizer, whose state exists.
-        adapters: whether the checkpoint has the adapters alone.
+        models: model chunks of this rank, without wrappers.
+        optimizer: Megatron's optimizer, with its state allocated.
+        adapters: whether the checkpoint contains only the adapters.
     """
     rank = dist.get_rank()
     tensors = sharded_state(models, adapter_parameters if adapters else every_parameter)
@@ -75,10 +76,10 @@ def _bytes(shards: Sequence[ShardedTensor]) -> int:
 
 @contextmanager
 def peers_of_shards() -> Iterator[None]:
-    """Context in which the gather of `share_writing` has what the other ranks of `replicas` would contribute.
+    """Context in which the gather of `share_writing` returns what the other ranks of `replicas` would contribute.
 
-    They have the same shards, counted by the last number of `replica_id`, and the shards of other experts, of the same
-    sizes.
+    These ranks hold the same shards, with the last number of `replica_id` counting them, and the shards of other
+    experts, which have the same sizes.
     """
     group = replicas()
     members = dist.get_process_group_ranks(group)
@@ -87,7 +88,7 @@ def peers_of_shards() -> Iterator[None]:
     of_stage = dist.get_world_size() // parallel_state.get_pipeline_model_parallel_world_size()
 
     def expert_place(member: int) -> tuple[int, int]:
-        """Which experts, or parts of experts, and which copy of them."""
+        """Index of the experts, or parts of experts, of a rank, and the index of their copy."""
         rank = members[member] % of_stage
         return rank % (split * experts), rank // (split * experts)
 

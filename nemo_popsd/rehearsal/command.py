@@ -1,4 +1,4 @@
-"""The output of `popsd rehearse`: some ranks' steps beside their plan."""
+"""The output of `popsd rehearse`: the measured steps of some ranks compared with their plan."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def rehearsal_text(
 
     Args:
         config: configuration file of the run.
-        words: ``key=value``, of the plan (nodes, gpus_per_node) and of the run.
-        ranks: numbers, or ``last``; empty takes those of `nemo_popsd.rehearsal.kinds`.
-        all_kinds: without `ranks`, one of every kind.
-        as_json: the same as data.
+        words: ``key=value`` settings of the plan (nodes, gpus_per_node) and of the run.
+        ranks: rank numbers, or ``last``; if empty, the ranks selected by `nemo_popsd.rehearsal.kinds`.
+        all_kinds: without `ranks`, rehearse one rank of every kind.
+        as_json: return JSON instead of text.
 
     Raises:
-        UserError: a setting is wrong; the layout does not divide, does not fit by the plan, or cannot be rehearsed; or
-            the weights for vLLM are not those that transformers has.
+        UserError: a setting is wrong; the layout does not divide, does not fit according to the plan, or cannot be
+            rehearsed; or the weights for vLLM differ from those of transformers.
     """
     plan, rest = split_settings(words)
     if len(plan.nodes) != 1:
@@ -61,8 +61,8 @@ def rehearsal_text(
         return json.dumps([_as_data(case, rehearsed, seconds) for rehearsed, seconds in found], indent=2)
     head = [
         f"{sizes.name} ({origin}), {case.layout.world} GPUs: {shape(case)}",
-        "One step without peers, weights or a GPU, on rows and responses of the longest lengths (docs/planning.md).",
-        "Layers are Megatron's local ones, for which `popsd plan` has other formulas than for those of a GPU.",
+        "One step without peers, weights or a GPU, on rows and responses of maximum length (docs/planning.md).",
+        "Layers are Megatron's local ones, for which `popsd plan` uses other formulas than for TE layers.",
     ]
     return "\n".join([*head, *(line for each in found for line in _described(case, *each))])
 
@@ -73,8 +73,8 @@ def _refuse(case: Case) -> None:
         raise UserError(
             f"rehearsal of {case.sizes.name} on {case.layout.nodes} x {case.layout.gpus_per_node} GPUs",
             got="; ".join(reasons),
-            need="a layout that divides and, by `popsd plan`, fits",
-            fix="set parallel.*, or nodes; `popsd plan` names layouts",
+            need="a layout that divides and fits according to `popsd plan`",
+            fix="set parallel.*, or nodes; `popsd plan` lists layouts",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a rank's step takes beside its plan."""
+"""Compares the measured cost of a rank's step with its plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_popsd.rehearsal.rank import Rehearsed
 GIB, TERA, MIB = 2**30, 1e12, 2**20
 _SENT = {True: "adapters for vLLM", False: "weights for vLLM"}
 _PLANNED = {"frozen": "frozen", "train": "training"}
-"""Phases of a plan by those of a step."""
+"""Phases of the plan by phase of the step."""
 _DIMENSIONS = {
     "tensor_model_parallel_group": "tensor",
     "context_parallel_group": "context",
@@ -29,7 +29,7 @@ _DIMENSIONS = {
     "expert_data_parallel_group": "expert data",
     "embedding_group": "embedding",
 }
-"""Dimensions of a plan by Megatron's descriptions of groups."""
+"""Dimensions of the plan by Megatron's description of the process group."""
 _KINDS = {
     "allreduce_": "all-reduce",
     "allreduce_coalesced_": "all-reduce",
@@ -43,25 +43,25 @@ _KINDS = {
     "send": "send",
     "recv_": "receive",
 }
-"""Kinds of a plan by torch's names."""
+"""Kinds of collectives in the plan by torch's names."""
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A measured number beside its plan."""
+    """A measured quantity and its planned value."""
 
     name: str
-    """What it is."""
+    """Name of the quantity."""
     unit: str
     """GiB, TFLOP or MiB."""
     measured: float
-    """In `unit`."""
+    """Measured value in `unit`."""
     planned: float
-    """In `unit`."""
+    """Planned value in `unit`."""
 
     @property
     def ratio(self) -> float:
-        """Measured by planned; 1 where both are 0."""
+        """Measured divided by planned; 1 if both are 0."""
         if not self.planned:
             return 1.0 if not self.measured else float("inf")
         return self.measured / self.planned
@@ -97,7 +97,7 @@ def quantities(case: Case, rehearsed: Rehearsed) -> list[Quantity]:
 
 
 def transfers(case: Case, rehearsed: Rehearsed) -> list[Quantity]:
-    """Bytes of the collectives that carry tensors of the model, by phase, dimension and kind."""
+    """Bytes of the collectives that carry model tensors, by phase, dimension and kind."""
     layout = case.layout
     stage = stage_of(case.sizes, layout, rehearsed.rank)
     planned = messages(case, stage, context_rank=rehearsed.rank // layout.tensor % layout.context)
@@ -117,7 +117,7 @@ def transfers(case: Case, rehearsed: Rehearsed) -> list[Quantity]:
 
 
 def _message(phase: str, what: Collective) -> Message | None:
-    """None for numbers on which ranks agree, and where a rank is alone."""
+    """The planned kind of a collective; None for small values on which ranks agree, and for groups of one rank."""
     kind, group = _KINDS.get(what.name, what.name), what.group.lower()
     if kind in ("send", "receive"):  # between two stages the default group carries one direction
         return Message(phase, "pipeline", kind)

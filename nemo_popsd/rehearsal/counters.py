@@ -1,4 +1,4 @@
-"""What a step takes, by phase: bytes alive at once, floating-point operations, collectives and their bytes."""
+"""Counts live bytes, floating-point operations, and collectives with their bytes, by phase of a step."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def _added_product(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Torch's counter, with the CPU's attention kernel and products that are added in place, which it does not count.
+    """Torch's flop counter, extended by the CPU's attention kernel and in-place added products, which it omits.
 
-    Two operations for each multiply-add; attention counts as the full square.
+    A multiply-add counts as two operations, and attention as the full square.
     """
     aten = torch.ops.aten
     kernels = {
@@ -45,9 +45,9 @@ def flop_counter() -> FlopCounterMode:
 
 
 class Flops(TorchDispatchMode):
-    """Operations of the context, by torch's formulas.
+    """Counts operations in the context by torch's formulas.
 
-    Beside torch's own counter, which follows modules, tensors without memory would stay alive.
+    Torch's own counter tracks modules, which would keep tensors without storage alive.
 
     Attributes:
         total: operations so far.
@@ -70,11 +70,11 @@ class Flops(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were allocated in the context and still exist, and their peak.
+    """Counts the bytes of storages that were allocated in the context and still exist, and their peak.
 
     Attributes:
-        live: bytes now.
-        peak: most bytes since the start, or since `peak` was last set.
+        live: current bytes.
+        peak: maximum bytes since the start, or since `peak` was last set.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def freed(self, tensor: torch.Tensor) -> None:
-        """Takes the memory of `tensor` as free while the tensor still exists."""
+        """Counts the memory of `tensor` as freed although the tensor still exists."""
         key = tensor.untyped_storage()._cdata
         self.live -= self._sizes.get(key, 0)
         self._sizes[key] = 0
@@ -111,22 +111,22 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective of one group."""
+    """One kind of collective on one process group."""
 
     name: str
-    """torch's name, as in ``allreduce_``."""
+    """torch's name, such as ``allreduce_``."""
     group: str
-    """Megatron's description of the process group, as in ``TENSOR_MODEL_PARALLEL_GROUP``."""
+    """Megatron's description of the process group, such as ``TENSOR_MODEL_PARALLEL_GROUP``."""
     ranks: int
     """Size of the group."""
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives and sends of the context.
+    """Counts collectives and sends in the context.
 
     Attributes:
         calls: number of calls.
-        bytes: bytes of the tensors that are reduced or sent, or of the whole result of a gather.
+        bytes: bytes of reduced or sent tensors, or of the full result of a gather.
     """
 
     def __init__(self) -> None:
@@ -153,20 +153,20 @@ def _bytes(argument: Any) -> int:
 
 @dataclass
 class PhaseCost:
-    """What one phase took."""
+    """Measured cost of one phase."""
 
     peak: int = 0
-    """Most bytes alive at once."""
+    """Peak of live bytes."""
     flops: int = 0
-    """Operations."""
+    """Number of operations."""
     calls: Counter[Collective] = field(default_factory=Counter)
-    """Collectives."""
+    """Number of calls by collective."""
     bytes: Counter[Collective] = field(default_factory=Counter)
-    """Their bytes."""
+    """Bytes by collective."""
 
 
 class Meter:
-    """Measures by phase; the parts of a step call `phase` through `MeteredStopwatch`."""
+    """Measures cost by phase; the parts of a step call `phase` through `MeteredStopwatch`."""
 
     def __init__(self) -> None:
         self.live = LiveBytes()
@@ -195,7 +195,7 @@ class Meter:
 
 
 class MeteredStopwatch(Stopwatch):
-    """The stopwatch of a step, whose phases are measured too."""
+    """The stopwatch of a step, which also measures its phases."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__()
@@ -203,6 +203,6 @@ class MeteredStopwatch(Stopwatch):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """As the stopwatch's."""
+        """Times and measures the phase `name`."""
         with super().phase(name), self._meter.phase(name):
             yield

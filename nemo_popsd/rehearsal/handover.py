@@ -1,4 +1,4 @@
-"""The weights as vLLM gets them: unsharded tensors under Hugging Face's names, beside what transformers has."""
+"""Compares the tensors that vLLM would receive, unsharded under Hugging Face's names, with those of transformers."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ _MODULES = {
     "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",),
 }
-"""Linears of Hugging Face's model by Megatron's."""
+"""Hugging Face linears by Megatron linear."""
 
 
 @dataclass(frozen=True)
 class Handover:
-    """What this rank's stage contributes to the weights of a server."""
+    """Tensors that the stage of this rank contributes to the weights of a server."""
 
     adapters: bool
-    """Whether the tensors are those of the adapters; otherwise all weights, adapters merged."""
+    """Whether the tensors are those of the adapters; otherwise they are all weights, with adapters merged."""
     tensors: int
-    """Their number."""
+    """Number of tensors."""
     bytes: int
-    """Their size."""
+    """Bytes of the tensors."""
 
 
 def adapter_shapes(weights: Shapes, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:
     """PEFT's names and shapes of the adapters of a dense model.
 
     Args:
-        weights: of the model, as transformers has them.
+        weights: shapes of the weights of the model in transformers.
         lora: rank and targets.
     """
     adapted = {module for target in lora.targets for module in _MODULES[target]}
@@ -62,7 +62,7 @@ def adapter_shapes(weights: Shapes, lora: LoRAConfig) -> dict[str, tuple[int, ..
 
 
 def of_stage(shapes: Shapes, chunks: Sequence[ModelChunk]) -> dict[str, tuple[int, ...]]:
-    """Those of `shapes` that the layers of `chunks`, one rank's, have."""
+    """The entries of `shapes` that belong to the layers of `chunks`, the model chunks of one rank."""
     layers = {layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers}
     embeds, ends = any(chunk.pre_process for chunk in chunks), any(chunk.post_process for chunk in chunks)
 
@@ -77,7 +77,7 @@ def of_stage(shapes: Shapes, chunks: Sequence[ModelChunk]) -> dict[str, tuple[in
 
 @contextmanager
 def lone_stage_of_model() -> Iterator[None]:
-    """Context in which the other pipeline stages contribute nothing to what is gathered over the stages."""
+    """Context in which other pipeline stages contribute nothing to gathers over the stages."""
     stages: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
     gather = dist.all_gather_object
 
@@ -93,15 +93,15 @@ def lone_stage_of_model() -> Iterator[None]:
 
 
 def rehearse_handover(tensors: Iterable[tuple[str, Tensor]], expected: Shapes, *, adapters: bool) -> Handover:
-    """Takes the tensors as a server does.
+    """Receives the tensors as a server does, and compares them with those of transformers.
 
     Args:
-        tensors: of this rank's stage, as the run sends them.
-        expected: what transformers has on this stage, see `of_stage`.
-        adapters: whether they are those of the adapters.
+        tensors: tensors of the stage of this rank, as the run sends them.
+        expected: shapes of the tensors of transformers on this stage, see `of_stage`.
+        adapters: whether the tensors are those of the adapters.
 
     Raises:
-        UserError: a name is missing, unknown or twice there, or a shape is another one.
+        UserError: a name is missing, unknown or duplicate, or a shape differs.
     """
     found: dict[str, tuple[int, ...]] = {}
     twice, size = [], 0

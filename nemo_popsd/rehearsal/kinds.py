@@ -1,4 +1,4 @@
-"""Which ranks of a layout stand for the others."""
+"""Selects ranks of a layout that represent the others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from nemo_popsd.planning.layout import Layout
 def kinds(layout: Layout, *, every: bool = False) -> list[int]:
     """One rank of each kind, in ascending order.
 
-    Ranks differ by their stage (first, inner, last), by their experts and by their shard of the vocabulary, of which
-    the last may have padding. Context-parallel ranks differ by at most one token of a response, data-parallel ones not
-    at all.
+    Ranks differ in their stage (first, inner, last), their experts and their vocabulary shard, the last of which may
+    have padding. Context-parallel ranks differ by at most one token of a response; data-parallel ranks do not differ.
 
     Args:
-        layout: whose ranks are numbered tensor first, then context, data, pipeline.
-        every: all of these; otherwise the first shard of the vocabulary, and of the groups of experts the first and
-            the last, since tokens visit all experts equally often.
+        layout: ranks are numbered in the order tensor, context, data, pipeline.
+        every: select all kinds; otherwise only the first vocabulary shard, and the first and the last group of experts,
+            because tokens visit all experts equally often.
     """
     of_stage = layout.world // layout.pipeline
     groups = range(layout.expert) if every else {0, layout.expert - 1}

@@ -1,4 +1,4 @@
-"""A process that is one rank of many, without the others."""
+"""Lets a process be one rank of many without starting the others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextmanager
 def one_rank(rank: int, world: int) -> Iterator[None]:
-    """Context in which torch.distributed has `world` ranks, of which this process is `rank`, and Megatron's groups can
-    be created.
+    """Context in which this process is rank `rank` of `world` in torch.distributed, so that Megatron's groups can be
+    created.
 
-    Collectives return at once. What is gathered are copies of this rank's own contribution; a sum is this rank's
-    summand. The default group and Megatron's groups must not exist, and do not afterwards.
+    Collectives return at once. A gather returns copies of this rank's contribution; a sum returns this rank's summand.
+    The default group and Megatron's groups must not exist before, and are destroyed on exit.
     """
     new_group = dist.new_group
 

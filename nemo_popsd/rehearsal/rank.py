@@ -1,4 +1,4 @@
-"""One rank's step: the run's model, optimizer and step on rows and responses of the longest lengths."""
+"""Rehearses the step of one rank: model, optimizer and step of the run on rows and responses of maximum length."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ from nemo_popsd.training.trajectory import Trajectory
 
 _TOKEN = 1
 _MEASURED_STEP = 2
-"""Not the first, which has the self-check."""
+"""The measured step; the first one includes the self-check."""
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What one rank's step takes."""
+    """Measured cost of the step of one rank."""
 
     rank: int
     """The rank."""
     kinds: dict[str, int]
-    """Bytes between steps: weights, gradients, optimizer and frozen copy."""
+    """Bytes between steps by kind: weights, gradients, optimizer and frozen copy."""
     phases: dict[str, PhaseCost]
-    """By phase: frozen and train; there is no decoding."""
+    """Cost by phase (frozen, train); there is no decoding."""
     checkpoint: CheckpointShare
-    """What it writes to a checkpoint."""
+    """The part of a checkpoint that the rank writes."""
     handover: Handover
-    """What its stage contributes to the weights of a vLLM server."""
+    """The tensors that its stage contributes to the weights of a vLLM server."""
 
     @property
     def standing(self) -> int:
-        """Bytes between steps."""
+        """Total bytes between steps."""
         return sum(self.kinds.values())
 
 
@@ -72,7 +72,7 @@ UNREAD = ResponseReader(count_markers=lambda ids: 0, marked=lambda ids: [False] 
 
 
 class LongestRollouts:
-    """Responses of one length to every row, in place of those that an engine generates."""
+    """Supplies responses of equal length for every row in place of an engine."""
 
     per_prompt = 1
     seconds_waiting = 0.0
@@ -89,15 +89,15 @@ class LongestRollouts:
 
 
 def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
-    """Builds `rank` of the run and measures its second step, whose rows have the longest lengths.
+    """Builds rank `rank` of the run and measures its second step, on rows of maximum length.
 
     Args:
         case: the run, see `as_rehearsed`, and its layout, which must divide.
         model: content of the model's ``config.json``.
-        rank: of the world.
+        rank: global rank.
 
     Raises:
-        UserError: the weights for vLLM are not those that transformers has.
+        UserError: the weights for vLLM differ from those of transformers.
     """
     config = case.config
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, one_rank(rank, case.layout.world):
@@ -162,8 +162,8 @@ def _handed_over(case: Case, architecture: HuggingFaceModel, student: Student) -
 
 
 def as_rehearsed(config: PopsdConfig) -> PopsdConfig:
-    """Compiled kernels and Transformer Engine's need memory: the operations are torch's, one by one. Rows have no text,
-    so none has a prefix in common with another.
+    """The configuration with uncompiled torch operations on local layers, because compiled kernels and those of
+    Transformer Engine need memory. Rows have no text, so they share no prefixes.
     """
     return replace(
         config,
@@ -175,12 +175,12 @@ def as_rehearsed(config: PopsdConfig) -> PopsdConfig:
 
 
 def _tiles_of_a_gpu() -> AbstractContextManager[object]:
-    """Context in which the loss has a GPU's tiles; a CPU's are many times as many operations."""
+    """Context in which the loss uses the tile size of a GPU; with that of a CPU it has many times more operations."""
     return mock.patch.dict(TILE_BYTES, {("cpu", False): TILE_BYTES["cuda", False]})
 
 
 def _without_weights(folder: Path, content: Mapping[str, object]) -> HuggingFaceModel:
-    """A model directory with names of tensors, as a NeMo checkpoint has."""
+    """A model directory with tensor names but no weights, as in a NeMo checkpoint."""
     fields = dict(content)
     family = str(fields.pop("model_type"))
     config = AutoConfig.for_model(family, **fields)
@@ -191,7 +191,7 @@ def _without_weights(folder: Path, content: Mapping[str, object]) -> HuggingFace
 
 
 def _create_state(optimizer: StudentOptimizer) -> None:
-    """An update without a gradient creates the optimizer's state, as the first step does."""
+    """Creates the optimizer state by an update without a gradient, as the first step does."""
     optimizer.zero_grad()
     optimizer.prepare()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Which experts tokens visit where logits have no values: all experts equally often."""
+"""Balanced routing of tokens to experts, for router logits that have no values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def balanced_map(tokens: int, experts: int, visits: int) -> Tensor:
-    """[tokens, experts] bool: token i visits the `visits` experts from i·visits on, so that the visits of any two
-    experts differ by at most 1.
+    """A [tokens, experts] bool map in which token i visits `visits` experts starting at i·visits, so that the visits of
+    any two experts differ by at most 1.
     """
     chosen = (torch.arange(tokens).unsqueeze(1) * visits + torch.arange(visits)) % experts
     return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True)
@@ -22,9 +22,9 @@ def balanced_map(tokens: int, experts: int, visits: int) -> Tensor:
 
 @contextmanager
 def balanced_routing() -> Iterator[None]:
-    """Context in which routers compute logits and probabilities as always, and then route tokens by `balanced_map`.
+    """Context in which routers compute logits and probabilities as usual, and then route tokens by `balanced_map`.
 
-    The map is a real tensor: dispatchers compute the sizes of what they send from it.
+    The map is a real tensor, because dispatchers compute the sizes of their messages from it.
     """
     routing = TopKRouter.routing
 

@@ -1,4 +1,4 @@
-"""A pipeline stage without its neighbours: the shapes that they would send, and outputs whose memory Megatron frees."""
+"""Runs a pipeline stage without its neighbours: supplies the shapes that they would send, and tracks freed outputs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class _Expected:
         self._backward: deque[Shape] = deque()
 
     def set(self, config: Any, batches: Sequence[MicroBatch]) -> None:
-        """Those of `batches`: a stage receives each once forward, [S/(cp·sp), b, H], and its gradient once."""
+        """Sets the shapes for `batches`: a stage receives each input, [S/(cp·sp), b, H], and its gradient once."""
         spread = config.tensor_model_parallel_size if config.sequence_parallel else 1
         shapes = [[b.input_ids.shape[1] // spread, b.input_ids.shape[0], config.hidden_size] for b in batches]
         self._forward, self._backward = deque(shapes), deque(shapes)
 
     def next(self, *, forward: bool, backward: bool) -> tuple[Shape, Shape]:
-        """The shapes of the next inputs from the previous and from the next stage; zeros where none is received."""
+        """Shapes of the next inputs from the previous and from the next stage; zeros if none is received."""
         return (
             self._forward.popleft() if forward else [0, 0, 0],
             self._backward.popleft() if backward else [0, 0, 0],
@@ -45,9 +45,9 @@ class _Expected:
 def lone_stage(released: Callable[[Tensor], None]) -> Iterator[None]:
     """Context in which Megatron's pipeline schedules run on one stage.
 
-    A stage learns the shape of an input from three integers that its neighbour sends. The sends take place; the
-    received integers are replaced by the shape of the micro-batch that is next in the schedule, which is what the
-    neighbour would send. Megatron frees an output by another `data`, which tensors without memory do not have.
+    A stage receives the shape of an input as three integers from its neighbour. The sends run as usual; the received
+    integers are replaced by the shape of the next micro-batch in the schedule, which the neighbour would send. Megatron
+    frees an output by assigning to its `data`, which tensors without storage do not support.
 
     Args:
         released: called with each output whose memory Megatron frees.

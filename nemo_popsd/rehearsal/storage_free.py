@@ -1,8 +1,8 @@
-"""Floating-point tensors without memory beside real index tensors, and parameters that can be converted.
+"""Floating-point tensors without storage next to real index tensors, and parameters that can be converted.
 
-Whole programs run on torch's fake tensors only if no value is read. Here the values that decide what is computed
-(token ids, lengths, positions, agreement between ranks) are small or integers, so they stay real; a value that is read
-from a tensor without memory (a loss, a norm) is a constant.
+torch's fake tensors can run a full program only if no value is read. Here the values that determine control flow
+(token ids, lengths, positions, agreement between ranks) are small or integers, so they stay real. A value that is read
+from a tensor without storage (a loss, a norm) is a constant.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _LARGE = 1 << 16
-"""Elements from which a new floating-point tensor gets no memory."""
+"""Number of elements from which a new floating-point tensor has no storage."""
 _CONSTANT = 0.5
-"""The value of every sum, norm or other single number that is computed from tensors without memory: finite, not 0, and
-true."""
+"""The value of every sum, norm or other scalar that is computed from tensors without storage: finite, nonzero, and
+truthy."""
 
 
 class StorageFree(TorchDispatchMode):
-    """Operations on a tensor without memory give tensors without memory; all others are carried out.
+    """Runs operations on tensors without storage symbolically, and all others for real.
 
-    Collectives of tensors without memory return at once. A tensor is created without memory if it is floating-point,
-    has at least 65,536 elements and is not made from a real tensor.
+    The results of symbolic operations have no storage, and collectives of such tensors return at once. A tensor is
+    created without storage if it is floating-point, has at least 65,536 elements and is not derived from a real tensor.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class StorageFree(TorchDispatchMode):
         return result
 
     def release(self, module: nn.Module) -> None:
-        """Takes the memory of small parameters, too. Megatron makes all parameters views of its large buffers."""
+        """Also removes the storage of small parameters, because Megatron makes all parameters views of its buffers."""
         self._smallest = 0
         for part in module.modules():
             for name, parameter in part._parameters.items():
@@ -75,7 +75,7 @@ class StorageFree(TorchDispatchMode):
 
 
 def _like(parameter: nn.Parameter, content: torch.Tensor) -> nn.Parameter:
-    """A parameter with another content and the same attributes."""
+    """A parameter with the given content and the attributes of `parameter`."""
     replacement = nn.Parameter(content, requires_grad=parameter.requires_grad)
     for key, value in vars(parameter).items():
         vars(replacement).setdefault(key, value)
@@ -94,10 +94,10 @@ def _creates(smallest: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 @contextmanager
 def without_assigned_data() -> Iterator[None]:
-    """Context in which neither torch nor Megatron assigns to `data` of a tensor without memory, which torch refuses or
-    which gives a tensor that is not one of ours.
+    """Context in which neither torch nor Megatron assigns to `data` of a tensor without storage. torch either refuses
+    such an assignment, or creates a tensor that is not storage-free.
 
-    Casting a module replaces the parameter and keeps its attributes, in which Megatron records how it is split.
+    Casting a module replaces the parameter and keeps its attributes, in which Megatron records how it is sharded.
     """
     original: Callable[..., nn.Module] = nn.Module._apply
 
