@@ -1,1 +1,1 @@
-"""On-policy responses: the interface of engines, sampling, Megatron's engine, storage; `vllm/` has the engine vLLM."""
+"""On-policy responses: the engine interface, sampling, the Megatron engine, storage; `vllm/` has the vLLM engine."""

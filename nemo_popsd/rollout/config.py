@@ -16,11 +16,11 @@ class RolloutConfig:
     """How the student generates responses to the training questions. Defaults are those of OPSD."""
 
     engine: str = "megatron"
-    """What generates the responses: `megatron`, the training processes themselves, or `vllm`, a separate server."""
+    """Engine that generates the responses: `megatron`, in the training processes, or `vllm`, a separate server."""
     per_prompt: Annotated[int, Bounds(1, 4096)] = 1
-    """Responses to each question of a step. Each has a seed of its own, which depends on the row and the response's
-    number. A step trains on `training.prompts_per_step` times as many; the frozen branches compute what they share
-    once (`training.share_prefixes`)."""
+    """Number of responses to each question. Each has its own seed, which depends on the row and the index of the
+    response. A step trains on `training.prompts_per_step` times this number of responses; the frozen branches compute
+    shared prefixes once (`training.share_prefixes`)."""
     temperature: Annotated[float, Bounds(1e-3, 100, or_zero=True)] = 1.1
     """Sampling temperature; 0 is greedy. Independent of `distillation.target.temperature`."""
     top_p: Annotated[float, Bounds(1e-6, 1)] = 0.95
@@ -30,25 +30,25 @@ class RolloutConfig:
     max_response_tokens: Annotated[int, Bounds(1, 10**7)] = 1024
     """Longer responses are truncated here (the paper's limit)."""
     batch_rows: Annotated[int, Bounds(1, 10**6)] = 64
-    """Most responses decoded together on each data-parallel rank, in evaluation too."""
+    """Maximum number of responses decoded together on each data-parallel rank, also in evaluation."""
     cache_tokens: Annotated[int, Bounds(1, 10**12)] = 262144
-    """Tokens that the key-value cache of the engine `megatron` may hold; fewer responses are decoded together where
-    prompt and limit are long. One token of Qwen3-8B takes 147 KB in bf16, split over the tensor-parallel ranks."""
+    """Maximum number of tokens in the key-value cache of the engine `megatron`; with long prompts and limits fewer
+    responses are decoded together. One token of Qwen3-8B takes 147 KB in bf16, split over the tensor-parallel ranks."""
     tokens_per_step: Annotated[int, Bounds(0, 10**12)] = 0
-    """Response tokens after which a step leaves its responses unfinished; the next step continues them, with newer
-    weights. Each data-parallel replica has an equal share. These are always finished: the first response of each
-    replica, responses that would become older than `max_age` or wait a second time before their first token, and all
-    responses of the last step. Which responses are left unfinished depends on layout and `batch_rows`. 0: every
-    response ends in its own step. Needs `save`, which keeps partial responses."""
+    """Number of response tokens after which a step leaves its responses unfinished; the next step continues them with
+    newer weights. It is divided equally among the data-parallel replicas. Some responses always finish: the first
+    response of each replica, responses that would become older than `max_age` or wait a second time before their first
+    token, and all responses of the last step. Layout and `batch_rows` determine which responses are left unfinished.
+    0 disables this: every response ends in its own step. Needs `save`, which stores partial responses."""
     overlap: bool = False
-    """Generate the responses of the next step while this step trains, with the weights that this step starts with: from
-    step 2 on, the weights are one step old. Needs the engine `vllm`, which generates in other processes."""
+    """Generate the responses of the next step while this step trains, with the weights at the start of this step. From
+    step 2 on, these weights are one step old. Needs the engine `vllm`, which generates in other processes."""
     max_age: Annotated[int, Bounds(0, 10**6)] = 1
-    """With `overlap` or `tokens_per_step`: greatest age of a token, in steps from the weights that generate it to the
-    weights that are trained on it. Stored responses that are older are generated again."""
+    """With `overlap` or `tokens_per_step`: maximum age of a token, in steps between the weights that generate it and
+    the weights that are trained on it. Stored responses that are older are generated again."""
     save: bool = True
-    """Write the rollouts of a step to `<output>/rollouts` before they are trained on; see `popsd rollouts show`. A
-    step that is repeated after a kill reads them from there."""
+    """Write the rollouts of a step to `<output>/rollouts` before training on them; see `popsd rollouts show`. A step
+    that is repeated after a kill reads them from there."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """The server of the engine `vllm`."""
 
@@ -87,5 +87,5 @@ class RolloutConfig:
 
     @property
     def age_bound(self) -> int:
-        """Greatest age of a response that is trained on; 0 where every step generates its own responses to the end."""
+        """Maximum age of a response in training; 0 if every step generates its own responses to the end."""
         return self.max_age if self.overlap or self.tokens_per_step else 0

@@ -13,7 +13,7 @@ class SamplingParams:
     """How tokens are sampled. The loss does not use these values."""
 
     temperature: float
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0 selects the most likely token."""
     top_p: float
     """Keep the smallest set of tokens with at least this mass; 1 keeps all."""
     top_k: int
@@ -36,9 +36,9 @@ class Request:
     seed: int
     """Determines the random numbers of this response, independently of the batch (see `row_seed`)."""
     partial: Rollout | None = None
-    """The unfinished response of an earlier call, which is continued with the random numbers that come next."""
+    """The unfinished response of an earlier call, which is continued with the next random numbers."""
     run_to_end: bool = False
-    """Whether it is generated to its end, whatever the token budget."""
+    """Whether the response is generated to its end regardless of the token budget."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ class Rollout:
     log_probs: list[float]
     """Log-probability of each token under the model itself: temperature 1, nothing filtered."""
     truncated: bool
-    """Whether it reached the limit without a stop token."""
+    """Whether the response reached the limit without a stop token."""
     weights_version: int
-    """Number of completed training steps when it was generated; if several versions generated it, in the last call."""
+    """Number of completed training steps at generation; if several versions generated the response, the last one."""
     unfinished: bool = False
-    """Whether it was left before its end because of a token budget."""
+    """Whether generation stopped before the end because of a token budget."""
     segments: tuple[tuple[int, int], ...] = ()
-    """Weights version and number of tokens of each part, in order, if several versions generated it; else empty."""
+    """Weights version and number of tokens of each part, in order, if several versions generated it; otherwise
+    empty."""
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
@@ -104,7 +105,7 @@ def row_seed(seed: int, *parts: object) -> int:
 
 
 def sibling_seeds(first: int, count: int) -> list[int]:
-    """Seeds of several responses to one prompt: `first` and those that follow it, which the seed of a response and its
-    number determine. vLLM derives the seeds of the samples of one request in the same way.
+    """Seeds of several responses to one prompt: `first` and the integers that follow it. vLLM derives the seeds of the
+    samples of one request in the same way.
     """
     return [first + index for index in range(count)]

@@ -22,19 +22,19 @@ from nemo_popsd.rollout.scheduler import PREFILL_TOKENS, Admission, DecodingSequ
 
 
 class MegatronEngine:
-    """Decodes many sequences together, one token each per step; sequences leave when done, and waiting ones enter.
+    """Decodes sequences with continuous batching: one token per sequence and step.
 
-    Each sequence has a slot of a cache and its own position in it (`SlotDecoder`, `SlotSchedule`). Prompts are
-    prefilled several at once when slots are free, and once for all sequences with the same prompt. When none waits, the
-    remaining sequences move together, so that a step is no wider than they need.
+    Each sequence has a slot of a cache and its own position in it (`SlotDecoder`, `SlotSchedule`). When slots are free,
+    several prompts are prefilled together, each once for all sequences that share it. When no sequence waits, the
+    remaining ones are compacted into the leading slots, so that a step computes as few slots as possible.
 
     Tensor parallelism: logits stay sharded; `sample_tokens` documents its collectives (with top-k, one all-gather of
-    [B, k + 1] numbers), and all ranks sample the same token. Sequence parallelism is off while decoding.
+    [B, k + 1] numbers), and all ranks sample the same token. Sequence parallelism is off during decoding.
     Context-parallel ranks split the sequences and exchange the responses at the end (one gather of objects). Pipeline
-    stages pass each token on and wait for each other, so decoding takes as long as on one stage; they get the sampled
-    tokens from the last one (a broadcast of [B, 2] float64). Ranks that share experts decode the sequences of all of
-    them, so that each step of one is a step of all, and get the tokens from one of them (the same broadcast), since
-    they may have rounded differently.
+    stages pass on each token and wait for each other, so decoding takes as long as on one stage; they receive the
+    sampled tokens from the last stage (a broadcast of [B, 2] float64). Ranks that share experts all decode the same
+    sequences, those of all of them, and receive the tokens from one of them (the same broadcast), since their rounding
+    may differ.
 
     megatron-core's own dynamic engine is not used. Its attention needs flash-attn
     (`megatron.core.transformer.attention.Attention.forward`), has no sliding windows
@@ -61,8 +61,8 @@ class MegatronEngine:
         Args:
             chunks: the student's model chunks, without wrappers.
             vocab_size: size of the vocabulary without padding; padding is never sampled.
-            batch_rows: largest number of sequences that are decoded together.
-            cache_tokens: largest size of the cache, in tokens: slots times the longest prompt plus the limit. One
+            batch_rows: maximum number of sequences that are decoded together.
+            cache_tokens: maximum size of the cache in tokens: slots times the longest prompt plus the limit. One
                 sequence always fits.
             weights_version: returns the number of completed training steps.
             stop_requested: called for every token by all ranks of the model together; returns the same on each.
@@ -82,7 +82,7 @@ class MegatronEngine:
 
         Raises:
             StopRequested: the run was requested to stop; on all ranks that share these sequences. Ranks that share
-                experts decode to the end first: each needs the others for every token.
+                experts decode to the end first, because each needs the others for every token.
         """
         if parallel_state.get_expert_model_parallel_world_size() > 1:
             return self._generate_with_shared_experts(requests, sampling)
@@ -103,7 +103,8 @@ class MegatronEngine:
         return [complete[index % size][index // size] for index in range(len(requests))]
 
     def _generate_with_shared_experts(self, requests: Sequence[Request], sampling: SamplingParams) -> list[Rollout]:
-        """Decodes the sequences of all ranks that share experts on each of these ranks, whose layers need each other.
+        """Decodes the sequences of all ranks that share experts on each of these ranks, because their layers
+        communicate.
 
         Ranks of the same replica have the same sequences, which are decoded once.
         """
@@ -184,7 +185,7 @@ class MegatronEngine:
 
 
 class _SlotState:
-    """The state of the sequences that the steps need, by slot, on the device."""
+    """The per-slot state of decoding on the device."""
 
     def __init__(self, slots: int, limit: int, device: torch.device) -> None:
         self._limit, self._device = limit, device

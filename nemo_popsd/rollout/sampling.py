@@ -1,7 +1,7 @@
-"""Sampling tokens from logits that are sharded over the vocabulary: temperature, top-k, top-p, one uniform number each.
+"""Samples tokens from vocabulary-sharded logits: temperature, top-k, top-p, one uniform number per token.
 
-The sampled token is defined on the complete vocabulary and does not depend on how it is sharded, up to the rounding of
-sums: one shard takes the same steps as several, without the collectives. Logits are never gathered.
+The sampled token is defined on the full vocabulary and does not depend on the sharding, up to the rounding of sums: one
+shard runs the same steps as several, without the collectives. Logits are never gathered.
 
 Shapes: B sequences, V entries of this shard's vocabulary, R shards, K candidates.
 """
@@ -33,10 +33,10 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Samples one token per sequence by inverting the distribution function of the filtered, tempered softmax.
 
-    Filters in the usual order: temperature, top-k, top-p. Top-p keeps tokens in the order of falling logits (equal ones
-    by id) until their mass reaches top_p; the most likely token always remains. Each token's mass is computed in fp32,
-    and masses are summed in float64. The distribution function orders the tokens by falling
-    probability with top-k, and by id without.
+    Filters are applied in the usual order: temperature, top-k, top-p. Top-p keeps tokens by descending logit (ties by
+    id) until their mass reaches top_p; the most likely token always remains. The mass of each token is computed in
+    fp32, and masses are summed in float64. The distribution function orders tokens by descending probability with
+    top-k, and by id without.
 
     Collectives over the shards, for one token of all sequences; none with one shard:
 
@@ -47,10 +47,10 @@ def sample_tokens(
     Every rank computes the result from the same numbers, so the ranks agree bit for bit.
 
     Args:
-        logits_BV: of this shard, any float dtype.
-        sampling: temperature 0 takes the most likely token.
+        logits_BV: logits of this shard, any float dtype.
+        sampling: temperature 0 selects the most likely token.
         uniform_B: random numbers in [0, 1), float64, the same on all shards.
-        shard: which vocabulary entries the columns of `logits_BV` are; padding is never sampled.
+        shard: the vocabulary entries of the columns of `logits_BV`; padding is never sampled.
 
     Returns:
         Token ids [B] int64, and their log-probabilities [B] fp32 under the softmax of all logits at temperature 1,
@@ -69,7 +69,7 @@ def sample_tokens(
 def _sample_from_top(
     logits_BV: Tensor, count: int, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """Merges the best candidates of each shard, which include the best of all."""
+    """Merges the top candidates of each shard, which include the global top candidates."""
     ids_V = torch.arange(shard.offset, shard.offset + logits_BV.shape[1], device=logits_BV.device)
     keys_BV = (_sortable(logits_BV).long() << 32) | (_LOW - ids_V)
     keys_BK = keys_BV.topk(min(count, keys_BV.shape[1]), dim=-1).values
@@ -107,7 +107,7 @@ def _sample_from_all(
 def _sample_from_nucleus(
     logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """Finds the smallest logit that remains, eight bits at a time, by the masses of the logits with the same bits."""
+    """Finds the smallest remaining logit, eight bits at a time, from the masses of logits with equal leading bits."""
     scaled_BV = logits_BV / temperature
     stacked_RB2 = _gather(torch.stack([scaled_BV.amax(-1), logits_BV.logsumexp(-1)], dim=-1).double(), shard)
     greatest_B, normaliser_B = stacked_RB2[..., 0].amax(0), stacked_RB2[..., 1].logsumexp(0)
@@ -153,13 +153,13 @@ def _invert(
     """Inverts the distribution function in the order of the ids.
 
     Args:
-        logits_BV: of this shard.
+        logits_BV: logits of this shard.
         sums_BV: running sums of the masses of this shard in the unit of the shard, float64.
         mass_RB: mass of each shard, in a common unit.
         scale_RB: unit of each shard in the common unit.
         normaliser_B: log-sum-exp of all logits.
         uniform_B: the random numbers.
-        shard: of this rank.
+        shard: the shard of this rank.
     """
     until_RB = mass_RB.cumsum(0)
     threshold_B = uniform_B * until_RB[-1]

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from nemo_popsd.rollout.engine import Request, SamplingParams
 
 PREFILL_TOKENS = 8192
-"""Most tokens of one prefill of several prompts. Its activations, of one layer at a time, are small compared with
-those of training."""
+"""Maximum number of tokens in one prefill of several prompts. Its activations exist for one layer at a time, and are
+small compared with those of training."""
 _SHARES = 8
-"""Sequences enter once an eighth of the slots is free, and the computed width shrinks by eighths: each entry costs a
-forward pass, and each shrinking costs copies."""
+"""Sequences enter once an eighth of the slots is free, and the computed width shrinks by eighths, because each entry
+costs a forward pass and each shrink costs copies."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class DecodingSequence:
     response: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     truncated: bool = False
-    """Whether it ended at the limit."""
+    """Whether the response ended at the limit."""
     unfinished: bool = False
-    """Whether it was left before its end, for a token budget."""
+    """Whether decoding stopped before the end because of a token budget."""
 
     @classmethod
     def of(cls, index: int, request: Request) -> DecodingSequence:
@@ -48,7 +48,7 @@ class DecodingSequence:
 
     @property
     def position(self) -> int:
-        """Position of the token that the next step writes to the cache: the last of prompt and response so far."""
+        """Position that the next step writes to the cache: that of the last token of prompt and response so far."""
         return len(self.request.prompt) + len(self.response) - 1
 
     @property
@@ -64,18 +64,18 @@ class Admission:
     sequences: list[tuple[int, DecodingSequence]]
     """Slot and sequence of each."""
     prefills: list[list[tuple[int, DecodingSequence]]]
-    """Those whose prompts must be computed, in groups that are computed together."""
+    """Sequences whose prompts must be prefilled, in groups that are computed together."""
     copies: list[tuple[int, int, int]]
-    """Source slot, target slot and length of prompts that the cache already has; copied after the prefills."""
+    """Source slot, target slot and length of prompts that the cache already holds; copied after the prefills."""
 
 
 class SlotSchedule:
     """The queue of waiting sequences, the sequences in slots, and those that are done.
 
-    The keys of a prompt are computed once for all sequences with that prompt that are adjacent in the queue: a slot
-    keeps the prompt of its sequence until another sequence takes the slot. The last token of a prompt is not
-    prefilled; the first step computes it. The prompt of a partial response includes its tokens. Partial responses come
-    first, and those that run to their end before all others.
+    The keys of a prompt are computed once for all sequences with this prompt that are adjacent in the queue: a slot
+    keeps the prompt of its sequence until another sequence occupies the slot. The last token of a prompt is not
+    prefilled; the first step computes it. The prompt of a partial response includes its tokens. Responses that must run
+    to their end come first, then other partial responses.
 
     Attributes:
         width: number of leading slots that each step computes.
@@ -88,9 +88,9 @@ class SlotSchedule:
         """Queues all requests, sorted so that prompts of similar length, and equal prompts, are adjacent.
 
         Args:
-            requests: with non-empty prompts.
-            slots: largest number of sequences in the cache at one time.
-            prefill_tokens: most tokens, padding included, of one prefill of several sequences.
+            requests: requests with non-empty prompts.
+            slots: maximum number of sequences in the cache at one time.
+            prefill_tokens: maximum number of tokens, padding included, in one prefill of several sequences.
         """
         sequences = [DecodingSequence.of(index, request) for index, request in enumerate(requests)]
         sequences.sort(
@@ -111,21 +111,21 @@ class SlotSchedule:
 
     @property
     def live(self) -> list[tuple[int, DecodingSequence]]:
-        """Slot and sequence of the sequences that are being decoded."""
+        """Slot and sequence for each sequence that is being decoded."""
         return [(slot, sequence) for slot, sequence in enumerate(self.slots) if sequence is not None]
 
     @property
     def unfinished(self) -> bool:
-        """Whether any sequence waits or is being decoded."""
+        """Whether any sequence is waiting or being decoded."""
         return bool(self._waiting) or any(sequence is not None for sequence in self.slots)
 
     @property
     def longest(self) -> int:
-        """Largest number of positions that a sequence of the next step attends to."""
+        """Maximum number of positions to which a sequence attends in the next step."""
         return max(sequence.position for _, sequence in self.live) + 1
 
     def admit(self) -> Admission | None:
-        """Puts waiting sequences into free slots once enough slots are free; None if none enters."""
+        """Puts waiting sequences into free slots once enough slots are free; None if no sequence enters."""
         free = [slot for slot, sequence in enumerate(self.slots) if sequence is None]
         enough = max(1, len(self.slots) // _SHARES)
         if not self._waiting or len(free) < min(enough, len(self._waiting)):
@@ -147,7 +147,7 @@ class SlotSchedule:
         return Admission(sequences, self._grouped([pair for pair in prefills if pair[1].position > 0]), copies)
 
     def _grouped(self, sequences: list[tuple[int, DecodingSequence]]) -> list[list[tuple[int, DecodingSequence]]]:
-        """Splits into groups within the budget, each padded to its longest; at least one sequence in each."""
+        """Splits `sequences` into groups within the token budget, each padded to its longest sequence."""
         groups: list[list[tuple[int, DecodingSequence]]] = []
         for pair in sequences:
             if groups and _prefilled([*groups[-1], pair]) <= self._prefill_tokens:
@@ -172,12 +172,13 @@ class SlotSchedule:
         return ended
 
     def leave_unfinished(self, budget: int) -> list[int]:
-        """Leaves all sequences except those that run to their end, once another step would exceed `budget` tokens.
+        """Leaves sequences unfinished once another step would exceed `budget` tokens, except those that run to their
+        end.
 
-        Leaves none before the first sequence has ended, so that there is something to train on.
+        No sequence is left before the first one has ended, so that there is something to train on.
 
         Returns:
-            The slots of those that were being decoded.
+            The slots of sequences that were being decoded.
         """
         if not budget or not self.done or self.generated + len(self.live) <= budget:
             return []
@@ -192,10 +193,10 @@ class SlotSchedule:
         return [slot for slot, _ in left]
 
     def narrow(self) -> list[tuple[int, int, int]]:
-        """Moves the sequences into fewer slots if nothing waits and that makes a step narrower.
+        """Compacts the sequences into fewer slots if no sequence is waiting and this reduces the width of a step.
 
         Returns:
-            Source slot, target slot and number of tokens to copy, of the sequences that move.
+            Source slot, target slot and number of tokens to copy for each sequence that moves.
         """
         live = self.live
         width = self._width_of(len(live))
@@ -226,7 +227,7 @@ def _prefilled(group: list[tuple[int, DecodingSequence]]) -> int:
 def reach_of(longest: int, capacity: int) -> int:
     """Number of cached positions that attention reads for `longest` positions.
 
-    Rounded up to one of a few lengths; beyond 256 by at most an eighth.
+    The number is rounded up to one of a few lengths; beyond 256 by at most one eighth.
     """
     step = max(32, 1 << max(0, longest.bit_length() - 4))
     return min(capacity, math.ceil(longest / step) * step)

@@ -1,1 +1,1 @@
-"""Rollouts from vLLM: a server in its own environment, which this package starts, monitors and sends weights to."""
+"""Rollouts from a vLLM server in its own environment; this package starts and monitors it and sends it weights."""

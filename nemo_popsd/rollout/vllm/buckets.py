@@ -1,4 +1,4 @@
-"""Transfer of weights to a server: full tensors under Hugging Face's names, packed into buckets of bounded size."""
+"""Sends weights to a server: full tensors under Hugging Face's names, packed into buckets of bounded size."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ALIGNMENT = 64
 class BucketSender:
     """Copies tensors into a bucket in host memory and sends it when it is full; at most one bucket at a time exists.
 
-    A bucket is an anonymous file in memory, which a server on this machine maps; to another machine its bytes are sent
-    as the frame's payload. It disappears when either side dies.
+    A bucket is an anonymous file in memory, which a server on this machine maps; a server on another machine receives
+    its bytes as the payload of the frame. The file disappears when either side dies.
 
     Attributes:
         tensors: number of tensors sent or packed so far.
-        bytes: their size.
+        bytes: size of these tensors.
         buckets: number of buckets sent so far.
     """
 
@@ -34,7 +34,7 @@ class BucketSender:
 
         Args:
             server: receives the weights.
-            content: `weights`, all of the model, or `adapter`, those of LoRA under PEFT's names.
+            content: `weights` for all weights of the model, or `adapter` for those of LoRA under PEFT's names.
             bucket_bytes: size of a bucket, unless one tensor is larger.
 
         Raises:
@@ -81,7 +81,7 @@ class BucketSender:
         self.buckets += 1
 
     def commit(self, version: int) -> None:
-        """Sends the rest and ends the update: the server's weights are then those of `version`.
+        """Sends the remaining tensors and ends the update: the server then has the weights of `version`.
 
         Raises:
             ServerLost: the server is lost, or weights were missing.

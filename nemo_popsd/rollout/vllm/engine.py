@@ -1,4 +1,4 @@
-"""The rollout engine that uses vLLM. Independent of Megatron: weights arrive as a stream of full tensors."""
+"""The rollout engine that uses vLLM. It is independent of Megatron: weights arrive as a stream of full tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WeightUpdate:
     """Measurements of the last transfer of weights."""
 
     version: int
-    """Of the weights."""
+    """Version of the weights."""
     seconds: float
     """Duration."""
     bytes: int
@@ -44,7 +44,7 @@ class PendingResponses:
     """Responses that a server is generating."""
 
     version: int
-    """Of the weights."""
+    """Version of the weights."""
     call: Call[list[wire.Response]]
     """Returns tokens and log-probabilities of each response."""
 
@@ -52,13 +52,14 @@ class PendingResponses:
 class VllmEngine:
     """Sends the student's weights to its vLLM server whenever they have changed, and generates responses there.
 
-    One server for each replica, started at the first use. The replica's leader sends requests to it; the other ranks
-    help to gather the weights and receive the responses. A server that is lost (it died, hung or failed) is started
-    again and gets the weights and the requests again; a request's seed determines its response, so only time is lost.
+    There is one server per replica, started at the first use. The leader of the replica sends requests to it; the other
+    ranks take part in gathering the weights and receive the responses. A lost server (dead, hung or failed) is
+    restarted and receives the weights and the requests again. The seed of a request determines its response, so only
+    time is lost.
 
     Attributes:
-        server: on leaders, once it has been started.
-        last_update: on leaders, once weights have been sent.
+        server: the server; only on leaders, once it has been started.
+        last_update: the last transfer; only on leaders, once weights have been sent.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class VllmEngine:
             weights_version: returns the number of completed training steps.
             longest: returns the number of tokens of the longest expected sequence.
             bucket_bytes: see `BucketSender`.
-            restarts: number of restarts of a lost server in one call of `generate`.
+            restarts: maximum number of restarts of a lost server in one call of `generate`.
             sleep: whether the server releases memory after each call.
             content: what `weights` yields, `weights` or `adapter`; see `BucketSender`.
             stop_requested: called while waiting, by all ranks of the model together; returns the same on each.
@@ -112,7 +113,7 @@ class VllmEngine:
         Raises:
             StopRequested: a stop of the run was requested; on all ranks.
             UserError: the server cannot be started, for a reason that the user can fix; on all ranks.
-            TransientError: it was lost more than `restarts` times, while loading or later; on all ranks.
+            TransientError: the server was lost more than `restarts` times, while loading or later; on all ranks.
             RuntimeError: a defect; on all ranks.
         """
         return self.submit(requests, sampling).result()
@@ -120,7 +121,7 @@ class VllmEngine:
     def submit(self, requests: Sequence[Request], sampling: SamplingParams) -> VllmPendingRollouts:
         """See `nemo_popsd.rollout.engine.ConcurrentEngine`. Collective as `generate` is, and raises the same.
 
-        A server handles one call at a time: responses that were requested before are waited for first.
+        A server handles one call at a time, so this first waits for responses that were requested before.
         """
         if self._last is not None and self._last.pending:
             self._last.result()
@@ -128,7 +129,7 @@ class VllmEngine:
         return self._last
 
     def close(self) -> None:
-        """Ends the server of this rank; the next call of `generate` starts another."""
+        """Stops the server of this rank; the next call of `generate` starts another one."""
         if self.server is not None:
             self.server.close()
             self.server = None
@@ -160,11 +161,11 @@ class VllmEngine:
         ]
 
     def with_restarts(self, action: Callable[[], T], lost: list[str]) -> T:
-        """Calls `action` again each time that the server is lost in it, at most `restarts` times.
+        """Calls `action`, and repeats it at most `restarts` times if it loses the server.
 
         Args:
             action: raises `ServerLost` on all ranks or on none.
-            lost: failures of servers at these requests so far; extended here.
+            lost: previous server failures for these requests; new ones are appended.
 
         Raises:
             TransientError: the server was lost more than `restarts` times; see also `generate`.
@@ -198,7 +199,7 @@ class VllmEngine:
             self.server.check_health()
 
     def _start_server(self) -> VllmServer:
-        """Starts a server. After one has loaded the model, a failure is not the user's error but a lost server."""
+        """Starts a server. Once one has loaded the model, failures count as a lost server, not as a user error."""
         try:
             server = self._start(self._limit)
         except UserError as error:
@@ -209,7 +210,7 @@ class VllmEngine:
         return server
 
     def _send_weights(self, version: int) -> None:
-        """Sends the weights to the servers of the domain; collective over it even if servers are lost."""
+        """Sends the weights to the servers of the domain. Collective over the domain even if servers are lost."""
         start = time.monotonic()
         failure: Exception | None = None
         sender: BucketSender | None = None
@@ -271,7 +272,7 @@ class VllmEngine:
         return responses
 
     def _discard(self) -> None:
-        """Closes the server if it is lost. It may be alive when the server of another replica is lost."""
+        """Closes the server if it is lost. It may still be alive if the server of another replica was lost."""
         if self.server is not None and not self.server.alive:
             self.close()
 
@@ -279,8 +280,8 @@ class VllmEngine:
 def _with_siblings(requests: Sequence[Request], *, greedy: bool) -> list[tuple[list[int], int, int]]:
     """Prompts with the seed of their first response and their number of responses, in the order of `requests`.
 
-    Consecutive requests with one prompt and consecutive seeds are one (`sibling_seeds`), except in greedy decoding, for
-    which vLLM refuses several responses to a request.
+    Consecutive requests with the same prompt and consecutive seeds are merged (`sibling_seeds`), except in greedy
+    decoding, for which vLLM refuses several responses per request.
     """
     merged: list[tuple[list[int], int, int]] = []
     for request in requests:

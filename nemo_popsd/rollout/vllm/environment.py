@@ -1,4 +1,4 @@
-"""vLLM's environment: whether it exists, its vLLM version, and the environment variables of a server."""
+"""The Python environment of vLLM: checks that it exists, reads its vLLM version, builds a server's variables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_environment(config: VllmConfig) -> str | None:
     """Checks that `config.python` can start servers, as far as this is possible without starting one.
 
     Returns:
-        vLLM's version; None where a launcher starts the servers on other machines.
+        vLLM's version; None if a launcher starts the servers on other machines.
 
     Raises:
         UserError: there is no such Python, no vLLM in its environment, or a vLLM that is too old.

@@ -1,6 +1,6 @@
-"""From the settings of a run to an engine with its server: arguments, LoRA, devices, groups of ranks.
+"""Builds a vLLM engine from the settings of a run: server arguments, LoRA, devices, groups of ranks.
 
-Independent of Megatron: `ServedModel` contains what a server needs of the student.
+Independent of Megatron: `ServedModel` describes the student.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class AdapterShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What a server needs of the student."""
+    """Description of the student for a server."""
 
     source: str
     """`student.source`."""
@@ -58,7 +58,7 @@ class ServedModel:
     lora: AdapterShape | None
     """Size and scale of the adapters; None under full fine-tuning."""
     has_experts: bool
-    """Whether it is a mixture of experts."""
+    """Whether the student is a mixture of experts."""
     weights: WeightStream
     """All tensors under Hugging Face's names, adapters merged."""
     adapters: WeightStream
@@ -71,7 +71,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Replica:
-    """The copy of the model that this rank holds a part of."""
+    """The replica of the model to which this rank belongs."""
 
     index: int
     """Data-parallel rank; the server has the same index."""
@@ -95,8 +95,8 @@ def build_vllm_engine(
     Args:
         settings: the section `rollout`.
         model: the student.
-        replica: of this rank.
-        output: directory of the run; logs are written below it.
+        replica: replica of this rank.
+        output: output directory of the run; logs are written below it.
         timeout: a rank that waits longer for the others fails.
         weights_version: returns the number of completed training steps.
         longest: returns the number of tokens of the longest expected sequence.
@@ -137,10 +137,10 @@ def build_vllm_engine(
 
 
 def server_ranks(replica: Replica, *, timeout: timedelta) -> ServerRanks:
-    """The groups of this rank's replica and of the ranks it gathers weights with. Collective over the world.
+    """Process groups of this rank's replica and of the ranks that gather weights together. Collective over the world.
 
     Args:
-        replica: of this rank.
+        replica: replica of this rank.
         timeout: a rank that waits longer for the others fails.
     """
     if dist.get_world_size() == 1:
@@ -161,10 +161,10 @@ def server_ranks(replica: Replica, *, timeout: timedelta) -> ServerRanks:
 
 
 def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
-    """Directory that vLLM reads the base from when only the adapters are sent to it; None when all weights are sent.
+    """Directory from which vLLM reads the base if only the adapters are sent to it; None if all weights are sent.
 
-    Merged weights are rounded to vLLM's precision. In bf16 that drops a change of a weight of less than one part in
-    512, so that the effect of adapters after few steps would be missing from the rollouts.
+    Merged weights are rounded to vLLM's precision. In bf16 this drops changes smaller than 1/512 of a weight, so the
+    rollouts would not show the effect of adapters after few steps.
 
     Raises:
         UserError: `rollout.vllm.lora=adapter` is not possible with this model.
@@ -193,17 +193,17 @@ def adapter_base(settings: VllmConfig, model: ServedModel) -> Path | None:
 
 
 def refuse_quantization(settings: VllmConfig, *, adapter: bool) -> None:
-    """Refuses `rollout.vllm.quantization` where weights are sent, or where no GPU can compute with it.
+    """Refuses `rollout.vllm.quantization` if weights are sent, or if there is no GPU.
 
-    vLLM replaces a linear's weight by its quantised transpose once it has read it, which weights in bf16 that arrive
-    later do not fit (`vllm.model_executor.layers.quantization.fp8.Fp8LinearMethod.process_weights_after_loading`).
+    vLLM replaces the weight of a linear with its quantised transpose after loading, so bf16 weights that arrive later
+    no longer fit (`vllm.model_executor.layers.quantization.fp8.Fp8LinearMethod.process_weights_after_loading`).
 
     Args:
         settings: the section `rollout.vllm`.
         adapter: whether only the adapters are sent.
 
     Raises:
-        UserError: the message names what is missing.
+        UserError: the message names the missing condition.
     """
     if settings.quantization == "none":
         return
@@ -229,13 +229,13 @@ def server_launch(
     devices: str | None,
     adapter: bool,
 ) -> Launch:
-    """How the server of a replica is started.
+    """Command and settings to start the server of a replica.
 
     Args:
         settings: the section `rollout`.
         model: the student.
-        directory: with the ``config.json``.
-        output: directory of the run.
+        directory: directory with the ``config.json``.
+        output: output directory of the run.
         limit: number of tokens of the longest sequence.
         replica: index of the replica.
         devices: GPUs of the server; None leaves the choice to the environment.
@@ -288,8 +288,8 @@ def server_launch(
 
 
 def _written_files(model: ServedModel, directory: Path) -> Path:
-    """The model's files in the run's own directory. A server may start again after the directory that they were read
-    from, a superseded checkpoint, has been removed.
+    """Writes the model files into the run's own directory. Their original directory may be a superseded checkpoint,
+    which may have been removed when a server restarts.
     """
     directory.mkdir(parents=True, exist_ok=True)
     model.write_files(directory)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 Call: TypeAlias = "futures.Future[T | None]"
 """An action that runs in a thread of a leader; already done, with None, on the other ranks."""
 Outcome: TypeAlias = tuple[str, Exception | None]
-"""State of a call as other processes see it, and the exception to raise there."""
+"""State of a call for other processes, and the exception to raise there."""
 
 _POLL_SECONDS = 0.1
 _RUNNING: Outcome = ("running", None)
@@ -28,9 +28,9 @@ _FAILURES = ("user", "defect", "lost")
 
 @dataclass(frozen=True)
 class ServerRanks:
-    """Process groups of CPU objects (gloo), so that waiting for a server does not block an accelerator.
+    """Process groups for CPU objects (gloo), so that waiting for a server does not block an accelerator.
 
-    A group that is None has only this rank.
+    A group of None contains only this rank.
     """
 
     replica: dist.ProcessGroup | None
@@ -53,7 +53,7 @@ class ServerRanks:
         """Starts `action` in a thread of the leader. Not collective.
 
         Args:
-            action: without collectives.
+            action: must not use collectives.
         """
         call: Call[T] = futures.Future()
         if self.is_leader:
@@ -77,8 +77,8 @@ class ServerRanks:
 
         Raises:
             StopRequested: on all ranks; the action may still be running.
-            UserError, ServerLost: the action of some rank raised it; on all ranks.
-            RuntimeError: something else was raised; on all ranks.
+            UserError, ServerLost: an action raised it on some rank; raised on all ranks.
+            RuntimeError: an action raised another exception; raised on all ranks.
         """
         while True:
             ended, _ = futures.wait([call], _POLL_SECONDS)

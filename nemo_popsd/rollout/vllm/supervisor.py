@@ -49,11 +49,11 @@ _DETERMINATE = frozenset(
 
 
 class ServerLost(Exception):  # noqa: N818 not an error of the caller, which starts another server
-    """The server died, while it loaded or later, did not answer in time, or failed at a request. It has been ended.
+    """The server died while loading or later, did not answer in time, or failed at a request. It has been stopped.
 
     Args:
         what: the failure.
-        advice: the end of its log, where that is useful.
+        advice: the end of the server's log, if useful.
     """
 
     def __init__(self, what: str, advice: Sequence[str] = ()) -> None:

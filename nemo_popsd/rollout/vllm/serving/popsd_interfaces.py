@@ -53,7 +53,7 @@ def choose(wanted: str) -> str:
 
 
 def has_weight_transfer() -> bool:
-    """Whether weight-transfer engines get the model and have start, update and finish, which `LLM` forwards to them."""
+    """Whether weight-transfer engines receive the model and have start, update and finish, to which `LLM` forwards."""
     try:
         from vllm import LLM
         from vllm.distributed.weight_transfer.base import WeightTransferEngine

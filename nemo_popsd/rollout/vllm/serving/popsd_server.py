@@ -79,7 +79,7 @@ class Server:
         return {"version": self._version}
 
     def begin(self, request: wire.Request, payload: bytearray) -> wire.Answer:
-        """Starts an update: until its commit there is no version, and nothing can be generated."""
+        """Starts an update; until it is committed the weights have no version and nothing can be generated."""
         if (request["content"] == "adapter") != (self._adapter is not None):
             raise ValueError(f"{request['content']} for a server with the interface {self.interface}")
         self._wake()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Model(Protocol):
-    """What is used of vLLM's model."""
+    """The methods used of vLLM's model."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -30,7 +30,7 @@ class _Model(Protocol):
 
 
 class _QuantMethod(Protocol):
-    """What is used of vLLM's method of a layer."""
+    """The method used of vLLM's quantisation method of a layer."""
 
     def process_weights_after_loading(self, layer: object) -> None: ...
 
@@ -46,7 +46,7 @@ class _ModelRunner(Protocol):
 
 
 class _Worker(Protocol):
-    """What is used of vLLM's worker, and the loader of the current update."""
+    """The attributes used of vLLM's worker, and the loader of the current update."""
 
     vllm_config: VllmConfig
     model_runner: _ModelRunner
@@ -59,8 +59,8 @@ class BucketLoader:
     def __init__(self, model: _Model, model_config: ModelConfig) -> None:
         """Prepares the model.
 
-        Where vLLM supports it, a layer is assembled separately and processed when its weights are complete: kernels get
-        packed matrices where they need them, and captured graphs keep their addresses.
+        If vLLM supports it, a layer is assembled separately and processed when its weights are complete: kernels
+        receive the packed matrices that they need, and captured graphs keep their addresses.
         """
         self._model = model
         self._model_config = model_config

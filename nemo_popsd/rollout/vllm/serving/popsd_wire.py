@@ -50,7 +50,7 @@ class Settings(TypedDict):
     """The first frame from the trainer."""
 
     arguments: dict[str, object]
-    """Of vLLM's `LLM`."""
+    """Arguments of vLLM's `LLM`."""
     interface: str
     """Requested interface for weights."""
     sleep: bool
@@ -83,7 +83,7 @@ class Hello(TypedDict, total=False):
     """The first frame from the server."""
 
     token: str
-    """As it was given to the server."""
+    """The token that the server received."""
     protocol: int
     pid: int
     host: str
@@ -105,7 +105,7 @@ class Answer(TypedDict, total=False):
 
 
 class Event(TypedDict, total=False):
-    """What happens while the server starts; which fields it has depends on `event`."""
+    """An event during the start of the server; its fields depend on `event`."""
 
     event: str
     vllm: str
