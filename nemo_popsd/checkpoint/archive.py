@@ -18,8 +18,8 @@ def pack(directory: Path, archive: Path) -> None:
     """Packs `directory` without compression. The archive is flushed to the disk when this returns.
 
     Args:
-        directory: to pack.
-        archive: file to write. It may be in `directory`; it is not added to itself.
+        directory: directory to pack.
+        archive: file to write. It may be inside `directory`; it is not added to itself.
     """
     itself = archive.name if archive.parent == directory else None
     with tarfile.open(archive, "w") as tar:
@@ -59,7 +59,7 @@ def _refused(member: tarfile.TarInfo, folders: Mapping[PurePosixPath, bool]) -> 
     """The reason to refuse `member`, or None.
 
     Args:
-        member: to check.
+        member: member to check.
         folders: for each path before it in the archive, whether the path is a folder.
     """
     path = PurePosixPath(member.name)

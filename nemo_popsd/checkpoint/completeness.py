@@ -1,7 +1,7 @@
-"""Checks that a model has exactly the tensors of its architecture, each with its shape.
+"""Checks that a model has exactly the tensors of its architecture, each with the right shape.
 
-Every reader of a model calls `require_complete` before it builds or writes anything: for a Hugging Face directory with
-the headers of its files, for a NeMo checkpoint with the index of its weights. No tensor data is read.
+Every reader of a model calls `require_complete` before it builds or writes anything: with the headers of the files of a
+Hugging Face directory, or with the index of the weights of a NeMo checkpoint. No tensor data is read.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def require_complete(
     """Refuse tensors that are not those of the architecture.
 
     Args:
-        what: the model, for the message.
+        what: description of the model, for the message.
         config: the transformers configuration.
         present: shape of each tensor by name; None if only the name is known. A tied output matrix is optional.
         files: file of each tensor by name, for the message.
-        fix: for the message.
+        fix: how to fix the model, for the message.
 
     Raises:
         UserError: a tensor is missing, has the wrong shape, or does not belong to the architecture.

@@ -1,5 +1,5 @@
-"""Digests of the weights that a run starts from, independent of the layout of the run. The digest of a Hugging Face
-directory is also independent of the split into files.
+"""Digests of the initial weights of a run, independent of its layout. The digest of a Hugging Face directory is also
+independent of the split into files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def huggingface_digest(directory: Path) -> str:
 
 def directory_digest(directory: Path) -> str:
     """SHA-256 over names and bytes of the files in a directory (weights of a NeMo 2 checkpoint). Collective if there is
-    a process group, as `huggingface_digest`.
+    a process group, like `huggingface_digest`.
     """
     return _combined_over_ranks(list_files(directory), lambda name: file_digest(directory / name)[1])
 
@@ -44,7 +44,7 @@ def checkpoint_digest(directory: Path) -> str:
 
 
 def _combined_over_ranks(names: Iterable[str], digest_of: Callable[[str], str]) -> str:
-    """The combined digest of all `names`, the digest of each computed by one rank."""
+    """The combined digest of all `names`; one rank computes the digest of each."""
     distributed = dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     share = [(name, digest_of(name)) for name in sorted(names)[rank::ranks]]

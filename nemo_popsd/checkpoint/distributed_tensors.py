@@ -180,7 +180,7 @@ class _OneByOne(SavePlanner):
         self._pieces = {item.index: (piece, item) for piece in pieces for item in [piece.write_item()]}
 
     def set_up_planner(self, state_dict: object, storage_meta: object = None, is_coordinator: bool = False) -> None:
-        """Does nothing: the pieces are all there is to save."""
+        """Does nothing: only the pieces are saved."""
 
     def create_local_plan(self) -> SavePlan:
         """A plan with every piece, in order."""
@@ -204,7 +204,7 @@ def write_distributed_tensors(directory: Path, pieces: Sequence[Piece]) -> None:
 
     Args:
         directory: must exist and be empty.
-        pieces: of all tensors; the pieces of one key cover its tensor.
+        pieces: pieces of all tensors; those of one key cover its tensor.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")  # One process writes on purpose.

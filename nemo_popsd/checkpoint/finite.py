@@ -1,4 +1,4 @@
-"""Refusal of weights that hold NaN or Inf, before a model is exported or converted."""
+"""Refuses weights that contain NaN or Inf before a model is exported or converted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def require_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> Iterator
         tensors: names and tensors.
 
     Raises:
-        UserError: a tensor holds NaN or Inf; the message names it.
+        UserError: a tensor contains NaN or Inf; the message names it.
     """
     for name, tensor in tensors:
         if not bool(tensor.isfinite().all()):
@@ -26,11 +26,11 @@ def require_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> Iterator
 
 
 def non_finite_error(what: str, names: Sequence[str] = ()) -> UserError:
-    """The error for weights that hold NaN or Inf.
+    """The error for weights that contain NaN or Inf.
 
     Args:
         what: the operation, for the message.
-        names: tensors that hold NaN or Inf, as far as they are known.
+        names: known tensors that contain NaN or Inf.
     """
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return UserError(

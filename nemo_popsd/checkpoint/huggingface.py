@@ -259,7 +259,7 @@ class HuggingFaceModel:
         Args:
             output: directory to write.
             tensors: one for each of `tensor_names`.
-            dtype: of the tensors; ``config.json`` is changed to name it.
+            dtype: data type of the tensors, which is written to ``config.json``.
             shard_bytes: size at which a new file starts.
             card: text of the model card; None writes none.
         """
@@ -294,7 +294,7 @@ class HuggingFaceModel:
 
 
 class _NamesWithoutTensors(dict[str, Tensor]):
-    """The state of a checkpoint whose names decide what Megatron-Bridge exports; without tensors that it could copy."""
+    """State of a checkpoint with names but no tensors; Megatron-Bridge uses the names to select what it exports."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()

@@ -39,15 +39,15 @@ class Manifest(TypedDict):
     weights: str
     """``whole`` or ``adapters``."""
     base: dict[str, str] | None
-    """Of adapters: the source of the base model and its digest."""
+    """For adapters: the source of the base model and its digest."""
     layout: dict[str, int]
     """Ranks by axis of parallelism."""
     versions: dict[str, str | None]
-    """By library."""
+    """Version by library."""
     data: NotRequired[str]
     """Digest of the training rows."""
     files: dict[str, FileRecord]
-    """By relative name."""
+    """Record of each file by relative name."""
 
 
 class DamagedCheckpointError(UserError):

@@ -1,7 +1,7 @@
-"""The model card of an export: `README.md` with base, method, data, scores and versions, as the Hub reads it.
+"""The model card of an export: `README.md` with base, method, data, scores and versions in the format of the Hub.
 
-A card names no path of the machine: a base and data by their names on the Hub where these are known, otherwise by their
-last names.
+A card contains no path of the machine: base and data are named by their Hub names if known, otherwise by the last part
+of their paths.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _METHODS = {
     "purified": "Purified On-Policy Self-Distillation ([arXiv 2607.02234](https://arxiv.org/abs/2607.02234))",
     "opsd": "On-Policy Self-Distillation ([arXiv 2601.18734](https://arxiv.org/abs/2601.18734))",
 }
-"""Families with a name of their own."""
+"""Names of the methods by target family."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class Scores:
     """The evaluations of one problem set."""
 
     trained: Evaluation
-    """Of the exported model."""
+    """Evaluation of the exported model."""
     base: Evaluation | None = None
-    """Of its base."""
+    """Evaluation of its base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardOptions:
-    """What the user states about an export."""
+    """Options of the user for the card of an export."""
 
     base: str | None = None
-    """Name on the Hub or path of the base; None: that of `student.source`."""
+    """Hub name or path of the base; None uses `student.source`."""
     evaluation: str | None = None
-    """Directory with evaluations of the exported model; None: the validation of the run."""
+    """Directory with evaluations of the exported model; None uses the validation of the run."""
     base_evaluation: str | None = None
     """Directory with evaluations of the base."""
 
@@ -63,7 +63,7 @@ def base_reference(source: str, given: str | None = None) -> str:
 
     Args:
         source: `student.source`.
-        given: name or path that the user gives instead.
+        given: name or path that the user specified instead.
     """
     if given is not None:
         return given if hub_name(given) else str(Path(given).expanduser().absolute())
@@ -84,13 +84,13 @@ def model_card(
     """The text of the card.
 
     Args:
-        config: of the run.
-        name: of the exported directory.
+        config: configuration of the run.
+        name: name of the exported directory.
         base: result of `base_reference`.
         step: number of training steps.
         adapter: whether the export has LoRA adapters alone.
         scores: by problem set; empty if nothing was evaluated.
-        versions: of the libraries that trained, by distribution.
+        versions: library versions of the training, by distribution.
         data_digest: SHA-256 of the training rows.
     """
     on_hub = hub_name(base)

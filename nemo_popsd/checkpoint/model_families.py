@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_SIZE = 1 << 24
 _MAX_PARTS = 4096
-"""Upper bound on layers, heads and experts, so that a damaged value is refused and not computed with."""
+"""Upper bound on layers, heads and experts, so that a damaged value is refused."""
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -37,7 +37,7 @@ _FIXED: dict[str, tuple[object, ...]] = {
 }
 _WITHOUT_EFFECT = frozenset(
     {
-        # Names of the model and of its classes, and the software that wrote the files.
+        # Names of the model and its classes, and the software that wrote the files.
         *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "tokenizer_class"),
         *("_name_or_path", "name_or_path", "_commit_hash", "unsloth_version", "unsloth_fixed", "model_max_length"),
         *("id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task", "prefix"),
@@ -186,7 +186,7 @@ def _check_heads(config: PretrainedConfig) -> None:
 
 
 def _check_rotated(rotated: object, interval: object, layers: int) -> None:
-    """Refuses what does not say of each layer whether it rotates: `rotated` has 1 for a layer that does."""
+    """Refuses values that do not state for each layer whether it has a rotary embedding (1 in `rotated`)."""
     if rotated is not None:
         values = rotated if isinstance(rotated, list) else []
         if len(values) != layers or any(isinstance(value, bool) or value not in (0, 1) for value in values):

@@ -37,7 +37,7 @@ def read_tensor_names(
         setting: the setting that an error message names.
 
     Raises:
-        UserError: from `open_files` and `require_complete`; also if the list is damaged, there is an adapter beside the
+        UserError: raised by `open_files` or `require_complete`; or the list is damaged, there is an adapter next to the
             weights, or the output matrix contradicts the configuration.
     """
     what, fix = f"model {directory}", f"download the files again, or set {setting}"
@@ -74,11 +74,11 @@ def read_artifacts(directory: Path, *, setting: str) -> dict[str, bytes]:
     """Content of the files in `ARTIFACTS` that exist, by name, in a form that transformers 4 and 5 both read.
 
     Args:
-        directory: of the model.
+        directory: directory of the model.
         setting: the setting that an error message names.
 
     Raises:
-        UserError: one of them cannot be read.
+        UserError: a file cannot be read.
     """
     what, artifacts = f"model {directory}", {}
     for name in ARTIFACTS:

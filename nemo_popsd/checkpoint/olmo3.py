@@ -1,4 +1,4 @@
-"""Megatron-Bridge's bridge for OLMo-3, which it lacks: configuration and names. Importing this module registers it."""
+"""A bridge for OLMo-3, which Megatron-Bridge lacks: configuration and names. Importing this module registers it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NAMES = {
 
 
 class _Pretrained(Protocol):
-    """What Megatron-Bridge passes: a model or its stand-in, of which only the configuration is used."""
+    """The object that Megatron-Bridge passes: a model or a substitute; only its configuration is used."""
 
     config: PretrainedConfig
 

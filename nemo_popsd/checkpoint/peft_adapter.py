@@ -26,9 +26,9 @@ def write_peft_adapter(
     """Writes the adapters and the tokenizer. Runs on this process only. `output` appears when all files are complete.
 
     Args:
-        checkpoint: of a run with LoRA.
+        checkpoint: checkpoint of a run with LoRA.
         output: directory to write; an earlier adapter there is replaced.
-        base: name on the Hub or path by which the adapter refers to its base; None: that of `student.source`.
+        base: Hub name or path by which the adapter refers to its base; None uses `student.source`.
         card: text of the model card; None writes none.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Models that users ask for and that are not supported, with what is missing here for each.
+"""Popular models that are not supported, with the features that are missing for each.
 
-The message that refuses such a model says why, as the table in docs/support.md does. Every model that
-`nemo_popsd.checkpoint.model_families` does not list is refused, those here and all others.
+The error for such a model states the reason, like the table in docs/support.md. Every model that
+`nemo_popsd.checkpoint.model_families` does not list is refused, whether or not it is listed here.
 """
 
 from __future__ import annotations
@@ -44,4 +44,4 @@ MISSING: Mapping[str, str] = MappingProxyType(
         "seed_oss": _NO_BRIDGE,
     }
 )
-"""What is missing, by ``model_type``."""
+"""Missing features by ``model_type``."""

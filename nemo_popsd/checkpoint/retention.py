@@ -98,10 +98,10 @@ def superfluous(
         checkpoints: step by name of the complete checkpoints.
         scores: the metric by step.
         keep_last: number of the newest checkpoints to keep.
-        keep_best: number of the best checkpoints to keep in addition; of equal scores the later step is better.
+        keep_best: number of the best checkpoints to keep in addition; among equal scores the later step is better.
         greatest: whether the greatest score is the best.
-        changes: steps after which the run changed (see `nemo_popsd.training.drift`); the newest checkpoint that is not
-            after it is kept for each.
+        changes: steps after which the run changed (see `nemo_popsd.training.drift`); for each, the newest checkpoint
+            that is not after it is kept.
     """
     if keep_last == 0:
         return []
@@ -115,7 +115,7 @@ def superfluous(
 
 
 def prune(folder: Path, names: list[str]) -> list[str]:
-    """Removes checkpoints. If the process is killed meanwhile, the next run removes the rest.
+    """Removes checkpoints. If the process is killed during this, the next run removes the rest.
 
     Returns:
         The names of the checkpoints that were kept because they contain files that no run wrote.

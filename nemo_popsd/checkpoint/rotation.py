@@ -30,14 +30,14 @@ _SCALING_KEYS: dict[str, tuple[set[str], set[str]]] = {
 
 
 class UnsupportedError(ValueError):
-    """A configuration requests what Megatron does not compute. The message follows "got" in a `UserError`."""
+    """A configuration requests something that Megatron does not compute. The message follows "got" in a `UserError`."""
 
 
 def with_rotation(content: Mapping[str, object], *, by_layer: bool) -> dict[str, object]:
     """Adds the keys of transformers 4 for the rotary embedding to the content of a ``config.json``.
 
     Args:
-        content: of the file; its keys are kept.
+        content: content of the file; its keys are kept.
         by_layer: whether the architecture has one rotary embedding for each layer type.
 
     Raises:
@@ -99,8 +99,9 @@ def check_rotation(theta: object, scaling: object, *, rope_types: tuple[str, ...
 def _of_full_attention(parameters: dict[str, object]) -> dict[str, object]:
     """The parameters of the layers without a window. Layers with a window must have no scaling and the same theta.
 
-    One object for all layers, which transformers 5.8 to 5.12 write for OLMo-3, is that of the layers without a window:
-    OLMo-3 is trained with unscaled embeddings in the others (`nemo_popsd.compat.transformers.unscale_windowed_layers`).
+    A single object for all layers, which transformers 5.8 to 5.12 write for OLMo-3, applies to the layers without a
+    window; OLMo-3 is trained with unscaled embeddings in the others
+    (`nemo_popsd.compat.transformers.unscale_windowed_layers`).
     """
     if not any(isinstance(value, dict) for value in parameters.values()):
         return parameters

@@ -34,8 +34,8 @@ class _Header:
 class SafetensorsFiles(Mapping[str, Tensor]):
     """The tensors of the safetensors files in a directory, by name. Headers are read at the start, tensors on access.
 
-    If there is an index, only the files that it names are read, otherwise all. A tensor in two files is refused, since
-    readers differ in which of the two they take.
+    If there is an index, only the files that it names are read, otherwise all files. A tensor in two files is refused,
+    since readers differ in which of the two they use.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -86,7 +86,7 @@ class PendingSave:
     Attributes:
         path: path of the complete checkpoint.
         step: number of completed training steps.
-        summary: after `finish`, what the ranks wrote and in which time.
+        summary: after `finish`, bytes and seconds of the ranks in one line.
     """
 
     def __init__(self, path: str | Path, content: Content, *, background: bool = False) -> None:
@@ -96,8 +96,8 @@ class PendingSave:
             path: a directory, or a file name ending in `.nemo`, which is packed without compression; on a file system
                 that all ranks share.
             content: what to save.
-            background: whether a thread writes copies, so that training continues immediately. Needs CPU memory for
-                this rank's share.
+            background: whether a thread writes copies, so that training continues immediately. Needs host memory for
+                the part of this rank.
 
         Raises:
             UserError: there is not enough space or no permission to write, or files that nemo_popsd did not write are
@@ -242,7 +242,7 @@ class PendingSave:
             atomic_replace(partial, self.path, CHECKPOINT)
 
     def _refuse_incomplete(self, files: Sequence[str], digests: Mapping[str, tuple[int, str]]) -> None:
-        """Raises if a file is missing that every checkpoint has, that a rank wrote, or that belongs to the model."""
+        """Raises if a file is missing that every checkpoint needs, that a rank wrote, or that belongs to the model."""
         ranks = dist.get_world_size() if self._state is not None else 0
         expected = {*digests, *(f"{ARCHITECTURE}/{name}" for name in self._content.architecture.artifacts)}
         if self._state is not None:

@@ -1,4 +1,4 @@
-"""What each rank wrote or read of a checkpoint, and in how many seconds, for the log."""
+"""Bytes that each rank wrote or read of a checkpoint, and the seconds that this took, for the log."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Share:
     """The part of one rank."""
 
     bytes: int = 0
-    """Written or read, without the small files."""
+    """Bytes written or read, without small files."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By phase, in order."""
+    """Seconds by phase, in order."""
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -40,9 +40,9 @@ def gathered(share: Share) -> list[Share]:
 
 
 def summary(shares: Sequence[Share]) -> str:
-    """One line: bytes in total and by rank, and for each phase the mean of the ranks and the slowest one.
+    """One line with total bytes and bytes per rank, and for each phase the mean over the ranks and the slowest rank.
 
-    As in ``141.1 GB by 16 of 16 ranks, 8.7 GB to 8.9 GB each; staged in 0.4 s, rank 3 in 0.5 s, written in ...``
+    Example: ``141.1 GB by 16 of 16 ranks, 8.7 GB to 8.9 GB each; staged in 0.4 s, rank 3 in 0.5 s, written in ...``
     """
     sizes = [share.bytes for share in shares if share.bytes]
     text = _size(sum(sizes))

@@ -1,7 +1,8 @@
-"""Shards that several ranks hold: one of them writes it, one of them reads it and sends it to the others.
+"""Divides the writing and reading of replicated shards: one rank writes a shard, one reads it and sends it to the
+others.
 
-Data-parallel and context-parallel ranks have the same weights. Each writes and reads about as many bytes as the others,
-by Megatron's greedy assignment, which every rank computes from the same list.
+Data-parallel and context-parallel ranks have the same weights. Megatron's greedy assignment, which every rank computes
+from the same list, gives each about the same number of bytes.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from nemo_popsd.parallel.distributed import on_any_rank
 
 
 def replicas() -> dist.ProcessGroup:
-    """Ranks that have the same weights outside experts; for experts several such groups are inside it, or parts of
-    them.
+    """The ranks that have the same weights outside experts. Ranks with the same experts are subsets of this group, or
+    of several such groups.
     """
     group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group
@@ -42,14 +43,15 @@ def replicas() -> dist.ProcessGroup:
 def share_writing(state: dict[str, Any], group: dist.ProcessGroup) -> ShardDistribution | None:
     """Assigns each shard to one of the ranks of `group` that hold it. Collective over `group`: one gather of objects.
 
-    Shards that no rank of `group` would write, because a replica outside it does, stay so.
+    Shards that a replica outside `group` writes remain assigned to it.
 
     Args:
-        state: sharded tensors of this rank; their factories are applied, and `replica_id` is 0 where this rank writes.
+        state: sharded tensors of this rank; their factories are applied, and `replica_id` is set to 0 if this rank
+            writes the shard.
         group: see `replicas`.
 
     Returns:
-        Which rank of the group writes which shard; None if the group has one rank.
+        The rank of the group that writes each shard; None if the group has one rank.
     """
     apply_factories(state)
     distribution = determine_main_replica_uniform_distribution(state, group)
@@ -58,10 +60,10 @@ def share_writing(state: dict[str, Any], group: dist.ProcessGroup) -> ShardDistr
 
 
 class SharedReading(TorchDistLoadShardedStrategy):  # type: ignore[misc]  # Megatron has no types
-    """Megatron's reader, of which each rank reads only its part.
+    """Megatron's reader, changed so that each rank reads only its part.
 
     Attributes:
-        bytes: read from files by this rank, in the last `load`.
+        bytes: bytes that this rank read from files in the last `load`.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -75,14 +77,15 @@ class SharedReading(TorchDistLoadShardedStrategy):  # type: ignore[misc]  # Mega
         self.bytes = 0
 
     def load(self, state: dict[str, Any], directory: Path, *options: Any) -> dict[str, Any]:
-        """Loads into the data of the shards. Collective over the world: one all-reduce of one number; over the group: a
-        gather of objects and a broadcast of each shard, or a message to each of the ranks that hold it where these are
-        not all.
+        """Loads into the data of the shards.
+
+        Collective over the world: one all-reduce of one number. Collective over the group: one gather of objects, and
+        per shard one broadcast, or one message to each rank that holds the shard if not all ranks of the group do.
 
         Args:
             state: sharded tensors of this rank, with data.
             directory: the distributed checkpoint.
-            options: of Megatron's reader.
+            options: options of Megatron's reader.
 
         Raises:
             CheckpointException: on every rank, with megatron-core 0.16, if a rank cannot read its part.
@@ -111,7 +114,7 @@ class SharedReading(TorchDistLoadShardedStrategy):  # type: ignore[misc]  # Mega
     def _exchange(
         self, shards: Mapping[Any, ShardedTensor], loaded: dict[Any, Tensor], distribution: ShardDistribution
     ) -> None:
-        """Sends what this rank has read, and receives the rest in place. All ranks take the shards in one order."""
+        """Sends the shards that this rank has read, and receives the others in place. All ranks use the same order."""
         rank, everybody = self._group.rank(), self._group.size()
         for name, source in distribution.main_rank_for_shard.items():
             holders = distribution.all_ranks_for_shard[name]

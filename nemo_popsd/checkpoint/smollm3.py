@@ -1,4 +1,4 @@
-"""Megatron-Bridge's bridge for SmolLM3, which it lacks: a Llama in which some layers have no rotary embedding.
+"""A bridge for SmolLM3, which Megatron-Bridge lacks: a Llama in which some layers have no rotary embedding.
 
 Importing this module registers it.
 """

@@ -75,7 +75,7 @@ def open_source(name: str, *, trust_remote_code: bool = False) -> Source:
 
 
 def base_of(checkpoint: NemoCheckpoint, otherwise: str) -> str:
-    """Source of a checkpoint's base: the recorded one if it still exists, else `otherwise`."""
+    """Source of a checkpoint's base: the recorded one if it still exists, otherwise `otherwise`."""
     recorded = checkpoint.config.student.source
     return recorded if model_path(recorded).exists() else otherwise
 

@@ -1,13 +1,13 @@
-"""Saves and loads the optimizer state, second sets of the trained weights, and each rank's random state.
+"""Saves and loads the optimizer state, second sets of the trained weights, and the random state of each rank.
 
-State and second sets are in pieces that any layout can read.
+The optimizer state and the second sets are stored in pieces that any layout can read.
 
     training_state/index.json               Adam's step count; file, offset and shape of every piece
     training_state/rank-00000.safetensors   pieces that rank 0 wrote
     training_state/random-00000.safetensors random generators of rank 0
 
-A piece is a box within the unsharded tensor; Megatron's sharding of the model's weights gives its offset. The ranks
-that have the same shards divide the parameters among them, so that each writes about as many bytes as the others.
+A piece is a box within the unsharded tensor; its offset follows from Megatron's sharding of the weights. Ranks with the
+same shards divide the parameters among them, so that each writes about the same number of bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _READ_ERRORS = (OSError, KeyError, ValueError, TypeError, SafetensorError)
 
 
 Copies: TypeAlias = Mapping[str, Mapping[nn.Parameter, Tensor]]
-"""By name: fp32 values by trained parameter, each of the shape of this rank's shard."""
+"""By name: fp32 values by trained parameter, each with the shape of this rank's shard."""
 
 
 class _StoredPiece(TypedDict):
@@ -62,7 +62,7 @@ class _StoredPiece(TypedDict):
 
 
 class StagedState:
-    """The optimizer and random state in CPU memory, to be written.
+    """The optimizer and random state in host memory, ready to be written.
 
     Attributes:
         files: files that `write` writes.
@@ -80,7 +80,7 @@ class StagedState:
         random_state: Mapping[str, Tensor],
         copy: bool = False,
     ) -> None:
-        """Brings the state to CPU memory. Collective: one gather of names, and with the distributed optimizer one
+        """Copies the state to host memory. Collective: one gather of names, and with the distributed optimizer one
         reduction per parameter and state.
 
         Args:
@@ -89,7 +89,7 @@ class StagedState:
             directory: the checkpoint; its folder `STATE` must exist.
             copies: second sets of the trained weights.
             random_state: state of this rank's random generators.
-            copy: whether copies are written, so that training can continue meanwhile.
+            copy: whether copies are written, so that training can continue during the write.
         """
         self._random = dict(random_state)
         self._tensors: dict[str, Tensor] = {}
@@ -136,7 +136,7 @@ class StagedState:
         """Writes and flushes this rank's files. May run in another thread.
 
         Raises:
-            OSError: from the file system.
+            OSError: the file system failed.
         """
         for path, tensors in self._files.items():
             try:
@@ -155,7 +155,7 @@ class StagedState:
 def owned_states(
     models: Sequence[ModelChunk], optimizer: MegatronOptimizer
 ) -> Iterator[tuple[ParameterState, Sharding, int]]:
-    """The state of every trained parameter, its shard of the full tensor, and the rank of its group that writes it.
+    """For every trained parameter: its state, its shard of the full tensor, and the rank of its group that writes it.
 
     Args:
         models: this rank's chunks of the model, without wrappers.
@@ -168,11 +168,12 @@ def owned_states(
 
 
 def _owners(parameters: Sequence[tuple[int, dist.ProcessGroup]]) -> list[int]:
-    """The rank that writes each parameter, the same on all ranks of its group: the largest ones first, each for the
-    first rank with the fewest elements so far.
+    """The rank that writes each parameter, the same result on all ranks of its group.
+
+    Parameters are assigned by decreasing size, each to the first rank with the fewest elements so far.
 
     Args:
-        parameters: elements, and the ranks that have the same shard.
+        parameters: number of elements, and the ranks with the same shard, of each parameter.
     """
     owners = [0] * len(parameters)
     loads: dict[dist.ProcessGroup, list[int]] = {}
@@ -185,8 +186,8 @@ def _owners(parameters: Sequence[tuple[int, dist.ProcessGroup]]) -> list[int]:
 
 
 def _on_host(data: Tensor, kept: Tensor | None) -> Tensor:
-    """`data` in CPU memory, contiguous; copied where it is elsewhere, or in the memory of `kept`, which the next step
-    changes.
+    """`data` in host memory, contiguous. It is copied if it is on a device, or if it shares memory with `kept`, which
+    the next step changes.
     """
     host = data.detach().cpu().contiguous()
     same = kept is not None and host.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
@@ -196,15 +197,15 @@ def _on_host(data: Tensor, kept: Tensor | None) -> Tensor:
 def load_training_state(
     directory: Path, models: Sequence[ModelChunk], optimizer: MegatronOptimizer, copies: Copies | None = None
 ) -> int:
-    """Loads the optimizer state, whatever layout wrote it, and returns Adam's step count. No collectives.
+    """Loads the optimizer state, written by any layout, and returns Adam's step count. No collectives.
 
-    The model's weights must have been loaded. Needs memory for the state of one parameter besides the optimizer's.
+    The weights of the model must be loaded. Needs memory for the state of one parameter in addition to the optimizer.
 
     Args:
         directory: the checkpoint.
         models: this rank's chunks of the model, without wrappers.
         optimizer: Megatron's optimizer.
-        copies: second sets of the trained weights, which are filled.
+        copies: second sets of the trained weights, which are filled in place.
 
     Raises:
         DamagedCheckpointError: a piece is missing or has another shape.

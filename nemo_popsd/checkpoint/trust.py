@@ -43,7 +43,7 @@ _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _SUBCLASSES = {(_MEGATRON, "MCoreMetadata"): Metadata, (_MEGATRON, "MCoreSavePlan"): SavePlan}
 """Subclasses of megatron-core 0.15 that are read as torch's classes; their additional content is not needed."""
 _RENAMED = {"pathlib._local": "pathlib"}
-"""Modules by which only one version of Python, 3.13, pickles the classes of another module."""
+"""Module names that only Python 3.13 writes into pickles, with the module that has the classes in other versions."""
 
 
 class RefusedPickle(pickle.UnpicklingError):

@@ -36,7 +36,7 @@ ParameterFilter = Callable[[str], bool]
 
 
 _Bucket: TypeAlias = tuple[str, str, tuple[list[tuple[WriteItem, object]], list[tuple[WriteItem, torch.Tensor]]]]
-"""What is written to one file: its path, its key in the metadata, and its objects and tensors."""
+"""Content of one file: its path, its key in the metadata, and its objects and tensors."""
 
 
 def every_parameter(name: str) -> bool:
@@ -60,7 +60,7 @@ class StagedWeights:
             models: this rank's chunks of the model, without wrappers.
             directory: must exist and be empty, on a file system that all ranks share.
             which: parameters to write.
-            copy: whether copies in CPU memory are written, so that training can continue meanwhile.
+            copy: whether copies in host memory are written, so that training can continue during the write.
         """
         # Megatron's `_get_write_results_queue` starts a manager process, which re-imports the program and can outlive
         # it; its writers are forked, which is unsafe with threads. Here the caller's thread writes, and an ordinary
@@ -91,7 +91,7 @@ class StagedWeights:
         """Writes and flushes this rank's files. May run in another thread.
 
         Raises:
-            OSError: from the file system.
+            OSError: the file system failed.
         """
         written: dict[int, list[WriteResult]] = {}
         for index, bucket in enumerate(self._buckets):
@@ -112,7 +112,7 @@ class StagedWeights:
         """Writes the metadata after every rank has written. Collective over all ranks.
 
         Raises:
-            OSError: from the file system, on rank 0; the other ranks return.
+            OSError: the file system failed; raised on rank 0 only.
         """
         failed: OSError | None = None
         for function in self._finish:
@@ -132,7 +132,7 @@ class StagedPieces:
         """Keeps references only.
 
         Args:
-            pieces: of all tensors; see `write_distributed_tensors`.
+            pieces: pieces of all tensors; see `write_distributed_tensors`.
             directory: must exist and be empty.
         """
         self._pieces = pieces if dist.get_rank() == 0 else ()
@@ -148,7 +148,7 @@ class StagedPieces:
         """Writes all files on rank 0; does nothing on the other ranks.
 
         Raises:
-            OSError: from the file system.
+            OSError: the file system failed.
             UserError: the source of the pieces is damaged.
         """
         if not self._pieces:
@@ -163,7 +163,7 @@ class StagedPieces:
 
 
 def load_weights(models: Sequence[ModelChunk], directory: Path, *, which: ParameterFilter = every_parameter) -> None:
-    """Loads the weights in the layout of `models`. Each of the ranks that have the same weights reads a part of them.
+    """Loads the weights in the layout of `models`. Ranks with the same weights each read a part of them.
     Collective over all ranks, see `SharedReading`. Logs sizes and seconds. Runs no code from the files.
 
     Args:
