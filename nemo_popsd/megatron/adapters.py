@@ -26,14 +26,14 @@ from megatron.core.tensor_parallel.layers import (  # noqa: E402
 
 
 class Adapters:
-    """The adapters of one model's chunks: added once, switched off for the frozen branches."""
+    """The adapters on the chunks of one model; they are added once, and disabled for the frozen branches."""
 
     def __init__(self, chunks: Sequence[ModelChunk], config: LoRAConfig, *, seed: int) -> None:
         """Freezes `chunks`, wraps their target linears and samples the A matrices; the B matrices are 0.
 
-        Megatron-Bridge samples each rank's shard from that rank's generator, so that the adapters would start from
-        different values in different layouts. Here each full matrix is sampled (Xavier normal) from a generator that is
-        seeded by `seed` and the parameter's name in the full model, and each rank keeps its shard.
+        Megatron-Bridge samples each rank's shard from that rank's generator, so the initial adapters would depend on
+        the layout. Here each full matrix is sampled (Xavier normal) from a generator seeded by `seed` and the
+        parameter's name in the full model, and each rank keeps its shard.
         """
         self._chunks = list(chunks)
         self._lora = LoRA(
@@ -68,12 +68,12 @@ class Adapters:
 
 
 def gather_in_adapters(chunks: Sequence[ModelChunk]) -> None:
-    """Under sequence parallelism, makes each adapter gather its own input instead of taking it gathered from the layer.
+    """Under sequence parallelism, makes each adapter gather its own input instead of using the layer's gathered input.
 
     `megatron.bridge.peft.utils.get_adapter_attributes_from_linear` makes Transformer Engine's fused norm and linear
     return the gathered output of the norm. Transformer Engine, up to at least 2.20, drops the gradient of that output
     (`transformer_engine.pytorch.module.layernorm_linear._LayerNormLinear.backward`): every gradient below the adapter
-    would be wrong while the loss looks right.
+    would be wrong although the loss is right.
     """
     for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, LoRALinear) and getattr(module.to_wrap, "return_layernorm_output_gathered", False):
@@ -82,9 +82,9 @@ def gather_in_adapters(chunks: Sequence[ModelChunk]) -> None:
 
 
 def full_model_name(chunk: ModelChunk, name: str) -> str:
-    """`name` of a module or parameter of `chunk` with the layer's and the expert's index in the full model.
+    """The full model's name for the module or parameter `name` of `chunk`.
 
-    In `name` layers are counted from the chunk's first one, and experts from the rank's first one.
+    In `name`, layers are indexed from the first one of the chunk, and experts from the first one of the rank.
     """
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
@@ -98,7 +98,7 @@ def full_model_name(chunk: ModelChunk, name: str) -> str:
 
 @torch.no_grad()
 def merged_state(model: ModelChunk, config: LoRAConfig) -> dict[str, Tensor]:
-    """State of a model without adapters that computes what `model` does with them; tensors are this rank's shards.
+    """State of a model without adapters that computes the same as `model` with its adapters, as shards of this rank.
 
     Collective: one all-gather over the tensor-parallel group for each adapted linear, of the factor that is split along
     its rank dimension or along the outputs.

@@ -22,7 +22,7 @@ class FrozenBase(Protocol):
 
 
 class AdaptersOff:
-    """The student with its adapters off: no copy of the weights."""
+    """The student with its adapters disabled; needs no copy of the weights."""
 
     def __init__(self, student: Sequence[ModelChunk], adapters: Adapters) -> None:
         self._student = list(student)
@@ -30,7 +30,7 @@ class AdaptersOff:
 
     @contextmanager
     def model(self) -> Iterator[list[ModelChunk]]:
-        """The student's chunks with their adapters off."""
+        """The student's chunks with adapters disabled."""
         with self._adapters.off():
             yield self._student
 
@@ -38,9 +38,9 @@ class AdaptersOff:
 class FrozenCopy:
     """A second model with the student's initial weights, for full fine-tuning.
 
-    On the host it takes no device memory between the frozen passes, except for its output matrix (V_pad/tp · H elements
-    on the last stage), which the loss needs in training; `model` copies the rest to the device, once for each use. The
-    tensor of the output matrix is the same inside and outside of `model`.
+    A copy on the host needs no device memory between the frozen passes, except for its output matrix (V_pad/tp · H
+    elements on the last stage), which the loss needs in training; `model` copies the rest to the device once per use.
+    The tensor of the output matrix is the same inside and outside of `model`.
     """
 
     def __init__(self, copy: Sequence[ModelChunk], *, on_host: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Builds the model chunks of this rank from an architecture; the only module that makes them."""
+"""Builds the model chunks of this rank from an architecture; no other module does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_chunks(
         student: precision, adaptation and gradient checkpointing.
         parallel: the layout; Megatron's process groups must exist.
         fields: values of further fields of the provider (`megatron.model`).
-        fp8: what passes in FP8 compute with; the model itself is in bf16 outside of `nemo_popsd.megatron.fp8.in_fp8`.
+        fp8: recipe of passes in FP8; the model computes in bf16 outside of `nemo_popsd.megatron.fp8.in_fp8`.
 
     Returns:
         The bare model chunks (no DDP, no adapters) in the order in which a token passes them: one, or
@@ -46,7 +46,7 @@ def build_chunks(
         times the tensor-parallel size.
 
     Raises:
-        UserError: the architecture does not divide by the layout, the layers cannot compute it in this layout, or the
+        UserError: the layout does not divide the architecture, the layers cannot compute it in this layout, the
             requested layers are not installed, or FP8 is not possible.
     """
     refuse_impossible(provider, student, parallel)
@@ -109,7 +109,7 @@ def chunks_of(model: Model) -> list[ModelChunk]:
 
 
 def layout_of(model: ModelChunk) -> ParallelConfig:
-    """The layout that `model` was built for."""
+    """The layout for which `model` was built."""
     config = model.config
     return ParallelConfig(
         tensor=config.tensor_model_parallel_size,
@@ -128,7 +128,7 @@ def layout_of(model: ModelChunk) -> ParallelConfig:
 
 
 def _finalize(provider: ModelProvider, fields: Mapping[str, object]) -> None:
-    """Lets Megatron check its configuration; names the user's fields where it refuses them.
+    """Lets Megatron check its configuration; if Megatron refuses it, the error names the fields of the user.
 
     Raises:
         UserError: `fields` contradict each other or the rest.
@@ -156,7 +156,7 @@ def _set_pipeline(provider: ModelProvider, parallel: ParallelConfig) -> None:
     `megatron.core.pipeline_parallel.p2p_communication._p2p_ops`, which two stages need.
 
     Megatron frees the memory of an output once its transfer has begun. NCCL's allocator keeps it until the transfer
-    ends; gloo would send what is written to it next, so there outputs are kept where transfers overlap.
+    ends; gloo would send data that is written to it later, so with gloo outputs are kept if transfers overlap.
     """
     provider.pipeline_dtype = provider.params_dtype
     interleaved = parallel.virtual_pipeline > 1
@@ -177,9 +177,9 @@ def _mark_shards(model: ModelChunk) -> None:
 
     `megatron.core.tensor_parallel.layers.ColumnParallelLinear`,
     `megatron.core.tensor_parallel.layers.RowParallelLinear` and
-    `megatron.core.tensor_parallel.layers.VocabParallelEmbedding` mark only weights that they initialise. Unmarked ones
-    would be treated as copies: the gradient norm, and so the clipping, would count only the shard of the group's first
-    rank. Transformer Engine marks its linears itself.
+    `megatron.core.tensor_parallel.layers.VocabParallelEmbedding` mark only weights that they initialise. Unmarked
+    weights would be treated as replicated: the gradient norm, and therefore clipping, would count only the shard of the
+    group's first rank. Transformer Engine marks its linears itself.
     """
     for module in model.modules():
         sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)

@@ -1,4 +1,4 @@
-"""Layers that attend to a cache of keys and values, at positions that are given token by token."""
+"""Layers that attend to a key-value cache, with a position given for each token."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def replace_attribute(restore: ExitStack, owner: object, name: str, value: objec
 def cached_layers(
     chunks: Sequence[ModelChunk], layers: Sequence[CachedCoreAttention], positions: int
 ) -> Iterator[list[RotationTable]]:
-    """Context in which each layer's core attention is one of `layers`, and each chunk takes its rotary angles by
-    position; yields the tables to take them from, none without rotary embeddings.
+    """Context in which `layers` replace the core attention of the layers, and rotary angles are looked up by position;
+    yields the tables of angles, or no table if there is no rotary embedding.
 
     Args:
-        chunks: of the model, without DDP.
-        layers: one for each layer of this rank, in order.
-        positions: of the tables.
+        chunks: chunks of the model, without DDP.
+        layers: one core attention for each layer of this rank, in order.
+        positions: number of positions in the tables.
     """
     with ExitStack() as restore:
         for owner in [chunks[0].config, *(attention.config for attention in attentions(chunks))]:

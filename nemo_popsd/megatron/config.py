@@ -15,7 +15,7 @@ RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 """Parts of a layer that `student.recompute=selective` can recompute, by megatron-core's names."""
 
 FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
-"""By recipe of `fp8.recipe`: inputs, outputs and tokens of each rank's part of a linear must be a multiple of this."""
+"""By `fp8.recipe`: inputs, outputs and tokens of each rank's part of a linear must be a multiple of this number."""
 
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does."""
@@ -26,13 +26,13 @@ class LoRAConfig:
     """Low-rank adapters on the usual linears (Megatron-Bridge's LoRA)."""
 
     rank: Annotated[int, Bounds(1, 16384)] = 64
-    """Rank of the update (the paper's)."""
+    """Rank of the adapters (the paper's value)."""
     alpha: Annotated[float, Bounds(0, 1e6, above=True)] = 128
     """The update is scaled by alpha / rank. The paper does not state its value."""
     dropout: Annotated[float, Bounds(0, 1)] = 0.0
     """Dropout before the adapter. Must be 0: with dropout the student would not equal the base at the start."""
     targets: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
-    """Megatron's linears that get an adapter: q, k and v; o; gate and up; down."""
+    """Megatron linears with an adapter: q, k and v; o; gate and up; down."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "student.lora")
@@ -50,41 +50,41 @@ class StudentConfig:
     """The trained model; its initial weights are the frozen base."""
 
     source: Annotated[str, Text.PATH] = ""
-    """A Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), the id of a model in the local cache of the
-    Hub (`Qwen/Qwen3-8B`; nothing is downloaded), or `nemo_popsd:tiny_reasoner`."""
+    """A Hugging Face directory, a NeMo checkpoint (directory or `.nemo`), the ID of a model in the local Hub cache
+    (`Qwen/Qwen3-8B`; nothing is downloaded), or `nemo_popsd:tiny_reasoner`."""
     precision: str = "bf16"
     """`bf16` (gradients and optimizer in fp32) or `fp32`. On a GPU Transformer Engine multiplies fp32 matrices in TF32
     (10 bits of mantissa) unless NVIDIA_TF32_OVERRIDE=0 is set before the start, computes attention in fp32 without a
     fused kernel (memory grows with the square of the length), and does not support fp32 under context parallelism."""
     adaptation: str = "lora"
-    """`lora`: adapters are trained, the base is the same weights with the adapters off. `full`: all weights are
-    trained, the base is a frozen copy."""
+    """`lora` trains adapters; the base is the same weights with adapters disabled. `full` trains all weights; the base
+    is a frozen copy."""
     frozen_copy: str = "device"
-    """Where the frozen copy of full fine-tuning is kept: `device`, or `host`, pinned memory from which it is copied to
+    """Location of the frozen copy under full fine-tuning: `device`, or `host`, pinned memory from which it is copied to
     the device for the frozen passes; its output matrix stays on the device, where the loss needs it. LoRA has no
     copy."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Adapters, when `adaptation` is `lora`."""
+    """Adapters, used if `adaptation` is `lora`."""
     layers: str = "auto"
-    """`transformer_engine`, `local` (plain torch, on a GPU or a CPU), or `auto`: Transformer Engine on a GPU where it
-    imports, else local. Checkpoints are the same; results differ only by rounding."""
+    """`transformer_engine`, `local` (plain torch, on a GPU or a CPU), or `auto`: Transformer Engine on a GPU if it can
+    be imported, otherwise local. Checkpoints are the same; results differ only by rounding."""
     recompute: str = "none"
-    """What the backward pass computes again instead of keeping it: `none`, `selective` (the parts of a layer that
-    `recompute_modules` names), or `full` (whole layers). `true` stands for `full`, `false` for `none`."""
+    """Activations that the backward pass recomputes: `none`, `selective` (the parts of a layer named in
+    `recompute_modules`), or `full` (entire layers). `true` means `full`, `false` means `none`."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     """Parts of a layer for `recompute=selective`: `core_attn` and `mlp`; in a mixture of experts `core_attn`, `moe`,
-    and with Transformer Engine's layers `moe_act` (the experts' activation) and `layernorm` (the norm before them).
-    Fused attention recomputes its scores itself, so `core_attn` saves memory only without it."""
+    and with Transformer Engine's layers `moe_act` (the activation of the experts) and `layernorm` (the norm before
+    them). Fused attention always recomputes its scores, so `core_attn` saves memory only without it."""
     recompute_method: str = "uniform"
-    """With `recompute=full`: `uniform` recomputes every layer, `recompute_layers` of them as one unit, and keeps each
-    unit's input; `block` recomputes the first `recompute_layers` layers of each model chunk and keeps what the others
-    compute."""
+    """With `recompute=full`: `uniform` recomputes all layers in units of `recompute_layers` and keeps the input of each
+    unit; `block` recomputes the first `recompute_layers` layers of each model chunk and keeps the activations of the
+    others."""
     recompute_layers: Annotated[int, _SIZE] = 1
-    """With `recompute=full`: layers of one unit (`uniform`), or recomputed layers of a model chunk (`block`)."""
+    """With `recompute=full`: layers per unit (`uniform`), or recomputed layers per model chunk (`block`)."""
     gradient_accumulation_fusion: str = "auto"
-    """Whether the matrix product of a weight's gradient adds to the gradient buffer itself: `true` (needs
-    `fused_weight_gradient_mlp_cuda` of NVIDIA's apex), `false`, or `auto`, on with Transformer Engine's layers where
-    that library imports."""
+    """Whether the matrix product of a weight gradient accumulates directly into the gradient buffer: `true` (needs
+    `fused_weight_gradient_mlp_cuda` of NVIDIA's apex), `false`, or `auto`: on with Transformer Engine's layers if that
+    library can be imported."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "student")
@@ -99,7 +99,8 @@ class StudentConfig:
         below = {"linear_qkv", "linear_proj"} & set(self.lora.targets)
         within = {"mlp", "moe"} & set(self.recompute_modules)
         if self.recompute == "selective" and within and self.adaptation == "lora" and not below:
-            # Nothing before the first layer's MLP would be trained, and torch recomputes only what has such an input.
+            # Nothing before the first layer's MLP would be trained, and torch recomputes only if an input needs
+            # gradient.
             raise UserError(
                 "configuration",
                 got=f"student.recompute_modules with {', '.join(within)} and student.lora.targets={self.lora.targets}",
@@ -121,34 +122,34 @@ class StudentConfig:
 
 @dataclass(kw_only=True)
 class FP8Config:
-    """FP8 in the linears of the layers, by Transformer Engine, for each kind of pass apart.
+    """FP8 in the linears of the layers by Transformer Engine, with a separate setting for each kind of pass.
 
-    Off by default. Weights stay bf16 and are quantised when they are used. Embedding, norms, attention, adapters,
-    output matrix and loss are computed as without. The self-check and `popsd diagnose` compute in bf16. Needs a dense
-    model, a GPU of compute capability 8.9 (Ada) or higher, Transformer Engine's layers and `student.precision=bf16`.
+    Off by default. Weights stay in bf16 and are quantised on use. FP8 does not affect embedding, norms, attention,
+    adapters, output matrix and loss. The self-check and `popsd diagnose` compute in bf16. Needs a dense model, a GPU of
+    compute capability 8.9 (Ada) or higher, Transformer Engine's layers and `student.precision=bf16`.
     """
 
     frozen: bool = False
-    """In the frozen passes. Their rounding errors move the target and are distilled with it: `popsd diagnose --fp8`
-    compares them with the effect that is distilled."""
+    """Use FP8 in the frozen passes. Their rounding errors shift the target and are distilled with it:
+    `popsd diagnose --fp8` compares them with the effect that is distilled."""
     rollouts: bool = False
-    """In decoding by `rollout.engine=megatron`, samples of evaluations included. vLLM has
+    """Use FP8 for decoding with `rollout.engine=megatron`, evaluations included. For vLLM see
     `rollout.vllm.quantization`."""
     training: bool = False
-    """In the student's forward and backward pass. The gradient of an adapter is computed in bf16 from activations and
-    gradients that FP8 has rounded."""
+    """Use FP8 in the student's forward and backward pass. The gradient of an adapter is computed in bf16 from
+    activations and gradients that FP8 has rounded."""
     recipe: str = "blockwise"
-    """How values are scaled (Megatron's `fp8_recipe`): `tensorwise` by the largest of the tensor; `blockwise` by blocks
-    of 1 x 128 inputs and 128 x 128 weights, so that a token does not depend on the others of its batch (compute
-    capability 9.0, CUDA 12.9); `delayed` by the largest of earlier calls, for training alone, because Transformer
-    Engine updates scales only where gradients are computed; `mxfp8` by blocks of 1 x 32 (Blackwell). With `delayed` the
-    first micro-batch of a run, also of a resumed one, is computed with a scale of 1."""
+    """How values are scaled (Megatron's `fp8_recipe`): `tensorwise` by the maximum of the tensor; `blockwise` by blocks
+    of 1 x 128 inputs and 128 x 128 weights, so that a token does not depend on the rest of its batch (compute
+    capability 9.0, CUDA 12.9); `delayed` by the maximum of earlier calls, for training only, because Transformer Engine
+    updates scales only where gradients are computed; `mxfp8` by blocks of 1 x 32 (Blackwell). With `delayed` the first
+    micro-batch of a new or resumed run uses a scale of 1."""
     format: str = "hybrid"
     """Megatron's `fp8`: `hybrid` (e4m3, and e5m2 for gradients) or `e4m3`."""
     num_layers_at_start_in_bf16: Annotated[int, Bounds(0, 1024)] = 0
-    """First layers of the model that stay in bf16; not with `delayed`."""
+    """Number of first layers that stay in bf16; not supported with `delayed`."""
     num_layers_at_end_in_bf16: Annotated[int, Bounds(0, 1024)] = 0
-    """Last layers of the model that stay in bf16; not with `delayed`."""
+    """Number of last layers that stay in bf16; not supported with `delayed`."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "fp8")
@@ -180,7 +181,7 @@ class FP8Config:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """The settings of the passes that are computed in FP8; empty where it is off."""
+        """The settings of the passes that use FP8; empty if FP8 is off."""
         return tuple(f"fp8.{name}" for name in ("frozen", "rollouts", "training") if getattr(self, name))
 
 
@@ -195,7 +196,7 @@ class OptimizerConfig:
     warmup_steps: Annotated[int, Bounds(0, 10**8)] = 0
     """Steps of linear warm-up from 0."""
     decay: str = "constant"
-    """`constant`, `linear` or `cosine`, from the warm-up's end to `training.steps`."""
+    """`constant`, `linear` or `cosine`, from the end of warm-up to `training.steps`."""
     weight_decay: Annotated[float, Bounds(0, 100)] = 0.0
     """Decoupled weight decay."""
     beta1: Annotated[float, Bounds(0, 1, below=True)] = 0.9
@@ -205,29 +206,29 @@ class OptimizerConfig:
     eps: Annotated[float, Bounds(1e-30, 1)] = 1e-8
     """Adam's epsilon."""
     clip_grad: Annotated[float, Bounds(1e-6, 1e6, or_zero=True)] = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Maximum global gradient norm; 0 disables clipping."""
     distributed: str = "auto"
-    """Shard optimizer state over the ranks that hold the same weights, data-parallel and context-parallel ones
-    (Megatron's distributed optimizer): `true`, `false`, or `auto`, on from two such ranks."""
+    """Shard the optimizer state over the data-parallel and context-parallel ranks, which hold the same weights
+    (Megatron's distributed optimizer): `true`, `false`, or `auto`, which enables it for two such ranks or more."""
     overlap_grad_reduce: bool = False
-    """Reduce the gradients of a bucket while the backward pass computes those of the next."""
+    """Reduce the gradients of a bucket while the backward pass computes those of the next bucket."""
     overlap_param_gather: bool = False
     """With `training.updates_per_step` above 1: gather the updated weights of a bucket while the forward pass of the
-    next update computes with those before it. The weights after the last update of a step are gathered at once,
-    because the rollouts read them. Needs `overlap_grad_reduce` and a sharded optimizer state."""
+    next update computes with earlier buckets. The weights after the last update of a step are gathered immediately,
+    because rollouts read them. Needs `overlap_grad_reduce` and a sharded optimizer state."""
     bucket_size: Annotated[int, Bounds(1, 2**40, or_zero=True)] = 0
-    """Parameters of a bucket of `overlap_grad_reduce`; 0 is Megatron's choice, 40 million, or 1 million times the
-    data-parallel size if that is more. On pipeline stages after the first one bucket holds all."""
+    """Parameters per bucket with `overlap_grad_reduce`; 0 uses Megatron's default, the larger of 40 million and 1
+    million times the data-parallel size. On pipeline stages after the first, one bucket holds all parameters."""
     grad_dtype: str = "fp32"
-    """`fp32`, or `bf16`, in which gradients are accumulated and reduced: half the memory and traffic, and rounding
-    errors that grow with the number of micro-batches and ranks. Needs `student.precision=bf16`."""
+    """Data type in which gradients are accumulated and reduced: `fp32` or `bf16`. `bf16` halves memory and traffic; its
+    rounding errors grow with the number of micro-batches and ranks. Needs `student.precision=bf16`."""
     state_dtype: str = "fp32"
     """`fp32`, or `bf16` for both moments (Megatron's precision-aware optimizer); main weights stay fp32. Needs
     Transformer Engine's Adam, `student.precision=bf16` and a sharded optimizer state."""
     host_share: Annotated[float, Bounds(0, 1)] = 0.0
-    """Share of the optimizer's state that is kept and updated on the host (Megatron's hybrid optimizer): device memory
-    for transfers and a slow update. Needs a GPU, Transformer Engine, `student.precision=bf16` and a sharded optimizer
-    state."""
+    """Fraction of the optimizer state that is kept and updated on the host (Megatron's hybrid optimizer). It saves
+    device memory at the cost of transfers and a slow update. Needs a GPU, Transformer Engine, `student.precision=bf16`
+    and a sharded optimizer state."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optimizer")
@@ -266,7 +267,7 @@ class OptimizerConfig:
 
     @property
     def needs_sharding(self) -> str:
-        """The first setting that only Megatron's distributed optimizer supports, as ``name=value``; "" without one."""
+        """The first setting that needs Megatron's distributed optimizer, as ``name=value``; "" if there is none."""
         if self.overlap_param_gather:
             return "optimizer.overlap_param_gather=true"
         if self.state_dtype != "fp32":

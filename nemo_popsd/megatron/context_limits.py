@@ -1,4 +1,4 @@
-"""Refuses what a kind of context parallelism cannot compute: heads, windows, precisions, by `parallel.context_type`."""
+"""Refuses heads, windows and precisions that `parallel.context_type` does not support."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_popsd.parallel.config import GATHERED, HEADS, HIERARCHICAL, RING, Para
 PRECISIONS_OF_CONTEXT = ("bf16",)
 """Values of `student.precision` in which Transformer Engine supports context parallelism."""
 _HEAD_MULTIPLE = 8
-"""Of the head dimension, which Transformer Engine's all-gather and all-to-all need."""
+"""Transformer Engine's all-gather and all-to-all need a head dimension that is a multiple of this."""
 
 
 def refuse_context(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig, *, fused: bool) -> None:
@@ -56,7 +56,7 @@ def refuse_context(provider: ModelProvider, student: StudentConfig, parallel: Pa
         raise UserError(
             "layout",
             got=f"heads of {channels} with parallel.context_type={kind}",
-            need=f"a multiple of {_HEAD_MULTIPLE}, for which Transformer Engine has that attention",
+            need=f"a multiple of {_HEAD_MULTIPLE}, as Transformer Engine requires for this type",
             fix="set parallel.context_type=auto",
         )
     ranks = {HEADS: parallel.context, HIERARCHICAL: (parallel.context_sizes or [1])[0]}.get(kind, 1)
@@ -67,6 +67,6 @@ def refuse_context(provider: ModelProvider, student: StudentConfig, parallel: Pa
                 "layout",
                 got=f"{count // parallel.tensor} {what} on each tensor-parallel rank with parallel.context_type={kind} "
                 f"over {ranks} ranks",
-                need="a multiple of these ranks, which divide the heads",
+                need="a multiple of the number of these ranks, over which the heads are split",
                 fix="set parallel.context_type, parallel.context_sizes or parallel.context",
             )

@@ -1,4 +1,4 @@
-"""Forward passes of the live model with a cache of keys and values, for generating tokens in any layout.
+"""Forward passes of the live model with a key-value cache, to generate tokens in any layout.
 
 Shapes: B slots, s new tokens of each, H hidden size, V_pad padded vocabulary, tp tensor-parallel size.
 """
@@ -25,9 +25,9 @@ from nemo_popsd.megatron.microbatches import FEWEST_TOKENS
 from nemo_popsd.megatron.plain_layers import PlainLayers, are_plain
 
 _SEQUENCE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-"""Attributes by which megatron-core's modules decide at run time whether sequence parallelism is on."""
+"""Attributes that switch sequence parallelism in megatron-core's modules at run time."""
 _CONTEXT_GROUPS = ("cp_group",)
-"""Attributes by which attention and rotary embeddings decide at run time whether context parallelism is on."""
+"""Attributes that switch context parallelism in attention and rotary embeddings at run time."""
 
 
 @contextmanager
@@ -63,12 +63,12 @@ def full_sequences(chunks: Sequence[ModelChunk]) -> Iterator[None]:
 class SlotDecoder:
     """Forward passes of the live model over a cache of slots, whose sequences may have different lengths.
 
-    Megatron's modules compute as they do in training. Two of them are replaced while it is open: each layer's core
-    attention, by one that keeps keys and values (`CachedCoreAttention`), and the rotary embedding, by a table of
-    angles from which each slot takes those of its position. A decoding step calls the modules inside of the layers
-    instead of the layers, where these are megatron-core's own (`PlainLayers`). Its shapes depend only on the number of
-    slots and the reach, and nothing in it waits for the host, so that it can be captured as a CUDA graph; the engine
-    does not do this (`benchmarks.gpu` does).
+    Megatron's modules compute as in training, except for two that are replaced while the decoder is open: the core
+    attention of each layer by one that caches keys and values (`CachedCoreAttention`), and the rotary embedding by a
+    table of angles that each slot indexes by its position. If the layers are megatron-core's own, a decoding step calls
+    their inner modules directly (`PlainLayers`). Its shapes depend only on the number of slots and the reach, and it
+    never synchronises with the host, so it can be captured as a CUDA graph; the engine does not do this
+    (`benchmarks.gpu` does).
 
     Attributes:
         slots: number of slots in the cache.
@@ -78,13 +78,13 @@ class SlotDecoder:
     def __init__(
         self, chunks: Sequence[ModelChunk], slots: int, capacity: int, *, fp8: FP8Config | None = None
     ) -> None:
-        """Allocates 2·slots·capacity·g·d elements for each layer of this rank; g key-value heads of this rank.
+        """Allocates 2·slots·capacity·g·d elements for each layer of this rank, with g key-value heads of this rank.
 
-        In FP8, slots and capacity are rounded up to the number of tokens that a forward must be a multiple of, and
-        Megatron's own layers compute each step.
+        In FP8, slots and capacity are rounded up to the required multiple of tokens, and Megatron's own layers compute
+        each step.
 
         Args:
-            chunks: of the model, without DDP.
+            chunks: chunks of the model, without DDP.
             slots: see the class.
             capacity: see the class.
             fp8: whether the linears compute in FP8 (`rollouts`), and how.
@@ -126,7 +126,7 @@ class SlotDecoder:
     def prefill(self, slots: Tensor, inputs: Tensor) -> None:
         """Fills slots from position 0.
 
-        Keys and values of padding are overwritten by the tokens that follow the prompt before those attend to them.
+        Keys and values of padding are overwritten by the tokens after the prompt before any token attends to them.
 
         Args:
             slots: [B] int64.
@@ -144,12 +144,12 @@ class SlotDecoder:
     def next_logits(self, inputs: Tensor, positions: Tensor, reach: int) -> Tensor | None:
         """Logits [B, V_pad/tp] of this rank after one more token of each of the first B slots; on the last stage only.
 
-        Slots that have finished may be among them, with their last token and position: their logits have no meaning,
-        and the slot's earlier positions do not change.
+        Finished slots may be included with their last token and position: their logits are meaningless, and the earlier
+        positions of the slot do not change.
 
         Args:
             inputs: [B] int64.
-            positions: [B] int64, of `inputs`.
+            positions: positions of `inputs`, [B] int64.
             reach: number of positions that attention covers, more than the position of any unfinished slot.
         """
         count = len(inputs)
@@ -176,9 +176,9 @@ class SlotDecoder:
     def _forward(self, inputs: Tensor, positions: Tensor, step: Prefill | Decode) -> Tensor | None:
         """Hidden states [s, B, H] after the last layer, on the last stage only.
 
-        Under pipeline parallelism a token passes through the stages one after the other, under virtual pipelining
-        several times; each transfer sends B·s·H numbers to the next stage, and the other stages wait while one
-        computes. Also the collectives of the model's layers.
+        Under pipeline parallelism a token passes the stages one after the other, several times under virtual
+        pipelining. Each transfer sends B·s·H numbers to the next stage, and the other stages wait while one computes.
+        The layers use their own collectives in addition.
         """
         for layer in self._layers:
             layer.forward_of = step

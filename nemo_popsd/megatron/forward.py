@@ -1,7 +1,7 @@
-"""Final hidden states at response positions, through Megatron's own schedules, for training and for frozen branches.
+"""Final hidden states at response positions, computed by Megatron's own schedules for training and frozen branches.
 
-A model is a list of chunks: one on each rank, or several under virtual pipelining. The output of the last layer, and so
-the results of these functions, exist only on the last pipeline stage.
+A model is a list of chunks: one on each rank, or several under virtual pipelining. The output of the last layer, and
+therefore the results of these functions, exist only on the last pipeline stage.
 
 Shapes: N response tokens of a micro-batch that this rank owns, R_i those of a sequence, H hidden size.
 """
@@ -43,8 +43,8 @@ def output_weight(model: ModelChunk) -> Tensor:
 def hidden_states_only(model: ModelChunk) -> Iterator[None]:
     """Context in which the model returns final hidden states [s, b, H], after the last norm, before the output layer.
 
-    `megatron.core.models.gpt.gpt_model.GPTModel._postprocess` returns them where the model has no output layer; the
-    decoder's last norm has a flag of its own and stays. Only for the duration of a forward:
+    `megatron.core.models.gpt.gpt_model.GPTModel._postprocess` returns them if the model has no output layer; the
+    decoder's last norm has its own flag and is kept. To be used only during a forward:
     `megatron.core.models.common.language_module.language_module.LanguageModule.shared_embedding_or_output_weight`,
     which the reduction of tied embeddings' gradients calls, reads the same flag.
     """
@@ -59,15 +59,15 @@ def hidden_states_only(model: ModelChunk) -> Iterator[None]:
 def student_batches(
     chunks: Sequence[ModelChunk], sequences: Sequence[ContextSequence], token_budget: int, *, packed: bool
 ) -> list[MicroBatch]:
-    """Micro-batches of `sequences` as the schedule of `chunks` needs them; at least one, even of no sequences.
+    """Micro-batches of `sequences` as the schedule of `chunks` needs them; at least one, even without sequences.
 
-    The interleaved schedule needs micro-batches of one shape, in a number that the number of stages divides; ranks that
-    share experts run the same number (one all-reduce of one number over the expert-parallel group). Empty micro-batches
-    are added to reach these numbers.
+    The interleaved schedule needs micro-batches of one shape, whose number is a multiple of the number of stages. Ranks
+    that share experts run the same number (one all-reduce of one number over the expert-parallel group). Empty
+    micro-batches are added to reach these numbers.
 
     Args:
-        chunks: of the model, without DDP.
-        sequences: of this data-parallel rank.
+        chunks: chunks of the model, without DDP.
+        sequences: sequences of this data-parallel rank.
         token_budget: tokens of one micro-batch, with padding, over the ranks that share it.
         packed: concatenate sequences instead of padding them.
     """
@@ -101,7 +101,9 @@ def _run_schedule(
     forward_only: bool,
     before: Callable[[MicroBatch], None] = lambda batch: None,
 ) -> list[object]:
-    """Returns what `loss` returned on the last stage: all of it if `forward_only`, otherwise its second value."""
+    """Runs Megatron's schedule. Returns the results of `loss` on the last stage if `forward_only`, otherwise the second
+    value of each.
+    """
     bare = [_bare(chunk) for chunk in chunks]
     split = SequenceSplit.of(bare[0])
     local = isinstance(bare[0].decoder.layers[0].self_attention.core_attention, LocalCoreAttention)
@@ -139,8 +141,8 @@ def _run_schedule(
 
 
 def _await_output_weight(chunk: ModelChunk | WrappedChunk) -> None:
-    """Waits for the output matrix where the forward pass gathers updated weights: the loss reads it without a module,
-    whose hook would wait. At most one all-gather of its bucket.
+    """Waits for the output matrix if the forward pass gathers updated weights, because the loss reads it without
+    calling a module whose hook would wait. At most one all-gather of its bucket.
     """
     if isinstance(chunk, DistributedDataParallel) and chunk.remove_forward_pre_hook_handles:
         bucket = chunk.param_to_bucket_group.get(output_weight(_bare(chunk)))
@@ -149,12 +151,12 @@ def _await_output_weight(chunk: ModelChunk | WrappedChunk) -> None:
 
 
 def _packed_params(batch: MicroBatch, local: bool) -> PackedSeqParams | None:
-    """The bounds in the form that the layers read; on local layers also on the host.
+    """The bounds of packed sequences in the form that the layers read; for local layers also on the host.
 
-    `megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_thd`, the unfused rotation, reads the
-    bounds on the host, for queries and keys of each layer. `megatron.core.transformer.attention.Attention.forward`
-    prefers the fields of padded sequences, so the bounds on the host go there, and no layer waits for the device.
-    Transformer Engine would treat these fields as gaps between sequences.
+    `megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_thd`, the unfused rotary embedding, reads
+    the bounds on the host for queries and keys of each layer. `megatron.core.transformer.attention.Attention.forward`
+    prefers the fields of padded sequences, so host bounds are passed there, and no layer waits for the device.
+    Transformer Engine would interpret these fields as gaps between sequences.
     """
     if batch.packed is None or not local:
         return batch.packed
@@ -176,8 +178,8 @@ def frozen_hidden_states(
 
     Args:
         chunks: the frozen weights (see `nemo_popsd.megatron.base`).
-        batches: from `student_batches`.
-        training: run in training mode, with the kernels of a training forward; without gradients in any case.
+        batches: micro-batches from `student_batches`.
+        training: run in training mode, with the kernels of a training forward; gradients are never computed.
 
     Returns:
         One tensor for each sequence on the last pipeline stage, an empty list on the others.
@@ -199,7 +201,7 @@ def frozen_batch_states(
     training: bool = False,
     before: Callable[[MicroBatch], None] = lambda batch: None,
 ) -> list[Tensor]:
-    """The hidden states that each micro-batch's route takes, [N, H]; see `frozen_hidden_states`.
+    """The hidden states [N, H] that the route of each micro-batch selects; see `frozen_hidden_states`.
 
     Args:
         chunks: the frozen weights.
@@ -223,7 +225,7 @@ def frozen_batch_states(
 
 
 def _no_rows_of_output_weight(chunk: DistributedDataParallel) -> Tensor | float:
-    """0, with a gradient of 0 for a trained output matrix where its bucket is reduced once each weight has one."""
+    """0, with a gradient of 0 for a trained output matrix if its bucket is reduced once each weight has a gradient."""
     weight = output_weight(_bare(chunk))
     return weight[:0].sum() if chunk.ddp_config.overlap_grad_reduce and weight.requires_grad else 0.0
 
@@ -242,18 +244,18 @@ def forward_backward(
     batches: Sequence[MicroBatch],
     loss: Callable[[MicroBatch, Tensor], tuple[Tensor, Report]],
 ) -> list[Report]:
-    """One accumulation of gradients over `batches`: forward, loss, backward, and Megatron's reduction of gradients.
+    """Accumulates gradients over `batches`: forward, loss, backward, and Megatron's reduction of gradients.
 
-    Afterwards ``main_grad`` of each parameter holds the sum over micro-batches, data-parallel and context-parallel
-    ranks of the gradient of what `loss` returned. Megatron averages over micro-batches and over the ranks of both
-    groups, and `megatron.core.pipeline_parallel.schedules.forward_step_calc_loss` multiplies by the size of the second;
-    this is undone here, so that the caller weights tokens by the global batch and ranks with unequal shares add no
-    bias.
+    Afterwards ``main_grad`` of each parameter is the gradient of the values returned by `loss`, summed over
+    micro-batches, data-parallel and context-parallel ranks. Megatron averages over micro-batches and over the ranks of
+    both groups, and `megatron.core.pipeline_parallel.schedules.forward_step_calc_loss` multiplies by the size of the
+    second. This is undone here, so that the caller can weight tokens by the global batch without bias from unequal
+    shares of the ranks.
 
     Args:
-        chunks: of the student, each in Megatron's DDP.
-        batches: from `student_batches`; data-parallel ranks may have different numbers of them.
-        loss: from a micro-batch and its hidden states [N, H] (with gradient) to a scalar and a report.
+        chunks: chunks of the student, each in Megatron's DDP.
+        batches: micro-batches from `student_batches`; data-parallel ranks may have different numbers of them.
+        loss: maps a micro-batch and its hidden states [N, H] (with gradient) to a scalar and a report.
 
     Returns:
         One report for each micro-batch that is not empty on the last pipeline stage, an empty list on the others.

@@ -1,9 +1,9 @@
-"""FP8 in the linears of the layers: what a model is built with, and the context that a pass in FP8 is computed in.
+"""FP8 in the linears of the layers: the fields for building a model, and the context in which a pass uses FP8.
 
-Megatron's ``TransformerBlock`` reads ``TransformerConfig.fp8`` in each forward and enters Transformer Engine's autocast
-where it is set: around each layer, under delayed scaling around all of them. All modules of a model share one
-configuration object. A model is built with ``fp8`` set, so that Megatron checks it, and then has None: a pass is in
-bf16 unless it is computed in `in_fp8`.
+Megatron's ``TransformerBlock`` reads ``TransformerConfig.fp8`` in each forward and, if it is set, enters Transformer
+Engine's autocast around each layer, or under delayed scaling around all layers. All modules of a model share one
+configuration object. A model is built with ``fp8`` set, so that Megatron checks it; then the field is set to None. A
+pass is computed in bf16 unless it runs in `in_fp8`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_popsd.parallel.config import ParallelConfig
 
 
 def refuse_fp8(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig, fp8: FP8Config) -> None:
-    """Refuses FP8 that the machine, the model or the layout does not allow; nothing where it is off.
+    """Refuses FP8 if the machine, the model or the layout does not support it; does nothing if FP8 is off.
 
     Args:
         provider: the architecture.
@@ -48,7 +48,7 @@ def refuse_fp8(provider: ModelProvider, student: StudentConfig, parallel: Parall
         raise UserError(
             "model",
             got=f"{on} with a mixture of {provider.num_moe_experts} experts",
-            need="a dense model: the number of tokens of an expert is no multiple of what FP8 needs",
+            need="a dense model: the number of tokens per expert is not a multiple of the number that FP8 needs",
             fix=f"set {off}",
         )
     multiple = FP8_MULTIPLES[fp8.recipe]
@@ -74,7 +74,7 @@ def refuse_fp8(provider: ModelProvider, student: StudentConfig, parallel: Parall
 
 
 def linear_widths(provider: ModelProvider, tensor: int) -> dict[str, int]:
-    """Widths of the inputs and outputs of a dense layer's linears on one of `tensor` ranks, by what they are."""
+    """Widths of inputs and outputs of the linears of a dense layer on one of `tensor` ranks, by description."""
     heads = provider.num_attention_heads
     channels = provider.kv_channels or provider.hidden_size // heads
     groups = provider.num_query_groups or heads
@@ -89,10 +89,11 @@ def linear_widths(provider: ModelProvider, tensor: int) -> dict[str, int]:
 
 
 def set_fp8(provider: ModelProvider, fp8: FP8Config) -> None:
-    """Sets the fields with which Megatron builds and checks a model for FP8; none where it is off.
+    """Sets the fields with which Megatron builds and checks a model for FP8; does nothing if FP8 is off.
 
-    Scales are reduced over tensor-parallel and context-parallel ranks alone (``tp_only_amax_red``): data-parallel ranks
-    may have different numbers of micro-batches, and under delayed scaling each forward pass is a collective.
+    Scales are reduced only over tensor-parallel and context-parallel ranks (``tp_only_amax_red``), because
+    data-parallel ranks may have different numbers of micro-batches, and under delayed scaling each forward pass is a
+    collective.
     """
     if not fp8.passes:
         return
@@ -106,15 +107,15 @@ def set_fp8(provider: ModelProvider, fp8: FP8Config) -> None:
 
 @contextmanager
 def in_fp8(chunks: Sequence[ModelChunk], fp8: FP8Config, passes: str) -> Iterator[None]:
-    """Context in which the linears of `chunks` compute in FP8, if `fp8` has it for these passes; else nothing changes.
+    """Context in which the linears of `chunks` compute in FP8 if `fp8` enables it for these passes.
 
-    Micro-batches that are made in it are padded to the number of tokens that FP8 needs (`SequenceSplit.of`).
-    Transformer Engine keeps quantised weights from one micro-batch to the next; the first one in the context quantises
-    them again, since an update may have changed the weights. The backward pass of a forward pass in FP8 is in FP8 too;
-    what it recomputes reads the configuration again, so it belongs into the context.
+    Micro-batches created in the context are padded to the number of tokens that FP8 needs (`SequenceSplit.of`).
+    Transformer Engine keeps quantised weights from one micro-batch to the next; the first micro-batch in the context
+    quantises them again, since an update may have changed the weights. The backward pass of an FP8 forward pass is also
+    in FP8; recomputation reads the configuration again, so the backward pass must run inside the context.
 
     Args:
-        chunks: this rank's, without DDP.
+        chunks: chunks of this rank, without DDP.
         fp8: recipe and passes.
         passes: `frozen`, `rollouts` or `training`.
     """

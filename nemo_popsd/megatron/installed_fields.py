@@ -1,6 +1,6 @@
 """The fields of megatron-core's configuration classes, read from the source of the installed version.
 
-Nothing of megatron-core is imported, which takes seconds: a configuration is checked before that.
+megatron-core itself is not imported, because that takes seconds and a configuration is checked before.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ SOURCES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "ddp": (("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
     "optimizer": (("optimizer/optimizer_config.py", "OptimizerConfig"),),
 }
-"""By section: file within megatron-core and class, base classes first."""
+"""For each section, files within megatron-core and their classes, base classes first."""
 _SCALARS = ("bool", "int", "float", "str")
 _LONGEST = 200
 
 
 @dataclass(frozen=True)
 class MegatronField:
-    """One field."""
+    """A field of a configuration class."""
 
     annotation: str
-    """As in the source."""
+    """Annotation in the source."""
     scalars: frozenset[str]
-    """Those of bool, int, float and str that it takes; empty where it takes no such value."""
+    """Accepted types among bool, int, float and str."""
     choices: tuple[str, ...]
-    """The texts that it takes, where the annotation lists them."""
+    """Accepted strings, if the annotation lists them."""
     optional: bool
-    """Whether it takes null."""
+    """Whether the field accepts null."""
 
     @property
     def settable(self) -> bool:
@@ -45,10 +45,10 @@ class MegatronField:
         return bool(self.scalars or self.choices)
 
     def value(self, text: str) -> object:
-        """The value that `text` stands for.
+        """The value that `text` represents.
 
         Raises:
-            ValueError: it is none that the field takes; the message names what it takes.
+            ValueError: the field does not accept the value; the message lists accepted values.
         """
         if self.optional and text == "null":
             return None
@@ -73,7 +73,7 @@ class MegatronField:
 
 @cache
 def installed_fields(section: str) -> Mapping[str, MegatronField]:
-    """The public fields of `section`, a key of `SOURCES`, by name; empty where megatron-core is not installed."""
+    """The public fields of `section`, a key of `SOURCES`, by name; empty if megatron-core is not installed."""
     try:
         found = importlib.util.find_spec("megatron.core")
     except ModuleNotFoundError:

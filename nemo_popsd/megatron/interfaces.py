@@ -1,7 +1,7 @@
-"""What the package uses of Megatron-Bridge's model provider and of megatron-core's models and optimizers.
+"""Protocols for Megatron-Bridge's model provider and for megatron-core's models and optimizers.
 
-Neither library is typed. These protocols state the attributes and methods that the package depends on, so that a type
-checker sees a misspelt one.
+Neither library is typed. These protocols declare the attributes and methods that the package uses, so that a type
+checker detects a misspelt one.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class ModelProvider(Protocol):
 class ModelChunk(Protocol):
     """This rank's part of a language model: megatron-core's ``GPTModel``, complete or one stage of a pipeline.
 
-    ``build_chunks`` makes them. A chunk is a ``torch.nn.Module``, of which only what the package calls is listed.
+    ``build_chunks`` creates chunks. A chunk is a ``torch.nn.Module``; only the members that the package uses are
+    listed.
     """
 
     config: TransformerConfig
@@ -116,48 +117,48 @@ class ModelChunk(Protocol):
     share_embeddings_and_output_weights: bool
     position_embedding_type: str
     embedding: torch.nn.Module
-    """Of a chunk with `pre_process`."""
+    """The embedding; only if `pre_process`."""
     rotary_pos_emb: RotaryEmbedding
-    """Of a chunk whose `position_embedding_type` is a rotation."""
+    """The rotary embedding, if `position_embedding_type` is one."""
     decoder: TransformerBlock
     output_layer: OutputLayer
-    """Of a chunk with `post_process`."""
+    """The output layer; only if `post_process`."""
     vocab_size: int
-    """With padding."""
+    """Size of the vocabulary, padding included."""
     training: bool
 
     def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
         """Sets the output of the previous stage, which the next forward continues."""
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
-        """The matrix of a model whose embedding is also its output matrix."""
+        """The matrix that embedding and output layer of a tied model share."""
 
     def set_is_first_microbatch(self) -> None:
         """Lets Transformer Engine quantise the weights again in the next forward, if ``config.fp8`` is set."""
 
     def sharded_state_dict(self) -> dict[str, object]:
-        """Tensors with their places in the complete model, for a distributed checkpoint."""
+        """Tensors with their positions in the full model, for a distributed checkpoint."""
 
     def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
-        """Hidden states, or logits of this rank's vocabulary shard where the chunk has an output layer."""
+        """Hidden states, or logits of this rank's vocabulary shard if the chunk has an output layer."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Of the chunk."""
+        """Parameters of the chunk."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """With their names in the chunk."""
+        """Yields pairs of name in the chunk and object."""
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """The chunk and all modules in it."""
 
     def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        """With their names in the chunk."""
+        """Yields pairs of name in the chunk and object."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Tensors by name, without their places."""
+        """Tensors by name, without their positions in the full model."""
 
     def load_state_dict(self, state_dict: Mapping[str, object], strict: bool = True) -> tuple[list[str], list[str]]:
-        """Sets the values; the missing and the unexpected names."""
+        """Sets the values; returns missing and unexpected names."""
 
     def train(self, mode: bool = True) -> Self:
         """Selects training or evaluation mode."""
@@ -173,14 +174,14 @@ class ModelChunk(Protocol):
 
 
 class OutputLayer(Protocol):
-    """The linear from hidden states to logits, of which each tensor-parallel rank has a shard."""
+    """The linear from hidden states to logits, sharded over the tensor-parallel ranks."""
 
     weight: torch.Tensor
 
     def __call__(
         self, x: torch.Tensor, /, *, weight: torch.Tensor | None, runtime_gather_output: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of this rank's vocabulary shard by its own weight or by `weight`, and the bias."""
+        """Logits of this rank's vocabulary shard, computed with its own weight or with `weight`, and the bias."""
 
 
 class BucketGroup(Protocol):
@@ -196,13 +197,13 @@ class WrappedChunk(Protocol):
     module: ModelChunk
     ddp_config: DistributedDataParallelConfig
     use_forward_hook: bool
-    """Whether hooks before the modules' forward wait for the gathered weights."""
+    """Whether forward pre-hooks of the modules wait for the gathered weights."""
     remove_forward_pre_hook_handles: Mapping[torch.nn.Module, object]
     """Empty while these hooks are disabled."""
     param_to_bucket_group: Mapping[torch.Tensor, BucketGroup]
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Context in which gradients are accumulated and not reduced."""
+        """Context in which gradients are accumulated but not reduced."""
 
     def zero_grad_buffer(self) -> None:
         """Clears the accumulated gradients."""
@@ -217,29 +218,29 @@ class WrappedChunk(Protocol):
         """Gathers the updated weights, one all-gather for each bucket; waits for them if `force_sync`."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Of the chunk."""
+        """Parameters of the chunk."""
 
     def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
-        """What the chunk returns."""
+        """The output of the chunk."""
 
 
 class LinearModule(Protocol):
-    """A linear of megatron-core, with LoRA or without, of which each rank has a shard."""
+    """A sharded linear of megatron-core, with or without LoRA."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     tp_group: dist.ProcessGroup
     gather_output: bool
-    """Of a column-parallel linear."""
+    """Attribute of a column-parallel linear."""
     input_is_parallel: bool
-    """Of a row-parallel linear."""
+    """Attribute of a row-parallel linear."""
 
     def __call__(self, x: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The output, and the bias where the caller adds it."""
+        """The output, and the bias if the caller has to add it."""
 
 
 class ShardedParameter(Protocol):
-    """A parameter of which each tensor-parallel rank has a shard, marked by megatron-core."""
+    """A parameter sharded over the tensor-parallel ranks, with the attributes that megatron-core sets."""
 
     partition_dim: int
     shape: torch.Size
@@ -249,7 +250,7 @@ class ShardedParameter(Protocol):
 
 
 class ParameterGroup(TypedDict):
-    """What the package reads of a group of Adam's parameters."""
+    """Entries of an Adam parameter group that the package reads."""
 
     lr: float
 
@@ -259,10 +260,10 @@ class MegatronOptimizer(Protocol):
 
     @property
     def param_groups(self) -> list[ParameterGroup]:
-        """Of Adam."""
+        """Adam's parameter groups."""
 
     def prepare_grads(self) -> bool:
-        """Copies gradients to the main weights; whether any of them is Inf or NaN under loss scaling."""
+        """Copies gradients to the main weights; returns whether any is Inf or NaN under loss scaling."""
 
     def get_grad_norm(self) -> float:
         """Global norm of the gradients, the same on every rank."""
@@ -284,7 +285,7 @@ class OptimizerPart(Protocol):
     """Adam."""
     config: OptimizerConfig
     init_state_fn: Callable[[torch.optim.Optimizer, OptimizerConfig], None]
-    """Creates Adam's state where it is missing."""
+    """Creates missing Adam state."""
 
 
 class ChainedOptimizer(Protocol):

@@ -30,11 +30,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
     and masks, does not: for it keys and values are repeated, because torch's fallback would store all scores.
 
     Args:
-        query: of all heads.
-        key: of the key-value heads.
-        value: as `key`.
-        mask: which keys each query attends to, bool or by position; None for causal attention.
-        scale: of the scores.
+        query: queries of all heads.
+        key: keys of the key-value heads.
+        value: values, shaped like `key`.
+        mask: the keys to which each query attends, a bool mask or a `CausalBias`; None for causal attention.
+        scale: factor of the scores.
 
     Returns:
         [b, n, s, d].
@@ -51,9 +51,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
 def suffix_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
     """Attention of the last s tokens of sequences of k: [b, n, s, d], [b, g, k, d], [b, g, k, d] -> [b, n, s, d].
 
-    Each query attends to the keys up to its own. On a GPU torch's fused kernels compute this without a mask. On a CPU
-    they need one, which hides few of the scores where s is small beside k; where it is not, queries of 0 stand for the
-    earlier tokens, and their results are dropped.
+    Each query attends to the keys up to its own position. On a GPU torch's fused kernels compute this without a mask.
+    On a CPU they need a mask, which wastes little work if s is small compared with k; otherwise the queries are padded
+    with zeros for the earlier tokens, and the results of these are dropped.
     """
     length, keys = query.shape[2], key.shape[2]
     earlier = keys - length
@@ -62,7 +62,7 @@ def suffix_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
     if query.device.type == "cpu" and 2 * earlier <= length:
         padded = torch.nn.functional.pad(query, (0, 0, earlier, 0))
         return causal_attention(padded, key, value, mask=None, scale=scale)[:, :, earlier:]
-    # The memory-efficient kernel, for fp32 on a GPU, hides keys by position, but does not support grouped heads.
+    # The memory-efficient kernel, for fp32 on a GPU, supports the `CausalBias`, but not grouped heads.
     return causal_attention(query, key, value, mask=causal_lower_right(length, keys), scale=scale)
 
 
@@ -78,17 +78,18 @@ def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:
 
 
 def packed_kernel(query: Tensor, scale: float, window: int | None) -> Callable[..., Tensor] | None:
-    """PyTorch's attention over packed sequences, where it computes the same as `causal_attention` for each of them.
+    """PyTorch's attention over packed sequences, if it computes the same as `causal_attention` for each sequence.
 
     Args:
         query: [t, n, d].
-        scale: of the scores.
+        scale: factor of the scores.
         window: number of tokens that a token attends to, including itself; None for all earlier ones.
 
     Returns:
-        From query, key and value ([t, n, d], [t, g, d], [t, g, d]), the bounds of the sequences [sequences + 1] int32
-        and the longest length to [t, n, d]; None where attention must run for one sequence at a time: on a CPU, in
-        fp32, with a head size that FlashAttention does not support, or with a torch that has no such function.
+        A function that maps query, key and value ([t, n, d], [t, g, d], [t, g, d]), the bounds of the sequences
+        [sequences + 1] int32 and the longest length to [t, n, d]. None if attention must run for one sequence at a
+        time: on a CPU, in fp32, with a head size that FlashAttention does not support, or with a torch without this
+        function.
     """
     width = query.shape[-1]
     if not takes_packed(query.device.type, half=query.dtype in _FLASH_DTYPES, width=width):

@@ -1,4 +1,4 @@
-"""A cache of keys and values with slots at different lengths, and the core attention that reads it.
+"""A key-value cache whose slots have different lengths, and the core attention that reads it.
 
 Shapes: b slots of this forward, s new tokens of each, n query heads and g key-value heads of this tensor-parallel rank,
 d head dimension, r reach.
@@ -22,7 +22,7 @@ from nemo_popsd.megatron.kernels import suffix_attention
 from nemo_popsd.megatron.prefix.waves import Wave
 
 KNOWN_CORES = ("LocalCoreAttention", "TEDotProductAttention")
-"""Classes of core attention that `CachedCoreAttention` computes, with the softmax 'vanilla'."""
+"""Classes of core attention that `CachedCoreAttention` can replace, with the softmax 'vanilla'."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,16 @@ class Decode:
     slots: Tensor
     """0 to b - 1, int64."""
     positions: Tensor
-    """[b] int64, of the new tokens."""
+    """Positions of the new tokens, [b] int64."""
     visible: dict[int | None, Tensor]
-    """By window: 0 where a slot attends to one of the first r positions, else -inf; [b, 1, 1, r], queries' dtype."""
+    """Additive mask by window: 0 if a slot attends to one of the first r positions, otherwise -inf; [b, 1, 1, r], in
+    the dtype of the queries."""
 
 
 @dataclass(frozen=True)
 class Extend:
-    """A forward of pieces of sequences, one after the other (s tokens of one slot), that continue each other and what
-    slot 0 holds; tokens after the last piece are padding.
+    """A forward of concatenated pieces of sequences (s tokens of one slot), which continue each other and the content
+    of slot 0; tokens after the last piece are padding.
     """
 
     wave: Wave
@@ -61,8 +62,8 @@ class CachedCoreAttention(torch.nn.Module):
     to the first r positions, with a mask over those beyond its own length or window.
 
     Attributes:
-        keys: [slots, g, capacity, d], or somewhat more positions (`cache_positions`); values alike.
-        values: zeros at first, because a masked position is still multiplied by 0.
+        keys: [slots, g, capacity, d], or somewhat more positions (`cache_positions`).
+        values: same shape; initialised with zeros, because a masked position is still multiplied by 0.
     """
 
     def __init__(self, attention: Attention, slots: int, capacity: int, device: torch.device) -> None:
@@ -72,7 +73,7 @@ class CachedCoreAttention(torch.nn.Module):
             attention: the layer's attention, with its own core.
             slots: number of slots.
             capacity: positions of each slot.
-            device: of the cache.
+            device: device of the cache.
 
         Raises:
             UserError: this class does not compute the model's attention.
@@ -113,7 +114,7 @@ class CachedCoreAttention(torch.nn.Module):
         return self.attend(query[0].unflatten(1, (key.shape[2], -1)), key[0], value[0])[None]
 
     def _extend(self, wave: Wave, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[s, 1, n, d], [s, 1, g, d], [s, 1, g, d] -> [s, 1, n·d]; see `Extend`. Copies the keys that a piece reads."""
+        """[s, 1, n, d], [s, 1, g, d], [s, 1, g, d] -> [s, 1, n·d]; see `Extend`. Copies the keys read by each piece."""
         q_bnsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         contexts = []
         for piece in wave.pieces:
@@ -138,7 +139,7 @@ class CachedCoreAttention(torch.nn.Module):
         visible, count = step.visible[self.window], len(key)
         self.keys[step.slots, :, step.positions] = key
         self.values[step.slots, :, step.positions] = value
-        # The query heads of one key-value head are queries of one sequence: no copies of keys, one mask for all.
+        # The query heads of a key-value head are treated as queries of one sequence: no copies of keys, one mask.
         context = scaled_dot_product_attention(
             query,
             self.keys[:count, :, : visible.shape[-1]],
@@ -150,7 +151,7 @@ class CachedCoreAttention(torch.nn.Module):
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """[1, g, ·, d] along the positions; a single one that is not empty as it is."""
+    """Concatenates [1, g, ·, d] along the positions; returns a single non-empty part without a copy."""
     parts = [part for part in parts if part.shape[2]]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

@@ -1,8 +1,8 @@
-"""Norm and core attention of the local layer spec: what Transformer Engine computes, in plain torch, on any device.
+"""Norm and core attention of the local layer spec: the computation of Transformer Engine in plain torch on any device.
 
-Used where there is no Transformer Engine (see `nemo_popsd.megatron.spec`) instead of megatron-core's own local
-versions: `megatron.core.transformer.torch_norm.WrappedTorchNorm` refuses sequence parallelism, and
-`megatron.core.transformer.dot_product_attention.DotProductAttention` packed sequences and context parallelism.
+Used without Transformer Engine (see `nemo_popsd.megatron.spec`) in place of megatron-core's own local versions:
+`megatron.core.transformer.torch_norm.WrappedTorchNorm` refuses sequence parallelism, and
+`megatron.core.transformer.dot_product_attention.DotProductAttention` refuses packed sequences and context parallelism.
 
 Shapes: s sequence, b batch, t packed tokens, n query heads and g key-value heads of this tensor-parallel rank, d head
 dimension.
@@ -26,8 +26,8 @@ from nemo_popsd.megatron.kernels import causal_attention, packed_kernel
 class LocalRMSNorm(torch.nn.RMSNorm):
     """RMSNorm over the last dimension, in the model's dtype, marked for sequence parallelism.
 
-    Under sequence parallelism each rank normalises its own tokens, so the weight's gradient covers only
-    those; Megatron's `finalize_model_grads` sums the gradients of parameters marked ``sequence_parallel``.
+    Under sequence parallelism each rank normalises its own tokens, so the gradient of the weight covers only these
+    tokens; Megatron's `finalize_model_grads` sums the gradients of parameters marked ``sequence_parallel``.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
@@ -45,11 +45,11 @@ class LocalCoreAttention(MegatronModule):
     """Causal attention of one tensor-parallel rank's heads: padded, packed, context-parallel.
 
     - *Padded* batches are padded on the right: because attention is causal, no real token attends to padding.
-    - *Packed* (thd): tokens attend within their own sequence, bounded by ``cu_seqlens_q``: all at once where torch
-      supports it (`packed_kernel`), else one sequence after the other.
-    - *Context parallel*: every sequence is cut into 2·cp chunks and rank r holds chunks r and 2·cp−1−r. Keys and values
-      are gathered over the group (one all-gather each, one reduce-scatter each in the backward; b·s·g·d elements),
-      queries stay.
+    - *Packed* (thd): tokens attend within their own sequence, bounded by ``cu_seqlens_q``; all sequences at once if
+      torch supports it (`packed_kernel`), otherwise one after the other.
+    - *Context parallel*: every sequence is split into 2·cp chunks and rank r holds chunks r and 2·cp−1−r. Keys and
+      values are gathered over the group (one all-gather each, one reduce-scatter each in the backward; b·s·g·d
+      elements); queries are not.
     - *Windowed* layers (Megatron's ``window_size`` and ``window_attn_skip_freq``): a token attends to itself and to the
       ``window_size[0]`` tokens before it.
 
@@ -96,9 +96,9 @@ class LocalCoreAttention(MegatronModule):
         Args:
             query: [s, b, n, d], or [t, n, d] when packed; this rank's chunks under context parallelism.
             key: [s, b, g, d] or [t, g, d].
-            value: as `key`.
-            attention_mask: ignored: every sequence is causal.
-            attn_mask_type: ignored, as is the mask.
+            value: values, shaped like `key`.
+            attention_mask: ignored, because every sequence is causal.
+            attn_mask_type: ignored, like the mask.
             attention_bias: must be None.
             packed_seq_params: with ``qkv_format="thd"``, the bounds of the sequences in ``cu_seqlens_q``; the same on
                 the host in ``cu_seqlens_q_padded``, or None (see `nemo_popsd.megatron.forward`).
@@ -136,7 +136,7 @@ class LocalCoreAttention(MegatronModule):
         return context_bnsd.permute(2, 0, 1, 3).flatten(2)
 
     def _visible(self, positions: Tensor, keys: int) -> Tensor:
-        """Which of the first `keys` positions the tokens at `positions` attend to: [s, keys] bool."""
+        """Mask of the first `keys` positions to which the tokens at `positions` attend: [s, keys] bool."""
         distance = positions[:, None] - torch.arange(keys, device=positions.device)[None, :]
         visible = distance >= 0
         return visible if self.window is None else visible & (distance < self.window)

@@ -70,7 +70,7 @@ def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> Non
         raise UserError(
             "layout",
             got=f"{provider.num_layers} layers with {parallel.describe()}",
-            need="at least one layer on each stage, as many on all stages whose number is 0, and numbers that "
+            need="at least one layer on each stage, the same number on all stages set to 0, and numbers that "
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} divides",
             fix="set parallel.first_stage_layers or parallel.last_stage_layers",
         )
@@ -84,8 +84,8 @@ def refuse_indivisible(provider: ModelProvider, parallel: ParallelConfig) -> Non
 
 
 def _refuse_recomputation(provider: ModelProvider, student: StudentConfig, parallel: ParallelConfig) -> None:
-    """Refuses units that do not divide a model chunk, and parts of a layer that the model does not have or whose
-    recomputation is a part of Transformer Engine.
+    """Refuses units that do not divide a model chunk, and parts of a layer that the model lacks or that only
+    Transformer Engine can recompute.
     """
     stages = layers_by_stage(parallel, provider.num_layers) or ()
     chunks = sorted({layers // parallel.virtual_pipeline for layers in stages})
@@ -116,7 +116,7 @@ def _refuse_recomputation(provider: ModelProvider, student: StudentConfig, paral
 
 
 def _refuse_fused_accumulation(student: StudentConfig) -> None:
-    """Refuses `student.gradient_accumulation_fusion=true` where its kernel does not import."""
+    """Refuses `student.gradient_accumulation_fusion=true` if its kernel cannot be imported."""
     if student.gradient_accumulation_fusion == "true" and not layers._grad_accum_fusion_available:
         raise UserError(
             "environment",
@@ -150,12 +150,12 @@ def refuse_optimizer(config: OptimizerConfig) -> None:
 
 
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-"""Variables by which Transformer Engine chooses its attention. Megatron sets all to 1 and fails at any other value."""
+"""Variables that select Transformer Engine's attention. Megatron sets all to 1 and fails for any other value."""
 _EXPERT_LINEARS = ("linear_fc1", "linear_fc2")
 
 
 def _refuse_for_transformer_engine(student: StudentConfig) -> None:
-    """Refuses variables that conflict with Megatron's choice of an attention; warns of TF32."""
+    """Refuses variables that conflict with Megatron's choice of attention; warns about TF32."""
     for name in ATTENTION_VARIABLES:
         if os.environ.get(name, "1") != "1":
             raise UserError(
@@ -192,8 +192,8 @@ def _refuse_adapters_of_experts(
         # dispatcher, and the adapter's second matrix would multiply one rank's part of it.
         raise UserError(
             "adapters",
-            got=f"student.lora.targets with {', '.join(targets)} for experts that {parallel.expert_shards} ranks have "
-            f"parts of ({parallel.describe()})",
+            got=f"student.lora.targets with {', '.join(targets)} for experts that are split over "
+            f"{parallel.expert_shards} ranks ({parallel.describe()})",
             need="adapters of attention only, or experts that are complete on a rank",
             fix="set student.lora.targets=[linear_qkv,linear_proj], or parallel.expert above 1 without "
             "parallel.expert_tensor",

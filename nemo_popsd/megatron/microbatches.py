@@ -1,8 +1,8 @@
-"""Micro-batches within a token budget from sequences of unequal length, and the positions of their responses.
+"""Builds micro-batches within a token budget from sequences of unequal length, with the positions of their responses.
 
-Two forms. *Padded*: sequences side by side, each padded on the right to the longest. *Packed*: one after the other
-along the sequence dimension, with their bounds. Attention is causal, so padding on the right does not change earlier
-tokens and needs no mask; where the layout needs padding of a packed sequence, it belongs to the sequence.
+There are two forms. *Padded*: sequences are stacked, each padded on the right to the longest. *Packed*: sequences are
+concatenated along the sequence dimension, with their bounds. Attention is causal, so padding on the right does not
+change earlier tokens and needs no mask; padding that the layout requires of a packed sequence is part of the sequence.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from nemo_popsd.data.alignment import append_response, response_positions
 from nemo_popsd.megatron.response_routing import UNSPLIT, Route, SequenceSplit, plan_route
 
 FEWEST_TOKENS = 2
-"""Fewest tokens of a forward. Transformer Engine refuses one token with one key-value head, whose memory layout it
-cannot determine ("qkv memory layout is not supported")."""
+"""Minimum number of tokens in a forward. Transformer Engine refuses one token with one key-value head, because it
+cannot determine the memory layout ("qkv memory layout is not supported")."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class ContextSequence:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that pass through the model together; this rank owns N of their response tokens.
+    """Sequences that pass the model together; this rank owns N of their response tokens.
 
-    [S, b] are the padded length and the number of sequences, or the number of all packed tokens and 1.
+    [S, b] are the padded length and the number of sequences, or the total number of packed tokens and 1.
     """
 
     sequences: list[int]
@@ -74,7 +74,7 @@ class TokenCount:
     padding: int = 0
     """Tokens of padding."""
     saved: int = 0
-    """Tokens of sequences that were not computed, because another sequence has the same prefix."""
+    """Tokens of sequences that were not computed because another sequence has the same prefix."""
 
     @classmethod
     def of(cls, batches: Sequence[MicroBatch]) -> TokenCount:
@@ -87,9 +87,9 @@ class TokenCount:
 
 
 def group_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices grouped so that each group, padded to its longest member, holds at most `token_budget` tokens.
+    """Groups indices so that each group, padded to its longest member, holds at most `token_budget` tokens.
 
-    Longest first; a sequence longer than the budget is a group of its own. Deterministic: ties keep their order.
+    Longest first; a sequence longer than the budget is its own group. Deterministic: ties keep their order.
     """
     groups: list[list[int]] = []
     longest = 0
@@ -103,10 +103,9 @@ def group_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]
 
 
 def pack_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices grouped so that the lengths of each group sum to at most `token_budget`.
+    """Groups indices so that the lengths of each group sum to at most `token_budget`.
 
-    Longest first, each into the first group with enough space; a sequence longer than the budget is a group of its own.
-    Deterministic: ties keep their order.
+    First-fit decreasing; a sequence longer than the budget is its own group. Deterministic: ties keep their order.
     """
     groups: list[list[int]] = []
     space: list[int] = []
@@ -135,14 +134,14 @@ def microbatches(
     """Groups `sequences`, longest first, within `token_budget` tokens each, padding included.
 
     Args:
-        sequences: of this data-parallel rank; the same list on all ranks that share the model.
-        token_budget: largest S·b of a micro-batch; a single sequence may be longer.
-        device: of the tensors.
+        sequences: sequences of this data-parallel rank; the same list on all ranks that share the model.
+        token_budget: maximum S·b of a micro-batch; a single sequence may be longer.
+        device: device of the tensors.
         split: how the model splits sequences over ranks.
         packed: concatenate sequences instead of padding them.
         one_shape: all micro-batches have the same S and b, as the interleaved pipeline schedule needs.
-        count_multiple: empty micro-batches are added until this divides the number of micro-batches.
-        at_least: smallest number of micro-batches. An empty one has no sequence and a few tokens of padding.
+        count_multiple: empty micro-batches are added until their number is a multiple of this.
+        at_least: minimum number of micro-batches. An empty one has no sequence and a few tokens of padding.
     """
     multiple = split.sequence_multiple if packed else split.total_multiple
     lengths = [_round_up(len(sequence), multiple) for sequence in sequences]
@@ -173,7 +172,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _shape(lengths: list[int], split: SequenceSplit, *, packed: bool) -> tuple[int, int]:
-    """(S, b) of a group whose lengths have the multiple that the split needs; an empty group is only padding."""
+    """(S, b) of a group whose lengths are already multiples as the split needs; an empty group is only padding."""
     if packed:
         return _round_up(max(FEWEST_TOKENS, sum(lengths)), split.total_multiple), 1
     return _round_up(max([FEWEST_TOKENS, *lengths]), split.total_multiple), max(1, len(lengths))
@@ -262,7 +261,7 @@ def _micro_batch(
     split: SequenceSplit,
     device: torch.device,
 ) -> MicroBatch:
-    """A micro-batch of either form; `starts` are (place along S, place along b) of each sequence's first token."""
+    """A micro-batch of either form; `starts` has the (index along S, index along b) of each sequence's first token."""
     positions, columns, owners = ([torch.empty(0, dtype=torch.long)] for _ in range(3))
     owned_counts: list[int] = []
     owned_ids: list[int] = []

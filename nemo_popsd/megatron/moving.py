@@ -1,8 +1,8 @@
-"""Weights of frozen branches that follow the student: the live weights, their moving average, or a snapshot of them.
+"""Weights of frozen branches that follow the student: the live weights, their moving average, or a snapshot.
 
-A moving average or snapshot is a second set of the trained weights alone: of the adapters with LoRA, of all weights
-under full fine-tuning. It takes the weights' place in the student's model for a forward pass without gradient, so no
-second model is built. Values are fp32: in bf16 an average with a decay near 1 would not move.
+A moving average or snapshot is a second copy of only the trained weights: of the adapters under LoRA, of all weights
+under full fine-tuning. It replaces the weights in the student's model for a forward pass without gradient, so no second
+model is built. Values are fp32: in bf16 an average with a decay near 1 would not move.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_popsd.parallel.vocabulary import mean_output_vector
 
 
 class LiveWeights:
-    """The student as it is; a `FrozenBase` whose weights move with every update."""
+    """The live student; a `FrozenBase` whose weights change with every update."""
 
     def __init__(self, student: Sequence[ModelChunk]) -> None:
         self._student = list(student)
@@ -35,19 +35,19 @@ class LiveWeights:
 
 
 class MovingCopy:
-    """A second set of the student's trained weights; a `FrozenBase` that `follow` moves.
+    """A second copy of the student's trained weights; a `FrozenBase` that `follow` updates.
 
     Attributes:
-        values: fp32, by parameter; this rank's shards.
+        values: fp32 values by parameter, as shards of this rank.
     """
 
     def __init__(self, student: Sequence[ModelChunk], settings: WeightsConfig, *, on_host: bool = False) -> None:
-        """Copies the trained weights as they are: those of the base in a new run.
+        """Copies the current trained weights, which in a new run are those of the base.
 
         Args:
             student: chunks of the live model.
             settings: how the copy follows.
-            on_host: keep the values in (pinned) host memory; `model` copies them to the device, once for each use.
+            on_host: keep the values in (pinned) host memory; `model` copies them to the device once per use.
         """
         self._student, self._settings = list(student), settings
         trained = [p for chunk in student for p in chunk.parameters() if p.requires_grad]
@@ -72,7 +72,7 @@ class MovingCopy:
 
     @contextmanager
     def model(self) -> Iterator[list[ModelChunk]]:
-        """The student's chunks with the copy in the place of their trained weights, rounded to the model's dtype."""
+        """The student's chunks with the copy in place of their trained weights, rounded to the model's dtype."""
         live = {parameter: parameter.data for parameter in self.values}
         try:
             for parameter, value in self.values.items():
@@ -83,7 +83,7 @@ class MovingCopy:
                 parameter.data = data
 
     def weight_of(self, parameter: Tensor) -> Tensor:
-        """The copy of `parameter` in its dtype; `parameter` itself, detached, where it is not trained."""
+        """The copy of `parameter` in its dtype; `parameter` itself, detached, if it is not trained."""
         value = self.values.get(parameter) if isinstance(parameter, nn.Parameter) else None
         return parameter.detach() if value is None else value.to(parameter.device, parameter.dtype)
 
@@ -95,29 +95,29 @@ class OutputMatrix:
     weight: Callable[[], Tensor]
     """This rank's shard [V_pad/tp, H]."""
     centre: Callable[[], Tensor]
-    """Its mean output vector over the true vocabulary [H]; one all-reduce, once where the matrix does not move."""
+    """Its mean output vector over the true vocabulary [H]; one all-reduce, only once if the matrix is constant."""
 
 
 class BranchWeights:
-    """The weights of the anchor and of both teachers, as the run sets them.
+    """The weights of the anchor and of both teachers.
 
     Attributes:
-        anchor: of the base branch.
-        teacher: of both teachers; the same object as `anchor` where their settings are the same.
-        copies: the moving copies by name, which a checkpoint has to save.
+        anchor: weights of the base branch.
+        teacher: weights of both teachers; the same object as `anchor` if the settings are equal.
+        copies: the moving copies by name, which a checkpoint must save.
     """
 
     def __init__(
         self, student: Student, anchor: WeightsConfig, teacher: WeightsConfig, *, output_follows: str = "anchor"
     ) -> None:
-        """Copies weights where a moving copy is set.
+        """Creates the moving copies that the settings require.
 
         Args:
             student: the live model and its base.
             anchor: settings of the base branch.
             teacher: settings of both teachers.
-            output_follows: whose output matrix the loss uses where it is trained: `anchor` or `teacher`. The other's is
-                the same or not used (`nemo_popsd.config.consistency`).
+            output_follows: `anchor` or `teacher`: the branch whose output matrix the loss uses if the matrix is
+                trained. That of the other is the same or unused (`nemo_popsd.config.consistency`).
         """
         self._student = student
         self.copies: dict[str, MovingCopy] = {}
@@ -158,7 +158,7 @@ class _Base:
     """The student's frozen base."""
 
     def __init__(self, student: Student) -> None:
-        """Under full fine-tuning loads the copy: a base that cannot be loaded ends the run before it generates."""
+        """Under full fine-tuning, loads the copy, so that a base that cannot be loaded fails before any generation."""
         self._student = student
         student.base  # noqa: B018  (a cached property)
 

@@ -1,4 +1,4 @@
-"""Parameters that are kept in host memory and are on the device only while they are used."""
+"""Parameters that are kept in host memory, and are on the device only while in use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class HostParameters:
     """Frozen parameters, kept in pinned host memory (ordinary memory without CUDA).
 
-    Outside `on_device` each of them is empty, shape [0], so that it takes no device memory and using it fails. The
-    values never change and are never copied back: each copy to the device has the same bits.
+    Outside `on_device` each parameter is empty, shape [0], so it needs no device memory and using it fails. The values
+    never change and are never copied back: each copy to the device has the same bits.
     """
 
     @torch.no_grad()
@@ -21,7 +21,7 @@ class HostParameters:
         """Moves the parameters to the host and frees their device memory.
 
         Args:
-            parameters: without gradients; one that appears twice (a tied matrix) is kept once.
+            parameters: parameters without gradients; one that appears twice (a tied matrix) is kept once.
         """
         self._parameters = list(dict.fromkeys(parameters))
         assert not any(parameter.requires_grad for parameter in self._parameters)
@@ -35,7 +35,7 @@ class HostParameters:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all parameters, on the host and, within `on_device`, on the device too."""
+        """Bytes of all parameters on the host and, within `on_device`, also on the device."""
         return sum(host.numel() * host.element_size() for host in self._host)
 
     @contextmanager

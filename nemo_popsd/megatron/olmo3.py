@@ -2,8 +2,8 @@
 
     x ← x + norm(attention(x))          x ← x + norm(mlp(x))
 
-Queries and keys are normalised over their full projection, all heads together. Three of four layers attend within a
-window and have the unscaled rotation, the others a scaled one (YaRN). The provider sets both: Megatron's own
+Queries and keys are normalised over their full projection, all heads together. Three of four layers use a sliding
+window and an unscaled rotary embedding; the others use a scaled one (YaRN). The provider sets both: Megatron's own
 `window_size`, and `rope_ratio` here.
 
 Shapes: s sequence, b batch, n query heads and g key-value heads of this tensor-parallel rank, d head dimension.
@@ -49,8 +49,8 @@ BiasDropoutAdd: TypeAlias = Callable[[bool, bool], ResidualEnd]
 class ProjectionNorm(MegatronModule):
     """RMSNorm over all heads of a projection that is sharded over the tensor-parallel group.
 
-    The weight is sharded as the projection is. One all-reduce of s·b fp32 numbers in the forward and one in the
-    backward: every rank's output depends on every rank's input.
+    The weight is sharded like the projection. One all-reduce of s·b fp32 numbers in the forward and one in the
+    backward, because the output of every rank depends on the input of every rank.
     """
 
     def __init__(self, config: TransformerConfig, width: int, group: dist.ProcessGroup) -> None:
@@ -82,7 +82,7 @@ class Olmo3Provider(GPTModelProvider):
     """Megatron-Bridge's provider with the additional settings of OLMo-3."""
 
     rope_ratio: list[float] = field(default_factory=list)
-    """Scaled over unscaled rotation frequencies, [d/2], in the layers without a window; empty without scaling."""
+    """Ratio of scaled to unscaled rotary frequencies, [d/2], in the layers without a window; empty without scaling."""
     rope_amplitude: float = 1.0
     """Factor of the sines and cosines of the scaled rotation."""
 
@@ -111,9 +111,9 @@ class Olmo3Attention(SelfAttention):
             self._rope_ratio = torch.tensor([*config.rope_ratio, *config.rope_ratio])
 
     def get_query_key_value_tensors(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [s, b, n, d] and key [s, b, g, d] normalised, value [s, b, g, d]. Collectives: those of both norms.
+        """Normalised query [s, b, n, d] and key [s, b, g, d], and value [s, b, g, d]. Collectives: those of both norms.
 
-        The rotation's amplitude scales queries and keys; here the query takes both factors.
+        The amplitude of the rotary embedding scales queries and keys; here both factors are applied to the query.
         """
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         query, key = self.q_norm(query), self.k_norm(key)
@@ -128,7 +128,7 @@ class Olmo3Attention(SelfAttention):
         rotary_pos_emb: Tensor | tuple[Tensor, ...] | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """Megatron's forward with the angles [s, 1, 1, d] of this layer's rotation."""
+        """Megatron's forward with the rotary angles [s, 1, 1, d] of this layer."""
         if self._rope_ratio is not None and rotary_pos_emb is not None:
             self._rope_ratio = self._rope_ratio.to(hidden_states.device)
             rotary_pos_emb = (
@@ -150,7 +150,7 @@ class Olmo3LayerSubmodules(TransformerLayerSubmodules):
 
 
 class Olmo3Layer(TransformerLayer):
-    """A layer with a norm at the end, not at the beginning, of its two residual branches."""
+    """A layer with a norm at the end, instead of the beginning, of its two residual branches."""
 
     def __init__(
         self, config: TransformerConfig, submodules: Olmo3LayerSubmodules, *args: object, **kwargs: object

@@ -1,4 +1,4 @@
-"""Megatron's DDP, optimizer and schedule, and the torch optimizer that Lightning sees."""
+"""Megatron's DDP, optimizer and schedule, wrapped as a torch optimizer for Lightning."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from nemo_popsd.megatron.interfaces import MegatronOptimizer, ModelChunk, Wrappe
 def wrap_for_training(
     chunks: Sequence[ModelChunk], config: OptimizerConfig, fields: Mapping[str, object] | None = None
 ) -> list[WrappedChunk]:
-    """Megatron's DDP around each of the student's chunks, in which gradients are accumulated and reduced.
+    """Wraps each of the student's chunks in Megatron's DDP, which accumulates and reduces gradients.
 
     The schedule also reduces gradients over other groups: norms under sequence parallelism, q and k norms under tensor
     parallelism, tied embeddings between first and last stage.
 
     Args:
-        chunks: the student's.
+        chunks: chunks of the student.
         config: overlap, buckets and precision of gradients.
         fields: values of further fields of Megatron's DDP (`megatron.ddp`).
     """
@@ -41,13 +41,13 @@ def wrap_for_training(
                 **dict(fields or {}),
             ),
             module=chunk,
-            # The reduction of later chunks overlaps with the backward pass of earlier ones, whatever its buckets.
+            # The reduction of later chunks overlaps with the backward pass of earlier ones with any bucket size.
             disable_bucketing=config.overlap_grad_reduce and index > 0,
         )
         for index, chunk in enumerate(chunks)
     ]
     for chunk in wrapped:
-        if chunk.use_forward_hook:  # `StudentOptimizer` turns the hooks on where a forward pass may gather weights
+        if chunk.use_forward_hook:  # `StudentOptimizer` enables the hooks when a forward pass may gather weights
             chunk.disable_forward_pre_hook(param_sync=False)
     shared = chunks[0].config  # of all chunks
     shared.finalize_model_grads_func = finalize_model_grads
@@ -57,7 +57,7 @@ def wrap_for_training(
 
 
 def shards_state(config: OptimizerConfig) -> bool:
-    """Whether optimizer state is sharded in the layout of this run; Megatron's process groups must exist."""
+    """Whether the optimizer state is sharded in the layout of this run; Megatron's process groups must exist."""
     return config.sharded(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
@@ -118,7 +118,7 @@ class StudentOptimizer(torch.optim.Optimizer):
             max_lr=config.lr,
             min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_steps,
-            # One step more than the run has: at the end of the decay the rate may be 0, and a step would change
+            # One step more than the run has: at the end of the decay the rate may be 0, and that step would change
             # nothing.
             lr_decay_steps=max(steps, config.warmup_steps) + 1,
             lr_decay_style=config.decay,
@@ -156,7 +156,7 @@ class StudentOptimizer(torch.optim.Optimizer):
         `overlap_param_gather` leaves it to the next forward pass (see `update_follows`).
 
         Args:
-            closure: from Lightning, runs its hooks.
+            closure: Lightning's closure, which runs its hooks.
         """
         if closure is not None:
             closure()

@@ -1,8 +1,8 @@
-"""The state that Megatron's optimizers keep of each parameter, in one form for every optimizer and sharding.
+"""The per-parameter state of Megatron's optimizers in one form for every optimizer and sharding.
 
-megatron-core 0.16.1 saves the state of its distributed optimizer in forms that load only in the same layout, or that
+megatron-core 0.16.1 saves the state of its distributed optimizer in formats that load only in the same layout, or that
 fail without Transformer Engine (`megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict`). Here the
-state is read for one parameter at a time: every data-parallel rank has all of it, or one range of the flattened
+state is read one parameter at a time: every data-parallel rank has the full state, or one range of the flattened
 parameter.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nemo_popsd.megatron.interfaces import AnyOptimizer, OptimizerPart
 
 MAIN = "param"
-"""Name of the fp32 main weights, kept where the weights themselves are not fp32."""
+"""Name of the fp32 main weights, which exist if the weights themselves are not fp32."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -34,12 +34,12 @@ class ParameterState:
     parameter: nn.Parameter
     """This rank's tensor-parallel shard."""
     values: dict[str, Tensor]
-    """Flat fp32 views of the optimizer's tensors, by name; copies where `store` is given; empty where this rank has
-    none. Of the share that the optimizer keeps on the host, on the host."""
+    """Flat fp32 views of the optimizer's tensors by name, or copies if `store` is given; empty if this rank has none.
+    Tensors that the optimizer keeps on the host are on the host."""
     begin: int
-    """Where the views begin in the flattened shard."""
+    """Offset of the views in the flattened shard."""
     group: dist.ProcessGroup
-    """Data-parallel ranks that have this shard."""
+    """Data-parallel ranks that hold this shard."""
     split: bool
     """Whether each of these ranks has a part of the state instead of a copy."""
     store: Callable[[str, Tensor], None] | None = None
@@ -51,7 +51,7 @@ class ParameterState:
         return _MOMENTS if self.parameter.dtype == torch.float32 else (*_MOMENTS, MAIN)
 
     def set(self, name: str, flat: Tensor) -> None:
-        """Sets this rank's part of state `name` to the flat fp32 tensor, rounded where the optimizer rounds it."""
+        """Sets this rank's part of state `name` to the flat fp32 tensor, rounded to the optimizer's precision."""
         if self.store is None:
             self.values[name].copy_(flat)
         else:
@@ -60,8 +60,8 @@ class ParameterState:
     def gathered(self, name: str, owner: int) -> Tensor | None:
         """State `name` in the shape of the shard, on rank `owner` of the group; None elsewhere.
 
-        Collective over the group where the state is split: one reduction of 4 bytes per weight. The bits are summed as
-        integers, all but one of which are 0, so that every bit is exact, including the signs of zeros.
+        Collective over the group if the state is split: one reduction of 4 bytes per weight. The bits are summed as
+        integers, all but one of which are 0, so every bit is exact, including the signs of zeros.
         """
         shape, is_owner = self.parameter.shape, self.group.rank() == owner
         if not self.split:
@@ -74,10 +74,10 @@ class ParameterState:
 
 
 def parameter_states(optimizer: AnyOptimizer) -> Iterator[ParameterState]:
-    """State of every trained parameter, in the same order on all data-parallel ranks; created where it is missing.
+    """State of every trained parameter, in the same order on all data-parallel ranks; missing state is created.
 
     Args:
-        optimizer: from `get_megatron_optimizer`.
+        optimizer: optimizer from `get_megatron_optimizer`.
     """
     for part in _parts(optimizer):
         _create_states(part)
@@ -116,14 +116,14 @@ def _parts(optimizer: AnyOptimizer) -> list[OptimizerPart]:
 
 
 def _adams(optimizer: AnyOptimizer) -> Iterator[torch.optim.Optimizer]:
-    """The optimizers that update: of a hybrid one those of the host and the device."""
+    """The optimizers that update; for a hybrid optimizer, those of the host and the device."""
     for part in _parts(optimizer):
         adam = part.optimizer
         yield from adam.sub_optimizers if isinstance(adam, HybridDeviceOptimizer) else [adam]
 
 
 def _create_states(part: OptimizerPart) -> None:
-    """Creates Adam's state where it is missing, as before the first update."""
+    """Creates missing Adam state, as before the first update."""
     adam = part.optimizer
     if isinstance(adam, HybridDeviceOptimizer):
         for inner in adam.sub_optimizers:
@@ -145,7 +145,7 @@ def _create_moments(adam: torch.optim.Optimizer) -> None:
 
 
 def _keeps_other_precision(part: OptimizerPart) -> bool:
-    """Whether Transformer Engine's Adam keeps moments in another precision than fp32, and the main weights itself."""
+    """Whether Transformer Engine's Adam keeps moments in a precision other than fp32, and also the main weights."""
     aware = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
     return bool(aware) and not isinstance(part.optimizer, HybridDeviceOptimizer)
 

@@ -1,7 +1,7 @@
-"""The section `megatron`: fields of megatron-core's configuration that are passed on as they are.
+"""The section `megatron`: fields of megatron-core's configuration that are passed through unchanged.
 
-Allowed is every field of the installed version that a configuration file can hold, except for those that this module
-refuses with a reason: another setting decides them, or the method does.
+Every field of the installed version that a configuration file can represent is allowed, except for those that another
+setting or the method determines; this module refuses them with a reason.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ _REASONS: Mapping[str, Mapping[str, str]] = {
         """,
     },
 }
-"""By section: reason, and patterns of the names of the fields that are refused for it."""
+"""For each section: reasons, and patterns of the names of fields that are refused for each reason."""
 
 _HOW = """
     apply_rope_fusion attention_backend attention_softmax_in_fp32 batch_invariant_mode bias_activation_fusion
@@ -126,24 +126,24 @@ _HOW = """
     moe_router_dtype moe_router_fusion moe_shared_expert_overlap moe_use_legacy_grouped_gemm persist_layer_norm
     symmetric_ar_type
 """
-"""Fields that `plain_fields` lists because they may touch what a layer computes, and that choose how, not what."""
+"""Fields that `plain_fields` lists because they may affect a layer, but that change only how it computes."""
 _UNHELD = "a configuration cannot hold its value"
 
 
 @dataclass(kw_only=True)
 class MegatronConfig:
-    """Fields of megatron-core's configuration, passed on as they are.
+    """Fields of megatron-core's configuration that are passed through unchanged.
 
-    Allowed are those of the installed version that no other setting decides, nor the method: the error for any other
-    states the reason, and `popsd config --describe megatron.model` lists them.
+    Fields of the installed version are allowed unless another setting or the method determines them. The error for any
+    other field states the reason, and `popsd config --describe megatron.model` lists all fields.
     """
 
     model: dict[str, str] = field(default_factory=dict)
-    """Fields of `TransformerConfig` and `ModelParallelConfig`, as in `megatron.model.moe_router_dtype=fp32`."""
+    """Fields of `TransformerConfig` and `ModelParallelConfig`, such as `megatron.model.moe_router_dtype=fp32`."""
     ddp: dict[str, str] = field(default_factory=dict)
-    """Fields of `DistributedDataParallelConfig`, as in `megatron.ddp.average_in_collective=true`."""
+    """Fields of `DistributedDataParallelConfig`, such as `megatron.ddp.average_in_collective=true`."""
     optimizer: dict[str, str] = field(default_factory=dict)
-    """Fields of megatron-core's `OptimizerConfig`, as in `megatron.optimizer.apply_wd_to_qk_layernorm=true`."""
+    """Fields of megatron-core's `OptimizerConfig`, such as `megatron.optimizer.apply_wd_to_qk_layernorm=true`."""
 
     def __post_init__(self) -> None:
         for section in SOURCES:
@@ -153,7 +153,8 @@ class MegatronConfig:
         """The values of `model`, `ddp` or `optimizer` in the types of their fields.
 
         Raises:
-            UserError: a field is unknown (the nearest one is named) or refused, or its value has another type.
+            UserError: a field is unknown (the message suggests the nearest one) or refused, or its value has a wrong
+                type.
         """
         given: dict[str, str] = getattr(self, section)
         return {name: _value(section, name, text) for name, text in given.items()}
@@ -173,8 +174,8 @@ def refusal(section: str, name: str, kind: MegatronField) -> str:
 
 
 def listing(section: str) -> str:
-    """The installed fields of `model`, `ddp` or `optimizer`, for the terminal: those that may be set with their types,
-    then the refused ones by reason.
+    """The installed fields of `model`, `ddp` or `optimizer` as text for the terminal: allowed fields with their types,
+    then refused fields by reason.
     """
     refused: dict[str, list[str]] = {}
     allowed = []

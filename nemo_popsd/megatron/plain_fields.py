@@ -39,7 +39,7 @@ IMPLEMENTED = _names(
     window_size
     """
 )
-"""Any value is accepted: `PlainLayers` computes with it, or the cache, norm, linear or experts that it calls."""
+"""Any value is accepted: `PlainLayers`, or the cache, norm, linear or experts that it calls, implement it."""
 
 IRRELEVANT = _names(
     """

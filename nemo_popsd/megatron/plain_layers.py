@@ -1,10 +1,10 @@
-"""A second implementation of megatron-core's decoder layer, for one new token of each slot in rollouts by Megatron.
+"""A second implementation of megatron-core's decoder layer, for one new token per slot in Megatron rollouts.
 
-`SlotDecoder` uses it for every token after the prompt; prompts, training and the frozen branches go through Megatron's
-own forward, and so does decoding where `are_plain` is false. It applies the same weights, norms, adapters and experts,
-without the about 60 Python calls that Megatron's layer makes around a dozen operations. With one token per slot they
-cost more than the arithmetic. On one CPU core a token of the embedded model takes Megatron's layers 2.8 times as
-long at 1 slot, 2.2 times at 8 and 1.6 times at 64 (`python -m benchmarks.plain_layers`).
+`SlotDecoder` uses it for every token after the prompt. Prompts, training and the frozen branches use Megatron's own
+forward, and so does decoding if `are_plain` is false. It applies the same weights, norms, adapters and experts, but
+avoids about 60 Python calls that Megatron's layer makes around a dozen operations; with one token per slot these cost
+more than the arithmetic. On one CPU core Megatron's layers need 2.8 times as long for a token of the embedded model at
+1 slot, 2.2 times at 8 and 1.6 times at 64 (`python -m benchmarks.plain_layers`).
 
 What a layer computes depends on its configuration: `nemo_popsd.megatron.plain_fields` lists every field.
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def are_plain(chunk: ModelChunk) -> bool:
-    """Whether `PlainLayers` computes what the layers of `chunk` do; logs the settings that prevent it."""
+    """Whether `PlainLayers` computes the same as the layers of `chunk`; logs the settings that prevent it."""
     unsupported = unsupported_fields(chunk.config)
     if unsupported:
         logger.warning("decoding uses Megatron's own layers, which is slower: %s", ", ".join(unsupported))
@@ -54,14 +54,14 @@ class PlainLayers:
     """The decoder of one chunk for a step of decoding."""
 
     def __init__(self, chunk: ModelChunk, caches: Sequence[CachedCoreAttention]) -> None:
-        """`caches`: of the chunk's layers, in order."""
+        """`caches` are those of the chunk's layers, in order."""
         self._chunk = chunk
         self._caches = list(caches)
         self._amplitude = _yarn_get_concentration_factor_from_config(chunk.config)
         self._layers = [_PlainLayer(layer) for layer in chunk.decoder.layers]
 
     def __call__(self, hidden_BH: Tensor, angles_Bd: Tensor) -> Tensor:
-        """States [B, H] after the layers, and after the last norm where the chunk has it.
+        """States [B, H] after the layers, and after the last norm if the chunk has it.
 
         Collectives: one all-reduce of [B, H] over the tensor-parallel group for attention and one for the MLP of each
         layer, as in the layers' own forward.
@@ -93,7 +93,7 @@ class _PlainLayer:
             self._gated = _linear(layer.mlp.linear_fc1), _linear(layer.mlp.linear_fc2)
 
     def __call__(self, hidden_BH: Tensor, cosine: Tensor, sine: Tensor, cache: CachedCoreAttention) -> Tensor:
-        """`cosine` and `sine`: [B, 1, d], the latter with the sign of the rotation."""
+        """`cosine` and `sine` are [B, 1, d]; `sine` includes the sign of the rotation."""
         layer, attention = self._layer, self._attention
         mixed = self._qkv(layer.input_layernorm(hidden_BH)).unflatten(-1, (self._groups, -1, self._width))
         query, key, value = mixed[:, :, :-2], mixed[:, :, -2], mixed[:, :, -1]
@@ -124,7 +124,7 @@ def _is_gated(mlp: MegatronModule) -> bool:
 
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotates as many of the last dimension's first entries as there are angles; the others stay unchanged."""
+    """Rotates the leading entries of the last dimension, as many as there are angles; the others are unchanged."""
     width = cosine.shape[-1]
     rotated = x if x.shape[-1] == width else x[..., :width]
     first, second = rotated.chunk(2, dim=-1)
@@ -133,7 +133,7 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def _linear(module: LinearModule) -> Callable[[Tensor], Tensor]:
-    """A linear of any class as [B, inputs] -> [B, outputs], bias included; reads the weights at each call."""
+    """A function [B, inputs] -> [B, outputs] for any linear, bias included; it reads the weights at each call."""
     if type(module) is ColumnParallelLinear and not module.gather_output:
         return lambda x: linear(x, module.weight, module.bias)
     if type(module) is RowParallelLinear and module.input_is_parallel:

@@ -1,11 +1,10 @@
-"""Which rank holds which token of a sequence, which rank owns which response token, and how states move to their
-owners.
+"""Assigns tokens of a sequence to ranks and response tokens to owners, and moves states to their owners.
 
-Context parallelism gives each rank two chunks of every sequence, sequence parallelism a slice of its context rank's
-chunks. The contexts of one response have different lengths, so that the same response token is on different ranks in
-each of them. The loss needs the states of all branches of a token on one rank, so the owner of a response token depends
-only on the response (`owned`). `gather_response_states` moves the states of response tokens, and no others, from the
-ranks that computed them to their owners, with the exact adjoint in the backward.
+Context parallelism gives each rank two chunks of every sequence, and sequence parallelism gives it a slice of the
+chunks of its context-parallel rank. The contexts of one response have different lengths, so the same response token is
+on different ranks in each context. The loss needs the states of all branches of a token on one rank, so the owner of a
+response token depends only on the response (`owned`). `gather_response_states` moves the states of response tokens, and
+no others, from the ranks that computed them to their owners, with the exact adjoint in the backward.
 
 Shapes: S length of the sequence dimension (padded length, or all tokens of a packed batch), b its other dimension (1
 when packed), H hidden size, M response tokens that this context-parallel rank holds, N those that it owns.
@@ -33,15 +32,15 @@ class SequenceSplit:
     """How a model splits the sequence dimension over ranks."""
 
     context: dist.ProcessGroup | None = None
-    """The context-parallel group; None where it has one rank."""
+    """The context-parallel group; None if it has one rank."""
     tensor: dist.ProcessGroup | None = None
-    """The tensor-parallel group under sequence parallelism; None without."""
+    """The tensor-parallel group under sequence parallelism; otherwise None."""
     token_multiple: int = 1
     """The number of tokens on each rank must be a multiple of this."""
 
     @classmethod
     def of(cls, model: ModelChunk) -> SequenceSplit:
-        """The split of `model`, as it computes now: see `nemo_popsd.megatron.fp8.in_fp8`."""
+        """The current split of `model`, which depends on `nemo_popsd.megatron.fp8.in_fp8`."""
         groups, config = model.pg_collection, model.config
         return cls(
             context=groups.cp if config.context_parallel_size > 1 else None,
@@ -56,7 +55,7 @@ class SequenceSplit:
 
     @property
     def context_rank(self) -> int:
-        """This rank in the context-parallel group."""
+        """Index of this rank in the context-parallel group."""
         return 0 if self.context is None else self.context.rank()
 
     @property
@@ -80,10 +79,10 @@ class SequenceSplit:
         return math.lcm(self.sequence_multiple, self.context_size * self.tensor_size * self.token_multiple)
 
     def held_places(self, lengths: Sequence[int], rank: int) -> Tensor:
-        """Places along S of the tokens that context-parallel rank `rank` holds, in its order: [S/cp] int64.
+        """Indices along S of the tokens that context-parallel rank `rank` holds, in its order: [S/cp] int64.
 
         Args:
-            lengths: of the sequences that follow each other along S; they sum to S.
+            lengths: lengths of the sequences that are concatenated along S; they sum to S.
             rank: context-parallel rank.
         """
         if self.context_size == 1:
@@ -98,13 +97,13 @@ class SequenceSplit:
     def owners(self, response: Sequence[int]) -> Tensor:
         """The context-parallel rank that owns each token of `response`: [R] int64.
 
-        Tokens are assigned to the ranks in turn, starting at a rank that depends on the token ids: the numbers of
-        tokens of a response on two ranks differ by at most one, and responses of one token are distributed too.
+        Tokens are assigned to the ranks in turn, starting at a rank that depends on the token ids. The numbers of
+        tokens of a response on two ranks differ by at most one, and responses of one token are distributed as well.
         """
         return (sum(response) + torch.arange(len(response))) % self.context_size
 
     def owned(self, response: Sequence[int]) -> slice:
-        """Which tokens of `response` this rank owns; all of them without context parallelism."""
+        """The tokens of `response` that this rank owns; all tokens without context parallelism."""
         return slice((self.context_rank - sum(response)) % self.context_size, None, self.context_size)
 
 
@@ -114,18 +113,18 @@ UNSPLIT = SequenceSplit()
 
 @dataclass(frozen=True)
 class Route:
-    """From this rank's hidden states to the states of the response tokens that it owns, in their order."""
+    """Maps the hidden states of this rank to the states of the response tokens that it owns, in their order."""
 
     take: Tensor
     """[n] int64: indices into this rank's states [S/(cp·sp)·b, H] of those that predict response tokens."""
     slice_counts: list[int]
     """Number of states from each slice (tensor-parallel rank); they sum to M."""
     send: Tensor
-    """[M] int64: orders the states of all slices, one slice after the other, by owner."""
+    """[M] int64: sorts the concatenated states of all slices by owner."""
     send_counts: list[int]
     """Number of states to send to each context-parallel rank."""
     receive: Tensor
-    """[N] int64: puts the received states, one holder after the other, in the order of the owned tokens."""
+    """[N] int64: sorts the received states, concatenated by holder, into the order of the owned tokens."""
     receive_counts: list[int]
     """Number of states to receive from each context-parallel rank; they sum to N."""
 
@@ -142,11 +141,11 @@ def plan_route(
 
     Args:
         split: how sequences are split over ranks.
-        lengths: as for `SequenceSplit.held_places`.
+        lengths: see `SequenceSplit.held_places`.
         width: b.
-        positions: places along S that predict the response tokens, in the order of the tokens.
-        columns: their places along b.
-        owners: context-parallel ranks that own them.
+        positions: indices along S that predict the response tokens, in the order of the tokens.
+        columns: indices along b of the same tokens.
+        owners: context-parallel ranks that own the tokens.
     """
     total = sum(lengths)
     holder, place = torch.empty(2, total, dtype=torch.long)
@@ -180,13 +179,13 @@ def gather_response_states(hidden_SBH: Tensor, route: Route, split: SequenceSpli
     all-to-all (at most N · H · e received).
 
     The result is the same on all ranks of the tensor-parallel group, and its gradient must be the same and complete:
-    `loss_from_hidden` sums it over the group. The backward of the gather therefore takes this rank's part without a
+    `loss_from_hidden` sums it over the group. The backward of the gather therefore selects this rank's part without a
     sum; a sum would count each gradient once for every rank.
 
     Args:
         hidden_SBH: [S/(cp·sp), b, H].
-        route: of the micro-batch.
-        split: the one that the route was planned for.
+        route: route of the micro-batch.
+        split: the split for which the route was planned.
     """
     states = hidden_SBH.flatten(0, 1).index_select(0, route.take)
     if split.tensor is not None:

@@ -1,4 +1,4 @@
-"""Chooses the layers: Transformer Engine's on a GPU that has it, local norm and core attention elsewhere."""
+"""Selects the layers: Transformer Engine's on a GPU if it is installed, otherwise local norm and core attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chosen_layers(setting: str) -> str:
     """`transformer_engine` or `local`: the layers that `student.layers=setting` selects on this machine.
 
     Raises:
-        UserError: Transformer Engine is requested and does not import on this machine.
+        UserError: Transformer Engine is requested but cannot be imported on this machine.
     """
     if setting == "auto":
         return "transformer_engine" if torch.cuda.is_available() and transformer_engine_imports() else "local"
@@ -45,13 +45,13 @@ def on_transformer_engine(setting: str) -> bool:
 
 
 def choose_layer_spec(provider: ModelProvider, setting: str) -> None:
-    """Sets the provider's layer spec and the fusions that fit it, and logs the choice.
+    """Sets the provider's layer spec and compatible fusions, and logs the choice.
 
-    With Transformer Engine the spec does not change: Megatron-Bridge's providers choose it. They enable fusions for
-    some architectures only; here every architecture gets those that do not change the result. The names of the
-    parameters in a distributed checkpoint are the same for both: the local spec maps its separate norms
-    (``input_layernorm.weight``) to Transformer Engine's fused ones (``linear_qkv.layer_norm_weight``). The other
-    fusions are kernels of Transformer Engine, apex and grouped_gemm, which local layers do not use on any device.
+    With Transformer Engine the spec does not change, because Megatron-Bridge's providers select it. They enable fusions
+    for some architectures only; here every architecture uses those that do not change the result. Parameter names in a
+    distributed checkpoint are the same for both: the local spec maps its separate norms (``input_layernorm.weight``) to
+    Transformer Engine's fused ones (``linear_qkv.layer_norm_weight``). The other fusions are kernels of Transformer
+    Engine, apex and grouped_gemm, which local layers do not use on any device.
 
     Args:
         provider: changed in place.
@@ -68,7 +68,7 @@ def choose_layer_spec(provider: ModelProvider, setting: str) -> None:
         # For packed sequences `megatron.core.models.common.embeddings.rope_utils.apply_rotary_pos_emb` ignores YaRN's
         # factor of sines and cosines when fused. The fused rotation does not support interleaved pairs.
         provider.apply_rope_fusion = provider.position_embedding_type == "rope" and not provider.rotary_interleaved
-        # Megatron-Bridge 0.6 looks for Transformer Engine alone. The output matrix and adapters are Megatron's own
+        # Megatron-Bridge 0.6 checks only for Transformer Engine. The output matrix and adapters are Megatron's own
         # linears (`megatron.core.tensor_parallel.layers.ColumnParallelLinear`), which need Apex's kernel.
         provider.gradient_accumulation_fusion &= layers._grad_accum_fusion_available
         return
@@ -107,7 +107,7 @@ def local_layer_spec(provider: ModelProvider, vp_stage: int | None = None) -> Tr
     )
     layer = spec.submodules
     if provider.num_moe_experts is not None:
-        # Transformer Engine does not fuse the norm before experts, so its name stays.
+        # Transformer Engine does not fuse the norm before experts, so its name is unchanged.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.self_attention.submodules
     attention.core_attention = LocalCoreAttention

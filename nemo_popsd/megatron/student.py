@@ -1,4 +1,4 @@
-"""The trained model and its frozen base, from an architecture, adapters or a copy, and DDP."""
+"""The trained model and its frozen base: an architecture, adapters or a frozen copy, and DDP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
 
 
 class Architecture(Protocol):
-    """What to build, without weights."""
+    """The architecture of a model, without weights."""
 
     vocab_size: int
     """Size of the vocabulary without padding."""
@@ -43,8 +43,8 @@ class Student:
     """π_θ and π_0 on this rank.
 
     Attributes:
-        chunks: this rank's chunks of the live model π_θ, without DDP; one without virtual pipelining.
-        adapters: its adapters, or None under full fine-tuning.
+        chunks: this rank's chunks of the live model π_θ, without DDP; a single one without virtual pipelining.
+        adapters: adapters of the model, or None under full fine-tuning.
         vocab_size: size of the vocabulary without padding.
         fp8: which passes compute their linears in FP8.
     """
@@ -65,14 +65,14 @@ class Student:
         """Builds the live model. Collective over all ranks.
 
         Args:
-            architecture: what to build.
+            architecture: the architecture to build.
             config: precision and adaptation.
             parallel: layout.
-            seed: of the adapters' initial values.
+            seed: seed of the initial values of the adapters.
             load_initial: loads θ₀ into a model without adapters.
             load_trained: loads a checkpoint into the live model with its adapters; None starts at θ₀.
-            base_first: the checkpoint has only adapters, so `load_initial` is called before; otherwise it also has θ₀,
-                or under full fine-tuning all of θ.
+            base_first: whether the checkpoint has only adapters, so that `load_initial` is called first; otherwise the
+                checkpoint also has θ₀, or under full fine-tuning all of θ.
             megatron: fields of megatron-core's configuration.
             fp8: which passes compute their linears in FP8.
         """
@@ -98,8 +98,8 @@ class Student:
     def base(self) -> FrozenBase:
         """The frozen initial weights.
 
-        Under full fine-tuning the first use loads a copy: collective, and the memory of the weights a second time, on
-        the device or the host (`student.frozen_copy`).
+        Under full fine-tuning the first use loads a copy. This is collective, and needs the memory of the weights a
+        second time, on the device or the host (`student.frozen_copy`).
         """
         if self.adapters is not None:
             return AdaptersOff(self.chunks, self.adapters)
@@ -125,7 +125,7 @@ class Student:
 
     @property
     def vocab_shard(self) -> VocabShard:
-        """Which vocabulary entries `weight` and `base_weight` hold; on the last pipeline stage."""
+        """The vocabulary entries of `weight` and `base_weight`; on the last pipeline stage."""
         return VocabShard(self.vocab_size, self.weight.shape[0], self.tp_group)
 
     @property
@@ -153,7 +153,7 @@ class Student:
     def owns_loss(self) -> bool:
         """Whether this rank reports the loss of the tokens that it owns: tensor-parallel rank 0 of the last stage.
 
-        Tensor-parallel ranks compute the same loss of the same tokens; context-parallel ranks own different tokens.
+        Tensor-parallel ranks compute the same loss for the same tokens; context-parallel ranks own different tokens.
         """
         return self.holds_output and self.tp_group.rank() == 0
 
@@ -164,9 +164,9 @@ class Student:
 
     @property
     def main_gradient(self) -> MainGradient | None:
-        """Megatron's fp32 gradient buffer of the live output matrix; None where it is frozen or the buffer is not fp32.
+        """Megatron's fp32 gradient buffer of the live output matrix; None if it is frozen or the buffer is not fp32.
 
-        Only for use in `forward_backward`: the loss adds to it in the forward pass.
+        To be used only in `forward_backward`: the loss adds to it in the forward pass.
         """
         weight, wrapped = self.weight, self._wrapped
         buffer = getattr(weight, "main_grad", None)
@@ -182,7 +182,7 @@ class Student:
 
     @property
     def is_replica_leader(self) -> bool:
-        """Whether this rank is the one of its replica that does what is done once per copy of the model."""
+        """Whether this rank is the replica leader, which does the work that is done once per copy of the model."""
         return not (
             parallel_state.get_tensor_model_parallel_rank()
             or parallel_state.get_pipeline_model_parallel_rank()
@@ -207,7 +207,7 @@ class Student:
 
 
 def _refuse_soft_cap(model: ModelChunk) -> None:
-    """Refuses a model whose logits are not linear in the hidden state (Gemma 2): the loss takes them to be W·h."""
+    """Refuses a model whose logits are not linear in the hidden state (Gemma 2), because the loss assumes W·h."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         raise UserError(

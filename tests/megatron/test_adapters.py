@@ -220,7 +220,7 @@ def build_with_targets(rank, world_size, folder, targets):
 
 
 def _mixture(rank: int, world_size: int, source: Path) -> tuple[str, Tensor]:
-    """The refusal of adapters of experts that two ranks have parts of, and the logits that they would give."""
+    """The refusal of adapters on experts that are split over two ranks, and the logits that they would compute."""
     from nemo_popsd.errors import UserError
     from nemo_popsd.megatron import limits
     from tests.training.layouts import randomize_adapters
@@ -243,7 +243,7 @@ def test_adapters_of_experts_in_parts_are_refused_because_they_compute_something
     source = save_tiny_model(tmp_path / "mixture", "qwen3_moe")
     [(_, expected)] = run_ranks(_mixture, 1, source)
     for said, logits in run_ranks(_mixture, 2, source):
-        assert "linear_fc1, linear_fc2 for experts that 2 ranks have parts of (parallel.tensor=2)" in said
+        assert "linear_fc1, linear_fc2 for experts that are split over 2 ranks (parallel.tensor=2)" in said
         assert "set student.lora.targets=[linear_qkv,linear_proj]" in said
         assert (logits - expected).abs().max() > 1e-2, (
             "right with this version of Megatron-Bridge: no refusal is needed"

@@ -1,8 +1,8 @@
-"""Final hidden states at response positions with each distinct token prefix computed once.
+"""Computes final hidden states at response positions with each distinct token prefix computed once.
 
-The layers are Megatron's, as in `nemo_popsd.megatron.forward`. While this forward runs, their core attention also reads
-keys and values of other pieces of the same sequence (`CachedCoreAttention`, `Extend`), and rotary angles are taken by
-position.
+The layers are Megatron's, as in `nemo_popsd.megatron.forward`. During this forward, their core attention also reads
+keys and values of other pieces of the same sequence (`CachedCoreAttention`, `Extend`), and rotary angles are looked up
+by position.
 
 Shapes: S tokens of a wave with padding, N states of response tokens that it computes, R_i response tokens of a
 sequence, H hidden size.
@@ -29,7 +29,7 @@ from nemo_popsd.megatron.response_routing import SequenceSplit, plan_route
 
 
 def why_not_shared(chunks: Sequence[ModelChunk]) -> str | None:
-    """What prevents `shared_hidden_states` on this model in its layout; None if nothing does. The same on all ranks."""
+    """Why `shared_hidden_states` does not support this model in its layout; None if it does. The same on all ranks."""
     config = chunks[0].config
     if config.context_parallel_size > 1:
         return "context parallelism"
@@ -51,15 +51,15 @@ def why_not_shared(chunks: Sequence[ModelChunk]) -> str | None:
 def shared_hidden_states(
     chunks: Sequence[ModelChunk], sequences: Sequence[ContextSequence], token_budget: int, cache_tokens: int
 ) -> tuple[list[Tensor], TokenCount]:
-    """What `frozen_hidden_states` returns for `sequences`, up to rounding, and the tokens that were computed.
+    """The result of `frozen_hidden_states` for `sequences`, up to rounding, and the number of computed tokens.
 
     Collectives: those of Megatron's forward and of `gather_response_states`. Keeps up to 2·min(cache_tokens, longest
     path)·g·d numbers for each layer of this rank between waves; g key-value heads of this rank, d head dimension.
 
     Args:
         chunks: the frozen weights, for which `why_not_shared` returns None.
-        sequences: of this data-parallel rank; the same on all ranks that share the model.
-        token_budget: largest number of tokens of a forward pass; a node of the forest may be longer.
+        sequences: sequences of this data-parallel rank; the same on all ranks that share the model.
+        token_budget: maximum number of tokens in a forward pass; a single node of the forest may be longer.
         cache_tokens: see `plan_waves`.
 
     Returns:
@@ -86,11 +86,11 @@ def shared_hidden_states(
 
 @dataclass
 class _Plan:
-    """Waves as micro-batches, and where they compute the states of each sequence."""
+    """Waves as micro-batches, and the locations of the states of each sequence in them."""
 
     batches: list[tuple[Wave, MicroBatch]] = field(default_factory=list)
     runs: list[list[tuple[int, int, int]]] = field(default_factory=list)
-    """By sequence, in the order of its response: index of the batch, first of its N states, number of states."""
+    """For each sequence, in the order of its response: index of the batch, first of its N states, number of states."""
     count: TokenCount = field(default_factory=TokenCount)
 
     @classmethod
@@ -121,7 +121,7 @@ class _Plan:
         return plan
 
     def _make_batches(self, chunks: Sequence[ModelChunk], waves: Sequence[Wave], places: Sequence[list[int]]) -> None:
-        """Pads the waves to what the schedule and the layout need; adds empty ones."""
+        """Pads the waves as the schedule and the layout require, and adds empty ones."""
         config, split = chunks[0].config, SequenceSplit.of(chunks[0])
         device = next(chunks[0].parameters()).device
         interleaved = len(chunks) > 1
@@ -137,7 +137,7 @@ class _Plan:
             self.batches.append((wave, _batch(wave, length, own, split, device)))
 
     def by_sequence(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """The states of each sequence from those of each batch."""
+        """Collects the states of each sequence from those of each batch."""
         empty = states[0][:0]
         return [
             torch.cat([empty, *(states[batch][first : first + count] for batch, first, count in runs)])
@@ -146,7 +146,7 @@ class _Plan:
 
 
 def _batch(wave: Wave, length: int, places: Sequence[int], split: SequenceSplit, device: torch.device) -> MicroBatch:
-    """`wave` as one packed sequence of `length` tokens; its route takes the states at `places`."""
+    """`wave` as one packed sequence of `length` tokens; its route selects the states at `places`."""
     ids, positions = torch.zeros(2, 1, length, dtype=torch.long)
     for piece in wave.pieces:
         span = slice(piece.place, piece.place + len(piece.tokens))

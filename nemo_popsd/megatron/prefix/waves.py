@@ -1,9 +1,9 @@
-"""Which tokens of a forest of prefixes go through the model together, and whose keys each of them needs. No tensors.
+"""Plans which tokens of a prefix forest pass the model together, and which keys each of them needs. Uses no tensors.
 
-A forward pass, a wave, takes nodes of the forest in its order, depth first, until its token budget is full. What a
-later wave continues is then always one path: the ancestors of its first node. Their keys and values are kept at their
-positions, so that the cache never needs more positions than the longest sequence has. Siblings follow each other, and
-where a wave holds them with their parent, no key is kept at all.
+A wave is one forward pass. It processes nodes of the forest in depth-first order until its token budget is full. A
+later wave therefore always continues a single path, the ancestors of its first node. Their keys and values are cached
+at their positions, so the cache never needs more positions than the longest sequence has. If a wave contains siblings
+together with their parent, no key is cached.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from nemo_popsd.megatron.prefix.forest import PrefixForest
 
 @dataclass
 class Piece:
-    """Consecutive tokens of one sequence: a node, and first children below it that the same wave computes."""
+    """Consecutive tokens of one sequence: a node, and the first children below it that the same wave computes."""
 
     place: int
-    """Where its first token is in the wave."""
+    """Index of the first token in the wave."""
     begin: int
-    """Position of its first token in the sequence."""
+    """Position of the first token in the sequence."""
     cached: int
-    """Number of positions, from 0, whose keys it reads from the cache."""
+    """Number of positions from 0 whose keys are read from the cache."""
     above: tuple[tuple[int, int], ...]
-    """What follows these before `begin`: (place, number of tokens) in this wave, in the order of the positions."""
+    """Spans of this wave, (index, number of tokens), with the positions from `cached` to `begin`, in order."""
     tokens: list[int]
     """Token ids."""
 
 
 @dataclass
 class Wave:
-    """One forward pass: pieces one after the other."""
+    """One forward pass over concatenated pieces."""
 
     pieces: list[Piece] = field(default_factory=list)
     kept: list[tuple[int, int, int]] = field(default_factory=list)
-    """Keys that later waves need: (place, number of tokens, position in the cache)."""
+    """Keys that later waves need: (index in the wave, number of tokens, position in the cache)."""
     nodes: dict[int, int] = field(default_factory=dict)
-    """Place of the first token of each node that this wave computes."""
+    """Index in the wave of the first token of each node that this wave computes."""
     repeated: int = 0
-    """Tokens that an earlier wave computed, too, and that the cache could not keep."""
+    """Tokens that an earlier wave also computed, but that did not fit into the cache."""
 
     @property
     def tokens(self) -> int:
@@ -52,10 +52,10 @@ def plan_waves(forest: PrefixForest, token_budget: int, cache_tokens: int) -> li
     """The waves that compute each node of `forest` once.
 
     Args:
-        forest: of the sequences.
-        token_budget: largest number of tokens of a wave; a node that is longer is a wave of its own.
-        cache_tokens: largest number of positions whose keys are kept. A wave computes again what it needs of a path
-            beyond them.
+        forest: forest of the sequences.
+        token_budget: maximum number of tokens in a wave; a longer node has its own wave.
+        cache_tokens: maximum number of positions whose keys are cached. A wave recomputes the part of its path beyond
+            them.
     """
     planner = _Planner(forest, cache_tokens)
     for index, node in enumerate(forest.nodes):
@@ -74,8 +74,8 @@ class _Planner:
     def __init__(self, forest: PrefixForest, cache_tokens: int) -> None:
         self._forest, self._limit = forest, cache_tokens
         self.waves = [Wave()]
-        # By node of the open path or of this wave: the piece and the number of its tokens up to the node's end. None
-        # where the cache holds the node.
+        # For each node of the open path or of this wave: the piece and the number of its tokens up to the node's end,
+        # or None if the cache holds the node.
         self._where: dict[int, tuple[Piece, int] | None] = {}
         self._last: int | None = None  # the node whose end is that of the last piece
 
@@ -84,7 +84,7 @@ class _Planner:
         return self.waves[-1]
 
     def add(self, index: int) -> None:
-        """Adds a node to the wave, which holds its parent or continues a path through it."""
+        """Adds a node to the wave, which contains its parent or continues a path through it."""
         node = self._forest.nodes[index]
         if node.parent is None or node.parent != self._last:
             self._begin(node.begin, *self._keys(node.parent))
@@ -95,7 +95,7 @@ class _Planner:
         self._last = index
 
     def next_wave(self, index: int) -> None:
-        """Ends the wave; the next one continues the path above node `index`, as much of it from the cache as fits."""
+        """Ends the wave; the next one continues the path above node `index`, reading from the cache what it holds."""
         nodes, path = self._forest.nodes, self._forest.path(self._forest.nodes[index].parent)
         length = nodes[path[-1]].end if path else 0
         cached = min(length, self._limit)
@@ -112,7 +112,7 @@ class _Planner:
             self._last = path[-1]
 
     def _new_in_cache(self, path: list[int], cached: int) -> Iterator[tuple[int, int, int]]:
-        """What this wave computed of the first `cached` positions of `path`."""
+        """The parts of the first `cached` positions of `path` that this wave computed."""
         for ancestor in path:
             node = self._forest.nodes[ancestor]
             place = self.wave.nodes.get(ancestor)
@@ -120,7 +120,7 @@ class _Planner:
                 yield place, min(node.end, cached) - node.begin, node.begin
 
     def _keys(self, parent: int | None) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """Where a piece below `parent` finds its keys: cached positions, and spans of this wave."""
+        """Locations of the keys for a piece below `parent`: the number of cached positions, and spans of this wave."""
         if parent is None:
             return 0, ()
         where = self._where[parent]
