@@ -1,4 +1,4 @@
-"""The parser, and arguments that several sub-commands share."""
+"""The argument parser, and arguments that several sub-commands share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
-"""What a sub-command adds its parser to."""
+"""The object to which a sub-command adds its parser."""
 
 
 def example(*commands: str) -> str:

@@ -1,4 +1,4 @@
-"""Errors that any sub-command may raise: a package that is not installed, an output that is closed early."""
+"""Handles errors that any sub-command may raise: a package that is not installed, an output that is closed early."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 _OF_A_MODEL = ("megatron.bridge", "megatron.core", "nemo", "lightning", "transformers", "torch")
-"""Modules of every command that builds a model. pip does not install the first with this package."""
+"""Modules that every command that builds a model imports. pip does not install the first one with this package."""
 _WITHOUT_DEPENDENCIES = ("megatron-bridge",)
-"""Their metadata requires packages that have no builds for CPUs (see Makefile)."""
+"""Packages whose metadata requires others that have no builds for CPUs (see Makefile)."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def missing_packages_named() -> Iterator[None]:
     """Turns the failed import of a package into an error that names the command to install it.
 
     Raises:
-        UserError: in place of `ModuleNotFoundError`, unless the module belongs to this package, which is a defect.
+        UserError: replaces `ModuleNotFoundError`, unless the module belongs to this package, which is a defect.
     """
     try:
         yield
@@ -55,7 +55,7 @@ def refuse_missing_packages() -> None:
     """Refuses a command that builds a model if packages that it imports are not installed; imports none of them.
 
     Raises:
-        UserError: names all of them, Megatron-Bridge first, with the command that installs them.
+        UserError: names all missing packages, Megatron-Bridge first, with the command that installs them.
     """
     missing = [module for module in _OF_A_MODEL if not _is_found(module)]
     if missing:
@@ -92,14 +92,14 @@ def _missing(modules: Sequence[str]) -> UserError:
 
 
 def _without_dependencies() -> str:
-    """Options of pip for `_WITHOUT_DEPENDENCIES`. On Python 3.13, which the metadata of Megatron-Bridge 0.6 excludes,
-    pip would take 0.3, which belongs to another stack.
+    """Options of pip for `_WITHOUT_DEPENDENCIES`. The metadata of Megatron-Bridge 0.6 excludes Python 3.13, for which
+    pip would select 0.3, a version of the other stack.
     """
     return "--no-deps " + ("--ignore-requires-python " if sys.version_info >= (3, 13) else "")
 
 
 def _distribution(module: str) -> str:
-    """The distribution that has `module`."""
+    """The distribution that contains `module`."""
     parts = module.split(".")
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((_DISTRIBUTIONS[name] for name in names if name in _DISTRIBUTIONS), parts[0].replace("_", "-"))

@@ -26,9 +26,9 @@ def add_parser(subparsers: Subparsers) -> None:
     check = actions.add_parser(
         "check",
         help="show rows in every template, lengths, duplicates, leaks and answers",
-        description="Read all rows of CONF, and show some of them as student and teachers see them, their lengths in "
-        "tokens against the limits, repeated questions, questions of the evaluation that are trained on, and how "
-        "answers are compared. Reads no weights. Exit status 2 if something is wrong.",
+        description="Read all rows of CONF and show: some rows as student and teachers see them, lengths in tokens and "
+        "the limits, repeated questions, evaluation questions that occur in the training rows, and how answers are "
+        "compared. Reads no weights. Exits with status 2 if something is wrong.",
         epilog=example("popsd data check conf/tiny.yaml"),
     )
     add_config_arguments(check)
@@ -40,8 +40,8 @@ def add_parser(subparsers: Subparsers) -> None:
     convert = actions.add_parser(
         "convert",
         help="write a published data set as JSONL with question, reference and answer",
-        description="Write the mathematics of a published data set as JSONL with the columns id, question, reference "
-        "and answer, as far as they are published.",
+        description="Write the mathematics problems of a published data set as JSONL with the columns id, question, "
+        "reference and answer, if they are published.",
         epilog=example(
             "popsd data convert openthoughts /data/OpenThoughts3-1.2M /data/openthoughts.jsonl --rows 30000",
             "popsd data convert aime /data/aime_2025 /data/aime25.jsonl",

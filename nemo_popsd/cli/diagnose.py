@@ -30,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Generate responses to rows of `data.train` and compare, for each token, the log-probabilities of "
         "student, teacher, reference-only teacher and target. Write a page and its data to `<output>/diagnosis`. "
         "With --views, score views of the reference before training instead (settings `diagnosis.views`), and write "
-        "to `<output>/views`. With --fp8, compare the rounding errors of FP8 in the frozen passes, emulated, with the "
+        "to `<output>/views`. With --fp8, compare the emulated rounding errors of FP8 in the frozen passes with the "
         "effect that is distilled, and write to `<output>/fp8`.",
         epilog=example(
             "popsd diagnose conf/tiny.yaml --checkpoint runs/tiny/checkpoints/final diagnosis.rows=4",
@@ -50,13 +50,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "--views",
         metavar="VIEW,VIEW",
         default=None,
-        help="score what these views of the reference would teach, before training: solution, answer, other, none, or "
-        "columns of the rows",
+        help="score these views of the reference before training: solution, answer, other, none, or columns of the "
+        "rows",
     )
     parser.add_argument(
         "--fp8",
         action="store_true",
-        help="measure what fp8.frozen would do to the target of the untrained model; needs no GPU",
+        help="measure the effect of fp8.frozen on the target of the untrained model; needs no GPU",
     )
     parser.set_defaults(run=run)
 

@@ -15,11 +15,11 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="check whether this machine has what a run needs, or find out why a run ended",
+        help="check whether this machine meets the needs of a run, or find out why a run ended",
         description="Compare the installed packages with the declared ranges; check devices, NCCL and disk. With CONF, "
-        "check the settings and paths of that run on this machine. With --run, read what a run left and print what "
-        "probably happened to it, with evidence. Exit status 1 if something required is missing, or if the run ended "
-        "without finishing.",
+        "check the settings and paths of that run on this machine. With --run, read the files that a run left and "
+        "print the probable causes of its end, with evidence. Exits with status 1 if a requirement is missing, or if "
+        "the run ended without finishing.",
         epilog=example(
             "popsd doctor --imports", "popsd doctor conf/tiny.yaml --free-gib 10", "popsd doctor --run runs/tiny"
         ),
@@ -58,7 +58,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=path_argument,
         action="append",
         default=[],
-        help="with --run: a log, or a folder of logs, that the run does not name itself",
+        help="with --run: a log, or a folder of logs, that the run did not record",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -104,8 +104,8 @@ def _post_mortem(args: argparse.Namespace) -> int:
         raise UserError(
             "popsd doctor",
             got=f"CONF {args.config} and --run {args.output}",
-            need="a run that is to start, or one that has ended",
-            fix="leave out one of them",
+            need="either a run to start or a run that has ended",
+            fix="omit one of them",
         )
     result = examine_remains(read_remains(Path(args.output), [Path(path) for path in args.logs]))
     print(as_json(result) if args.json else as_text(result), flush=True)

@@ -22,8 +22,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "evaluate",
         help="measure accuracy, epistemic markers and response length on problem sets, or compare evaluations",
         description="Generate responses to the problems of CONF (evaluation.sets, or data.validation) and report "
-        "accuracy, epistemic markers and response length with confidence intervals. If the command is repeated, it "
-        "generates only missing samples.",
+        "accuracy, epistemic markers and response length with confidence intervals. A repeated command generates only "
+        "missing samples.",
         epilog=example(
             "popsd evaluate conf/tiny.yaml output=runs/scores",
             "popsd evaluate conf/tiny.yaml output=runs/scores --checkpoint runs/tiny/checkpoints/final",
@@ -50,7 +50,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--base",
         metavar="NAME",
         default=None,
-        help="with --compare: the evaluation that the others are compared with, by name or path; default: the first",
+        help="with --compare: the baseline of the comparison, by name or path; default: the first evaluation",
     )
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""Recognises errors of communication libraries that are caused by the loss of another rank."""
+"""Recognises communication errors that are caused by the loss of another rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LONGEST_TEXT = 400
 
 
 class LostPeerError(TransientError):
-    """An error on this rank that a failure of another rank caused."""
+    """An error on this rank that was caused by a failure of another rank."""
 
 
 def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostPeerError | None:
@@ -29,7 +29,7 @@ def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostP
     Args:
         error: raised on this rank.
         command: name of the command, e.g. `train`.
-        config: of the run; anything but a `PopsdConfig` is ignored.
+        config: configuration of the run; anything but a `PopsdConfig` is ignored.
 
     Returns:
         None for any other error, which keeps its traceback.
@@ -60,7 +60,7 @@ def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostP
 
 
 def _flight_recorder(text: str, config: object) -> list[str]:
-    """Where NCCL's Flight Recorder writes the last collectives of each rank, and how they are read."""
+    """Location of the last collectives of each rank, from NCCL's Flight Recorder, and the command to read them."""
     output = getattr(config, "output", None)
     if "NCCL" not in text or not isinstance(output, str):
         return []

@@ -1,7 +1,7 @@
-"""Under torchrun, prints an error once more after torchrun's own report, so that it is the last line of the output.
+"""Under torchrun, repeats an error after torchrun's own report, so that it is the last line of the output.
 
-torchrun prints a traceback and a table after its ranks have ended. A small process, which outlives the rank, waits for
-the end of torchrun and prints the line.
+torchrun prints a traceback and a table after its ranks have ended. A small process that outlives the rank waits until
+torchrun ends and prints the line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 _SECONDS = 120
-"""How long it waits for torchrun: if torchrun restarts its ranks, the line is not the last word and is not printed."""
+"""Seconds to wait for torchrun. If torchrun restarts its ranks within this time, the line is not printed."""
 
 _WAITS = f"""
 import os, select, sys

@@ -1,4 +1,4 @@
-"""Running a command after its arguments have been checked; only here are torch, Megatron and NeMo imported."""
+"""Runs a command after its arguments have been checked; torch, Megatron and NeMo are imported only here."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ P = ParamSpec("P")
 def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kwargs: P.kwargs) -> int:
     """Imports a command and calls it with `args` and `kwargs`, with the console set up for the package's messages.
 
-    A traceback is recorded for torchrun, which prints that of the rank that failed first when all ranks have ended.
+    A traceback is recorded for torchrun. When all ranks have ended, torchrun prints that of the first rank that failed.
 
     Args:
-        load: imports the command and returns it. Not called before the console is set up, since libraries print at
+        load: imports the command and returns it. It is called after the console is set up, since libraries print at
             import.
-        args: of the command.
-        kwargs: of the command.
+        args: arguments of the command.
+        kwargs: keyword arguments of the command.
 
     Returns:
         The exit status.
 
     Raises:
-        UserError, TransientError: from the command, or in place of a library's error where a peer or a file system
+        UserError, TransientError: raised by the command, or replacing a library's error after a peer or a file system
             failed.
     """
     from nemo_popsd.observability.console import set_up_console
@@ -63,8 +63,8 @@ def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kw
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """Context of the imports of a new process. The garbage collector would visit the million objects again and again,
-    which takes a sixth of the time. They stay, so later collections need not visit them either.
+    """Context without garbage collection, for the imports of a new process. Collections would repeatedly visit a
+    million objects, which takes a sixth of the time. The objects are permanent, so later collections skip them as well.
     """
     if "torch" in sys.modules:  # a process that runs several commands
         yield

@@ -14,7 +14,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "plan",
         help="estimate memory, FLOPs, traffic and time of a run before it is queued",
         description="Estimate one step of CONF on N nodes by formula (docs/planning.md): memory, FLOPs, bytes sent and "
-        "seconds per GPU. A layout that does not fit is refused, and the nearest layouts that fit are named. Needs no "
+        "seconds per GPU. A layout that does not fit is refused, and the nearest layouts that fit are listed. Needs no "
         "GPU, no weights and no data.",
         epilog=example(
             "popsd plan conf/qwen3_8b.yaml nodes=1",
@@ -37,24 +37,24 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--fastest", action="store_true", help="use the layout with the shortest estimated step")
     parser.add_argument(
-        "--explain", action="store_true", help="add what one other value at a time gives: memory and seconds of a step"
+        "--explain", action="store_true", help="also show memory and step time with one setting changed at a time"
     )
     parser.add_argument(
         "--sharing",
         action="store_true",
-        help="compare 1, 4 and 8 responses to a prompt and both orders of the teachers' templates",
+        help="compare 1, 4 and 8 responses per prompt and both orders of the teachers' templates",
     )
     parser.add_argument(
         "--simulate",
         action="store_true",
-        help="simulate steps with responses of unequal lengths and slow nodes (simulation.*), by number of nodes",
+        help="simulate steps with responses of unequal lengths and slow nodes (simulation.*) by number of nodes",
     )
     parser.add_argument(
         "--failures",
         action="store_true",
-        help="goodput where nodes fail (simulation.*), and how often to save",
+        help="estimate the goodput with node failures (simulation.*) and the best interval between saves",
     )
-    parser.add_argument("--evaluation", action="store_true", help="the time of one evaluation instead of a step")
+    parser.add_argument("--evaluation", action="store_true", help="estimate one evaluation instead of a step")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
 

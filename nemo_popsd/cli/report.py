@@ -16,7 +16,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="write one page about one or several runs",
         description="Write one self-contained HTML page about the training runs in the directories RUN: whether "
         "accuracy changed, whether the model kept thinking, what the target promoted. Several runs are compared; "
-        "of runs that differ in nothing but their seed, means and intervals are printed, too.",
+        "for runs that differ only in their seed, means and intervals are printed as well.",
         epilog=example("popsd report runs/a runs/b --output report.html"),
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=path_argument, help="output directory of a training run")

@@ -19,7 +19,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a model with Purified OPSD",
-        description="Train a model with the settings of CONF; checkpoints, metrics and the resolved configuration are "
+        description="Train a model with the settings of CONF. Checkpoints, metrics and the resolved configuration are "
         "written to `output`.",
         epilog=example(
             "popsd train conf/tiny.yaml training.steps=4 output=runs/first",
@@ -33,14 +33,14 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="N,N",
         type=_seeds,
         default=[],
-        help="train one run for each seed, one after the other, in OUTPUT/seed_N, and report means over them",
+        help="train one run per seed, one after the other, in OUTPUT/seed_N, and report means over them",
     )
     parser.add_argument(
         "--grid",
         metavar="key=a,b",
         action="append",
         default=[],
-        help="train one run for each value; several --grid and --seeds are combined",
+        help="train one run per value; several --grid and --seeds are combined",
     )
     parser.set_defaults(run=run)
 
