@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install the project into an environment whose installed versions must not change; missing packages are added. Ends with
-# an error that names the packages if a version changed.
+# Install the project and its missing packages into an environment whose installed versions must not change. If a version
+# changed, the script fails and names the packages.
 #
 #   docker/install.sh PROJECT [PYTHON]
 set -euo pipefail
@@ -8,7 +8,7 @@ set -euo pipefail
 project=$1
 python=${2:-python}
 nemo_core=$(dirname "$(realpath "$0")")/nemo-core.txt
-# Not `pip`, which belongs to another interpreter than `python` in the NGC NeMo containers.
+# Not `pip`, which in the NGC NeMo containers belongs to a different interpreter than `python`.
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 work=$(mktemp -d)
@@ -23,7 +23,7 @@ grep --extended-regexp -e "$version" "$work/before" >"$work/constraints"
 
 pip install --no-deps "$project"
 
-# Outside of the project's directory, so that the installed package answers.
+# Outside of the project's directory, so that the installed package is imported.
 cd "$work"
 "$python" -m nemo_popsd doctor --missing >missing
 if [[ -s missing ]]; then

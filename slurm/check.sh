@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks one node for what a run needs, in the container if there is one. The exit status goes to a file, since srun also
-# reports the status of killed checks.
+# Checks whether one node meets the needs of a run, in the container if there is one. The exit status is written to a file,
+# because srun also reports the status of killed checks.
 set -euo pipefail
 
 export WORLD_SIZE=$POPSD_WORLD_SIZE PYTHONPATH=$POPSD_HOME${PYTHONPATH:+:$PYTHONPATH}

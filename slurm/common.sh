@@ -4,8 +4,8 @@
 #   popsd_job COMMAND ARGUMENT...     one rank of `popsd COMMAND ARGUMENT...` for each task of the job
 #   popsd_doctor ARGUMENT...          `popsd doctor ARGUMENT...` once on each node of the job
 #
-# Settings come from one file, see env.example.sh. The order is: settings, a log directory for this start, the rendezvous,
-# checks on every node, the ranks, and the conclusion (outcome.sh): DONE, a requeue, or an end.
+# Settings come from one file, see env.example.sh. A job sets up its settings, a log directory for this start and the
+# rendezvous, checks every node, and starts the ranks. outcome.sh decides how it ends: DONE, a requeue, or an error.
 
 set -euo pipefail
 
@@ -42,13 +42,13 @@ popsd_job() {
   choose_container
   choose_rendezvous
   show_environment
-  # overwrite=true holds for the first start only; later starts resume.
+  # overwrite=true applies to the first start only; later starts resume.
   if [[ $1 == train ]] && run_has_started; then ARGUMENTS+=(overwrite=false); fi
   check_nodes "${ARGUMENTS[@]}"
   run_ranks "${ARGUMENTS[@]}"
 }
 
-# popsd_doctor ARGUMENT...: checks every node, in the container if there is one. The output is that of the job.
+# popsd_doctor ARGUMENT...: checks every node, in the container if there is one. The output goes to that of the job.
 popsd_doctor() {
   load_settings
   RANKS=$SLURM_NNODES
@@ -59,7 +59,7 @@ popsd_doctor() {
     --label "${CONTAINER[@]}" bash "$POPSD_HOME/slurm/check.sh" --gpus "$GPUS_PER_NODE" "$@"
 }
 
-# Reads the file of settings, then sets defaults.
+# Reads the settings file, then sets defaults.
 load_settings() {
   local file=${POPSD_ENV:-$POPSD_HOME/slurm/env.sh} name
   if [[ -e $file || -n ${POPSD_ENV:-} ]]; then read_settings "$file"; fi
@@ -70,11 +70,11 @@ load_settings() {
     [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "$USER_ERROR" "settings: got $name='${!name}'; need a whole number; set $name"
   done
   RESTART=${SLURM_RESTART_COUNT:-0}
-  # A task of a job array has its own id and the array's. If both are equal, Slurm takes the plain id for the entire array,
-  # so queries and requeues of this task use ARRAY_TASK.
+  # A task of a job array has its own id and that of the array. If both are equal, Slurm interprets the plain id as the
+  # entire array, so queries and requeues of this task use ARRAY_TASK.
   JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   JOB=${JOB:-$SLURM_JOB_ID}
-  # The requested GPUs, since an exclusive job gets all GPUs of its nodes. May have a type: h100:8.
+  # The requested GPUs, because an exclusive job is allocated all GPUs of its nodes. May have a type: h100:8.
   GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
   GPUS_PER_NODE=${GPUS_PER_NODE##*:}
   SECRET_NAMES=() SECRET_VALUES=()
@@ -84,8 +84,8 @@ load_settings() {
   export POPSD_HOME POPSD_PYTHON PYTHONUNBUFFERED=1
 }
 
-# read_settings FILE: sources it like an interactive shell, in which an unset variable is not an error. A command in it
-# that fails ends the job.
+# read_settings FILE: sources the file like an interactive shell, in which an unset variable is not an error. A failing
+# command in it ends the job.
 read_settings() {
   local problem
   SETTINGS=$1
@@ -108,9 +108,9 @@ refuse_settings() {
   die "$USER_ERROR" "settings: got status $1 at $2 of $SETTINGS; need commands that succeed; correct that line"
 }
 
-# choose_ranks COMMAND: one rank for each task of the job, the same number on each node.
+# choose_ranks COMMAND: one rank per task of the job, with the same number on each node.
 choose_ranks() {
-  # SLURM_NTASKS is the effective number, also if --ntasks overrides the script's --ntasks-per-node.
+  # SLURM_NTASKS is the effective number, even if --ntasks overrides the script's --ntasks-per-node.
   RANKS=${SLURM_NTASKS:-$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}
   RANKS_PER_NODE=$((RANKS / SLURM_NNODES))
   ((RANKS_PER_NODE * SLURM_NNODES == RANKS)) ||
@@ -126,8 +126,8 @@ choose_ranks() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 }
 
-# choose_arguments COMMAND ARGUMENT...: sets ARGUMENTS. In a job array, `%a` is the index of the task, as in sbatch's
-# options, and the output must depend on it, since all tasks have the same command line.
+# choose_arguments COMMAND ARGUMENT...: sets ARGUMENTS. In a job array, `%a` is replaced by the index of the task, as in
+# sbatch's options. The output must depend on it, because all tasks have the same command line.
 choose_arguments() {
   local word written=""
   ARGUMENTS=("$@")
@@ -173,10 +173,10 @@ check_logs() {
   refuse_logs "${problem//$'\n'/; }" "space on storage that all nodes share"
 }
 
-# Whether this node sees POPSD_RUN_DIR and has space there. Runs on every node; prints one line about a problem.
+# Whether this node sees POPSD_RUN_DIR and has space there. Runs on every node and prints one line per problem.
 write_to_logs() {
   local try problem file=$POPSD_RUN_DIR/.space-${SLURM_NODEID:-0} where="on ${SLURMD_NODENAME:-$HOSTNAME}"
-  # A network file system may show the directory of another node late.
+  # A network file system may show a directory created by another node with a delay.
   for ((try = 0; try < 10; try++)); do
     [[ ! -d $POPSD_RUN_DIR ]] || break
     sleep 0.5
@@ -227,8 +227,8 @@ choose_container() {
   )
 }
 
-# container_environment: prints pyxis' flag for the variables whose value in the job takes precedence over the image's.
-# Called when a step starts, after all of them are set.
+# container_environment: prints pyxis' flag for variables whose value in the job takes precedence over that of the image.
+# Called when a step starts, after all variables are set.
 container_environment() {
   local name names=()
   ((${#CONTAINER[@]})) || return 0
@@ -246,7 +246,7 @@ container_environment() {
   echo "--container-env=${names[*]}"
 }
 
-# Sets the rendezvous: a name or address of the first node that the others can resolve, and a port that depends on the job.
+# Sets the rendezvous: a name or address of the first node that other nodes can resolve, and a port derived from the job id.
 choose_rendezvous() {
   local hosts
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -324,8 +324,8 @@ run_ranks() {
   conclude "$status"
 }
 
-# Slurm sends USR1 only to this shell, before the time limit. A rank that is still importing ignores it, so it is sent to
-# all ranks repeatedly until they have ended.
+# Before the time limit, Slurm sends USR1 only to this shell. A rank that is still importing ignores it, so this function
+# sends it to all ranks repeatedly until they have ended.
 request_stop() {
   INTERRUPTED=1 STOP_REQUESTED=1
   if [[ $SRUN_PID && ! $REPEATER ]]; then

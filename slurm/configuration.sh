@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Reads settings from a configuration file and overrides, for scripts that run where sbatch does: without Python.
+# Reads settings from a configuration file and overrides, without Python, for scripts that run where sbatch runs.
 #
-# The caller sets `conf`, the path of the file, and the array `overrides`, and sources common.sh before.
+# The caller first sources common.sh, and sets `conf`, the path of the file, and the array `overrides`.
 # shellcheck disable=SC2154
 
-# setting SECTION.KEY...: the last override of that key, else its value in the file.
+# setting SECTION.KEY...: the last override of that key, otherwise its value in the file.
 setting() {
   local key=$1 word value
   value=$(from_file "${key//./ }")
@@ -14,12 +14,12 @@ setting() {
   printf '%s' "$value"
 }
 
-# path_setting SECTION.KEY: the value of that key as a path that is the same in all jobs.
+# path_setting SECTION.KEY: the value of that key as a path that has the same meaning in all jobs.
 path_setting() {
   local path single="^'([^']*)'\$" double='^"([^"\]*)"$'
   path=$(setting "$1")
   if [[ $path =~ $single || $path =~ $double ]]; then path=${BASH_REMATCH[1]}; fi
-  # Expanded as `popsd train` does, and not by the shell, which would also run a command in it.
+  # Expanded in the same way as by `popsd train`, and not by the shell, which would also run a command in it.
   # shellcheck disable=SC2016,SC2088
   case $path in
   null | '???') path= ;;

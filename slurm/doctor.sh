@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check the nodes for what a run needs: versions, devices, disk; in the container if there is one.
+# Check whether the nodes meet the needs of a run: versions, devices, disk; in the container if there is one.
 #
 #   sbatch --wait slurm/doctor.sh --imports --strict
 #

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# The end of a job: the status of its steps, the errors to show, and the decision about a requeue. Sourced by common.sh.
+# The end of a job: evaluates the status of its steps, shows errors, and decides about a requeue. Sourced by common.sh.
 
-# conclude STATUS: DONE, a requeue, or an end, after srun has ended with STATUS.
+# conclude STATUS: writes DONE, requeues or fails, after srun has ended with STATUS.
 conclude() {
   local status=$1 problem
   if ended_with 0; then
@@ -24,7 +24,7 @@ conclude() {
   count_crash "$status" "failed"
 }
 
-# conclude_check STATUS: an end if a node found an error that only the user can fix; otherwise the same as after a crash.
+# conclude_check STATUS: fails if a node found an error that only the user can fix; otherwise acts as after a crash.
 conclude_check() {
   local status
   show_check
@@ -37,7 +37,7 @@ conclude_check() {
   count_crash "$1" "the checks could not run"
 }
 
-# count_crash STATUS WHAT: restart the job up to POPSD_MAX_CRASHES times in a row; STATUS is the exit status otherwise.
+# count_crash STATUS WHAT: restarts the job at most POPSD_MAX_CRASHES times in a row, then exits with STATUS.
 count_crash() {
   local crashes=0
   [[ ! -e $JOB_DIR/crashes ]] || crashes=$(<"$JOB_DIR/crashes")
@@ -47,14 +47,14 @@ count_crash() {
   start_again "$2 ($crashes in a row)" "$1"
 }
 
-# start_again WHY STATUS: requeue, unless the job is being cancelled; STATUS is the exit status otherwise.
+# start_again WHY STATUS: requeues the job, or exits with STATUS if it is being cancelled.
 start_again() {
-  # The ranks of a cancelled job save too; a requeue would restart the job.
+  # The ranks of a cancelled job also save; a requeue would restart the job.
   exit_if_ended_from_outside "$1" "$2"
   ((RESTART < POPSD_MAX_RESTARTS)) || die "$2" "$1; not requeued: POPSD_MAX_RESTARTS=$POPSD_MAX_RESTARTS is reached"
   say "$1; requeueing"
   scontrol requeue "$JOB" || die "$2" "$1; Slurm refuses the requeue; submit the same command again to resume"
-  # Slurm ends this shell. If it exited before, its status could count as that of the job.
+  # Slurm ends this shell. If it exited earlier, its status could become that of the job.
   sleep 600
   exit "$2"
 }
@@ -80,8 +80,8 @@ ended_from_outside() {
   done
 }
 
-# ended_with STATUS...: whether every rank has written one of these. The status of srun is not reliable: it may be that of
-# ranks that srun killed, or 0 after the loss of a node.
+# ended_with STATUS...: whether every rank has written one of these statuses. The status of srun is not reliable: it may be
+# that of ranks that srun killed, or 0 after the loss of a node.
 ended_with() {
   local rank status
   for ((rank = 0; rank < RANKS; rank++)); do
@@ -99,7 +99,7 @@ some_ended_with() {
   return 1
 }
 
-# status_in FILE: the status that a rank or a check has written there; empty if it could not.
+# status_in FILE: the status that a rank or a check has written to the file; empty if it could not write it.
 status_in() {
   local status=""
   [[ ! -e $1 ]] || read -r status _ <"$1" || true
@@ -131,7 +131,7 @@ show_check() {
 # Shows the errors that ranks reported, the rank that ended first, and the last lines of its node.
 show_failure() {
   local first node status host
-  # The report about dead ranks, or about a limit that was reached, may be in the log of any node.
+  # The report about dead ranks, or about a reached limit, may be in the log of any node.
   grep --no-filename 'popsd: error' "$RUN_DIR"/node-*.log 2>/dev/null |
     awk '{ line = $0; sub(/^ *[0-9]+: /, "", line) } !seen[line]++' | head --lines=10 >&2 || true
   first=$(grep --files-without-match --extended-regexp "^(0|$SAVED_AND_STOPPED) " "$RUN_DIR"/rank-*.exit 2>/dev/null | xargs --no-run-if-empty --delimiter='\n' \

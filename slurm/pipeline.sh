@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Submit convert -> train -> export -> evaluate, each of which starts after the success of the previous one, and print the
-# job ids.
+# Submit convert -> train -> export -> evaluate and print the job ids. Each job starts after the previous one succeeds.
 #
 #   slurm/pipeline.sh [--nodes=N] [sbatch options of the training] CONF [key=value ...]
 #
@@ -33,7 +32,7 @@ done
 conf=$1
 shift
 
-# override KEY VALUE: adds an override, unless the configuration and the overrides have that value.
+# override KEY VALUE: adds an override, unless the configuration and the overrides already have that value.
 override() {
   local word kept=()
   [[ $2 != "$(setting "$1")" ]] || return 0

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# A rehearsal before the submission. Sourced by train.sh where it is started with POPSD_REHEARSE=1 instead of submitted.
+# A rehearsal before the submission. Sourced by train.sh if it is run with POPSD_REHEARSE=1 instead of being submitted.
 
 # rehearse_and_submit [SBATCH OPTION...] CONF [key=value ...]: submits the training if its rehearsal ends without an error.
 rehearse_and_submit() {

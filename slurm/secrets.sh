@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# The secrets in the file that POPSD_SECRETS names: passed to the processes of the job's steps, and never logged. Sourced
-# by common.sh.
+# Passes the secrets in the file POPSD_SECRETS to the processes of the job's steps, and never logs them. Sourced by
+# common.sh.
 #
 # The values are in shell variables that are not exported, so that no command of the job script has them in its
-# environment. Functions that handle a value first switch off the trace (`set -x`), which would show it.
+# environment. Functions that handle a value first disable tracing (`set -x`), which would show it.
 
-# read_secrets FILE: fills SECRET_NAMES and SECRET_VALUES from lines NAME=VALUE. The file is read and never run.
+# read_secrets FILE: fills SECRET_NAMES and SECRET_VALUES from lines NAME=VALUE. The file is parsed, never executed.
 read_secrets() {
   local - file=$1 line number=0
   set +x
@@ -42,7 +42,7 @@ is_secret() {
     value=${SECRET_VALUES[index]}
     [[ $1 != "${SECRET_NAMES[index]}" ]] || return 0
     [[ -z $value || $2 != "$value" ]] || return 0
-    # As a part of another value, except for very short secrets, which occur everywhere.
+    # As part of another value, except for very short secrets, which occur everywhere.
     ((${#value} < 6)) || [[ $2 != *"$value"* ]] || return 0
   done
   return 1

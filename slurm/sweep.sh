@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submit a sweep: a job array for each point of a grid, with a task for each seed, and print the ids of the arrays.
+# Submit a sweep: one job array per point of a grid, with one task per seed, and print the ids of the arrays.
 #
 #   slurm/sweep.sh --seeds=1,2,3 [--grid=key=a,b ...] [sbatch options of a run] CONF [key=value ...]
 #
-# Each run has the output OUTPUT/POINT/seed_N and the name NAME-POINT-seed_N, as `popsd train --seeds --grid` gives them;
-# OUTPUT and NAME are those of CONF. Each saves, is requeued and resumes by itself; --array limits do not apply, so give
-# --throttle=N for at most N tasks of an array at a time. The last line is the command that reports means over the seeds.
+# Each run has the output OUTPUT/POINT/seed_N and the name NAME-POINT-seed_N, like those of `popsd train --seeds --grid`;
+# OUTPUT and NAME are those of CONF. Each saves, requeues and resumes independently. --array is not supported: set
+# --throttle=N to run at most N tasks of an array at a time. The last line is the command that reports means over the seeds.
 # Run it where you run sbatch; neither Python nor a container is needed there.
 set -euo pipefail
 
@@ -39,7 +39,7 @@ overrides=("$@")
 output=$(output_setting)
 name=$(name_setting)
 
-# The points of the grid: in each line the overrides, and the label of the output, separated by tabs.
+# The points of the grid, one per line: the overrides and the label of the output, separated by tabs.
 points=$'\t'
 for axis in "${grid[@]}"; do
   key=${axis%%=*} next=""
