@@ -1,4 +1,4 @@
-"""Wheels for a machine that has Python 3.12, torch, triton and transformers, but neither Megatron nor a network.
+"""Collects wheels for a machine with Python 3.12, torch, triton and transformers, but without Megatron and network.
 
     python -m benchmarks.bundle DIR
 
@@ -6,8 +6,8 @@ On a machine with a network, downloads the other packages of `python -m benchmar
 (`requirements/`), for Python 3.12 on x86-64 Linux, at most 60 MB together. It prints the two commands for the other
 machine. A newer transformers there does not matter: the folder of the bundle comes first on the path.
 
-Excluded, since they are large and the parts do not need them: pandas, pyarrow, scipy, scikit-learn and onnx, which
-other modules of NeMo import.
+pandas, pyarrow, scipy, scikit-learn and onnx, which other modules of NeMo import, are excluded because they are large
+and the parts do not need them.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ opentelemetry-sdk opentelemetry-proto opentelemetry-semantic-conventions opentel
 opentelemetry-exporter-otlp-common opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http
 """
 NAMES = tuple(_NAMES.split())
-"""Packages with the versions of the lock."""
+"""Packages whose versions come from the lock."""
 BESIDE = ("liger-kernel==0.8.5",)
 """Packages outside of the lock, with which the loss is compared."""
 FROM_SOURCE = ("antlr4-python3-runtime",)
-"""Pure Python packages that PyPI has as source only."""
+"""Pure Python packages that are on PyPI only as source."""
 
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 

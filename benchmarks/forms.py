@@ -1,4 +1,4 @@
-"""The compared forms of the loss: that of this package, and others implemented from their published mathematics.
+"""The compared forms of the loss: that of this package, and others implemented from published mathematics.
 
 All compute the weighted sum of divergences from hidden states and output matrix, and its gradients dh and dW.
 
@@ -38,7 +38,7 @@ TOP_K = 64
 class Problem:
     """One micro-batch: states [T, H] of the four branches, one output matrix [V, H], weights [T], as under LoRA.
 
-    `trained`: whether the matrix gets a gradient, as in the first step of full fine-tuning.
+    `trained`: whether the matrix has a gradient, as in the first step of full fine-tuning.
     """
 
     student: Tensor
@@ -257,8 +257,8 @@ def forms(problem: Problem) -> dict[str, Callable[[], Outcome]]:
 class Products:
     """Only the matrix products that every exact form needs, into allocated memory.
 
-    One for each vector of a token (student, h_0 and, with a cap, d), stacked since they share the matrix; one for dh;
-    one for dW if it is requested.
+    One product for each vector of a token (student, h_0 and, with a cap, d), stacked because they share the matrix; one
+    for dh; one for dW if it is requested.
     """
 
     def __init__(self, problem: Problem, chunk_tokens: int) -> None:

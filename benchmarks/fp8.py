@@ -1,12 +1,12 @@
-"""What FP8 in the frozen passes does to the target, beside the effect that is distilled, for every recipe.
+"""Compares the error of the target by FP8 in the frozen passes with the effect that is distilled, for every recipe.
 
     python -m benchmarks.fp8 [CONF] [--rows 24] [--tokens 192] [key=value ...]
 
-Inputs and weights of the linears of all layers are rounded to e4m3, as Transformer Engine's recipes scale them;
+Inputs and weights of the linears of all layers are rounded to e4m3 with the scales of Transformer Engine's recipes;
 embedding, norms, attention and output matrix stay in bf16. The model is that of transformers; `popsd diagnose --fp8`
 measures the same on the run's own model, in any layout. For responses that the base samples, each recipe's target is
 compared with that of bf16, in total variation; the effect is the total variation of the target from the base, both in
-bf16. A recipe whose error is larger than the effect distils noise, and is warned of.
+bf16. A recipe whose error is larger than the effect distils noise, and causes a warning.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def distributions(model: Any, config: PopsdConfig, rows: list[PromptRow], respon
 
 
 def _cells(name: str, measured: Distributions, expected: Distributions) -> list[str]:
-    """The row of `name`; warns where the error is larger than the effect."""
+    """The row of `name`; warns if the error is larger than the effect."""
     found = TargetError.of(name, error_sums(measured, expected).tolist())
     if found.ratio > 1:
         logger.warning("%s", found.sentence())
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default="conf/tiny.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=192, help="of a response, at most")
+    parser.add_argument("--tokens", type=int, default=192, help="maximum number of tokens per response")
     options = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s")
     torch.manual_seed(0)

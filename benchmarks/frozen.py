@@ -1,13 +1,13 @@
-"""The frozen passes with each prefix computed once against each sequence on its own, and what they take of a step.
+"""Compares frozen passes with shared prefixes and with separate sequences, and measures their share of a step.
 
     python -m benchmarks.frozen                 # the tables of RESULTS-frozen.md, some minutes on an idle core
-    python -m benchmarks.frozen --quick         # the longest reference alone
+    python -m benchmarks.frozen --quick         # only the longest reference
 
 The model is a random Qwen3 on this machine's device. Lengths are those of a run with prompts of 256, references of 512,
-2,048 and 8,192 and responses of 1,024 tokens, divided by `--divisor` on a CPU; the model is as narrow as this needs for
-attention to take the share of the arithmetic that it takes in Qwen3-8B at full lengths. Shared and separate passes
-alternate in one process, and seconds are the minimum of the repetitions; on a CPU seconds of the processor, which other
-load does not change much.
+2,048 and 8,192 and responses of 1,024 tokens, divided by `--divisor` on a CPU. The model is narrow, so that attention
+has the same share of the arithmetic as in Qwen3-8B at full lengths. Shared and separate passes alternate in one
+process, and seconds are the minimum of the repetitions; on a CPU they are processor seconds, which other load changes
+little.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Lengths:
     order: str
 
     def contexts(self, seed: int) -> Contexts:
-        """Prompts of drawn tokens, which have in common what the order of the templates makes them share."""
+        """Prompts of random tokens that share the prefixes given by the order of the templates."""
         draw = random.Random(seed)
         question, reference, end = (
             [draw.randrange(VOCABULARY) for _ in range(count)] for count in (self.prompt - 1, self.reference - 1, 1)
@@ -99,17 +99,17 @@ class Passes:
     """Both ways to compute the hidden states of sequences."""
 
     def __init__(self, chunks: Sequence[ModelChunk], token_budget: int) -> None:
-        """`token_budget`: of one forward pass."""
+        """`token_budget` is that of one forward pass."""
         self._chunks, self._budget = chunks, token_budget
 
     def separate(self, sequences: Sequence[ContextSequence]) -> TokenCount:
-        """Each sequence on its own, packed."""
+        """Computes each sequence separately, packed."""
         batches = student_batches(self._chunks, sequences, self._budget, packed=True)
         frozen_hidden_states(self._chunks, batches)
         return TokenCount.of(batches)
 
     def shared(self, sequences: Sequence[ContextSequence]) -> TokenCount:
-        """Each distinct prefix once."""
+        """Computes each distinct prefix once."""
         return shared_hidden_states(self._chunks, sequences, self._budget, CACHE_TOKENS)[1]
 
 
@@ -118,7 +118,7 @@ HEAD += ["seconds / tokens", "MiB separate", "shared"]
 
 
 def compare(passes: Passes, sequences: Sequence[ContextSequence], repetitions: int) -> list[str]:
-    """Cells: tokens, seconds and peak memory of both ways."""
+    """Table cells: tokens, seconds and peak memory of both methods."""
     counts: dict[str, TokenCount] = {}
 
     def action(name: str, way: Callable[[Sequence[ContextSequence]], TokenCount]) -> Callable[[], None]:
@@ -140,9 +140,7 @@ def compare(passes: Passes, sequences: Sequence[ContextSequence], repetitions: i
 
 
 def frozen_passes(passes: Passes, divisor: int, repetitions: int, *, quick: bool) -> list[list[str]]:
-    """One row for each length of the reference, number of responses and order; before them sequences without a common
-    prefix.
-    """
+    """One row per reference length, number of responses and order, preceded by sequences without a common prefix."""
     alone = Lengths(PROMPT // divisor, 2048 // divisor, RESPONSE // divisor, 2, ORDERS[0]).sequences(1)
     alone = [ContextSequence([number, *other.prompt], other.response) for number, other in enumerate(alone)]
     rows = [["2,048", "2", "nothing in common", *compare(passes, alone, repetitions)]]
@@ -270,8 +268,10 @@ def build_student(folder: str) -> Student:
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the longest reference alone, with fewer responses")
-    parser.add_argument("--divisor", type=int, default=1 if torch.cuda.is_available() else 8, help="of all lengths")
+    parser.add_argument("--quick", action="store_true", help="only the longest reference, with fewer responses")
+    parser.add_argument(
+        "--divisor", type=int, default=1 if torch.cuda.is_available() else 8, help="divisor of all lengths"
+    )
     parser.add_argument("--repetitions", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)

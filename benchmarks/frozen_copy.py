@@ -1,11 +1,11 @@
-"""The frozen copy on the device and on the host: resident bytes, and seconds of the transfer, for a real model.
+"""Measures the frozen copy on the device and on the host: resident bytes and seconds of the transfer, for a real model.
 
     python -m benchmarks.frozen_copy MODEL [--uses 20] [--precision bf16]
     torchrun --nproc-per-node 8 -m benchmarks.frozen_copy /models/Qwen3-8B --tensor 8 --precision bf16
 
-MODEL is a Hugging Face directory or nemo_popsd:tiny_reasoner. Prints one Markdown row for each place of the copy.
-On CUDA the resident bytes are torch's memory_allocated of the process, and the host's memory is pinned; on the CPU both
-places are the same memory, so the seconds are those of a memory copy and do not apply to a GPU.
+MODEL is a Hugging Face directory or nemo_popsd:tiny_reasoner. Prints one Markdown row for each location of the copy.
+On CUDA, resident bytes are torch's memory_allocated of the process, and host memory is pinned. On the CPU both
+locations are the same memory, so the seconds are those of a memory copy and do not apply to a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nemo_popsd.parallel.distributed import device, initialize
 
 
 def main() -> None:
-    """Measure both places and print a table on rank 0."""
+    """Measure both locations and print a table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--uses", type=int, default=20, help="how often the copy is used")

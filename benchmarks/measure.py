@@ -15,7 +15,7 @@ from torch.autograd.profiler import profile
 def interleaved(
     actions: Mapping[str, Callable[[], None]], repetitions: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Seconds of each action: the minimum of `repetitions`, which alternate so that other load affects all alike.
+    """Seconds of each action: the minimum over `repetitions`, which alternate so that other load affects all equally.
 
     `clock` may be `processor_time`, for actions that compute on one thread of a machine with other load.
     """
@@ -31,7 +31,7 @@ def interleaved(
 
 
 def processor_time() -> float:
-    """Seconds of the processor in this process; on a GPU those of the clock."""
+    """Processor seconds of this process; with a GPU, wall-clock seconds."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 

@@ -1,4 +1,4 @@
-"""Complete steps with and without `rollout.overlap`, and the cost of the reference-only branch in both.
+"""Measures complete steps with and without `rollout.overlap`, and the cost of the reference-only branch in both.
 
     python -m benchmarks.overlap [--steps 12] [--repetitions 2] [key=value ...]
 

@@ -1,4 +1,4 @@
-"""The time of one token of each slot with `nemo_popsd.megatron.plain_layers` and with Megatron's own layers.
+"""Measures one token per slot with `nemo_popsd.megatron.plain_layers` and with Megatron's own layers.
 
     python -m benchmarks.plain_layers [--model MODEL] [--rounds 20]
 

@@ -1,4 +1,4 @@
-"""Tokens per second of the rollout engines on one model and the same prompts, weight updates, and the phases of a step.
+"""Measures tokens per second of the rollout engines on equal model and prompts, weight updates, and phases of a step.
 
     python -m benchmarks.rollout                     # the tables of RESULTS-rollout.md: about half an hour
     python -m benchmarks.rollout --quick             # a few minutes, only prints
@@ -39,7 +39,7 @@ class Worker:
     """An engine in its process."""
 
     def __init__(self, engine: str, *, python: str = sys.executable, checkout: Path | None = ROOT) -> None:
-        """`checkout`: the checkout whose `nemo_popsd` it uses."""
+        """`checkout` is the one whose `nemo_popsd` the worker imports."""
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
         if checkout is not None:
@@ -64,7 +64,7 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
@@ -95,8 +95,8 @@ def workloads(quick: bool) -> list[Workload]:
     """Short and long responses, of equal and of mixed lengths."""
     tokenizer = load_tokenizer(MODEL, setting="student.source")
     end = int(tokenizer.eos_token_id)
-    # Without its stop token the model continues with further turns; one of some 270 tokens as stop token gives lengths
-    # that cover the range.
+    # Without its stop token the model continues with further turns; using one of about 270 tokens as stop token
+    # produces lengths that cover the range.
     (rare,) = tokenizer.encode("Then", add_special_tokens=False)
     every = [
         Workload("short: 32 tokens", 32, (), 1),
@@ -165,7 +165,7 @@ def updates(workers: dict[str, Worker]) -> list[list[str]]:
 
 
 def split_of_a_step(checkout: Path, steps: int) -> dict[str, float]:
-    """Median seconds of the phases of conf/tiny.yaml's steps, without the first."""
+    """Median seconds of each phase over the steps of conf/tiny.yaml, without the first step."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         settings = [f"output={output}", f"training.steps={steps}", "training.export_huggingface=false"]
@@ -200,7 +200,7 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few and short responses; prints only")
-    parser.add_argument("--before", type=Path, help="another checkout, whose engine is measured too")
+    parser.add_argument("--before", type=Path, help="another checkout, whose engine is also measured")
     options = parser.parse_args()
     workers = {MEGATRON: Worker("megatron"), THEIRS: Worker("transformers")}
     if options.before:

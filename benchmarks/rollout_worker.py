@@ -2,9 +2,9 @@
 
     python benchmarks/rollout_worker.py ENGINE MODEL        ENGINE: megatron, transformers or vllm
 
-Run by its path: `nemo_popsd` comes from PYTHONPATH, which may be another checkout; vLLM's environment has none.
-Each line in is a JSON object with `prompts`, `batch`, `limit` and `stops`, or `export` or `load` with a folder, or
-`send` with vLLM's Python; each line out has `seconds` and other measurements.
+It is run by its path: `nemo_popsd` is imported from PYTHONPATH, which may be another checkout; vLLM's environment has
+none. Each line in is a JSON object with `prompts`, `batch`, `limit` and `stops`, or `export` or `load` with a folder,
+or `send` with vLLM's Python; each line out has `seconds` and other measurements.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def megatron(model: str) -> dict[str, Callable[..., Answer]]:
         return {"seconds": time.perf_counter() - start, "bytes": size}
 
     def send(python: str) -> Answer:
-        """Time of vLLM's server for new weights of the student; empty if the package has no such engine."""
+        """Seconds for new weights of the student to reach a vLLM server; empty if the package has no such engine."""
         try:
             from nemo_popsd.model.engines import build_engine  # type: ignore[import-not-found, unused-ignore]
         except ImportError:

@@ -1,4 +1,4 @@
-"""The arms: the overrides of experiments/conf.yaml for each; their learning rates and seeds."""
+"""The arms of the experiments: their overrides of experiments/conf.yaml, learning rates and seeds."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ ARMS = (
 RATES = ("3.0e-6", "1.0e-5", "3.0e-5", "1.0e-4", "3.0e-4", "1.0e-3", "3.0e-3")
 """Learning rates, ascending. The first and the last are used only for an arm whose best rate is next to them."""
 GRID = RATES[1:-1]
-"""The learning rates that every arm is tuned with."""
+"""The learning rates with which every arm is tuned."""
 TUNING_SEEDS = (1, 2, 3)
-"""Seeds of the runs that choose the rates, on the tuning rows."""
+"""Seeds of the runs that select the rates, on the tuning rows."""
 SEEDS = tuple(range(111, 121))
-"""Seeds of the order of the rows, of rollouts and of the answers to held-out problems; not among those of tuning."""
+"""Seeds of the order of the rows, of rollouts and of answers to held-out problems; different from those of tuning."""
 
 
 def seeds_of(arm: Arm) -> tuple[int, ...]:

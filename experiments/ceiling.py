@@ -1,8 +1,8 @@
-"""The quality of each target without training: `python -m experiments.ceiling`, on the tuning rows.
+"""Measures the quality of each target without training: `python -m experiments.ceiling`, on the tuning rows.
 
 1. Answers are sampled token by token from the target P; all its contexts see the tokens so far. They show the behaviour
-   of the target, but not the course of the training.
-2. In worked solutions, values are guessed before they are checked: the probability of the right digits of a guess is
+   of the target, but not the course of training.
+2. In worked solutions, values are guessed before they are checked. The probability of the right digits of a guess is
    measured in each context. Purification keeps what question and reference together add to the reference alone.
 """
 
@@ -82,11 +82,11 @@ def follow(
 
     Args:
         model: the base.
-        tokenizer: of the model.
-        problems: to answer.
-        target: to sample from.
-        contexts: of student and base, of the teacher, and the second context.
-        borrow: whether the teacher sees the next problem's reference.
+        tokenizer: tokenizer of the model.
+        problems: problems to answer.
+        target: target distribution to sample from.
+        contexts: context of student and base, context of the teacher, and the second context.
+        borrow: whether the teacher sees the reference of the next problem.
     """
     references = [problem.reference for problem in problems]
     if borrow:
@@ -123,9 +123,9 @@ def guesses(model: Any, tokenizer: Any, problems: Sequence[Problem], target: Tar
 
     Args:
         model: the base.
-        tokenizer: of the model.
-        problems: with worked solutions as in pre-training.
-        target: of the contexts question, question and reference, reference.
+        tokenizer: tokenizer of the model.
+        problems: problems with worked solutions as in pre-training.
+        target: target of the contexts question, question and reference, reference.
     """
     sums = dict.fromkeys((*CONTEXTS, "target"), 0.0)
     digits = 0

@@ -1,10 +1,10 @@
-"""The cost of the reference-only branch: alternating steps of Purified OPSD and OPSD on the same rollouts.
+"""Measures the cost of the reference-only branch: alternating steps of Purified OPSD and OPSD on the same rollouts.
 
     python -m experiments.cost experiments/conf.yaml [--steps 10] [key=value ...]
     torchrun --nproc-per-node 8 -m experiments.cost conf/qwen3_8b.yaml student.source=/models/Qwen3-8B
 
-Prints the median seconds of each part of a step. Neither measures Δ norms (`distillation.diagnosed_tokens=0`), for
-which OPSD would need the reference-only branch too. Rollouts are generated and timed once for both.
+Prints the median seconds of each part of a step. Neither method computes Δ norms (`distillation.diagnosed_tokens=0`),
+for which OPSD would also need the reference-only branch. Rollouts are generated and timed once for both.
 """
 
 from __future__ import annotations

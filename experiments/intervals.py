@@ -1,4 +1,4 @@
-"""Means over seeds, their intervals, and tests that allow for many comparisons."""
+"""Means over seeds, their intervals, and tests corrected for multiple comparisons."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Estimate:
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979), in the same order.
 
-    NaN, a test that was not made, stays and is not counted.
+    NaN stands for a test that was not made; it is kept and not counted.
     """
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
     adjusted = [math.nan] * len(p_values)

@@ -1,7 +1,7 @@
 """Result pages of the tables: `python -m experiments.pages` writes tables/NAME.md and tables/NAME.svg.
 
-Every table that has training records has a page. It is made of the table's records and of the runs of the main
-comparison that the table reuses; intervals and tests are those of `experiments.results`.
+Every table with training records has a page. It shows the records of the table and the runs of the main comparison that
+the table reuses; intervals and tests are those of `experiments.results`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from experiments.tables import FOLDER, TABLES, Table
 
 
 def rows_of(asked: Table, own: Sequence[Record], main: Sequence[Record]) -> Done:
-    """The training runs of a table by arm, in its order, at the rates that were chosen.
+    """The training runs of a table at the selected rates, by arm, in the order of the table.
 
     Args:
         asked: the table.
-        own: its records.
-        main: those of the main comparison.
+        own: records of the table.
+        main: records of the main comparison.
     """
     reused, rates = finished(main), rates_of(asked, own, main)
     found: Done = {}
@@ -38,14 +38,14 @@ def rows_of(asked: Table, own: Sequence[Record], main: Sequence[Record]) -> Done
 
 
 def at_stage(done: Done, stage: int, last: int) -> Done:
-    """The runs as they were after some steps."""
+    """The state of the runs after some steps."""
     if stage == last:
         return done
     return {arm: [replace(run, after=run.between[str(stage)]) for run in runs] for arm, runs in done.items()}
 
 
 def by_base(done: Done) -> list[Done]:
-    """Arms whose untrained base gave the same answers, together."""
+    """Groups arms whose untrained base gave the same answers."""
     groups: dict[str, Done] = {}
     for arm, runs in done.items():
         groups.setdefault(runs[0].before.correct, {})[arm] = runs
@@ -53,7 +53,7 @@ def by_base(done: Done) -> list[Done]:
 
 
 def rates_table(asked: Table, own: Sequence[Record]) -> str:
-    """Mean change on the tuning rows by rate, of the arms that the table tunes; empty if it tunes none."""
+    """Mean change on the tuning rows by rate, for the arms that the table tunes; empty if it tunes none."""
     found = tuned(own, asked.tuning_seeds)
     lines = [["arm", "low", "middle", "high", "chosen"]]
     for entry in asked.entries:
@@ -67,7 +67,7 @@ def rates_table(asked: Table, own: Sequence[Record]) -> str:
 
 
 def alarms_table(done: Done) -> str:
-    """What the alarm of a run (`guard.drift`) noticed, beside what happened; empty if no run recorded it."""
+    """Alarms of the runs (`guard.drift`) compared with the actual changes; empty if no run recorded alarms."""
     lines = [["arm", "alarms: runs, median step", *(f"change of {title}" for title in FIGURES)]]
     for arm, runs in done.items():
         recorded = [run.alarms for run in runs if run.alarms is not None]

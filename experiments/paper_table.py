@@ -1,10 +1,11 @@
-r"""The paper's table from finished evaluations, with intervals.
+r"""Writes the paper's table from finished evaluations, with intervals.
 
     python -m experiments.paper_table base=runs/q/evaluation/models_Qwen3-8B Purified=runs/q/evaluation/purified \
         --published paper Qwen3-8B --write runs/q/table.md
 
-The first name is the base. DIR is OUTPUT/evaluation/MODEL with a directory for each problem set. A name that is given
-several times has several seeds, whose responses to a problem are pooled; the change with each seed is listed below.
+The first name is the base. DIR is OUTPUT/evaluation/MODEL with one directory per problem set. A name given several
+times has several seeds: their responses to a problem are pooled, and the change with each seed is listed below the
+table.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ COLUMNS = {
 
 
 def read_arms(words: Sequence[str]) -> dict[str, list[Sets]]:
-    """The evaluations of each arm, one for each seed, by name and in the order of the words.
+    """The evaluations of each arm, one per seed, by name and in the order of the words.
 
     Raises:
-        UserError: a word is not NAME=DIR, only one name is given, a directory holds no concluded evaluation, or the
+        UserError: a word is not NAME=DIR, only one name is given, a directory contains no complete evaluation, or the
             sets differ.
     """
     arms: dict[str, list[Sets]] = {}
@@ -68,12 +69,12 @@ def pooled(seeds: Sequence[Sets]) -> Sets:
 
 
 def table(arms: Mapping[str, Sequence[Sets]], published: tuple[str, str] | None, *, resamples: int) -> str:
-    """Markdown: a row for the base and for each arm, then what the numbers are.
+    """Markdown: a row for the base and for each arm, followed by notes on the numbers.
 
     Args:
         arms: evaluations of each arm, the base first.
         published: source and model in `PUBLISHED` whose scores are added as two columns.
-        resamples: of each interval.
+        resamples: bootstrap resamples of each interval.
     """
     named = {name: pooled(seeds) for name, seeds in arms.items()}
     base_name, base = next(iter(named.items()))
@@ -108,7 +109,7 @@ def _change(found: Average, factor: float, digits: int) -> str:
 
 
 def _notes(arms: Mapping[str, Sequence[Sets]], published: tuple[str, str] | None, resamples: int) -> list[str]:
-    """What the intervals are, the change with each seed, and whose the published numbers are."""
+    """Notes on the intervals, the change with each seed, and the source of the published numbers."""
     base_name, base = next(iter(arms.items()))
     sets = base[0]
     samples = sorted({one.summary.samples_per_problem for one in sets.values()})
@@ -146,7 +147,7 @@ def main(words: Sequence[str] | None = None) -> None:
         metavar=("SOURCE", "MODEL"),
         help=f"add published scores: {'; '.join(' '.join(key) for key in PUBLISHED)}",
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table to FILE")
     options = parser.parse_args(words)
     published = tuple(options.published) if options.published else None
     if published and published not in PUBLISHED:

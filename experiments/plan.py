@@ -1,4 +1,4 @@
-"""The runs of the main comparison and of the tables, and which learning rate their records choose."""
+"""The runs of the main comparison and of the tables, and the learning rates that their records select."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.tables import HELD_OUT, TABLES, Table
 RUNS = Path("runs/experiments")
 CONF = Path(__file__).with_name("conf.yaml")
 TUNING = ("distillation.diagnosed_tokens=0", "training.self_check=false")
-"""What only costs time in a run that chooses a learning rate; neither changes the weights."""
+"""Overrides that save time in a run that selects a learning rate; they do not change the weights."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Run:
     more: tuple[str, ...] = ()
     """Further overrides; those of the arm come last."""
     stages: tuple[int, ...] = ()
-    """Numbers of steps to which the run is taken one after the other, with an evaluation at each; empty: `CONF`'s."""
+    """Numbers of steps after which the run is evaluated before it continues; empty uses those of `CONF`."""
 
     @property
     def overrides(self) -> list[str]:
-        """The overrides of `CONF`."""
+        """All overrides of `CONF`."""
         words = [f"name={self.arm.name}", f"output={self.output}", f"seed={self.seed}", f"optimizer.lr={self.rate}"]
         return [*words, f"data.validation.path={self.rows}", *self.more, *self.arm.overrides]
 
@@ -49,18 +49,18 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """As in `Record.key`."""
+        """The key of the run; see `Record.key`."""
         return self.phase, self.arm.name, self.rate, self.seed
 
 
 def tuning_run(arm: Arm, rate: str, seed: int) -> Run:
-    """A run of the main comparison, compared with those of the same arm and other rates."""
+    """A run of the main comparison that is compared with runs of the same arm at other rates."""
     output = RUNS / "tuning" / f"{arm.name}-{rate}-seed-{seed}"
     return Run("tuning", arm, rate, seed, str(TUNING_ROWS), output, TUNING)
 
 
 def training_run(arm: Arm, rate: str, seed: int) -> Run:
-    """A run of the main comparison that the results are made of."""
+    """A run of the main comparison that is part of the results."""
     output = RUNS / "training" / f"{arm.name}-{rate}-seed-{seed}"
     return Run("training", arm, rate, seed, HELD_OUT, output)
 
@@ -74,8 +74,8 @@ def training_runs(rates: dict[str, str], arms: Sequence[Arm]) -> list[Run]:
     """Every arm at its rate with every seed; seeds are the outer loop.
 
     Args:
-        rates: by the name of the arm.
-        arms: those that have a rate are run.
+        rates: learning rate by name of the arm.
+        arms: arms to run, if they have a rate.
     """
     seeds = sorted({seed for arm in arms for seed in seeds_of(arm)})
     return [
@@ -87,7 +87,7 @@ def training_runs(rates: dict[str, str], arms: Sequence[Arm]) -> list[Run]:
 
 
 def tuned(records: Iterable[Record], seeds: Sequence[int] = TUNING_SEEDS) -> dict[str, dict[str, float]]:
-    """Mean change of the accuracy on the tuning rows, by arm and rate, of rates that have all seeds."""
+    """Mean change of the accuracy on the tuning rows by arm and rate, for rates with all seeds."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for record in records:
         if record.phase == "tuning":
@@ -106,7 +106,7 @@ def tuned(records: Iterable[Record], seeds: Sequence[int] = TUNING_SEEDS) -> dic
 def chosen(
     records: Iterable[Record], grid: Sequence[str] = GRID, seeds: Sequence[int] = TUNING_SEEDS
 ) -> dict[str, str]:
-    """The rate with the highest accuracy on the tuning rows, the smallest for a tie, of arms that have all rates."""
+    """The rate with the highest accuracy on the tuning rows (the smallest in a tie), for arms with all rates."""
     found = tuned(records, seeds)
     return {
         arm: max(of_rates, key=of_rates.__getitem__) for arm, of_rates in found.items() if set(of_rates) >= set(grid)
@@ -114,12 +114,12 @@ def chosen(
 
 
 def rates_of(table: Table, own: Sequence[Record], main: Sequence[Record]) -> dict[str, str]:
-    """The rates of a table's arms by name; none of those whose tuning is not finished.
+    """The rates of the arms of a table by name; arms whose tuning is not finished are omitted.
 
     Args:
-        table: whose arms.
-        own: the records of the table.
-        main: those of the main comparison.
+        table: the table.
+        own: records of the table.
+        main: records of the main comparison.
     """
     lender = TABLES[table.rates_of] if table.rates_of else None
     families = rates_of(lender, load(lender.file), main) if lender else chosen(main)
@@ -140,7 +140,7 @@ def scaled(rate: str, factor: float) -> str:
 
 
 def table_tuning_runs(table: Table) -> list[Run]:
-    """The tuning runs of the arms of a table that are tuned by themselves; seeds are the outer loop."""
+    """The tuning runs of the arms that a table tunes separately; seeds are the outer loop."""
     folder = RUNS / table.name / "tuning"
     return [
         Run(

@@ -1,4 +1,4 @@
-"""Conditions of a fair test: `python -m experiments.premise`, on the tuning rows; held-out rows are not used.
+"""Checks the conditions of a fair test: `python -m experiments.premise`, on the tuning rows, without held-out rows.
 
 1. From the question alone the model's accuracy is 30 to 80 %, so that it can rise and fall.
 2. With the reference in its context the accuracy is at least 15 points higher, so that the teacher can teach.

@@ -11,7 +11,7 @@ class Published:
 
     source: str
     protocol: str
-    """Name of the configuration in conf/ with the source's way to evaluate."""
+    """Name of the configuration in conf/ with the evaluation protocol of the source."""
     base: float
     arms: dict[str, float]
     """Score after training, by arm."""
@@ -38,4 +38,4 @@ PUBLISHED = {
         _REPLICATION, "replication_evaluation", 61.0, {"OPSD": 60.3, "Purified": 61.3, "Purified, answer": 62.5}
     ),
 }
-"""By source and model. The replication's OPSD has 100 steps, everything else at most 200."""
+"""Scores by source and model. The replication's OPSD has 100 steps, everything else at most 200."""

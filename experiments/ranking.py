@@ -1,10 +1,10 @@
-"""The ranking of the arms before training against what training did: `python -m experiments.ranking`.
+"""Compares the ranking of the arms before training with the results of training: `python -m experiments.ranking`.
 
-Every arm's target is scored on the tuning rows as `popsd diagnose --views` scores views: one diagnosis, of which the
-answers are kept in runs/experiments/ranking. What training did is read from RESULTS-two-rates.md, which has all arms;
-with `--records`, from the records of the main comparison and of the table `views`, whose arms are scored, too. The
-other tables vary what no score of the untrained student sees. For each score, Spearman's rank correlation over the
-arms and its p-value from permutations of the arms.
+The target of every arm is scored on the tuning rows as `popsd diagnose --views` scores views, in one diagnosis whose
+answers are kept in runs/experiments/ranking. The results of training are read from RESULTS-two-rates.md, which has all
+arms; with `--records`, from the records of the main comparison and of the table `views`, whose arms are also scored.
+The other tables vary settings that no score of the untrained student depends on. For each score the command prints
+Spearman's rank correlation over the arms and its p-value from permutations of the arms.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _SCORED = (*ARMS, *(entry.arm for entry in _VIEWS.entries))
 _TITLES = {arm.name: arm.title for arm in _SCORED}
 _PERMUTATIONS = 100_000
 _OUTCOMES = ("accuracy", "markers", "tokens")
-"""First words of the columns of the results that are followed by a change."""
+"""First words of the result columns that are followed by a change."""
 
 
 class Compared(NamedTuple):
-    """A score before training and the change after it that it should order."""
+    """A score before training and the change after training that it should predict."""
 
     score: str
     outcome: str
@@ -61,7 +61,7 @@ COMPARED = (
     Compared("markers", "markers", "markers per 1,000 tokens, target less student"),
     Compared("length_share", "tokens", "tokens per end, target against student"),
 )
-"""The first is what the command recommends; the others are its parts."""
+"""The first is the recommendation of the command; the others are its parts."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Correlation:
     arms: int
     rho: float
     p: float
-    """Two-sided, from permutations of the arms."""
+    """Two-sided p-value from permutations of the arms."""
 
     @classmethod
     def of(cls, scores: Sequence[float], outcomes: Sequence[float]) -> Correlation:
-        """Spearman's; equal scores share their rank. NaN where all scores are equal."""
+        """Spearman's correlation; equal scores share their rank. NaN if all scores are equal."""
         if len(set(scores)) == 1:
             return cls(len(scores), math.nan, math.nan)
         rho = float(spearmanr(scores, outcomes).statistic)
@@ -89,14 +89,14 @@ class Correlation:
 
 
 def spearman_ranks(values: list[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values share the mean of their ranks."""
     return [
         sum(other < value for other in values) + (1 + sum(other == value for other in values)) / 2 for value in values
     ]
 
 
 def trained(text: str) -> dict[str, dict[str, float]]:
-    """The changes of the results by title of the arm, and by the first word of the column that they follow."""
+    """The changes in the results, by title of the arm and first word of the preceding column."""
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     header = [cell.strip() for cell in lines[0]]
     places: dict[str, int] = {}
@@ -121,7 +121,7 @@ def recorded(done: Done) -> dict[str, dict[str, float]]:
 
 
 def values_of(candidates: Sequence[CandidateRecord], score: str) -> list[float]:
-    """A score of every candidate; `order` is the negative place in the order of the verdicts."""
+    """A score of every candidate; `order` is the negative rank in the order of the verdicts."""
     if score == "order":
         keys = [(KINDS.index(one["kind"]), -_value(one, "gain")) for one in candidates]
         return [-float(sorted(keys).index(key)) for key in keys]
@@ -134,7 +134,7 @@ def _value(candidate: CandidateRecord, score: str) -> float:
 
 
 def table(scores: ViewScores, changes: Mapping[str, Mapping[str, float]]) -> str:
-    """Each arm's scores before training beside its changes, best gain first."""
+    """The scores of each arm before training and its changes, best gain first."""
     lines = [
         "| arm | gain, points per nat | target less student, uncertain tokens | teacher less reference-only teacher | "
         "markers per 1,000 tokens | verdict | accuracy after training, change |",
@@ -156,7 +156,7 @@ def table(scores: ViewScores, changes: Mapping[str, Mapping[str, float]]) -> str
 
 
 def correlations(candidates: Sequence[CandidateRecord], changes: Mapping[str, Mapping[str, float]]) -> str:
-    """The rank correlation of each score with what training did, over all of these arms that have both."""
+    """The rank correlation of each score with the change by training, over the arms that have both."""
     known = [one for one in candidates if _TITLES[one["name"]] in changes]
     lines = ["| before training | change after training | arms | rank correlation | p |", "|---|---|---|---|---|"]
     for one in COMPARED:

@@ -1,6 +1,6 @@
-"""The results of all runs, one line for each, in the repository: experiments/runs.jsonl, and tables/*.jsonl.
+"""The results of all runs, one line per run, in the repository: experiments/runs.jsonl and tables/*.jsonl.
 
-A run that has a line is not executed again. Run directories are needed only until their line is written.
+A run with a line is not executed again. A run directory is needed only until its line is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemo_popsd.training.drift import PREFIX
 
 FILE = Path(__file__).with_name("runs.jsonl")
 CURVES = ("norm_ratio", "cosine_reference", "cosine_question", "marker_rate", "response_tokens")
-"""Training metrics of a record, one value for each step."""
+"""Training metrics of a record, one value per step."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Answers:
     """The held-out answers of one evaluation."""
 
     correct: str
-    """1 or 0 for each answer, in the order of the file; the answers to a problem follow each other."""
+    """1 or 0 for each answer, in the order of the file; answers to the same problem are consecutive."""
     markers: int
     """Epistemic markers in all answers."""
     tokens: int
@@ -42,7 +42,7 @@ class Answers:
 
     @property
     def accuracy(self) -> float:
-        """In per cent."""
+        """Accuracy in per cent."""
         return 100 * self.correct.count("1") / len(self.correct)
 
     @property
@@ -72,18 +72,18 @@ class Record:
     seconds: float
     """Time of the run, two at a time with one thread each."""
     commit: str
-    """Of the checkout that ran it."""
+    """Commit of the checkout that ran it."""
     machine: str
     curves: dict[str, list[float]] = field(default_factory=dict)
-    """Training metrics by name, one value for each step; empty for tuning, which does not measure them."""
+    """Training metrics by name, one value per step; empty for tuning, which does not measure them."""
     between: dict[str, Answers] = field(default_factory=dict)
     """Evaluations between the first and the last, by step."""
     alarms: dict[str, int] | None = None
-    """Step of the first alarm at a change (`guard.drift`) by quantity, negative where it fell; None: not recorded."""
+    """Step of the first alarm (`guard.drift`) by quantity, negative if the quantity fell; None if not recorded."""
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What identifies the run."""
+        """The key that identifies the run."""
         return self.phase, self.arm, self.rate, self.seed
 
     @classmethod
@@ -105,7 +105,7 @@ def load(file: Path = FILE) -> list[Record]:
 
 
 def append(record: Record, file: Path = FILE) -> None:
-    """Adds a record to a file, which is created if need be."""
+    """Appends a record to a file, which is created if missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write(record.line())

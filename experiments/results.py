@@ -1,6 +1,6 @@
 """Tables and plots of all recorded runs: `python -m experiments.results` writes RESULTS.md and plots/.
 
-The tables of `experiments.tables` have pages of their own: `experiments.pages`.
+The tables of `experiments.tables` have their own pages: `experiments.pages`.
 
 Each value is a mean over seeds with a 95 % interval (Student's t over the seeds). A change is from before to after
 training of the same seed, with the same problems and the same seeds of the answers.
@@ -39,7 +39,7 @@ Done = dict[Arm, list[Record]]
 
 
 def finished(records: Sequence[Record]) -> Done:
-    """The training runs of all arms that have some, at the chosen rates."""
+    """The training runs of all arms with records, at the selected rates."""
     rates = chosen(records)
     found: Done = {}
     for arm in ARMS:
@@ -61,7 +61,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def table(done: Done) -> str:
-    """A row for the base and for each arm; p-values are of the change of the accuracy, adjusted for all arms (Holm)."""
+    """A row for the base and each arm; p-values are those of the change of accuracy, adjusted for all arms (Holm)."""
     header = ["arm", "rate", "seeds"]
     for title in FIGURES:
         header += [title, "change", *(["p, Holm"] if title.startswith("accuracy") else [])]
@@ -93,9 +93,9 @@ def paired(done: Done, pairs: Sequence[tuple[Arm, Arm]], titles: Sequence[str], 
 
     Args:
         done: training runs.
-        pairs: minuend and subtrahend; those of which one has no runs are left out.
-        titles: of the pairs.
-        header: of their column.
+        pairs: minuend and subtrahend; pairs of which one has no runs are omitted.
+        titles: titles of the pairs.
+        header: header of their column.
     """
     found = {}
     for (first, second), title in zip(pairs, titles, strict=True):
@@ -112,7 +112,7 @@ def paired(done: Done, pairs: Sequence[tuple[Arm, Arm]], titles: Sequence[str], 
 
 
 def rates_table(records: Sequence[Record]) -> str:
-    """Mean change of the accuracy on the tuning rows by arm and rate; the chosen rate is bold."""
+    """Mean change of the accuracy on the tuning rows by arm and rate; the selected rate is bold."""
     found, best = tuned(records), chosen(records)
     used = [rate for rate in RATES if rate in GRID or any(rate in of_rates for of_rates in found.values())]
     lines = [["arm", *used]]

@@ -1,9 +1,9 @@
-"""The problems on which learning rates are chosen: `python -m experiments.rows` writes experiments/data/tuning.jsonl.
+"""The problems on which learning rates are selected: `python -m experiments.rows` writes experiments/data/tuning.jsonl.
 
-256 rows of the same kind as the embedded ones, which are for training (`nemo_popsd:tiny_train`) and held out
+These are 256 rows of the same kind as the embedded rows for training (`nemo_popsd:tiny_train`) and evaluation
 (`nemo_popsd:tiny_validation`). No task is in two of these sets.
 
-Rows of single tables (`experiments.tables`) are made when they are needed, in runs/experiments/rows: the embedded
+Rows for individual tables (`experiments.tables`) are written to runs/experiments/rows when needed: the embedded
 training rows with parts of their references as columns or with wrong references, and problems for the larger model.
 """
 
@@ -29,7 +29,7 @@ Row = dict[str, str]
 
 
 def tuning_problems() -> list[Problem]:
-    """Skipped problems of the training split, far more than the training rows use."""
+    """Problems of the training split, after skipping far more than the training rows use."""
     return balanced("train", 256, DATA_SEED, skip=4000)
 
 
@@ -52,9 +52,9 @@ def with_parts(rows: Sequence[Row]) -> list[Row]:
 
 
 def with_mistakes(rows: Sequence[Row], share: float, seed: int = DATA_SEED) -> list[Row]:
-    """Rows of which a share has references whose last value and answer are wrong by some tens.
+    """Rows of which a fraction has references whose last value and answer are wrong by some tens.
 
-    The rows with mistakes at a smaller share have them at a greater one, too.
+    Rows with mistakes at a smaller fraction also have them at a larger one.
     """
     found = []
     for row in rows:
@@ -93,7 +93,7 @@ _MAKERS: dict[str, Callable[[], list[Row]]] = {
 
 
 def made(name: str) -> Path:
-    """Where the rows of a name lie once `make` has written them."""
+    """Path to which `make` writes the rows of this name."""
     if name not in _MAKERS:
         raise KeyError(name)
     return MADE / f"{name}.jsonl"

@@ -6,8 +6,8 @@
     python -m experiments.run views --workers 2     # a table of `experiments.tables`, to experiments/tables/views.jsonl
     python -m experiments.run views --cost          # what it would cost; `tables --cost` for all of them
 
-Runs that have a line in the file are skipped, so a killed command can be repeated, and `--minutes` ends it between two
-runs. Run directories, each with a log, are in runs/experiments.
+Runs with a line in the file are skipped, so a killed command can be repeated; `--minutes` ends it between two runs. Run
+directories, each with a log, are in runs/experiments.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _ENVIRONMENT = {
 
 
 def execute(runs: Sequence[Run], workers: int, file: Path = FILE, until: float = math.inf) -> None:
-    """Executes the runs that have no record, `workers` at a time with one thread each, and records them.
+    """Executes runs without a record, `workers` at a time with one thread each, and records them.
 
     Args:
-        runs: in this order.
-        workers: processes; each is forked from one that has imported the package.
-        file: of the records.
-        until: time (`time.monotonic`) from which on no run is started.
+        runs: runs to execute, in this order.
+        workers: number of processes; each is forked from one that has imported the package.
+        file: file of the records.
+        until: time (`time.monotonic`) after which no run is started.
 
     Raises:
         RuntimeError: runs failed; the others were executed.
@@ -95,7 +95,7 @@ def execute(runs: Sequence[Run], workers: int, file: Path = FILE, until: float =
 
 @contextlib.contextmanager
 def cancelled_on_error(pool: Executor) -> Iterator[None]:
-    """On an error, the pool starts no further run: leaving it waits for those that it has started."""
+    """Context that starts no further run in the pool after an error; leaving it waits for started runs."""
     try:
         yield
     except BaseException:
@@ -122,7 +122,7 @@ def _record(run: Run, seconds: float) -> Record:
 
 
 def _commit() -> str:
-    """Of this checkout; with a + if files have changed."""
+    """Commit of this checkout, with a + if files have changed."""
     command = ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
@@ -132,11 +132,11 @@ def carry_out(run: Run, others: Sequence[Run]) -> float | None:
     """Executes a run in this process; its output goes to log.txt.
 
     Args:
-        run: to execute.
+        run: run to execute.
         others: runs that may have the same answers before training.
 
     Returns:
-        Its seconds, or None if it failed.
+        Seconds of the run, or None if it failed.
     """
     from nemo_popsd.cli.main import main as popsd
 
@@ -159,10 +159,10 @@ def carry_out(run: Run, others: Sequence[Run]) -> float | None:
 def lend_first_evaluation(run: Run, others: Sequence[Run]) -> None:
     """Copies the answers of the untrained base, which depend only on seed and rows, to a run that has not started.
 
-    The directory is then the same as that of a run that is interrupted after its first evaluation.
+    The directory is then the same as that of a run interrupted after its first evaluation.
 
     Args:
-        run: that would generate the same answers.
+        run: run that would generate the same answers.
         others: runs that may have generated them.
     """
     mine = run.output / "validation" / "step-000000"
@@ -184,14 +184,14 @@ def lend_first_evaluation(run: Run, others: Sequence[Run]) -> None:
 
 
 def tune(arms: Sequence[Arm], workers: int) -> None:
-    """Executes the runs that choose the rates, and extends the grid of an arm whose best rate is at its edge."""
+    """Executes the runs that select the rates, and extends the grid of an arm whose best rate is at its edge."""
     execute(tuning_runs(arms), workers)
     while beyond := missing_neighbours(load(), arms):
         execute(beyond, workers)
 
 
 def run_table(table: Table, workers: int, until: float) -> None:
-    """Makes the rows of a table, chooses the rates of the arms that it tunes, and executes its runs.
+    """Writes the rows of a table, selects the rates of the arms that it tunes, and executes its runs.
 
     Raises:
         UserError: the model of the table does not exist.
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("what", choices=("tune", "train", "all", "tables", *TABLES))
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="some of the arms")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run of a table is started")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time after which no run of a table is started")
     parser.add_argument("--cost", action="store_true", help="print the estimated cost of a table and run nothing")
     options = parser.parse_args()
     tables = list(TABLES.values()) if options.what == "tables" else [t for n, t in TABLES.items() if n == options.what]

@@ -1,12 +1,12 @@
-"""The tables beside the main comparison: what each varies, with which seeds and rates, and what it costs.
+"""The tables in addition to the main comparison: the settings that each varies, its seeds and rates, and its cost.
 
-Each has a file of records of its own, experiments/tables/NAME.jsonl. Runs of the main comparison are rows of a table
-where only that differs which the table varies: they have the same rows, seeds and steps.
+Each table has its own file of records, experiments/tables/NAME.jsonl. Runs of the main comparison are reused as rows if
+they differ from the table only in what the table varies, with the same rows, seeds and steps.
 
-**Rates.** An arm whose target differs much from that of any tuned arm is tuned by itself, on the tuning rows with the
-three rates around its family's. Every other arm takes the rate of its family: Purified gains at each rate from 1e-5
-to 1e-3, so that its variants are not decided by a factor of three. A run with a constant rate has half the tuned rate,
-the mean of the cosine that was tuned.
+**Rates.** An arm whose target differs much from that of any tuned arm is tuned separately, on the tuning rows with the
+three rates around that of its family. Every other arm uses the rate of its family: Purified gains at each rate from
+1e-5 to 1e-3, so a factor of three does not decide between its variants. A run with a constant rate uses half the tuned
+rate, which is the mean of the cosine schedule that was tuned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from experiments.rows import made
 FOLDER = Path(__file__).with_name("tables")
 HELD_OUT = "nemo_popsd:tiny_validation"
 REASONER = Path("runs/reasoner/model")
-"""Where the larger model is expected: made by `python -m nemo_popsd.testbed.reasoner --output runs/reasoner`."""
+"""Path of the larger model, which `python -m nemo_popsd.testbed.reasoner --output runs/reasoner` creates."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Entry:
 
     arm: Arm
     family: Arm
-    """The tuned arm whose rate it takes."""
+    """The tuned arm whose rate this arm uses."""
     rates: tuple[str, ...] = ()
-    """Rates that it is tuned with instead."""
+    """Rates with which this arm is tuned instead."""
     against: Arm | None = None
-    """What it is compared with; None: its family if the table has it, else the first row."""
+    """The arm with which it is compared; None means its family if the table has it, otherwise the first row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +50,25 @@ class Table:
     seeds: tuple[int, ...] = SEEDS[:5]
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     stages: tuple[int, ...] = (30,)
-    """Numbers of steps after which the held-out rows are answered; one run goes through all of them."""
+    """Numbers of steps after which the held-out rows are answered; one run passes all of them."""
     more: tuple[str, ...] = ()
     """Overrides of all arms."""
     factor: float = 1.0
-    """Of the family's rate."""
+    """Factor of the family's rate."""
     rates_of: str = ""
-    """The table whose tuning gives the families' rates; empty for the main comparison."""
+    """The table whose tuning determines the rates of families; empty for the main comparison."""
     files: tuple[str, ...] = ()
-    """Rows that are made for it (`experiments.rows`)."""
+    """Rows that are written for the table (`experiments.rows`)."""
     held_out: str = HELD_OUT
     tuning_rows: str = str(TUNING_ROWS)
     weight: float = 1.0
-    """Seconds of a step and of an evaluation, in those of the main comparison."""
+    """Time of a step and of an evaluation relative to the main comparison."""
     needs: Path | None = None
-    """A model that has to exist."""
+    """A model that must exist."""
 
     @property
     def file(self) -> Path:
-        """Its records."""
+        """File of the records."""
         return FOLDER / f"{self.name}.jsonl"
 
     @property
@@ -77,7 +77,7 @@ class Table:
         return (*self.reused, *(entry.arm for entry in self.entries))
 
     def against(self, entry: Entry) -> Arm:
-        """The row that an entry is compared with; the entry itself for the first row."""
+        """The row with which an entry is compared; the entry itself for the first row."""
         return entry.against or (entry.family if entry.family in self.reused else self.arms[0])
 
 
@@ -299,9 +299,9 @@ def core_hours(table: Table, seconds: float) -> tuple[float, float]:
     """Estimated core-hours of all tuning and of all training runs of a table.
 
     Args:
-        table: to estimate.
-        seconds: of a run of the main comparison, one thread: 30 steps and one evaluation. A twelfth of it is the start,
-            a fifth the evaluation (run logs).
+        table: table to estimate.
+        seconds: time of a run of the main comparison on one thread: 30 steps and one evaluation. Start-up takes a
+            twelfth of it, the evaluation a fifth (run logs).
     """
     start, evaluation = seconds / 12, seconds / 5
     step = (seconds - start - evaluation) / 30

@@ -1,1 +1,1 @@
-"""Checks of the GPU code with the container's versions, without a GPU: `make container-check`."""
+"""Checks the GPU code with the container's versions, without a GPU: `make container-check`."""

@@ -1,4 +1,4 @@
-"""Checks of the GPU code with the container's versions, without a container and without a GPU.
+"""Checks the GPU code with the container's versions, without a container and without a GPU.
 
     make container-check                     an environment (gigabytes), then all checks
     python -m benchmarks.container --python .container-venv/bin/python [--only NAME ...] [--logs FOLDER] [--write]
@@ -6,7 +6,7 @@
 Python 3.12, torch's CUDA build, megatron-core, Megatron-Bridge and NeMo have the versions of the NGC container
 (`requirements/26.02/container.txt`). Checks: the fast tests; loss, sampling and local layers on fake CUDA tensors; the
 kernels of the loss, compiled to machine code for an H100. `--write` replaces the sections of the checks that ran in
-RESULTS-container.md; the other sections stay. `--logs` keeps the complete output of each check, written as it comes.
+RESULTS-container.md; the other sections stay. `--logs` writes the complete output of each check while it runs.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ print(", ".join(versions + [f"transformer-engine {module.version} (Python module
 """
 _MODEL = "import sys; from tests.tiny_models import save_tiny_model; save_tiny_model(sys.argv[1], 'qwen3', head_dim=16)"
 _SUMMARY = ("FAILED", "ERROR", *map(str, range(10)))
-"""Start of the lines of pytest's output that name failures and count tests."""
+"""Prefixes of lines in pytest's output that name failures and count tests."""
 _NOISE = ("[Gloo]", " > padded vocab")
-"""Start of the lines that the libraries print among the tables."""
+"""Prefixes of lines that libraries print between the tables."""
 
 
 def checks(python: str, model: str) -> dict[str, list[str]]:
@@ -50,7 +50,7 @@ def checks(python: str, model: str) -> dict[str, list[str]]:
 
 
 def merge_sections(old: str, new: dict[str, str]) -> str:
-    """The content of RESULTS-container.md with the sections `new`, by name of the check, in place of older ones.
+    """The content of RESULTS-container.md with the sections `new`, by name of the check, replacing older ones.
 
     Args:
         old: content of the file.

@@ -1,4 +1,4 @@
-"""Compiles the loss's kernels for an H100 without one: through inductor and Triton to machine code for sm_90.
+"""Compiles the kernels of the loss for an H100, without a GPU: by inductor and Triton to machine code for sm_90.
 
     python -m benchmarks.container.compile_sm90      torch's CUDA build; no driver
 
@@ -186,7 +186,7 @@ def _assembled(name: str, source: str, directory: Path) -> list[str]:
 
 
 def _resources(cubin: Path) -> tuple[str, str]:
-    """Registers and bytes of stack, to which registers spill, from Triton's cuobjdump."""
+    """Registers, and bytes of stack to which registers spill, from Triton's cuobjdump."""
     import triton
 
     tools = [*Path(triton.__file__).parent.rglob("cuobjdump")]

@@ -1,4 +1,4 @@
-"""Loss and gradients, and the attention of local layers, on this device against float64 on the CPU.
+"""Compares loss, gradients and the attention of local layers on this device with float64 on the CPU.
 
 Errors are ‖got − want‖ / ‖want‖. Rounding in the precision stays below the limits; a larger error is a wrong result.
 """

@@ -1,4 +1,4 @@
-"""Frozen states in FP8 by Transformer Engine's kernels, beside those of the emulation on local layers, and their time.
+"""Compares frozen states in FP8 by Transformer Engine's kernels with the emulation on local layers, and times them.
 
 Expected: an error, relative to bf16, like that of the emulation, and linears that take half to two thirds of the time.
 """
@@ -24,7 +24,7 @@ from nemo_popsd.megatron.microbatches import ContextSequence
 
 _RECIPES = ("tensorwise", "blockwise")
 _EXPECTED = (0.5, 2.0)
-"""Between which the error over that of the emulation is expected; another scale would change it by a factor of 16."""
+"""Expected range of the error relative to that of the emulation; a wrong scale would change it by a factor of 16."""
 
 
 def frozen_states(report: Report, *, rehearse: bool, work: Path) -> None:

@@ -1,4 +1,4 @@
-"""Seconds until a vLLM server on this machine has new weights: only adapters, and all weights.
+"""Measures the seconds until a vLLM server on this machine has new weights: adapters only, and all weights.
 
 `POPSD_VLLM_PYTHON` names the Python of vLLM's environment; without it, vLLM must be installed in this environment. A
 rehearsal starts no server unless it is set.

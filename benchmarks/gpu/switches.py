@@ -1,8 +1,8 @@
 """One training step (all weights, bf16) under each switch of Megatron that one GPU can run, with the expected effect.
 
 The loss is computed before the update and must be that of the plain run up to rounding. A switch whose library is
-missing is reported with the refusal. Then the frozen states in FP8 (`benchmarks.gpu.fp8`). Switches of several GPUs are
-listed with what they need and the expected effect; this part, which has one process, does not run them.
+missing is reported with the error. Afterwards frozen states in FP8 are compared (`benchmarks.gpu.fp8`). Switches that
+need several GPUs are listed with their needs and the expected effect; this part has one process and does not run them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOSS_LIMIT = 0.01
 """Largest relative difference of the loss: recomputation and fused accumulation may round the backward pass only."""
 
 _FP8_LOSS_LIMIT = 0.5
-"""The same in FP8, whose rounding moves student or target."""
+"""The same limit for FP8, whose rounding shifts student or target."""
 
 SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "plain": ({}, "the others are compared with it"),
@@ -52,7 +52,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "FP8 in training, blockwise": ({"fp8.training": True}, "2 bytes for each weight more, training in two thirds"),
     "FP8 in training, delayed": ({"fp8.training": True, "fp8.recipe": "delayed"}, "the same"),
 }
-"""Settings of each switch, and what is expected of it."""
+"""Settings and expected effect of each switch."""
 
 _CONTEXT = ("parallel.context=2", "training.packing=false")
 _SHARED_EXPERTS = ("parallel.tensor=2", "parallel.expert=2")
@@ -133,7 +133,7 @@ def run(report: Report, *, rehearse: bool, work: Path) -> None:
 
 
 def _because(gpus: int, overrides: Sequence[str]) -> str:
-    """Why a switch of `gpus` GPUs does not run here: their number, or the refusal of its settings."""
+    """Why a switch for `gpus` GPUs does not run here: the number of GPUs, or the error for its settings."""
     try:
         load_schema(PopsdConfig, {}, overrides, what="switch")
     except UserError as error:
