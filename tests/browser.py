@@ -1,4 +1,4 @@
-"""A real browser without a window, driven over Chromium's debugging pipe: what a page draws, logs and requests."""
+"""A real browser without a window, driven over Chromium's debugging pipe: drawing, logs and requests of a page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SECONDS = 90.0  # starting takes a second, and many on a busy machine
 
 
 def chromium() -> str:
-    """Path of a browser; skips the test by name where there is none."""
+    """Path of a browser; skips the test by name if there is none."""
     for name in _NAMES:
         path = shutil.which(name)
         if path:
@@ -87,7 +87,7 @@ class Page:
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
-        """Writes a PNG of what is in view, or of the whole page."""
+        """Writes a PNG of the viewport, or of the full page."""
         data = self.send("Page.captureScreenshot", captureBeyondViewport=whole, format="png")["data"]
         file.write_bytes(base64.b64decode(data))
 

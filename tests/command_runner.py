@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from tests.fork_servers import CONTEXT, LOCAL, die_with_parent, forked_by
 
 HANGS = None
-"""What `run_command` returns for a command that did not end in time."""
+"""The result of `run_command` for a command that did not end in time."""
 
 
 def run_command(

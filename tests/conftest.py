@@ -21,7 +21,7 @@ from tests.te.location import available
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is imported stays: the garbage collector visits it neither now nor during the tests."""
+    """Imported objects are permanent, so the garbage collector visits them neither now nor during the tests."""
     gc.disable()
     try:
         return (yield)

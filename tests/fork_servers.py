@@ -6,8 +6,8 @@
 A server imports torch, megatron.core, NeMo and hypothesis once (`tests/preloaded.py`); what is forked from it starts in
 tenths of a second. It imports and nothing more: it has a single thread and no process group, so forking it is safe.
 
-Which layers a model has is decided when Megatron is imported. Processes with the layers that a GPU has are forked from
-a second server (`tests/te/preloaded.py`), which starts when it is first needed.
+The import of Megatron determines the layers of a model. Processes with the layers of a GPU are forked from a second
+server (`tests/te/preloaded.py`), which starts when it is first needed.
 
 Under pytest-xdist both servers belong to the controller. Its workers share them (`share`, `use_shared`) and are forked
 from the first one (`tests/forked_worker.py`). Otherwise the servers belong to the process that needs them. A server
@@ -52,7 +52,7 @@ class _OwnServer(forkserver.ForkServer):
             super().ensure_running()
 
     def address(self) -> Any:
-        """Where it accepts requests to fork."""
+        """The address at which the server accepts requests to fork."""
         self.ensure_running()
         return self._forkserver_address
 
@@ -100,7 +100,7 @@ def answer(listener: connection.Listener, servers: dict[str, Any]) -> None:
 
 
 def use_shared(owner: str) -> None:
-    """From now on this process uses the servers of the process that has called `share`."""
+    """Makes this process use the servers of the process that called `share`."""
     _servers.update({layers: _SharedServer(layers, owner) for layers in _PRELOADED})
 
 

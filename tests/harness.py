@@ -1,4 +1,4 @@
-"""Run one function on several ranks, each a process of its own in a gloo group, and collect what the ranks return.
+"""Runs one function on several ranks, each in its own process of a gloo group, and collects their results.
 
     def worker(rank, world_size, scale):          # module level, so that it can be pickled by name
         total = torch.full((1,), scale * rank)
@@ -10,11 +10,11 @@
 How it works
     * Ranks are forked from a process that has imported torch, megatron.core and hypothesis once per test session
       (`tests/fork_servers.py`); a rank then starts in tenths of a second.
-    * The parent hosts the TCPStore on a port the kernel picks: no race for a port.
+    * The parent hosts the TCPStore on a port that the kernel selects, so there is no race for a port.
     * Arguments and results travel as plain pickles through a pipe: no shared memory that must outlive the rank.
     * A rank that has returned stays alive until all have, so that no rank sees a connection close during a collective.
-    * Every rank is a session of its own and is killed as such, with whatever it started; a rank also watches the test
-      process and ends with it.
+    * Every rank has its own session, which is killed with all its processes; a rank also watches the test process and
+      ends with it.
 """
 
 from __future__ import annotations

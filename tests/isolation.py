@@ -1,4 +1,4 @@
-"""What the whole process shares, and a test may change: the package's logger and the environment."""
+"""Process-wide state that a test may change: the package's logger and the environment."""
 
 from __future__ import annotations
 

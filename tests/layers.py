@@ -7,7 +7,7 @@ import pytest
 from tests.harness import LOCAL, TRANSFORMER_ENGINE
 
 on_transformer_engine = pytest.mark.transformer_engine
-"""Marks tests that are about Transformer Engine alone. `tests/conftest.py` skips them where it is not installed."""
+"""Marks tests that concern only Transformer Engine. `tests/conftest.py` skips them if it is not installed."""
 BOTH = [LOCAL, pytest.param(TRANSFORMER_ENGINE, marks=on_transformer_engine)]
 
 

@@ -1,4 +1,4 @@
-"""What a server of `tests.fork_servers` imports once, so that no rank has to: imports, nothing initialised."""
+"""Imports that a server of `tests.fork_servers` makes once for all ranks; initialises nothing."""
 
 from __future__ import annotations
 

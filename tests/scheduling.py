@@ -33,7 +33,7 @@ _IMPORT = re.compile(r"^(?:from (\S+) import (\([^)]*\)|[^\n]*)|import ([^\n]*))
 """An import that runs when the module is imported: indented ones are in functions or for type checkers."""
 _SLURM = "tests/slurm/"
 _SECONDS = 4.0
-"""Typical time of a slow test; ``@pytest.mark.slow(seconds=...)`` gives that of one that takes much longer."""
+"""Typical time of a slow test; ``@pytest.mark.slow(seconds=...)`` states that of a much longer one."""
 
 
 def is_quick(item: pytest.Item) -> bool:
@@ -49,7 +49,7 @@ def is_quick(item: pytest.Item) -> bool:
 
 
 def has_no_quick_tests(file: Path) -> bool:
-    """Whether all tests of a file would be refused by `is_quick` for what the file imports."""
+    """Whether `is_quick` would exclude all tests of a file because of its imports."""
     return file.suffix == ".py" and takes_long(".".join(file.relative_to(_ROOT).with_suffix("").parts))
 
 
@@ -137,7 +137,7 @@ def group(nodeid: str) -> str:
 def longest_first(items: list[pytest.Item]) -> None:
     """Sort the groups by the time that they take, so that no worker starts a long one at the end.
 
-    The tests with a Slurm come first: they wait for most of their time.
+    The tests with Slurm come first, because they wait for most of their time.
     """
     seconds: dict[str, float] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""Imports of libraries without what they print."""
+"""Imports libraries and suppresses their output."""
 
 from __future__ import annotations
 

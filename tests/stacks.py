@@ -1,7 +1,7 @@
 """The stack of library versions that a test runs with, and the environment of the other one.
 
-`make venv` makes `.venv` (26.02), `make venv STACK=current` makes `.venv-26.08`. Tests that need both are skipped by
-name where one is missing.
+`make venv` creates `.venv` (26.02), `make venv STACK=current` creates `.venv-26.08`. Tests that need both are skipped
+by name where one is missing.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def graph(root: Path) -> dict[str, dict[str, str]]:
 
 
 def circle(edges: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Packages that import each other in a circle; empty if there is none."""
+    """Packages that import each other in a cycle; empty if there is none."""
     free: set[str] = set()
 
     def follow(path: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ def test_a_system_error_is_for_the_user_or_transient(error: OSError, kind: type,
 
 
 def fail_to_read(error: Exception) -> UserError:
-    """Raises what readers raise: a file is reported as damaged, whatever the reason."""
+    """Raises the errors of readers: a file is reported as damaged for any reason."""
     try:
         try:
             raise error

@@ -1,4 +1,4 @@
-"""Which tests are quick, and what a worker runs together."""
+"""The selection of quick tests, and the groups that a worker runs together."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def test_files_that_are_damaged_or_contradict_each_other_are_refused(
 
 
 def test_common_layouts_of_files_are_read(models: dict[str, Path], tmp_path: Path) -> None:
-    """Shards of any name; shards without an index; a vendor's copy beside an index; a snapshot of the hub's cache."""
+    """Shards of any name; shards without an index; a vendor's copy next to an index; a snapshot of the hub's cache."""
     source = models["qwen3"]
     folders = {name: _copy(source, tmp_path / name) for name in ("odd", "bare", "vendor")}
     _shards(folders["odd"], "model.safetensors-{:05d}-of-00002.safetensors")

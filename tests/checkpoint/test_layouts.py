@@ -80,7 +80,7 @@ def _read(
 def test_one_process_and_the_layout_export_equal_weights_from_a_checkpoint_of_the_layout(
     tmp_path: Path, layout: str, layers: str
 ) -> None:
-    """With local and TE layers. The one process has local layers: the checkpoint does not depend on the layers."""
+    """Local and TE layers. The single process has local layers, because checkpoints do not depend on the layers."""
     for kind in ("qwen3", "qwen3_tied"):
         save_tiny_model(tmp_path / kind, kind, num_hidden_layers=4)
     run_ranks(_write, 2, tmp_path, LAYOUTS[layout], layers=layers)

@@ -1,4 +1,4 @@
-"""The card of an export: what the Hub reads, and no path of the machine."""
+"""The card of an export: the fields that the Hub reads, without paths of the machine."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_a_checkpoint_restores_the_student_in_another_layout(moved, name, suffix
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_exports_before_and_after_a_restore_are_bit_equal(moved, name):
-    """With LoRA each layout computes the merge, so the exports are equal up to rounding."""
+    """Under LoRA each layout computes the merge, so the exports are equal up to rounding."""
     folder, again, _, _ = moved
     before, after = _tensors(folder / f"{name}_hf"), _tensors(again / f"{name}_hf")
     assert before.keys() == after.keys()
@@ -356,7 +356,7 @@ def _seal(directory: Path) -> None:
 
 
 def _save_twice(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, Any]:
-    """Saves three times, of which the second fails; a directory and a packed file."""
+    """Saves three times, and the second save fails; for a directory and a packed file."""
     import nemo_popsd.checkpoint.save as save
 
     student = build_student(source, tensor=world_size)

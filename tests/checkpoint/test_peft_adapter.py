@@ -1,4 +1,4 @@
-"""`popsd export --adapter`: PEFT on the original model with the exported adapters gives the logits of the student."""
+"""`popsd export --adapter`: PEFT with the exported adapters on the original model has the student's logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of today that are not supported are refused by name, with what is missing, on every stack."""
+"""Current models that are not supported are refused by name, with the missing features, on every stack."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def rehearse(rank: int, world_size: int, directory: Path) -> dict[tuple[int, int
     from nemo_popsd.parallel.distributed import initialize
 
     def all_replicas(found: list[Any], shards: list[Any], group: Any) -> None:
-        """What the gather has: ranks with the same weights differ in the last number of a shard's replica."""
+        """Result of the gather: ranks with the same weights differ in the last number of a shard's replica."""
         for index in range(len(found)):
             found[index] = [copy.copy(shard) for shard in shards]
             for shard in found[index]:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are complete, newest, kept and removed."""
+"""The complete, newest, kept and removed checkpoints of a run."""
 
 from __future__ import annotations
 

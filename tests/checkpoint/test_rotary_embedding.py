@@ -1,4 +1,4 @@
-"""Both forms of the rotary embedding in ``config.json``, of transformers 4 and 5, give the same model and export."""
+"""Both forms of the rotary embedding in ``config.json``, of transformers 4 and 5, produce the same model and export."""
 
 from __future__ import annotations
 

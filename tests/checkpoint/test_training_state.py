@@ -34,7 +34,7 @@ LAYOUTS["tp2 split"] = (2, 2, True)
 
 
 EXPERTS = ("experts",)
-"""A mixture of experts, of which each of four ranks has a part."""
+"""A mixture of experts that is divided over four ranks."""
 PARTS = {"sequence": "true", "expert": 2, "expert_tensor": 2}
 
 

@@ -13,7 +13,7 @@ from nemo_popsd.checkpoint import weights
 
 
 def _staged(monkeypatch: pytest.MonkeyPatch, prepared: torch.Tensor, *, copy: bool) -> torch.Tensor:
-    """What is staged for a model with the storage `MODEL`, where Megatron prepares the tensor `prepared`."""
+    """The tensors staged for a model with the storage `MODEL` if Megatron prepares the tensor `prepared`."""
     buckets = [(Path("shard.distcp"), "key", ([], [("item", prepared)]))]
     request = SimpleNamespace(
         finalize_fns=[],

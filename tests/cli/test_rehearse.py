@@ -1,4 +1,4 @@
-"""`popsd rehearse`: what it refuses and prints."""
+"""Errors and output of `popsd rehearse`."""
 
 from __future__ import annotations
 

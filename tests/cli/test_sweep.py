@@ -52,7 +52,7 @@ def test_sweeps_that_are_refused(seeds: list[int], grid: list[str], message: str
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands of the runs, each of which leaves a finished run, or ends with the status that its lr stands for."""
+    """The commands of the runs; each leaves a finished run, or ends with the status that its lr encodes."""
     commands: list[list[str]] = []
 
     def run(words: list[str]) -> int:
@@ -123,7 +123,7 @@ def test_all_runs_are_checked_before_the_first(
 
 
 def test_signals_reach_the_run_and_the_sweep_waits_for_it(tmp_path: Path) -> None:
-    """The run writes what it got, and ends with 85 as a training does."""
+    """The run writes the signal that it received, and exits with 85 like a training."""
     ready, got = tmp_path / "ready", tmp_path / "got"
     run = f"""
 import pathlib, signal, sys, time

@@ -1,4 +1,4 @@
-"""`popsd train`: what it passes on, its output directory, its launcher, its exit status."""
+"""`popsd train`: the arguments that it passes on, its output directory, launcher and exit status."""
 
 import importlib.util
 import json

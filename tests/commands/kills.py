@@ -62,7 +62,7 @@ class Case:
 
     @property
     def reference(self) -> str:
-        """Name of the undisturbed run that it must equal, whatever its settings of saving."""
+        """Name of the undisturbed run that it must equal for all settings of saving."""
         return f"{self.ranks}-{'lora' if self.lora else 'full'}"
 
     def words(self, output: Path, steps: int = _STEPS) -> list[str]:

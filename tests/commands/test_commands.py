@@ -56,7 +56,7 @@ def run(launcher: list[str], *words: str, timeout: float = 300) -> subprocess.Co
 
 
 def run_forked(log: Path, *words: str) -> tuple[int | None, str]:
-    """Exit status of ``popsd *words`` and what it printed."""
+    """Exit status and output of ``popsd *words``."""
     status = run_command(list(words), log, timeout=300)
     return status, log.read_text()
 

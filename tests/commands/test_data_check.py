@@ -65,7 +65,7 @@ def test_rows_are_shown_through_every_template(model: Path, tmp_path: Path) -> N
     assert text.endswith("nothing is wrong")
 
 
-def test_lengths_stand_beside_their_limits(model: Path, tmp_path: Path) -> None:
+def test_lengths_are_shown_with_their_limits(model: Path, tmp_path: Path) -> None:
     lines = str(check_data(config(model, tmp_path, TRAIN, HELD_OUT))).splitlines()
     [reference] = [line for line in lines if line.startswith("  reference, before")]
     assert reference.split()[-4:] == ["12", "12", "12", "60"]  # one token per byte

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def taken_over(rank: int, world_size: int, output: Path, words: tuple[str, ...]) -> Any:
-    """A run in whose second step another run takes its output over."""
+    """A run whose output another run takes over in the second step."""
     from nemo_popsd.training.step import OnPolicyStep
 
     accumulate = OnPolicyStep._accumulate

@@ -58,7 +58,7 @@ def train(
 
 
 def ages(output: Path) -> list[float]:
-    """Greatest age of a step's tokens, by step; equal to the mean where the same weights generated all."""
+    """Maximum age of the tokens of each step; equal to the mean if the same weights generated all."""
     greatest = [age for _, age in runs.metrics(output, "train/rollout_age_max")]
     assert [age for _, age in runs.metrics(output, "train/rollout_age")] == pytest.approx(greatest)
     return greatest

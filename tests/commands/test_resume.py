@@ -23,7 +23,7 @@ ADAPTATIONS = {
     "full": (),
     "lora": (LORA, "distillation.teacher.weights=ema", "distillation.teacher.decay=0.5"),
 }
-"""With adapters the teachers' weights move: their second set is restored with the optimizer's state."""
+"""With adapters the weights of the teachers move; their second set is restored with the optimizer state."""
 both = pytest.mark.parametrize("adaptation", list(ADAPTATIONS))
 SIX_STEPS = ("training.steps=6", "training.checkpoint_every=0")
 

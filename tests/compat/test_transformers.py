@@ -1,4 +1,4 @@
-"""What transformers 4 and 5 have in common through `nemo_popsd.compat.transformers`, on the installed version."""
+"""Behaviour that `nemo_popsd.compat.transformers` makes equal for transformers 4 and 5, on the installed version."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_an_invalid_configuration_raises_one_of_the_listed_errors() -> None:
 
 
 @torch.no_grad()
-def test_layers_with_a_window_have_the_unscaled_rotation_whatever_the_version_does() -> None:
-    """With windows in all layers, the scaling has no effect; with none, it is applied in all layers."""
+def test_layers_with_a_window_have_the_unscaled_rotation_on_every_version() -> None:
+    """With windows in all layers the scaling has no effect; without windows it is applied in all layers."""
     torch.manual_seed(3)
     ids = torch.arange(12)[None] * 5 % 64
     for layer_type, equal in (("sliding_attention", True), ("full_attention", False)):

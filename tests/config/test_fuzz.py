@@ -184,7 +184,7 @@ def cases(rng: random.Random, folder: Path) -> Iterator[Case]:
 
 
 class Hang(BaseException):
-    """Raised in a case that takes too long."""
+    """Raised by a case that exceeds the time limit."""
 
 
 def run(argv: list[str]) -> tuple[int | None, str, str]:
@@ -231,7 +231,7 @@ def out_of_bounds(config: PopsdConfig) -> str | None:
 
 
 def verdict(case: Case, status: int | None, out: str, err: str, accepted: list[PopsdConfig]) -> str | None:
-    """The problem with the end of a case; None if there is none."""
+    """Why the result of a case is wrong; None if it is right."""
     command, lines = case.argv[0], err.splitlines()
     if status is None:
         return err[-900:]

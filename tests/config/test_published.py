@@ -28,7 +28,7 @@ RECIPES = {
     "qwen3_1.7b_answer": "qwen3_tied",
     "opsd_official": "qwen3_tied",
 }
-"""By name: the architecture of a stand-in."""
+"""Architecture of the small substitute model, by name of the recipe."""
 EVALUATIONS = ("paper_evaluation", "replication_evaluation")
 SMALL = [
     "student.lora.rank=4",

@@ -57,7 +57,7 @@ def test_a_copy_keeps_every_line_but_those_of_its_values(name: str, tmp_path: Pa
 
 
 def test_every_setting_of_a_section_can_be_set(tmp_path: Path) -> None:
-    """The value that each setting of the recipe has, written into a file without it, gives the same configuration."""
+    """The value of each setting of the recipe, written into a file without it, produces the same configuration."""
     config = load_config(ROOT / "conf" / "tiny.yaml")
     text = "seed: 1234\n"
     for key, value in by_key(config).items():

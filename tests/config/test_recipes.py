@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is expected of a recipe, and the model that stands for its own."""
+    """Expected properties of a recipe, and the model that replaces its own."""
 
     nodes: int
     layout: dict[str, Any]

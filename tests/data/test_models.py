@@ -68,7 +68,7 @@ def test_every_shard_of_the_index_must_be_there(snapshot: Path) -> None:
 
 
 @pytest.mark.parametrize("commit", ["../../../elsewhere", "main", ""])
-def test_a_reference_that_is_no_commit_is_not_followed(snapshot: Path, commit: str) -> None:
+def test_a_reference_that_is_not_a_commit_is_not_followed(snapshot: Path, commit: str) -> None:
     (snapshot.parents[1] / "refs" / "main").write_text(commit)
     assert model_path(NAME) == Path(NAME)
 

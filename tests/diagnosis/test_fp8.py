@@ -1,4 +1,4 @@
-"""The error of a target in emulated FP8, beside the effect that is distilled."""
+"""The error of a target in emulated FP8, compared with the effect that is distilled."""
 
 from __future__ import annotations
 

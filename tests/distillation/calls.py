@@ -120,7 +120,7 @@ def logits_loss(problem: Problem, target, divergence, group=None):
 
 
 def all_cases() -> list[tuple[str, str, tuple[int, int], int]]:
-    """Every target with every divergence; vocabularies and chunk sizes take turns."""
+    """Every target with every divergence; vocabularies and chunk sizes alternate."""
     turns = zip(itertools.cycle(VOCABULARIES), itertools.cycle(CHUNKS), strict=False)
     return [(t, d, v, c) for (t, d), (v, c) in zip(itertools.product(TARGETS, DIVERGENCES), turns, strict=False)]
 

@@ -11,7 +11,7 @@ from tests.harness import run_ranks
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 CLIPPED = {torch.float64: 1e-10, torch.float32: 5e-5}
-"""A clip leaves positive and negative entries that nearly cancel: rounding is larger relative to what is left."""
+"""A clip leaves positive and negative entries that nearly cancel: rounding is larger relative to the remainder."""
 
 
 def check(errors, dtype) -> None:

@@ -1,4 +1,4 @@
-"""What the chunked form costs: matrix products, memory, and collectives, with the work that overlaps with them."""
+"""The cost of the chunked form: matrix products, memory, and collectives with the work that overlaps with them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PRODUCTS = ("mm", "addmm_", "addmm", "bmm")
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations, and follows what is alive: the largest sum of bytes and the largest single tensor."""
+    """Counts operations, and tracks live tensors: the largest sum of bytes and the largest single tensor."""
 
     def __init__(self, on_product=None) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plan
     ids=lambda value: value.kind if isinstance(value, Divergence) else str(value),
 )
 def test_no_tensor_has_the_logits_of_all_tokens_and_the_peak_is_one_chunk(monkeypatch, divergence, diagnosing):
-    """16 chunks: the peak is that of three buffers of one, whatever the divergence, and a tile of temporaries."""
+    """With 16 chunks, the peak for every divergence is that of three buffers of one chunk and a tile of temporaries."""
     tokens, chunk, vocab, hidden = 512, 32, 2000, 8
     monkeypatch.setitem(fusion.TILE_BYTES, ("cpu", False), vocab * 4)
     index = torch.arange(0, 64, 4)

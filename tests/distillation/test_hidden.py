@@ -1,4 +1,4 @@
-"""The contract of the chunked form beside its value: how it may be called, and where it adds gradients."""
+"""The contract of the chunked form besides its value: how it may be called, and where it adds gradients."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_no_tokens_give_a_loss_of_0_with_a_graph(divergence):
 
 
 def test_the_jsd_is_accurate_in_fp32_where_student_and_target_almost_agree():
-    """As at the start of training: a JSD of 1e-7, which rounding errors of first order would drown."""
+    """A JSD of 1e-7, as at the start of training; rounding errors of first order would be larger."""
     near = make_problem(16, tokens=20, hidden=16, vocab=120, padded=128)
     near = with_(
         near,

@@ -152,7 +152,7 @@ def test_trap_12_the_target_sums_to_1_and_is_a_distribution(seed, beta, cap, tem
 @quick
 @given(seeds, temperatures)
 def test_trap_12_total_is_reference_part_plus_question_part(seed, temperature):
-    """As the statistics report it: ⟨Δ_total, Δ_it⟩ = ‖Δ_total‖² − ⟨Δ_total, Δ_ref⟩."""
+    """The identity of the reported statistics: ⟨Δ_total, Δ_it⟩ = ‖Δ_total‖² − ⟨Δ_total, Δ_ref⟩."""
     problem = make_problem(seed)
     target = Target.purified(temperature=temperature)
     result, _, _ = hidden_loss(problem, target, Divergence(), diagnosed=diagnosed(problem))

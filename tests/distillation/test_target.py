@@ -1,4 +1,4 @@
-"""The published targets, what is refused, and the two vectors that a target is reduced to."""
+"""The published targets, refused settings, and the two vectors to which a target is reduced."""
 
 from __future__ import annotations
 

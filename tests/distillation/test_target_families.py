@@ -57,7 +57,7 @@ def test_the_settings_that_a_family_lists_are_those_that_it_reads(family: str) -
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_states_the_vectors_that_the_loss_gets(name: str) -> None:
-    """What the planner reads: how many vectors, and the bytes of each beside the branches' own states in bf16."""
+    """Values for the planner: number of vectors, and bytes of each in addition to the branches' states in bf16."""
     target = TARGETS[name]
     problem = make_problem(1).to(torch.bfloat16)
     vectors = [x for x in vectors_of(problem, target) if x is not None]

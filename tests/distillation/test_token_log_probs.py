@@ -16,7 +16,7 @@ TARGETS = {"temperature 1": Target.purified(), "temperature 1.3": Target.purifie
 
 
 def largest_errors(rank: int, world_size: int) -> dict[str, float]:
-    """By case: distance from the dense log-probabilities; the loss and its gradients must keep their bits."""
+    """By case: distance from the dense log-probabilities; loss and gradients must be bit-equal."""
     import torch.distributed as dist
 
     group = dist.group.WORLD if world_size > 1 else None

@@ -50,7 +50,7 @@ def square_problem(seed: int, vocab: int = 20, padded: int = 24, **settings):
 @pytest.mark.parametrize("form", ["hidden", "logits"])
 @pytest.mark.parametrize("junk", [0.0, 5.0, float("nan")], ids=["zeros", "large", "nan"])
 def test_trap_1_padding_has_no_probability_does_not_enter_the_mean_and_gets_no_gradient(form, junk):
-    """Whatever the padding contains, the result is that of the true entries; unmasked zeros would take probability."""
+    """The result is that of the true entries for any padding; unmasked zeros would receive probability."""
     padded, bare = make_problem(1, vocab=20, padded=32, junk=junk), make_problem(1, vocab=20, padded=32)
     bare = type(bare)(
         **{**vars(bare), "student_weight": padded.student_weight[:20], "teacher_weight": padded.teacher_weight[:20]}
@@ -230,7 +230,7 @@ def test_trap_3_a_planted_raw_all_reduce_keeps_the_loss_and_fails_the_gradient_c
 
 @pytest.mark.parametrize("form", ["hidden", "logits"])
 def test_trap_10_the_temperature_of_the_loss_divides_all_four_distributions_alike(form):
-    """With τ on h equals τ = 1 on h/τ for all four distributions; the gradient carries one 1/τ."""
+    """Temperature τ on h equals τ = 1 on h/τ for all four distributions; the gradient has one factor 1/τ."""
     tau = 1.7
     problem = make_problem(5)
     scaled = type(problem)(

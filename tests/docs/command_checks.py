@@ -178,7 +178,7 @@ def check_first_file(words: Sequence[str]) -> None:
 
 
 def check_docker(words: Sequence[str]) -> None:
-    """Check that the image is built from the repository; where it is pushed is the reader's."""
+    """Check that the image is built from the repository; the reader chooses where to push it."""
     if words[0] == "push":
         return
     if words[0] != "build" or words[-1] != ".":

@@ -138,7 +138,7 @@ def test_every_command_is_run_or_has_a_reason() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_commands_run_with_the_embedded_model(tmp_path: Path) -> None:
-    """Of all pages but the tour, in their order; later pages use the runs of docs/data.md."""
+    """The commands of all pages except the tour, in order; later pages use the runs of docs/data.md."""
     prepare(tmp_path)
     log, trainings = tmp_path / "log", 0
     ran: list[list[str]] = []  # several pages have the same command

@@ -35,7 +35,7 @@ def model(folder: Path, name: str, **config: object) -> None:
 
 
 def contests(folder: Path) -> None:
-    """Thirty problems of each contest, of which a test evaluates one."""
+    """Thirty problems per contest; a test evaluates one of them."""
     for contest in CONTESTS:
         lines = [json.dumps({"problem": f"Find {n}*3 ({contest}).", "answer": str(3 * n)}) for n in range(30)]
         (folder / "data").mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ generated = reference()
 settings = cache(lambda schema: tuple(generated.settings(schema)))
 metrics = cache(lambda: tuple(generated.metrics()))
 MADE = {"slurm/env.sh"}
-"""What a reader copies from an example."""
+"""The text that a reader copies from an example."""
 
 
 def declared(schema: object, prefix: str = "") -> set[str]:

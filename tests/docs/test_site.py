@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of what the site is made of."""
+    """A copy of the sources of the site."""
     for name in OUTSIDE:
         shutil.copy(ROOT / name, tmp_path)
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.jsonl")

@@ -1,4 +1,4 @@
-"""What `popsd doctor --run` concludes from the files of a run. Complete runs: `tests/commands/test_post_mortem.py`."""
+"""Conclusions of `popsd doctor --run` from the files of a run. Complete runs: `tests/commands/test_post_mortem.py`."""
 
 from __future__ import annotations
 

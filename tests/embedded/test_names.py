@@ -106,7 +106,7 @@ def test_at_temperature_1_the_shipped_model_is_better_with_the_reference() -> No
 
 @pytest.mark.slow
 def test_greedy_answers_are_more_accurate_than_sampled_ones() -> None:
-    """As the model card states: evaluation samples at temperature 1 because greedy answers leave little to learn."""
+    """The model card states that evaluation samples at temperature 1 because greedy answers leave little to learn."""
     reports = _reports(temperature=0.0)
     alone, taught = reports["question"], reports["question+reference"]
     assert 0.80 < alone.accuracy < 0.97

@@ -1,4 +1,4 @@
-"""The tables: valid configurations, rows that are what they say, one engine, pages with the right comparisons."""
+"""The tables: valid configurations, rows that match their description, one engine, pages with the right comparisons."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def main_records() -> list[Record]:
     return tuning + [record("training", a.name, best[a], s, 6 + s % 2) for a in MAIN_ARMS for s in SEEDS]
 
 
-def test_an_arm_takes_the_rate_of_its_family_or_its_own() -> None:
+def test_an_arm_uses_the_rate_of_its_family_or_its_own() -> None:
     main = main_records()
     assert set(rates_of(TABLES["noise"], [], main).values()) == {"1.0e-5", "1.0e-4", "3.0e-5"}
     assert rates_of(TABLES["anchors"], [], main)["student-pmi-frozen-teachers"] == "1.5e-5", "half of the family's"

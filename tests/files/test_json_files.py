@@ -1,4 +1,4 @@
-"""Reading of JSON files, some of which are damaged, truncated or written by other programs."""
+"""Reading of JSON files, including damaged and truncated ones and those of other programs."""
 
 from __future__ import annotations
 

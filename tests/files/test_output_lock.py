@@ -1,4 +1,4 @@
-"""The lock of an output: which process is refused, which one takes over, and what the previous holder notices."""
+"""The lock of an output: the refused process, the process that takes over, and its effect on the previous holder."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def another_process(output: Path, **environment: str) -> Iterator[subprocess.Pop
 
 
 def change_holder(output: Path, **facts: object) -> None:
-    """Changes what the holder's file states, e.g. its machine."""
+    """Changes a field of the holder's file, e.g. its machine."""
     (path,) = (output / "lock").glob("holder-*")
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 

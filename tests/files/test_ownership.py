@@ -1,4 +1,4 @@
-"""Which directories may be replaced: those with a mark of the right kind to which nothing was added or changed."""
+"""Only directories with a mark of the right kind, in which nothing was added or changed, may be replaced."""
 
 from __future__ import annotations
 

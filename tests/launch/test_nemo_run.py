@@ -1,4 +1,4 @@
-"""Recipes and executors of NeMo-Run, in processes of their own: its folder is on the path of no other test."""
+"""Recipes and executors of NeMo-Run, in separate processes, because its folder is not on the path of other tests."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def dense_gradients(directory: Path, output: Path) -> float:
 
 
 def expected_gradients(directory: Path, tensor: int) -> dict[str, Tensor]:
-    """What `dense_gradients` wrote, by the names and in the shards of a Megatron model."""
+    """The gradients written by `dense_gradients`, by the names and in the shards of a Megatron model."""
     from tests.tiny_models import build_student
 
     model = build_student(directory, tensor=tensor).gpt

@@ -36,7 +36,7 @@ def _whole(parameter: Any, group: Any) -> Tensor:
 
 
 def _expected_adapter_gradients(gpt: Any, weight_gradients: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
-    """From dW of W + s·B·A: dB = s·dW·Aᵀ and dA = s·Bᵀ·dW, each this rank's shard."""
+    """From dW of W + s·B·A: dB = s·dW·Aᵀ and dA = s·Bᵀ·dW, as shards of this rank."""
     result = {}
     for name, module in gpt.named_modules():
         if not name.endswith(".adapter"):

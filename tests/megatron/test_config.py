@@ -268,7 +268,7 @@ def test_an_architecture_that_the_layout_divides_is_accepted() -> None:
 def test_outputs_are_kept_where_a_transfer_would_read_freed_memory(
     monkeypatch: pytest.MonkeyPatch, device: str, overlap: bool, freed: bool
 ) -> None:
-    """gloo reads an output after Megatron has freed it: `pp2 vpp2 overlapped transfers` then gives NaN."""
+    """gloo reads an output after Megatron has freed it, which would cause NaN in `pp2 vpp2 overlapped transfers`."""
     from nemo_popsd.megatron import build
 
     monkeypatch.setattr(build, "device", lambda: torch.device(device))

@@ -1,4 +1,4 @@
-"""What each kind of context parallelism needs of heads, windows and precision."""
+"""Requirements of each kind of context parallelism on heads, windows and precision."""
 
 from __future__ import annotations
 

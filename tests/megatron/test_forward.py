@@ -22,7 +22,7 @@ ROWS = range(len(cases.LENGTHS))
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """By kind: the model, its expected gradients (as weights), its loss."""
+    """For each kind: the model, its expected gradients (as weights), and its loss."""
     folder = tmp_path_factory.mktemp("dense")
     result = {}
     for kind in KINDS:

@@ -138,7 +138,7 @@ def test_a_rank_without_sequences_has_an_empty_batch():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_forward_has_at_least_two_tokens(packed):
-    """Transformer Engine refuses one token where a rank has one key-value head."""
+    """Transformer Engine refuses one token if a rank has one key-value head."""
     [batch] = microbatches([ContextSequence([7], [])], 10, CPU, packed=packed)
     assert batch.shape == (2, 1)
     assert batch.input_ids.tolist() == [[7, 0]]
@@ -150,7 +150,7 @@ def test_a_forward_has_at_least_two_tokens(packed):
 def test_padding_to_a_multiple_of_tokens_changes_no_position(
     lengths: list[tuple[int, int]], budget: int, packed: bool
 ) -> None:
-    """As in FP8: also an empty micro-batch has such a number of tokens."""
+    """In FP8 an empty micro-batch also has the required multiple of tokens."""
     sequences, split = _sequences(lengths), SequenceSplit(token_multiple=16)
     for batch in microbatches(sequences, budget, CPU, split=split, packed=packed, at_least=2):
         assert batch.input_ids.numel() % 16 == 0

@@ -98,7 +98,7 @@ def _two_layouts(rank: int, world_size: int, source: Path, folder: Path) -> dict
 
 
 def _train_in_bf16(source: Path, tensor: int, distributed: bool) -> dict[str, Any]:
-    """With a learning rate whose steps bf16 weights alone would round away."""
+    """Uses a learning rate whose updates bf16 weights alone would round away."""
     student = build_student(source, tensor=tensor, precision="bf16")
     optimizer, report = _train(
         student, bf16=True, distributed=str(distributed).lower(), lr=1e-4, weight_decay=0.0, clip_grad=0.0

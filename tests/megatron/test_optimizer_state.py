@@ -1,4 +1,4 @@
-"""Optimizer state in bf16 and on the host, and gradients that a product adds to the buffer itself.
+"""Optimizer state in bf16 and on the host, and gradients that a product accumulates directly into the buffer.
 
 A GPU has the libraries for these. Here Transformer Engine's Adam runs on emulated kernels, Megatron's hybrid optimizer
 takes tensors of the CPU for those of a GPU, and the product is written in torch.

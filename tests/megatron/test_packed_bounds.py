@@ -40,7 +40,7 @@ def _hidden_states(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_layer_reads_bounds_on_the_device_and_no_bit_changes(tmp_path: Path, ranks: int) -> None:
-    """With context parallelism too, where each rank rotates its own parts of every sequence."""
+    """Also with context parallelism, where each rank rotates its own parts of every sequence."""
     model = save_tiny_model(tmp_path / "model", "qwen3")
     for results in run_ranks(_hidden_states, ranks, model):
         assert len(results["expected"]) == len(LENGTHS)

@@ -1,4 +1,4 @@
-"""The section `megatron`: which fields are passed on, which are refused and why, and what they change in a model."""
+"""The section `megatron`: fields that are passed through, refused fields with reasons, and their effect on a model."""
 
 from __future__ import annotations
 

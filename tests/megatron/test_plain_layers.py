@@ -1,4 +1,4 @@
-"""Which configurations `PlainLayers` accepts. That it computes what Megatron's layers do is in test_decoding.py."""
+"""The configurations that `PlainLayers` accepts. test_decoding.py compares its results with Megatron's layers."""
 
 from __future__ import annotations
 

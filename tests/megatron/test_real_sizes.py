@@ -50,7 +50,7 @@ PARAMETERS = {
     "DeepSeek-R1-Distill-Llama-70B": 70_553_706_496,
     "Olmo-3-7B": 7_298_011_136,
 }
-"""As the models' cards and files state them."""
+"""Values from the cards and files of the models."""
 STAGES = 4
 TENSOR = dict.fromkeys(PARAMETERS, 8) | {"Qwen3-30B-A3B": 4}
 """Four key-value heads are split over four ranks at most."""
@@ -66,7 +66,7 @@ def _configuration(name: str) -> Any:
 
 
 def whole_shapes(name: str, directory: Path) -> dict[str, tuple[int, ...]]:
-    """Of transformers' model; writes its configuration and the names of its tensors to `directory`."""
+    """Shapes of transformers' model; writes its configuration and tensor names to `directory`."""
     from transformers import AutoModelForCausalLM
 
     from nemo_popsd.compat.transformers import saved_tensors

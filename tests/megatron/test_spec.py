@@ -1,4 +1,4 @@
-"""Which layers are used on which machine."""
+"""The selection of layers by machine."""
 
 from __future__ import annotations
 

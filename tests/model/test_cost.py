@@ -1,4 +1,4 @@
-"""What a step costs, by the planner's formulas at the measured lengths."""
+"""The cost of a step by the planner's formulas at the measured lengths."""
 
 from __future__ import annotations
 

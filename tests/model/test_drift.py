@@ -1,4 +1,4 @@
-"""A run that drifts keeps a checkpoint from before, stops with one line, and goes on where it is told to."""
+"""A run that drifts keeps an earlier checkpoint, stops with one line, and continues if configured to."""
 
 from __future__ import annotations
 

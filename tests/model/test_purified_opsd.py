@@ -46,7 +46,7 @@ def live(rank: int, world_size: int, folder: Path, adaptations: tuple[str, ...])
 
 
 def live_once(folder: Path, adaptation: str) -> dict[str, Any]:
-    """One run, and what the model's public interface shows of it."""
+    """One run, and what the public interface of the model reports about it."""
     from nemo.core.classes import ModelPT
 
     from nemo_popsd.config.loading import load_config, to_dict_config

@@ -1,4 +1,4 @@
-"""What the steps of a run read in responses."""
+"""How the steps of a run read responses."""
 
 from __future__ import annotations
 

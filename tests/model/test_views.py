@@ -41,7 +41,7 @@ def configured(folder: Path, *more: str) -> PopsdConfig:
 
 
 def scored(rank: int, world_size: int, folder: Path, *more: str) -> dict[str, Any]:
-    """The scores of three candidates, two of them with the same teacher, and what is needed to check them."""
+    """The scores of three candidates, two of them with the same teacher, and the data to check them."""
     from nemo_popsd.commands.views import without_rows
     from nemo_popsd.config.loading import to_dict_config
     from nemo_popsd.model.views import score_candidates

@@ -1,4 +1,4 @@
-"""What libraries print needlessly is logged at debug, and nothing else is."""
+"""Only needless output of libraries is logged at debug level."""
 
 from __future__ import annotations
 

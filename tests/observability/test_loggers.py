@@ -146,7 +146,7 @@ assert attempt(0.5, True)[0] != first[0]
 
 
 def without_network(code: str) -> str:
-    """`code`, in a process where a connection to another machine is an error."""
+    """Runs `code` in a process in which a connection to another machine is an error."""
     return f"""
 import socket
 connect = socket.socket.connect

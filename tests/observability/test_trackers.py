@@ -16,7 +16,7 @@ from tests.observability.one_step import fit
 
 
 class Inner:
-    """A logger that fails at a chosen call and records what it was given."""
+    """A logger that fails at a chosen call and records its arguments."""
 
     def __init__(self, fails: str = "", error: BaseException | None = None) -> None:
         self.seen: list[Any] = []

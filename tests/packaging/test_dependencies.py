@@ -17,7 +17,7 @@ COMES_WITH = {"antlr4": "math-verify", "latex2sympy2_extended": "math-verify"}
 LAUNCHERS = {"nvidia_resiliency_ext"}
 """Imported only in a process that they have started (`nemo_popsd/parallel/heartbeats.py`)."""
 OF_VLLM = PACKAGE / "rollout" / "vllm" / "serving"
-"""Runs in vLLM's environment, which has packages of its own."""
+"""Runs in vLLM's environment, which has its own packages."""
 SHARED = {"megatron.core": "megatron-core", "megatron.bridge": "megatron-bridge"}
 """Modules below a name that several distributions share."""
 DOCUMENTS = ROOT / "docs"

@@ -11,7 +11,7 @@ import pytest
 from tests.doctor.clean import ROOT, CleanEnvironment, lend
 
 PURE = ("antlr4-python3-runtime", "omegaconf", "packaging", "PyYAML")
-"""What these commands import. Their modules of C, which belong to one version of Python, are optional."""
+"""Packages that these commands import. Their C modules, which belong to one version of Python, are optional."""
 
 
 def interpreter(version: str) -> str:

@@ -1,4 +1,4 @@
-"""The sdist and the wheel: what they contain, and that the wheel works in a fresh environment with what it declares."""
+"""The sdist and the wheel: their content, and that the wheel works in a fresh environment with its dependencies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(source: Path, hook: str, place: Path) -> Path:
-    """What a hook of the build backend writes to `place`."""
+    """The files that a hook of the build backend writes to `place`."""
     code = BUILD.format(hook=hook, place=str(place))
     subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
     (file,) = place.iterdir()

@@ -14,7 +14,7 @@ from nemo_popsd.planning.workload import Case
 
 _RECIPE = Path(__file__).resolve().parents[2] / "conf" / "qwen3_8b.yaml"
 PROMPT, REFERENCE, RESPONSE, ROWS = 10, 40, 16, 4
-"""Such that each frozen branch is a forward of its own, without padding, within `frozen_tokens`."""
+"""Lengths for which each frozen branch is a separate forward without padding within `frozen_tokens`."""
 MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 24}
 """Wide enough that positions and indices, which the plan leaves out, are few bytes in comparison."""
 

@@ -22,7 +22,7 @@ _BLOCK = re.compile(_FENCE + r"(?P<command>[^\n]*)\n```\n\n(?P<output>```text\n.
 
 
 def printed(command: str) -> str:
-    """What `command` prints: a table as it is, anything else fenced."""
+    """The output of `command`: a table unchanged, anything else fenced."""
     program, name, conf, *words = shlex.split(command)
     assert (program, name) == ("popsd", "plan")
     flags = {name: f"--{name}" in words for name in ("explain", "sharing", "evaluation", "failures")}

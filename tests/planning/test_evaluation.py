@@ -1,4 +1,4 @@
-"""The time of an evaluation: number of problems, responses at a time, and what it grows with."""
+"""The time of an evaluation: number of problems, concurrent responses, and scaling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formulas against what a small model allocates, computes and sends, on one rank and on two."""
+"""Compares the formulas with the memory, operations and traffic of a small model on one rank and on two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _optimizer_bytes(run: Any) -> int:
-    """Moments and main weights on this rank: whatever the optimizer holds that is not the model's own memory."""
+    """Bytes of moments and main weights on this rank: optimizer memory that is not shared with the model."""
     megatron = run.optimizer.megatron
     inner = megatron.chained_optimizers[0] if hasattr(megatron, "chained_optimizers") else megatron
     own = {p.untyped_storage()._cdata for p in run.student.gpt.parameters()}
@@ -164,7 +164,7 @@ def measure(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
 
 
 def _on_a_gpu(choice: Callable[..., Any]) -> Callable[..., Any]:
-    """`choice` for a GPU, whatever the device. The device's type is its last positional argument."""
+    """`choice` as for a GPU on any device. The type of the device is its last positional argument."""
     return lambda *arguments, **options: choice(*arguments[:-1], "cuda", **options)
 
 

@@ -352,7 +352,7 @@ def test_a_server_takes_its_share_of_the_gpu_for_as_long_as_it_is_awake() -> Non
     )
 
 
-def test_an_exact_cache_counts_beside_the_weights() -> None:
+def test_an_exact_cache_counts_in_addition_to_the_weights() -> None:
     words = [
         "rollout.engine=vllm",
         "rollout.vllm.python=python",

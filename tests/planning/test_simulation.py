@@ -1,4 +1,4 @@
-"""Simulated steps and failures: what has a formula, and directions that must hold."""
+"""Simulated steps and failures: compared with formulas where they exist, and with expected trends."""
 
 from __future__ import annotations
 

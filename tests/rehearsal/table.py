@@ -119,7 +119,7 @@ class Row:
 
     layout: Layout
     seconds: float
-    """Of CPU."""
+    """CPU seconds."""
     frozen_peak: float
     training_peak: float
     frozen_work: float

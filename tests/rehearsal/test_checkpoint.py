@@ -1,4 +1,4 @@
-"""What a rehearsed rank writes to a checkpoint, and hands over, beside what the real rank does."""
+"""Compares a rehearsed rank with the real rank: files of its checkpoint and weights for vLLM."""
 
 from __future__ import annotations
 

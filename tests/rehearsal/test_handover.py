@@ -1,4 +1,4 @@
-"""Names and shapes of the weights for vLLM beside those of transformers."""
+"""Compares names and shapes of the weights for vLLM with those of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks stand for the others."""
+"""The ranks that represent the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors without memory beside real ones."""
+"""Tensors without storage next to real ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan beside a rehearsed step on many layouts of published models' widths (the table of docs/planning.md)."""
+"""Compares the plan with rehearsed steps on layouts of published models' widths (the table of docs/planning.md)."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def greedy(model: Path) -> list[list[int]]:
-    """What transformers generates without stop tokens."""
+    """The tokens that transformers generates without stop tokens."""
     dense = load_dense(model)
     return [
         dense.generate(
@@ -210,7 +210,7 @@ def test_requests_with_the_same_prompt_share_its_prefill(one: dict[str, Any]) ->
 def test_responses_that_a_budget_left_unfinished_continue_identically(
     one: dict[str, Any], two: list[dict[str, Any]], name: str
 ) -> None:
-    """With the same weights the two parts equal the response of one call; the second call finishes the first."""
+    """With the same weights the two parts equal the response of a single call; the second call finishes the first."""
     whole, left = one["random"], one[name]
     unfinished = [number for number, rollout in enumerate(left) if rollout.unfinished]
     assert 0 < len(unfinished) < len(left)

@@ -225,7 +225,7 @@ def test_every_rank_has_the_same_responses_and_one_has_a_server(ranks: list[dict
 
 
 def generate_with_experts(rank: int, world_size: int, model: Path, output: Path) -> dict[str, Any]:
-    """Each replica has a server, and gathers weights with the other replica, which holds experts too."""
+    """Each replica has a server, and gathers weights with the other replica, which also holds experts."""
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.model.engines import build_engine
 

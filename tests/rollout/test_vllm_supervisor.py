@@ -278,7 +278,7 @@ def test_the_environment_of_another_machine_is_not_checked() -> None:
 
 
 def together(rank: int, world_size: int, case: str) -> Any:
-    """What a rank gets from an action that only the leader runs."""
+    """The result that a rank receives from an action that only the leader runs."""
     import torch.distributed as dist
 
     group = dist.group.WORLD

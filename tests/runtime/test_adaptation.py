@@ -1,4 +1,4 @@
-"""How the application of adaptations reports what is missing."""
+"""The errors for adaptations whose target is missing."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ JOB_ENVIRONMENT = {
 
 
 def submit(slurm: Cluster, place: Path, *words: str, script: str = "train", **variables: str) -> str:
-    """A job submitted in `place`, outside of the project's directory; its logs are there too."""
+    """A job submitted in `place`, outside of the project's directory; its logs are also there."""
     flags = [word for word in words if word.startswith("--")]
     arguments = [word for word in words if not word.startswith("--")]
     path = str(ROOT / "slurm" / f"{script}.sh")

@@ -1,4 +1,4 @@
-"""The scripts on a real Slurm, with a substitute for Python where no training is needed."""
+"""The scripts on a real Slurm, with a substitute for Python if no training is needed."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_only_a_private_file_is_read(job: Job) -> None:
         assert "chmod 600 it" in job.refusal("load_settings", POPSD_SECRETS=str(job.place / other))
 
 
-def test_no_log_contains_a_secret_whatever_its_name(job: Job) -> None:
+def test_no_log_contains_a_secret_of_any_name(job: Job) -> None:
     file = secrets(job.place, f"NCCL_PLAIN={SECRET}\nPOPSD_PIN=17\nEMPTY=\n")
     job.program("srun", 'echo "given ${#NCCL_PLAIN}: $*"')
     steps = "set -x; load_settings; set_up_logs; CONTAINER=(); show_environment; run_step check --output=x true"

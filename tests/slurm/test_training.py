@@ -112,7 +112,7 @@ def ranks_of(output: Path) -> list[int]:
 
 
 def simulated(steps: int) -> set[int]:
-    """Steps that a job repeats which fails after `steps` of them; two numbers where it may have been saving."""
+    """Steps that a job repeats after failing at `steps`; two numbers if it may have been saving."""
     rates = Rates(step=1.0, save=0.5, requeue=1.0, between_failures=1.0)
     saves = steps // EVERY
     found = {replay(rates, EVERY, [steps + 0.5 * saves + 0.25]).repeated}

@@ -75,7 +75,7 @@ def _sequences(
 
 
 def _hidden(mask: Any, window: Sequence[int], bottom_right: bool, queries: int, keys: int) -> Tensor | None:
-    """Which keys each query does not attend to, [s, k]; None where it attends to all."""
+    """Mask of the keys to which each query does not attend, [s, k]; None if it attends to all."""
     left, right = window
     causal = "CAUSAL" in mask.name
     if causal:

@@ -27,7 +27,7 @@ NAMES = {
 
 @dataclass
 class Entries:
-    """What was entered.
+    """Records the FP8 contexts that were entered.
 
     Attributes:
         recipes: class of the recipe, by entry.

@@ -39,7 +39,7 @@ KERNELS_THAT_STAY_OFF = ("moe_permute_fusion",)
 
 
 def version() -> Version:
-    """Major and minor version of what is installed."""
+    """Major and minor version of the installed package."""
     [distribution] = importlib.metadata.distributions(name=PACKAGE, path=[str(folder())])
     major, minor, *_ = distribution.version.split(".")
     return int(major), int(minor)

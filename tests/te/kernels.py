@@ -33,7 +33,7 @@ TORCH_DTYPE = {DType.kFloat32: torch.float32, DType.kFloat16: torch.float16, DTy
 
 
 def refuse(kernel: str, **given: Any) -> None:
-    """Raises where one of `given` is set: the emulation has no such branch."""
+    """Raises if one of `given` is set, because the emulation does not implement it."""
     wrong = {name: value for name, value in given.items() if value}
     if wrong:
         raise NotImplementedError(f"{kernel} with {wrong} is not emulated")

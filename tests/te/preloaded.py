@@ -1,4 +1,4 @@
-"""What a server of `tests.fork_servers` imports for ranks with Transformer Engine's layers."""
+"""Imports of a server of `tests.fork_servers` for ranks with Transformer Engine's layers."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_the_findings_are_stated_for_the_installed_version() -> None:
 
 
 def _norm_of_gathered(rank: int, world_size: int, gathered: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of a rank's tokens through the returned output of the norm, and what it is in plain torch."""
+    """Gradient of a rank's tokens through the returned output of the norm, and the gradient in plain torch."""
     import transformer_engine.pytorch as te
 
     group = torch.distributed.group.WORLD
@@ -88,7 +88,7 @@ def test_the_gradient_of_a_gathered_norm_is_dropped(gathered: bool) -> None:
 
 
 def _adapters_of_experts(rank: int, world_size: int, model: Path) -> list[tuple[int, int, bool]]:
-    """Of each grouped linear: experts, dimensions of the adapter's first matrix, whether Bridge gathers its norm."""
+    """For each grouped linear: experts, dimensions of the adapter's first matrix, whether Bridge gathers its norm."""
     from megatron.bridge.peft.lora import LoRA
 
     gpt = build_student(model).gpt
@@ -273,7 +273,7 @@ def _second_shape(rank: int, world_size: int) -> str:
 
 @on_transformer_engine
 def test_user_buffers_have_one_shape_in_a_process() -> None:
-    """What is copied into one must fill it: `CommOverlap::copy_into_buffer` of its C++ extension compares the sizes."""
+    """A tensor must fill its buffer: `CommOverlap::copy_into_buffer` of its C++ extension compares the sizes."""
     [said] = run_ranks(_second_shape, 1, layers=TRANSFORMER_ENGINE)
     assert "UB communicators are already initialized" in said
     source = (folder() / PACKAGE / "pytorch" / "module" / "base.py").read_text()

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _steps(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """One step of each case: what was entered by phase, and the metrics."""
+    """One step of each case: the contexts entered by phase, and the metrics."""
     from nemo_popsd.observability.stopwatch import Stopwatch
     from tests.te.fp8 import Entries, recorded_autocast
     from tests.training.runs import row, settings, start
@@ -178,7 +178,7 @@ def _states(rank: int, world_size: int, folder: Path, recipe: str) -> dict[str, 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
 def test_the_emulation_computes_what_the_switch_does(model: Path, recipe: str) -> None:
-    """In fp32, where nothing else rounds; what is left are values on the border of two that e4m3 has."""
+    """In fp32, where nothing else rounds; the remaining differences are values midway between two e4m3 numbers."""
     [switched] = run_ranks(_states, 1, model, recipe, layers=TRANSFORMER_ENGINE)
     [emulated] = run_ranks(_states, 1, model, recipe, layers=LOCAL)
     error = (switched["fp8"] - switched["exact"]).norm()

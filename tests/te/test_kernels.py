@@ -50,7 +50,7 @@ def test_the_norm_and_its_gradients(dtype: torch.dtype) -> None:
 
 
 def _gemm(layout: str, a: Tensor, b: Tensor, **options: Any) -> tuple[Any, ...]:
-    """As cpp_extensions/gemm.py calls it."""
+    """Calls the kernel like cpp_extensions/gemm.py."""
     defaults = {"D": None, "bias": None, "grad": False, "accumulate": False, "out_dtype": None} | options
     return kernels.generic_gemm(
         *(a, layout[0] == "T", b, layout[1] == "T", defaults["D"], None, defaults["out_dtype"], defaults["bias"]),

@@ -66,7 +66,7 @@ def test_logits_are_those_of_transformers(models: Path, seen: dict[str, Any], ki
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_all_fusions_are_on(seen: dict[str, Any], kind: str) -> None:
-    """OLMo-3 has YaRN's scale in the query, so its rotations are fused too."""
+    """OLMo-3 has YaRN's scale in the query, so its rotations are also fused."""
     assert seen[kind]["fusions"] == dict.fromkeys(FUSIONS, True)
 
 
@@ -102,7 +102,7 @@ def _refusals(rank: int, world_size: int, models: Path) -> dict[str, str]:
     return said
 
 
-def test_what_no_layer_can_compute_is_refused_before_a_model_is_built(models: Path) -> None:
+def test_unsupported_layers_are_refused_before_a_model_is_built(models: Path) -> None:
     [said] = run_ranks(_refusals, 1, models, layers=TRANSFORMER_ENGINE)
     assert "student.lora.targets with linear_fc1, linear_fc2 for a mixture of 4 experts" in said["experts"]
     assert "set student.lora.targets=[linear_qkv,linear_proj]" in said["experts"]

@@ -1,4 +1,4 @@
-"""A rehearsal on Transformer Engine's layers, with emulated kernels, beside the plan for the layers of a GPU."""
+"""Compares a rehearsal on Transformer Engine's layers, with emulated kernels, with the plan for the layers of a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What later versions of Transformer Engine add to the emulation, against autograd or against the oldest signature."""
+"""Kernels that later versions of Transformer Engine add, compared with autograd or with the oldest signature."""
 
 from __future__ import annotations
 

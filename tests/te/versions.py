@@ -1,4 +1,4 @@
-"""What differs between the versions of Transformer Engine that the emulation supports; the rest is the same in all.
+"""Differences between the versions of Transformer Engine that the emulation supports.
 
 `kernels` and `attention` have the signatures of 2.12, the oldest one. A `Difference` replaces or adds names of the
 extension from its version on.
@@ -31,7 +31,7 @@ class Difference:
     Attributes:
         since: the oldest supported version that has them.
         reason: what changed.
-        names: what the extension has instead.
+        names: the replacements in the extension.
     """
 
     since: Version
@@ -40,7 +40,7 @@ class Difference:
 
 
 def names_of(version: Version) -> dict[str, Any]:
-    """What the extension of `version` has beside, or instead of, the names of the oldest one."""
+    """Names of the extension of `version` in addition to, or in place of, those of the oldest one."""
     names: dict[str, Any] = {}
     for difference in DIFFERENCES:
         if difference.since <= version:

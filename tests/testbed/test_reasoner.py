@@ -1,4 +1,4 @@
-"""Pre-training in pieces gives the weights of one piece; its pools hold what the plan says."""
+"""Pre-training in pieces produces the same weights as in one piece; its pools follow the plan."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class DenseStep:
     gradients: dict[str, Tensor]
     metrics: dict[str, float]
     weighted_share: float
-    """Of the tokens, those that count."""
+    """Mask of the tokens that count."""
 
 
 def dense_step(

@@ -74,7 +74,7 @@ def _embedding_of_one_stage() -> None:
 
 
 def _norm_output_without_gradient() -> None:
-    """Sequence parallelism on Transformer Engine: adapters take the norm's output from the layer, as Bridge has it."""
+    """Sequence parallelism on Transformer Engine: adapters use the norm's output from the layer, as in Bridge."""
     from nemo_popsd.megatron import adapters
 
     adapters.gather_in_adapters = lambda chunks: None  # type: ignore[assignment]
@@ -144,7 +144,7 @@ def _output_matrix_not_awaited() -> None:
 
 
 def _last_weights_not_gathered() -> None:
-    """Overlap: the weights of a step's last update are left to the next forward pass, too."""
+    """Overlap: the weights of a step's last update are also gathered in the next forward pass."""
     from nemo_popsd.megatron.optimizer import StudentOptimizer
 
     right = StudentOptimizer.step
@@ -157,7 +157,7 @@ def _last_weights_not_gathered() -> None:
 
 
 def _slowest_pipeline() -> None:
-    """No fault: what a stage receives from another one is 0 before something waits for it."""
+    """No fault: tensors received from another stage are 0 until they are waited for."""
     from megatron.core.pipeline_parallel import p2p_communication
 
     right = p2p_communication._p2p_ops
@@ -183,7 +183,7 @@ def _late(request: Any, target: Tensor, arrived: Tensor) -> Any:
 
 
 def _nobody_waits_for(received: str) -> None:
-    """Overlap: a stage computes without waiting for what the stage before or after it sends."""
+    """Overlap: a stage computes without waiting for the tensors of its neighbours."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     _slowest_pipeline()

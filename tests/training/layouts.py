@@ -23,23 +23,23 @@ STEPS = 2
 OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "clip_grad": 1.0, "distributed": "false"}
 
 Settings = dict[str, dict[str, Any]]
-"""Settings of a layout beside `parallel`, by section."""
+"""Settings of a layout in addition to `parallel`, by section."""
 
 
 @dataclass
 class Variant:
-    """What is trained in a layout."""
+    """The training of a layout."""
 
     kind: str = "qwen3"
     adaptation: str = "full"
     packing: bool = False
     targets: tuple[str, ...] = ()
-    """Of adapters; none are the default ones."""
+    """Targets of the adapters; empty for the default ones."""
     precision: str = "fp32"
     moving: bool = False
-    """With a moving average as teacher; under full fine-tuning as anchor, too."""
+    """Uses a moving average as teacher; under full fine-tuning also as anchor."""
     weighted: bool = False
-    """With weights of tokens and gates."""
+    """Uses token weights and gates."""
     siblings: bool = False
     """Pairs of rows with the same prompts."""
     shared: bool = False
@@ -126,7 +126,7 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
 
 
 Named = list[list[tuple[str, Any, Tensor]]]
-"""By chunk: a parameter's name, the parameter, a tensor in its shape."""
+"""For each chunk: name of a parameter, the parameter, and a tensor of its shape."""
 
 
 def _main_gradients(run: Any) -> Named:
@@ -184,7 +184,7 @@ def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
 
 @torch.no_grad()
 def randomize_adapters(student: Any) -> None:
-    """Gives the B matrices values, the same in every layout, so that the A matrices have gradients too."""
+    """Sets the B matrices to the same values in every layout, so that the A matrices have gradients as well."""
     from nemo_popsd.megatron.adapters import full_model_name
 
     for chunk in student.chunks:

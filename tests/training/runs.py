@@ -65,7 +65,7 @@ EVEN_TOKENS = ResponseReader(
 
 @dataclass
 class Run:
-    """What a step needs on this rank."""
+    """The objects that a step needs on this rank."""
 
     config: PopsdConfig
     architecture: HuggingFaceModel
@@ -74,7 +74,7 @@ class Run:
     steps: int = 0
     reader: ResponseReader = EVEN_TOKENS
     weights: BranchWeights | None = None
-    """Of the frozen branches, from the last `on_policy_step`."""
+    """Token counts of the frozen branches in the last `on_policy_step`."""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -140,7 +140,7 @@ def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) 
     Args:
         directory: the base.
         config: the run.
-        initial: another model, whose weights the live student takes, so that it differs from its base.
+        initial: another model, whose weights the live student uses, so that it differs from its base.
     """
     initialize(config.parallel, seed=config.seed)
     source = HuggingFaceModel(directory)
@@ -227,9 +227,9 @@ def _ids(name: str, shortest: int, longest: int) -> list[int]:
 
 
 def named_gradients(run: Run, scratch: Path) -> dict[str, torch.Tensor]:
-    """Gradient of each tensor of the Hugging Face model, whatever the layout. Collective; under full fine-tuning.
+    """Gradient of each tensor of the Hugging Face model in any layout. Collective; for full fine-tuning.
 
-    The gradients take the weights' place for as long as an export of the model takes.
+    The gradients replace the weights during an export of the model.
     """
     parameters = [p for chunk in run.student.chunks for p in chunk.parameters()]
     kept = [parameter.detach().clone() for parameter in parameters]

@@ -62,7 +62,7 @@ def test_siblings_stay_together() -> None:
 
 
 def _rebalanced(rank: int, world_size: int) -> dict[str, Any]:
-    """This rank's share of six rollouts, of which each of three ranks has a contiguous third."""
+    """This rank's share of six rollouts; each of three ranks has a contiguous third."""
     import torch.distributed as dist
 
     from nemo_popsd.training.balance import rebalance

@@ -153,7 +153,7 @@ def test_the_sample_is_the_same_each_time(seen: dict[str, Any]) -> None:
 
 
 def without_sharing(rank: int, world_size: int, model: Path) -> dict[str, Any]:
-    """States of a model with sliding windows, with and without shared prefixes, twice; and what was logged."""
+    """States of a model with sliding windows, with and without shared prefixes, twice; and the log records."""
     import logging
 
     from nemo_popsd.distillation import Target

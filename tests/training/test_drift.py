@@ -124,7 +124,7 @@ def test_the_delay_is_short_for_large_changes() -> None:
         assert sorted(delays)[len(delays) // 2] <= most, factor
 
 
-def test_a_lasting_change_within_the_slack_is_none() -> None:
+def test_a_lasting_change_within_the_slack_raises_no_alarm() -> None:
     run = [100.0, 101.0] * 5 + [104.0] * 500
     assert alarms({"response_tokens": run}) == {}
     assert alarms({"response_tokens": run}, DriftConfig(slack=0.01))["response_tokens"].rose

@@ -1,4 +1,4 @@
-"""Every layout gives the same training: loss, the gradient of every parameter, the weights after two steps.
+"""Every layout trains in the same way: loss, the gradient of every parameter, the weights after two steps.
 
 The reference is one process with padded micro-batches, which `test_objective` holds against the paper's equations on
 dense models. Packed runs are compared with it too, so packed is padded.
@@ -18,10 +18,12 @@ from tests.tiny_models import save_tiny_model
 from tests.training.layouts import Settings, Variant, deviations, train
 
 GRADIENT_TOLERANCE = 2e-5
-"""Of the largest entry of the same gradient. All is fp32 and layouts sum in another order, which is 1e-7 for each sum;
-through four layers and a softmax up to 4e-6 was measured. The error of a wrong gradient is of the gradient's size."""
+"""Tolerance relative to the largest entry of the same gradient. Everything is fp32, and layouts sum in different orders,
+which costs 1e-7 per sum; through four layers and a softmax up to 4e-6 was measured. The error of a wrong gradient is
+about as large as the gradient."""
 WEIGHT_TOLERANCE = 1e-4
-"""Of the largest entry of the same weight, after two steps of Adam at 1e-2; up to 2e-5 was measured."""
+"""Tolerance relative to the largest entry of the same weight, after two steps of Adam at 1e-2; up to 2e-5 was
+measured."""
 
 DENSE = ("linear_qkv", "linear_proj")
 VARIANTS = {

@@ -23,7 +23,7 @@ CASES = {
     "lora: snapshot as teacher, live anchor": ("lora", SNAPSHOT, LIVE),
     "lora: live anchor": ("lora", FROZEN, LIVE),
 }
-"""By name: adaptation, weights of the teachers, weights of the anchor."""
+"""Cases by name: adaptation, weights of the teachers, weights of the anchor."""
 
 
 @pytest.fixture(scope="module")

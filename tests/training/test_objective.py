@@ -24,9 +24,10 @@ CASES: dict[str, tuple[str, TokensConfig | None]] = {
     "sequence, weighted": ("sequence", WEIGHTED),
     "token, weighted": ("token", WEIGHTED),
 }
-"""By name: the mean, and weights of tokens."""
+"""Cases by name: the mean, and weights of tokens."""
 TOLERANCE = 1e-5
-"""Of the largest gradient of a tensor; both sides round norms and softmax to fp32, which costs up to 2e-6."""
+"""Tolerance relative to the largest gradient of a tensor; both sides round norms and softmax to fp32, which costs up to
+2e-6."""
 
 
 @pytest.fixture(scope="module")

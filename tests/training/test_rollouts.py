@@ -1,4 +1,4 @@
-"""Which weights generate the rollouts of a step, with the real engine; vLLM: see tests/commands/test_overlap.py."""
+"""The weights that generate a step's rollouts, with the real engine; for vLLM see tests/commands/test_overlap.py."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def rows_of(number: int, rank: int, ranks: int) -> list[Any]:
 
 
 def train(rank: int, world_size: int, model: Path, output: Path, overlap: bool) -> dict[str, Any]:
-    """Four steps, and what the weights at the start of each generate for it and for the next one."""
+    """Four steps, and the rollouts that the weights at the start of each generate for it and for the next one."""
     from nemo_popsd.rollout.engine import row_seed
     from nemo_popsd.training.rollouts import TrainingRows
     from tests.training.runs import settings, start

@@ -1,4 +1,4 @@
-"""What a step measures of several responses to one question."""
+"""The metrics of a step with several responses to one question."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Writes the NeMo 2 checkpoint that the tests read, with nemo_toolkit's LLM collection.
 
-It needs an environment of its own:
+It needs a separate environment:
 
     python3.11 -m venv /tmp/nemo2
     /tmp/nemo2/bin/pip install torch==2.13.0

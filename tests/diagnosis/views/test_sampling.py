@@ -43,7 +43,7 @@ class Engine:
 
 
 def answered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """What repeated calls return and generate, and the errors of others."""
+    """Results and generations of repeated calls, and errors of calls with other settings."""
     import torch.distributed as dist
 
     student = cast(Any, SimpleNamespace(dp_group=dist.group.WORLD))

@@ -102,7 +102,7 @@ def test_the_lift_of_forward_kl_is_the_favour_of_the_target_less_that_of_the_stu
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_over_the_students_tokens_is_0_at_every_state(name: str) -> None:
-    """What makes a favour of right answers a property of the tokens and not of the states that they visit."""
+    """Favour and lift have mean 0 at every state, so a favour of right answers is a property of the tokens."""
     target, divergence = CASES[name]
     problem = untrained()
     state = AnswerStates(problem.student[:1], problem.privileged[:1], problem.reference[:1])

@@ -53,7 +53,7 @@ def test_nodes_are_depth_first_and_no_longer_than_needed(sequences: list[list[in
 
 
 def execute(waves: list[Wave], capacity: int) -> list[list[tuple[int, ...]]]:
-    """By wave and place, the tokens whose keys each token attends to, its own last, as the cache gives them."""
+    """For each wave and index, the tokens to whose keys a token attends according to the cache, its own last."""
     cache: list[tuple[int, ...] | None] = [None] * capacity
     seen = []
     for wave in waves:
