@@ -49,9 +49,9 @@ class DataCheck:
     lines: list[str] = field(default_factory=list)
     """The text, line by line."""
     wrong: list[str] = field(default_factory=list)
-    """What must be changed, and how."""
+    """Problems that must be fixed, with the fix."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know."""
+    """Notes for the user."""
 
     def __str__(self) -> str:
         notes = [f"note: {text}" for text in self.notes]
@@ -61,7 +61,7 @@ class DataCheck:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the check needs of `student.source`."""
+    """The parts of `student.source` that the check needs."""
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int | None

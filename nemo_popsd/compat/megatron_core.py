@@ -26,7 +26,7 @@ class _SeparateCommonState(TorchDistSaveShardedStrategy):  # type: ignore[misc] 
     """Writes no common state among the shards, where 0.19 has it as a pickle and 0.16 does not expect it."""
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
-        """As the library's own; `async_strategy` is that of `stage_save`."""
+        """Calls the library's method; `async_strategy` is that of `stage_save`."""
         state = {key: value for key, value in sharded_state_dict.items() if key != "common_state"}
         return super().async_save(state, checkpoint_dir, async_strategy)
 

@@ -37,7 +37,7 @@ RUN_FILES = (
     DONE,
     REQUEUE,
 )
-"""What a training run writes to `output`, besides its resolved configuration."""
+"""Names that a training run writes to `output`, besides its resolved configuration."""
 
 
 _FOR_HUGGINGFACE = {
@@ -45,7 +45,7 @@ _FOR_HUGGINGFACE = {
     "CHECKPOINT": "use it as it is: `popsd export` writes this format; `popsd convert hf-to-nemo` reads it",
     "SRC": "use it as it is, or convert it with `popsd convert hf-to-nemo`",
 }
-"""What to do with a Hugging Face directory in the place of a NeMo checkpoint, by argument."""
+"""Fix for a Hugging Face directory given instead of a NeMo checkpoint, by argument."""
 
 
 def check_layout(config: PopsdConfig, *, world_size: int) -> None:

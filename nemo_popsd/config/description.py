@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     type: str
     """Python's notation; empty for a section."""
     default: str
-    """As YAML takes it; empty for a section."""
+    """Default in YAML notation; empty for a section."""
     allowed: str
     """Bounds, in words; may be empty."""
     text: str

@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a checked `PopsdConfig`, and back to a file. Imports no torch."""
+"""Loads a checked `PopsdConfig` from a YAML file and dotted overrides, and writes it to a file. Imports no torch."""
 
 from __future__ import annotations
 

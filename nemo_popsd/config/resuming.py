@@ -1,4 +1,4 @@
-"""Which settings may change when a run is resumed from its checkpoint, and which would make it another run."""
+"""Settings that may change when a run resumes from its checkpoint, and settings that would make it another run."""
 
 from __future__ import annotations
 

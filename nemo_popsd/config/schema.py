@@ -52,7 +52,7 @@ class PopsdConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training loop."""
     guard: GuardConfig = field(default_factory=GuardConfig)
-    """What the run watches in itself."""
+    """Guards: quantities that the run monitors."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Accuracy, epistemic markers and response length on problem sets."""
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)

@@ -30,7 +30,7 @@ _TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fal
 _NULL = ("", "~", "null", "Null", "NULL")
 _LONGEST_NUMBER = 40
 LONGEST_TEXT = 20_000
-"""In characters, of any text."""
+"""Maximum length of any text, in characters."""
 _LONGEST = {Text.NAME: 200, Text.LINE: 2_000, Text.PATH: LONGEST_TEXT, Text.PROSE: LONGEST_TEXT}
 
 MISSING = "???"

@@ -97,7 +97,7 @@ class TemplatesConfig:
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """What a teacher sees of a row beside the question, and whether its prompt asks for thinking."""
+    """The view of a row that a teacher sees in addition to the question, and whether its prompt enables thinking."""
 
     view: Annotated[str | None, Text.NAME] = None
     """`solution`, `answer` (only the final answer: `columns.answer`, or `answer_pattern` in the reference), `other`

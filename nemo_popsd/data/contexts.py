@@ -69,7 +69,7 @@ class FittedRow:
 
     record: Record
     texts: Mapping[str, str]
-    """By view: `Views.texts`, truncated to the limit; none in an evaluation."""
+    """`Views.texts` by view, truncated to the limit; empty in an evaluation."""
     reference_truncated: bool
     """Whether a text was truncated."""
     student_length: int
@@ -81,7 +81,7 @@ class FittedRow:
 
 
 class Misfit(StrEnum):
-    """Why a row is dropped or skipped."""
+    """Reasons for dropping or skipping a row."""
 
     MALFORMED = "malformed"
     LONG_REFERENCE = "long reference"
@@ -351,7 +351,7 @@ class ContextBuilder:
 
 
 def _column(view: str) -> str:
-    """What the text of `view` is called in messages."""
+    """Name of the text of `view` in messages."""
     return {SOLUTION: "reference", ANSWER: "answer"}.get(view, f"column {view}")
 
 

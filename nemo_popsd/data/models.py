@@ -1,4 +1,4 @@
-"""Where the model is that `student.source` names: embedded, on disk, or in the local cache of the Hugging Face Hub.
+"""Locates the model in `student.source`: embedded, on disk, or in the local cache of the Hugging Face Hub.
 
 Nothing is downloaded.
 """

@@ -17,7 +17,7 @@ class Repetition:
     """A row whose question an earlier row has, too."""
 
     row: str
-    """Its id."""
+    """Id of the row."""
     earlier: str
     """Id of the earlier row."""
     same_answer: bool

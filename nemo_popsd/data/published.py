@@ -60,7 +60,7 @@ class Layout:
     repositories: tuple[str, ...]
     """Repositories of the Hub with this layout."""
     forms: tuple[Form, ...]
-    """Its forms, of which the first whose columns are all present applies."""
+    """Forms of the layout; the first one whose columns are all present applies."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class ConversionReport:
     malformed: int = 0
     """Rows without a text that the layout needs."""
     first_malformed: str = ""
-    """Why the first of them was left out."""
+    """Why the first of these rows was left out."""
     columns: list[str] = field(default_factory=list)
     """Columns of the output, in their order."""
 

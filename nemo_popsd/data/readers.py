@@ -44,7 +44,7 @@ class MalformedError(Exception):
 
 
 class Place(NamedTuple):
-    """Where the line of a row lies in its file of JSONL."""
+    """Location of a row's line in its JSONL file."""
 
     offset: int
     """Bytes before it."""
@@ -60,9 +60,9 @@ class Row(NamedTuple):
     number: int
     """Counted from 1."""
     content: Mapping[str, object] | MalformedError
-    """Its columns, or why it cannot be used."""
+    """Columns of the row, or why it cannot be used."""
     place: Place | None = None
-    """Where it can be read again; None for formats other than JSONL."""
+    """Location from which the row can be read again; None for formats other than JSONL."""
 
 
 def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:

@@ -20,7 +20,7 @@ class DataReport:
     malformed: int = 0
     """Rows skipped because they could not be read, lack a field, or hold a token of the chat template."""
     first_malformed: str | None = None
-    """Why the first of them was skipped."""
+    """Why the first of these rows was skipped."""
     references_truncated: int = 0
     """Kept rows whose reference text was truncated to `max_reference_tokens`."""
     long_references_dropped: int = 0

@@ -60,11 +60,11 @@ class Located(NamedTuple):
 
     record: Record
     file: int
-    """Index of its file."""
+    """Index of the file of the row."""
     number: int
-    """Of the row in its file, counted from 1."""
+    """Number of the row in its file, counted from 1."""
     place: Place | None
-    """Where it can be read again; None for formats other than JSONL."""
+    """Location from which the row can be read again; None for formats other than JSONL."""
 
 
 class RecordReader:

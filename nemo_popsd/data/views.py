@@ -27,9 +27,9 @@ class Views:
     """The views of the two teachers."""
 
     privileged: str = SOLUTION
-    """Of the privileged teacher."""
+    """View of the privileged teacher."""
     reference: str = SOLUTION
-    """Of the reference-only teacher."""
+    """View of the reference-only teacher."""
 
     @classmethod
     def of(cls, config: DataConfig) -> Views:

@@ -40,13 +40,13 @@ class TargetError:
     """The errors of one way to compute the frozen passes, averaged over tokens."""
 
     recipe: str
-    """Its name."""
+    """Name of the recipe."""
     tokens: int
     """Response tokens."""
     base_error: float
     """Distance of the base from the one in the model's precision."""
     error: float
-    """That of the target."""
+    """Distance of the target from the one in the model's precision."""
     effect: float
     """Distance of target and base, in the model's precision."""
     larger: float
@@ -54,7 +54,7 @@ class TargetError:
 
     @classmethod
     def of(cls, recipe: str, sums: Sequence[float]) -> TargetError:
-        """From the sums that `error_sums` returns."""
+        """Computes the error from the sums that `error_sums` returns."""
         tokens = max(1, int(sums[-1]))
         return cls(recipe, int(sums[-1]), *(value / tokens for value in sums[:-1]))
 

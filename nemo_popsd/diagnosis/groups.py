@@ -27,11 +27,11 @@ class TokenFigures:
     """One response token, as grouping needs it."""
 
     position: int
-    """In its response, from 0."""
+    """Index of the token in its response, from 0."""
     marked: bool
     """Whether it belongs to a marker."""
     values: Mapping[str, float]
-    """By the names of `MEASURES`; NaN where not defined."""
+    """Value by name in `MEASURES`; NaN if not defined."""
 
 
 def group_figures(tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]) -> Groups:

@@ -22,7 +22,7 @@ from nemo_popsd.parallel.collectives import reduce_sum_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 COMPONENTS = ("total", "reference", "question", "target")
-"""In the order of `VocabularyPush.push`."""
+"""Components in the order of `VocabularyPush.push`."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class PushedEntry(TypedDict):
     text: str
     mass: float | None
     push: dict[str, float | None]
-    """By component."""
+    """Push by component."""
 
 
 class MarkerPush(TypedDict):
@@ -47,7 +47,7 @@ class MarkerPush(TypedDict):
     entries: int
     mass: float | None
     push: dict[str, float | None]
-    """By component."""
+    """Push by component."""
 
 
 class Extremes(TypedDict):
@@ -63,7 +63,7 @@ class Push(TypedDict):
     tokens: int
     components: dict[str, Extremes]
     markers: dict[str, MarkerPush | None]
-    """By marker; None where no vocabulary entry is the marker."""
+    """Push by marker; None if no vocabulary entry is the marker."""
 
 
 class SettingsRecord(TypedDict):

@@ -24,7 +24,7 @@ from nemo_popsd.parallel.collectives import reduce_sum_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 DISTRIBUTIONS = ("student", "base", "privileged", "reference", "target")
-"""In the order of `Alternatives` and of `TokenDiagnosis.log_probs`."""
+"""Distributions in the order of `Alternatives` and of `TokenDiagnosis.log_probs`."""
 
 
 class BranchStates(NamedTuple):

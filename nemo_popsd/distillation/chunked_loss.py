@@ -47,7 +47,7 @@ class LossSpec:
     divergence: Divergence
     gates: Gates
     vectors: HiddenPair
-    """Of the target, [N, H] each, detached."""
+    """Vectors of the target, [N, H] each, detached."""
     teacher: Tensor
     """This rank's shard of the frozen output matrix, without padding: [V, H]."""
     centre: Tensor | None
@@ -169,7 +169,7 @@ class ChunkedLoss:
                 self._finish_pending()
 
     def _weights(self, tokens: slice) -> Tensor:
-        """What each token's gradient with respect to W_s·h is multiplied by: its weight over the temperature."""
+        """Factor of each token's gradient with respect to W_s·h: its weight divided by the temperature."""
         spec, like = self._spec, self.per_token_N
         if spec.token_weights is None:
             return torch.full_like(like[tokens], 1 / spec.target.temperature)

@@ -67,7 +67,7 @@ class Chunk:
 
     @property
     def target(self) -> Tensor:
-        """Where `shard_stats` puts the logits of the target."""
+        """The buffer to which `shard_stats` writes the logits of the target."""
         target = self.shift if self.anchor is None else self.anchor
         assert target is not None
         return target

@@ -227,7 +227,7 @@ class Kernels(NamedTuple):
     forward_kl_grad: Callable[..., tuple[Tensor, Tensor]]
     reverse_kl_grad: Callable[..., tuple[Tensor, Tensor]]
     clipped_entries: Mapping[str, Callable[..., tuple[Tensor, Tensor]]]
-    """By divergence; see `clipped`."""
+    """Functions by divergence; see `clipped`."""
     clipped_grad: Callable[..., None]
     fused: bool
     tile_tokens: Callable[[int, torch.dtype, torch.device], int]

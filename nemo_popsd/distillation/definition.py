@@ -23,13 +23,13 @@ class Branches:
     """One tensor per branch on the same tokens: logits or log-probabilities [N, V_pad/tp] or [N, v]."""
 
     student: Tensor
-    """Of the live student."""
+    """Log-probabilities of the live student."""
     base: Tensor | None = None
-    """Of the frozen base; may be None where its coefficient is 0, as the two below."""
+    """Log-probabilities of the frozen base; like the next two, None is allowed if the coefficient is 0."""
     privileged: Tensor | None = None
-    """Of the privileged teacher."""
+    """Log-probabilities of the privileged teacher."""
     reference: Tensor | None = None
-    """Of the second context."""
+    """Log-probabilities of the second context."""
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of the branch called `name`."""

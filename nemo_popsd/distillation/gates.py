@@ -27,7 +27,7 @@ class Gates:
     student_entropy: tuple[float, float] = (0.0, math.inf)
     """Least and largest entropy of the student, in nats."""
     target_entropy: tuple[float, float] = (0.0, math.inf)
-    """The same of the target."""
+    """Least and largest entropy of the target, in nats."""
 
     def __bool__(self) -> bool:
         """Whether a token may be closed."""

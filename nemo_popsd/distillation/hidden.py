@@ -39,7 +39,7 @@ _UPSTREAM_TOLERANCE = 1e-4
 
 
 class HiddenLoss(NamedTuple):
-    """What `loss_from_hidden` returns. Only `total` has a gradient."""
+    """The result of `loss_from_hidden`. Only `total` has a gradient."""
 
     total: Tensor
     """Σ_n token_weights[n] · is_open[n] · per_token[n], a scalar: the loss to call backward on."""

@@ -58,13 +58,13 @@ class Statistic:
     """Declaration of a figure per token; what is logged is its mean over tokens."""
 
     name: str
-    """In metrics (`train/NAME`), records of a diagnosis and code."""
+    """Name in metrics (`train/NAME`), records of a diagnosis and code."""
     symbol: str
     """The title of its plots and columns."""
     unit: str
     """Unit, or "" for a pure number."""
     meaning: str
-    """What it is, or how to read it."""
+    """Meaning of the statistic, or how to read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ class TokenStatistic(Statistic):
     """A figure of student and target at one token, measured on every response token."""
 
     definition: Callable[[Tensor, Tensor], Tensor]
-    """From log p and log q [N, v] to the terms [N, v] whose sum over the full vocabulary is the figure."""
+    """Maps log p and log q [N, v] to the terms [N, v] whose sum over the full vocabulary is the figure."""
     closed_form: Callable[[VocabStats], Tensor]
-    """The same figure [N] from what the loss has computed already."""
+    """The same figure [N] from values that the loss has already computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class SignalStatistic(Statistic):
     """A figure of the decomposed signal at one token, measured on a sample of tokens."""
 
     formula: Callable[[SignalProducts], Tensor]
-    """From norms and products [D] to the figure [D]; NaN where it is not defined, which means leave out."""
+    """Maps norms and products [D] to the figure [D]; NaN if it is not defined, so that means omit it."""
 
 
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class StatisticValues:
     """Values of declared statistics for the same tokens, detached."""
 
     declared: Sequence[Statistic]
-    """What they are, in the order of the values."""
+    """Declarations of the statistics, in the order of the values."""
     values: Tensor
     """[len(declared), N]."""
 

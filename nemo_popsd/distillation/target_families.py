@@ -176,7 +176,7 @@ class Family:
     """A name of `distillation.target.family`: which target it is, by its settings, and which contexts it needs."""
 
     summary: str
-    """What it is and where it was published, in one line."""
+    """Meaning and publication of the family, in one line."""
     target: Callable[[TargetSettings], Target]
     """The coefficients that the settings give."""
     settings: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Which problem sets an evaluation has, and where their rows are. Imports no torch."""
+"""The problem sets of an evaluation and the location of their rows. Imports no torch."""
 
 from __future__ import annotations
 

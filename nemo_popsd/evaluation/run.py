@@ -45,7 +45,7 @@ class ProblemSet:
     prompts: list[EvaluationPrompt]
     """The problems that are evaluated."""
     directory: EvaluationDirectory
-    """Of this set and one model."""
+    """Directory of this set and one model."""
     ids: frozenset[str]
     """Ids of all problems of the set."""
 

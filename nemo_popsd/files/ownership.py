@@ -1,4 +1,4 @@
-"""Which directories on the disk this package wrote, and may therefore replace or remove. Nothing else is ever removed.
+"""Marks directories that this package wrote, and may therefore replace or remove. Nothing else is ever removed.
 
 A file `.nemo_popsd`, the mark, is written first into every directory that the package makes. In an export it lists the
 files with their sizes; a checkpoint has its manifest for that. A directory without a mark, or with files that are not

@@ -1,4 +1,4 @@
-"""What Lightning calls between steps."""
+"""Callbacks of Lightning between steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step costs beside what it should cost: operations by the planner's formulas, over the measured seconds."""
+"""The cost of a step compared with the plan: operations by the planner's formulas, divided by measured seconds."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class TrainingData:
     sampler: StepSampler
     """Indices of this data-parallel rank's rows, step by step."""
     report: DataReport
-    """What was kept, truncated and dropped."""
+    """Numbers of kept, truncated and dropped rows."""
 
     def loader(self) -> DataLoader[PromptRow]:
         """One batch per step: the rows of this data-parallel rank."""

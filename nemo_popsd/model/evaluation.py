@@ -48,18 +48,18 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """What generates the samples of an evaluation."""
+    """The objects that generate the samples of an evaluation."""
 
     engine: RolloutEngine
     """Generates from the current weights."""
     engine_name: str
-    """As samples record it."""
+    """Name of the engine that samples record."""
     sampling: SamplingParams
     """How tokens are sampled."""
     tokenizer: PreTrainedTokenizerBase
     """The model's."""
     student: Student
-    """For this rank's position among the ranks."""
+    """The student, for the position of this rank among the ranks."""
     settings: EvaluationConfig
     """The section `evaluation`."""
     seed: int
@@ -92,7 +92,7 @@ class Sampler:
         )
 
     def sample_settings(self, prompts: Sequence[EvaluationPrompt], *, model: str, digest: str) -> SampleSettings:
-        """What samples of `prompts` by the weights with this digest depend on."""
+        """Settings that determine the samples of `prompts` by the weights with this digest."""
         return sample_settings(
             prompts, self.sampling, seed=self.seed, model=model, weights_digest=digest, engine=self.engine_name
         )

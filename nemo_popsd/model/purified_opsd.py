@@ -263,7 +263,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         self._drift(step, metrics, self.loggers)
 
     def configure_callbacks(self) -> list[Callback]:
-        """What ends, saves and handles signals between steps, which Lightning adds to the trainer's callbacks."""
+        """Callbacks that stop, save and handle signals between steps; Lightning adds them to those of the trainer."""
         return [self._drift, StepBoundary(self.checkpoints, self.stop)]
 
     # Evaluation
@@ -332,7 +332,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         )
 
     def training_content(self) -> Content:
-        """What a checkpoint of a run saves, except the random state: adapters only where the base is unchanged."""
+        """Content of a checkpoint except the random state: adapters only, if the base is unchanged."""
         assert self.optimizer is not None
         assert self._step is not None
         return replace(

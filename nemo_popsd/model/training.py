@@ -51,13 +51,13 @@ class RunStep:
 
     @property
     def weights(self) -> BranchWeights:
-        """Of the frozen branches."""
+        """The weights of the frozen branches."""
         return self._step.weights
 
     def __call__(
         self, number: int, rows: Sequence[PromptRow], optimizer: StudentOptimizer, update: Callable[[], None]
     ) -> StepMetrics:
-        """As `OnPolicyStep`."""
+        """Runs a step; see `OnPolicyStep`."""
         profile, output = self._config.observability.profile, self._config.output
         with recorded(profile, output, step=number, rank=dist.get_rank()):
             return self._step(number, rows, optimizer, update)

@@ -54,7 +54,7 @@ class Rows:
     """The problems, with the contexts of every teacher."""
 
     teachers: Mapping[str, Sequence[PromptRow]]
-    """By the name of the first candidate with this teacher."""
+    """Rows by name of the first candidate with this teacher."""
     teacher_of: Mapping[str, str]
     """Name of the teacher of each candidate."""
 
@@ -184,7 +184,7 @@ def read_rows(model: PurifiedOPSDModel, config: PopsdConfig, candidates: Mapping
 
 
 def cost(rows: Rows, config: PopsdConfig) -> str:
-    """What the scoring will generate and compute, in one line."""
+    """A one-line summary of what the scoring will generate and compute."""
     views, teachers = config.diagnosis.views, len(rows.teachers)
     problems = len(rows.student)
     of_student, of_teachers = problems * views.samples, problems * views.teacher_samples * teachers

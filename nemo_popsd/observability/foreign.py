@@ -102,7 +102,7 @@ def _is_serious(record: logging.LogRecord) -> bool:
 
 
 def _log(message: object, *args: object, **kwargs: object) -> None:
-    """In place of a library's function that prints."""
+    """Replaces a library's function that prints."""
     text = " ".join(str(message).split())
     logger.log(logging.WARNING if _SERIOUS.search(text) else logging.DEBUG, "Megatron: %s", text)
 

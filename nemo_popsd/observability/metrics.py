@@ -23,7 +23,7 @@ class MismatchMetrics:
     kl: float
     """Estimate of KL(engine ‖ trainer) per token, in nats."""
     start_kl: float
-    """The same over the first 32 tokens of each response, where another prompt shows most."""
+    """Estimate of KL(engine ‖ trainer) over the first 32 tokens of each response, where a wrong prompt shows most."""
     mean_ratio: float
     """Mean of the trainer's probability over the engine's."""
     max: float
@@ -48,9 +48,9 @@ class CostMetrics:
     memory_rollout: float | None = None
     """Peak of the memory of tensors while responses are generated, in GiB, of the rank that needs most; on GPUs."""
     memory_frozen: float | None = None
-    """The same in the frozen branches."""
+    """Peak of tensor memory in the frozen branches, in GiB."""
     memory_train: float | None = None
-    """The same in training."""
+    """Peak of tensor memory in training, in GiB."""
     seconds_weights: float | None = None
     """Seconds of the last transfer of weights to a vLLM server, of the replica that takes longest."""
     seconds_waiting: float | None = None
@@ -95,7 +95,7 @@ class StepMetrics:
     """Number of steps between the weights that generated a response token and the weights that are trained on it; mean
     over tokens."""
     rollout_age_max: float
-    """The same for the oldest token."""
+    """Age of the oldest token."""
     padding_share: float
     """Share of padding among the tokens of the forward passes of student and frozen branches."""
     frozen_tokens: float

@@ -1,1 +1,1 @@
-"""What the ranks of a run share: process groups, collectives, the sharded vocabulary, agreement about failures."""
+"""State and communication that ranks share: process groups, collectives, vocabulary shards, agreement on failures."""

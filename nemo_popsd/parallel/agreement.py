@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nemo_popsd.errors import TransientError, UserError, describe_error, system_error, user_or_transient
 
 _CATEGORIES = ("defect", "user", "transient")
-"""In the order in which they are raised."""
+"""Categories of errors in the order in which they are raised."""
 T = TypeVar("T")
 
 

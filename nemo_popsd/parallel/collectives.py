@@ -27,7 +27,7 @@ def group_size(group: dist.ProcessGroup | None) -> int:
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
-    """Which vocabulary shard this rank holds; 0 for None."""
+    """Index of this rank in `group`, and so of its vocabulary shard; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -75,7 +75,7 @@ def gather_shards(
 
 
 def sum_shards_(x: Tensor, group: dist.ProcessGroup | None, meanwhile: Callable[[], None] | None = None) -> Tensor:
-    """As `reduce_sum_`, with work to run while the all-reduce is under way."""
+    """Like `reduce_sum_`, with work to run during the all-reduce."""
     assert not x.requires_grad, "for constants only"
     work = None
     if group_size(group) > 1:

@@ -1,4 +1,4 @@
-"""Which vocabulary entries of the output matrix and of the logits a rank holds, and which of them are padding.
+"""The vocabulary entries of the output matrix and of the logits that a rank holds, and those that are padding.
 
 The vocabulary is padded, at its end, to ranks · width; rank r holds the contiguous range [r·width, (r+1)·width). A
 rank's true entries are therefore a prefix of its shard. The losses cut to that prefix: padding has probability exactly

@@ -25,7 +25,7 @@ class Answer:
     tokens: int
     truncated: bool
     correct: bool | None
-    """None if it was not scored."""
+    """Whether the answer is right; None if it was not scored."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Validation:
     """The results of an evaluation during training."""
 
     values: dict[str, float]
-    """By name; entries of a mapping have names such as "marker_rates.Wait"."""
+    """Values by name; entries of a mapping have names such as "marker_rates.Wait"."""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """(low, high) by name."""
     directory: Path | None = None
@@ -67,11 +67,11 @@ class RunData:
     training: dict[str, list[tuple[float, float]]]
     """(step, value) by name of the metric, without prefix; alarms have `GUARD`, costs `COST`."""
     validations: dict[int, Validation]
-    """By step, ascending."""
+    """Validations by step, ascending."""
     evaluations: list[dict[str, object]] = field(default_factory=list)
     """Summaries of `popsd evaluate`."""
     diagnoses: dict[str, Diagnosed] = field(default_factory=dict)
-    """By name of their directory."""
+    """Diagnoses by name of their directory."""
     views: list[ViewScores] = field(default_factory=list)
     """Scores of views before training, one for each student that was scored."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -287,7 +287,7 @@ def _object(file: Path) -> dict[str, object] | None:
 
 
 def _tolerated(file: Path) -> dict[str, object]:
-    """As `_object`, for a file without which the page is complete."""
+    """Like `_object`, for a file that the page does not require."""
     try:
         return _object(file) or {}
     except UserError:

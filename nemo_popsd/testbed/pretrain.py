@@ -323,12 +323,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--families", nargs="+", choices=FAMILIES, default=list(recipe.difficulty.families), help="families of problems"
     )
     parser.add_argument(
-        "--question-reference-share", type=float, default=recipe.question_reference_share, help="of the mixture"
+        "--question-reference-share", type=float, default=recipe.question_reference_share, help="share of the mixture"
     )
-    parser.add_argument("--drill-share", type=float, default=recipe.drill_share, help="of the mixture")
-    parser.add_argument("--reference-share", type=float, default=recipe.reference_share, help="of the mixture")
+    parser.add_argument("--drill-share", type=float, default=recipe.drill_share, help="share of the mixture")
+    parser.add_argument("--reference-share", type=float, default=recipe.reference_share, help="share of the mixture")
     parser.add_argument(
-        "--thoughtful-with-reference", type=float, default=recipe.thoughtful_with_reference, help="of these sequences"
+        "--thoughtful-with-reference",
+        type=float,
+        default=recipe.thoughtful_with_reference,
+        help="share of the sequences with a reference",
     )
     parser.add_argument(
         "--drill-steps", type=int, default=recipe.drill_steps, help="initial steps that contain drills only"

@@ -118,7 +118,7 @@ class Problem:
     misses: tuple[int, ...]
     """The values of the other version."""
     rules: tuple[tuple[str, int], ...] = ()
-    """Of `parity`: operation and constant from an even value, and from an odd one."""
+    """For `parity`: operation and constant for an even value, and for an odd one."""
 
     @property
     def question(self) -> str:

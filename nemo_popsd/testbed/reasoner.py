@@ -94,14 +94,14 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far pre-training is."""
+    """Progress of pre-training."""
 
     step: int = 0
     tokens: int = 0
     pool: int = 0
     """Number of the pool in use."""
     used: int = 0
-    """Its batches that have been used."""
+    """Number of its batches that have been used."""
     seconds: float = 0.0
     """Time of all pieces."""
 

@@ -38,7 +38,7 @@ class TargetStates:
     """Tokens sampled for diagnosis."""
 
     def on_host(self) -> TargetStates:
-        """The same in host memory, pinned where there is a GPU."""
+        """The same states in host memory, pinned if there is a GPU."""
         tokens = self.diagnosed
         if tokens is not None:
             tokens = replace(tokens, privileged=_to_host(tokens.privileged), reference=_to_host(tokens.reference))
@@ -137,7 +137,7 @@ class FrozenBranches:
     def _hidden_states(
         self, chunks: Sequence[ModelChunk], sequences: Sequence[ContextSequence]
     ) -> tuple[list[Tensor], TokenCount]:
-        """Of each sequence, and the tokens computed for them."""
+        """Hidden states of each sequence, and the number of computed tokens."""
         if self._shared_cache_tokens is not None:
             reason = why_not_shared(chunks)
             if reason is None:

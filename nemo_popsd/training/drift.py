@@ -35,12 +35,12 @@ _LEAST_SPREAD = 0.3
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is watched."""
+    """A monitored quantity."""
 
     metric: str
-    """Its name in metrics.jsonl."""
+    """Name of the quantity in metrics.jsonl."""
     meaning: str
-    """What it is, in a message."""
+    """Description of the quantity in a message."""
     slack: float
     """Factor of `guard.drift.slack` that gives the tolerated change."""
     error: str = ""
@@ -68,7 +68,7 @@ QUANTITIES = {
         is_share=True,
     ),
 }
-"""By the name of its setting `guard.drift.NAME`."""
+"""Quantities by name of their setting `guard.drift.NAME`."""
 METRICS = [name for quantity in QUANTITIES.values() for name in (quantity.metric, quantity.error) if name]
 """Names of the metrics that are needed."""
 
@@ -91,7 +91,7 @@ class Alarm:
 
     @property
     def entry(self) -> dict[str, float]:
-        """What is logged; see `PREFIX`."""
+        """The logged entry; see `PREFIX`."""
         return {PREFIX + self.name: float(self.onset if self.rose else -self.onset)}
 
     def __str__(self) -> str:

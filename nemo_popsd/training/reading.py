@@ -1,4 +1,4 @@
-"""What a step reads in the text of a response: markers, and whether its final answer is right."""
+"""Reads the text of a response in a step: markers, and whether the final answer is right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ResponseReader:
     count_markers: Callable[[Sequence[int]], int]
     """Number of epistemic markers in its text."""
     marked: Callable[[Sequence[int]], Sequence[bool]]
-    """Which of its tokens belong to a marker."""
+    """For each of its tokens, whether it belongs to a marker."""
     is_right: Callable[[Record, Sequence[int]], bool] | None
     """Whether its final answer is that of the row, which has one; None where rows have no answers."""
 

@@ -1,4 +1,4 @@
-"""How much of a response is a repetition of itself. Needs no torch."""
+"""Measures how much of a response repeats itself. Needs no torch."""
 
 from __future__ import annotations
 

@@ -62,10 +62,10 @@ class _Ahead:
 
 
 class TrajectorySource(Protocol):
-    """Where a step gets what it trains on."""
+    """The source of the trajectories on which a step trains."""
 
     seconds_waiting: float
-    """That this rank waited for other replicas in the last step."""
+    """Seconds for which this rank waited for other replicas in the last step."""
 
     @property
     def per_prompt(self) -> int:
@@ -73,7 +73,7 @@ class TrajectorySource(Protocol):
 
     @property
     def seconds_weights(self) -> float:
-        """Of this replica's transfer of weights to a server in the last step; 0 without one."""
+        """Seconds of this replica's weight transfer to a server in the last step; 0 without a server."""
 
     def of(self, step: int, rows: Sequence[PromptRow]) -> list[Trajectory]:
         """Trajectories of `step`, whose rows of this data-parallel rank are `rows`. Collective over all ranks."""
@@ -176,7 +176,7 @@ class StepRollouts:
         ]
 
     def _generate(self, step: int, requests: Sequence[Request]) -> list[Rollout]:
-        """From the engine, which got the requests now or during the last step."""
+        """Responses from the engine, which received the requests now or during the last step."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return self._engine.generate(requests, replace(self._sampling, token_budget=self._budget(step)))

@@ -184,7 +184,7 @@ class OnPolicyStep:
         return self._complete(metrics, rows)
 
     def _siblings(self, trajectories: Sequence[Trajectory]) -> SiblingSums | None:
-        """Of the questions that this rank's replica generated responses to; None with one response to each."""
+        """Sums over the questions to which this rank's replica generated responses; None with one response each."""
         if self._rollouts.per_prompt == 1:
             return None
         return sibling_sums(trajectories if self._student.owns_trajectories else [])

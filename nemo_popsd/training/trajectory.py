@@ -25,7 +25,7 @@ class Trajectory:
 
     @property
     def cost(self) -> int:
-        """Its work in tokens of one forward pass: three frozen passes, and the student's forward and backward."""
+        """Work in tokens of one forward pass: three frozen passes, and the student's forward and backward."""
         return 4 * len(self.student) + len(self.privileged) + len(self.reference)
 
     @property

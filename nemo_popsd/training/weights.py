@@ -1,4 +1,4 @@
-"""How much each response token counts in the loss, as far as that is known before the forward pass.
+"""Weights of response tokens in the loss, as far as they are known before the forward pass.
 
 With u_i the weight of response i, w_it that of its token t, and D_it the divergence there, the loss over all ranks is
 

@@ -18,7 +18,7 @@ from tests.tiny_models import save_tiny_model
 from tests.training.layouts import Settings, Variant, deviations, train
 
 GRADIENT_TOLERANCE = 2e-5
-"""Tolerance relative to the largest entry of the same gradient. Everything is fp32, and layouts sum in different orders,
+"""Tolerance relative to the largest entry of the same gradient. All is fp32, and layouts sum in different orders,
 which costs 1e-7 per sum; through four layers and a softmax up to 4e-6 was measured. The error of a wrong gradient is
 about as large as the gradient."""
 WEIGHT_TOLERANCE = 1e-4

@@ -27,7 +27,7 @@ class Candidate:
     """A target that is scored."""
 
     name: str
-    """Of the view, or of whatever else distinguishes it."""
+    """Name of the view, or of another distinguishing property."""
     teacher: str
     """Name of what its teachers see; candidates with the same one share answers and forwards."""
     target: Target
@@ -45,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank measured of one answer under one candidate."""
+    """Measurements of one answer under one candidate on one rank."""
 
     candidate: int
     answer: int

@@ -30,7 +30,7 @@ FILE = "answers.jsonl"
 """First line: what the answers depend on. Then one line for each: problem, sample, tokens, truncated."""
 _SPACE = {"need": "space and write permission", "fix": "free space, or set output elsewhere"}
 Answers = Mapping[tuple[str, int], Rollout]
-"""By id of the problem and index of the sample."""
+"""Answers by id of the problem and index of the sample."""
 
 
 def student_answers(

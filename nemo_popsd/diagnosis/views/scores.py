@@ -57,7 +57,7 @@ _DIFFERENCES = {"teacher_over_reference": ("teacher", "reference_only"), "target
 
 @dataclass(frozen=True)
 class AnswerFigures:
-    """What is measured of one answer of the student under one target."""
+    """Measurements of one answer of the student under one target."""
 
     problem: int
     """Index of its problem."""

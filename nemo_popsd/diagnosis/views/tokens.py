@@ -32,7 +32,7 @@ from nemo_popsd.parallel.collectives import reduce_sum_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 DISTRIBUTIONS = ("student", "teacher", "reference_only", "target")
-"""In the order of all figures that are given for each."""
+"""Distributions in the order of all figures that exist for each."""
 
 
 class AnswerStates(NamedTuple):

@@ -21,14 +21,14 @@ KEPT = 0.10
 NOTHING = 1e-7
 """KL per token, in nats, below which a target counts as the student itself: rounding of fp32."""
 KINDS = ("helps", "undecided", "thinks less", "harms", "nothing")
-"""From best to worst."""
+"""Kinds of verdicts from best to worst."""
 
 Scores = Mapping[str, Score | None]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is expected of one target."""
+    """The expected effect of one target."""
 
     name: str
     kind: str
@@ -66,7 +66,7 @@ def verdict(name: str, scores: Scores) -> Verdict:
 
 
 def ranking(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """From best to worst: by kind, then by gain."""
+    """Sorted from best to worst: by kind, then by gain."""
     return sorted(verdicts, key=lambda one: (KINDS.index(one.kind), -one.gain))
 
 

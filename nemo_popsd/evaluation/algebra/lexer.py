@@ -41,11 +41,11 @@ class Token:
     spaced: bool = False
     """Whether white space precedes it."""
     value: Fraction | None = None
-    """Of a number."""
+    """Value of a number."""
     quoted: bool = False
     r"""A word inside `\text{...}` or the like: never a product of variables."""
     base: int | None = None
-    """Of a number in another base than ten, as in 101_2."""
+    """Base of a number if it is not ten, as in 101_2."""
 
     def is_symbol(self, *texts: str) -> bool:
         """Whether it is one of these symbols."""

@@ -69,7 +69,7 @@ class _Answer:
     def __init__(self, text: str, *, letter_units: bool) -> None:
         self.forms: list[Form] = []
         self.written: list[str] = []
-        """Its tokens, with words in lower case."""
+        """Tokens of the answer, with words in lower case."""
         self.beyond = False
         """Whether math-verify can parse it."""
         for grouped in (True, False) if has_groups(text) else (True,):

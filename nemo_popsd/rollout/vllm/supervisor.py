@@ -75,7 +75,7 @@ class Launch:
     environment: Mapping[str, str]
     """Environment variables of the server."""
     settings: wire.Settings
-    """Its first message; see `popsd_server.Server`."""
+    """First message to the server; see `popsd_server.Server`."""
     log: Path
     """File to which its output is appended."""
     address: str
