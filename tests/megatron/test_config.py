@@ -123,7 +123,7 @@ ARCHITECTURE = {
             {},
             r"pipeline=2 parallel\.last_stage_layers=6",
         ),
-        ({"pipeline": 4, "first_stage_layers": 1}, {}, r"need at least one layer on each stage, as many on all"),
+        ({"pipeline": 4, "first_stage_layers": 1}, {}, r"at least one layer on each stage, the same number on all"),
         (
             {"pipeline": 2, "virtual_pipeline": 2, "last_stage_layers": 3},
             {},
