@@ -33,8 +33,8 @@ from nemo_popsd.parallel.distributed import on_any_rank
 
 
 def replicas() -> dist.ProcessGroup:
-    """The ranks that have the same weights outside experts. Ranks with the same experts are subsets of this group, or
-    of several such groups.
+    """The ranks that have the same weights outside experts; contains groups of ranks with the same experts, or parts of
+    such groups.
     """
     group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group
