@@ -17,9 +17,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "export",
         help="write a NeMo checkpoint as a Hugging Face directory",
-        description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT, adapters merged, or its "
-        "adapters alone for PEFT, with a model card. An earlier export in OUTPUT is replaced; anything else there is "
-        "refused.",
+        description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT with merged adapters, or "
+        "only its adapters for PEFT, with a model card. An earlier export in OUTPUT is replaced; any other existing "
+        "OUTPUT is refused.",
         epilog=example(
             "popsd export runs/tiny/checkpoints/final models/tiny",
             "popsd export --adapter runs/qwen3_8b/checkpoints/final models/adapter --base Qwen/Qwen3-8B",
@@ -27,12 +27,12 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_argument, help="NeMo checkpoint of a run")
     parser.add_argument("output", metavar="OUTPUT", type=path_argument, help="directory to write")
-    parser.add_argument("--adapter", action="store_true", help="write the LoRA adapters alone, as PEFT loads them")
+    parser.add_argument("--adapter", action="store_true", help="write only the LoRA adapters, in PEFT's format")
     parser.add_argument(
         "--base",
         metavar="NAME",
         default=None,
-        help="the base by its name on the Hub, such as Qwen/Qwen3-8B, or by its path; default: student.source",
+        help="name of the base on the Hub, such as Qwen/Qwen3-8B, or its path; default: student.source",
     )
     parser.add_argument(
         "--evaluation",
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             "export",
             got="--base-evaluation without --evaluation",
             need="evaluations of both models",
-            fix="give --evaluation DIR, too",
+            fix="also pass --evaluation DIR",
         )
     load = _load_adapter_export if args.adapter else _load_export
     options = CardOptions(base=args.base, evaluation=args.evaluation, base_evaluation=args.base_evaluation)

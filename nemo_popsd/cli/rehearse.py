@@ -14,10 +14,10 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "rehearse",
-        help="carry out one rank's step at the run's real sizes, without peers, weights or a GPU",
-        description="Carry out one step of CONF as one rank of N nodes: the run's code, with tensors that have shapes "
-        "but no memory, and collectives that return at once. Memory, operations and collectives are measured and "
-        "compared with `popsd plan` (docs/planning.md). Needs no GPU, no weights and no data.",
+        help="execute one rank's step at the run's real sizes, without peers, weights or a GPU",
+        description="Execute one step of CONF as one rank of N nodes with the code of the run. Tensors have shapes but "
+        "no memory, and collectives return immediately. Memory, operations and collectives are measured and compared "
+        "with `popsd plan` (docs/planning.md). Needs no GPU, no weights and no data.",
         epilog=example(
             "popsd rehearse conf/qwen3_8b.yaml student.source=Qwen3-8B nodes=4 parallel.tensor=2 --ranks 0,last",
             "popsd rehearse conf/qwen3_30b_a3b.yaml student.source=Qwen3-30B-A3B nodes=2 --all-kinds",
@@ -36,13 +36,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--ranks",
         default="",
-        help="ranks, as in 0,17,last; by default the first, an inner and the last stage, and the first and the last "
+        help="ranks, as in 0,17,last; default: the first, an inner and the last stage, and the first and the last "
         "group of experts",
     )
     parser.add_argument(
         "--all-kinds",
         action="store_true",
-        help="one rank of every kind: each stage as above, every group of experts, the last shard of the vocabulary",
+        help="rehearse one rank of every kind: each stage as above, every group of experts, the last vocabulary shard",
     )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)

@@ -13,8 +13,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "config",
         help="print the resolved configuration, or explain settings",
-        description="Print CONF with the overrides applied and all defaults filled in, as YAML; with --describe, what "
-        "a setting means, its type, default and bounds.",
+        description="Print CONF as YAML, with overrides and all defaults. With --describe, print the meaning, type, "
+        "default and bounds of a setting.",
         epilog=example("popsd config conf/tiny.yaml training.steps=4", "popsd config --describe distillation.target"),
     )
     add_config_arguments(parser, optional=True)
@@ -22,8 +22,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--describe",
         metavar="KEY",
         default=None,
-        help="explain the setting KEY, or all settings of the section KEY; with CONF, show its values that differ from "
-        "the defaults",
+        help="explain the setting KEY, or all settings of the section KEY; with CONF, also show its values that differ "
+        "from the defaults",
     )
     parser.set_defaults(run=run)
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from nemo_popsd.config.loading import load_config, to_dict_config
 
     if args.config is None and args.describe is None:
-        raise UserError("config", got="no configuration", need="CONF, or --describe KEY", fix="give one of them")
+        raise UserError("config", got="no configuration", need="CONF, or --describe KEY", fix="pass one of them")
     config = None if args.config is None else load_config(args.config, args.overrides)
     if args.describe is not None:
         from nemo_popsd.config.description import describe

@@ -1,7 +1,7 @@
-"""`popsd data check`: the rows of a configuration as the branches see them, their lengths, and what is wrong with them.
+"""`popsd data check`: the rows of a configuration as the branches see them, their lengths, and their problems.
 
-Reads rows and tokenizer only; no weights. Rows are read as a training reads them, so whatever a training refuses is
-refused here.
+Reads only rows and tokenizer, no weights. Rows are read as in training, so everything that training refuses is refused
+here.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEASURED = 1000
-"""Rows whose contexts are tokenised for the table of lengths, evenly spaced; the limits apply to all rows."""
+"""Maximum number of rows, evenly spaced, tokenised for the table of lengths. The limits apply to all rows."""
 LONGEST_ANSWER = 200
-"""Characters of the longest final answer; a longer one is a solution."""
+"""Maximum length of a final answer in characters; a longer text is a solution."""
 _HEAD, _TAIL = 900, 500
-"""Characters of the beginning and of the end of a shown text."""
+"""Characters shown from the beginning and from the end of a long text."""
 _NAMED = 3
-"""Rows that a finding names."""
+"""Maximum number of rows named in a finding."""
 
 
 @dataclass
 class DataCheck:
-    """The text of a check, and what is wrong."""
+    """The result of a check."""
 
     lines: list[str] = field(default_factory=list)
-    """The text, line by line."""
+    """Text of the check, line by line."""
     wrong: list[str] = field(default_factory=list)
-    """What must be changed, and how."""
+    """Problems that must be fixed, each with its fix."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know."""
+    """Information that requires no change."""
 
     def __str__(self) -> str:
         notes = [f"note: {text}" for text in self.notes]
@@ -61,7 +61,7 @@ class DataCheck:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the check needs of `student.source`."""
+    """The parts of `student.source` that the check needs."""
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int | None
@@ -69,15 +69,15 @@ class _Model:
 
 
 def check_data(config: PopsdConfig, *, shown: int = 3, full: bool = False) -> DataCheck:
-    """Checks `data.train`, `data.validation` and `evaluation.sets`, as far as they are set.
+    """Check `data.train`, `data.validation` and `evaluation.sets`, if they are set.
 
     Args:
-        config: the run; of `student.source` only tokenizer and ``config.json`` are read.
-        shown: rows of each set that are shown as text.
-        full: show whole texts; otherwise only beginning and end of long ones.
+        config: configuration of the run; from `student.source` only tokenizer and ``config.json`` are read.
+        shown: number of rows of each set to show as text.
+        full: show complete texts; otherwise only beginning and end of long texts.
 
     Raises:
-        UserError: no data is configured, or the tokenizer cannot be loaded. Defects of the rows are in the result.
+        UserError: no data is configured, or the tokenizer cannot be loaded. Defects of rows are part of the result.
     """
     data, check = config.data, DataCheck()
     sets = sources_of(config.evaluation, data) if config.evaluation.sets or data.validation.path else {}
@@ -283,7 +283,7 @@ def _listed(texts: Iterable[str], total: int) -> str:
 
 
 def _read_model(source: str) -> _Model:
-    """Tokenizer and sizes of a Hugging Face directory, or of the one inside a NeMo checkpoint."""
+    """Read tokenizer and sizes from a Hugging Face directory, or from the one inside a NeMo checkpoint."""
     directory: Path = model_path(source)
     if not source or not directory.exists():
         raise missing_model(source, setting="student.source")

@@ -222,7 +222,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for words, message in (
         (["--run", str(tmp_path / "no")], "is empty or missing"),
         (["--run", str(tmp_path), "--logs", "no"], "which does not exist"),
-        (["conf/tiny.yaml", "--run", str(tmp_path)], "leave out one of them"),
+        (["conf/tiny.yaml", "--run", str(tmp_path)], "omit one of them"),
     ):
         assert main(["doctor", *words]) == 2
         assert message in capsys.readouterr().err
