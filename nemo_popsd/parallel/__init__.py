@@ -1,1 +1,1 @@
-"""What the ranks of a run share: process groups, collectives, the sharded vocabulary, agreement about failures."""
+"""Communication between ranks: process groups, collectives, the sharded vocabulary, agreement about failures."""
