@@ -102,7 +102,7 @@ def check_data(config: PopsdConfig, *, shown: int = 3, full: bool = False) -> Da
         if trained is not None and (leaks := trained.shared_with(questions)):
             pairs = (f"row {row} of {setting} is row {other} of data.train" for other, row in leaks[:_NAMED])
             check.wrong.append(
-                f"{len(leaks):,} questions of {setting} are trained on ({_listed(pairs, len(leaks))}); "
+                f"{len(leaks):,} questions of {setting} are also in data.train ({_listed(pairs, len(leaks))}); "
                 "remove these rows from one of the two"
             )
     return check
@@ -170,8 +170,8 @@ def _check_evaluation(
     if repeated := questions.repetitions:
         rows = (f"row {one.row} that of {one.earlier}" for one in repeated[:_NAMED])
         check.wrong.append(
-            f"{len(repeated):,} rows of {setting} repeat a question ({_listed(rows, len(repeated))}), which counts it "
-            "more than once; remove them"
+            f"{len(repeated):,} rows of {setting} repeat a question ({_listed(rows, len(repeated))}), which then "
+            "counts more than once; remove them"
         )
     longest = max(len(prompt.prompt) for prompt in prompts) + config.evaluation.max_response_tokens
     _judge_positions(model, longest, "evaluation.max_response_tokens", check)
@@ -181,7 +181,7 @@ def _check_evaluation(
 def _judge_report(setting: str, report: DataReport, data: DataConfig, check: DataCheck) -> None:
     dropped = report.rows_read - report.rows_kept
     if dropped:
-        text = f"{dropped:,} of {report.rows_read:,} rows of {setting} are left out (counts above)"
+        text = f"{dropped:,} of {report.rows_read:,} rows of {setting} are dropped (counts above)"
         if 2 * dropped > report.rows_read:
             check.wrong.append(f"{text}; fix the rows, or set data.max_prompt_tokens or {setting}.columns")
         else:
@@ -189,7 +189,7 @@ def _judge_report(setting: str, report: DataReport, data: DataConfig, check: Dat
     if cut := report.references_truncated:
         text = f"{cut:,} of {report.rows_kept:,} references are truncated to {data.max_reference_tokens:,} tokens"
         if 2 * cut > report.rows_kept:
-            check.wrong.append(f"{text}; set data.max_reference_tokens higher: a solution's end has the answer")
+            check.wrong.append(f"{text}; set data.max_reference_tokens higher: the answer is at the end of a solution")
         else:
             check.notes.append(f"{text} (data.max_reference_tokens)")
     if report.template_ignores_thinking and not any("enable_thinking" in note for note in check.notes):
@@ -212,13 +212,13 @@ def _judge_answers(
         named = _listed((row for row, _ in zip(rows, range(_NAMED), strict=False)), len(long))
         check.wrong.append(
             f"{len(long):,} answers of {setting} have several lines or more than {LONGEST_ANSWER} characters "
-            f"({named}), which no response equals; set columns.answer to the final answer, or answer_pattern with "
+            f"({named}), so no response can match them; set columns.answer to the final answer, or answer_pattern with "
             "columns.answer=null"
         )
     elif kinds["text"]:
         answers = (repr(prompt.record.answer) for prompt in kinds["text"][:_NAMED])
         check.notes.append(
-            f"{len(kinds['text']):,} answers of {setting} are compared as text, since the grammar does not parse them "
+            f"{len(kinds['text']):,} answers of {setting} are compared as text, because the grammar does not parse them "
             f"({_listed(answers, len(kinds['text']))})"
         )
 
@@ -232,8 +232,8 @@ def _judge_by_checker(
         refused = [answer for answer in answers if not verifier.compare(answer, answer).correct]
     if refused:
         check.wrong.append(
-            f"evaluation.checker={evaluation.checker} does not accept {len(refused):,} answers of {setting} as their "
-            f"own ({_listed(map(repr, refused[:_NAMED]), len(refused))}); fix the checker or the answers"
+            f"evaluation.checker={evaluation.checker} rejects {len(refused):,} answers of {setting} compared with "
+            f"themselves ({_listed(map(repr, refused[:_NAMED]), len(refused))}); fix the checker or the answers"
         )
 
 
