@@ -218,7 +218,7 @@ def _judge_answers(
     elif kinds["text"]:
         answers = (repr(prompt.record.answer) for prompt in kinds["text"][:_NAMED])
         check.notes.append(
-            f"{len(kinds['text']):,} answers of {setting} are compared as text, because the grammar does not parse them "
+            f"{len(kinds['text']):,} answers of {setting} are compared as text, since the grammar does not parse them "
             f"({_listed(answers, len(kinds['text']))})"
         )
 

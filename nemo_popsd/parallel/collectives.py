@@ -52,7 +52,7 @@ def gather_shards(
 ) -> list[Tensor]:
     """Gather `parts` from every rank of the group: [n, ...] to [P, n, ...] each. One all-gather, without gradient.
 
-    The result is bit-equal on all ranks, so sums over the shards in rank order are bit-equal, too.
+    The result is bit-equal on all ranks, and so are sums over the shards in rank order.
 
     Args:
         parts: tensors of one dtype, with the same shapes on every rank.
